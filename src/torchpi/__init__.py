@@ -1,0 +1,58 @@
+"""π₀ and π₀.₅ in plain PyTorch: run, trace, fine-tune, serve and evaluate them.
+
+The public names are resolved on first use, so that `import torchpi` costs nothing and the parts that need no torch
+(`torchpi.transforms`, `torchpi.robots`) work without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchpi.checkpoints import load_model as load_model
+    from torchpi.config import GemmaConfig as GemmaConfig
+    from torchpi.config import Pi0Config as Pi0Config
+    from torchpi.config import VisionConfig as VisionConfig
+    from torchpi.model.pi0 import Pi0 as Pi0
+    from torchpi.policy import Policy as Policy
+    from torchpi.policy import load_policy as load_policy
+    from torchpi.robots import Embodiment as Embodiment
+    from torchpi.types import ActionChunk as ActionChunk
+    from torchpi.types import Observation as Observation
+
+__version__ = "0.1.0.dev0"
+
+_HOME_OF = {
+    "ActionChunk": "torchpi.types",
+    "Embodiment": "torchpi.robots",
+    "GemmaConfig": "torchpi.config",
+    "Observation": "torchpi.types",
+    "Pi0": "torchpi.model.pi0",
+    "Pi0Config": "torchpi.config",
+    "Policy": "torchpi.policy",
+    "VisionConfig": "torchpi.config",
+    "load_model": "torchpi.checkpoints",
+    "load_policy": "torchpi.policy",
+}
+
+__all__ = [  # noqa: PLE0604 - resolved lazily by __getattr__
+    "ActionChunk",
+    "Embodiment",
+    "GemmaConfig",
+    "Observation",
+    "Pi0",
+    "Pi0Config",
+    "Policy",
+    "VisionConfig",
+    "load_model",
+    "load_policy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'torchpi' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

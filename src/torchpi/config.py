@@ -1,0 +1,316 @@
+"""The sizes of a model: frozen dataclasses, and the presets by name.
+
+Sizes of the published models: the variants of openpi's `gemma.get_config` and SigLIP's So400m/14.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+# The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
+# __post_init__, so that nobody ever reads it; None is taken: it means "not known" (see Pi0Config).
+_FOLLOWS_VARIANT: Any = "follows pi05"
+
+
+def _require_positive(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in (int, int | None) and value is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+                raise ValueError(f"{type(config).__name__}.{field.name} must be a positive integer, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaConfig:
+    """One Gemma stack: the backbone or the action expert."""
+
+    width: int
+    """D (backbone) or d (expert): the residual stream's width."""
+    depth: int
+    """Number of layers."""
+    mlp_dim: int
+    """Hidden width of the GeGLU feed-forward."""
+    num_heads: int
+    """Q: query heads."""
+    num_kv_heads: int
+    """G: key/value heads; num_heads must be a multiple."""
+    head_dim: int
+    """K: width of one head; even, because RoPE rotates halves against each other."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The SigLIP vision tower."""
+
+    width: int
+    """Width of the ViT."""
+    depth: int
+    """Number of encoder layers."""
+    mlp_dim: int
+    """Hidden width of the MLP."""
+    num_heads: int
+    """Attention heads; width must be a multiple."""
+    patch: int = 14
+    """Side of a square patch in pixels."""
+    position: Literal["learned", "sincos2d"] = "learned"
+    """Position embedding: a learned table (what the published weights have) or the fixed 2-D sinusoid."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self)
+        if self.width % self.num_heads:
+            raise ValueError(f"vision width ({self.width}) must be a multiple of num_heads ({self.num_heads})")
+        if self.position not in ("learned", "sincos2d"):
+            raise ValueError(f"position must be 'learned' or 'sincos2d', got {self.position!r}")
+        if self.position == "sincos2d" and self.width % 4:
+            raise ValueError(f"sincos2d needs a vision width that is a multiple of 4, got {self.width}")
+
+
+GEMMA_VARIANTS: Mapping[str, GemmaConfig] = {
+    "gemma_2b": GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256),
+    "gemma_300m": GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
+    "tiny_backbone": GemmaConfig(width=192, depth=6, mlp_dim=768, num_heads=6, num_kv_heads=1, head_dim=32),
+    "tiny_expert": GemmaConfig(width=128, depth=6, mlp_dim=512, num_heads=6, num_kv_heads=1, head_dim=32),
+}
+VISION_VARIANTS: Mapping[str, VisionConfig] = {
+    "so400m/14": VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch=14),
+    "tiny/16": VisionConfig(width=128, depth=4, mlp_dim=512, num_heads=4, patch=16),
+}
+
+
+_Part = TypeVar("_Part", GemmaConfig, VisionConfig)
+
+
+def _variant(value: str | _Part, variants: Mapping[str, _Part], field: str) -> _Part:
+    if not isinstance(value, str):
+        return value
+    if value not in variants:
+        raise ValueError(f"{field}: unknown variant {value!r}; variants are {', '.join(variants)}")
+    return variants[value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pi0Config:
+    """Everything that decides the shapes of a π₀ or π₀.₅ model.
+
+    `action_horizon`, `max_token_len` and `discrete_state_input` may be None: "this checkpoint does not say". An openpi
+    JAX checkpoint holds them in no array. What needs an unset value asks for it with `require`.
+    """
+
+    pi05: bool = False
+    """π₀.₅ (time through AdaRMSNorm, state in the prompt) or π₀ (state token, time mixed into the actions)."""
+    paligemma_variant: str | GemmaConfig = "gemma_2b"
+    """The backbone, by name or as sizes."""
+    action_expert_variant: str | GemmaConfig = "gemma_300m"
+    """The action expert; its depth, heads and head_dim equal the backbone's, whose keys and values it reads."""
+    action_dim: int = 32
+    """A: width of state and actions inside the model; narrower robots are padded with zeros."""
+    action_horizon: int | None = 50
+    """H: actions in a chunk."""
+    max_token_len: int | None = _FOLLOWS_VARIANT
+    """L: prompt tokens, padded or cut to this length; by default 200 for π₀.₅, 48 for π₀."""
+    discrete_state_input: bool | None = _FOLLOWS_VARIANT
+    """Whether the prompt carries the state as text; by default only π₀.₅'s does (pi05_libero is the exception)."""
+    siglip_variant: str | VisionConfig = "so400m/14"
+    """The vision tower, by name or as sizes."""
+    vocab_size: int = 257_152
+    """Rows of the token embedding."""
+    image_size: int = 224
+    """Side of the square images that the model sees, a multiple of the patch."""
+
+    def __post_init__(self) -> None:
+        if self.max_token_len is _FOLLOWS_VARIANT:
+            object.__setattr__(self, "max_token_len", 200 if self.pi05 else 48)
+        if self.discrete_state_input is _FOLLOWS_VARIANT:
+            object.__setattr__(self, "discrete_state_input", self.pi05)
+        _require_positive(self)
+        backbone, expert = self.paligemma, self.action_expert
+        for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(backbone, field) != getattr(expert, field):
+                raise ValueError(
+                    f"backbone and action expert share keys and values, so {field} must be equal, "
+                    f"got {getattr(backbone, field)} and {getattr(expert, field)}"
+                )
+        if expert.width % 2:
+            raise ValueError(f"the action expert's width must be even for the time embedding, got {expert.width}")
+        if self.image_size % self.siglip.patch:
+            raise ValueError(f"image_size ({self.image_size}) must be a multiple of the patch ({self.siglip.patch})")
+
+    @property
+    def paligemma(self) -> GemmaConfig:
+        """The backbone's sizes."""
+        return _variant(self.paligemma_variant, GEMMA_VARIANTS, "paligemma_variant")
+
+    @property
+    def action_expert(self) -> GemmaConfig:
+        """The action expert's sizes."""
+        return _variant(self.action_expert_variant, GEMMA_VARIANTS, "action_expert_variant")
+
+    @property
+    def siglip(self) -> VisionConfig:
+        """The vision tower's sizes."""
+        return _variant(self.siglip_variant, VISION_VARIANTS, "siglip_variant")
+
+    @property
+    def num_patches(self) -> int:
+        """P: tokens of one camera."""
+        return (self.image_size // self.siglip.patch) ** 2
+
+    def require(self, field: Literal["action_horizon", "max_token_len", "discrete_state_input"]) -> Any:
+        """The value of a field that a checkpoint may have left unset.
+
+        Raises:
+            ValueError: it is unset; the message says how to set it.
+        """
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"the model's {field} is not set: this checkpoint does not say it, and this call needs it. Load it "
+                f"with config=: a Pi0Config, a JSON file such as {{\"{field}\": …}}, or the name of a preset "
+                f"({', '.join(PRESETS)})"
+            )
+        return value
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON schema that `from_dict` reads; variants are written out as sizes."""
+        return {
+            "pi05": self.pi05,
+            "action_dim": self.action_dim,
+            "action_horizon": self.action_horizon,
+            "max_token_len": self.max_token_len,
+            "discrete_state_input": self.discrete_state_input,
+            "vocab_size": self.vocab_size,
+            "image_size": self.image_size,
+            "paligemma": dataclasses.asdict(self.paligemma),
+            "action_expert": dataclasses.asdict(self.action_expert),
+            "siglip": dataclasses.asdict(self.siglip),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], base: "Pi0Config | None" = None) -> "Pi0Config":
+        """Build a config from (part of) the schema of `to_dict`.
+
+        Args:
+            values: the JSON object. Each of paligemma, action_expert and siglip may be partial too, or a variant's name.
+            base: where absent fields come from; without it, this class's defaults.
+
+        Raises:
+            ValueError: unknown field, wrong type, or sizes that do not fit together.
+        """
+        unknown = set(values) - _JSON_FIELDS - _JSON_NOT_SIZES
+        if unknown:
+            raise ValueError(
+                f"model config has unknown fields {sorted(unknown)}; known are {sorted(_JSON_FIELDS)} "
+                f"(and {sorted(_JSON_NOT_SIZES)}, which are not read)"
+            )
+        pi05 = values.get("pi05", base.pi05 if base else cls.pi05)
+        base = base or cls(pi05=pi05)
+        fields: dict[str, Any] = {}
+        for name in _JSON_FIELDS & set(values):
+            if name in _JSON_PARTS:
+                fields[f"{name}_variant"] = _part_from_json(name, values[name], getattr(base, name))
+            else:
+                fields[name] = _checked(name, values[name])
+        return dataclasses.replace(base, **fields)
+
+    @classmethod
+    def from_json(cls, path: str | pathlib.Path) -> "Pi0Config":
+        """Read a config file in the schema of `to_dict`; absent fields take this class's defaults.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a JSON object in the schema.
+        """
+        return cls.from_dict(read_config_json(path))
+
+
+_JSON_PARTS = frozenset({"paligemma", "action_expert", "siglip"})
+_JSON_FIELDS = _JSON_PARTS | {
+    "pi05", "action_dim", "action_horizon", "max_token_len", "discrete_state_input", "vocab_size", "image_size",
+}  # fmt: skip
+# Written beside the sizes by the tools that make such files; the weights say all of it better.
+_JSON_NOT_SIZES = frozenset(
+    {"dtype", "num_params", "paligemma_variant", "action_expert_variant", "lora", "num_lora_params"}
+)
+
+_PI0, _PI05 = Pi0Config(), Pi0Config(pi05=True)
+PRESETS: Mapping[str, Pi0Config] = {
+    "pi0": _PI0,
+    "pi05": _PI05,
+    "tiny": Pi0Config(
+        pi05=True,
+        paligemma_variant="tiny_backbone",
+        action_expert_variant="tiny_expert",
+        siglip_variant="tiny/16",
+        action_dim=8,
+        action_horizon=16,
+        max_token_len=64,
+        vocab_size=1024,
+        image_size=96,
+    ),
+    # The published checkpoints, whose arrays hold neither horizon nor prompt format (openpi's training configs).
+    "pi0_base": _PI0,
+    "pi05_base": _PI05,
+    "pi0_aloha_towel": _PI0,
+    "pi0_aloha_tupperware": _PI0,
+    "pi0_aloha_pen_uncap": _PI0,
+    "pi0_aloha_sim": _PI0,
+    "pi0_droid": dataclasses.replace(_PI0, action_horizon=10),
+    "pi05_droid": dataclasses.replace(_PI05, action_horizon=15),
+    "pi05_libero": dataclasses.replace(_PI05, action_horizon=10, discrete_state_input=False),
+}
+
+
+def preset(name: str) -> Pi0Config:
+    """The config of that name.
+
+    Raises:
+        ValueError: there is none; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def read_config_json(path: str | pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a model config file, unchecked."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"model config file {path} does not exist")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"model config file {path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model config file {path} must hold a JSON object, found {type(values).__name__}")
+    return values
+
+
+def _part_from_json(name: str, value: Any, base: _Part) -> str | _Part:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"model config field {name!r} must be an object or a variant's name, got {value!r}")
+    known = {field.name for field in dataclasses.fields(base)}
+    if set(value) - known:
+        raise ValueError(
+            f"model config field {name!r} has unknown fields {sorted(set(value) - known)}; known are {sorted(known)}"
+        )
+    return dataclasses.replace(base, **value)
+
+
+def _checked(name: str, value: Any) -> Any:
+    if name in ("pi05", "discrete_state_input"):
+        if not isinstance(value, bool) and not (value is None and name == "discrete_state_input"):
+            raise ValueError(f"model config field {name!r} must be true or false, got {value!r}")
+    elif value is None and name not in ("action_horizon", "max_token_len"):
+        raise ValueError(f"model config field {name!r} must be a positive integer, got null")
+    return value

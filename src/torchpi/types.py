@@ -1,0 +1,126 @@
+"""The data that crosses module borders, and the legend of its shapes.
+
+Shape legend, used in every signature and comment:
+
+    B  batch                 S  prefix tokens (images and prompt)     D  backbone width
+    N  cameras               H  action horizon (actions in a chunk)   d  action expert width
+    P  patches per image     T  suffix tokens                         Q  query heads
+    L  prompt tokens         A  action_dim                            G  key/value heads
+    h, w  image height and width in pixels                            K  head_dim
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+
+class ActionChunk(TypedDict):
+    """What `Policy.infer` returns."""
+
+    actions: np.ndarray
+    """float32 [H, a], in the robot's units."""
+    policy_timing: dict[str, float]
+    """Milliseconds per stage."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Observation:
+    """A batch of what the model sees. The cameras' order is their order in the prefix."""
+
+    images: dict[str, Float32[Tensor, "B h w 3"]]
+    """Per camera, RGB in [-1, 1]."""
+    image_masks: dict[str, Bool[Tensor, " B"]]
+    """Per camera, False where the sample has no such image; the same keys as `images`, in the same order."""
+    state: Float32[Tensor, "B A"]
+    """Normalized and padded. π₀ reads it as a token; π₀.₅ has it in the prompt's text and does not read it here."""
+    tokenized_prompt: Int[Tensor, "B L"]
+    """Token ids; what stands at padding does not matter."""
+    tokenized_prompt_mask: Bool[Tensor, "B L"]
+    """True at real tokens."""
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Observation":
+        """Build an observation from a nested dict of tensors, which is not changed.
+
+        Args:
+            data: {"image": {camera: uint8 [B, h, w, 3], or float32 in [-1, 1]}, "image_mask": {camera: bool [B]},
+                "state": [B, A], "tokenized_prompt": [B, L], "tokenized_prompt_mask": bool [B, L]}. Cameras without an
+                entry in "image_mask" are present in every sample.
+
+        Raises:
+            KeyError: a key is missing, or a mask has no camera.
+            ValueError: a tensor has the wrong dtype, layout or batch size.
+        """
+        for key in ("image", "state", "tokenized_prompt", "tokenized_prompt_mask"):
+            if key not in data:
+                raise KeyError(f"observation has no {key!r}; it has {sorted(data)}")
+        images, masks = dict(data["image"]), dict(data.get("image_mask", {}))
+        if not images:
+            raise ValueError("observation['image'] is empty; at least one camera is needed")
+        if set(masks) - set(images):
+            raise KeyError(f"image_mask names cameras without an image: {sorted(set(masks) - set(images))}")
+        state = _tensor(data["state"], "state", 2)
+        batch = state.shape[0]
+        tokens = _tensor(data["tokenized_prompt"], "tokenized_prompt", 2)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
+            raise ValueError(f"tokenized_prompt must hold integer token ids, got {tokens.dtype}")
+        token_mask = _mask(data["tokenized_prompt_mask"], "tokenized_prompt_mask", tokens.shape)
+        if tokens.shape[0] != batch:
+            raise ValueError(f"state has batch size {batch}, tokenized_prompt {tokens.shape[0]}; they must agree")
+        present = torch.ones(batch, dtype=torch.bool, device=state.device)
+        return cls(
+            images={name: _image(image, name, batch) for name, image in images.items()},
+            image_masks={name: _mask(masks.get(name, present), f"image_mask[{name!r}]", (batch,)) for name in images},
+            state=state.to(torch.float32),
+            tokenized_prompt=tokens.to(torch.int64),
+            tokenized_prompt_mask=token_mask,
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.state.shape[0]
+
+    def to(self, device: str | torch.device) -> "Observation":
+        """The same observation on another device."""
+        return Observation(
+            images={name: image.to(device) for name, image in self.images.items()},
+            image_masks={name: mask.to(device) for name, mask in self.image_masks.items()},
+            state=self.state.to(device),
+            tokenized_prompt=self.tokenized_prompt.to(device),
+            tokenized_prompt_mask=self.tokenized_prompt_mask.to(device),
+        )
+
+
+def _tensor(value: Any, name: str, ndim: int) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}; torch.from_numpy makes one")
+    if value.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} dimensions with the batch first, got shape {list(value.shape)}")
+    return value
+
+
+def _mask(value: Any, name: str, shape: tuple[int, ...]) -> Tensor:
+    mask = _tensor(value, name, len(shape))
+    if mask.dtype is not torch.bool or mask.shape != shape:
+        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    return mask
+
+
+def _image(value: Any, camera: str, batch: int) -> Tensor:
+    image = _tensor(value, f"image[{camera!r}]", 4)
+    if image.shape[0] != batch or image.shape[-1] != 3:
+        raise ValueError(
+            f"image[{camera!r}] must be [{batch}, h, w, 3] (channels last), got {list(image.shape)}; "
+            "images with channels first: use .permute(0, 2, 3, 1)"
+        )
+    if image.dtype is torch.uint8:
+        return image.to(torch.float32) / 255.0 * 2.0 - 1.0
+    if image.dtype is torch.float32:
+        return image
+    raise ValueError(f"image[{camera!r}] must be uint8, or float32 in [-1, 1], got {image.dtype}")
