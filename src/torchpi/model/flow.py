@@ -1,0 +1,76 @@
+"""Flow matching: the path between noise and actions, its time, and the Euler steps back.
+
+Time runs as in the code that the weights come from: t = 1 is noise and t = 0 the actions. The papers write it the other
+way round (π₀, arXiv:2410.24164, section IV; π₀.₅, arXiv:2504.16054).
+"""
+
+import math
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+# The timescales of the time embedding (π₀'s appendix B has the formula).
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+
+
+def posemb_sincos(
+    time: Float[Tensor, " B"], dim: int, min_period: float = MIN_PERIOD, max_period: float = MAX_PERIOD
+) -> Float32[Tensor, "B d"]:
+    """Sine and cosine of the time at dim/2 periods, log-spaced from `min_period` to `max_period`.
+
+    The phases reach 2π/4e-3 = 1571 rad, where one float32 step of a frequency moves the sine by 1e-4. So the frequencies
+    are built with the original's float32 operations in its order.
+
+    Args:
+        time: any float dtype; computed in float32.
+        dim: width of the result, even.
+
+    Raises:
+        ValueError: `dim` is odd.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even, half for the sine and half for the cosine, got {dim}")
+    frequencies = torch.from_numpy(_angular_frequencies(dim // 2, min_period, max_period))
+    phase = time.float()[:, None] * frequencies.to(time.device)[None, :]  # [B, dim/2]
+    return torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
+
+
+def _angular_frequencies(count: int, min_period: float, max_period: float) -> np.ndarray:
+    # XLA divides the range 0, 1, … count − 1 by multiplying with the float32 reciprocal; linspace's last value is exact.
+    fraction = np.arange(count, dtype=np.float32) * np.float32(1.0 / max(count - 1, 1))
+    fraction[-1] = 1.0 if count > 1 else 0.0
+    # The power is taken in float64 and rounded, which no mathematical library does differently.
+    period = np.float32(min_period) * np.power(max_period / min_period, fraction.astype(np.float64)).astype(np.float32)
+    return np.float32(1.0) / period * np.float32(2.0) * np.float32(math.pi)
+
+
+def sample_time(batch: int, *, generator: torch.Generator | None = None, device: torch.device) -> Float32[Tensor, " B"]:
+    """Draw t ~ Beta(1.5, 1)·0.999 + 0.001: more weight on noisy times, never quite 0 (π₀, appendix B)."""
+    uniform = torch.rand(batch, generator=generator, device=device)
+    return uniform.pow(1 / 1.5) * 0.999 + 0.001  # Beta(a, 1) has the distribution function x^a
+
+
+def interpolate(
+    actions: Float32[Tensor, "B H A"], noise: Float32[Tensor, "B H A"], time: Float32[Tensor, " B"]
+) -> tuple[Float32[Tensor, "B H A"], Float32[Tensor, "B H A"]]:
+    """The point x_t = t·noise + (1 − t)·actions on the straight path, and its velocity u_t = noise − actions."""
+    t = time[:, None, None]
+    return t * noise + (1 - t) * actions, noise - actions
+
+
+def euler_times(num_steps: int) -> list[float]:
+    """The times at which the velocity is evaluated: 1, 1 − 1/n, … 1/n, accumulated in float32 as the original does.
+
+    Raises:
+        ValueError: `num_steps` is not a positive integer.
+    """
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
+    dt = np.float32(-1.0 / num_steps)
+    times, t = [], np.float32(1.0)
+    while t >= -dt / 2:
+        times.append(float(t))
+        t = t + dt
+    return times

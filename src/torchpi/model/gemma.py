@@ -1,0 +1,240 @@
+"""Gemma: one stack of decoder layers, used twice, as the backbone over the prefix and as the action expert.
+
+Sources: Gemma (arXiv:2403.08295), GeGLU (arXiv:2002.05202), RoPE (arXiv:2104.09864), AdaRMSNorm with gates as in DiT
+(arXiv:2212.09748), applied to the time of flow matching by π₀.₅ (arXiv:2504.16054).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchpi.config import GemmaConfig
+from torchpi.model.layers import Linear, attend, lecun_normal_
+
+RMS_NORM_EPS = 1e-6
+ROPE_MAX_WAVELENGTH = 10_000.0
+
+KeyValue = tuple[Tensor, Tensor]  # keys after RoPE and values, each [B, S, G, K]
+Rope = tuple[Tensor, Tensor]  # cosine and sine, each float32 [B, S, 1, K/2]
+Modulation = Tensor  # float [B or 1, 1, 3d]: scale, shift and gate of one AdaRMSNorm
+
+
+def rope_table(positions: Int[Tensor, "B S"], head_dim: int) -> Rope:
+    """Cosine and sine of the rotation angles; computed once for all layers and heads."""
+    exponent = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2.0 / head_dim)
+    angle = positions[:, :, None].float() / ROPE_MAX_WAVELENGTH**exponent  # [B, S, K/2]
+    return angle.cos()[:, :, None, :], angle.sin()[:, :, None, :]
+
+
+def apply_rope(x: Float[Tensor, "B S heads K"], rope: Rope) -> Float[Tensor, "B S heads K"]:
+    """Rotate each pair (i, i + K/2) by its angle, in float32."""
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale), in float32. It modulates nothing: no gate."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Float[Tensor, "B S D"], modulation: None = None) -> tuple[Float[Tensor, "B S D"], None]:
+        """The normalized x, in x's dtype."""
+        return (_over_rms(x) * (1 + self.scale.float())).to(x.dtype), None
+
+    def init_weights(self) -> None:
+        """Scale 0: the norm begins as the plain one."""
+        nn.init.zeros_(self.scale)
+
+
+class AdaRMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale) + shift, where scale, shift and the residual's gate are linear in the condition."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = Linear(width, 3 * width)
+
+    def modulation(self, cond: Float[Tensor, "B d"]) -> Modulation:
+        """Scale, shift and gate for a condition, one behind the other: [B, 1, 3d]."""
+        return self.dense(cond)[:, None, :]
+
+    def forward(
+        self, x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B 1 3*d"]
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "#B 1 d"]]:
+        """The modulated x in x's dtype, and the gate for what comes out of the sublayer behind this norm."""
+        scale, shift, gate = modulation.chunk(3, dim=-1)
+        return (_over_rms(x) * (1 + scale) + shift).to(x.dtype), gate
+
+    def init_weights(self) -> None:
+        """All 0: every gate begins closed, and the stack as the identity."""
+        nn.init.zeros_(self.dense.weight)
+        nn.init.zeros_(self.dense.bias)
+
+
+def _over_rms(x: Tensor) -> Tensor:
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
+
+
+def add_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """x + y, or x + y · gate behind an AdaRMSNorm."""
+    return x + y if gate is None else x + y * gate
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; queries, keys and values come out of one matrix."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.q_width = config.num_heads * config.head_dim
+        self.qkv = Linear(config.width, self.q_width + 2 * config.num_kv_heads * config.head_dim, bias=False)
+        self.out = Linear(self.q_width, config.width, bias=False)
+
+    def project(
+        self, x: Float[Tensor, "B S D"], rope: Rope
+    ) -> tuple[Float[Tensor, "B S Q K"], Float[Tensor, "B S G K"], Float[Tensor, "B S G K"]]:
+        """Queries and keys, both after RoPE, and values."""
+        q, kv = self.qkv(x).tensor_split([self.q_width], dim=-1)
+        k, v = self._split_key_value(kv)
+        return apply_rope(q.unflatten(-1, (-1, self.config.head_dim)), rope), apply_rope(k, rope), v
+
+    def key_value(self, x: Float[Tensor, "B S D"], rope: Rope) -> KeyValue:
+        """Keys after RoPE and values, without the queries."""
+        k, v = self._split_key_value(F.linear(x, self.qkv.weight[self.q_width :].to(x.dtype)))
+        return apply_rope(k, rope), v
+
+    def _split_key_value(self, kv: Tensor) -> KeyValue:
+        k, v = kv.unflatten(-1, (2, self.config.num_kv_heads, self.config.head_dim)).unbind(dim=2)
+        return k, v
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], rope: Rope, mask: Tensor | None, past: KeyValue | None
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue]:
+        """Attend to `past` (if any) and to x itself.
+
+        Returns:
+            The projected output, and x's own keys and values.
+        """
+        q, k, v = self.project(x, rope)
+        keys = k if past is None else torch.cat([past[0], k], dim=1)
+        values = v if past is None else torch.cat([past[1], v], dim=1)
+        return self.out(attend(q, keys, values, mask)), (k, v)
+
+
+class FeedForward(nn.Module):
+    """GeGLU: (gelu(x·Wg) * (x·Wu))·Wd; the two first products come out of one matrix."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.width, 2 * config.mlp_dim, bias=False)
+        self.down = Linear(config.mlp_dim, config.width, bias=False)
+
+    def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
+        """The feed-forward's output."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.gelu(gate, approximate="tanh") * up)
+
+
+class Block(nn.Module):
+    """One decoder layer: norm, attention, residual, norm, feed-forward, residual."""
+
+    def __init__(self, config: GemmaConfig, norm: type[RMSNorm] | type[AdaRMSNorm]) -> None:
+        super().__init__()
+        self.pre_attention_norm = norm(config.width)
+        self.attention = Attention(config)
+        self.pre_ffw_norm = norm(config.width)
+        self.feed_forward = FeedForward(config)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rope: Rope,
+        mask: Tensor | None,
+        past: KeyValue | None,
+        modulations: tuple[Modulation | None, Modulation | None],
+    ) -> tuple[Float[Tensor, "B T D"], KeyValue]:
+        """One layer; also returns x's keys and values."""
+        y, gate = self.pre_attention_norm(x, modulations[0])
+        y, key_value = self.attention(y, rope, mask, past)
+        x = add_residual(x, y, gate)
+        y, gate = self.pre_ffw_norm(x, modulations[1])
+        return add_residual(x, self.feed_forward(y), gate), key_value
+
+
+class Gemma(nn.Module):
+    """A stack of layers with a final norm. The embedder is `Pi0`'s, because the expert has none."""
+
+    def __init__(self, config: GemmaConfig, *, adaptive_norm: bool) -> None:
+        super().__init__()
+        self.config = config
+        norm = AdaRMSNorm if adaptive_norm else RMSNorm
+        self.layers = nn.ModuleList(Block(config, norm) for _ in range(config.depth))
+        self.final_norm = norm(config.width)
+
+    def norms(self) -> list[nn.Module]:
+        """All norms in the order in which a token meets them; the final one last: 2·depth + 1."""
+        inside = [norm for layer in self.layers for norm in (layer.pre_attention_norm, layer.pre_ffw_norm)]
+        return [*inside, self.final_norm]
+
+    def modulations(self, cond: Float[Tensor, "B d"]) -> list[Modulation]:
+        """Scale, shift and gate of every AdaRMSNorm for a condition, in the order of `norms`."""
+        return [norm.modulation(cond) for norm in self.norms()]
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        rope: Rope,
+        mask: Bool[Tensor, "B #T S"] | None,
+        *,
+        past: Sequence[KeyValue] | None = None,
+        modulations: Sequence[Modulation] | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], list[KeyValue]]:
+        """Run the stack.
+
+        Args:
+            x: embedded tokens.
+            rope: `rope_table` of their positions.
+            mask: True where a query may attend to a key of `past` or of x; None: everywhere.
+            past: per layer, keys and values that stand in front of x's own.
+            modulations: `self.modulations` of the condition, for a stack with AdaRMSNorm.
+
+        Returns:
+            The output behind the final norm, and per layer x's keys and values.
+        """
+        per_norm: Sequence[Modulation | None] = modulations or [None] * (2 * len(self.layers) + 1)
+        key_values = []
+        for i, layer in enumerate(self.layers):
+            x, key_value = layer(x, rope, mask, past[i] if past else None, (per_norm[2 * i], per_norm[2 * i + 1]))
+            key_values.append(key_value)
+        # The final norm's gate has no residual to act on.
+        return self.final_norm(x, per_norm[-1])[0], key_values
+
+    def keys_and_values(
+        self, x: Float[Tensor, "B S D"], rope: Rope, mask: Bool[Tensor, "B #S S"] | None
+    ) -> list[KeyValue]:
+        """Per layer, the keys and values of x: `forward` without what nobody reads behind the last ones."""
+        key_values = []
+        *front, last = self.layers
+        for layer in front:
+            x, key_value = layer(x, rope, mask, None, (None, None))
+            key_values.append(key_value)
+        y, _ = last.pre_attention_norm(x, None)
+        return [*key_values, last.attention.key_value(y, rope)]
+
+    def init_weights(self, generator: torch.Generator | None) -> None:
+        """As the original: norms and adaptive norms 0, every matrix lecun-normal over its fan-in."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm | AdaRMSNorm):
+                module.init_weights()
+            elif isinstance(module, Attention):
+                lecun_normal_(module.qkv.weight, generator)
+                lecun_normal_(module.out.weight, generator)
+            elif isinstance(module, FeedForward):
+                lecun_normal_(module.gate_up.weight, generator)
+                lecun_normal_(module.down.weight, generator)

@@ -1,0 +1,61 @@
+"""What SigLIP and Gemma share: a linear layer that states its precision, and attention."""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in its input's dtype, whatever dtype its weights are stored in.
+
+    With float32 weights and bfloat16 activations this is mixed-precision training, said at the place where it happens.
+    """
+
+    def reset_parameters(self) -> None:
+        """Nothing: `Pi0.init_weights` or a checkpoint fills the weights."""
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """x·Wᵀ + b in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def attend(
+    q: Float[Tensor, "B T Q K"],
+    k: Float[Tensor, "B S G K"],
+    v: Float[Tensor, "B S G K"],
+    mask: Bool[Tensor, "B #T S"] | None,
+) -> Float[Tensor, "B T heads"]:
+    """Grouped-query attention with scale K^-0.5 and softmax in float32.
+
+    The Q/G query heads that share one key/value head are laid behind each other as rows of one longer query, so that
+    keys and values are read once and never copied per head.
+
+    Args:
+        mask: True where a query may attend to a key; one row for all queries, or one per query; None: everywhere.
+    """
+    batch, num_queries, num_heads, head_dim = q.shape
+    groups = k.shape[2]
+    per_group = num_heads // groups
+    q = q.reshape(batch, num_queries, groups, per_group, head_dim).permute(0, 2, 3, 1, 4)  # [B, G, Q/G, T, K]
+    q = q.reshape(batch, groups, per_group * num_queries, head_dim)
+    if mask is not None:
+        if mask.shape[1] != 1:
+            mask = mask.repeat(1, per_group, 1)  # [B, Q/G·T, S]
+        mask = mask[:, None]
+    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    out = out.reshape(batch, groups, per_group, num_queries, head_dim).permute(0, 3, 1, 2, 4)  # [B, T, G, Q/G, K]
+    return out.reshape(batch, num_queries, num_heads * head_dim)
+
+
+def float32_layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
+    """LayerNorm computed in float32, returned in x's dtype."""
+    return F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps).to(x.dtype)
+
+
+def lecun_normal_(weight: Tensor, generator: torch.Generator | None) -> None:
+    """Fill a linear weight [out, in] as flax's lecun_normal: normal cut at two deviations, variance 1/in."""
+    # A standard normal cut at ±2 has this deviation; dividing by it gives the variance that was asked for.
+    std = weight.shape[1] ** -0.5 / 0.87962566103423978
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)

@@ -1,0 +1,35 @@
+"""Which token may attend to which, and at which position each stands."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def make_attn_mask(
+    input_mask: Bool[Tensor, "B S"], ar_mask: Bool[Tensor, " S"], num_queries: int | None = None
+) -> Bool[Tensor, "B R S"]:
+    """The block-causal mask: a token attends to its own group and to all groups before it.
+
+    `ar_mask` is True where a new group begins, so the running sum numbers the groups: all False is fully bidirectional,
+    all True is causal, [False, False, True, False] lets the first two see each other, and the last two see all four.
+    Padding neither attends nor is attended to.
+
+    Args:
+        input_mask: True at real tokens.
+        ar_mask: True where a token is not seen by those before it.
+        num_queries: how many rows, the last ones; by default all S.
+
+    Returns:
+        True where the query (row) may attend to the key (column).
+
+    Source: big_vision's PaliGemma, `make_attn_mask`.
+    """
+    first = 0 if num_queries is None else input_mask.shape[1] - num_queries
+    group = torch.cumsum(ar_mask, dim=0)  # [S]
+    in_order = group[None, :] <= group[first:, None]  # [R, S]
+    return in_order & input_mask[:, None, :] & input_mask[:, first:, None]
+
+
+def token_positions(input_mask: Bool[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+    """Positions count real tokens only, so that padding moves nothing. (Padding in front of all tokens gets −1.)"""
+    return torch.cumsum(input_mask, dim=1) - 1
