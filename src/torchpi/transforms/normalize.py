@@ -1,0 +1,214 @@
+"""Normalization of state and actions by a data set's statistics, and its inverse."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+KINDS = ("z_score", "quantile")
+EPS_RULES = ("openpi",)
+
+_EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormStats:
+    """Statistics of one quantity (state or actions), one value per dimension, float64.
+
+    Raises:
+        ValueError: not one-dimensional, of unequal lengths, NaN or infinite, a negative deviation, q99 below q01, or
+            one quantile without the other.
+    """
+
+    mean: np.ndarray
+    std: np.ndarray
+    """The standard deviation."""
+    q01: np.ndarray | None = None
+    """The 1 % quantile."""
+    q99: np.ndarray | None = None
+    """The 99 % quantile."""
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std", "q01", "q99"):
+            value = getattr(self, name)
+            if value is None and name.startswith("q"):
+                continue
+            object.__setattr__(self, name, _statistic(name, value))
+        if (self.q01 is None) != (self.q99 is None):
+            raise ValueError("Statistics have only one of q01 and q99; give both or none.")
+        lengths = {
+            f.name: len(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) is not None
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"Statistics have unequal lengths {lengths}; expected one value per dimension in each.")
+        _require_none("std is negative", self.std < 0)
+        if self.q01 is not None and self.q99 is not None:
+            _require_none("q99 is less than q01", self.q99 < self.q01)
+
+    @property
+    def dim(self) -> int:
+        """The number of dimensions."""
+        return len(self.mean)
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalization:
+    """How a quantity is normalized.
+
+    Raises:
+        ValueError: an unknown kind or eps rule.
+    """
+
+    kind: str  # "z_score": (x - mean) / std; "quantile": q01 becomes -1 and q99 becomes 1
+    eps_rule: str = "openpi"  # "openpi": 1e-6 is added to std or q99 - q01, in both directions
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"Unknown normalization kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
+        if self.eps_rule not in EPS_RULES:
+            raise ValueError(f"Unknown eps rule {self.eps_rule!r} of a normalization; expected {', '.join(EPS_RULES)}.")
+
+
+def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
+    """Normalizes the last axis; float64, because the statistics are. Longer statistics are cut.
+
+    Args:
+        x: [..., d], in robot or model units.
+        what: the quantity's name, for the messages.
+
+    Raises:
+        ValueError: the statistics are shorter than d, or have no quantiles and the rule asks for them.
+    """
+    d = x.shape[-1]
+    if stats.dim < d:
+        raise ValueError(
+            f"Cannot normalize {what}: it has {d} dimensions, but its statistics only {stats.dim}. "
+            "Send what they were computed from, or load the statistics of this robot (norm_stats=, asset_id=)."
+        )
+    if rule.kind == "z_score":
+        return (x - stats.mean[:d]) / (stats.std[:d] + _EPS)
+    q01, q99 = _quantiles(stats, what)
+    return (x - q01[:d]) / (q99[:d] - q01[:d] + _EPS) * 2.0 - 1.0
+
+
+def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
+    """The inverse of `normalize`.
+
+    Dimensions beyond the statistics (padding) are defined as in openpi: unchanged for quantiles, mean 0 and std 1 for
+    the z-score.
+
+    Raises:
+        ValueError: no quantiles, and the rule asks for them.
+    """
+    d, known = x.shape[-1], min(x.shape[-1], stats.dim)
+    if rule.kind == "z_score":
+        mean, std = np.zeros(d), np.ones(d)
+        mean[:known], std[:known] = stats.mean[:known], stats.std[:known]
+        return x * (std + _EPS) + mean
+    q01, q99 = _quantiles(stats, what)
+    out = x.astype(np.float64)
+    out[..., :known] = (x[..., :known] + 1.0) / 2.0 * (q99[:known] - q01[:known] + _EPS) + q01[:known]
+    return out
+
+
+def degenerate_dims(stats: NormStats, rule: Normalization, *, what: str = "x") -> list[int]:
+    """The dimensions that never vary in the statistics (std 0, or q01 = q99): there, only the eps divides."""
+    if rule.kind == "z_score":
+        return np.flatnonzero(stats.std == 0).tolist()
+    q01, q99 = _quantiles(stats, what)
+    return np.flatnonzero(q01 == q99).tolist()
+
+
+def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
+    """Reads openpi's `norm_stats.json`: {"norm_stats": {"state": {"mean": [...], "std": [...], "q01": ..., "q99":
+    ...}}}.
+
+    Args:
+        path: the file, or a folder that has a norm_stats.json.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't JSON of this layout, or `NormStats` rejects its values; the message names file and key.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "norm_stats.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"No normalization statistics at {file}; expected a file or folder with norm_stats.json."
+        )
+    try:
+        content = json.loads(file.read_bytes())
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{file} is not JSON: {error}. Expected openpi's norm_stats.json.") from error
+    if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
+        raise ValueError(f'{file} has no object "norm_stats"; expected {{"norm_stats": {{"state": …, "actions": …}}}}.')
+    stats = {}
+    for key, values in content["norm_stats"].items():
+        if not isinstance(values, dict) or values.get("mean") is None or values.get("std") is None:
+            found = sorted(values) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f'{file}: "{key}" has {found}; expected an object with mean and std (and q01 and q99).')
+        try:
+            given = {name: values[name] for name in ("mean", "std", "q01", "q99") if values.get(name) is not None}
+            stats[key] = NormStats(**{name: _statistic(name, value) for name, value in given.items()})
+        except ValueError as error:
+            raise ValueError(f'{file}: "{key}": {error}') from error
+    return stats
+
+
+def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
+    """Writes openpi's `norm_stats.json`; every float64 is read back as it was.
+
+    Args:
+        path: the file, or an existing folder to put norm_stats.json into.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / "norm_stats.json"
+    content = {
+        key: {name: None if value is None else value.tolist() for name, value in vars(entry).items()}
+        for key, entry in stats.items()
+    }
+    file.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+
+
+def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:
+    """Raises a ValueError that names the dimensions of the last axis in which there is a NaN or an infinity."""
+    bad = np.flatnonzero(~np.isfinite(x).reshape(-1, x.shape[-1]).all(axis=0))
+    if bad.size:
+        dims = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad.tolist())
+        raise ValueError(
+            f"NaN or infinity in {what}, dimension {dims}; expected finite numbers. Check where it comes from."
+        )
+
+
+def _statistic(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.array(value, dtype=np.float64)  # a copy: nobody changes it from outside
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Statistics: {name} is not a list of numbers: {error}") from error
+    if array.ndim != 1 or array.size == 0:
+        raise ValueError(f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d].")
+    _require_none(f"{name} is NaN or infinite", ~np.isfinite(array))
+    array.flags.writeable = False
+    return array
+
+
+def _require_none(what: str, bad: np.ndarray) -> None:
+    if bad.any():
+        raise ValueError(
+            f"Statistics: {what} in dimension {np.flatnonzero(bad).tolist()}. Compute them again from the data."
+        )
+
+
+def _quantiles(stats: NormStats, what: str) -> tuple[np.ndarray, np.ndarray]:
+    if stats.q01 is None or stats.q99 is None:
+        raise ValueError(
+            f"Cannot normalize {what} by quantiles: its statistics have no q01 and q99. "
+            "Compute the statistics again, or choose normalization='z_score' if the policy was trained with it."
+        )
+    return stats.q01, stats.q99

@@ -1,0 +1,144 @@
+"""One sample of the model's own robot space, to the model's inputs and back: normalize, tokenize, resize, pad."""
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+
+from torchpi.transforms.actions import pad_to_dim, unpad
+from torchpi.transforms.images import resize_with_pad
+from torchpi.transforms.normalize import (
+    Normalization,
+    NormStats,
+    degenerate_dims,
+    normalize,
+    require_finite,
+    unnormalize,
+)
+from torchpi.transforms.prompt import TRUNCATIONS, Tokenizer, tokenize_prompt
+
+QUANTITIES = ("state", "actions")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Transforms:
+    """What lies between an embodiment and the model, in both directions; holds no state of the robot.
+
+    Raises:
+        KeyError: statistics or normalization lack "state" or "actions".
+        ValueError: a rule asks for quantiles and the statistics have none; an unknown truncation.
+
+    Warns, once per object: about dimensions in use whose statistics don't vary, and when it first shortens a prompt.
+    """
+
+    norm_stats: Mapping[str, NormStats]
+    """Statistics of "state" and "actions"; further keys are not read."""
+    normalization: Mapping[str, Normalization]
+    """The rule for "state" and for "actions"."""
+    tokenizer: Tokenizer
+    """The one that the model was trained with."""
+    discrete_state_input: bool
+    """The prompt contains the state as text (π₀.₅'s format), or does not (π₀'s)."""
+    max_token_len: int | None
+    """L; None: the prompt is neither padded nor cut."""
+    action_dim: int
+    """A: the width to which state and actions are padded."""
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of the model's images in pixels."""
+    truncation: str = "instruction"
+    """What happens to a prompt that is too long, see `tokenize_prompt`."""
+    _degenerate: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"Unknown truncation {self.truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+        for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
+            if missing := [key for key in QUANTITIES if key not in given]:
+                raise KeyError(
+                    f"Normalization: no {name} for {' and '.join(missing)}; "
+                    f"found {sorted(given)}, expected state and actions."
+                )
+        for key in QUANTITIES:
+            self._degenerate[key] = degenerate_dims(self.norm_stats[key], self.normalization[key], what=key)
+
+    def forward(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """One sample, as `Embodiment.to_model` gives it, to the model's inputs, without a batch axis.
+
+        Args:
+            sample: "image" {camera: uint8 [h, w, 3]}, "image_mask" {camera: bool}, "state" [s], "prompt" str and, in
+                training, "actions" [H, a].
+
+        Returns:
+            "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" float64 [action_dim],
+            "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" float64 [H, action_dim] if given.
+            Cameras keep their order; an absent one is black.
+
+        Raises:
+            ValueError: NaN or infinity in state or actions; one of them wider than its statistics or than action_dim;
+                what `tokenize_prompt` and `resize_with_pad` raise.
+        """
+        state = self._normalize(sample["state"], "state")
+        # Before padding and casting: the text describes the state as the robot sent it.
+        tokens, mask = tokenize_prompt(
+            self.tokenizer,
+            sample["prompt"],
+            state,
+            discrete_state_input=self.discrete_state_input,
+            max_token_len=self.max_token_len,
+            truncation=self.truncation,
+            warn=lambda message: self._warn_once("prompt", f"{message} Further prompts may be too long as well."),
+        )
+        black = np.zeros((*self.image_size, 3), np.uint8)
+        out: dict[str, Any] = {
+            "image": {
+                name: resize_with_pad(image, *self.image_size) if sample["image_mask"][name] else black
+                for name, image in sample["image"].items()
+            },
+            "image_mask": {name: np.bool_(present) for name, present in sample["image_mask"].items()},
+            "state": pad_to_dim(state, self.action_dim),
+            "tokenized_prompt": tokens,
+            "tokenized_prompt_mask": mask,
+        }
+        if "actions" in sample:
+            out["actions"] = pad_to_dim(self._normalize(sample["actions"], "actions"), self.action_dim)
+        return out
+
+    def inverse(self, actions: np.ndarray, *, action_size: int) -> Float64[np.ndarray, "H {action_size}"]:
+        """The model's action chunk [H, action_dim] in the units of the embodiment's model space, the padding removed.
+
+        Raises:
+            ValueError: NaN or infinity in what the model returned; action_size is wider than the chunk.
+        """
+        require_finite(actions, "the model's action chunk")
+        chunk = unnormalize(actions, self.norm_stats["actions"], self.normalization["actions"], what="actions")
+        self._warn_of_degenerate("actions", action_size)
+        return unpad(chunk, action_size)
+
+    def _normalize(self, value: Any, key: str) -> np.ndarray:
+        x = np.asarray(value)
+        require_finite(x, key)
+        if x.shape[-1] > self.action_dim:
+            raise ValueError(
+                f"The {key} has {x.shape[-1]} dimensions, but the model's action_dim is {self.action_dim}. "
+                "Use a policy whose action_dim is large enough, or the embodiment that it was trained with."
+            )
+        self._warn_of_degenerate(key, x.shape[-1])
+        return normalize(x, self.norm_stats[key], self.normalization[key], what=key)
+
+    def _warn_of_degenerate(self, key: str, dim: int) -> None:
+        # Only dimensions in use: published statistics are as wide as the model, and nothing varies in their padding.
+        if dims := [i for i in self._degenerate[key] if i < dim]:
+            self._warn_once(
+                key,
+                f"The statistics of {key} don't vary in dimension {', '.join(map(str, dims))}: whatever differs from "
+                "them there is divided by 1e-6. Check whether they belong to this robot.",
+            )
+
+    def _warn_once(self, topic: str, message: str) -> None:
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, UserWarning, stacklevel=4)

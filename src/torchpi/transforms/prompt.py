@@ -1,0 +1,268 @@
+"""The instruction, and for most π₀.₅ policies the state, as token ids.
+
+π₀'s prompt is the text, then a separately tokenized newline. π₀.₅'s prompt has the state in it, as 256-bin integers.
+Which of the two a policy uses follows its `discrete_state_input`, not its variant.
+"""
+
+import bisect
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Bool, Int, Int64
+
+from torchpi.transforms.normalize import require_finite
+
+TRUNCATIONS = ("instruction", "original")
+
+_BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
+
+
+def as_text(prompt: Any) -> str:
+    """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files.
+
+    Raises:
+        ValueError: anything else.
+    """
+    value = prompt
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The prompt's bytes are not UTF-8: {error}.") from error
+    if not isinstance(value, str):
+        raise ValueError(
+            f"The prompt is a {type(prompt).__name__}; expected a str (or UTF-8 bytes, or a 0-d array of one)."
+        )
+    return str(value)
+
+
+def clean_text(text: str) -> str:
+    """Strips white space around the text; `_` and newlines inside become spaces."""
+    return text.strip().replace("_", " ").replace("\n", " ")
+
+
+def digitize_state(state: np.ndarray) -> Int[np.ndarray, " s"]:
+    """The bins of a normalized state: 0 to 255 from -1 to 1, and -1 for everything below -1.
+
+    Give it the state as the robot sent it, normalized, neither padded nor cast: float32 moves values across bin edges.
+
+    Raises:
+        ValueError: not [s], or NaN or infinity in it.
+    """
+    if state.ndim != 1:
+        raise ValueError(f"Cannot digitize a state of shape {list(state.shape)}; expected one sample, [s].")
+    require_finite(state, "the normalized state")
+    return np.digitize(state, _BIN_EDGES) - 1
+
+
+def pi05_prompt_text(text: str, state: np.ndarray) -> str:
+    """π₀.₅'s prompt, as openpi writes it, from a raw instruction and a normalized state [s]."""
+    return f"Task: {clean_text(text)}{_state_ending(state)}"
+
+
+def _state_ending(state: np.ndarray) -> str:
+    return f", State: {' '.join(map(str, digitize_state(state)))};\nAction: "
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What a policy needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids; all ids are below."""
+        ...
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        """The ids of a text, after the beginning-of-sequence id if asked for; never an end-of-sequence id."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model (`tokenizer.model`), such as PaliGemma's.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't a SentencePiece model, or has no beginning-of-sequence token.
+    """
+
+    def __init__(self, path: str | Path):
+        import sentencepiece
+
+        model = _read(path)
+        try:
+            if not model:
+                raise RuntimeError("it is empty")
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} is not a SentencePiece model, or is damaged: {error}. Get the file again."
+            ) from error
+        if self._processor.bos_id() < 0:
+            raise ValueError(
+                f"The SentencePiece model {path} has no beginning-of-sequence token; π₀'s prompts begin with it."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of pieces."""
+        return int(self._processor.vocab_size())
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        """The ids of a text."""
+        return list(self._processor.encode(text, add_bos=add_bos))
+
+
+class HFTokenizer:
+    """A `tokenizer.json` of the `tokenizers` library.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it isn't such a file, or has no beginning-of-sequence token "<bos>" (or "<s>").
+    """
+
+    def __init__(self, path: str | Path):
+        import tokenizers
+
+        content = _read(path)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} is not a tokenizer.json, or is damaged: {error}. Get the file again.") from error
+        # A file may carry settings of its last use; lengths are tokenize_prompt's business.
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        ids = [self._tokenizer.token_to_id(token) for token in ("<bos>", "<s>")]
+        bos = next((i for i in ids if i is not None), None)
+        if bos is None:
+            raise ValueError(f"{path} has no beginning-of-sequence token <bos> (or <s>); π₀'s prompts begin with it.")
+        self._bos: int = bos
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids, added tokens included."""
+        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, add_bos: bool) -> list[int]:
+        """The ids of a text."""
+        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return [self._bos, *ids] if add_bos else ids
+
+
+def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
+    """Loads a tokenizer by what is in the file, not by its name.
+
+    Args:
+        path: a SentencePiece model, a tokenizer.json, or a folder with one of them (both: the SentencePiece model).
+
+    Raises:
+        FileNotFoundError: no such file, or none in the folder.
+        ValueError: the file is neither, or is damaged.
+    """
+    file = Path(path)
+    if file.is_dir():
+        found = [file / "tokenizer.model", *sorted(file.glob("*.model")), file / "tokenizer.json"]
+        file = next((candidate for candidate in found if candidate.is_file()), file)
+        if file.is_dir():
+            raise FileNotFoundError(f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there.")
+    return HFTokenizer(file) if _read(file).lstrip().startswith(b"{") else SentencePieceTokenizer(file)
+
+
+def _read(path: str | Path) -> bytes:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No tokenizer file at {path}.")
+    return Path(path).read_bytes()
+
+
+def tokenize_prompt(
+    tokenizer: Tokenizer,
+    prompt: Any,
+    state: np.ndarray | None,
+    *,
+    discrete_state_input: bool,
+    max_token_len: int | None,
+    truncation: str = "instruction",
+    warn: Callable[[str], None] | None = None,
+) -> tuple[Int64[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
+    """Token ids and their mask, zeros and False behind the prompt.
+
+    Args:
+        tokenizer: its ids are what the model was trained with.
+        prompt: the instruction, see `as_text`; it is cleaned here.
+        state: [s], normalized, not padded, in its own dtype; read only with discrete_state_input.
+        discrete_state_input: π₀.₅'s prompt with the state as text; otherwise π₀'s.
+        max_token_len: L; None: the prompt's own length, neither padded nor cut.
+        truncation: what happens to a prompt that is too long. "instruction": the instruction loses words at its end
+            (the last one letters) until state and ending fit behind it. "original": the tokens are cut at
+            max_token_len as openpi does, which takes the state's end and "Action: " away from the model.
+        warn: is told when something was cut; None: a UserWarning.
+
+    Raises:
+        ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
+    """
+    if truncation not in TRUNCATIONS:
+        raise ValueError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+    text = clean_text(as_text(prompt))
+    if discrete_state_input:
+        if state is None:
+            raise ValueError("This policy's prompt contains the state (discrete_state_input), but there is no state.")
+        ending = _state_ending(state)
+
+        def encode(instruction: str) -> list[int]:
+            return tokenizer.encode(f"Task: {instruction}{ending}", add_bos=True)
+    else:
+
+        def encode(instruction: str) -> list[int]:
+            return tokenizer.encode(instruction, add_bos=True) + tokenizer.encode("\n", add_bos=False)
+
+    ids = encode(text)
+    if max_token_len is None:
+        return np.array(ids, np.int64), np.ones(len(ids), bool)
+    if len(ids) > max_token_len:
+        needed = len(ids)
+        if truncation == "original":
+            ids, kept = ids[:max_token_len], "its end is cut, with it the state or the ending"
+        else:
+            ids, shortened = _shorten(text, encode, max_token_len)
+            kept = f"the instruction is shortened to {shortened!r}"
+        shown = text if len(text) <= 200 else f"{text[:200]}…"
+        message = f"A prompt has {needed} tokens, but max_token_len is {max_token_len}: {kept}. It began as {shown!r}."
+        (warn or _warn)(message)
+    tokens, mask = np.zeros(max_token_len, np.int64), np.zeros(max_token_len, bool)
+    tokens[: len(ids)], mask[: len(ids)] = ids, True
+    return tokens, mask
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
+    """The longest beginning of the text that fits, in whole words if at least one does, and its ids."""
+    if (least := len(encode(""))) > max_token_len:
+        raise ValueError(
+            f"max_token_len {max_token_len} is too small: without any instruction the prompt has {least} tokens. "
+            "Use the max_token_len that the policy was trained with."
+        )
+    ends = [match.end() for match in re.finditer(r"\S+", text)]
+    end = _longest([0, *ends], lambda e: len(encode(text[:e])) <= max_token_len)
+    if end == 0 and ends:
+        end = _longest(range(ends[0]), lambda e: len(encode(text[:e])) <= max_token_len)
+    return encode(text[:end]), text[:end]
+
+
+def _longest(ends: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The last entry that fits; the first one does.
+
+    Bisection, because a prompt may be of any length. A longer text can have a token less ("pu" against "put"), so it
+    also looks a few entries further.
+    """
+    i = bisect.bisect_right(ends, False, lo=1, key=lambda end: not fits(end)) - 1
+    ahead = [j for j in range(i + 1, min(i + 17, len(ends))) if fits(ends[j])]
+    return ends[max([i, *ahead])]

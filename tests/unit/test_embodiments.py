@@ -1,0 +1,393 @@
+"""Robots as data: what they take, refuse and give back."""
+
+import copy
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from torchpi.robots import (
+    EMBODIMENTS,
+    ActionDim,
+    Camera,
+    Embodiment,
+    StateKey,
+    aloha,
+    droid,
+    get_embodiment,
+    libero,
+)
+from torchpi.robots.aloha import gripper_command_to_angular, gripper_from_angular
+
+JOINTS = ["shoulder", "elbow", "wrist"]
+
+
+def my_arm(**fields) -> Embodiment:
+    """A user's own robot."""
+    return Embodiment.generic(
+        "my_arm",
+        cameras={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
+        state=[*JOINTS, "gripper"],
+        actions=[*JOINTS, "gripper"],
+        delta=JOINTS,
+        control_hz=30,
+        execute_steps=15,
+        **fields,
+    )
+
+
+def request(**changes) -> dict:
+    image = np.zeros((4, 6, 3), np.uint8)
+    return {"wrist": image + 1, "state": np.arange(4.0), "front": image, "prompt": "lift it"} | changes
+
+
+def without(observation: dict, key: str) -> dict:
+    return {k: v for k, v in observation.items() if k != key}
+
+
+# A robot of one's own
+
+
+def test_a_robot_of_ones_own():
+    sample = my_arm().to_model(request())
+    assert (
+        list(sample["image"]) == list(sample["image_mask"]) == ["base_0_rgb", "left_wrist_0_rgb"]
+    )  # not the dict's order
+    assert sample["image"]["left_wrist_0_rgb"][0, 0].tolist() == [1, 1, 1]
+    assert sample["prompt"] == "lift it"
+    assert sample["state"].tolist() == [0, 1, 2, 3]
+    actions = my_arm().from_model(np.ones((2, 4)), sample["state"])
+    assert actions.tolist() == [[1, 2, 3, 1]] * 2  # the gripper is absolute
+
+
+def test_the_request_is_not_changed():
+    observation = aloha().example_observation() | {"actions": np.ones((3, 14))}
+    before = copy.deepcopy(observation)
+    aloha().to_model(observation)
+    np.testing.assert_equal(observation, before)
+
+
+def test_flat_and_nested_requests_are_the_same():
+    nested = aloha().example_observation()
+    flat = {f"images.{name}": image for name, image in nested["images"].items()} | without(nested, "images")
+    np.testing.assert_equal(aloha().to_model(flat), aloha().to_model(nested))
+
+
+def test_the_states_dtype_is_kept():
+    for dtype in (np.float32, np.float64):
+        assert my_arm().to_model(request(state=np.ones(4, dtype)))["state"].dtype == dtype
+    assert my_arm().to_model(request(state=[0, 1, 2, 3]))["state"].dtype == np.float64
+
+
+@pytest.mark.parametrize("name", ["aloha", "droid", "libero", "pi0_aloha_sim", "pi0_libero"])
+@settings(deadline=None)
+@given(data=st.data())
+def test_actions_to_the_model_and_back(name, data):
+    robot = get_embodiment(name)
+    shape = st.tuples(st.integers(1, 3), st.just(robot.action_size))
+    actions = data.draw(hnp.arrays(np.float64, shape, elements=st.floats(-3, 3)))
+    state = data.draw(hnp.arrays(np.float64, len(robot.state_names), elements=st.floats(0, 1)))
+    observation: dict = {"prompt": "", "actions": actions}
+    at = 0
+    for part in robot.state:
+        observation[part.key] = state[at : (at := at + len(part.names))]
+    for camera in robot.read_cameras:
+        if camera.presence == "required":
+            observation[camera.key] = np.zeros((2, 3, 3) if camera.layout == "hwc" else (3, 2, 3), np.uint8)
+    sample = robot.to_model(observation)
+    np.testing.assert_allclose(robot.from_model(sample["actions"], sample["state"]), actions, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(hnp.arrays(np.float64, 3, elements=st.floats(-2, 2)))
+def test_aloha_gripper_commands(x):
+    np.testing.assert_allclose(gripper_from_angular(gripper_command_to_angular(x)), x, atol=1e-12)
+
+
+# Cameras
+
+
+def test_missing_required_camera():
+    with pytest.raises(KeyError, match=r"no image wrist \(camera left_wrist_0_rgb\).*'my_arm'.*front \(required\)"):
+        my_arm().to_model(without(request(), "wrist"))
+    with pytest.raises(KeyError, match="no image wrist"):
+        my_arm().to_model(request(wrist=None))
+
+
+def test_absent_optional_and_masked_cameras_are_black():
+    observation = aloha().example_observation()
+    del observation["images"]["cam_left_wrist"]
+    sample = aloha().to_model(observation)
+    assert sample["image_mask"] == {"base_0_rgb": True, "left_wrist_0_rgb": False, "right_wrist_0_rgb": True}
+    assert not sample["image"]["left_wrist_0_rgb"].any()
+    sample = droid().to_model(droid().example_observation())
+    assert list(sample["image_mask"].values()) == [True, True, False]
+    assert not sample["image"]["right_wrist_0_rgb"].any()
+
+
+def test_ignored_cameras():
+    observation = aloha().example_observation()
+    observation["images"]["cam_low"] = "not even an image"
+    assert list(aloha().to_model(observation)["image"]) == ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+
+
+def test_unknown_cameras():
+    with pytest.raises(KeyError, match=r"no camera top; its cameras are front \(required\), wrist \(required\)"):
+        my_arm().to_model(request(top=np.zeros((4, 6, 3), np.uint8)))
+    # Beside other cameras, whatever it is.
+    observation = aloha().example_observation()
+    observation["images"]["cam_hgih"] = [0]
+    with pytest.raises(KeyError, match=r"no camera images\.cam_hgih; its cameras are images\.cam_high \(required\)"):
+        aloha().to_model(observation)
+
+
+def test_unknown_keys_warn_once():
+    robot = my_arm()
+    with pytest.warns(UserWarning, match="doesn't read joint_torques of the observation; it knows") as caught:
+        _ = [robot.to_model(request(joint_torques=np.zeros(3))) for _ in range(3)]
+    assert len(caught) == 1
+
+
+def test_wrong_images_name_the_camera():
+    with pytest.raises(
+        ValueError, match=r"Camera 'left_wrist_0_rgb \(wrist\)' sent float32 \[4, 6, 3\]; expected uint8"
+    ):
+        my_arm().to_model(request(wrist=np.zeros((4, 6, 3), np.float32)))
+    with pytest.raises(ValueError, match=r"base_0_rgb \(images\.cam_high\).*\[3, height, width\].*layout 'hwc'"):
+        aloha().to_model({"images": {"cam_high": np.zeros((4, 6, 3), np.uint8)}, "state": np.zeros(14), "prompt": ""})
+
+
+def test_any_number_of_cameras():
+    one = Embodiment.generic("one", cameras={"eye": "eye"}, state=["x"], actions=["x"])
+    assert one.to_model(one.example_observation())["image_mask"] == {"eye": True}
+    names = [f"c{i}" for i in range(7)]
+    seven = Embodiment.generic("seven", cameras={n: f"cams.{n}" for n in names}, state=["x"], actions=["x"])
+    assert list(seven.to_model(seven.example_observation())["image"]) == names
+
+
+def test_an_observation_that_is_none():
+    with pytest.raises(ValueError, match="found a list"):
+        my_arm().to_model([request()])
+
+
+# State
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (np.zeros(3), r"State state has shape \[3\]; embodiment 'my_arm' expects 4 numbers: shoulder, elbow"),
+        (np.zeros((1, 4)), r"shape \[1, 4\]"),
+        (1.0, r"shape \[\]"),
+        (np.array([0, np.nan, 0, np.inf]), r"NaN or infinity in state state, dimension 1 \(elbow\), 3 \(gripper\)"),
+        (["a", "b", "c", "d"], "dtype <U1; expected numbers"),
+        ([[0], [1, 2]], "Cannot read state state"),
+    ],
+)
+def test_refused_states(state, message):
+    with pytest.raises(ValueError, match=message):
+        my_arm().to_model(request(state=state))
+
+
+def test_missing_state():
+    with pytest.raises(KeyError, match=r"no state state.*found wrist, front, prompt"):
+        my_arm().to_model(without(request(), "state"))
+
+
+def test_state_of_several_parts():
+    observation = droid().example_observation()
+    observation |= {"observation/joint_position": np.arange(7.0), "observation/gripper_position": 0.5}
+    assert droid().to_model(observation)["state"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0.5]
+    observation["observation/gripper_position"] = np.zeros(2)
+    with pytest.raises(ValueError, match=r"observation/gripper_position has shape \[2\].*expects 1 numbers: gripper"):
+        droid().to_model(observation)
+
+
+def test_a_state_that_may_be_shorter():
+    observation = libero().example_observation()
+    assert list(libero().state_dims) == [7, 8]
+    for n in (7, 8):
+        observation["observation/state"] = np.zeros(n)
+        assert libero().to_model(observation, state_dim=n)["state"].shape == (n,)
+        with pytest.raises(ValueError, match=f"state has {n} dimensions .*this policy expects {15 - n}"):
+            libero().to_model(observation, state_dim=15 - n)
+    observation["observation/state"] = np.zeros(6)
+    with pytest.raises(ValueError, match="expects 7 or 8 numbers"):
+        libero().to_model(observation)
+
+
+# Prompt and actions
+
+
+def test_prompts():
+    silent = without(request(), "prompt")
+    assert my_arm(default_prompt="wait").to_model(silent)["prompt"] == "wait"
+    assert my_arm(default_prompt="wait").to_model(silent, default_prompt="go")["prompt"] == "go"
+    assert my_arm(default_prompt="wait").to_model(request())["prompt"] == "lift it"
+    assert my_arm().to_model(request(prompt=np.array(b"bytes")))["prompt"] == "bytes"
+    assert my_arm(default_prompt="wait").to_model(request(prompt=""))["prompt"] == ""
+    with pytest.raises(ValueError, match=r"no prompt.*'my_arm'.*default_prompt="):
+        my_arm().to_model(silent)
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (np.zeros((2, 3)), r"shape \[2, 3\].*expects \[H, 4\]: shoulder"),
+        (np.zeros(4), r"shape \[4\]"),
+        (np.full((2, 4), np.nan), r"NaN or infinity in actions, dimension 0 \(shoulder\)"),
+    ],
+)
+def test_refused_actions(actions, message):
+    with pytest.raises(ValueError, match=message):
+        my_arm().to_model(request(actions=actions))
+
+
+def test_refused_chunks():
+    with pytest.raises(ValueError, match=r"expects \[H, 4\]"):
+        my_arm().from_model(np.zeros((2, 32)), np.zeros(4))
+
+
+# Presets, and robots as JSON
+
+
+@pytest.mark.parametrize("name", EMBODIMENTS)
+def test_presets(name):
+    robot = get_embodiment(name)
+    assert robot.name == name
+    assert get_embodiment(robot) is robot
+    sample = robot.to_model(robot.example_observation())
+    assert list(sample["image"]) == ["base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb"]
+    np.testing.assert_equal(sample, robot.to_model(robot.example_observation()))
+    assert len(sample["state"]) == len(robot.state_names)
+
+
+def test_what_the_published_policies_say():
+    described = {
+        name: (
+            robot.hook,
+            sum(robot.action_mask),
+            robot.default_prompt,
+            robot.asset_id,
+            robot.metadata,
+            robot.control_hz,
+        )
+        for name in EMBODIMENTS
+        if (robot := get_embodiment(name)).name not in ("aloha", "droid", "libero")
+    }
+    reset = {"reset_pose": [0, -1.5, 1.5, 0, 0, 0]}
+    asset = "physical-intelligence/libero"
+    prompts = ["fold the towel", "open the tupperware and put the food on the plate", "uncap the pen"]
+    assert described == {
+        "pi0_aloha_towel": ("aloha_pi", 12, prompts[0], "trossen", reset, 50),
+        "pi0_aloha_tupperware": ("aloha_pi", 12, prompts[1], "trossen", reset, 50),
+        "pi0_aloha_pen_uncap": ("aloha_pi", 12, prompts[2], "trossen", reset, 50),
+        "pi0_aloha_sim": ("aloha_pi", 0, "Transfer cube", None, {}, 50),
+        "pi0_droid": (None, 0, None, "droid", {}, 15),
+        "pi05_droid": (None, 0, None, "droid", {}, 15),
+        "pi0_libero": (None, 6, None, asset, {}, 10),
+        "pi05_libero": (None, 0, None, asset, {}, 10),
+    }
+
+
+@pytest.mark.parametrize("robot", [*(make() for make in EMBODIMENTS.values()), my_arm(metadata={"a": [1, None]})])
+def test_json_round_trip(robot, tmp_path):
+    file = tmp_path / "robot.json"
+    file.write_text(json.dumps(robot.to_dict()))
+    assert get_embodiment(file) == robot
+    assert get_embodiment(str(file)) == robot
+    assert hash(get_embodiment(file)) == hash(robot)
+
+
+def test_warnings_given_are_no_part_of_the_robot():
+    robot = my_arm()
+    with pytest.warns(UserWarning, match="extra"):
+        robot.to_model(request(extra=1))
+    assert robot == my_arm()
+    assert Embodiment.from_dict(robot.to_dict()) == robot
+
+
+def changed(path: list, value) -> dict:
+    data = my_arm().to_dict()
+    place = data
+    for step in path[:-1]:
+        place = place[step]
+    if value is None:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([], "embodiment is a list"),
+        (changed(["colour"], "red"), r"embodiment has unknown fields \['colour'\]"),
+        (changed(["actions"], None), r"embodiment lacks the fields \['actions'\]"),
+        (changed(["name"], 3), r"embodiment\.name is 3; expected str"),
+        (changed(["control_hz"], "fast"), r"embodiment\.control_hz is 'fast'; expected float or int or null"),
+        (changed(["control_hz"], -1), "control_hz is -1; expected a positive"),
+        (changed(["metadata"], [1]), r"embodiment\.metadata is \[1\]; expected an object"),
+        (changed(["cameras"], "front"), r"embodiment\.cameras is 'front'; expected a list"),
+        (changed(["cameras", 1, "presence"], "maybe"), "'left_wrist_0_rgb': presence is 'maybe'.*required, optional"),
+        (changed(["cameras", 1, "fps"], 30), r"embodiment\.cameras\[1\] has unknown fields \['fps'\]"),
+        (changed(["cameras", 0], "front"), r"embodiment\.cameras\[0\] is a str"),
+        (changed(["state", 0, "names"], [1, 2]), r"embodiment\.state\[0\]\.names is \[1, 2\]; expected a list of str"),
+        (changed(["actions", 2, "kind"], "relative"), "Action 'wrist': kind is 'relative'.*absolute, delta"),
+        (changed(["hook"], "nobody"), r"no hook 'nobody'; known are \['aloha_pi'\]"),
+    ],
+)
+def test_refused_json(data, message, tmp_path):
+    file = tmp_path / "robot.json"
+    file.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match=message) as error:
+        get_embodiment(file)
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Camera("a", None), "exactly a masked camera has no key"),
+        (lambda: Camera("a", "b", "masked"), "exactly a masked camera has no key"),
+        (lambda: Camera(None, "b"), "only an ignored camera has none"),
+        (lambda: Camera("a", "b", layout="bgr"), "layout is 'bgr'"),
+        (lambda: Camera("a", "b", dtype="float16"), "dtype is 'float16'"),
+        (lambda: StateKey("s", ()), "no names"),
+        (lambda: StateKey("s", ("a",), units=("m", "m")), "1 names and 2 units"),
+        (lambda: StateKey("s", ("a",), min_dim=2), "min_dim 2; expected 1 to 1"),
+        (lambda: my_arm(metadata={"x": {1}}).to_dict(), "metadata can't be written as JSON"),
+        (lambda: dataclasses.replace(my_arm(), cameras=()), "at least one camera"),
+        (
+            lambda: dataclasses.replace(my_arm(), cameras=(Camera("a", "x"), Camera("a", "y"))),
+            "camera name a occurs more",
+        ),
+        (lambda: dataclasses.replace(my_arm(), cameras=(Camera("a", "state"),)), "key state occurs more"),
+        (lambda: dataclasses.replace(my_arm(), state=(StateKey("s", ("a",)),)), "elbow, wrist are deltas.* only 1 dim"),
+        (
+            lambda: dataclasses.replace(droid(), state=(StateKey("s", ("a", "b"), 1), StateKey("t", ("c",)))),
+            "only the last state may be shorter",
+        ),
+        (
+            lambda: Embodiment.generic("g", cameras={"a": "b"}, state=["x"], actions=["x"], delta=["y"]),
+            r"delta names \['y'\]",
+        ),
+        (lambda: get_embodiment(3), "found a int"),
+        (lambda: ActionDim("a", kind="velocity"), "kind is 'velocity'"),
+    ],
+)
+def test_refused_robots(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_unknown_names(tmp_path):
+    with pytest.raises(KeyError, match="Unknown embodiment 'alhoa'; known are aloha, droid, libero, pi0_aloha_towel"):
+        get_embodiment("alhoa")
+    with pytest.raises(FileNotFoundError, match=r"robot\.json"):
+        get_embodiment(tmp_path / "robot.json")
