@@ -11,11 +11,16 @@ import json  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from typing import Any  # noqa: E402
 
+import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import torchpi  # noqa: E402
+
+# The same examples in every run, however slow the machine.
+hypothesis.settings.register_profile("torchpi", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("torchpi")
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -17,9 +17,10 @@ _FOLLOWS_VARIANT: Any = "follows pi05"
 def _require_positive(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.type in (int, int | None) and value is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{type(config).__name__}.{field.name} must be a positive integer, got {value!r}")
+        if field.type not in (int, int | None) or value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ValueError(f"{type(config).__name__}.{field.name} must be a positive integer, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +175,7 @@ class Pi0Config:
         if value is None:
             raise ValueError(
                 f"the model's {field} is not set: this checkpoint does not say it, and this call needs it. Load it "
-                f"with config=: a Pi0Config, a JSON file such as {{\"{field}\": …}}, or the name of a preset "
+                f'with config=: a Pi0Config, a JSON file such as {{"{field}": …}}, or the name of a preset '
                 f"({', '.join(PRESETS)})"
             )
         return value
@@ -199,7 +200,7 @@ class Pi0Config:
         """Build a config from (part of) the schema of `to_dict`.
 
         Args:
-            values: the JSON object. Each of paligemma, action_expert and siglip may be partial too, or a variant's name.
+            values: the JSON object. paligemma, action_expert and siglip may be partial too, or a variant's name.
             base: where absent fields come from; without it, this class's defaults.
 
         Raises:

@@ -1,9 +1,9 @@
 """Our own format: a policy is a folder that needs nothing else.
 
-    policy.json         everything but the numbers: model config, embodiment, normalization, prompt, provenance
-    norm_stats.json     in openpi's layout
-    tokenizer.model     or tokenizer.json
-    model.safetensors   the weights
+policy.json         everything but the numbers: model config, embodiment, normalization, prompt, provenance
+norm_stats.json     in openpi's layout
+tokenizer.model     or tokenizer.json
+model.safetensors   the weights
 """
 
 import dataclasses

@@ -131,7 +131,9 @@ def _gemma_leaves(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm:
     attn, feed_forward = f"{llm}.layers.attn", f"{llm}.layers.mlp{suffix}"
     layers = _Stack(f"{stack}.layers", gemma.depth)
     found = {
-        f"{attn}.attn_vec_einsum{suffix}.w": layers.leaf("attention.out.weight", heads, head_dim, width, axes=(2, 0, 1)),
+        f"{attn}.attn_vec_einsum{suffix}.w": layers.leaf(
+            "attention.out.weight", heads, head_dim, width, axes=(2, 0, 1)
+        ),
         f"{feed_forward}.gating_einsum": layers.leaf("feed_forward.gate_up.weight", 2, width, mlp, axes=(0, 2, 1)),
         f"{feed_forward}.linear": layers.leaf("feed_forward.down.weight", mlp, width, axes=(1, 0)),
     }
@@ -140,9 +142,7 @@ def _gemma_leaves(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm:
         found[f"{attn}.qkv_einsum{suffix}.w"] = layers.leaf(qkv, 3, heads, width, head_dim, axes=(0, 1, 3, 2))
     else:
         q_end, kv_end = heads * head_dim, (heads + 2 * kv_heads) * head_dim
-        found[f"{attn}.q_einsum{suffix}.w"] = layers.leaf(
-            qkv, heads, width, head_dim, axes=(0, 2, 1), rows=(0, q_end)
-        )
+        found[f"{attn}.q_einsum{suffix}.w"] = layers.leaf(qkv, heads, width, head_dim, axes=(0, 2, 1), rows=(0, q_end))
         found[f"{attn}.kv_einsum{suffix}.w"] = layers.leaf(
             qkv, 2, kv_heads, width, head_dim, axes=(0, 1, 3, 2), rows=(q_end, kv_end)
         )
@@ -171,7 +171,8 @@ def config_from_shapes(shapes: Shapes) -> Pi0Config:
     def shape(leaf: str, ndim: int) -> tuple[int, ...]:
         if leaf not in shapes:
             raise ValueError(
-                f"the checkpoint has no array {leaf!r}, which every π₀ and π₀.₅ model has; found {sorted(shapes)[:8] or 'none'}"
+                f"the checkpoint has no array {leaf!r}, which every π₀ and π₀.₅ model has; "
+                f"found {sorted(shapes)[:8] or 'none'}"
             )
         if len(shapes[leaf]) != ndim:
             raise ValueError(f"array {leaf!r} must have {ndim} dimensions, its shape is {list(shapes[leaf])}")
@@ -196,9 +197,7 @@ def config_from_shapes(shapes: Shapes) -> Pi0Config:
         pi05="time_mlp_in.kernel" in shapes,
         paligemma_variant=gemma(""),
         action_expert_variant=gemma("_1"),
-        siglip_variant=VisionConfig(
-            width, vit_depth, vit_mlp, vit_heads, patch, "learned" if learned else "sincos2d"
-        ),
+        siglip_variant=VisionConfig(width, vit_depth, vit_mlp, vit_heads, patch, "learned" if learned else "sincos2d"),
         action_dim=shape("action_in_proj.kernel", 2)[0],
         action_horizon=None,
         max_token_len=None,
@@ -263,14 +262,9 @@ class JaxArrays:
     def _open(self, driver: str, path: tuple[str, ...]) -> Any:
         import tensorstore
 
-        return tensorstore.open(
-            {
-                "driver": driver,
-                "kvstore": {"driver": "ocdbt", "base": f"file://{self.params.resolve()}/", "path": ".".join(path) + "/"},
-            },
-            open=True,
-            read=True,
-        )
+        base = f"file://{self.params.resolve()}/"
+        kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
+        return tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True, read=True)
 
     def _wait(self, name: str, future: Any) -> Any:
         try:

@@ -20,8 +20,8 @@ def posemb_sincos(
 ) -> Float32[Tensor, "B d"]:
     """Sine and cosine of the time at dim/2 periods, log-spaced from `min_period` to `max_period`.
 
-    The phases reach 2π/4e-3 = 1571 rad, where one float32 step of a frequency moves the sine by 1e-4. So the frequencies
-    are built with the original's float32 operations in its order.
+    The phases reach 2π/4e-3 = 1571 rad, where one float32 step of a frequency moves the sine by 1e-4. So the
+    frequencies are built with the original's float32 operations in its order.
 
     Args:
         time: any float dtype; computed in float32.
@@ -38,7 +38,7 @@ def posemb_sincos(
 
 
 def _angular_frequencies(count: int, min_period: float, max_period: float) -> np.ndarray:
-    # XLA divides the range 0, 1, … count − 1 by multiplying with the float32 reciprocal; linspace's last value is exact.
+    # XLA divides the range 0, 1, … count − 1 by multiplying with the float32 reciprocal; linspace ends exactly.
     fraction = np.arange(count, dtype=np.float32) * np.float32(1.0 / max(count - 1, 1))
     fraction[-1] = 1.0 if count > 1 else 0.0
     # The power is taken in float64 and rounded, which no mathematical library does differently.

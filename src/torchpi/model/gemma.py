@@ -184,7 +184,7 @@ class Gemma(nn.Module):
 
     def modulations(self, cond: Float[Tensor, "B d"]) -> list[Modulation]:
         """Scale, shift and gate of every AdaRMSNorm for a condition, in the order of `norms`."""
-        return [norm.modulation(cond) for norm in self.norms()]
+        return [norm.modulation(cond) for norm in self.norms() if isinstance(norm, AdaRMSNorm)]
 
     def forward(
         self,

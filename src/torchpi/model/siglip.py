@@ -90,6 +90,10 @@ class SigLIP(nn.Module):
         nn.init.zeros_(self.patch_embed.bias)
         if self.config.position == "learned":
             nn.init.normal_(self.pos_embed, std=self.config.width**-0.5, generator=generator)
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
         for block in self.blocks:
             assert isinstance(block, EncoderBlock)
             for kernel in (*block.qkv.weight.chunk(3), block.out.weight, block.fc1.weight, block.fc2.weight):

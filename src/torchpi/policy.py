@@ -1,0 +1,350 @@
+"""A policy: a robot's observation in, a chunk of the robot's actions out."""
+
+import dataclasses
+import pathlib
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import torchpi
+from torchpi.checkpoints import folder, openpi
+from torchpi.checkpoints.load import existing_folder, load_model
+from torchpi.config import PRESETS, Pi0Config
+from torchpi.model.pi0 import Pi0
+from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
+from torchpi.transforms.pipeline import Transforms
+from torchpi.transforms.prompt import load_tokenizer
+from torchpi.types import ActionChunk, Observation
+
+
+class Policy:
+    """A model with everything around it: embodiment, normalization, prompt, and the way back to the robot's units."""
+
+    def __init__(
+        self,
+        model: Pi0,
+        embodiment: Embodiment,
+        *,
+        norm_stats: Mapping[str, NormStats],
+        normalization: Mapping[str, Normalization],
+        tokenizer: str | pathlib.Path,
+        default_prompt: str | None = None,
+        truncation: str = "instruction",
+        metadata: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Put a policy together.
+
+        Args:
+            norm_stats: of "state" and "actions".
+            normalization: the rule for "state" and for "actions".
+            tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
+            default_prompt: for requests without a prompt; by default the embodiment's.
+            truncation: of prompts that are too long, see `transforms.prompt.tokenize_prompt`.
+            metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway.
+            provenance: where the weights come from.
+
+        Raises:
+            ValueError: the parts do not fit together.
+        """
+        self.model = model
+        self.embodiment = embodiment
+        self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
+        self.provenance = dict(provenance or {})
+        self._metadata = dict(metadata or {})
+        self._tokenizer_path = pathlib.Path(tokenizer)
+        config = model.config
+        self.transforms = Transforms(
+            norm_stats=norm_stats,
+            normalization=normalization,
+            tokenizer=load_tokenizer(tokenizer),
+            # What a checkpoint does not say follows the variant; its prompt is then not cut (None).
+            discrete_state_input=config.pi05 if config.discrete_state_input is None else config.discrete_state_input,
+            max_token_len=config.max_token_len,
+            action_dim=config.action_dim,
+            image_size=(config.image_size, config.image_size),
+            truncation=truncation,
+        )
+        self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
+        self._check_sizes(norm_stats)
+
+    def _check_sizes(self, norm_stats: Mapping[str, NormStats]) -> None:
+        actions, config = self.embodiment.action_size, self.model.config
+        if actions > config.action_dim:
+            raise ValueError(
+                f"embodiment {self.embodiment.name!r} has {actions} action dimensions, "
+                f"the model only {config.action_dim}"
+            )
+        if norm_stats["actions"].dim < actions:
+            raise ValueError(
+                f"the statistics of actions have {norm_stats['actions'].dim} dimensions, embodiment "
+                f"{self.embodiment.name!r} has {actions}; they belong to another robot"
+            )
+        if self.transforms.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"the tokenizer {self._tokenizer_path} has {self.transforms.tokenizer.vocab_size} tokens, the model's "
+                f"embedding only {config.vocab_size}; it belongs to another model"
+            )
+
+    def infer(
+        self,
+        observation: Mapping[str, Any],
+        *,
+        noise: np.ndarray | None = None,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> ActionChunk:
+        """One observation to one action chunk.
+
+        Args:
+            observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
+            noise: [H, action_dim], where the flow begins; by default drawn with `generator`.
+            num_steps: Euler steps.
+
+        Returns:
+            "actions" float32 [H, a] in the robot's units, and "policy_timing" in milliseconds.
+
+        Raises:
+            KeyError: a camera or a part of the state is missing or unknown.
+            ValueError: anything else about the observation, the noise or num_steps that is not as expected.
+        """
+        noises = None if noise is None else np.asarray(noise)[None]
+        return self.infer_batch([observation], noise=noises, num_steps=num_steps, generator=generator)[0]
+
+    def infer_batch(
+        self,
+        observations: Sequence[Mapping[str, Any]],
+        *,
+        noise: np.ndarray | None = None,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+    ) -> list[ActionChunk]:
+        """Several observations, independent of each other, in one pass; `noise` is [B, H, action_dim].
+
+        Raises:
+            As `infer`.
+        """
+        if not observations:
+            raise ValueError("infer_batch got no observations; it needs at least one")
+        start = time.perf_counter()
+        states, samples = zip(*(self.prepare(observation) for observation in observations), strict=True)
+        batch = collate(samples).to(self.model.device)
+        noise_tensor = None if noise is None else self._noise(noise)
+        prepared = time.perf_counter()
+        sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator)
+        chunks = sampled.cpu().numpy()  # waits for the device
+        inferred = time.perf_counter()
+        actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
+        timing = {
+            "preprocess_ms": 1e3 * (prepared - start),
+            "infer_ms": 1e3 * (inferred - prepared),
+            "postprocess_ms": 1e3 * (time.perf_counter() - inferred),
+        }
+        return [ActionChunk(actions=chunk, policy_timing=dict(timing)) for chunk in actions]
+
+    def prepare(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        """One observation to the model's inputs.
+
+        Returns:
+            The state [s] in the model's units, to which delta actions refer; and the inputs without batch axis, see
+            `Transforms.forward`.
+        """
+        sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
+        return sample["state"], self.transforms.forward(sample)
+
+    def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+        actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
+        return self.embodiment.from_model(actions, state).astype(np.float32)
+
+    def _noise(self, noise: np.ndarray) -> Tensor:
+        noise = np.asarray(noise)
+        if noise.dtype.kind != "f" or not np.isfinite(noise).all():
+            raise ValueError(f"noise must be finite floating-point numbers, got {noise.dtype} {list(noise.shape)}")
+        return torch.from_numpy(noise.astype(np.float32)).to(self.model.device)
+
+    def example_observation(self) -> dict[str, Any]:
+        """A valid request with made-up contents."""
+        return self.embodiment.example_observation(state_dim=self._state_dim)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What clients may want to know."""
+        config = self.model.config
+        return {
+            "embodiment": self.embodiment.name,
+            "action_horizon": config.action_horizon,
+            "action_names": [action.name for action in self.embodiment.actions],
+            "control_hz": self.embodiment.control_hz,
+            "execute_steps": self.embodiment.execute_steps,
+            "default_prompt": self.default_prompt,
+            **self.embodiment.metadata,
+            **self._metadata,
+        }
+
+    def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
+        """Write a policy folder, which needs nothing else, atomically.
+
+        Raises:
+            ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
+        """
+        file = folder.PolicyFile(
+            model=self.model.config,
+            embodiment=self.embodiment.to_dict(),
+            normalization={key: dataclasses.asdict(rule) for key, rule in self.transforms.normalization.items()},
+            prompt={"default": self.default_prompt, "truncation": self.transforms.truncation},
+            metadata=self._metadata,
+            provenance={"torchpi": torchpi.__version__, **self.provenance},
+        )
+        folder.save_folder(path, model=self.model, file=file, write_others=self._write_others, overwrite=overwrite)
+
+    def _write_others(self, root: pathlib.Path) -> None:
+        save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
+        is_json = self._tokenizer_path.read_bytes().lstrip().startswith(b"{")
+        shutil.copyfile(self._tokenizer_path, root / ("tokenizer.json" if is_json else "tokenizer.model"))
+
+
+def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
+    """The one length of state that this policy takes, of those that the embodiment allows."""
+    fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
+    if not fitting:
+        raise ValueError(
+            f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
+            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less"
+        )
+    return fitting[-1]
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
+    """Stack the inputs of several samples; prompts of unequal length are padded to the longest."""
+    length = max(len(sample["tokenized_prompt"]) for sample in samples)
+
+    def padded(key: str) -> Tensor:
+        rows = [np.pad(sample[key], (0, length - len(sample[key]))) for sample in samples]
+        return torch.from_numpy(np.stack(rows))
+
+    cameras = list(samples[0]["image"])
+    return Observation.from_dict(
+        {
+            "image": {name: torch.from_numpy(np.stack([s["image"][name] for s in samples])) for name in cameras},
+            "image_mask": {name: torch.tensor([bool(s["image_mask"][name]) for s in samples]) for name in cameras},
+            "state": torch.from_numpy(np.stack([s["state"] for s in samples])),
+            "tokenized_prompt": padded("tokenized_prompt"),
+            "tokenized_prompt_mask": padded("tokenized_prompt_mask"),
+        }
+    )
+
+
+def load_policy(
+    path: str | pathlib.Path,
+    *,
+    config: Pi0Config | str | pathlib.Path | None = None,
+    embodiment: str | pathlib.Path | Embodiment | None = None,
+    normalization: Literal["z_score", "quantile"] | None = None,
+    norm_stats: str | pathlib.Path | None = None,
+    asset_id: str | None = None,
+    tokenizer: str | pathlib.Path | None = None,
+    default_prompt: str | None = None,
+    truncation: Literal["instruction", "original"] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Policy:
+    """Load a policy from a policy folder, which says everything itself, or from an openpi JAX checkpoint.
+
+    The arguments say what the checkpoint does not, and overrule what it does.
+
+    Args:
+        path: a policy folder, an openpi checkpoint, or "demo".
+        config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
+        embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
+        normalization: foreign checkpoints that do not say: π₀ z_score, π₀.₅ quantile.
+        norm_stats: a norm_stats.json, or the folder with it.
+        asset_id: which of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
+        tokenizer: a SentencePiece model or tokenizer.json.
+        default_prompt: for requests without a prompt.
+        truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
+        device: by default a CUDA device if there is one, else the CPU.
+        dtype: of the weights and the computation; by default float32 on the CPU, bfloat16 on a CUDA device.
+
+    Raises:
+        FileNotFoundError: there is nothing at one of the paths.
+        KeyError: unknown embodiment.
+        ValueError: something is neither in the checkpoint nor given, contradictory, or corrupt.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    if str(path) == "demo":
+        from torchpi.demo import demo_policy  # the demo is a policy like any other, and so imports this module
+
+        return demo_policy(device=device, dtype=dtype)
+    root = existing_folder(path)
+    robot = None if embodiment is None else get_embodiment(embodiment)
+    own = folder.read_policy_json(root) if folder.is_policy_folder(root) else None
+    if robot is None:
+        robot = _own_embodiment(root, own)
+    stats_path = norm_stats or (root if own else _stats_of_checkpoint(root, asset_id, robot.asset_id))
+    tokenizer_path = tokenizer or folder.tokenizer_file(root)
+    if tokenizer_path is None:
+        raise ValueError(
+            f"{root} has no tokenizer, and none was given: pass tokenizer=, the path of the file that the weights were "
+            "trained with. The published models' is gs://big_vision/paligemma_tokenizer.model, which is public: "
+            "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
+        )
+    stats = load_norm_stats(stats_path)
+    model = load_model(root, config=config, device=device, dtype=dtype)
+    if normalization is not None or own is None:
+        kind = normalization or ("quantile" if model.config.pi05 else "z_score")
+        rules = {key: Normalization(kind, "openpi") for key in ("state", "actions")}
+    else:
+        rules = _own_normalization(root, own)
+    if default_prompt is None and own is not None and embodiment is None:
+        default_prompt = own.prompt.get("default")
+    return Policy(
+        model,
+        robot,
+        norm_stats=stats,
+        normalization=rules,
+        tokenizer=tokenizer_path,
+        default_prompt=default_prompt,
+        truncation=truncation or (own.prompt.get("truncation", "instruction") if own else "instruction"),
+        metadata=own.metadata if own else None,
+        provenance=own.provenance if own else {"source": str(path)},
+    )
+
+
+def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile | None) -> Embodiment:
+    if own is None:
+        raise ValueError(
+            f"{root} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, a JSON "
+            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)"
+        )
+    try:
+        return Embodiment.from_dict(dict(own.embodiment))
+    except ValueError as error:
+        raise ValueError(f"{root / 'policy.json'}: {error}") from error
+
+
+def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, Normalization]:
+    try:
+        return {key: Normalization(**rule) for key, rule in own.normalization.items()}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{root / 'policy.json'}: normalization: {error}") from error
+
+
+def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
+    files = openpi.norm_stats_files(root)
+    if asset_id is None and robots_asset_id in files:
+        asset_id = robots_asset_id
+    if asset_id is None and len(files) == 1:
+        return next(iter(files.values()))
+    if asset_id is None:
+        found = f"several: {', '.join(files)}; choose with asset_id=" if files else "none; pass norm_stats= with a path"
+        raise ValueError(f"which normalization statistics belong to {root}? In its assets there are {found}")
+    if asset_id not in files:
+        raise ValueError(f"{root} has no statistics for asset_id {asset_id!r}; it has {', '.join(files) or 'none'}")
+    return files[asset_id]
