@@ -34,7 +34,7 @@ _HOME_OF = {
     "load_policy": "torchpi.policy",
 }
 
-__all__ = [  # noqa: PLE0604 - resolved lazily by __getattr__
+__all__ = [
     "ActionChunk",
     "Embodiment",
     "GemmaConfig",

@@ -1,0 +1,207 @@
+"""What must hold for any weights: nothing that is masked or padded matters, and rows of a batch are independent."""
+
+import pytest
+import torch
+
+import torchpi
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.model.layers import attend
+
+
+def observe(golden, **changes):
+    return torchpi.Observation.from_dict({**golden.observation_dict(), **changes})
+
+
+def sample(golden, model, observation, noise=None):
+    return model.sample_actions(observation, noise=golden.inputs["noise"] if noise is None else noise)
+
+
+@pytest.fixture(scope="module")
+def model(golden):
+    return golden.model()
+
+
+def plain_sample(model, observation, noise, num_steps=10):
+    """Sampling without any of its savings: nothing dropped, the time conditioned at every step."""
+    tokens, input_mask, _ = model.embed_prefix(observation)
+    cache = model.prefill(tokens, input_mask)
+    frame = model.frame_suffix(input_mask, noise.shape[1])
+    x_t, t, dt = noise, torch.tensor(1.0), -1.0 / num_steps
+    for _ in range(num_steps):
+        suffix_tokens, _, _, cond = model.embed_suffix(observation, x_t, t.expand(noise.shape[0]))
+        x_t = x_t + dt * model.velocity(suffix_tokens, cache, frame, model.modulations(cond))
+        t = t + dt
+    return x_t
+
+
+@torch.no_grad()
+def test_dropping_padding_and_absent_cameras_changes_nothing(golden, model):
+    observation, noise = golden.observation(), golden.inputs["noise"]
+    assert not all(mask.all() for mask in observation.image_masks.values())
+    assert not observation.tokenized_prompt_mask.all(dim=0).all()
+    assert (sample(golden, model, observation) - plain_sample(model, observation, noise)).abs().max() <= 5e-6
+
+
+@torch.no_grad()
+def test_dropping_leaves_exactly_the_real_tokens(golden, model):
+    observation = golden.observation()
+    tokens, mask, _ = model.embed_prefix(observation)
+    kept, kept_mask = model.embed_present_prefix(observation)
+    assert kept_mask.shape[1] == mask.sum(dim=1).max()
+    for row in range(len(mask)):
+        assert (kept[row][kept_mask[row]] - tokens[row][mask[row]]).abs().max() <= 5e-6
+
+
+def test_a_row_of_a_batch_is_that_row_alone(golden, model):
+    together = sample(golden, model, golden.observation())
+    for i in range(2):
+        alone = golden.observation_dict()
+        for group in ("image", "image_mask"):
+            alone[group] = {camera: value[i : i + 1] for camera, value in alone[group].items()}
+        for key in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
+            alone[key] = alone[key][i : i + 1]
+        actions = sample(golden, model, torchpi.Observation.from_dict(alone), golden.inputs["noise"][i : i + 1])
+        assert (actions - together[i : i + 1]).abs().max() <= 5e-6
+
+
+@pytest.mark.parametrize("garbage", [0.7, float("nan"), float("inf")])
+def test_a_masked_cameras_pixels_change_nothing(golden, model, garbage):
+    observation = golden.observation()
+    reference = sample(golden, model, observation)
+    loss_inputs = {name: golden.inputs[name] for name in ("noise", "time")}
+    loss = model.compute_loss(observation, golden.inputs["actions"], **loss_inputs)
+    for camera, mask in observation.image_masks.items():
+        observation.images[camera][~mask] = garbage
+    assert torch.equal(sample(golden, model, observation), reference)
+    assert torch.equal(model.compute_loss(observation, golden.inputs["actions"], **loss_inputs), loss)
+
+
+def test_what_stands_at_padding_changes_nothing(golden, model):
+    data = golden.observation_dict()
+    tokens = data["tokenized_prompt"].clone()
+    tokens[~data["tokenized_prompt_mask"]] = 17
+    changed = observe(golden, tokenized_prompt=tokens)
+    assert torch.equal(sample(golden, model, changed), sample(golden, model, golden.observation()))
+
+
+def test_longer_padding_changes_nothing(golden, model):
+    data = golden.observation_dict()
+    longer = {key: torch.nn.functional.pad(data[key], (0, 23)) for key in ("tokenized_prompt", "tokenized_prompt_mask")}
+    observation, wider = golden.observation(), observe(golden, **longer)
+    assert (sample(golden, model, wider) - sample(golden, model, observation)).abs().max() <= 5e-6
+    given = {name: golden.inputs[name] for name in ("noise", "time")}
+    difference = model.compute_loss(wider, golden.inputs["actions"], **given) - model.compute_loss(
+        observation, golden.inputs["actions"], **given
+    )
+    assert difference.abs().max() <= 5e-6
+
+
+def test_a_camera_absent_everywhere_equals_a_model_without_it(golden, model):
+    """Any number of cameras: a masked one may as well not be there."""
+    data = golden.observation_dict()
+    absent = {**data["image_mask"], "left_wrist_0_rgb": torch.zeros(2, dtype=torch.bool)}
+    fewer = {
+        group: {camera: value for camera, value in data[group].items() if camera != "left_wrist_0_rgb"}
+        for group in ("image", "image_mask")
+    }
+    masked = sample(golden, model, observe(golden, image_mask=absent))
+    assert (sample(golden, model, observe(golden, **fewer)) - masked).abs().max() <= 5e-6
+
+
+def test_no_camera_present_at_all_still_samples(golden, model):
+    data = golden.observation_dict()
+    none = {camera: torch.zeros(2, dtype=torch.bool) for camera in data["image_mask"]}
+    observation = observe(golden, image_mask=none)
+    actions = sample(golden, model, observation)
+    with torch.no_grad():
+        assert (actions - plain_sample(model, observation, golden.inputs["noise"])).abs().max() <= 5e-6
+
+
+def test_the_order_of_cameras_matters(golden, model):
+    data = golden.observation_dict()
+    turned = {group: dict(reversed(data[group].items())) for group in ("image", "image_mask")}
+    difference = sample(golden, model, observe(golden, **turned)) - sample(golden, model, golden.observation())
+    assert difference.abs().max() > 1e-3
+
+
+def test_noise_comes_from_the_generator(golden, model):
+    observation = golden.observation()
+    draws = [model.sample_actions(observation, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    losses = [
+        model.compute_loss(observation, golden.inputs["actions"], generator=torch.Generator().manual_seed(seed))
+        for seed in (3, 3, 4)
+    ]
+    assert torch.equal(losses[0], losses[1])
+    assert not torch.equal(losses[0], losses[2])
+
+
+@pytest.mark.parametrize("num_steps", [0, -1, 2.5, True])
+def test_num_steps_must_be_a_positive_integer(golden, model, num_steps):
+    with pytest.raises((ValueError, TypeError)):
+        model.sample_actions(golden.observation(), noise=golden.inputs["noise"], num_steps=num_steps)
+
+
+def test_a_horizon_that_is_not_the_models_is_an_error(golden, model):
+    with pytest.raises(ValueError, match="noise must be"):
+        model.sample_actions(golden.observation(), noise=golden.inputs["noise"][:, 1:])
+
+
+def test_images_of_another_size_are_an_error(golden, model):
+    data = golden.observation_dict()
+    small = {camera: image[:, :112, :112] for camera, image in data["image"].items()}
+    with pytest.raises(ValueError, match="resize_with_pad"):
+        model.embed_prefix(observe(golden, image=small))
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4), (6, 3)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_grouped_queries_equal_repeated_keys(masked, heads):
+    """Attention with G key/value heads is attention in which each serves Q/G query heads, next to each other."""
+    num_heads, num_kv = heads
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 5, num_heads, 8, generator=generator)
+    k, v = (torch.randn(2, 7, num_kv, 8, generator=generator) for _ in range(2))
+    mask = (torch.rand(2, 5, 7, generator=generator) > 0.3) if masked else None
+    if mask is not None:
+        mask[:, :, 0] = True
+    repeated = [x.repeat_interleave(num_heads // num_kv, dim=2).transpose(1, 2) for x in (k, v)]
+    logits = q.transpose(1, 2) @ repeated[0].mT / 8**0.5
+    logits = logits if mask is None else logits.masked_fill(~mask[:, None], -torch.inf)
+    plain = (logits.softmax(-1) @ repeated[1]).transpose(1, 2).flatten(2)
+    assert (attend(q, k, v, mask) - plain).abs().max() <= 1e-6
+
+
+def test_the_model_runs_at_other_sizes():
+    """Two cameras of 56 pixels, several key/value heads, a sinusoidal position embedding."""
+    config = Pi0Config(
+        pi05=True,
+        paligemma_variant=GemmaConfig(width=48, depth=2, mlp_dim=64, num_heads=4, num_kv_heads=2, head_dim=8),
+        action_expert_variant=GemmaConfig(width=24, depth=2, mlp_dim=32, num_heads=4, num_kv_heads=2, head_dim=8),
+        siglip_variant=VisionConfig(width=32, depth=1, mlp_dim=48, num_heads=2, patch=14, position="sincos2d"),
+        action_dim=5,
+        action_horizon=3,
+        max_token_len=9,
+        vocab_size=40,
+        image_size=56,
+    )
+    model = torchpi.Pi0(config)
+    generator = torch.Generator().manual_seed(1)
+    observation = torchpi.Observation.from_dict(
+        {
+            "image": {
+                name: torch.randint(0, 256, (2, 56, 56, 3), dtype=torch.uint8, generator=generator) for name in "ab"
+            },
+            "state": torch.zeros(2, 5),
+            "tokenized_prompt": torch.randint(0, 40, (2, 9), generator=generator),
+            "tokenized_prompt_mask": torch.tensor([[True] * 4 + [False] * 5, [True] * 9]),
+        }
+    )
+    noise = torch.randn(2, 3, 5, generator=generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and head begin at 0: nothing would be compared
+                parameter.normal_(std=0.1, generator=generator)
+        difference = model.sample_actions(observation, noise=noise) - plain_sample(model, observation, noise)
+    assert difference.abs().max() <= 5e-6
