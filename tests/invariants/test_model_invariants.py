@@ -5,7 +5,7 @@ import torch
 
 import torchpi
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
-from torchpi.model.layers import attend
+from torchpi.model.layers import attend, gelu_tanh
 
 
 def observe(golden, **changes):
@@ -205,3 +205,12 @@ def test_the_model_runs_at_other_sizes():
                 parameter.normal_(std=0.1, generator=generator)
         difference = model.sample_actions(observation, noise=noise) - plain_sample(model, observation, noise)
     assert difference.abs().max() <= 5e-6
+
+
+def test_the_fast_gelu_is_the_plain_one():
+    x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, -1e30, 1e30, 1e-30])])
+    plain = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
+    with torch.no_grad():
+        fast = gelu_tanh(x)
+    assert (fast - plain).abs().max() <= 1e-6
+    assert (gelu_tanh(x) - plain).abs().max() <= 1e-6

@@ -9,7 +9,7 @@ import torchpi
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.model.gemma import rope_table
 
-WIDE = dict(depth=2, num_heads=4, num_kv_heads=1, head_dim=32)
+WIDE = {"depth": 2, "num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["pi05", "pi0"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchpi.config import GemmaConfig
-from torchpi.model.layers import Linear, attend, lecun_normal_
+from torchpi.model.layers import Linear, attend, gelu_tanh, lecun_normal_
 
 RMS_NORM_EPS = 1e-6
 ROPE_MAX_WAVELENGTH = 10_000.0
@@ -138,7 +138,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """The feed-forward's output."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.gelu(gate, approximate="tanh") * up)
+        return self.down(gelu_tanh(gate).mul_(up))
 
 
 class Block(nn.Module):

@@ -1,5 +1,7 @@
 """What SigLIP and Gemma share: a linear layer that states its precision, and attention."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -47,6 +49,15 @@ def attend(
     out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     out = out.reshape(batch, groups, per_group, num_queries, head_dim).permute(0, 3, 1, 2, 4)  # [B, T, G, Q/G, K]
     return out.reshape(batch, num_queries, num_heads * head_dim)
+
+
+def gelu_tanh(x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:
+    """GELU in its tanh form, 0.5·x·(1 + tanh(√(2/π)·(x + 0.044715·x³))), as Gemma and SigLIP have it."""
+    if x.device.type != "cpu" or x.dtype is not torch.float32 or torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    # PyTorch's own takes 1.7 times as long on a CPU, 5 % of all sampling. 0.5·(1 + tanh u) is sigmoid(2u).
+    twice = 2 * (2 / math.pi) ** 0.5
+    return (x * x).mul_(0.044715 * twice).add_(twice).mul_(x).sigmoid_().mul_(x)
 
 
 def float32_layer_norm(norm: nn.LayerNorm, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:

@@ -7,10 +7,9 @@ Source: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343), the S
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchpi.config import VisionConfig
-from torchpi.model.layers import Linear, attend, float32_layer_norm, lecun_normal_
+from torchpi.model.layers import Linear, attend, float32_layer_norm, gelu_tanh, lecun_normal_
 
 LAYER_NORM_EPS = 1e-6  # flax's default, torch's is 1e-5
 
@@ -33,7 +32,7 @@ class EncoderBlock(nn.Module):
         qkv = self.qkv(float32_layer_norm(self.norm1, x))
         q, k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in qkv.chunk(3, dim=-1))  # [B, P, heads, K]
         x = x + self.out(attend(q, k, v, mask=None))
-        return x + self.fc2(F.gelu(self.fc1(float32_layer_norm(self.norm2, x)), approximate="tanh"))
+        return x + self.fc2(gelu_tanh(self.fc1(float32_layer_norm(self.norm2, x))))
 
 
 class SigLIP(nn.Module):
