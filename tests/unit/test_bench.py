@@ -1,0 +1,82 @@
+"""The floors count what is really computed."""
+
+import json
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import torchpi
+from torchpi import bench
+from torchpi.cli import main
+from torchpi.config import preset
+
+
+def workload(config, **changes):
+    return bench.Workload(
+        **{"config": config, "batch": 1, "num_cameras": 3, "prompt_tokens": 40, "num_steps": 3, "dtype": torch.float32}
+        | changes
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_counted_flops_are_those_that_sampling_runs(batch):
+    """PyTorch's own counter sees every product of a run, attention's too where it is plain matrix products."""
+    work = workload(preset("tiny"), batch=batch)
+    model = torchpi.Pi0(work.config)
+    observation = bench.make_observation(work, torch.device("cpu"))
+    noise = torch.zeros(batch, work.config.action_horizon, work.config.action_dim)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
+    assert sum(op.flops for op in bench.sampling_ops(work)) == counter.get_total_flops()
+
+
+def test_full_size_flops():
+    """The figures of the design: vision 0.66, prefix 3.76, expert 0.39 TFLOP at three cameras and 200 tokens."""
+    work = workload(preset("pi05"), prompt_tokens=200, num_steps=10, dtype=torch.bfloat16)
+    parts = (bench.vision_ops(work), bench.prefix_ops(work), bench.expert_ops(work, work.num_steps))
+    assert [round(sum(op.flops for op in ops) / 1e12, 2) for ops in parts] == [0.66, 3.76, 0.39]
+
+
+def test_the_floor_takes_the_larger_of_compute_and_bytes():
+    machine = bench.Machine(flops=10.0, bytes=5.0)
+    assert bench.Op("matmul", flops=100, bytes=5).floor(machine) == 10
+    assert bench.Op("copy", flops=0, bytes=50).floor(machine) == 10
+
+
+def test_a_run_prints_one_json_document(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "measure_machine", lambda dtype, device: bench.Machine(1e11, 1e10))
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(preset("tiny").to_dict()))
+    main(["bench", "--config", str(config), "--prompt-tokens", "10", "--repeats", "1", "--num-steps", "1", "--json"])
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert [result["name"] for result in results] == ["sample_actions", "training step"]
+    for result in results:
+        assert result["ratio"] == pytest.approx(result["seconds"] / result["floor"])
+    assert "prefix mlp" in captured.err
+
+
+def test_loading_is_watched_in_a_process_of_its_own(tmp_path, capsys):
+    torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
+    main(["bench", "load", "--policy", str(tmp_path / "policy"), "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["model_bytes"] == sum(p.nbytes for p in torchpi.Pi0(preset("tiny"), device="meta").parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["load"], "--policy"),
+        (["--batch", "0"], "positive"),
+        (["--prompt-tokens", "201"], "max_token_len 200"),
+        (["--config", "nope.json"], "nope.json"),
+        (["load", "--policy", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_mistakes_end_with_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", *arguments])
+    assert stopped.value.code == 1
+    assert message in capsys.readouterr().err

@@ -1,0 +1,351 @@
+"""`torchpi trace`: shapes against a table written by hand, and what it prints and draws."""
+
+import copy
+import dataclasses
+import html.parser
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from torchpi.config import PRESETS
+from torchpi.demo import demo_observation, demo_policy
+from torchpi.trace import TraceEntry, run_trace, trace_steps
+from torchpi.trace.page import render_page
+from torchpi.trace.subject import Sizes, find_subject, from_policy
+from torchpi.trace.summary import compare_facts, compare_steps, phases
+from torchpi.trace.text import print_trace
+from torchpi.trace.walk import walk
+from torchpi.types import Observation
+
+STEPS = ["0", "1", "2", "3", "4", "5", "6", *(f"7-{i}" for i in range(1, 8)), "8", "9", "10", "11", "inference"]
+CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+
+# step, name, shape; written by hand from the papers' sizes.
+BOTH = [
+    *(("0", f"image/{camera}", (4, 224, 224, 3), "uint8") for camera in CAMERAS),
+    *(("0", f"image_mask/{camera}", (4,), "bool") for camera in CAMERAS),
+    *(("1", f"image/{camera}", (4, 224, 224, 3), "float32") for camera in CAMERAS),
+    ("2", "patches/base_0_rgb", (4, 256, 588), "float32"),
+    ("2", "patch_embedding/base_0_rgb", (4, 256, 1152), "float32"),
+    ("2", "layer_0/q/base_0_rgb", (4, 256, 16, 72), "float32"),
+    ("2", "layer_26/out/base_0_rgb", (4, 256, 1152), "float32"),
+    *(("2", f"image_tokens/{camera}", (4, 256, 2048), "float32") for camera in CAMERAS),
+    ("3", "embedding_table", (257152, 2048), "float32"),
+    ("5", "posemb_sincos", (4, 1024), "float32"),
+]
+PI05 = [
+    *BOTH,
+    ("0", "tokenized_prompt", (4, 200), "int64"),
+    ("0", "tokenized_prompt_mask", (4, 200), "bool"),
+    ("0", "actions", (4, 50, 32), "float32"),
+    ("1", "state", (4, 32), "float32"),
+    ("3", "text_tokens", (4, 200, 2048), "float32"),
+    ("4", "prefix_tokens", (4, 968, 2048), "float32"),
+    ("4", "prefix_mask", (4, 968), "bool"),
+    ("4", "prefix_ar_mask", (968,), "bool"),
+    ("5", "x_t", (4, 50, 32), "float32"),
+    ("5", "action_in_proj", (4, 50, 1024), "float32"),
+    ("5", "adarms_cond", (4, 1024), "float32"),
+    ("5", "suffix_tokens", (4, 50, 1024), "float32"),
+    ("5", "suffix_ar_mask", (50,), "bool"),
+    ("6", "attn_mask", (4, 1018, 1018), "bool"),
+    ("6", "positions", (4, 1018), "int64"),
+    ("6", "prefix/attn_mask", (4, 968, 968), "bool"),
+    ("6", "suffix/attn_mask", (4, 50, 1018), "bool"),
+    ("7-1", "prefix/normed", (4, 968, 2048), "float32"),
+    ("7-1", "suffix/normed", (4, 50, 1024), "float32"),
+    *(("7-1", f"suffix/{part}", (4, 1, 1024), "float32") for part in ("scale", "shift", "gate")),
+    ("7-2", "prefix/q", (4, 968, 8, 256), "float32"),
+    ("7-2", "suffix/q", (4, 50, 8, 256), "float32"),
+    ("7-2", "prefix/k", (4, 968, 1, 256), "float32"),
+    ("7-3", "q", (4, 1018, 8, 256), "float32"),
+    ("7-3", "k", (4, 1018, 1, 256), "float32"),
+    ("7-4", "logits", (4, 1, 8, 1018, 1018), "float32"),
+    ("7-4", "probs", (4, 1, 8, 1018, 1018), "float32"),
+    ("7-4", "prefix/logits", (4, 1, 8, 968, 968), "float32"),
+    ("7-4", "suffix/logits", (4, 1, 8, 50, 1018), "float32"),
+    ("7-5", "prefix/attn_proj", (4, 968, 2048), "float32"),
+    ("7-5", "suffix/attn_proj", (4, 50, 1024), "float32"),
+    ("7-6", "prefix/x", (4, 968, 2048), "float32"),
+    ("7-6", "suffix/x", (4, 50, 1024), "float32"),
+    ("7-7", "prefix/ffw_hidden", (4, 968, 16384), "float32"),
+    ("7-7", "suffix/ffw_hidden", (4, 50, 4096), "float32"),
+    ("7-7", "suffix/gate", (4, 1, 1024), "float32"),
+    ("7-7", "prefix/x_out", (4, 968, 2048), "float32"),
+    ("8", "suffix/layer_17", (4, 50, 1024), "float32"),
+    ("8", "modulation/layer_17/ffw", (4, 3072), "float32"),
+    ("8", "cache/layer_17/v", (4, 968, 1, 256), "float32"),
+    ("9", "prefix_out", (4, 968, 2048), "float32"),
+    ("9", "suffix_out", (4, 50, 1024), "float32"),
+    ("9", "modulation/final_norm", (4, 3072), "float32"),
+    ("10", "v_t", (4, 50, 32), "float32"),
+    ("11", "loss", (4, 50), "float32"),
+    ("inference", "cache/layer_17/k", (1, 968, 1, 256), "float32"),
+    ("inference", "attn_mask", (1, 50, 1018), "bool"),
+    ("inference", "positions", (1, 50), "int64"),
+    *(("inference", f"x_t/t={t:g}", (1, 50, 32), "float32") for t in (1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)),
+    ("inference", "action_chunk", (1, 50, 32), "float32"),
+]
+PI0 = [
+    *BOTH,
+    ("0", "tokenized_prompt", (4, 16), "int64"),
+    ("0", "actions", (4, 32, 7), "float32"),
+    ("1", "state", (4, 7), "float32"),
+    ("4", "prefix_tokens", (4, 784, 2048), "float32"),
+    ("5", "state_proj", (4, 1024), "float32"),
+    ("5", "action_and_time", (4, 32, 2048), "float32"),
+    ("5", "action_time_mlp_out", (4, 32, 1024), "float32"),
+    ("5", "suffix_tokens", (4, 33, 1024), "float32"),
+    ("6", "attn_mask", (4, 817, 817), "bool"),
+    ("6", "suffix/attn_mask", (4, 33, 817), "bool"),
+    ("7-3", "q", (4, 817, 8, 256), "float32"),
+    ("7-4", "logits", (4, 1, 8, 817, 817), "float32"),
+    ("9", "suffix_out", (4, 33, 1024), "float32"),
+    ("10", "action_out", (4, 32, 1024), "float32"),
+    ("10", "v_t", (4, 32, 7), "float32"),
+    ("11", "loss", (4, 32), "float32"),
+    ("inference", "cache/layer_0/k", (1, 784, 1, 256), "float32"),
+    ("inference", "action_chunk", (1, 32, 7), "float32"),
+]
+
+
+@pytest.fixture(scope="module")
+def pi05():
+    return walk(find_subject("pi05", Sizes()))
+
+
+@pytest.fixture(scope="module")
+def pi0():
+    return walk(find_subject("pi0", Sizes()))
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return demo_policy()
+
+
+@pytest.fixture(autouse=True)
+def _make_it_once(policy, monkeypatch):
+    monkeypatch.setattr("torchpi.demo.demo_policy", lambda **_: policy)
+
+
+@pytest.fixture(scope="module")
+def tiny(policy):
+    return walk(from_policy(policy, Sizes(batch=2), demo_observation(), title="tiny"))
+
+
+def counts(trace):
+    return {entry.name: entry.value for entry in trace.entries if entry.value is not None}
+
+
+@pytest.mark.parametrize(("name", "table"), [("pi05", PI05), ("pi0", PI0)])
+def test_full_size_shapes(name, table, request):
+    trace = request.getfixturevalue(name)
+    found = {(entry.step, entry.name): (entry.shape, entry.dtype) for entry in trace.entries}
+    expected = {(step, tensor): (shape, dtype) for step, tensor, shape, dtype in table}
+    assert {key: found.get(key) for key in expected} == expected
+    assert list(dict.fromkeys(entry.step for entry in trace.entries)) == STEPS
+
+
+def test_views(pi05):
+    views = {(entry.step, entry.name): entry.view for entry in pi05.entries}
+    assert [views["6", "attn_mask"], views["6", "prefix/attn_mask"], views["7-2", "prefix/q"]] == [
+        "joint",
+        "cached",
+        "both",
+    ]
+    assert [views["7-4", "logits"], views["7-4", "suffix/logits"]] == ["joint", "cached"]
+    assert views["9", "prefix_out"] == "joint"
+
+
+def test_counts(pi05, pi0):
+    assert counts(pi05) == {"layers": 18, "time_injections": 36, "prefills": 1, "euler_steps": 10}
+    assert counts(pi0) == {"layers": 18, "time_injections": 0, "prefills": 1, "euler_steps": 10}
+    assert (pi05.time_inputs, pi0.time_inputs) == (37, 1)
+    assert (pi05.num_groups, pi0.num_groups) == (2, 3)
+    assert sum(pi05.parameters.values()) == 3_353_433_872
+    assert pi05.cache_bytes == 18 * 2 * 968 * 256 * 4
+
+
+def test_comparison(pi05, pi0):
+    facts = {name: values for name, *values in compare_facts(pi0, pi05)}
+    assert facts["sequence length"] == ["817", "1018"]
+    assert facts["time injections, all"] == ["1", "37"]
+    assert facts["KV cache of one observation"] == ["28.9 MB in float32", "35.7 MB in float32"]
+    steps = compare_steps(pi0, pi05)
+    assert list(steps) == STEPS
+    assert ("adarms_cond", "—", "[4, 1024]") in steps["5"]
+    assert ("state_proj", "[4, 1024]", "—") in steps["5"]
+    assert ("image_tokens/‹camera›", "3 × [4, 256, 2048]", "3 × [4, 256, 2048]") in steps["2"]
+    when = phases(pi05)
+    assert when["training only"] == ["actions", "u_t", "loss"]
+    assert when["inference only"] == ["action_chunk"]
+    assert "logits" in when["joint view only"]
+
+
+def test_sizes_can_be_changed():
+    config = dataclasses.replace(PRESETS["tiny"], image_size=32)
+    entries = trace_steps(config, batch=1, max_token_len=7, action_horizon=5, action_dim=3)
+    shapes = {(entry.step, entry.name): entry.shape for entry in entries}
+    assert shapes["0", "tokenized_prompt"] == (1, 7)
+    assert shapes["10", "v_t"] == (1, 5, 3)
+    assert shapes["6", "attn_mask"] == (1, 3 * 4 + 7 + 5, 3 * 4 + 7 + 5)
+
+
+def test_a_model_of_one_layer_is_traced():
+    tiny = PRESETS["tiny"]
+    one = {part: dataclasses.replace(getattr(tiny, part), depth=1) for part in ("paligemma", "action_expert")}
+    config = dataclasses.replace(tiny, paligemma_variant=one["paligemma"], action_expert_variant=one["action_expert"])
+    assert {entry.step for entry in trace_steps(config, batch=1)} == set(STEPS)
+
+
+def test_joint_and_cached_agree_on_real_weights(tiny):
+    assert tiny.values is not None
+    assert len(tiny.values.agreement) == 4
+    assert all(pair.max_abs <= 1e-5 and pair.scale > 0.01 for pair in tiny.values.agreement)
+
+
+@torch.no_grad()
+def test_the_walk_computes_what_the_model_computes(policy, tiny):
+    subject = from_policy(policy, Sizes(batch=2), demo_observation())
+    observation = Observation.from_dict(subject.observation)
+    chunk = policy.model.sample_actions(observation, noise=subject.noise[:1].expand(2, -1, -1))
+    assert np.abs(tiny.values.chunk[-1] - chunk[0].numpy()).max() <= 1e-5
+    actions = torch.from_numpy(tiny.values.chunk[-1]).expand_as(subject.noise)
+    loss = policy.model.compute_loss(observation, actions, noise=subject.noise, time=subject.time)
+    stats = {(entry.step, entry.name): entry.stats for entry in tiny.entries}
+    assert abs(stats["11", "loss"].mean - loss.mean().item()) <= 1e-5
+    assert stats["1", "image/base_0_rgb"].min == -1.0  # the letterbox
+
+
+def test_golden_batch_and_checkpoint_without_sizes(golden):
+    batch = golden.root / "inputs.npz"
+    trace = walk(find_subject(str(golden.checkpoint), Sizes(batch=2), inputs=batch, config=str(golden.config)))
+    stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
+    assert abs(stats["10", "v_t"].max - golden.outputs["v_t"].max().item()) <= 2e-5
+    assert abs(stats["11", "loss"].mean - golden.outputs["loss"].mean().item()) <= 2e-5
+    assert not trace.mask.diagonal().all()  # its padding is in the mask that is drawn
+    bare = walk(find_subject(str(golden.checkpoint), Sizes(batch=1)))
+    assert any("does not say action_horizon 50" in note for note in bare.notes)
+    assert any("random numbers" in note for note in bare.notes)
+    length = 200 if golden.kind == "pi05" else 48
+    assert next(entry.shape for entry in bare.entries if entry.name == "tokenized_prompt") == (1, length)
+
+
+def test_policy_folder(policy, tmp_path):
+    policy.save(tmp_path / "policy")
+    trace = walk(find_subject(str(tmp_path / "policy"), Sizes(batch=1)))
+    assert trace.values is not None
+    assert trace.action_names == ("delta_x", "delta_y", "delta_z", "gripper")
+    assert any("No observation was given" in note for note in trace.notes)
+
+
+def test_json_is_one_document_on_stdout(capsys, tmp_path):
+    run_trace("tiny", batch=1, as_json=True, html=tmp_path / "page.html")
+    out, err = capsys.readouterr()
+    entries = json.loads(out)
+    assert {"step", "name", "shape", "dtype", "view", "phase"} <= set(entries[0])
+    assert all(isinstance(size, int) for entry in entries for size in entry["shape"])
+    assert "page.html" in err
+    run_trace("tiny", batch=1, as_json=True, compare="tiny")
+    document = json.loads(capsys.readouterr().out)
+    assert {"facts", "steps", "left", "right"} == set(document)
+
+
+def test_text_fits_a_hundred_columns(capsys, tiny):
+    run_trace("tiny", batch=1, compare="tiny")
+    print_trace(tiny, Console(width=100, markup=False))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert any("v_t, joint and cached" in line for line in lines)
+
+
+class Tags(html.parser.HTMLParser):
+    """Checks that tags are closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.attributes, self.names = [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes += attrs
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.mark.parametrize("name", ["tiny", "pi0", "pi05"])
+def test_page_is_well_formed_and_needs_nothing_else(name, request):
+    trace = request.getfixturevalue(name)
+    page = render_page(trace, request.getfixturevalue("pi0"))
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert not {"script", "link", "iframe"} & tags.names
+    links = [value for key, value in tags.attributes if key in ("src", "href", "data", "action")]
+    assert all(value.startswith(("data:image/png;base64,", "#")) for value in links)
+    assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
+    assert set(re.findall(r"url\((.*?)\)", page)) <= {"#hatch"}
+    assert all(f'id="step-{step}"' in page for step in STEPS)
+
+
+def test_page_escapes_what_comes_from_files(policy):
+    observation = demo_observation() | {"prompt": "<script>alert('π')</script>"}
+    trace = walk(from_policy(policy, Sizes(batch=1), observation, title="<b>"))
+    page = render_page(trace)
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(" in page
+    assert "<b></" not in page
+
+
+def test_gates_that_are_all_zero_are_drawn(policy):
+    policy = copy.deepcopy(policy)
+    for name, parameter in policy.model.named_parameters():
+        if ".dense." in name:
+            torch.nn.init.zeros_(parameter)
+    trace = walk(from_policy(policy, Sizes(batch=1), demo_observation()))
+    assert "Mean 0 at t = 1, 0 at t = 0" in render_page(trace)
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("pi05", {"batch": 0}, "batch must be at least 1"),
+        ("tiny", {"action_dim": 3}, "action_dim is 8 in the weights"),
+        ("no/such/policy", {}, "no/such/policy"),
+    ],
+)
+def test_errors(target, arguments, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run_trace(target, **arguments)
+
+
+def test_an_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
+    np.savez(tmp_path / "x.npz", state=np.zeros(3), prompt="go")
+    with pytest.raises(ValueError, match="bare checkpoint"):
+        run_trace(str(golden.checkpoint), inputs=tmp_path / "x.npz")
+    with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
+        run_trace(str(golden.checkpoint), inputs=tmp_path / "missing.npz")
+    (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 truncated")
+    with pytest.raises(ValueError, match="damaged"):
+        run_trace(str(golden.checkpoint), inputs=tmp_path / "bad.npz")
+    np.savez(tmp_path / "batch.npz", tokenized_prompt=np.zeros((1, 4), np.int64))
+    with pytest.raises(ValueError, match="has no state, tokenized_prompt_mask"):
+        run_trace(str(golden.checkpoint), inputs=tmp_path / "batch.npz")
+
+
+def test_entries_are_json():
+    entry = TraceEntry("5", "x_t", (1, 2), "float32")
+    assert entry.to_json() == {
+        "step": "5", "name": "x_t", "shape": [1, 2], "dtype": "float32", "view": "both", "phase": "both",
+    }  # fmt: skip
