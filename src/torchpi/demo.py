@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -18,6 +19,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, collate
 from torchpi.robots import Embodiment
 from torchpi.transforms.normalize import Normalization, load_norm_stats
+from torchpi.transforms.prompt import pi05_prompt_text
 
 SEED = 0
 _STATE = ("hand_x", "hand_y", "hand_z", "gripper")
@@ -39,7 +41,7 @@ def assets() -> pathlib.Path:
 
 
 def demo_observation() -> dict[str, Any]:
-    """Three camera frames, the state and the instruction of one moment in a simulated kitchen drawer's life."""
+    """Three camera frames, the state and the instruction of one moment at a simulated drawer."""
     root = assets() / "demo"
     description = json.loads((root / "observation.json").read_text(encoding="utf-8"))
     images = {key: np.asarray(Image.open(root / name)) for key, name in description["images"].items()}
@@ -90,50 +92,54 @@ def run_demo(out: pathlib.Path, *, num_steps: int = 10) -> DemoResult:
     model, config = policy.model, policy.model.config
     count = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"π₀.₅, preset tiny, {count / 1e6:.1f} M parameters, [bold]untrained[/bold]: its weights are random, so the way of "
-        "the data is real, and the actions mean nothing.\n"
+        f"π₀.₅, preset tiny, {count / 1e6:.1f} M parameters, [bold]untrained[/bold]: its weights are random, so "
+        "the way of the data is real, and the actions mean nothing."
     )
-    table = Table("step", "what", "shape", "values", title=None)
+    table = Table("step", "what", "shape", "values", box=box.SIMPLE_HEAD)
 
-    def row(step: str, what: str, value: Any, note: str | None = None) -> None:
-        array = value.detach().numpy() if isinstance(value, torch.Tensor) else np.asarray(value)
-        span = f"{array.min():.3g} … {array.max():.3g}" if array.size else ""
-        table.add_row(step, what, f"{list(array.shape)} {array.dtype}", note or span)
+    def row(step: str, what: str, value: torch.Tensor | np.ndarray) -> None:
+        array = value.detach().numpy() if isinstance(value, torch.Tensor) else value
+        shape = f"{list(array.shape)} {array.dtype}"
+        table.add_row(step, what, shape, f"{array.min():.3g} … {array.max():.3g}")
 
-    for camera in EMBODIMENT.cameras:
-        row("observation", f"camera {camera.key}", observation[str(camera.key)])
+    for camera in EMBODIMENT.camera_names:
+        key = camera.removesuffix("_0_rgb")
+        row("observation", f"camera {key}", observation[key])
     row("", "state: " + ", ".join(_STATE), observation["state"])
-    table.add_row("", "prompt", "", repr(observation["prompt"]))
+    table.add_row("", "instruction", "", repr(observation["prompt"]))
     state, inputs = policy.prepare(observation)
+    normalized = inputs["state"][: len(_STATE)]
     batch = collate([inputs])
-    row("normalize", "state, by the policy's 1 % and 99 % quantiles", inputs["state"][: len(_STATE)])
-    row("resize", f"3 cameras to {config.image_size}×{config.image_size}, in [−1, 1]", batch.images["base_0_rgb"])
-    valid = int(inputs["tokenized_prompt_mask"].sum())
-    row("tokenize", f"instruction and state as text, {valid} tokens", inputs["tokenized_prompt"])
+    num_text = int(batch.tokenized_prompt_mask.sum())
+    row("normalize", "state, by the policy's 1 % and 99 % quantiles", normalized)
+    row("resize", f"each camera to {config.image_size}×{config.image_size}, in [−1, 1]", batch.images["base_0_rgb"])
+    table.add_row("tokenize", "prompt", f"{num_text} tokens", repr(pi05_prompt_text(observation["prompt"], normalized)))
+    noise = torch.randn(
+        1,
+        config.require("action_horizon"),
+        config.action_dim,
+        generator=torch.Generator().manual_seed(SEED),
+    )
+    states: list[torch.Tensor] = []
     with torch.no_grad():
         tokens, mask = model.embed_present_prefix(batch)
-        row("embed_prefix", f"3 × {config.num_patches} image tokens, {valid} text tokens", tokens)
+        row("embed", f"3 × {config.num_patches} image tokens, {num_text} text tokens", tokens)
         cache = model.prefill(tokens, mask)
-        row("prefill", f"backbone, once: {len(cache.key_values)} layers of keys", cache.key_values[0][0])
+        row("prefill", f"the backbone, once: keys of each of {len(cache.key_values)} layers", cache.key_values[0][0])
         row("", "… and values", cache.key_values[0][1])
-        noise = torch.randn(1, config.require("action_horizon"), config.action_dim, generator=_generator())
-        states: list[torch.Tensor] = []
         hook = model.suffix.register_forward_pre_hook(lambda module, args: states.append(args[1]))
-        result = model.sample_actions(batch, noise=noise, num_steps=num_steps)
+        states.append(model.sample_actions(batch, noise=noise, num_steps=num_steps))
         hook.remove()
-    for t, x_t in zip([*flow.euler_times(num_steps), 0.0], [*states, result], strict=True):
-        name = {0: "noise"}.get(round(1 - t, 6), "actions" if t == 0.0 else "x_t")
-        row(f"denoise t={abs(t):.1f}", f"{name}, by the action expert", x_t)
-    way = [_to_robot(policy, x_t, state) for x_t in [*states, result]]
+    for t, x_t in zip(flow.euler_times(num_steps), states, strict=False):
+        row("denoise", f"x at t = {t:.1f}" + (", noise" if t == 1 else ""), x_t)
+    row("", "x at t = 0, normalized actions", states[-1])
+    way = [_to_robot(policy, x_t, state) for x_t in states]
     row("unnormalize", "actions: " + ", ".join(_ACTIONS), way[-1])
     console.print(table)
     plot_chunk(way, out)
-    console.print(f"\nThe chunk of {len(way[-1])} actions, from noise to the end, is drawn in {out}.")
+    console.print(f"The chunk of {len(way[-1])} actions, from noise to the end, is drawn in {out}.")
+    console.print("All of it, tensor by tensor, as a page: torchpi trace demo --html demo.html")
     return DemoResult(actions=way[-1].astype(np.float32), way=way, plot=out)
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(SEED)
 
 
 def _to_robot(policy: Policy, x_t: torch.Tensor, state: np.ndarray) -> np.ndarray:

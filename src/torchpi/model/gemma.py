@@ -5,6 +5,7 @@ Sources: Gemma (arXiv:2403.08295), GeGLU (arXiv:2002.05202), RoPE (arXiv:2104.09
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -174,7 +175,8 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         norm = AdaRMSNorm if adaptive_norm else RMSNorm
-        self.layers = nn.ModuleList(Block(config, norm) for _ in range(config.depth))
+        # A ModuleList, which types as a list of anything.
+        self.layers = cast("Sequence[Block]", nn.ModuleList(Block(config, norm) for _ in range(config.depth)))
         self.final_norm = norm(config.width)
 
     def norms(self) -> list[nn.Module]:
