@@ -4,12 +4,13 @@ import json
 import pathlib
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+
+from torchpi.arrays import read_npy, read_npz
 
 PolicyPath = Annotated[str, tyro.conf.arg(metavar="PATH")]
 
@@ -57,7 +58,7 @@ def infer(
 
     from torchpi.policy import load_policy
 
-    observation = _read_npz(inputs)
+    observation = read_npz(inputs)
     loaded = load_policy(
         policy,
         config=config,
@@ -70,7 +71,7 @@ def infer(
         device=device,
     )
     generator = torch.Generator(loaded.model.device).manual_seed(seed)
-    start = None if noise is None else _read_array(noise)
+    start = None if noise is None else read_npy(noise)
     result = loaded.infer(observation, noise=start, num_steps=num_steps, generator=generator)
     out.parent.mkdir(parents=True, exist_ok=True)
     with out.open("wb") as file:  # an open file, because np.savez appends .npz to names without it
@@ -96,8 +97,113 @@ def demo(out: pathlib.Path = pathlib.Path("torchpi_demo.png")) -> None:
     run_demo(out)
 
 
+def trace(
+    target: Annotated[str, tyro.conf.Positional],
+    batch: int = 4,
+    max_token_len: int | None = None,
+    action_horizon: int | None = None,
+    action_dim: int | None = None,
+    compare: str | None = None,
+    html: pathlib.Path | None = None,
+    inputs: pathlib.Path | None = None,
+    config: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> None:
+    """Walk the whole way, from the raw input to the loss and to the actions, and print every tensor.
+
+    A preset (pi05, pi0, …) is walked at its full size without memory for its weights: shapes and dtypes. A policy, or
+    "demo", is walked with its weights and an observation: ranges of values as well.
+
+    Args:
+        target: a preset's name, the path of a policy or checkpoint, or "demo".
+        batch: samples in the batch.
+        max_token_len: prompt tokens; by default the target's.
+        action_horizon: actions in a chunk; by default the target's.
+        action_dim: width of state and actions inside the model; by default the target's.
+        compare: a second target, printed side by side.
+        html: write the walk as a page of its own, with diagrams and plots.
+        inputs: an .npz file: a robot's observation, or a batch in the model's own terms.
+        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
+        device: where a policy runs.
+        json: print one JSON document, a list of {"step", "name", "shape", "dtype", …}.
+    """
+    from torchpi.trace import run_trace
+
+    run_trace(
+        target,
+        batch=batch,
+        max_token_len=max_token_len,
+        action_horizon=action_horizon,
+        action_dim=action_dim,
+        compare=compare,
+        html=html,
+        as_json=json,
+        inputs=inputs,
+        config=config,
+        device=device,
+    )
+
+
+def bench(
+    what: Annotated[Literal["all", "model", "train", "load"], tyro.conf.Positional] = "all",
+    config: str = "mid",
+    policy: str | None = None,
+    batch: int = 1,
+    cameras: int = 3,
+    prompt_tokens: int = 60,
+    num_steps: int = 10,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    device: str = "cpu",
+    compile: bool = False,
+    repeats: int = 5,
+    json: bool = False,
+) -> None:
+    """Measure beside the floor that this machine allows.
+
+    In one run: the peak of a large matmul and of a large copy, then sampling, one training step, or loading. The
+    floor of each operation is the larger of FLOPs / peak and bytes / bandwidth; the table says how it adds up.
+
+    Args:
+        what: model (sample_actions), train (one step), load (time and memory of loading --policy); all: the first two.
+        config: mid (47 M parameters), a preset's name, or a JSON file. The weights are random.
+        policy: for load: a policy folder or checkpoint.
+        batch: samples at once.
+        cameras: cameras of the observation.
+        prompt_tokens: real tokens of the prompt; sampling drops the padding behind them.
+        num_steps: Euler steps.
+        dtype: of the matmuls; weights follow it in sampling, and stay float32 in training.
+        device: cpu or cuda.
+        compile: run the three stacks through torch.compile.
+        repeats: timed runs, whose median counts.
+        json: print one JSON document.
+    """
+    from torchpi.bench import bench_config, run_bench, run_bench_load
+
+    if what == "load":
+        if policy is None:
+            raise ValueError("bench load needs --policy, a policy folder or checkpoint")
+        run_bench_load(policy, dtype=dtype, as_json=json)
+        return
+    run_bench(
+        [what] if what != "all" else ["model", "train"],
+        config=bench_config(config),
+        batch=batch,
+        num_cameras=cameras,
+        prompt_tokens=prompt_tokens,
+        num_steps=num_steps,
+        dtype=dtype,
+        device=device,
+        compiled=compile,
+        repeats=repeats,
+        as_json=json,
+    )
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
+    "trace": trace,
+    "bench": bench,
     "infer": infer,
 }
 
@@ -109,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tyro.extras.subcommand_cli_from_dict(
             COMMANDS, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=argv, sort_subcommands=False
         )
-    except (ValueError, KeyError, FileNotFoundError) as error:
+    except (ValueError, KeyError, OSError) as error:
         # str() of a KeyError quotes its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"error: {message}", file=sys.stderr)
@@ -122,28 +228,6 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__
 
 def _print_json(document: Any) -> None:
     print(json.dumps(document))
-
-
-def _read_npz(path: pathlib.Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}") from error
-
-
-def _read_array(path: pathlib.Path) -> np.ndarray:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file of a plain array, or is damaged: {error}") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{path} holds several arrays; expected an .npy file with one")
-    return array
 
 
 if __name__ == "__main__":

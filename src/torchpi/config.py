@@ -7,20 +7,27 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 # The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
 # __post_init__, so that nobody ever reads it; None is taken: it means "not known" (see Pi0Config).
 _FOLLOWS_VARIANT: Any = "follows pi05"
 
 
-def _require_positive(config: Any) -> None:
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type not in (int, int | None) or value is None:
+def _require_types(kind: type, values: Mapping[str, Any]) -> None:
+    """Of a config's fields that have a value: numbers are positive integers, None stands only where it may."""
+    for field in dataclasses.fields(kind):
+        if field.name not in values:
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise ValueError(f"{type(config).__name__}.{field.name} must be a positive integer, got {value!r}")
+        value, where = values[field.name], f"{kind.__name__}.{field.name}"
+        if value is None and field.type in (int | None, bool | None):
+            continue
+        if field.type in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
+            raise ValueError(f"{where} must be a positive integer, got {value!r}")
+        if field.type in (bool, bool | None) and not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, got {value!r}")
+        if get_origin(field.type) is Literal and value not in get_args(field.type):
+            raise ValueError(f"{where} must be {' or '.join(map(repr, get_args(field.type)))}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,7 @@ class GemmaConfig:
     """K: width of one head; even, because RoPE rotates halves against each other."""
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _require_types(type(self), vars(self))
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
         if self.head_dim % 2:
@@ -66,11 +73,9 @@ class VisionConfig:
     """Position embedding: a learned table (what the published weights have) or the fixed 2-D sinusoid."""
 
     def __post_init__(self) -> None:
-        _require_positive(self)
+        _require_types(type(self), vars(self))
         if self.width % self.num_heads:
             raise ValueError(f"vision width ({self.width}) must be a multiple of num_heads ({self.num_heads})")
-        if self.position not in ("learned", "sincos2d"):
-            raise ValueError(f"position must be 'learned' or 'sincos2d', got {self.position!r}")
         if self.position == "sincos2d" and self.width % 4:
             raise ValueError(f"sincos2d needs a vision width that is a multiple of 4, got {self.width}")
 
@@ -91,8 +96,11 @@ _Part = TypeVar("_Part", GemmaConfig, VisionConfig)
 
 
 def _variant(value: str | _Part, variants: Mapping[str, _Part], field: str) -> _Part:
-    if not isinstance(value, str):
+    kind = type(next(iter(variants.values())))
+    if isinstance(value, kind):
         return value
+    if not isinstance(value, str):
+        raise ValueError(f"{field} must be a variant's name or a {kind.__name__}, got {value!r}")
     if value not in variants:
         raise ValueError(f"{field}: unknown variant {value!r}; variants are {', '.join(variants)}")
     return variants[value]
@@ -132,7 +140,7 @@ class Pi0Config:
             object.__setattr__(self, "max_token_len", 200 if self.pi05 else 48)
         if self.discrete_state_input is _FOLLOWS_VARIANT:
             object.__setattr__(self, "discrete_state_input", self.pi05)
-        _require_positive(self)
+        _require_types(type(self), vars(self))
         backbone, expert = self.paligemma, self.action_expert
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(backbone, field) != getattr(expert, field):
@@ -204,33 +212,45 @@ class Pi0Config:
             base: where absent fields come from; without it, this class's defaults.
 
         Raises:
-            ValueError: unknown field, wrong type, or sizes that do not fit together.
+            ValueError: unknown field, wrong type, or sizes that do not fit together; the message names the field.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a model config must be an object, got {values!r}")
         unknown = set(values) - _JSON_FIELDS - _JSON_NOT_SIZES
         if unknown:
             raise ValueError(
                 f"model config has unknown fields {sorted(unknown)}; known are {sorted(_JSON_FIELDS)} "
                 f"(and {sorted(_JSON_NOT_SIZES)}, which are not read)"
             )
-        pi05 = values.get("pi05", base.pi05 if base else cls.pi05)
-        base = base or cls(pi05=pi05)
+        for part in sorted(_JSON_PARTS - set(values)):
+            if f"{part}_variant" in values:  # beside the sizes it is a note; alone it is meant to be read
+                raise ValueError(
+                    f"model config field '{part}_variant' is not read; write {part!r} instead, with a variant's name "
+                    "or an object of sizes"
+                )
+        _require_types(cls, values)  # before anything is built with them
+        base = base or cls(pi05=values.get("pi05", cls.pi05))
         fields: dict[str, Any] = {}
         for name in _JSON_FIELDS & set(values):
             if name in _JSON_PARTS:
                 fields[f"{name}_variant"] = _part_from_json(name, values[name], getattr(base, name))
             else:
-                fields[name] = _checked(name, values[name])
+                fields[name] = values[name]
         return dataclasses.replace(base, **fields)
 
     @classmethod
-    def from_json(cls, path: str | pathlib.Path) -> "Pi0Config":
-        """Read a config file in the schema of `to_dict`; absent fields take this class's defaults.
+    def from_json(cls, path: str | pathlib.Path, base: "Pi0Config | None" = None) -> "Pi0Config":
+        """Read a config file in the schema of `to_dict`; see `from_dict`.
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a JSON object in the schema.
+            ValueError: it is not a JSON object in the schema; the message names file and field.
         """
-        return cls.from_dict(read_config_json(path))
+        values = _read_json_object(path)
+        try:
+            return cls.from_dict(values, base)
+        except ValueError as error:
+            raise ValueError(f"model config file {path}: {error}") from error
 
 
 _JSON_PARTS = frozenset({"paligemma", "action_expert", "siglip"})
@@ -281,8 +301,7 @@ def preset(name: str) -> Pi0Config:
     return PRESETS[name]
 
 
-def read_config_json(path: str | pathlib.Path) -> dict[str, Any]:
-    """The JSON object in a model config file, unchecked."""
+def _read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model config file {path} does not exist")
@@ -305,13 +324,8 @@ def _part_from_json(name: str, value: Any, base: _Part) -> str | _Part:
         raise ValueError(
             f"model config field {name!r} has unknown fields {sorted(set(value) - known)}; known are {sorted(known)}"
         )
-    return dataclasses.replace(base, **value)
-
-
-def _checked(name: str, value: Any) -> Any:
-    if name in ("pi05", "discrete_state_input"):
-        if not isinstance(value, bool) and not (value is None and name == "discrete_state_input"):
-            raise ValueError(f"model config field {name!r} must be true or false, got {value!r}")
-    elif value is None and name not in ("action_horizon", "max_token_len"):
-        raise ValueError(f"model config field {name!r} must be a positive integer, got null")
-    return value
+    try:
+        _require_types(type(base), value)
+        return dataclasses.replace(base, **value)
+    except ValueError as error:
+        raise ValueError(f"model config field {name!r}: {error}") from error

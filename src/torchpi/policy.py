@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -51,6 +50,8 @@ class Policy:
             provenance: where the weights come from.
 
         Raises:
+            FileNotFoundError: there is no tokenizer.
+            KeyError: statistics or rules lack "state" or "actions".
             ValueError: the parts do not fit together.
         """
         self.model = model
@@ -58,12 +59,12 @@ class Policy:
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
         self.provenance = dict(provenance or {})
         self._metadata = dict(metadata or {})
-        self._tokenizer_path = pathlib.Path(tokenizer)
+        self._tokenizer_path = _tokenizer_file(pathlib.Path(tokenizer))
         config = model.config
         self.transforms = Transforms(
             norm_stats=norm_stats,
             normalization=normalization,
-            tokenizer=load_tokenizer(tokenizer),
+            tokenizer=load_tokenizer(self._tokenizer_path),
             # What a checkpoint does not say follows the variant; its prompt is then not cut (None).
             discrete_state_input=config.pi05 if config.discrete_state_input is None else config.discrete_state_input,
             max_token_len=config.max_token_len,
@@ -71,6 +72,7 @@ class Policy:
             image_size=(config.image_size, config.image_size),
             truncation=truncation,
         )
+        self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
         self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
         self._check_sizes(norm_stats)
 
@@ -114,7 +116,7 @@ class Policy:
             KeyError: a camera or a part of the state is missing or unknown.
             ValueError: anything else about the observation, the noise or num_steps that is not as expected.
         """
-        noises = None if noise is None else np.asarray(noise)[None]
+        noises = None if noise is None else self._finite_noise(noise, batch=())[None]
         return self.infer_batch([observation], noise=noises, num_steps=num_steps, generator=generator)[0]
 
     def infer_batch(
@@ -135,7 +137,8 @@ class Policy:
         start = time.perf_counter()
         states, samples = zip(*(self.prepare(observation) for observation in observations), strict=True)
         batch = collate(samples).to(self.model.device)
-        noise_tensor = None if noise is None else self._noise(noise)
+        noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
+        noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
         prepared = time.perf_counter()
         sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator)
         chunks = sampled.cpu().numpy()  # waits for the device
@@ -162,11 +165,19 @@ class Policy:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
         return self.embodiment.from_model(actions, state).astype(np.float32)
 
-    def _noise(self, noise: np.ndarray) -> Tensor:
-        noise = np.asarray(noise)
-        if noise.dtype.kind != "f" or not np.isfinite(noise).all():
-            raise ValueError(f"noise must be finite floating-point numbers, got {noise.dtype} {list(noise.shape)}")
-        return torch.from_numpy(noise.astype(np.float32)).to(self.model.device)
+    def _finite_noise(self, noise: Any, *, batch: tuple[int, ...]) -> np.ndarray:
+        array, config = np.asarray(noise), self.model.config
+        found = f"got {array.dtype} {list(array.shape)}"
+        if array.dtype.kind != "f":
+            raise ValueError(f"noise must be floating-point numbers, {found}")
+        # Where the horizon is unset, the noise decides it.
+        horizon = config.action_horizon or (array.shape[-2] if array.ndim > 1 else "H")
+        expected = (*batch, horizon, config.action_dim)
+        if array.shape != expected or not array.size:
+            raise ValueError(f"noise must be [{', '.join(map(str, expected))}], {found}")
+        if not np.isfinite(array).all():
+            raise ValueError("there is NaN or infinity in the noise; it must be finite")
+        return array.astype(np.float32)
 
     def example_observation(self) -> dict[str, Any]:
         """A valid request with made-up contents."""
@@ -205,8 +216,17 @@ class Policy:
 
     def _write_others(self, root: pathlib.Path) -> None:
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
-        is_json = self._tokenizer_path.read_bytes().lstrip().startswith(b"{")
-        shutil.copyfile(self._tokenizer_path, root / ("tokenizer.json" if is_json else "tokenizer.model"))
+        is_json = self._tokenizer_bytes.lstrip().startswith(b"{")
+        (root / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(self._tokenizer_bytes)
+
+
+def _tokenizer_file(path: pathlib.Path) -> pathlib.Path:
+    file = folder.tokenizer_file(path) if path.is_dir() else path
+    if file is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file"
+        )
+    return file
 
 
 def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
@@ -276,17 +296,33 @@ def load_policy(
         KeyError: unknown embodiment.
         ValueError: something is neither in the checkpoint nor given, contradictory, or corrupt.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = _usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     if str(path) == "demo":
+        given = {"config": config, "embodiment": embodiment, "normalization": normalization, "norm_stats": norm_stats}
+        given |= {"asset_id": asset_id, "tokenizer": tokenizer, "truncation": truncation}
+        if names := [f"{name}=" for name, value in given.items() if value is not None]:
+            raise ValueError(f"the demo policy is complete; it takes no {', '.join(names)}")
         from torchpi.demo import demo_policy  # the demo is a policy like any other, and so imports this module
 
-        return demo_policy(device=device, dtype=dtype)
+        policy = demo_policy(device=device, dtype=dtype)
+        policy.default_prompt = policy.default_prompt if default_prompt is None else default_prompt
+        return policy
     root = existing_folder(path)
     robot = None if embodiment is None else get_embodiment(embodiment)
     own = folder.read_policy_json(root) if folder.is_policy_folder(root) else None
     if robot is None:
         robot = _own_embodiment(root, own)
+    if asset_id is not None and (own or norm_stats):
+        raise ValueError(
+            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but "
+            + (
+                "norm_stats= gives a file"
+                if norm_stats
+                else f"{root} is a policy folder, which has one norm_stats.json"
+            )
+            + "; leave it out"
+        )
     stats_path = norm_stats or (root if own else _stats_of_checkpoint(root, asset_id, robot.asset_id))
     tokenizer_path = tokenizer or folder.tokenizer_file(root)
     if tokenizer_path is None:
@@ -317,6 +353,18 @@ def load_policy(
     )
 
 
+def _usable_device(device: str | torch.device | None) -> torch.device:
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:  # torch does not know the name
+        raise ValueError(f"unknown device {device!r}; expected for example cpu or cuda") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"there is no device {found}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu"
+        )
+    return found
+
+
 def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile | None) -> Embodiment:
     if own is None:
         raise ValueError(
@@ -324,15 +372,22 @@ def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile | None) -> Embodi
             f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)"
         )
     try:
-        return Embodiment.from_dict(dict(own.embodiment))
+        robot = Embodiment.from_dict(dict(own.embodiment))
     except ValueError as error:
         raise ValueError(f"{root / 'policy.json'}: {error}") from error
+    # A file that a user writes may leave out what has a default; what a policy was trained with is stated.
+    if incomplete := [name for name, value in robot.to_dict().items() if own.embodiment.get(name, ...) != value]:
+        raise ValueError(
+            f"{root / 'policy.json'}: embodiment: {', '.join(incomplete)} must be there with every field, as "
+            "Embodiment.to_dict writes them"
+        )
+    return robot
 
 
 def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, Normalization]:
     try:
         return {key: Normalization(**rule) for key, rule in own.normalization.items()}
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{root / 'policy.json'}: normalization: {error}") from error
 
 

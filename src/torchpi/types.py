@@ -59,7 +59,7 @@ class Observation:
         for key in ("image", "state", "tokenized_prompt", "tokenized_prompt_mask"):
             if key not in data:
                 raise KeyError(f"observation has no {key!r}; it has {sorted(data)}")
-        images, masks = dict(data["image"]), dict(data.get("image_mask", {}))
+        images, masks = _cameras(data["image"], "image"), _cameras(data.get("image_mask", {}), "image_mask")
         if not images:
             raise ValueError("observation['image'] is empty; at least one camera is needed")
         if set(masks) - set(images):
@@ -73,8 +73,12 @@ class Observation:
         if tokens.shape[0] != batch:
             raise ValueError(f"state has batch size {batch}, tokenized_prompt {tokens.shape[0]}; they must agree")
         present = torch.ones(batch, dtype=torch.bool, device=state.device)
+        images = {name: _image(image, name, batch) for name, image in images.items()}
+        sizes = {name: list(image.shape[1:3]) for name, image in images.items()}
+        if len({tuple(size) for size in sizes.values()}) > 1:
+            raise ValueError(f"all images must have one size, got {sizes}; resize_with_pad brings them to the model's")
         return cls(
-            images={name: _image(image, name, batch) for name, image in images.items()},
+            images=images,
             image_masks={name: _mask(masks.get(name, present), f"image_mask[{name!r}]", (batch,)) for name in images},
             state=state.to(torch.float32),
             tokenized_prompt=tokens.to(torch.int64),
@@ -95,6 +99,12 @@ class Observation:
             tokenized_prompt=self.tokenized_prompt.to(device),
             tokenized_prompt_mask=self.tokenized_prompt_mask.to(device),
         )
+
+
+def _cameras(value: Any, name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"observation[{name!r}] must map cameras to tensors, got {type(value).__name__}")
+    return dict(value)
 
 
 def _tensor(value: Any, name: str, ndim: int) -> Tensor:

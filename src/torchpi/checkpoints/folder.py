@@ -8,11 +8,12 @@ model.safetensors   the weights
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import safetensors
@@ -45,10 +46,20 @@ class PolicyFile:
     """Where the weights come from."""
 
     def to_json(self) -> str:
-        """The file's text."""
+        """The file's text.
+
+        Raises:
+            ValueError: JSON can't hold the metadata or the provenance.
+        """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         document = {"format_version": FORMAT_VERSION, **fields, "model": self.model.to_dict()}
-        return json.dumps({**document, "image_transform": IMAGE_TRANSFORM}, indent=2, ensure_ascii=False) + "\n"
+        try:
+            text = json.dumps(
+                {**document, "image_transform": IMAGE_TRANSFORM}, indent=2, ensure_ascii=False, allow_nan=False
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata or provenance of the policy can't be written as JSON: {error}") from error
+        return f"{text}\n"
 
     @classmethod
     def from_json(cls, text: str, source: pathlib.Path) -> "PolicyFile":
@@ -69,19 +80,55 @@ class PolicyFile:
                 f"{source}: format_version is {version!r}; this torchpi reads {FORMAT_VERSION}. A newer file needs a "
                 "newer torchpi"
             )
-        names = {field.name for field in dataclasses.fields(cls)} | {"image_transform"}
-        if names != set(document):
-            missing, unknown = sorted(names - set(document)), sorted(set(document) - names)
-            raise ValueError(f"{source}: missing fields {missing}, unknown fields {unknown}")
-        for name in sorted(names):
-            if not isinstance(document[name], dict):
-                raise ValueError(f"{source}: {name} must be an object, found {type(document[name]).__name__}")
-        if document.pop("image_transform") != IMAGE_TRANSFORM:
-            raise ValueError(f"{source}: image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has")
         try:
-            return cls(**{**document, "model": Pi0Config.from_dict(document["model"])})
+            return cls._from_document(document)
         except ValueError as error:
-            raise ValueError(f"{source}: model: {error}") from error
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def _from_document(cls, document: dict[str, Any]) -> "PolicyFile":
+        names = [*(field.name for field in dataclasses.fields(cls)), "image_transform"]
+        _require_fields(document, names, "the document")
+        for name in names:
+            if not isinstance(document[name], dict):
+                raise ValueError(f"{name} must be an object, found {document[name]!r}")
+        if document.pop("image_transform") != IMAGE_TRANSFORM:
+            raise ValueError(f"image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has")
+        _require_fields(document["normalization"], ("state", "actions"), "normalization")
+        for key, rule in document["normalization"].items():
+            _require_fields(rule, ("kind", "eps_rule"), f"normalization.{key}")
+            if not all(isinstance(value, str) for value in rule.values()):
+                raise ValueError(f"normalization.{key} must have texts as its values, found {rule!r}")
+        prompt = document["prompt"]
+        _require_fields(prompt, ("default", "truncation"), "prompt")
+        if not isinstance(prompt["default"], str | None):
+            raise ValueError(f"prompt.default must be a text or null, found {prompt['default']!r}")
+        if not isinstance(prompt["truncation"], str):
+            raise ValueError(f"prompt.truncation must be a text, found {prompt['truncation']!r}")
+        model = document["model"]
+        try:
+            config = Pi0Config.from_dict(model)
+        except ValueError as error:
+            raise ValueError(f"model: {error}") from error
+        # Complete: a default in place of what is missing would be a guess about the weights.
+        for name, value in {"model": config.to_dict(), **config.to_dict()}.items():
+            if isinstance(value, dict):
+                _require_fields(model if name == "model" else model[name], value, name)
+        return cls(**{**document, "model": config})
+
+
+def _require_fields(found: Any, names: Collection[str], where: str) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be an object with {', '.join(names)}, found {found!r}")
+    missing, unknown = [name for name in names if name not in found], sorted(set(found) - set(names))
+    if missing or unknown:
+        raise ValueError(
+            f"{where} has"
+            + (f" no {', '.join(missing)}" if missing else "")
+            + (" and" if missing and unknown else "")
+            + (f" unknown fields {', '.join(unknown)}" if unknown else "")
+            + f"; expected {', '.join(names)}"
+        )
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
@@ -90,9 +137,13 @@ def is_policy_folder(root: pathlib.Path) -> bool:
 
 
 def read_policy_json(root: pathlib.Path) -> PolicyFile:
-    """Read and check policy.json."""
+    """Read and check policy.json; see `PolicyFile.from_json`."""
     path = root / "policy.json"
-    return PolicyFile.from_json(path.read_text(encoding="utf-8"), path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    return PolicyFile.from_json(text, path)
 
 
 def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:
@@ -122,11 +173,27 @@ def load_weights(root: pathlib.Path, config: Pi0Config, *, dtype: torch.dtype, d
                 if name in found and found[name] != shape
             ]
             refuse_mismatch(path, sorted(set(expected) - set(found)), sorted(set(found) - set(expected)), misshapen)
-            for name in expected:
-                materialized_parameter(model, name, device).data.copy_(arrays.get_tensor(name))
+        # The file is mapped into memory, and what was read of it counts as used until it is closed. The large arrays
+        # come first, when little else is allocated.
+        by_size = sorted(expected, key=lambda name: -math.prod(expected[name]))
+        for names in _grouped(by_size, expected):
+            with safetensors.safe_open(path, framework="pt") as arrays:
+                for name in names:
+                    materialized_parameter(model, name, device).data.copy_(arrays.get_tensor(name))
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is truncated or corrupt: {error}; get the file again") from error
     return model
+
+
+def _grouped(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
+    """The names in groups of at least 16 million elements, so that a small file is opened once."""
+    group: list[str] = []
+    for name in names:
+        group.append(name)
+        if sum(math.prod(shapes[member]) for member in group) >= 1 << 24:
+            yield group
+            group = []
+    yield group
 
 
 def save_folder(
@@ -161,16 +228,24 @@ def save_folder(
         safetensors.torch.save_file(weights, beside / "model.safetensors")
         for entry in (*beside.iterdir(), beside):
             _fsync(entry)
-        if target.exists():
-            old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
-            os.rename(target, old)
-            os.rename(beside, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(beside, target)
-        _fsync(target.parent)
+        _move_into_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def _move_into_place(beside: pathlib.Path, target: pathlib.Path) -> None:
+    if target.exists():
+        old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
+        os.rename(target, old)
+        try:
+            os.rename(beside, target)
+        except OSError:
+            os.rename(old, target)
+            raise
+        shutil.rmtree(old)
+    else:
+        os.rename(beside, target)
+    _fsync(target.parent)
 
 
 def _fsync(path: pathlib.Path) -> None:

@@ -2,12 +2,16 @@
 
 import pathlib
 import warnings
+from collections.abc import Collection
 
 import torch
 
 from torchpi.checkpoints import folder, openpi
-from torchpi.config import PRESETS, Pi0Config, preset, read_config_json
+from torchpi.config import PRESETS, Pi0Config, preset
 from torchpi.model.pi0 import Pi0
+
+# A path may name one of these instead of its folder.
+_FILES_OF_FORMATS = ("policy.json", "model.safetensors", "_METADATA", "manifest.ocdbt")
 
 
 def load_model(
@@ -25,7 +29,8 @@ def load_model(
     action_horizon, max_token_len and discrete_state_input) comes from `config`, or stays unset.
 
     Args:
-        path: a policy folder; or an openpi checkpoint: the folder with `params`, or `params` itself.
+        path: a policy folder; an openpi checkpoint: the folder with `params`, `params` itself, or the folder of a
+            training run with a single step; or "demo", the embedded policy.
         config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
         adapt: cut or extend the weights to a `config` of other sizes. Not supported yet.
         dtype: of the weights, and so of the computation.
@@ -42,6 +47,12 @@ def load_model(
     """
     if adapt or lora_alpha is not None:
         raise NotImplementedError("adapt= and lora_alpha= are not supported yet")
+    if str(path) == "demo":
+        if config is not None:
+            raise ValueError("the demo policy is complete; it takes no config=")
+        from torchpi.demo import demo_policy  # it stands above this module
+
+        return demo_policy(device=device, dtype=dtype).model
     root = existing_folder(path)
     if folder.is_policy_folder(root):
         model = folder.load_weights(root, folder_config(root, config), dtype=dtype, device=device)
@@ -50,7 +61,7 @@ def load_model(
         if params is None:
             raise ValueError(unknown_format(root))
         arrays = openpi.JaxArrays(params)
-        model = arrays.load(merge_config(config, openpi.config_from_shapes(arrays.shapes)), dtype=dtype, device=device)
+        model = arrays.load(merge_config(config, arrays.config()), dtype=dtype, device=device)
     return model.eval()
 
 
@@ -59,14 +70,18 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is the address of a hub, which is not supported yet.
+        ValueError: it is a file that says nothing about its folder; or a hub's address, which is not supported yet.
     """
     if str(path).startswith(("hf://", "gs://")):
         raise ValueError(f"{path}: downloads are not supported yet; download the folder and pass its path")
     root = pathlib.Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"there is no checkpoint at {root}")
-    return root if root.is_dir() else root.parent
+    if root.is_dir():
+        return root
+    if root.name in _FILES_OF_FORMATS:
+        return root.parent
+    raise ValueError(f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}")
 
 
 def folder_config(root: pathlib.Path, config: Pi0Config | str | pathlib.Path | None) -> Pi0Config:
@@ -89,7 +104,10 @@ def merge_config(config: Pi0Config | str | pathlib.Path | None, from_arrays: Pi0
     if config is None:
         return from_arrays
     explicit = _explicit(config, from_arrays)
-    contradictions = _differences(explicit, from_arrays, only_set=True)
+    not_in_arrays = {name for name, value in from_arrays.to_dict().items() if value is None}
+    if from_arrays.siglip.position != "learned":
+        not_in_arrays.add("image_size")
+    contradictions = _differences(explicit, from_arrays, except_for=not_in_arrays)
     if contradictions:
         raise ValueError(f"config= contradicts the checkpoint's arrays: {contradictions}")
     return explicit
@@ -100,13 +118,13 @@ def _explicit(config: Pi0Config | str | pathlib.Path, base: Pi0Config) -> Pi0Con
         return config
     if isinstance(config, str) and config in PRESETS:
         return preset(config)
-    if isinstance(config, str) and not pathlib.Path(config).exists():
+    if isinstance(config, str) and not pathlib.Path(config).is_file():
         raise ValueError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
-    return Pi0Config.from_dict(read_config_json(config), base)
+    return Pi0Config.from_json(config, base)
 
 
-def _differences(explicit: Pi0Config, other: Pi0Config, *, only_set: bool = False) -> str:
-    """Each field in which two configs differ, with both values; `only_set`: where `other` says something."""
+def _differences(explicit: Pi0Config, other: Pi0Config, *, except_for: Collection[str] = ()) -> str:
+    """Each field in which two configs differ, with both values."""
     mine, theirs = explicit.to_dict(), other.to_dict()
     found = []
     for name, value in mine.items():
@@ -116,7 +134,7 @@ def _differences(explicit: Pi0Config, other: Pi0Config, *, only_set: bool = Fals
                 for part in value
                 if value[part] != theirs[name][part]
             ]
-        elif value != theirs[name] and not (only_set and theirs[name] is None):
+        elif value != theirs[name] and name not in except_for:
             found.append(f"{name} is {value} in config, {theirs[name]} in the checkpoint")
     return "; ".join(found)
 
@@ -131,5 +149,5 @@ def unknown_format(root: pathlib.Path) -> str:
         )
     return (
         f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
-        f"checkpoint has params/_METADATA; found {found or 'an empty folder'}"
+        f"checkpoint has params/_METADATA and params/manifest.ocdbt; found {found or 'an empty folder'}"
     )

@@ -162,6 +162,8 @@ def _gemma_leaves(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm:
 def config_from_shapes(shapes: Shapes) -> Pi0Config:
     """The sizes that a checkpoint's arrays have; horizon, prompt length and format are in none and stay unset.
 
+    The image size is in the learned position embedding; without one it is 224, as in all published models.
+
     Raises:
         ValueError: an array that is needed to tell a size is missing or has another rank.
     """
@@ -247,34 +249,59 @@ class JaxArrays:
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()
             ]
-            driver = "zarr3" if metadata.get("use_zarr3", False) else "zarr"
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{params / '_METADATA'} is corrupt: {type(error).__name__}: {error}") from error
-        futures = {path: self._open(driver, path) for path in paths}
-        self._stores: dict[str, Any] = {}
-        for path, future in futures.items():
-            name = _leaf_name(path)
-            if name in self._stores:
-                raise ValueError(f"{params} holds {name!r} twice")
-            self._stores[name] = self._wait(name, future)
+            names = [_leaf_name(path) for path in paths]
+            spec = {
+                "driver": "zarr3" if metadata.get("use_zarr3", False) else "zarr",
+                # A chunk that is not there is zeros, unless the writer says that it wrote zeros as well.
+                "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
+            }
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{params / '_METADATA'} is corrupt: {type(error).__name__}: {error}; get the file again"
+            ) from error
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{params} holds {', '.join(twice)} twice")
+        futures = {name: self._open(spec, path) for name, path in zip(names, paths, strict=True)}
+        self._stores = {name: self._wait(name, future) for name, future in futures.items()}
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
 
-    def _open(self, driver: str, path: tuple[str, ...]) -> Any:
+    def config(self) -> Pi0Config:
+        """The sizes that the arrays have, see `config_from_shapes`."""
+        try:
+            return config_from_shapes(self.shapes)
+        except ValueError as error:
+            raise ValueError(f"{self.params}: {error}") from error
+
+    def _open(self, spec: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         import tensorstore
 
-        base = f"file://{self.params.resolve()}/"
+        base = {"driver": "file", "path": f"{self.params.resolve()}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-        return tensorstore.open({"driver": driver, "kvstore": kvstore}, open=True, read=True)
+        # Compressed bytes are then pages of the file, which the system may drop, and no memory of ours.
+        context = {"file_io_mode": {"mode": "memmap"}}
+        return tensorstore.open({**spec, "kvstore": kvstore, "context": context}, open=True, read=True)
 
     def _wait(self, name: str, future: Any) -> Any:
         try:
             return future.result()
         except (ValueError, OSError, KeyError) as error:  # what tensorstore's status codes become
-            raise ValueError(f"{self.params}: array {name!r} is missing, truncated or corrupt: {error}") from error
+            reason = str(error).partition(" [tensorstore_spec=")[0]
+            raise ValueError(
+                f"{self.params}: array {name!r} is missing, truncated or corrupt: {reason}; get the checkpoint again"
+            ) from error
 
-    def read(self, leaf: str) -> torch.Tensor:
-        """The array as a tensor in its stored dtype."""
-        array: np.ndarray = self._wait(leaf, self._stores[leaf].read())
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The array as a tensor in `dtype`, by default its stored one.
+
+        tensorstore casts while it copies out of the decoded chunk, so that a float32 leaf (4.8 GB of a full-size model,
+        which is 6.7 GB in bfloat16) is never here twice.
+        """
+        import tensorstore
+
+        store = self._stores[name]
+        if dtype is not None:
+            store = tensorstore.cast(store, tensorstore.dtype(str(dtype).removeprefix("torch.")))
+        array: np.ndarray = self._wait(name, store.read())
         if array.dtype.name == "bfloat16":  # from ml_dtypes, which torch.from_numpy does not know
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
@@ -291,13 +318,7 @@ class JaxArrays:
         self._check(expected)
         model = Pi0(config, device="meta", dtype=dtype)
         for name, leaf in sorted(expected.items(), key=lambda item: -math.prod(item[1].shape)):
-            array = self.read(name)
-            for piece in leaf.pieces:
-                part = array if piece.layer is None else array[piece.layer]
-                part = part if piece.axes is None else part.permute(piece.axes)
-                rows = materialized_parameter(model, piece.param, device).data
-                rows = rows if piece.rows is None else rows[slice(*piece.rows)]
-                rows.view(part.shape).copy_(part)
+            _fill(model, leaf, self.read(name, dtype), device)
         return model
 
     def _check(self, expected: Mapping[str, Leaf]) -> None:
@@ -315,3 +336,12 @@ class JaxArrays:
 def _leaf_name(path: tuple[str, ...]) -> str:
     inner = path[1:] if path[0] == "params" else path
     return ".".join(inner[:-1] if inner[-1] == "value" else inner)
+
+
+def _fill(model: Pi0, leaf: Leaf, array: torch.Tensor, device: str | torch.device) -> None:
+    for piece in leaf.pieces:
+        part = array if piece.layer is None else array[piece.layer]
+        part = part if piece.axes is None else part.permute(piece.axes)
+        rows = materialized_parameter(model, piece.param, device).data
+        rows = rows if piece.rows is None else rows[slice(*piece.rows)]
+        rows.view(part.shape).copy_(part)

@@ -2,8 +2,6 @@
 
 import dataclasses
 import pathlib
-import zipfile
-import zlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchpi.arrays import read_npz
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.model import flow
 from torchpi.model.pi0 import Pi0
@@ -247,24 +246,6 @@ def from_model(
         actions=rows.get("actions"),
         notes=(*notes, *assumed),
     )
-
-
-def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of a file.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is no .npz file of plain arrays.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip file")
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}") from error
 
 
 def _random_batch(config: Pi0Config, sizes: Sizes) -> dict[str, np.ndarray]:

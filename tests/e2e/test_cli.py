@@ -1,0 +1,315 @@
+"""The command line, as a user meets it: what goes to stdout and stderr, the files, the exit status."""
+
+import inspect
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import torchpi
+from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.cli import COMMANDS, main
+from torchpi.demo import demo_observation
+from torchpi.transforms import Normalization, NormStats
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+ROBOT = Embodiment.generic(
+    "two_joints",
+    cameras={"base_0_rgb": "images.front", "left_wrist_0_rgb": "images.wrist"},
+    state=["shoulder", "elbow"],
+    actions=["shoulder", "elbow"],
+)
+
+
+@pytest.fixture(scope="module")
+def policy(golden_root, tmp_path_factory):
+    """A small policy folder."""
+    sizes = {"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    config = Pi0Config(
+        pi05=True,
+        paligemma_variant=GemmaConfig(width=16, mlp_dim=32, **sizes),
+        action_expert_variant=GemmaConfig(width=8, mlp_dim=16, **sizes),
+        siglip_variant=VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
+        action_dim=3,
+        action_horizon=4,
+        vocab_size=512,
+        image_size=28,
+    )
+    one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+    path = tmp_path_factory.mktemp("policy") / "two_joints"
+    Policy(
+        torchpi.Pi0(config),
+        ROBOT,
+        norm_stats={"state": one, "actions": one},
+        normalization={key: Normalization("quantile") for key in ("state", "actions")},
+        tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+    ).save(path)
+    return path
+
+
+@pytest.fixture
+def observation(tmp_path):
+    """A request as a file: nested keys joined with '.', the prompt a 0-d string."""
+    example = ROBOT.example_observation()
+    np.savez(
+        tmp_path / "observation.npz",
+        **{"images.front": example["images"]["front"], "images.wrist": example["images"]["wrist"]},
+        state=example["state"],
+        prompt=np.array("open the drawer"),
+    )
+    return tmp_path / "observation.npz"
+
+
+@pytest.fixture
+def arguments(policy, observation, tmp_path):
+    """Of an infer that works."""
+    return [
+        "infer", "--policy", policy, "--inputs", observation, "--out", tmp_path / "actions.npz", "--device", "cpu",
+    ]  # fmt: skip
+
+
+def run(arguments):
+    main([str(argument) for argument in arguments])
+
+
+def fails(arguments, capsys):
+    """Run a command that must fail: its one line on stderr."""
+    with pytest.raises(SystemExit) as caught:
+        run(arguments)
+    captured = capsys.readouterr()
+    assert caught.value.code == 1
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.err.endswith("\n")
+    return captured.err
+
+
+def actions(path):
+    with np.load(path) as arrays:
+        assert arrays.files == ["actions"]
+        return arrays["actions"]
+
+
+@pytest.mark.parametrize("name", ["pi05.aloha", "pi0.libero7"])
+def test_infer_writes_openpis_actions(golden_root, policy_cases, policy_case, tmp_path, capsys, name):
+    """From files alone: an openpi checkpoint, and a request with nested keys and a 0-d prompt."""
+    raw, case = policy_case(name)
+    np.savez(tmp_path / "request.npz", **raw)
+    np.save(tmp_path / "noise.npy", case["noise"])
+    weights = golden_root / policy_cases[name]["weights"]
+    run([
+        "infer", "--policy", weights, "--inputs", tmp_path / "request.npz", "--out", tmp_path / "new" / "actions.npz",
+        "--noise", tmp_path / "noise.npy", "--config", weights.parent / "model_config.json",
+        "--embodiment", {"pi05.aloha": "aloha", "pi0.libero7": "libero"}[name], "--device", "cpu",
+        "--norm-stats", golden_root / "policy" / name, "--tokenizer", golden_root / "tokenizer" / "tiny_spm.model",
+    ])  # fmt: skip
+    ours = actions(tmp_path / "new" / "actions.npz")
+    assert ours.dtype == np.float32
+    np.testing.assert_allclose(ours, case["actions"], rtol=0, atol=2e-5)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    horizon, dims = case["actions"].shape
+    assert re.fullmatch(rf"{horizon} actions of {dims} dimensions in \d+ ms, written to .*actions\.npz\n", captured.out)
+
+
+def test_json_is_one_document_and_the_only_output(arguments, tmp_path, capsys):
+    run([*arguments, "--json"])
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert captured.err == ""
+    assert document["shape"] == [4, 2]
+    assert document["out"] == str(tmp_path / "actions.npz")
+    assert sorted(document["policy_timing"]) == ["infer_ms", "postprocess_ms", "preprocess_ms"]
+
+
+def test_the_seed_decides_the_actions(arguments, tmp_path):
+    results = []
+    for seed in (0, 1, 0):
+        run([*arguments, "--seed", seed])
+        results.append(actions(tmp_path / "actions.npz"))
+    np.testing.assert_array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], results[1])
+
+
+def test_the_written_name_is_the_given_one(arguments, tmp_path):
+    run([*arguments, "--out", tmp_path / "result"])
+    assert actions(tmp_path / "result").shape == (4, 2)
+
+
+def test_a_default_prompt_serves_observations_without_one(arguments, observation, tmp_path, capsys):
+    with np.load(observation) as arrays:
+        np.savez(observation, **{key: arrays[key] for key in arrays.files if key != "prompt"})
+    assert "no prompt, and neither the policy nor embodiment" in fails(arguments, capsys)
+    run([*arguments, "--default-prompt", "open the drawer"])
+    assert (tmp_path / "actions.npz").is_file()
+
+
+def test_warnings_go_to_stderr_as_one_line(arguments, observation):
+    """In a process of its own, where warnings are not errors."""
+    with np.load(observation) as arrays:
+        np.savez(observation, **arrays, temperature=np.float64(20))
+    result = python(*arguments, "--json")
+    assert result.returncode == 0
+    assert json.loads(result.stdout)["shape"] == [4, 2]
+    assert re.fullmatch(r"warning: Embodiment 'two_joints' doesn't read temperature .*\n", result.stderr)
+
+
+def test_the_demo_policy_can_be_named(tmp_path):
+    np.savez(tmp_path / "observation.npz", **demo_observation())
+    run([
+        "infer", "--policy", "demo", "--inputs", tmp_path / "observation.npz", "--out", tmp_path / "actions.npz",
+        "--num-steps", "1", "--device", "cpu",
+    ])  # fmt: skip
+    assert actions(tmp_path / "actions.npz").shape == (16, 4)
+
+
+def python(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "torchpi.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+# What a user gets wrong
+
+
+def write_text(path):
+    path.write_text("no arrays")
+
+
+def write_nothing(path):
+    path.write_bytes(b"")
+
+
+def write_npy(path):
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+
+
+def write_objects(path):
+    with path.open("wb") as file:
+        np.savez(file, state=np.array([{"a": 1}], dtype=object))
+
+
+def write_truncated(path):
+    write_compressed(path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def write_flipped(path):
+    write_compressed(path)
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+    path.write_bytes(data)
+
+
+def write_compressed(path):
+    with path.open("wb") as file:
+        np.savez_compressed(file, state=np.random.default_rng(0).standard_normal(2000))
+
+
+@pytest.mark.parametrize("write", [write_text, write_nothing, write_npy, write_objects, write_truncated, write_flipped])
+def test_inputs_that_are_no_npz_of_arrays_are_an_error(arguments, observation, capsys, write):
+    write(observation)
+    error = fails(arguments, capsys)
+    assert f"{observation} is not an .npz file of plain arrays, or is damaged: " in error
+
+
+@pytest.mark.parametrize("write", [write_text, write_nothing, write_objects, write_compressed])
+def test_noise_that_is_no_array_is_an_error(arguments, tmp_path, capsys, write):
+    write(tmp_path / "noise.npy")
+    error = fails([*arguments, "--noise", tmp_path / "noise.npy"], capsys)
+    assert "noise.npy is not an .npy file of a plain array, or is damaged: " in error
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--inputs", "nowhere.npz"], "there is no file nowhere.npz"),
+        (["--noise", "nowhere.npy"], "there is no file nowhere.npy"),
+        (["--policy", "nowhere"], "there is no checkpoint at nowhere"),
+        (["--policy", "hf://lerobot/pi05"], "hf://lerobot/pi05: downloads are not supported yet"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--num-steps", "0"], "num_steps must be a positive integer, got 0"),
+        (["--policy", "demo", "--embodiment", "aloha"], "the demo policy is complete; it takes no embodiment="),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_1(arguments, capsys, wrong, message):
+    assert message in fails([*arguments, *wrong], capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--config", "pi06"], "config='pi06' is neither a file nor a preset; presets are pi0, pi05, tiny"),
+        (["--config", "pi05"], "config= contradicts the checkpoint's arrays: pi05 is True in config, False in"),
+        (["--embodiment", "libro"], "Unknown embodiment 'libro'; known are aloha, droid, libero"),
+        (["--asset-id", "trossen"], "no statistics for asset_id 'trossen'; it has tiny_robot"),
+        (["--tokenizer", "nowhere.model"], "No tokenizer file at nowhere.model"),
+        (["--norm-stats", "nowhere.json"], "No normalization statistics at nowhere.json"),
+    ],
+)
+def test_a_checkpoints_wrong_argument_is_one_line_and_status_1(arguments, golden_root, capsys, wrong, message):
+    checkpoint = [
+        "--policy", golden_root / "pi0" / "jax_ckpt_pure", "--embodiment", "libero",
+        "--tokenizer", golden_root / "tokenizer" / "tiny_spm.model",
+    ]  # fmt: skip
+    assert message in fails([*arguments, *checkpoint, *wrong], capsys)
+
+
+def test_a_folder_in_place_of_the_output_is_one_line_and_status_1(arguments, tmp_path, capsys):
+    assert "Is a directory" in fails([*arguments, "--out", tmp_path], capsys)
+
+
+def test_an_observation_that_does_not_fit_is_one_line_and_status_1(arguments, observation, capsys):
+    with np.load(observation) as arrays:
+        np.savez(observation, **{key: arrays[key] for key in arrays.files if key != "images.wrist"})
+    error = fails(arguments, capsys)
+    assert "The observation has no image images.wrist (camera left_wrist_0_rgb)" in error
+    assert "'The observation" not in error  # a KeyError's own text is in quotes
+
+
+# demo and help
+
+
+def test_demo_says_that_it_is_untrained_and_draws_the_chunk(tmp_path, capsys):
+    run(["demo", "--out", tmp_path / "new" / "chunk.png"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "untrained" in printed
+    for part in ("normalize", "tokenize", "embed", "prefill", "denoise", "unnormalize", "chunk.png"):
+        assert part in printed
+    with Image.open(tmp_path / "new" / "chunk.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert min(image.size) > 300
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_mentions_every_argument(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run([command, "--help"])
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.lower().replace("│", " ").split())
+    documentation = inspect.getdoc(COMMANDS[command]) or ""
+    assert documentation.splitlines()[0].lower()[:40] in text
+    for name in inspect.signature(COMMANDS[command]).parameters:
+        described = re.search(rf"^    {name}: (\S+ \S+)", documentation, re.MULTILINE)
+        assert described, f"{name} is not documented"
+        assert described[1].lower() in text, name
+
+
+def test_help_lists_the_commands_in_a_process_of_its_own():
+    result = python("--help")
+    assert result.returncode == 0
+    assert result.stderr == ""
+    for command in COMMANDS:
+        assert command in result.stdout

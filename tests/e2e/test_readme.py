@@ -1,0 +1,60 @@
+"""What the README says can be typed works."""
+
+import pathlib
+import re
+import shlex
+
+import numpy as np
+import pytest
+
+import torchpi
+from torchpi.cli import COMMANDS, main
+from torchpi.demo import demo_observation
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LINES = re.findall(r"^    torchpi (.+)$", README, re.MULTILINE)
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_there_are_commands_and_blocks():
+    assert len(COMMAND_LINES) >= 6
+    assert {shlex.split(line, comments=True)[0] for line in COMMAND_LINES} == set(COMMANDS)
+    assert len(PYTHON_BLOCKS) == 3
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_commands(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    np.savez("observation.npz", **demo_observation())
+    arguments = shlex.split(line, comments=True)
+    main(arguments)
+    assert capsys.readouterr().out
+    for option in ("--html", "--out"):
+        if option in arguments:
+            assert pathlib.Path(arguments[arguments.index(option) + 1]).stat().st_size > 0
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if "paligemma_tokenizer" not in block])
+def test_python(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
+
+
+def test_the_published_checkpoints_block(golden_root, tmp_path, monkeypatch):
+    """Its names are right: preset, embodiment, and arguments; a small checkpoint contradicts the preset's sizes."""
+    (block,) = (block for block in PYTHON_BLOCKS if "paligemma_tokenizer" in block)
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("checkpoints").mkdir()
+    pathlib.Path("checkpoints/pi05_droid").symlink_to(golden_root / "pi05" / "jax_ckpt_pure")
+    pathlib.Path("paligemma_tokenizer.model").symlink_to(golden_root / "tokenizer" / "tiny_spm.model")
+    with pytest.raises(ValueError, match="contradicts the checkpoint's arrays"):
+        exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
+
+
+def test_the_tree_names_what_is_there():
+    package = ROOT / "src" / "torchpi"
+    tree = README[README.index("## The tree") : README.index("## Commands")]
+    for path in package.rglob("*.py"):
+        if path.name != "__init__.py":
+            assert path.name in tree or path.parent.name in ("trace",), f"{path.name} is not in the README's tree"

@@ -1,0 +1,537 @@
+"""A policy: requests in, actions out, what changes the result and what does not, and what a user gets wrong."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import torchpi
+from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.policy import collate
+from torchpi.robots import EMBODIMENTS, Camera, get_embodiment
+from torchpi.transforms import Normalization, NormStats, save_norm_stats
+
+HORIZON, ACTION_DIM = 4, 16
+QUANTILE = {key: Normalization("quantile") for key in ("state", "actions")}
+TWO_JOINTS = Embodiment.generic(
+    "two_joints",
+    cameras={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
+    state=["shoulder", "elbow"],
+    actions=["shoulder", "elbow"],
+)
+
+
+def small_config(pi05=True, **fields):
+    sizes = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    defaults = {
+        "paligemma_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
+        "action_expert_variant": GemmaConfig(width=8, mlp_dim=16, **sizes),
+        "siglip_variant": VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
+        "action_dim": ACTION_DIM,
+        "action_horizon": HORIZON,
+        "max_token_len": 200,
+        "vocab_size": 512,
+        "image_size": 28,
+    }
+    return Pi0Config(pi05=pi05, **(defaults | fields))
+
+
+def random_model(config):
+    """Every weight random, also those that training begins with at 0."""
+    model, generator = torchpi.Pi0(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.eval()
+
+
+def stats(dim):
+    spread = np.linspace(0.1, 0.7, dim)
+    return NormStats(spread, spread / 3 + 0.1, -spread - 1, spread + 1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(golden_root):
+    return golden_root / "tokenizer" / "tiny_spm.model"
+
+
+@pytest.fixture
+def make_policy(tokenizer):
+    def make(config=None, embodiment=TWO_JOINTS, **fields):
+        defaults = {
+            "norm_stats": {"state": stats(ACTION_DIM), "actions": stats(ACTION_DIM)},
+            "normalization": QUANTILE,
+            "tokenizer": tokenizer,
+        }
+        return Policy(random_model(config or small_config()), get_embodiment(embodiment), **(defaults | fields))
+
+    return make
+
+
+def noise(seed=0, batch=()):
+    return np.random.default_rng(seed).standard_normal((*batch, HORIZON, ACTION_DIM)).astype(np.float32)
+
+
+def request(policy, seed=0, **changes):
+    """An example with other contents."""
+    rng = np.random.default_rng(seed)
+
+    def varied(value):
+        if isinstance(value, dict):
+            return {key: varied(part) for key, part in value.items()}
+        if isinstance(value, np.ndarray) and value.dtype == np.uint8:
+            return rng.integers(0, 256, value.shape, np.uint8)
+        return rng.uniform(-0.5, 0.5, value.shape) if isinstance(value, np.ndarray) else value
+
+    return varied(policy.example_observation()) | changes
+
+
+def infer(policy, observation, **arguments):
+    return policy.infer(observation, **({"noise": noise(), "num_steps": 2} | arguments))["actions"]
+
+
+# Requests
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+@pytest.mark.parametrize("embodiment", EMBODIMENTS)
+def test_the_example_is_a_valid_request_of_every_robot(make_policy, embodiment, pi05):
+    policy = make_policy(small_config(pi05), embodiment)
+    actions = infer(policy, policy.example_observation(), num_steps=1)
+    assert actions.shape == (HORIZON, policy.embodiment.action_size)
+    assert actions.dtype == np.float32
+    assert np.isfinite(actions).all()
+
+
+@pytest.mark.parametrize("embodiment", EMBODIMENTS)
+def test_metadata_is_json_and_says_how_to_drive_the_robot(make_policy, embodiment):
+    policy = make_policy(embodiment=embodiment, metadata={"checkpoint": "a test"})
+    metadata = json.loads(json.dumps(policy.metadata, allow_nan=False))
+    assert metadata == policy.metadata
+    assert metadata["action_horizon"] == HORIZON
+    assert len(metadata["action_names"]) == policy.embodiment.action_size
+    assert (metadata["control_hz"], metadata["execute_steps"]) == (
+        policy.embodiment.control_hz,
+        policy.embodiment.execute_steps,
+    )
+    assert metadata["checkpoint"] == "a test"
+    assert metadata.get("reset_pose") == policy.embodiment.metadata.get("reset_pose")
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_a_batch_equals_its_requests_one_by_one(make_policy, pi05):
+    """Also where prompts are of unequal length and cameras absent, padded or not."""
+    for max_token_len in (200, None):
+        policy = make_policy(small_config(pi05, max_token_len=max_token_len), "aloha")
+        observations = [request(policy, seed, prompt="pick up the cube " * (seed + 1)) for seed in range(3)]
+        del observations[1]["images"]["cam_left_wrist"]
+        noises = noise(batch=(3,))
+        together = policy.infer_batch(observations, noise=noises, num_steps=2)
+        alone = [infer(policy, obs, noise=start) for obs, start in zip(observations, noises, strict=True)]
+        for ours, theirs in zip(together, alone, strict=True):
+            np.testing.assert_allclose(ours["actions"], theirs, rtol=0, atol=1e-5)
+        assert not np.allclose(alone[0], alone[1], atol=1e-2)
+
+
+def test_a_request_is_not_changed(make_policy):
+    policy = make_policy(embodiment="aloha")
+    observation = request(policy)
+    before = json.dumps(observation, default=lambda array: [str(array.dtype), array.tolist()])
+    infer(policy, observation)
+    assert json.dumps(observation, default=lambda array: [str(array.dtype), array.tolist()]) == before
+
+
+def test_timing_names_the_three_stages(make_policy):
+    policy = make_policy()
+    timing = policy.infer(policy.example_observation(), num_steps=1)["policy_timing"]
+    assert sorted(timing) == ["infer_ms", "postprocess_ms", "preprocess_ms"]
+    assert all(isinstance(value, float) and value >= 0 for value in timing.values())
+
+
+def test_the_generator_decides_the_noise(make_policy):
+    policy = make_policy()
+    observation = request(policy)
+
+    def drawn(seed):
+        return infer(policy, observation, noise=None, generator=torch.Generator().manual_seed(seed))
+
+    np.testing.assert_array_equal(drawn(1), drawn(1))
+    assert not np.array_equal(drawn(1), drawn(2))
+
+
+def test_a_request_without_prompt_takes_the_default_prompt(make_policy):
+    policy = make_policy(default_prompt="wave at me")
+    without = request(policy)
+    del without["prompt"]
+    expected = infer(policy, without | {"prompt": "wave at me"})
+    np.testing.assert_array_equal(infer(policy, without), expected)
+    assert not np.array_equal(infer(policy, without | {"prompt": "fold the shirt"}), expected)
+
+
+def test_the_policys_default_prompt_goes_before_the_robots(make_policy):
+    assert make_policy(embodiment="pi0_aloha_towel").default_prompt == "fold the towel"
+    policy = make_policy(embodiment="pi0_aloha_towel", default_prompt="wave at me")
+    assert policy.default_prompt == policy.metadata["default_prompt"] == "wave at me"
+    without = policy.example_observation()
+    del without["prompt"]
+    _, inputs = policy.prepare(without)
+    _, expected = policy.prepare(without | {"prompt": "wave at me"})
+    np.testing.assert_array_equal(inputs["tokenized_prompt"], expected["tokenized_prompt"])
+
+
+# Absent cameras, absent state
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_the_pixels_of_a_masked_camera_change_nothing(make_policy, pi05):
+    policy = make_policy(small_config(pi05), "libero")  # its third camera is always masked
+    _, sample = policy.prepare(request(policy))
+    assert [bool(mask) for mask in sample["image_mask"].values()] == [True, True, False]
+    other = dict(sample["image"])
+    other["right_wrist_0_rgb"] = np.random.default_rng(1).integers(0, 256, (28, 28, 3), np.uint8)
+    start = torch.from_numpy(noise(batch=(1,)))
+    chunks = [
+        policy.model.sample_actions(collate([{**sample, "image": images}]), noise=start, num_steps=2)
+        for images in (sample["image"], other)
+    ]
+    assert torch.equal(*chunks)
+    other["base_0_rgb"] = other["right_wrist_0_rgb"]
+    seen = policy.model.sample_actions(collate([{**sample, "image": other}]), noise=start, num_steps=2)
+    assert (seen - chunks[0]).abs().max() > 1e-3
+
+
+def test_an_absent_optional_camera_equals_one_that_the_robot_does_not_have(make_policy):
+    aloha = get_embodiment("aloha")
+    cameras = tuple(
+        Camera("left_wrist_0_rgb", None, "masked") if camera.name == "left_wrist_0_rgb" else camera
+        for camera in aloha.cameras
+    )
+    without_wrist = dataclasses.replace(aloha, cameras=cameras)
+    policy = make_policy(embodiment=aloha)
+    observation = request(policy)
+    present = infer(policy, observation)
+    del observation["images"]["cam_left_wrist"]
+    absent = infer(policy, observation)
+    np.testing.assert_array_equal(absent, infer(make_policy(embodiment=without_wrist), observation))
+    assert np.abs(absent - present).max() > 1e-3
+
+
+def test_cameras_enter_in_the_robots_order_not_the_requests(make_policy):
+    policy = make_policy()
+    observation = request(policy)
+    turned = dict(reversed(observation.items()))
+    np.testing.assert_array_equal(infer(policy, turned), infer(policy, observation))
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_the_state_reaches_pi05_only_through_the_prompt(make_policy, discrete):
+    policy = make_policy(small_config(discrete_state_input=discrete), "libero")
+    observation = request(policy)
+    moved = observation | {"observation/state": np.full(8, 0.3)}
+    assert np.array_equal(infer(policy, observation), infer(policy, moved)) is not discrete
+
+
+def test_the_state_reaches_pi0_without_being_in_the_prompt(make_policy):
+    policy = make_policy(small_config(pi05=False), "libero")
+    observation = request(policy)
+    moved = observation | {"observation/state": np.full(8, 0.3)}
+    assert not np.array_equal(infer(policy, observation), infer(policy, moved))
+    prompts = [policy.prepare(sent)[1]["tokenized_prompt"] for sent in (observation, moved)]
+    np.testing.assert_array_equal(*prompts)
+
+
+# What a user gets wrong in a request
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"state": np.zeros(3)}, ValueError, r"State state has shape \[3\].*expects 2 numbers: shoulder, elbow"),
+        ({"state": np.zeros((1, 2))}, ValueError, r"State state has shape \[1, 2\]"),
+        ({"state": np.array([0, np.nan])}, ValueError, r"NaN or infinity in state state, dimension 1 \(elbow\)"),
+        ({"state": np.array([-np.inf, 0])}, ValueError, r"NaN or infinity in state state, dimension 0 \(shoulder\)"),
+        ({"state": np.array(["a", "b"])}, ValueError, "Cannot read state state: it has dtype <U1"),
+        ({"state": None}, KeyError, "no state state, which embodiment 'two_joints' reads"),
+        ({"front": None}, KeyError, r"no image front \(camera base_0_rgb\).*requires"),
+        ({"top": np.zeros((8, 8, 3), np.uint8)}, KeyError, "'two_joints' has no camera top; its cameras are front"),
+        ({"front": np.zeros((3, 8, 8), np.uint8)}, ValueError, r"front\)' sent uint8 \[3, 8, 8\].*transpose"),
+        ({"front": np.zeros((8, 8, 3))}, ValueError, r"front\)' sent float64 \[8, 8, 3\]; expected uint8"),
+        ({"front": [[0, 0, 0]]}, ValueError, r"front\)' sent a list; expected uint8.*Send it as a NumPy array"),
+        ({"prompt": None}, ValueError, r"no prompt, and neither the policy nor embodiment 'two_joints' has a default"),
+        ({"prompt": 3}, ValueError, "The prompt is a int; expected a str"),
+    ],
+)
+def test_a_wrong_request_is_an_error_that_names_what_is_wrong(make_policy, changes, error, message):
+    policy = make_policy()
+    with pytest.raises(error, match=rf"(?s){message}"):
+        infer(policy, request(policy, **changes))
+
+
+def test_a_batch_without_requests_is_an_error(make_policy):
+    with pytest.raises(ValueError, match="infer_batch got no observations"):
+        make_policy().infer_batch([])
+
+
+def test_a_state_that_is_longer_than_the_statistics_is_an_error(make_policy):
+    policy = make_policy(
+        small_config(pi05=False, action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)}
+    )
+    assert policy.example_observation()["observation/state"].shape == (7,)
+    observation = policy.example_observation() | {"observation/state": np.zeros(8)}
+    with pytest.raises(ValueError, match=r"The state has 8 dimensions .*, but this policy expects 7"):
+        policy.infer(observation)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((HORIZON + 1, ACTION_DIM)), r"noise must be \[4, 16\], got float64 \[5, 16\]"),
+        (np.zeros((HORIZON, 2), np.float32), r"noise must be \[4, 16\], got float32 \[4, 2\]"),
+        (np.zeros((1, HORIZON, ACTION_DIM)), r"noise must be \[4, 16\], got float64 \[1, 4, 16\]"),
+        (np.zeros(ACTION_DIM), r"noise must be \[4, 16\], got float64 \[16\]"),
+        (np.zeros((HORIZON, ACTION_DIM), np.int64), r"noise must be floating-point numbers, got int64 \[4, 16\]"),
+        (np.full((HORIZON, ACTION_DIM), "x"), r"noise must be floating-point numbers, got <U1 \[4, 16\]"),
+        (np.full((HORIZON, ACTION_DIM), np.nan), "NaN or infinity in the noise"),
+        (np.full((HORIZON, ACTION_DIM), np.inf), "NaN or infinity in the noise"),
+    ],
+)
+def test_wrong_noise_is_an_error_that_says_what_was_expected(make_policy, wrong, message):
+    policy = make_policy()
+    with pytest.raises(ValueError, match=message):
+        infer(policy, policy.example_observation(), noise=wrong)
+
+
+def test_noise_of_another_batch_size_is_an_error(make_policy):
+    policy = make_policy()
+    with pytest.raises(ValueError, match=r"noise must be \[2, 4, 16\], got float32 \[3, 4, 16\]"):
+        policy.infer_batch([policy.example_observation()] * 2, noise=noise(batch=(3,)))
+
+
+def test_float64_noise_is_taken_as_float32(make_policy):
+    policy = make_policy()
+    observation = policy.example_observation()
+    ours = infer(policy, observation, noise=noise().astype(np.float64))
+    np.testing.assert_array_equal(ours, infer(policy, observation))
+
+
+@pytest.mark.parametrize("num_steps", [0, -1])
+def test_a_number_of_steps_below_one_is_an_error(make_policy, num_steps):
+    policy = make_policy()
+    with pytest.raises(ValueError, match=f"num_steps must be a positive integer, got {num_steps}"):
+        infer(policy, policy.example_observation(), num_steps=num_steps)
+
+
+def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_policy):
+    policy = make_policy(small_config(action_horizon=None, max_token_len=None, discrete_state_input=None))
+    observation = policy.example_observation()
+    for horizon in (2, 7):
+        assert infer(policy, observation, noise=np.zeros((horizon, ACTION_DIM))).shape == (horizon, 2)
+    assert policy.metadata["action_horizon"] is None
+    with pytest.raises(ValueError, match=r"action_horizon is not set.*config=.*pi05_libero"):
+        policy.infer(observation)
+    for wrong in (np.zeros((0, ACTION_DIM)), np.zeros(ACTION_DIM)):
+        with pytest.raises(ValueError, match="noise must be"):
+            infer(policy, observation, noise=wrong)
+
+
+# Parts that do not fit together
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_a_state_that_is_wider_than_the_model_is_an_error(make_policy, pi05):
+    with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*the model's action_dim is 7"):
+        make_policy(small_config(pi05, action_dim=7), "droid")
+
+
+def test_more_actions_than_the_model_has_is_an_error(make_policy):
+    robot = Embodiment.generic("hand", cameras={"base_0_rgb": "top"}, state=["x"], actions=[f"j{i}" for i in range(17)])
+    with pytest.raises(ValueError, match=r"'hand' has 17 action dimensions, the model only 16"):
+        make_policy(embodiment=robot)
+
+
+@pytest.mark.parametrize(
+    ("norm_stats", "error", "message"),
+    [
+        (
+            {"state": stats(1), "actions": stats(2)},
+            ValueError,
+            "has a state of 2 dimensions, but the statistics have 1",
+        ),
+        ({"state": stats(2), "actions": stats(1)}, ValueError, "statistics of actions have 1 dimensions.*'two_joints'"),
+        ({"actions": stats(2)}, KeyError, "no statistics for state; found"),
+        ({"state": stats(2), "action": stats(2)}, KeyError, "no statistics for actions; found"),
+        (
+            {"state": NormStats(np.zeros(2), np.ones(2)), "actions": stats(2)},
+            ValueError,
+            "Cannot normalize state by quantiles: its statistics have no q01 and q99",
+        ),
+    ],
+)
+def test_statistics_that_do_not_fit_are_an_error(make_policy, norm_stats, error, message):
+    with pytest.raises(error, match=message):
+        make_policy(norm_stats=norm_stats)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_an_error(make_policy):
+    with pytest.raises(ValueError, match=r"tiny_spm\.model has \d+ tokens, the model's embedding only 100"):
+        make_policy(small_config(vocab_size=100))
+
+
+@pytest.mark.parametrize("is_folder", [True, False])
+def test_a_missing_tokenizer_file_is_an_error_that_names_it(make_policy, tmp_path, is_folder):
+    path = tmp_path if is_folder else tmp_path / "tokenizer.model"
+    with pytest.raises(FileNotFoundError, match=str(path)):
+        make_policy(tokenizer=path)
+
+
+# load_policy from an openpi checkpoint
+
+
+@pytest.fixture
+def checkpoint(golden_root, tmp_path):
+    """A copy of golden's π₀ checkpoint with statistics that fit LIBERO, and no others."""
+    root = shutil.copytree(golden_root / "pi0" / "jax_ckpt_pure", tmp_path / "checkpoint")
+    shutil.rmtree(root / "assets")
+    return root
+
+
+def add_stats(checkpoint, asset_id, mean=0.0, dim=7):
+    folder = checkpoint / "assets" / asset_id
+    folder.mkdir(parents=True)
+    one = NormStats(np.full(dim, mean), np.ones(dim), np.full(dim, mean - 1), np.full(dim, mean + 1))
+    save_norm_stats(folder, {"state": one, "actions": one})
+
+
+def load(checkpoint, tokenizer, **arguments):
+    return torchpi.load_policy(checkpoint, **({"embodiment": "libero", "tokenizer": tokenizer} | arguments))
+
+
+def test_the_only_statistics_are_taken(checkpoint, tokenizer):
+    add_stats(checkpoint, "tiny_robot", 0.5)
+    policy = load(checkpoint, tokenizer)
+    assert policy.transforms.norm_stats["state"].mean[0] == 0.5
+    assert policy.provenance == {"source": str(checkpoint)}
+
+
+def test_of_several_statistics_the_chosen_or_the_robots_are_taken(checkpoint, tokenizer):
+    add_stats(checkpoint, "droid", 0.25)
+    add_stats(checkpoint, "physical-intelligence/libero", 0.75)
+
+    def mean(**arguments):
+        return load(checkpoint, tokenizer, **arguments).transforms.norm_stats["state"].mean[0]
+
+    assert mean(asset_id="droid") == 0.25
+    assert mean(asset_id="physical-intelligence/libero") == 0.75
+    assert mean(embodiment="pi0_libero") == 0.75  # whose asset id it is
+    assert mean(embodiment="pi0_libero", asset_id="droid") == 0.25
+    assert mean(norm_stats=checkpoint / "assets/droid") == 0.25
+    assert mean(norm_stats=checkpoint / "assets/droid/norm_stats.json") == 0.25
+    with pytest.raises(ValueError, match=r"several: droid, physical-intelligence/libero; choose with asset_id="):
+        mean()
+    with pytest.raises(ValueError, match=r"no statistics for asset_id 'franka'; it has droid, physical-intelligence"):
+        mean(asset_id="franka")
+    with pytest.raises(ValueError, match=r"asset_id='droid' chooses among .*norm_stats= gives a file; leave it out"):
+        mean(asset_id="droid", norm_stats=checkpoint / "assets/droid")
+
+
+def test_a_checkpoint_without_statistics_is_an_error_that_names_the_argument(checkpoint, tokenizer):
+    with pytest.raises(ValueError, match=r"which normalization statistics belong to .*none; pass norm_stats="):
+        load(checkpoint, tokenizer)
+
+
+def test_statistics_with_nan_are_an_error_that_names_file_and_key(checkpoint, tokenizer):
+    add_stats(checkpoint, "tiny_robot")
+    file = checkpoint / "assets/tiny_robot/norm_stats.json"
+    content = json.loads(file.read_text())
+    content["norm_stats"]["actions"]["std"][3] = float("nan")
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"norm_stats\.json: \"actions\".*std is NaN or infinite in dimension \[3\]"):
+        load(checkpoint, tokenizer)
+
+
+def test_without_embodiment_the_error_names_the_argument_and_the_robots(checkpoint, tokenizer):
+    with pytest.raises(ValueError, match=r"does not say which robot.*embodiment=, one of aloha, droid, libero"):
+        load(checkpoint, tokenizer, embodiment=None)
+
+
+def test_an_unknown_embodiment_is_a_key_error_that_lists_the_robots(checkpoint, tokenizer):
+    with pytest.raises(KeyError, match="Unknown embodiment 'libro'; known are aloha, droid, libero"):
+        load(checkpoint, tokenizer, embodiment="libro")
+
+
+def test_without_tokenizer_the_error_names_the_argument_and_where_to_get_it(checkpoint):
+    add_stats(checkpoint, "tiny_robot")
+    with pytest.raises(ValueError, match=r"has no tokenizer.*tokenizer=.*paligemma_tokenizer\.model"):
+        load(checkpoint, None)
+
+
+def test_a_robot_that_does_not_fit_the_model_is_an_error(checkpoint, tokenizer):
+    add_stats(checkpoint, "tiny_robot", dim=14)
+    with pytest.raises(ValueError, match=r"'aloha' has a state of 14 dimensions, but.*action_dim is 7"):
+        load(checkpoint, tokenizer, embodiment="aloha")
+
+
+def test_device_and_dtype_are_those_of_the_model(checkpoint, tokenizer):
+    add_stats(checkpoint, "tiny_robot")
+    policy = load(checkpoint, tokenizer, device="cpu", dtype=torch.bfloat16)
+    assert policy.model.device == torch.device("cpu")
+    assert {parameter.dtype for parameter in policy.model.parameters()} == {torch.bfloat16}
+    default = load(checkpoint, tokenizer, device="cpu")
+    assert {parameter.dtype for parameter in default.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu", "unknown device 'gpu'; expected for example cpu or cuda"), ("cuda:99", "there is no device cuda:99")],
+)
+def test_a_device_that_is_not_there_is_an_error(device, message):
+    with pytest.raises(ValueError, match=message):
+        torchpi.load_policy("demo", device=device)
+
+
+def test_config_says_what_the_checkpoint_does_not(checkpoint, tokenizer, tmp_path):
+    add_stats(checkpoint, "tiny_robot")
+    (tmp_path / "horizon.json").write_text('{"action_horizon": 3, "max_token_len": 20}')
+    policy = load(checkpoint, tokenizer, config=tmp_path / "horizon.json")
+    assert policy.metadata["action_horizon"] == 3
+    _, inputs = policy.prepare(policy.example_observation())
+    assert inputs["tokenized_prompt"].shape == (20,)
+
+
+@pytest.mark.parametrize(("kind", "rule"), [("z_score", "z_score"), ("quantile", "quantile"), (None, "z_score")])
+def test_normalization_is_the_given_one_or_the_variants(checkpoint, tokenizer, kind, rule):
+    add_stats(checkpoint, "tiny_robot")
+    policy = load(checkpoint, tokenizer, normalization=kind)
+    assert {entry.kind for entry in policy.transforms.normalization.values()} == {rule}
+
+
+def test_a_long_prompt_is_shortened_or_cut_as_asked(checkpoint, tokenizer, tmp_path):
+    add_stats(checkpoint, "tiny_robot")
+    (tmp_path / "short.json").write_text('{"max_token_len": 12}')
+    tokens = {}
+    for truncation in (None, "original"):
+        policy = load(checkpoint, tokenizer, config=tmp_path / "short.json", truncation=truncation)
+        with pytest.warns(UserWarning, match="max_token_len is 12"):
+            _, inputs = policy.prepare(policy.example_observation() | {"prompt": "put the red block " * 5})
+        tokens[truncation] = inputs["tokenized_prompt"].tolist()
+    newline = policy.transforms.tokenizer.encode("\n", add_bos=False)
+    assert newline[-1] in tokens[None]
+    assert newline[-1] not in tokens["original"]
+
+
+# The demo
+
+
+def test_the_demo_is_a_policy_like_any_other():
+    policy = torchpi.load_policy("demo", device="cpu", default_prompt="open the drawer")
+    without = policy.example_observation()
+    del without["prompt"]
+    assert policy.infer(without, num_steps=1)["actions"].shape == (16, 4)
+
+
+def test_the_demo_refuses_what_it_would_have_to_ignore():
+    with pytest.raises(ValueError, match="the demo policy is complete; it takes no config=, embodiment="):
+        torchpi.load_policy("demo", config="pi05", embodiment="aloha")

@@ -1,0 +1,493 @@
+"""A policy folder: what is saved is loaded bit for bit, and every way in which it can be broken has its message."""
+
+import json
+import re
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import torchpi
+from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.transforms import Normalization, NormStats
+
+FILES = ["model.safetensors", "norm_stats.json", "policy.json", "tokenizer.model"]
+EMBODIMENT = Embodiment.generic(
+    "two_joints",
+    cameras={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
+    state=["shoulder", "elbow"],
+    actions=["shoulder", "elbow"],
+    delta=["shoulder"],
+    control_hz=20,
+    execute_steps=2,
+    default_prompt="pick up the cube",
+    metadata={"reset_pose": [0.0, 0.5]},
+)
+
+
+def small_config(pi05=True, **fields):
+    sizes = {"depth": 2, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    defaults = {
+        "paligemma_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
+        "action_expert_variant": GemmaConfig(width=8, mlp_dim=16, **sizes),
+        "siglip_variant": VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
+        "action_dim": 3,
+        "action_horizon": 4,
+        "max_token_len": 120,
+        "vocab_size": 512,
+        "image_size": 28,
+    }
+    return Pi0Config(pi05=pi05, **(defaults | fields))
+
+
+def random_model(config, dtype=torch.float32):
+    """Every weight random, also those that training begins with at 0."""
+    model, generator = torchpi.Pi0(config), torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3, generator=generator)
+    return model.to(dtype).eval()
+
+
+def stats(dim=2):
+    spread = np.linspace(0.1, 0.7, dim)  # values that decimal digits don't end
+    return NormStats(spread, spread / 3 + 0.1, -spread - 1, spread + 1)
+
+
+@pytest.fixture
+def tokenizer(golden_root):
+    return golden_root / "tokenizer" / "tiny_spm.model"
+
+
+@pytest.fixture
+def make_policy(tokenizer):
+    def make(config=None, dtype=torch.float32, **fields):
+        defaults = {
+            "norm_stats": {"state": stats(), "actions": stats()},
+            "normalization": {"state": Normalization("quantile"), "actions": Normalization("z_score")},
+            "tokenizer": tokenizer,
+            "truncation": "original",
+            "metadata": {"robot": "left"},
+            "provenance": {"source": "a test"},
+        }
+        return Policy(random_model(config or small_config(), dtype), EMBODIMENT, **(defaults | fields))
+
+    return make
+
+
+@pytest.fixture
+def folder(make_policy, tmp_path):
+    """A good policy folder, to be damaged."""
+    make_policy().save(tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+def load(path, **arguments):
+    return torchpi.load_policy(path, device="cpu", **arguments)
+
+
+def bits(model):
+    return {name: parameter.detach().view(torch.uint8).clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_bits(ours, theirs):
+    ours, theirs = bits(ours), bits(theirs)
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def contents(root):
+    return {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def infer(policy):
+    noise = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    return policy.infer(policy.example_observation(), noise=noise, num_steps=2)["actions"]
+
+
+# Save and load
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("pi05", [True, False])
+def test_what_is_saved_is_loaded_bit_for_bit(make_policy, tmp_path, pi05, dtype):
+    saved = make_policy(small_config(pi05), dtype)
+    saved.save(tmp_path / "policy")
+    loaded = load(tmp_path / "policy", dtype=dtype)
+    assert loaded.model.config == saved.model.config
+    assert_same_bits(loaded.model, saved.model)
+    assert_same_bits(torchpi.load_model(tmp_path / "policy", dtype=dtype), saved.model)
+    np.testing.assert_array_equal(infer(loaded), infer(saved))
+
+
+def test_everything_around_the_model_is_loaded_as_well(make_policy, tmp_path):
+    saved = make_policy(default_prompt="wave")
+    saved.save(tmp_path / "policy")
+    loaded = load(tmp_path / "policy")
+    assert loaded.embodiment == saved.embodiment
+    assert loaded.default_prompt == "wave"
+    assert loaded.metadata == saved.metadata
+    assert loaded.metadata["robot"] == "left"
+    assert loaded.metadata["reset_pose"] == [0.0, 0.5]
+    assert loaded.provenance == {"torchpi": torchpi.__version__, "source": "a test"}
+    assert loaded.transforms.truncation == "original"
+    assert loaded.transforms.normalization == saved.transforms.normalization
+    for key, value in saved.transforms.norm_stats.items():
+        for name in ("mean", "std", "q01", "q99"):
+            np.testing.assert_array_equal(getattr(loaded.transforms.norm_stats[key], name), getattr(value, name))
+
+
+def test_unset_sizes_stay_unset(make_policy, tmp_path):
+    config = small_config(action_horizon=None, max_token_len=None, discrete_state_input=None)
+    make_policy(config).save(tmp_path / "policy")
+    assert load(tmp_path / "policy").model.config == config
+
+
+def test_the_loaded_model_is_in_eval_mode_with_gradients_enabled(folder):
+    model = torchpi.load_model(folder)
+    assert not any(module.training for module in model.modules())
+    assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
+
+
+def test_a_folder_has_exactly_four_files_and_none_can_run_code(folder):
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    for file in folder.iterdir():  # neither a pickle nor a zip archive, in which torch.save hides one
+        assert not file.read_bytes().startswith((b"\x80", b"PK"))
+    for name in ("policy.json", "norm_stats.json"):
+        assert isinstance(json.loads((folder / name).read_text(encoding="utf-8")), dict)
+
+
+def test_policy_json_has_the_documented_fields(folder):
+    document = json.loads((folder / "policy.json").read_text())
+    assert sorted(document) == [
+        "embodiment", "format_version", "image_transform", "metadata", "model", "normalization", "prompt", "provenance",
+    ]  # fmt: skip
+    assert document["format_version"] == 1
+    assert document["prompt"] == {"default": "pick up the cube", "truncation": "original"}
+    assert document["normalization"]["actions"] == {"kind": "z_score", "eps_rule": "openpi"}
+    assert document["image_transform"] == {"resize": "pad", "filter": "bilinear_antialiased"}
+    assert document["model"]["paligemma"]["width"] == 16
+    assert [camera["key"] for camera in document["embodiment"]["cameras"]] == ["front", "wrist"]
+
+
+def test_a_tokenizer_json_keeps_its_name(make_policy, tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "words"))
+    make_policy(tokenizer=tmp_path / "words").save(tmp_path / "policy")
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [*FILES[:3], "tokenizer.json"]
+    assert load(tmp_path / "policy").transforms.tokenizer.vocab_size == 2
+
+
+def test_the_tokenizer_may_be_given_as_its_folder(make_policy, folder, tmp_path):
+    policy = make_policy(tokenizer=folder)
+    policy.save(tmp_path / "other")
+    assert (tmp_path / "other/tokenizer.model").read_bytes() == (folder / "tokenizer.model").read_bytes()
+
+
+def test_a_moved_folder_works_and_is_complete(folder, tokenizer, tmp_path):
+    before = infer(load(folder))
+    moved = tmp_path / "somewhere else" / "ü"
+    moved.parent.mkdir()
+    shutil.move(folder, moved)
+    np.testing.assert_array_equal(infer(load(moved)), before)
+
+
+def test_a_policy_can_be_saved_after_its_folder_is_gone(folder, tmp_path):
+    policy, before = load(folder), contents(folder)
+    shutil.rmtree(folder)
+    policy.save(tmp_path / "again")
+    assert {path: data for path, data in contents(tmp_path / "again").items() if path.name != "policy.json"} == {
+        path: data for path, data in before.items() if path.name != "policy.json"
+    }
+
+
+def test_a_file_of_the_folder_stands_for_the_folder(folder):
+    for name in ("policy.json", "model.safetensors"):
+        assert_same_bits(torchpi.load_model(folder / name), torchpi.load_model(folder))
+
+
+def test_another_weights_file_in_the_folder_is_not_taken_for_it(folder):
+    (folder / "old.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"old\.safetensors is a file; expected the folder of a checkpoint"):
+        torchpi.load_model(folder / "old.safetensors")
+
+
+# Saving onto something, and failing in the middle
+
+
+def test_saving_onto_an_existing_path_is_an_error_and_changes_nothing(make_policy, folder):
+    before = contents(folder)
+    with pytest.raises(ValueError, match=r"policy exists already; choose another path, or pass overwrite=True"):
+        make_policy().save(folder)
+    assert contents(folder) == before
+
+
+def test_overwrite_replaces_a_policy_folder_as_a_whole(make_policy, folder, tmp_path):
+    (folder / "notes.txt").write_text("of the old one")
+    make_policy(default_prompt="new").save(folder, overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == FILES
+    assert load(folder).default_prompt == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_policy_can_be_saved_over_the_folder_that_it_was_loaded_from(folder):
+    policy = load(folder)
+    before = infer(policy)
+    policy.save(folder, overwrite=True)
+    np.testing.assert_array_equal(infer(load(folder)), before)
+
+
+@pytest.mark.parametrize("foreign", ["folder", "empty folder", "file"])
+def test_overwrite_refuses_what_is_no_policy_folder(make_policy, tmp_path, foreign):
+    target = tmp_path / "target"
+    if foreign == "file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "thesis.txt").write_text("mine") if foreign == "folder" else None
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="target exists and is no policy folder; it is not overwritten"):
+        make_policy().save(target, overwrite=True)
+    assert contents(tmp_path) == before
+    assert target.exists()
+
+
+def test_missing_parents_are_made(make_policy, tmp_path):
+    make_policy().save(tmp_path / "runs" / "1" / "policy")
+    assert sorted(path.name for path in (tmp_path / "runs/1/policy").iterdir()) == FILES
+
+
+def fail(*_, **__):
+    raise OSError("no space left on device")
+
+
+@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "torchpi.policy.save_norm_stats"])
+def test_a_failure_in_the_middle_leaves_nothing_behind(make_policy, tmp_path, monkeypatch, where):
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(OSError, match="no space left"):
+        make_policy().save(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_in_the_middle_leaves_the_old_folder_whole(make_policy, folder, tmp_path, monkeypatch):
+    before = contents(tmp_path)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        make_policy(default_prompt="new").save(folder, overwrite=True)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_a_failure_of_the_last_rename_brings_the_old_folder_back(make_policy, folder, tmp_path, monkeypatch):
+    from torchpi.checkpoints import folder as module
+
+    before, rename = contents(tmp_path), module.os.rename
+
+    def fail_onto_target(source, target):
+        if target == folder and source.suffix == ".tmp":
+            fail()
+        rename(source, target)
+
+    monkeypatch.setattr(module.os, "rename", fail_onto_target)
+    with pytest.raises(OSError, match="no space left"):
+        make_policy(default_prompt="new").save(folder, overwrite=True)
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+@pytest.mark.parametrize("value", [np.zeros(2), {1, 2}, float("nan")])
+def test_metadata_that_json_cannot_hold_is_an_error_and_leaves_nothing_behind(make_policy, tmp_path, value):
+    with pytest.raises(ValueError, match="metadata or provenance of the policy can't be written as JSON"):
+        make_policy(metadata={"pose": value}).save(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Corruption
+
+
+def edit(folder, change):
+    """Change policy.json's document."""
+    file = folder / "policy.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+
+
+def put(*path, value):
+    def change(document):
+        *parents, last = path
+        for name in parents:
+            document = document[name]
+        document[last] = value
+
+    return change
+
+
+def drop(*path):
+    def change(document):
+        *parents, last = path
+        for name in parents:
+            document = document[name]
+        del document[last]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("format_version", value=2), "format_version is 2; this torchpi reads 1. A newer file needs"),
+        (put("format_version", value="1"), "format_version is '1'; this torchpi reads 1"),
+        (drop("format_version"), "format_version is None; this torchpi reads 1"),
+        (drop("embodiment"), "the document has no embodiment; expected model, embodiment, normalization"),
+        (put("horizon", value=3), "the document has unknown fields horizon"),
+        (put("model", value=[]), "model must be an object, found []"),
+        (put("metadata", value=None), "metadata must be an object, found None"),
+        (drop("model", "action_horizon"), "model has no action_horizon"),
+        (drop("model", "siglip", "position"), "siglip has no position"),
+        (put("model", "siglip", value="so400m/14"), "siglip must be an object with width, depth"),
+        (put("model", "action_dim", value="3"), "model: Pi0Config.action_dim must be a positive integer, got '3'"),
+        (put("model", "sizes", value=3), "model: model config has unknown fields ['sizes']"),
+        (put("model", "siglip", "width", value=None), "VisionConfig.width must be a positive integer, got None"),
+        (put("image_transform", "resize", value="stretch"), "image_transform must be {'resize': 'pad'"),
+        (drop("prompt", "default"), "prompt has no default; expected default, truncation"),
+        (put("prompt", "format", value="x"), "prompt has unknown fields format"),
+        (put("prompt", "default", value=3), "prompt.default must be a text or null, found 3"),
+        (put("prompt", "truncation", value=None), "prompt.truncation must be a text, found None"),
+        (drop("normalization", "state"), "normalization has no state; expected state, actions"),
+        (put("normalization", "states", value={}), "normalization has unknown fields states"),
+        (put("normalization", "state", value="quantile"), "normalization.state must be an object with kind, eps_rule"),
+        (drop("normalization", "actions", "kind"), "normalization.actions has no kind"),
+        (put("normalization", "actions", "kind", value=1), "normalization.actions must have texts as its values"),
+        (put("normalization", "actions", "kind", value="min_max"), "Unknown normalization kind 'min_max'"),
+        (drop("embodiment", "cameras"), "embodiment lacks the fields ['cameras']"),
+        (drop("embodiment", "hook"), "embodiment: hook must be there with every field"),
+        (drop("embodiment", "actions", 0, "kind"), "embodiment: actions must be there with every field"),
+        (put("embodiment", "colour", value="red"), "embodiment has unknown fields ['colour']"),
+        (put("embodiment", "cameras", 0, "layout", value="whc"), "layout is 'whc'; expected one of hwc, chw"),
+        (put("embodiment", "hook", value="my_robot"), "no hook 'my_robot'; known are ['aloha_pi']"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_of_policy_json_is_an_error_that_names_it(folder, change, message):
+    edit(folder, change)
+    with pytest.raises(ValueError, match=rf"(?s){re.escape(str(folder / 'policy.json'))}: .*{re.escape(message)}"):
+        load(folder)
+
+
+def test_an_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):
+    edit(folder, put("prompt", "truncation", value="end"))
+    with pytest.raises(ValueError, match="Unknown truncation 'end'; expected one of instruction, original"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format_version": 1, ', "is not valid JSON"),
+        (b"", "is not valid JSON"),
+        (b"\xff\xfe{", "is not valid JSON"),
+        (b"[]", "must hold a JSON object, found list"),
+    ],
+)
+def test_a_policy_json_that_is_no_json_object_is_an_error(folder, content, message):
+    (folder / "policy.json").write_bytes(content)
+    for read in (load, torchpi.load_model):
+        with pytest.raises(ValueError, match=rf"policy\.json {message}"):
+            read(folder)
+
+
+def test_missing_statistics_are_an_error(folder):
+    (folder / "norm_stats.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"No normalization statistics at .*policy/norm_stats\.json"):
+        load(folder)
+
+
+def test_a_missing_tokenizer_is_an_error_that_says_where_to_get_it(folder):
+    (folder / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"policy has no tokenizer.*tokenizer=.*paligemma_tokenizer\.model"):
+        load(folder)
+
+
+def test_missing_weights_are_an_error(folder):
+    (folder / "model.safetensors").unlink()
+    for read in (load, torchpi.load_model):
+        with pytest.raises(FileNotFoundError, match=r"model\.safetensors does not exist"):
+            read(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, 0.5, 0.999])
+def test_truncated_weights_are_an_error(folder, keep):
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+    with pytest.raises(ValueError, match=r"model\.safetensors is truncated or corrupt: .*; get the file again"):
+        torchpi.load_model(folder)
+
+
+def change_weights(folder, change):
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    change(weights)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+
+
+def test_missing_extra_and_misshapen_arrays_are_named_in_one_error(folder):
+    def change(weights):
+        del weights["suffix.time_mlp_in.bias"], weights["vision.pos_embed"]
+        weights["value_head.weight"] = torch.zeros(2)
+        weights["embedding"] = torch.zeros(16, 512)
+
+    change_weights(folder, change)
+    with pytest.raises(ValueError, match=r"model\.safetensors does not fit the model") as caught:
+        torchpi.load_model(folder)
+    assert str(caught.value).splitlines()[1:] == [
+        "  missing: suffix.time_mlp_in.bias, vision.pos_embed",
+        "  left over: value_head.weight",
+        "  misshapen: embedding is [16, 512], expected [512, 16]",
+    ]
+
+
+# Overruling the folder
+
+
+def test_a_config_that_differs_from_the_folder_is_reported_and_wins(folder, tmp_path):
+    (tmp_path / "short.json").write_text('{"action_horizon": 2}')
+    with pytest.warns(UserWarning, match="config= overrides action_horizon is 2 in config, 4 in the checkpoint"):
+        policy = load(folder, config=tmp_path / "short.json")
+    assert policy.model.config.action_horizon == 2
+    assert policy.infer(policy.example_observation(), num_steps=1)["actions"].shape == (2, 2)
+
+
+def test_a_config_that_equals_the_folder_is_silent(folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torchpi.load_model(folder, config=small_config()).config == small_config()
+
+
+def test_a_config_whose_shapes_do_not_fit_is_an_error(folder, tmp_path):
+    (tmp_path / "wide.json").write_text('{"action_dim": 7}')
+    with (
+        pytest.warns(UserWarning, match="action_dim is 7 in config, 3 in the checkpoint"),
+        pytest.raises(ValueError, match=r"suffix\.action_in_proj\.weight is \[8, 3\], expected \[8, 7\]"),
+    ):
+        load(folder, config=tmp_path / "wide.json")
+
+
+def test_arguments_overrule_the_folder(folder, tmp_path):
+    robot = Embodiment.generic(
+        "other", cameras={"base_0_rgb": "top"}, state=["x", "y"], actions=["x", "y"], default_prompt="go"
+    )
+    policy = load(folder, embodiment=robot, normalization="z_score", truncation="instruction")
+    assert (policy.embodiment, policy.default_prompt) == (robot, "go")
+    assert {rule.kind for rule in policy.transforms.normalization.values()} == {"z_score"}
+    assert policy.transforms.truncation == "instruction"
+    assert load(folder, default_prompt="stop").default_prompt == "stop"
+
+
+def test_an_asset_id_for_a_folder_is_an_error(folder):
+    with pytest.raises(ValueError, match=r"asset_id='trossen' chooses among.*is a policy folder"):
+        load(folder, asset_id="trossen")
