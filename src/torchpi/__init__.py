@@ -47,8 +47,19 @@ __all__ = [
     "load_policy",
 ]
 
+# What `torchpi.model.masks.make_attn_mask` needs behind a bare `import torchpi`: the module that brings the others in.
+_SUBPACKAGES = {
+    "checkpoints": "torchpi.checkpoints",
+    "model": "torchpi.model.pi0",
+    "robots": "torchpi.robots",
+    "transforms": "torchpi.transforms.pipeline",
+}
+
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBPACKAGES:
+        importlib.import_module(_SUBPACKAGES[name])
+        return importlib.import_module(f"torchpi.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'torchpi' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME_OF[name]), name)

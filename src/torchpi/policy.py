@@ -301,29 +301,13 @@ def load_policy(
     if str(path) == "demo":
         given = {"config": config, "embodiment": embodiment, "normalization": normalization, "norm_stats": norm_stats}
         given |= {"asset_id": asset_id, "tokenizer": tokenizer, "truncation": truncation}
-        if names := [f"{name}=" for name, value in given.items() if value is not None]:
-            raise ValueError(f"the demo policy is complete; it takes no {', '.join(names)}")
-        from torchpi.demo import demo_policy  # the demo is a policy like any other, and so imports this module
-
-        policy = demo_policy(device=device, dtype=dtype)
-        policy.default_prompt = policy.default_prompt if default_prompt is None else default_prompt
-        return policy
+        return _demo_policy(given, default_prompt, device, dtype)
     root = existing_folder(path)
     robot = None if embodiment is None else get_embodiment(embodiment)
     own = folder.read_policy_json(root) if folder.is_policy_folder(root) else None
     if robot is None:
         robot = _own_embodiment(root, own)
-    if asset_id is not None and (own or norm_stats):
-        raise ValueError(
-            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but "
-            + (
-                "norm_stats= gives a file"
-                if norm_stats
-                else f"{root} is a policy folder, which has one norm_stats.json"
-            )
-            + "; leave it out"
-        )
-    stats_path = norm_stats or (root if own else _stats_of_checkpoint(root, asset_id, robot.asset_id))
+    stats_path = _stats_path(root, own, norm_stats, asset_id, robot)
     tokenizer_path = tokenizer or folder.tokenizer_file(root)
     if tokenizer_path is None:
         raise ValueError(
@@ -351,6 +335,18 @@ def load_policy(
         metadata=own.metadata if own else None,
         provenance=own.provenance if own else {"source": str(path)},
     )
+
+
+def _demo_policy(
+    given: Mapping[str, Any], default_prompt: str | None, device: torch.device, dtype: torch.dtype
+) -> Policy:
+    if names := [f"{name}=" for name, value in given.items() if value is not None]:
+        raise ValueError(f"the demo policy is complete; it takes no {', '.join(names)}")
+    from torchpi.demo import demo_policy  # the demo is a policy like any other, and so imports this module
+
+    policy = demo_policy(device=device, dtype=dtype)
+    policy.default_prompt = policy.default_prompt if default_prompt is None else default_prompt
+    return policy
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:
@@ -389,6 +385,22 @@ def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, 
         return {key: Normalization(**rule) for key, rule in own.normalization.items()}
     except ValueError as error:
         raise ValueError(f"{root / 'policy.json'}: normalization: {error}") from error
+
+
+def _stats_path(
+    root: pathlib.Path,
+    own: folder.PolicyFile | None,
+    norm_stats: str | pathlib.Path | None,
+    asset_id: str | None,
+    robot: Embodiment,
+) -> str | pathlib.Path:
+    if asset_id is not None and (own or norm_stats):
+        has_other = "norm_stats= gives a file" if norm_stats else f"{root} is a policy folder, which has one of its own"
+        raise ValueError(
+            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {has_other}; "
+            "leave it out"
+        )
+    return norm_stats or (root if own else _stats_of_checkpoint(root, asset_id, robot.asset_id))
 
 
 def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+import torchpi
+
 
 def imported_by(statement: str) -> set[str]:
     program = f"{statement}\nimport sys\nprint(*(name for name in sys.modules if '.' not in name))"
@@ -20,3 +22,27 @@ def test_no_torch_is_needed(statement):
 def test_the_model_brings_nothing_heavy():
     heavy = {"tensorstore", "matplotlib", "sentencepiece", "tokenizers", "PIL", "rich", "tyro", "pyarrow"}
     assert not heavy & imported_by("import torchpi.model.pi0")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchpi.load_model",
+        "torchpi.load_policy",
+        "torchpi.Pi0Config",
+        "torchpi.Observation.from_dict",
+        "torchpi.model.masks.make_attn_mask",
+        "torchpi.model.flow.posemb_sincos",
+        "torchpi.transforms.images.resize_with_pad",
+        "torchpi.robots.get_embodiment",
+        "torchpi.checkpoints.load_model",
+    ],
+)
+def test_public_names_are_there_behind_a_bare_import(name):
+    program = f"import torchpi\nassert callable({name})"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing_such"):
+        torchpi.nothing_such  # noqa: B018
