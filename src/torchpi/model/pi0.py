@@ -22,6 +22,9 @@ from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_suffix_weights
 from torchpi.types import Observation
 
+# openpi's code calls flax's normal() here, whose default deviation is 0.01.
+EMBEDDING_STD = 1.0
+
 
 @dataclasses.dataclass(frozen=True)
 class PrefixCache:
@@ -86,13 +89,13 @@ class Pi0(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill all weights for training from scratch, with the original's distributions.
+        """Fill all weights for training from scratch, with the original's distributions (but for the embedding's).
 
         RMSNorm scales and adaptive norms are 0 (gates closed: the expert begins as the identity), kernels lecun-normal,
         in SigLIP xavier-uniform, the embedding N(0, 1), SigLIP's head 0.
         """
         self.vision.init_weights(generator)
-        nn.init.normal_(self.embedding, generator=generator)
+        nn.init.normal_(self.embedding, std=EMBEDDING_STD, generator=generator)
         self.backbone.init_weights(generator)
         self.expert.init_weights(generator)
         init_suffix_weights(self.suffix, generator)
