@@ -175,29 +175,29 @@ def training_ops(work: Workload) -> list[Op]:
     return [*both, Op("optimizer AdamW", 0, ADAMW_BYTES_PER_PARAMETER * parameters)]
 
 
-def measure_machine(dtype: torch.dtype, device: torch.device) -> Machine:
-    """The peak of a large matmul and the bandwidth of a large copy."""
+def measure_machine(dtype: torch.dtype, device: torch.device) -> Callable[[], Machine]:
+    """A function that measures the peak of a large matmul and the bandwidth of a large copy, now: the best of three."""
     side = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
-    matmul = min(timed(lambda: torch.mm(a, b, out=product), device, repeats=10))
     source = torch.empty(1 << (27 if device.type == "cpu" else 30), dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    copy = min(timed(lambda: target.copy_(source), device, repeats=10))
-    return Machine(flops=2 * side**3 / matmul, bytes=2 * source.numel() / copy)
+
+    def measure() -> Machine:
+        matmul = min(timed(lambda: torch.mm(a, b, out=product), device) for _ in range(3))
+        copy = min(timed(lambda: target.copy_(source), device) for _ in range(3))
+        return Machine(flops=2 * side**3 / matmul, bytes=2 * source.numel() / copy)
+
+    return measure
 
 
-def timed(run: Callable[[], Any], device: torch.device, *, repeats: int, warmup: int = 2) -> list[float]:
-    """Seconds of each run, after a warm-up."""
-    times = []
-    for i in range(warmup + repeats):
-        _wait(device)
-        start = time.perf_counter()
-        run()
-        _wait(device)
-        if i >= warmup:
-            times.append(time.perf_counter() - start)
-    return times
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one run."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
 
 
 def _wait(device: torch.device) -> None:
@@ -227,29 +227,35 @@ def make_observation(work: Workload, device: torch.device) -> Observation:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One benchmark: what was measured, and the floor in the same run."""
+    """One benchmark: what was measured, and the floor in the same run. Medians over the repeats."""
 
     name: str
     seconds: float
-    """Median."""
     floor: float
+    """Seconds."""
+    ratio: float
+    """Of the pairs: each run's time over the floor at the machine's speed just then."""
     operations: list[Op]
     machine: Machine
 
-    @property
-    def ratio(self) -> float:
-        """Measured time in floors."""
-        return self.seconds / self.floor
-
 
 def measure(name: str, run: Callable[[], Any], operations: list[Op], work: Workload, repeats: int) -> Result:
-    """Time a workload, with the machine measured before and after: the better of both counts."""
+    """Time a workload and the machine in turn, because the speed of a shared machine drifts within seconds."""
     device = torch.device(work.device)
-    before = measure_machine(work.dtype, device)
-    seconds = statistics.median(timed(run, device, repeats=repeats))
-    after = measure_machine(work.dtype, device)
-    machine = Machine(max(before.flops, after.flops), max(before.bytes, after.bytes))
-    return Result(name, seconds, sum(op.floor(machine) for op in operations), operations, machine)
+    measure_now = measure_machine(work.dtype, device)
+    for _ in range(2):  # warm-up
+        measure_now()
+        run()
+    machines, times, floors = [], [], []
+    for _ in range(repeats):
+        machines.append(measure_now())
+        floors.append(sum(op.floor(machines[-1]) for op in operations))
+        times.append(timed(run, device))
+    ratios = [seconds / floor for seconds, floor in zip(times, floors, strict=True)]
+    machine = Machine(*(statistics.median(getattr(m, field) for m in machines) for field in ("flops", "bytes")))
+    return Result(
+        name, statistics.median(times), statistics.median(floors), statistics.median(ratios), operations, machine
+    )
 
 
 def bench_model(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:

@@ -46,7 +46,7 @@ def test_the_floor_takes_the_larger_of_compute_and_bytes():
 
 
 def test_a_run_prints_one_json_document(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "measure_machine", lambda dtype, device: bench.Machine(1e11, 1e10))
+    monkeypatch.setattr(bench, "measure_machine", lambda dtype, device: lambda: bench.Machine(1e11, 1e10))
     config = tmp_path / "config.json"
     config.write_text(json.dumps(preset("tiny").to_dict()))
     main(["bench", "--config", str(config), "--prompt-tokens", "10", "--repeats", "1", "--num-steps", "1", "--json"])
