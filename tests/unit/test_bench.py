@@ -1,5 +1,6 @@
 """The floors count what is really computed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -20,16 +21,43 @@ def workload(config, **changes):
     )
 
 
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_counted_flops_are_those_that_sampling_runs(batch):
+def test_counted_flops_are_those_that_sampling_runs(batch, pi05):
     """PyTorch's own counter sees every product of a run, attention's too where it is plain matrix products."""
-    work = workload(preset("tiny"), batch=batch)
+    work = workload(dataclasses.replace(preset("tiny"), pi05=pi05), batch=batch)
     model = torchpi.Pi0(work.config)
     observation = bench.make_observation(work, torch.device("cpu"))
     noise = torch.zeros(batch, work.config.action_horizon, work.config.action_dim)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
     assert sum(op.flops for op in bench.sampling_ops(work)) == counter.get_total_flops()
+
+
+def test_compiling_reaches_all_that_sampling_runs(monkeypatch):
+    """A stack that is entered by another method than the compiled one would silently run as before."""
+    entered = []
+
+    def fake_compile(function, **options):
+        def run(*args, **kwargs):
+            entered.append(function.__qualname__)
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    work = workload(preset("tiny"), num_steps=2)
+    model = torchpi.Pi0(work.config)
+    expected = model.sample_actions(
+        bench.make_observation(work, torch.device("cpu")), noise=torch.ones(1, 16, 8), num_steps=2
+    )
+    bench.compile_stacks(model)
+    actions = model.sample_actions(
+        bench.make_observation(work, torch.device("cpu")), noise=torch.ones(1, 16, 8), num_steps=2
+    )
+    assert torch.equal(actions, expected)
+    assert len(entered) == 1 + 1 + work.num_steps  # vision, backbone, the expert in every step
+    assert any("keys_and_values" in name for name in entered)
 
 
 def test_full_size_flops():

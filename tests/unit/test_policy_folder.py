@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -491,3 +493,19 @@ def test_arguments_overrule_the_folder(folder, tmp_path):
 def test_an_asset_id_for_a_folder_is_an_error(folder):
     with pytest.raises(ValueError, match=r"asset_id='trossen' chooses among.*is a policy folder"):
         load(folder, asset_id="trossen")
+
+
+def test_a_process_killed_while_it_saves_leaves_the_old_folder_whole(tmp_path):
+    target = tmp_path / "policy"
+    torchpi.load_policy("demo", device="cpu").save(target)
+    before = {file.name: file.read_bytes() for file in target.iterdir()}
+    program = f"""
+import os, safetensors.torch, torchpi
+policy = torchpi.load_policy("demo", device="cpu", default_prompt="another one")
+safetensors.torch.save_file = lambda *arguments: os._exit(9)
+policy.save({str(target)!r}, overwrite=True)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
+    assert {file.name: file.read_bytes() for file in target.iterdir()} == before
+    torchpi.load_policy("demo", device="cpu", default_prompt="a third one").save(target, overwrite=True)
+    assert torchpi.load_policy(target, device="cpu").default_prompt == "a third one"

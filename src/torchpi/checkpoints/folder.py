@@ -188,12 +188,15 @@ def load_weights(root: pathlib.Path, config: Pi0Config, *, dtype: torch.dtype, d
 def _grouped(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
     """The names in groups of at least 16 million elements, so that a small file is opened once."""
     group: list[str] = []
+    elements = 0
     for name in names:
         group.append(name)
-        if sum(math.prod(shapes[member]) for member in group) >= 1 << 24:
+        elements += math.prod(shapes[name])
+        if elements >= 1 << 24:
             yield group
-            group = []
-    yield group
+            group, elements = [], 0
+    if group:
+        yield group
 
 
 def save_folder(
@@ -205,6 +208,10 @@ def save_folder(
     overwrite: bool = False,
 ) -> None:
     """Write a policy folder atomically: it is complete under its name, or not there.
+
+    It is written beside its place and moved there. A process killed while it writes leaves a `.<name>.….tmp` behind. A
+    folder cannot be exchanged in one step: one killed between the two renames of an overwrite leaves nothing under the
+    name, the old folder as `.<name>.….old` and the new one as `.<name>.….tmp`, both whole.
 
     Args:
         write_others: writes norm_stats.json and the tokenizer into the folder that it is given.

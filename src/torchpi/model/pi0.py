@@ -19,7 +19,7 @@ from torchpi.model.gemma import Gemma, KeyValue, Modulation, Rope, rope_table
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
 from torchpi.model.siglip import SigLIP
-from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_suffix_weights
+from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_projections
 from torchpi.types import Observation
 
 # openpi's code calls flax's normal() here, whose default deviation is 0.01.
@@ -98,8 +98,8 @@ class Pi0(nn.Module):
         nn.init.normal_(self.embedding, std=EMBEDDING_STD, generator=generator)
         self.backbone.init_weights(generator)
         self.expert.init_weights(generator)
-        init_suffix_weights(self.suffix, generator)
-        init_suffix_weights(self.action_out_proj, generator)
+        init_projections(self.suffix, generator)
+        init_projections(self.action_out_proj, generator)
 
     # ---- prefix ----
 

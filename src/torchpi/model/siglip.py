@@ -4,6 +4,9 @@ Source: "Sigmoid Loss for Language Image Pre-Training" (arXiv:2303.15343), the S
 (arXiv:2407.07726): no class token, no pooling, a linear projection to the backbone's width at the end.
 """
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
@@ -45,7 +48,8 @@ class SigLIP(nn.Module):
         self.patch_embed = Linear(config.patch * config.patch * 3, config.width)
         if config.position == "learned":
             self.pos_embed = nn.Parameter(torch.empty(self.side * self.side, config.width))
-        self.blocks = nn.ModuleList(EncoderBlock(config) for _ in range(config.depth))
+        # A ModuleList, which types as a list of anything.
+        self.blocks = cast("Sequence[EncoderBlock]", nn.ModuleList(EncoderBlock(config) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.head = Linear(config.width, out_width)
 
@@ -94,7 +98,6 @@ class SigLIP(nn.Module):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
-            assert isinstance(block, EncoderBlock)
             for kernel in (*block.qkv.weight.chunk(3), block.out.weight, block.fc1.weight, block.fc2.weight):
                 nn.init.xavier_uniform_(kernel, generator=generator)
             nn.init.zeros_(block.qkv.bias)

@@ -99,9 +99,9 @@ class Pi0Suffix(nn.Module):
         return mask
 
 
-def init_suffix_weights(suffix: nn.Module, generator: torch.Generator | None) -> None:
-    """As the original: lecun-normal kernels, biases 0."""
-    for module in suffix.modules():
-        if isinstance(module, Linear):
-            lecun_normal_(module.weight, generator)
-            nn.init.zeros_(module.bias)
+def init_projections(module: nn.Module, generator: torch.Generator | None) -> None:
+    """All linear layers in a module as in the original: lecun-normal kernels, biases 0."""
+    for layer in module.modules():
+        if isinstance(layer, Linear):
+            lecun_normal_(layer.weight, generator)
+            nn.init.zeros_(layer.bias)
