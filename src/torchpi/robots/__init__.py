@@ -10,6 +10,7 @@ from torchpi.robots.aloha import aloha
 from torchpi.robots.droid import droid
 from torchpi.robots.embodiment import HOOKS, ActionDim, Camera, Embodiment, Hook, StateKey
 from torchpi.robots.libero import libero
+from torchpi.robots.metaworld import metaworld
 
 __all__ = [
     "EMBODIMENTS",
@@ -23,6 +24,7 @@ __all__ = [
     "droid",
     "get_embodiment",
     "libero",
+    "metaworld",
 ]
 
 _RESET_POSE = {"reset_pose": [0, -1.5, 1.5, 0, 0, 0]}  # of each arm, in rad; clients move there before an episode
@@ -31,6 +33,7 @@ EMBODIMENTS: dict[str, Callable[[], Embodiment]] = {
     "aloha": aloha,
     "droid": droid,
     "libero": libero,
+    "metaworld": metaworld,
     # The published policies; prompts, assets and delta actions are those of their training.
     **{
         name: partial(aloha, name=name, default_prompt=prompt, asset_id="trossen", metadata=_RESET_POSE)

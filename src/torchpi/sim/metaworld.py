@@ -1,0 +1,146 @@
+"""Meta-World (MuJoCo): 50 table-top tasks of a Sawyer arm with scripted experts, rendered without a screen.
+
+Source: Yu et al., Meta-World (arXiv:1910.10897), and its third version's package, `metaworld`.
+"""
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from torchpi.robots.metaworld import metaworld
+from torchpi.sim.environment import check_action
+from torchpi.sim.gl import Cameras, import_mujoco
+
+IMAGE_SIZE = 96
+
+# What the arm is told. Meta-World names its tasks, it does not word them.
+INSTRUCTIONS: dict[str, str] = {
+    "assembly": "put the ring on the peg",
+    "basketball": "put the ball into the basket",
+    "bin-picking": "move the cube into the other bin",
+    "box-close": "put the lid on the box",
+    "button-press": "press the button",
+    "button-press-topdown": "press the button from the top",
+    "button-press-topdown-wall": "press the button from the top over the wall",
+    "button-press-wall": "press the button behind the wall",
+    "coffee-button": "press the button of the coffee machine",
+    "coffee-pull": "pull the mug away from the coffee machine",
+    "coffee-push": "push the mug under the coffee machine",
+    "dial-turn": "turn the dial",
+    "disassemble": "take the ring off the peg",
+    "door-close": "close the door",
+    "door-lock": "lock the door",
+    "door-open": "open the door",
+    "door-unlock": "unlock the door",
+    "drawer-close": "close the drawer",
+    "drawer-open": "open the drawer",
+    "faucet-close": "close the faucet",
+    "faucet-open": "open the faucet",
+    "hammer": "hammer the nail in",
+    "hand-insert": "put the hand into the hole",
+    "handle-press": "press the handle down",
+    "handle-press-side": "press the handle down from the side",
+    "handle-pull": "pull the handle up",
+    "handle-pull-side": "pull the handle up from the side",
+    "lever-pull": "pull the lever up",
+    "peg-insert-side": "insert the peg from the side",
+    "peg-unplug-side": "unplug the peg",
+    "pick-out-of-hole": "pick the puck out of the hole",
+    "pick-place": "put the puck at the goal",
+    "pick-place-wall": "put the puck at the goal over the wall",
+    "plate-slide": "slide the plate into the cabinet",
+    "plate-slide-back": "slide the plate out of the cabinet",
+    "plate-slide-back-side": "slide the plate out of the cabinet to the side",
+    "plate-slide-side": "slide the plate into the cabinet from the side",
+    "push": "push the puck to the goal",
+    "push-back": "push the puck back",
+    "push-wall": "push the puck to the goal around the wall",
+    "reach": "reach the goal",
+    "reach-wall": "reach the goal behind the wall",
+    "shelf-place": "put the cube on the shelf",
+    "soccer": "kick the ball into the goal",
+    "stick-pull": "pull the box with the stick",
+    "stick-push": "push the box with the stick",
+    "sweep": "sweep the cube off the table",
+    "sweep-into": "sweep the cube into the hole",
+    "window-close": "close the window",
+    "window-open": "open the window",
+}
+TASKS = tuple(INSTRUCTIONS)
+
+
+class MetaworldEnvironment:
+    """One Meta-World task. The markers of its goals are hidden; see `Environment` for the methods."""
+
+    def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
+        """Build the simulation.
+
+        Args:
+            task: one of `TASKS`.
+            image_size: height and width of the observation's cameras.
+
+        Raises:
+            KeyError: there is no such task.
+            ModuleNotFoundError: the extra "sim" is not installed; the message says how.
+            RuntimeError: no OpenGL that renders without a screen.
+        """
+        if task not in INSTRUCTIONS:
+            raise KeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}")
+        mujoco = import_mujoco()
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+
+        self.task = task
+        self.instruction = INSTRUCTIONS[task]
+        self.embodiment = metaworld()
+        self.image_size = image_size
+        self._env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
+        self._expert = ENV_POLICY_MAP[f"{task}-v3"]()
+        self.max_steps = int(self._env.max_path_length)
+        # Each reset draws the task's objects anew, from the environment's own generator.
+        self._env._set_task_called = True
+        self._env._freeze_rand_vec = False
+        self._env.seeded_rand_vec = True
+        # The expert may read the goal's position; the observation of a policy does not have it.
+        self._env._partially_observable = False
+        self._env.__dict__.pop("sawyer_observation_space", None)
+        self._env.model.site_rgba[:, 3] = 0  # goals and debugging marks
+        # The built-in corner cameras show the objects a few pixels small; this one looks at the table from the side.
+        base = mujoco.MjvCamera()
+        base.lookat[:] = (0, 0.66, 0.1)
+        base.distance, base.azimuth, base.elevation = 1.05, 145, -35
+        self._cameras = Cameras(self._env.model, {"base": base, "wrist": "gripperPOV"})
+        self._full_observation = np.zeros(39)
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode of a seed."""
+        self._env.seed(seed)
+        self._full_observation, _ = self._env.reset()
+
+    def observe(self) -> dict[str, Any]:
+        """Both cameras uint8 [96, 96, 3], the hand's position and the gripper's opening, the instruction."""
+        images = self._cameras.render(self._env.data, self.image_size)
+        return {**images, "state": self._full_observation[:4].copy(), "prompt": self.instruction}
+
+    def step(self, action: np.ndarray) -> bool:
+        """Execute one action [4]; beyond ±1 it is cut, as the arm would."""
+        action = check_action(action, self.embodiment).clip(-1, 1)
+        self._full_observation, _, _, _, info = self._env.step(action.astype(np.float32))
+        return bool(info["success"])
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted expert's action [4], cut to ±1."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # "Constant(s) may be too high": they are cut here
+            action = self._expert.get_action(self._full_observation)
+        return np.clip(action, -1, 1).astype(np.float32)
+
+    def render(self, size: int) -> dict[str, np.ndarray]:
+        """Both cameras, uint8 [size, size, 3]."""
+        return self._cameras.render(self._env.data, size)
+
+    def close(self) -> None:
+        """Free the renderers."""
+        self._cameras.close()
+        self._env.close()
