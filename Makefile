@@ -54,7 +54,7 @@ format: $(ENV)
 
 # The CPU index is offered only if it answers: pip would retry a silent one for every package. The question goes without
 # checking the certificate, which pip does itself, with the certificates that it is set up with.
-$(ENV): pyproject.toml constraints.txt
+$(ENV): pyproject.toml client/pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 			echo "torchpi needs Python 3.11 or newer, and $(PYTHON) is not; name another one: make PYTHON=python3.12 ..." >&2; \
@@ -70,12 +70,12 @@ $(ENV): pyproject.toml constraints.txt
 		else echo "$(CPU_INDEX) does not answer: taking the PyTorch that pip finds elsewhere"; fi; \
 	fi; \
 	echo "Installing torchpi and what it needs (a few minutes the first time)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index --constraint constraints.txt --editable ./client --editable '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache client/.ruff_cache .hypothesis
+	find src client tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

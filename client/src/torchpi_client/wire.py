@@ -1,0 +1,133 @@
+"""The wire format: openpi's msgpack with NumPy, byte for byte. Nothing is ever unpickled.
+
+msgpack's own types stand for themselves (tuples arrive as lists); what NumPy adds is a map with byte-string keys:
+
+    array   {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": [...]}
+    scalar  {b"__npgeneric__": True, b"data": Python number, b"dtype": dtype.str}
+
+np.float64, np.str_ and np.bytes_ are Python's float, str and bytes to msgpack and arrive as these.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import msgpack
+import numpy as np
+
+ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
+ARRAY_KEYS = {ARRAY, b"data", b"dtype", b"shape"}
+SCALAR_KEYS = {SCALAR, b"data", b"dtype"}
+
+# Not complex, object and void (structured): openpi refuses them too.
+ARRAY_KINDS = "biufSUmM"
+SCALAR_KINDS = "biuf"
+
+# What dtype.str writes, and plain names ("float32"). Commas and brackets would let NumPy parse structured types.
+DTYPE = re.compile(r"[<>=|]?[A-Za-z]+[0-9]*(\[[0-9A-Za-z]+\])?")
+
+
+def pack(obj: Any) -> bytes:
+    """Bytes of `obj`: dicts with str or bytes keys, lists, str, bytes, numbers, bool, None, NumPy arrays and scalars.
+
+    Raises:
+        ValueError: something in it is of another type, an integer exceeds 64 bits, or it is nested about 500 deep.
+    """
+    packed: bytes = msgpack.packb(obj, default=_encode)
+    return packed
+
+
+def unpack(data: bytes) -> Any:
+    """The object that `pack` made these bytes of; its arrays are writable.
+
+    Raises:
+        ValueError: they are not exactly one object in this format, or it is nested about 1000 deep.
+    """
+    try:
+        return msgpack.unpackb(data, object_hook=_decode)
+    # UnpackException: some versions of msgpack have errors of their own that are no ValueErrors.
+    except (ValueError, msgpack.UnpackException) as error:
+        raise ValueError(
+            f"cannot unpack {len(data)} bytes: {error or type(error).__name__}; expected msgpack as openpi writes it"
+        ) from error
+
+
+def _encode(value: Any) -> dict[bytes, Any]:
+    """The tagged map of what msgpack has no type for."""
+    if isinstance(value, np.ndarray) and _has_bytes(value.dtype, ARRAY_KINDS):
+        return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
+    if isinstance(value, np.generic) and _has_bytes(value.dtype, SCALAR_KINDS):
+        number = value.item()
+        if isinstance(number, (bool, int, float)):  # np.longdouble stays one
+            return {SCALAR: True, b"data": number, b"dtype": value.dtype.str}
+    if isinstance(value, int):  # msgpack asks here only for those that it cannot write
+        raise ValueError(f"cannot pack an integer of {value.bit_length()} bits; expected at most 64")
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, (np.ndarray, np.generic)):
+        kind += f" of dtype {value.dtype}"
+    raise ValueError(
+        f"cannot pack a {kind}; expected dicts, lists, str, bytes, numbers, bool, None, and NumPy arrays and scalars of"
+        " integers, floats, bool or text: convert it first"
+    )
+
+
+def _has_bytes(dtype: np.dtype[Any], kinds: str) -> bool:
+    """Whether the array's bytes and `dtype.str` say all of it."""
+    return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: from another library, unknown to np.dtype(dtype.str)
+
+
+def _decode(value: dict[Any, Any]) -> Any:
+    """A map, or the array or scalar that it is the tagged form of."""
+    if ARRAY in value:
+        return _array(value)
+    if SCALAR in value:
+        return _scalar(value)
+    return value
+
+
+def _array(value: dict[Any, Any]) -> np.ndarray[Any, Any]:
+    _require_keys(value, ARRAY_KEYS, "an array")
+    dtype = _dtype(value[b"dtype"], ARRAY_KINDS)
+    shape, data = value[b"shape"], value[b"data"]
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise ValueError(f"an array's shape is {shape!r:.80}; expected a list of sizes")
+    if not isinstance(data, bytes):
+        raise ValueError(f"an array's data is of type {type(data).__name__}; expected bytes")
+    # Python's integers don't overflow.
+    expected = dtype.itemsize
+    for size in shape:
+        expected *= size
+    if len(data) != expected:
+        raise ValueError(f"an array of shape {shape} and dtype {dtype} has {len(data)} bytes; expected {expected}")
+    # A copy: the buffer is read-only. NumPy itself refuses sizes and numbers of dimensions beyond its limits.
+    return np.ndarray(tuple(shape), dtype, buffer=data).copy()
+
+
+def _scalar(value: dict[Any, Any]) -> np.generic:
+    _require_keys(value, SCALAR_KEYS, "a scalar")
+    dtype, number = _dtype(value[b"dtype"], SCALAR_KINDS), value[b"data"]
+    allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtype.kind]
+    if type(number) not in allowed:
+        raise ValueError(f"a scalar of dtype {dtype} has {number!r:.80} as its data")
+    if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
+        raise ValueError(f"a scalar of dtype {dtype} is {number}, which exceeds it")
+    with np.errstate(over="ignore"):  # beyond float32 is inf, as in every cast
+        return dtype.type(number)
+
+
+def _dtype(name: Any, kinds: str) -> np.dtype[Any]:
+    if isinstance(name, str) and DTYPE.fullmatch(name):
+        try:
+            dtype = np.dtype(name)
+        except (TypeError, ValueError, DeprecationWarning):  # the last where warnings are errors
+            pass
+        else:
+            if dtype.itemsize > 0 and _has_bytes(dtype, kinds):
+                return dtype
+    raise ValueError(f"the dtype is {name!r:.80}; expected one of integers, floats, bool or text, such as '<f4'")
+
+
+def _require_keys(value: dict[Any, Any], keys: set[bytes], what: str) -> None:
+    if set(value) != keys:
+        raise ValueError(f"{what} has the keys {sorted(map(str, value))}; expected {sorted(map(str, keys))}")

@@ -1,0 +1,442 @@
+"""torchpi-client: the wire format against bytes that openpi-client wrote, the client against servers on loopback."""
+
+import contextlib
+import json
+import re
+import socket
+import threading
+import time
+
+import msgpack
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from websockets.sync.server import serve
+
+from torchpi_client import ServerError, WebsocketPolicy, pack, unpack
+
+METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
+
+
+def same(a, b):
+    """Equal in value and in every type; NaN equals itself."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, np.ndarray):
+        return a.dtype.str == b.dtype.str and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return bool(a == b or (a != a and b != b))
+
+
+# ---- the wire format ----
+
+
+@pytest.fixture(scope="session")
+def wire_cases(golden_root):
+    """Per case: the bytes, the object, and the name of the type that it arrives as."""
+    folder = golden_root / "msgpack"
+    with np.load(folder / "expected.npz") as arrays:
+        table = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+
+        def build(node):
+            kind = node["type"]
+            if kind == "ndarray":
+                return arrays[node["npz"]]
+            if kind == "npgeneric":
+                return np.dtype(node["dtype"]).type(node["value"])
+            if kind == "dict":
+                return {key: build(item) for key, item in node["items"].items()}
+            if kind == "list":
+                return [build(item) for item in node["items"]]
+            return bytes.fromhex(node["hex"]) if kind == "bytes" else node["value"]
+
+        return {
+            name: ((folder / case["file"]).read_bytes(), build(case["expected"]), case["roundtrip_type"])
+            for name, case in table.items()
+            if isinstance(case, dict)
+        }
+
+
+def arriving(value):
+    """np.float64 is a float to msgpack."""
+    if isinstance(value, dict):
+        return {key: arriving(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [arriving(item) for item in value]
+    return float(value) if isinstance(value, np.float64) else value
+
+
+def test_golden_bytes_both_ways(wire_cases):
+    assert len(wire_cases) == 20
+    for name, (data, value, kind) in wire_cases.items():
+        assert pack(value) == data, name
+        assert same(unpack(data), arriving(value)), name
+        assert re.fullmatch(f"{kind}_?", type(unpack(data)).__name__ + "_"), name
+        assert pack(unpack(data)) == data, name
+
+
+def test_any_memory_layout_packs_alike():
+    array = np.arange(24, dtype=np.float32).reshape(4, 6)
+    for view in (array.T, array[::2, 1::3], array[::-1], np.asfortranarray(array), np.broadcast_to(array[0], (3, 6))):
+        assert pack(view) == pack(np.ascontiguousarray(view))
+
+
+def test_arrays_arrive_writable():
+    array = unpack(pack({"a": np.zeros(3, np.float32)}))["a"]
+    array += 1
+    assert array.tolist() == [1, 1, 1]
+
+
+NUMBERS = hnp.boolean_dtypes() | hnp.integer_dtypes(endianness="=") | hnp.unsigned_integer_dtypes(endianness="=")
+ARRAY_DTYPES = (
+    NUMBERS
+    | hnp.integer_dtypes()
+    | hnp.floating_dtypes(sizes=(16, 32, 64))
+    | hnp.unicode_string_dtypes(max_len=5)
+    | hnp.byte_string_dtypes(max_len=5)
+    | hnp.datetime64_dtypes()
+)
+SCALAR_DTYPES = NUMBERS | hnp.floating_dtypes(sizes=(16, 32), endianness="=")
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text()
+    | st.binary()
+    | hnp.arrays(ARRAY_DTYPES, hnp.array_shapes(min_dims=0, min_side=0, max_side=4))
+    | SCALAR_DTYPES.flatmap(lambda dtype: hnp.arrays(dtype, ())).map(lambda array: array[()])
+)
+NESTED = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=8)
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a busy machine
+@given(NESTED)
+def test_round_trip(value):
+    data = pack(value)
+    assert same(unpack(data), value)
+    assert pack(unpack(data)) == data
+
+
+def test_tuples_arrive_as_lists():
+    assert unpack(pack((1, (2, "x")))) == [1, [2, "x"]]
+
+
+class Custom:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (np.array([{}]), "numpy.ndarray of dtype object"),
+        (np.zeros(2, "f4,i4"), "numpy.ndarray of dtype"),
+        (np.zeros(2, "V3"), "numpy.ndarray of dtype"),
+        (np.zeros(2, complex), "numpy.ndarray of dtype complex128"),
+        (np.complex64(1), "numpy.complex64"),
+        (np.zeros(1, "f4,i4")[0], "numpy.void"),
+        (np.datetime64("2020-01-01"), "datetime64"),
+        (np.timedelta64(5, "ns"), "timedelta64"),
+        (np.longdouble(1), "numpy.longdouble|numpy.float128"),
+        ({"a": [{1, 2}]}, "builtins.set"),
+        (Custom(), "Custom"),
+        (2**64, "65 bits"),
+        (-(2**63) - 1, "64 bits"),
+    ],
+)
+def test_pack_refuses(value, message):
+    with pytest.raises(ValueError, match=rf"cannot pack an? .*({message})"):
+        pack(value)
+
+
+def array_map(**changes):
+    value = {b"__ndarray__": True, b"data": bytes(8), b"dtype": "<f4", b"shape": [2]}
+    value.update({key.encode(): item for key, item in changes.items()})
+    return {key: item for key, item in value.items() if item is not ...}
+
+
+def scalar_map(data, dtype):
+    return {b"__npgeneric__": True, b"data": data, b"dtype": dtype}
+
+
+MALFORMED = [
+    array_map(data=...),
+    array_map(shape=...),
+    array_map(more=1),
+    array_map(data="text"),
+    array_map(data=bytes(7)),
+    array_map(data=bytes(9)),
+    array_map(data=None),
+    array_map(shape=[3]),
+    array_map(shape=[-2]),
+    array_map(shape=[-1, -2]),
+    array_map(shape=[2.0]),
+    array_map(shape=[True, 2]),
+    array_map(shape=2),
+    array_map(shape=[2] + [1] * 70),
+    array_map(shape=[2**40, 2**40, 0], data=b""),
+    array_map(shape=[2**63, 0], data=b""),
+    array_map(shape=[10**18], data=b"", dtype="<U0"),
+    *(
+        array_map(dtype=dtype)
+        for dtype in ("O", "|O", "V4", "c8", "f4,f4", "(2,)i2", "<f3", "", "S0", "T", "x", "f4\n", "M8[xx]", "{}")
+    ),
+    *(array_map(dtype=dtype) for dtype in (None, 4, b"<f4", [["a", "<f4"]], "U" + "9" * 30)),
+    scalar_map(300, "|u1"),
+    scalar_map(-1, "<u8"),
+    scalar_map(1.0, "<i8"),
+    scalar_map(1, "|b1"),
+    scalar_map("1", "<f4"),
+    scalar_map([1.0], "<f4"),
+    scalar_map(None, "<f4"),
+    scalar_map(1, "O"),
+    scalar_map("x", "<U1"),
+    scalar_map(1, "<M8[s]"),
+    {b"__npgeneric__": True},
+    {1: 2},  # only str and bytes are keys
+]
+
+
+@pytest.mark.parametrize("value", MALFORMED, ids=lambda value: f"{value!r:.60}")
+def test_malformed_tags_are_refused(value):
+    with pytest.raises(ValueError, match="cannot unpack"):
+        unpack(msgpack.packb({"a": [value]}))
+
+
+def test_names_of_dtypes_are_read():
+    assert same(unpack(msgpack.packb(array_map(dtype="float32"))), np.zeros(2, np.float32))
+
+
+def test_every_cut_is_refused(wire_cases):
+    for data, _, _ in wire_cases.values():
+        for end in range(0, len(data), max(1, len(data) // 60)):
+            with pytest.raises(ValueError, match="cannot unpack"):
+                unpack(data[:end])
+        with pytest.raises(ValueError, match="cannot unpack"):
+            unpack(data + b"\x00")
+
+
+@given(st.data())
+def test_damaged_bytes_are_read_or_refused(wire_cases, data):
+    damaged = bytearray(data.draw(st.sampled_from([case for case, _, _ in wire_cases.values()])))
+    for place, byte in data.draw(
+        st.dictionaries(st.integers(0, len(damaged) - 1), st.integers(0, 255), max_size=4)
+    ).items():
+        damaged[place] = byte
+    with contextlib.suppress(ValueError):
+        unpack(bytes(damaged))
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(data):
+    with contextlib.suppress(ValueError):
+        unpack(data)
+
+
+def test_nesting_is_limited():
+    value = []
+    for _ in range(100):
+        value = [value]
+    assert unpack(pack(value)) == value
+    for _ in range(1000):
+        value = [value]
+    with pytest.raises(ValueError, match="recursion limit"):
+        pack(value)
+    with pytest.raises(ValueError, match="cannot unpack"):
+        unpack(b"\x91" * 100_000 + b"\xc0")
+    with pytest.raises(ValueError, match="cannot unpack"):
+        unpack(b"\xdd\xff\xff\xff\xff")  # a list of 2³² values in five bytes
+
+
+# ---- the client ----
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
+@contextlib.contextmanager
+def running(handler, port=0, **settings):
+    """A server in a thread; its URL."""
+    with serve(handler, "127.0.0.1", port, compression=None, max_size=None, **settings) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def echo(connection):
+    """Sends metadata, then answers with what it was asked and with the headers it saw."""
+    connection.send(pack(METADATA))
+    for request in connection:
+        observation = unpack(request)
+        authorization = connection.request.headers.get("Authorization")
+        connection.send(pack({"actions": observation["state"] * 2, "seen": observation, "key": authorization}))
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_metadata_and_answers():
+    image = np.random.default_rng(0).integers(
+        0, 256, (3, 720, 1280, 3), np.uint8
+    )  # beyond websockets' default of 1 MiB
+    observation = {"images": {"top": image}, "state": np.arange(7, dtype=np.float32), "prompt": "pick up the fork"}
+    with running(echo) as url, WebsocketPolicy(url) as policy:
+        assert policy.metadata == METADATA
+        for _ in range(2):
+            answer = policy.infer(observation)
+            np.testing.assert_array_equal(answer["actions"], observation["state"] * 2)
+            assert same(answer["seen"], observation)
+            assert answer["key"] is None
+
+
+def test_the_api_key_is_sent():
+    with running(echo) as url, WebsocketPolicy(url, api_key="secret") as policy:
+        assert policy.infer({"state": np.zeros(1)})["key"] == "Api-Key secret"
+
+
+def test_threads_get_their_own_answers():
+    with running(echo) as url, WebsocketPolicy(url) as policy:
+        answers = {}
+
+        def ask(i):
+            answers[i] = [policy.infer({"state": np.full(2, i)})["actions"][0] for _ in range(20)]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert answers == {i: [2 * i] * 20 for i in range(4)}
+
+
+def test_a_text_frame_is_the_servers_error():
+    def failing(connection):
+        connection.send(pack(METADATA))
+        connection.recv()
+        connection.send("Traceback: no camera 'top'")
+        connection.recv()
+        connection.close(1011)
+
+    with running(failing) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ServerError, match="no camera 'top'") as caught:
+            policy.infer({})
+        assert isinstance(caught.value, RuntimeError)
+        with pytest.raises(ConnectionError, match="is closed"):
+            policy.infer({})
+
+
+def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
+    with running(echo) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ValueError, match="cannot pack"):
+            policy.infer({"state": object()})
+        assert policy.infer({"state": np.ones(1)})["actions"][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "error", "message"),
+    [
+        ("not today", ServerError, "not today"),
+        (pack([1]), ValueError, "sent a list"),
+        (b"\xc1", ValueError, "cannot unpack"),
+        (None, ConnectionError, "sent no metadata"),
+    ],
+)
+def test_what_is_no_metadata(first, error, message):
+    def handler(connection):
+        if first is not None:
+            connection.send(first)
+
+    with running(handler) as url, pytest.raises(error, match=message):
+        WebsocketPolicy(url)
+
+
+def test_a_server_that_never_answers():
+    def silent(connection):
+        connection.send(pack(METADATA))
+        for _ in connection:
+            pass
+
+    with running(silent) as url, WebsocketPolicy(url, answer_timeout=0.1) as policy:
+        with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
+            policy.infer({})
+        # Its answer may still come, and would be taken for the next one.
+        with pytest.raises(ConnectionError, match="is closed"):
+            policy.infer({})
+
+
+def test_after_closing():
+    with running(echo) as url:
+        policy = WebsocketPolicy(url)
+        policy.close()
+        policy.close()
+        with pytest.raises(ConnectionError, match="is closed"):
+            policy.infer({"state": np.ones(1)})
+
+
+def test_a_refused_connection():
+    url = f"ws://127.0.0.1:{free_port()}"
+    start = time.monotonic()
+    with pytest.raises(
+        ConnectionRefusedError, match=rf"{url} refused the connection for 0.7 s .*is the server running"
+    ):
+        WebsocketPolicy(url, timeout=0.7)
+    assert time.monotonic() - start < 30
+
+
+def test_a_server_that_is_still_loading_is_waited_for():
+    port = free_port()
+    with contextlib.ExitStack() as stack:
+        timer = threading.Timer(0.3, lambda: stack.enter_context(running(echo, port)))
+        timer.start()
+        with WebsocketPolicy(f"ws://127.0.0.1:{port}", timeout=30) as policy:
+            assert policy.metadata == METADATA
+        timer.join()
+
+
+def test_a_server_that_rejects():
+    def forbid(connection, request):
+        return connection.respond(401, "who are you?")
+
+    with running(echo, process_request=forbid) as url, pytest.raises(ConnectionError, match=r"HTTP 401.*api_key"):
+        WebsocketPolicy(url)
+
+
+@pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
+def test_another_kind_of_server(greeting):
+    def answer():
+        with listener.accept()[0] as sock:
+            sock.recv(4096)
+            sock.sendall(greeting)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        with pytest.raises(ConnectionError, match="expected a policy server there"):
+            WebsocketPolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}", timeout=5)
+        thread.join()
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://127.0.0.1:8000", "ws://", "ws://127.0.0.1:80000", "demo"])
+def test_what_is_no_url(url):
+    with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
+        WebsocketPolicy(url)
+
+
+def test_a_host_that_does_not_exist():
+    url = f"ws://{'a' * 64}.example:8000"  # a label too long to be looked up anywhere
+    with pytest.raises(ConnectionError, match=f"cannot connect to {url}"):
+        WebsocketPolicy(url)
