@@ -23,6 +23,10 @@ from rich.table import Table
 
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.model.pi0 import Pi0
+from torchpi.training.config import TrainConfig
+from torchpi.training.loop import update
+from torchpi.training.samples import Batch
+from torchpi.training.state import TrainState
 from torchpi.types import Observation
 
 # A model that two CPU cores run in a second: big enough that matmuls dominate, as they do at full size.
@@ -49,6 +53,8 @@ class Workload:
     num_steps: int
     dtype: torch.dtype
     device: str = "cpu"
+    num_draws: int = 1
+    """Draws of noise and time per sample, in training."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +176,9 @@ def sampling_ops(work: Workload) -> list[Op]:
 
 def training_ops(work: Workload) -> list[Op]:
     """All operations of a training step: forward, backward at twice the forward, AdamW."""
-    forward = [*vision_ops(work), *prefix_ops(work), *expert_ops(work, num_steps=1)]
+    # Each draw is a suffix behind the same prefix.
+    suffixes = dataclasses.replace(work, batch=work.batch * work.num_draws)
+    forward = [*vision_ops(work), *prefix_ops(work), *expert_ops(suffixes, num_steps=1)]
     parameters = sum(parameter.numel() for parameter in Pi0(work.config, device="meta").parameters())
     both = [Op(op.name, 3 * op.flops, 3 * op.bytes) for op in forward]
     return [*both, Op("optimizer AdamW", 0, ADAMW_BYTES_PER_PARAMETER * parameters)]
@@ -206,11 +214,11 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def make_observation(work: Workload, device: torch.device) -> Observation:
-    """A batch of random images and a prompt of the workload's length, padded."""
+def make_observation(work: Workload, device: torch.device, *, padded: bool = True) -> Observation:
+    """A batch of random images and a prompt of the workload's length, padded as a policy's is."""
     generator = torch.Generator().manual_seed(0)
     config = work.config
-    size, length = config.image_size, config.require("max_token_len")
+    size, length = config.image_size, config.require("max_token_len") if padded else work.prompt_tokens
     images = {
         f"camera_{i}": torch.randint(0, 256, (work.batch, size, size, 3), dtype=torch.uint8, generator=generator)
         for i in range(work.num_cameras)
@@ -282,21 +290,18 @@ def compile_stacks(model: Pi0) -> None:
 
 
 def bench_train(work: Workload, *, repeats: int = 5) -> Result:
-    """One training step: float32 weights, the workload's dtype in the matmuls, loss, gradients, AdamW."""
+    """One update as `torchpi train` does it: float32 weights, the workload's dtype in the matmuls, AdamW, average."""
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, betas=(0.9, 0.95), weight_decay=1e-10)
+    config = TrainConfig(num_draws=work.num_draws, batch_size=work.batch)
+    state = TrainState.begin(model, weight_decay=config.weight_decay, ema=True)
     device = torch.device(work.device)
-    observation = make_observation(work, device)
-    horizon = work.config.require("action_horizon")
-    actions = torch.randn(work.batch, horizon, work.config.action_dim, device=device)
+    shape = (work.batch, work.num_draws, work.config.require("action_horizon"), work.config.action_dim)
     generator = torch.Generator(device).manual_seed(0)
-
-    def run() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model.compute_loss(observation, actions, generator=generator).mean().backward()
-        optimizer.step()
-
-    return measure("training step", run, training_ops(work), work, repeats)
+    noise = torch.randn(shape, generator=generator, device=device)
+    time_ = torch.rand(shape[:2], generator=generator, device=device)
+    # The trainer drops padding that all samples of a batch have.
+    batch = Batch(make_observation(work, device, padded=False), noise[:, 0], noise, time_)
+    return measure("training step", lambda: update(state, config, batch), training_ops(work), work, repeats)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -397,6 +402,7 @@ def run_bench(
     device: str,
     compiled: bool,
     repeats: int,
+    num_draws: int,
     as_json: bool,
 ) -> None:
     """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio.
@@ -405,11 +411,12 @@ def run_bench(
         ValueError: more prompt tokens than the config's max_token_len, or a count that is not positive.
     """
     counts = {"batch": batch, "cameras": num_cameras, "prompt_tokens": prompt_tokens, "repeats": repeats}
+    counts["draws"] = num_draws
     if wrong := {name: count for name, count in counts.items() if count < 1}:
         raise ValueError(f"expected positive numbers, got {wrong}")
     if prompt_tokens > config.require("max_token_len"):
         raise ValueError(f"{prompt_tokens} prompt tokens do not fit into max_token_len {config.max_token_len}")
-    work = Workload(config, batch, num_cameras, prompt_tokens, num_steps, getattr(torch, dtype), device)
+    work = Workload(config, batch, num_cameras, prompt_tokens, num_steps, getattr(torch, dtype), device, num_draws)
     console = Console(stderr=as_json, highlight=False)
     console.print(describe_machine(torch.device(device)))
     results = []

@@ -83,8 +83,8 @@ class VisionConfig:
 GEMMA_VARIANTS: Mapping[str, GemmaConfig] = {
     "gemma_2b": GemmaConfig(width=2048, depth=18, mlp_dim=16_384, num_heads=8, num_kv_heads=1, head_dim=256),
     "gemma_300m": GemmaConfig(width=1024, depth=18, mlp_dim=4096, num_heads=8, num_kv_heads=1, head_dim=256),
-    "tiny_backbone": GemmaConfig(width=192, depth=6, mlp_dim=768, num_heads=6, num_kv_heads=1, head_dim=32),
-    "tiny_expert": GemmaConfig(width=128, depth=6, mlp_dim=512, num_heads=6, num_kv_heads=1, head_dim=32),
+    "tiny_backbone": GemmaConfig(width=128, depth=4, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=64),
+    "tiny_expert": GemmaConfig(width=128, depth=4, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=64),
 }
 VISION_VARIANTS: Mapping[str, VisionConfig] = {
     "so400m/14": VisionConfig(width=1152, depth=27, mlp_dim=4304, num_heads=16, patch=14),
@@ -263,20 +263,23 @@ _JSON_NOT_SIZES = frozenset(
 )
 
 _PI0, _PI05 = Pi0Config(), Pi0Config(pi05=True)
+# Small enough to be trained on a laptop's CPU within an hour: the embedded policy.
+_TINY = Pi0Config(
+    pi05=True,
+    paligemma_variant="tiny_backbone",
+    action_expert_variant="tiny_expert",
+    siglip_variant="tiny/16",
+    action_dim=8,
+    action_horizon=16,
+    max_token_len=64,
+    vocab_size=1024,
+    image_size=96,
+)
 PRESETS: Mapping[str, Pi0Config] = {
     "pi0": _PI0,
     "pi05": _PI05,
-    "tiny": Pi0Config(
-        pi05=True,
-        paligemma_variant="tiny_backbone",
-        action_expert_variant="tiny_expert",
-        siglip_variant="tiny/16",
-        action_dim=8,
-        action_horizon=16,
-        max_token_len=64,
-        vocab_size=1024,
-        image_size=96,
-    ),
+    "tiny": _TINY,
+    "tiny_pi0": dataclasses.replace(_TINY, pi05=False, discrete_state_input=False),
     # The published checkpoints, whose arrays hold neither horizon nor prompt format (openpi's training configs).
     "pi0_base": _PI0,
     "pi05_base": _PI05,

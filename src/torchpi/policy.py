@@ -198,8 +198,8 @@ class Policy:
             **self._metadata,
         }
 
-    def save(self, path: str | pathlib.Path, *, overwrite: bool = False) -> None:
-        """Write a policy folder, which needs nothing else, atomically.
+    def save(self, path: str | pathlib.Path, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
+        """Write a policy folder, which needs nothing else, atomically; the weights in `dtype`, by default their own.
 
         Raises:
             ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
@@ -212,7 +212,9 @@ class Policy:
             metadata=self._metadata,
             provenance={"torchpi": torchpi.__version__, **self.provenance},
         )
-        folder.save_folder(path, model=self.model, file=file, write_others=self._write_others, overwrite=overwrite)
+        folder.save_folder(
+            path, model=self.model, file=file, write_others=self._write_others, overwrite=overwrite, dtype=dtype
+        )
 
     def _write_others(self, root: pathlib.Path) -> None:
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
@@ -240,8 +242,8 @@ def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
     return fitting[-1]
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
-    """Stack the inputs of several samples; prompts of unequal length are padded to the longest."""
+def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Stack the inputs of several samples, as `Observation.from_dict` takes them; shorter prompts are padded."""
     length = max(len(sample["tokenized_prompt"]) for sample in samples)
 
     def padded(key: str) -> Tensor:
@@ -249,15 +251,18 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
         return torch.from_numpy(np.stack(rows))
 
     cameras = list(samples[0]["image"])
-    return Observation.from_dict(
-        {
-            "image": {name: torch.from_numpy(np.stack([s["image"][name] for s in samples])) for name in cameras},
-            "image_mask": {name: torch.tensor([bool(s["image_mask"][name]) for s in samples]) for name in cameras},
-            "state": torch.from_numpy(np.stack([s["state"] for s in samples])),
-            "tokenized_prompt": padded("tokenized_prompt"),
-            "tokenized_prompt_mask": padded("tokenized_prompt_mask"),
-        }
-    )
+    return {
+        "image": {name: torch.from_numpy(np.stack([s["image"][name] for s in samples])) for name in cameras},
+        "image_mask": {name: torch.tensor([bool(s["image_mask"][name]) for s in samples]) for name in cameras},
+        "state": torch.from_numpy(np.stack([s["state"] for s in samples])),
+        "tokenized_prompt": padded("tokenized_prompt"),
+        "tokenized_prompt_mask": padded("tokenized_prompt_mask"),
+    }
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
+    """The inputs of several samples as one batch."""
+    return Observation.from_dict(stack_inputs(samples))
 
 
 def load_policy(
@@ -298,10 +303,6 @@ def load_policy(
     """
     device = _usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    if str(path) == "demo":
-        given = {"config": config, "embodiment": embodiment, "normalization": normalization, "norm_stats": norm_stats}
-        given |= {"asset_id": asset_id, "tokenizer": tokenizer, "truncation": truncation}
-        return _demo_policy(given, default_prompt, device, dtype)
     root = existing_folder(path)
     robot = None if embodiment is None else get_embodiment(embodiment)
     own = folder.read_policy_json(root) if folder.is_policy_folder(root) else None
@@ -335,18 +336,6 @@ def load_policy(
         metadata=own.metadata if own else None,
         provenance=own.provenance if own else {"source": str(path)},
     )
-
-
-def _demo_policy(
-    given: Mapping[str, Any], default_prompt: str | None, device: torch.device, dtype: torch.dtype
-) -> Policy:
-    if names := [f"{name}=" for name, value in given.items() if value is not None]:
-        raise ValueError(f"the demo policy is complete; it takes no {', '.join(names)}")
-    from torchpi.demo import demo_policy  # the demo is a policy like any other, and so imports this module
-
-    policy = demo_policy(device=device, dtype=dtype)
-    policy.default_prompt = policy.default_prompt if default_prompt is None else default_prompt
-    return policy
 
 
 def _usable_device(device: str | torch.device | None) -> torch.device:

@@ -6,6 +6,7 @@ tokenizer.model     or tokenizer.json
 model.safetensors   the weights
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -206,6 +207,7 @@ def save_folder(
     file: PolicyFile,
     write_others: Callable[[pathlib.Path], None],
     overwrite: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Write a policy folder atomically: it is complete under its name, or not there.
 
@@ -216,6 +218,7 @@ def save_folder(
     Args:
         write_others: writes norm_stats.json and the tokenizer into the folder that it is given.
         overwrite: replace a policy folder that is there; without it, that is an error.
+        dtype: of the weights on disk; by default the model's.
 
     Raises:
         ValueError: something is there already.
@@ -225,15 +228,27 @@ def save_folder(
         raise ValueError(f"{target} exists already; choose another path, or pass overwrite=True")
     if target.exists() and not is_policy_folder(target):
         raise ValueError(f"{target} exists and is no policy folder; it is not overwritten")
+    with atomic_folder(target) as beside:
+        (beside / "policy.json").write_text(file.to_json(), encoding="utf-8")
+        write_others(beside)
+        weights = {
+            name: parameter.detach().to("cpu", dtype).contiguous() for name, parameter in model.named_parameters()
+        }
+        safetensors.torch.save_file(weights, beside / "model.safetensors")
+
+
+@contextlib.contextmanager
+def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A new folder beside `target` to write into, which takes its place when the context ends without an error.
+
+    See `save_folder` for what a killed process leaves behind.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     beside.mkdir()
     try:
-        (beside / "policy.json").write_text(file.to_json(), encoding="utf-8")
-        write_others(beside)
-        weights = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-        safetensors.torch.save_file(weights, beside / "model.safetensors")
-        for entry in (*beside.iterdir(), beside):
+        yield beside
+        for entry in (*beside.rglob("*"), beside):
             _fsync(entry)
         _move_into_place(beside, target)
     finally:

@@ -46,9 +46,25 @@ def attend(
         if mask.shape[1] != 1:
             mask = mask.repeat(1, per_group, 1)  # [B, Q/G·T, S]
         mask = mask[:, None]
-    out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+    # On a CPU the fused kernel's backward pass takes twice the time of explicit products.
+    explicit = q.device.type == "cpu" and torch.is_grad_enabled()
+    attention = explicit_attention if explicit else F.scaled_dot_product_attention
+    out = attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     out = out.reshape(batch, groups, per_group, num_queries, head_dim).permute(0, 3, 1, 2, 4)  # [B, T, G, Q/G, K]
     return out.reshape(batch, num_queries, num_heads * head_dim)
+
+
+def explicit_attention(
+    q: Float[Tensor, "B G R K"],
+    k: Float[Tensor, "B G S K"],
+    v: Float[Tensor, "B G S K"],
+    attn_mask: Bool[Tensor, "B 1 #R S"] | None,
+) -> Float[Tensor, "B G R K"]:
+    """`scaled_dot_product_attention` as products and a float32 softmax; a row without keys attends to all."""
+    logits = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
+    if attn_mask is not None:
+        logits = logits.masked_fill(~attn_mask, torch.finfo(logits.dtype).min)
+    return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
 def gelu_tanh(x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch i"]:

@@ -22,8 +22,9 @@ from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_projections
 from torchpi.types import Observation
 
-# openpi's code calls flax's normal() here, whose default deviation is 0.01.
-EMBEDDING_STD = 1.0
+# flax's normal(), as openpi's code has it. (With N(0, 1), AdamW's steps hardly move the embedding of a number in the
+# prompt, and a model that is trained from scratch does not learn to read its state.)
+EMBEDDING_STD = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,13 @@ class PrefixCache:
     """Per layer, keys after RoPE and values, each [B, S, G, K]."""
     mask: Bool[Tensor, "B S"]
     """True at real tokens."""
+
+    def repeat(self, times: int) -> "PrefixCache":
+        """Each sample's cache `times` times, one behind the other, for as many suffixes behind the same prefix."""
+        if times == 1:
+            return self
+        repeated = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.key_values]
+        return PrefixCache(repeated, self.mask.repeat_interleave(times, 0))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +97,10 @@ class Pi0(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Fill all weights for training from scratch, with the original's distributions (but for the embedding's).
+        """Fill all weights for training from scratch, with the original's distributions.
 
         RMSNorm scales and adaptive norms are 0 (gates closed: the expert begins as the identity), kernels lecun-normal,
-        in SigLIP xavier-uniform, the embedding N(0, 1), SigLIP's head 0.
+        in SigLIP xavier-uniform, the embedding N(0, 0.01), SigLIP's head 0.
         """
         self.vision.init_weights(generator)
         nn.init.normal_(self.embedding, std=EMBEDDING_STD, generator=generator)
@@ -232,31 +240,41 @@ class Pi0(nn.Module):
         observation: Observation,
         actions: Float32[Tensor, "B H A"],
         *,
-        noise: Float32[Tensor, "B H A"] | None = None,
-        time: Float32[Tensor, " B"] | None = None,
+        noise: Float32[Tensor, "B H A"] | Float32[Tensor, "B R H A"] | None = None,
+        time: Float32[Tensor, " B"] | Float32[Tensor, "B R"] | None = None,
+        num_draws: int = 1,
         generator: torch.Generator | None = None,
     ) -> Float32[Tensor, "B H"]:
-        """The flow-matching loss (v_t − u_t)², mean over action dimensions.
+        """The flow-matching loss (v_t − u_t)², mean over action dimensions (and over the draws).
+
+        Several draws of noise and time share one pass over the prefix, which is most of the work: its keys and values
+        do not depend on them.
 
         Args:
             actions: normalized and padded to action_dim.
-            noise: x at t = 1; by default drawn from N(0, 1) with `generator`.
-            time: by default drawn from Beta(1.5, 1)·0.999 + 0.001 with `generator`.
+            noise: x at t = 1, one draw [B, H, A] or several [B, R, H, A]; by default drawn from N(0, 1) with
+                `generator`.
+            time: [B] or [B, R]; by default drawn from Beta(1.5, 1)·0.999 + 0.001 with `generator`.
+            num_draws: R, where neither noise nor time is given.
 
         Raises:
             ValueError: shapes do not fit the model or each other.
         """
         self._check_actions(observation, actions, "actions")
-        noise = self._noise(actions.shape, noise, generator)
+        batch, draws = actions.shape[0], _num_draws(noise, time, num_draws)
+        repeated = actions.repeat_interleave(draws, 0)  # [B·R, H, A]
+        noise = self._noise(repeated.shape, None if noise is None else noise.reshape(repeated.shape), generator)
         if time is None:
-            time = flow.sample_time(actions.shape[0], generator=generator, device=actions.device)
-        x_t, u_t = flow.interpolate(actions, noise, time)
+            time = flow.sample_time(batch * draws, generator=generator, device=actions.device)
+        time = time.reshape(-1)  # [B·R]
+        x_t, u_t = flow.interpolate(repeated, noise, time)
         tokens, input_mask, _ = self.embed_prefix(observation)
-        cache = self.prefill(tokens, input_mask)
-        suffix_tokens, _, _, cond = self.embed_suffix(observation, x_t, time)
-        frame = self.frame_suffix(input_mask, actions.shape[1])
-        v_t = self.velocity(suffix_tokens, cache, frame, self.modulations(cond))
-        return (v_t - u_t).square().mean(dim=-1)
+        cache = self.prefill(tokens, input_mask).repeat(draws)
+        features = self.suffix.time_features(time)
+        suffix_tokens = self.suffix(observation.state.repeat_interleave(draws, 0), x_t, features)
+        frame = self.frame_suffix(cache.mask, actions.shape[1])
+        v_t = self.velocity(suffix_tokens, cache, frame, self.modulations(self.suffix.condition(features)))
+        return (v_t - u_t).square().mean(dim=-1).unflatten(0, (batch, draws)).mean(dim=1)
 
     @torch.no_grad()
     def sample_actions(
@@ -318,3 +336,18 @@ class Pi0(nn.Module):
             raise ValueError(f"{name} must be {expected}, got {list(actions.shape)}")
         if actions.dtype is not torch.float32:
             raise ValueError(f"{name} must be float32, got {actions.dtype}")
+
+
+def _num_draws(noise: Tensor | None, time: Tensor | None, num_draws: int) -> int:
+    """R, of which noise [B, R, H, A] and time [B, R] must say the same; without R in their shapes it is 1."""
+    given = {
+        name: (value.shape[1] if value.ndim == ndim else 1)
+        for name, value, ndim in (("noise", noise, 4), ("time", time, 2))
+        if value is not None
+    }
+    if len(set(given.values())) > 1:
+        raise ValueError(f"noise and time must have the same number of draws, got {given}")
+    draws = next(iter(given.values()), num_draws)
+    if draws < 1:
+        raise ValueError(f"num_draws must be a positive integer, got {draws}")
+    return draws

@@ -65,12 +65,13 @@ class Transforms:
         for key in QUANTITIES:
             self._degenerate[key] = degenerate_dims(self.norm_stats[key], self.normalization[key], what=key)
 
-    def forward(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def forward(self, sample: Mapping[str, Any], *, state_noise: np.ndarray | None = None) -> dict[str, Any]:
         """One sample, as `Embodiment.to_model` gives it, to the model's inputs, without a batch axis.
 
         Args:
             sample: "image" {camera: uint8 [h, w, 3]}, "image_mask" {camera: bool}, "state" [s], "prompt" str and, in
                 training, "actions" [H, a].
+            state_noise: [s], added to the normalized state, in training.
 
         Returns:
             "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" float64 [action_dim],
@@ -82,6 +83,8 @@ class Transforms:
                 what `tokenize_prompt` and `resize_with_pad` raise.
         """
         state = self._normalize(sample["state"], "state")
+        if state_noise is not None:
+            state = state + state_noise
         # Before padding and casting: the text describes the state as the robot sent it.
         tokens, mask = tokenize_prompt(
             self.tokenizer,

@@ -1,0 +1,1 @@
+"""Training: the recipe, the loop, and what it needs."""

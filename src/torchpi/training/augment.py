@@ -1,0 +1,135 @@
+"""Image augmentation, drawn for each sample and applied on the device.
+
+Geometry (crop, resize, rotation) is one bilinear resampling, for cameras that stand still only: a wrist camera's image
+moves with the hand anyway. Colour changes happen in HSV.
+
+Source: openpi's `preprocess_observation`, which uses augmax; the formulas are those that were measured of it. There the
+saturation has no effect and all cameras of a sample share one draw, which looks unintended; here it has, and each
+camera has its own.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchpi.training.config import Augmentation
+from torchpi.types import Observation
+
+NUM_PARAMETERS = 7
+OFF = np.zeros(NUM_PARAMETERS, np.float32)
+"""A draw that changes nothing but the crop's scale."""
+
+
+def draw(config: Augmentation, rng: np.random.Generator, image_size: int) -> Float32[np.ndarray, "7"]:
+    """One image's parameters: crop offset (row, column) in pixels, angle in rad, brightness, contrast, saturation, hue.
+
+    An image whose colours stay has zeros for the last four.
+    """
+    room = (image_size - _cropped(config, image_size)) / 2
+    scale = [room, room, math.radians(config.degrees)]
+    scale += [config.brightness, config.contrast, config.saturation, config.hue]
+    values = rng.uniform(-1, 1, NUM_PARAMETERS) * scale
+    if rng.uniform() >= config.color_probability:
+        values[3:] = 0
+    return values.astype(np.float32)
+
+
+def _cropped(config: Augmentation, image_size: int) -> int:
+    return int(image_size * config.crop)
+
+
+def augment(observation: Observation, config: Augmentation, draws: Mapping[str, Float32[Tensor, "B 7"]]) -> Observation:
+    """The observation with its images changed.
+
+    Args:
+        draws: per camera, what `draw` gave for each sample.
+    """
+    images = {}
+    for camera, image in observation.images.items():
+        values = draws[camera].to(image.device)
+        image01 = image * 0.5 + 0.5
+        if "wrist" not in camera and (config.crop < 1 or config.degrees):
+            zoom = _cropped(config, image.shape[1]) / image.shape[1]
+            image01 = warp(image01, values[:, :2], values[:, 2], zoom)
+        images[camera] = jitter(image01, *values[:, 3:].unbind(1)) * 2 - 1
+    return dataclasses.replace(observation, images=images)
+
+
+def warp(
+    images: Float32[Tensor, "B h w 3"], offset: Float32[Tensor, "B 2"], angle: Float32[Tensor, " B"], zoom: float
+) -> Float32[Tensor, "B h w 3"]:
+    """Crop, resize and rotate about the centre, in one bilinear resampling; outside is black.
+
+    Args:
+        images: in [0, 1], square.
+        offset: of the crop's centre, (row, column) in pixels.
+        angle: in rad.
+        zoom: side of the crop over side of the image.
+    """
+    centre = (images.shape[1] - 1) / 2
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    row, column = (offset / centre).unbind(1)
+    matrix = torch.stack([torch.stack([cos, -sin, column], 1), torch.stack([sin, cos, row], 1)], 1)  # [B, 2, 3]
+    pixels = images.permute(0, 3, 1, 2)  # [B, 3, h, w]
+    grid = F.affine_grid(matrix, list(pixels.shape), align_corners=True)
+    return F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=True).permute(0, 2, 3, 1)
+
+
+def jitter(
+    images: Float32[Tensor, "B h w 3"],
+    brightness: Float32[Tensor, " B"],
+    contrast: Float32[Tensor, " B"],
+    saturation: Float32[Tensor, " B"],
+    hue: Float32[Tensor, " B"],
+) -> Float32[Tensor, "B h w 3"]:
+    """Change the colours of images in [0, 1]; an image whose four parameters are 0 stays as it is."""
+    changed = torch.stack([brightness, contrast, saturation, hue]).any(dim=0)
+    if not changed.any():
+        return images
+    b, c, s, h = (value[changed, None, None] for value in (brightness, contrast, saturation, hue))
+    rgb = images[changed]
+    low, high = rgb.amin(dim=-1), rgb.amax(dim=-1)  # [B, h, w]
+    value = _contrast(_toward_one(high, b), c)
+    if not (saturation.any() or hue.any()):  # rgb is proportional to the value
+        out = rgb * (value / high.clamp_min(1e-12))[..., None]
+    else:
+        out = _from_hsv(_hue(rgb, high, high - low) + h, _toward_one(1 - low / high.clamp_min(1e-12), s), value)
+    result = images.clone()
+    result[changed] = out
+    return result
+
+
+def _toward_one(x: Tensor, amount: Tensor) -> Tensor:
+    """Down by a share of itself where the amount is negative, up by a share of what is missing to 1 elsewhere."""
+    return torch.where(amount < 0, x * (1 + amount), x * (1 - amount) + amount)
+
+
+def _contrast(value: Tensor, amount: Tensor) -> Tensor:
+    """A curve through (0, 0), (½, ½) and (1, 1): steepness `slope` in the middle, its inverse at the ends."""
+    slope = torch.tan((amount + 1) * (math.pi / 4))
+    # At slope 1 the curve is the identity, and the formula for its corners divides by 0; any corner serves.
+    corner = torch.where(slope == 1, 0.25, (slope - slope**2) / (2 * (1 - slope**2)))
+    middle = slope * (value - 0.5) + 0.5
+    upper = value / slope + 1 - 1 / slope
+    return torch.where(value < corner, value / slope, torch.where(value > 1 - corner, upper, middle))
+
+
+def _hue(rgb: Tensor, high: Tensor, chroma: Tensor) -> Tensor:
+    """In turns; 0 for grey."""
+    r, g, b = rgb.unbind(-1)
+    safe = chroma.clamp_min(1e-12)
+    sector = torch.where(high == r, (g - b) / safe % 6, torch.where(high == g, (b - r) / safe + 2, (r - g) / safe + 4))
+    return sector / 6
+
+
+def _from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    shift = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    k = (shift + 6 * hue[..., None]) % 6
+    distance = torch.minimum(k, 4 - k).clamp(0, 1)  # 0 for the strongest channel, 1 for the weakest
+    return value[..., None] * (1 - saturation[..., None] * distance)

@@ -1,0 +1,303 @@
+"""The trainer on a small dataset: what it writes, that it resumes to the bit, and its errors."""
+
+import dataclasses
+import errno
+import json
+import pathlib
+import signal
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+import torchpi
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.model.pi0 import Pi0
+from torchpi.robots import metaworld
+from torchpi.training import loop, state
+from torchpi.training.config import TrainConfig
+from torchpi.training.samples import Draws, Samples, TrainingOrder
+from torchpi.training.setup import build_policy, open_data
+
+GEMMA = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
+SIZES = Pi0Config(
+    pi05=True,
+    paligemma_variant=GEMMA,
+    action_expert_variant=GEMMA,
+    siglip_variant=VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=16),
+    action_dim=6,
+    action_horizon=4,
+    max_token_len=48,
+    vocab_size=1024,
+    image_size=32,
+)
+TASKS = ("open the drawer", "close the faucet")
+
+
+def write_dataset(path: pathlib.Path, *, episodes: int = 4, cameras: tuple[str, ...] = ("base", "wrist")) -> None:
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(
+        path,
+        fps=80,
+        cameras=dict.fromkeys(cameras, (32, 32, 3)),
+        state_names=["hand_x", "hand_y", "hand_z", "gripper"],
+        action_names=["delta_x", "delta_y", "delta_z", "gripper"],
+    ) as writer:
+        for episode in range(episodes):
+            for _ in range(6):
+                images = {f"observation.images.{name}": rng.integers(0, 256, (32, 32, 3), np.uint8) for name in cameras}
+                writer.add_frame({**images, "observation.state": rng.normal(size=4), "action": rng.normal(size=4)})
+            writer.save_episode(TASKS[episode % 2])
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(dataset, tmp_path_factory):
+    sizes = tmp_path_factory.mktemp("sizes") / "model.json"
+    sizes.write_text(json.dumps(SIZES.to_dict()))
+    return TrainConfig(
+        dataset=str(dataset),
+        embodiment="metaworld",
+        model=str(sizes),
+        num_steps=6,
+        batch_size=4,
+        num_draws=2,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        ema_decay=0.5,
+        state_noise=0.05,
+        dtype="float32",
+        eval_every=3,
+        save_every=3,
+        log_every=2,
+        workers=0,
+    )
+
+
+def weights(run: pathlib.Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(state.checkpoints(run)[-1] / state.WEIGHTS)
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole_run(recipe, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    result = loop.train(recipe, run)
+    return run, result
+
+
+def test_a_run_leaves_recipe_metrics_curves_and_a_policy(whole_run, recipe):
+    run, result = whole_run
+    assert not result.interrupted
+    assert result.step == 6
+    assert TrainConfig.from_json(run / "train.json") == recipe
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+    assert [line["step"] for line in lines if "holdout_loss" in line] == [3, 6]
+    assert (run / "curves.png").stat().st_size > 0
+    policy = torchpi.load_policy(result.policy)
+    assert policy.provenance["recipe"]["num_steps"] == 6
+    chunk = policy.infer(policy.example_observation(), noise=np.zeros((4, 6), np.float32))["actions"]
+    assert chunk.shape == (4, 4)
+
+
+def test_the_policy_has_the_averaged_weights(whole_run):
+    run, result = whole_run
+    saved = weights(run)
+    policy = dict(torchpi.load_policy(result.policy).model.named_parameters())
+    assert all(torch.equal(policy[name], saved[f"ema.{name}"]) for name in policy)
+    assert not torch.equal(saved["ema.action_out_proj.weight"], saved["weights.action_out_proj.weight"])
+
+
+def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    true_update, calls = loop.update, []
+
+    def interrupted_update(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return true_update(*args)
+
+    monkeypatch.setattr(loop, "update", interrupted_update)
+    result = loop.train(recipe, run)
+    assert (result.interrupted, result.step) == (True, 2)
+    monkeypatch.setattr(loop, "update", true_update)
+    result = loop.train(loop.resume_config(run), run, resume=True)
+    assert (result.interrupted, result.step) == (False, 6)
+    assert_same_bits(weights(run), weights(whole_run[0]))
+
+
+def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
+    loop.train(dataclasses.replace(recipe, workers=1), tmp_path / "run")
+    assert_same_bits(weights(tmp_path / "run"), weights(whole_run[0]))
+
+
+def test_the_loss_falls_on_what_is_seen_again_and_again(recipe, tmp_path):
+    config = dataclasses.replace(recipe, num_steps=40, batch_size=8, eval_every=100, save_every=100, log_every=5)
+    loop.train(config, tmp_path / "run")
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_old_checkpoints_are_removed(recipe, tmp_path):
+    loop.train(dataclasses.replace(recipe, save_every=1, keep=2), tmp_path / "run")
+    assert [path.name for path in state.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path, monkeypatch):
+    run, true_save = tmp_path / "run", safetensors.torch.save_file
+
+    def save(tensors, path):
+        if path.name == state.WEIGHTS and len(state.checkpoints(run)) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        true_save(tensors, path)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save)
+    with pytest.raises(OSError, match="No space left"):
+        loop.train(recipe, run)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000003"]
+    monkeypatch.setattr(safetensors.torch, "save_file", true_save)
+    assert loop.train(loop.resume_config(run), run, resume=True).step == 6
+
+
+def test_each_frame_is_seen_once_per_epoch_in_an_order_of_its_own():
+    order = list(TrainingOrder(num_frames=10, batch_size=4, seed=3, first_step=0, last_step=5))
+    frames = [frame for batch in order for frame, _, _ in batch]
+    assert sorted(frames[:10]) == sorted(frames[10:]) == list(range(10))
+    assert frames[:10] != frames[10:]
+    assert order[3:] == list(TrainingOrder(num_frames=10, batch_size=4, seed=3, first_step=3, last_step=5))
+    assert [place[1:] for place in order[2]] == [(2, 0), (2, 1), (2, 2), (2, 3)]
+
+
+def samples(recipe: TrainConfig, **draws) -> Samples:
+    data = open_data(recipe)
+    policy = build_policy(recipe, data)
+    return Samples(data.train, data.embodiment, policy.transforms, Draws(**{"seed": 0, "num_draws": 2, **draws}))
+
+
+def test_a_samples_draws_belong_to_its_place(recipe):
+    some = samples(recipe, state_noise=0.1, augmentation=recipe.augmentation)
+    one, again, elsewhere = some[3, 7, 1], some[3, 7, 1], some[3, 7, 2]
+    for key in ("noise", "time", "tokenized_prompt"):
+        np.testing.assert_array_equal(one[key], again[key])
+    assert (one["noise"] != elsewhere["noise"]).any()
+    assert (one["augmentation"]["base_0_rgb"] != elsewhere["augmentation"]["base_0_rgb"]).any()
+
+
+def test_time_is_drawn_as_the_model_draws_it(recipe):
+    some = samples(recipe, num_draws=4000)
+    time = some[0, 0, 0]["time"]
+    assert time.min() > 0.001
+    assert time.max() < 1
+    assert time.mean() == pytest.approx(0.6 * 0.999 + 0.001, abs=0.015)  # Beta(1.5, 1) has the mean 0.6
+
+
+def test_held_out_episodes_are_not_trained_on(recipe, dataset):
+    data = open_data(dataclasses.replace(recipe, holdout=0.5))
+    assert len(data.train) == len(data.holdout) == 12
+    assert not set(data.train.episode_indices) & set(data.holdout.episode_indices)
+    assert len(LeRobotDataset(dataset, action_horizon=4)) == 24
+
+
+def test_several_draws_are_the_mean_of_single_ones():
+    model = Pi0(SIZES)
+    torch.nn.init.normal_(model.expert.final_norm.dense.weight, std=0.2, generator=torch.Generator().manual_seed(1))
+    rng = np.random.default_rng(0)
+    observation = torchpi.Observation.from_dict(
+        {
+            "image": {"base": torch.from_numpy(rng.integers(0, 256, (3, 32, 32, 3), np.uint8))},
+            "state": torch.zeros(3, 6),
+            "tokenized_prompt": torch.from_numpy(rng.integers(0, 1024, (3, 5))),
+            "tokenized_prompt_mask": torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] * 5]),
+        }
+    )
+    actions, noise = torch.randn(3, 4, 6), torch.randn(3, 2, 4, 6)
+    time = torch.rand(3, 2)
+    together = model.compute_loss(observation, actions, noise=noise, time=time)
+    apart = [model.compute_loss(observation, actions, noise=noise[:, i], time=time[:, i]) for i in range(2)]
+    torch.testing.assert_close(together, torch.stack(apart).mean(dim=0))
+    with pytest.raises(ValueError, match="same number of draws"):
+        model.compute_loss(observation, actions, noise=noise, time=time[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": "nowhere"}, "nowhere"),
+        ({"embodiment": "no_robot"}, "no_robot"),
+        ({"model": "no_model"}, "presets are"),
+        ({"holdout": 0.9}, "held out"),
+        ({"embodiment": "libero"}, "7 or 8"),
+    ],
+)
+def test_wrong_recipes_are_errors_before_anything_is_written(change, message, recipe, tmp_path):
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
+        loop.train(dataclasses.replace(recipe, **change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_without_the_robots_camera_is_an_error(recipe, tmp_path):
+    write_dataset(tmp_path / "set", cameras=("base",))
+    with pytest.raises(KeyError, match="wrist"):
+        loop.train(dataclasses.replace(recipe, dataset=str(tmp_path / "set")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten(whole_run, recipe):
+    with pytest.raises(ValueError, match="--resume"):
+        loop.train(recipe, whole_run[0])
+
+
+def test_nothing_to_resume_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
+        loop.resume_config(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=3), run)
+    file = state.checkpoints(run)[-1] / state.WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="damaged"):
+        loop.train(loop.resume_config(run), run, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not|Expecting"),
+        ("[]", "JSON object"),
+        ('{"steps": 3}', "unknown fields steps"),
+        ('{"augmentation": {"blur": 1}}', "unknown fields blur"),
+        ('{"batch_size": 0}', "batch_size"),
+    ],
+)
+def test_wrong_recipe_files_are_errors(text, message, tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        TrainConfig.from_json(file)
+
+
+def test_a_recipe_survives_its_file(recipe, tmp_path):
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert TrainConfig.from_json(tmp_path / "recipe.json") == recipe
+
+
+def test_metaworlds_robot_fits_its_dataset(dataset):
+    assert metaworld().action_size == LeRobotDataset(dataset, action_horizon=2)[0]["action"].shape[1]
