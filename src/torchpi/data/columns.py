@@ -1,0 +1,125 @@
+"""The numbers of a data set: every numeric column of every frame, as arrays."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from torchpi.data import format as lerobot
+from torchpi.data.extras import require
+from torchpi.data.metadata import Episode, Metadata, read_parquet
+
+_REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
+
+
+def read_columns(
+    metadata: Metadata, episodes: Sequence[Episode]
+) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " E"]]:
+    """The numbers of some episodes, and the row of each one's first frame in its data file.
+
+    Returns:
+        Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
+
+    Raises:
+        FileNotFoundError: a data file is missing.
+        KeyError: a column is missing.
+        ValueError: a data file is damaged, or doesn't have what the metadata say.
+    """
+    pieces: list[dict[str, np.ndarray]] = []
+    first_rows: list[int] = []
+    for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
+        columns = _read_file(metadata, path)
+        if pieces and set(columns) != set(pieces[0]):
+            raise ValueError(
+                f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(pieces[0])}."
+            )
+        runs = _runs(columns["episode_index"], path)
+        rows = [_checked_rows(columns, episode, runs.get(episode.index)) for episode in group]
+        first_rows += [part.start for part in rows]
+        # One slice where they lie one after the other: no copy of what may be a whole file.
+        if all(after.start == before.stop for before, after in itertools.pairwise(rows)):
+            rows = [slice(rows[0].start, rows[-1].stop)]
+        pieces += [{name: values[part] for name, values in columns.items()} for part in rows]
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    if unknown := sorted(set(np.unique(columns["task_index"]).tolist()) - set(metadata.tasks)):
+        raise ValueError(f"Frames of {metadata.root} have the tasks {unknown}, which its list of tasks does not have.")
+    return columns, np.array(first_rows)
+
+
+def to_numpy(column: Any) -> np.ndarray:
+    """A column of numbers, or of lists of them that are all as long, as [F], [F, d], ….
+
+    Raises:
+        ValueError: values are missing, or the lists are of several lengths.
+    """
+    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    array = column.combine_chunks()
+    shape = [len(array)]
+    while pa.types.is_nested(array.type):
+        lengths = pc.unique(pc.list_value_length(array)).to_pylist()
+        if array.null_count or len(lengths) > 1:
+            raise ValueError(f"its lists have the lengths {', '.join(map(str, lengths))}; expected one")
+        shape += lengths or [0]
+        array = array.flatten()
+    if array.null_count:
+        raise ValueError(f"{array.null_count} values are missing")
+    return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
+
+
+def _read_file(metadata: Metadata, path: Path) -> dict[str, np.ndarray]:
+    table = read_parquet(path, lambda file: file.read(columns=_numeric_names(file.schema_arrow)))
+    if missing := [name for name in _REQUIRED if name not in table.column_names]:
+        raise KeyError(
+            f"The data set {metadata.root} has no column {', '.join(missing)}; its numeric columns are "
+            f"{', '.join(table.column_names)}. A policy is trained on {lerobot.STATE} and {lerobot.ACTION}."
+        )
+    columns = {}
+    for name in table.column_names:
+        try:
+            columns[name] = to_numpy(table.column(name))
+        except ValueError as error:
+            raise ValueError(f"{path}: column {name}: {error}.") from error
+    for name in (lerobot.STATE, lerobot.ACTION):  # a single dimension is stored as plain numbers
+        columns[name] = columns[name].reshape(len(table), -1).astype(np.float32, copy=False)
+    return columns
+
+
+def _numeric_names(schema: Any) -> list[str]:
+    types = require("pyarrow").types
+    names = []
+    for field in schema:
+        kind = field.type
+        while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind):
+            names.append(field.name)
+    return names
+
+
+def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
+    """The rows of each episode in a file."""
+    if not len(episode_index):
+        return {}
+    starts = [0, *(1 + np.flatnonzero(np.diff(episode_index))).tolist()]
+    runs = {
+        int(episode_index[start]): slice(start, stop)
+        for start, stop in itertools.pairwise([*starts, len(episode_index)])
+    }
+    if len(runs) < len(starts):
+        raise ValueError(f"{path}: the frames of an episode are not in one piece; the file is damaged.")
+    return runs
+
+
+def _checked_rows(columns: dict[str, np.ndarray], episode: Episode, rows: slice | None) -> slice:
+    if rows is None:
+        raise ValueError(f"{episode.data_file} has no frame of episode {episode.index}; the data set is damaged.")
+    frames = columns["frame_index"][rows]
+    if len(frames) != episode.length or (frames != np.arange(episode.length)).any():
+        raise ValueError(
+            f"{episode.data_file}: episode {episode.index} has {len(frames)} frames, numbered {frames[0]} to "
+            f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The data set is damaged."
+        )
+    return rows

@@ -1,0 +1,33 @@
+"""What LeRobot's data sets are made of: the names of files and columns that the reader and the writer share."""
+
+STATE = "observation.state"
+ACTION = "action"
+IMAGES = "observation.images."
+
+INFO = "meta/info.json"
+STATS = "meta/stats.json"
+# v3.0: several episodes per file.
+TASKS_PARQUET = "meta/tasks.parquet"
+EPISODES_FOLDER = "meta/episodes"
+EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+# v2.1: one file per episode.
+TASKS_JSONL = "meta/tasks.jsonl"
+EPISODES_JSONL = "meta/episodes.jsonl"
+
+VERSIONS = ("v3.0", "v2.1")
+CHUNKS_SIZE = 1000
+"""Files in a folder."""
+
+# One value per frame, beside state, action and images: their types in a data file.
+BOOKKEEPING = {
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+
+RECORDING_FOLDER = ".recording"
+"""Where a writer of ours keeps the episodes until it finishes the set; not a part of LeRobot's format."""

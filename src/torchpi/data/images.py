@@ -1,0 +1,99 @@
+"""Camera images that lie as compressed files in the data files' rows."""
+
+import collections
+import io
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from torchpi.data.metadata import read_parquet
+
+
+class ParquetImages:
+    """Single images out of data files, for any number of threads.
+
+    The row groups that were read last stay in memory, compressed, up to a number of bytes.
+
+    Args:
+        cache_bytes: how many.
+    """
+
+    def __init__(self, cache_bytes: int) -> None:
+        self._cache_bytes = cache_bytes
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid, self._lock = os.getpid(), threading.Lock()
+        self._cached_bytes = 0
+        self._row_groups: collections.OrderedDict[tuple[Path, str, int], Any] = collections.OrderedDict()
+        self._first_rows: dict[Path, np.ndarray] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache_bytes": self._cache_bytes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._cache_bytes = state["cache_bytes"]
+        self._reset()
+
+    def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
+        """The image in a row of a data file.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            KeyError: it has no such camera.
+            ValueError: it is damaged, or has no image there.
+        """
+        from PIL import Image
+
+        compressed = self._compressed(path, camera, row)
+        if compressed is None:
+            raise ValueError(
+                f"{path} has no image of {camera} in row {row}; images in files of their own are not read."
+            )
+        try:
+            with Image.open(io.BytesIO(compressed)) as image:
+                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
+            raise ValueError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
+
+    def _compressed(self, path: Path, camera: str, row: int) -> Any:
+        if self._pid != os.getpid():  # a fork: a thread that isn't here may hold the lock
+            self._pid, self._lock = os.getpid(), threading.Lock()
+        first_rows = self._first_rows.get(path)
+        if first_rows is None:
+            first_rows = self._first_rows[path] = read_parquet(path, _first_rows)
+        row_group = int(np.searchsorted(first_rows, row, side="right")) - 1
+        key = (path, camera, row_group)
+        with self._lock:
+            images = self._row_groups.get(key)
+            if images is not None:
+                self._row_groups.move_to_end(key)
+        if images is None:
+            images = read_parquet(path, lambda file: _read_row_group(file, camera, row_group, path))
+            self._keep(key, images)
+        return images[row - int(first_rows[row_group])].as_buffer()
+
+    def _keep(self, key: tuple[Path, str, int], images: Any) -> None:
+        with self._lock:
+            if key not in self._row_groups:  # another thread may have been as fast
+                self._row_groups[key] = images
+                self._cached_bytes += images.nbytes
+            while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
+                self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
+
+
+def _first_rows(file: Any) -> np.ndarray:
+    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    return np.concatenate([[0], np.cumsum(counts)[:-1]])
+
+
+def _read_row_group(file: Any, camera: str, row_group: int, path: Path) -> Any:
+    column = f"{camera}.bytes"
+    table = file.read_row_group(row_group, columns=[column]).flatten()
+    if table.column_names != [column]:
+        raise KeyError(f"{path} has no images of {camera}; its columns are {', '.join(file.schema_arrow.names)}.")
+    return table.column(0)

@@ -1,0 +1,194 @@
+"""Reading data sets in LeRobot's formats v3.0 and v2.1."""
+
+import operator
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+
+from torchpi.data import format as lerobot
+from torchpi.data.columns import read_columns
+from torchpi.data.images import ParquetImages
+from torchpi.data.metadata import Episode, read_metadata
+from torchpi.data.video import VideoPool
+
+
+class LeRobotDataset:
+    """A sequence of frames, each with the chunk of actions that begins at it.
+
+        dataset = LeRobotDataset("my_set", action_horizon=50)
+        dataset[0]  # {"observation.images.base": uint8 [h, w, 3], "observation.state": float32 [s], "action":
+                    #  float32 [H, a], "action_is_pad": bool [H], "task": str, …}
+
+    Any number of threads may read; it can be pickled, and used in forked processes. The numbers of all frames are in
+    memory; images in data files stay compressed there, too, once they have been read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        action_horizon: int,
+        episodes: Iterable[int] | None = None,
+        tolerance_s: float | None = None,
+        image_cache_bytes: int = 4 * 2**30,
+    ) -> None:
+        """
+        Args:
+            path: the data set's folder.
+            action_horizon: H, actions in a chunk.
+            episodes: the indices of those to read, by default all; frames are counted among them, in the set's order.
+            tolerance_s: how far a video's frame may be from its time; by default a quarter of a frame.
+            image_cache_bytes: how much of the compressed images in data files stays in memory.
+
+        Raises:
+            FileNotFoundError: no such folder; it is no data set; a file of it is missing.
+            KeyError: a column is missing.
+            ValueError: a version that isn't read; a damaged file; an episode that isn't there.
+            ModuleNotFoundError: pyarrow or av is missing.
+        """
+        self.path = Path(path).expanduser()
+        if action_horizon < 1:
+            raise ValueError(f"action_horizon is {action_horizon}; expected 1 or more.")
+        self.action_horizon = action_horizon
+        self._metadata = read_metadata(self.path)
+        self._episodes = _chosen(self._metadata.episodes, episodes, self.path)
+        self._columns, self._first_rows = read_columns(self._metadata, self._episodes)
+        lengths = np.array([episode.length for episode in self._episodes])
+        self._ends = np.cumsum(lengths)  # per episode, the number of its last frame + 1
+        self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
+        self._images = ParquetImages(image_cache_bytes)
+        self._videos = VideoPool()
+        self._check_cameras()
+
+    def __len__(self) -> int:
+        """The number of frames."""
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
+        """A frame: what `numbers` gives, and "observation.images.<camera>" uint8 [h, w, 3] for each camera.
+
+        Raises:
+            IndexError: there is no such frame.
+            FileNotFoundError, ValueError: a video or image is missing or damaged.
+        """
+        i = self._frame_number(index)
+        return {**{key: self._image(key, i) for key in self.camera_keys}, **self.numbers(i)}
+
+    def numbers(self, index: SupportsIndex) -> dict[str, Any]:
+        """A frame without its images: "observation.state" float32 [s], "action" float32 [H, a] with the episode's last
+        action where it is past the end, "action_is_pad" bool [H], "task" str, and the other numeric columns.
+
+        Raises:
+            IndexError: there is no such frame.
+        """
+        i = self._frame_number(index)
+        chunk = np.arange(i, i + self.action_horizon)  # [H]
+        last = self._ends[self._episode_number(i)] - 1
+        # Copies, because the caller may change them.
+        item: dict[str, Any] = {name: values[i].copy() for name, values in self._columns.items()}
+        item[lerobot.ACTION] = self._columns[lerobot.ACTION][np.minimum(chunk, last)]  # [H, a]
+        item["action_is_pad"] = chunk > last
+        item["task"] = self.tasks[int(item["task_index"])]
+        return item
+
+    @property
+    def columns(self) -> Mapping[str, np.ndarray]:
+        """Every numeric column of all frames: "observation.state" [F, s], "action" [F, a], "episode_index" [F], …."""
+        return self._columns
+
+    @property
+    def fps(self) -> int | float:
+        """Frames per second."""
+        return self._metadata.fps
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """The features as meta/info.json has them."""
+        return self._metadata.features
+
+    @property
+    def robot_type(self) -> str | None:
+        """What the set says of its robot."""
+        return self._metadata.robot_type
+
+    @property
+    def camera_keys(self) -> tuple[str, ...]:
+        """The keys of the cameras."""
+        return self._metadata.camera_keys
+
+    @property
+    def tasks(self) -> Mapping[int, str]:
+        """The set's instructions by their task_index."""
+        return self._metadata.tasks
+
+    @property
+    def episode_indices(self) -> tuple[int, ...]:
+        """The indices of the episodes that are read."""
+        return tuple(episode.index for episode in self._episodes)
+
+    @property
+    def episode_lengths(self) -> tuple[int, ...]:
+        """Frames of each of them."""
+        return tuple(episode.length for episode in self._episodes)
+
+    @property
+    def state_names(self) -> tuple[str, ...] | None:
+        """The state's dimensions, if the set names them."""
+        return self._names(lerobot.STATE)
+
+    @property
+    def action_names(self) -> tuple[str, ...] | None:
+        """The action's dimensions, if the set names them."""
+        return self._names(lerobot.ACTION)
+
+    def _names(self, key: str) -> tuple[str, ...] | None:
+        names = self.features.get(key, {}).get("names")
+        if isinstance(names, Mapping):  # {"motors": ["shoulder", …]}
+            names = next((value for value in names.values() if isinstance(value, list)), None)
+        fits = isinstance(names, list) and len(names) == self._columns[key].shape[1]
+        return tuple(map(str, names)) if fits and names else None
+
+    def _frame_number(self, index: SupportsIndex) -> int:
+        i = operator.index(index)
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"There is no frame {i}; {self.path} has {len(self)}.")
+        return i % len(self)
+
+    def _episode_number(self, i: int) -> int:
+        return int(np.searchsorted(self._ends, i, side="right"))
+
+    def _image(self, key: str, i: int) -> np.ndarray:
+        number = self._episode_number(i)
+        episode = self._episodes[number]
+        span = episode.videos.get(key)
+        if span is not None:
+            seconds = span.from_timestamp + float(self._columns["timestamp"][i])
+            return self._videos.read(span.path, seconds, self._tolerance)
+        row = int(self._first_rows[number]) + i - (int(self._ends[number]) - episode.length)
+        return self._images.read(episode.data_file, key, row)
+
+    def _check_cameras(self) -> None:
+        for episode in self._episodes:
+            for key, span in episode.videos.items():
+                if not span.path.is_file():
+                    raise FileNotFoundError(
+                        f"There is no video {span.path} ({key} of episode {episode.index}); the data set is "
+                        "incomplete. Get it again."
+                    )
+
+
+def _chosen(all_: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
+    if wanted is None:
+        if not all_:
+            raise ValueError(f"The data set {path} has no episodes.")
+        return all_
+    indices = {operator.index(index) for index in wanted}
+    known = [episode.index for episode in all_]
+    if unknown := sorted(indices - set(known)):
+        there = f"{known[0]} to {known[-1]}" if known else "none"
+        raise ValueError(f"{path} has no episode {', '.join(map(str, unknown))}; its episodes are {there}.")
+    if not indices:
+        raise ValueError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
+    return tuple(episode for episode in all_ if episode.index in indices)

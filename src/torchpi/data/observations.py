@@ -1,0 +1,105 @@
+"""From a data set's frame to what the robot itself would send."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchpi.data import format as lerobot
+from torchpi.robots import Camera, Embodiment
+
+
+def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
+    """A frame of a `LeRobotDataset` as the embodiment's observation, with "actions" and "prompt", for
+    `Embodiment.to_model`.
+
+    Cameras are matched by the last part of their keys: "observation.images.cam_high" is "images.cam_high" of the robot,
+    "observation.images.base" is "base". Cameras that the model doesn't read are left out.
+
+    Args:
+        frame: images uint8 [h, w, 3], "observation.state" [s], "action" [H, a] and "task", as far as it has them.
+
+    Returns:
+        Nested dicts; images in the layout and dtype that the embodiment states.
+
+    Raises:
+        KeyError: the data set doesn't have a required camera, or no state.
+        ValueError: a state or action of another length than the embodiment's; two cameras with the same last part.
+    """
+    flat: dict[str, Any] = {}
+    cameras = _cameras(frame)
+    for camera in embodiment.read_cameras:
+        if camera.key is None:
+            continue
+        image = cameras.get(_last(camera.key))
+        if image is not None:
+            flat[camera.key] = _in_layout_of(camera, image)
+        elif camera.presence == "required":
+            raise KeyError(
+                f"The data set has no camera for {camera.key}, which embodiment '{embodiment.name}' requires; its "
+                f"cameras are {', '.join(cameras) or 'none'}. Choose the robot's embodiment, or give a camera of the "
+                "embodiment the name that the data set uses."
+            )
+    if lerobot.STATE not in frame:
+        raise KeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
+    check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
+    start = 0
+    for part in embodiment.state:  # only the last one may be shorter
+        flat[part.key] = frame[lerobot.STATE][start : start + len(part.names)]
+        start += len(part.names)
+    if lerobot.ACTION in frame:
+        check_dims(embodiment, action=frame[lerobot.ACTION].shape[-1])
+        flat["actions"] = frame[lerobot.ACTION]
+    if "task" in frame:
+        flat["prompt"] = frame["task"]
+    return _nested(flat)
+
+
+def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
+    """Raises a ValueError if the data set's state or action has another length than the embodiment's."""
+    if state is not None and state not in embodiment.state_dims:
+        lengths = " or ".join(map(str, embodiment.state_dims))
+        raise ValueError(
+            f"The data set's {lerobot.STATE} has {state} dimensions; embodiment '{embodiment.name}' has {lengths}: "
+            f"{', '.join(embodiment.state_names)}. Choose the embodiment of the robot that it was recorded with."
+        )
+    if action is not None and action != embodiment.action_size:
+        raise ValueError(
+            f"The data set's {lerobot.ACTION} has {action} dimensions; embodiment '{embodiment.name}' has "
+            f"{embodiment.action_size}: {', '.join(dim.name for dim in embodiment.actions)}. Choose the embodiment of "
+            "the robot that it was recorded with."
+        )
+
+
+def _cameras(frame: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The images by the last part of their keys."""
+    cameras: dict[str, np.ndarray] = {}
+    for key, value in frame.items():
+        if not (isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8):
+            continue
+        if _last(key) in cameras:
+            raise ValueError(f"The data set has two cameras that end in {_last(key)}; they can't be told apart.")
+        cameras[_last(key)] = value
+    return cameras
+
+
+def _last(key: str) -> str:
+    return re.split(r"[./]", key)[-1]
+
+
+def _in_layout_of(camera: Camera, image: np.ndarray) -> np.ndarray:
+    if camera.dtype == "float32":
+        image = image.astype(np.float32) / 255
+    return np.moveaxis(image, -1, 0) if camera.layout == "chw" else image
+
+
+def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for key, value in flat.items():
+        *folders, last = key.split(".")
+        place = tree
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = value
+    return tree

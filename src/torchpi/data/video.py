@@ -1,0 +1,248 @@
+"""Video files through PyAV: frames by their time, and episodes into files."""
+
+import collections
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from torchpi.data.extras import require
+
+# LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
+_GOP = 2
+# The first one that this build of FFmpeg has.
+_ENCODERS: dict[str, dict[str, int | str]] = {
+    "libsvtav1": {"crf": 30, "preset": 12},
+    "libx264": {"crf": 23, "preset": "fast"},
+}
+
+
+class VideoReader:
+    """Frames of one video file by their time. Not for several threads at once; `VideoPool` is.
+
+    Frames that are read one after the other are decoded one after the other; otherwise decoding begins at the keyframe
+    before.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no video, or it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        av = require("av")
+        self.path = path
+        self._error = av.FFmpegError
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no video {path}; the data set is incomplete.")
+        try:
+            self._container = av.open(str(path))
+            self._stream = self._container.streams.video[0]
+        except (av.FFmpegError, IndexError) as error:
+            raise ValueError(f"{path} is not a video, or is damaged: {error}. Get the file again.") from error
+        # With several threads, decoders hold frames back, and a single frame takes longer.
+        self._stream.codec_context.thread_count = 1
+        self._frames: Any = None
+        self._frame: Any = None
+        self._keyframe_time = 0.0
+        # The longest distance from a keyframe that was seen: within it, decoding on is not slower than a seek.
+        self._stride = 0.0
+
+    def near(self, seconds: float) -> bool:
+        """Whether that time is reached by decoding on, without a seek."""
+        return self._frame is not None and 0 <= seconds - self._frame.time <= self._stride
+
+    def read(self, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
+        """The frame at a time, RGB as PyAV converts it.
+
+        Args:
+            seconds: its time in the file.
+            tolerance: how far the nearest frame's time may be from it, in seconds; less than half of a frame.
+
+        Raises:
+            ValueError: there is no such frame, or the file is damaged.
+        """
+        try:
+            frame = self._find(seconds, tolerance)
+            return np.asarray(frame.to_ndarray(format="rgb24"))
+        except (self._error, _NoFrameError) as error:
+            self._frame = None
+            raise ValueError(
+                f"{self.path} has no frame at {seconds:.4f} s: {error}. The file is damaged, or is not the one that "
+                "the data set describes."
+            ) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._frames = self._frame = None
+        self._container.close()
+
+    def _find(self, seconds: float, tolerance: float) -> Any:
+        if self._frame is None or not -tolerance <= seconds - self._frame.time <= self._stride + tolerance:
+            self._seek(seconds + tolerance)
+            if self._frame.time > seconds + tolerance:  # an index that is off: from the beginning, then
+                self._seek(0.0)
+        while self._frame.time < seconds - tolerance:
+            self._next()
+        if self._frame.time > seconds + tolerance:
+            raise _NoFrameError(f"the nearest one is at {self._frame.time:.4f} s")
+        return self._frame
+
+    def _seek(self, seconds: float) -> None:
+        self._frame = None
+        self._container.seek(int(seconds / self._stream.time_base), stream=self._stream)
+        self._frames = self._container.decode(self._stream)
+        self._next()
+
+    def _next(self) -> None:
+        previous = self._frame
+        self._frame = next(self._frames, None)
+        if self._frame is None:
+            end = "it has none" if previous is None else f"it ends with the one at {previous.time:.4f} s"
+            raise _NoFrameError(end)
+        if self._frame.key_frame or previous is None:
+            self._keyframe_time = self._frame.time
+        step = self._frame.time - previous.time if previous is not None else 0.0
+        self._stride = max(self._stride, self._frame.time - self._keyframe_time + step)
+
+
+class _NoFrameError(Exception):
+    pass
+
+
+class VideoPool:
+    """Open video files, at most `limit` idle ones, for any number of threads and for forked processes."""
+
+    def __init__(self, limit: int = 32) -> None:
+        self._limit = limit
+        self._reset()
+
+    def _reset(self) -> None:
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle: collections.OrderedDict[VideoReader, None] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_limit": self._limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_limit"])  # type: ignore[misc]
+
+    def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
+        """See `VideoReader.read`."""
+        reader = self._take(path, seconds)
+        image = reader.read(seconds, tolerance)
+        self._give_back(reader)
+        return image
+
+    def _take(self, path: Path, seconds: float) -> VideoReader:
+        if self._pid != os.getpid():
+            # A fork: the files' positions are shared with the parent, and a thread that isn't here may hold the lock.
+            # Kept, not closed: closing would join threads that the child doesn't have.
+            _FORKED.append(self._idle)
+            self._reset()
+        with self._lock:
+            fitting = [reader for reader in self._idle if reader.path == path]
+            reader = next((reader for reader in fitting if reader.near(seconds)), fitting[0] if fitting else None)
+            if reader is not None:
+                del self._idle[reader]
+                return reader
+        return VideoReader(path)
+
+    def _give_back(self, reader: VideoReader) -> None:
+        with self._lock:
+            self._idle[reader] = None
+            surplus = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._limit)]
+        for old in surplus:
+            old.close()
+
+
+_FORKED: list[Any] = []
+
+
+def default_encoder() -> str:
+    """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1.
+
+    Raises:
+        ValueError: this build of FFmpeg has neither.
+    """
+    available = require("av").codec.codecs_available
+    for encoder in _ENCODERS:
+        if encoder in available:
+            return encoder
+    raise ValueError(f"PyAV has none of the encoders {', '.join(_ENCODERS)}; record images instead (video=False).")
+
+
+def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, Any]:
+    """What meta/info.json says of a video feature."""
+    return {
+        "video.height": height,
+        "video.width": width,
+        "video.codec": {"libsvtav1": "av1", "libx264": "h264"}[encoder],
+        "video.pix_fmt": "yuv420p",
+        "video.fps": fps,
+        "video.channels": 3,
+        "has_audio": False,
+        "is_depth_map": False,
+        "video.g": _GOP,
+        **{f"video.{name}": value for name, value in _ENCODERS[encoder].items()},
+    }
+
+
+def encode_video(path: Path, frames: Sequence[np.ndarray], *, fps: int, encoder: str) -> None:
+    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    av = require("av")
+    height, width = frames[0].shape[:2]
+    options = {"g": str(_GOP), **{name: str(value) for name, value in _ENCODERS[encoder].items()}}
+    with _quiet_svt(), av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream(encoder, rate=fps, options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@contextlib.contextmanager
+def _quiet_svt() -> Iterator[None]:
+    """SVT-AV1 prints thirty lines per video to stderr, unless this variable says otherwise."""
+    before = os.environ.get("SVT_LOG")
+    os.environ["SVT_LOG"] = before or "1"  # errors only
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["SVT_LOG"]
+
+
+def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: int) -> None:
+    """Join .mp4 files that were encoded alike, without decoding them.
+
+    Args:
+        parts: each file and its number of frames; its first frame comes right behind the last one before.
+
+    Raises:
+        OSError: the file can't be written.
+    """
+    av = require("av")
+    with av.open(str(path), "w", format="mp4") as container:
+        out: Any = None
+        first_frame = 0
+        for part, num_frames in parts:
+            with av.open(str(part)) as source:
+                stream = source.streams.video[0]
+                out = out or container.add_stream_from_template(stream, opaque=True)
+                offset = round(first_frame / fps / stream.time_base)
+                for packet in itertools.takewhile(lambda p: p.dts is not None, source.demux(stream)):
+                    packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
+                    packet.stream = out
+                    container.mux(packet)
+            first_frame += num_frames

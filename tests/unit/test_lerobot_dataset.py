@@ -1,0 +1,409 @@
+"""Reading data sets that LeRobot itself wrote, and refusing broken ones."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import av
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchpi.data import LeRobotDataset
+from torchpi.data.lerobot import VideoPool
+
+SETS = {"lerobot_v3_image": "v3_image", "lerobot_v3_video": "v3_video", "lerobot_v21": "v21"}
+BASE = "observation.images.base"
+
+
+@pytest.fixture
+def golden_sets(golden_root):
+    return golden_root / "datasets"
+
+
+@pytest.fixture
+def copy_of(golden_sets, tmp_path):
+    """A copy of a golden set that a test may damage."""
+
+    def copy(name):
+        shutil.copytree(golden_sets / name, tmp_path / name)
+        return tmp_path / name
+
+    return copy
+
+
+def change_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change_columns(path, change):
+    """Rewrites a parquet file with the columns that `change` makes of it."""
+    table = pq.read_table(path)
+    columns = change({name: table.column(name) for name in table.column_names})
+    pq.write_table(pa.table(columns), path)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_items_equal_lerobots(name, golden_sets):
+    dataset = LeRobotDataset(golden_sets / name, action_horizon=16)
+    with np.load(golden_sets / f"expected_{SETS[name]}.npz") as arrays:
+        expected = {key: arrays[key] for key in arrays.files}
+    assert dataset.episode_lengths == tuple(expected.pop("lengths"))
+    for n, i in enumerate(expected.pop("index")):
+        item = dataset[i]
+        assert item["index"] == i
+        for key, values in expected.items():
+            assert np.array_equal(item[key], values[n]), (i, key)
+            assert key == "task" or np.asarray(item[key]).dtype == values.dtype
+
+
+@pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21"])
+def test_videos_equal_pyavs_decoding(name, golden_sets):
+    """Every frame, read in random order, against one pass through the files."""
+    dataset = LeRobotDataset(golden_sets / name, action_horizon=1)
+    frames = []
+    for path in sorted((golden_sets / name / "videos").rglob(f"{'*' if name == 'lerobot_v21' else BASE}/**/*.mp4")):
+        if BASE in str(path):
+            with av.open(str(path)) as container:
+                frames += [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == len(dataset)
+    for i in np.random.default_rng(0).permutation(len(dataset)):
+        assert np.array_equal(dataset[i][BASE], frames[i])
+
+
+def test_what_a_set_says_of_itself(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
+    assert len(dataset) == 36
+    assert dataset.fps == 80
+    assert dataset.robot_type == "sawyer"
+    assert dataset.camera_keys == (BASE, "observation.images.wrist")
+    assert dataset.tasks == {0: "Reach a goal position", 1: "Press a button from the top"}
+    assert dataset.state_names == ("x", "y", "z", "gripper")
+    assert dataset.action_names == ("dx", "dy", "dz", "gripper")
+    assert dataset.features["action"]["shape"] == [4]
+    assert dataset.columns["observation.state"].shape == (36, 4)
+    assert dataset.columns["episode_index"].tolist() == [0] * 12 + [1] * 9 + [2] * 15
+
+
+def test_past_the_end_comes_the_last_action(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
+    item, actions = dataset.numbers(10), dataset.columns["action"]  # episode 0 has 12 frames
+    assert np.array_equal(item["action"], actions[[10, 11, 11, 11]])
+    assert item["action_is_pad"].tolist() == [False, False, True, True]
+    assert not dataset.numbers(12)["action_is_pad"].any()
+
+
+def test_numbers_are_the_item_without_images(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=4)
+    item, numbers = dataset[7], dataset.numbers(7)
+    assert set(item) - set(numbers) == set(dataset.camera_keys)
+    assert all(np.array_equal(item[key], value) for key, value in numbers.items())
+
+
+def test_items_may_be_changed(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=2)
+    before = dataset[0]
+    for value in dataset[0].values():
+        if isinstance(value, np.ndarray):
+            value[...] = 0
+    assert all(np.array_equal(dataset[0][key], value) for key, value in before.items())
+
+
+def test_a_sequence(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=2)
+    assert dataset[-1]["index"] == dataset[np.int64(35)]["index"] == 35
+    for index in (36, -37):
+        with pytest.raises(IndexError, match=f"no frame {index}.*has 36"):
+            dataset[index]
+    with pytest.raises(TypeError):
+        dataset["action"]
+    assert sum(1 for _ in dataset) == 36
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_chosen_episodes(name, golden_sets):
+    dataset = LeRobotDataset(golden_sets / name, action_horizon=3)
+    part = LeRobotDataset(golden_sets / name, action_horizon=3, episodes=[1])
+    first = dataset.episode_lengths[0]
+    assert part.episode_indices == (1,)
+    assert len(part) == part.episode_lengths[0] == dataset.episode_lengths[1]
+    for i in (0, len(part) - 1):
+        expected, found = dataset[first + i], part[i]
+        assert all(np.array_equal(found[key], value) for key, value in expected.items())
+
+
+def test_episodes_that_are_not_neighbours(golden_sets):
+    part = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, episodes=(2, 0))  # in the set's order
+    assert part.columns["index"].tolist() == [*range(12), *range(21, 36)]
+    assert part[12]["index"] == 21
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_several_threads(name, golden_sets):
+    dataset = LeRobotDataset(golden_sets / name, action_horizon=1)
+    indices = np.random.default_rng(0).integers(0, len(dataset), 60).tolist()
+    expected = [dataset[i][BASE] for i in indices]
+    start = threading.Barrier(4)
+
+    def read(_):
+        start.wait()
+        return [dataset[i][BASE] for i in indices]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(np.array_equal(found, expected) for found in threads.map(read, range(4)))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_pickling(name, golden_sets):
+    dataset = LeRobotDataset(golden_sets / name, action_horizon=2)
+    item = dataset[5]  # files are open now
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert all(np.array_equal(copy[5][key], value) for key, value in item.items())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_forked_process(golden_sets):
+    """Its files' positions are shared with the parent, but not what has been read of them."""
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=1)
+    expected = [dataset[i][BASE] for i in range(36)]
+    dataset[3]
+    child = os.fork()
+    if child == 0:
+        right = all(np.array_equal(dataset[i][BASE], expected[i]) for i in reversed(range(36)))
+        os._exit(0 if right else 1)
+    found = [dataset[i][BASE] for i in range(36)]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert np.array_equal(found, expected)
+
+
+def test_frames_in_order_are_decoded_without_seeking(golden_sets, monkeypatch):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v21", action_horizon=1, episodes=[0])
+    seeks = []
+    reader_class = sys.modules["torchpi.data.video"].VideoReader
+    seek = reader_class._seek
+    monkeypatch.setattr(reader_class, "_seek", lambda self, seconds: (seeks.append(seconds), seek(self, seconds)))
+    for i in range(len(dataset)):
+        dataset[i]
+    assert len(seeks) <= 2 * 2  # per camera: the first frame, and once until the distance of keyframes is known
+
+
+def test_keyframes_that_are_far_apart(tmp_path):
+    """Other encoders have one every few seconds, and frames that refer to later ones."""
+    frames = np.random.default_rng(0).integers(0, 256, (40, 1, 1, 3), np.uint8) * np.ones((1, 32, 32, 1), np.uint8)
+    with av.open(str(tmp_path / "video.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30, options={"g": "15", "bf": "2"})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+    with av.open(str(tmp_path / "video.mp4")) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    pool = VideoPool()
+    for i in (*range(40), *np.random.default_rng(1).permutation(40).tolist()):
+        assert np.array_equal(pool.read(tmp_path / "video.mp4", i / 30, 0.25 / 30), expected[i])
+
+
+def test_the_cache_of_images_is_bounded(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, image_cache_bytes=1)
+    unbounded = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1)
+    for i in (0, 30, 15, 1):
+        assert np.array_equal(dataset[i][BASE], unbounded[i][BASE])
+    assert len(dataset._images._row_groups) == 1
+
+
+def test_open_videos_are_bounded(golden_sets):
+    dataset = LeRobotDataset(golden_sets / "lerobot_v21", action_horizon=1)
+    dataset._videos = VideoPool(limit=1)
+    for i in (0, 60, 1):
+        dataset[i]
+    assert len(dataset._videos._idle) == 1
+
+
+def test_an_older_name_of_the_tasks_index(copy_of):
+    root = copy_of("lerobot_v3_image")
+    change_columns(
+        root / "meta/tasks.parquet",
+        lambda columns: {"task_index": columns["task_index"], "__index_level_0__": columns["task"]},
+    )
+    assert LeRobotDataset(root, action_horizon=1)[15]["task"] == "Press a button from the top"
+
+
+def test_lists_of_any_kind(copy_of):
+    """Older sets have lists without a fixed length, and float64."""
+    root = copy_of("lerobot_v3_video")
+    expected = LeRobotDataset(root, action_horizon=2)[3]
+
+    def change(columns):
+        kind = pa.list_(pa.float64())
+        return {**columns, **{key: columns[key].cast(kind) for key in ("action", "observation.state")}}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    found = LeRobotDataset(root, action_horizon=2)[3]
+    for key in ("action", "observation.state"):
+        assert np.array_equal(found[key], expected[key])
+        assert found[key].dtype == np.float32
+
+
+def test_names_inside_of_a_group(copy_of):
+    root = copy_of("lerobot_v3_video")
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    features["action"]["names"] = {"motors": ["a", "b", "c", "d"]}
+    features["observation.state"]["names"] = None
+    change_json(root / "meta/info.json", features=features)
+    dataset = LeRobotDataset(root, action_horizon=2)
+    assert dataset.action_names == ("a", "b", "c", "d")
+    assert dataset.state_names is None
+
+
+# What is refused
+
+
+def refused(root, error, match, **arguments):
+    with pytest.raises(error, match=match):
+        LeRobotDataset(root, **{"action_horizon": 2, **arguments})
+
+
+def test_no_such_folder(tmp_path):
+    refused(tmp_path / "nothing", FileNotFoundError, r"no folder .*nothing")
+
+
+def test_not_a_data_set(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    refused(tmp_path, FileNotFoundError, r"no LeRobot data set.*meta/info\.json; found model\.safetensors")
+
+
+def test_another_version(copy_of):
+    root = copy_of("lerobot_v21")
+    change_json(root / "meta/info.json", codebase_version="v1.6")
+    refused(root, ValueError, r"version is 'v1\.6'; v3\.0 and v2\.1 are read")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"codebase_version": "v3.0"}'])
+def test_a_damaged_info(text, copy_of):
+    root = copy_of("lerobot_v3_image")
+    (root / "meta/info.json").write_text(text)
+    refused(root, ValueError, r"info\.json")
+
+
+@pytest.mark.parametrize("column", ["observation.state", "action"])
+def test_a_missing_column(column, copy_of):
+    root = copy_of("lerobot_v3_video")
+    change_columns(
+        root / "data/chunk-000/file-000.parquet",
+        lambda columns: {name: values for name, values in columns.items() if name != column},
+    )
+    refused(root, KeyError, f"no column {column}; its numeric columns are .*timestamp")
+
+
+MISSING = [
+    ("lerobot_v3_image", "data/chunk-000/file-000.parquet"),
+    ("lerobot_v3_image", "meta/tasks.parquet"),
+    ("lerobot_v3_image", "meta/episodes/chunk-000/file-000.parquet"),
+    ("lerobot_v3_video", "videos/observation.images.wrist/chunk-000/file-000.mp4"),
+    ("lerobot_v21", "data/chunk-000/episode_000001.parquet"),
+    ("lerobot_v21", "videos/chunk-000/observation.images.base/episode_000001.mp4"),
+    ("lerobot_v21", "meta/tasks.jsonl"),
+    ("lerobot_v21", "meta/episodes.jsonl"),
+]
+
+
+@pytest.mark.parametrize(("name", "file"), MISSING)
+def test_a_missing_file(name, file, copy_of):
+    root = copy_of(name)
+    (root / file).unlink()
+    refused(root, FileNotFoundError, file.removesuffix("/chunk-000/file-000.parquet").replace(".", r"\."))
+
+
+@pytest.mark.parametrize(("name", "file"), [entry for entry in MISSING if "videos" not in entry[1]])
+def test_a_truncated_file(name, file, copy_of):
+    root = copy_of(name)
+    content = (root / file).read_bytes()
+    (root / file).write_bytes(content[: len(content) // 2])
+    refused(root, ValueError, f"{file}|info.json says total_episodes 2 and total_frames 151, but .* has 1 with 45")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
+def test_a_truncated_video(keep, copy_of):
+    root = copy_of("lerobot_v3_video")
+    file = root / "videos/observation.images.base/chunk-000/file-000.mp4"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * keep)])
+    dataset = LeRobotDataset(root, action_horizon=1)
+    with pytest.raises(ValueError, match=r"images\.base/chunk-000/file-000\.mp4 .*damaged"):
+        [dataset[i] for i in range(len(dataset))]
+
+
+def test_a_video_without_the_frame(copy_of):
+    """Between two frames there is none, and past the end neither."""
+    root = copy_of("lerobot_v3_video")
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    key = f"videos/{BASE}/from_timestamp"
+    for shift, message in ((0.5 / 80, "nearest one is at"), (1.0, "ends with the one at")):
+        change_columns(path, lambda columns, shift=shift: {**columns, key: pa.array([shift] * 3)})
+        dataset = LeRobotDataset(root, action_horizon=1)
+        with pytest.raises(ValueError, match=rf"file-000\.mp4 has no frame at.*{message}"):
+            dataset[0]
+
+
+def test_a_damaged_image(copy_of):
+    root = copy_of("lerobot_v3_image")
+
+    def change(columns):
+        images = [dict(image) for image in columns[BASE].to_pylist()]
+        images[1]["bytes"] = images[1]["bytes"][:500]
+        images[2]["bytes"] = None
+        return {**columns, BASE: pa.array(images, columns[BASE].type)}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    dataset = LeRobotDataset(root, action_horizon=1)
+    dataset[0]
+    with pytest.raises(ValueError, match=rf"file-000\.parquet: the image of {BASE} in row 1 is damaged"):
+        dataset[1]
+    with pytest.raises(ValueError, match=rf"file-000\.parquet has no image of {BASE} in row 2"):
+        dataset[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda table: table.slice(0, 30), "episode 2 has 9 frames, numbered 0 to 8; expected 0 to 14"),
+        (lambda table: table.slice(12), "no frame of episode 0"),
+        (lambda table: pa.concat_tables([table.slice(5, 7), table]), "not in one piece|episode 0 has 19 frames"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 3)]), "not in one piece"),
+    ],
+)
+def test_data_that_contradict_the_metadata(change, message, copy_of):
+    root = copy_of("lerobot_v3_video")
+    path = root / "data/chunk-000/file-000.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    refused(root, ValueError, rf"file-000\.parquet.*({message})")
+
+
+def test_a_task_that_is_not_listed(copy_of):
+    root = copy_of("lerobot_v3_image")
+    change_columns(root / "meta/tasks.parquet", lambda columns: {n: c.slice(0, 1) for n, c in columns.items()})
+    refused(root, ValueError, r"have the tasks \[1\]")
+
+
+@pytest.mark.parametrize(
+    ("episodes", "message"),
+    [([0, 3], "no episode 3; its episodes are 0 to 2"), ([-1], "no episode -1"), ([], "episodes= is empty")],
+)
+def test_episodes_that_are_not_there(episodes, message, golden_sets):
+    refused(golden_sets / "lerobot_v3_image", ValueError, message, episodes=episodes)
+
+
+def test_no_horizon(golden_sets):
+    refused(golden_sets / "lerobot_v3_image", ValueError, "action_horizon is 0", action_horizon=0)
+
+
+def test_a_missing_library(golden_sets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    refused(golden_sets / "lerobot_v3_image", ModuleNotFoundError, r"pip install 'torchpi\[data\]'")

@@ -1,0 +1,208 @@
+"""Statistics of a data set, against every frame taken through the embodiment one by one."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from torchpi.cli import main
+from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats, to_observation
+from torchpi.data.stats import distributions, hardly_moving
+from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
+from torchpi.transforms import NormStats, load_norm_stats
+
+H = 6
+
+
+def some_set(lengths, s, a, *, change=lambda state, actions: None):
+    """What is needed of a data set."""
+    rng = np.random.default_rng(len(lengths))
+    state = rng.normal(size=(sum(lengths), s)).astype(np.float32)
+    actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)
+    change(state, actions)
+    columns = {"observation.state": state, "action": actions}
+    return types.SimpleNamespace(columns=columns, episode_lengths=tuple(lengths), path="some_set")
+
+
+def frame_by_frame(dataset, embodiment):
+    """Every state, and every action of every chunk that is not padding, in the model's terms."""
+    image = np.zeros((2, 2, 3), np.uint8)
+    names = [camera.key for camera in embodiment.read_cameras if camera.key]
+    cameras = {f"observation.images.{name.replace('/', '.').split('.')[-1]}": image for name in names}
+    states, actions, first = [], [], 0
+    for length in dataset.episode_lengths:
+        for i in range(first, first + length):
+            frame = {
+                **cameras,
+                "observation.state": dataset.columns["observation.state"][i],
+                "action": dataset.columns["action"][i : min(i + H, first + length)],
+                "task": "t",
+            }
+            sample = embodiment.to_model(to_observation(frame, embodiment))
+            states.append(sample["state"])
+            actions.append(sample["actions"])
+        first += length
+    return {"state": np.stack(states).astype(np.float64), "actions": np.concatenate(actions).astype(np.float64)}
+
+
+ROBOTS = {
+    "absolute": (metaworld(), 4, 4),
+    "several parts": (droid(), 8, 8),
+    "short state": (libero(), 7, 7),
+    "deltas": (libero(delta_actions=True), 8, 7),
+    "deltas of a hook": (aloha(), 14, 14),
+}
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+@pytest.mark.parametrize("lengths", [(9, 1, 20, 5), (1,), (3, 3, 3)])
+@pytest.mark.filterwarnings("ignore:In some_set, the .* never change")
+def test_equal_to_all_frames_one_by_one(robot, lengths):
+    embodiment, s, a = ROBOTS[robot]
+    dataset = some_set(lengths, s, a)
+    stats = compute_norm_stats(dataset, embodiment, action_horizon=H)
+    limits = distributions(dataset, embodiment, action_horizon=H)
+    for what, values in frame_by_frame(dataset, embodiment).items():
+        expected = {
+            "mean": values.mean(axis=0),
+            "std": values.std(axis=0),
+            "q01": np.quantile(values, 0.01, axis=0),
+            "q99": np.quantile(values, 0.99, axis=0),
+        }
+        for name, array in expected.items():
+            np.testing.assert_allclose(
+                getattr(stats[what], name), array, rtol=1e-12, atol=1e-12, err_msg=f"{what} {name}"
+            )
+        assert np.array_equal(limits[what].min, values.min(axis=0))
+        assert np.array_equal(limits[what].max, values.max(axis=0))
+
+
+@pytest.mark.filterwarnings("ignore:.* never change:UserWarning")  # the gripper's command, in one episode
+def test_only_the_chosen_episodes_count(golden_root):
+    root = golden_root / "datasets/lerobot_v3_video"
+    stats = compute_norm_stats(LeRobotDataset(root, action_horizon=1), metaworld(), action_horizon=4)
+    part = LeRobotDataset(root, action_horizon=1, episodes=[2])
+    values = part.columns["observation.state"].astype(np.float64)
+    np.testing.assert_allclose(
+        compute_norm_stats(part, metaworld(), action_horizon=4)["state"].mean, values.mean(axis=0), rtol=1e-12
+    )
+    assert not np.allclose(stats["state"].mean, values.mean(axis=0))
+
+
+def test_a_set_of_another_robot():
+    with pytest.raises(ValueError, match=r"observation\.state has 5 dimensions; embodiment 'metaworld' has 4"):
+        compute_norm_stats(some_set((3,), 5, 4), metaworld(), action_horizon=H)
+    with pytest.raises(ValueError, match=r"action has 7 dimensions; embodiment 'metaworld' has 4"):
+        compute_norm_stats(some_set((3,), 4, 7), metaworld(), action_horizon=H)
+
+
+def test_nan():
+    def change(state, actions):
+        actions[1, 2] = np.nan
+
+    with pytest.raises(ValueError, match=r"NaN or infinity in action of some_set, dimension 2 \(delta_z\)"):
+        compute_norm_stats(some_set((3,), 4, 4, change=change), metaworld(), action_horizon=H)
+
+
+def test_what_never_changes_is_named():
+    def change(state, actions):
+        state[:, 3] = 0.3  # whose mean in float64 is not 0.3
+        actions[:, 3] = 0.1
+
+    dataset = some_set((40, 30), 4, 4, change=change)
+    with pytest.warns(
+        UserWarning, match=r"In some_set, the (state|actions) gripper never change.*divided by 1e-6"
+    ) as seen:
+        stats = compute_norm_stats(dataset, metaworld(), action_horizon=H)
+    assert len(seen) == 2
+    assert stats["state"].std[3] == 0
+    assert stats["state"].q01[3] == stats["state"].q99[3] == np.float32(0.3)
+
+
+def hard(values):
+    array = np.asarray(values, np.float64)[:, None]
+    stats = NormStats(array.mean(0), array.std(0), np.quantile(array, 0.01, axis=0), np.quantile(array, 0.99, axis=0))
+    return hardly_moving(stats, ["gripper"])
+
+
+def test_dimensions_that_hardly_move():
+    rng = np.random.default_rng(0)
+    assert hard(rng.normal(size=1000)) == []
+    assert hard(np.repeat([0.0, 1.0], 500)) == []
+    assert hard(np.r_[np.zeros(950), np.ones(50)]) == []  # rarely, but often enough for q99
+    assert "gripper never changes (it is 0.5)" in hard(np.full(1000, 0.5))[0]
+    assert "never changes" in hard(np.float32(1) + rng.normal(size=1000) * 1e-8)[0]  # rounding
+    (message,) = hard(np.r_[np.zeros(995), np.ones(5)])
+    assert "gripper is 0 in 98 % of the frames (q01 = q99)" in message
+    assert "z_score" in message
+    (message,) = hard(np.r_[rng.normal(size=995) * 1e-5, np.full(5, 10.0)])
+    assert "gripper hardly moves: 98 % of its values are within" in message
+    assert hardly_moving(NormStats(np.zeros(2), np.array([0, 1.0])), ["a", "b"])[0].startswith("a never changes")
+
+
+# The command
+
+
+def run(capsys, *arguments):
+    main(["stats", *map(str, arguments)])
+    return capsys.readouterr()
+
+
+def test_the_command_as_json(golden_root, tmp_path, capsys):
+    root, out = golden_root / "datasets/lerobot_v3_video", tmp_path / "new" / "stats.json"
+    shown = run(capsys, root, "--embodiment", "metaworld", "--action-horizon", "4", "--out", out, "--json")
+    document = json.loads(shown.out)
+    assert (document["episodes"], document["frames"], document["action_horizon"]) == (3, 36, 4)
+    assert document["actions"]["names"] == ["delta_x", "delta_y", "delta_z", "gripper"]
+    expected = compute_norm_stats(LeRobotDataset(root, action_horizon=1), metaworld(), action_horizon=4)
+    loaded = load_norm_stats(out)
+    for what, stats in expected.items():
+        for name in ("mean", "std", "q01", "q99"):
+            assert np.array_equal(getattr(loaded[what], name), getattr(stats, name))
+            assert document[what][name] == getattr(stats, name).tolist()
+    assert set(json.loads(out.read_text())["norm_stats"]["state"]) == {"mean", "std", "q01", "q99"}  # openpi's
+    assert document["warnings"] == []
+
+
+def test_the_command_for_people(tmp_path, capsys):
+    """A gripper that is used in few frames, and a state that never changes."""
+    rng = np.random.default_rng(0)
+    embodiment = Embodiment.generic(
+        "arm", cameras={"base_0_rgb": "front"}, state=("x", "fixed"), actions=("dx", "grip")
+    )
+    (tmp_path / "arm.json").write_text(json.dumps(embodiment.to_dict()))
+    with LeRobotWriter(
+        tmp_path / "set", fps=10, cameras={"front": (4, 4, 3)}, state_names=["x", "fixed"], action_names=["dx", "grip"]
+    ) as writer:
+        actions = rng.normal(size=(200, 2))
+        actions[:, 1] = 0
+        actions[100, 1] = 1
+        state = np.stack([rng.normal(size=200), np.full(200, 0.7)], axis=1)
+        frames = {"observation.images.front": np.zeros((200, 4, 4, 3), np.uint8)}
+        writer.add_episode({**frames, "observation.state": state, "action": actions}, "t")
+    shown = run(capsys, tmp_path / "set", "--embodiment", tmp_path / "arm.json", "--action-horizon", "2")
+    for text in ("1 episodes, 200 frames", "mean", "q99", "dx", "grip"):
+        assert text in shown.out
+    assert "warning: state: fixed never changes (it is 0.7)" in shown.err
+    assert "warning: actions: grip is 0 in 98 % of the frames" in shown.err
+    assert not (tmp_path / "norm_stats.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "embodiment", "message"),
+    [("nothing", "metaworld", "no folder"), ("lerobot_v21", "droid", "droid"), ("lerobot_v21", "r2d2", "Unknown")],
+)
+def test_errors_of_the_command(name, embodiment, message, golden_root, capsys):
+    with pytest.raises(SystemExit):
+        main(["stats", str(golden_root / "datasets" / name), "--embodiment", embodiment, "--json"])
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err
+
+
+def test_every_registered_robot_has_statistics():
+    for name in ("metaworld", "aloha", "droid", "libero"):
+        embodiment = get_embodiment(name)
+        dataset = some_set((30, 20), len(embodiment.state_names), embodiment.action_size)
+        assert compute_norm_stats(dataset, embodiment, action_horizon=50)["actions"].dim == embodiment.action_size
