@@ -1,0 +1,131 @@
+"""Simulated robots: to record demonstrations from, and to evaluate policies in."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from torchpi.robots import Embodiment
+from torchpi.sim import aloha_sim, metaworld
+from torchpi.sim.environment import Environment
+
+__all__ = [
+    "ENVIRONMENTS",
+    "Environment",
+    "LatestEnvironment",
+    "Simulator",
+    "check_tasks",
+    "make_environment",
+    "simulator",
+    "tasks_of",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulator:
+    """What is known of an environment before anything is simulated."""
+
+    instructions: Mapping[str, str]
+    """Its tasks by name, and what a policy is told in each."""
+    embodiment: Embodiment
+    """Its robot."""
+    max_steps: int
+    """Actions after which an episode has failed."""
+    image_size: int
+    """Height and width of the robot's cameras, unless another is asked for."""
+    make: Callable[..., Environment]
+    """Its class: task and image_size to an environment."""
+    has_experts: bool
+    """Whether demonstrations can be recorded."""
+
+
+_SIMULATORS = {
+    "metaworld": Simulator(
+        metaworld.INSTRUCTIONS,
+        metaworld.EMBODIMENT,
+        metaworld.MAX_STEPS,
+        metaworld.IMAGE_SIZE,
+        metaworld.MetaworldEnvironment,
+        has_experts=True,
+    ),
+    "aloha_sim": Simulator(
+        aloha_sim.INSTRUCTIONS,
+        aloha_sim.EMBODIMENT,
+        aloha_sim.MAX_STEPS,
+        aloha_sim.IMAGE_SIZE,
+        aloha_sim.AlohaSimEnvironment,
+        has_experts=False,
+    ),
+}
+ENVIRONMENTS = tuple(_SIMULATORS)
+
+
+def simulator(env: str) -> Simulator:
+    """An environment by name.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    if env not in _SIMULATORS:
+        raise KeyError(f"there is no environment {env!r}; there are {', '.join(ENVIRONMENTS)}")
+    return _SIMULATORS[env]
+
+
+def tasks_of(env: str) -> tuple[str, ...]:
+    """The tasks of an environment, by name.
+
+    Raises:
+        KeyError: there is no such environment.
+    """
+    return tuple(simulator(env).instructions)
+
+
+def check_tasks(env: str, tasks: Sequence[str]) -> None:
+    """Whether an environment has these tasks, each named once.
+
+    Raises:
+        KeyError: there is no such environment or task.
+        ValueError: no task, or one of them twice.
+    """
+    known = tasks_of(env)
+    if unknown := [task for task in tasks if task not in known]:
+        raise KeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise ValueError(f"expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}")
+
+
+def make_environment(env: str, task: str, *, image_size: int | None = None) -> Environment:
+    """One task of a simulator.
+
+    Args:
+        env: one of `ENVIRONMENTS`.
+        task: one of `tasks_of(env)`.
+        image_size: height and width of the robot's cameras; None: the environment's.
+
+    Raises:
+        KeyError: there is no such environment or task.
+        ModuleNotFoundError: the extra "sim" is not installed; the message says how.
+        OpenGLError: no OpenGL that renders without a screen.
+    """
+    check_tasks(env, [task])
+    place = simulator(env)
+    return place.make(task, image_size=place.image_size if image_size is None else image_size)
+
+
+class LatestEnvironment:
+    """Keeps the simulation of the latest task: making one takes a second, and each holds memory."""
+
+    def __init__(self, env: str, *, image_size: int | None = None) -> None:
+        self._env, self._image_size = env, image_size
+        self._environment: Environment | None = None
+
+    def of(self, task: str) -> Environment:
+        """The environment of a task; see `make_environment` for the errors."""
+        if self._environment is None or self._environment.task != task:
+            self.close()
+            self._environment = make_environment(self._env, task, image_size=self._image_size)
+        return self._environment
+
+    def close(self) -> None:
+        """Free it."""
+        if self._environment is not None:
+            self._environment.close()
+            self._environment = None

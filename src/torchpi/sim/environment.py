@@ -1,12 +1,14 @@
 """What a simulator has to offer, so that policies can be run in it and episodes recorded from it."""
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 
 
+@runtime_checkable
 class Environment(Protocol):
     """One task of a simulator, in one process. Rendering happens in `observe` and `render` only, never in `step`."""
 
@@ -32,6 +34,7 @@ class Environment(Protocol):
 
         Raises:
             ValueError: the action is not [a], or not finite.
+            UnstableError: the simulation can't go on from here.
         """
         ...
 
@@ -46,6 +49,45 @@ class Environment(Protocol):
     def close(self) -> None:
         """Free what the simulator holds."""
         ...
+
+
+class UnstableError(Exception):
+    """An action, though finite, has broken the simulation: the episode has failed."""
+
+
+@runtime_checkable
+class ShowsHands(Protocol):
+    """An environment that knows where its robot's hands are and would go: films then draw their paths."""
+
+    def hands(self) -> np.ndarray:
+        """Where the tip of each hand is, [n, 3], in metres."""
+        ...
+
+    def hands_after(self, chunk: np.ndarray) -> np.ndarray:
+        """Where each action of a chunk [H, a] would take them from here, [H, n, 3]; for the eye, not exact."""
+        ...
+
+    def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+        """The view of `render(size)` to draw in, and the points [k, 3] as its pixels (x, y), [k, 2]."""
+        ...
+
+
+def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, episode: int, attempt: int = 0) -> int:
+    """The seed of one episode's `reset`.
+
+    Recording has the even numbers and evaluation the odd ones, so that no policy is evaluated in an episode that it was
+    trained on, whatever the seeds of the two runs.
+
+    Args:
+        seed: of the whole run.
+        episode: the number of the episode within its task.
+        attempt: of a recording, in which the expert may fail.
+
+    Raises:
+        ValueError: a negative number.
+    """
+    drawn = int(generator_at(seed, f"{purpose} episodes", task, episode, attempt).integers(2**31))
+    return 2 * drawn + (purpose == "eval")  # below 2³², the largest that all simulators take
 
 
 def check_action(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:

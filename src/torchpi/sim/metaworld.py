@@ -3,16 +3,24 @@
 Source: Yu et al., Meta-World (arXiv:1910.10897), and its third version's package, `metaworld`.
 """
 
+import sys
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from torchpi.robots.metaworld import metaworld
 from torchpi.sim.environment import check_action
-from torchpi.sim.gl import Cameras, import_mujoco
+from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
 
 IMAGE_SIZE = 96
+MAX_STEPS = 500
+EMBODIMENT = metaworld()
+# For films: the point between the fingers as seen from the target that the hand is pulled to, in metres, and the part
+# of the way there that it makes in a step; fitted to disturbed episodes of the expert.
+_TIP = np.array([0.004, 0.001, -0.05])
+_FOLLOWS = 0.13
 
 # What the arm is told. Meta-World names its tasks, it does not word them.
 INSTRUCTIONS: dict[str, str] = {
@@ -83,21 +91,26 @@ class MetaworldEnvironment:
         Raises:
             KeyError: there is no such task.
             ModuleNotFoundError: the extra "sim" is not installed; the message says how.
-            RuntimeError: no OpenGL that renders without a screen.
+            OpenGLError: no OpenGL that renders without a screen.
         """
         if task not in INSTRUCTIONS:
             raise KeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}")
         mujoco = import_mujoco()
-        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-        from metaworld.policies import ENV_POLICY_MAP
+        try:
+            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+            from metaworld.policies import ENV_POLICY_MAP
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{NO_SIM} ({error})") from error
 
         self.task = task
         self.instruction = INSTRUCTIONS[task]
-        self.embodiment = metaworld()
+        self.embodiment = EMBODIMENT
         self.image_size = image_size
         self._env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
-        self._expert = ENV_POLICY_MAP[f"{task}-v3"]()
-        self.max_steps = int(self._env.max_path_length)
+        experts: Mapping[str, Any] = ENV_POLICY_MAP
+        self._expert = experts[f"{task}-v3"]()
+        self.max_steps = MAX_STEPS
+        self._env.max_path_length = sys.maxsize  # whoever runs the episode ends it
         # Each reset draws the task's objects anew, from the environment's own generator.
         self._env._set_task_called = True
         self._env._freeze_rand_vec = False
@@ -139,6 +152,24 @@ class MetaworldEnvironment:
     def render(self, size: int) -> dict[str, np.ndarray]:
         """Both cameras, uint8 [size, size, 3]."""
         return self._cameras.render(self._env.data, size)
+
+    def hands(self) -> np.ndarray:
+        """The point between the fingers, [1, 3]."""
+        return np.array(self._env.tcp_center)[None]
+
+    def hands_after(self, chunk: np.ndarray) -> np.ndarray:
+        """Where the hand would be after each action, [H, 1, 3]: it follows the target that the actions move."""
+        low, high, target = self._env.mocap_low, self._env.mocap_high, self._env.data.mocap_pos[0].copy()
+        hand, path = self.hands()[0], []
+        for action in np.asarray(chunk, np.float64):
+            target = np.clip(target + action[:3].clip(-1, 1) * self._env.action_scale, low, high)
+            hand = hand + _FOLLOWS * (target + _TIP - hand)
+            path.append(hand)
+        return np.stack(path)[:, None]
+
+    def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+        """Points in the base camera's view."""
+        return "base", self._cameras.project(self._env.data, "base", points, size)
 
     def close(self) -> None:
         """Free the renderers."""

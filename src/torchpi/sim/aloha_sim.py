@@ -1,0 +1,147 @@
+"""ALOHA in MuJoCo (gym-aloha): two arms that hand over a cube, or put a peg into a socket.
+
+Source: Zhao et al., ACT (arXiv:2304.13705), and the package `gym_aloha`.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from torchpi.robots import ActionDim, Camera, Embodiment, aloha
+from torchpi.sim.environment import UnstableError, check_action
+from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
+from torchpi.transforms.images import resize_with_pad
+
+# What the arms are told: for the cube what openpi's policy was trained with.
+INSTRUCTIONS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
+TASKS = tuple(INSTRUCTIONS)
+IMAGE_SIZE = 224  # that of openpi's client, and of its models
+MAX_STEPS = 300
+_ROBOT = aloha()
+EMBODIMENT = Embodiment(
+    "aloha_sim",
+    cameras=(Camera("base_0_rgb", "images.cam_high", layout="chw"),),
+    state=_ROBOT.state,
+    actions=tuple(ActionDim(action.name, action.unit) for action in _ROBOT.actions),
+    control_hz=50,
+    execute_steps=10,  # openpi's client for the simulator
+)
+_SUCCESS = 4  # the reward of a task that is done
+
+
+class AlohaSimEnvironment:
+    """One ALOHA task, in the observations of openpi's client: the top camera alone. See `Environment` for the methods.
+
+    The policy gets the picture that the package renders, with shadows and smooth edges; a policy may depend on them.
+    """
+
+    def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
+        """Build the simulation.
+
+        Args:
+            task: one of `TASKS`.
+            image_size: height and width of the observation's picture, black bars included.
+
+        Raises:
+            KeyError: there is no such task.
+            ModuleNotFoundError: the extra "sim" is not installed; the message says how.
+            OpenGLError: no OpenGL that renders without a screen.
+        """
+        if task not in INSTRUCTIONS:
+            raise KeyError(f"ALOHA's simulator has no task {task!r}; its tasks are {', '.join(TASKS)}")
+        import_mujoco()  # before gym_aloha imports it with a choice of its own
+        try:
+            from gym_aloha.env import AlohaEnv
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{NO_SIM} ({error})") from error
+        self.task = task
+        self.instruction = INSTRUCTIONS[task]
+        self.embodiment = EMBODIMENT
+        self.image_size = image_size
+        self.max_steps = MAX_STEPS
+        # Its own step and reset render three cameras each time; physics and task are driven here without them.
+        env = AlohaEnv(task)._env
+        self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
+        self._fingers = [
+            [
+                self._physics.model.name2id(f"vx300s_{arm}/10_{side}_gripper_finger", "geom")
+                for side in ("left", "right")
+            ]
+            for arm in ("left", "right")
+        ]
+        self._cameras = Cameras(self._physics.model.ptr, {"cam_high": "top"}, effects=True)
+
+    def reset(self, seed: int) -> None:
+        """Begin the episode of a seed, which is below 2³²."""
+        from gym_aloha.tasks.sim import BOX_POSE
+        from gym_aloha.utils import sample_box_pose, sample_insertion_pose
+
+        # The package's way to place the objects: a global, which its task reads here.
+        BOX_POSE[0] = (
+            sample_box_pose(seed) if self.task == "transfer_cube" else np.concatenate(sample_insertion_pose(seed))
+        )
+        with self._physics.reset_context():
+            self._task.initialize_episode(self._physics)
+
+    def observe(self) -> dict[str, Any]:
+        """cam_high uint8 [3, 224, 224] with black bars, the joints and the grippers' openings [14], the instruction."""
+        image = self._cameras.render(self._physics.data.ptr, 480, 640)["cam_high"]
+        image = resize_with_pad(image, self.image_size, self.image_size)
+        return {
+            "images": {"cam_high": np.ascontiguousarray(np.moveaxis(image, -1, 0))},
+            "state": self._task.get_qpos(self._physics),
+            "prompt": self.instruction,
+        }
+
+    def step(self, action: np.ndarray) -> bool:
+        """Execute one action [14]: the joints' target angles, and the grippers' openings."""
+        from dm_control.rl.control import PhysicsError
+
+        self._task.before_step(check_action(action, self.embodiment), self._physics)
+        try:
+            self._physics.step(self._num_substeps)
+        except PhysicsError as error:
+            raise UnstableError(str(error)) from error
+        self._task.after_step(self._physics)
+        return bool(self._task.get_reward(self._physics) == _SUCCESS)
+
+    def expert_action(self) -> np.ndarray:
+        """There is none.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("ALOHA's simulator has no scripted expert")
+
+    def render(self, size: int) -> dict[str, np.ndarray]:
+        """The top camera, uint8 [size, 4/3·size, 3]."""
+        return self._cameras.render(self._physics.data.ptr, size, size * 4 // 3)
+
+    def hands(self) -> np.ndarray:
+        """The point between the fingers of each arm, [2, 3]."""
+        return _hands(self._physics.data.ptr, self._fingers)
+
+    def hands_after(self, chunk: np.ndarray) -> np.ndarray:
+        """Where the hands would be if the joints were where each action wants them, [H, 2, 3]."""
+        mujoco, model = import_mujoco(), self._physics.model.ptr
+        data = mujoco.MjData(model)
+        path = []
+        for action in np.asarray(chunk, np.float64):
+            data.qpos[0:6], data.qpos[8:14] = action[0:6], action[7:13]
+            data.qpos[[6, 7, 14, 15]] = self._physics.data.qpos[[6, 7, 14, 15]]
+            mujoco.mj_kinematics(model, data)
+            path.append(_hands(data, self._fingers))
+        return np.stack(path)
+
+    def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
+        """Points in the top camera's view."""
+        return "cam_high", self._cameras.project(self._physics.data.ptr, "cam_high", points, size, size * 4 // 3)
+
+    def close(self) -> None:
+        """Free the renderer."""
+        self._cameras.close()
+
+
+def _hands(data: Any, fingers: list[list[int]]) -> np.ndarray:
+    """The middle of each arm's two fingers, [2, 3]."""
+    return np.stack([data.geom_xpos[pair].mean(axis=0) for pair in fingers])

@@ -1,0 +1,184 @@
+"""Closed-loop episodes: a policy acts in a simulator, a part of each chunk at a time."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from torchpi.randomness import generator_at
+from torchpi.robots import Embodiment
+from torchpi.sim.environment import Environment, UnstableError
+
+
+@runtime_checkable
+class Actor(Protocol):
+    """What is evaluated: a `Policy`, or anything else that infers like one."""
+
+    @property
+    def infer(self) -> Callable[..., Mapping[str, Any]]:
+        """A method: one observation to {"actions": [H, a], …}; `noise` and `num_steps` as in `Policy.infer`."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """How an episode is run."""
+
+    execute_steps: int | None = None
+    """Actions of each chunk that are executed before the next is asked for; None: half of the chunk."""
+    num_steps: int | None = None
+    """Euler steps from noise to actions; None: the policy's default, 10."""
+    max_steps: int | None = None
+    """Actions after which the episode has failed; None: the environment's."""
+    instruction: str | None = None
+    """What the policy is told; None: the environment's instruction."""
+    blank_images: bool = False
+    """Every camera is black: what remains possible without seeing."""
+
+    def __post_init__(self) -> None:
+        for name in ("execute_steps", "num_steps", "max_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What an onlooker is shown: each chunk before its first action, and what follows from each action."""
+
+    step: int
+    """Actions executed so far."""
+    chunk: np.ndarray
+    """[H, a], that of which the actions are."""
+    executed: int
+    """How many of this chunk's actions have been executed; 0: it is new."""
+    success: bool
+    """The task is done."""
+    last: bool
+    """The episode is over."""
+
+
+Onlooker = Callable[[Moment], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeOutcome:
+    """How an episode went."""
+
+    success: bool
+    steps: int
+    """Actions executed, until success or the end."""
+    chunk_ms: tuple[float, ...]
+    """For each chunk, the time that the policy took, in milliseconds."""
+    seconds: float
+    """Of the whole episode, on the clock."""
+    unstable: bool = False
+    """An action has broken the simulation, which ended the episode."""
+
+
+def run_episode(
+    policy: Actor,
+    environment: Environment,
+    seed: int,
+    *,
+    rollout: Rollout | None = None,
+    noise: Callable[[int], np.ndarray] | None = None,
+    onlooker: Onlooker | None = None,
+) -> EpisodeOutcome:
+    """One episode, until the task is done or the steps are used up.
+
+    The cameras are rendered when a new chunk is asked for, not between.
+
+    Args:
+        policy: a `Policy`, or what infers like one.
+        environment: which is reset here.
+        seed: of the environment's reset.
+        rollout: how it is run.
+        noise: the number of a chunk to the noise [H, action_dim] that it begins from; None: the policy draws its own.
+        onlooker: called with each new chunk, and after each step.
+
+    Raises:
+        ValueError: the policy returns something else than a chunk of this robot's actions, or NaN in it.
+        KeyError, ValueError: what the policy finds wrong with an observation.
+    """
+    rollout = rollout or Rollout()
+    start = time.perf_counter()
+    times: list[float] = []
+    environment.reset(seed)
+    steps, success, unstable, limit = 0, False, False, rollout.max_steps or environment.max_steps
+    while steps < limit and not success and not unstable:
+        observation = _observe(environment, rollout)
+        options: dict[str, Any] = {} if noise is None else {"noise": noise(len(times))}
+        if rollout.num_steps is not None:
+            options["num_steps"] = rollout.num_steps
+        asked = time.perf_counter()
+        chunk = _checked_chunk(policy.infer(observation, **options), environment)
+        times.append(1e3 * (time.perf_counter() - asked))
+        if onlooker:
+            onlooker(Moment(steps, chunk, 0, success=False, last=False))
+        for executed, action in enumerate(_executed_part(chunk, rollout.execute_steps), start=1):
+            success, unstable = _step(environment, action)
+            steps += 1
+            last = success or unstable or steps == limit
+            if onlooker:
+                onlooker(Moment(steps, chunk, executed, success=success, last=last))
+            if last:
+                break
+    return EpisodeOutcome(success, steps, tuple(times), time.perf_counter() - start, unstable)
+
+
+def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, int]) -> Callable[[int], np.ndarray]:
+    """The noise of each chunk of one episode, for `run_episode`: it depends on these arguments alone."""
+
+    def draw(chunk: int) -> np.ndarray:
+        return generator_at(seed, "eval noise", task, episode, chunk).standard_normal(shape, dtype=np.float32)
+
+    return draw
+
+
+def _step(environment: Environment, action: np.ndarray) -> tuple[bool, bool]:
+    """Execute an action: whether the task is done, and whether the simulation broke."""
+    try:
+        return environment.step(action), False
+    except UnstableError:
+        return False, True
+
+
+def _observe(environment: Environment, rollout: Rollout) -> dict[str, Any]:
+    observation = environment.observe()
+    if rollout.instruction is not None:
+        observation["prompt"] = rollout.instruction
+    if rollout.blank_images:
+        for key in camera_keys(environment.embodiment):
+            *folders, last = key.split(".")
+            place = observation
+            for folder in folders:
+                place = place[folder]
+            place[last] = np.zeros_like(place[last])
+    return observation
+
+
+def camera_keys(embodiment: Embodiment) -> list[str]:
+    """The cameras that a robot sends, nested keys joined by '.'."""
+    return [camera.key for camera in embodiment.cameras if camera.key is not None]
+
+
+def _checked_chunk(answer: Mapping[str, Any], environment: Environment) -> np.ndarray:
+    chunk = np.asarray(answer["actions"])
+    size = environment.embodiment.action_size
+    if chunk.ndim != 2 or chunk.shape[1] != size or not len(chunk):
+        raise ValueError(
+            f"the policy returned actions {list(chunk.shape)}; {environment.embodiment.name} takes [H, {size}]"
+        )
+    if not np.isfinite(chunk).all():
+        raise ValueError("there is NaN or infinity in the actions that the policy returned")
+    return chunk
+
+
+def _executed_part(chunk: np.ndarray, execute_steps: int | None) -> np.ndarray:
+    if execute_steps is None:
+        return chunk[: max(1, len(chunk) // 2)]
+    if execute_steps > len(chunk):
+        raise ValueError(f"execute_steps is {execute_steps}, but the policy's chunk has only {len(chunk)} actions")
+    return chunk[:execute_steps]

@@ -1,0 +1,133 @@
+"""What the tests of the simulators share."""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import torchpi
+from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig, sim
+from torchpi.robots import metaworld
+from torchpi.sim.environment import UnstableError
+from torchpi.transforms import Normalization, NormStats
+
+ROOT = pathlib.Path(__file__).parents[2]
+HORIZON = 16
+
+
+@functools.cache
+def _opengl_error() -> str:
+    """Why nothing can be rendered here; tried in a process of its own, because MuJoCo decides once."""
+    program = "from torchpi.sim import make_environment as m; e = m('metaworld', 'reach'); e.reset(0); e.observe()"
+    done = python("-c", program)
+    return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+
+
+def require_simulator() -> None:
+    """Skip where there is no simulator, or no OpenGL that renders without a screen."""
+    pytest.importorskip("metaworld", exc_type=ImportError)
+    if error := _opengl_error():
+        pytest.skip(error)
+
+
+def random_policy(embodiment: Embodiment | None = None, **config) -> Policy:
+    """A tiny π₀.₅ whose random weights depend on what it sees and is told."""
+    sizes = {"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    embodiment = embodiment or metaworld()
+    given = {
+        "pi05": True,
+        "paligemma_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
+        "action_expert_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
+        "siglip_variant": VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=24),
+        "action_dim": max(embodiment.action_size, len(embodiment.state_names)),
+        "action_horizon": HORIZON,
+        "vocab_size": 1024,
+        "image_size": 96,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = torchpi.Pi0(Pi0Config(**given | config))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    stats = {
+        "state": _unit_stats(len(embodiment.state_names)),
+        "actions": _unit_stats(embodiment.action_size),
+    }
+    return Policy(
+        model.eval(),
+        embodiment,
+        norm_stats=stats,
+        normalization={key: Normalization("quantile", "openpi") for key in stats},
+        tokenizer=ROOT / "src" / "torchpi" / "assets" / "tiny_tokenizer.model",
+        provenance={"tasks": ["faucet-open", "faucet-close"]},
+    )
+
+
+class Corridor:
+    """An environment without a simulator, with Meta-World's robot: the hand has to come as far as the seed says."""
+
+    def __init__(self, task="short", *, image_size=16, step_limit=40):
+        self.task, self.instruction, self.embodiment = task, CORRIDORS[task], metaworld()
+        self.max_steps, self.image_size = step_limit, image_size
+        self.log = []
+
+    def reset(self, seed):
+        self.log.append(f"reset {seed}")
+        self.goal, self.position = 5 + seed % 5, 0.0
+
+    def observe(self):
+        self.log.append("observe")
+        picture = np.full((self.image_size, self.image_size, 3), int(10 * self.position) % 200 + 20, np.uint8)
+        state = np.array([self.position, self.goal, 0, 0]) / 10
+        return {"base": picture, "wrist": picture // 2, "state": state, "prompt": self.instruction}
+
+    def step(self, action):
+        self.log.append("step")
+        if action[3] > 0.9:
+            raise UnstableError("the corridor has burst")
+        self.position += float(np.clip(action[0], -1, 1))
+        return self.position >= self.goal
+
+    def expert_action(self):
+        return np.array([1, 0, 0, -1], np.float32)
+
+    def render(self, size):
+        self.log.append("render")
+        return {name: np.full((size, size, 3), 90, np.uint8) for name in ("base", "wrist")}
+
+    def close(self):
+        self.log.append("close")
+
+
+CORRIDORS = {"short": "go a short way", "long": "go a long way"}
+
+
+@pytest.fixture
+def corridor(monkeypatch):
+    """`Corridor` as the environment "corridor" of this process; what it yields lists those that are made."""
+    made = []
+
+    def make(task, *, image_size):
+        made.append(Corridor(task, image_size=image_size))
+        return made[-1]
+
+    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, has_experts=True)
+    monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
+    return made
+
+
+def _unit_stats(size: int) -> NormStats:
+    return NormStats(np.zeros(size), np.ones(size), -np.ones(size), np.ones(size))
+
+
+def python(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, with torchpi and the tests' modules."""
+    paths = f"{ROOT / 'src'}{os.pathsep}{pathlib.Path(__file__).parent}"
+    command = [sys.executable, *map(str, arguments)]
+    variables = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=variables, check=False)

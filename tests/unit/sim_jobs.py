@@ -1,0 +1,38 @@
+"""Jobs for the tests of worker processes, which import this module; it brings nothing heavy."""
+
+import os
+import pathlib
+import signal
+import time
+
+
+class Work:
+    """Does what a job asks for, and says where and when."""
+
+    def __init__(self, closed=None):
+        self.closed = closed
+
+    def __call__(self, job):
+        start = time.monotonic()
+        match job:
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case "exit":
+                os._exit(3)
+            case "print":
+                print("printed", flush=True)
+            case Exception():
+                raise job
+            case float():
+                time.sleep(job)
+            case pathlib.Path():
+                while not job.exists():
+                    time.sleep(0.01)
+        return job, os.getpid(), os.environ.get("LP_NUM_THREADS"), start
+
+    def close(self):
+        self.closed.append(True)
+
+
+def no_work():
+    raise FileNotFoundError("there is no policy")

@@ -1,0 +1,459 @@
+"""Success rates: what decides them, what is checked before anything runs, and the command."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+from sim_helpers import (
+    HORIZON,
+    corridor,  # noqa: F401
+    python,
+    random_policy,
+    require_simulator,
+)
+
+from torchpi.cli import main
+from torchpi.robots import Embodiment, aloha, get_embodiment, metaworld
+from torchpi.sim import simulator
+from torchpi.sim.compatibility import check_embodiment, check_metadata
+from torchpi.sim.environment import environment_seed
+from torchpi.sim.evaluate import evaluate
+from torchpi.sim.report import print_evaluation, swapped_instructions
+from torchpi.sim.result import wilson_interval
+from torchpi.sim.rollout import Rollout, episode_noise
+
+
+class Walker:
+    """Goes forward if it is told to go a short way; remembers what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def infer(self, observation, **options):
+        self.asked.append((observation, options))
+        speed = 1.0 if "short" in observation["prompt"] else 0.0
+        return {"actions": np.tile([speed, 0, 0, 0], (4, 1))}
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return random_policy()
+
+
+@pytest.fixture(scope="module")
+def folder(policy, tmp_path_factory):
+    path = tmp_path_factory.mktemp("policy") / "random"
+    policy.save(path)
+    return path
+
+
+def quiet(policy, env="corridor", **options):
+    return evaluate(policy, env, progress=False, **options)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize(
+    ("successes", "episodes", "interval"),
+    [
+        # 0 and n: z²/(n + z²) away from the end
+        (0, 10, (0.0, 0.27753)),
+        (10, 10, (0.72247, 1.0)),
+        (5, 10, (0.23659, 0.76341)),
+        # Brown, Cai and DasGupta (2001) and R's binom.wilson
+        (8, 10, (0.49016, 0.94332)),
+        (1, 20, (0.00888, 0.23613)),
+        (81, 263, (0.25529, 0.36621)),
+        (1, 1, (0.20655, 1.0)),
+    ],
+)
+def test_wilsons_interval(successes, episodes, interval):
+    assert wilson_interval(successes, episodes) == pytest.approx(interval, abs=1e-5)
+
+
+def test_a_result_counts_successes_per_task(corridor):  # noqa: F811
+    result = quiet(Walker(), episodes=6, seed=3)
+    seeds = [environment_seed("eval", 3, "short", index) for index in range(6)]
+    steps = [5 + seed % 5 for seed in seeds]
+    short, long = result.tasks["short"], result.tasks["long"]
+    assert (short.success_rate, short.interval, short.episodes) == (1.0, wilson_interval(6, 6), 6)
+    assert short.mean_steps == pytest.approx(np.mean(steps))
+    assert short.median_steps == np.median(steps)
+    assert (long.success_rate, long.mean_steps, long.median_steps) == (0.0, None, None)
+    assert (result.success_rate, result.interval) == (0.5, wilson_interval(6, 12))
+    episodes = [(e.task, e.index, e.seed, e.success, e.steps, e.num_chunks) for e in result.episodes[:6]]
+    # half of a chunk of four is executed
+    expected = zip(seeds, steps, strict=True)
+    assert episodes == [("short", i, seed, True, n, -(-n // 2)) for i, (seed, n) in enumerate(expected)]
+    assert [(e.task, e.index, e.steps) for e in result.episodes[6:]] == [("long", i, 40) for i in range(6)]
+    assert result.steps_per_second > 0
+    assert result.chunk_ms > 0
+    assert (result.seed, result.max_steps, result.env) == (3, 40, "corridor")
+    assert [made.task for made in corridor] == ["short", "long"]
+    assert all(made.log[-1] == "close" for made in corridor)
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_instructions_can_be_swapped(corridor):  # noqa: F811
+    result = quiet(Walker(), episodes=2, instructions=swapped_instructions("corridor", ["short:long"]))
+    assert {name: task.success_rate for name, task in result.tasks.items()} == {"short": 0.0, "long": 1.0}
+    assert result.tasks["long"].instruction == "go a short way"
+
+
+def test_images_can_be_blank(corridor):  # noqa: F811
+    walker = Walker()
+    result = quiet(walker, episodes=1, rollout=Rollout(blank_images=True))
+    assert result.blank_images
+    assert not any(observation["base"].any() or observation["wrist"].any() for observation, _ in walker.asked)
+
+
+def test_the_order_of_tasks_changes_no_episode(corridor, policy):  # noqa: F811
+    def results(**options):
+        result = quiet(policy, episodes=2, rollout=Rollout(max_steps=17), **options)
+        return {(e.task, e.index): (e.seed, e.steps, e.success) for e in result.episodes}
+
+    both = results(tasks=["short", "long"])
+    assert results(tasks=["long", "short"]) == both
+    alone = results(tasks=["long"])
+    assert alone == {key: value for key, value in both.items() if key[0] == "long"}
+
+
+def test_the_noise_is_that_of_the_episode_and_chunk(corridor, policy, monkeypatch):  # noqa: F811
+    noises = []
+    infer = policy.infer
+
+    def watched(observation, **options):
+        noises.append(options["noise"])
+        return infer(observation, **options)
+
+    monkeypatch.setattr(policy, "infer", watched)
+    result = quiet(policy, tasks=["long"], episodes=3, seed=4, rollout=Rollout(1, max_steps=3))
+    numbers = [(episode.index, chunk) for episode in result.episodes for chunk in range(episode.num_chunks)]
+    assert len(numbers) > 5
+    expected = [episode_noise(4, "long", index, (HORIZON, 4))(chunk) for index, chunk in numbers]
+    np.testing.assert_array_equal(noises, expected)
+
+
+def test_threads_are_as_before_and_the_table_is_printed(corridor, policy, capsys):  # noqa: F811
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        result = evaluate(policy, "corridor", episodes=2, rollout=Rollout(num_steps=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "4/4" in captured.err
+    print_evaluation(result)
+    printed = capsys.readouterr().out
+    for text in ("go a short way", "95 % interval", "all", "ms per chunk"):
+        assert text in printed
+
+
+def test_an_action_that_breaks_the_simulation_is_reported(corridor, capsys):  # noqa: F811
+    breaking = types.SimpleNamespace(infer=lambda observation: {"actions": np.ones((2, 4))})
+    result = quiet(breaking, tasks=["short"], episodes=2)
+    assert [(episode.success, episode.unstable, episode.steps) for episode in result.episodes] == [(False, True, 1)] * 2
+    print_evaluation(result)
+    assert "2 of the episodes failed because an action broke the simulation" in capsys.readouterr().out
+
+
+# Which tasks
+
+
+def test_without_tasks_those_of_the_training_are_taken(corridor, monkeypatch):  # noqa: F811
+    walker = Walker()
+    walker.provenance = {"tasks": ["long"]}
+    assert list(quiet(walker, episodes=1).tasks) == ["long"]
+    walker.provenance = {"tasks": ["drawer-open"]}  # of another environment
+    assert list(quiet(walker, episodes=1).tasks) == ["short", "long"]
+    monkeypatch.setattr("torchpi.sim.actors.MANY_TASKS", 1)
+    with pytest.raises(ValueError, match=r"does not say on which tasks of corridor .*\(--tasks\): short, long"):
+        quiet(walker, episodes=1)
+
+
+def test_of_metaworlds_fifty_some_must_be_named(policy):
+    nameless = Walker()
+    with pytest.raises(ValueError, match=r"\(--tasks\): assembly, basketball"):
+        quiet(nameless, "metaworld")
+
+
+# What does not fit
+
+
+def robot(**changes):
+    return dataclasses.replace(metaworld(), **changes)
+
+
+@pytest.mark.parametrize(
+    ("embodiment", "message"),
+    [
+        (
+            Embodiment.generic(
+                "three_eyes",
+                cameras={"base_0_rgb": "base", "left_0_rgb": "left", "wrist_0_rgb": "wrist"},
+                state=metaworld().state_names,
+                actions=["x", "y", "z", "g"],
+            ),
+            "'three_eyes' and the environment's 'metaworld' do not fit: the policy requires the cameras base, left, "
+            "wrist, the environment has base, wrist",
+        ),
+        (robot(state=metaworld().state[:0] + get_embodiment("libero").state), "the policy reads a state of"),
+        (
+            robot(actions=metaworld().actions[:3]),
+            r"actions have 3 dimensions \(delta_x, delta_y, delta_z\), the environment takes 4 \(delta_x",
+        ),
+        (robot(control_hz=20), "acts at 20 Hz, the environment at 80 Hz"),
+        (
+            robot(cameras=tuple(dataclasses.replace(camera, layout="chw") for camera in metaworld().cameras)),
+            "reads camera base as chw, the environment sends hwc",
+        ),
+        (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_both_sides(embodiment, message):
+    with pytest.raises(ValueError, match=message):
+        check_embodiment(embodiment, metaworld())
+    check_embodiment(metaworld(), metaworld())
+
+
+def test_a_rate_that_is_not_stated_fits():
+    check_embodiment(robot(control_hz=None), metaworld())
+
+
+def test_alohas_policies_fit_its_simulator():
+    """Their wrist cameras are optional, and the simulator does not have them."""
+    for name in ("aloha", "pi0_aloha_sim"):
+        check_embodiment(get_embodiment(name), simulator("aloha_sim").embodiment)
+
+
+def test_a_policy_of_another_robot_does_not_run(corridor):  # noqa: F811
+    with pytest.raises(ValueError, match="'libero' and the environment's 'metaworld' do not fit"):
+        quiet(random_policy(get_embodiment("libero")))
+    assert corridor == []
+
+
+def test_without_a_horizon_there_is_no_evaluation(corridor):  # noqa: F811
+    with pytest.raises(ValueError, match="the model's action_horizon is not set"):
+        quiet(random_policy(action_horizon=None))
+
+
+def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa: F811
+    with pytest.raises(ValueError, match="execute_steps is 17, but its chunk has only 16 actions"):
+        quiet(policy, rollout=Rollout(17))
+    short = random_policy(action_horizon=4)
+    with pytest.raises(ValueError, match="the policy recommends to execute 8, but its chunk has only 4 actions"):
+        quiet(short)
+    assert quiet(short, episodes=1, rollout=Rollout(4, num_steps=1)).execute_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tasks": ["fly"]}, KeyError, "corridor has no task 'fly'; its tasks are short, long"),
+        ({"tasks": []}, ValueError, "at least one task"),
+        ({"tasks": ["long", "long"]}, ValueError, "each once, got long, long"),
+        ({"episodes": 0}, ValueError, "at least one episode"),
+        ({"episodes": 2, "videos": 3, "out": "videos"}, ValueError, "at most as many videos, got 2 and 3"),
+        ({"videos": 1}, ValueError, "videos need a folder"),
+        ({"seed": -1}, ValueError, "must not be negative"),
+        ({"workers": 2}, ValueError, "a Policy object can't be shared by 2 processes"),
+        ({"workers": 0}, ValueError, "workers"),
+        ({"load": {"device": "cpu"}}, ValueError, "loaded already; it takes no device"),
+        ({"tasks": ["long"], "instructions": {"short": "x"}}, KeyError, "instruction for short, which is not among"),
+    ],
+)
+def test_a_wrong_argument_is_an_error(corridor, policy, options, error, message):  # noqa: F811
+    with pytest.raises(error, match=message):
+        quiet(policy, **options)
+    assert corridor == []
+
+
+def test_an_unknown_environment_is_an_error(policy):
+    with pytest.raises(KeyError, match="there is no environment 'libero'; there are metaworld, aloha_sim"):
+        quiet(policy, "libero")
+
+
+@pytest.mark.parametrize("pair", ["short", "short:", ":long", "short:long:short"])
+def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
+    with pytest.raises(ValueError, match="a swap is two tasks with ':' between them"):
+        swapped_instructions("corridor", [pair])
+    with pytest.raises(KeyError, match="corridor has no task 'fly'"):
+        swapped_instructions("corridor", ["short:fly"])
+
+
+def test_a_failing_episode_is_named(corridor):  # noqa: F811
+    nan = types.SimpleNamespace(infer=lambda observation: {"actions": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match=r"episode 0 of short \(seed \d+\): the policy returned actions \[2, 3\]"):
+        quiet(nan)
+
+
+# A served policy
+
+
+class Served:
+    """In place of torchpi_client.WebsocketPolicy."""
+
+    metadata = {"embodiment": "metaworld", "action_names": list("xyzg"), "control_hz": 80, "execute_steps": 3}  # noqa: RUF012
+    opened: list["Served"] = []  # noqa: RUF012
+
+    def __init__(self, url):
+        if "nowhere" in url:
+            raise ServedError("no policy here")
+        self.url, self.walker, self.closed = url, Walker(), 0
+        self.opened.append(self)
+
+    def infer(self, observation):
+        return self.walker.infer(observation)
+
+    def close(self):
+        self.closed += 1
+
+
+class ServedError(RuntimeError):
+    pass
+
+
+@pytest.fixture
+def client(monkeypatch):
+    monkeypatch.setattr(Served, "opened", [])
+    monkeypatch.setattr(Served, "metadata", dict(Served.metadata))
+    module = types.ModuleType("torchpi_client")
+    module.WebsocketPolicy, module.ServerError = Served, ServedError
+    monkeypatch.setitem(sys.modules, "torchpi_client", module)
+    return Served
+
+
+def test_a_served_policy_is_asked_without_noise(corridor, client):  # noqa: F811
+    result = quiet("ws://robot:8000", tasks=["short"], episodes=2, workers=1)
+    (served,) = client.opened
+    assert (served.url, served.closed) == ("ws://robot:8000", 1)
+    assert {tuple(options) for _, options in served.walker.asked} == {()}
+    assert (result.success_rate, result.policy, result.execute_steps) == (1.0, "ws://robot:8000", 3)
+
+
+def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
+    client.metadata["control_hz"] = 50
+    with pytest.raises(ValueError, match=r"served policy \(metaworld\) and the environment 'metaworld' do not fit"):
+        quiet("ws://robot:8000", workers=1)
+    client.metadata |= {"control_hz": 80, "action_names": ["x"]}
+    with pytest.raises(ValueError, match="actions have 1 dimensions"):
+        quiet("ws://robot:8000", workers=1)
+    check_metadata({}, metaworld())  # openpi's server says nothing
+
+
+def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: F811
+    with pytest.raises(ValueError, match="is its server's; leave num_steps out"):
+        quiet("ws://robot:8000", rollout=Rollout(num_steps=5))
+    with pytest.raises(ValueError, match="this policy's server loads it; it takes no device"):
+        quiet("ws://robot:8000", load={"device": "cpu"})
+    with pytest.raises(ConnectionError, match="no policy here"):
+        quiet("ws://nowhere")
+
+
+def test_without_the_client_the_error_has_the_command(corridor, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "torchpi_client", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install torchpi-client"):
+        quiet("ws://robot:8000")
+
+
+# The command, and the simulator
+
+
+def test_the_number_of_workers_changes_nothing(folder):
+    require_simulator()
+    results = []
+    for workers in (1, 2):
+        result = quiet(folder, "metaworld", episodes=2, workers=workers, rollout=Rollout(max_steps=20, num_steps=2))
+        results.append((result.episodes, result.tasks))
+    assert results[0] == results[1]
+    assert list(results[0][1]) == ["faucet-open", "faucet-close"]  # as its provenance says
+    assert len(results[0][0]) == 4
+
+
+def test_the_command_prints_one_json_document(folder, capsys):
+    require_simulator()
+    main([
+        "eval", str(folder), "--env", "metaworld", "--episodes", "1", "--max-steps", "9", "--execute-steps", "3",
+        "--num-steps", "1", "--workers", "1", "--swap", "faucet-open:faucet-close", "--blank-images", "--seed", "5",
+        "--json",
+    ])  # fmt: skip
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    assert captured.out.count("\n") == 1
+    assert "2/2" in captured.err
+    assert document["success_rate"] == 0.0
+    assert document["interval"] == pytest.approx(wilson_interval(0, 2))
+    assert document["tasks"]["faucet-open"] == {
+        "instruction": "close the faucet",
+        "success_rate": 0.0,
+        "interval": pytest.approx(list(wilson_interval(0, 1))),
+        "episodes": 1,
+        "mean_steps": None,
+        "median_steps": None,
+    }
+    assert [(e["steps"], e["num_chunks"]) for e in document["episodes"]] == [(9, 3), (9, 3)]
+    assert document["blank_images"] is True
+
+
+def test_the_command_prints_a_table(folder, capsys):
+    require_simulator()
+    main([
+        "eval", str(folder), "--env", "metaworld", "--tasks", "faucet-open", "--episodes", "1", "--max-steps", "2",
+        "--workers", "1",
+    ])  # fmt: skip
+    assert "open the faucet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--env", "metaworld"], "there is no checkpoint at nowhere"),
+        (["FOLDER", "--env", "libero"], "there is no environment 'libero'"),
+        (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
+        (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
+        (["FOLDER", "--env", "metaworld", "--videos", "1"], "videos need a folder"),
+    ],
+)
+def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", *(str(folder) if argument == "FOLDER" else argument for argument in arguments)])
+    captured = capsys.readouterr()
+    assert caught.value.code == 1
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_without_opengl_the_command_says_what_to_install(folder, workers):
+    pytest.importorskip("metaworld", exc_type=ImportError)
+    done = python(
+        "-m", "torchpi.cli", "eval", folder, "--env", "metaworld", "--episodes", "2", "--workers", workers, "--json",
+        MUJOCO_GL="off",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: episode ")
+    assert "no OpenGL that renders without a screen (MUJOCO_GL=off: this turns rendering off)" in last
+    if workers == "1":  # GLFW, which MuJoCo then imports, may complain as the other process is ended
+        assert "Traceback" not in done.stderr
+
+
+def test_without_the_extra_the_command_says_how_to_install_it(folder):
+    program = (
+        "import sys; sys.modules['metaworld'] = None; from torchpi.cli import main; "
+        f"main(['eval', {str(folder)!r}, '--env', 'metaworld', '--workers', '1'])"
+    )
+    done = python("-c", program)
+    assert done.returncode == 1
+    assert "simulation needs the extra 'sim': pip install 'torchpi[sim]'" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,296 @@
+"""Recording: what is in the data set, what decides it, and what is left when it is interrupted."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from sim_helpers import (
+    Corridor,
+    corridor,  # noqa: F401
+    require_simulator,
+)
+
+from torchpi.cli import main
+from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.sim import make_environment
+from torchpi.sim.environment import environment_seed
+from torchpi.sim.record import RECORDING_FILE, TAIL, record
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, **options):
+    return record(env, list(tasks), episodes, out, workers=workers, progress=False, **options)
+
+
+def recording(path):
+    return json.loads((path / RECORDING_FILE).read_text(encoding="utf-8"))
+
+
+def frames(path):
+    """All frames of a data set, one by one."""
+    data = LeRobotDataset(path, action_horizon=1)
+    return [data[i] for i in range(len(data))]
+
+
+def files(path):
+    return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
+
+
+def test_a_data_set_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
+    result = quiet(tmp_path / "set", seed=3, noise=0, command="torchpi sim record")
+    seeds = [environment_seed("record", 3, task, index) for task in ("short", "long") for index in range(2)]
+    lengths = [5 + seed % 5 + TAIL for seed in seeds]
+    assert (result.episodes, result.frames, result.failures) == (4, sum(lengths), {"short": 0, "long": 0})
+    found = frames(tmp_path / "set")
+    assert len(found) == sum(lengths)
+    told = ["go a short way"] * sum(lengths[:2]) + ["go a long way"] * sum(lengths[2:])
+    assert [frame["task"] for frame in found] == told
+    np.testing.assert_array_equal([frame["action"][0] for frame in found], [[1, 0, 0, -1]] * len(found))
+    positions = np.concatenate([np.arange(length) for length in lengths]) / 10
+    np.testing.assert_allclose([frame["observation.state"][0] for frame in found], positions, rtol=1e-6)
+    assert found[0]["observation.images.base"].shape == (16, 16, 3)
+    for frame in (found[0], found[-1]):
+        np.testing.assert_array_equal(frame["observation.images.base"] // 2, frame["observation.images.wrist"])
+    document = recording(tmp_path / "set")
+    assert document["tasks"] == {"short": "go a short way", "long": "go a long way"}
+    assert (document["env"], document["seed"], document["noise"]) == ("corridor", 3, 0)
+    assert document["command"] == "torchpi sim record"
+    assert set(document["versions"]) == {"torchpi", "metaworld", "mujoco"}
+    assert [(e["task"], e["seed"], e["length"]) for e in document["episodes"]] == [
+        (task, seed, length) for task, seed, length in zip(["short"] * 2 + ["long"] * 2, seeds, lengths, strict=True)
+    ]
+    assert [made.log[-1] for made in corridor] == ["close", "close"]
+
+
+def test_the_executed_action_is_disturbed_and_the_label_is_not(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "set", tasks=["long"], episodes=10, noise=0.4, noisy_fraction=0.3)
+    episodes = recording(tmp_path / "set")["episodes"]
+    assert [i for i, episode in enumerate(episodes) if episode["noisy"]] == [3, 6, 9]
+    found = frames(tmp_path / "set")
+    np.testing.assert_array_equal([frame["action"][0] for frame in found], [[1, 0, 0, -1]] * len(found))
+    start = 0
+    for episode in episodes:
+        position = 10 * np.array([frame["observation.state"][0] for frame in found[start : start + episode["length"]]])
+        steps = np.diff(position)
+        if episode["noisy"]:
+            assert steps.min() < 0.99  # disturbed, and cut at 1
+            assert steps.max() < 1.001
+        else:
+            np.testing.assert_allclose(steps, 1, rtol=1e-5)
+        start += episode["length"]
+
+
+@pytest.mark.parametrize(("fraction", "noisy"), [(0, 0), (0.5, 4), (1, 8)])
+def test_a_part_of_each_tasks_episodes_is_noisy(corridor, tmp_path, fraction, noisy):  # noqa: F811
+    quiet(tmp_path / "set", episodes=8, noisy_fraction=fraction)
+    for task in ("short", "long"):
+        episodes = [e for e in recording(tmp_path / "set")["episodes"] if e["task"] == task]
+        assert sum(episode["noisy"] for episode in episodes) == noisy
+
+
+def test_the_same_seed_gives_the_same_data_set(corridor, tmp_path):  # noqa: F811
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        quiet(tmp_path / name, seed=seed)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert files(tmp_path / "a") != files(tmp_path / "c")
+
+
+# Experts that fail
+
+
+def failing(seeds, monkeypatch):
+    """Let the expert stand still in the episodes of some seeds."""
+
+    def expert_action(self):
+        return np.array([0 if seeds(self.seed) else 1, 0, 0, -1], np.float32)
+
+    def reset(self, seed):
+        self.seed = seed
+        original(self, seed)
+
+    original = Corridor.reset
+    monkeypatch.setattr(Corridor, "reset", reset)
+    monkeypatch.setattr(Corridor, "expert_action", expert_action)
+
+
+def test_failed_episodes_are_replaced_and_counted(corridor, tmp_path, monkeypatch):  # noqa: F811
+    failing(lambda seed: seed % 6 == 0, monkeypatch)
+    result = quiet(tmp_path / "set", episodes=10)
+    episodes = recording(tmp_path / "set")["episodes"]
+    assert result.episodes == len(episodes) == 20
+    assert 0 < sum(result.failures.values()) < 20
+    assert recording(tmp_path / "set")["failures"] == result.failures
+    assert not any(episode["seed"] % 6 == 0 for episode in episodes)
+
+
+def test_an_expert_that_fails_too_often_is_an_error(corridor, tmp_path, monkeypatch):  # noqa: F811
+    failing(lambda seed: seed % 8 != 0, monkeypatch)
+    with pytest.raises(ValueError, match=r"the expert of short failed in \d+ of \d+ episodes; record with less noise"):
+        quiet(tmp_path / "set", episodes=10)
+
+
+def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkeypatch):  # noqa: F811
+    failing(lambda seed: True, monkeypatch)
+    with pytest.raises(ValueError, match="episode 0 of short: the expert of short failed in 10 of 10 episodes"):
+        quiet(tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+
+
+# What a user gets wrong, and what goes wrong
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"env": "libero"}, KeyError, "there is no environment 'libero'"),
+        ({"env": "aloha_sim", "tasks": ["insertion"]}, ValueError, "aloha_sim has no scripted experts to record"),
+        ({"tasks": ["fly"]}, KeyError, "corridor has no task 'fly'"),
+        ({"tasks": []}, ValueError, "at least one task"),
+        ({"episodes": 0}, ValueError, "at least one episode"),
+        ({"noise": -0.1}, ValueError, "noise of at least 0"),
+        ({"noisy_fraction": 1.1}, ValueError, "a noisy_fraction from 0 to 1"),
+        ({"workers": 0}, ValueError, "workers must be at least 1"),
+        ({"image_size": 0}, ValueError, "image_size"),
+        ({"image_size": 15, "video": True}, ValueError, "even height and width"),
+        ({"seed": -1}, ValueError, "must not be negative"),
+    ],
+)
+def test_a_wrong_argument_is_an_error_and_leaves_nothing(corridor, tmp_path, options, error, message):  # noqa: F811
+    with pytest.raises(error, match=message):
+        quiet(tmp_path / "set", **options)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_folder_that_is_not_empty_is_an_error_and_stays_as_it_is(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "set")
+    before = files(tmp_path / "set")
+    with pytest.raises(ValueError, match="exists already and is not an empty folder"):
+        quiet(tmp_path / "set", seed=5)
+    assert files(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(28, "No space left on device"), OSError, "No space left on device; the 3 episodes that were complete"),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^the 3 episodes that were complete are in "),
+    ],
+)
+def test_complete_episodes_stay_when_something_goes_wrong(
+    corridor,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    error,
+    kind,
+    message,
+):
+    saved = []
+    add_episode = LeRobotWriter.add_episode
+
+    def add(self, episode, task):
+        if len(saved) == 3:
+            raise error
+        add_episode(self, episode, task)
+        saved.append(task)
+
+    monkeypatch.setattr(LeRobotWriter, "add_episode", add)
+    with pytest.raises(kind, match=message):
+        quiet(tmp_path / "set")
+    assert len(recording(tmp_path / "set")["episodes"]) == 3
+    assert recording(tmp_path / "set")["tasks"] == {"short": "go a short way", "long": "go a long way"}
+    assert len(frames(tmp_path / "set")) == sum(e["length"] for e in recording(tmp_path / "set")["episodes"])
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert [made.log[-1] for made in corridor] == ["close", "close"]
+
+
+# Meta-World
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    require_simulator()
+    for workers in (1, 2):
+        quiet(tmp_path / str(workers), ["button-press-topdown"], 3, "metaworld", image_size=24, workers=workers)
+    assert files(tmp_path / "1") == files(tmp_path / "2")
+    found = frames(tmp_path / "1")
+    assert found[0]["observation.images.wrist"].shape == (24, 24, 3)
+    assert found[0]["observation.images.base"].std() > 10
+    assert {frame["task"] for frame in found} == {"press the button from the top"}
+    # The first frame is what the environment shows at that seed, and the action the expert's.
+    environment = make_environment("metaworld", "button-press-topdown", image_size=24)
+    environment.reset(recording(tmp_path / "1")["episodes"][0]["seed"])
+    observation = environment.observe()
+    np.testing.assert_array_equal(observation["base"], found[0]["observation.images.base"])
+    np.testing.assert_array_equal(observation["state"].astype(np.float32), found[0]["observation.state"])
+    np.testing.assert_array_equal(environment.expert_action(), found[0]["action"][0])
+    environment.close()
+
+
+def test_the_command_records_and_says_so(tmp_path, capsys):
+    require_simulator()
+    arguments = ["--tasks", "faucet-open", "--episodes", "1", "--image-size", "24", "--workers", "1"]
+    main(["sim", "record", "--out", str(tmp_path / "a"), *arguments])
+    captured = capsys.readouterr()
+    assert captured.out.startswith("1 episodes, ")
+    assert "1/1" in captured.err
+    main(["sim", "record", "--out", str(tmp_path / "b"), *arguments, "--video", "--json"])
+    document = json.loads(capsys.readouterr().out)
+    # What is written down records the same again.
+    command = recording(tmp_path / "a")["command"]
+    assert command == (
+        "torchpi sim record --env metaworld --tasks faucet-open --episodes 1 --out "
+        f"{tmp_path / 'a'} --seed 0 --noise 0.4 --noisy-fraction 0.5 --image-size 24 --no-video"
+    )
+    assert recording(tmp_path / "b")["command"].endswith("--video")
+    assert document["path"] == str(tmp_path / "b")
+    assert document["failures"] == {"faucet-open": 0}
+    assert len(frames(tmp_path / "a")) == len(frames(tmp_path / "b")) == document["frames"]
+    assert not list(tmp_path.glob("a/**/*.mp4"))
+    assert len(list(tmp_path.glob("b/**/*.mp4"))) == 2
+
+
+def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["sim", "record", "--out", str(tmp_path / "set"), "--tasks", "fly", "--episodes", "1"])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (1, "")
+    assert captured.err.startswith("error: metaworld has no task 'fly'; its tasks are assembly")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ctrl_c_keeps_the_complete_episodes(tmp_path, workers):
+    require_simulator()
+    out = tmp_path / "set"
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "torchpi.cli", "sim", "record", "--out", out, "--tasks", "faucet-open", "--episodes",
+            "500", "--image-size", "24", "--workers", str(workers),
+        ],
+        env={**os.environ, "PYTHONPATH": str(TESTS.parents[1] / "src")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list((out / ".recording").glob("episode_*.json"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - start < 30
+    assert (process.returncode, stdout) == (130, "")
+    assert "Traceback" not in stderr
+    episodes = recording(out)["episodes"]
+    assert 2 <= len(episodes) < 500
+    assert stderr.strip().endswith(f"interrupted: the {len(episodes)} episodes that were complete are in {out}")
+    assert len(LeRobotDataset(out, action_horizon=16)) == sum(episode["length"] for episode in episodes)
+    assert not (out / ".recording").exists()

@@ -1,0 +1,158 @@
+"""Jobs in parallel processes: results, errors with names, and ends."""
+
+import functools
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from sim_jobs import Work, no_work
+
+from torchpi.sim.workers import default_workers, run_jobs
+
+TESTS = pathlib.Path(__file__).parent
+
+
+def run(jobs, *, workers, make_work=Work, window=None):
+    return dict(run_jobs(make_work, jobs, workers=workers, label=lambda job: f"job {job!r}", window=window))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_job_is_done_once(workers):
+    results = run(list("abcdefg"), workers=workers, make_work=functools.partial(Work, []))
+    assert {number: result[0] for number, result in results.items()} == dict(enumerate("abcdefg"))
+    processes = {result[1] for result in results.values()}
+    if workers == 1:
+        assert processes == {os.getpid()}
+    else:
+        assert os.getpid() not in processes
+        assert {result[2] for result in results.values()} == {"1"}  # of OpenGL's threads
+        assert "LP_NUM_THREADS" not in os.environ
+
+
+def test_a_window_keeps_jobs_near_the_first_unfinished_one(tmp_path):
+    """The first job takes long; the fourth waits for it, although a process is free."""
+    done = {}
+    for number, result in run_jobs(Work, [tmp_path / "go on", "b", "c", "d"], workers=2, label=str, window=3):
+        done[number] = result
+        if len(done) == 2:
+            assert sorted(done) == [1, 2]
+            time.sleep(0.2)
+            released = time.monotonic()
+            (tmp_path / "go on").touch()
+    assert sorted(done) == [0, 1, 2, 3]
+    assert done[3][3] > released
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (KeyError("no camera"), KeyError),
+        (ValueError("no camera"), ValueError),
+        (FileNotFoundError("no camera"), FileNotFoundError),
+        (ConnectionResetError("no camera"), OSError),
+        (ModuleNotFoundError("no camera"), ModuleNotFoundError),
+    ],
+)
+def test_a_users_error_keeps_its_kind_and_gets_the_jobs_name(error, kind):
+    with pytest.raises(kind) as caught:
+        run([error], workers=1, make_work=functools.partial(Work, []))
+    assert caught.value.args == (f"job {error!r}: no camera",)
+
+
+def test_so_does_one_of_another_process():
+    with pytest.raises(KeyError) as caught:
+        run([0.0, KeyError("no camera")], workers=2)
+    assert caught.value.args == ("job KeyError('no camera'): no camera",)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_mistake_of_ours_comes_with_its_traceback(workers):
+    with pytest.raises(RuntimeError, match=r"(?s)job .*Traceback.*in __call__.*ZeroDivisionError: x"):
+        run([0.0, ZeroDivisionError("x")], workers=workers, make_work=functools.partial(Work, []))
+
+
+def test_what_can_not_be_set_up_is_an_error_of_the_first_job():
+    with pytest.raises(FileNotFoundError, match=r"job 0\.0: there is no policy"):
+        run([0.0, 0.0], workers=2, make_work=no_work)
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ("die", r"job 'die': its process has ended unexpectedly \(signal 9\); .* out of memory: try fewer workers"),
+        ("exit", r"job 'exit': its process has ended unexpectedly \(exit status 3\)$"),
+    ],
+)
+def test_a_process_that_is_killed_is_an_error_that_names_its_job(job, message):
+    with pytest.raises(ChildProcessError, match=message):
+        run([0.0, job, 0.0], workers=2)
+
+
+def test_with_one_worker_what_does_the_jobs_is_closed():
+    closed = []
+    run([0.0], workers=1, make_work=functools.partial(Work, closed))
+    with pytest.raises(ValueError, match="no camera"):
+        run([ValueError("no camera")], workers=1, make_work=functools.partial(Work, closed))
+    assert closed == [True, True]
+
+
+def test_leaving_early_ends_the_processes():
+    jobs = run_jobs(Work, [0.0, 30.0, 30.0], workers=2, label=str)
+    _, (_, pid, *_) = next(jobs)
+    start = time.monotonic()
+    jobs.close()
+    assert time.monotonic() - start < 5
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_workers_must_be_positive():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        run([0.0], workers=0)
+
+
+def test_default_workers_are_as_many_as_cores_jobs_and_memory_allow():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert default_workers(1) == 1
+    assert default_workers(10_000) <= cores
+    assert default_workers(10_000, bytes_each=2**60) == 1
+
+
+INTERRUPTED = """
+from sim_jobs import Work
+from torchpi.sim.workers import run_jobs
+
+if __name__ == "__main__":
+    for _, (_, pid, *_) in run_jobs(Work, ["print", "print", 60.0, 60.0], workers=2, label=str):
+        print(pid, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(INTERRUPTED)
+    process = subprocess.Popen(
+        [sys.executable, program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parents[1] / "src")])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal sends Ctrl-C to all processes of the command, as killpg does
+    )
+    pids = [int(process.stdout.readline()) for _ in range(2)]  # what the jobs print goes to stderr
+    time.sleep(0.3)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - start < 5
+    assert stderr.count("printed") == 2
+    assert stderr.count("Traceback") == 1  # this program's own
+    assert stderr.strip().endswith("KeyboardInterrupt")
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
