@@ -37,7 +37,7 @@ def expected(model):
     for name, parameter in model.named_parameters():
         width = parameter.shape[-1]
         if name == "embedding":
-            table[name] = ("normal", 1.0)
+            table[name] = ("normal", 0.01)
         elif name == "vision.pos_embed":
             table[name] = ("normal", 192**-0.5)
         elif name.startswith("vision.head") or name.endswith(".scale") or ".dense." in name:

@@ -22,8 +22,7 @@ from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_projections
 from torchpi.types import Observation
 
-# flax's normal(), as openpi's code has it. (With N(0, 1), AdamW's steps hardly move the embedding of a number in the
-# prompt, and a model that is trained from scratch does not learn to read its state.)
+# flax's normal() by default, which openpi's code calls for it.
 EMBEDDING_STD = 0.01
 
 
@@ -100,7 +99,7 @@ class Pi0(nn.Module):
         """Fill all weights for training from scratch, with the original's distributions.
 
         RMSNorm scales and adaptive norms are 0 (gates closed: the expert begins as the identity), kernels lecun-normal,
-        in SigLIP xavier-uniform, the embedding N(0, 0.01), SigLIP's head 0.
+        in SigLIP xavier-uniform, the embedding N(0, 0.01²), SigLIP's head 0.
         """
         self.vision.init_weights(generator)
         nn.init.normal_(self.embedding, std=EMBEDDING_STD, generator=generator)

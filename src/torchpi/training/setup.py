@@ -93,6 +93,9 @@ def _provenance(config: TrainConfig) -> dict[str, Any]:
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
     recording = pathlib.Path(config.dataset) / "meta" / "torchpi_recording.json"
     if recording.is_file():
-        provenance["dataset"] = json.loads(recording.read_text(encoding="utf-8"))
-        provenance["tasks"] = list(provenance["dataset"]["tasks"])
+        recorded = json.loads(recording.read_text(encoding="utf-8"))
+        episodes = recorded.pop("episodes")  # the seed decides them
+        frames = sum(episode["length"] for episode in episodes)
+        provenance["dataset"] = {**recorded, "num_episodes": len(episodes), "num_frames": frames}
+        provenance["tasks"] = list(recorded["tasks"])
     return {**provenance, "torchpi": torchpi.__version__}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import re
 import shutil
@@ -100,11 +99,11 @@ def save_checkpoint(run: pathlib.Path, state: TrainState, policy: Policy, *, kee
     if target.exists():
         return target
     with atomic_folder(target) as beside:
+        policy.provenance["step"] = state.step
         with state.averaged_weights():
             policy.save(beside / "policy")
         tensors = {name: tensor.cpu().contiguous() for name, tensor in state.tensors().items()}
         safetensors.torch.save_file(tensors, beside / WEIGHTS)
-        (beside / "step.json").write_text(json.dumps({"step": state.step}) + "\n")
     for old in checkpoints(run)[:-keep]:
         shutil.rmtree(old)
     return target
