@@ -1,11 +1,12 @@
-# make demo      from camera frames, a state and an instruction to an action chunk, every step of the way shown
+# make demo      a trained policy acts in a simulator: videos, a table of successes, a page with everything
 # make test      the tests but for those marked slow
 # make test-all  all tests
 # make lint      ruff and mypy
 # make format    let ruff fix and format the code
 # make clean     remove caches and build results; make distclean: the environment too
 #
-# Each of them first makes .venv, where it is missing or older than pyproject.toml and constraints.txt. Settings:
+# Each of them first makes .venv, where it is missing or older than pyproject.toml and constraints.txt. Those that render
+# install OpenGL for it on Debian and Ubuntu, as root or with sudo, and otherwise name what is missing. Settings:
 #   PYTHON=python3.12  the Python (3.11 or newer) that .venv is made with
 #   TORCH=cuda         PyTorch as PyPI has it, on Linux with CUDA (several GB), instead of the CPU's wheels; .venv remembers it
 #   ARGS="..."         more arguments for torchpi demo or pytest
@@ -27,18 +28,21 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-all lint format clean distclean
+.PHONY: help opengl demo test test-slow test-all lint format clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
 
-demo: $(ENV)
+opengl: $(ENV)
+	@sh scripts/install_opengl.sh $(BIN)/python
+
+demo: $(ENV) opengl
 	$(BIN)/torchpi demo $(ARGS)
 
-test: $(ENV)
+test: $(ENV) opengl
 	$(BIN)/pytest -m "not slow" $(ARGS)
 
-test-slow: $(ENV)
+test-slow: $(ENV) opengl
 	@if grep -rqs "mark\.slow" tests; then set -x; $(BIN)/pytest -m slow $(ARGS); else echo "No test is marked slow."; fi
 
 test-all: test test-slow

@@ -1,7 +1,9 @@
 """The command line: each command is a function here, its `--help` is its docstring."""
 
+import dataclasses
 import json
 import pathlib
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,6 +13,7 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
+from torchpi.training.config import TrainConfig
 
 PolicyPath = Annotated[str, tyro.conf.arg(metavar="PATH")]
 
@@ -84,17 +87,38 @@ def infer(
         print(f"{horizon} actions of {dims} dimensions in {milliseconds:.0f} ms, written to {out}")
 
 
-def demo(out: pathlib.Path = pathlib.Path("torchpi_demo.png")) -> None:
-    """Show the way from camera frames, a state and an instruction to an action chunk.
+def demo(
+    out: pathlib.Path = pathlib.Path("torchpi_demo"),
+    episodes: int = 3,
+    tasks: str | None = None,
+    instruction: str | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+) -> None:
+    """Show the embedded policy at work: a simulated arm opens drawers and doors.
 
-    Three frames of a simulated robot at a drawer go through the embedded policy, which is untrained for now.
+    Prints what the policy is and how it comes from pictures and words to actions, runs episodes in the simulator, and
+    writes a video per task and a page with everything. Where nothing can be rendered, it says what to install, and the
+    policy sees packaged camera frames instead.
 
     Args:
-        out: where the plot of the chunk goes.
+        out: the folder of the videos and of index.html.
+        episodes: per task.
+        tasks: of Meta-World by name, separated by commas; by default those that the policy was trained on.
+        instruction: tell the policy this instead, in the task that --tasks names, or in the first one.
+        seed: of episodes and noise.
+        workers: processes; by default as many as the CPU's cores and the memory allow.
     """
-    from torchpi.demo import run_demo
+    from torchpi.demo.run import run_demo
 
-    run_demo(out)
+    run_demo(
+        out,
+        episodes=episodes,
+        tasks=None if tasks is None else _names(tasks),
+        instruction=instruction,
+        seed=seed,
+        workers=workers,
+    )
 
 
 def trace(
@@ -146,13 +170,14 @@ def trace(
 
 
 def bench(
-    what: Annotated[Literal["all", "model", "train", "load"], tyro.conf.Positional] = "all",
+    what: Annotated[Literal["all", "model", "train", "load", "sim"], tyro.conf.Positional] = "all",
     config: str = "mid",
     policy: str | None = None,
     batch: int = 1,
     cameras: int = 3,
     prompt_tokens: int = 60,
     num_steps: int = 10,
+    draws: int = 1,
     dtype: Literal["float32", "bfloat16"] = "float32",
     device: str = "cpu",
     compile: bool = False,
@@ -165,13 +190,15 @@ def bench(
     floor of each operation is the larger of FLOPs / peak and bytes / bandwidth; the table says how it adds up.
 
     Args:
-        what: model (sample_actions), train (one step), load (time and memory of loading --policy); all: the first two.
+        what: model (sample_actions), train (one step), load (time and memory of loading --policy), sim (rendering,
+            demonstrations, chunks and closed loop of --policy in Meta-World); all: the first two.
         config: mid (47 M parameters), a preset's name, or a JSON file. The weights are random.
-        policy: for load: a policy folder or checkpoint.
+        policy: for load: a policy folder or checkpoint; for sim: a policy for Meta-World, by default "demo".
         batch: samples at once.
         cameras: cameras of the observation.
         prompt_tokens: real tokens of the prompt; sampling drops the padding behind them.
         num_steps: Euler steps.
+        draws: for train: draws of noise and time per sample, which share the pass over the prefix.
         dtype: of the matmuls; weights follow it in sampling, and stay float32 in training.
         device: cpu or cuda.
         compile: run the three stacks through torch.compile.
@@ -180,6 +207,11 @@ def bench(
     """
     from torchpi.bench import bench_config, run_bench, run_bench_load
 
+    if what == "sim":
+        from torchpi.bench.simulation import run_bench_simulation
+
+        run_bench_simulation(policy or "demo", env="metaworld", task="drawer-open", repeats=repeats, as_json=json)
+        return
     if what == "load":
         if policy is None:
             raise ValueError("bench load needs --policy, a policy folder or checkpoint")
@@ -196,29 +228,269 @@ def bench(
         device=device,
         compiled=compile,
         repeats=repeats,
+        num_draws=draws,
         as_json=json,
     )
+
+
+def stats(
+    dataset: Annotated[str, tyro.conf.Positional],
+    embodiment: str,
+    out: pathlib.Path | None = None,
+    action_horizon: int = 50,
+    json: bool = False,
+) -> None:
+    """Show the statistics of a data set, and write those that a policy normalizes with.
+
+    They are exact, from all frames, in the model's terms: units converted, actions relative to the state where the
+    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there.
+
+    Args:
+        dataset: the folder of a LeRobot data set, format v3.0 or v2.1.
+        embodiment: the robot: metaworld, aloha, … or a JSON file.
+        out: where openpi's norm_stats.json goes, a file or an existing folder; by default nothing is written.
+        action_horizon: actions in a chunk.
+        json: print one JSON document.
+    """
+    from torchpi.data.stats_report import run_stats
+
+    run_stats(dataset, embodiment=embodiment, out=out, action_horizon=action_horizon, as_json=json)
+
+
+def train_command(base: TrainConfig) -> Callable[..., None]:
+    """The command `train`, whose defaults are those of a recipe."""
+
+    def train(
+        out: pathlib.Path | None = None,
+        recipe: str | None = None,
+        resume: pathlib.Path | None = None,
+        config: Annotated[TrainConfig, tyro.conf.arg(name="")] = base,
+    ) -> None:
+        """Train a policy on a LeRobot dataset.
+
+        OUT gets train.json (the recipe), metrics.jsonl, curves.png and checkpoints/STEP/policy, a policy folder with
+        the averaged weights. Ctrl-C stops after the current step and saves; --resume goes on from there.
+
+        Args:
+            out: the run's folder, new or empty.
+            recipe: where the defaults below come from: a packaged recipe (metaworld), or a JSON file, such as the
+                train.json of another run.
+            resume: the folder of a run to go on with; everything else is as it was.
+        """
+        from torchpi.training.loop import CURVES, resume_config, train
+
+        if resume is not None:
+            if out is not None or recipe is not None or config != TrainConfig():
+                raise ValueError("--resume takes the recipe of its run; leave everything else out")
+            out, config = resume, resume_config(resume)
+        for name, value in (("out", out), ("dataset", config.dataset), ("embodiment", config.embodiment)):
+            if not value:
+                raise ValueError(
+                    f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help"
+                )
+        assert out is not None
+        result = train(config, out, resume=resume is not None)
+        if result.interrupted:
+            print(f"interrupted after {result.step} steps; go on with: torchpi train --resume {out}")
+        print(f"policy: {result.policy}\ncurves: {out / CURVES}")
+
+    return train
+
+
+def _recipe_of(args: Sequence[str]) -> str | None:
+    """The value of --recipe, which decides the defaults of the other options."""
+    for i, argument in enumerate(args):
+        if argument == "--recipe" and i + 1 < len(args):
+            return args[i + 1]
+        if argument.startswith("--recipe="):
+            return argument.removeprefix("--recipe=")
+    return None
+
+
+def evaluate(
+    policy: Annotated[str, tyro.conf.Positional],
+    env: str,
+    tasks: str | None = None,
+    episodes: int = 20,
+    seed: int = 0,
+    workers: int | None = None,
+    num_steps: int | None = None,
+    execute_steps: int | None = None,
+    max_steps: int | None = None,
+    swap: str | None = None,
+    blank_images: bool = False,
+    videos: int = 0,
+    out: pathlib.Path | None = None,
+    config: str | None = None,
+    embodiment: str | None = None,
+    normalization: Literal["z_score", "quantile"] | None = None,
+    norm_stats: pathlib.Path | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> None:
+    """Run a policy in a simulator and count its successes.
+
+    The cameras are rendered without a screen. Seed, task and the episode's number decide an episode; the number of
+    workers changes nothing.
+
+    Args:
+        policy: a policy folder, an openpi checkpoint, "demo", or the address of a server (ws://HOST:PORT).
+        env: metaworld or aloha_sim.
+        tasks: by name, separated by commas; by default those that the policy was trained on.
+        episodes: per task.
+        seed: of episodes and noise; no seed has episodes that `sim record` records.
+        workers: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU.
+        num_steps: Euler steps from noise to actions; by default 10.
+        execute_steps: actions of each chunk to execute; by default what the policy recommends, or half of the chunk.
+        max_steps: actions after which an episode has failed; by default the simulator's.
+        swap: two tasks that get each other's instruction, for example faucet-open:faucet-close; several such pairs are
+            separated by commas. A policy that reads its instruction then does the wrong thing.
+        blank_images: show the policy black images.
+        videos: film the first so many episodes of each task.
+        out: the folder of the videos.
+        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
+        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
+        normalization: for checkpoints that do not say theirs.
+        norm_stats: a norm_stats.json, instead of the checkpoint's own.
+        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
+        device: for example cuda or cpu; by default cuda where there is one.
+        json: print one JSON document.
+    """
+    from torchpi.sim.report import print_evaluation, swapped_instructions
+    from torchpi.sim.rollout import Rollout
+
+    # Last, because it brings torch.
+    from torchpi.sim.evaluate import evaluate as run  # isort: skip
+
+    load = {
+        "config": config,
+        "embodiment": embodiment,
+        "normalization": normalization,
+        "norm_stats": norm_stats,
+        "tokenizer": tokenizer,
+        "device": device,
+    }
+    result = run(
+        policy,
+        env,
+        tasks=None if tasks is None else _names(tasks),
+        episodes=episodes,
+        seed=seed,
+        rollout=Rollout(execute_steps, num_steps, max_steps, blank_images=blank_images),
+        instructions=swapped_instructions(env, _names(swap or "")),
+        workers=workers,
+        videos=videos,
+        out=out,
+        load={name: value for name, value in load.items() if value is not None},
+    )
+    if json:
+        _print_json(result.to_dict())
+    else:
+        print_evaluation(result)
+
+
+def sim_record(
+    out: pathlib.Path,
+    tasks: str,
+    episodes: int,
+    env: str = "metaworld",
+    seed: int = 0,
+    noise: float = 0.4,
+    noisy_fraction: float = 0.5,
+    video: bool = False,
+    image_size: int | None = None,
+    workers: int | None = None,
+    json: bool = False,
+) -> None:
+    """Record a simulator's scripted experts as a LeRobot data set.
+
+    A part of the episodes is disturbed, and shows how to come back from where the expert alone would not go. Ctrl-C
+    keeps the episodes that are complete. The seed decides the data set; the number of workers changes nothing.
+
+    Args:
+        out: the data set's folder, new or empty.
+        tasks: by name, separated by commas, for example drawer-open,door-open.
+        episodes: per task.
+        env: the simulator; metaworld has experts.
+        seed: of the whole recording; no seed has episodes that `eval` runs.
+        noise: standard deviation of the disturbance of the executed actions, which are from -1 to 1.
+        noisy_fraction: the part of each task's episodes that is disturbed.
+        video: write the cameras as video (small, lossy) instead of PNG (exact).
+        image_size: height and width of the images; by default the simulator's.
+        workers: processes; by default as many as the CPU's cores and the memory allow.
+        json: print one JSON document.
+    """
+    from torchpi.sim.record import record
+
+    options: dict[str, Any] = {
+        "seed": seed,
+        "noise": noise,
+        "noisy_fraction": noisy_fraction,
+        "image_size": image_size,
+        "video": video,
+    }
+    command = _as_command("sim record", {"env": env, "tasks": tasks, "episodes": episodes, "out": out, **options})
+    result = record(env, _names(tasks), episodes, out, workers=workers, command=command, **options)
+    if json:
+        _print_json(dataclasses.asdict(result))
+    else:
+        failures = sum(result.failures.values())
+        print(
+            f"{result.episodes} episodes, {result.frames} frames in {result.seconds:.0f} s, written to {result.path}; "
+            f"{failures} in which the expert failed were left out"
+        )
+
+
+def _as_command(name: str, arguments: dict[str, Any]) -> str:
+    """A command line with these arguments; those that are None are left out."""
+    words = ["torchpi", *name.split()]
+    for argument, value in arguments.items():
+        flag = argument.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
+
+
+def _names(text: str) -> list[str]:
+    """Names separated by commas."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "trace": trace,
     "bench": bench,
+    "stats": stats,
     "infer": infer,
+    "train": train_command(TrainConfig()),
+    "eval": evaluate,
+    "sim record": sim_record,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; a user's mistake ends with one line on stderr and exit status 1."""
     warnings.showwarning = _show_warning
+    args = list(sys.argv[1:] if argv is None else argv)
+    if " ".join(args[:2]) in COMMANDS:  # of two words
+        args[:2] = [" ".join(args[:2])]
+    commands = dict(COMMANDS)
     try:
+        if args[:1] == ["train"] and (recipe := _recipe_of(args)):
+            commands["train"] = train_command(TrainConfig.from_json(recipe))
         tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=argv, sort_subcommands=False
+            commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
         )
-    except (ValueError, KeyError, OSError) as error:
+    except KeyboardInterrupt as error:
+        print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         # str() of a KeyError quotes its message.
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"error: {message}", file=sys.stderr)
+        print("error:", message, *getattr(error, "__notes__", ()), file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -6,6 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
+from commands import shortened
 
 import torchpi
 from torchpi.cli import COMMANDS, main
@@ -17,13 +18,31 @@ COMMAND_LINES = re.findall(r"^    torchpi (.+)$", README, re.MULTILINE)
 PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
+def in_simulation(line: str) -> bool:
+    return line.split()[0] in ("demo", "sim", "stats", "train", "eval")
+
+
 def test_there_are_commands_and_blocks():
     assert len(COMMAND_LINES) >= 6
-    assert {shlex.split(line, comments=True)[0] for line in COMMAND_LINES} == set(COMMANDS)
+    first_words = [shlex.split(line, comments=True)[0] for line in COMMAND_LINES]
+    assert set(first_words) == {command.split()[0] for command in COMMANDS}
     assert len(PYTHON_BLOCKS) == 3
 
 
-@pytest.mark.parametrize("line", COMMAND_LINES)
+@pytest.mark.slow
+def test_commands_of_the_simulator(tmp_path, monkeypatch, capsys):
+    """One after the other, on a small setting: later ones read what earlier ones wrote."""
+    monkeypatch.chdir(tmp_path)
+    for line in filter(in_simulation, COMMAND_LINES):
+        main(
+            [*shortened(line, tasks="drawer-open,door-open"), *(["--episodes", "1"] if line.startswith("demo") else [])]
+        )
+        assert capsys.readouterr().out
+    for folder in ("torchpi_demo", "metaworld6", "run"):
+        assert any(pathlib.Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not in_simulation(line)])
 def test_commands(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("observation.npz", **demo_observation())
@@ -56,5 +75,8 @@ def test_the_tree_names_what_is_there():
     package = ROOT / "src" / "torchpi"
     tree = README[README.index("## The tree") : README.index("## Commands")]
     for path in package.rglob("*.py"):
-        if path.name != "__init__.py":
-            assert path.name in tree or path.parent.name in ("trace",), f"{path.name} is not in the README's tree"
+        folder = path.parent.name
+        if folder in ("assets", "bench", "data", "demo", "sim", "trace", "training"):  # their important files at most
+            assert f"      {folder}/ " in tree, f"{folder}/ is not in the README's tree"
+        elif path.name != "__init__.py":
+            assert path.name in tree, f"{path.name} is not in the README's tree"

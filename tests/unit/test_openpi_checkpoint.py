@@ -635,5 +635,6 @@ def test_demo_is_the_embedded_model():
     model = torchpi.load_model("demo", dtype=torch.bfloat16)
     assert model.config == torchpi.config.preset("tiny")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    with pytest.raises(ValueError, match="the demo policy is complete; it takes no config="):
-        torchpi.load_model("demo", config="tiny")
+    assert torchpi.load_model("demo", config="tiny").config == model.config
+    with pytest.warns(UserWarning, match="config= overrides"), pytest.raises(ValueError, match=r"model\.safetensors"):
+        torchpi.load_model("demo", config="tiny_pi0")

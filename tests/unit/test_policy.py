@@ -532,6 +532,15 @@ def test_the_demo_is_a_policy_like_any_other():
     assert policy.infer(without, num_steps=1)["actions"].shape == (16, 4)
 
 
-def test_the_demo_refuses_what_it_would_have_to_ignore():
-    with pytest.raises(ValueError, match="the demo policy is complete; it takes no config=, embodiment="):
-        torchpi.load_policy("demo", config="pi05", embodiment="aloha")
+def test_the_demo_is_overruled_like_any_other():
+    policy = torchpi.load_policy("demo", device="cpu", normalization="z_score")
+    assert {rule.kind for rule in policy.transforms.normalization.values()} == {"z_score"}
+    with pytest.raises(ValueError, match="embodiment 'aloha' has a state of 14 dimensions"):
+        torchpi.load_policy("demo", embodiment="aloha", device="cpu")
+
+
+def test_a_folder_of_the_demos_name_has_a_path_with_a_slash(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torchpi.load_policy("demo", device="cpu", default_prompt="mine").save("demo")
+    assert torchpi.load_policy("./demo", device="cpu").default_prompt == "mine"
+    assert torchpi.load_policy("demo", device="cpu").default_prompt is None

@@ -509,3 +509,20 @@ policy.save({str(target)!r}, overwrite=True)
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     torchpi.load_policy("demo", device="cpu", default_prompt="a third one").save(target, overwrite=True)
     assert torchpi.load_policy(target, device="cpu").default_prompt == "a third one"
+
+
+def test_the_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):
+    torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
+    modes = {file.name: file.stat().st_mode for file in (tmp_path / "policy").iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
+def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
+    policy = torchpi.load_policy("demo", device="cpu")
+    policy.save(tmp_path / "half", dtype=torch.bfloat16)
+    policy.save(tmp_path / "full")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "full")]
+    assert sizes[1] > 1.9 * sizes[0]
+    # The demo's weights are bfloat16 already, so that nothing is lost.
+    again = torchpi.load_policy(tmp_path / "half", device="cpu").model
+    assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), again.parameters(), strict=True))

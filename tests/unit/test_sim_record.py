@@ -2,9 +2,7 @@
 
 import json
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -15,14 +13,13 @@ from sim_helpers import (
     corridor,  # noqa: F401
     require_simulator,
 )
+from sim_jobs import interruptible
 
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.record import RECORDING_FILE, TAIL, record
-
-TESTS = pathlib.Path(__file__).parent
 
 
 def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, **options):
@@ -269,24 +266,15 @@ def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(tmp_path, caps
 def test_ctrl_c_keeps_the_complete_episodes(tmp_path, workers):
     require_simulator()
     out = tmp_path / "set"
-    process = subprocess.Popen(
-        [
-            sys.executable, "-m", "torchpi.cli", "sim", "record", "--out", out, "--tasks", "faucet-open", "--episodes",
-            "500", "--image-size", "24", "--workers", str(workers),
-        ],
-        env={**os.environ, "PYTHONPATH": str(TESTS.parents[1] / "src")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while len(list((out / ".recording").glob("episode_*.json"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    start = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert time.monotonic() - start < 30
+    with interruptible(
+        "-m", "torchpi.cli", "sim", "record", "--out", out, "--tasks", "faucet-open", "--episodes", 500,
+        "--image-size", 24, "--workers", workers,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 300
+        while len(list((out / ".recording").glob("episode_*.json"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=60)
     assert (process.returncode, stdout) == (130, "")
     assert "Traceback" not in stderr
     episodes = recording(out)["episodes"]

@@ -2,18 +2,14 @@
 
 import functools
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import time
 
 import pytest
-from sim_jobs import Work, no_work
+from sim_jobs import Work, interruptible, no_work
 
 from torchpi.sim.workers import default_workers, run_jobs
-
-TESTS = pathlib.Path(__file__).parent
 
 
 def run(jobs, *, workers, make_work=Work, window=None):
@@ -21,7 +17,8 @@ def run(jobs, *, workers, make_work=Work, window=None):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_every_job_is_done_once(workers):
+def test_every_job_is_done_once(workers, monkeypatch):
+    monkeypatch.delenv("LP_NUM_THREADS", raising=False)
     results = run(list("abcdefg"), workers=workers, make_work=functools.partial(Work, []))
     assert {number: result[0] for number, result in results.items()} == dict(enumerate("abcdefg"))
     processes = {result[1] for result in results.values()}
@@ -105,7 +102,7 @@ def test_leaving_early_ends_the_processes():
     _, (_, pid, *_) = next(jobs)
     start = time.monotonic()
     jobs.close()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
 
@@ -136,20 +133,13 @@ if __name__ == "__main__":
 def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(INTERRUPTED)
-    process = subprocess.Popen(
-        [sys.executable, program],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parents[1] / "src")])},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,  # a terminal sends Ctrl-C to all processes of the command, as killpg does
-    )
-    pids = [int(process.stdout.readline()) for _ in range(2)]  # what the jobs print goes to stderr
-    time.sleep(0.3)
-    start = time.monotonic()
-    os.killpg(process.pid, signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
-    assert time.monotonic() - start < 5
+    with interruptible(program) as process:
+        pids = [int(process.stdout.readline()) for _ in range(2)]  # what the jobs print goes to stderr
+        time.sleep(0.3)
+        start = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert time.monotonic() - start < 50  # on a machine that does nothing else: at once
     assert stderr.count("printed") == 2
     assert stderr.count("Traceback") == 1  # this program's own
     assert stderr.strip().endswith("KeyboardInterrupt")

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from torchpi.config import PRESETS
-from torchpi.demo import demo_observation, demo_policy
+from torchpi.demo import demo_observation
+from torchpi.policy import load_policy
 from torchpi.trace import TraceEntry, run_trace, trace_steps
 from torchpi.trace.page import render_page
 from torchpi.trace.subject import Sizes, find_subject, from_policy
@@ -125,12 +126,7 @@ def pi0():
 
 @pytest.fixture(scope="module")
 def policy():
-    return demo_policy()
-
-
-@pytest.fixture(autouse=True)
-def _make_it_once(policy, monkeypatch):
-    monkeypatch.setattr("torchpi.demo.demo_policy", lambda **_: policy)
+    return load_policy("demo", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +215,13 @@ def test_the_walk_computes_what_the_model_computes(policy, tiny):
     loss = policy.model.compute_loss(observation, actions, noise=subject.noise, time=subject.time)
     stats = {(entry.step, entry.name): entry.stats for entry in tiny.entries}
     assert abs(stats["11", "loss"].mean - loss.mean().item()) <= 1e-5
-    assert stats["1", "image/base_0_rgb"].min == -1.0  # the letterbox
+
+
+def test_pictures_are_traced_as_the_model_sees_them(policy):
+    wide = demo_observation() | {"base": np.full((48, 96, 3), 255, np.uint8)}
+    trace = walk(from_policy(policy, Sizes(batch=1), wide))
+    stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
+    assert (stats["1", "image/base_0_rgb"].min, stats["1", "image/base_0_rgb"].max) == (-1.0, 1.0)  # the letterbox
 
 
 def test_golden_batch_and_checkpoint_without_sizes(golden):

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 import torchpi
+from torchpi.cli import main
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.model.pi0 import Pi0
@@ -301,3 +302,39 @@ def test_a_recipe_survives_its_file(recipe, tmp_path):
 
 def test_metaworlds_robot_fits_its_dataset(dataset):
     assert metaworld().action_size == LeRobotDataset(dataset, action_horizon=2)[0]["action"].shape[1]
+
+
+def run_command(*arguments: str) -> int:
+    try:
+        main(["train", *arguments])
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_the_recipe_gives_the_options_their_defaults(capsys):
+    assert run_command("--recipe", "metaworld", "--help") == 0
+    assert "(default: 4500)" in " ".join(capsys.readouterr().out.split())
+    assert run_command("--recipe", "nowhere") == 1
+    assert "packaged recipes are metaworld" in capsys.readouterr().err
+
+
+def test_the_command_says_what_is_missing_or_too_much(whole_run, capsys):
+    for arguments, message in (
+        ([], "train needs --out"),
+        (["--out", "x"], "train needs --dataset"),
+        (["--out", "x", "--dataset", "y"], "train needs --embodiment"),
+        (["--resume", str(whole_run[0]), "--num-steps", "3"], "leave everything else out"),
+        (["--out", "x", "--dataset", "nowhere", "--embodiment", "metaworld", "--model", "tiny"], "nowhere"),
+        (["--batch-size", "0"], "batch_size must be a positive integer"),
+    ):
+        assert run_command(*arguments) != 0
+        captured = capsys.readouterr()
+        assert message in " ".join((captured.err + captured.out).split()), arguments
+
+
+def test_the_command_resumes_and_says_where_the_policy_is(recipe, tmp_path, capsys):
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=3), run)
+    assert run_command("--resume", str(run)) == 0
+    assert f"policy: {run}/checkpoints/00000003/policy" in capsys.readouterr().out

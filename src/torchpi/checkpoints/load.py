@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 
+from torchpi.assets import assets
 from torchpi.checkpoints import folder, openpi
 from torchpi.config import PRESETS, Pi0Config, preset
 from torchpi.model.pi0 import Pi0
@@ -47,12 +48,6 @@ def load_model(
     """
     if adapt or lora_alpha is not None:
         raise NotImplementedError("adapt= and lora_alpha= are not supported yet")
-    if str(path) == "demo":
-        if config is not None:
-            raise ValueError("the demo policy is complete; it takes no config=")
-        from torchpi.demo import demo_policy  # it stands above this module
-
-        return demo_policy(device=device, dtype=dtype).model
     root = existing_folder(path)
     if folder.is_policy_folder(root):
         model = folder.load_weights(root, folder_config(root, config), dtype=dtype, device=device)
@@ -66,7 +61,7 @@ def load_model(
 
 
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder that holds a checkpoint.
+    """The folder that holds a checkpoint; "demo" is the packaged one of the embedded policy.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -74,7 +69,7 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """
     if str(path).startswith(("hf://", "gs://")):
         raise ValueError(f"{path}: downloads are not supported yet; download the folder and pass its path")
-    root = pathlib.Path(path).expanduser()
+    root = assets() / "demo_policy" if str(path) == "demo" else pathlib.Path(path).expanduser()
     if not root.exists():
         raise FileNotFoundError(f"there is no checkpoint at {root}")
     if root.is_dir():

@@ -15,5 +15,5 @@ def metaworld() -> Embodiment:
         state=("hand_x", "hand_y", "hand_z", "gripper"),
         actions=("delta_x", "delta_y", "delta_z", "gripper"),
         control_hz=80,
-        execute_steps=8,
+        execute_steps=4,
     )

@@ -1,10 +1,9 @@
 """A trace as one page that needs nothing else: no script, no request."""
 
-import importlib.resources
 from html import escape
 
-import torchpi
 from torchpi.trace.diagram import flow_diagram
+from torchpi.trace.document import document, page_top
 from torchpi.trace.plots import (
     RANGE_LIMIT,
     chunk_figures,
@@ -16,7 +15,16 @@ from torchpi.trace.plots import (
 )
 from torchpi.trace.result import Modulation, Trace, Values
 from torchpi.trace.steps import STEPS, Step
-from torchpi.trace.summary import Row, compare_facts, compare_steps, format_count, format_number, phases, rows_of
+from torchpi.trace.summary import (
+    Row,
+    compare_facts,
+    compare_steps,
+    format_count,
+    format_number,
+    large_count,
+    phases,
+    rows_of,
+)
 
 _KINDS = {"0": "eyes", "1": "eyes", "2": "eyes", "3": "eyes", "4": "prefix", "5": "suffix", "6": "cache"}
 _KINDS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"
@@ -37,9 +45,9 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
     Args:
         other: a model to compare with, in a section of its own.
     """
-    sections = [("way", "The way", _way(trace))]
+    sections = [("way", "The way", way_section(trace))]
     if trace.values is not None:
-        sections.append(("input", "What it sees", _input(trace, trace.values)))
+        sections.append(("input", "What it sees", input_section(trace, trace.values)))
     sections.append(("mask", "Who sees whom", _mask(trace)))
     if trace.values is not None:
         sections.append(("denoising", "From noise to actions", _denoising(trace, trace.values)))
@@ -51,54 +59,36 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
     sections.append(("parameters", "Parameters", _parameters(trace)))
     if other is not None:
         sections.append(("compare", f"{trace.title} and {other.title}", _compare(trace, other)))
-    links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
-    body = "".join(f'<section id="{name}"><h2>{escape(title)}</h2>{html}</section>' for name, title, html in sections)
-    style = importlib.resources.files("torchpi").joinpath("assets", "trace.css").read_text(encoding="utf-8")
     title = f"{trace.variant}: from an observation to an action chunk"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body>"
-        f"{_top(trace, title)}<nav><div>{links}</div></nav><main>{body}</main>"
-        f"<footer>torchpi {escape(torchpi.__version__)} · trace {escape(trace.title)} · every shape on this page is "
-        "that of a tensor that existed in the run</footer></body></html>"
+    return document(
+        title,
+        top=_top(trace, title),
+        sections=sections,
+        footer=f"trace {trace.title} · every shape on this page is that of a tensor that existed in the run",
     )
 
 
 def _top(trace: Trace, title: str) -> str:
     horizon, dim, pi05 = trace.config.action_horizon, trace.config.action_dim, trace.config.pi05
     facts = [
-        (_large(sum(trace.parameters.values())), "parameters"),
+        (large_count(sum(trace.parameters.values())), "parameters"),
         (f"{trace.sequence_length}", f"tokens: {trace.prefix_tokens} prefix, {trace.suffix_tokens} suffix"),
         (f"{trace.layers}", "layers in each of two experts"),
         (f"{trace.cache_bytes / 1e6:.1f} MB", f"KV cache of one observation, {trace.dtype}"),
         (f"{trace.time_inputs}", "norms that the time modulates" if pi05 else "place where the time enters"),
         (f"{horizon} × {dim}", "action chunk: horizon × action_dim"),
     ]
-    tiles = "".join(f"<div><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in facts)
-    notes = "".join(f"<li>{escape(note)}</li>" for note in trace.notes)
     lede = (
         "Every step between a robot's cameras and its next actions, with the tensors of a real run of this model."
         if trace.values is not None
         else "Every step between a robot's cameras and its next actions, with the shape of every tensor. There are no "
         "weights behind this page, shapes alone."
     )
-    return (
-        f'<header class="top"><p class="eyebrow">torchpi trace {escape(trace.title)}</p><h1>{escape(title)}</h1>'
-        f'<p class="lede">{lede}</p><div class="facts">{tiles}</div>'
-        + (f'<ul class="notes">{notes}</ul>' if notes else "")
-        + "</header>"
-    )
+    return page_top(f"torchpi trace {trace.title}", title, lede, tiles=facts, notes=trace.notes)
 
 
-def _large(count: int) -> str:
-    for unit, size in (("billion", 1e9), ("million", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return format_count(count)
-
-
-def _way(trace: Trace) -> str:
+def way_section(trace: Trace) -> str:
+    """The whole flow as a drawing."""
     how = (
         "The time reaches every norm of the action expert as scale, shift and gate."
         if trace.config.pi05
@@ -115,7 +105,8 @@ def _num_steps(trace: Trace) -> int:
     return next(entry.value or 0 for entry in trace.entries if entry.name == "euler_steps")
 
 
-def _input(trace: Trace, values: Values) -> str:
+def input_section(trace: Trace, values: Values) -> str:
+    """The cameras and the prompt as the model reads them."""
     figures = []
     for camera, image in values.images.items():
         seen = (

@@ -114,9 +114,15 @@ def _short(label: str) -> str:
 # ---- the chunk on its way ----
 
 
-def chunk_figures(chunk: np.ndarray, names: Sequence[str]) -> str:
-    """One figure per action dimension: the chunk before the first and behind every Euler step."""
+def chunk_figures(chunk: np.ndarray, names: Sequence[str], *, num_executed: int | None = None) -> str:
+    """One figure per action dimension: the chunk before the first and behind every Euler step, [steps + 1, H, A].
+
+    Args:
+        num_executed: so many actions are shown as those that a robot executes.
+    """
     figures = []
+    last_step = chunk.shape[1] - 1
+    ground = "" if num_executed is None else _executed_ground(num_executed - 1, last_step)
     for dim, name in enumerate(names):
         way = chunk[:, :, dim]
         low, high = _padded_range(way)
@@ -129,11 +135,20 @@ def chunk_figures(chunk: np.ndarray, names: Sequence[str]) -> str:
         last = f"{way[-1].min():.2f} … {way[-1].max():.2f}"
         figures.append(
             f"<figure><figcaption>{escape(name)}<small>{last}</small></figcaption>"
-            f'<svg viewBox="0 0 236 118" role="img" aria-label="{escape(name)}">{zero}{axis}{"".join(lines)}'
+            f'<svg viewBox="-6 0 242 118" role="img" aria-label="{escape(name)}">{ground}{zero}{axis}{"".join(lines)}'
             f'<text class="axis" x="28" y="116">0</text>'
-            f'<text class="axis" x="232" y="116" text-anchor="end">{way.shape[1] - 1}</text></svg></figure>'
+            f'<text class="axis" x="232" y="116" text-anchor="end">{last_step}</text></svg></figure>'
         )
     return f'<div class="multiples">{"".join(figures)}</div>'
+
+
+def _executed_ground(last: int, last_step: int) -> str:
+    """Behind the actions up to `last`."""
+    x = 28 + 204 * last / max(last_step, 1)
+    return (
+        f'<rect class="executed" x="28" y="4" width="{x - 28:.1f}" height="98"/>'
+        f'<text class="axis" x="{x:.1f}" y="116" text-anchor="middle">{last}</text>'
+    )
 
 
 def noise_to_action_css() -> str:

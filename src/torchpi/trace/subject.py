@@ -93,10 +93,11 @@ def find_subject(
         FileNotFoundError, ValueError: there is nothing such, or the inputs do not fit.
     """
     if target in ("tiny", "demo"):
-        from torchpi.demo import demo_observation, demo_policy
+        from torchpi.demo.frames import demo_observation
+        from torchpi.policy import load_policy
 
         observation = demo_observation() if inputs is None else read_npz(inputs)
-        policy = demo_policy(device=torch.device(device or "cpu"))
+        policy = load_policy("demo", config=config, device=device or "cpu")
         return from_policy(policy, sizes, observation, title=target)
     if target in PRESETS:
         if inputs is not None:

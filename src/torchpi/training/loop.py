@@ -65,9 +65,6 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
     interrupted = _Trainer(config, run, policy, state, data).run(console)
     target = save_checkpoint(run, state, policy, keep=config.keep)
     plot_curves(run / METRICS, run / CURVES)
-    if interrupted:
-        console.print(f"interrupted after {state.step} steps; go on with: torchpi train --resume {run}")
-    console.print(f"policy: {target / 'policy'}\ncurves: {run / CURVES}")
     return TrainResult(target / "policy", state.step, interrupted)
 
 

@@ -1,0 +1,35 @@
+#!/bin/sh
+# Installs what rendering without a screen needs, where that is possible; otherwise names it. Never fails: without it the
+# demo and the tests do what they can.
+#
+#     sh scripts/install_opengl.sh .venv/bin/python     # the Python that will render
+
+packages="libegl1 libgl1-mesa-dri"
+
+renders() {
+	MUJOCO_GL=egl "$1" -c "from mujoco.egl import GLContext; GLContext(8, 8).free()" >/dev/null 2>&1
+}
+
+[ "$(uname)" = Linux ] || exit 0 # elsewhere the system has it
+case "${MUJOCO_GL:-egl}" in
+[eE][gG][lL]) ;;
+*) exit 0 ;; # another backend was chosen
+esac
+renders "$1" && exit 0
+
+if [ "$(id -u)" = 0 ]; then
+	sudo=""
+elif sudo -n true 2>/dev/null; then
+	sudo="sudo -n"
+else
+	sudo=none
+fi
+if [ "$sudo" != none ] && command -v apt-get >/dev/null; then
+	echo "Installing $packages, to render without a screen"
+	options="-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20 -o DPkg::Lock::Timeout=120"
+	# An update that fails, for example for one of several sources, may still leave a list that is good enough.
+	$sudo apt-get $options update
+	$sudo env DEBIAN_FRONTEND=noninteractive apt-get $options install --yes --no-install-recommends $packages
+	renders "$1" && exit 0
+fi
+echo "To render without a screen this machine needs OpenGL through EGL, in Debian and Ubuntu: apt-get install $packages. Going on without it." >&2

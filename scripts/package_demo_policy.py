@@ -1,0 +1,103 @@
+"""Make the embedded policy, src/torchpi/assets/demo_policy, of a training run and of what was measured with it.
+
+First `torchpi sim record` and `torchpi train` as in docs/from_nothing_to_a_policy.md, into metaworld6 and run. Then:
+
+    python scripts/package_demo_policy.py run
+    torchpi eval demo --env metaworld --episodes 50 --seed 0 --json > results.json
+    torchpi eval demo --env metaworld --tasks faucet-open,faucet-close --swap faucet-open:faucet-close \\
+        --episodes 10 --max-steps 200 --json > swapped.json
+    torchpi eval demo --env metaworld --blank-images --episodes 10 --max-steps 200 --json > blank.json
+    python scripts/package_demo_policy.py run --results results.json --swapped swapped.json --blank blank.json
+
+The weights are rounded to bfloat16 in the first call; the second one writes the same weights, and the measurements
+beside them.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+from typing import Any
+
+import torch
+import tyro
+
+import torchpi
+from torchpi.assets import assets
+from torchpi.training.curves import read_metrics
+from torchpi.training.loop import METRICS
+from torchpi.training.state import checkpoints
+
+MAX_METRICS = 100
+"""Lines of the run's metrics that are kept: enough to draw its curves."""
+
+
+def measured(file: pathlib.Path | None) -> dict[str, Any] | None:
+    """An evaluation's numbers, without the list of its episodes and what is only true of the machine's moment."""
+    if file is None:
+        return None
+    document = json.loads(file.read_text(encoding="utf-8"))
+    left_out = ("episodes", "videos", "policy", "seconds", "steps_per_second", "chunk_ms")
+    return {name: value for name, value in document.items() if name not in left_out}
+
+
+def _without_folders(command: str) -> str:
+    """The command with the last part of each path."""
+    return " ".join(pathlib.PurePath(word).name if word.startswith("/") else word for word in command.split())
+
+
+def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the lines, those with a held-out loss among them."""
+    every = max(1, len(lines) // MAX_METRICS)
+    keep = ("step", "loss", "holdout_loss")
+    return [
+        {name: round(line[name], 5) for name in keep if name in line}
+        for i, line in enumerate(lines)
+        if i % every == 0 or "holdout_loss" in line
+    ]
+
+
+def main(
+    run: tyro.conf.Positional[pathlib.Path],
+    results: pathlib.Path | None = None,
+    swapped: pathlib.Path | None = None,
+    blank: pathlib.Path | None = None,
+    execute_steps: int | None = None,
+    machine: str = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
+) -> None:
+    """Write the packaged policy.
+
+    Args:
+        run: the folder of the training run.
+        results: what `torchpi eval demo --json` printed.
+        swapped: the same with the faucets' instructions swapped.
+        blank: the same without images.
+        execute_steps: what the policy is to recommend, where measuring showed a better number than the run's.
+        machine: what the run was trained on.
+    """
+    last = checkpoints(run)[-1]
+    policy = torchpi.load_policy(last / "policy", device="cpu")
+    if execute_steps is not None:
+        policy.embodiment = dataclasses.replace(policy.embodiment, execute_steps=execute_steps)
+    said = policy.provenance
+    said["recipe"]["dataset"] = pathlib.Path(said["recipe"]["dataset"]).name
+    said["dataset"]["command"] = _without_folders(said["dataset"]["command"])
+    policy.provenance = {
+        **said,
+        "machine": machine,
+        "step": int(last.name),
+        "metrics": thinned(read_metrics(run / METRICS)),
+        **{
+            name: value
+            for name, file in (("results", results), ("results_swapped", swapped), ("results_blank", blank))
+            if (value := measured(file)) is not None
+        },
+    }
+    target = assets() / "demo_policy"
+    policy.save(target, overwrite=target.exists(), dtype=torch.bfloat16)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: {size / 1e6:.1f} MB, step {int(last.name)}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

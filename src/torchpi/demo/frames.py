@@ -1,0 +1,44 @@
+"""Packaged camera frames: the first moment of an episode of each of the embedded policy's tasks."""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from torchpi.assets import assets
+
+
+def demo_tasks() -> tuple[str, ...]:
+    """The tasks of which there are frames, by name."""
+    return tuple(_moments())
+
+
+def demo_observation(task: str | None = None) -> dict[str, Any]:
+    """What the simulated arm sends at the first moment of an episode: a request for `load_policy("demo")`.
+
+    Args:
+        task: one of `demo_tasks()`; by default the first one.
+
+    Returns:
+        base and wrist uint8 [96, 96, 3]; state float64 [4], the hand's position in metres and the gripper's opening
+        from 0 to 1; prompt.
+
+    Raises:
+        KeyError: there are no frames of this task.
+    """
+    moments = _moments()
+    task = next(iter(moments)) if task is None else task
+    if task not in moments:
+        raise KeyError(f"there are no packaged camera frames of {task!r}; there are of {', '.join(moments)}")
+    moment = moments[task]
+    images = {key: np.asarray(Image.open(assets() / "demo" / name)) for key, name in moment["images"].items()}
+    return {**images, "state": np.array(moment["state"]), "prompt": moment["prompt"]}
+
+
+@functools.cache
+def _moments() -> Mapping[str, Any]:
+    text = (assets() / "demo" / "moments.json").read_text(encoding="utf-8")
+    return json.loads(text)["tasks"]

@@ -1,0 +1,74 @@
+"""One request on its way through the policy: what it becomes, from pictures to actions."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchpi.policy import Policy
+from torchpi.trace.result import Trace
+from torchpi.trace.subject import Sizes, from_policy
+from torchpi.trace.summary import format_shape
+from torchpi.trace.walk import walk
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """What became of one request."""
+
+    trace: Trace
+    """Every tensor, of a batch of one."""
+    chunk: np.ndarray
+    """In the robot's units, before the first and behind every Euler step: float32 [steps + 1, H, a]."""
+
+    @property
+    def actions(self) -> np.ndarray:
+        """The action chunk, float32 [H, a]."""
+        return self.chunk[-1]
+
+
+def follow(policy: Policy, observation: Mapping[str, Any], noise: np.ndarray) -> Way:
+    """Take a request through the policy.
+
+    Args:
+        observation: in the robot's keys.
+        noise: [H, action_dim], where the flow begins.
+
+    Raises:
+        KeyError, ValueError: as `Policy.infer`.
+    """
+    subject = from_policy(policy, Sizes(batch=1), observation)
+    subject = dataclasses.replace(subject, noise=torch.from_numpy(noise)[None].to(policy.model.device))
+    trace = walk(subject)
+    assert trace.values is not None
+    state, _ = policy.prepare(observation)
+    size = policy.embodiment.action_size
+    steps = [policy.transforms.inverse(x_t, action_size=size) for x_t in trace.values.chunk]
+    return Way(trace, np.stack([policy.embodiment.from_model(x_t, state) for x_t in steps]).astype(np.float32))
+
+
+def describe(way: Way, policy: Policy) -> list[tuple[str, str]]:
+    """The stations of the way and what there is at each, in the shapes of this policy without the batch's axis."""
+    trace, robot = way.trace, policy.embodiment
+    assert trace.values is not None
+    shapes = {(entry.step, entry.name): format_shape(entry.shape[1:]) for entry in trace.entries}
+    cameras = [(camera.name, camera.key) for camera in robot.cameras if camera.name in trace.cameras and camera.key]
+    first, keys = cameras[0][0], " and ".join(str(key) for _, key in cameras)
+    prompt = next(segment for segment in trace.segments if segment.label == "prompt")
+    num_tokens = int(trace.mask.diagonal()[prompt.start : prompt.stop].sum())
+    names = ", ".join(action.name for action in robot.actions)
+    rate = "" if robot.control_hz is None else f" at {robot.control_hz:g} Hz"
+    then = "" if robot.execute_steps is None else f"; after {robot.execute_steps} of them{rate} it looks again"
+    tokens, text = shapes["2", f"image_tokens/{first}"], shapes["3", "text_tokens"]
+    cache, noise = shapes["inference", "cache/layer_0/k"], shapes["inference", "noise"]
+    return [
+        ("pictures", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
+        ("prompt", f"{trace.prompt!r}: {num_tokens} tokens, padded to {prompt.stop - prompt.start}"),
+        ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
+        ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),
+        ("backbone, once", f"keys and values {cache} of each of {trace.layers} layers"),
+        ("action expert", f"{len(trace.values.times)} Euler steps from noise {noise}, each of which reads them"),
+        ("action chunk", f"float32 {format_shape(way.actions.shape)}: {names}{then}"),
+    ]

@@ -1,0 +1,198 @@
+"""The command `torchpi demo`, with and without a renderer."""
+
+import pathlib
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+from sim_helpers import python, random_policy, require_simulator
+from test_demo import check_page
+
+from torchpi.cli import main
+from torchpi.demo import demo_tasks
+from torchpi.demo import run as demo_run
+from torchpi.demo.run import run_demo
+from torchpi.policy import Policy
+from torchpi.sim.rollout import Rollout
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    """A folder with a small random policy of two tasks, faucet-open and faucet-close."""
+    path = tmp_path_factory.mktemp("policy") / "random"
+    random_policy().save(path)
+    return path
+
+
+@pytest.fixture
+def no_renderer(monkeypatch):
+    monkeypatch.setattr(demo_run, "rendering_problem", lambda: "no OpenGL (broken). Install it")
+
+
+@pytest.fixture
+def prompts(monkeypatch):
+    """What any policy of this process is told, as it is asked."""
+    told, infer = [], Policy.infer
+
+    def spy(self, observation, **options):
+        told.append(observation["prompt"])
+        return infer(self, observation, **options)
+
+    monkeypatch.setattr(Policy, "infer", spy)
+    return told
+
+
+# Without a renderer
+
+
+def test_without_a_renderer_the_policy_sees_packaged_frames(no_renderer, tmp_path, capsys):
+    main(["demo", "--out", str(tmp_path / "new" / "demo")])
+    captured = capsys.readouterr()
+    printed = " ".join(captured.out.split())
+    assert captured.err == ""
+    assert (
+        "Nothing can be rendered here, so there are no episodes and no videos: no OpenGL (broken). Install it"
+        in printed
+    )
+    for part in (
+        "π₀.₅",
+        "pictures",
+        "prefix",
+        "Euler steps",
+        "action by action",
+        "Try next",
+        "trace demo",
+        *demo_tasks(),
+    ):
+        assert part in printed
+    page = tmp_path / "new" / "demo" / "index.html"
+    assert [path.name for path in page.parent.iterdir()] == ["index.html"]
+    check_page(page.read_text(encoding="utf-8"))
+
+
+def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
+    """Each in a process of its own, because MuJoCo decides once."""
+    arguments = ["-m", "torchpi.cli", "demo", "--tasks", "faucet-open", "--out", tmp_path]
+    done = python(*arguments, MUJOCO_GL="disable")
+    assert done.returncode == 0
+    assert "apt-get install libegl1 libgl1-mesa-dri" in " ".join(done.stdout.split())
+    assert "15 " in done.stdout  # the last action
+    blocked = "import sys\nfor name in ('av', 'metaworld', 'mujoco', 'pyarrow'): sys.modules[name] = None\n"
+    program = f"{blocked}from torchpi.cli import main; main(['demo', '--out', {str(tmp_path)!r}])"
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    assert "pip install 'torchpi[sim]'" in " ".join(done.stdout.split())
+
+
+def test_an_instruction_reaches_the_policy_without_a_renderer(no_renderer, prompts, policy, tmp_path, capsys):
+    demo = run_demo(tmp_path, policy=policy, instruction="wave")
+    assert prompts == ["wave"]
+    assert list(demo.glances) == ["faucet-open"]  # the first task
+    assert "'Task: wave, State:" in " ".join(capsys.readouterr().out.split())
+    assert "“wave”" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
+# With one
+
+
+def test_episodes_videos_table_and_page(policy, prompts, tmp_path, capsys):
+    require_simulator()
+    demo = run_demo(
+        tmp_path,
+        policy=policy,
+        tasks=["faucet-close"],
+        instruction="wave",
+        episodes=2,
+        workers=1,
+        rollout=Rollout(max_steps=12),
+    )
+    assert demo.problem is None
+    assert prompts == ["wave"] * 4
+    assert [(episode.task, episode.steps) for episode in demo.evaluation.episodes] == [("faucet-close", 12)] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faucet-close_0.mp4", "index.html"]
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    check_page(page, files=["faucet-close_0.mp4"])
+    assert "data:video/mp4;base64," in page
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "faucet-close",
+        "wave",
+        "95 % interval",
+        "index.html",
+        "sim record",
+        "train --recipe metaworld",
+    ):
+        assert part in printed or part in page
+
+
+def test_the_way_and_the_first_film_begin_alike(policy, tmp_path, monkeypatch):
+    """The packaged frames are the first moment of the first episode, and the noise is the same."""
+    require_simulator()
+    chunks, infer = [], Policy.infer
+    monkeypatch.setattr(Policy, "infer", lambda *args, **options: chunks.append(infer(*args, **options)) or chunks[-1])
+    demo = run_demo(
+        tmp_path, policy=policy, tasks=["faucet-open"], episodes=1, workers=1, rollout=Rollout(max_steps=1)
+    )  # fmt: skip
+    assert demo.task == "faucet-open"
+    np.testing.assert_allclose(demo.way.actions, chunks[0]["actions"], rtol=0, atol=0.05)
+
+
+@pytest.mark.slow
+def test_the_whole_demo(tmp_path, capsys):
+    """With the embedded policy and its tasks, in as many processes as the command takes."""
+    require_simulator()
+    main(["demo", "--episodes", "1", "--out", str(tmp_path)])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["index.html", *(f"{task}_0.mp4" for task in demo_tasks())]
+    )
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    check_page(page, files=[f"{task}_0.mp4" for task in demo_tasks()])
+    assert all(task in capsys.readouterr().out or task in page for task in demo_tasks())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_shows_the_page(policy, tmp_path, width):
+    require_simulator()
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no chromium")
+    run_demo(tmp_path, policy=policy, tasks=["faucet-open"], episodes=1, workers=1, rollout=Rollout(max_steps=24))
+    picture = tmp_path / "page.png"
+    arguments = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--virtual-time-budget=2000", f"--window-size={width},1600",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", (tmp_path / "index.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run([chromium, *arguments], check=True, capture_output=True, timeout=120)
+    with Image.open(picture) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the film is in it
+
+
+# What a user gets wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--episodes", "0"], "at least one episode per task, got 0"),
+        (["--tasks", "fly"], "metaworld has no task 'fly'"),
+        (
+            ["--tasks", "faucet-open,door-open", "--instruction", "go"],
+            "one instruction is for one task, got faucet-open,",
+        ),
+        (["--out", "FILE"], "is a file; the demo writes a folder, choose another one with --out"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_1(no_renderer, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("FILE").write_text("")
+    with pytest.raises(SystemExit) as caught:
+        main(["demo", *arguments])
+    captured = capsys.readouterr()
+    assert caught.value.code == 1
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
