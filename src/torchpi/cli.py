@@ -97,7 +97,7 @@ def demo(
 ) -> None:
     """Show the embedded policy at work: a simulated arm opens drawers and doors.
 
-    Prints what the policy is and how it comes from pictures and words to actions, runs episodes in the simulator, and
+    Prints what the policy is and how it comes from images and words to actions, runs episodes in the simulator, and
     writes a video per task and a page with everything. Where nothing can be rendered, it says what to install, and the
     policy sees packaged camera frames instead.
 
@@ -276,6 +276,7 @@ def train_command(base: TrainConfig) -> Callable[..., None]:
             recipe: where the defaults below come from: a packaged recipe (metaworld), or a JSON file, such as the
                 train.json of another run.
             resume: the folder of a run to go on with; everything else is as it was.
+            config: the fields of the recipe.
         """
         from torchpi.training.loop import CURVES, resume_config, train
 

@@ -16,6 +16,8 @@ COMMANDS = re.findall(r"^    torchpi (.+)$", GUIDE, re.MULTILINE)
 TASKS = "drawer-open,faucet-open,faucet-close"
 
 
+# In so few episodes the gripper stays open.
+@pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
 @pytest.mark.slow
 def test_the_guides_commands(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

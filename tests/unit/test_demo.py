@@ -84,13 +84,12 @@ def test_the_way_ends_at_what_the_policy_infers(policy, noise, way):
 
 def test_the_way_is_described_with_the_shapes_of_the_policy(policy, way):
     text = dict(describe(way, policy))
-    assert text["pictures"] == "base and wrist: 2 × uint8 [96, 96, 3]"
+    assert text["images"] == "base and wrist: 2 × uint8 [96, 96, 3]"
     assert "open the drawer" in text["prompt"]
     assert re.search(r": \d+ tokens, padded to \d+", text["prompt"])
     assert "10 Euler steps from noise [16, 4]" in text["action expert"]
-    assert text["action chunk"].startswith(
-        "float32 [16, 4]: delta_x, delta_y, delta_z, gripper; after 8 of them at 80 Hz"
-    )
+    assert text["action chunk"].startswith("float32 [16, 4]: delta_x, delta_y, delta_z, gripper; after ")
+    assert text["action chunk"].endswith(f" {policy.embodiment.execute_steps} of them at 80 Hz it looks again")
 
 
 # What the policy says of itself

@@ -58,7 +58,7 @@ def test_without_a_renderer_the_policy_sees_packaged_frames(no_renderer, tmp_pat
     )
     for part in (
         "π₀.₅",
-        "pictures",
+        "images",
         "prefix",
         "Euler steps",
         "action by action",
@@ -109,7 +109,8 @@ def test_episodes_videos_table_and_page(policy, prompts, tmp_path, capsys):
         rollout=Rollout(max_steps=12),
     )
     assert demo.problem is None
-    assert prompts == ["wave"] * 4
+    assert len(prompts) >= 4
+    assert set(prompts) == {"wave"}
     assert [(episode.task, episode.steps) for episode in demo.evaluation.episodes] == [("faucet-close", 12)] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faucet-close_0.mp4", "index.html"]
     page = (tmp_path / "index.html").read_text(encoding="utf-8")

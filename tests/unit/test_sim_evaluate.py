@@ -248,10 +248,10 @@ def test_without_a_horizon_there_is_no_evaluation(corridor):  # noqa: F811
 def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa: F811
     with pytest.raises(ValueError, match="execute_steps is 17, but its chunk has only 16 actions"):
         quiet(policy, rollout=Rollout(17))
-    short = random_policy(action_horizon=4)
-    with pytest.raises(ValueError, match="the policy recommends to execute 8, but its chunk has only 4 actions"):
+    short = random_policy(action_horizon=3)
+    with pytest.raises(ValueError, match="the policy recommends to execute 4, but its chunk has only 3 actions"):
         quiet(short)
-    assert quiet(short, episodes=1, rollout=Rollout(4, num_steps=1)).execute_steps == 4
+    assert quiet(short, episodes=1, rollout=Rollout(3, num_steps=1)).execute_steps == 3
 
 
 @pytest.mark.parametrize(

@@ -243,7 +243,7 @@ def test_several_draws_are_the_mean_of_single_ones():
         ({"embodiment": "no_robot"}, "no_robot"),
         ({"model": "no_model"}, "presets are"),
         ({"holdout": 0.9}, "held out"),
-        ({"embodiment": "libero"}, "7 or 8"),
+        ({"embodiment": "libero"}, "its cameras are base, wrist"),
     ],
 )
 def test_wrong_recipes_are_errors_before_anything_is_written(change, message, recipe, tmp_path):

@@ -235,7 +235,6 @@ def save_folder(
             name: parameter.detach().to("cpu", dtype).contiguous() for name, parameter in model.named_parameters()
         }
         safetensors.torch.save_file(weights, beside / "model.safetensors")
-        shutil.copymode(beside / "policy.json", beside / "model.safetensors")  # else it is its owner's alone
         # safetensors makes its file for this user alone; it shall be as readable as the others.
         shutil.copymode(beside / "policy.json", beside / "model.safetensors")
 

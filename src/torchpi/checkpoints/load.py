@@ -85,8 +85,8 @@ def folder_config(root: pathlib.Path, config: Pi0Config | str | pathlib.Path | N
     if config is None:
         return own
     explicit = _explicit(config, own)
-    if explicit != own:
-        warnings.warn(f"{root}: config= overrides {_differences(explicit, own)}", stacklevel=3)
+    if differences := _differences(explicit, own):  # a variant's name and its sizes are the same
+        warnings.warn(f"{root}: config= overrides {differences}", stacklevel=3)
     return explicit
 
 

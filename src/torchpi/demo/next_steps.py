@@ -17,7 +17,7 @@ def next_steps(env: str, tasks: Sequence[str], *, can_render: bool) -> list[tupl
         tasks: that the policy was trained on.
         can_render: whether there is a renderer, which most of them need.
     """
-    see = ("See every tensor on the way, from the pictures to the actions.", "trace demo --html trace.html")
+    see = ("See every tensor on the way, from the images to the actions.", "trace demo --html trace.html")
     if not can_render:
         steps = [see, ("With what is missing installed, see it act.", "demo")]
     else:

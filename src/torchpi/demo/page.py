@@ -66,10 +66,10 @@ def _top(demo: Demo, title: str) -> str:
     tiles.append((f"{horizon} × {size}", "action chunk: actions × dimensions"))
     if demo.evaluation is not None:
         tiles.append((f"{demo.evaluation.chunk_ms:.0f} ms", "for one chunk on one core of the CPU"))
-    tiles.append((f"{demo.way.trace.prefix_tokens}", "tokens of pictures and text"))
+    tiles.append((f"{demo.way.trace.prefix_tokens}", "tokens of images and text"))
     executed = robot.execute_steps or horizon
     lede = (
-        f"From {len(demo.way.trace.cameras)} small pictures, the state of an arm and an instruction in words, a "
+        f"From {len(demo.way.trace.cameras)} small camera images, the state of an arm and an instruction in words, a "
         f"vision-language-action model decides the next {horizon} actions; the arm executes {executed} of them, and "
         "the model looks again. "
     )
@@ -180,10 +180,10 @@ def _frames(demo: Demo) -> str:
 
 
 def _frame(demo: Demo, task: str, glance: Glance) -> str:
-    keys = [camera.key for camera in demo.policy.embodiment.read_cameras if camera.key in glance.observation]
-    images = "".join(
-        f'<img alt="{escape(str(key))}" src="{data_uri(np.asarray(glance.observation[key]))}">' for key in keys
-    )
+    keys = [
+        camera.key for camera in demo.policy.embodiment.read_cameras if camera.key and camera.key in glance.observation
+    ]
+    images = "".join(f'<img alt="{escape(key)}" src="{data_uri(np.asarray(glance.observation[key]))}">' for key in keys)
     return (
         f'<figure><div class="frames">{images}</div><figcaption><b>“{escape(str(glance.observation["prompt"]))}”</b>'
         f'<span class="right">{escape(task)}</span><span class="mono">{escape(_mean_actions(demo, glance))}</span>'
@@ -224,7 +224,7 @@ def _chunk(demo: Demo) -> str:
     )
     figures = chunk_figures(way.chunk, [action.name for action in robot.actions], num_executed=executed)
     return (
-        f'<p class="lede">The chunk for those pictures, the first moment of {escape(demo.task)}: each figure is one '
+        f'<p class="lede">The chunk for those images, the first moment of {escape(demo.task)}: each figure is one '
         f"dimension over the {len(way.actions)} actions, in the robot's units, before the first and behind every one "
         f"of {len(way.chunk) - 1} Euler steps.{ground}</p>"
         f'<p class="ramp">noise, t = 1 <i style="background:{noise_to_action_css()}"></i> actions, t = 0</p>{figures}'

@@ -3,7 +3,9 @@
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -61,20 +63,14 @@ def run_demo(
     _make_folder(out)
     console = Console(highlight=False)
     loaded = load_policy(policy, device="cpu")
-    trained = chosen_tasks(loaded, ENV, None)
     chosen = _tasks(loaded, tasks, instruction)
     # The first chunk of the first film begins from the same frames and the same noise.
     task = chosen[0] if chosen[0] in demo_tasks() else demo_tasks()[0]
-    noise = episode_noise(seed, task, 0, _noise_shape(loaded))
-    observation = demo_observation(task)
-    if instruction is not None:
-        observation["prompt"] = instruction
-    way = follow(loaded, observation, noise(0))
+    way = follow(loaded, _observation(task, instruction), _first_noise(loaded, task, seed))
     _print_rows(console, "The policy", describe_policy(loaded))
-    _print_rows(console, f"The way from pictures to actions, at the first moment of {task}", describe(way, loaded))
+    _print_rows(console, f"The way from images to actions, at the first moment of {task}", describe(way, loaded))
     evaluation, glances, problem = None, {}, rendering_problem()
     if problem is None:
-        told = {} if instruction is None else {chosen[0]: instruction}
         console.print(f"\n[bold]Episodes in the simulator[/bold], {episodes} of each task, the first of them filmed:")
         evaluation = evaluate(
             policy,
@@ -83,21 +79,19 @@ def run_demo(
             episodes=episodes,
             seed=seed,
             rollout=rollout,
-            instructions=told,
+            instructions={} if instruction is None else {chosen[0]: instruction},
             workers=workers,
             videos=1,
             out=out,
             load={"device": "cpu"},
         )
-        print_evaluation(evaluation)
     else:
         glances = {name: _glance(loaded, name, instruction, seed) for name in chosen}
-    demo = Demo(loaded, task, way, evaluation, problem, glances, next_steps(ENV, trained, can_render=problem is None))
-    if problem is not None:
-        _print_glances(console, demo)
-    page = out / PAGE
-    page.write_text(render_demo(demo, out), encoding="utf-8")
-    _print_end(console, demo, page)
+    steps = next_steps(ENV, chosen_tasks(loaded, ENV, None), can_render=problem is None)
+    demo = Demo(loaded, task, way, evaluation, problem, glances, steps)
+    (out / PAGE).write_text(render_demo(demo, out), encoding="utf-8")
+    _print_outcome(console, demo, instruction)
+    _print_end(console, demo, out / PAGE)
     return demo
 
 
@@ -122,18 +116,21 @@ def _tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str | None)
     return chosen[:1]
 
 
-def _noise_shape(policy: Policy) -> tuple[int, int]:
+def _observation(task: str, instruction: str | None) -> dict[str, Any]:
+    """The packaged frames of a task, with another instruction if there is one."""
+    return demo_observation(task) | ({} if instruction is None else {"prompt": instruction})
+
+
+def _first_noise(policy: Policy, task: str, seed: int) -> np.ndarray:
+    """[H, action_dim]: that of the first chunk of the task's first episode."""
     shape = noise_shape(policy)
     assert shape is not None
-    return shape
+    return episode_noise(seed, task, 0, shape)(0)
 
 
 def _glance(policy: Policy, task: str, instruction: str | None, seed: int) -> Glance:
-    observation = demo_observation(task)
-    if instruction is not None:
-        observation["prompt"] = instruction
-    noise = episode_noise(seed, task, 0, _noise_shape(policy))(0)
-    return Glance(observation, policy.infer(observation, noise=noise)["actions"])
+    observation = _observation(task, instruction)
+    return Glance(observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"])
 
 
 # ---- the terminal ----
@@ -147,6 +144,15 @@ def _print_rows(console: Console, title: str, rows: Sequence[tuple[str, str]]) -
         table.add_row(f"  {name}", escape(text))
     console.print(f"\n[bold]{title}[/bold]")
     console.print(table)
+
+
+def _print_outcome(console: Console, demo: Demo, instruction: str | None) -> None:
+    if demo.evaluation is None:
+        _print_glances(console, demo)
+        return
+    print_evaluation(demo.evaluation)
+    if instruction is not None:
+        console.print("Success is what the simulator defines for the task, whatever the policy was told.")
 
 
 def _print_glances(console: Console, demo: Demo) -> None:

@@ -1,4 +1,4 @@
-"""One request on its way through the policy: what it becomes, from pictures to actions."""
+"""One request on its way through the policy: what it becomes, from images to actions."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ def describe(way: Way, policy: Policy) -> list[tuple[str, str]]:
     tokens, text = shapes["2", f"image_tokens/{first}"], shapes["3", "text_tokens"]
     cache, noise = shapes["inference", "cache/layer_0/k"], shapes["inference", "noise"]
     return [
-        ("pictures", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
+        ("images", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
         ("prompt", f"{trace.prompt!r}: {num_tokens} tokens, padded to {prompt.stop - prompt.start}"),
         ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
         ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),

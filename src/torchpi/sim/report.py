@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from torchpi.sim import simulator
 
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Print the table of a result."""
-    table = Table("task", "instruction", "success", "95 % interval", "episodes", "steps", box=box.SIMPLE_HEAD)
+    table = Table(
+        Column("task", no_wrap=True),
+        "instruction",
+        "success",
+        "95 % interval",
+        "episodes",
+        "steps",
+        box=box.SIMPLE_HEAD,
+    )
     for name, task in evaluation.tasks.items():
         steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
         table.add_row(
