@@ -36,7 +36,10 @@ class Work:
         return job, os.getpid(), os.environ.get("LP_NUM_THREADS"), start
 
     def close(self):
-        self.closed.append(True)
+        if isinstance(self.closed, pathlib.Path):
+            self.closed.with_name(str(os.getpid())).touch()
+        elif self.closed is not None:
+            self.closed.append(True)
 
 
 def no_work():

@@ -97,6 +97,11 @@ def test_with_one_worker_what_does_the_jobs_is_closed():
     assert closed == [True, True]
 
 
+def test_so_is_what_other_processes_have(tmp_path):
+    results = run([0.0] * 6, workers=2, make_work=functools.partial(Work, tmp_path / "closed"))
+    assert {str(result[1]) for result in results.values()} <= {path.name for path in tmp_path.iterdir()}
+
+
 def test_leaving_early_ends_the_processes():
     jobs = run_jobs(Work, [0.0, 30.0, 30.0], workers=2, label=str)
     _, (_, pid, *_) = next(jobs)

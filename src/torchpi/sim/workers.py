@@ -36,8 +36,8 @@ def run_jobs(
     Ending the generator early, also by Ctrl-C, ends the processes.
 
     Args:
-        make_work: makes what does a job; called once in each process. With several workers it and the jobs are pickled;
-            with one, what it makes is closed at the end where it has a `close`.
+        make_work: makes what does a job; called once in each process. With several workers it and the jobs are pickled.
+            What it makes is closed when all is done, where it has a `close`.
         jobs: begun in order.
         workers: processes; 1: no other than this one.
         label: what a job is called in errors.
@@ -174,14 +174,18 @@ def _processes(make_work: Callable[[], Any], count: int) -> Iterator[list[_Proce
     """The worker processes, which end with the context."""
     context = multiprocessing.get_context("spawn")  # forks of a process with OpenGL or threads in it may hang
     processes: list[_Process] = []
+    patience = 0.0
     try:
         with _inherited(_ENVIRONMENT), _interrupts_held():
             for _ in range(count):
                 processes.append(_Process(context, make_work))
         yield processes
+        patience = 5.0  # all is done: they may close what they have open
     finally:
         for process in processes:
             process.connection.close()
+        for process in processes:
+            process.process.join(timeout=patience)
             process.process.terminate()
         for process in processes:
             process.process.join(timeout=5)
@@ -223,8 +227,8 @@ def _serve(connection: Connection, make_work: Callable[[], Callable[[Any], Any]]
     while True:
         try:
             job = connection.recv()
-        except (EOFError, OSError):  # the command has ended
-            return
+        except (EOFError, OSError):  # all is done, or the command has ended
+            break
         try:
             work = work or make_work()
             answer = "result", work(job)
@@ -232,3 +236,5 @@ def _serve(connection: Connection, make_work: Callable[[], Callable[[Any], Any]]
             answer = "error", (rephrased(error, message_of(error)), traceback.format_exc())
         with contextlib.suppress(BrokenPipeError):
             connection.send(answer)
+    if isinstance(work, _Closes):
+        work.close()
