@@ -8,6 +8,7 @@ import numpy as np
 
 from torchpi.data import format as lerobot
 from torchpi.robots import Camera, Embodiment
+from torchpi.robots.embodiment import nested
 
 
 def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         flat["actions"] = frame[lerobot.ACTION]
     if "task" in frame:
         flat["prompt"] = frame["task"]
-    return _nested(flat)
+    return nested(flat)
 
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
@@ -92,14 +93,3 @@ def _in_layout_of(camera: Camera, image: np.ndarray) -> np.ndarray:
     if camera.dtype == "float32":
         image = image.astype(np.float32) / 255
     return np.moveaxis(image, -1, 0) if camera.layout == "chw" else image
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, value in flat.items():
-        *folders, last = key.split(".")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = value
-    return tree

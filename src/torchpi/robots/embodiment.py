@@ -341,7 +341,7 @@ class Embodiment:
             last = self.state[-1]
             flat[last.key] = np.zeros(len(last.names) - (len(self.state_names) - state_dim))
         flat["prompt"] = self.default_prompt or "pick up the object"
-        return _nest(flat)
+        return nested(flat)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values; `from_dict` reads it.
@@ -469,7 +469,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of keys that are joined by '.'."""
     tree: dict[str, Any] = {}
     for key, value in flat.items():
         *folders, last = key.split(".")
