@@ -3,8 +3,12 @@
 import dataclasses
 import errno
 import json
+import os
 import pathlib
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -141,6 +145,49 @@ def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe,
     result = loop.train(loop.resume_config(run), run, resume=True)
     assert (result.interrupted, result.step) == (False, 6)
     assert_same_bits(weights(run), weights(whole_run[0]))
+
+
+def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe, tmp_path):
+    """As a terminal sends it: to all processes of the command."""
+    run, arguments = tmp_path / "run", ["--dataset", recipe.dataset, "--embodiment", "metaworld", "--out"]
+    options = [
+        "--num-steps",
+        "1000000",
+        "--batch-size",
+        "4",
+        "--warmup-steps",
+        "2",
+        "--log-every",
+        "1",
+        "--workers",
+        "1",
+        "--model",
+    ]
+    command = [sys.executable, "-m", "torchpi.cli", "train", *arguments, str(run), *options, recipe.model]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as p:
+        deadline = time.monotonic() + 120
+        while not (run / loop.METRICS).exists() and p.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(p.pid, signal.SIGINT)
+        out, error = p.communicate(timeout=60)
+    assert p.returncode == 0, error
+    assert "Traceback" not in error
+    (checkpoint,) = state.checkpoints(run)
+    assert f"interrupted after {int(checkpoint.name)} steps; go on with: torchpi train --resume {run}" in out
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe, tmp_path):
+    data = open_data(recipe)
+    policy = build_policy(recipe, data)
+    some = Samples(data.train, data.embodiment, policy.transforms, Draws(0, 1))
+    batch = some.finish(some.collate([some[0, 0, 0], some[1, 0, 1]]), "cpu")
+    begun = state.TrainState.begin(policy.model, weight_decay=0.0, ema=True)
+    before = {name: value.clone() for name, value in begun.tensors().items()}
+    batch.noise[0] = torch.nan
+    with pytest.raises(ValueError, match="the gradient at step 0 has the norm nan"):
+        loop.update(begun, recipe, batch)
+    assert_same_bits(begun.tensors(), before)
 
 
 def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):

@@ -176,7 +176,7 @@ def _processes(make_work: Callable[[], Any], count: int) -> Iterator[list[_Proce
     processes: list[_Process] = []
     patience = 0.0
     try:
-        with _inherited(_ENVIRONMENT), _interrupts_held():
+        with _inherited(_ENVIRONMENT), interrupts_held():
             for _ in range(count):
                 processes.append(_Process(context, make_work))
         yield processes
@@ -207,7 +207,7 @@ def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
+def interrupts_held() -> Iterator[None]:
     """Processes started meanwhile never see Ctrl-C; this process sees it afterwards, and ends them."""
     if not hasattr(signal, "pthread_sigmask"):
         yield

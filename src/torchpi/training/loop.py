@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import signal
 import time
@@ -108,6 +109,9 @@ def update(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[torch.
 
     Returns:
         The loss before the update, still on the device; the norm of the gradient before it is cut; the learning rate.
+
+    Raises:
+        ValueError: the gradient is NaN or infinite; the weights are as they were.
     """
     parameters = list(state.model.parameters())
     rate = learning_rate(
@@ -121,6 +125,11 @@ def update(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[torch.
     state.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     grad_norm = clip_gradients(parameters, config.max_grad_norm)
+    if not math.isfinite(grad_norm):
+        raise ValueError(
+            f"the gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g}); nothing of this step "
+            "is kept. Lower the learning rate, or look for extreme values in the dataset: torchpi stats"
+        )
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()

@@ -15,6 +15,7 @@ from torchpi.data.observations import to_observation
 from torchpi.policy import stack_inputs
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
+from torchpi.sim.workers import interrupts_held
 from torchpi.training.augment import Augmentation, augment, draw
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation
@@ -98,17 +99,17 @@ class Samples(Dataset):
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
         """Collated batches of the places, in their order, prepared ahead by worker processes."""
-        return iter(
-            DataLoader(
-                self,
-                batch_sampler=places,
-                num_workers=workers,
-                collate_fn=self.collate,
-                prefetch_factor=4 if workers else None,
-                # Not forked: threads of pyarrow and torch would be missing in the child, and their locks held.
-                multiprocessing_context="spawn" if workers else None,
-            )
+        loader = DataLoader(
+            self,
+            batch_sampler=places,
+            num_workers=workers,
+            collate_fn=self.collate,
+            prefetch_factor=4 if workers else None,
+            # Not forked: threads of pyarrow and torch would be missing in the child, and their locks held.
+            multiprocessing_context="spawn" if workers else None,
         )
+        with interrupts_held():  # Ctrl-C is for the loop, which stops after its update; without workers it could not
+            return iter(loader)
 
 
 def _to(tree: Any, device: str | torch.device) -> Any:
