@@ -399,6 +399,7 @@ def sim_record(
     seed: int = 0,
     noise: float = 0.4,
     noisy_fraction: float = 0.5,
+    push_rate: float = 0.02,
     video: bool = False,
     image_size: int | None = None,
     workers: int | None = None,
@@ -417,6 +418,8 @@ def sim_record(
         seed: of the whole recording; no seed has episodes that `eval` runs.
         noise: standard deviation of the disturbance of the executed actions, which are from -1 to 1.
         noisy_fraction: the part of each task's episodes that is disturbed.
+        push_rate: how probable it is at each step of these that the arm is pushed somewhere else, for 5 to 20 steps:
+            shows how to begin again after a miss.
         video: write the cameras as video (small, lossy) instead of PNG (exact).
         image_size: height and width of the images; by default the simulator's.
         workers: processes; by default as many as the CPU's cores and the memory allow.
@@ -428,6 +431,7 @@ def sim_record(
         "seed": seed,
         "noise": noise,
         "noisy_fraction": noisy_fraction,
+        "push_rate": push_rate,
         "image_size": image_size,
         "video": video,
     }

@@ -1,5 +1,6 @@
 """Recording: what is in the data set, what decides it, and what is left when it is interrupted."""
 
+import itertools
 import json
 import os
 import signal
@@ -22,8 +23,8 @@ from torchpi.sim.environment import environment_seed
 from torchpi.sim.record import RECORDING_FILE, TAIL, record
 
 
-def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, **options):
-    return record(env, list(tasks), episodes, out, workers=workers, progress=False, **options)
+def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, push_rate=0, **options):
+    return record(env, list(tasks), episodes, out, workers=workers, progress=False, push_rate=push_rate, **options)
 
 
 def recording(path):
@@ -82,6 +83,23 @@ def test_the_executed_action_is_disturbed_and_the_label_is_not(corridor, tmp_pat
         else:
             np.testing.assert_allclose(steps, 1, rtol=1e-5)
         start += episode["length"]
+
+
+def test_a_push_leads_away_for_a_while_and_the_label_is_what_the_expert_says(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "set", tasks=["long"], episodes=6, noise=0, noisy_fraction=1, push_rate=0.1)
+    lengths, found = [e["length"] for e in recording(tmp_path / "set")["episodes"]], frames(tmp_path / "set")
+    np.testing.assert_array_equal([frame["action"][0] for frame in found], [[1, 0, 0, -1]] * len(found))
+    state = np.array([frame["observation.state"][0] for frame in found])
+    pushes = []
+    for episode in np.split(state, np.cumsum(lengths)[:-1]):
+        for step, run in itertools.groupby(np.round(10 * np.diff(episode), 4)):
+            if step != 1:  # the expert's
+                pushes.append((step, len(list(run))))
+    assert len(pushes) >= 4
+    assert len({step for step, _ in pushes}) > 1
+    # One that is cut by the end of its episode may be shorter, and one that follows another makes no longer run.
+    assert max(length for _, length in pushes) <= 20
+    assert sorted(length for _, length in pushes)[len(pushes) // 2] >= 5
 
 
 @pytest.mark.parametrize(("fraction", "noisy"), [(0, 0), (0.5, 4), (1, 8)])
@@ -152,7 +170,8 @@ def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkey
         ({"tasks": []}, ValueError, "at least one task"),
         ({"episodes": 0}, ValueError, "at least one episode"),
         ({"noise": -0.1}, ValueError, "noise of at least 0"),
-        ({"noisy_fraction": 1.1}, ValueError, "a noisy_fraction from 0 to 1"),
+        ({"noisy_fraction": 1.1}, ValueError, "a noisy_fraction and a push_rate from 0 to 1"),
+        ({"push_rate": -0.1}, ValueError, "a noisy_fraction and a push_rate from 0 to 1"),
         ({"workers": 0}, ValueError, "workers must be at least 1"),
         ({"image_size": 0}, ValueError, "image_size"),
         ({"image_size": 15, "video": True}, ValueError, "even height and width"),
@@ -242,7 +261,7 @@ def test_the_command_records_and_says_so(tmp_path, capsys):
     command = recording(tmp_path / "a")["command"]
     assert command == (
         "torchpi sim record --env metaworld --tasks faucet-open --episodes 1 --out "
-        f"{tmp_path / 'a'} --seed 0 --noise 0.4 --noisy-fraction 0.5 --image-size 24 --no-video"
+        f"{tmp_path / 'a'} --seed 0 --noise 0.4 --noisy-fraction 0.5 --push-rate 0.02 --image-size 24 --no-video"
     )
     assert recording(tmp_path / "b")["command"].endswith("--video")
     assert document["path"] == str(tmp_path / "b")

@@ -17,7 +17,7 @@ from torchpi.data import LeRobotWriter
 from torchpi.data.format import ACTION, IMAGES, INFO, STATE
 from torchpi.randomness import generator_at
 from torchpi.sim import LatestEnvironment, check_tasks, simulator
-from torchpi.sim.environment import Environment, environment_seed
+from torchpi.sim.environment import Environment, UnstableError, environment_seed
 from torchpi.sim.progress import progress_bar
 from torchpi.sim.rollout import camera_keys
 from torchpi.sim.workers import default_workers, message_of, rephrased, run_jobs
@@ -29,6 +29,7 @@ TAIL = 5
 MAX_ATTEMPTS = 10
 """Seeds that are tried for one episode."""
 _MIN_ATTEMPTS = 8  # before it is judged that an expert fails too often
+_PUSH_STEPS = (5, 20)  # how long a push lasts; at one centimetre per step Meta-World's hand is then beside its goal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,7 @@ class _Settings:
     seed: int
     noise: float | int
     noisy_fraction: float | int
+    push_rate: float | int
     image_size: int
 
 
@@ -80,6 +82,7 @@ def record(
     seed: int = 0,
     noise: float | int = 0.4,
     noisy_fraction: float | int = 0.5,
+    push_rate: float | int = 0.02,
     video: bool = False,
     image_size: int | None = None,
     workers: int | None = None,
@@ -100,6 +103,9 @@ def record(
         seed: of the whole recording. No evaluation has the same episodes, whatever its seed.
         noise: standard deviation of what is added to each dimension of an executed action; actions are ±1.
         noisy_fraction: the part of each task's episodes that is disturbed.
+        push_rate: how probable it is at each step of a disturbed episode that a push begins: for 5 to 20 steps the arm
+            goes somewhere else, whatever the expert says. Noise alone never leads far enough away to show how to begin
+            again after a miss.
         video: cameras as video (small, lossy), otherwise as PNG (exact).
         image_size: height and width of the cameras; None: the environment's.
         workers: processes; None: as many as the CPU's cores and the memory allow; 1: this process alone. More than one
@@ -120,14 +126,15 @@ def record(
     start = time.perf_counter()
     check_tasks(env, tasks)
     image_size = simulator(env).image_size if image_size is None else image_size
-    if episodes < 1 or not noise >= 0 or not 0 <= noisy_fraction <= 1 or image_size < 1:
+    fractions = 0 <= noisy_fraction <= 1 and 0 <= push_rate <= 1
+    if episodes < 1 or not noise >= 0 or not fractions or image_size < 1:
         raise ValueError(
-            "expected at least one episode, noise of at least 0, a noisy_fraction from 0 to 1 and a positive "
-            f"image_size, got {episodes}, {noise:g}, {noisy_fraction:g} and {image_size}"
+            "expected at least one episode, noise of at least 0, a noisy_fraction and a push_rate from 0 to 1 and a "
+            f"positive image_size, got {episodes}, {noise:g}, {noisy_fraction:g}, {push_rate:g} and {image_size}"
         )
     if not simulator(env).has_experts:
         raise ValueError(f"{env} has no scripted experts to record; metaworld has")
-    settings = _Settings(env, seed, noise, noisy_fraction, image_size)
+    settings = _Settings(env, seed, noise, noisy_fraction, push_rate, image_size)
     jobs = [_Job(task, index) for task in tasks for index in range(episodes)]
     workers = default_workers(len(jobs)) if workers is None else workers
     root, done = pathlib.Path(out), _Done()
@@ -200,7 +207,8 @@ class _Recorder:
         for attempt in range(MAX_ATTEMPTS):
             seed = environment_seed("record", settings.seed, job.task, job.index, attempt)
             generator = generator_at(settings.seed, "record noise", job.task, job.index, attempt)
-            frames = _demonstrate(environment, seed, settings.noise if noisy else 0.0, generator)
+            disturbance = _Disturbance(settings.noise, settings.push_rate, generator) if noisy else None
+            frames = _demonstrate(environment, seed, disturbance)
             if frames is not None:
                 return _Demonstration(frames, seed, noisy, failures=attempt)
         raise ValueError(_fails_too_often(job.task, MAX_ATTEMPTS, MAX_ATTEMPTS))
@@ -210,8 +218,27 @@ class _Recorder:
         self._latest.close()
 
 
+class _Disturbance:
+    """What the arm does in place of what the expert says."""
+
+    def __init__(self, noise: float | int, push_rate: float | int, generator: np.random.Generator) -> None:
+        self._noise, self._push_rate, self._generator = noise, push_rate, generator
+        self._push, self._steps_left = np.zeros(0), 0
+
+    def __call__(self, action: np.ndarray) -> np.ndarray:
+        """The next action that is executed."""
+        noise = self._noise * self._generator.standard_normal(action.shape)
+        if not self._steps_left and self._generator.random() < self._push_rate:
+            self._push = self._generator.standard_normal(action.shape)
+            self._steps_left = int(self._generator.integers(*_PUSH_STEPS, endpoint=True))
+        if self._steps_left:
+            self._steps_left -= 1
+            return np.clip(self._push, -1, 1)
+        return np.clip(action + noise, -1, 1)
+
+
 def _demonstrate(
-    environment: Environment, seed: int, noise: float | int, generator: np.random.Generator
+    environment: Environment, seed: int, disturbance: Callable[[np.ndarray], np.ndarray] | None
 ) -> dict[str, np.ndarray] | None:
     """An episode of the expert by the keys of the data set, [T, …]; None if it does not succeed."""
     environment.reset(seed)
@@ -223,8 +250,11 @@ def _demonstrate(
             frames[f"{IMAGES}{camera}"].append(observation[camera])
         frames[STATE].append(observation["state"])
         frames[ACTION].append(action)
-        disturbance = noise * generator.standard_normal(action.shape)
-        if environment.step(np.clip(action + disturbance, -1, 1)) and success_at is None:
+        try:
+            success = environment.step(disturbance(action) if disturbance else action)
+        except UnstableError:
+            return None
+        if success and success_at is None:
             success_at = step
         if success_at is not None and step >= success_at + TAIL:
             break
