@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from torchpi.checkpoints.openpi import leaves
+from torchpi.checkpoints.openpi_layout import jax_leaves
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 
 CONFIG = Pi0Config(
@@ -31,7 +31,7 @@ def write(out: Path) -> None:
     params.mkdir(parents=True)
     rng = np.random.default_rng(0)
     tree = {}
-    for name, leaf in leaves(CONFIG).items():
+    for name, leaf in jax_leaves(CONFIG).items():
         keys = ("params", *name.split("."))
         tree[str(keys)] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys]}
         metadata = {"shape": leaf.shape, "chunks": leaf.shape, "dtype": "<f4", "compressor": {"id": "zstd", "level": 1}}

@@ -72,6 +72,17 @@ def golden_root() -> pathlib.Path:
     return GOLDEN
 
 
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """No server answers, and nothing is cached."""
+    from torchpi.checkpoints import hub
+
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "_WAITS", ())
+
+
 @pytest.fixture(scope="session")
 def policy_cases() -> dict[str, Any]:
     """golden/policy's table: per case its settings."""

@@ -190,7 +190,8 @@ def bench(
     floor of each operation is the larger of FLOPs / peak and bytes / bandwidth; the table says how it adds up.
 
     Args:
-        what: model (sample_actions), train (one step), load (time and memory of loading --policy), sim (rendering,
+        what: model (sample_actions), train (one step), load (time and memory of loading --policy, and of
+            writing its weights into a policy folder), sim (rendering,
             demonstrations, chunks and closed loop of --policy in Meta-World); all: the first two.
         config: mid (47 M parameters), a preset's name, or a JSON file. The weights are random.
         policy: for load: a policy folder or checkpoint; for sim: a policy for Meta-World, by default "demo".
@@ -205,7 +206,7 @@ def bench(
         repeats: timed runs, whose median counts.
         json: print one JSON document.
     """
-    from torchpi.bench import bench_config, run_bench, run_bench_load
+    from torchpi.bench import bench_config, run_bench
 
     if what == "sim":
         from torchpi.bench.simulation import run_bench_simulation
@@ -215,7 +216,9 @@ def bench(
     if what == "load":
         if policy is None:
             raise ValueError("bench load needs --policy, a policy folder or checkpoint")
-        run_bench_load(policy, dtype=dtype, as_json=json)
+        from torchpi.bench.loading import run_bench_load
+
+        run_bench_load(policy, dtype=dtype, config=None if config == "mid" else config, as_json=json)
         return
     run_bench(
         [what] if what != "all" else ["model", "train"],
@@ -255,6 +258,174 @@ def stats(
     from torchpi.data.stats_report import run_stats
 
     run_stats(dataset, embodiment=embodiment, out=out, action_horizon=action_horizon, as_json=json)
+
+
+def convert(
+    source: Annotated[str, tyro.conf.Positional],
+    target: Annotated[pathlib.Path, tyro.conf.Positional],
+    to: Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"],
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    action_dim: int | None = None,
+    action_horizon: int | None = None,
+    max_token_len: int | None = None,
+    config: str | None = None,
+    lora_alpha: tuple[float, float] | None = None,
+    embodiment: str | None = None,
+    normalization: Literal["z_score", "quantile"] | None = None,
+    norm_stats: pathlib.Path | None = None,
+    asset_id: str | None = None,
+    tokenizer: str | None = None,
+    default_prompt: str | None = None,
+    max_shard_gb: float = 5.0,
+    overwrite: bool = False,
+    check: bool = True,
+    json: bool = False,
+) -> None:
+    """Write a checkpoint in another format.
+
+    Every array of SOURCE is written, folded or named. TARGET is complete or not there. Afterwards it is read back, and
+    its arrays and the actions sampled from them are compared with the source's.
+
+    Args:
+        source: a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot; a folder, hf://… or gs://….
+        target: a new folder.
+        to: the format.
+        dtype: of the arrays; by default the source's.
+        action_dim: another width of actions and state: weights are cut, or extended by zeros.
+        action_horizon: another number of actions in a chunk.
+        max_token_len: another number of prompt tokens.
+        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
+        lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32.
+        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
+        normalization: for checkpoints that do not say theirs; π₀ was trained with z_score, π₀.₅ with quantile.
+        norm_stats: a norm_stats.json, instead of the checkpoint's own.
+        asset_id: which of the checkpoint's assets/<id>/norm_stats.json.
+        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
+        default_prompt: for observations without a prompt.
+        max_shard_gb: safetensors files are written in shards of this size.
+        overwrite: replace a target that is there.
+        check: read the target back and compare; takes about as long as the conversion.
+        json: print the report as one JSON document.
+    """
+    import torch
+
+    from torchpi.convert import convert, print_conversion
+
+    policy = {
+        "embodiment": embodiment,
+        "normalization": normalization,
+        "norm_stats": norm_stats,
+        "tokenizer": tokenizer,
+        "default_prompt": default_prompt,
+    }
+    sizes = {"action_dim": action_dim, "action_horizon": action_horizon, "max_token_len": max_token_len}
+    result = convert(
+        source,
+        target,
+        to,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        config=config,
+        sizes={field: value for field, value in sizes.items() if value is not None},
+        lora_alpha=lora_alpha,
+        asset_id=asset_id,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+        overwrite=overwrite,
+        check=check,
+        **{name: value for name, value in policy.items() if value is not None},
+    )
+    if json:
+        _print_json(result.to_dict())
+    else:
+        print_conversion(result)
+
+
+def doctor(
+    policy: Annotated[str, tyro.conf.Positional],
+    observation: pathlib.Path | None = None,
+    config: str | None = None,
+    embodiment: str | None = None,
+    normalization: Literal["z_score", "quantile"] | None = None,
+    norm_stats: pathlib.Path | None = None,
+    asset_id: str | None = None,
+    tokenizer: str | None = None,
+    default_prompt: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> int:
+    """Show what a policy is, and what would make a robot misbehave.
+
+    Checks weights and statistics; with an observation also its state, prompt and cameras, the actions that come out,
+    and what the policy reads: how far the chunk moves when a camera is black, cameras are swapped, the instruction is
+    another one or the state is its mean. The exit status is 1 where something is wrong.
+
+    Args:
+        policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo".
+        observation: an .npz file with the robot's own keys, as for infer.
+        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
+        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
+        normalization: for checkpoints that do not say theirs.
+        norm_stats: a norm_stats.json, instead of the checkpoint's own.
+        asset_id: which of the checkpoint's assets/<id>/norm_stats.json.
+        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
+        default_prompt: for observations without a prompt.
+        device: for example cuda or cpu; by default cuda where there is one.
+        json: print one JSON document.
+    """
+    from torchpi.doctor import run_doctor
+
+    load = {
+        "config": config,
+        "embodiment": embodiment,
+        "normalization": normalization,
+        "norm_stats": norm_stats,
+        "asset_id": asset_id,
+        "tokenizer": tokenizer,
+        "default_prompt": default_prompt,
+        "device": device,
+    }
+    given = {name: value for name, value in load.items() if value is not None}
+    return run_doctor(policy, observation=observation, as_json=json, **given)
+
+
+def compare(
+    a: Annotated[str, tyro.conf.Positional],
+    b: Annotated[str, tyro.conf.Positional],
+    observation: pathlib.Path,
+    tolerance: float | None = None,
+    config: str | None = None,
+    embodiment: str | None = None,
+    tokenizer: str | None = None,
+    device: str | None = None,
+    json: bool = False,
+) -> int:
+    """Walk two policies stage by stage, and name the first stage in which they differ.
+
+    The same observation and noise go through both: prompt, images, state, image tokens, cache, velocity, chunk, and
+    actions in the robot's units. The exit status is 1 if they differ.
+
+    Args:
+        a: a policy, as for doctor.
+        b: another one.
+        observation: an .npz file with the robot's own keys, as for infer.
+        tolerance: how far two stages may be apart, in parts of their scale.
+        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
+        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
+        tokenizer: for checkpoints without one.
+        device: for example cuda or cpu; by default the CPU.
+        json: print one JSON document.
+    """
+    from torchpi.compare import TOLERANCE, run_compare
+
+    load: dict[str, Any] = {"config": config, "embodiment": embodiment, "tokenizer": tokenizer}
+    return run_compare(
+        a,
+        b,
+        observation=observation,
+        as_json=json,
+        tolerance=TOLERANCE if tolerance is None else tolerance,
+        device=device,
+        **{name: value for name, value in load.items() if value is not None},
+    )
 
 
 def train_command(base: TrainConfig) -> Callable[..., None]:
@@ -470,6 +641,9 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "bench": bench,
     "stats": stats,
     "infer": infer,
+    "convert": convert,
+    "doctor": doctor,
+    "compare": compare,
     "train": train_command(TrainConfig()),
     "eval": evaluate,
     "sim record": sim_record,
@@ -486,7 +660,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if args[:1] == ["train"] and (recipe := _recipe_of(args)):
             commands["train"] = train_command(TrainConfig.from_json(recipe))
-        tyro.extras.subcommand_cli_from_dict(
+        status = tyro.extras.subcommand_cli_from_dict(
             commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
         )
     except KeyboardInterrupt as error:
@@ -497,6 +671,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print("error:", message, *getattr(error, "__notes__", ()), file=sys.stderr)
         raise SystemExit(1) from None
+    if status:
+        raise SystemExit(status)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

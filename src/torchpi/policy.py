@@ -11,8 +11,17 @@ import torch
 from torch import Tensor
 
 import torchpi
-from torchpi.checkpoints import folder, openpi
-from torchpi.checkpoints.load import existing_folder, load_model
+from torchpi.checkpoints import folder, lerobot
+from torchpi.checkpoints.load import (
+    existing_file,
+    existing_folder,
+    format_of,
+    load_model,
+    norm_stats_files,
+    published_name,
+    read_document,
+)
+from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
@@ -20,6 +29,9 @@ from torchpi.transforms.normalize import Normalization, NormStats, load_norm_sta
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
 from torchpi.types import ActionChunk, Observation
+
+TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
+"""The published models' tokenizer, which is public."""
 
 
 class Policy:
@@ -34,6 +46,7 @@ class Policy:
         normalization: Mapping[str, Normalization],
         tokenizer: str | pathlib.Path,
         default_prompt: str | None = None,
+        prompt_format: str = "openpi",
         truncation: str = "instruction",
         metadata: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -45,7 +58,7 @@ class Policy:
             normalization: the rule for "state" and for "actions".
             tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
             default_prompt: for requests without a prompt; by default the embodiment's.
-            truncation: of prompts that are too long, see `transforms.prompt.tokenize_prompt`.
+            prompt_format, truncation: of the prompt, see `transforms.prompt.tokenize_prompt`.
             metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway.
             provenance: where the weights come from.
 
@@ -70,6 +83,7 @@ class Policy:
             max_token_len=config.max_token_len,
             action_dim=config.action_dim,
             image_size=(config.image_size, config.image_size),
+            prompt_format=prompt_format,
             truncation=truncation,
         )
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
@@ -198,26 +212,50 @@ class Policy:
             **self._metadata,
         }
 
-    def save(self, path: str | pathlib.Path, *, overwrite: bool = False, dtype: torch.dtype | None = None) -> None:
-        """Write a policy folder, which needs nothing else, atomically; the weights in `dtype`, by default their own.
+    def save(
+        self,
+        path: str | pathlib.Path,
+        *,
+        overwrite: bool = False,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int | None = None,
+    ) -> None:
+        """Write a policy folder, which needs nothing else, atomically.
+
+        Args:
+            overwrite: replace a policy folder that is there.
+            dtype: of the weights on disk; by default their own.
+            max_shard_bytes: above it the weights are written in shards; None: never.
 
         Raises:
             ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
         """
+        with folder.new_folder(path, overwrite=overwrite) as root:
+            self.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+    def write(
+        self, root: pathlib.Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int | None = None
+    ) -> None:
+        """Write the files of a policy folder into a folder that is there; see `save`."""
         file = folder.PolicyFile(
             model=self.model.config,
             embodiment=self.embodiment.to_dict(),
             normalization={key: dataclasses.asdict(rule) for key, rule in self.transforms.normalization.items()},
-            prompt={"default": self.default_prompt, "truncation": self.transforms.truncation},
+            prompt={
+                "default": self.default_prompt,
+                "format": self.transforms.prompt_format,
+                "truncation": self.transforms.truncation,
+            },
             metadata=self._metadata,
             provenance={"torchpi": torchpi.__version__, **self.provenance},
         )
-        folder.save_folder(
-            path, model=self.model, file=file, write_others=self._write_others, overwrite=overwrite, dtype=dtype
-        )
-
-    def _write_others(self, root: pathlib.Path) -> None:
+        (root / "policy.json").write_text(file.to_json(), encoding="utf-8")
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
+        self.write_tokenizer(root)
+        folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+    def write_tokenizer(self, root: pathlib.Path) -> None:
+        """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""
         is_json = self._tokenizer_bytes.lstrip().startswith(b"{")
         (root / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(self._tokenizer_bytes)
 
@@ -279,18 +317,21 @@ def load_policy(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Policy:
-    """Load a policy from a policy folder, which says everything itself, or from an openpi JAX checkpoint.
+    """Load a policy from a policy folder or a LeRobot policy, which say everything themselves, or from an openpi
+    checkpoint.
 
     The arguments say what the checkpoint does not, and overrule what it does.
 
     Args:
-        path: a policy folder, an openpi checkpoint, or "demo".
+        path: a folder, see `load_model`; an address hf://… or gs://…, see `checkpoints.hub.fetch`; or "demo". Of the
+            published openpi checkpoints, robot and config are known by the address.
         config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
         embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
         normalization: foreign checkpoints that do not say: π₀ z_score, π₀.₅ quantile.
         norm_stats: a norm_stats.json, or the folder with it.
         asset_id: which of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
-        tokenizer: a SentencePiece model or tokenizer.json.
+        tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models',
+            fetched into the cache.
         default_prompt: for requests without a prompt.
         truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
@@ -303,38 +344,107 @@ def load_policy(
     """
     device = _usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    root = existing_folder(path)
-    robot = None if embodiment is None else get_embodiment(embodiment)
-    own = folder.read_policy_json(root) if folder.is_policy_folder(root) else None
-    if robot is None:
-        robot = _own_embodiment(root, own)
-    stats_path = _stats_path(root, own, norm_stats, asset_id, robot)
-    tokenizer_path = tokenizer or folder.tokenizer_file(root)
-    if tokenizer_path is None:
-        raise ValueError(
-            f"{root} has no tokenizer, and none was given: pass tokenizer=, the path of the file that the weights were "
-            "trained with. The published models' is gs://big_vision/paligemma_tokenizer.model, which is public: "
-            "https://storage.googleapis.com/big_vision/paligemma_tokenizer.model"
-        )
-    stats = load_norm_stats(stats_path)
-    model = load_model(root, config=config, device=device, dtype=dtype)
-    if normalization is not None or own is None:
-        kind = normalization or ("quantile" if model.config.pi05 else "z_score")
-        rules = {key: Normalization(kind, "openpi") for key in ("state", "actions")}
-    else:
-        rules = _own_normalization(root, own)
-    if default_prompt is None and own is not None and embodiment is None:
-        default_prompt = own.prompt.get("default")
+    parts = read_parts(
+        path,
+        embodiment=embodiment,
+        normalization=normalization,
+        norm_stats=norm_stats,
+        asset_id=asset_id,
+        tokenizer=tokenizer,
+        default_prompt=default_prompt,
+        truncation=truncation,
+    )
+    return from_parts(load_model(path, config=config, device=device, dtype=dtype), parts)
+
+
+def from_parts(model: Pi0, parts: PolicyParts) -> Policy:
+    """A policy of a model and everything around it."""
+    assert parts.tokenizer is not None
+    by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
     return Policy(
         model,
-        robot,
+        parts.embodiment,
+        norm_stats=parts.norm_stats,
+        normalization=parts.normalization or dict.fromkeys(("state", "actions"), by_variant),
+        tokenizer=parts.tokenizer,
+        default_prompt=parts.default_prompt,
+        prompt_format=parts.prompt_format,
+        truncation=parts.truncation,
+        metadata=parts.metadata,
+        provenance=parts.provenance,
+    )
+
+
+def read_parts(
+    path: str | pathlib.Path,
+    *,
+    embodiment: str | pathlib.Path | Embodiment | None = None,
+    normalization: Literal["z_score", "quantile"] | None = None,
+    norm_stats: str | pathlib.Path | None = None,
+    asset_id: str | None = None,
+    tokenizer: str | pathlib.Path | None = None,
+    default_prompt: str | None = None,
+    truncation: Literal["instruction", "original"] | None = None,
+) -> PolicyParts:
+    """Everything of a policy but its model; arguments and errors as of `load_policy`."""
+    root = existing_folder(path)
+    said = _said(root)
+    if embodiment is None and published_name(path) in EMBODIMENTS:
+        embodiment = published_name(path)
+    if embodiment is None and said is None:
+        raise ValueError(
+            f"{root} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, a JSON "
+            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)"
+        )
+    robot = said.embodiment if said and embodiment is None else get_embodiment(embodiment)
+    if asset_id is not None and (said or norm_stats):
+        has_other = "norm_stats= gives a file" if norm_stats else f"{root} has statistics of its own"
+        raise ValueError(
+            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {has_other}; "
+            "leave it out"
+        )
+    # What the checkpoint says, or what is known of openpi's.
+    said = said or PolicyParts(robot, {}, {}, folder.tokenizer_file(root), provenance={"source": str(path)})
+    if norm_stats is not None or not said.norm_stats:
+        stats: Mapping[str, NormStats] = load_norm_stats(
+            norm_stats or _stats_of_checkpoint(root, asset_id, robot.asset_id)
+        )
+    else:
+        stats = said.norm_stats
+    rules = said.normalization
+    if normalization is not None:
+        rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
+    if default_prompt is None and embodiment is None:
+        default_prompt = said.default_prompt
+    return dataclasses.replace(
+        said,
+        embodiment=robot,
         norm_stats=stats,
         normalization=rules,
-        tokenizer=tokenizer_path,
+        tokenizer=pathlib.Path(tokenizer or said.tokenizer or existing_file(TOKENIZER)),
         default_prompt=default_prompt,
-        truncation=truncation or (own.prompt.get("truncation", "instruction") if own else "instruction"),
-        metadata=own.metadata if own else None,
-        provenance=own.provenance if own else {"source": str(path)},
+        truncation=truncation or said.truncation,
+    )
+
+
+def _said(root: pathlib.Path) -> PolicyParts | None:
+    """What a checkpoint says of itself; None: openpi's do not."""
+    kind = format_of(root)
+    if kind == "lerobot":
+        return dataclasses.replace(lerobot.read_parts(root, read_document(root)), provenance={"source": str(root)})
+    if kind != "torchpi":
+        return None
+    own = folder.read_policy_json(root)
+    return PolicyParts(
+        embodiment=_own_embodiment(root, own),
+        norm_stats=load_norm_stats(root),
+        normalization=_own_normalization(root, own),
+        tokenizer=folder.tokenizer_file(root),
+        prompt_format=own.prompt["format"],
+        truncation=own.prompt["truncation"],
+        default_prompt=own.prompt["default"],
+        metadata=own.metadata,
+        provenance=own.provenance,
     )
 
 
@@ -350,12 +460,7 @@ def _usable_device(device: str | torch.device | None) -> torch.device:
     return found
 
 
-def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile | None) -> Embodiment:
-    if own is None:
-        raise ValueError(
-            f"{root} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, a JSON "
-            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)"
-        )
+def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile) -> Embodiment:
     try:
         robot = Embodiment.from_dict(dict(own.embodiment))
     except ValueError as error:
@@ -376,24 +481,8 @@ def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, 
         raise ValueError(f"{root / 'policy.json'}: normalization: {error}") from error
 
 
-def _stats_path(
-    root: pathlib.Path,
-    own: folder.PolicyFile | None,
-    norm_stats: str | pathlib.Path | None,
-    asset_id: str | None,
-    robot: Embodiment,
-) -> str | pathlib.Path:
-    if asset_id is not None and (own or norm_stats):
-        has_other = "norm_stats= gives a file" if norm_stats else f"{root} is a policy folder, which has one of its own"
-        raise ValueError(
-            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {has_other}; "
-            "leave it out"
-        )
-    return norm_stats or (root if own else _stats_of_checkpoint(root, asset_id, robot.asset_id))
-
-
 def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
-    files = openpi.norm_stats_files(root)
+    files = norm_stats_files(root)
     if asset_id is None and robots_asset_id in files:
         asset_id = robots_asset_id
     if asset_id is None and len(files) == 1:

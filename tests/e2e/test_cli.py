@@ -238,7 +238,7 @@ def test_noise_that_is_no_array_is_an_error(arguments, tmp_path, capsys, write):
         (["--inputs", "nowhere.npz"], "there is no file nowhere.npz"),
         (["--noise", "nowhere.npy"], "there is no file nowhere.npy"),
         (["--policy", "nowhere"], "there is no checkpoint at nowhere"),
-        (["--policy", "hf://lerobot/pi05"], "hf://lerobot/pi05: downloads are not supported yet"),
+        (["--policy", "hf://pi05"], "malformed address 'hf://pi05'"),
         (["--device", "gpu"], "unknown device 'gpu'"),
         (["--num-steps", "0"], "num_steps must be a positive integer, got 0"),
         (["--policy", "demo", "--embodiment", "aloha"], "embodiment 'aloha' has a state of 14 dimensions"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchpi.checkpoints.openpi import leaves
+from torchpi.checkpoints.openpi_layout import jax_leaves
 from torchpi.model.flow import euler_times, interpolate, posemb_sincos
 from torchpi.model.gemma import rope_table
 from torchpi.model.masks import make_attn_mask, token_positions
@@ -155,7 +155,7 @@ def test_gradients(golden, observation):
     loss = model.compute_loss(observation, given["actions"], noise=given["noise"], time=given["time"]).mean()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    rules = leaves(model.config)
+    rules = jax_leaves(model.config)
     norms = json.loads((golden.root / "grad_norms.json").read_text())
     assert {name.replace("/", ".") for name in norms} == set(rules)
     with np.load(golden.root / "grads.npz") as arrays:

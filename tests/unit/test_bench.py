@@ -90,7 +90,9 @@ def test_loading_is_watched_in_a_process_of_its_own(tmp_path, capsys):
     torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
     main(["bench", "load", "--policy", str(tmp_path / "policy"), "--json"])
     result = json.loads(capsys.readouterr().out)
-    assert result["model_bytes"] == sum(p.nbytes for p in torchpi.Pi0(preset("tiny"), device="meta").parameters())
+    size = sum(p.nbytes for p in torchpi.Pi0(preset("tiny"), device="meta").parameters())
+    assert (result["load"]["model_bytes"], result["convert"]["model_bytes"]) == (size, size)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
 @pytest.mark.parametrize(

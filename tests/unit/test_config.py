@@ -9,7 +9,7 @@ import torch
 
 import torchpi
 from torchpi import GemmaConfig, Pi0Config, VisionConfig
-from torchpi.checkpoints.openpi import leaves
+from torchpi.checkpoints.openpi_layout import jax_leaves
 from torchpi.config import PRESETS, preset
 
 GEMMA = {"width": 64, "depth": 3, "mlp_dim": 128, "num_heads": 4, "num_kv_heads": 1, "head_dim": 16}
@@ -226,7 +226,7 @@ def test_the_full_size_checkpoint_has_the_published_arrays(golden_root, kind):
         path.replace("/", "."): tuple(int(size) for size in re.findall(r"\d+", shape))
         for path, shape, _ in (re.split(r"\s{2,}|(?<=\))\s+", line) for line in lines if not line.startswith("#"))
     }
-    assert {name: leaf.shape for name, leaf in leaves(preset(kind)).items()} == published
+    assert {name: leaf.shape for name, leaf in jax_leaves(preset(kind)).items()} == published
 
 
 @pytest.mark.parametrize("kind", ["pi05", "pi0"])
@@ -235,7 +235,7 @@ def test_every_weight_of_the_full_size_model_comes_out_of_exactly_one_place_of_t
     filled: dict[str, int] = {}
     rows: dict[str, list[tuple[int, int]]] = {}
     parameters = dict(torchpi.Pi0(config, device="meta").named_parameters())
-    for leaf in leaves(config).values():
+    for leaf in jax_leaves(config).values():
         size = torch.Size(leaf.shape).numel() // len(leaf.pieces)
         for piece in leaf.pieces:
             filled[piece.param] = filled.get(piece.param, 0) + size

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from sim_helpers import random_policy
 
@@ -69,7 +70,7 @@ def test_a_task_without_frames_is_an_error_that_names_those_with_frames():
 def test_the_embedded_policy_is_small():
     folder = pathlib.Path(torchpi.__file__).parent / "assets" / "demo_policy"
     assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
-    weights = torchpi.checkpoints.folder.safetensors.safe_open(folder / "model.safetensors", framework="pt")
+    weights = safetensors.safe_open(folder / "model.safetensors", framework="pt")
     assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 

@@ -462,9 +462,10 @@ def test_an_unknown_embodiment_is_a_key_error_that_lists_the_robots(checkpoint, 
         load(checkpoint, tokenizer, embodiment="libro")
 
 
-def test_without_tokenizer_the_error_names_the_argument_and_where_to_get_it(checkpoint):
+@pytest.mark.usefixtures("offline")
+def test_without_tokenizer_the_published_models_one_is_fetched(checkpoint):
     add_stats(checkpoint, "tiny_robot")
-    with pytest.raises(ValueError, match=r"has no tokenizer.*tokenizer=.*paligemma_tokenizer\.model"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand"):
         load(checkpoint, None)
 
 

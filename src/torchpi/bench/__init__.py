@@ -11,8 +11,6 @@ import dataclasses
 import json
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -304,57 +302,6 @@ def bench_train(work: Workload, *, repeats: int = 5) -> Result:
     return measure("training step", lambda: update(state, config, batch), training_ops(work), work, repeats)
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadResult:
-    """What loading a checkpoint took."""
-
-    seconds: float
-    model_bytes: int
-    peak_rss: int
-    """Above what the process had before: all resident pages, those of mapped files included."""
-    peak_anonymous: int
-    """The same without mapped files, whose pages the system may drop."""
-
-
-def bench_load(path: str, dtype: torch.dtype) -> LoadResult:
-    """Load a model in a fresh process and watch its memory (Linux)."""
-    name = str(dtype).removeprefix("torch.")
-    done = subprocess.run(
-        [sys.executable, "-c", _LOAD_PROGRAM, path, name], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise ValueError(f"loading {path} failed: {done.stderr.strip().splitlines()[-1]}")
-    return LoadResult(**json.loads(done.stdout.splitlines()[-1]))
-
-
-_LOAD_PROGRAM = """
-import json, sys, threading, time
-import safetensors, tensorstore, torch
-from torchpi.checkpoints import load_model
-
-def resident(field):
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
-
-before, peak, done = (resident("VmRSS"), resident("RssAnon")), [0, 0], threading.Event()
-
-def watch():
-    while not done.wait(0.002):
-        peak[:] = max(peak[0], resident("VmRSS")), max(peak[1], resident("RssAnon"))
-
-watcher = threading.Thread(target=watch, daemon=True)
-watcher.start()
-start = time.perf_counter()
-model = load_model(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
-seconds = time.perf_counter() - start
-done.set()
-watcher.join()
-size = sum(parameter.nbytes for parameter in model.parameters())
-print(json.dumps(dict(seconds=seconds, model_bytes=size, peak_rss=peak[0] - before[0],
-                      peak_anonymous=peak[1] - before[1])))
-"""
-
-
 def describe_machine(device: torch.device) -> str:
     """For the head of a table."""
     if device.type == "cuda":
@@ -428,20 +375,6 @@ def run_bench(
         print_result(result, console)
     if as_json:
         print(json.dumps([result_json(result) for result in results]))
-
-
-def run_bench_load(path: str, *, dtype: str, as_json: bool) -> None:
-    """Load a policy or checkpoint, and print time and peak memory."""
-    result = bench_load(path, getattr(torch, dtype))
-    if as_json:
-        print(json.dumps(dataclasses.asdict(result)))
-        return
-    size = result.model_bytes
-    print(
-        f"load {path}: {result.seconds:.2f} s; model {size / 1e9:.3f} GB in {dtype}; peak "
-        f"{result.peak_anonymous / size:.2f} × that in memory of its own, "
-        f"{result.peak_rss / size:.2f} × with mapped files"
-    )
 
 
 def result_json(result: Result) -> dict[str, Any]:

@@ -3,29 +3,27 @@
 policy.json         everything but the numbers: model config, embodiment, normalization, prompt, provenance
 norm_stats.json     in openpi's layout
 tokenizer.model     or tokenizer.json
-model.safetensors   the weights
+model.safetensors   the weights, or shards of them with model.safetensors.index.json
 """
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
-from torchpi.checkpoints.fill import materialized_parameter, refuse_mismatch
+from torchpi.checkpoints.layout import leaf_array, own_leaves
+from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The one resize there is (transforms.images); written down, so that a policy stays right should there be another.
 IMAGE_TRANSFORM = {"resize": "pad", "filter": "bilinear_antialiased"}
 
@@ -40,7 +38,8 @@ class PolicyFile:
     normalization: Mapping[str, Mapping[str, str]]
     """Per key ("state", "actions"): kind and eps_rule."""
     prompt: Mapping[str, Any]
-    """"default" (a text or null) and "truncation"; the format follows the model's discrete_state_input."""
+    """"default" (a text or null), "format" and "truncation"; whether the state is in it follows the model's
+    discrete_state_input."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Free, for clients."""
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -76,10 +75,12 @@ class PolicyFile:
         if not isinstance(document, dict):
             raise ValueError(f"{source} must hold a JSON object, found {type(document).__name__}")
         version = document.pop("format_version", None)
-        if version != FORMAT_VERSION:
+        if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
+            document["prompt"].setdefault("format", "openpi")
+        elif version != FORMAT_VERSION:
             raise ValueError(
-                f"{source}: format_version is {version!r}; this torchpi reads {FORMAT_VERSION}. A newer file needs a "
-                "newer torchpi"
+                f"{source}: format_version is {version!r}; this torchpi reads 1 and {FORMAT_VERSION}. A newer file "
+                "needs a newer torchpi"
             )
         try:
             return cls._from_document(document)
@@ -101,11 +102,12 @@ class PolicyFile:
             if not all(isinstance(value, str) for value in rule.values()):
                 raise ValueError(f"normalization.{key} must have texts as its values, found {rule!r}")
         prompt = document["prompt"]
-        _require_fields(prompt, ("default", "truncation"), "prompt")
+        _require_fields(prompt, ("default", "format", "truncation"), "prompt")
         if not isinstance(prompt["default"], str | None):
             raise ValueError(f"prompt.default must be a text or null, found {prompt['default']!r}")
-        if not isinstance(prompt["truncation"], str):
-            raise ValueError(f"prompt.truncation must be a text, found {prompt['truncation']!r}")
+        for field in ("format", "truncation"):
+            if not isinstance(prompt[field], str):
+                raise ValueError(f"prompt.{field} must be a text, found {prompt[field]!r}")
         model = document["model"]
         try:
             config = Pi0Config.from_dict(model)
@@ -153,72 +155,35 @@ def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def load_weights(root: pathlib.Path, config: Pi0Config, *, dtype: torch.dtype, device: str | torch.device) -> Pi0:
-    """Build the model that `config` describes and fill every weight from model.safetensors, one array at a time.
-
-    Raises:
-        FileNotFoundError: there is no model.safetensors.
-        ValueError: it is truncated or corrupt; arrays are missing, left over or misshapen.
-    """
-    path = root / "model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; a policy folder has its weights there")
-    model = Pi0(config, device="meta", dtype=dtype)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    try:
-        with safetensors.safe_open(path, framework="pt") as arrays:
-            found = {name: tuple(arrays.get_slice(name).get_shape()) for name in arrays.keys()}  # noqa: SIM118
-            misshapen = [
-                f"{name} is {list(found[name])}, expected {list(shape)}"
-                for name, shape in expected.items()
-                if name in found and found[name] != shape
-            ]
-            refuse_mismatch(path, sorted(set(expected) - set(found)), sorted(set(found) - set(expected)), misshapen)
-        # The file is mapped into memory, and what was read of it counts as used until it is closed. The large arrays
-        # come first, when little else is allocated.
-        by_size = sorted(expected, key=lambda name: -math.prod(expected[name]))
-        for names in _grouped(by_size, expected):
-            with safetensors.safe_open(path, framework="pt") as arrays:
-                for name in names:
-                    materialized_parameter(model, name, device).data.copy_(arrays.get_tensor(name))
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is truncated or corrupt: {error}; get the file again") from error
-    return model
-
-
-def _grouped(names: Iterable[str], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
-    """The names in groups of at least 16 million elements, so that a small file is opened once."""
-    group: list[str] = []
-    elements = 0
-    for name in names:
-        group.append(name)
-        elements += math.prod(shapes[name])
-        if elements >= 1 << 24:
-            yield group
-            group, elements = [], 0
-    if group:
-        yield group
-
-
-def save_folder(
-    path: str | pathlib.Path,
-    *,
-    model: Pi0,
-    file: PolicyFile,
-    write_others: Callable[[pathlib.Path], None],
-    overwrite: bool = False,
-    dtype: torch.dtype | None = None,
+def write_weights(
+    root: pathlib.Path, model: Pi0, *, dtype: torch.dtype | None = None, max_shard_bytes: int | None = None
 ) -> None:
-    """Write a policy folder atomically: it is complete under its name, or not there.
+    """Write a model's weights into a policy folder.
+
+    Args:
+        dtype: on disk; by default the model's.
+        max_shard_bytes: above it they are written in shards; None: never.
+    """
+    leaves, dtype = own_leaves(model.config), dtype or model.embedding.dtype
+    write_safetensors(
+        root,
+        leaves,
+        lambda name: leaf_array(model, leaves[name], dtype),
+        dtype=dtype,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+@contextlib.contextmanager
+def new_folder(path: str | pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
+    """A folder to write a policy folder's files into: complete under its name when the context ends, or not there.
 
     It is written beside its place and moved there. A process killed while it writes leaves a `.<name>.….tmp` behind. A
     folder cannot be exchanged in one step: one killed between the two renames of an overwrite leaves nothing under the
     name, the old folder as `.<name>.….old` and the new one as `.<name>.….tmp`, both whole.
 
     Args:
-        write_others: writes norm_stats.json and the tokenizer into the folder that it is given.
         overwrite: replace a policy folder that is there; without it, that is an error.
-        dtype: of the weights on disk; by default the model's.
 
     Raises:
         ValueError: something is there already.
@@ -229,21 +194,14 @@ def save_folder(
     if target.exists() and not is_policy_folder(target):
         raise ValueError(f"{target} exists and is no policy folder; it is not overwritten")
     with atomic_folder(target) as beside:
-        (beside / "policy.json").write_text(file.to_json(), encoding="utf-8")
-        write_others(beside)
-        weights = {
-            name: parameter.detach().to("cpu", dtype).contiguous() for name, parameter in model.named_parameters()
-        }
-        safetensors.torch.save_file(weights, beside / "model.safetensors")
-        # safetensors makes its file for this user alone; it shall be as readable as the others.
-        shutil.copymode(beside / "policy.json", beside / "model.safetensors")
+        yield beside
 
 
 @contextlib.contextmanager
 def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     """A new folder beside `target` to write into, which takes its place when the context ends without an error.
 
-    See `save_folder` for what a killed process leaves behind.
+    See `new_folder` for what a killed process leaves behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"

@@ -1,18 +1,61 @@
 """Reading weights: one entry for every format, recognised by what is in the folder, never by its name."""
 
+import dataclasses
+import json
 import pathlib
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
 
 import torch
 
 from torchpi.assets import assets
 from torchpi.checkpoints import folder, openpi
+from torchpi.checkpoints.adapt import adapt as adapt_model
+from torchpi.checkpoints.layout import Arrays, Leaf, load_leaves, own_leaves
+from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays
+from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves
+from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
+from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
 from torchpi.config import PRESETS, Pi0Config, preset
 from torchpi.model.pi0 import Pi0
 
+PUBLISHED = "gs://openpi-assets/checkpoints/"
+Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
+
 # A path may name one of these instead of its folder.
-_FILES_OF_FORMATS = ("policy.json", "model.safetensors", "_METADATA", "manifest.ocdbt")
+_FILES_OF_FORMATS = ("policy.json", "config.json", SINGLE, INDEX, "_METADATA", "manifest.ocdbt")
+_UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".npz", ".msgpack")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are read, and whose arrays are not."""
+
+    root: pathlib.Path
+    format: Format
+    config: Pi0Config
+    """The sizes that the arrays have, and what files beside them say; the rest is unset."""
+    arrays: Arrays
+    leaves: Callable[[Pi0Config], dict[str, Leaf]]
+    dtype: torch.dtype
+    """As stored."""
+    folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """By the array that they change, the LoRA arrays that are folded into it."""
+    tied: str = ""
+    """The array that is read as the embedding, where it has another name."""
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Arrays that no computation reads, which are not loaded, and why."""
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json of the PyTorch formats."""
+
+    def load(self, config: Pi0Config, *, dtype: torch.dtype, device: str | torch.device) -> Pi0:
+        """The model, in eval mode.
+
+        Raises:
+            ValueError: arrays are missing, left over, misshapen or unreadable.
+        """
+        return load_leaves(self.arrays, self.leaves(config), config, dtype=dtype, device=device).eval()
 
 
 def load_model(
@@ -24,87 +67,198 @@ def load_model(
     device: str | torch.device = "cpu",
     lora_alpha: tuple[float, float] | None = None,
 ) -> Pi0:
-    """Load a model from a policy folder or an openpi JAX checkpoint.
+    """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
 
-    Every array is consumed or named in an error. Sizes come from the arrays; what they do not hold (in a JAX checkpoint
-    action_horizon, max_token_len and discrete_state_input) comes from `config`, or stays unset.
+    Every array is consumed or named in an error; those that no computation reads are known and left out, see
+    `open_checkpoint`. Sizes come from the arrays; what they do not hold (in a JAX checkpoint action_horizon,
+    max_token_len and discrete_state_input) comes from `config`, or stays unset.
 
     Args:
-        path: a policy folder; an openpi checkpoint: the folder with `params`, `params` itself, or the folder of a
+        path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, or the folder of a
             training run with a single step; or "demo", the embedded policy.
         config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
-        adapt: cut or extend the weights to a `config` of other sizes. Not supported yet.
+        adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
         dtype: of the weights, and so of the computation.
         device: where the weights go.
-        lora_alpha: of a JAX LoRA checkpoint. Not supported yet.
+        lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
+            openpi's, (16, 32). The LoRA weights are folded into those that they change.
 
     Returns:
         The model in eval mode, with gradients enabled.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ValueError: it is in no known format; arrays are missing, left over, misshapen or unreadable; or `config`
-            contradicts them.
+        ValueError: it is in no known format, or in two; arrays are missing, left over, misshapen or unreadable; or
+            `config` contradicts them.
+
+    Warns: what `adapt` has done; what `config` overrules in a file beside the arrays.
     """
-    if adapt or lora_alpha is not None:
-        raise NotImplementedError("adapt= and lora_alpha= are not supported yet")
-    root = existing_folder(path)
-    if folder.is_policy_folder(root):
-        model = folder.load_weights(root, folder_config(root, config), dtype=dtype, device=device)
-    else:
-        params = openpi.find_params(root)
-        if params is None:
-            raise ValueError(unknown_format(root))
-        arrays = openpi.JaxArrays(params)
-        model = arrays.load(merge_config(config, arrays.config()), dtype=dtype, device=device)
-    return model.eval()
+    config = published_name(path) if config is None else config
+    checkpoint = open_checkpoint(existing_folder(path), config=config, lora_alpha=lora_alpha)
+    if not adapt:
+        return checkpoint.load(resolve_config(checkpoint, config), dtype=dtype, device=device)
+    if config is None:
+        raise ValueError("adapt=True needs config=, the sizes to adapt to")
+    model = checkpoint.load(checkpoint.config, dtype=dtype, device=device)
+    report = adapt_model(model, _explicit(config, checkpoint.config))
+    if report:
+        warnings.warn(f"{checkpoint.root} was adapted: {'; '.join(report)}", stacklevel=2)
+    return model
+
+
+def existing_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The path, or what an address leads to, fetched into the cache."""
+    if not str(path).startswith(("hf://", "gs://")):
+        return pathlib.Path(path).expanduser()
+    from torchpi.checkpoints.hub import fetch  # brings huggingface_hub
+
+    return fetch(str(path))
 
 
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder that holds a checkpoint; "demo" is the packaged one of the embedded policy.
+    """The folder that holds a checkpoint; "demo" is the packaged one of the embedded policy, and what an address leads
+    to is fetched into the cache.
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: it is a file that says nothing about its folder; or a hub's address, which is not supported yet.
+        ValueError: it is a file that says nothing about its folder.
     """
-    if str(path).startswith(("hf://", "gs://")):
-        raise ValueError(f"{path}: downloads are not supported yet; download the folder and pass its path")
-    root = assets() / "demo_policy" if str(path) == "demo" else pathlib.Path(path).expanduser()
+    root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
         raise FileNotFoundError(f"there is no checkpoint at {root}")
     if root.is_dir():
         return root
     if root.name in _FILES_OF_FORMATS:
         return root.parent
+    if root.suffix in _UNREAD_SUFFIXES:
+        raise ValueError(
+            f"{root} is not read: a zip or pickle can run code, and nothing is ever unpickled. Give the folder of a "
+            "checkpoint with safetensors or OCDBT files"
+        )
     raise ValueError(f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}")
 
 
-def folder_config(root: pathlib.Path, config: Pi0Config | str | pathlib.Path | None) -> Pi0Config:
-    """The config of a policy folder, under an explicit one, whose differences are reported."""
-    own = folder.read_policy_json(root).model
-    if config is None:
-        return own
-    explicit = _explicit(config, own)
-    if differences := _differences(explicit, own):  # a variant's name and its sizes are the same
-        warnings.warn(f"{root}: config= overrides {differences}", stacklevel=3)
-    return explicit
+def published_name(path: str | pathlib.Path) -> str | None:
+    """The name of a published openpi checkpoint, if the address is one's: what is in no array of it is known."""
+    name = str(path).rstrip("/").removeprefix(PUBLISHED)
+    return name if name in PRESETS and str(path).startswith(PUBLISHED) else None
 
 
-def merge_config(config: Pi0Config | str | pathlib.Path | None, from_arrays: Pi0Config) -> Pi0Config:
-    """What `config` adds to the sizes that the arrays have.
+def format_of(root: pathlib.Path) -> Format:
+    """The format of the checkpoint in a folder.
+
+    Raises:
+        ValueError: it is in none, or in two; there are several steps of a training run.
+    """
+    found: list[Format] = []
+    if folder.is_policy_folder(root):
+        found.append("torchpi")
+    if (root / "config.json").is_file() and has_weights(root):
+        found.append("lerobot" if "type" in read_document(root) else "openpi-pytorch")
+    elif has_weights(root) and not found:
+        found.append("openpi-pytorch")
+    if openpi.find_params(root) is not None:
+        found.append("openpi-jax")
+    if len(found) > 1:
+        raise ValueError(
+            f"{root} holds checkpoints in two formats, {' and '.join(found)}; move one to a folder of its own"
+        )
+    if not found:
+        raise ValueError(_unknown_format(root))
+    return found[0]
+
+
+def open_checkpoint(
+    root: pathlib.Path,
+    *,
+    config: Pi0Config | str | pathlib.Path | None = None,
+    lora_alpha: tuple[float, float] | None = None,
+) -> Checkpoint:
+    """Read the headers of the checkpoint in a folder.
+
+    Args:
+        config: is asked for the numbers of heads, which PyTorch's arrays do not say.
+        lora_alpha: see `load_model`.
+
+    Raises:
+        ValueError: no known format; corrupt; or the arrays are not those of such a model.
+    """
+    kind = format_of(root)
+    if kind == "openpi-jax":
+        return _open_jax(root, lora_alpha)
+    if lora_alpha is not None:
+        raise ValueError(f"lora_alpha= belongs to a JAX checkpoint with LoRA weights; {root} is {kind}")
+    stored = SafetensorsArrays(root)
+    if kind == "torchpi":
+        own = folder.read_policy_json(root).model
+        return Checkpoint(root, kind, own, stored, own_leaves, stored.dtype)
+    document = read_document(root) if (root / "config.json").is_file() else {}
+    arrays = TorchArrays(stored)
+    try:
+        from_arrays = torch_config(arrays.shapes, _heads(config))
+    except ValueError as error:
+        raise ValueError(f"{root}: {error}") from error
+    stated = _stated(root, kind, document)
+    merged = _beside(root, from_arrays, stated, overruled=config is not None)
+    return Checkpoint(
+        root, kind, merged, arrays, torch_leaves, stored.dtype, tied=arrays.tied, dropped=arrays.dropped,
+        document=document,
+    )  # fmt: skip
+
+
+def _open_jax(root: pathlib.Path, lora_alpha: tuple[float, float] | None) -> Checkpoint:
+    params = openpi.find_params(root)
+    assert params is not None
+    stored = openpi.JaxArrays(params)
+    arrays: Arrays = stored
+    folded: Mapping[str, tuple[str, str]] = {}
+    if any("lora_" in name for name in stored.shapes):
+        arrays = with_lora = FoldedArrays(stored, lora_alpha or DEFAULT_ALPHA)
+        folded = with_lora.pairs
+    elif lora_alpha is not None:
+        raise ValueError(f"lora_alpha= belongs to a checkpoint with LoRA weights; {params} has none")
+    try:
+        from_arrays = config_from_shapes(arrays.shapes)
+    except ValueError as error:
+        raise ValueError(f"{params}: {error}") from error
+    return Checkpoint(root, "openpi-jax", from_arrays, arrays, jax_leaves, stored.dtype, folded=folded)
+
+
+def norm_stats_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """By asset id (which may contain '/'), the norm_stats.json files that belong to a checkpoint of openpi."""
+    params = openpi.find_params(root)
+    folder_of_assets = (root if params is None else params.parent) / "assets"
+    files = sorted(folder_of_assets.rglob("norm_stats.json"))
+    return {file.parent.relative_to(folder_of_assets).as_posix(): file for file in files}
+
+
+def resolve_config(checkpoint: Checkpoint, config: Pi0Config | str | pathlib.Path | None) -> Pi0Config:
+    """The checkpoint's sizes, with what `config` adds or overrules.
 
     Raises:
         ValueError: it contradicts the arrays.
+
+    Warns: about what it overrules in a policy.json.
     """
+    own = checkpoint.config
     if config is None:
-        return from_arrays
-    explicit = _explicit(config, from_arrays)
-    not_in_arrays = {name for name, value in from_arrays.to_dict().items() if value is None}
-    if from_arrays.siglip.position != "learned":
+        return own
+    explicit = _explicit(config, own)
+    if checkpoint.format == "torchpi":
+        if differences := _differences(explicit, own):  # a variant's name and its sizes are the same
+            warnings.warn(f"{checkpoint.root}: config= overrides {differences}", stacklevel=3)
+        return explicit
+    not_in_arrays = {"action_horizon", "max_token_len", "discrete_state_input"}
+    if own.siglip.position != "learned":
         not_in_arrays.add("image_size")
-    contradictions = _differences(explicit, from_arrays, except_for=not_in_arrays)
-    if contradictions:
-        raise ValueError(f"config= contradicts the checkpoint's arrays: {contradictions}")
+    if contradictions := _differences(explicit, own, except_for=not_in_arrays):
+        raise ValueError(
+            f"config= contradicts the checkpoint's arrays: {contradictions}. adapt=True cuts or extends action_dim"
+        )
+    stated = [field for field in not_in_arrays if getattr(own, field) not in (None, getattr(explicit, field))]
+    if stated and checkpoint.document:
+        differences = "; ".join(f"{field} {getattr(own, field)} with {getattr(explicit, field)}" for field in stated)
+        warnings.warn(f"{checkpoint.root / 'config.json'}: config= overrides {differences}", stacklevel=3)
     return explicit
 
 
@@ -116,6 +270,82 @@ def _explicit(config: Pi0Config | str | pathlib.Path, base: Pi0Config) -> Pi0Con
     if isinstance(config, str) and not pathlib.Path(config).is_file():
         raise ValueError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
     return Pi0Config.from_json(config, base)
+
+
+def _heads(config: Pi0Config | str | pathlib.Path | None) -> Heads | None:
+    """The numbers of heads that a config states; None: it states none."""
+    if isinstance(config, str) and config in PRESETS:
+        config = preset(config)
+    if isinstance(config, Pi0Config):
+        return Heads(config.siglip.num_heads, config.paligemma.num_heads, config.paligemma.num_kv_heads)
+    if config is None or not pathlib.Path(config).is_file():
+        return None
+    document = json.loads(pathlib.Path(config).read_bytes())
+    try:
+        backbone = document["paligemma"]
+        return Heads(document["siglip"]["num_heads"], backbone["num_heads"], backbone["num_kv_heads"])
+    except (KeyError, TypeError):
+        return None
+
+
+def read_document(root: pathlib.Path) -> dict[str, Any]:
+    """The config.json of a checkpoint of PyTorch.
+
+    Raises:
+        ValueError: it is not a JSON object.
+    """
+    file = root / "config.json"
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{file} must hold a JSON object, found {type(document).__name__}")
+    return document
+
+
+# What the two PyTorch formats call our fields; variants' names are names of code there, and say no sizes.
+_OPENPI_FIELDS = {"action_dim": "action_dim", "action_horizon": "action_horizon"}
+_LEROBOT_FIELDS = {
+    "action_dim": "max_action_dim",
+    "action_horizon": "chunk_size",
+    "max_token_len": "tokenizer_max_length",
+}
+
+
+def _stated(root: pathlib.Path, kind: Format, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Our fields out of a config.json."""
+    fields = _LEROBOT_FIELDS if kind == "lerobot" else _OPENPI_FIELDS
+    stated = {ours: document[theirs] for ours, theirs in fields.items() if theirs in document}
+    for field, value in stated.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{root / 'config.json'}: {fields[field]} must be a positive integer, found {value!r}")
+    if kind == "lerobot":
+        if document["type"] not in ("pi0", "pi05"):
+            raise ValueError(f"{root / 'config.json'}: type is {document['type']!r}; pi0 and pi05 policies are read")
+        stated["pi05"] = stated["discrete_state_input"] = document["type"] == "pi05"
+        resolution = document.get("image_resolution")
+        if resolution:
+            if not isinstance(resolution, list) or len(set(resolution)) != 1:
+                raise ValueError(f"{root / 'config.json'}: image_resolution is {resolution}; only squares are read")
+            stated["image_size"] = resolution[0]
+    return stated
+
+
+def _beside(root: pathlib.Path, from_arrays: Pi0Config, stated: Mapping[str, Any], *, overruled: bool) -> Pi0Config:
+    """The arrays' sizes, and from a file beside them what is in no array."""
+    wrong = [
+        f"{field} is {value} there, {getattr(from_arrays, field)} in the arrays"
+        for field, value in stated.items()
+        if getattr(from_arrays, field) not in (None, value)
+    ]
+    if wrong:
+        message = f"{root / 'config.json'} contradicts the arrays: {'; '.join(wrong)}"
+        if not overruled:
+            raise ValueError(f"{message}. Correct it, or pass config=")
+        warnings.warn(message, stacklevel=4)
+    unset = {field: value for field, value in stated.items() if getattr(from_arrays, field) is None}
+    return dataclasses.replace(from_arrays, **unset)
 
 
 def _differences(explicit: Pi0Config, other: Pi0Config, *, except_for: Collection[str] = ()) -> str:
@@ -134,15 +364,13 @@ def _differences(explicit: Pi0Config, other: Pi0Config, *, except_for: Collectio
     return "; ".join(found)
 
 
-def unknown_format(root: pathlib.Path) -> str:
+def _unknown_format(root: pathlib.Path) -> str:
     """The message for a folder that holds nothing that we read."""
-    found = sorted(entry.name for entry in root.iterdir())[:12]
-    if (root / "model.safetensors").is_file() and (root / "config.json").is_file():
-        return (
-            f"{root} looks like an openpi PyTorch or LeRobot checkpoint (config.json and model.safetensors); "
-            "these are not supported yet"
-        )
+    names = sorted(entry.name for entry in root.iterdir())
+    unread = [name for name in names if name.endswith(_UNREAD_SUFFIXES)]
     return (
         f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
-        f"checkpoint has params/_METADATA and params/manifest.ocdbt; found {found or 'an empty folder'}"
+        "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
+        f"has; found {names[:12] or 'an empty folder'}"
+        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled" if unread else "")
     )

@@ -410,7 +410,12 @@ class Embodiment:
                     f"requires; found {', '.join(found)}; "
                     f"expected {self._cameras_text()}. Send it, or state it as optional."
                 )
-        black = np.zeros_like(next(iter(present.values()), np.zeros((224, 224, 3), np.uint8)))
+        if not present:
+            raise KeyError(
+                f"The observation has no image that embodiment '{self.name}' reads; found {', '.join(found)}; expected "
+                f"at least one of {self._cameras_text()}."
+            )
+        black = np.zeros_like(next(iter(present.values())))
         return (
             {name: present.get(name, black) for name in self.camera_names},
             {name: name in present for name in self.camera_names},

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-KINDS = ("z_score", "quantile")
-EPS_RULES = ("openpi",)
+KINDS = ("z_score", "quantile", "identity")
+EPS_RULES = ("openpi", "lerobot")
 
 _EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
+_LEROBOT_EPS = np.float32(1e-8)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,8 +64,11 @@ class Normalization:
         ValueError: an unknown kind or eps rule.
     """
 
-    kind: str  # "z_score": (x - mean) / std; "quantile": q01 becomes -1 and q99 becomes 1
-    eps_rule: str = "openpi"  # "openpi": 1e-6 is added to std or q99 - q01, in both directions
+    kind: str
+    """"z_score": (x - mean) / std; "quantile": q01 becomes -1 and q99 becomes 1; "identity": x."""
+    eps_rule: str = "openpi"
+    """"openpi": 1e-6 is added to std or q99 - q01, in both directions, in float64. "lerobot": 1e-8 is added to std on
+    the way to the model only, and stands for a range of 0, in float32."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -74,7 +78,7 @@ class Normalization:
 
 
 def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
-    """Normalizes the last axis; float64, because the statistics are. Longer statistics are cut.
+    """Normalizes the last axis, in the precision of the rule. Longer statistics are cut.
 
     Args:
         x: [..., d], in robot or model units.
@@ -83,12 +87,20 @@ def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str
     Raises:
         ValueError: the statistics are shorter than d, or have no quantiles and the rule asks for them.
     """
+    if rule.kind == "identity":
+        return x
     d = x.shape[-1]
     if stats.dim < d:
         raise ValueError(
             f"Cannot normalize {what}: it has {d} dimensions, but its statistics only {stats.dim}. "
             "Send what they were computed from, or load the statistics of this robot (norm_stats=, asset_id=)."
         )
+    if rule.eps_rule == "lerobot":
+        x = x.astype(np.float32)
+        if rule.kind == "z_score":
+            return (x - _float32(stats.mean, d)) / (_float32(stats.std, d) + _LEROBOT_EPS)
+        low, span = _lerobot_range(stats, d, what)
+        return 2 * (x - low) / span - 1
     if rule.kind == "z_score":
         return (x - stats.mean[:d]) / (stats.std[:d] + _EPS)
     q01, q99 = _quantiles(stats, what)
@@ -104,7 +116,17 @@ def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: s
     Raises:
         ValueError: no quantiles, and the rule asks for them.
     """
+    if rule.kind == "identity":
+        return x
     d, known = x.shape[-1], min(x.shape[-1], stats.dim)
+    if rule.eps_rule == "lerobot":
+        result = x.astype(np.float32)
+        if rule.kind == "z_score":
+            result[..., :known] = result[..., :known] * _float32(stats.std, known) + _float32(stats.mean, known)
+        else:
+            low, span = _lerobot_range(stats, known, what)
+            result[..., :known] = (result[..., :known] + 1) * span / 2 + low
+        return result
     if rule.kind == "z_score":
         mean, std = np.zeros(d), np.ones(d)
         mean[:known], std[:known] = stats.mean[:known], stats.std[:known]
@@ -117,6 +139,8 @@ def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: s
 
 def degenerate_dims(stats: NormStats, rule: Normalization, *, what: str = "x") -> list[int]:
     """The dimensions that never vary in the statistics (std 0, or q01 = q99): there, only the eps divides."""
+    if rule.kind == "identity":
+        return []
     if rule.kind == "z_score":
         return np.flatnonzero(stats.std == 0).tolist()
     q01, q99 = _quantiles(stats, what)
@@ -212,3 +236,12 @@ def _quantiles(stats: NormStats, what: str) -> tuple[np.ndarray, np.ndarray]:
             "Compute the statistics again, or choose normalization='z_score' if the policy was trained with it."
         )
     return stats.q01, stats.q99
+
+
+def _float32(statistic: np.ndarray, dim: int) -> np.ndarray:
+    return statistic[:dim].astype(np.float32)
+
+
+def _lerobot_range(stats: NormStats, dim: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    low, high = (_float32(quantile, dim) for quantile in _quantiles(stats, what))
+    return low, np.where(high == low, _LEROBOT_EPS, high - low)

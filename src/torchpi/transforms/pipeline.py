@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float
 
 from torchpi.transforms.actions import pad_to_dim, unpad
 from torchpi.transforms.images import resize_with_pad
@@ -18,7 +18,7 @@ from torchpi.transforms.normalize import (
     require_finite,
     unnormalize,
 )
-from torchpi.transforms.prompt import TRUNCATIONS, Tokenizer, tokenize_prompt
+from torchpi.transforms.prompt import FORMATS, TRUNCATIONS, Tokenizer, tokenize_prompt
 
 QUANTITIES = ("state", "actions")
 
@@ -48,6 +48,8 @@ class Transforms:
     """A: the width to which state and actions are padded."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width of the model's images in pixels."""
+    prompt_format: str = "openpi"
+    """How π₀'s text becomes tokens, see `tokenize_prompt`."""
     truncation: str = "instruction"
     """What happens to a prompt that is too long, see `tokenize_prompt`."""
     _degenerate: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -56,6 +58,8 @@ class Transforms:
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
             raise ValueError(f"Unknown truncation {self.truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+        if self.prompt_format not in FORMATS:
+            raise ValueError(f"Unknown prompt format {self.prompt_format!r}; expected one of {', '.join(FORMATS)}.")
         for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
             if missing := [key for key in QUANTITIES if key not in given]:
                 raise KeyError(
@@ -74,9 +78,10 @@ class Transforms:
             state_noise: [s], added to the normalized state, in training.
 
         Returns:
-            "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" float64 [action_dim],
-            "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" float64 [H, action_dim] if given.
-            Cameras keep their order; an absent one is black.
+            "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" [action_dim],
+            "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" [H, action_dim] if given.
+            Numbers are float64, or float32 with LeRobot's normalization. Cameras keep their order; an absent one is
+            black.
 
         Raises:
             ValueError: NaN or infinity in state or actions; one of them wider than its statistics or than action_dim;
@@ -92,6 +97,7 @@ class Transforms:
             state,
             discrete_state_input=self.discrete_state_input,
             max_token_len=self.max_token_len,
+            prompt_format=self.prompt_format,
             truncation=self.truncation,
             warn=lambda message: self._warn_once("prompt", f"{message} Further prompts may be too long as well."),
         )
@@ -110,7 +116,7 @@ class Transforms:
             out["actions"] = pad_to_dim(self._normalize(sample["actions"], "actions"), self.action_dim)
         return out
 
-    def inverse(self, actions: np.ndarray, *, action_size: int) -> Float64[np.ndarray, "H {action_size}"]:
+    def inverse(self, actions: np.ndarray, *, action_size: int) -> Float[np.ndarray, "H {action_size}"]:
         """The model's action chunk [H, action_dim] in the units of the embodiment's model space, the padding removed.
 
         Raises:

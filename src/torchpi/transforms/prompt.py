@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int, Int64
 from torchpi.transforms.normalize import require_finite
 
 TRUNCATIONS = ("instruction", "original")
+FORMATS = ("openpi", "lerobot")
 
 _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
@@ -187,6 +188,7 @@ def tokenize_prompt(
     *,
     discrete_state_input: bool,
     max_token_len: int | None,
+    prompt_format: str = "openpi",
     truncation: str = "instruction",
     warn: Callable[[str], None] | None = None,
 ) -> tuple[Int64[np.ndarray, " L"], Bool[np.ndarray, " L"]]:
@@ -194,10 +196,12 @@ def tokenize_prompt(
 
     Args:
         tokenizer: its ids are what the model was trained with.
-        prompt: the instruction, see `as_text`; it is cleaned here.
+        prompt: the instruction, see `as_text`; it is cleaned here, except in LeRobot's format of π₀.
         state: [s], normalized, not padded, in its own dtype; read only with discrete_state_input.
         discrete_state_input: π₀.₅'s prompt with the state as text; otherwise π₀'s.
         max_token_len: L; None: the prompt's own length, neither padded nor cut.
+        prompt_format: of π₀'s prompt; "openpi": the cleaned text, then a newline that is tokenized by itself;
+            "lerobot": the text as it is, with a newline at its end, as one text. π₀.₅'s is the same for both.
         truncation: what happens to a prompt that is too long. "instruction": the instruction loses words at its end
             (the last one letters) until state and ending fit behind it. "original": the tokens are cut at
             max_token_len as openpi does, which takes the state's end and "Action: " away from the model.
@@ -208,6 +212,8 @@ def tokenize_prompt(
     """
     if truncation not in TRUNCATIONS:
         raise ValueError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+    if prompt_format not in FORMATS:
+        raise ValueError(f"Unknown prompt format {prompt_format!r}; expected one of {', '.join(FORMATS)}.")
     text = clean_text(as_text(prompt))
     if discrete_state_input:
         if state is None:
@@ -216,6 +222,11 @@ def tokenize_prompt(
 
         def encode(instruction: str) -> list[int]:
             return tokenizer.encode(f"Task: {instruction}{ending}", add_bos=True)
+    elif prompt_format == "lerobot":
+        text = as_text(prompt)
+
+        def encode(instruction: str) -> list[int]:
+            return tokenizer.encode(instruction if instruction.endswith("\n") else f"{instruction}\n", add_bos=True)
     else:
 
         def encode(instruction: str) -> list[int]:

@@ -1,0 +1,354 @@
+"""LeRobot's π₀ and π₀.₅ policies: what is around the weights, read and written.
+
+config.json has the sizes and the features, policy_preprocessor.json and policy_postprocessor.json the steps around the
+model, each with its settings; the statistics lie in safetensors files that the steps name.
+
+Source: LeRobot 0.6's processors.
+"""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+
+from torchpi.checkpoints.parts import PolicyParts
+from torchpi.config import Pi0Config
+from torchpi.robots.embodiment import ActionDim, Camera, Embodiment, StateKey
+from torchpi.transforms.normalize import Normalization, NormStats
+
+PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
+STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+EMPTY_CAMERA = f"{IMAGES}empty_camera_"
+TOKENIZER = "tokenizer"
+EPS = 1e-8
+
+# Steps that change nothing of a sample that is not changed here as well: batch axis, device, and the prompt's text and
+# tokens, whose formats follow the policy's type.
+_NEUTRAL = {
+    "to_batch_processor",
+    "device_processor",
+    "pi0_new_line_processor",
+    "pi05_prepare_state_tokenizer_processor_step",
+}
+_BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
+
+
+def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
+    """What a LeRobot policy says of everything around the model.
+
+    Args:
+        root: the policy's folder.
+        document: its config.json.
+
+    Raises:
+        FileNotFoundError: a file of the processors is missing.
+        ValueError: they are not valid, or have a step or setting that is not known here.
+    """
+    before, after = (_steps(root / name) for name in (PREPROCESSOR, POSTPROCESSOR))
+    known = {*_NEUTRAL, "rename_observations_processor", "relative_actions_processor", "normalizer_processor"}
+    _refuse_unknown(root / PREPROCESSOR, before, {*known, "tokenizer_processor"})
+    _refuse_unknown(root / POSTPROCESSOR, after, {*_NEUTRAL, "unnormalizer_processor", "absolute_actions_processor"})
+    try:
+        normalizer, unnormalizer = before["normalizer_processor"], after["unnormalizer_processor"]
+        tokens = before["tokenizer_processor"]
+        relative = before.get("relative_actions_processor", {}).get("config", {})
+        renamed = before.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {})
+        embodiment = _embodiment(document, relative, renamed)
+        stats, rules = {}, {}
+        for key, feature, step in (("state", STATE, normalizer), ("actions", ACTION, unnormalizer)):
+            stats[key], rules[key] = _normalization(root, step, feature)
+        length = int(tokens["config"]["max_length"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the processors of {root} are not as LeRobot writes them: no {error}") from error
+    if length != document.get("tokenizer_max_length"):
+        raise ValueError(
+            f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "
+            f"{document.get('tokenizer_max_length')}; correct one of them"
+        )
+    return PolicyParts(
+        embodiment=embodiment,
+        norm_stats=stats,
+        normalization=rules,
+        tokenizer=_tokenizer(root, tokens),
+        prompt_format="lerobot",
+    )
+
+
+def _steps(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist; a LeRobot policy since version 0.4 has it. Migrate an older one with LeRobot's "
+            "own script"
+        )
+    try:
+        steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
+        return {step["registry_name"]: step for step in steps}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
+
+
+def _refuse_unknown(file: pathlib.Path, steps: Mapping[str, Any], known: set[str]) -> None:
+    if unknown := sorted(set(steps) - known):
+        raise ValueError(f"{file} has steps that are not known here: {', '.join(unknown)}; known are {sorted(known)}")
+
+
+def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str]) -> Embodiment:
+    robots_name = {theirs: robots for robots, theirs in renamed.items()}
+    inputs, output = document["input_features"], document["output_features"][ACTION]
+    cameras = []
+    for key in (key for key, feature in inputs.items() if feature["type"] == "VISUAL"):
+        name = key.removeprefix(IMAGES)
+        if key.startswith(EMPTY_CAMERA):
+            cameras.append(Camera(name, None, "masked"))
+        else:  # LeRobot masks whichever is missing, as long as one is there
+            cameras.append(Camera(name, robots_name.get(key, key), "optional", layout="chw", dtype="any"))
+    num_actions, num_states = output["shape"][0], inputs[STATE]["shape"][0]
+    names = relative.get("action_names") or document.get("action_feature_names") or []
+    names = [str(name) for name in names[:num_actions]]
+    names += [f"action_{i}" for i in range(len(names), num_actions)]
+    excluded = [str(token).lower() for token in relative.get("exclude_joints") or [] if token]
+    # Without names nothing can be excluded there.
+    named = bool(relative.get("action_names"))
+    kinds = [
+        "delta"
+        if relative.get("enabled") and not (named and any(token in name.lower() for token in excluded))
+        else "absolute"
+        for name in names
+    ]
+    return Embodiment(
+        "lerobot",
+        cameras=tuple(cameras),
+        state=(StateKey(robots_name.get(STATE, STATE), tuple(f"state_{i}" for i in range(num_states))),),
+        actions=tuple(ActionDim(name, kind=kind) for name, kind in zip(names, kinds, strict=True)),
+        execute_steps=document.get("n_action_steps"),
+    )
+
+
+def _normalization(root: pathlib.Path, step: Mapping[str, Any], feature: str) -> tuple[NormStats, Normalization]:
+    config = step["config"]
+    if config["eps"] != EPS:
+        raise ValueError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here")
+    kind = config["features"][feature]["type"]
+    mode = config["norm_map"].get(kind, "IDENTITY")
+    selected = config.get("normalize_observation_keys")
+    if feature == STATE and selected is not None and STATE not in selected:
+        mode = "IDENTITY"
+    arrays = _statistics(root, step)
+    found = {name.removeprefix(f"{feature}."): a for name, a in arrays.items() if name.startswith(f"{feature}.")}
+    if mode == "IDENTITY" or not found:  # without statistics LeRobot leaves the values as they are
+        dim = config["features"][feature]["shape"][0]
+        return NormStats(np.zeros(dim), np.ones(dim)), Normalization("identity", "lerobot")
+    if mode not in ("MEAN_STD", *_BOUNDS):
+        raise ValueError(f"{root}: normalization {mode} is not known here; known are MEAN_STD, {', '.join(_BOUNDS)}")
+    low, high = _BOUNDS.get(mode, ("q01", "q99"))
+    if missing := sorted({"mean", "std", *((low, high) if mode in _BOUNDS else ())} - set(found)):
+        raise ValueError(f"{root}: the statistics of {feature} have no {', '.join(missing)}, which {mode} needs")
+    # The three kinds of bounds are one formula; whichever a policy has are its q01 and q99 here.
+    stats = NormStats(mean=found["mean"], std=found["std"], q01=found.get(low), q99=found.get(high))
+    return stats, Normalization("quantile" if mode in _BOUNDS else "z_score", "lerobot")
+
+
+def _statistics(root: pathlib.Path, step: Mapping[str, Any]) -> dict[str, Any]:
+    name = step.get("state_file")
+    if name is None:
+        return {}
+    if pathlib.PurePath(name).name != name:
+        raise ValueError(f"{root}: a processor names the file {name!r}; only files beside it are read")
+    file = root / name
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; the policy's statistics are expected there")
+    try:
+        return dict(safetensors.numpy.load_file(file))
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is truncated or corrupt: {error}; get the file again") from error
+
+
+def _tokenizer(root: pathlib.Path, step: Mapping[str, Any]) -> pathlib.Path | None:
+    """The tokenizer in the folder; None: the policy names PaliGemma's on a hub."""
+    name = step.get("artifacts", {}).get("tokenizer_name") or step["config"].get("tokenizer_name", "")
+    beside = root / str(name)
+    if root.resolve() not in beside.resolve().parents:
+        return None
+    files = (beside / "tokenizer.model", beside / "tokenizer.json")
+    return next((file for file in files if file.is_file()), None)
+
+
+# ---- writing ----
+
+
+def write_parts(
+    root: pathlib.Path,
+    config: Pi0Config,
+    robot: Embodiment,
+    *,
+    norm_stats: Mapping[str, NormStats],
+    normalization: Mapping[str, Normalization],
+    prompt_format: str,
+    dtype: torch.dtype,
+) -> list[str]:
+    """Write config.json and both processors with their statistics, as LeRobot 0.6 does.
+
+    The tokenizer's step expects the tokenizer in the folder `TOKENIZER` beside them.
+
+    Returns:
+        Notes: what LeRobot does differently with this policy.
+
+    Raises:
+        ValueError: LeRobot's steps can't say what this robot needs.
+    """
+    if robot.hook is not None:
+        raise ValueError(
+            f"embodiment {robot.name!r} converts units by the code {robot.hook!r}, which no step of LeRobot does; "
+            "convert with an embodiment of the model's own units"
+        )
+    notes = []
+    features, renamed = _features(robot, config, norm_stats["state"].dim)
+    if len(robot.state) > 1:
+        keys = ", ".join(part.key for part in robot.state)
+        notes.append(f"the state is one vector there: send {keys} one behind the other as {STATE}")
+    modes = {key: _mode(rule) for key, rule in normalization.items()}
+    norm_map = {"VISUAL": "IDENTITY", "STATE": modes["state"], "ACTION": modes["actions"]}
+    if any(rule.eps_rule != "lerobot" and rule.kind != "identity" for rule in normalization.values()):
+        notes.append("normalization has LeRobot's eps there: about 1e-6 of a deviation or range less")
+    relative = _relative(robot)
+    state_dict = _state_dict(robot, norm_stats)
+    stats_file = "policy_{}_step_{}_{}_processor.safetensors"
+    settings = {"eps": EPS, "features": features, "norm_map": norm_map}
+    rename = {"registry_name": "rename_observations_processor", "config": {"rename_map": renamed}}
+    to_batch = {"registry_name": "to_batch_processor", "config": {}}
+    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
+    tokens = _tokenizer_step(config)
+    relative_step = {"registry_name": "relative_actions_processor", "config": relative}
+    pi05 = config.pi05
+    index = 3 if pi05 else 6
+    normalizer = {
+        "registry_name": "normalizer_processor",
+        "config": settings,
+        "state_file": stats_file.format("preprocessor", index, "normalizer"),
+    }
+    if pi05:
+        text = {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}}
+        before = [rename, to_batch, relative_step, normalizer, text, tokens, device]
+    else:
+        text = {"registry_name": "pi0_new_line_processor", "config": {}}
+        before = [rename, to_batch, text, tokens, device, relative_step, normalizer]
+        if prompt_format != "lerobot":
+            notes.append("the prompt is not cleaned there, and its newline is tokenized with it")
+    unnormalizer = {
+        "registry_name": "unnormalizer_processor",
+        "config": {**settings, "features": {ACTION: features[ACTION]}},
+        "state_file": stats_file.format("postprocessor", 0, "unnormalizer"),
+    }
+    absolute = {"registry_name": "absolute_actions_processor", "config": {"enabled": relative["enabled"]}}
+    for step in (normalizer, unnormalizer):
+        safetensors.numpy.save_file(state_dict, root / str(step["state_file"]))
+    _write(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
+    _write(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": [unnormalizer, absolute, device]})
+    _write(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
+    return notes
+
+
+def _features(robot: Embodiment, config: Pi0Config, state_dim: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """LeRobot's features in the model's order, and the map from the robot's keys to them."""
+    size = config.image_size
+    features: dict[str, Any] = {}
+    renamed = {}
+    num_empty = 0
+    for camera in robot.read_cameras:
+        if camera.key is None:
+            key, num_empty = f"{EMPTY_CAMERA}{num_empty}", num_empty + 1
+        else:
+            key = f"{IMAGES}{camera.name}"
+            if camera.key != key:
+                renamed[camera.key] = key
+        features[key] = {"type": "VISUAL", "shape": [3, size, size]}
+    features[STATE] = {"type": "STATE", "shape": [min(state_dim, robot.state_dims[-1])]}
+    if len(robot.state) == 1 and robot.state[0].key != STATE:
+        renamed[robot.state[0].key] = STATE
+    features[ACTION] = {"type": "ACTION", "shape": [robot.action_size]}
+    return features, renamed
+
+
+def _mode(rule: Normalization) -> str:
+    return {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}[rule.kind]
+
+
+def _relative(robot: Embodiment) -> dict[str, Any]:
+    names = [action.name for action in robot.actions]
+    excluded = [action.name for action in robot.actions if action.kind == "absolute"]
+    enabled = any(robot.action_mask)
+    # LeRobot leaves out every action whose name contains one of these.
+    wrong = [a.name for a in robot.actions if a.kind == "delta" and any(e.lower() in a.name.lower() for e in excluded)]
+    if enabled and wrong:
+        raise ValueError(
+            f"LeRobot tells relative actions from others by parts of their names, and {', '.join(wrong)} contains one "
+            f"of {', '.join(excluded)}; rename the actions of the embodiment"
+        )
+    return {"enabled": enabled, "exclude_joints": excluded if enabled else ["gripper"], "action_names": names}
+
+
+def _state_dict(robot: Embodiment, norm_stats: Mapping[str, NormStats]) -> dict[str, np.ndarray]:
+    arrays = {}
+    for key, feature, dim in (
+        ("state", STATE, robot.state_dims[-1]),
+        ("actions", ACTION, robot.action_size),
+    ):
+        for name, value in vars(norm_stats[key]).items():
+            if value is not None:
+                arrays[f"{feature}.{name}"] = value[:dim].astype(np.float32)
+    return arrays
+
+
+def _tokenizer_step(config: Pi0Config) -> dict[str, Any]:
+    settings = {
+        "max_length": config.require("max_token_len"),
+        "task_key": "task",
+        "padding_side": "right",
+        "padding": "max_length",
+        "truncation": True,
+        "tokenizer_name": TOKENIZER,
+    }
+    step = {"registry_name": "tokenizer_processor", "config": settings}
+    return {**step, "artifacts": {"tokenizer_name": TOKENIZER}}
+
+
+def _document(
+    config: Pi0Config,
+    robot: Embodiment,
+    features: Mapping[str, Any],
+    norm_map: Mapping[str, str],
+    relative: Mapping[str, Any],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    horizon = config.require("action_horizon")
+    return {
+        "type": "pi05" if config.pi05 else "pi0",
+        "n_obs_steps": 1,
+        "input_features": {key: value for key, value in features.items() if key != ACTION},
+        "output_features": {ACTION: features[ACTION]},
+        "device": "cpu",
+        "paligemma_variant": "gemma_2b",
+        "action_expert_variant": "gemma_300m",
+        "dtype": str(dtype).removeprefix("torch."),
+        "chunk_size": horizon,
+        "n_action_steps": min(robot.execute_steps or horizon, horizon),
+        "max_state_dim": config.action_dim,
+        "max_action_dim": config.action_dim,
+        "num_inference_steps": 10,
+        "use_relative_actions": relative["enabled"],
+        "relative_exclude_joints": relative["exclude_joints"],
+        "action_feature_names": relative["action_names"],
+        "image_resolution": [config.image_size, config.image_size],
+        "empty_cameras": sum(camera.key is None for camera in robot.read_cameras),
+        "tokenizer_max_length": config.require("max_token_len"),
+        "normalization_mapping": dict(norm_map),
+    }
+
+
+def _write(path: pathlib.Path, document: Mapping[str, Any]) -> None:
+    path.write_text(f"{json.dumps(document, indent=2, ensure_ascii=False)}\n", encoding="utf-8")

@@ -1,0 +1,160 @@
+"""Arrays in safetensors files: one model.safetensors, or shards with an index."""
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from torchpi.checkpoints.layout import Leaf, Shapes
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+
+
+def has_weights(root: pathlib.Path) -> bool:
+    """Whether a folder has weights in safetensors files."""
+    return (root / SINGLE).is_file() or (root / INDEX).is_file()
+
+
+class SafetensorsArrays:
+    """The arrays of a folder's safetensors files; see `Arrays`."""
+
+    def __init__(self, root: pathlib.Path) -> None:
+        """Read the headers.
+
+        Raises:
+            FileNotFoundError: there are no weights, or a shard is missing.
+            ValueError: a file is truncated or corrupt; the index is not valid, leads out of the folder or contradicts
+                the shards; an array is neither float32 nor bfloat16; there is both a single file and an index.
+        """
+        single, index = root / SINGLE, root / INDEX
+        self.source = single if single.is_file() else index
+        if single.is_file() and index.is_file():
+            raise ValueError(f"{root} has both {SINGLE} and {INDEX}; remove the one that is not meant")
+        if not single.is_file() and not index.is_file():
+            raise FileNotFoundError(f"{root} has neither {SINGLE} nor {INDEX}; the weights are expected there")
+        self._files: dict[str, pathlib.Path] = {}
+        self.shapes: Shapes = {}
+        expected = None if single.is_file() else _read_index(index)
+        files = [single] if expected is None else [root / name for name in sorted(set(expected.values()))]
+        self._open = {file: _opened(file) for file in files}
+        shapes = {}
+        for file, arrays in self._open.items():
+            for name in arrays.keys():  # noqa: SIM118
+                if name in self._files:
+                    raise ValueError(f"{root} holds {name} twice, in {self._files[name].name} and in {file.name}")
+                entry = arrays.get_slice(name)
+                if (dtype := entry.get_dtype()) not in _DTYPES:
+                    raise ValueError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read")
+                self._files[name], shapes[name] = file, tuple(entry.get_shape())
+        self.shapes = shapes
+        if expected is not None:
+            _check_index(index, expected, self._files)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """An array in `dtype`, by default its stored one."""
+        file = self._files[name]
+        try:
+            # Not from one that stays open: what was read through it would count as used memory until it is closed.
+            with safetensors.safe_open(file, framework="pt") as arrays:
+                tensor: Tensor = arrays.get_tensor(name)
+        except safetensors.SafetensorError as error:
+            raise _corrupt(file, error) from error
+        # A copy: where an array lies in a file decides how it is aligned, and that changes last bits of products.
+        return tensor.to(dtype or tensor.dtype, copy=True)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype of the first array."""
+        name, file = next(iter(self._files.items()))
+        return _DTYPES[self._open[file].get_slice(name).get_dtype()]
+
+
+def _opened(file: pathlib.Path) -> Any:
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; the index names it. Get the checkpoint again")
+    with file.open("rb") as content:
+        start = content.read(9)
+    # safetensors begins with the length of its header, whose first byte may be any, and then the header's JSON.
+    if start[8:] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
+        raise ValueError(
+            f"{file} is a zip archive or a pickle, not safetensors; it is not read, because unpickling runs code. "
+            "Convert it where it comes from"
+        )
+    try:
+        return safetensors.safe_open(file, framework="pt").__enter__()
+    except safetensors.SafetensorError as error:
+        raise _corrupt(file, error) from error
+
+
+def _corrupt(file: pathlib.Path, error: Exception) -> ValueError:
+    return ValueError(f"{file} is truncated or corrupt: {error}; get the file again")
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(part, str) for item in weight_map.items() for part in item):
+            raise ValueError("weight_map must map names of arrays to names of files")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not a valid index: {type(error).__name__}: {error}") from error
+    for file in set(weight_map.values()):
+        if pathlib.PurePath(file).name != file or "\\" in file or file in ("", ".", ".."):
+            raise ValueError(f"{index} names the file {file!r}; only files beside the index are read")
+    return dict(weight_map)
+
+
+def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mapping[str, pathlib.Path]) -> None:
+    wrong = sorted(name for name in {*expected, *found} if name not in found or expected.get(name) != found[name].name)
+    if wrong:
+        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
+        raise ValueError(f"{index} and the files disagree about {shown}; get the checkpoint again")
+
+
+def write_safetensors(
+    root: pathlib.Path,
+    leaves: Mapping[str, Leaf],
+    read: Callable[[str], Tensor],
+    *,
+    dtype: torch.dtype,
+    max_shard_bytes: int | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Write arrays into one file, or into shards with an index where they are more than `max_shard_bytes`.
+
+    Args:
+        leaves: what is written, in this order, and its shapes.
+        read: an array by its name.
+        dtype: of all arrays.
+        metadata: of the files' headers.
+
+    Returns:
+        The names of the files.
+    """
+    size = {name: dtype.itemsize * torch.Size(leaf.shape).numel() for name, leaf in leaves.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes or sum(size.values())
+    for name in leaves:
+        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > room:
+            shards.append([])
+        shards[-1].append(name)
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: read(name).to(dtype).contiguous() for name in names}
+        (root / file).touch()
+        mode = (root / file).stat().st_mode
+        safetensors.torch.save_file(tensors, root / file, metadata={"format": "pt", **(metadata or {})})
+        (root / file).chmod(mode)  # safetensors makes its files for this user alone
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        (root / INDEX).write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
+        files.append(INDEX)
+    return files

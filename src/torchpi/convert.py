@@ -1,0 +1,335 @@
+"""`torchpi convert`: a checkpoint of any format into any other."""
+
+import dataclasses
+import datetime
+import gc
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+import numpy as np
+import torch
+
+from torchpi.checkpoints import lerobot, openpi
+from torchpi.checkpoints.adapt import FIELDS, adapt
+from torchpi.checkpoints.folder import atomic_folder
+from torchpi.checkpoints.layout import Leaf, leaf_array
+from torchpi.checkpoints.load import (
+    Checkpoint,
+    Format,
+    existing_folder,
+    norm_stats_files,
+    open_checkpoint,
+    published_name,
+    resolve_config,
+)
+from torchpi.checkpoints.openpi_layout import jax_leaves
+from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_leaves
+from torchpi.checkpoints.safetensors_files import write_safetensors
+from torchpi.config import Pi0Config
+from torchpi.model.pi0 import Pi0
+from torchpi.policy import Policy, from_parts, read_parts
+from torchpi.transforms.normalize import save_norm_stats
+from torchpi.types import Observation
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What `convert` has done."""
+
+    source: str
+    source_format: Format
+    target: str
+    target_format: Format
+    dtype: str
+    """Of the arrays that were written."""
+    num_parameters: int
+    mapped: int
+    """Arrays of the source that went into the target."""
+    folded: dict[str, list[str]]
+    """By the array that they change, the LoRA arrays that were folded into it."""
+    tied: str
+    """The array that was read as the embedding, where it has another name."""
+    dropped: dict[str, str]
+    """Arrays of the source that no computation reads, and why."""
+    adapted: list[str]
+    """What was cut or extended."""
+    notes: list[str]
+    """What the target can't say, or says otherwise."""
+    files: list[str]
+    array_difference: float | None = None
+    """The largest difference between an array that was meant and the one read back; None: not checked."""
+    action_difference: float | None = None
+    """The same of sampled actions."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return dataclasses.asdict(self)
+
+
+def convert(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    to: Format,
+    *,
+    dtype: torch.dtype | None = None,
+    config: Pi0Config | str | pathlib.Path | None = None,
+    sizes: Mapping[str, int] | None = None,
+    lora_alpha: tuple[float, float] | None = None,
+    asset_id: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    check: bool = True,
+    **policy: Any,
+) -> Conversion:
+    """Write a checkpoint in another format; the target appears complete or not at all.
+
+    Args:
+        source: a folder or address, see `load_model`.
+        target: a new folder.
+        to: "torchpi", "openpi-jax", "openpi-pytorch" or "lerobot".
+        dtype: of the arrays; by default the source's.
+        config: see `load_model`.
+        sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
+        lora_alpha: see `load_model`.
+        asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
+        max_shard_bytes: above it safetensors files are written in shards.
+        overwrite: replace a target that is there.
+        check: read the target back, and compare its arrays and sampled actions with the source's.
+        policy: more arguments of `load_policy` (embodiment, norm_stats, tokenizer, …), which torchpi and lerobot need
+            where the source does not say them.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: see `load_model` and `load_policy`; there is something at the target;
+            the target can't say what the policy needs.
+    """
+    if to not in get_args(Format):
+        raise ValueError(f"unknown format {to!r}; formats are {', '.join(get_args(Format))}")
+    path = pathlib.Path(target).expanduser()
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another path, or overwrite it (--overwrite)")
+    config = published_name(source) if config is None else config
+    checkpoint = open_checkpoint(existing_folder(source), config=config, lora_alpha=lora_alpha)
+    dtype = dtype or checkpoint.dtype
+    model = checkpoint.load(resolve_config(checkpoint, config), dtype=dtype, device="cpu")
+    adapted = []
+    if sizes:
+        if unknown := sorted(set(sizes) - set(FIELDS)):
+            raise ValueError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can")
+        adapted = adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
+    with atomic_folder(path) as beside:
+        if to in ("torchpi", "lerobot"):
+            parts = read_parts(source, asset_id=asset_id, **policy)
+            parts = dataclasses.replace(parts, provenance=_provenance(source, checkpoint, parts.provenance))
+            notes = _write_policy(beside, from_parts(model, parts), to, dtype, max_shard_bytes)
+        else:
+            if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
+                raise ValueError(f"a checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out")
+            notes = _write_openpi(beside, model, to, dtype, max_shard_bytes)
+            notes += _write_assets(beside, source, checkpoint, asset_id, policy)
+        files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
+        files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
+        differences = _check(beside, model, to, dtype) if check else (None, None)
+    return Conversion(
+        source=str(source),
+        source_format=checkpoint.format,
+        target=str(path),
+        target_format=to,
+        dtype=str(dtype).removeprefix("torch."),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        mapped=len(checkpoint.arrays.shapes),
+        folded={name: list(pair) for name, pair in checkpoint.folded.items()},
+        tied=checkpoint.tied,
+        dropped=dict(checkpoint.dropped),
+        adapted=adapted,
+        notes=notes,
+        files=files,
+        array_difference=differences[0],
+        action_difference=differences[1],
+    )
+
+
+def print_conversion(result: Conversion) -> None:
+    """Tell people what `convert` has done."""
+    print(
+        f"{result.source} ({result.source_format}) to {result.target} ({result.target_format}, {result.dtype}), "
+        f"{result.num_parameters / 1e6:.1f} M parameters"
+    )
+    print(f"mapped: {result.mapped} arrays, every one that a computation reads")
+    if result.folded:
+        print(f"folded: LoRA weights into {len(result.folded)} arrays: {', '.join(result.folded)}")
+    if result.tied:
+        print(f"tied: the embedding is {result.tied}")
+    for name, reason in result.dropped.items():
+        print(f"dropped: {name} ({reason})")
+    for line in result.adapted:
+        print(f"adapted: {line}")
+    for line in result.notes:
+        print(f"note: {line}")
+    print(f"files: {', '.join(result.files)}")
+    if result.array_difference is not None and result.action_difference is not None:
+        print(
+            f"read back: arrays differ by at most {result.array_difference:g}, sampled actions by "
+            f"{result.action_difference:g}"
+        )
+
+
+def _write_policy(root: pathlib.Path, policy: Policy, to: str, dtype: torch.dtype, max_shard_bytes: int) -> list[str]:
+    if to == "torchpi":
+        policy.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return []
+    _write_torch(root, policy.model, dtype, max_shard_bytes, prefix=LEROBOT_PREFIX, embeddings=2)
+    notes = lerobot.write_parts(
+        root,
+        policy.model.config,
+        policy.embodiment,
+        norm_stats=policy.transforms.norm_stats,
+        normalization=policy.transforms.normalization,
+        prompt_format=policy.transforms.prompt_format,
+        dtype=dtype,
+    )
+    (root / lerobot.TOKENIZER).mkdir()
+    policy.write_tokenizer(root / lerobot.TOKENIZER)
+    if policy.default_prompt is not None:
+        notes.append(f"the default prompt {policy.default_prompt!r} is not written: LeRobot has none")
+    return notes
+
+
+def _provenance(source: str | pathlib.Path, checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
+    converted = {
+        "source": str(source),
+        "format": checkpoint.format,
+        "sha256": _sha256(checkpoint),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    return {**{key: value for key, value in before.items() if key != "source"}, "converted": converted}
+
+
+def _sha256(checkpoint: Checkpoint) -> str:
+    """Of all files of weights, by their names and contents."""
+    in_params = checkpoint.format == "openpi-jax"
+    root = checkpoint.arrays.source if in_params else checkpoint.root
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*") if in_params else root.glob("*.safetensors")):
+        if file.is_file():
+            digest.update(file.relative_to(root).as_posix().encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype, max_shard_bytes: int) -> list[str]:
+    config = model.config
+    if to == "openpi-jax":
+        leaves = jax_leaves(config)
+        (root / "params").mkdir()
+        openpi.write_params(root / "params", leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)
+        unsaid = ["action_horizon", "max_token_len", "discrete_state_input"]
+    else:
+        _write_torch(root, model, dtype, max_shard_bytes, prefix="", embeddings=1)
+        document = {
+            "action_dim": config.action_dim,
+            "action_horizon": config.require("action_horizon"),
+            "paligemma_variant": "gemma_2b",
+            "action_expert_variant": "gemma_300m",
+            "precision": str(dtype).removeprefix("torch."),
+        }
+        (root / "config.json").write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
+        unsaid = ["max_token_len", "discrete_state_input"]
+    values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
+    return [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+
+
+def _write_torch(
+    root: pathlib.Path, model: Pi0, dtype: torch.dtype, max_shard_bytes: int, *, prefix: str, embeddings: int
+) -> None:
+    """The arrays of openpi's PyTorch port, with those that a strict loader misses otherwise.
+
+    Args:
+        embeddings: 1: under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays; 2:
+            under both names.
+    """
+    leaves = torch_leaves(model.config)
+    vocab, width = model.config.vocab_size, model.config.action_expert.width
+    embedding = leaves.pop(EMBEDDING)
+    leaves[TIED_EMBEDDING] = embedding
+    if embeddings == 2:
+        leaves[EMBEDDING] = embedding
+    head = Leaf((vocab, width), ())
+    written = {f"{prefix}{name}": leaf for name, leaf in {**leaves, EXPERT_LM_HEAD: head}.items()}
+
+    def read(name: str) -> torch.Tensor:
+        leaf = written[name]
+        if leaf is head:  # nobody reads the expert's
+            return torch.zeros(leaf.shape, dtype=dtype)
+        array = leaf_array(model, leaf, dtype)
+        # safetensors takes no tensor under two names.
+        return array.clone() if embeddings == 2 and name.endswith(TIED_EMBEDDING) else array
+
+    alias = {EMBEDDING: TIED_EMBEDDING} if embeddings == 1 else {}
+    write_safetensors(root, written, read, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=alias)
+
+
+def _write_assets(
+    root: pathlib.Path,
+    source: str | pathlib.Path,
+    checkpoint: Checkpoint,
+    asset_id: str | None,
+    policy: Mapping[str, Any],
+) -> list[str]:
+    """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one."""
+    if checkpoint.format in ("openpi-jax", "openpi-pytorch") and not policy:
+        files = norm_stats_files(checkpoint.root)
+        chosen = {asset_id: files[asset_id]} if asset_id in files else files
+        if asset_id is not None and asset_id not in files:
+            raise ValueError(
+                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(files) or 'none'}"
+            )
+        for name, file in chosen.items():
+            (root / "assets" / name).mkdir(parents=True)
+            (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
+        return [] if chosen else ["there are no statistics in the source, and so none in the target"]
+    said = read_parts(source, **policy)
+    name = asset_id or said.embodiment.asset_id or said.embodiment.name
+    (root / "assets" / name).mkdir(parents=True)
+    save_norm_stats(root / "assets" / name, said.norm_stats)
+    return [f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
+
+
+def _check(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Read back what was written, and compare it with what was meant: arrays, and actions sampled from them."""
+    written = open_checkpoint(root, config=model.config)
+    leaves = written.leaves(model.config)
+    difference = 0.0
+    for name, leaf in leaves.items():
+        meant, found = leaf_array(model, leaf, dtype), written.arrays.read(name)
+        if not torch.equal(meant, found):
+            difference = max(difference, float((meant.float() - found.float()).abs().max()))
+    observation, noise = _sample_inputs(model.config)
+    with torch.no_grad():
+        expected = model.sample_actions(observation, noise=noise, num_steps=2)
+        again = written.load(model.config, dtype=dtype, device="cpu")
+        found = again.sample_actions(observation, noise=noise, num_steps=2)
+    del again
+    gc.collect()
+    return difference, float((expected - found).abs().max())
+
+
+def _sample_inputs(config: Pi0Config) -> tuple[Observation, torch.Tensor]:
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.integers(0, 256, (1, config.image_size, config.image_size, 3), np.uint8))
+    observation = Observation.from_dict(
+        {
+            "image": {"base_0_rgb": image},
+            "image_mask": {"base_0_rgb": torch.tensor([True])},
+            "state": torch.from_numpy(rng.standard_normal((1, config.action_dim), np.float32)),
+            "tokenized_prompt": torch.from_numpy(rng.integers(0, config.vocab_size, (1, 12))),
+            "tokenized_prompt_mask": torch.ones(1, 12, dtype=torch.bool),
+        }
+    )
+    horizon = config.action_horizon or 10
+    return observation, torch.from_numpy(rng.standard_normal((1, horizon, config.action_dim), np.float32))

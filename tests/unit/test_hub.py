@@ -1,0 +1,662 @@
+"""Downloads, from servers in this process that speak the protocols of Google Cloud Storage and the Hugging Face Hub."""
+
+import base64
+import collections
+import errno
+import hashlib
+import http.server
+import json
+import pathlib
+import random
+import subprocess
+import sys
+import threading
+import urllib.parse
+
+import filelock
+import google_crc32c
+import pytest
+
+from torchpi.checkpoints.hub import fetch
+
+BIG = random.Random(0).randbytes(300_000)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BASE = "checkpoints/pi05_base"
+POLICY = {  # in a bucket
+    f"{BASE}/_CHECKPOINT_METADATA": b"m",
+    f"{BASE}/assets/trossen/norm_stats.json": b'{"norm_stats": {}}',
+    f"{BASE}/params/_METADATA": b"{}",
+    f"{BASE}/params/d/0a1b": BIG,
+    f"{BASE}/params/empty": b"",
+    f"{BASE}/params/old.pkl": b"pickle",
+    f"{BASE}/train_state/d/0a1b": b"optimizer",
+    f"{BASE}/train_state/state.json": b"{}",
+    f"{BASE}_2/params/_METADATA": b"of another one",
+    "paligemma_tokenizer.model": b"spm",
+}
+WANTED = ["assets/trossen/norm_stats.json", "params/_METADATA", "params/d/0a1b", "params/empty"]
+MODEL = {  # in a repository
+    "README.md": b"# card",
+    "config.json": b"{}",
+    "model.safetensors": BIG,
+    "optimizer.pt": b"pickle",
+    "pytorch_model.bin": b"pickle",
+    "sub/policy.json": b"{} ",
+    "sub/training_state/optimizer.safetensors": b"optimizer",
+    "tokenizer.model": b"spm",
+}
+
+
+class Server:
+    """Files by HTTP, what was asked for, and what goes wrong."""
+
+    def __init__(self, files):
+        self.files = dict(files)
+        self.requests = []  # path, file, range
+        self.headers = []
+        self.status = {}  # of all requests whose path contains the key
+        self.drops = collections.defaultdict(list)  # file: after how many bytes each connection breaks
+        self.sends = {}  # file: what is sent instead, with a fitting Content-Length
+        self.lists = {}  # file: what the list says of it instead
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self):
+                server.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+
+    def stop(self):
+        if self.thread.is_alive():
+            self.http.shutdown()
+            self.thread.join()
+            self.http.server_close()
+
+    def reads(self):
+        """Of each file that was asked for: the ranges."""
+        found = collections.defaultdict(list)
+        for _, name, range_ in self.requests:
+            if name:
+                found[name].append(range_)
+        return found
+
+    def answer(self, handler):
+        url = urllib.parse.urlsplit(handler.path)
+        path, query = urllib.parse.unquote(url.path), dict(urllib.parse.parse_qsl(url.query))
+        name = self.file_of(path)
+        self.requests.append((path, name, handler.headers.get("Range")))
+        self.headers.append(dict(handler.headers))
+        for part, status in self.status.items():
+            if part in path and status:
+                status = status.pop(0) if isinstance(status, list) else status
+                return self.send(handler, json.dumps({"error": {"message": "no", "code": status}}).encode(), status)
+        if name is None:
+            document, headers = self.document(path, query)
+            if document is None:
+                return self.send(handler, b'{"error": {"message": "Not Found"}}', 404, headers)
+            return self.send(handler, json.dumps(document).encode(), 200, headers)
+        return self.send_file(handler, name)
+
+    def send(self, handler, body, status=200, headers=None, drop_after=None):
+        handler.send_response(status)
+        for key, value in {"Content-Type": "application/json", **(headers or {}), "Content-Length": len(body)}.items():
+            handler.send_header(key, str(value))
+        handler.end_headers()
+        handler.wfile.write(body[:drop_after])
+        if drop_after is not None:
+            handler.close_connection = True
+
+    def send_file(self, handler, name):
+        if name not in self.files:
+            return self.send(handler, b"{}", 404)
+        body, range_ = self.sends.get(name, self.files[name]), handler.headers.get("Range")
+        drop_after = self.drops[name].pop(0) if self.drops[name] else None
+        if not range_:
+            return self.send(handler, body, drop_after=drop_after)
+        start = int(range_.removeprefix("bytes=").removesuffix("-"))
+        if start >= len(body):
+            return self.send(handler, b"", 416)
+        headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"}
+        return self.send(handler, body[start:], 206, headers, drop_after)
+
+
+class Bucket(Server):
+    """The JSON API of Google Cloud Storage; two objects on a page."""
+
+    def file_of(self, path):
+        _, is_media, name = path.partition("/download/storage/v1/b/bucket/o/")
+        return name if is_media else None
+
+    def document(self, path, query):
+        objects = "/storage/v1/b/bucket/o"
+        if path.startswith(objects + "/"):
+            name = path.removeprefix(objects + "/")
+            return (self.object(name) if name in self.files else None), {}
+        if path != objects:
+            return None, {}
+        names = sorted(name for name in self.files if name.startswith(query.get("prefix", "")))
+        start = int(query.get("pageToken", 0))
+        more = {"nextPageToken": str(start + 2)} if len(names) > start + 2 else {}
+        return {"items": [self.object(name) for name in names[start : start + 2]], **more}, {}
+
+    def object(self, name):
+        data = self.files[name]
+        crc32c = base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+        said = {"name": name, "bucket": "bucket", "size": str(len(data)), "generation": "7", "crc32c": crc32c}
+        return said | self.lists.get(name, {})
+
+
+class Hub(Server):
+    """The API of the Hugging Face Hub; files over 1 kB are LFS's."""
+
+    def file_of(self, path):
+        _, is_file, name = path.partition(f"/org/name/resolve/{COMMIT}/")
+        return name if is_file else None
+
+    def document(self, path, query):
+        if path in ("/api/models/org/name/revision/main", f"/api/models/org/name/revision/{COMMIT}"):
+            return {"id": "org/name", "sha": COMMIT, "siblings": []}, {}
+        if path == f"/api/models/org/name/tree/{COMMIT}":
+            folders = [{"type": "directory", "oid": "0", "path": "sub", "size": 0}]
+            return folders + [self.entry(name) for name in sorted(self.files)], {}
+        code = "RevisionNotFound" if path.startswith("/api/models/org/name/revision/") else "RepoNotFound"
+        return None, {"X-Error-Code": code}
+
+    def entry(self, name):
+        data = self.files[name]
+        said = {"type": "file", "oid": "0" * 40, "path": name, "size": len(data)}
+        if len(data) > 1000:
+            said["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
+        return said | self.lists.get(name, {})
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def bucket(monkeypatch, home):
+    with Bucket(POLICY) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        server.address, server.big = f"gs://bucket/{BASE}", f"{BASE}/params/d/0a1b"
+        server.top, server.root = home / "gs/bucket", home / "gs/bucket" / BASE
+        server.big_url = f"https://storage.googleapis.com/bucket/{server.big}"
+        yield server
+
+
+@pytest.fixture
+def repository(monkeypatch, home):
+    with Hub(MODEL) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.address, server.big = "hf://org/name", "model.safetensors"
+        server.top = server.root = home / "hf/org/name/main"
+        server.big_url = "https://huggingface.co/org/name/resolve/main/model.safetensors"
+        yield server
+
+
+@pytest.fixture(params=["bucket", "repository"])
+def server(request):
+    """Each of the two."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def waits():
+    """The seconds that `fetch(sleep=waits.append)` would have waited."""
+    return []
+
+
+def contents(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def complete(server):
+    """The files that a complete folder has."""
+    if isinstance(server, Hub):
+        return {
+            name: MODEL[name] for name in ("config.json", "model.safetensors", "sub/policy.json", "tokenizer.model")
+        }
+    return {name: POLICY[f"{BASE}/{name}"] for name in WANTED}
+
+
+def note_a_beginning(server):
+    """As a download does."""
+    note = server.root.with_name(server.root.name + ".download.json")
+    note.write_text(json.dumps({"files": {server.big: {"size": len(BIG), "version": "1"}}}))
+
+
+# What comes, and where it goes
+
+
+def test_of_a_folder_comes_what_a_policy_needs(server):
+    assert fetch(server.address) == server.root
+    assert contents(server.root) == complete(server)
+    assert sorted(server.reads()) == sorted(
+        path.relative_to(server.top).as_posix()
+        for path in server.root.rglob("*")
+        if path.is_file() and path.stat().st_size
+    )
+
+
+def test_what_is_complete_is_used_without_a_request(server):
+    fetch(server.address)
+    server.stop()
+    assert contents(fetch(server.address)) == complete(server)
+    assert contents(fetch(server.address + "/")) == complete(server)
+
+
+def test_one_file_of_a_bucket(bucket, home):
+    path = fetch("gs://bucket/paligemma_tokenizer.model")
+    assert path == home / "gs/bucket/paligemma_tokenizer.model"
+    assert path.read_bytes() == b"spm"
+    bucket.stop()
+    assert fetch("gs://bucket/paligemma_tokenizer.model") == path
+
+
+def test_one_file_and_one_folder_of_a_repository(repository, home):
+    path = fetch("hf://org/name/tokenizer.model")
+    assert (path, path.read_bytes()) == (home / "hf/org/name/main/tokenizer.model", b"spm")
+    assert contents(fetch("hf://org/name/sub")) == {"policy.json": b"{} "}
+    assert fetch("hf://org/name/README.md").read_bytes() == MODEL["README.md"]
+    assert sorted(repository.reads()) == ["README.md", "sub/policy.json", "tokenizer.model"]
+
+
+def test_a_revision_has_its_own_folder_and_the_commit_is_noted(repository, home):
+    assert fetch(f"hf://org/name@{COMMIT}/config.json") == home / f"hf/org/name/{COMMIT}/config.json"
+    fetch("hf://org/name")
+    note = json.loads((home / "hf/org/name/main.download.json").read_text())
+    assert note["address"] == "hf://org/name"
+    assert note["files"]["model.safetensors"] == {"size": len(BIG), "version": COMMIT}
+
+
+def test_a_part_of_what_is_complete_needs_no_request_but_the_whole_of_a_part_does(bucket):
+    assert contents(fetch(f"gs://bucket/{BASE}/assets")) == {"trossen/norm_stats.json": b'{"norm_stats": {}}'}
+    assert complete(bucket).items() <= contents(fetch(bucket.address)).items()
+    assert len(bucket.reads()[f"{BASE}/assets/trossen/norm_stats.json"]) == 1
+    bucket.stop()
+    assert fetch(f"gs://bucket/{BASE}/params") == bucket.root / "params"
+    assert fetch(f"gs://bucket/{bucket.big}").read_bytes() == BIG
+
+
+def test_the_parameters_alone(bucket):
+    assert contents(fetch(f"gs://bucket/{BASE}/params")) == {"_METADATA": b"{}", "d/0a1b": BIG, "empty": b""}
+
+
+def test_the_default_home(bucket, tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHPI_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    path = fetch("gs://bucket/paligemma_tokenizer.model")
+    assert path == tmp_path / "user/.cache/torchpi/gs/bucket/paligemma_tokenizer.model"
+
+
+def test_a_home_may_be_relative_or_the_users(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHPI_HOME", "here")
+    assert fetch("gs://bucket/paligemma_tokenizer.model").is_relative_to(tmp_path / "here")
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.setenv("TORCHPI_HOME", "~/there")
+    assert fetch("gs://bucket/paligemma_tokenizer.model").is_relative_to(tmp_path / "user/there")
+
+
+def test_the_progress_is_on_stderr(bucket, capfd):
+    fetch(bucket.address)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "300" in err
+    assert "kB" in err
+
+
+def test_nobodys_account_is_used_for_buckets(bucket):
+    fetch(bucket.address)
+    assert not any("Authorization" in headers for headers in bucket.headers)
+
+
+# Interruptions
+
+
+def test_a_dropped_connection_is_taken_up_where_it_stopped(server, waits):
+    server.drops[server.big] = [100_000]
+    fetch(server.address, sleep=waits.append)
+    assert waits == [1.0]
+    first, second = server.reads()[server.big]
+    assert first in (None, "bytes=0-")
+    assert second == "bytes=100000-"
+    assert contents(server.root) == complete(server)
+
+
+def test_an_interrupted_download_is_continued_by_the_next(server):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    server.drops[server.big] = [100_000]
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server.address, sleep=interrupt)
+    part = server.top / f"{server.big}.part"
+    assert part.read_bytes() == BIG[:100_000]
+    assert not part.with_suffix("").exists()
+    fetch(server.address)
+    assert server.reads()[server.big][1:] == ["bytes=100000-"]
+    assert contents(server.root) == complete(server)
+
+
+def test_failures_are_counted_anew_once_something_arrived(server, waits):
+    server.drops[server.big] = [10_000, 0, 0, 0, 10_000, 0, 0, 0, 10_000]
+    fetch(server.address, sleep=waits.append)
+    assert waits == [1.0, 2.0, 4.0, 8.0, 1.0, 2.0, 4.0, 8.0, 1.0]
+    assert contents(server.root) == complete(server)
+
+
+def test_too_many_failures_in_a_row(server, waits):
+    server.drops[server.big] = [100_000, 0, 0, 0, 0]
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch(server.address, sleep=waits.append)
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    path = server.top / server.big
+    assert f"{server.big_url}\n    to {path}" in str(caught.value)
+    assert path.with_name(path.name + ".part").read_bytes() == BIG[:100_000]
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_is_busy_is_asked_again(server, waits, status):
+    server.status = {"/o/checkpoints/pi05_base": [status, status], "/api/models/org/name/revision": [status, status]}
+    fetch(server.address, sleep=waits.append)
+    assert contents(server.root) == complete(server)
+
+
+def test_two_threads_download_once(server):
+    begun = threading.Barrier(3)
+
+    def run():
+        begun.wait()
+        fetch(server.address)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    begun.wait()
+    for thread in threads:
+        thread.join()
+    assert contents(server.root) == complete(server)
+    assert {len(ranges) for ranges in server.reads().values()} == {1}
+
+
+def test_two_processes_download_once(server):
+    program = f"from torchpi.checkpoints.hub import fetch; print(fetch({server.address!r}))"
+    processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]
+    assert [process.communicate()[0].decode().strip() for process in processes] == [str(server.root)] * 2
+    assert contents(server.root) == complete(server)
+    assert {len(ranges) for ranges in server.reads().values()} == {1}
+
+
+def test_who_waits_for_another_process_says_so(bucket, home, capfd):
+    (home / "gs").mkdir(parents=True)
+    thread = threading.Thread(target=fetch, args=(bucket.address,))
+    with filelock.FileLock(home / "gs/bucket.lock"):
+        thread.start()
+        thread.join(0.3)
+        assert not bucket.requests
+    thread.join()
+    assert f"waiting for another process, which downloads into {home / 'gs/bucket'}" in capfd.readouterr().err
+    assert contents(bucket.root) == complete(bucket)
+
+
+# Wrong contents
+
+
+@pytest.mark.parametrize(
+    ("sent", "found"),
+    [(BIG[:-1], "299999 bytes"), (BIG + b"x", "300001 bytes"), (BIG[:-1] + b"x", "another checksum")],
+    ids=["short", "long", "other"],
+)
+def test_what_does_not_fit_is_an_error_and_not_kept(server, waits, sent, found):
+    server.sends[server.big] = sent
+    with pytest.raises(
+        ValueError, match=rf"{found}; expected 300000 bytes with checksum \w+\. They are deleted; try"
+    ) as e:
+        fetch(server.address, sleep=waits.append)
+    assert str(e.value).startswith(server.big_url)
+    assert f"{server.big}".split("/")[-1] not in {path.name.removesuffix(".part") for path in server.top.rglob("*")}
+    del server.sends[server.big]
+    assert contents(fetch(server.address)) == complete(server)
+
+
+def test_a_small_file_of_a_repository_has_a_size_to_fit(repository, waits):
+    repository.sends["config.json"] = b"{}}"
+    with pytest.raises(ValueError, match=r"resolve/main/config\.json: got 3 bytes; expected 2 bytes\."):
+        fetch(repository.address, sleep=waits.append)
+    assert "config.json" not in contents(repository.root)
+
+
+def test_a_bucket_may_give_the_md5_only(bucket, waits):
+    md5 = base64.b64encode(hashlib.md5(BIG).digest()).decode()
+    bucket.lists[bucket.big] = {"crc32c": None, "md5Hash": md5}
+    bucket.sends[bucket.big] = BIG[:-1] + b"x"
+    with pytest.raises(ValueError, match="another checksum"):
+        fetch(bucket.address, sleep=waits.append)
+    bucket.sends.clear()
+    assert contents(fetch(bucket.address)) == complete(bucket)
+
+
+def test_a_file_of_another_size_than_noted_is_fetched_again(server):
+    fetch(server.address)
+    (server.top / server.big).write_bytes(BIG[:1000])
+    server.requests.clear()
+    assert contents(fetch(server.address)) == complete(server)
+    assert server.big in server.reads()
+    assert not [name for name in server.reads() if "params/_METADATA" in name]
+
+
+def test_the_beginning_of_another_version_is_an_error_once(server):
+    part = server.top / f"{server.big}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"another version")
+    note_a_beginning(server)
+    with pytest.raises(ValueError, match="another checksum; expected"):
+        fetch(server.address)
+    assert contents(fetch(server.address)) == complete(server)
+
+
+def test_an_older_version_of_the_same_size_is_not_taken_for_complete(server):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    fetch(server.address)
+    server.files[server.big] = BIG[::-1]
+    (server.root / next(iter(complete(server)))).unlink()
+    server.drops[server.big] = [1000]
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server.address, sleep=interrupt)
+    fetch(server.address)
+    assert (server.top / server.big).read_bytes() == BIG[::-1]
+
+
+def test_a_damaged_note_is_an_error(server):
+    fetch(server.address)
+    note = server.root.with_name(server.root.name + ".download.json")
+    note.write_text("{")
+    with pytest.raises(ValueError, match=r"\.download\.json is damaged .*; delete it, and fetch again"):
+        fetch(server.address)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.json", "/etc/x.json", "a/../../x.json", "a//x.json", "a\\..\\x.json", "./x.json"]
+)
+def test_names_that_lead_out_of_the_folder_are_an_error(server, home, name):
+    prefix = f"{BASE}/" if isinstance(server, Bucket) else ""
+    server.files[prefix + name] = b"{}"
+    with pytest.raises(ValueError, match="which would be outside of"):
+        fetch(server.address)
+    assert not list(home.parent.rglob("*.json"))
+    assert not server.reads()
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_disk_is_an_error_that_says_what_to_do(server):
+    part = server.top / f"{server.big}.part"
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    note_a_beginning(server)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        fetch(server.address)
+    assert caught.value.errno == errno.ENOSPC
+    assert "of 300000 bytes: make room, or set TORCHPI_HOME" in caught.value.__notes__[0]
+    part.unlink()
+    assert contents(fetch(server.address)) == complete(server)
+
+
+# Without a connection
+
+
+def test_without_a_connection_the_error_says_what_goes_where(server, waits):
+    server.stop()
+    with pytest.raises(FileNotFoundError, match="is not complete in the cache, and cannot be downloaded now") as caught:
+        fetch(server.address, sleep=waits.append)
+    assert waits == [1.0, 2.0, 4.0, 8.0]
+    url = (
+        "https://huggingface.co/org/name/tree/main"
+        if isinstance(server, Hub)
+        else server.big_url.removesuffix("/params/d/0a1b")
+    )
+    assert url in str(caught.value)
+    assert f"to {server.root}\n" in str(caught.value)
+    for name, data in complete(server).items():
+        (server.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.root / name).write_bytes(data)
+    assert fetch(server.address) == server.root
+
+
+def test_one_file_without_a_connection(bucket, home, waits):
+    bucket.stop()
+    path = home / "gs/bucket/paligemma_tokenizer.model"
+    url = "https://storage.googleapis.com/bucket/paligemma_tokenizer.model"
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch("gs://bucket/paligemma_tokenizer.model", sleep=waits.append)
+    assert f"{url}\n    to {path}\n" in str(caught.value)
+    path.parent.mkdir()
+    path.write_bytes(b"spm")
+    assert fetch("gs://bucket/paligemma_tokenizer.model") == path
+
+
+def test_what_is_missing_of_an_interrupted_download_may_be_placed_by_hand(server, waits):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    server.drops[server.big] = [100_000]
+    with pytest.raises(KeyboardInterrupt):
+        fetch(server.address, sleep=interrupt)
+    server.stop()
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch(server.address, sleep=waits.append)
+    path = server.top / server.big
+    assert f"{server.big_url}\n    to {path}" in str(caught.value)
+    for name, data in complete(server).items():
+        (server.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (server.root / name).write_bytes(data)
+    path.write_bytes(BIG[:-1])
+    with pytest.raises(FileNotFoundError):
+        fetch(server.address, sleep=waits.append)
+    path.write_bytes(BIG)
+    assert fetch(server.address) == server.root
+
+
+def test_an_empty_folder_was_not_placed_by_hand(bucket):
+    bucket.root.mkdir(parents=True)
+    assert contents(fetch(bucket.address)) == complete(bucket)
+
+
+def test_many_missing_files_are_counted(bucket, waits):
+    bucket.files |= {f"{BASE}/params/d/{i:02}": b"x" for i in range(20)}
+    bucket.status = {"/download/": 503}
+    with pytest.raises(FileNotFoundError) as caught:
+        fetch(bucket.address, sleep=waits.append)
+    assert str(caught.value).count("\n    to ") == 10
+    assert f"and 14 more, listed in {bucket.root}.download.json" in str(caught.value)
+
+
+# What is not there
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_private_ones(server, status, waits):
+    server.status = {"/b/bucket": status, "/api/models": status}
+    hint = "set HF_TOKEN or run" if isinstance(server, Hub) else "only public buckets are read; with an account: gcloud"
+    with pytest.raises(FileNotFoundError, match=rf"is private or does not exist: .*{hint}"):
+        fetch(server.address, sleep=waits.append)
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    "address", ["gs://other-bucket/folder", "hf://org/other", "hf://org/name@other", "hf://other/name/sub"]
+)
+def test_missing_buckets_repositories_and_revisions(bucket, repository, address):
+    with pytest.raises(FileNotFoundError, match=rf"{address} does not exist; check its parts"):
+        fetch(address)
+
+
+@pytest.mark.parametrize("address", [f"gs://bucket/{BASE[:-1]}", "gs://bucket/nowhere", "hf://org/name/nowhere"])
+def test_missing_folders(bucket, repository, address):
+    with pytest.raises(FileNotFoundError, match=rf"{address}: found nothing; expected a file, or a folder with"):
+        fetch(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [f"gs://bucket/{BASE}/train_state", "hf://org/name/pytorch_model.bin", f"gs://bucket/{BASE}/params/old.pkl"],
+)
+def test_pickles_and_train_states_do_not_come_even_when_asked_for(bucket, repository, address):
+    with pytest.raises(FileNotFoundError, match=r"found \S+.* Never downloaded are \*\.bin, \*\.pt"):
+        fetch(address)
+    assert not bucket.reads()
+    assert not repository.reads()
+
+
+def test_another_refusal_is_an_error_of_its_own(server, waits):
+    server.status = {"/b/bucket": 400, "/api/models": 400}
+    with pytest.raises(ValueError, match="the server refuses the request"):
+        fetch(server.address, sleep=waits.append)
+    assert waits == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "", "folder", "/folder", "s3://bucket/path", "GS://bucket/path", "gs:/bucket/path", "gs://", "gs://bucket",
+        "gs://bucket/", "gs:///path", "gs://bucket//path", "gs://bucket/a//b", "gs://bucket/../x", "gs://bucket/a/..",
+        "gs://bucket/a/./b", "gs://bucket/a\\b", "gs://../path", "gs://bucket/.", "hf://org/name/.",
+        "hf://", "hf://name", "hf://org/", "hf:///name",
+        "hf://org/name@", "hf://org/name@main/../x", "hf://org/..", "hf://../name", "hf://org/name@..", "hf://org//name",
+        "hf://org/name//sub", "hf://or g/name",
+    ],
+)  # fmt: skip
+def test_malformed_addresses(address):
+    with pytest.raises(ValueError, match=r"malformed address '.*'; expected gs://bucket/path or hf://org/name"):
+        fetch(address)
+
+
+def test_without_the_extra_the_error_names_the_command(home, monkeypatch):
+    monkeypatch.setitem(sys.modules, "google.cloud", None)
+    with pytest.raises(ModuleNotFoundError, match=r'need the extra \'gcs\': pip install "torchpi\[gcs\]"'):
+        fetch("gs://bucket/path")
+    (home / "gs/bucket").mkdir(parents=True, exist_ok=True)
+    (home / "gs/bucket/path").write_text("by hand")
+    assert fetch("gs://bucket/path").read_text() == "by hand"
