@@ -78,7 +78,16 @@ def test_the_tree_names_what_is_there():
     tree = README[README.index("## The tree") : README.index("## Commands")]
     for path in package.rglob("*.py"):
         folder = path.parent.name
-        if folder in ("assets", "bench", "data", "demo", "sim", "trace", "training"):  # their important files at most
+        if folder in (
+            "assets",
+            "bench",
+            "data",
+            "demo",
+            "doctor",
+            "sim",
+            "trace",
+            "training",
+        ):  # their important files at most
             assert f"      {folder}/ " in tree, f"{folder}/ is not in the README's tree"
         elif path.name != "__init__.py":
             assert path.name in tree, f"{path.name} is not in the README's tree"

@@ -1,0 +1,185 @@
+"""What a policy reads: how far its action chunk moves when one input is changed.
+
+The measure. For K noises, the model's chunks with the observation as it is are X [K, H, a], those with one input
+changed and the same noises are V; both in normalized units, in which all dimensions have one scale, without padding.
+
+    spread = RMS over K, H, a of X − (mean of X over K)         what noise alone changes
+    moves  = RMS over K, H, a of V − X, divided by the spread   0: the input changes nothing; √2: as another noise
+
+Both have the same noise, so an input that is not read gives 0 and no sampling error hides a small influence.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from torchpi.doctor.description import state_input
+from torchpi.doctor.result import Finding, Sensitivity
+from torchpi.model import flow
+from torchpi.policy import Policy, collate
+from torchpi.transforms.pipeline import Transforms
+from torchpi.transforms.prompt import clean_text
+
+# An input that moves the chunk by less than a fiftieth of what noise alone does cannot steer the robot.
+IGNORED_BELOW = 0.02
+# A policy that is this sure of itself (the range of the training data has length 2) is compared with this instead.
+_LEAST_SPREAD = 1e-3
+# A state that is nearer to its mean in all dimensions (1 in normalized units is half of the range) tells nothing.
+_LEAST_STATE_CHANGE = 0.1
+OTHER_INSTRUCTION = "stop and move back"
+
+Chunks = Float32[np.ndarray, "K H A"]
+
+
+@torch.no_grad()
+def sample_chunks(policy: Policy, inputs: Mapping[str, Any], noise: Chunks, *, num_steps: int) -> Chunks:
+    """One action chunk for each noise: as `Pi0.sample_actions` with the inputs repeated, but they are read only once.
+
+    Args:
+        inputs: what `Transforms.forward` returns.
+        noise: K times where the flow begins.
+
+    Returns:
+        Normalized actions, padded to action_dim.
+    """
+    model, count = policy.model, len(noise)
+    tokens, mask = model.embed_present_prefix(collate([inputs]).to(model.device))
+    cache = model.prefill(tokens, mask).repeat(count)
+    frame = model.frame_suffix(cache.mask, noise.shape[1])
+    repeated = collate([inputs] * count).to(model.device)
+    x_t = torch.from_numpy(noise).to(model.device)
+    for t in flow.euler_times(num_steps):
+        suffix, _, _, cond = model.embed_suffix(repeated, x_t, torch.full((count,), t, device=model.device))
+        x_t = x_t - model.velocity(suffix, cache, frame, model.modulations(cond)) / num_steps
+    return x_t.cpu().numpy()
+
+
+def spread_of(chunks: np.ndarray) -> float:
+    """RMS deviation [K, H, a] from the mean over the noises."""
+    return _rms(chunks - chunks.mean(axis=0))
+
+
+def sensitivities(
+    policy: Policy,
+    transforms: Transforms,
+    sample: Mapping[str, Any],
+    base: np.ndarray,
+    sample_variant: Callable[[Mapping[str, Any]], np.ndarray],
+    *,
+    other_instruction: str | None = None,
+) -> Iterator[Sensitivity]:
+    """Change one input after the other.
+
+    Args:
+        transforms: the policy's.
+        sample: what `Embodiment.to_model` returned.
+        base: the chunks [K, H, a] of the unchanged sample, normalized, without padding.
+        sample_variant: the chunks of changed inputs with the same noises.
+        other_instruction: by default another one that the policy was trained with, or a made-up one.
+    """
+    inputs = transforms.forward(sample)
+    unit = max(spread_of(base), _LEAST_SPREAD)
+
+    def moves(changed: Mapping[str, Any]) -> float:
+        return _rms(sample_variant(changed) - base) / unit
+
+    def with_images(**images: np.ndarray) -> dict[str, Any]:
+        return {**inputs, "image": {**inputs["image"], **images}}
+
+    images = {name: image for name, image in inputs["image"].items() if inputs["image_mask"][name]}
+    for name, image in images.items():
+        if image.any():
+            yield Sensitivity(f"camera {name}", "blanked", moves(with_images(**{name: np.zeros_like(image)})))
+        else:
+            yield Sensitivity(f"camera {name}", "blanked", None, "it is black already")
+    for one, other in itertools.combinations(images, 2):
+        pair = f"cameras {one} and {other}"
+        if np.array_equal(images[one], images[other]):
+            yield Sensitivity(pair, "swapped", None, "both images are the same")
+        else:
+            yield Sensitivity(pair, "swapped", moves(with_images(**{one: images[other], other: images[one]})))
+    other_text = other_instruction or _other_instruction(policy, sample["prompt"])
+    replaced = transforms.forward({**sample, "prompt": other_text})
+    yield Sensitivity("instruction", f"replaced by {other_text!r}", moves(replaced))
+    yield _state_sensitivity(policy, transforms, sample, inputs, moves)
+
+
+def _state_sensitivity(
+    policy: Policy,
+    transforms: Transforms,
+    sample: Mapping[str, Any],
+    inputs: Mapping[str, Any],
+    moves: Callable[[Mapping[str, Any]], float],
+) -> Sensitivity:
+    def of_state(moved: float | None, untried: str = "") -> Sensitivity:
+        return Sensitivity("state", "set to its mean", moved, untried)
+
+    if state_input(policy) is None:
+        return of_state(None, "the policy is made without it")
+    mean = transforms.norm_stats["state"].mean[: len(sample["state"])]
+    at_mean = transforms.forward({**sample, "state": mean})
+    if abs(at_mean["state"] - inputs["state"]).max() < _LEAST_STATE_CHANGE:
+        return of_state(None, "it is near its mean already")
+    return of_state(moves(at_mean))
+
+
+def _other_instruction(policy: Policy, instruction: str) -> str:
+    """One that the policy was trained with, so that a change of the chunk is about its meaning, not its strangeness."""
+    texts = [*_known_instructions(policy), OTHER_INSTRUCTION, "wave"]
+    return next(text for text in texts if clean_text(text) != clean_text(instruction))
+
+
+def _known_instructions(policy: Policy) -> list[str]:
+    dataset = policy.provenance.get("dataset")
+    tasks = dataset.get("tasks") if isinstance(dataset, Mapping) else None
+    return [text for text in tasks.values() if isinstance(text, str)] if isinstance(tasks, Mapping) else []
+
+
+def check_sensitivities(policy: Policy, found: Mapping[str, Sensitivity]) -> Iterator[Finding]:
+    """Name what the policy ignores.
+
+    Args:
+        found: by input.
+    """
+    ignored = {name for name, entry in found.items() if entry.moves is not None and entry.moves < IGNORED_BELOW}
+    for name, entry in found.items():
+        moved = f"the chunk moves by {entry.moves or 0.0:.2f} of its spread when it is {entry.change}"
+        expected = f"expected at least {IGNORED_BELOW}, a fiftieth of what noise alone does"
+        if entry.moves is not None and not np.isfinite(entry.moves):
+            yield Finding(
+                "problem", name, f"{name} {entry.change}: the actions become NaN or infinite. Do not run this policy."
+            )
+        elif name not in ignored:
+            continue
+        elif entry.change == "swapped":
+            if not any(other in ignored and found[other].change == "blanked" for other in found):
+                yield Finding(
+                    "warning",
+                    name,
+                    f"the policy does not tell the {name} apart: the chunk moves by {entry.moves:.2f} of its spread "
+                    f"when they are swapped; {expected}. Check in the training data that each camera is where it "
+                    "belongs.",
+                )
+        elif name == "instruction" and len(set(_known_instructions(policy))) == 1:
+            yield Finding(
+                "warning",
+                name,
+                f"ignores the instruction: {moved}; {expected}. It was trained with one instruction only, and will do "
+                "that whatever it is told.",
+            )
+        else:
+            yield Finding(
+                "problem",
+                name,
+                f"ignores the {name}: {moved}; {expected}. Try an observation in which it matters; if it stays so, the "
+                f"policy has not learned to use the {name.split(' ')[0]}, or its weights are damaged: train it again, "
+                "with data in which the right action depends on it.",
+            )
+
+
+def _rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))

@@ -1,0 +1,131 @@
+"""Do the statistics fit the robot, and do they say anything about its dimensions?"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float
+
+from torchpi.data.stats import hardly_moving
+from torchpi.doctor.description import state_dim, state_units
+from torchpi.doctor.result import Finding
+from torchpi.policy import Policy
+from torchpi.transforms.normalize import Normalization, NormStats
+
+# Values beyond these cannot be a robot's in that unit. No arm's joint turns twice, and 720 written where rad are meant
+# is far above; no manipulator reaches 10 m, and millimetres are above; openings from 0 to 1 never come near 10.
+_LIMITS = {"rad": 4 * math.pi, "m": 10.0, "deg": 1440.0, "mm": 10_000.0}
+_OPENING_LIMIT = 10.0
+# Where no unit is stated: above the degrees of 27 turns, the millimetres of 10 m and a servo's counts of two turns;
+# what is larger is a placeholder, a time stamp or a broken record.
+_ANY_LIMIT = 10_000.0
+
+# A target that is further from where the robot has ever been than ten times the way that it has ever gone is in other
+# units (a factor of 57 between degrees and rad, of 100 to 1000 between m, cm and mm), or another robot's.
+_MAX_WIDTHS_BEYOND_STATE = 10.0
+
+_EPS = 1e-6  # the normalization's
+
+
+def training_range(
+    stats: NormStats, rule: Normalization, dim: int
+) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
+    """Where 98 % of the training data's values lie: q01 to q99, or mean ± 3 std where there are no quantiles.
+
+    A z-score divides by std, so q01 = q99 does no harm there, and mean ± 3 std counts as well. Without normalization
+    there are no statistics, and the range is infinite.
+
+    Args:
+        dim: d, how many of the dimensions are in use.
+    """
+    if rule.kind == "identity":
+        return np.full(dim, -np.inf), np.full(dim, np.inf)
+    low, high = stats.mean[:dim] - 3 * stats.std[:dim], stats.mean[:dim] + 3 * stats.std[:dim]
+    if stats.q01 is None or stats.q99 is None:
+        return low, high
+    q01, q99 = stats.q01[:dim], stats.q99[:dim]
+    by_deviation = (q01 == q99) & (rule.kind == "z_score")
+    return np.where(by_deviation, low, q01), np.where(by_deviation, high, q99)
+
+
+def excess(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "... d"]:
+    """How far x [..., d] lies outside of low to high [d], in widths of that range (+ 1e-6, as in normalization)."""
+    return np.maximum(np.maximum(low - x, x - high), 0.0) / (high - low + _EPS)
+
+
+def check_statistics(policy: Policy) -> Iterator[Finding]:
+    """What is odd about the statistics, without any observation."""
+    robot, used = policy.embodiment, state_dim(policy)
+    names = {"state": robot.state_names[:used], "actions": tuple(action.name for action in robot.actions)}
+    units = {"state": state_units(policy), "actions": tuple(action.unit for action in robot.actions)}
+    for key in ("state", "actions"):
+        stats, rule = policy.transforms.norm_stats[key], policy.transforms.normalization[key]
+        about, count = f"statistics of {key}", len(names[key])
+        if rule.kind == "identity":
+            yield Finding(
+                "note",
+                about,
+                f"there are none: {key} go to the model as they are. Nothing can be said about their range.",
+            )
+            continue
+        # Only the quantile rule divides by quantiles.
+        divisors = stats if rule.kind == "quantile" else dataclasses.replace(stats, q01=None, q99=None)
+        for message in hardly_moving(divisors, names[key]):
+            yield Finding("warning", about, message)
+        low, high = training_range(stats, rule, count)
+        for name, unit, extreme in zip(names[key], units[key], np.maximum(abs(low), abs(high)), strict=True):
+            if extreme > (limit := _limit(unit)):
+                yield Finding(
+                    "warning",
+                    about,
+                    f"{name} reaches {extreme:.4g}{f' {unit}' if unit in _LIMITS else ''}; a robot's values stay below "
+                    f"{limit:.4g} {f'in {unit}' if unit else 'in any unit'}. Check the units of the data set, and "
+                    "whether these statistics belong to this robot.",
+                )
+        if (stats.std[count:] > 0).any():
+            yield Finding(
+                "warning",
+                about,
+                f"they vary beyond the {count} dimensions of {robot.name} ({', '.join(names[key])}); expected nothing "
+                "behind them. Check whether they belong to this robot.",
+            )
+    if used < len(robot.state_names):
+        yield Finding(
+            "warning",
+            "statistics of state",
+            f"they are narrower than the robot: the policy takes {used} of its {len(robot.state_names)} dimensions, "
+            f"and not {', '.join(robot.state_names[used:])}. Send the shorter state, or give the statistics that the "
+            "policy was trained with.",
+        )
+    yield from _check_actions_against_state(policy, names["state"])
+
+
+def _limit(unit: str) -> float:
+    if re.search(r"\b0\b.*\b1\b", unit):  # "opening, 0 to 1", "0 open, 1 closed"
+        return _OPENING_LIMIT
+    return _LIMITS.get(unit, _ANY_LIMIT)
+
+
+def _check_actions_against_state(policy: Policy, state_names: tuple[str, ...]) -> Iterator[Finding]:
+    """Actions that are named as the state of the same index tell where that is to go."""
+    stats, rules, dim = policy.transforms.norm_stats, policy.transforms.normalization, len(state_names)
+    state_low, state_high = training_range(stats["state"], rules["state"], dim)
+    actions = policy.embodiment.actions
+    low, high = training_range(stats["actions"], rules["actions"], len(actions))
+    for i, (action, name) in enumerate(zip(actions, state_names, strict=False)):
+        width = state_high[i] - state_low[i]
+        if action.name != name or not _EPS < width < np.inf or not np.isfinite(high[i]):
+            continue
+        nearest, farthest = (0.0, 0.0) if action.kind == "delta" else (state_low[i], state_high[i])
+        beyond = max(nearest - low[i], high[i] - farthest)
+        if beyond > _MAX_WIDTHS_BEYOND_STATE * width:
+            relative = ", relative to the state" if action.kind == "delta" else ""
+            yield Finding(
+                "warning",
+                "statistics of actions",
+                f"{name} is to go from {low[i]:.4g} to {high[i]:.4g}{relative}, but the robot has only been from "
+                f"{state_low[i]:.4g} to {state_high[i]:.4g}; expected targets within ten times that range. Check "
+                "whether state and actions are in the same units, and whether the action is a delta.",
+            )
