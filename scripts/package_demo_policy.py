@@ -7,7 +7,9 @@ First `torchpi sim record` and `torchpi train` as in docs/from_nothing_to_a_poli
     torchpi eval demo --env metaworld --tasks faucet-open,faucet-close --swap faucet-open:faucet-close \\
         --episodes 10 --max-steps 200 --json > swapped.json
     torchpi eval demo --env metaworld --blank-images --episodes 10 --max-steps 200 --json > blank.json
-    python scripts/package_demo_policy.py run --results results.json --swapped swapped.json --blank blank.json
+    torchpi eval run_pi0/checkpoints/00001800/policy --env metaworld --episodes 50 --seed 0 --json > pi0.json
+    python scripts/package_demo_policy.py run --results results.json --swapped swapped.json --blank blank.json \\
+        --pi0 pi0.json
 
 The weights are rounded to bfloat16 in the first call; the second one writes the same weights, and the measurements
 beside them.
@@ -62,6 +64,7 @@ def main(
     results: pathlib.Path | None = None,
     swapped: pathlib.Path | None = None,
     blank: pathlib.Path | None = None,
+    pi0: pathlib.Path | None = None,
     execute_steps: int | None = None,
     machine: str = f"{torch.get_num_threads()} threads of a {platform.machine()} CPU",
 ) -> None:
@@ -72,6 +75,7 @@ def main(
         results: what `torchpi eval demo --json` printed.
         swapped: the same with the faucets' instructions swapped.
         blank: the same without images.
+        pi0: the same of a π₀ that was trained with the same recipe, a third of the steps.
         execute_steps: what the policy is to recommend, where measuring showed a better number than the run's.
         machine: what the run was trained on.
     """
@@ -89,7 +93,12 @@ def main(
         "metrics": thinned(read_metrics(run / METRICS)),
         **{
             name: value
-            for name, file in (("results", results), ("results_swapped", swapped), ("results_blank", blank))
+            for name, file in (
+                ("results", results),
+                ("results_swapped", swapped),
+                ("results_blank", blank),
+                ("results_pi0", pi0),
+            )
             if (value := measured(file)) is not None
         },
     }

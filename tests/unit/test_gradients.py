@@ -74,7 +74,11 @@ def test_geglu(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [None, 1, 5])
 def test_attention_with_gradients_is_the_fused_one(rows, dtype):
-    q, k, v = drawn(2, 5, 4, 8, dtype=dtype), drawn(2, 7, 2, 8, seed=1, dtype=dtype), drawn(2, 7, 2, 8, seed=2, dtype=dtype)
+    q, k, v = (
+        drawn(2, 5, 4, 8, dtype=dtype),
+        drawn(2, 7, 2, 8, seed=1, dtype=dtype),
+        drawn(2, 7, 2, 8, seed=2, dtype=dtype),
+    )
     mask = None
     if rows:
         mask = torch.rand(2, rows, 7, generator=torch.Generator().manual_seed(4)) < 0.7

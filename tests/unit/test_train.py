@@ -210,10 +210,10 @@ def test_old_checkpoints_are_removed(recipe, tmp_path):
 def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path, monkeypatch):
     run, true_save = tmp_path / "run", safetensors.torch.save_file
 
-    def save(tensors, path):
+    def save(tensors, path, **options):
         if path.name == state.WEIGHTS and len(state.checkpoints(run)) == 1:
             raise OSError(errno.ENOSPC, "No space left on device")
-        true_save(tensors, path)
+        true_save(tensors, path, **options)
 
     monkeypatch.setattr(safetensors.torch, "save_file", save)
     with pytest.raises(OSError, match="No space left"):
@@ -361,7 +361,7 @@ def run_command(*arguments: str) -> int:
 
 def test_the_recipe_gives_the_options_their_defaults(capsys):
     assert run_command("--recipe", "metaworld", "--help") == 0
-    assert "(default: 4500)" in " ".join(capsys.readouterr().out.split())
+    assert "(default: 5400)" in " ".join(capsys.readouterr().out.split())
     assert run_command("--recipe", "nowhere") == 1
     assert "packaged recipes are metaworld" in capsys.readouterr().err
 
