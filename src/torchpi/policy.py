@@ -316,6 +316,7 @@ def load_policy(
     truncation: Literal["instruction", "original"] | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    lora_alpha: tuple[float, float] | None = None,
 ) -> Policy:
     """Load a policy from a policy folder or a LeRobot policy, which say everything themselves, or from an openpi
     checkpoint.
@@ -336,6 +337,7 @@ def load_policy(
         truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default float32 on the CPU, bfloat16 on a CUDA device.
+        lora_alpha: of a JAX checkpoint with LoRA weights, see `load_model`.
 
     Raises:
         FileNotFoundError: there is nothing at one of the paths.
@@ -354,7 +356,8 @@ def load_policy(
         default_prompt=default_prompt,
         truncation=truncation,
     )
-    return from_parts(load_model(path, config=config, device=device, dtype=dtype), parts)
+    model = load_model(path, config=config, device=device, dtype=dtype, lora_alpha=lora_alpha)
+    return from_parts(model, parts)
 
 
 def from_parts(model: Pi0, parts: PolicyParts) -> Policy:

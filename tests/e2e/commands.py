@@ -11,7 +11,7 @@ SMALL_TRAINING = (
 
 def shortened(line: str, *, tasks: str) -> list[str]:
     """The arguments of a command, without `torchpi`: recordings of `tasks`, one episode, few steps."""
-    line = line.replace("00004500", "00000020")
+    line = re.sub(r"checkpoints/\d+", "checkpoints/00000020", line)
     line = re.sub(r"--episodes \d+", "--episodes 1", line)
     line = re.sub(r"(sim record.*--tasks) \S+", rf"\1 {tasks}", line)
     arguments = shlex.split(line, comments=True)

@@ -78,6 +78,14 @@ def test_lora_weights_are_folded_as_the_original_uses_them(golden):
     assert_same_weights(rounded, model.to(torch.bfloat16))
 
 
+def test_a_policy_has_folded_weights(golden_pi05, golden_root, robot_file):
+    root = golden_root / "lora" / "pi05"
+    options = {"config": root / "model_config.json", "lora_alpha": (8.0, 3.0)}
+    said = {"embodiment": robot_file / "pi05.json", "tokenizer": golden_root / "tokenizer" / "tiny_spm.model"}
+    policy = torchpi.load_policy(root / "jax_ckpt", device="cpu", **options, **said)
+    assert_same_weights(policy.model, torchpi.load_model(root / "jax_ckpt", **options))
+
+
 def test_what_no_computation_reads_is_named_and_not_loaded(golden):
     opened = open_checkpoint(golden.root / "openpi_pytorch", config=str(golden.config))
     assert list(opened.dropped) == [EXPERT_LM_HEAD]
