@@ -3,6 +3,7 @@
 import functools
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -151,3 +152,29 @@ def test_ctrl_c_ends_everything_promptly_and_quietly(tmp_path):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_processes_started_while_interrupts_are_held_never_see_them(tmp_path):
+    """Also the first process of a program, with which Python starts another one of its own."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import multiprocessing, signal
+from torchpi.sim.workers import interrupts_held
+
+def held(queue):
+    queue.put(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set()))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=held, args=(queue,))
+    with interrupts_held():
+        process.start()
+    assert queue.get(timeout=60)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
+    process.join()
+""",
+        encoding="utf-8",
+    )
+    subprocess.run([sys.executable, str(program)], check=True)
