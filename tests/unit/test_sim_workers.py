@@ -167,9 +167,9 @@ def held(queue):
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=held, args=(queue,))
     with interrupts_held():
+        queue = context.Queue()
+        process = context.Process(target=held, args=(queue,))
         process.start()
     assert queue.get(timeout=60)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, set())
