@@ -86,6 +86,7 @@ def test_a_run_prints_one_json_document(tmp_path, capsys, monkeypatch):
     assert "prefix mlp" in captured.err
 
 
+@pytest.mark.slow
 def test_loading_is_watched_in_a_process_of_its_own(tmp_path, capsys):
     torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
     main(["bench", "load", "--policy", str(tmp_path / "policy"), "--json"])
