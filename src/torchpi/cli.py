@@ -18,6 +18,35 @@ from torchpi.training.config import TrainConfig
 PolicyPath = Annotated[str, tyro.conf.arg(metavar="PATH")]
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckpointOptions:
+    """What a checkpoint does not say itself, or what shall overrule it: arguments of `load_policy`."""
+
+    config: str | None = None
+    """For checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file."""
+    lora_alpha: tuple[float, float] | None = None
+    """Of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32."""
+    embodiment: str | None = None
+    """For checkpoints that do not say their robot: aloha, droid, libero, … or a JSON file."""
+    normalization: Literal["z_score", "quantile"] | None = None
+    """For checkpoints that do not say theirs; π₀ was trained with z_score, π₀.₅ with quantile."""
+    norm_stats: pathlib.Path | None = None
+    """A norm_stats.json, instead of the checkpoint's own."""
+    asset_id: str | None = None
+    """Which of the checkpoint's assets/<id>/norm_stats.json."""
+    tokenizer: str | None = None
+    """A SentencePiece model or tokenizer.json, instead of the policy's own."""
+    default_prompt: str | None = None
+    """For observations without a prompt."""
+
+    def given(self) -> dict[str, Any]:
+        """Those that were given, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]
+
+
 def infer(
     policy: PolicyPath,
     inputs: pathlib.Path,
@@ -25,15 +54,9 @@ def infer(
     num_steps: int = 10,
     seed: int = 0,
     noise: pathlib.Path | None = None,
-    config: str | None = None,
-    embodiment: str | None = None,
-    normalization: Literal["z_score", "quantile"] | None = None,
-    norm_stats: pathlib.Path | None = None,
-    asset_id: str | None = None,
-    tokenizer: pathlib.Path | None = None,
-    default_prompt: str | None = None,
     device: str | None = None,
     json: bool = False,
+    checkpoint: Checkpoint = CheckpointOptions(),
 ) -> None:
     """Run a policy on one observation.
 
@@ -47,32 +70,16 @@ def infer(
         num_steps: Euler steps from noise to actions.
         seed: of the noise.
         noise: an .npy file [H, action_dim] to use as noise instead.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        embodiment: for checkpoints that do not say their robot: aloha, droid, libero, … or a JSON file.
-        normalization: for checkpoints that do not say theirs; π₀ was trained with z_score, π₀.₅ with quantile.
-        norm_stats: a norm_stats.json, instead of the checkpoint's own.
-        asset_id: which of the checkpoint's assets/<id>/norm_stats.json.
-        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
-        default_prompt: for observations without a prompt.
         device: for example cuda or cpu; by default cuda where there is one.
         json: print the shape, the file and the timing as one JSON document.
+        checkpoint: what the checkpoint does not say itself.
     """
     import torch
 
     from torchpi.policy import load_policy
 
     observation = read_npz(inputs)
-    loaded = load_policy(
-        policy,
-        config=config,
-        embodiment=embodiment,
-        normalization=normalization,
-        norm_stats=norm_stats,
-        asset_id=asset_id,
-        tokenizer=tokenizer,
-        default_prompt=default_prompt,
-        device=device,
-    )
+    loaded = load_policy(policy, device=device, **checkpoint.given())
     generator = torch.Generator(loaded.model.device).manual_seed(seed)
     start = None if noise is None else read_npy(noise)
     result = loaded.infer(observation, noise=start, num_steps=num_steps, generator=generator)
@@ -268,18 +275,11 @@ def convert(
     action_dim: int | None = None,
     action_horizon: int | None = None,
     max_token_len: int | None = None,
-    config: str | None = None,
-    lora_alpha: tuple[float, float] | None = None,
-    embodiment: str | None = None,
-    normalization: Literal["z_score", "quantile"] | None = None,
-    norm_stats: pathlib.Path | None = None,
-    asset_id: str | None = None,
-    tokenizer: str | None = None,
-    default_prompt: str | None = None,
     max_shard_gb: float = 5.0,
     overwrite: bool = False,
     check: bool = True,
     json: bool = False,
+    checkpoint: Checkpoint = CheckpointOptions(),
 ) -> None:
     """Write a checkpoint in another format.
 
@@ -294,44 +294,27 @@ def convert(
         action_dim: another width of actions and state: weights are cut, or extended by zeros.
         action_horizon: another number of actions in a chunk.
         max_token_len: another number of prompt tokens.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32.
-        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
-        normalization: for checkpoints that do not say theirs; π₀ was trained with z_score, π₀.₅ with quantile.
-        norm_stats: a norm_stats.json, instead of the checkpoint's own.
-        asset_id: which of the checkpoint's assets/<id>/norm_stats.json.
-        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
-        default_prompt: for observations without a prompt.
         max_shard_gb: safetensors files are written in shards of this size.
         overwrite: replace a target that is there.
         check: read the target back and compare; takes about as long as the conversion.
         json: print the report as one JSON document.
+        checkpoint: what the checkpoint does not say itself.
     """
     import torch
 
     from torchpi.convert import convert, print_conversion
 
-    policy = {
-        "embodiment": embodiment,
-        "normalization": normalization,
-        "norm_stats": norm_stats,
-        "tokenizer": tokenizer,
-        "default_prompt": default_prompt,
-    }
     sizes = {"action_dim": action_dim, "action_horizon": action_horizon, "max_token_len": max_token_len}
     result = convert(
         source,
         target,
         to,
         dtype=None if dtype is None else getattr(torch, dtype),
-        config=config,
         sizes={field: value for field, value in sizes.items() if value is not None},
-        lora_alpha=lora_alpha,
-        asset_id=asset_id,
         max_shard_bytes=int(max_shard_gb * 1e9),
         overwrite=overwrite,
         check=check,
-        **{name: value for name, value in policy.items() if value is not None},
+        **checkpoint.given(),
     )
     if json:
         _print_json(result.to_dict())
@@ -342,15 +325,9 @@ def convert(
 def doctor(
     policy: Annotated[str, tyro.conf.Positional],
     observation: pathlib.Path | None = None,
-    config: str | None = None,
-    embodiment: str | None = None,
-    normalization: Literal["z_score", "quantile"] | None = None,
-    norm_stats: pathlib.Path | None = None,
-    asset_id: str | None = None,
-    tokenizer: str | None = None,
-    default_prompt: str | None = None,
     device: str | None = None,
     json: bool = False,
+    checkpoint: Checkpoint = CheckpointOptions(),
 ) -> int:
     """Show what a policy is, and what would make a robot misbehave.
 
@@ -361,30 +338,14 @@ def doctor(
     Args:
         policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo".
         observation: an .npz file with the robot's own keys, as for infer.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
-        normalization: for checkpoints that do not say theirs.
-        norm_stats: a norm_stats.json, instead of the checkpoint's own.
-        asset_id: which of the checkpoint's assets/<id>/norm_stats.json.
-        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
-        default_prompt: for observations without a prompt.
         device: for example cuda or cpu; by default cuda where there is one.
         json: print one JSON document.
+        checkpoint: what the checkpoint does not say itself.
     """
     from torchpi.doctor import run_doctor
 
-    load = {
-        "config": config,
-        "embodiment": embodiment,
-        "normalization": normalization,
-        "norm_stats": norm_stats,
-        "asset_id": asset_id,
-        "tokenizer": tokenizer,
-        "default_prompt": default_prompt,
-        "device": device,
-    }
-    given = {name: value for name, value in load.items() if value is not None}
-    return run_doctor(policy, observation=observation, as_json=json, **given)
+    load = checkpoint.given() | ({} if device is None else {"device": device})
+    return run_doctor(policy, observation=observation, as_json=json, **load)
 
 
 def compare(
@@ -392,11 +353,9 @@ def compare(
     b: Annotated[str, tyro.conf.Positional],
     observation: pathlib.Path,
     tolerance: float | None = None,
-    config: str | None = None,
-    embodiment: str | None = None,
-    tokenizer: str | None = None,
     device: str | None = None,
     json: bool = False,
+    checkpoint: Checkpoint = CheckpointOptions(),
 ) -> int:
     """Walk two policies stage by stage, and name the first stage in which they differ.
 
@@ -408,15 +367,12 @@ def compare(
         b: another one.
         observation: an .npz file with the robot's own keys, as for infer.
         tolerance: how far two stages may be apart, in parts of their scale.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
-        tokenizer: for checkpoints without one.
-        device: for example cuda or cpu; by default the CPU.
+        device: for example cuda or cpu; by default cuda where there is one.
         json: print one JSON document.
+        checkpoint: what the checkpoint does not say itself.
     """
     from torchpi.compare import TOLERANCE, run_compare
 
-    load: dict[str, Any] = {"config": config, "embodiment": embodiment, "tokenizer": tokenizer}
     return run_compare(
         a,
         b,
@@ -424,7 +380,7 @@ def compare(
         as_json=json,
         tolerance=TOLERANCE if tolerance is None else tolerance,
         device=device,
-        **{name: value for name, value in load.items() if value is not None},
+        **checkpoint.given(),
     )
 
 
@@ -493,13 +449,9 @@ def evaluate(
     blank_images: bool = False,
     videos: int = 0,
     out: pathlib.Path | None = None,
-    config: str | None = None,
-    embodiment: str | None = None,
-    normalization: Literal["z_score", "quantile"] | None = None,
-    norm_stats: pathlib.Path | None = None,
-    tokenizer: str | None = None,
     device: str | None = None,
     json: bool = False,
+    checkpoint: Checkpoint = CheckpointOptions(),
 ) -> None:
     """Run a policy in a simulator and count its successes.
 
@@ -521,13 +473,9 @@ def evaluate(
         blank_images: show the policy black images.
         videos: film the first so many episodes of each task.
         out: the folder of the videos.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        embodiment: for checkpoints that do not say their robot: a name or a JSON file.
-        normalization: for checkpoints that do not say theirs.
-        norm_stats: a norm_stats.json, instead of the checkpoint's own.
-        tokenizer: a SentencePiece model or tokenizer.json, instead of the policy's own.
         device: for example cuda or cpu; by default cuda where there is one.
         json: print one JSON document.
+        checkpoint: what the checkpoint does not say itself.
     """
     from torchpi.sim.report import print_evaluation, swapped_instructions
     from torchpi.sim.rollout import Rollout
@@ -535,14 +483,7 @@ def evaluate(
     # Last, because it brings torch.
     from torchpi.sim.evaluate import evaluate as run  # isort: skip
 
-    load = {
-        "config": config,
-        "embodiment": embodiment,
-        "normalization": normalization,
-        "norm_stats": norm_stats,
-        "tokenizer": tokenizer,
-        "device": device,
-    }
+    load = checkpoint.given() | ({} if device is None else {"device": device})
     result = run(
         policy,
         env,
@@ -554,7 +495,7 @@ def evaluate(
         workers=workers,
         videos=videos,
         out=out,
-        load={name: value for name, value in load.items() if value is not None},
+        load=load,
     )
     if json:
         _print_json(result.to_dict())

@@ -246,7 +246,7 @@ class Pi0Config:
             FileNotFoundError: there is no such file.
             ValueError: it is not a JSON object in the schema; the message names file and field.
         """
-        values = _read_json_object(path)
+        values = read_json_object(path)
         try:
             return cls.from_dict(values, base)
         except ValueError as error:
@@ -304,7 +304,13 @@ def preset(name: str) -> Pi0Config:
     return PRESETS[name]
 
 
-def _read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
+def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
+    """The object in a JSON file about a model.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it does not hold a JSON object.
+    """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"model config file {path} does not exist")

@@ -20,6 +20,7 @@ from torchpi.checkpoints.load import (
     Checkpoint,
     Format,
     existing_folder,
+    format_of,
     norm_stats_files,
     open_checkpoint,
     published_name,
@@ -30,7 +31,7 @@ from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import Policy, from_parts, read_parts
+from torchpi.policy import Policy, from_parts, read_parts, with_tokenizer
 from torchpi.transforms.normalize import save_norm_stats
 from torchpi.types import Observation
 
@@ -110,8 +111,7 @@ def convert(
     if to not in get_args(Format):
         raise ValueError(f"unknown format {to!r}; formats are {', '.join(get_args(Format))}")
     path = pathlib.Path(target).expanduser()
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another path, or overwrite it (--overwrite)")
+    _check_target(path, overwrite=overwrite)
     config = published_name(source) if config is None else config
     checkpoint = open_checkpoint(existing_folder(source), config=config, lora_alpha=lora_alpha)
     dtype = dtype or checkpoint.dtype
@@ -123,7 +123,7 @@ def convert(
         adapted = adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            parts = read_parts(source, asset_id=asset_id, **policy)
+            parts = with_tokenizer(read_parts(source, asset_id=asset_id, **policy))
             parts = dataclasses.replace(parts, provenance=_provenance(source, checkpoint, parts.provenance))
             notes = _write_policy(beside, from_parts(model, parts), to, dtype, max_shard_bytes)
         else:
@@ -133,7 +133,7 @@ def convert(
             notes += _write_assets(beside, source, checkpoint, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
         files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
-        differences = _check(beside, model, to, dtype) if check else (None, None)
+        differences = _check(beside, model, dtype) if check else (None, None)
     return Conversion(
         source=str(source),
         source_format=checkpoint.format,
@@ -151,6 +151,18 @@ def convert(
         array_difference=differences[0],
         action_difference=differences[1],
     )
+
+
+def _check_target(path: pathlib.Path, *, overwrite: bool) -> None:
+    """Refuse a place where something is that is not to be replaced."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{path} exists already; choose another path, or overwrite it (--overwrite)")
+    try:
+        format_of(existing_folder(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
 
 
 def print_conversion(result: Conversion) -> None:
@@ -300,15 +312,15 @@ def _write_assets(
     return [f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
 
 
-def _check(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -> tuple[float, float]:
+def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> tuple[float, float]:
     """Read back what was written, and compare it with what was meant: arrays, and actions sampled from them."""
     written = open_checkpoint(root, config=model.config)
-    leaves = written.leaves(model.config)
     difference = 0.0
-    for name, leaf in leaves.items():
+    for name, leaf in written.leaves(model.config).items():
         meant, found = leaf_array(model, leaf, dtype), written.arrays.read(name)
-        if not torch.equal(meant, found):
-            difference = max(difference, float((meant.float() - found.float()).abs().max()))
+        if not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):  # bits: NaN equals itself
+            off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)
+            difference = max(difference, float(off.max()))
     observation, noise = _sample_inputs(model.config)
     with torch.no_grad():
         expected = model.sample_actions(observation, noise=noise, num_steps=2)

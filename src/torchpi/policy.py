@@ -19,10 +19,9 @@ from torchpi.checkpoints.load import (
     load_model,
     norm_stats_files,
     published_name,
-    read_document,
 )
 from torchpi.checkpoints.parts import PolicyParts
-from torchpi.config import PRESETS, Pi0Config
+from torchpi.config import PRESETS, Pi0Config, read_json_object
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
@@ -346,15 +345,17 @@ def load_policy(
     """
     device = _usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    parts = read_parts(
-        path,
-        embodiment=embodiment,
-        normalization=normalization,
-        norm_stats=norm_stats,
-        asset_id=asset_id,
-        tokenizer=tokenizer,
-        default_prompt=default_prompt,
-        truncation=truncation,
+    parts = with_tokenizer(
+        read_parts(
+            path,
+            embodiment=embodiment,
+            normalization=normalization,
+            norm_stats=norm_stats,
+            asset_id=asset_id,
+            tokenizer=tokenizer,
+            default_prompt=default_prompt,
+            truncation=truncation,
+        )
     )
     model = load_model(path, config=config, device=device, dtype=dtype, lora_alpha=lora_alpha)
     return from_parts(model, parts)
@@ -378,6 +379,11 @@ def from_parts(model: Pi0, parts: PolicyParts) -> Policy:
     )
 
 
+def with_tokenizer(parts: PolicyParts) -> PolicyParts:
+    """The parts with the published models' tokenizer, fetched into the cache, where they have none."""
+    return parts if parts.tokenizer else dataclasses.replace(parts, tokenizer=existing_file(TOKENIZER))
+
+
 def read_parts(
     path: str | pathlib.Path,
     *,
@@ -389,7 +395,10 @@ def read_parts(
     default_prompt: str | None = None,
     truncation: Literal["instruction", "original"] | None = None,
 ) -> PolicyParts:
-    """Everything of a policy but its model; arguments and errors as of `load_policy`."""
+    """Everything of a policy but its model; arguments and errors as of `load_policy`.
+
+    The published models' tokenizer is not fetched: without one `tokenizer` is None, see `with_tokenizer`.
+    """
     root = existing_folder(path)
     said = _said(root)
     if embodiment is None and published_name(path) in EMBODIMENTS:
@@ -424,7 +433,7 @@ def read_parts(
         embodiment=robot,
         norm_stats=stats,
         normalization=rules,
-        tokenizer=pathlib.Path(tokenizer or said.tokenizer or existing_file(TOKENIZER)),
+        tokenizer=said.tokenizer if tokenizer is None else existing_file(tokenizer),
         default_prompt=default_prompt,
         truncation=truncation or said.truncation,
     )
@@ -434,7 +443,9 @@ def _said(root: pathlib.Path) -> PolicyParts | None:
     """What a checkpoint says of itself; None: openpi's do not."""
     kind = format_of(root)
     if kind == "lerobot":
-        return dataclasses.replace(lerobot.read_parts(root, read_document(root)), provenance={"source": str(root)})
+        return dataclasses.replace(
+            lerobot.read_parts(root, read_json_object(root / "config.json")), provenance={"source": str(root)}
+        )
     if kind != "torchpi":
         return None
     own = folder.read_policy_json(root)

@@ -14,7 +14,7 @@ import pytest
 
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
-from torchpi.cli import COMMANDS, main
+from torchpi.cli import COMMANDS, CheckpointOptions, main
 from torchpi.demo import demo_observation
 from torchpi.training.config import TrainConfig
 from torchpi.transforms import Normalization, NormStats
@@ -290,9 +290,11 @@ def test_help_of_a_command_mentions_every_argument(command, capsys):
     text = " ".join(capsys.readouterr().out.lower().replace("│", " ").split())
     documentation = inspect.getdoc(COMMANDS[command]) or ""
     assert documentation.splitlines()[0].lower()[:40] in text
-    for name in inspect.signature(COMMANDS[command]).parameters:
-        if name == "config" and command == "train":  # a dataclass: its fields are the options
-            assert all(f"--{field.name.replace('_', '-')}" in text for field in dataclasses.fields(TrainConfig))
+    for name, parameter in inspect.signature(COMMANDS[command]).parameters.items():
+        if dataclasses.is_dataclass(parameter.default):  # its fields are the options
+            assert isinstance(parameter.default, TrainConfig | CheckpointOptions)
+            for field in dataclasses.fields(parameter.default):
+                assert f"--{field.name.replace('_', '-')}" in text, field.name
             continue
         described = re.search(rf"^    {name}: (\S+ \S+)", documentation, re.MULTILINE)
         assert described, f"{name} is not documented"

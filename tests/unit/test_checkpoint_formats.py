@@ -524,7 +524,7 @@ def test_a_failed_conversion_leaves_nothing(golden_pi05, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "old").mkdir()
+    shutil.copytree(golden_pi05.root / "openpi_pytorch", tmp_path / "old")
     (tmp_path / "old" / "kept").write_text("kept")
     monkeypatch.setattr(module.openpi, "write_params", full)
     with pytest.raises(OSError, match="No space left"):
@@ -533,6 +533,48 @@ def test_a_failed_conversion_leaves_nothing(golden_pi05, tmp_path, monkeypatch):
     assert (tmp_path / "old" / "kept").read_text() == "kept"
     with pytest.raises(ValueError, match="exists already"):
         convert(golden_pi05.checkpoint, tmp_path / "old", "openpi-jax", config=golden_pi05.config)
+
+
+def test_only_a_checkpoint_is_overwritten(golden_pi05, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years")
+    with pytest.raises(ValueError, match=r"thesis is no checkpoint, and is not overwritten"):
+        convert(golden_pi05.checkpoint, tmp_path / "thesis", "openpi-jax", config=golden_pi05.config, overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
+
+
+@pytest.mark.usefixtures("offline")
+def test_openpi_needs_no_tokenizer_and_policies_do(lerobot, golden_pi05, tmp_path):
+    root, _ = lerobot
+    shutil.rmtree(root / "tokenizer")
+    convert(root, tmp_path / "out", "openpi-jax", config=golden_pi05.config)
+    with pytest.raises(FileNotFoundError, match="paligemma_tokenizer"):
+        convert(root, tmp_path / "policy", "torchpi", config=golden_pi05.config)
+
+
+def test_weights_that_read_back_differently_are_told(golden_pi05, tmp_path, monkeypatch):
+    from torchpi import convert as module
+
+    true_write = module.openpi.write_params
+
+    def broken(params, leaves, read, *, dtype):
+        def spoilt(name):
+            return torch.full_like(read(name), torch.nan) if name == "action_out_proj.bias" else read(name)
+
+        true_write(params, leaves, spoilt, dtype=dtype)
+
+    monkeypatch.setattr(module.openpi, "write_params", broken)
+    report = convert(golden_pi05.checkpoint, tmp_path / "out", "openpi-jax", config=golden_pi05.config)
+    assert report.array_difference == float("inf")
+
+
+def test_a_config_file_that_is_no_json_is_named(port, tmp_path):
+    (tmp_path / "sizes.json").write_text("{")
+    with pytest.raises(ValueError, match=r"sizes\.json is not valid JSON"):
+        torchpi.load_model(port, config=tmp_path / "sizes.json")
+    (port / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json must hold a JSON object, found list"):
+        torchpi.load_model(port)
 
 
 def test_lerobot_cannot_say_what_needs_code(tmp_path, golden_pi05, golden_root):

@@ -1,7 +1,6 @@
 """Reading weights: one entry for every format, recognised by what is in the folder, never by its name."""
 
 import dataclasses
-import json
 import pathlib
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +16,7 @@ from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays
 from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves
 from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
 from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
-from torchpi.config import PRESETS, Pi0Config, preset
+from torchpi.config import PRESETS, Pi0Config, preset, read_json_object
 from torchpi.model.pi0 import Pi0
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
@@ -154,7 +153,7 @@ def format_of(root: pathlib.Path) -> Format:
     if folder.is_policy_folder(root):
         found.append("torchpi")
     if (root / "config.json").is_file() and has_weights(root):
-        found.append("lerobot" if "type" in read_document(root) else "openpi-pytorch")
+        found.append("lerobot" if "type" in read_json_object(root / "config.json") else "openpi-pytorch")
     elif has_weights(root) and not found:
         found.append("openpi-pytorch")
     if openpi.find_params(root) is not None:
@@ -192,7 +191,7 @@ def open_checkpoint(
     if kind == "torchpi":
         own = folder.read_policy_json(root).model
         return Checkpoint(root, kind, own, stored, own_leaves, stored.dtype)
-    document = read_document(root) if (root / "config.json").is_file() else {}
+    document = read_json_object(root / "config.json") if (root / "config.json").is_file() else {}
     arrays = TorchArrays(stored)
     try:
         from_arrays = torch_config(arrays.shapes, _heads(config))
@@ -280,28 +279,12 @@ def _heads(config: Pi0Config | str | pathlib.Path | None) -> Heads | None:
         return Heads(config.siglip.num_heads, config.paligemma.num_heads, config.paligemma.num_kv_heads)
     if config is None or not pathlib.Path(config).is_file():
         return None
-    document = json.loads(pathlib.Path(config).read_bytes())
+    document = read_json_object(config)
     try:
         backbone = document["paligemma"]
         return Heads(document["siglip"]["num_heads"], backbone["num_heads"], backbone["num_kv_heads"])
     except (KeyError, TypeError):
         return None
-
-
-def read_document(root: pathlib.Path) -> dict[str, Any]:
-    """The config.json of a checkpoint of PyTorch.
-
-    Raises:
-        ValueError: it is not a JSON object.
-    """
-    file = root / "config.json"
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{file} must hold a JSON object, found {type(document).__name__}")
-    return document
 
 
 # What the two PyTorch formats call our fields; variants' names are names of code there, and say no sizes.

@@ -39,11 +39,10 @@ class SafetensorsArrays:
         if not single.is_file() and not index.is_file():
             raise FileNotFoundError(f"{root} has neither {SINGLE} nor {INDEX}; the weights are expected there")
         self._files: dict[str, pathlib.Path] = {}
-        self.shapes: Shapes = {}
         expected = None if single.is_file() else _read_index(index)
         files = [single] if expected is None else [root / name for name in sorted(set(expected.values()))]
         self._open = {file: _opened(file) for file in files}
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file, arrays in self._open.items():
             for name in arrays.keys():  # noqa: SIM118
                 if name in self._files:
@@ -52,7 +51,7 @@ class SafetensorsArrays:
                 if (dtype := entry.get_dtype()) not in _DTYPES:
                     raise ValueError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read")
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
-        self.shapes = shapes
+        self.shapes: Shapes = shapes
         if expected is not None:
             _check_index(index, expected, self._files)
 
@@ -124,7 +123,7 @@ def write_safetensors(
     dtype: torch.dtype,
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
-) -> list[str]:
+) -> None:
     """Write arrays into one file, or into shards with an index where they are more than `max_shard_bytes`.
 
     Args:
@@ -132,9 +131,6 @@ def write_safetensors(
         read: an array by its name.
         dtype: of all arrays.
         metadata: of the files' headers.
-
-    Returns:
-        The names of the files.
     """
     size = {name: dtype.itemsize * torch.Size(leaf.shape).numel() for name, leaf in leaves.items()}
     shards: list[list[str]] = [[]]
@@ -156,5 +152,3 @@ def write_safetensors(
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         (root / INDEX).write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
-        files.append(INDEX)
-    return files
