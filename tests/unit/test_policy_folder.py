@@ -1,7 +1,10 @@
 """A policy folder: what is saved is loaded bit for bit, and every way in which it can be broken has its message."""
 
+import contextlib
 import json
+import pathlib
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -276,18 +279,33 @@ def fail(*_, **__):
     raise OSError("no space left on device")
 
 
-@pytest.mark.parametrize("where", ["safetensors.torch.save_file", "torchpi.policy.save_norm_stats"])
-def test_a_failure_in_the_middle_leaves_nothing_behind(make_policy, tmp_path, monkeypatch, where):
-    monkeypatch.setattr(where, fail)
+@contextlib.contextmanager
+def no_room_for_more_than(num_bytes):
+    """Files can't grow beyond a size, as on a disk that becomes full in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_becomes_full_leaves_nothing_behind(make_policy, tmp_path):
+    with no_room_for_more_than(100_000), pytest.raises(OSError, match="File too large"):
+        make_policy().save(tmp_path / "policy")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_behind_the_weights_leaves_nothing_behind(make_policy, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchpi.policy.save_norm_stats", fail)
     with pytest.raises(OSError, match="no space left"):
         make_policy().save(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_in_the_middle_leaves_the_old_folder_whole(make_policy, folder, tmp_path, monkeypatch):
+def test_a_disk_that_becomes_full_leaves_the_old_folder_whole(make_policy, folder, tmp_path):
     before = contents(tmp_path)
-    monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(OSError, match="no space left"):
+    with no_room_for_more_than(100_000), pytest.raises(OSError, match="File too large"):
         make_policy(default_prompt="new").save(folder, overwrite=True)
     assert contents(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
@@ -511,15 +529,38 @@ def test_a_process_killed_while_it_saves_leaves_the_old_folder_whole(tmp_path):
     torchpi.load_policy("demo", device="cpu").save(target)
     before = {file.name: file.read_bytes() for file in target.iterdir()}
     program = f"""
-import os, safetensors.torch, torchpi
+import os, torchpi
+from torchpi.checkpoints import safetensors_files
 policy = torchpi.load_policy("demo", device="cpu", default_prompt="another one")
-safetensors.torch.save_file = lambda *arguments, **_: os._exit(9)
+safetensors_files._write_file = lambda *arguments: os._exit(9)
 policy.save({str(target)!r}, overwrite=True)
 """
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 9
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     torchpi.load_policy("demo", device="cpu", default_prompt="a third one").save(target, overwrite=True)
     assert torchpi.load_policy(target, device="cpu").default_prompt == "a third one"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_used_where_they_lie_in_the_file(make_policy, tmp_path, dtype):
+    """Nothing is copied, so a policy is ready before its weights are read; the file stays as it is all the same."""
+    folder = tmp_path / "policy"
+    make_policy().save(folder, dtype=dtype)
+    content = (folder / "model.safetensors").read_bytes()
+    model = torchpi.load_model(folder, dtype=dtype)
+    maps = [line.split() for line in pathlib.Path("/proc/self/maps").read_text().splitlines()]
+    mapped = [[int(end, 16) for end in line[0].split("-")] for line in maps if line[-1].startswith(str(folder))]
+    assert all(
+        any(start <= parameter.data_ptr() < end for start, end in mapped)
+        for parameter in model.parameters()
+        if parameter.nbytes % 64 == 0
+    )
+    assert all(parameter.data_ptr() % 64 == 0 for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert (folder / "model.safetensors").read_bytes() == content
 
 
 def test_the_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):

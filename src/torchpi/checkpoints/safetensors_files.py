@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -14,6 +13,8 @@ from torchpi.checkpoints.layout import Leaf, Shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+# As PyTorch allocates: where an array begins decides which instructions run over it, and so last bits of products.
+_ALIGNMENT = 64
 
 
 def has_weights(root: pathlib.Path) -> bool:
@@ -56,15 +57,21 @@ class SafetensorsArrays:
             _check_index(index, expected, self._files)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array in `dtype`, by default its stored one."""
+        """An array in `dtype`, by default its stored one.
+
+        One that need not be converted is the mapped file itself: nothing is read before it is used, and writing to it
+        does not change the file.
+        """
         file = self._files[name]
         try:
-            # Not from one that stays open: what was read through it would count as used memory until it is closed.
+            mapped: Tensor = self._open[file].get_tensor(name)
+            if dtype in (None, mapped.dtype) and mapped.data_ptr() % _ALIGNMENT == 0:
+                return mapped
+            # Not from the one that stays open: what was read through it counts as used memory until it is closed.
             with safetensors.safe_open(file, framework="pt") as arrays:
                 tensor: Tensor = arrays.get_tensor(name)
         except safetensors.SafetensorError as error:
             raise _corrupt(file, error) from error
-        # A copy: where an array lies in a file decides how it is aligned, and that changes last bits of products.
         return tensor.to(dtype or tensor.dtype, copy=True)
 
     @property
@@ -143,12 +150,39 @@ def write_safetensors(
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        tensors = {name: read(name).to(dtype).contiguous() for name in names}
-        (root / file).touch()
-        mode = (root / file).stat().st_mode
-        safetensors.torch.save_file(tensors, root / file, metadata={"format": "pt", **(metadata or {})})
-        (root / file).chmod(mode)  # safetensors makes its files for this user alone
+        shapes = {name: leaves[name].shape for name in names}
+        _write_file(root / file, shapes, read, dtype, {"format": "pt", **(metadata or {})})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         (root / INDEX).write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
+
+
+def _write_file(
+    path: pathlib.Path,
+    shapes: Shapes,
+    read: Callable[[str], Tensor],
+    dtype: torch.dtype,
+    metadata: Mapping[str, str],
+) -> None:
+    """A file of the format, one array after the other, each aligned so that it can be used where it lies.
+
+    The library's own writer wants all arrays at once and aligns them to 8 bytes.
+    """
+    size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
+    # The format allows no gaps: arrays whose size would move the next one off its place come last.
+    order = sorted(shapes, key=lambda name: size[name] % _ALIGNMENT != 0)
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end, code = 0, next(code for code, known in _DTYPES.items() if known is dtype)
+    for name in order:
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size[name]]}
+        end += size[name]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            array = read(name).to("cpu", dtype).contiguous()
+            if array.shape != shapes[name]:
+                raise ValueError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}")
+            file.write(array.view(-1).view(torch.uint8).numpy())
