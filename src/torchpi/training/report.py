@@ -1,0 +1,545 @@
+"""How a training run goes, or went, as one page: RUN/report.html.
+
+It is made from what lies in the run's folder, whatever of it there is:
+
+train.json      the recipe
+run.json        command, started and finished (ISO 8601), torchpi, torch, device, world_size; dataset, a summary;
+                parameters, a list of {part, trainable, frozen, dtype}; init, {source, loaded, fresh, left_out}
+metrics.jsonl   lines as `PANELS` and the functions below read them; "resumed": true marks the first one after a resume
+pictures        STEP_chunks.png and STEP_errors.png, of which the last ones are shown
+checkpoints     STEP/policy
+"""
+
+import base64
+import dataclasses
+import datetime
+import io
+import itertools
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from torchpi.sim import ENVIRONMENTS, simulator
+from torchpi.trace.document import document, page_top
+from torchpi.trace.summary import format_count, large_count
+from torchpi.training.config import TrainConfig
+from torchpi.training.curves import (
+    PANELS,
+    Line,
+    Panel,
+    Series,
+    as_svg,
+    draw_chunk_steps,
+    draw_dimension_errors,
+    draw_panel,
+    drawable,
+    number,
+    panel_series,
+    parse_metrics,
+    without_overtaken,
+)
+from torchpi.training.state import checkpoints
+
+REPORT = "report.html"
+PICTURE_BYTES = 400 * 2**10
+"""A picture whose file is larger is made smaller for the page."""
+_PICTURES = {
+    "chunks": "Sampled chunks beside recorded ones: a column per frame, a row per dimension of the action; "
+    "along: the step of the chunk, up: the action in the robot's units.",
+    "errors": "Errors of sampled chunks beside those of a policy that knows nothing: all dimensions, then each one; "
+    "along: the step of the chunk, up: the mean absolute error.",
+}
+
+
+def write_report(run: pathlib.Path) -> pathlib.Path:
+    """Write RUN/report.html, a page that needs nothing else; a page that is there is replaced.
+
+    Args:
+        run: the run's folder; the run may be finished, still going on, or have crashed.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        FileNotFoundError: this is no folder of a run.
+    """
+    page = render_report(read_run(run))
+    target, beside = run / REPORT, run / f".{REPORT}.tmp"
+    beside.write_text(page, encoding="utf-8")
+    os.replace(beside, target)
+    return target
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run's folder says."""
+
+    folder: pathlib.Path
+    recipe: Mapping[str, Any]
+    """train.json; empty: not there."""
+    about: Mapping[str, Any]
+    """run.json; empty: not there."""
+    lines: Sequence[Line]
+    """Of metrics.jsonl, those that hold."""
+    curves: Mapping[str, Series]
+    """What `PANELS` draw of them, by key."""
+    resumes: Sequence[int]
+    """Steps from which the run went on."""
+    checkpoints: Sequence[pathlib.Path]
+    """Oldest first."""
+    notes: Sequence[str]
+    """What is wrong with the files."""
+
+    @property
+    def step(self) -> int:
+        """The last one that is known of."""
+        saved = int(self.checkpoints[-1].name) if self.checkpoints else 0
+        return max(saved, self.lines[-1]["step"] if self.lines else 0)
+
+    @property
+    def num_steps(self) -> int | None:
+        """How many the recipe asks for."""
+        found = self.recipe.get("num_steps")
+        return found if isinstance(found, int) else None
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done."""
+        return self.num_steps is not None and self.step >= self.num_steps
+
+    def last(self, key: str) -> Any:
+        """The last value of a key in the metrics; None: there is none."""
+        return next((line[key] for line in reversed(self.lines) if line.get(key) is not None), None)
+
+    def last_mapping(self, key: str) -> Mapping[str, Any]:
+        """The last value of a key in the metrics, by name; empty: there is none."""
+        found = self.last(key)
+        return found if isinstance(found, Mapping) else {}
+
+
+def read_run(run: pathlib.Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        FileNotFoundError: it has neither a train.json nor a metrics.jsonl.
+    """
+    metrics = run / "metrics.jsonl"
+    if not metrics.is_file() and not (run / "train.json").is_file():
+        raise FileNotFoundError(f"{run} is no folder of a training run: neither train.json nor metrics.jsonl is in it")
+    notes: list[str] = []
+    recipe, about = (_read_json(run / name, notes) for name in ("train.json", "run.json"))
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    lines, broken = parse_metrics(text)
+    if broken:
+        what = f"{len(broken)} lines" if len(broken) > 1 else "a line"
+        notes.append(f"metrics.jsonl has {what} that cannot be read, first in line {broken[0]}; left out here.")
+    went_back = [line["step"] for before, line in itertools.pairwise(lines) if line["step"] < before["step"]]
+    lines = without_overtaken(lines)
+    resumes = sorted({*went_back, *(line["step"] for line in lines if line.get("resumed"))})
+    return Run(run, recipe, about, lines, panel_series(lines), resumes, checkpoints(run), notes)
+
+
+def _read_json(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
+    """The document; empty, with a note, where it cannot be read, for example because the process was just writing."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        notes.append(f"{path.name} cannot be read: {error}.")
+        return {}
+    if not isinstance(found, Mapping):
+        notes.append(f"{path.name} is no JSON object.")
+        return {}
+    return found
+
+
+def render_report(run: Run) -> str:
+    """The page, as HTML."""
+    pictures = _last_pictures(run)
+    optional = [
+        ("success", "Success in simulation", _success(run)),
+        ("chunks", "Sampled chunks", _chunks(run)),
+        ("pictures", "Pictures", "".join(_picture(path, kind) for kind, path in pictures)),
+        ("parameters", "Parameters", _parameters(run)),
+    ]
+    sections = [
+        ("curves", "Curves", _curves(run)),
+        *((name, title, html) for name, title, html in optional if html),
+        ("origin", "What was trained", _origin(run)),
+        ("recipe", "Recipe", _recipe(run)),
+        ("use", "Use it", _commands(run)),
+    ]
+    return document(
+        f"{run.folder.resolve().name}: a training run",
+        top=_top(run),
+        sections=sections,
+        footer="this page needs nothing else; torchpi makes it from the files of the run",
+        styles=("demo.css", "report.css"),
+    )
+
+
+# ---- the top ----
+
+
+def _top(run: Run) -> str:
+    of = f" of {format_count(run.num_steps)}" if run.num_steps else ""
+    tiles = [(format_count(run.step), f"steps{of}")]
+    if isinstance(epoch := run.last("epoch"), int | float):
+        tiles.append((f"{epoch:.3g}", "passes through the data"))
+    for key, text in (
+        ("loss", "training loss at the end"),
+        ("holdout_loss", "loss of held-out episodes"),
+        ("chunk_error", "error of sampled chunks, in parts of the data's range"),
+    ):
+        if (value := number(run.last(key))) is not None:
+            tiles.append((f"{value:.3g}", text))
+    if (rate := number(run.last("success_rate"))) is not None:
+        tiles.append((f"{rate:.0%}", "success in simulation"))
+    if (duration := _duration(run)) is not None:
+        tiles.append((duration, "on the clock"))
+    name = run.folder.resolve().name
+    return page_top("torchpi train", name, _lede(run), tiles=tiles, notes=_notes(run))
+
+
+def _lede(run: Run) -> str:
+    model, data = run.recipe.get("model"), run.recipe.get("dataset")
+    what = f"{model} on {pathlib.Path(str(data)).name}" if model and data else "A policy"
+    if run.finished:
+        return f"{what}: trained to the end."
+    of = f" of {format_count(run.num_steps)}" if run.num_steps else ""
+    state = f"step {format_count(run.step)}{of}" if run.step else "no step is logged yet"
+    how = "it was stopped before the last step" if run.about.get("finished") else "it goes on, or was killed"
+    return f"{what}: {state}; {how}."
+
+
+def _notes(run: Run) -> list[str]:
+    """What the reader has to know: damage, values that are no numbers, interruptions, and what is missing."""
+    notes = list(run.notes)
+    for key, (steps, values) in run.curves.items():
+        if len(wrong := steps[~np.isfinite(values)]):
+            notes.append(f"{key} is not finite in {len(wrong)} of {len(steps)} lines, first at step {wrong[0]}.")
+    if run.resumes:
+        at = ", ".join(map(str, run.resumes[:12])) + (", …" if len(run.resumes) > 12 else "")
+        notes.append(f"The run was interrupted and went on; the first lines after that are of step {at}.")
+    if missing := list(_missing(run)):
+        notes.append(f"Not recorded: {', '.join(missing)}.")
+    return notes
+
+
+def _missing(run: Run) -> Iterator[str]:
+    yield from (name for name, found in (("train.json", run.recipe), ("run.json", run.about)) if not found)
+    if run.about:
+        yield from (f"{name} in run.json" for name in ("dataset", "parameters", "init") if name not in run.about)
+    if not run.lines:
+        yield "any line of metrics.jsonl"
+    else:
+        yield from (f"{key} in metrics.jsonl" for key, (steps, _) in run.curves.items() if not len(steps))
+    if not run.checkpoints:
+        yield "a checkpoint"
+
+
+def _duration(run: Run) -> str | None:
+    """From start to end in hours and minutes; None: one of them is not known."""
+    times = [_moment(run.about.get(name)) for name in ("started", "finished")]
+    if times[0] is None or times[1] is None or (times[0].tzinfo is None) != (times[1].tzinfo is None):
+        return None
+    minutes = round((times[1] - times[0]).total_seconds() / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _moment(value: Any) -> datetime.datetime | None:
+    try:
+        return datetime.datetime.fromisoformat(value)
+    except (TypeError, ValueError):  # it is shown as it is
+        return None
+
+
+# ---- curves and errors ----
+
+
+def _curves(run: Run) -> str:
+    panels = [panel for panel in PANELS if drawable(run.curves, panel)]
+    if not panels:
+        return '<p class="lede">There is nothing to draw: metrics.jsonl has no finite values yet.</p>'
+    figures = "".join(_panel_figure(run, panel) for panel in panels)
+    return (
+        '<p class="lede">Each point of the training loss is the mean since the line before. Where there are more lines '
+        "than fit, a curve is the mean of neighbours, on the range that they span.</p>"
+        f'<div class="multiples plots">{figures}</div>'
+    )
+
+
+def _panel_figure(run: Run, panel: Panel) -> str:
+    ends = []
+    for key in panel.keys:
+        steps, values = run.curves[key]
+        if len(steps):
+            shown = f"{values[-1]:.1%}" if panel.percent else f"{values[-1]:.4g}"
+            ends.append((f"{panel.keys[key][0]}: {shown}" if len(panel.keys) > 1 else shown, int(steps[-1])))
+    text = ", ".join(end for end, _ in ends)
+    curves = " and ".join(label for key, (label, _) in panel.keys.items() if len(run.curves[key][0]))
+    description = f"{panel.title}. Along: step, to {max(step for _, step in ends)}. Up: {panel.unit}. Drawn: {curves}."
+    return _figure(panel.title, f"{text} at the end", lambda axes: draw_panel(axes, run.curves, panel), description)
+
+
+def _figure(title: str, text: str, draw: Callable[[Any], None], description: str) -> str:
+    caption = f"{escape(title)}<small>{escape(text)}</small>"
+    return f"<figure><figcaption>{caption}</figcaption>{as_svg(draw, description)}</figure>"
+
+
+def _chunks(run: Run) -> str:
+    figures = ""
+    dims = run.last_mapping("chunk_error_dims")
+    if dims:
+        shown = "" if len(dims) <= 10 else f"the ten largest of {len(dims)}"
+        figures += _figure(
+            "Error per dimension",
+            shown,
+            lambda axes: draw_dimension_errors(axes, run.lines),
+            "Error of sampled chunks per dimension of the action. Along: step of the training. "
+            "Up: mean absolute error in parts of the data's range. Drawn: a curve per dimension.",
+        )
+    if isinstance(run.last("chunk_error_steps"), list):
+        figures += _figure(
+            "Error over the chunk",
+            "the later the evaluation, the stronger",
+            lambda axes: draw_chunk_steps(axes, run.lines),
+            "Error of sampled chunks over their steps. Along: step of the chunk. "
+            "Up: mean absolute error in parts of the data's range. Drawn: a curve per evaluation.",
+        )
+    if not figures:
+        return ""
+    return (
+        '<p class="lede">Chunks that the policy with the averaged weights samples, beside those that were recorded: '
+        "the mean absolute error, divided by what lies between the 1 % and the 99 % quantile of the data.</p>"
+        f'<div class="multiples plots">{figures}</div>{_dimension_bars(dims)}'
+    )
+
+
+def _dimension_bars(dims: Mapping[str, Any]) -> str:
+    """The last errors, dimension by dimension."""
+    values = {name: found for name, value in dims.items() if (found := number(value)) is not None}
+    largest = max((value for value in values.values() if math.isfinite(value)), default=0.0) or 1.0
+    rows = "".join(
+        f'<span class="mono">{escape(name)}</span><i class="suffix" style="width:{100 * value / largest:.1f}%"></i>'
+        f"<span>{value:.4f}</span>"
+        if math.isfinite(value)
+        else f'<span class="mono">{escape(name)}</span><i class="plain"></i><span>no number</span>'
+        for name, value in values.items()
+    )
+    return f'<h3 class="gap">At the last evaluation</h3><div class="panel bars dimensions">{rows}</div>' if rows else ""
+
+
+# ---- pictures ----
+
+
+def _last_pictures(run: Run) -> list[tuple[str, pathlib.Path]]:
+    """Of each kind of picture the one of the largest step."""
+    folder = run.folder / "pictures"
+    last: dict[str, tuple[int, pathlib.Path]] = {}
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (found := re.fullmatch(r"(\d+)_(\w+)\.png", path.name)) and found[2] in _PICTURES:
+            last[found[2]] = max(last.get(found[2], (-1, path)), (int(found[1]), path))
+    return [(kind, last[kind][1]) for kind in _PICTURES if kind in last]
+
+
+def _picture(path: pathlib.Path, kind: str) -> str:
+    caption, step = _PICTURES[kind], int(path.name.split("_")[0])
+    try:
+        source = _embedded(path)
+    except OSError as error:  # damaged, cut short, or no image
+        return f'<p class="aside">{escape(path.name)} cannot be shown: {escape(str(error))}</p>'
+    return (
+        f'<figure class="panel picture"><img src="{source}" alt="{escape(caption)}">'
+        f"<figcaption>{escape(caption)} After {format_count(step)} steps.</figcaption></figure>"
+    )
+
+
+def _embedded(path: pathlib.Path) -> str:
+    """The picture as a data URI, made smaller where its file is large.
+
+    Raises:
+        OSError: it is no image, or not a whole one.
+    """
+    kind, data = "png", path.read_bytes()
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        if len(data) > PICTURE_BYTES:
+            image.thumbnail((1600, 1600))
+            buffer = io.BytesIO()
+            image.convert("RGB").save(buffer, "JPEG", quality=80, optimize=True)
+            kind, data = "jpeg", buffer.getvalue()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+# ---- success ----
+
+
+def _success(run: Run) -> str:
+    tasks = run.last_mapping("success")
+    if not tasks:
+        return ""
+    rows = "".join(_success_row(name, result) for name, result in tasks.items() if isinstance(result, Mapping))
+    heads = "".join(f"<th>{text}</th>" for text in ("task", "success", "", "95 % interval", "episodes"))
+    step = next((line["step"] for line in reversed(run.lines) if line.get("success") is not None), None)
+    table = f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}</table></div>'
+    told = f" The table is of step {format_count(step)}." if step is not None else ""
+    return (
+        '<p class="lede">What the simulator calls success, in episodes with the averaged weights.'
+        f"{told} The interval is where the true rate is likely to be.</p>{table}"
+    )
+
+
+def _success_row(task: str, result: Mapping[str, Any]) -> str:
+    rate = number(result.get("success_rate"))
+    shown = "–" if rate is None else f"{rate:.0%}"
+    interval, bar, between = result.get("interval"), "", "–"
+    if isinstance(interval, list) and len(interval) == 2 and None not in map(number, interval) and rate is not None:
+        low, high = (float(end) for end in interval)
+        between = f"{low:.0%} – {high:.0%}"
+        bar = (
+            f'<span class="rate"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
+            f'<u style="left:{100 * rate:.1f}%"></u></span>'
+        )
+    return (
+        f'<tr><td class="name">{escape(task)}</td><td>{shown}</td><td>{bar}</td><td>{between}</td>'
+        f"<td>{escape(_text(result.get('episodes', '–')))}</td></tr>"
+    )
+
+
+# ---- what was trained ----
+
+
+def _parameters(run: Run) -> str:
+    found = run.about.get("parameters")
+    parts = [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
+    if not parts:
+        return ""
+    rows, totals = "", dict.fromkeys(("trainable", "frozen"), 0)
+    for part in parts:
+        counts = {name: int(number(part.get(name)) or 0) for name in totals}
+        totals = {name: totals[name] + counts[name] for name in totals}
+        rows += _parameter_row(str(part.get("part", "–")), counts, str(part.get("dtype", "–")))
+    rows += _parameter_row("all", totals, "", css="all")
+    heads = '<th>part</th><th class="num">trained</th><th class="num">frozen</th><th>dtype</th>'
+    return (
+        f'<p class="lede">{large_count(totals["trainable"])} of {large_count(sum(totals.values()))} parameters are '
+        f"trained.</p>"
+        f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}</table></div>'
+    )
+
+
+def _parameter_row(part: str, counts: Mapping[str, int], dtype: str, *, css: str = "") -> str:
+    numbers = "".join(f'<td class="num">{format_count(counts[name])}</td>' for name in ("trainable", "frozen"))
+    return f'<tr class="{css}"><td class="name">{escape(part)}</td>{numbers}<td class="dtype">{escape(dtype)}</td></tr>'
+
+
+def _origin(run: Run) -> str:
+    """Data, first weights, machine and time."""
+    rows = [(name, run.about[name]) for name in ("command", "started", "finished") if name in run.about]
+    init = run.about.get("init")
+    rows += [("weights from", init.get("source"))] if isinstance(init, Mapping) and "source" in init else []
+    if isinstance(init, Mapping):
+        names = {"loaded": "taken over", "fresh": "begun at random", "left_out": "left out of the source"}
+        rows += [(text, init[name]) for name, text in names.items() if name in init]
+    data = run.about.get("dataset", run.recipe.get("dataset"))
+    if isinstance(data, Mapping):
+        rows += [(f"data: {name.replace('_', ' ')}", value) for name, value in data.items()]
+    elif data:
+        rows.append(("data", data))
+    rows += [(name, run.about[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.about]
+    if isinstance(memory := run.last("memory"), int | float):
+        rows.append(("memory", f"{memory / 2**30:.2f} GiB at the last step"))
+    if run.checkpoints:
+        rows.append(("checkpoints", [path.name.lstrip("0") or "0" for path in run.checkpoints]))
+    if not rows:
+        return '<p class="lede">The run does not say.</p>'
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(_text(value))}</dd>" for name, value in rows)
+    return f'<div class="panel"><dl>{items}</dl></div>'
+
+
+def _recipe(run: Run) -> str:
+    if not run.recipe:
+        return '<p class="lede">The run has no train.json.</p>'
+    defaults = _flat(json.loads(json.dumps(dataclasses.asdict(TrainConfig()))))
+    recipe = _flat(run.recipe)
+    changed = {name for name, value in recipe.items() if name in defaults and defaults[name] != value}
+    rows = "".join(
+        f'<tr class="{"changed" if name in changed else ""}"><td class="name">{escape(name)}</td>'
+        f'<td class="wide">{escape(_text(value))}</td>'
+        f'<td class="wide dtype">{escape(_text(defaults[name])) if name in changed else ""}</td></tr>'
+        for name, value in recipe.items()
+    )
+    return (
+        f'<p class="lede">{len(changed)} of {len(recipe)} fields differ from the defaults; they are marked. Another '
+        "run can take the whole recipe: torchpi train --recipe train.json.</p>"
+        f'<div class="panel scroll"><table><tr><th>field</th><th>value</th><th>default</th></tr>{rows}</table></div>'
+    )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of fields as one level: augmentation.crop."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _text(value: Any) -> str:
+    """A value of a JSON document, for people."""
+    if value is None or value == "" or value == []:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
+        return ", ".join(map(_text, value[:12])) + more
+    if isinstance(value, int):
+        return format_count(value) if abs(value) >= 10_000 else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---- how to use it ----
+
+
+def _commands(run: Run) -> str:
+    commands = []
+    if run.checkpoints:
+        policy = shlex.quote((run.checkpoints[-1] / "policy").relative_to(run.folder).as_posix())
+        commands += [("Look for what would make a robot misbehave.", f"torchpi doctor {policy}")]
+        if environment := _environment(run):
+            commands += [("Measure it in simulation.", f"torchpi eval {policy} --env {environment} --episodes 20")]
+        if dataset := _dataset(run):
+            what = "Compare its action chunks with the recorded ones."
+            commands += [(what, f"torchpi eval {policy} --dataset {shlex.quote(dataset)}")]
+        commands += [("Serve it to a robot.", f"torchpi serve {policy}")]
+    if not run.finished and run.checkpoints:
+        commands += [("Go on with the training.", "torchpi train --resume .")]
+    if not commands:
+        return '<p class="lede">There is no checkpoint yet, so there is nothing to use or to go on from.</p>'
+    rows = "".join(f"<div>{escape(what)}<code>{escape(command)}</code></div>" for what, command in commands)
+    return f'<p class="lede">In the folder of the run:</p><div class="panel commands">{rows}</div>'
+
+
+def _environment(run: Run) -> str | None:
+    """The simulator of the robot that was trained for; None: there is none."""
+    robot = run.recipe.get("embodiment")
+    return next((name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)), None)
+
+
+def _dataset(run: Run) -> str | None:
+    """The way from the run's folder to its dataset; None: it is not there any more."""
+    path = pathlib.Path(str(run.recipe.get("dataset") or ""))
+    return pathlib.Path(os.path.relpath(path, run.folder)).as_posix() if (path / "meta").is_dir() else None

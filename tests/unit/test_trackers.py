@@ -1,0 +1,197 @@
+"""Trackers: what is logged can be read back, and a run that is gone on with goes on in them."""
+
+import importlib.util
+import json
+import math
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchpi.training.trackers import open_trackers, scalars
+
+LINE = {
+    "step": 20,
+    "loss": 0.25,
+    "memory": 3,
+    "resumed": True,
+    "chunk_error_steps": [0.1, 0.2],
+    "chunk_error_dims": {"gripper": 0.5},
+    "success": {"reach": {"success_rate": 1.0, "interval": [0.5, 1.0], "episodes": 4}},
+}
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "picture.png"
+    Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).save(path)
+    return path
+
+
+def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
+    assert scalars(LINE) == {
+        "loss": 0.25,
+        "memory": 3.0,
+        "chunk_error_dims/gripper": 0.5,
+        "success/reach/success_rate": 1.0,
+        "success/reach/episodes": 4.0,
+    }
+
+
+def test_without_names_nothing_is_written(tmp_path, picture):
+    tracker = open_trackers([], tmp_path / "run", {}, 0)
+    tracker.log(1, {"loss": 1.0})
+    tracker.picture(1, "chunks", picture)
+    tracker.close()
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="there is no tracker mlflow; choose from tensorboard, wandb"):
+        open_trackers(["tensorboard", "mlflow"], tmp_path, {}, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "extra"),
+    [("tensorboard", "torch.utils.tensorboard", "data"), ("wandb", "wandb", "track")],
+)
+def test_a_missing_package_is_an_error_with_the_command_that_installs_it(tmp_path, monkeypatch, name, module, extra):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'torchpi\[{extra}\]'"):
+        open_trackers([name], tmp_path, {}, 0)
+
+
+# TensorBoard
+
+
+def read_events(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def points(events, name):
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_has_what_was_logged(tmp_path, picture):
+    tracker = open_trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
+    tracker.log(10, {"loss": 0.5, "group/error": 0.125})
+    tracker.log(20, {"loss": math.nan, "group/error": 7})
+    tracker.picture(20, "chunks", picture)
+    events = read_events(tmp_path)  # before it is closed, as after a kill
+    tracker.close()
+    assert points(events, "group/error") == [(10, 0.125), (20, 7.0)]
+    (_, first), (step, last) = points(events, "loss")
+    assert (first, step) == (0.5, 20)
+    assert math.isnan(last)
+    (image,) = events.Images("chunks")
+    assert (image.step, image.width, image.height) == (20, 6, 4)
+    (recipe,) = events.Tensors("recipe/text_summary")
+    assert '"learning_rate": 0.0001' in recipe.tensor_proto.string_val[0].decode()
+
+
+def test_a_resumed_run_replaces_what_it_had_beyond_in_tensorboard(tmp_path):
+    first = open_trackers(["tensorboard"], tmp_path, {}, 0)
+    for step in (10, 20, 30):
+        first.log(step, {"loss": float(step)})
+    first.close()
+    second = open_trackers(["tensorboard"], tmp_path, {}, 20)
+    second.log(30, {"loss": 0.5})
+    second.close()
+    assert points(read_events(tmp_path), "loss") == [(10, 10.0), (20, 20.0), (30, 0.5)]
+
+
+# Weights & Biases
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """What is called of the package, in its place."""
+    calls = []
+
+    class Run:
+        def define_metric(self, name, step_metric):
+            calls.append(("define_metric", name, step_metric))
+
+        def log(self, values):
+            calls.append(("log", values))
+
+        def finish(self):
+            calls.append(("finish",))
+
+    class Error(Exception):
+        pass
+
+    module = types.ModuleType("wandb")
+    module.init = lambda **options: calls.append(("init", options)) or Run()
+    module.Settings = lambda **options: options
+    module.Image = lambda path: ("image", path)
+    module.errors = types.SimpleNamespace(Error=Error)
+    module.calls = calls
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    return module
+
+
+def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, picture):
+    """Its own step cannot go back, which that of a resumed run does."""
+    tracker = open_trackers(["wandb"], tmp_path, {"seed": 1}, 0)
+    tracker.log(10, {"loss": 0.5})
+    tracker.picture(10, "chunks", picture)
+    tracker.close()
+    (_, options), *calls = wandb.calls
+    assert (options["project"], options["name"], options["config"]) == ("torchpi", tmp_path.name, {"seed": 1})
+    assert (options["dir"], options["resume"]) == (str(tmp_path), "allow")
+    assert calls == [
+        ("define_metric", "*", "step"),
+        ("log", {"step": 10, "loss": 0.5}),
+        ("log", {"step": 10, "chunks": ("image", str(picture))}),
+        ("finish",),
+    ]
+
+
+def test_wandb_knows_a_resumed_run_and_no_other(tmp_path, wandb):
+    for resume_step in (0, 10, 0):
+        open_trackers(["wandb"], tmp_path, {}, resume_step).close()
+    first, resumed, new = (call[1]["id"] for call in wandb.calls if call[0] == "init")
+    assert first == resumed != new
+
+
+def test_wandb_without_an_account_is_an_error_that_says_what_to_do(tmp_path, wandb, monkeypatch):
+    def refuse(**_):
+        raise wandb.errors.Error("No API key configured.")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    with pytest.raises(ValueError, match=r"No API key configured.*wandb login.*WANDB_MODE=offline"):
+        open_trackers(["wandb"], tmp_path, {}, 0)
+
+
+def test_trackers_that_are_open_are_closed_if_another_one_cannot_be_opened(tmp_path, wandb, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError):
+        open_trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
+    assert wandb.calls[-1] == ("finish",)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
+@pytest.mark.filterwarnings("default")
+def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, picture):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    tracker = open_trackers(["wandb"], pathlib.Path("run"), {"learning_rate": 0.0625}, 0)
+    tracker.log(10, {"loss": 0.40625, "success/reach": 1.0})
+    tracker.log(5, {"loss": 0.15625})
+    tracker.picture(10, "chunks", picture)
+    tracker.close()
+    importlib.import_module("wandb").teardown()  # its process has written everything
+    (written,) = pathlib.Path("run").glob("wandb/offline-run-*/run-*.wandb")
+    data = written.read_bytes()
+    assert all(json.dumps(value).encode() in data for value in (0.40625, 0.15625, 0.0625))
+    assert all(name in data for name in (b"loss", b"success/reach", b"learning_rate", b"chunks"))

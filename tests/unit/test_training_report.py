@@ -1,0 +1,364 @@
+"""The page of a training run, from whatever lies in the run's folder."""
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from torchpi.training.config import TrainConfig
+from torchpi.training.curves import MAX_POINTS, parse_metrics, plot_curves, read_metrics, thin, without_overtaken
+from torchpi.training.report import PICTURE_BYTES, write_report
+
+DIMS = ("delta_x", "delta_y", "delta_z", "gripper")
+ABOUT = {
+    "command": "torchpi train --dataset recorded --out RUN",
+    "started": "2026-01-02T08:00:00+00:00",
+    "finished": "2026-01-02T10:05:00+00:00",
+    "device": "a <fast> GPU",
+    "world_size": 2,
+    "dataset": {"num_episodes": 600, "tasks": ["open the drawer", "close the faucet"]},
+    "parameters": [
+        {"part": "backbone", "trainable": 0, "frozen": 2_000_000, "dtype": "bfloat16"},
+        {"part": "expert", "trainable": 1_000_000, "frozen": 0, "dtype": "float32"},
+    ],
+    "init": {"source": "pi05_base", "loaded": 810, "fresh": ["action_in_proj"], "left_out": []},
+}
+
+
+def metrics_line(step, **more):
+    return {
+        "step": step,
+        "loss": 1 / step,
+        "grad_norm": 1.0,
+        "param_norm": 30.0,
+        "learning_rate": 1e-4,
+        "samples_per_second": 100.0,
+        "data_wait": 0.1,
+        "memory": 3 * 2**30,
+        "epoch": step / 50,
+        **more,
+    }
+
+
+def evaluation(error):
+    return {
+        "holdout_loss": error,
+        "chunk_error": error,
+        "chunk_error_dims": {name: error * (1 + i) for i, name in enumerate(DIMS)},
+        "chunk_error_steps": [error, 2 * error, 3 * error],
+        "success_rate": 0.75,
+        "success": {"<b>reach</b>": {"success_rate": 0.75, "interval": [0.5, 0.875], "episodes": 20}},
+    }
+
+
+def write_run(run, lines, *, tail="", **recipe):
+    run.mkdir(parents=True, exist_ok=True)
+    config = {**json.loads(TrainConfig().to_json()), "dataset": "recorded", "embodiment": "metaworld", **recipe}
+    (run / "train.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + tail)
+    return run
+
+
+def write_picture(path, size=(40, 30)):
+    path.parent.mkdir(exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A finished run and its page; not to be changed."""
+    lines = [metrics_line(step, **(evaluation(2 / step) if step % 20 == 0 else {})) for step in range(10, 101, 10)]
+    run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, learning_rate=1e-3)
+    (run / "run.json").write_text(json.dumps(ABOUT))
+    for step in (20, 100):
+        write_picture(run / "pictures" / f"{step:08d}_chunks.png")
+        write_picture(run / "pictures" / f"{step:08d}_errors.png")
+    (run / "checkpoints" / "00000100" / "policy").mkdir(parents=True)
+    (run / "report.html").write_text("an older page")
+    write_report(run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def page(full):
+    return check_page(full)
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A run without metrics."""
+    return write_run(tmp_path / "run", [])
+
+
+class Page(html.parser.HTMLParser):
+    """What a page consists of; checks that tags are closed in order."""
+
+    VOID = ("meta", "img", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.words = [], [], []
+        self.feed(text)
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+    def attributes(self, name):
+        return [attributes[name] for _, attributes in self.tags if name in attributes]
+
+
+def page_of(run):
+    assert write_report(run) == run / "report.html"
+    return check_page(run)
+
+
+def check_page(run):
+    """The parsed page of a run, which refers to nothing outside itself."""
+    text = (run / "report.html").read_text(encoding="utf-8")
+    assert len(text) < 3e6
+    page = Page(text)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
+    references = [value for name in ("src", "href", "xlink:href") for value in page.attributes(name)]
+    assert all(value.startswith(("data:image/", "#")) for value in references)
+    ids = page.attributes("id")
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for value in references if value.startswith("#")} <= set(ids)
+    assert {value[1:] for value in re.findall(r"url\((.*?)\)", text)} <= set(ids)
+    assert "http" not in re.sub(r'"data:image/[^"]*"', "", text)
+    for tag, attributes in page.tags:
+        if tag in ("svg", "img"):
+            described = attributes.get("aria-label") or attributes.get("alt")
+            assert "along: " in described.lower()
+            assert "up: " in described.lower()
+    return page
+
+
+# What the page has
+
+
+def test_the_page_has_everything_of_the_run(page):
+    assert "pi05 on recorded: trained to the end." in page.text
+    for part in ("100 steps of 100", "2 passes through the data", "2 h 05 min", "75% success in simulation"):
+        assert part in page.text
+    titles = (
+        "Curves", "Success in simulation", "Sampled chunks", "Pictures", "Parameters", "What was trained", "Recipe",
+        "Use it",
+    )  # fmt: skip
+    assert all(page.text.count(title) >= 2 for title in titles)  # in the navigation too
+    # 8 panels and the two drawings of chunk errors; the last pictures
+    assert [tag for tag, _ in page.tags].count("svg") == 10
+    assert [tag for tag, _ in page.tags].count("img") == 2
+    assert "After 100 steps." in page.text
+    assert "Not recorded" not in page.text
+    assert "interrupted" not in page.text
+
+
+def test_texts_are_escaped(full):
+    text = (full / "report.html").read_text(encoding="utf-8")
+    assert "<b>reach" not in text
+    assert "&lt;b&gt;reach&lt;/b&gt;" in text
+    assert "a &lt;fast&gt; GPU" in text
+
+
+def test_parameters_are_counted_by_part(page):
+    text = page.text
+    assert "1.00 million of 3.00 million parameters are trained." in text
+    assert "backbone 0 2 000 000 bfloat16" in text
+    assert "all 1 000 000 2 000 000" in text
+
+
+def test_what_differs_from_the_default_recipe_is_marked(full):
+    text = (full / "report.html").read_text(encoding="utf-8")
+    changed = re.findall(r'<tr class="changed"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
+    assert ("learning_rate", "0.001", f"{TrainConfig().learning_rate:g}") in changed
+    assert {name for name, _, _ in changed} == {"dataset", "embodiment", "learning_rate", "num_steps"}
+    fields = re.findall(r'<td class="name">[a-z_.]+</td><td class="wide">', text)
+    assert f"4 of {len(fields)} fields differ" in text
+
+
+def test_the_commands_name_the_last_policy_from_the_folder_of_the_run(page):
+    policy, text = "checkpoints/00000100/policy", page.text
+    for command in (f"doctor {policy}", f"eval {policy} --env metaworld --episodes 20", f"serve {policy}"):
+        assert f"torchpi {command}" in text
+    assert "--resume" not in text
+    assert "--dataset ../recorded" not in text
+
+
+def test_the_dataset_is_named_from_the_folder_of_the_run(bare, monkeypatch):
+    monkeypatch.chdir(bare.parent)
+    (bare.parent / "recorded" / "meta").mkdir(parents=True)
+    (bare / "checkpoints" / "00000100" / "policy").mkdir(parents=True)
+    assert "torchpi eval checkpoints/00000100/policy --dataset ../recorded" in page_of(bare).text
+
+
+def test_a_large_picture_is_made_smaller(bare):
+    path = bare / "pictures" / "00000100_chunks.png"
+    write_picture(path, (1200, 800))
+    assert path.stat().st_size > PICTURE_BYTES
+    assert [source[:15] for source in page_of(bare).attributes("src")] == ["data:image/jpeg"]
+
+
+def test_a_picture_that_is_cut_short_is_named(bare):
+    path = bare / "pictures" / "00000100_errors.png"
+    write_picture(path)
+    path.write_bytes(path.read_bytes()[:100])
+    assert "00000100_errors.png cannot be shown" in page_of(bare).text
+
+
+def test_nothing_but_the_page_is_written(full):
+    assert sorted(path.name for path in full.iterdir() if path.is_file()) == [
+        "metrics.jsonl", "report.html", "run.json", "train.json",
+    ]  # fmt: skip
+
+
+# Runs that ended badly, or have only begun
+
+
+@pytest.mark.parametrize("lines", [0, 3])
+def test_a_run_that_has_hardly_begun(tmp_path, lines):
+    run = write_run(tmp_path / "run", [metrics_line(step) for step in range(1, lines + 1)], tail='{"step": 4, "lo')
+    page = page_of(run)
+    assert "it goes on, or was killed" in page.text
+    assert "Not recorded: run.json, " in page.text
+    assert "a checkpoint" in page.text
+    assert "There is no checkpoint yet" in page.text
+    assert "cannot be read" not in page.text  # a cut last line is the usual end
+    assert [tag for tag, _ in page.tags].count("svg") == (6 if lines else 0)
+
+
+def test_a_run_with_a_checkpoint_can_be_gone_on_with(tmp_path):
+    run = write_run(tmp_path / "run", [metrics_line(10)], num_steps=100)
+    (run / "checkpoints" / "00000012" / "policy").mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"finished": "2026-01-02T10:05:00+00:00", "parameters": 3}))
+    text = page_of(run).text
+    assert "step 12 of 100; it was stopped before the last step." in text
+    assert "dataset in run.json, init in run.json" in text
+    assert "torchpi train --resume ." in text
+
+
+def test_values_that_are_no_numbers_are_named_and_not_drawn(tmp_path):
+    lines = [metrics_line(step, loss=math.nan if step > 3 else 1.0, grad_norm=math.inf) for step in range(1, 7)]
+    text = page_of(write_run(tmp_path / "run", [*lines, metrics_line(7, **evaluation(math.nan))])).text
+    assert "loss is not finite in 3 of 7 lines, first at step 4." in text
+    assert "grad_norm is not finite in 6 of 7 lines, first at step 1." in text
+
+
+def test_damaged_files_are_named(tmp_path):
+    run = write_run(tmp_path / "run", [metrics_line(1)], tail="\0\0\n[1]\n" + json.dumps(metrics_line(2)) + "\n")
+    (run / "run.json").write_text('{"device": ')
+    text = page_of(run).text
+    assert "metrics.jsonl has 2 lines that cannot be read, first in line 2; left out here." in text
+    assert "run.json cannot be read: Expecting value" in text
+    assert "2 steps of" in text
+
+
+def test_interruptions_are_told(tmp_path):
+    lines = [metrics_line(step) for step in (10, 20, 30)] + [metrics_line(20), metrics_line(25, resumed=True)]
+    text = page_of(write_run(tmp_path / "run", lines)).text
+    assert "The run was interrupted and went on; the first lines after that are of step 20, 25." in text
+    assert "25 steps of" in text
+
+
+def test_a_folder_that_is_no_run_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"neither train\.json nor metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_a_recipe_of_another_version_is_shown(tmp_path):
+    run = write_run(tmp_path / "run", [], optimizer={"name": "adamw", "betas": [0.9, 0.95]})
+    assert "optimizer.betas 0.9, 0.95" in page_of(run).text
+
+
+# Curves
+
+
+def test_what_is_behind_a_resume_is_dropped():
+    lines = [{"step": step, "run": run} for run, step in ((1, 10), (1, 20), (1, 30), (2, 20), (2, 20), (2, 40))]
+    assert [(line["run"], line["step"]) for line in without_overtaken(lines)] == [
+        (1, 10), (1, 20), (2, 20), (2, 20), (2, 40),
+    ]  # fmt: skip
+
+
+def test_lines_are_read_but_for_a_cut_one_at_the_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    path.write_text('{"step": 1}\n{"step": 2}')  # whole, but for the line's end
+    assert read_metrics(path) == [{"step": 1}, {"step": 2}]
+    path.write_text('{"step": 1}\n{"step": 2, ')
+    assert read_metrics(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\n{"loss": 2}\n{"step": 3}\n')
+    with pytest.raises(ValueError, match='line 2 is no JSON object with a "step"'):
+        read_metrics(path)
+    assert parse_metrics("") == ([], [])
+
+
+def test_a_thinned_series_keeps_its_range():
+    steps = np.arange(100_000)
+    values = np.sin(steps.astype(np.float64))
+    values[777], values[5000:5400], values[99_999] = 9.0, math.nan, -7.0
+    points = thin(steps, values)
+    assert len(points.steps) == MAX_POINTS
+    assert (np.nanmax(points.high), np.nanmin(points.low)) == (9.0, -7.0)
+    assert np.isnan(points.mean).any()
+    finite = np.isfinite(points.mean)
+    assert (points.low[finite] <= points.mean[finite]).all()
+    few = thin(steps[:3], values[:3])
+    assert np.array_equal(few.mean, values[:3])
+    assert np.array_equal(few.steps, [0, 1, 2])
+
+
+@pytest.mark.parametrize("lines", [[], [metrics_line(10)], [metrics_line(s, **evaluation(1 / s)) for s in (1, 2, 30)]])
+def test_the_curves_are_a_picture(tmp_path, lines):
+    run = write_run(tmp_path / "run", lines)
+    plot_curves(run / "metrics.jsonl", run / "curves.png")
+    with Image.open(run / "curves.png") as image:
+        assert image.width == 1210
+
+
+@pytest.mark.slow
+def test_a_very_long_run_makes_a_page_of_usual_size(tmp_path):
+    rng = np.random.default_rng(0)
+    dims = {f"joint_{i}": 0.5 for i in range(32)}
+    lines = [metrics_line(step, loss=rng.random()) for step in range(1, 100_001)]
+    for line in lines[::100]:
+        line |= evaluation(rng.random()) | {"chunk_error_dims": dims, "chunk_error_steps": [0.1] * 50}
+    page_of(write_run(tmp_path / "run", lines))  # checks the size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_the_page(full, tmp_path, width):
+    if not (chromium := shutil.which("chromium")):
+        pytest.skip("no chromium")
+    picture = tmp_path / "page.png"
+    arguments = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--virtual-time-budget=2000", f"--window-size={width},3000",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", (full / "report.html").as_uri(),
+    ]  # fmt: skip
+    subprocess.run([chromium, *arguments], check=True, capture_output=True, timeout=120)
+    with Image.open(picture) as image:
+        assert image.width == width
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert {(0x2F, 0x66, 0xD0), (0x0D, 0x85, 0x77)} <= colors  # curves, in the colours of the style sheet
