@@ -1,6 +1,7 @@
 """The command line: each command is a function here, its `--help` is its docstring."""
 
 import dataclasses
+import inspect
 import json
 import pathlib
 import shlex
@@ -437,11 +438,14 @@ def _recipe_of(args: Sequence[str]) -> str | None:
 
 def evaluate(
     policy: Annotated[str, tyro.conf.Positional],
-    env: str,
+    env: str | None = None,
+    dataset: str | None = None,
     tasks: str | None = None,
     episodes: int = 20,
+    samples: int = 256,
     seed: int = 0,
     workers: int | None = None,
+    batch_size: int = 32,
     num_steps: int | None = None,
     execute_steps: int | None = None,
     max_steps: int | None = None,
@@ -453,37 +457,60 @@ def evaluate(
     json: bool = False,
     checkpoint: Checkpoint = CheckpointOptions(),
 ) -> None:
-    """Run a policy in a simulator and count its successes.
+    """Judge a policy: in a simulator (--env), or on recorded episodes (--dataset).
 
-    The cameras are rendered without a screen. Seed, task and the episode's number decide an episode; the number of
-    workers changes nothing.
+    In a simulator it runs episodes, whose successes are counted. The cameras are rendered without a screen. Seed, task
+    and the episode's number decide an episode; the number of workers changes nothing.
+
+    On a LeRobot data set it predicts the chunks of sampled frames, which are compared with the recorded actions in the
+    robot's units, beside two baselines: the robot stays where it is, and the data set's mean action.
 
     Args:
-        policy: a policy folder, an openpi checkpoint, "demo", or the address of a server (ws://HOST:PORT).
+        policy: a policy folder, a checkpoint, "demo", or, with --env, the address of a server (ws://HOST:PORT).
         env: metaworld or aloha_sim.
-        tasks: by name, separated by commas; by default those that the policy was trained on.
-        episodes: per task.
-        seed: of episodes and noise; no seed has episodes that `sim record` records.
-        workers: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU.
+        dataset: a LeRobot data set of the policy's robot, a folder or hf://org/name.
+        tasks: with --env: by name, separated by commas; by default those that the policy was trained on.
+        episodes: with --env: per task.
+        samples: with --dataset: frames, spread evenly over the episodes and the time in each.
+        seed: of episodes, frames and noise; no seed has episodes that `sim record` records.
+        workers: with --env: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU.
+        batch_size: with --dataset: chunks that are predicted at once; changes nothing but time and memory.
         num_steps: Euler steps from noise to actions; by default 10.
-        execute_steps: actions of each chunk to execute; by default what the policy recommends, or half of the chunk.
-        max_steps: actions after which an episode has failed; by default the simulator's.
-        swap: two tasks that get each other's instruction, for example faucet-open:faucet-close; several such pairs are
-            separated by commas. A policy that reads its instruction then does the wrong thing.
-        blank_images: show the policy black images.
-        videos: film the first so many episodes of each task.
-        out: the folder of the videos.
+        execute_steps: with --env: actions of each chunk to execute; by default what the policy recommends, or half of
+            the chunk.
+        max_steps: with --env: actions after which an episode has failed; by default the simulator's.
+        swap: with --env: two tasks that get each other's instruction, for example faucet-open:faucet-close; several
+            such pairs are separated by commas. A policy that reads its instruction then does the wrong thing.
+        blank_images: with --env: show the policy black images.
+        videos: with --env: film the first so many episodes of each task.
+        out: the folder of the videos, or of the pictures of errors and chunks; by default nothing is drawn.
         device: for example cuda or cpu; by default cuda where there is one.
         json: print one JSON document.
         checkpoint: what the checkpoint does not say itself.
     """
+    load = checkpoint.given() | ({} if device is None else {"device": device})
+    simulated = {
+        "tasks": tasks, "episodes": episodes, "workers": workers, "execute_steps": execute_steps,
+        "max_steps": max_steps, "swap": swap, "blank_images": blank_images, "videos": videos,
+    }  # fmt: skip
+    if (env is None) == (dataset is None):
+        raise ValueError("eval needs either --env, a simulator, or --dataset, recorded episodes")
+    if dataset is not None:
+        _refuse_changed(evaluate, simulated, belongs_to="--env")
+        from torchpi.evaluation.report import run_dataset_evaluation
+
+        steps = 10 if num_steps is None else num_steps
+        sampling = {"samples": samples, "seed": seed, "num_steps": steps, "batch_size": batch_size}
+        run_dataset_evaluation(policy, dataset, **sampling, out=out, load=load, as_json=json)
+        return
+    assert env is not None
+    _refuse_changed(evaluate, {"samples": samples, "batch_size": batch_size}, belongs_to="--dataset")
     from torchpi.sim.report import print_evaluation, swapped_instructions
     from torchpi.sim.rollout import Rollout
 
     # Last, because it brings torch.
     from torchpi.sim.evaluate import evaluate as run  # isort: skip
 
-    load = checkpoint.given() | ({} if device is None else {"device": device})
     result = run(
         policy,
         env,
@@ -501,6 +528,14 @@ def evaluate(
         _print_json(result.to_dict())
     else:
         print_evaluation(result)
+
+
+def _refuse_changed(command: Callable[..., Any], options: dict[str, Any], *, belongs_to: str) -> None:
+    """Raises a ValueError about options that are not at their default, though they say nothing here."""
+    parameters = inspect.signature(command).parameters
+    changed = [f"--{name.replace('_', '-')}" for name, value in options.items() if value != parameters[name].default]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} can only be given with {belongs_to}")
 
 
 def sim_record(

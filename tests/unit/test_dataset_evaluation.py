@@ -1,0 +1,409 @@
+"""Judging a policy on recorded episodes: which frames, the errors, the baselines, the report and what a user gets
+wrong."""
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import torchpi
+from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.cli import main
+from torchpi.data import LeRobotDataset, LeRobotWriter, to_observation
+from torchpi.evaluation import Chunks, chunk_errors, errors_of, plot_chunks, plot_errors, predict_chunks, sample_frames
+from torchpi.evaluation.baselines import holds
+from torchpi.evaluation.chunks import Frame
+from torchpi.evaluation.report import evaluate_on_dataset
+from torchpi.robots import ActionDim, StateKey, aloha, droid, libero, metaworld
+from torchpi.transforms import Normalization, NormStats
+
+HORIZON = 4
+LENGTHS = (6, 3, 9)
+ARM = Embodiment(
+    "arm",
+    cameras=Embodiment.generic("", cameras={"base_0_rgb": "front"}, state="s", actions="a").cameras,
+    state=(StateKey("state", ("elbow", "gripper"), units=("rad", "0 to 1")),),
+    actions=(ActionDim("elbow", "rad", "delta"), ActionDim("gripper", "0 to 1")),
+    execute_steps=2,
+)
+FRONT = "observation.images.front"
+
+
+def write_set(path, *, camera=FRONT, action_names=("elbow", "gripper")):
+    rng = np.random.default_rng(0)
+    shapes = {camera.removeprefix("observation.images."): (28, 28, 3)}
+    with LeRobotWriter(
+        path, fps=10, cameras=shapes, state_names=["elbow", "gripper"], action_names=list(action_names)
+    ) as writer:
+        for episode, length in enumerate(LENGTHS):
+            for _ in range(length):
+                image = rng.integers(0, 256, (28, 28, 3), np.uint8)
+                state, action = rng.normal(size=2), rng.normal(size=len(action_names))
+                writer.add_frame({camera: image, "observation.state": state, "action": action})
+            writer.save_episode(f"task {episode}")
+    return path
+
+
+def config(**fields):
+    sizes = {"depth": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
+    defaults = {
+        "paligemma_variant": GemmaConfig(width=16, mlp_dim=32, **sizes),
+        "action_expert_variant": GemmaConfig(width=8, mlp_dim=16, **sizes),
+        "siglip_variant": VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
+        "action_dim": 3,
+        "action_horizon": HORIZON,
+        "vocab_size": 512,
+        "image_size": 28,
+    }
+    return Pi0Config(pi05=True, **(defaults | fields))
+
+
+@pytest.fixture(scope="module")
+def make_policy(golden_root):
+    def make(**fields):
+        model, generator = torchpi.Pi0(config(**fields)), torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.3, generator=generator)
+        one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+        return Policy(
+            model,
+            ARM,
+            norm_stats={"state": one, "actions": one},
+            normalization={key: Normalization("quantile") for key in ("state", "actions")},
+            tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def policy(make_policy):
+    return make_policy()
+
+
+@pytest.fixture(scope="module")
+def folder(policy, tmp_path_factory):
+    policy.save(path := tmp_path_factory.mktemp("policy") / "arm")
+    return path
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def dataset(path):
+    return LeRobotDataset(path, action_horizon=HORIZON)
+
+
+# Frames
+
+
+def test_frames_are_spread_over_episodes_and_over_the_time_in_each():
+    lengths = (100, 5, 200)
+    frames = sample_frames(lengths, 45, seed=1)
+    bounds = [0, 100, 105, 305]
+    per_episode = [[f - a for f in frames if a <= f < b] for a, b in itertools.pairwise(bounds)]
+    assert [len(part) for part in per_episode] == [20, 5, 20]  # the short one has no more
+    for length, part in zip(lengths, per_episode, strict=True):
+        assert [frame * len(part) // length for frame in part] == list(range(len(part)))  # one in each part
+    assert frames == sample_frames(lengths, 45, seed=1) != sample_frames(lengths, 45, seed=2)
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any), st.integers(1, 60), st.integers(0, 5))
+def test_any_sample_is_of_distinct_frames_and_as_large_as_it_can_be(lengths, samples, seed):
+    frames = sample_frames(lengths, samples, seed=seed)
+    assert len(frames) == min(samples, sum(lengths))
+    assert frames == sorted(set(frames))
+    assert set(frames) <= set(range(sum(lengths)))
+    ends = np.cumsum(lengths)
+    shares = [sum(end - length <= frame < end for frame in frames) for end, length in zip(ends, lengths, strict=True)]
+    for share, length in zip(shares, lengths, strict=True):
+        assert share == length or share >= max(shares) - 1
+
+
+def test_nothing_to_sample_is_an_error():
+    with pytest.raises(ValueError, match="no frame to judge: the 2 episodes are empty"):
+        sample_frames((0, 0), 4)
+    with pytest.raises(ValueError, match="samples is 0"):
+        sample_frames((3,), 0)
+
+
+# Chunks
+
+
+def test_a_chunk_is_what_the_policy_infers_from_the_frame(policy, dataset):
+    frames = [0, 7, 17]
+    chunks = predict_chunks(policy, dataset, frames, seed=5, num_steps=2, draws=2)
+    assert chunks.predicted.shape == (3, 2, HORIZON, 2)
+    assert [(frame.episode, frame.number, frame.task) for frame in chunks.frames] == [
+        (0, 0, "task 0"),
+        (1, 1, "task 1"),
+        (2, 8, "task 2"),
+    ]
+    noises = []
+    policy_infer = policy.infer_batch
+
+    def spy(observations, *, noise, num_steps):
+        noises.append(noise)
+        return policy_infer(observations, noise=noise, num_steps=num_steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policy, "infer_batch", spy)
+        predict_chunks(policy, dataset, frames, seed=5, num_steps=2, draws=2)
+    for i, frame in enumerate(frames):
+        item = dataset[frame]
+        np.testing.assert_array_equal(chunks.recorded[i], item["action"])
+        np.testing.assert_array_equal(chunks.is_pad[i], item["action_is_pad"])
+        for draw in range(2):
+            observation = to_observation(item, ARM)
+            alone = policy.infer(observation, noise=noises[0][2 * i + draw], num_steps=2)["actions"]
+            np.testing.assert_allclose(chunks.predicted[i, draw], alone, rtol=0, atol=1e-5)
+    assert not np.allclose(noises[0][0], noises[0][1])
+
+
+def test_neither_the_batch_nor_the_episodes_that_are_read_change_a_prediction(policy, dataset, path):
+    def predicted(data, frames, **options):
+        return predict_chunks(policy, data, frames, num_steps=2, **options).predicted
+
+    whole = predicted(dataset, range(18))
+    for batch_size in (1, 7):
+        np.testing.assert_allclose(predicted(dataset, range(18), batch_size=batch_size), whole, rtol=0, atol=1e-5)
+    last = LeRobotDataset(path, action_horizon=HORIZON, episodes=[2])
+    np.testing.assert_allclose(predicted(last, range(9)), whole[9:], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(predicted(dataset, range(18), draws=2)[:, :1], whole, rtol=0, atol=1e-5)
+    assert not np.allclose(predicted(dataset, range(18), seed=1), whole, atol=1e-2)
+
+
+def test_the_policy_stays_as_it_was_in_the_middle_of_training(make_policy, dataset, capsys):
+    policy = make_policy()
+    policy.model.train()
+    before = {name: value.clone() for name, value in policy.model.state_dict().items()}
+    rng = torch.get_rng_state()
+    chunk_errors(policy, dataset, [0, 5], num_steps=1)
+    assert policy.model.training
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in policy.model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in policy.model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert capsys.readouterr() == ("", "")
+
+
+# Errors
+
+
+def two_frames(**fields):
+    """Two frames of three steps; the last step of the second is past its episode's end."""
+    recorded = np.array([[[0, 1], [1, 1], [2, 1]], [[4, 0], [4, 0], [9, 9]]], np.float32)
+    chunks = {
+        "embodiment": ARM,
+        "frames": (Frame(0, 0, "t"), Frame(1, 0, "t")),
+        "predicted": recorded[:, None] + np.array([1, 0], np.float32),
+        "recorded": recorded,
+        "is_pad": np.array([[False] * 3, [False, False, True]]),
+        "state": np.array([[0, 0.5], [4, 0.5]], np.float32),
+    }
+    return Chunks(**(chunks | fields))
+
+
+RECORDED = np.array([[0, 1], [1, 1], [2, 1], [4, 0], [4, 0], [8, 0]], np.float32)
+
+
+def test_errors_are_in_the_robots_units_and_leave_out_what_is_past_the_end():
+    errors = errors_of(two_frames(), RECORDED)
+    np.testing.assert_array_equal(errors.counts, [2, 2, 1])
+    np.testing.assert_allclose(errors.mae(), [1, 0])
+    np.testing.assert_allclose(errors.per_step["policy"].mae, [[1, 0]] * 3)
+    np.testing.assert_allclose(errors.mae("hold"), [(0 + 1 + 2 + 0 + 0) / 5, 0.5])
+    np.testing.assert_allclose(errors.rmse("hold"), [np.sqrt((0 + 1 + 4) / 5), 0.5])
+    np.testing.assert_allclose(errors.per_step["hold"].mae[:, 0], [0, 0.5, 2])
+    mean = 19 / 6  # of all frames of the set, not of those that were sampled
+    np.testing.assert_allclose(errors.mae("mean_action")[0], np.abs(np.array([0, 1, 2, 4, 4]) - mean).mean())
+    np.testing.assert_array_equal(errors.is_worse_than("hold"), [True, False])
+    width = np.quantile([0, 1, 2, 4, 4, 8], 0.99) - np.quantile([0, 1, 2, 4, 4, 8], 0.01)
+    assert errors.overall().mae_scaled == pytest.approx((1 / width + 0) / 2)
+    assert errors.overall().rmse_scaled == pytest.approx(np.sqrt((1 / width**2 + 0) / 2))
+
+
+def test_several_draws_are_averaged_by_their_errors():
+    recorded = two_frames().recorded
+    draws = recorded[:, None] + np.array([[[-1, 0]], [[3, 0]]], np.float32)  # mean of the draws: 1 off
+    errors = errors_of(two_frames(predicted=draws), RECORDED)
+    np.testing.assert_allclose(errors.mae(), [2, 0])
+    np.testing.assert_allclose(errors.rmse(), [np.sqrt(5), 0])
+
+
+def test_an_action_that_never_changes_has_no_range_and_is_left_out_of_the_average():
+    errors = errors_of(two_frames(), np.array([[0, 1], [1, 1], [3, 1]], np.float32))
+    assert errors.overall().dimensions == 1
+    document = json.loads(json.dumps(errors.to_dict(), allow_nan=False))
+    assert document["dimensions"][1]["mae"] == 0
+    assert document["dimensions"][1]["mae_scaled"] is None
+    assert document["overall"]["mae_scaled"] == document["dimensions"][0]["mae_scaled"]
+
+
+def test_a_step_that_no_episode_reaches_is_null():
+    is_pad = np.array([[False, True, True]] * 2)
+    document = errors_of(two_frames(is_pad=is_pad), RECORDED).to_dict()
+    json.dumps(document, allow_nan=False)
+    assert [step["actions"] for step in document["horizon"]] == [2, 0, 0]
+    assert document["horizon"][1]["mae"] == [None, None]
+    assert document["dimensions"][0]["mae"] == 1
+
+
+def texts(robot):
+    return [hold.text if hold else None for hold in holds(robot)]
+
+
+def test_holding_is_what_the_embodiment_says_of_an_action():
+    assert texts(aloha()) == [f"state {name}" for name in aloha().state_names]
+    assert texts(aloha(delta_actions=False)) == texts(aloha())
+    assert texts(droid()) == ["no motion"] * 7 + ["state gripper"]
+    assert texts(libero()) == texts(libero(delta_actions=True)) == ["no motion"] * 6 + [None]
+    assert texts(metaworld()) == ["no motion"] * 3 + [None]  # the state's gripper is an opening, the action's an effort
+
+
+def test_holding_needs_the_same_unit_and_a_dimension_that_is_always_there():
+    def robot(state, actions):
+        return dataclasses.replace(ARM, state=(state,), actions=actions)
+
+    degrees = robot(StateKey("state", ("a",), units=("deg",)), (ActionDim("a", "rad"),))
+    assert texts(degrees) == [None]
+    assert texts(robot(StateKey("state", ("b", "a")), (ActionDim("a"), ActionDim("c")))) == ["state a", None]
+    assert texts(robot(StateKey("state", ("b", "a"), min_dim=1), (ActionDim("a"),))) == [None]
+    assert texts(robot(StateKey("state", ("a",)), (ActionDim("x", "m/s"),))) == ["no motion"]
+    assert texts(robot(StateKey("state", ("here",)), (ActionDim("there", kind="delta"),))) == ["state here"]
+
+
+# Pictures
+
+
+def test_pictures_show_every_dimension_and_frame(dataset, policy):
+    chunks = predict_chunks(policy, dataset, [0, 6, 12], num_steps=1, draws=3)
+    figure = plot_chunks(chunks)
+    assert len(figure.axes) == 2 * 3
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["elbow\nrad", "gripper\n0 to 1"]
+    panel = figure.axes[1]  # episode 1 has three frames
+    recorded, *predicted = [line.get_ydata() for line in panel.lines]
+    np.testing.assert_array_equal(np.isnan(recorded), [False, False, False, True])
+    np.testing.assert_array_equal(predicted, chunks.predicted[1, :, :, 0])
+    shown = [
+        axes.get_title()
+        for axes in plot_errors(errors_of(chunks, dataset.columns["action"])).axes
+        if axes.get_visible()
+    ]
+    assert shown == ["all dimensions", "elbow", "gripper"]
+
+
+# The command
+
+
+def run(arguments, capsys):
+    main(["eval", *map(str, arguments), "--device", "cpu"])
+    return capsys.readouterr()
+
+
+def test_the_command_prints_one_document(folder, path, dataset, policy, capsys):
+    captured = run([folder, "--dataset", path, "--samples", 9, "--num-steps", 2, "--seed", 3, "--json"], capsys)
+    document = json.loads(captured.out)
+    assert (document["samples"], document["frames"], document["episodes"]) == (9, 18, [0, 1, 2])
+    frames = sample_frames(LENGTHS, 9, seed=3)
+    expected = chunk_errors(policy, dataset, frames, seed=3, num_steps=2)
+    assert [row["name"] for row in document["dimensions"]] == ["elbow", "gripper"]
+    np.testing.assert_allclose([row["mae"] for row in document["dimensions"]], expected.mae(), atol=1e-5)
+    row = document["dimensions"][0]
+    assert row["unit"] == "rad"
+    assert set(row) == {
+        "name", "unit", "range", "mae", "rmse", "mae_scaled", "rmse_scaled", "baselines", "worse_than"
+    }  # fmt: skip
+    assert row["baselines"]["hold"]["action"] == "state elbow"
+    assert len(document["horizon"]) == HORIZON
+    assert document["overall"]["baselines"]["hold"]["policy_mae_scaled"] == document["overall"]["mae_scaled"]
+    assert document["pictures"] == []
+
+
+def test_the_command_names_where_a_baseline_is_better_and_writes_pictures(folder, path, tmp_path, capsys):
+    out = tmp_path / "new" / "pictures"
+    captured = run([folder, "--dataset", path, "--num-steps", 1, "--out", out], capsys)
+    assert "worse than the baseline hold: elbow" in captured.out
+    assert "has only 18 frames to sample 256 from; all of them were used" in captured.err
+    for name in ("errors.png", "chunks.png"):
+        assert str(out / name) in captured.out
+        with Image.open(out / name) as picture:
+            picture.verify()
+
+
+def test_episodes_can_be_chosen(folder, path, capsys):
+    result = evaluate_on_dataset(folder, path, episodes=[2, 0], num_steps=1, load={"device": "cpu"})
+    assert (result.episodes, result.frames, result.samples) == ((0, 2), 15, 15)
+    for episodes, message in (([], "episodes= is empty"), ([7], "has no episode 7")):
+        with pytest.raises(ValueError, match=message):
+            evaluate_on_dataset(folder, path, episodes=episodes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "either --env, a simulator, or --dataset"),
+        (["--env", "metaworld", "--dataset", "PATH"], "either --env, a simulator, or --dataset"),
+        (
+            ["--dataset", "PATH", "--episodes", "3", "--blank-images"],
+            "--episodes, --blank-images can only be given with",
+        ),
+        (["--env", "metaworld", "--samples", "3"], "--samples can only be given with --dataset"),
+        (["--dataset", "PATH", "--samples", "0"], "samples is 0"),
+        (["--dataset", "PATH", "--batch-size", "0"], "batch_size: got 0; expected 1 or more"),
+        (["--dataset", "nowhere"], "nowhere"),
+        (["--dataset", "PATH", "--embodiment", "droid"], "embodiment 'droid' has a state of 8 dimensions"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_status_1(folder, path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as caught:
+        run([folder, *(path if argument == "PATH" else argument for argument in arguments)], capsys)
+    captured = capsys.readouterr()
+    assert caught.value.code == 1
+    assert captured.out == ""
+    errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+
+
+def test_a_data_set_of_another_robot_is_an_error_that_says_so(policy, folder, tmp_path):
+    others = LeRobotDataset(write_set(tmp_path / "actions", action_names=("x", "y", "z")), action_horizon=HORIZON)
+    with pytest.raises(ValueError, match=r"action has 3 dimensions; embodiment 'arm' has 2: elbow, gripper"):
+        chunk_errors(policy, others, [0])
+    blind = LeRobotDataset(write_set(tmp_path / "cameras", camera="observation.images.side"), action_horizon=HORIZON)
+    with pytest.raises(KeyError, match=r"no camera for front.* its cameras are side"):
+        chunk_errors(policy, blind, [0])
+    with pytest.raises(KeyError, match=r"no camera for front.* its cameras are .*side"):
+        evaluate_on_dataset(folder, tmp_path / "cameras")
+
+
+def test_what_the_caller_gets_wrong(policy, make_policy, dataset, path):
+    with pytest.raises(ValueError, match="the model's action_horizon is not set"):
+        chunk_errors(make_policy(action_horizon=None), dataset, [0])
+    with pytest.raises(ValueError, match=r"predicts 4 actions, but .* chunks of 7. Open it with action_horizon=4"):
+        chunk_errors(policy, LeRobotDataset(path, action_horizon=7), [0])
+    with pytest.raises(ValueError, match="frames: got 0"):
+        chunk_errors(policy, dataset, [])
+    with pytest.raises(ValueError, match="draws: got 0"):
+        chunk_errors(policy, dataset, [0], draws=0)
+    with pytest.raises(IndexError, match="no frame 18"):
+        chunk_errors(policy, dataset, [18])
+
+
+def test_a_policy_without_a_horizon_needs_a_config(policy, make_policy, path, tmp_path):
+    """An openpi checkpoint doesn't say it; here the error comes before the data set is read."""
+    from torchpi.evaluation import report
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "load_policy", lambda *_, **__: make_policy(action_horizon=None))
+        with pytest.raises(ValueError, match="action_horizon is not set: this checkpoint does not say it"):
+            evaluate_on_dataset("checkpoint", path)
