@@ -13,14 +13,16 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchpi.checkpoints.layout import leaf_array, own_leaves
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
+from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 
 FORMAT_VERSION = 2
@@ -90,19 +92,19 @@ class PolicyFile:
     @classmethod
     def _from_document(cls, document: dict[str, Any]) -> "PolicyFile":
         names = [*(field.name for field in dataclasses.fields(cls)), "image_transform"]
-        _require_fields(document, names, "the document")
+        require_fields(document, names, "the document")
         for name in names:
             if not isinstance(document[name], dict):
                 raise ValueError(f"{name} must be an object, found {document[name]!r}")
         if document.pop("image_transform") != IMAGE_TRANSFORM:
             raise ValueError(f"image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has")
-        _require_fields(document["normalization"], ("state", "actions"), "normalization")
+        require_fields(document["normalization"], ("state", "actions"), "normalization")
         for key, rule in document["normalization"].items():
-            _require_fields(rule, ("kind", "eps_rule"), f"normalization.{key}")
+            require_fields(rule, ("kind", "eps_rule"), f"normalization.{key}")
             if not all(isinstance(value, str) for value in rule.values()):
                 raise ValueError(f"normalization.{key} must have texts as its values, found {rule!r}")
         prompt = document["prompt"]
-        _require_fields(prompt, ("default", "format", "truncation"), "prompt")
+        require_fields(prompt, ("default", "format", "truncation"), "prompt")
         if not isinstance(prompt["default"], str | None):
             raise ValueError(f"prompt.default must be a text or null, found {prompt['default']!r}")
         for field in ("format", "truncation"):
@@ -116,11 +118,12 @@ class PolicyFile:
         # Complete: a default in place of what is missing would be a guess about the weights.
         for name, value in {"model": config.to_dict(), **config.to_dict()}.items():
             if isinstance(value, dict):
-                _require_fields(model if name == "model" else model[name], value, name)
+                require_fields(model if name == "model" else model[name], value, name)
         return cls(**{**document, "model": config})
 
 
-def _require_fields(found: Any, names: Collection[str], where: str) -> None:
+def require_fields(found: Any, names: Collection[str], where: str) -> None:
+    """Raise a ValueError unless `found` is a JSON object with these fields and no others."""
     if not isinstance(found, dict):
         raise ValueError(f"{where} must be an object with {', '.join(names)}, found {found!r}")
     missing, unknown = [name for name in names if name not in found], sorted(set(found) - set(names))
@@ -156,19 +159,33 @@ def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def write_weights(
-    root: pathlib.Path, model: Pi0, *, dtype: torch.dtype | None = None, max_shard_bytes: int | None = None
+    root: pathlib.Path,
+    model: Pi0,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> None:
     """Write a model's weights into a policy folder.
 
     Args:
         dtype: on disk; by default the model's.
         max_shard_bytes: above it they are written in shards; None: never.
+        read: gives the weights by their names; by default they are the model's.
+
+    Raises:
+        ValueError: the model has LoRA.
     """
+    if read is None and lora_config(model) is not None:
+        raise ValueError(
+            "a policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
+            "save_adapter writes it on its own"
+        )
     leaves, dtype = own_leaves(model.config), dtype or model.embedding.dtype
     write_safetensors(
         root,
         leaves,
-        lambda name: leaf_array(model, leaves[name], dtype),
+        read or (lambda name: leaf_array(model, leaves[name], dtype)),
         dtype=dtype,
         max_shard_bytes=max_shard_bytes,
     )
@@ -208,11 +225,16 @@ def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     beside.mkdir()
     try:
         yield beside
-        for entry in (*beside.rglob("*"), beside):
-            _fsync(entry)
+        make_durable(beside)
         _move_into_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def make_durable(folder: pathlib.Path) -> None:
+    """Wait until everything in a folder is on the disk."""
+    for entry in (*folder.rglob("*"), folder):
+        _fsync(entry)
 
 
 def _move_into_place(beside: pathlib.Path, target: pathlib.Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
+from torchpi.model.lora import LoraConfig, attach_lora
 from torchpi.model.pi0 import Pi0
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,10 +66,14 @@ def load_leaves(
     *,
     dtype: torch.dtype,
     device: str | torch.device,
+    lora: LoraConfig | None = None,
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
     The largest leaf is read first, when little else is allocated, so that the peak stays near the model's own size.
+
+    Args:
+        lora: the low-rank matrices that the model gets and `leaves` fills, in float32.
 
     Raises:
         ValueError: arrays are missing, left over, misshapen or unreadable.
@@ -81,8 +86,11 @@ def load_leaves(
     missing, extra = sorted(set(leaves) - set(arrays.shapes)), sorted(set(arrays.shapes) - set(leaves))
     refuse_mismatch(arrays.source, missing, extra, misshapen)
     model = Pi0(config, device="meta", dtype=dtype)
+    if lora is not None:
+        attach_lora(model, lora)
     for name, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].shape)):
-        _fill(model, leaf, arrays.read(name, dtype), device)
+        parameter = _parameter(model, leaf.pieces[0].param)[2]
+        _fill(model, leaf, arrays.read(name, parameter.dtype), device)
     return model
 
 

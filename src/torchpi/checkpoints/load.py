@@ -12,15 +12,17 @@ from torchpi.assets import assets
 from torchpi.checkpoints import folder, openpi
 from torchpi.checkpoints.adapt import adapt as adapt_model
 from torchpi.checkpoints.layout import Arrays, Leaf, load_leaves, own_leaves
-from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays
-from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves
+from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, stored_lora
+from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves, lora_leaves
 from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
 from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
 from torchpi.config import PRESETS, Pi0Config, preset, read_json_object
+from torchpi.model.lora import LoraConfig
 from torchpi.model.pi0 import Pi0
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
 Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
+LoraChoice = Literal["fold", "keep"]
 
 # A path may name one of these instead of its folder.
 _FILES_OF_FORMATS = ("policy.json", "config.json", SINGLE, INDEX, "_METADATA", "manifest.ocdbt")
@@ -41,6 +43,8 @@ class Checkpoint:
     """As stored."""
     folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """By the array that they change, the LoRA arrays that are folded into it."""
+    lora: LoraConfig | None = None
+    """The LoRA arrays that are kept beside those that they change."""
     tied: str = ""
     """The array that is read as the embedding, where it has another name."""
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -54,7 +58,10 @@ class Checkpoint:
         Raises:
             ValueError: arrays are missing, left over, misshapen or unreadable.
         """
-        return load_leaves(self.arrays, self.leaves(config), config, dtype=dtype, device=device).eval()
+        leaves = self.leaves(config)
+        if self.lora is not None:
+            leaves |= lora_leaves(config, self.lora)
+        return load_leaves(self.arrays, leaves, config, dtype=dtype, device=device, lora=self.lora).eval()
 
 
 def load_model(
@@ -65,6 +72,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     lora_alpha: tuple[float, float] | None = None,
+    lora: LoraChoice = "fold",
 ) -> Pi0:
     """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
 
@@ -80,7 +88,9 @@ def load_model(
         dtype: of the weights, and so of the computation.
         device: where the weights go.
         lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
-            openpi's, (16, 32). The LoRA weights are folded into those that they change.
+            openpi's, (16, 32).
+        lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
+            attaches them to the model, in float32, to be trained on.
 
     Returns:
         The model in eval mode, with gradients enabled.
@@ -93,7 +103,7 @@ def load_model(
     Warns: what `adapt` has done; what `config` overrules in a file beside the arrays.
     """
     config = published_name(path) if config is None else config
-    checkpoint = open_checkpoint(existing_folder(path), config=config, lora_alpha=lora_alpha)
+    checkpoint = open_checkpoint(existing_folder(path), config=config, lora_alpha=lora_alpha, lora=lora)
     if not adapt:
         return checkpoint.load(resolve_config(checkpoint, config), dtype=dtype, device=device)
     if config is None:
@@ -172,21 +182,23 @@ def open_checkpoint(
     *,
     config: Pi0Config | str | pathlib.Path | None = None,
     lora_alpha: tuple[float, float] | None = None,
+    lora: LoraChoice = "fold",
 ) -> Checkpoint:
     """Read the headers of the checkpoint in a folder.
 
     Args:
         config: is asked for the numbers of heads, which PyTorch's arrays do not say.
-        lora_alpha: see `load_model`.
+        lora_alpha, lora: see `load_model`.
 
     Raises:
         ValueError: no known format; corrupt; or the arrays are not those of such a model.
     """
     kind = format_of(root)
     if kind == "openpi-jax":
-        return _open_jax(root, lora_alpha)
-    if lora_alpha is not None:
-        raise ValueError(f"lora_alpha= belongs to a JAX checkpoint with LoRA weights; {root} is {kind}")
+        return _open_jax(root, lora_alpha, lora)
+    if lora_alpha is not None or lora == "keep":
+        option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
+        raise ValueError(f"{option} belongs to a JAX checkpoint with LoRA weights; {root} is {kind}")
     stored = SafetensorsArrays(root)
     if kind == "torchpi":
         own = folder.read_policy_json(root).model
@@ -205,22 +217,27 @@ def open_checkpoint(
     )  # fmt: skip
 
 
-def _open_jax(root: pathlib.Path, lora_alpha: tuple[float, float] | None) -> Checkpoint:
+def _open_jax(root: pathlib.Path, lora_alpha: tuple[float, float] | None, lora: LoraChoice) -> Checkpoint:
     params = openpi.find_params(root)
     assert params is not None
     stored = openpi.JaxArrays(params)
     arrays: Arrays = stored
     folded: Mapping[str, tuple[str, str]] = {}
+    kept: LoraConfig | None = None
     if any("lora_" in name for name in stored.shapes):
-        arrays = with_lora = FoldedArrays(stored, lora_alpha or DEFAULT_ALPHA)
-        folded = with_lora.pairs
-    elif lora_alpha is not None:
-        raise ValueError(f"lora_alpha= belongs to a checkpoint with LoRA weights; {params} has none")
+        with_lora = FoldedArrays(stored, lora_alpha or DEFAULT_ALPHA)  # also checks that they are complete
+        if lora == "keep":
+            kept = stored_lora(stored.shapes, lora_alpha or DEFAULT_ALPHA)
+        else:
+            arrays, folded = with_lora, with_lora.pairs
+    elif lora_alpha is not None or lora == "keep":
+        option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
+        raise ValueError(f"{option} belongs to a checkpoint with LoRA weights; {params} has none")
     try:
         from_arrays = config_from_shapes(arrays.shapes)
     except ValueError as error:
         raise ValueError(f"{params}: {error}") from error
-    return Checkpoint(root, "openpi-jax", from_arrays, arrays, jax_leaves, stored.dtype, folded=folded)
+    return Checkpoint(root, "openpi-jax", from_arrays, arrays, jax_leaves, stored.dtype, folded=folded, lora=kept)
 
 
 def norm_stats_files(root: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -1,7 +1,6 @@
-"""LoRA weights of an openpi JAX checkpoint, folded into the weights that they change.
+"""LoRA weights of an openpi JAX checkpoint: folded into the weights that they change, kept beside them, or written.
 
-What they mean is openpi's code, not the paper's (arXiv:2106.09685): in attention the product is scaled by alpha / rank;
-the output projection multiplies each head's A with the sum of all heads' B; in the feed-forward nothing is scaled.
+What they mean is said in `torchpi.model.lora`.
 """
 
 import pathlib
@@ -9,9 +8,13 @@ import pathlib
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Arrays, Shapes
+from torchpi.checkpoints.layout import Arrays, Shapes, leaf_array
+from torchpi.checkpoints.openpi import write_params
+from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.model.lora import LoraConfig, lora_config
+from torchpi.model.pi0 import Pi0
 
-DEFAULT_ALPHA = (16.0, 32.0)
+DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
 """Of the backbone and of the action expert: openpi's variants gemma_2b_lora and gemma_300m_lora."""
 
 
@@ -61,10 +64,49 @@ class FoldedArrays:
         a, b = (self._arrays.read(part, torch.float32) for part in self.pairs[name])
         scale = 1.0
         if ".attn." in name:
-            expert = name.split(".")[-2].endswith("_1")  # attn.q_einsum_1.w
-            scale = self._alpha[expert] / a.shape[-1]
+            scale = self._alpha[_is_experts(name)] / a.shape[-1]
         if "attn_vec_einsum" in name:
             b = b.sum(dim=1, keepdim=True)  # over the heads
         for layer in range(len(weight)):  # one by one: the whole product may be as large as the model
             weight[layer] += scale * (a[layer] @ b[layer])
         return weight.to(dtype)
+
+
+def _is_experts(name: str) -> bool:
+    return name.split(".")[-2].endswith("_1")  # attn.q_einsum_1.w, mlp_1.linear_lora_a
+
+
+def stored_lora(shapes: Shapes, alpha: tuple[float, float] = DEFAULT_ALPHA) -> LoraConfig:
+    """The LoRA of a checkpoint whose arrays have these shapes.
+
+    Args:
+        alpha: of the backbone and of the action expert, which is in no array.
+    """
+    ranks = {_is_experts(name): shape[-1] for name, shape in shapes.items() if name.endswith("lora_a")}
+    return LoraConfig(
+        backbone_rank=ranks.get(False, 0),
+        backbone_alpha=float(alpha[0]),
+        expert_rank=ranks.get(True, 0),
+        expert_alpha=float(alpha[1]),
+        attention=any("lora_" in name and ".attn." in name for name in shapes),
+        feed_forward=any("lora_" in name and ".mlp" in name for name in shapes),
+    )
+
+
+def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants.
+
+    Ranks are in the shapes; the alphas are in no array, and have to be in the training config that restores it.
+
+    Args:
+        params: the folder, which exists and is empty.
+        dtype: of all arrays; float32 is exact.
+
+    Raises:
+        ValueError: the model has no LoRA.
+    """
+    config = lora_config(model)
+    if config is None:
+        raise ValueError("the model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones")
+    leaves = jax_leaves(model.config) | lora_leaves(model.config, config)
+    write_params(params, leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)

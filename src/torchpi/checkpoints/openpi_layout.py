@@ -7,6 +7,7 @@ import dataclasses
 
 from torchpi.checkpoints.layout import Leaf, Piece, Shapes
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.model.lora import LoraConfig
 
 
 def jax_leaves(config: Pi0Config) -> dict[str, Leaf]:
@@ -122,6 +123,50 @@ def _gemma_leaves(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm:
     if adaptive_norm:
         return found | _dense(f"{final}.Dense_0", f"{stack}.final_norm.dense", width, 3 * width)
     return found | {f"{final}.scale": Leaf((width,), (Piece(f"{stack}.final_norm.scale"),))}
+
+
+def lora_leaves(config: Pi0Config, lora: LoraConfig) -> dict[str, Leaf]:
+    """The arrays that a LoRA checkpoint of openpi has beside those of `jax_leaves`."""
+    found: dict[str, Leaf] = {}
+    if lora.backbone_rank:
+        found |= _gemma_lora_leaves(config.paligemma, lora, lora.backbone_rank, "backbone", "")
+    if lora.expert_rank:
+        found |= _gemma_lora_leaves(config.action_expert, lora, lora.expert_rank, "expert", "_1")
+    return found
+
+
+def _gemma_lora_leaves(gemma: GemmaConfig, lora: LoraConfig, rank: int, stack: str, suffix: str) -> dict[str, Leaf]:
+    width, mlp, head_dim = gemma.width, gemma.mlp_dim, gemma.head_dim
+    heads, kv_heads = gemma.num_heads, gemma.num_kv_heads
+    attn, feed_forward = "PaliGemma.llm.layers.attn", f"PaliGemma.llm.layers.mlp{suffix}"
+    layers = _Stack(f"{stack}.layers", gemma.depth)
+    found: dict[str, Leaf] = {}
+
+    def add(
+        leaf: str, module: str, a: tuple[int, ...], b: tuple[int, ...], rows: tuple[int, int] | None = None
+    ) -> None:
+        """A and B, whose last two axes are (in, out) there and (out, in) here."""
+        for letter, shape in (("a", a), ("b", b)):
+            axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
+            found[f"{leaf}lora_{letter}"] = layers.leaf(f"{module}.lora_{letter}", *shape, axes=axes, rows=rows)
+
+    if lora.attention:
+        out, vec = "attention.out", f"{attn}.attn_vec_einsum{suffix}"
+        found[f"{vec}.lora_a"] = layers.leaf(f"{out}.lora_a", heads, head_dim, rank, axes=(2, 0, 1))
+        found[f"{vec}.lora_b"] = layers.leaf(f"{out}.lora_b", heads, rank, width, axes=(0, 2, 1))
+        a, b = (width, rank), (rank, head_dim)
+        if kv_heads == heads:
+            add(f"{attn}.qkv_einsum{suffix}.", "attention.qkv", (3, heads, *a), (3, heads, *b))
+        else:
+            add(f"{attn}.q_einsum{suffix}.", "attention.qkv", (heads, *a), (heads, *b), (0, heads))
+            add(
+                f"{attn}.kv_einsum{suffix}.", "attention.qkv", (2, kv_heads, *a), (2, kv_heads, *b),
+                (heads, heads + 2 * kv_heads),
+            )  # fmt: skip
+    if lora.feed_forward:
+        add(f"{feed_forward}.gating_einsum_", "feed_forward.gate_up", (2, width, rank), (2, rank, mlp))
+        add(f"{feed_forward}.linear_", "feed_forward.down", (mlp, rank), (rank, width))
+    return found
 
 
 def config_from_shapes(shapes: Shapes) -> Pi0Config:

@@ -25,23 +25,26 @@ def has_weights(root: pathlib.Path) -> bool:
 class SafetensorsArrays:
     """The arrays of a folder's safetensors files; see `Arrays`."""
 
-    def __init__(self, root: pathlib.Path) -> None:
+    def __init__(self, root: pathlib.Path, single: str = SINGLE) -> None:
         """Read the headers.
+
+        Args:
+            single: the name of a file that holds all arrays.
 
         Raises:
             FileNotFoundError: there are no weights, or a shard is missing.
             ValueError: a file is truncated or corrupt; the index is not valid, leads out of the folder or contradicts
                 the shards; an array is neither float32 nor bfloat16; there is both a single file and an index.
         """
-        single, index = root / SINGLE, root / INDEX
-        self.source = single if single.is_file() else index
-        if single.is_file() and index.is_file():
-            raise ValueError(f"{root} has both {SINGLE} and {INDEX}; remove the one that is not meant")
-        if not single.is_file() and not index.is_file():
-            raise FileNotFoundError(f"{root} has neither {SINGLE} nor {INDEX}; the weights are expected there")
+        whole, index = root / single, root / f"{single}.index.json"
+        self.source = whole if whole.is_file() else index
+        if whole.is_file() and index.is_file():
+            raise ValueError(f"{root} has both {whole.name} and {index.name}; remove the one that is not meant")
+        if not whole.is_file() and not index.is_file():
+            raise FileNotFoundError(f"{root} has neither {whole.name} nor {index.name}; the weights are expected there")
         self._files: dict[str, pathlib.Path] = {}
-        expected = None if single.is_file() else _read_index(index)
-        files = [single] if expected is None else [root / name for name in sorted(set(expected.values()))]
+        expected = None if whole.is_file() else _read_index(index)
+        files = [whole] if expected is None else [root / name for name in sorted(set(expected.values()))]
         self._open = {file: _opened(file) for file in files}
         shapes: dict[str, tuple[int, ...]] = {}
         for file, arrays in self._open.items():
@@ -130,6 +133,7 @@ def write_safetensors(
     dtype: torch.dtype,
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
+    single: str = SINGLE,
 ) -> None:
     """Write arrays into one file, or into shards with an index where they are more than `max_shard_bytes`.
 
@@ -138,6 +142,7 @@ def write_safetensors(
         read: an array by its name.
         dtype: of all arrays.
         metadata: of the files' headers.
+        single: the name of the one file.
     """
     size = {name: dtype.itemsize * torch.Size(leaf.shape).numel() for name, leaf in leaves.items()}
     shards: list[list[str]] = [[]]
@@ -146,7 +151,7 @@ def write_safetensors(
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > room:
             shards.append([])
         shards[-1].append(name)
-    files = [SINGLE]
+    files = [single]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
@@ -185,4 +190,4 @@ def _write_file(
             array = read(name).to("cpu", dtype).contiguous()
             if array.shape != shapes[name]:
                 raise ValueError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}")
-            file.write(array.view(-1).view(torch.uint8).numpy())
+            file.write(array.view(-1).view(torch.uint8).numpy().data)

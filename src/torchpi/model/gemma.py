@@ -10,7 +10,6 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from torchpi.config import GemmaConfig
 from torchpi.model.layers import Linear, attend, gelu_tanh, lecun_normal_
@@ -144,7 +143,7 @@ class Attention(nn.Module):
 
     def key_value(self, x: Float[Tensor, "B S D"], rope: Rope) -> KeyValue:
         """Keys after RoPE and values, without the queries."""
-        k, v = self._split_key_value(F.linear(x, self.qkv.weight[self.q_width :].to(x.dtype)))
+        k, v = self._split_key_value(self.qkv.rows(x, self.q_width))
         return apply_rope(k, rope), v
 
     def _split_key_value(self, kv: Tensor) -> KeyValue:

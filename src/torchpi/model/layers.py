@@ -22,6 +22,11 @@ class Linear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
+    def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
+        """`forward` from its output `first` on, without what stands before."""
+        bias = None if self.bias is None else self.bias[first:].to(x.dtype)
+        return F.linear(x, self.weight[first:].to(x.dtype), bias)
+
 
 def attend(
     q: Float[Tensor, "B T Q K"],

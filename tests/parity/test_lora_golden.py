@@ -1,0 +1,192 @@
+"""The model with LoRA against the original: loss, gradients, actions, the freeze rule and ten updates, in float32."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import torchpi
+from torchpi.checkpoints.layout import Leaf, leaf_array
+from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.model.lora import LoraConfig, add_lora, lora_config, trainable_parameters
+from torchpi.training.optim import clip_gradients, learning_rate, make_optimizer, update_ema
+
+ALPHA = (8.0, 3.0)
+# A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
+NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
+
+
+class LoraGolden:
+    """One kind of golden model with LoRA; batches and draws are those of its training."""
+
+    def __init__(self, root: pathlib.Path, kind: str) -> None:
+        self.root = root / "lora" / kind
+        self.inputs = self._arrays(root / kind / "inputs.npz")
+        self.batches = self._arrays(root / "training" / kind / "batches.npz")
+
+    @staticmethod
+    def _arrays(path: pathlib.Path) -> dict[str, Tensor]:
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+    def arrays(self, name: str) -> dict[str, Tensor]:
+        return self._arrays(self.root / f"{name}.npz")
+
+    def document(self, name: str):
+        return json.loads((self.root / f"{name}.json").read_text())
+
+    def model(self) -> torchpi.Pi0:
+        """A fresh copy, with LoRA attached."""
+        config = self.root / "model_config.json"
+        return torchpi.load_model(self.root / "jax_ckpt", config=config, lora_alpha=ALPHA, lora="keep")
+
+    def leaves(self, model: torchpi.Pi0) -> dict[str, Leaf]:
+        config = lora_config(model)
+        assert config is not None
+        return jax_leaves(model.config) | lora_leaves(model.config, config)
+
+    def batch(self, index: int) -> tuple[torchpi.Observation, Tensor]:
+        prefix = f"batch{index}."
+        return self._observation({n.removeprefix(prefix): v for n, v in self.batches.items() if n.startswith(prefix)})
+
+    def first(self) -> tuple[torchpi.Observation, Tensor]:
+        return self._observation(self.inputs)
+
+    @staticmethod
+    def _observation(arrays: Mapping[str, Tensor]) -> tuple[torchpi.Observation, Tensor]:
+        nested: dict = {"image": {}, "image_mask": {}}
+        for name, value in arrays.items():
+            group, _, camera = name.partition(".")
+            if camera:
+                nested[group][camera] = value
+            elif name in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
+                nested[name] = value
+        return torchpi.Observation.from_dict(nested), arrays["actions"]
+
+
+@pytest.fixture(params=["pi05", "pi0"], scope="module")
+def lora(request, golden_root) -> LoraGolden:
+    return LoraGolden(golden_root, request.param)
+
+
+@pytest.fixture(scope="module")
+def model(lora):
+    return lora.model()
+
+
+def test_loss_and_gradients(lora, model):
+    observation, actions = lora.first()
+    loss = model.compute_loss(observation, actions, noise=lora.inputs["noise"], time=lora.inputs["time"])
+    torch.testing.assert_close(loss.detach(), lora.arrays("outputs")["compute_loss"], atol=2e-5, rtol=0)
+    loss.mean().backward()
+    leaves = lora.leaves(model)
+    for parameter in model.parameters():  # where the loss does not reach, the original has zeros
+        parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    gradients = {name: leaf_array(model, leaf) for name, leaf in leaves.items()}
+    for name, theirs in lora.arrays("grads").items():
+        error = (gradients[name] - theirs).abs().max() / theirs.abs().max()
+        assert error <= 2e-4, (name, float(error))
+    norms = {name.replace("/", "."): norm for name, norm in lora.document("grad_norms").items()}
+    assert set(norms) == set(gradients)
+    for name, theirs in norms.items():
+        if NO_GRADIENT not in name:
+            assert float(gradients[name].norm()) == pytest.approx(theirs, rel=2e-4, abs=1e-9), name
+
+
+def test_sampled_actions(lora):
+    observation, _ = lora.first()
+    actions = lora.model().sample_actions(observation, noise=lora.inputs["noise"])
+    torch.testing.assert_close(actions, lora.arrays("outputs")["sample_actions_10"], atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "case"),
+    [
+        ((4, 6), "paligemma_variant=gemma_2b_lora, action_expert_variant=gemma_300m_lora"),
+        ((4, 0), "paligemma_variant=gemma_2b_lora, action_expert_variant=gemma_300m"),
+        ((0, 6), "paligemma_variant=gemma_2b, action_expert_variant=gemma_300m_lora"),
+    ],
+)
+def test_what_is_frozen(lora, ranks, case):
+    config = torchpi.Pi0Config.from_json(lora.root / "model_config.json")
+    model = torchpi.Pi0(config, device="meta")
+    add_lora(model, LoraConfig(backbone_rank=ranks[0], expert_rank=ranks[1]), None)
+    trained = trainable_parameters(model, "lora")
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for name, leaf in lora.leaves(model).items():
+        found[trained[leaf.pieces[0].param]].add(name.replace(".", "/"))
+    expected = lora.document("freeze_filter")[case]
+    assert found[True] == set(expected["trainable"])
+    assert found[False] == set(expected["frozen"])
+
+
+class Run:
+    """Ten updates as the original's: schedule, clipping, AdamW and average, over the trainable parameters."""
+
+    def __init__(self, lora: LoraGolden, *, frozen: torch.dtype) -> None:
+        self.lora, self.model = lora, lora.model()
+        self.model.compute_dtype_override = torch.float32
+        trained = trainable_parameters(self.model, "lora")
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained[name])
+            if not trained[name]:
+                parameter.data = parameter.data.to(frozen)
+        self.frozen = {n: p.detach().clone() for n, p in self.model.named_parameters() if not trained[n]}
+        self.trained = {n: p for n, p in self.model.named_parameters() if trained[n]}
+        self.ema = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
+        self.optimizer = make_optimizer(self.trained.values(), weight_decay=1e-10)
+        self.draws = lora.arrays("draws")
+        self.losses: list[float] = []
+        self.grad_norms: list[float] = []
+
+    def step(self, step: int) -> None:
+        observation, actions = self.lora.batch(int(self.draws["batch_index"][step]))
+        noise, time = self.draws["noise"][step], self.draws["time"][step]
+        loss = self.model.compute_loss(observation, actions, noise=noise, time=time).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.losses.append(loss.item())
+        self.grad_norms.append(clip_gradients(list(self.trained.values()), 1.0))
+        rate = learning_rate(step, peak=1e-3, warmup_steps=3, decay_steps=10, final=1e-4)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        update_ema(list(self.ema.values()), list(self.trained.values()), 0.9)
+
+    def check_norms(self, expected: Mapping[str, list[float]]) -> None:
+        np.testing.assert_allclose(self.losses, expected["loss"], atol=2e-5, rtol=0)
+        np.testing.assert_allclose(self.grad_norms, expected["grad_norm"], atol=2e-4, rtol=0)
+
+    def check_parameters(self, expected: Mapping[str, Tensor]) -> None:
+        leaves = self.lora.leaves(self.model)
+        for name, theirs in expected.items():
+            if NO_GRADIENT not in name:
+                error = (leaf_array(self.model, leaves[name]) - theirs).abs()
+                assert error.max() <= 1e-4, (name, float(error.max()))
+
+
+@pytest.mark.slow
+def test_ten_updates(lora):
+    run = Run(lora, frozen=torch.float32)
+    for step in range(10):
+        run.step(step)
+    run.check_norms(lora.document("training"))
+    run.check_parameters(lora.arrays("final_trainable_params"))
+    for name, before in run.frozen.items():
+        assert torch.equal(run.model.get_parameter(name), before), name
+    for name, parameter in run.trained.items():
+        parameter.data = run.ema[name]
+    run.check_parameters(lora.arrays("final_trainable_ema_params"))
+
+
+@pytest.mark.slow
+def test_ten_updates_with_frozen_weights_in_bfloat16(lora):
+    run = Run(lora, frozen=torch.bfloat16)
+    for step in range(10):
+        run.step(step)
+    run.check_norms(lora.document("training")["frozen_bfloat16"])
+    assert {p.dtype for p in run.frozen.values()} == {torch.bfloat16}
+    assert {p.dtype for p in run.trained.values()} == {torch.float32}
