@@ -22,12 +22,18 @@ ABOUT = {
     "finished": "2026-01-02T10:05:00+00:00",
     "device": "a <fast> GPU",
     "world_size": 2,
-    "dataset": {"num_episodes": 600, "tasks": ["open the drawer", "close the faucet"]},
+    "datasets": [{"dataset": "recorded", "episodes": 600, "tasks": ["open the drawer", "close the faucet"]}],
     "parameters": [
         {"part": "backbone", "trainable": 0, "frozen": 2_000_000, "dtype": "bfloat16"},
-        {"part": "expert", "trainable": 1_000_000, "frozen": 0, "dtype": "float32"},
+        {"part": "expert", "trainable": 1_000_000, "frozen": 0, "without_gradient": 500, "dtype": "float32"},
     ],
-    "init": {"source": "pi05_base", "loaded": 810, "fresh": ["action_in_proj"], "left_out": []},
+    "init": {
+        "source": "pi05_base",
+        "loaded": 810,
+        "fresh": ["action_in"],
+        "left_out": {"llm": "unused"},
+        "adapted": "",
+    },
 }
 
 
@@ -158,7 +164,7 @@ def check_page(run):
 
 
 def test_the_page_has_everything_of_the_run(page):
-    assert "pi05 on recorded: trained to the end." in page.text
+    assert "From random weights, on recorded: trained to the end." in page.text
     for part in ("100 steps of 100", "2 passes through the data", "2 h 05 min", "75% success in simulation"):
         assert part in page.text
     titles = (
@@ -184,8 +190,39 @@ def test_texts_are_escaped(full):
 def test_parameters_are_counted_by_part(page):
     text = page.text
     assert "1.00 million of 3.00 million parameters are trained." in text
-    assert "backbone 0 2 000 000 bfloat16" in text
-    assert "all 1 000 000 2 000 000" in text
+    assert "part trained frozen without gradient dtype" in text
+    assert "backbone 0 2 000 000 0 bfloat16" in text
+    assert "all 1 000 000 2 000 000 500" in text
+
+
+def test_data_and_first_weights_are_told(page):
+    for part in (
+        "weights from pi05_base",
+        "parameters taken over 810",
+        "begun at random action_in",
+        "llm: unused",
+        "data: episodes 600",
+        "data: tasks open the drawer, close the faucet",
+        "device a <fast> GPU",
+    ):
+        assert part in page.text
+
+
+def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
+    mixture = [{"dataset": "hf://org/first", "embodiment": "metaworld"}, {"dataset": "second", "embodiment": "droid"}]
+    more = {"chunk_error_droid": 0.5, "chunk_error_dims_droid": {"x": 0.5}, "chunk_error_steps_droid": [0.5, None]}
+    run = write_run(tmp_path / "run", [metrics_line(10, **evaluation(0.2), **more)], dataset="", mixture=mixture)
+    for name in ("00000010_chunks", "00000005_chunks_droid", "00000010_chunks_droid"):
+        write_picture(run / "pictures" / f"{name}.png")
+    (run / "checkpoints" / "00000010" / "policy").mkdir(parents=True)
+    page = page_of(run)
+    assert "From random weights, on first: step 10 of" in page.text
+    assert "first robot: 0.2, droid: 0.5 at the end" in page.text
+    assert all(f"Error {what} of {robot}" in page.text for what in ("per dimension", "over the chunk")
+               for robot in ("first robot", "droid"))  # fmt: skip
+    assert len(page.attributes("src")) == 2
+    assert "droid: Sampled chunks beside recorded ones" in page.text
+    assert "eval checkpoints/00000010/policy --dataset hf://org/first" in page.text
 
 
 def test_what_differs_from_the_default_recipe_is_marked(full):
@@ -253,7 +290,7 @@ def test_a_run_with_a_checkpoint_can_be_gone_on_with(tmp_path):
     (run / "run.json").write_text(json.dumps({"finished": "2026-01-02T10:05:00+00:00", "parameters": 3}))
     text = page_of(run).text
     assert "step 12 of 100; it was stopped before the last step." in text
-    assert "dataset in run.json, init in run.json" in text
+    assert "datasets in run.json, init in run.json" in text
     assert "torchpi train --resume ." in text
 
 

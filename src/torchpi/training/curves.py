@@ -23,6 +23,7 @@ Line = dict[str, Any]
 Series = tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
 """Steps and values."""
 
+_DIMS, _STEPS = "chunk_error_dims", "chunk_error_steps"
 MAX_POINTS = 400
 """More of them are drawn as means with the range that they come from."""
 LOSS_RGB, HOLDOUT_RGB, OTHER_RGB, GRID_RGB, TEXT_RGB = "#2f66d0", "#cf5a1e", "#0d8577", "#e4e1d9", "#5d6470"
@@ -166,9 +167,25 @@ PANELS = (
 )
 
 
+def robots(lines: Sequence[Line]) -> dict[str, str]:
+    """The endings of the keys of chunk errors, and whose they are: the first robot's have none."""
+    found = dict.fromkeys(key.removeprefix(_DIMS) for line in lines for key in line if key.startswith(_DIMS))
+    return {ending: ending.removeprefix("_") or "first robot" for ending in sorted({"", *found})}
+
+
+def panels(lines: Sequence[Line]) -> list[Panel]:
+    """`PANELS`, with the chunk errors of every robot of a mixture of datasets."""
+    *others, errors = PANELS
+    names = robots(lines)
+    if len(names) == 1:
+        return [*PANELS]
+    keys = {f"chunk_error{ending}": (name, _CYCLE[i % len(_CYCLE)]) for i, (ending, name) in enumerate(names.items())}
+    return [*others, dataclasses.replace(errors, keys=keys)]
+
+
 def panel_series(lines: Sequence[Line]) -> dict[str, Series]:
     """What the panels draw, by key."""
-    return {key: series(lines, key) for panel in PANELS for key in panel.keys}
+    return {key: series(lines, key) for panel in panels(lines) for key in panel.keys}
 
 
 def drawable(curves: Mapping[str, Series], panel: Panel) -> bool:
@@ -229,17 +246,21 @@ def _short(step: float) -> str:
     return f"{step:g}"
 
 
-def draw_dimension_errors(axes: "Axes", lines: Sequence[Line]) -> None:
+def draw_dimension_errors(axes: "Axes", lines: Sequence[Line], ending: str) -> None:
     """The errors of sampled chunks over the training, a curve per dimension of the action.
 
     Of many dimensions, the ten whose error is the largest at the end.
+
+    Args:
+        ending: the robot's, of `robots`.
     """
-    evaluations = [line for line in lines if isinstance(line.get("chunk_error_dims"), Mapping)]
-    last = {name: _sortable(value) for name, value in evaluations[-1]["chunk_error_dims"].items()}
+    key = f"{_DIMS}{ending}"
+    evaluations = [line for line in lines if isinstance(line.get(key), Mapping)]
+    last = {name: _sortable(value) for name, value in evaluations[-1][key].items()}
     names = sorted(sorted(last, key=lambda name: last[name], reverse=True)[:10], key=list(last).index)
     for i, name in enumerate(names):
         color, dash = _CYCLE[i % len(_CYCLE)], ("-", "--")[i // len(_CYCLE)]
-        rows = [{"step": line["step"], "error": line["chunk_error_dims"].get(name)} for line in evaluations]
+        rows = [{"step": line["step"], "error": line[key].get(name)} for line in evaluations]
         points = thin(*series(rows, "error"))
         marker = "o" if len(points.steps) <= 40 else None
         axes.plot(points.steps, points.mean, dash, color=color, marker=marker, markersize=3, linewidth=1.4, label=name)
@@ -254,12 +275,17 @@ def _sortable(value: Any) -> float:
     return -1.0 if found is None or not math.isfinite(found) else found
 
 
-def draw_chunk_steps(axes: "Axes", lines: Sequence[Line]) -> None:
-    """The error over the steps of a chunk, at up to six evaluations; the later, the stronger the line."""
-    evaluations = [line for line in lines if isinstance(line.get("chunk_error_steps"), list)]
+def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> None:
+    """The error over the steps of a chunk, at up to six evaluations; the later, the stronger the line.
+
+    Args:
+        ending: the robot's, of `robots`.
+    """
+    key = f"{_STEPS}{ending}"
+    evaluations = [line for line in lines if isinstance(line.get(key), list)]
     chosen = sorted({round(place) for place in np.linspace(0, len(evaluations) - 1, min(6, len(evaluations)))})
     for i, place in enumerate(chosen):
-        values = np.array([number(value) for value in evaluations[place]["chunk_error_steps"]], np.float64)
+        values = np.array([number(value) for value in evaluations[place][key]], np.float64)
         axes.plot(
             np.arange(1, len(values) + 1),
             values,
@@ -313,14 +339,15 @@ def plot_curves(metrics: pathlib.Path, out: pathlib.Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    curves = panel_series(without_overtaken(read_metrics(metrics)))
-    panels = [panel for panel in PANELS if drawable(curves, panel)] or [PANELS[0]]
-    rows = math.ceil(len(panels) / 2)
+    lines = without_overtaken(read_metrics(metrics))
+    curves = panel_series(lines)
+    drawn = [panel for panel in panels(lines) if drawable(curves, panel)] or [PANELS[0]]
+    rows = math.ceil(len(drawn) / 2)
     figure = Figure(figsize=(11, 3 * rows), layout="constrained")
     places = figure.subplots(rows, 2, squeeze=False).flatten()
-    for axes, panel in zip(places, panels, strict=False):
+    for axes, panel in zip(places, drawn, strict=False):
         draw_panel(axes, curves, panel)
         axes.set_title(panel.title, fontsize=11, loc="left")
-    for axes in places[len(panels) :]:
+    for axes in places[len(drawn) :]:
         axes.set_axis_off()
     figure.savefig(out, dpi=110)

@@ -3,10 +3,13 @@
 It is made from what lies in the run's folder, whatever of it there is:
 
 train.json      the recipe
-run.json        command, started and finished (ISO 8601), torchpi, torch, device, world_size; dataset, a summary;
-                parameters, a list of {part, trainable, frozen, dtype}; init, {source, loaded, fresh, left_out}
-metrics.jsonl   lines as `PANELS` and the functions below read them; "resumed": true marks the first one after a resume
-pictures        STEP_chunks.png and STEP_errors.png, of which the last ones are shown
+run.json        command, started and finished (ISO 8601), torchpi, torch, device, world_size; datasets, a list of
+                mappings; parameters, a list of {part, trainable, frozen, without_gradient, dtype}; init, {source,
+                loaded, fresh, left_out, adapted}
+metrics.jsonl   lines as `curves.panels` and the functions below read them; "resumed": true marks the first one after
+                a resume
+pictures        STEP_chunks.png and STEP_errors.png, of which the last ones are shown; the chunk errors and pictures of
+                the other robots of a mixture end in _ROBOT
 checkpoints     STEP/policy
 """
 
@@ -33,7 +36,6 @@ from torchpi.trace.document import document, page_top
 from torchpi.trace.summary import format_count, large_count
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
-    PANELS,
     Line,
     Panel,
     Series,
@@ -44,7 +46,9 @@ from torchpi.training.curves import (
     drawable,
     number,
     panel_series,
+    panels,
     parse_metrics,
+    robots,
     without_overtaken,
 )
 from torchpi.training.state import checkpoints
@@ -52,6 +56,8 @@ from torchpi.training.state import checkpoints
 REPORT = "report.html"
 PICTURE_BYTES = 400 * 2**10
 """A picture whose file is larger is made smaller for the page."""
+_SWITCHES = {"holdout_loss": "holdout", "chunk_error": "chunk_samples", "success_rate": "env"}
+"""What is only measured if a field of the recipe asks for it."""
 _PICTURES = {
     "chunks": "Sampled chunks beside recorded ones: a column per frame, a row per dimension of the action; "
     "along: the step of the chunk, up: the action in the robot's units.",
@@ -91,7 +97,7 @@ class Run:
     lines: Sequence[Line]
     """Of metrics.jsonl, those that hold."""
     curves: Mapping[str, Series]
-    """What `PANELS` draw of them, by key."""
+    """What the panels draw of them, by key."""
     resumes: Sequence[int]
     """Steps from which the run went on."""
     checkpoints: Sequence[pathlib.Path]
@@ -110,6 +116,12 @@ class Run:
         """How many the recipe asks for."""
         found = self.recipe.get("num_steps")
         return found if isinstance(found, int) else None
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """The recipe's dataset and embodiment; of a mixture, the first ones."""
+        mixture = self.recipe.get("mixture")
+        return mixture[0] if isinstance(mixture, list) and mixture and isinstance(mixture[0], Mapping) else self.recipe
 
     @property
     def finished(self) -> bool:
@@ -169,7 +181,7 @@ def render_report(run: Run) -> str:
     optional = [
         ("success", "Success in simulation", _success(run)),
         ("chunks", "Sampled chunks", _chunks(run)),
-        ("pictures", "Pictures", "".join(_picture(path, kind) for kind, path in pictures)),
+        ("pictures", "Pictures", "".join(_picture(path, kind, robot) for kind, robot, path in pictures)),
         ("parameters", "Parameters", _parameters(run)),
     ]
     sections = [
@@ -212,8 +224,8 @@ def _top(run: Run) -> str:
 
 
 def _lede(run: Run) -> str:
-    model, data = run.recipe.get("model"), run.recipe.get("dataset")
-    what = f"{model} on {pathlib.Path(str(data)).name}" if model and data else "A policy"
+    init, data = run.recipe.get("init") or "random weights", run.source.get("dataset")
+    what = f"From {init}, on {pathlib.Path(str(data)).name}" if data else "A policy"
     if run.finished:
         return f"{what}: trained to the end."
     of = f" of {format_count(run.num_steps)}" if run.num_steps else ""
@@ -239,11 +251,13 @@ def _notes(run: Run) -> list[str]:
 def _missing(run: Run) -> Iterator[str]:
     yield from (name for name, found in (("train.json", run.recipe), ("run.json", run.about)) if not found)
     if run.about:
-        yield from (f"{name} in run.json" for name in ("dataset", "parameters", "init") if name not in run.about)
+        yield from (f"{name} in run.json" for name in ("datasets", "parameters", "init") if name not in run.about)
     if not run.lines:
         yield "any line of metrics.jsonl"
     else:
-        yield from (f"{key} in metrics.jsonl" for key, (steps, _) in run.curves.items() if not len(steps))
+        for key, (steps, _) in run.curves.items():
+            if not len(steps) and run.recipe.get(_SWITCHES.get(key, ""), True):
+                yield f"{key} in metrics.jsonl"
     if not run.checkpoints:
         yield "a checkpoint"
 
@@ -268,10 +282,10 @@ def _moment(value: Any) -> datetime.datetime | None:
 
 
 def _curves(run: Run) -> str:
-    panels = [panel for panel in PANELS if drawable(run.curves, panel)]
-    if not panels:
+    drawn = [panel for panel in panels(run.lines) if drawable(run.curves, panel)]
+    if not drawn:
         return '<p class="lede">There is nothing to draw: metrics.jsonl has no finite values yet.</p>'
-    figures = "".join(_panel_figure(run, panel) for panel in panels)
+    figures = "".join(_panel_figure(run, panel) for panel in drawn)
     return (
         '<p class="lede">Each point of the training loss is the mean since the line before. Where there are more lines '
         "than fit, a curve is the mean of neighbours, on the range that they span.</p>"
@@ -298,35 +312,42 @@ def _figure(title: str, text: str, draw: Callable[[Any], None], description: str
 
 
 def _chunks(run: Run) -> str:
-    figures = ""
-    dims = run.last_mapping("chunk_error_dims")
-    if dims:
-        shown = "" if len(dims) <= 10 else f"the ten largest of {len(dims)}"
-        figures += _figure(
-            "Error per dimension",
-            shown,
-            lambda axes: draw_dimension_errors(axes, run.lines),
-            "Error of sampled chunks per dimension of the action. Along: step of the training. "
-            "Up: mean absolute error in parts of the data's range. Drawn: a curve per dimension.",
-        )
-    if isinstance(run.last("chunk_error_steps"), list):
-        figures += _figure(
-            "Error over the chunk",
-            "the later the evaluation, the stronger",
-            lambda axes: draw_chunk_steps(axes, run.lines),
-            "Error of sampled chunks over their steps. Along: step of the chunk. "
-            "Up: mean absolute error in parts of the data's range. Drawn: a curve per evaluation.",
-        )
-    if not figures:
+    names = robots(run.lines)
+    parts = {ending: _robot_chunks(run, ending, name if len(names) > 1 else "") for ending, name in names.items()}
+    if not any(parts.values()):
         return ""
     return (
         '<p class="lede">Chunks that the policy with the averaged weights samples, beside those that were recorded: '
         "the mean absolute error, divided by what lies between the 1 % and the 99 % quantile of the data.</p>"
-        f'<div class="multiples plots">{figures}</div>{_dimension_bars(dims)}'
+        f"{''.join(parts.values())}"
     )
 
 
-def _dimension_bars(dims: Mapping[str, Any]) -> str:
+def _robot_chunks(run: Run, ending: str, name: str) -> str:
+    """The errors of one robot; empty: there are none."""
+    figures, of = "", f" of {name}" if name else ""
+    dims = run.last_mapping(f"chunk_error_dims{ending}")
+    if dims:
+        shown = "" if len(dims) <= 10 else f"the ten largest of {len(dims)}"
+        figures += _figure(
+            f"Error per dimension{of}",
+            shown,
+            lambda axes: draw_dimension_errors(axes, run.lines, ending),
+            f"Error of sampled chunks per dimension of the action{of}. Along: step of the training. "
+            "Up: mean absolute error in parts of the data's range. Drawn: a curve per dimension.",
+        )
+    if isinstance(run.last(f"chunk_error_steps{ending}"), list):
+        figures += _figure(
+            f"Error over the chunk{of}",
+            "the later the evaluation, the stronger",
+            lambda axes: draw_chunk_steps(axes, run.lines, ending),
+            f"Error of sampled chunks over their steps{of}. Along: step of the chunk. "
+            "Up: mean absolute error in parts of the data's range. Drawn: a curve per evaluation.",
+        )
+    return f'<div class="multiples plots">{figures}</div>{_dimension_bars(dims, of)}' if figures else ""
+
+
+def _dimension_bars(dims: Mapping[str, Any], of: str) -> str:
     """The last errors, dimension by dimension."""
     values = {name: found for name, value in dims.items() if (found := number(value)) is not None}
     largest = max((value for value in values.values() if math.isfinite(value)), default=0.0) or 1.0
@@ -337,24 +358,30 @@ def _dimension_bars(dims: Mapping[str, Any]) -> str:
         else f'<span class="mono">{escape(name)}</span><i class="plain"></i><span>no number</span>'
         for name, value in values.items()
     )
-    return f'<h3 class="gap">At the last evaluation</h3><div class="panel bars dimensions">{rows}</div>' if rows else ""
+    return (
+        f'<h3 class="gap">At the last evaluation{escape(of)}</h3><div class="panel bars dimensions">{rows}</div>'
+        if rows
+        else ""
+    )
 
 
 # ---- pictures ----
 
 
-def _last_pictures(run: Run) -> list[tuple[str, pathlib.Path]]:
-    """Of each kind of picture the one of the largest step."""
+def _last_pictures(run: Run) -> list[tuple[str, str, pathlib.Path]]:
+    """Kind and robot (empty: the first one) of each picture, and that of the largest step."""
     folder = run.folder / "pictures"
-    last: dict[str, tuple[int, pathlib.Path]] = {}
+    last: dict[tuple[str, str], tuple[int, pathlib.Path]] = {}
     for path in folder.iterdir() if folder.is_dir() else ():
-        if (found := re.fullmatch(r"(\d+)_(\w+)\.png", path.name)) and found[2] in _PICTURES:
-            last[found[2]] = max(last.get(found[2], (-1, path)), (int(found[1]), path))
-    return [(kind, last[kind][1]) for kind in _PICTURES if kind in last]
+        if found := re.fullmatch(rf"(\d+)_({'|'.join(_PICTURES)})(?:_(.+))?\.png", path.name):
+            key = (found[3] or "", found[2])
+            last[key] = max(last.get(key, (-1, path)), (int(found[1]), path))
+    return [(kind, robot, path) for (robot, kind), (_, path) in sorted(last.items())]
 
 
-def _picture(path: pathlib.Path, kind: str) -> str:
-    caption, step = _PICTURES[kind], int(path.name.split("_")[0])
+def _picture(path: pathlib.Path, kind: str, robot: str) -> str:
+    step = int(path.name.split("_")[0])
+    caption = f"{robot}: {_PICTURES[kind]}" if robot else _PICTURES[kind]
     try:
         source = _embedded(path)
     except OSError as error:  # damaged, cut short, or no image
@@ -425,22 +452,26 @@ def _parameters(run: Run) -> str:
     parts = [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
     if not parts:
         return ""
-    rows, totals = "", dict.fromkeys(("trainable", "frozen"), 0)
-    for part in parts:
-        counts = {name: int(number(part.get(name)) or 0) for name in totals}
-        totals = {name: totals[name] + counts[name] for name in totals}
-        rows += _parameter_row(str(part.get("part", "–")), counts, str(part.get("dtype", "–")))
-    rows += _parameter_row("all", totals, "", css="all")
-    heads = '<th>part</th><th class="num">trained</th><th class="num">frozen</th><th>dtype</th>'
+    names = {"trainable": "trained", "frozen": "frozen", "without_gradient": "without gradient"}
+    counts = [{name: int(number(part.get(name)) or 0) for name in names} for part in parts]
+    totals = {name: sum(count[name] for count in counts) for name in names}
+    shown = [name for name in names if name != "without_gradient" or totals[name]]
+    rows = "".join(
+        _parameter_row(str(part.get("part", "–")), [count[name] for name in shown], str(part.get("dtype", "–")))
+        for part, count in zip(parts, counts, strict=True)
+    )
+    rows += _parameter_row("all", [totals[name] for name in shown], "", css="all")
+    heads = "<th>part</th>" + "".join(f'<th class="num">{names[name]}</th>' for name in shown) + "<th>dtype</th>"
+    unused = " Those without gradient are not frozen, but the loss does not depend on them."
     return (
         f'<p class="lede">{large_count(totals["trainable"])} of {large_count(sum(totals.values()))} parameters are '
-        f"trained.</p>"
+        f"trained.{unused if 'without_gradient' in shown else ''}</p>"
         f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}</table></div>'
     )
 
 
-def _parameter_row(part: str, counts: Mapping[str, int], dtype: str, *, css: str = "") -> str:
-    numbers = "".join(f'<td class="num">{format_count(counts[name])}</td>' for name in ("trainable", "frozen"))
+def _parameter_row(part: str, counts: Sequence[int], dtype: str, *, css: str = "") -> str:
+    numbers = "".join(f'<td class="num">{format_count(count)}</td>' for count in counts)
     return f'<tr class="{css}"><td class="name">{escape(part)}</td>{numbers}<td class="dtype">{escape(dtype)}</td></tr>'
 
 
@@ -450,22 +481,33 @@ def _origin(run: Run) -> str:
     init = run.about.get("init")
     rows += [("weights from", init.get("source"))] if isinstance(init, Mapping) and "source" in init else []
     if isinstance(init, Mapping):
-        names = {"loaded": "taken over", "fresh": "begun at random", "left_out": "left out of the source"}
-        rows += [(text, init[name]) for name, text in names.items() if name in init]
-    data = run.about.get("dataset", run.recipe.get("dataset"))
-    if isinstance(data, Mapping):
-        rows += [(f"data: {name.replace('_', ' ')}", value) for name, value in data.items()]
-    elif data:
-        rows.append(("data", data))
+        names = {
+            "loaded": "parameters taken over",
+            "fresh": "begun at random",
+            "left_out": "left out of the source",
+            "adapted": "adapted",
+        }
+        rows += [(text, init[name]) for name, text in names.items() if init.get(name)]
+    rows += _data(run)
     rows += [(name, run.about[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.about]
     if isinstance(memory := run.last("memory"), int | float):
-        rows.append(("memory", f"{memory / 2**30:.2f} GiB at the last step"))
+        rows.append(("memory", f"{memory / 2**30:.2f} GiB at most"))
     if run.checkpoints:
         rows.append(("checkpoints", [path.name.lstrip("0") or "0" for path in run.checkpoints]))
     if not rows:
         return '<p class="lede">The run does not say.</p>'
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(_text(value))}</dd>" for name, value in rows)
     return f'<div class="panel"><dl>{items}</dl></div>'
+
+
+def _data(run: Run) -> list[tuple[str, Any]]:
+    """What is known of the datasets."""
+    found = run.about.get("datasets")
+    if not isinstance(found, list):
+        return [("data", run.source["dataset"])] if run.source.get("dataset") else []
+    if len(found) == 1 and isinstance(found[0], Mapping):
+        return [(f"data: {name.replace('_', ' ')}", value) for name, value in found[0].items() if name != "weight"]
+    return [(f"data {i}", part) for i, part in enumerate(found, start=1)]
 
 
 def _recipe(run: Run) -> str:
@@ -495,17 +537,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _listed(texts: Sequence[str], separator: str) -> str:
+    more = f" and {len(texts) - 12} more" if len(texts) > 12 else ""
+    return f"{separator.join(texts[:12])}{more}"
+
+
 def _text(value: Any) -> str:
     """A value of a JSON document, for people."""
-    if value is None or value == "" or value == []:
+    if value is None or value in ("", [], {}):
         return "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(inner)}" for name, inner in value.items())
+        return _listed([f"{name}: {_text(inner)}" for name, inner in value.items()], "; ")
     if isinstance(value, list):
-        more = f" and {len(value) - 12} more" if len(value) > 12 else ""
-        return ", ".join(map(_text, value[:12])) + more
+        return _listed([_text(inner) for inner in value], ", ")
     if isinstance(value, int):
         return format_count(value) if abs(value) >= 10_000 else str(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -535,11 +581,15 @@ def _commands(run: Run) -> str:
 
 def _environment(run: Run) -> str | None:
     """The simulator of the robot that was trained for; None: there is none."""
-    robot = run.recipe.get("embodiment")
-    return next((name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)), None)
+    robot = run.source.get("embodiment")
+    found = [name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)]
+    return str(run.recipe.get("env") or (found[0] if found else "")) or None
 
 
 def _dataset(run: Run) -> str | None:
-    """The way from the run's folder to its dataset; None: it is not there any more."""
-    path = pathlib.Path(str(run.recipe.get("dataset") or ""))
-    return pathlib.Path(os.path.relpath(path, run.folder)).as_posix() if (path / "meta").is_dir() else None
+    """The way from the run's folder to its dataset, or its address; None: it is not there any more."""
+    dataset = str(run.source.get("dataset") or "")
+    if "://" in dataset:
+        return dataset
+    here = (pathlib.Path(dataset) / "meta").is_dir()
+    return pathlib.Path(os.path.relpath(dataset, run.folder)).as_posix() if here else None
