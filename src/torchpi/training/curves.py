@@ -287,7 +287,7 @@ def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> None:
     for i, place in enumerate(chosen):
         values = np.array([number(value) for value in evaluations[place][key]], np.float64)
         axes.plot(
-            np.arange(1, len(values) + 1),
+            np.arange(len(values)),
             values,
             color=HOLDOUT_RGB,
             alpha=(i + 2) / (len(chosen) + 1),
