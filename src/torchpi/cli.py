@@ -178,10 +178,11 @@ def trace(
 
 
 def bench(
-    what: Annotated[Literal["all", "model", "train", "load", "sim"], tyro.conf.Positional] = "all",
+    what: Annotated[Literal["all", "model", "train", "load", "sim", "data"], tyro.conf.Positional] = "all",
+    dataset: Annotated[str | None, tyro.conf.Positional] = None,
     config: str = "mid",
     policy: str | None = None,
-    batch: int = 1,
+    batch: int | None = None,
     cameras: int = 3,
     prompt_tokens: int = 60,
     num_steps: int = 10,
@@ -190,6 +191,9 @@ def bench(
     device: str = "cpu",
     compile: bool = False,
     repeats: int = 5,
+    embodiment: str | None = None,
+    workers: int = 1,
+    step_seconds: float | None = None,
     json: bool = False,
 ) -> None:
     """Measure beside the floor that this machine allows.
@@ -200,10 +204,12 @@ def bench(
     Args:
         what: model (sample_actions), train (one step), load (time and memory of loading --policy, and of
             writing its weights into a policy folder), sim (rendering,
-            demonstrations, chunks and closed loop of --policy in Meta-World); all: the first two.
+            demonstrations, chunks and closed loop of --policy in Meta-World), data (the training loader on DATASET);
+            all: the first two.
+        dataset: for data: a LeRobot data set, a folder or hf://org/name.
         config: mid (47 M parameters), a preset's name, or a JSON file. The weights are random.
         policy: for load: a policy folder or checkpoint; for sim: a policy for Meta-World, by default "demo".
-        batch: samples at once.
+        batch: samples at once; by default 1, for data 32.
         cameras: cameras of the observation.
         prompt_tokens: real tokens of the prompt; sampling drops the padding behind them.
         num_steps: Euler steps.
@@ -211,7 +217,10 @@ def bench(
         dtype: of the matmuls; weights follow it in sampling, and stay float32 in training.
         device: cpu or cuda.
         compile: run the three stacks through torch.compile.
-        repeats: timed runs, whose median counts.
+        repeats: timed runs, whose median counts; for data: batches.
+        embodiment: for data: its robot, whose cameras are read; by default all cameras are.
+        workers: for data: processes that prepare samples; 0: this one does.
+        step_seconds: for data: of a training step; shows for which share of the time it would wait.
         json: print one JSON document.
     """
     from torchpi.bench import bench_config, run_bench
@@ -228,10 +237,26 @@ def bench(
 
         run_bench_load(policy, dtype=dtype, config=None if config == "mid" else config, as_json=json)
         return
+    if what == "data":
+        if dataset is None:
+            raise ValueError("bench data needs a data set: torchpi bench data DATASET")
+        from torchpi.bench.data import run_bench_data
+
+        run_bench_data(
+            dataset,
+            embodiment=embodiment,
+            config=bench_config(config),
+            batch=32 if batch is None else batch,
+            workers=workers,
+            num_batches=repeats,
+            step_seconds=step_seconds,
+            as_json=json,
+        )
+        return
     run_bench(
         [what] if what != "all" else ["model", "train"],
         config=bench_config(config),
-        batch=batch,
+        batch=1 if batch is None else batch,
         num_cameras=cameras,
         prompt_tokens=prompt_tokens,
         num_steps=num_steps,
@@ -249,23 +274,36 @@ def stats(
     embodiment: str,
     out: pathlib.Path | None = None,
     action_horizon: int = 50,
+    episodes: str | None = None,
+    compare: str | None = None,
     json: bool = False,
 ) -> None:
     """Show the statistics of a data set, and write those that a policy normalizes with.
 
     They are exact, from all frames, in the model's terms: units converted, actions relative to the state where the
-    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there.
+    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there, and
+    idle frames are counted. Images are not read.
 
     Args:
-        dataset: the folder of a LeRobot data set, format v3.0 or v2.1.
+        dataset: a LeRobot data set, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision].
         embodiment: the robot: metaworld, aloha, … or a JSON file.
         out: where openpi's norm_stats.json goes, a file or an existing folder; by default nothing is written.
         action_horizon: actions in a chunk.
+        episodes: only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *".
+        compare: a checkpoint: shows for each of its robots which share of the data is inside of its q01 to q99.
         json: print one JSON document.
     """
     from torchpi.data.stats_report import run_stats
 
-    run_stats(dataset, embodiment=embodiment, out=out, action_horizon=action_horizon, as_json=json)
+    run_stats(
+        dataset,
+        embodiment=embodiment,
+        out=out,
+        action_horizon=action_horizon,
+        episodes=episodes,
+        compare=compare,
+        as_json=json,
+    )
 
 
 def convert(

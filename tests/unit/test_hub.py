@@ -17,7 +17,11 @@ import filelock
 import google_crc32c
 import pytest
 
-from torchpi.checkpoints.hub import fetch
+from torchpi.checkpoints.hub import fetch, fetch_dataset
+from torchpi.cli import main
+from torchpi.data import LeRobotDataset, select_episodes
+from torchpi.data.fit import checkpoint_stats
+from torchpi.data.place import open_metadata
 
 BIG = random.Random(0).randbytes(300_000)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -166,17 +170,21 @@ class Bucket(Server):
 class Hub(Server):
     """The API of the Hugging Face Hub; files over 1 kB are LFS's."""
 
+    api, files_at, commit = "/api/models/org/name", "/org/name", COMMIT
+
     def file_of(self, path):
-        _, is_file, name = path.partition(f"/org/name/resolve/{COMMIT}/")
+        _, is_file, name = path.partition(f"{self.files_at}/resolve/{COMMIT}/")
         return name if is_file else None
 
     def document(self, path, query):
-        if path in ("/api/models/org/name/revision/main", f"/api/models/org/name/revision/{COMMIT}"):
+        if path == f"{self.api}/revision/main":
+            return {"id": "org/name", "sha": self.commit, "siblings": []}, {}
+        if path == f"{self.api}/revision/{COMMIT}":
             return {"id": "org/name", "sha": COMMIT, "siblings": []}, {}
-        if path == f"/api/models/org/name/tree/{COMMIT}":
+        if path == f"{self.api}/tree/{COMMIT}":
             folders = [{"type": "directory", "oid": "0", "path": "sub", "size": 0}]
             return folders + [self.entry(name) for name in sorted(self.files)], {}
-        code = "RevisionNotFound" if path.startswith("/api/models/org/name/revision/") else "RepoNotFound"
+        code = "RevisionNotFound" if path.startswith(f"{self.api}/revision/") else "RepoNotFound"
         return None, {"X-Error-Code": code}
 
     def entry(self, name):
@@ -185,6 +193,12 @@ class Hub(Server):
         if len(data) > 1000:
             said["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
         return said | self.lists.get(name, {})
+
+
+class DatasetHub(Hub):
+    """The same for data sets."""
+
+    api, files_at = "/api/datasets/org/name", "/datasets/org/name"
 
 
 @pytest.fixture(autouse=True)
@@ -660,3 +674,152 @@ def test_without_the_extra_the_error_names_the_command(home, monkeypatch):
     (home / "gs/bucket").mkdir(parents=True, exist_ok=True)
     (home / "gs/bucket/path").write_text("by hand")
     assert fetch("gs://bucket/path").read_text() == "by hand"
+
+
+def test_for_its_statistics_a_checkpoint_is_not_downloaded(bucket):
+    assert checkpoint_stats(f"{bucket.address}/") == {"trossen": {}}
+    assert list(bucket.reads()) == [f"{BASE}/assets/trossen/norm_stats.json"]
+
+
+def test_a_checkpoint_without_assets_is_downloaded_for_its_statistics(repository):
+    repository.files["norm_stats.json"] = b'{"norm_stats": {"state": {"mean": [0], "std": [1]}}}'
+    assert set(checkpoint_stats(repository.address)["main"]) == {"state"}
+
+
+# Data sets
+
+
+@pytest.fixture
+def datasets(monkeypatch, home, golden_root):
+    """A data set in format v2.1, with a file per episode and camera."""
+    root = golden_root / "datasets/lerobot_v21"
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    with DatasetHub(files | {"README.md": b"# card", "meta/old.pkl": b"pickle"}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        server.top, server.root_of_originals = home / "hf-datasets/org/name/main", root
+        yield server
+
+
+def of_episode(number):
+    cameras = ("observation.images.base", "observation.images.wrist")
+    return {
+        f"data/chunk-000/episode_{number:06}.parquet",
+        *(f"videos/chunk-000/{camera}/episode_{number:06}.mp4" for camera in cameras),
+    }
+
+
+META = {f"meta/{name}" for name in ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")}
+
+
+def test_of_a_data_set_comes_what_its_episodes_need(datasets):
+    dataset = LeRobotDataset("hf://org/name", action_horizon=4, episodes=[1])
+    assert set(contents(datasets.top)) == META | of_episode(1)
+    original = LeRobotDataset(datasets.root_of_originals, action_horizon=4, episodes=[1])
+    for key, value in original[7].items():
+        assert (dataset[7][key] == value).all() if hasattr(value, "all") else dataset[7][key] == value
+    datasets.requests.clear()
+    LeRobotDataset("hf://org/name", action_horizon=4)
+    assert set(datasets.reads()) == of_episode(0)  # nothing comes twice
+    datasets.stop()
+    assert len(LeRobotDataset("hf://org/name@main", action_horizon=4)) == len(
+        LeRobotDataset(datasets.root_of_originals, action_horizon=4)
+    )
+
+
+def test_of_a_data_set_without_images_come_the_numbers(datasets):
+    LeRobotDataset("hf://org/name", action_horizon=4, cameras=["observation.images.wrist"], episodes=[0])
+    assert [name for name in datasets.reads() if "images.base" in name] == []
+    datasets.requests.clear()
+    LeRobotDataset("hf://org/name", action_horizon=4, cameras=[])
+    assert set(datasets.reads()) == {"data/chunk-000/episode_000001.parquet"}
+
+
+def test_the_statistics_of_a_data_set_need_no_video(datasets, capsys):
+    main(["stats", "hf://org/name", "--embodiment", "metaworld", "--episodes", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["frames"] == 106
+    assert set(datasets.reads()) == META | {"data/chunk-000/episode_000001.parquet"}
+
+
+def test_the_metadata_alone_choose_episodes(datasets):
+    assert select_episodes("hf://org/name", "task:reach*") == [0, 1]
+    assert set(contents(datasets.top)) == META
+
+
+def test_a_data_sets_files_are_of_one_commit(datasets):
+    fetch_dataset("hf://org/name", ["meta/"])
+    datasets.commit = "f" * 40  # somebody has pushed
+    name = "data/chunk-000/episode_000000.parquet"
+    fetch_dataset("hf://org/name", [name])
+    assert contents(datasets.top)[name] == datasets.files[name]
+    assert all(f"/{COMMIT}" in path for path, _, _ in datasets.requests[2:])
+
+
+def test_a_data_sets_download_is_continued(datasets):
+    def interrupt(_):
+        raise KeyboardInterrupt
+
+    name = "data/chunk-000/episode_000000.parquet"
+    datasets.drops[name] = [1000]
+    with pytest.raises(KeyboardInterrupt):
+        fetch_dataset("hf://org/name", ["meta/", name], sleep=interrupt)
+    fetch_dataset("hf://org/name", ["meta/", name])
+    assert datasets.reads()[name] == ["bytes=0-", "bytes=1000-"]
+    assert contents(datasets.top)[name] == datasets.files[name]
+
+
+def test_a_data_sets_file_that_is_damaged_on_the_way(datasets, waits):
+    name = "data/chunk-000/episode_000000.parquet"
+    datasets.sends[name] = datasets.files[name][:-1] + b"x"
+    with pytest.raises(ValueError, match=rf"datasets/org/name/resolve/main/{name}: got another checksum"):
+        fetch_dataset("hf://org/name", [name], sleep=waits.append)
+    assert name not in contents(datasets.top)
+
+
+def test_a_data_set_without_a_connection(datasets, waits, monkeypatch):
+    fetch_dataset("hf://org/name", ["meta/"])
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    datasets.requests.clear()
+    assert open_metadata("hf://org/name").fps == 80
+    assert not datasets.requests
+    name = "data/chunk-000/episode_000000.parquet"
+    with pytest.raises(FileNotFoundError, match="is not complete in the cache") as caught:
+        fetch_dataset("hf://org/name", [name], sleep=waits.append)
+    assert f"https://huggingface.co/datasets/org/name/resolve/main/{name}\n    to {datasets.top / name}" in str(
+        caught.value
+    )
+    assert "hf download org/name --repo-type dataset" in str(caught.value)
+    (datasets.top / name).parent.mkdir(parents=True)
+    (datasets.top / name).write_bytes(datasets.files[name])
+    assert fetch_dataset("hf://org/name", [name]) == datasets.top
+
+
+def test_a_data_set_that_was_placed_by_hand(datasets):
+    datasets.stop()
+    for name, data in datasets.files.items():
+        (datasets.top / name).parent.mkdir(parents=True, exist_ok=True)
+        (datasets.top / name).write_bytes(data)
+    assert len(LeRobotDataset("hf://org/name", action_horizon=1).episode_lengths) == 2
+
+
+def test_what_a_data_set_does_not_have(datasets, waits):
+    with pytest.raises(FileNotFoundError, match=r"has no data/nope\.parquet; it has README\.md, data, meta, videos"):
+        fetch_dataset("hf://org/name", ["data/nope.parquet"])
+    del datasets.files["data/chunk-000/episode_000001.parquet"]
+    with pytest.raises(FileNotFoundError, match=r"has no data/chunk-000/episode_000001\.parquet"):
+        LeRobotDataset("hf://org/name", action_horizon=1)
+    with pytest.raises(FileNotFoundError, match="hf://org/other does not exist"):
+        open_metadata("hf://org/other")
+    with pytest.raises(ValueError, match="would be outside of it"):
+        fetch_dataset("hf://org/name", ["../x.json"])
+
+
+@pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@"])
+def test_malformed_addresses_of_data_sets(address):
+    with pytest.raises(ValueError, match=r"malformed address .* of a data set; expected hf://org/name\[@revision\]"):
+        LeRobotDataset(address, action_horizon=1)
+
+
+@pytest.mark.parametrize("path", [pathlib.Path("hf://org/name"), "gs://bucket/set"])
+def test_what_is_no_address_of_a_data_set(path):
+    with pytest.raises(ValueError, match=r"hf://org/name\[@revision\], as a text; found"):
+        LeRobotDataset(path, action_horizon=1)

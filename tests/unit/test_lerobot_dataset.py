@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchpi.data import LeRobotDataset
+from torchpi.data import LeRobotDataset, camera_keys_of
 from torchpi.data.lerobot import VideoPool
+from torchpi.robots import Camera, Embodiment, get_embodiment
 
 SETS = {"lerobot_v3_image": "v3_image", "lerobot_v3_video": "v3_video", "lerobot_v21": "v21"}
 BASE = "observation.images.base"
@@ -262,6 +263,63 @@ def test_names_inside_of_a_group(copy_of):
     assert dataset.state_names is None
 
 
+def test_version_2_0(copy_of):
+    """It has statistics of the whole set instead of one per episode, and both are not read."""
+    root = copy_of("lerobot_v21")
+    expected = LeRobotDataset(root, action_horizon=4)
+    change_json(root / "meta/info.json", codebase_version="v2.0")
+    (root / "meta/episodes_stats.jsonl").unlink()
+    (root / "meta/stats.json").write_text("{}")
+    found = LeRobotDataset(root, action_horizon=4)
+    assert len(found) == len(expected)
+    for i in (0, 60, len(found) - 1):
+        assert all(np.array_equal(found[i][key], value) for key, value in expected[i].items())
+
+
+WRIST = "observation.images.wrist"
+
+
+def test_only_the_chosen_cameras_are_decoded(copy_of, monkeypatch):
+    root = copy_of("lerobot_v3_video")
+    shutil.rmtree(root / "videos" / BASE)
+    dataset = LeRobotDataset(root, action_horizon=1, cameras=[WRIST])
+    assert dataset.camera_keys == (WRIST,)
+    reads = []
+    read = VideoPool.read
+    monkeypatch.setattr(VideoPool, "read", lambda self, path, *args: (reads.append(path), read(self, path, *args))[1])
+    assert set(dataset[3]) & {BASE, WRIST} == {WRIST}
+    assert reads == [root / "videos" / WRIST / "chunk-000/file-000.mp4"]
+    assert LeRobotDataset(root, action_horizon=1, cameras=()).camera_keys == ()
+
+
+def test_the_cameras_of_a_robot():
+    cameras = (Camera("a", "images.front"), Camera("b", "side", "optional"), Camera(None, "top", "ignored"))
+    robot = Embodiment.generic("arm", cameras={"a": "x"}, state=["x"], actions=["x"])
+    robot = Embodiment("arm", cameras, robot.state, robot.actions)
+    front, side, top = (f"observation.images.{name}" for name in ("front", "side", "top"))
+    assert camera_keys_of(robot, [top, front, side]) == [front, side]
+    assert camera_keys_of(robot, [front]) == [front]
+    with pytest.raises(
+        KeyError, match=r"no camera for images\.front, which embodiment 'arm' requires; its cameras are side"
+    ):
+        camera_keys_of(robot, [side])
+    assert camera_keys_of(get_embodiment("metaworld"), [BASE, WRIST, top]) == [BASE, WRIST]
+
+
+def test_only_the_chosen_columns_are_read(copy_of):
+    root = copy_of("lerobot_v3_image")
+
+    def change(columns):
+        return {**columns, "reward": pa.array([float("nan")] * 36), "tactile": columns["action"]}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    assert {"reward", "tactile"} <= set(LeRobotDataset(root, action_horizon=1).columns)
+    few = LeRobotDataset(root, action_horizon=1, columns=["reward"])
+    assert set(few.columns) == {
+        "observation.state", "action", "timestamp", "frame_index", "episode_index", "index", "task_index", "reward"
+    }  # fmt: skip
+
+
 # What is refused
 
 
@@ -282,7 +340,68 @@ def test_not_a_data_set(tmp_path):
 def test_another_version(copy_of):
     root = copy_of("lerobot_v21")
     change_json(root / "meta/info.json", codebase_version="v1.6")
-    refused(root, ValueError, r"version is 'v1\.6'; v3\.0 and v2\.1 are read")
+    refused(root, ValueError, r"version is 'v1\.6'; v3\.0, v2\.1, v2\.0 are read")
+
+
+def test_an_empty_set(copy_of):
+    """As LeRobot leaves it before the first episode is saved."""
+    root = copy_of("lerobot_v3_image")
+    change_json(root / "meta/info.json", total_episodes=0, total_frames=0)
+    (root / "meta/tasks.parquet").unlink()
+    shutil.rmtree(root / "meta/episodes")
+    refused(root, ValueError, "has no episodes")
+
+
+def test_a_camera_that_is_not_there(golden_sets):
+    refused(golden_sets / "lerobot_v3_video", KeyError, f"no camera top; its cameras are {BASE}", cameras=["top", BASE])
+
+
+@pytest.mark.parametrize("column", ["observation.state", "action"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_none(column, value, copy_of):
+    root = copy_of("lerobot_v3_video")
+
+    def change(columns):
+        rows = np.array(columns[column].to_pylist())
+        rows[[17, 20], 2] = value  # of episode 1, which begins at row 12
+        return {**columns, column: pa.array(rows.tolist(), columns[column].type)}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    message = rf"file-000\.parquet: {column} is NaN or infinite in frame 5 of episode 1, dimension 2, and in 2 of its 9"
+    refused(root, ValueError, message)
+    assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 2])) == 27
+
+
+@pytest.mark.parametrize(
+    ("clock", "message"),
+    [
+        (lambda t: t * 8, r"frame 1 of episode 0 was taken 0\.1000 s after .* expected 0\.0125 s ± 0\.0031.*has 10\."),
+        (lambda t: t * 1.05, r"frame 6 of episode 0 .* has 76\.19"),
+        (lambda t: t + (t > 0.07) / 80, "frame 6 of episode 0"),  # a frame is missing
+        (lambda t: np.where(t > 0.05, np.nan, t), "frame 5 of episode 0"),
+    ],
+)
+def test_timestamps_that_do_not_fit_fps(clock, message, copy_of):
+    root = copy_of("lerobot_v3_image")
+
+    def change(columns):
+        seconds = np.array(columns["timestamp"], np.float32)
+        seconds[:12] = clock(seconds[:12])
+        return {**columns, "timestamp": pa.array(seconds)}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    refused(root, ValueError, rf"file-000\.parquet: {message}")
+    assert LeRobotDataset(root, action_horizon=1, episodes=[1, 2]).episode_indices == (1, 2)
+
+
+def test_a_clock_may_begin_anywhere(copy_of):
+    root = copy_of("lerobot_v3_image")
+
+    def change(columns):
+        return {**columns, "timestamp": pa.array(np.array(columns["timestamp"], np.float32) + np.float32(100.3))}
+
+    change_columns(root / "data/chunk-000/file-000.parquet", change)
+    assert LeRobotDataset(root, action_horizon=1)[0]["timestamp"] == np.float32(100.3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"codebase_version": "v3.0"}'])
@@ -327,6 +446,27 @@ def test_a_truncated_file(name, file, copy_of):
     content = (root / file).read_bytes()
     (root / file).write_bytes(content[: len(content) // 2])
     refused(root, ValueError, f"{file}|info.json says total_episodes 2 and total_frames 151, but .* has 1 with 45")
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("lerobot_v3_image", "data/chunk-000/file-000.parquet"),
+        ("lerobot_v21", "data/chunk-000/episode_000001.parquet"),
+        ("lerobot_v21", "videos/chunk-000/observation.images.base/episode_000001.mp4"),
+    ],
+)
+def test_a_file_that_is_damaged_inside(name, file, copy_of):
+    """Its ends are right, as after a download with holes."""
+    root = copy_of(name)
+    content = bytearray((root / file).read_bytes())
+    hole = slice(int(0.3 * len(content)), int(0.6 * len(content)))
+    content[hole] = bytes(len(content[hole]))
+    (root / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file} .*damaged") as caught:  # noqa: PT012
+        dataset = LeRobotDataset(root, action_horizon=1)
+        [dataset[i] for i in range(len(dataset))]
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])

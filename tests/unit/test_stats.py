@@ -1,16 +1,19 @@
 """Statistics of a data set, against every frame taken through the embodiment one by one."""
 
 import json
+import shutil
 import types
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats, to_observation
+from torchpi.data.fit import checkpoint_stats, compare_fit
 from torchpi.data.stats import distributions, hardly_moving
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
-from torchpi.transforms import NormStats, load_norm_stats
+from torchpi.transforms import NormStats, load_norm_stats, save_norm_stats
 
 H = 6
 
@@ -141,6 +144,74 @@ def test_dimensions_that_hardly_move():
     assert hardly_moving(NormStats(np.zeros(2), np.array([0, 1.0])), ["a", "b"])[0].startswith("a never changes")
 
 
+# Beside a checkpoint's statistics
+
+
+def padded(stats, dims):
+    return NormStats(
+        *(np.pad(values, (0, dims - stats.dim)) for values in (stats.mean, stats.std, stats.q01, stats.q99))
+    )
+
+
+@pytest.mark.parametrize("robot", ROBOTS)
+def test_the_share_inside_equals_counting_frame_by_frame(robot):
+    embodiment, s, a = ROBOTS[robot]
+    dataset = some_set((9, 1, 20, 5), s, a)
+    other = compute_norm_stats(some_set((30, 40), s, a), embodiment, action_horizon=H)
+    (fit,) = compare_fit(dataset, embodiment, {"other": other}, action_horizon=H)
+    assert fit.comparable
+    for what, values in frame_by_frame(dataset, embodiment).items():
+        inside = (values >= other[what].q01) & (values <= other[what].q99)
+        assert fit.keys[what].inside == pytest.approx(inside.mean(axis=0).tolist())
+        assert fit.keys[what].overall == pytest.approx(inside.mean())
+
+
+def test_robots_are_sorted_by_fit():
+    dataset = some_set((300, 200), 4, 4)
+    own = compute_norm_stats(dataset, metaworld(), action_horizon=H)
+    far = {what: NormStats(s.mean + 9, s.std, s.q01 + 9, s.q99 + 9) for what, s in own.items()}
+    narrower = {what: NormStats(s.mean[:3], s.std[:3], s.q01[:3], s.q99[:3]) for what, s in own.items()}
+    wider = {what: NormStats(*(np.append(v, 1.0) for v in (s.mean, s.std, s.q01, s.q99))) for what, s in own.items()}
+    robots = {
+        "far": far,
+        "narrower": narrower,
+        "wider": wider,
+        "padded": {what: padded(s, 32) for what, s in own.items()},
+        "state only": {"state": own["state"]},
+        "no quantiles": {what: NormStats(s.mean, s.std) for what, s in own.items()},
+    }
+    fits = {fit.name: fit for fit in compare_fit(dataset, metaworld(), robots, action_horizon=H)}
+    assert list(fits)[:3] in (["padded", "no quantiles", "far"], ["no quantiles", "padded", "far"])
+    assert fits["padded"].overall == pytest.approx(0.98, abs=0.005)
+    assert fits["no quantiles"].overall == pytest.approx(0.98, abs=0.01)
+    assert fits["no quantiles"].keys["state"].range == "mean ± 2.326 std"
+    assert fits["far"].overall == 0
+    for name, dims in (("narrower", 3), ("wider", 5)):
+        key = fits[name].keys["state"]
+        assert not fits[name].comparable
+        assert (key.dims, key.checkpoint_dims, len(key.inside)) == (4, dims, min(4, dims))
+    assert not fits["state only"].comparable
+    with pytest.raises(ValueError, match="statistics of hand have neither state nor actions, but velocity"):
+        compare_fit(dataset, metaworld(), {"hand": {"velocity": own["state"]}}, action_horizon=H)
+
+
+def test_where_the_statistics_of_a_checkpoint_are(golden_root, tmp_path):
+    stats = NormStats(np.zeros(2), np.ones(2))
+    for name in ("trossen", "lab/arm"):
+        folder = tmp_path / "checkpoint" / "assets" / name
+        folder.mkdir(parents=True)
+        save_norm_stats(folder, {"state": stats})
+    (tmp_path / "checkpoint/params").mkdir()
+    assert list(checkpoint_stats(tmp_path / "checkpoint")) == ["lab/arm", "trossen"]
+    assert list(checkpoint_stats(tmp_path / "checkpoint/assets")) == ["lab/arm", "trossen"]
+    assert list(checkpoint_stats(tmp_path / "checkpoint/assets/trossen")) == ["trossen"]
+    assert set(checkpoint_stats("demo")["demo_policy"]) == {"state", "actions"}
+    assert set(checkpoint_stats(golden_root / "pi05/lerobot")["lerobot"]) == {"state", "actions"}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"empty has no statistics; expected norm_stats\.json, assets/"):
+        checkpoint_stats(tmp_path / "empty")
+
+
 # The command
 
 
@@ -163,6 +234,42 @@ def test_the_command_as_json(golden_root, tmp_path, capsys):
             assert document[what][name] == getattr(stats, name).tolist()
     assert set(json.loads(out.read_text())["norm_stats"]["state"]) == {"mean", "std", "q01", "q99"}  # openpi's
     assert document["warnings"] == []
+    assert (document["idle_frames"], document["idle_share"], document["compare"]) == (0, 0.0, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_compares(golden_root, capsys):
+    root = golden_root / "datasets/lerobot_v3_video"
+    arguments = (root, "--embodiment", "metaworld", "--compare", "demo", "--episodes", "0,2")
+    document = json.loads(run(capsys, *arguments, "--json").out)
+    assert document["episodes"] == 2
+    (fit,) = document["compare"]
+    assert fit["name"] == "demo_policy"
+    assert fit["comparable"]
+    assert len(fit["state"]["inside"]) == 4
+    assert 0 <= fit["overall"] <= 1
+    assert "inside of q01..q99 of demo" in run(capsys, *arguments).out
+
+
+def test_the_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, capsys, monkeypatch):
+    root = tmp_path / "set"
+    shutil.copytree(golden_root / "datasets/lerobot_v3_image", root)
+    columns = []
+    read = pq.ParquetFile.read
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns=None: (seen(columns), read(self, columns))[1])
+
+    def seen(names):
+        columns.append(names)
+
+    run(capsys, root, "--embodiment", "metaworld", "--json")
+    (of_data,) = [names for names in columns if names and "action" in names]
+    assert set(of_data) == {
+        "observation.state", "action", "timestamp", "frame_index", "episode_index", "index", "task_index"
+    }  # fmt: skip
+    shutil.rmtree(tmp_path / "set")
+    shutil.copytree(golden_root / "datasets/lerobot_v21", root)
+    shutil.rmtree(root / "videos")
+    assert json.loads(run(capsys, root, "--embodiment", "metaworld", "--json").out)["frames"] > 0
 
 
 def test_the_command_for_people(tmp_path, capsys):

@@ -1,15 +1,18 @@
-"""Checkpoints from public buckets (gs://) and from the Hugging Face Hub (hf://), through a cache on disk.
+"""Checkpoints from public buckets (gs://), checkpoints and data sets from the Hugging Face Hub (hf://), through a cache
+on disk.
 
 The cache is the folder TORCHPI_HOME, by default ~/.cache/torchpi:
 
     gs/<bucket>/<path>                       a file or a folder of a bucket
     hf/<org>/<name>/<revision>/<path>        a model repository, or a part of it; the revision is main if none is named
+    hf-datasets/<org>/<name>/<revision>/     a data set, of which only some files may be there
     <file or folder>.download.json           beside each that was downloaded: its files, with size and version
     <file>.part                              what has arrived of a file; the next download continues it
     gs/<bucket>.lock, hf/<org>/<name>/<revision>.lock        held by the one process that downloads there
 
 A download writes its .download.json first, and gives a file its name last, when size and checksum are right: what is
 listed there and has its size is complete. What no .download.json tells of was placed by hand, and is taken as it is.
+A data set's lists all of its files, and the commit from which further ones come: all are of one version.
 """
 
 import base64
@@ -25,7 +28,7 @@ import re
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, ClassVar, TypeVar
 from urllib.parse import quote
 
@@ -62,21 +65,46 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
         ModuleNotFoundError: gs:// without the extra gcs.
         OSError: no space left. What has arrived is kept, and continued the next time.
     """
-    source = _parse(address)
+    for service in (_Bucket, _Repository):
+        match = service.form.fullmatch(address)
+        if match and (not match["path"] or _is_plain(match["path"])):
+            return _completed(service(address, _home(), **match.groupdict(default="")), sleep)
+    raise ValueError(f"malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]")
+
+
+def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
+    """The folder of a data set of the Hugging Face Hub in the cache, with some of its files; as `fetch` gets them.
+
+    All files come from the commit that the revision had at the first download.
+
+    Args:
+        address: hf://org/name[@revision].
+        names: of the files, or of folders with a '/' behind.
+
+    Raises:
+        ValueError: malformed address; or the server sent another length, checksum or name than it should.
+        FileNotFoundError: there is no such data set or file, it is private, or the server cannot be reached.
+        OSError: no space left.
+    """
+    match = _Dataset.form.fullmatch(address)
+    if match is None or match["path"]:
+        raise ValueError(f"malformed address {address!r} of a data set; expected hf://org/name[@revision]")
+    if outside := [name for name in names if not _is_plain(name.removesuffix("/"))]:
+        raise ValueError(f"{address}: the data set names the file {outside[0]!r}, which would be outside of it")
+    return _completed(_Dataset(address, _home(), match["name"], match["revision"] or "", names), sleep)
+
+
+def _home() -> pathlib.Path:
+    return pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
+
+
+def _completed(source: "_Bucket | _Repository", sleep: Callable[[float], None]) -> pathlib.Path:
+    """The address's place in the cache, with everything there."""
     if not source.is_complete():
         with _only_one_process(source):
             if not source.is_complete():
                 _download(source, sleep)
     return source.root
-
-
-def _parse(address: str) -> "_Bucket | _Repository":
-    home = pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
-    for service in (_Bucket, _Repository):
-        match = service.form.fullmatch(address)
-        if match and (not match["path"] or _is_plain(match["path"])):
-            return service(address, home, **match.groupdict(default=""))
-    raise ValueError(f"malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]")
 
 
 def _is_plain(name: str) -> bool:
@@ -148,11 +176,7 @@ class _Source:
         for folder in (self.root, *self.root.parents):
             record = _beside(folder, ".download.json")
             if record.is_file():
-                try:
-                    files = json.loads(record.read_text(encoding="utf-8"))["files"]
-                    sizes = {self.top / name: int(file["size"]) for name, file in files.items()}
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{record} is damaged ({error!r}); delete it, and fetch again") from error
+                sizes = {self.top / file.name: file.size for file in _read_list(record)}
                 if here := {file: size for file, size in sizes.items() if file.is_relative_to(self.root)}:
                     return here
             if folder == self.top:
@@ -166,6 +190,21 @@ class _Source:
             return any(self.root.iterdir()) and not any(self.root.rglob("*.download.json"))
         return self.root.is_file()
 
+    def wanted(self, files: list[_File]) -> list[_File]:
+        """Of the files here, those that a policy needs."""
+        wanted = [file for file in files if file.name == self.path or _matches(file, _WANTED)]
+        if wanted := [file for file in wanted if not _matches(file, _NEVER)]:
+            return wanted
+        found = ", ".join([file.name for file in files[:5]] + ["…"] * (len(files) > 5)) or "nothing"
+        raise FileNotFoundError(
+            f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never downloaded "
+            f"are {', '.join(_NEVER)}: pickles can run code"
+        )
+
+    def is_current(self, file: _File) -> bool:
+        """Whether it is there. Without a checksum it may be another version of the same size."""
+        return file.new_hash is not None and file.fits(self.top / file.name)
+
     def write_list(self, files: list[_File]) -> None:
         record = _beside(self.root, ".download.json")
         record.parent.mkdir(parents=True, exist_ok=True)
@@ -173,6 +212,19 @@ class _Source:
         listed = {file.name: {"size": file.size, "version": file.version} for file in files}
         new.write_text(json.dumps({"address": self.address, "files": listed}, indent=1), encoding="utf-8")
         new.replace(record)
+
+
+def _read_list(record: pathlib.Path) -> list[_File]:
+    """The files that a .download.json lists."""
+    try:
+        files = json.loads(record.read_text(encoding="utf-8"))["files"]
+        return [_File(name, int(file["size"]), str(file["version"])) for name, file in files.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{record} is damaged ({error!r}); delete it, and fetch again") from error
+
+
+def _matches(file: _File, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(f"/{file.name.lower()}", pattern) for pattern in patterns)
 
 
 class _Bucket(_Source):
@@ -235,17 +287,21 @@ class _Bucket(_Source):
 class _Repository(_Source):
     """A model repository of the Hugging Face Hub, read with the user's token if there is one."""
 
+    kind: ClassVar[str] = "model"
+    place: ClassVar[str] = "hf"
+    """In the cache."""
+    page: ClassVar[str] = "https://huggingface.co/"
     form = re.compile(r"hf://(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*))?(/(?P<path>.+?))?/?", re.ASCII)
 
     def __init__(self, address: str, home: pathlib.Path, name: str, revision: str, path: str) -> None:
         self.name, self.revision = name, revision or "main"
-        super().__init__(address, home / "hf" / name / self.revision, path)
+        super().__init__(address, home / self.place / name / self.revision, path)
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
-        self.tool = f"hf download {name} --revision {self.revision} --local-dir {self.top}"
-        self.if_private = f"ask for access on https://huggingface.co/{name}, and set HF_TOKEN or run `hf auth login`"
+        self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
+        self.if_private = f"ask for access on {self.page}{name}, and set HF_TOKEN or run `hf auth login`"
 
     def url(self, name: str) -> str:
-        return f"https://huggingface.co/{self.name}/{'resolve' if name else 'tree'}/{self.revision}/{quote(name)}"
+        return f"{self.page}{self.name}/{'resolve' if name else 'tree'}/{self.revision}/{quote(name)}"
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
@@ -258,13 +314,18 @@ class _Repository(_Source):
     def status(self, error: Exception) -> int | None:
         return error.response.status_code if isinstance(error, self._answered) else None
 
+    def first_revision(self) -> str:
+        """From which the files come."""
+        return self.revision
+
     def files(self) -> list[_File]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi(endpoint=self.endpoint)
-        commit = api.model_info(self.name, revision=self.revision, timeout=_TIMEOUT).sha
-        tree = api.list_repo_tree(self.name, recursive=True, revision=commit)
+        revision = self.first_revision()
+        commit = api.repo_info(self.name, repo_type=self.kind, revision=revision, timeout=_TIMEOUT).sha
+        tree = api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
         return [
             _File(file.path, file.size, str(commit), hashlib.sha256, bytes.fromhex(file.lfs.sha256))
             if file.lfs
@@ -278,7 +339,7 @@ class _Repository(_Source):
         from huggingface_hub import get_session, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-        url = hf_hub_url(self.name, file.name, revision=file.version, endpoint=self.endpoint)
+        url = hf_hub_url(self.name, file.name, repo_type=self.kind, revision=file.version, endpoint=self.endpoint)
         headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
         with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
             hf_raise_for_status(response)
@@ -286,12 +347,77 @@ class _Repository(_Source):
                 write(chunk)
 
 
+class _Dataset(_Repository):
+    """Some of the files of a data set on the Hugging Face Hub."""
+
+    kind = "dataset"
+    place = "hf-datasets"
+    page = "https://huggingface.co/datasets/"
+
+    def __init__(self, address: str, home: pathlib.Path, name: str, revision: str, names: Collection[str]) -> None:
+        super().__init__(address, home, name, revision, "")
+        self.names = frozenset(names)
+
+    def is_chosen(self, file: _File) -> bool:
+        folders = [name for name in self.names if name.endswith("/")]
+        here = file.name in self.names or any(file.name.startswith(folder) for folder in folders)
+        return here and not _matches(file, _NEVER)
+
+    def everything_listed(self) -> list[_File] | None:
+        """By the first download; None: there was none."""
+        record = _beside(self.root, ".download.json")
+        return _read_list(record) if record.is_file() else None
+
+    def listed(self) -> dict[pathlib.Path, int] | None:
+        if (everything := self.everything_listed()) is None:
+            return None
+        return {self.top / file.name: file.size for file in everything if self.is_chosen(file)}
+
+    def is_complete(self) -> bool:
+        listed = self.listed()
+        if listed is None:
+            return all((self.top / name).exists() for name in self.names)
+        return not self.absent(listed) and all(_size(file) == size for file, size in listed.items())
+
+    def absent(self, files: Collection[pathlib.Path]) -> list[str]:
+        """The names of which the data set has nothing."""
+        found = {file.relative_to(self.top).as_posix() for file in files}
+        folders = {f"{folder.as_posix()}/" for name in found for folder in pathlib.PurePosixPath(name).parents}
+        return sorted(self.names - found - folders)
+
+    def first_revision(self) -> str:
+        everything = self.everything_listed()
+        return everything[0].version if everything else self.revision
+
+    def wanted(self, files: list[_File]) -> list[_File]:
+        wanted = [file for file in files if self.is_chosen(file)]
+        if absent := self.absent([self.top / file.name for file in wanted]):
+            tops = ", ".join(sorted({file.name.split("/")[0] for file in files})) or "nothing"
+            raise FileNotFoundError(
+                f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
+                "Expected a LeRobot data set, complete"
+            )
+        return wanted
+
+    def is_current(self, file: _File) -> bool:
+        """What was listed of this commit is what has its size, or what was placed by hand."""
+        return _size(self.top / file.name) == file.size
+
+    def write_list(self, files: list[_File]) -> None:
+        """Once, of all files."""
+        if self.everything_listed() is None:
+            super().write_list(self.all_files)
+
+    def files(self) -> list[_File]:
+        self.all_files = super().files()
+        return self.all_files
+
+
 def _download(source: _Bucket | _Repository, sleep: Callable[[float], None]) -> None:
     with source.connected():
         try:
-            listed = _wanted(source, _retried(source, source.files, sleep))
-            # Without a checksum it may be another version of the same size.
-            files = [file for file in listed if file.new_hash is None or not file.fits(source.top / file.name)]
+            listed = source.wanted(_here(source, _retried(source, source.files, sleep)))
+            files = [file for file in listed if not source.is_current(file)]
             for file in files:
                 (source.top / file.name).unlink(missing_ok=True)
             source.write_list(listed)
@@ -326,23 +452,11 @@ def _may_pass(status: int | None) -> bool:
     return status is None or status in (408, 429) or status >= 500
 
 
-def _wanted(source: _Source, files: list[_File]) -> list[_File]:
-    """Those at the address that a policy needs."""
+def _here(source: _Source, files: list[_File]) -> list[_File]:
+    """Those at the address."""
     if outside := [file.name for file in files if not _is_plain(file.name)]:
         raise ValueError(f"{source.address}: the server lists {outside[0]!r}, which would be outside of {source.top}")
-    here = [file for file in files if (source.top / file.name).is_relative_to(source.root)]
-
-    def matches(file: _File, patterns: tuple[str, ...]) -> bool:
-        return any(fnmatch.fnmatchcase(f"/{file.name.lower()}", pattern) for pattern in patterns)
-
-    wanted = [file for file in here if file.name == source.path or matches(file, _WANTED)]
-    if wanted := [file for file in wanted if not matches(file, _NEVER)]:
-        return wanted
-    found = ", ".join([file.name for file in here[:5]] + ["…"] * (len(here) > 5)) or "nothing"
-    raise FileNotFoundError(
-        f"{source.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never downloaded "
-        f"are {', '.join(_NEVER)}: pickles can run code"
-    )
+    return [file for file in files if (source.top / file.name).is_relative_to(source.root)]
 
 
 @contextlib.contextmanager

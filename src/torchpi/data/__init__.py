@@ -4,7 +4,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torchpi.data.episodes import select_episodes as select_episodes
+    from torchpi.data.idle import idle_frames as idle_frames
     from torchpi.data.lerobot import LeRobotDataset as LeRobotDataset
+    from torchpi.data.observations import camera_keys_of as camera_keys_of
     from torchpi.data.observations import to_observation as to_observation
     from torchpi.data.stats import compute_norm_stats as compute_norm_stats
     from torchpi.data.writer import LeRobotWriter as LeRobotWriter
@@ -12,11 +15,22 @@ if TYPE_CHECKING:
 _HOME_OF = {
     "LeRobotDataset": "torchpi.data.lerobot",
     "LeRobotWriter": "torchpi.data.writer",
+    "camera_keys_of": "torchpi.data.observations",
     "compute_norm_stats": "torchpi.data.stats",
+    "idle_frames": "torchpi.data.idle",
+    "select_episodes": "torchpi.data.episodes",
     "to_observation": "torchpi.data.observations",
 }
 
-__all__ = ["LeRobotDataset", "LeRobotWriter", "compute_norm_stats", "to_observation"]
+__all__ = [
+    "LeRobotDataset",
+    "LeRobotWriter",
+    "camera_keys_of",
+    "compute_norm_stats",
+    "idle_frames",
+    "select_episodes",
+    "to_observation",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """The numbers of a data set: every numeric column of every frame, as arrays."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,13 @@ _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
 
 
 def read_columns(
-    metadata: Metadata, episodes: Sequence[Episode]
+    metadata: Metadata, episodes: Sequence[Episode], *, tolerance_s: float, others: Collection[str] | None = None
 ) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " E"]]:
     """The numbers of some episodes, and the row of each one's first frame in its data file.
+
+    Args:
+        tolerance_s: how far a timestamp may be from what the frame's number and fps make it.
+        others: which columns to read beside state, action and those that every set has; None: all that are numeric.
 
     Returns:
         Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
@@ -26,18 +30,23 @@ def read_columns(
     Raises:
         FileNotFoundError: a data file is missing.
         KeyError: a column is missing.
-        ValueError: a data file is damaged, or doesn't have what the metadata say.
+        ValueError: a data file is damaged, or doesn't have what the metadata say; NaN or infinity in state or action;
+            timestamps that don't fit fps.
     """
     pieces: list[dict[str, np.ndarray]] = []
     first_rows: list[int] = []
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
-        columns = _read_file(metadata, path)
+        columns = _read_file(metadata, path, others)
         if pieces and set(columns) != set(pieces[0]):
             raise ValueError(
                 f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(pieces[0])}."
             )
         runs = _runs(columns["episode_index"], path)
-        rows = [_checked_rows(columns, episode, runs.get(episode.index)) for episode in group]
+        rows = []
+        for episode in group:
+            rows.append(_checked_rows(columns, episode, runs.get(episode.index)))
+            _check_finite(columns, episode, rows[-1])
+            _check_clock(columns, episode, rows[-1], metadata.fps, tolerance_s)
         first_rows += [part.start for part in rows]
         # One slice where they lie one after the other: no copy of what may be a whole file.
         if all(after.start == before.stop for before, after in itertools.pairwise(rows)):
@@ -69,8 +78,12 @@ def to_numpy(column: Any) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
-def _read_file(metadata: Metadata, path: Path) -> dict[str, np.ndarray]:
-    table = read_parquet(path, lambda file: file.read(columns=_numeric_names(file.schema_arrow)))
+def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> dict[str, np.ndarray]:
+    def read(file: Any) -> Any:
+        names = _numeric_names(file.schema_arrow)
+        return file.read(columns=[name for name in names if others is None or name in (*_REQUIRED, *others)])
+
+    table = read_parquet(path, read)
     if missing := [name for name in _REQUIRED if name not in table.column_names]:
         raise KeyError(
             f"The data set {metadata.root} has no column {', '.join(missing)}; its numeric columns are "
@@ -123,3 +136,35 @@ def _checked_rows(columns: dict[str, np.ndarray], episode: Episode, rows: slice 
             f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The data set is damaged."
         )
     return rows
+
+
+def _check_finite(columns: dict[str, np.ndarray], episode: Episode, rows: slice) -> None:
+    for name in (lerobot.STATE, lerobot.ACTION):
+        bad = ~np.isfinite(columns[name][rows])  # [T, d]
+        if bad.any():
+            frames, dims = np.nonzero(bad)
+            raise ValueError(
+                f"{episode.data_file}: {name} is NaN or infinite in frame {frames[0]} of episode {episode.index}, "
+                f"dimension {dims[0]}, and in {len(np.unique(frames))} of its {episode.length} frames. Repair the "
+                "column, or leave the episode out with episodes=."
+            )
+
+
+def _check_clock(
+    columns: dict[str, np.ndarray], episode: Episode, rows: slice, fps: float | int, tolerance_s: float
+) -> None:
+    """A chunk's actions are one frame apart: at another rate, the robot would move faster or slower than it was shown.
+    Where an episode's clock begins doesn't matter."""
+    seconds = columns["timestamp"][rows].reshape(-1).astype(np.float64)
+    seconds -= seconds[0]
+    expected = np.arange(episode.length) / fps
+    off = np.flatnonzero(~(np.abs(seconds - expected) <= tolerance_s))
+    if off.size:
+        first, total = off[0], seconds[-1]
+        rate = (episode.length - 1) / total if total else np.inf
+        raise ValueError(
+            f"{episode.data_file}: frame {first} of episode {episode.index} was taken {seconds[first]:.4f} s after the "
+            f"first one; expected {expected[first]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} "
+            f"frames per second. The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if "
+            "frames are missing, leave the episode out with episodes=."
+        )

@@ -12,11 +12,11 @@ EPISODES_FOLDER = "meta/episodes"
 EPISODES_PATH = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
-# v2.1: one file per episode.
+# v2.1 and v2.0: one file per episode. They differ in their statistics only, of which none are read.
 TASKS_JSONL = "meta/tasks.jsonl"
 EPISODES_JSONL = "meta/episodes.jsonl"
 
-VERSIONS = ("v3.0", "v2.1")
+VERSIONS = ("v3.0", "v2.1", "v2.0")
 CHUNKS_SIZE = 1000
 """Files in a folder."""
 

@@ -1,7 +1,7 @@
-"""Reading data sets in LeRobot's formats v3.0 and v2.1."""
+"""Reading data sets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -10,7 +10,8 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data.columns import read_columns
 from torchpi.data.images import ParquetImages
-from torchpi.data.metadata import Episode, read_metadata
+from torchpi.data.metadata import Episode
+from torchpi.data.place import fetch_frames, open_metadata
 from torchpi.data.video import VideoPool
 
 
@@ -31,33 +32,46 @@ class LeRobotDataset:
         *,
         action_horizon: int,
         episodes: Iterable[int] | None = None,
+        cameras: Iterable[str] | None = None,
+        columns: Collection[str] | None = None,
         tolerance_s: float | None = None,
         image_cache_bytes: int = 4 * 2**30,
     ) -> None:
         """
         Args:
-            path: the data set's folder.
+            path: the data set's folder, or its address on the Hugging Face Hub, hf://org/name[@revision]: of that come
+                the folder `meta`, and what these episodes and cameras need.
             action_horizon: H, actions in a chunk.
-            episodes: the indices of those to read, by default all; frames are counted among them, in the set's order.
-            tolerance_s: how far a video's frame may be from its time; by default a quarter of a frame.
+            episodes: the indices of those to read, by default all (see `select_episodes`); frames are counted among
+                them, in the set's order.
+            cameras: the keys of those to read, by default all (see `camera_keys_of`); the others' images are not
+                decoded, and their videos need not be there.
+            columns: the numeric columns to read beside state, action and those that every set has; by default all.
+            tolerance_s: how far a video's frame may be from its time, and a timestamp from its frame's number; by
+                default a quarter of a frame.
             image_cache_bytes: how much of the compressed images in data files stays in memory.
 
         Raises:
             FileNotFoundError: no such folder; it is no data set; a file of it is missing.
-            KeyError: a column is missing.
-            ValueError: a version that isn't read; a damaged file; an episode that isn't there.
+            KeyError: a column or camera is missing.
+            ValueError: a version that isn't read; a damaged file; an episode that isn't there; NaN or infinity in state
+                or action; timestamps that don't fit fps.
             ModuleNotFoundError: pyarrow or av is missing.
         """
-        self.path = Path(path).expanduser()
         if action_horizon < 1:
             raise ValueError(f"action_horizon is {action_horizon}; expected 1 or more.")
         self.action_horizon = action_horizon
-        self._metadata = read_metadata(self.path)
+        self._metadata = open_metadata(path)
+        self.path = self._metadata.root
         self._episodes = _chosen(self._metadata.episodes, episodes, self.path)
-        self._columns, self._first_rows = read_columns(self._metadata, self._episodes)
+        self._camera_keys = _chosen_cameras(self._metadata.camera_keys, cameras, self.path)
+        fetch_frames(path, self._episodes, self._camera_keys)
+        self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
+        self._columns, self._first_rows = read_columns(
+            self._metadata, self._episodes, tolerance_s=self._tolerance, others=columns
+        )
         lengths = np.array([episode.length for episode in self._episodes])
         self._ends = np.cumsum(lengths)  # per episode, the number of its last frame + 1
-        self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
         self._images = ParquetImages(image_cache_bytes)
         self._videos = VideoPool()
         self._check_cameras()
@@ -115,8 +129,8 @@ class LeRobotDataset:
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
-        """The keys of the cameras."""
-        return self._metadata.camera_keys
+        """The keys of the cameras that are read."""
+        return self._camera_keys
 
     @property
     def tasks(self) -> Mapping[int, str]:
@@ -172,7 +186,7 @@ class LeRobotDataset:
     def _check_cameras(self) -> None:
         for episode in self._episodes:
             for key, span in episode.videos.items():
-                if not span.path.is_file():
+                if key in self._camera_keys and not span.path.is_file():
                     raise FileNotFoundError(
                         f"There is no video {span.path} ({key} of episode {episode.index}); the data set is "
                         "incomplete. Get it again."
@@ -192,3 +206,10 @@ def _chosen(all_: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path)
     if not indices:
         raise ValueError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
     return tuple(episode for episode in all_ if episode.index in indices)
+
+
+def _chosen_cameras(all_: tuple[str, ...], wanted: Iterable[str] | None, path: Path) -> tuple[str, ...]:
+    chosen = set(all_ if wanted is None else wanted)
+    if unknown := sorted(chosen - set(all_)):
+        raise KeyError(f"{path} has no camera {', '.join(unknown)}; its cameras are {', '.join(all_) or 'none'}.")
+    return tuple(key for key in all_ if key in chosen)

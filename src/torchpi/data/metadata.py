@@ -1,4 +1,4 @@
-"""What a LeRobot data set says of itself: features, tasks, and where each episode lies. Formats v3.0 and v2.1."""
+"""What a LeRobot data set says of itself: features, tasks, and where each episode lies. Formats v3.0, v2.1, v2.0."""
 
 import dataclasses
 import json
@@ -27,6 +27,8 @@ class Episode:
 
     index: int
     length: int
+    tasks: tuple[str, ...]
+    """Its instructions, usually one."""
     data_file: Path
     videos: Mapping[str, VideoSpan]
     """Per camera that is a video."""
@@ -68,13 +70,15 @@ def read_metadata(root: Path) -> Metadata:
     version = info.get("codebase_version")
     if version not in lerobot.VERSIONS:
         raise ValueError(
-            f"{where}: the format's version is {version!r}; {' and '.join(lerobot.VERSIONS)} are read. "
+            f"{where}: the format's version is {version!r}; {', '.join(lerobot.VERSIONS)} are read. "
             "LeRobot's own scripts convert older sets."
         )
     for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
         if not isinstance(info.get(field), kind):
             raise ValueError(f"{where} has no valid {field!r}, found {info.get(field)!r}; the file is damaged.")
-    read_episodes, read_tasks = (_episodes_v3, _tasks_v3) if version == "v3.0" else (_episodes_v21, _tasks_v21)
+    if info.get("total_episodes") == 0:  # then LeRobot has not written the other files of meta either
+        raise ValueError(f"The data set {root} has no episodes; record some first.")
+    read_episodes, read_tasks = (_episodes_v3, _tasks_v3) if version == "v3.0" else (_episodes_v2, _tasks_v2)
     metadata = Metadata(
         root=root,
         version=version,
@@ -113,7 +117,8 @@ def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
         with pq.ParquetFile(path) as file:
             return read(file)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}. Get the file again.") from error
+        cause = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
 
 
 def _read_info(root: Path) -> dict[str, Any]:
@@ -144,7 +149,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     return dict(sorted(zip(columns["task_index"], columns[text], strict=True)))
 
 
-def _tasks_v21(root: Path) -> dict[int, str]:
+def _tasks_v2(root: Path) -> dict[int, str]:
     rows = _json_lines(root / lerobot.TASKS_JSONL)
     return dict(sorted((row["task_index"], row["task"]) for row in rows))
 
@@ -166,6 +171,7 @@ def _episodes_v3(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
         Episode(
             index=row["episode_index"],
             length=row["length"],
+            tasks=tuple(row["tasks"]),
             data_file=root / info["data_path"].format(**place(row, "data")),
             videos={
                 key: VideoSpan(
@@ -180,7 +186,7 @@ def _episodes_v3(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
     ]
 
 
-def _episodes_v21(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
+def _episodes_v2(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
     root = metadata.root
     episodes = []
     for row in _json_lines(root / lerobot.EPISODES_JSONL):
@@ -190,7 +196,8 @@ def _episodes_v21(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
             key: VideoSpan(root / info["video_path"].format(video_key=key, **place), from_timestamp=0.0)
             for key in metadata.video_keys
         }
-        episodes.append(Episode(index, row["length"], root / info["data_path"].format(**place), videos))
+        data_file = root / info["data_path"].format(**place)
+        episodes.append(Episode(index, row["length"], tuple(row["tasks"]), data_file, videos))
     return episodes
 
 

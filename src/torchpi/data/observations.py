@@ -1,7 +1,7 @@
 """From a data set's frame to what the robot itself would send."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,11 +37,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         if image is not None:
             flat[camera.key] = _in_layout_of(camera, image)
         elif camera.presence == "required":
-            raise KeyError(
-                f"The data set has no camera for {camera.key}, which embodiment '{embodiment.name}' requires; its "
-                f"cameras are {', '.join(cameras) or 'none'}. Choose the robot's embodiment, or give a camera of the "
-                "embodiment the name that the data set uses."
-            )
+            raise _no_camera(camera, embodiment, cameras)
     if lerobot.STATE not in frame:
         raise KeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
@@ -55,6 +51,24 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
     if "task" in frame:
         flat["prompt"] = frame["task"]
     return nested(flat)
+
+
+def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:
+    """Of a data set's cameras those that the model reads of this embodiment, matched as by `to_observation`.
+
+    Args:
+        camera_keys: all cameras of the data set.
+
+    Raises:
+        KeyError: a required camera is missing.
+    """
+    keys = {_last(key): key for key in camera_keys}
+    cameras = [camera for camera in embodiment.read_cameras if camera.key is not None]
+    for camera in cameras:
+        if camera.presence == "required" and _last(camera.key or "") not in keys:
+            raise _no_camera(camera, embodiment, keys)
+    read = {_last(camera.key or "") for camera in cameras}
+    return [key for key in camera_keys if _last(key) in read]
 
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
@@ -71,6 +85,14 @@ def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int 
             f"{embodiment.action_size}: {', '.join(dim.name for dim in embodiment.actions)}. Choose the embodiment of "
             "the robot that it was recorded with."
         )
+
+
+def _no_camera(camera: Camera, embodiment: Embodiment, cameras: Mapping[str, Any]) -> KeyError:
+    return KeyError(
+        f"The data set has no camera for {camera.key}, which embodiment '{embodiment.name}' requires; its cameras are "
+        f"{', '.join(cameras) or 'none'}. Choose the robot's embodiment, or give a camera of the embodiment the name "
+        "that the data set uses."
+    )
 
 
 def _cameras(frame: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -2,18 +2,22 @@
 
 import dataclasses
 import math
+import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from torchpi.data import format as lerobot
 from torchpi.data.observations import check_dims
 from torchpi.robots import HOOKS, Embodiment
 from torchpi.transforms.normalize import NormStats, require_finite
+
+_BLOCK = 1 << 20
 
 
 @runtime_checkable
@@ -80,28 +84,63 @@ def compute_norm_stats(dataset: Frames, embodiment: Embodiment, *, action_horizo
 
 def distributions(dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> dict[str, Distribution]:
     """As `compute_norm_stats`, with the smallest and largest value, and without a warning."""
-    state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
-    check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
-    state_names = embodiment.state_names[: state.shape[1]]
-    action_names = tuple(action.name for action in embodiment.actions)
-    require_finite(state, f"{lerobot.STATE} of {dataset.path}", state_names)
-    require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", action_names)
-    if embodiment.hook is not None:
-        hook = HOOKS[embodiment.hook]
-        state = np.stack([hook.state_to_model(row) for row in state])
-        actions = hook.actions_to_model(actions)  # a conversion of units: each action by itself
-    left = _frames_left(dataset.episode_lengths)  # [F]
-    columns = [
-        _of_deltas(actions[:, i], state[:, i], left, action_horizon)
-        if is_delta
-        else _of_repeated(actions[:, i], _occurrences(left, dataset.episode_lengths, action_horizon))
-        for i, is_delta in enumerate(embodiment.action_mask)
-    ]
-    ones = np.ones(len(state), np.int64)
-    return {
-        "state": Distribution(state_names, *np.array([_of_repeated(column, ones) for column in state.T]).T),
-        "actions": Distribution(action_names, *np.array(columns).T),
-    }
+    values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
+    found = {}
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy sorts without holding up other threads
+        for what, names in values.names.items():
+            columns = threads.map(lambda i, what=what: _of_column(values, what, i), range(len(names)))
+            found[what] = Distribution(names, *np.array(list(columns)).T)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelValues:
+    """The numbers of a data set in the model's terms, before differences are taken."""
+
+    names: Mapping[str, tuple[str, ...]]
+    """Of the dimensions of "state" and "actions"."""
+    state: Float[np.ndarray, "F s"]
+    actions: Float[np.ndarray, "F a"]
+    is_delta: tuple[bool, ...]
+    """Per dimension of the actions."""
+    left: Int[np.ndarray, " F"]
+    """For each frame, how many of its episode begin with it."""
+    in_chunks: Int[np.ndarray, " F"]
+    """In how many chunks each frame's action is: in those that begin at it or at most horizon - 1 before."""
+    horizon: int
+
+    @classmethod
+    def of(cls, dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
+        """Raises as `compute_norm_stats`."""
+        state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
+        check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
+        state_names = embodiment.state_names[: state.shape[1]]
+        action_names = tuple(action.name for action in embodiment.actions)
+        require_finite(state, f"{lerobot.STATE} of {dataset.path}", state_names)
+        require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", action_names)
+        if embodiment.hook is not None:
+            hook = HOOKS[embodiment.hook]
+            state = np.stack([hook.state_to_model(row) for row in state])
+            actions = hook.actions_to_model(actions)  # a conversion of units: each action by itself
+        lengths = dataset.episode_lengths
+        left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
+        so_far = np.repeat(lengths, lengths) - left + 1
+        return cls(
+            {"state": state_names, "actions": action_names},
+            state,
+            actions,
+            embodiment.action_mask,
+            left,
+            np.minimum(so_far, action_horizon),
+            action_horizon,
+        )
+
+    def deltas(self, i: int) -> Iterator[np.ndarray]:
+        """Dimension i of all actions of all chunks, less the state at the chunk's beginning; by place in the chunk."""
+        actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
+        for step in range(min(self.horizon, int(self.left.max()))):
+            inside = self.left[: len(self.left) - step] > step
+            yield (actions[step:] - state[: len(state) - step])[inside]
 
 
 def hardly_moving(stats: NormStats, names: Sequence[str]) -> list[str]:
@@ -127,26 +166,25 @@ def hardly_moving(stats: NormStats, names: Sequence[str]) -> list[str]:
             )
         elif stats.q01 is not None and high - low < 0.01 * std:
             messages.append(
-                f"{name} hardly moves: 98 % of its values are within {high - low:.3g}, but its standard deviation is "
-                f"{std:.3g}; quantile normalization makes the others larger than {std / (high - low):.0f}. "
+                f"{name} hardly moves: 98 % of its values are within {high - low:.3g} ({low:.4g} to {high:.4g}), but "
+                f"its standard deviation is {std:.3g}; quantile normalization makes the others larger than "
+                f"{std / (high - low):.0f}. "
                 "Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
             )
     return messages
 
 
-def _frames_left(lengths: Sequence[int]) -> Int[np.ndarray, " F"]:
-    """For each frame, how many of its episode begin with it."""
-    return np.concatenate([np.arange(length, 0, -1) for length in lengths])
-
-
-def _occurrences(left: np.ndarray, lengths: Sequence[int], horizon: int) -> Int[np.ndarray, " F"]:
-    """In how many chunks each frame's action is: in those that begin at it or at most horizon - 1 before."""
-    so_far = np.repeat(lengths, lengths) - left + 1
-    return np.minimum(so_far, horizon)
+def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
+    """Of a dimension of "state" or "actions": mean, std, q01, q99, min, max."""
+    if what == "state":
+        return _of_repeated(values.state[:, i], np.ones(len(values.state), np.int64))
+    if values.is_delta[i]:
+        return _of_all(np.concatenate(list(values.deltas(i))))
+    return _of_repeated(values.actions[:, i], values.in_chunks)
 
 
 def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
-    """Of values [F] that occur `counts` [F] times each: mean, std, q01, q99, min, max."""
+    """Of values [F] that occur `counts` [F] times each: as `_of_column`."""
     exact = values.astype(np.float64)
     total = int(counts.sum())
     mean = float(exact @ counts) / total
@@ -163,23 +201,18 @@ def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
     return mean, std if smallest < largest else 0.0, q01, q99, smallest, largest
 
 
-def _of_deltas(actions: np.ndarray, state: np.ndarray, left: np.ndarray, horizon: int) -> tuple[float, ...]:
-    """Of the differences of actions [F] to the state [F] at the beginning of each chunk: as `_of_repeated`."""
-    steps = range(min(horizon, int(left.max())))
-    exact = np.empty(int(np.minimum(left, horizon).sum()))
-    filled = 0
-    for step in steps:
-        inside = left[: len(left) - step] > step
-        part = (actions[step:] - state[: len(state) - step])[inside]
-        exact[filled : filled + len(part)] = part
-        filled += len(part)
-    mean, total = float(exact.mean()), len(exact)
-    smallest, largest = float(exact.min()), float(exact.max())
-    exact.partition(sorted({rank for q in (0.01, 0.99) for rank in _ranks(total, q)}))
-    q01, q99 = (_quantile(lambda rank: float(exact[rank]), total, q) for q in (0.01, 0.99))
-    exact -= mean
-    std = math.sqrt(float(exact @ exact) / total)
-    return mean, std if smallest < largest else 0.0, q01, q99, smallest, largest
+def _of_all(values: np.ndarray) -> tuple[float, ...]:
+    """Of values [n], which are reordered: as `_of_column`."""
+    total = len(values)
+    mean = float(values.mean(dtype=np.float64))
+    smallest, largest = float(values.min()), float(values.max())
+    values.partition(sorted({rank for q in (0.01, 0.99) for rank in _ranks(total, q)}))
+    q01, q99 = (_quantile(lambda rank: float(values[rank]), total, q) for q in (0.01, 0.99))
+    squares = 0.0
+    for start in range(0, total, _BLOCK):  # in float64, without a copy of all
+        centred = values[start : start + _BLOCK].astype(np.float64) - mean
+        squares += float(centred @ centred)
+    return mean, math.sqrt(squares / total) if smallest < largest else 0.0, q01, q99, smallest, largest
 
 
 def _ranks(total: int, q: float) -> tuple[int, int]:

@@ -1,0 +1,195 @@
+"""Turn a folder of ALOHA's HDF5 episodes into a LeRobot data set, format v3.0.
+
+    python scripts/aloha_hdf5_to_lerobot.py EPISODES OUT --task "put the pen into the cup"
+
+EPISODES has episode_0.hdf5, episode_1.hdf5, … as ALOHA's own recording script writes them:
+
+    /observations/qpos [T, 14]              left arm, gripper, right arm, gripper; the state
+    /observations/images/CAMERA             uint8 [T, h, w, 3], or JPEG files [T, bytes], padded with zeros behind
+    /action [T, 14]                         the leader arms' positions, in the same order
+
+Everything else (qvel, effort, base_action) is left out: π₀ reads none of it. Needs the extra hdf5.
+"""
+
+import dataclasses
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from torchpi.data import LeRobotWriter
+from torchpi.robots import aloha
+
+STATE, ACTION, IMAGES = "observations/qpos", "action", "observations/images"
+DIMS = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Episode:
+    """A file that was looked at."""
+
+    path: Path
+    num_frames: int
+    cameras: dict[str, tuple[int, int, int]]
+    """Names and shapes of the images."""
+
+
+def convert(folder: Path, out: Path, *, task: str, fps: int = 50, video: bool = True, robot_type: str = "aloha") -> int:
+    """Convert all episodes of a folder.
+
+    Args:
+        folder: with episode_*.hdf5.
+        out: the data set's folder, new or empty.
+        task: the instruction, the same for all episodes.
+        fps: frames per second, at which they were recorded.
+        video: cameras as video (small, lossy), otherwise as PNG (exact).
+        robot_type: what the data set says of its robot.
+
+    Returns:
+        The number of episodes.
+
+    Raises:
+        FileNotFoundError: no episodes.
+        ValueError: an episode is damaged, or lacks something, or differs from the first one in its cameras.
+    """
+    episodes = [look_at(path) for path in episode_files(folder)]  # before anything is written
+    first = episodes[0]
+    for episode in episodes:
+        if episode.cameras != first.cameras:
+            raise ValueError(
+                f"{episode.path} has the cameras {_described(episode)}, but {first.path.name} {_described(first)}; "
+                "expected the same in all episodes. Convert them apart, or remove it."
+            )
+    names = aloha().state_names
+    writer = LeRobotWriter(
+        out, fps=fps, cameras=first.cameras, state_names=names, action_names=names, robot_type=robot_type, video=video
+    )
+    with writer:
+        for episode in track(episodes, "converting", console=Console(stderr=True)):
+            for frame in frames(episode):
+                writer.add_frame(frame)
+            writer.save_episode(task)
+    return len(episodes)
+
+
+def episode_files(folder: Path) -> list[Path]:
+    """The episodes in the order of their numbers."""
+    numbered = [(re.fullmatch(r"episode_(\d+)\.hdf5", path.name), path) for path in folder.glob("*.hdf5")]
+    found = sorted((int(match[1]), path) for match, path in numbered if match)
+    if not found:
+        raise FileNotFoundError(f"There is no episode_*.hdf5 in {folder}; expected the folder of an ALOHA recording.")
+    return [path for _, path in found]
+
+
+def look_at(path: Path) -> Episode:
+    """Check what an episode has; of its images only the first one of each camera is read."""
+    with opened(path) as file:
+        missing = [key for key in (STATE, ACTION, IMAGES) if key not in file]
+        if missing or not len(file[IMAGES]):
+            raise ValueError(
+                f"{path} has no {', '.join(missing) or f'cameras in {IMAGES}'}; it has {', '.join(_keys(file))}."
+            )
+        lengths = {key: len(file[key]) for key in (STATE, ACTION)}
+        lengths |= {f"{IMAGES}/{name}": len(values) for name, values in file[IMAGES].items()}
+        if len(set(lengths.values())) > 1 or not lengths[ACTION]:
+            raise ValueError(f"{path} has frames {lengths}; expected as many of each, and at least one.")
+        for key in (STATE, ACTION):
+            if file[key].shape[1:] != (DIMS,):
+                raise ValueError(f"{path}: {key} is {list(file[key].shape)}; expected [T, {DIMS}], two arms.")
+        cameras = {name: image(path, file, name, 0).shape for name in file[IMAGES]}
+        return Episode(path, lengths[ACTION], cameras)
+
+
+def frames(episode: Episode) -> Iterator[dict[str, Any]]:
+    """The frames as `LeRobotWriter.add_frame` takes them."""
+    with opened(episode.path) as file:
+        for i in range(episode.num_frames):
+            yield {
+                "observation.state": read(episode.path, file, STATE, i),
+                "action": read(episode.path, file, ACTION, i),
+                **{f"observation.images.{name}": image(episode.path, file, name, i) for name in episode.cameras},
+            }
+
+
+def image(path: Path, file: Any, camera: str, i: int) -> np.ndarray:
+    """uint8 [h, w, 3]."""
+    values = read(path, file, f"{IMAGES}/{camera}", i)
+    if values.dtype == np.uint8 and values.ndim == 3 and values.shape[2] == 3:
+        return values
+    if values.dtype != np.uint8 or values.ndim != 1:
+        raise ValueError(
+            f"{path}: frame {i} of {camera} is {values.dtype} {list(values.shape)}; expected uint8 [h, w, 3], or the "
+            "bytes of a JPEG file."
+        )
+    try:
+        # A JPEG file says where it ends, so the padding does no harm, and /compress_len, whose order of cameras is
+        # written nowhere, is not needed.
+        with Image.open(io.BytesIO(values.tobytes()), formats=["JPEG"]) as jpeg:
+            return np.array(jpeg.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path}: the JPEG of {camera} in frame {i} is damaged: {error}.") from error
+
+
+def opened(path: Path) -> Any:
+    """The file, for reading."""
+    try:
+        import h5py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"HDF5 needs the extra 'hdf5': pip install 'torchpi[hdf5]' ({error})") from error
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} is truncated, or no HDF5 file: {error}.") from error
+
+
+def read(path: Path, file: Any, key: str, i: int) -> np.ndarray:
+    """A frame's part of an array."""
+    try:
+        return np.asarray(file[key][i])
+    except OSError as error:
+        raise ValueError(f"{path}: {key} can't be read in frame {i}, the file is damaged: {error}.") from error
+
+
+def _keys(file: Any) -> list[str]:
+    keys: list[str] = []
+    file.visit(keys.append)
+    return keys
+
+
+def _described(episode: Episode) -> str:
+    return ", ".join(f"{name} {height}x{width}" for name, (height, width, _) in episode.cameras.items())
+
+
+def main(
+    folder: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    task: str,
+    fps: int = 50,
+    video: bool = True,
+) -> None:
+    """Turn a folder of ALOHA's HDF5 episodes into a LeRobot data set.
+
+    Args:
+        folder: with episode_0.hdf5, episode_1.hdf5, …
+        out: the data set's folder, new or empty.
+        task: the instruction, the same for all episodes.
+        fps: frames per second, at which they were recorded.
+        video: cameras as video (small, lossy); --no-video: as PNG (exact).
+    """
+    try:
+        count = convert(folder, out, task=task, fps=fps, video=video)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{count} episodes, written to {out}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

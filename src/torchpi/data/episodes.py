@@ -1,0 +1,84 @@
+"""Choosing episodes by number and by task."""
+
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from torchpi.data.metadata import Episode
+from torchpi.data.place import open_metadata
+
+_TASK = "task:"
+_RANGE = re.compile(r"(?P<number>\d+)|(?P<start>\d*):(?P<stop>\d*)")
+
+
+def select_episodes(dataset: str | Path, expression: str) -> list[int]:
+    """The indices of the episodes that an expression chooses.
+
+        select_episodes("my_set", "0:40, 57, 100:")           # 0 to 39, 57, and from 100 on
+        select_episodes("my_set", "task: open the *")         # whose instruction begins so
+        select_episodes("my_set", "0:400; task: open *|close *")  # of the first 400 those that open or close
+
+    Conditions are separated by ";", and an episode has to meet all of them. Numbers and ranges are separated by ",";
+    as in Python, a range ends before its second number. A task's pattern is a shell's (*, ?, [abc]), matches the whole
+    instruction, and takes capital and small letters alike; several are separated by "|".
+
+    Args:
+        dataset: a folder, or hf://org/name[@revision].
+        expression: the conditions.
+
+    Raises:
+        ValueError: malformed; a number that isn't there; a pattern that no instruction matches; nothing meets all.
+        FileNotFoundError, ValueError: see `open_metadata`.
+    """
+    metadata = open_metadata(dataset)
+    conditions = [part.strip() for part in expression.split(";")]
+    chosen = {episode.index for episode in metadata.episodes}
+    for condition in conditions:
+        if condition.startswith(_TASK):
+            chosen &= _of_tasks(metadata.episodes, condition.removeprefix(_TASK))
+        else:
+            chosen &= _of_numbers([episode.index for episode in metadata.episodes], condition)
+    if not chosen:
+        raise ValueError(f"No episode of {metadata.root} meets all conditions of {expression!r}.")
+    return sorted(chosen)
+
+
+def _of_numbers(indices: Sequence[int], condition: str) -> set[int]:
+    there = f"the episodes are {indices[0]} to {indices[-1]}"
+    chosen: set[int] = set()
+    for part in (part.strip() for part in condition.split(",")):
+        match = _RANGE.fullmatch(part)
+        if match is None:
+            raise ValueError(
+                f"{part!r} chooses no episodes; expected a number, a range such as 0:40 or 100:, or task:PATTERN; "
+                f"{there}."
+            )
+        start = int(match["number"] or match["start"] or indices[0])
+        stop = start + 1 if match["number"] else int(match["stop"] or indices[-1] + 1)
+        found = {index for index in indices if start <= index < stop}
+        if not found or stop > indices[-1] + 1:
+            raise ValueError(f"Not all episodes of {part!r} are there; {there}.")
+        chosen |= found
+    return chosen
+
+
+def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
+    chosen: set[int] = set()
+    for pattern in (pattern.strip() for pattern in patterns.split("|")):
+        found = {
+            episode.index
+            for episode in episodes
+            if any(fnmatch.fnmatchcase(task.lower(), pattern.lower()) for task in episode.tasks)
+        }
+        if not found:
+            raise ValueError(f"No task matches {pattern!r}; there are {_tasks_there(episodes)}.")
+        chosen |= found
+    return chosen
+
+
+def _tasks_there(episodes: Sequence[Episode], limit: int = 20) -> str:
+    counts = Counter(task for episode in episodes for task in episode.tasks)
+    shown = [f"{task!r} ({count} episodes)" for task, count in counts.most_common(limit)]
+    return ", ".join(shown) + (f" and {len(counts) - limit} more" if len(counts) > limit else "")

@@ -1,0 +1,45 @@
+"""Where a data set is: a folder, or the Hugging Face Hub, of which the files that are needed come into the cache."""
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from torchpi.data.metadata import Episode, Metadata, read_metadata
+
+_HUB = "hf://"
+
+
+def open_metadata(path: str | Path) -> Metadata:
+    """What a data set says of itself; the folder `meta` of an address is fetched first.
+
+    Args:
+        path: a folder, or hf://org/name[@revision].
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_metadata` and `torchpi.checkpoints.hub.fetch_dataset`; an address of
+            another kind.
+    """
+    text = str(path)
+    if text.startswith(_HUB):
+        from torchpi.checkpoints.hub import fetch_dataset  # brings huggingface_hub
+
+        return read_metadata(fetch_dataset(text, ["meta/"]))
+    if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
+        raise ValueError(f"A data set is a folder or hf://org/name[@revision], as a text; found {path!r}.")
+    return read_metadata(Path(path).expanduser())
+
+
+def fetch_frames(path: str | Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:
+    """Get what is missing of some episodes and cameras of an address; of a folder nothing is missing.
+
+    Raises:
+        FileNotFoundError, ValueError: see `torchpi.checkpoints.hub.fetch_dataset`.
+    """
+    if not str(path).startswith(_HUB):
+        return
+    from torchpi.checkpoints.hub import fetch_dataset
+
+    files = set()
+    for episode in episodes:
+        files |= {episode.data_file, *(span.path for key, span in episode.videos.items() if key in cameras)}
+    root = fetch_dataset(str(path), ["meta/"])
+    fetch_dataset(str(path), [file.relative_to(root).as_posix() for file in sorted(files)])

@@ -1,0 +1,85 @@
+"""Choosing episodes by number and by task."""
+
+import json
+import shutil
+
+import pytest
+
+from torchpi.data import LeRobotDataset, LeRobotWriter, select_episodes
+
+TASKS = ["open the drawer", "open the door", "Close the drawer", "open the drawer", "pour; then wait, please"]
+
+
+@pytest.fixture(scope="module")
+def some_set(tmp_path_factory):
+    path = tmp_path_factory.mktemp("set")
+    with LeRobotWriter(path, fps=10, cameras={}, state_names=["x"], action_names=["x"]) as writer:
+        for task in TASKS:
+            writer.add_episode({"observation.state": [[0.0]], "action": [[1.0]]}, task)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("expression", "expected"),
+    [
+        ("2", [2]),
+        ("0:2, 4", [0, 1, 4]),
+        ("3:", [3, 4]),
+        (":2", [0, 1]),
+        (":", [0, 1, 2, 3, 4]),
+        ("0:2,1:3", [0, 1, 2]),
+        ("task:open the *", [0, 1, 3]),
+        ("task: close *", [2]),
+        ("task:*the door|*wait, please", [1, 4]),
+        ("1:; task:open the drawer", [3]),
+        ("task:open*;task:*drawer", [0, 3]),
+    ],
+)
+def test_an_expression_chooses_episodes(expression, expected, some_set):
+    assert select_episodes(some_set, expression) == expected
+    assert LeRobotDataset(
+        some_set, action_horizon=1, episodes=select_episodes(str(some_set), expression)
+    ).episode_indices == tuple(expected)
+
+
+@pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21"])
+def test_every_format_has_tasks(name, golden_root):
+    assert 0 in select_episodes(golden_root / "datasets" / name, "task:reach a *")
+
+
+@pytest.mark.parametrize(
+    ("expression", "message"),
+    [
+        ("5", "Not all episodes of '5' are there; the episodes are 0 to 4"),
+        ("0:6", "Not all episodes of '0:6' are there"),
+        ("2:2", "Not all episodes of '2:2'"),
+        ("-1", "'-1' chooses no episodes; expected a number, a range such as 0:40"),
+        ("", "'' chooses no episodes"),
+        ("0;", "'' chooses no episodes"),
+        ("open the door", "'open the door' chooses no episodes; expected a number, a range such as 0:40"),
+        (
+            "task:fold *",
+            r"No task matches 'fold \*'; there are 'open the drawer' \(2 episodes\), 'open the door' \(1 ep",
+        ),
+        ("2; task:open*", r"No episode of .* meets all conditions of '2; task:open\*'"),
+    ],
+)
+def test_what_chooses_nothing(expression, message, some_set):
+    with pytest.raises(ValueError, match=message):
+        select_episodes(some_set, expression)
+
+
+def test_numbers_that_are_left_out(some_set, tmp_path):
+    """A set from which somebody has removed an episode keeps the others' numbers."""
+    root = tmp_path / "old"
+    shutil.copytree(some_set.parents[0] / some_set.name, root)
+    import pyarrow.parquet as pq
+
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.filter([True, False, True, True, True]), path)
+    info = json.loads((root / "meta/info.json").read_text())
+    (root / "meta/info.json").write_text(json.dumps({**info, "total_episodes": 4, "total_frames": 4}))
+    assert select_episodes(root, "0:3") == [0, 2]
+    with pytest.raises(ValueError, match="Not all episodes of '1' are there"):
+        select_episodes(root, "1")
