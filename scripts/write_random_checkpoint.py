@@ -1,10 +1,11 @@
 """Write an openpi JAX checkpoint of random float32 weights, to measure how one is loaded.
 
-    python scripts/write_random_checkpoint.py OUT
+    python scripts/write_random_checkpoint.py OUT [pi05]
     torchpi bench load --policy OUT --dtype bfloat16
 
-595 M parameters (2.4 GB) in the proportions of the full-size model: the largest leaf is a third of it. Each leaf is
-one zstd chunk, as orbax writes it.
+By default 595 M parameters (2.4 GB) in the proportions of the full-size model: the largest leaf is a third of it. With
+the name of a preset its sizes: pi05 has 3.35 G parameters (13.4 GB; takes 16 GB of memory). Each leaf is one zstd
+chunk, as orbax writes it.
 """
 
 import json
@@ -15,9 +16,9 @@ import numpy as np
 import tensorstore
 
 from torchpi.checkpoints.openpi_layout import jax_leaves
-from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig, preset
 
-CONFIG = Pi0Config(
+SMALLER = Pi0Config(
     pi05=True,
     paligemma_variant=GemmaConfig(width=1024, depth=12, mlp_dim=8192, num_heads=8, num_kv_heads=1, head_dim=128),
     action_expert_variant=GemmaConfig(width=512, depth=12, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=128),
@@ -26,12 +27,12 @@ CONFIG = Pi0Config(
 )
 
 
-def write(out: Path) -> None:
+def write(out: Path, config: Pi0Config) -> None:
     params = out / "params"
     params.mkdir(parents=True)
     rng = np.random.default_rng(0)
     tree = {}
-    for name, leaf in jax_leaves(CONFIG).items():
+    for name, leaf in jax_leaves(config).items():
         keys = ("params", *name.split("."))
         tree[str(keys)] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys]}
         metadata = {"shape": leaf.shape, "chunks": leaf.shape, "dtype": "<f4", "compressor": {"id": "zstd", "level": 1}}
@@ -44,4 +45,4 @@ def write(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), preset(sys.argv[2]) if len(sys.argv) > 2 else SMALLER)

@@ -98,7 +98,7 @@ def convert(
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
         lora_alpha: see `load_model`.
         asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
-        max_shard_bytes: above it safetensors files are written in shards.
+        max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
         overwrite: replace a target that is there.
         check: read the target back, and compare its arrays and sampled actions with the source's.
         policy: more arguments of `load_policy` (embodiment, norm_stats, tokenizer, …), which torchpi and lerobot need
@@ -129,7 +129,7 @@ def convert(
         else:
             if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
                 raise ValueError(f"a checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out")
-            notes = _write_openpi(beside, model, to, dtype, max_shard_bytes)
+            notes = _write_openpi(beside, model, to, dtype)
             notes += _write_assets(beside, source, checkpoint, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
         files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
@@ -194,7 +194,7 @@ def _write_policy(root: pathlib.Path, policy: Policy, to: str, dtype: torch.dtyp
     if to == "torchpi":
         policy.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return []
-    _write_torch(root, policy.model, dtype, max_shard_bytes, prefix=LEROBOT_PREFIX, embeddings=2)
+    _write_torch(root, policy.model, dtype, prefix=LEROBOT_PREFIX, embeddings=2)
     notes = lerobot.write_parts(
         root,
         policy.model.config,
@@ -206,6 +206,7 @@ def _write_policy(root: pathlib.Path, policy: Policy, to: str, dtype: torch.dtyp
     )
     (root / lerobot.TOKENIZER).mkdir()
     policy.write_tokenizer(root / lerobot.TOKENIZER)
+    lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
     if policy.default_prompt is not None:
         notes.append(f"the default prompt {policy.default_prompt!r} is not written: LeRobot has none")
     return notes
@@ -234,7 +235,7 @@ def _sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype, max_shard_bytes: int) -> list[str]:
+def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -> list[str]:
     config = model.config
     if to == "openpi-jax":
         leaves = jax_leaves(config)
@@ -242,7 +243,7 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype, m
         openpi.write_params(root / "params", leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)
         unsaid = ["action_horizon", "max_token_len", "discrete_state_input"]
     else:
-        _write_torch(root, model, dtype, max_shard_bytes, prefix="", embeddings=1)
+        _write_torch(root, model, dtype, prefix="", embeddings=1)
         document = {
             "action_dim": config.action_dim,
             "action_horizon": config.require("action_horizon"),
@@ -256,10 +257,9 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype, m
     return [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
 
 
-def _write_torch(
-    root: pathlib.Path, model: Pi0, dtype: torch.dtype, max_shard_bytes: int, *, prefix: str, embeddings: int
-) -> None:
-    """The arrays of openpi's PyTorch port, with those that a strict loader misses otherwise.
+def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: int) -> None:
+    """The arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
+    openpi nor LeRobot reads shards (LeRobot 0.6 then goes on with random weights).
 
     Args:
         embeddings: 1: under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays; 2:
@@ -278,12 +278,10 @@ def _write_torch(
         leaf = written[name]
         if leaf is head:  # nobody reads the expert's
             return torch.zeros(leaf.shape, dtype=dtype)
-        array = leaf_array(model, leaf, dtype)
-        # safetensors takes no tensor under two names.
-        return array.clone() if embeddings == 2 and name.endswith(TIED_EMBEDDING) else array
+        return leaf_array(model, leaf, dtype)
 
     alias = {EMBEDDING: TIED_EMBEDDING} if embeddings == 1 else {}
-    write_safetensors(root, written, read, dtype=dtype, max_shard_bytes=max_shard_bytes, metadata=alias)
+    write_safetensors(root, written, read, dtype=dtype, metadata=alias)
 
 
 def _write_assets(

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -233,9 +233,23 @@ class Policy:
             self.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def write(
-        self, root: pathlib.Path, *, dtype: torch.dtype | None = None, max_shard_bytes: int | None = None
+        self,
+        root: pathlib.Path,
+        *,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int | None = None,
+        read: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """Write the files of a policy folder into a folder that is there; see `save`."""
+        """Write the files of a policy folder into a folder that is there; see `save`.
+
+        Args:
+            read: gives the weights by their names; by default they are the model's.
+        """
+        self.write_parts(root)
+        folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
+
+    def write_parts(self, root: pathlib.Path) -> None:
+        """Write the files of a policy folder without the weights."""
         file = folder.PolicyFile(
             model=self.model.config,
             embodiment=self.embodiment.to_dict(),
@@ -251,7 +265,6 @@ class Policy:
         (root / "policy.json").write_text(file.to_json(), encoding="utf-8")
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)
-        folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def write_tokenizer(self, root: pathlib.Path) -> None:
         """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""

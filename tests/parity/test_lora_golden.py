@@ -13,7 +13,6 @@ import torchpi
 from torchpi.checkpoints.layout import Leaf, leaf_array
 from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
 from torchpi.model.lora import LoraConfig, add_lora, lora_config, trainable_parameters
-from torchpi.training.optim import clip_gradients, learning_rate, make_optimizer, update_ema
 
 ALPHA = (8.0, 3.0)
 # A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
@@ -122,71 +121,3 @@ def test_what_is_frozen(lora, ranks, case):
     expected = lora.document("freeze_filter")[case]
     assert found[True] == set(expected["trainable"])
     assert found[False] == set(expected["frozen"])
-
-
-class Run:
-    """Ten updates as the original's: schedule, clipping, AdamW and average, over the trainable parameters."""
-
-    def __init__(self, lora: LoraGolden, *, frozen: torch.dtype) -> None:
-        self.lora, self.model = lora, lora.model()
-        self.model.compute_dtype_override = torch.float32
-        trained = trainable_parameters(self.model, "lora")
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trained[name])
-            if not trained[name]:
-                parameter.data = parameter.data.to(frozen)
-        self.frozen = {n: p.detach().clone() for n, p in self.model.named_parameters() if not trained[n]}
-        self.trained = {n: p for n, p in self.model.named_parameters() if trained[n]}
-        self.ema = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
-        self.optimizer = make_optimizer(self.trained.values(), weight_decay=1e-10)
-        self.draws = lora.arrays("draws")
-        self.losses: list[float] = []
-        self.grad_norms: list[float] = []
-
-    def step(self, step: int) -> None:
-        observation, actions = self.lora.batch(int(self.draws["batch_index"][step]))
-        noise, time = self.draws["noise"][step], self.draws["time"][step]
-        loss = self.model.compute_loss(observation, actions, noise=noise, time=time).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.losses.append(loss.item())
-        self.grad_norms.append(clip_gradients(list(self.trained.values()), 1.0))
-        rate = learning_rate(step, peak=1e-3, warmup_steps=3, decay_steps=10, final=1e-4)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        update_ema(list(self.ema.values()), list(self.trained.values()), 0.9)
-
-    def check_norms(self, expected: Mapping[str, list[float]]) -> None:
-        np.testing.assert_allclose(self.losses, expected["loss"], atol=2e-5, rtol=0)
-        np.testing.assert_allclose(self.grad_norms, expected["grad_norm"], atol=2e-4, rtol=0)
-
-    def check_parameters(self, expected: Mapping[str, Tensor]) -> None:
-        leaves = self.lora.leaves(self.model)
-        for name, theirs in expected.items():
-            if NO_GRADIENT not in name:
-                error = (leaf_array(self.model, leaves[name]) - theirs).abs()
-                assert error.max() <= 1e-4, (name, float(error.max()))
-
-
-@pytest.mark.slow
-def test_ten_updates(lora):
-    run = Run(lora, frozen=torch.float32)
-    for step in range(10):
-        run.step(step)
-    run.check_norms(lora.document("training"))
-    run.check_parameters(lora.arrays("final_trainable_params"))
-    for name, before in run.frozen.items():
-        assert torch.equal(run.model.get_parameter(name), before), name
-    for name, parameter in run.trained.items():
-        parameter.data = run.ema[name]
-    run.check_parameters(lora.arrays("final_trainable_ema_params"))
-
-
-@pytest.mark.slow
-def test_ten_updates_with_frozen_weights_in_bfloat16(lora):
-    run = Run(lora, frozen=torch.bfloat16)
-    for step in range(10):
-        run.step(step)
-    run.check_norms(lora.document("training")["frozen_bfloat16"])
-    assert {p.dtype for p in run.frozen.values()} == {torch.bfloat16}
-    assert {p.dtype for p in run.trained.values()} == {torch.float32}

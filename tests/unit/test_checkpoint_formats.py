@@ -361,14 +361,44 @@ def test_two_formats_in_one_folder_are_an_error(port, golden_pi05):
 
 @pytest.fixture
 def shards(golden_pi05, tmp_path):
-    convert(
-        golden_pi05.root / "lerobot",
-        tmp_path / "sharded",
-        "openpi-pytorch",
-        config=golden_pi05.config,
-        max_shard_bytes=300_000,
-    )
-    return tmp_path / "sharded"
+    """openpi's PyTorch format in three shards, as the hub's tools write them."""
+    root = tmp_path / "sharded"
+    root.mkdir()
+    weights = safetensors.torch.load_file(golden_pi05.root / "openpi_pytorch" / "model.safetensors")
+    weight_map = {name: f"model-{i % 3 + 1:05d}-of-00003.safetensors" for i, name in enumerate(weights)}
+    for file in set(weight_map.values()):
+        safetensors.torch.save_file({n: w for n, w in weights.items() if weight_map[n] == file}, root / file)
+    (root / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return root
+
+
+@pytest.mark.parametrize("to", ["openpi-pytorch", "lerobot"])
+def test_other_systems_get_one_file_which_is_all_that_they_read(to, golden_pi05, tmp_path):
+    """LeRobot 0.6 goes on with random weights where there are shards."""
+    convert(golden_pi05.root / "lerobot", tmp_path / "out", to, config=golden_pi05.config, max_shard_bytes=300_000)
+    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+
+
+def test_lerobot_gets_a_tokenizer_that_transformers_can_read(golden_pi05, tmp_path):
+    """The settings that made π₀'s tokens of golden texts with transformers 5.5.4."""
+    convert(golden_pi05.root / "lerobot", tmp_path / "out", "lerobot", config=golden_pi05.config, check=False)
+    settings = json.loads((tmp_path / "out" / "tokenizer" / "tokenizer_config.json").read_text())
+    assert settings == {
+        "tokenizer_class": "GemmaTokenizer",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+
+
+def test_a_prompt_that_lerobot_does_not_have_is_refused(golden_pi05, tmp_path):
+    config = dataclasses.replace(golden_pi05.config, discrete_state_input=False)
+    with pytest.raises(ValueError, match="discrete_state_input is False: LeRobot always has the state"):
+        convert(golden_pi05.root / "lerobot", tmp_path / "out", "lerobot", config=config)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shards_are_read(shards, golden_pi05):

@@ -1,10 +1,11 @@
 """The trainer on a small dataset: what it writes, that it resumes to the bit, and its errors."""
 
+import collections
 import dataclasses
-import errno
 import json
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -23,8 +24,11 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
 from torchpi.training.config import TrainConfig
-from torchpi.training.samples import Draws, Samples, TrainingOrder
-from torchpi.training.setup import build_policy, open_data
+from torchpi.training.distributed import alone
+from torchpi.training.resume import resume_config
+from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
+from torchpi.training.setup import build_policies, open_data
+from torchpi.training.weights import begin_model, model_config
 
 GEMMA = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
 SIZES = Pi0Config(
@@ -83,12 +87,16 @@ def recipe(dataset, tmp_path_factory):
         eval_every=3,
         save_every=3,
         log_every=2,
+        chunk_samples=0,
+        trackers=(),
         workers=0,
     )
 
 
 def weights(run: pathlib.Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(state.checkpoints(run)[-1] / state.WEIGHTS)
+    """The state of a run's last checkpoint, of all processes that have written it."""
+    arrays = state.StateArrays(state.checkpoints(run)[-1] / state.STATE)
+    return {name: arrays.read(name) for name in arrays.names}
 
 
 def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
@@ -100,7 +108,7 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
 @pytest.fixture(scope="module")
 def whole_run(recipe, tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "whole"
-    result = loop.train(recipe, run)
+    result = loop.train(dataclasses.replace(recipe, chunk_samples=2), run)
     return run, result
 
 
@@ -108,11 +116,13 @@ def test_a_run_leaves_recipe_metrics_curves_and_a_policy(whole_run, recipe):
     run, result = whole_run
     assert not result.interrupted
     assert result.step == 6
-    assert TrainConfig.from_json(run / "train.json") == recipe
+    assert TrainConfig.from_json(run / "train.json") == dataclasses.replace(recipe, decay_steps=6, chunk_samples=2)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "holdout_loss" in line] == [3, 6]
+    assert [line["step"] for line in lines if "chunk_error" in line] == [3, 6]
+    assert result.report.stat().st_size > 0
     assert (run / "curves.png").stat().st_size > 0
     policy = torchpi.load_policy(result.policy)
     assert policy.provenance["recipe"]["num_steps"] == 6
@@ -124,7 +134,11 @@ def test_the_policy_has_the_averaged_weights(whole_run):
     run, result = whole_run
     saved = weights(run)
     policy = dict(torchpi.load_policy(result.policy).model.named_parameters())
-    assert all(torch.equal(policy[name], saved[f"ema.{name}"]) for name in policy)
+    trained = [name for name in policy if f"ema.{name}" in saved]
+    assert all(torch.equal(policy[name], saved[f"ema.{name}"]) for name in trained)
+    # What the loss does not depend on stays as it was.
+    last = "attention.out.weight", "feed_forward.gate_up.weight", "feed_forward.down.weight", "pre_ffw_norm.scale"
+    assert set(policy) - set(trained) == {f"backbone.layers.1.{n}" for n in last} | {"backbone.final_norm.scale"}
     assert not torch.equal(saved["ema.action_out_proj.weight"], saved["weights.action_out_proj.weight"])
 
 
@@ -142,7 +156,7 @@ def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe,
     result = loop.train(recipe, run)
     assert (result.interrupted, result.step) == (True, 2)
     monkeypatch.setattr(loop, "update", true_update)
-    result = loop.train(loop.resume_config(run), run, resume=True)
+    result = loop.train(resume_config(run), run, resume=True)
     assert (result.interrupted, result.step) == (False, 6)
     assert_same_bits(weights(run), weights(whole_run[0]))
 
@@ -177,17 +191,35 @@ def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe,
     assert f"interrupted after {int(checkpoint.name)} steps; go on with: torchpi train --resume {run}" in out
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe, tmp_path):
-    data = open_data(recipe)
-    policy = build_policy(recipe, data)
-    some = Samples(data.train, data.embodiment, policy.transforms, Draws(0, 1))
-    batch = some.finish(some.collate([some[0, 0, 0], some[1, 0, 1]]), "cpu")
-    begun = state.TrainState.begin(policy.model, weight_decay=0.0, ema=True)
+def begin(recipe: TrainConfig):
+    """Data, policy and state of a recipe, as `train` makes them in one process."""
+    sizes = model_config(recipe)
+    data = open_data(recipe, sizes)
+    model, _ = begin_model(recipe, sizes, skeleton=False)
+    (policy,) = build_policies(recipe, model, data)
+    return data[0], policy, state.TrainState.begin(model, weight_decay=0.0, ema=True)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe):
+    data, policy, begun = begin(recipe)
+    some = Samples([Frames(data.train, data.embodiment, policy.transforms)], Draws(0, 1))
+    batch = some.finish(some.collate([some[0, 0, 0, 0], some[0, 1, 0, 1]]), "cpu")
     before = {name: value.clone() for name, value in begun.tensors().items()}
     batch.noise[0] = torch.nan
-    with pytest.raises(ValueError, match="the gradient at step 0 has the norm nan"):
-        loop.update(begun, recipe, batch)
+    with pytest.raises(FloatingPointError, match="the gradient at step 0 has the norm nan"):
+        loop.update(begun, recipe, [batch], alone(policy.model))
     assert_same_bits(begun.tensors(), before)
+
+
+def test_what_a_failed_step_was_computed_from_is_kept_for_a_look(recipe, tmp_path):
+    """A learning rate at which the weights explode."""
+    run = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"nothing of this step is kept.*failed_step_.*torchpi stats"):
+        loop.train(dataclasses.replace(recipe, learning_rate=1e30, num_steps=50, save_every=50, eval_every=50), run)
+    (file,) = run.glob("failed_step_*.safetensors")
+    kept = safetensors.torch.load_file(file)
+    assert kept["image.base_0_rgb"].shape == (4, 32, 32, 3)
+    assert kept["places"].shape == (4, 4)
 
 
 def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
@@ -207,40 +239,104 @@ def test_old_checkpoints_are_removed(recipe, tmp_path):
     assert [path.name for path in state.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path, monkeypatch):
-    run, true_save = tmp_path / "run", safetensors.torch.save_file
+def test_checkpoints_at_round_numbers_can_be_kept(recipe, tmp_path):
+    loop.train(dataclasses.replace(recipe, save_every=1, keep=1, keep_every=2), tmp_path / "run")
+    kept = [path.name for path in state.checkpoints(tmp_path / "run")]
+    assert kept == ["00000002", "00000004", "00000006"]
 
-    def save(tensors, path, **options):
-        if path.name == state.WEIGHTS and len(state.checkpoints(run)) == 1:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        true_save(tensors, path, **options)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", save)
-    with pytest.raises(OSError, match="No space left"):
-        loop.train(recipe, run)
+def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path):
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=3), run)
+    longer = dataclasses.replace(resume_config(run), num_steps=6)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(Exception, match="File too large"):
+            loop.train(longer, run, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["00000003"]
-    monkeypatch.setattr(safetensors.torch, "save_file", true_save)
-    assert loop.train(loop.resume_config(run), run, resume=True).step == 6
+    assert loop.train(longer, run, resume=True).step == 6
+
+
+def test_a_run_goes_on_for_more_steps_as_if_they_had_been_asked_for_at_once(recipe, tmp_path):
+    """But for the end of the schedule, which stays where it was."""
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=3), run)
+    loop.train(dataclasses.replace(resume_config(run), num_steps=6), run, resume=True)
+    at_once = tmp_path / "at_once"
+    loop.train(dataclasses.replace(recipe, decay_steps=3), at_once)
+    assert_same_bits(weights(run), weights(at_once))
+
+
+def test_a_run_is_not_gone_on_with_under_another_recipe(recipe, tmp_path):
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=3), run)
+    changed = dataclasses.replace(resume_config(run), learning_rate=0.5, batch_size=8, num_steps=6, workers=1)
+    with pytest.raises(
+        ValueError, match=r"batch_size was 4, now 8; learning_rate was 0\.01, now 0\.5\. What may change"
+    ):
+        loop.train(changed, run, resume=True)
+    with pytest.raises(ValueError, match="has 3 steps already"):
+        loop.train(dataclasses.replace(resume_config(run), num_steps=2), run, resume=True)
+
+
+def order(**fields) -> list[list[tuple[int, int, int, int]]]:
+    defaults = {
+        "frames": [np.arange(10)], "weights": [1.0], "batch_size": 4, "accumulate": 1, "seed": 3, "first_step": 0,
+        "last_step": 5,
+    }  # fmt: skip
+    return list(TrainingOrder(**{**defaults, **fields}))
 
 
 def test_each_frame_is_seen_once_per_epoch_in_an_order_of_its_own():
-    order = list(TrainingOrder(num_frames=10, batch_size=4, seed=3, first_step=0, last_step=5))
-    frames = [frame for batch in order for frame, _, _ in batch]
+    whole = order()
+    frames = [frame for batch in whole for _, frame, _, _ in batch]
     assert sorted(frames[:10]) == sorted(frames[10:]) == list(range(10))
     assert frames[:10] != frames[10:]
-    assert order[3:] == list(TrainingOrder(num_frames=10, batch_size=4, seed=3, first_step=3, last_step=5))
-    assert [place[1:] for place in order[2]] == [(2, 0), (2, 1), (2, 2), (2, 3)]
+    assert order(first_step=3) == whole[3:]
+    assert [place[2:] for place in whole[2]] == [(2, 0), (2, 1), (2, 2), (2, 3)]
+
+
+@pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
+def test_processes_and_passes_share_a_batch(world_size, accumulate):
+    parts = [order(world_size=world_size, rank=rank, accumulate=accumulate) for rank in range(world_size)]
+    together = [
+        sorted(place for part in parts for batch in part[step * accumulate :][:accumulate] for place in batch)
+        for step in range(5)
+    ]
+    assert together == [sorted(batch) for batch in order()]
+    with pytest.raises(ValueError, match="batch_size 4 can't be divided by 3 processes"):
+        order(world_size=3)
+
+
+def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
+    frames, steps = [np.arange(100), np.array([5, 7, 9])], 40_000
+    places = [place for batch in order(frames=frames, weights=[3.0, 1.0], last_step=steps) for place in batch]
+    of_second = [frame for source, frame, _, _ in places if source == 1]
+    assert len(of_second) / len(places) == pytest.approx(0.25, abs=1e-3)
+    counts = collections.Counter(of_second)
+    assert set(counts) == {5, 7, 9}
+    assert max(counts.values()) - min(counts.values()) <= 1
+    # Any part of the run alone gives the same places, beyond a block of the mixture as well.
+    again = [
+        place
+        for batch in order(frames=frames, weights=[3.0, 1.0], first_step=20_000, last_step=steps)
+        for place in batch
+    ]
+    assert again == places[20_000 * 4 :]
 
 
 def samples(recipe: TrainConfig, **draws) -> Samples:
-    data = open_data(recipe)
-    policy = build_policy(recipe, data)
-    return Samples(data.train, data.embodiment, policy.transforms, Draws(**{"seed": 0, "num_draws": 2, **draws}))
+    data, policy, _ = begin(recipe)
+    frames = Frames(data.train, data.embodiment, policy.transforms)
+    return Samples([frames], Draws(**{"seed": 0, "num_draws": 2, **draws}))
 
 
 def test_a_samples_draws_belong_to_its_place(recipe):
     some = samples(recipe, state_noise=0.1, augmentation=recipe.augmentation)
-    one, again, elsewhere = some[3, 7, 1], some[3, 7, 1], some[3, 7, 2]
+    one, again, elsewhere = some[0, 3, 7, 1], some[0, 3, 7, 1], some[0, 3, 7, 2]
     for key in ("noise", "time", "tokenized_prompt"):
         np.testing.assert_array_equal(one[key], again[key])
     assert (one["noise"] != elsewhere["noise"]).any()
@@ -249,14 +345,15 @@ def test_a_samples_draws_belong_to_its_place(recipe):
 
 def test_time_is_drawn_as_the_model_draws_it(recipe):
     some = samples(recipe, num_draws=4000)
-    time = some[0, 0, 0]["time"]
+    time = some[0, 0, 0, 0]["time"]
     assert time.min() > 0.001
     assert time.max() < 1
     assert time.mean() == pytest.approx(0.6 * 0.999 + 0.001, abs=0.015)  # Beta(1.5, 1) has the mean 0.6
 
 
 def test_held_out_episodes_are_not_trained_on(recipe, dataset):
-    data = open_data(dataclasses.replace(recipe, holdout=0.5))
+    config = dataclasses.replace(recipe, holdout=0.5)
+    (data,) = open_data(config, model_config(config))
     assert len(data.train) == len(data.holdout) == 12
     assert not set(data.train.episode_indices) & set(data.holdout.episode_indices)
     assert len(LeRobotDataset(dataset, action_horizon=4)) == 24
@@ -313,16 +410,16 @@ def test_a_run_is_not_overwritten(whole_run, recipe):
 
 def test_nothing_to_resume_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
-        loop.resume_config(tmp_path)
+        resume_config(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(dataclasses.replace(recipe, num_steps=3), run)
-    file = state.checkpoints(run)[-1] / state.WEIGHTS
+    (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="damaged"):
-        loop.train(loop.resume_config(run), run, resume=True)
+    with pytest.raises(ValueError, match=r"can't be taken up: .*; take an older checkpoint"):
+        loop.train(resume_config(run), run, resume=True)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +468,9 @@ def test_the_command_says_what_is_missing_or_too_much(whole_run, capsys):
         ([], "train needs --out"),
         (["--out", "x"], "train needs --dataset"),
         (["--out", "x", "--dataset", "y"], "train needs --embodiment"),
-        (["--resume", str(whole_run[0]), "--num-steps", "3"], "leave everything else out"),
+        (["--resume", str(whole_run[0]), "--out", "x"], "leave --out and --recipe out"),
+        (["--resume", str(whole_run[0]), "--num-steps", "3"], "has 6 steps already"),
+        (["--resume", str(whole_run[0]), "--seed", "3"], "seed was 0, now 3"),
         (["--out", "x", "--dataset", "nowhere", "--embodiment", "metaworld", "--model", "tiny"], "nowhere"),
         (["--batch-size", "0"], "batch_size must be a positive integer"),
     ):

@@ -22,6 +22,7 @@ from rich.table import Table
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import alone
 from torchpi.training.loop import update
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
@@ -298,8 +299,10 @@ def bench_train(work: Workload, *, repeats: int = 5) -> Result:
     noise = torch.randn(shape, generator=generator, device=device)
     time_ = torch.rand(shape[:2], generator=generator, device=device)
     # The trainer drops padding that all samples of a batch have.
-    batch = Batch(make_observation(work, device, padded=False), noise[:, 0], noise, time_)
-    return measure("training step", lambda: update(state, config, batch), training_ops(work), work, repeats)
+    observation = make_observation(work, device, padded=False)
+    batch = Batch(observation, noise[:, 0], torch.ones_like(noise[:, 0], dtype=torch.bool), noise, time_, places=())
+    parallel = alone(model)
+    return measure("training step", lambda: update(state, config, [batch], parallel), training_ops(work), work, repeats)
 
 
 def describe_machine(device: torch.device) -> str:

@@ -206,8 +206,17 @@ def write_parts(
             f"embodiment {robot.name!r} converts units by the code {robot.hook!r}, which no step of LeRobot does; "
             "convert with an embodiment of the model's own units"
         )
+    if config.discrete_state_input not in (None, config.pi05):
+        raise ValueError(
+            f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "
+            "never in π₀'s, so the policy would read another prompt there"
+        )
     notes = []
     features, renamed = _features(robot, config, norm_stats["state"].dim)
+    if robots_own := [key for key in renamed if not key.startswith("observation.")]:
+        notes.append(
+            f"send LeRobot its own names ({IMAGES}…, {STATE}): it drops {', '.join(robots_own)} before it renames"
+        )
     if len(robot.state) > 1:
         keys = ", ".join(part.key for part in robot.state)
         notes.append(f"the state is one vector there: send {keys} one behind the other as {STATE}")
@@ -348,6 +357,17 @@ def _document(
         "tokenizer_max_length": config.require("max_token_len"),
         "normalization_mapping": dict(norm_map),
     }
+
+
+def write_tokenizer_config(root: pathlib.Path, special_tokens: Mapping[str, str]) -> None:
+    """What transformers needs beside a tokenizer's file to make π₀'s tokens of a text.
+
+    Args:
+        special_tokens: the texts of bos, eos, pad and unk.
+    """
+    names = {f"{name}_token": text for name, text in special_tokens.items()}
+    settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
+    _write(root / "tokenizer_config.json", settings)
 
 
 def _write(path: pathlib.Path, document: Mapping[str, Any]) -> None:

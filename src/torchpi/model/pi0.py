@@ -259,6 +259,20 @@ class Pi0(nn.Module):
         Raises:
             ValueError: shapes do not fit the model or each other.
         """
+        error = self.flow_error(observation, actions, noise=noise, time=time, num_draws=num_draws, generator=generator)
+        return error.mean(dim=-1).mean(dim=1)
+
+    def flow_error(
+        self,
+        observation: Observation,
+        actions: Float32[Tensor, "B H A"],
+        *,
+        noise: Float32[Tensor, "B H A"] | Float32[Tensor, "B R H A"] | None = None,
+        time: Float32[Tensor, " B"] | Float32[Tensor, "B R"] | None = None,
+        num_draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Float32[Tensor, "B R H A"]:
+        """(v_t − u_t)² of every draw and number, of which `compute_loss` is the mean; arguments and errors as there."""
         self._check_actions(observation, actions, "actions")
         batch, draws = actions.shape[0], _num_draws(noise, time, num_draws)
         repeated = actions.repeat_interleave(draws, 0)  # [B·R, H, A]
@@ -273,7 +287,7 @@ class Pi0(nn.Module):
         suffix_tokens = self.suffix(observation.state.repeat_interleave(draws, 0), x_t, features)
         frame = self.frame_suffix(cache.mask, actions.shape[1])
         v_t = self.velocity(suffix_tokens, cache, frame, self.modulations(self.suffix.condition(features)))
-        return (v_t - u_t).square().mean(dim=-1).unflatten(0, (batch, draws)).mean(dim=1)
+        return (v_t - u_t).square().unflatten(0, (batch, draws))
 
     @torch.no_grad()
     def sample_actions(

@@ -35,6 +35,8 @@ def draw(config: Augmentation, rng: np.random.Generator, image_size: int) -> Flo
     scale = [room, room, math.radians(config.degrees)]
     scale += [config.brightness, config.contrast, config.saturation, config.hue]
     values = rng.uniform(-1, 1, NUM_PARAMETERS) * scale
+    if config.like_openpi:
+        values[5] = 0  # the library that it uses does not apply the saturation
     if rng.uniform() >= config.color_probability:
         values[3:] = 0
     return values.astype(np.float32)

@@ -1,28 +1,41 @@
-"""The training loop: one process, one state, from the dataset to a policy folder."""
+"""The training loop: one state, from the dataset to a policy folder, in one process or many."""
 
 import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import safetensors.torch
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
-from torchpi.randomness import generator_at
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import plot_curves, read_metrics
-from torchpi.training.optim import clip_gradients, learning_rate, update_ema
-from torchpi.training.samples import Batch, Draws, Samples, TrainingOrder
-from torchpi.training.setup import Data, build_policy, open_data
-from torchpi.training.state import WEIGHTS, TrainState, checkpoints, save_checkpoint
+from torchpi.training.distributed import Parallel, World, parallelize, process_group, sum_over_processes
+from torchpi.training.export import Exporter
+from torchpi.training.holdout import Holdout
+from torchpi.training.memory import checkpoint_activations, layers
+from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
+from torchpi.training.report import write_report
+from torchpi.training.resume import find_start, write_recipe
+from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
+from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
+from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
+from torchpi.training.summary import describe, run_document
+from torchpi.training.trackers import Tracker, open_trackers, scalars
+from torchpi.training.weights import begin_model, model_config
 
-RECIPE, METRICS, CURVES = "train.json", "metrics.jsonl", "curves.png"
+METRICS, CURVES, RUN = "metrics.jsonl", "curves.png", "run.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,51 +46,71 @@ class TrainResult:
     """The policy folder of the last checkpoint."""
     step: int
     interrupted: bool
-    """It ended by Ctrl-C and can be resumed."""
+    """It ended by Ctrl-C or SIGTERM and can be resumed."""
+    report: pathlib.Path
+    """The page about the run."""
 
 
 def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> TrainResult:
-    """Train a policy, or go on with a run.
+    """Train a policy, or go on with a run; in all processes that torchrun has started.
 
     Args:
-        config: the recipe; a run that is resumed has its own, see `resume_config`.
-        run: the run's folder: train.json (the recipe), metrics.jsonl, curves.png, checkpoints/<step>/policy.
+        config: the recipe; of a run that is resumed, see `resume.resume_config`.
+        run: the run's folder: train.json (the recipe), metrics.jsonl, curves.png, report.html, checkpoints/<step>.
         resume: go on from the run's last checkpoint, as if it had not been interrupted.
 
     Raises:
         FileNotFoundError: no dataset, or nothing to resume.
         KeyError: the dataset has no such column or camera.
-        ValueError: the run exists already; or recipe, dataset and robot do not fit together.
+        ValueError: the run exists already; recipe, dataset and robot do not fit together; or the loss became NaN.
     """
-    console = Console(stderr=True, highlight=False)
-    if not resume and run.exists() and any(run.iterdir()):
-        raise ValueError(f"{run} is not empty; choose another folder, or go on with it: torchpi train --resume {run}")
-    data = open_data(config)
-    policy = build_policy(config, data)
-    state = TrainState.begin(policy.model, weight_decay=config.weight_decay, ema=config.ema_decay > 0)
-    if resume:
-        last = checkpoints(run)[-1]
-        state.load(last / WEIGHTS, int(last.name))
-        _drop_metrics_behind(run / METRICS, state.step)
-    else:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / RECIPE).write_text(config.to_json(), encoding="utf-8")
-    _describe(console, config, data, policy)
-    interrupted = _Trainer(config, run, policy, state, data).run(console)
-    target = save_checkpoint(run, state, policy, keep=config.keep)
-    plot_curves(run / METRICS, run / CURVES)
-    return TrainResult(target / "policy", state.step, interrupted)
+    with process_group(config.device) as world:
+        console = Console(stderr=True, highlight=False, quiet=not world.first)
+        last = find_start(config, run, resume=resume)
+        sizes = model_config(config)
+        data = open_data(config, sizes)
+        model, beginning = begin_model(config, sizes, skeleton=not world.first)
+        policies = build_policies(config, model, data)
+        prompts: dict[str, int] = {}
+        for policy, source in zip(policies, data, strict=True):
+            prompts |= check_prompts(policy, source)
+        describe(console, config, world, model, beginning, data, prompts)
+        dist.barrier()  # all have looked at the run's folder before the first one writes there
+        if world.first:
+            write_recipe(config, run)
+            if last is not None:
+                _drop_metrics_behind(run / METRICS, int(last.name))
+            (run / RUN).write_text(run_document(config, world, model, beginning, data), encoding="utf-8")
+        exporter = Exporter(config, policies) if world.first else None
+        state, parallel = spread(model, config, world)
+        if last is not None:
+            state.load(last / STATE, int(last.name))
+        checkpointer = Checkpointer(
+            run, world, keep=config.keep, keep_every=config.keep_every, finish=exporter.write if exporter else None
+        )
+        trainer = _Trainer(config, run, world, policies, state, parallel, data, checkpointer)
+        try:
+            interrupted = trainer.run(console)
+            checkpointer.wait()
+            dist.barrier()  # the first process has completed the last checkpoint
+        finally:
+            checkpointer.close()
+            report = write_report(run) if world.first else run / "report.html"
+        return TrainResult(checkpoints(run)[-1] / "policy", state.step, interrupted, report)
 
 
-def resume_config(run: pathlib.Path) -> TrainConfig:
-    """The recipe of a run.
-
-    Raises:
-        FileNotFoundError: there is no run, or it has no checkpoint yet.
-    """
-    if not checkpoints(run):
-        raise FileNotFoundError(f"there is no checkpoint to go on from in {run / 'checkpoints'}")
-    return TrainConfig.from_json(run / RECIPE)
+def spread(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:
+    """A model, prepared for training as the recipe says and spread over the processes, and its state."""
+    checkpoint_activations(model, config.checkpointing)
+    if config.compile:
+        for layer in layers(model):
+            layer.compile()
+    shard_size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parallel = parallelize(model, config.parallel, world, shard_size=shard_size)
+    state = TrainState.begin(
+        model, weight_decay=config.weight_decay, ema=config.ema_decay > 0, optimizer=config.optimizer
+    )
+    return state, parallel
 
 
 def _drop_metrics_behind(path: pathlib.Path, step: int) -> None:
@@ -86,144 +119,257 @@ def _drop_metrics_behind(path: pathlib.Path, step: int) -> None:
     path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
 
-def _describe(console: Console, config: TrainConfig, data: Data, policy: Policy) -> None:
-    parts: dict[str, int] = {}
-    for name, parameter in policy.model.named_parameters():
-        part = name.split(".")[0]
-        parts[part] = parts.get(part, 0) + parameter.numel()
-    held = len(data.holdout.episode_lengths) if data.holdout else 0
-    frames = len(data.train)
-    console.print(
-        f"{'π₀.₅' if policy.model.config.pi05 else 'π₀'}, {sum(parts.values()) / 1e6:.2f} M parameters, all trained: "
-        + ", ".join(f"{name} {count / 1e6:.2f}" for name, count in parts.items())
-    )
-    console.print(
-        f"{frames} frames of {len(data.train.episode_lengths)} episodes, {held} more are held out; "
-        f"{config.num_steps} steps of {config.batch_size} samples × {config.num_draws} draws: "
-        f"{config.num_steps * config.batch_size / frames:.1f} epochs"
-    )
-
-
-def update(state: TrainState, config: TrainConfig, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+def update(
+    state: TrainState, config: TrainConfig, batches: Sequence[Batch], parallel: Parallel, world_size: int = 1
+) -> tuple[torch.Tensor, dict[str, float]]:
     """One update of the weights and of their average, in the order of the original.
 
+    Args:
+        batches: of this process, one per pass.
+
     Returns:
-        The loss before the update, still on the device; the norm of the gradient before it is cut; the learning rate.
+        This process' part of the loss before the update, still on the device: the sum over all processes is the mean
+        over the whole batch; the norm of the gradient before it is cut; the learning rate.
 
     Raises:
-        ValueError: the gradient is NaN or infinite; the weights are as they were.
+        FloatingPointError: the gradient is NaN or infinite; the weights are as they were.
     """
-    parameters = list(state.model.parameters())
     rate = learning_rate(
         state.step,
         peak=config.learning_rate,
         warmup_steps=config.warmup_steps,
         decay_steps=config.decay_steps or config.num_steps,
         final=config.final_learning_rate,
+        schedule=config.schedule,
+        timescale=config.timescale,
     )
-    loss = _loss(state, batch)
-    state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    grad_norm = clip_gradients(parameters, config.max_grad_norm)
+    state.drop_gradients()
+    total = _num_terms(config, batches, world_size)
+    loss = torch.zeros((), device=batches[0].actions.device)
+    for number, batch in enumerate(batches):
+        with parallel.last_of_update(number == len(batches) - 1):
+            part = loss_sum(parallel.flow_error, batch, config.loss) / total
+            (part * world_size).backward()  # the gradients of the processes are averaged
+        loss += part.detach()
+    state.take_gradients()
+    grad_norm = clip_gradients(list(state.trained.values()), config.max_grad_norm)
     if not math.isfinite(grad_norm):
-        raise ValueError(
-            f"the gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g}); nothing of this step "
-            "is kept. Lower the learning rate, or look for extreme values in the dataset: torchpi stats"
-        )
+        raise FloatingPointError(f"the gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g})")
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     if state.ema:
-        update_ema(list(state.ema.values()), parameters, config.ema_decay)
+        update_ema(list(state.ema.values()), list(state.parts.values()), config.ema_decay)
     state.step += 1
-    return loss.detach(), {"grad_norm": grad_norm, "learning_rate": rate}
+    return loss, {"grad_norm": grad_norm, "learning_rate": rate}
 
 
-def _loss(state: TrainState, batch: Batch) -> torch.Tensor:
-    return state.model.compute_loss(batch.observation, batch.actions, noise=batch.noise, time=batch.time).mean()
+def _num_terms(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float:
+    """Of the whole batch, over all passes and processes."""
+    own = sum(num_terms(batch, config.loss) for batch in batches)
+    if config.loss == "all":  # the same in each
+        return float(own * world_size)
+    return sum_over_processes({"terms": float(own)})["terms"]
 
 
 class _Trainer:
     """The loop over the updates; what it needs between them is in `state`."""
 
-    def __init__(self, config: TrainConfig, run: pathlib.Path, policy: Policy, state: TrainState, data: Data) -> None:
-        self.config, self.run_folder, self.policy, self.state = config, run, policy, state
+    def __init__(
+        self,
+        config: TrainConfig,
+        run: pathlib.Path,
+        world: World,
+        policies: Sequence[Policy],
+        state: TrainState,
+        parallel: Parallel,
+        data: Sequence[SourceData],
+        checkpointer: Checkpointer,
+    ) -> None:
+        self.config, self.run_folder, self.world = config, run, world
+        self.state, self.parallel, self.checkpointer = state, parallel, checkpointer
         draws = Draws(config.seed, config.num_draws, config.state_noise, config.augmentation)
-        self.samples = Samples(data.train, data.embodiment, policy.transforms, draws)
-        order = TrainingOrder(len(data.train), config.batch_size, config.seed, state.step, config.num_steps)
-        self.batches = self.samples.batches(order, config.workers)
-        self.holdout = [] if data.holdout is None else self._holdout_batches(data)
-
-    def _holdout_batches(self, data: Data) -> list[Batch]:
-        """The same samples with the same draws each time, without augmentation."""
-        assert data.holdout is not None
-        size, count = self.config.batch_size, min(self.config.holdout_samples, len(data.holdout))
-        samples = Samples(data.holdout, data.embodiment, self.policy.transforms, Draws(self.config.seed, 4))
-        frames = generator_at(self.config.seed, "holdout frames").permutation(len(data.holdout))[:count].tolist()
-        # No step of training has this number, so none has these draws.
-        places = [
-            [(frame, 1 << 40, i) for i, frame in enumerate(frames)][at : at + size] for at in range(0, count, size)
+        frames = [
+            Frames(source.train, source.embodiment, policy.transforms)
+            for source, policy in zip(data, policies, strict=True)
         ]
-        return [samples.finish(batch, self.config.device) for batch in samples.batches(places, 0)]
+        self.samples = Samples(frames, draws)
+        order = TrainingOrder(
+            [source.frames for source in data],
+            [source.source.weight for source in data],
+            config.batch_size,
+            config.accumulate,
+            config.seed,
+            state.step,
+            config.num_steps,
+            world.rank,
+            world.size,
+        )
+        self.batches = self.samples.batches(order, config.workers)
+        self.holdout = Holdout(config, world, data, policies)
+        self.epoch_frames = sum(len(source.frames) for source in data)
+        names = config.trackers if world.first else ()
+        self.tracker: Tracker = open_trackers(names, run, dataclasses.asdict(config), state.step)
 
     def run(self, console: Console) -> bool:
-        """Update until the last step; whether Ctrl-C ended it before."""
+        """Update until the last step; whether a signal ended it before."""
         config, state = self.config, self.state
         columns = (
             BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
         )  # fmt: skip
-        mean_loss = torch.zeros((), device=config.device)
-        since, samples_since = time.perf_counter(), 0
-        with _StopRequest() as stop, Progress(*columns, console=console) as progress:
+        meter = _Meter(self.world)
+        with contextlib.closing(self.tracker), _StopRequest() as stop, Progress(*columns, console=console) as progress:
             bar = progress.add_task("", total=config.num_steps, completed=state.step)
-            while state.step < config.num_steps and not stop.requested:
-                loss, numbers = update(state, config, self.samples.finish(next(self.batches), config.device))
-                mean_loss += loss
-                samples_since += config.batch_size
+            while state.step < config.num_steps and not meter.stopped:
+                with meter.waiting():
+                    batches = [self._next_batch() for _ in range(config.accumulate)]
+                numbers = self._update(batches, meter, stop)
+                last = state.step == config.num_steps or meter.stopped
                 line: dict[str, Any] = {}
-                if state.step % config.log_every == 0 or state.step == config.num_steps:
-                    speed = samples_since / (time.perf_counter() - since)
-                    steps = samples_since / config.batch_size
-                    line = {"loss": float(mean_loss) / steps, **numbers, "samples_per_second": round(speed, 1)}
-                    progress.update(bar, description=f"loss {line['loss']:.4f}, {speed:.0f} samples/s")
-                if state.step % config.eval_every == 0 or state.step == config.num_steps:
-                    line |= self._holdout_loss()
+                if state.step % config.log_every == 0 or last:
+                    line = meter.line(config.batch_size) | numbers | self._about_state()
+                    progress.update(bar, description=_description(line))
+                if state.step % config.eval_every == 0 or last:
+                    line |= self._measure()
+                if state.step % config.save_every == 0 or last:
+                    line |= self._save(last=last)
                 if line:
                     self._log(line)
-                    mean_loss.zero_()
-                    since, samples_since = time.perf_counter(), 0
-                if state.step % config.save_every == 0:
-                    save_checkpoint(self.run_folder, state, self.policy, keep=config.keep)
+                    meter.restart()
+                if self.world.first and line and state.step % config.save_every == 0:
                     plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
                 progress.update(bar, completed=state.step)
+        if self.world.first:
+            plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
         return state.step < config.num_steps
 
-    @torch.no_grad()
-    def _holdout_loss(self) -> dict[str, float]:
-        if not self.holdout:
-            return {}
-        with self.state.averaged_weights():
-            losses = [_loss(self.state, batch) * len(batch.actions) for batch in self.holdout]
-        return {"holdout_loss": float(sum(losses)) / sum(len(batch.actions) for batch in self.holdout)}
+    def _next_batch(self) -> Batch:
+        return self.samples.finish(next(self.batches), self.world.device)
+
+    def _update(self, batches: Sequence[Batch], meter: "_Meter", stop: "_StopRequest") -> dict[str, float]:
+        try:
+            loss, numbers = update(self.state, self.config, batches, self.parallel, self.world.size)
+        except FloatingPointError as error:
+            files = [self._keep_for_a_look(batch, i) for i, batch in enumerate(batches)]
+            raise ValueError(
+                f"{error}; nothing of this step is kept. What it was computed from is in "
+                f"{', '.join(map(str, files))}. Lower the learning rate, or look for extreme values: torchpi stats"
+            ) from error
+        meter.add(float(loss), stop.requested)
+        return numbers
+
+    def _keep_for_a_look(self, batch: Batch, number: int) -> pathlib.Path:
+        name = f"failed_step_{self.state.step:08d}_process_{self.world.rank}_pass_{number}.safetensors"
+        tensors = {key: value.detach().cpu().contiguous() for key, value in batch.to_tensors().items()}
+        safetensors.torch.save_file(tensors, self.run_folder / name)
+        return self.run_folder / name
+
+    def _about_state(self) -> dict[str, float]:
+        norm = global_norm([part for name, part in self.state.trained.items() if _counts_in_norm(name, part)])
+        about = {
+            "param_norm": float(norm),
+            "epoch": self.state.step * self.config.batch_size / self.epoch_frames,
+        }
+        if self.world.device.type == "cuda":
+            about["memory"] = float(torch.cuda.max_memory_allocated(self.world.device))
+        return about
+
+    def _measure(self) -> dict[str, Any]:
+        """With the averaged weights, on the held-out episodes."""
+        with self.state.averaged_weights() as model:
+            model.eval()
+            numbers: dict[str, Any] = self.holdout.loss(self.parallel.flow_error)
+            chunks, pictures = self.holdout.chunks(self.run_folder, self.state.step)
+            model.train()
+        for name, path in pictures.items():
+            self.tracker.picture(self.state.step, name, path)
+        return numbers | chunks
+
+    def _save(self, *, last: bool) -> dict[str, Any]:
+        target = self.checkpointer.save(self.state)
+        if last or self.config.env:
+            self.checkpointer.wait()
+        return self._try_in_simulator(target / "policy") if self.config.env and self.world.first else {}
+
+    def _try_in_simulator(self, policy: pathlib.Path) -> dict[str, Any]:
+        from torchpi.sim.evaluate import evaluate  # brings the simulator
+
+        assert self.config.env is not None
+        tasks = None if self.config.env_tasks is None else self.config.env_tasks.split(",")
+        result = evaluate(
+            str(policy), self.config.env, tasks=tasks, episodes=self.config.env_episodes, seed=self.config.seed
+        ).to_dict()
+        return {"success_rate": result["success_rate"], "success": result["tasks"]}
 
     def _log(self, values: dict[str, Any]) -> None:
-        with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": self.state.step, **values}) + "\n")
+        if self.world.first:
+            line = {"step": self.state.step, **values}
+            with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            self.tracker.log(self.state.step, scalars(line))
+
+
+def _counts_in_norm(name: str, parameter: torch.Tensor) -> bool:
+    """openpi's param_norm is of the kernels."""
+    return parameter.ndim > 1 and name not in ("embedding", "vision.pos_embed")
+
+
+def _description(line: dict[str, Any]) -> str:
+    return (
+        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, rate {line['learning_rate']:.1e}, "
+        f"{line['samples_per_second']:.0f} samples/s, {100 * line['data_wait']:.0f} % waiting"
+    )
+
+
+class _Meter:
+    """The mean loss and the speed since the last line."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.stopped = world, False
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new line."""
+        self.since, self.waited, self.losses = time.perf_counter(), 0.0, list[float]()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the next batch is waited for."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    def add(self, loss: float, stop: bool) -> None:
+        """The loss of an update, of this process; all of them stop where one is asked to."""
+        total = sum_over_processes({"loss": loss, "stop": float(stop)})
+        self.losses.append(total["loss"])
+        self.stopped = total["stop"] > 0
+
+    def line(self, batch_size: int) -> dict[str, float]:
+        """What has been measured since the last one."""
+        seconds = time.perf_counter() - self.since
+        return {
+            "loss": sum(self.losses) / len(self.losses),
+            "samples_per_second": round(batch_size * len(self.losses) / seconds, 1),
+            "data_wait": round(self.waited / seconds, 4),
+        }
 
 
 class _StopRequest(contextlib.AbstractContextManager["_StopRequest"]):
-    """While it is open, the first Ctrl-C asks to stop after the current update; a second one interrupts as usual."""
+    """While it is open, the first Ctrl-C or SIGTERM asks to stop after the current update; a second Ctrl-C interrupts
+    as usual."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def __enter__(self) -> "_StopRequest":
-        self._before = signal.signal(signal.SIGINT, self._request)
+        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _request(self, *_: Any) -> None:
         self.requested = True
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
 
     def __exit__(self, *_: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)

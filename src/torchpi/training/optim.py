@@ -2,25 +2,67 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from torchpi.training.distributed import is_sharded, local, sum_over_shards
+
 BETAS = (0.9, 0.95)
 EPS = 1e-8
+Schedule = Literal["cosine", "rsqrt", "constant"]
+Kind = Literal["adamw", "adamw8bit"]
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, decay_steps: int, final: float) -> float:
-    """Linear from peak/(warmup + 1) at step 0 to peak at `warmup_steps`, then a cosine to `final` at `decay_steps`."""
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    warmup_steps: int,
+    decay_steps: int,
+    final: float,
+    schedule: Schedule = "cosine",
+    timescale: float = 10_000.0,
+) -> float:
+    """The rate of an update, as optax's schedules have it.
+
+    Linear from peak/(warmup + 1) at step 0 to peak at `warmup_steps`; then a cosine to `final` at `decay_steps`, or
+    "rsqrt": peak/√(1 + (step − warmup)/timescale), or "constant".
+    """
+    if schedule not in get_args(Schedule):
+        raise ValueError(f"unknown schedule {schedule!r}; schedules are {', '.join(get_args(Schedule))}")
     if step < warmup_steps:
         first = peak / (warmup_steps + 1)
         return first + (peak - first) * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    if schedule == "rsqrt":
+        return peak / math.sqrt(1 + (step - warmup_steps) / timescale)
     progress = min(1.0, (step - warmup_steps) / max(decay_steps - warmup_steps, 1))
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW; its learning rate is set before each step."""
+def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float, kind: Kind = "adamw") -> torch.optim.Optimizer:
+    """AdamW; its learning rate is set before each step.
+
+    Args:
+        kind: "adamw8bit" keeps the moments of large arrays in 8 bits, by blocks (arXiv:2110.02861, bitsandbytes).
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes is missing.
+        ValueError: an unknown kind.
+    """
+    if kind == "adamw8bit":
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ModuleNotFoundError as error:
+            message = f"adamw8bit needs bitsandbytes: pip install 'torchpi[adamw8bit]' ({error})"
+            raise ModuleNotFoundError(message) from error
+        found: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+        return found
+    if kind != "adamw":
+        raise ValueError(f"unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Kind))}")
     return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
 
@@ -29,11 +71,18 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
 
     Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, gradients that are cut have exactly `max_norm`.
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    gradients = [local(gradient) for gradient in whole]
+    norm = global_norm(whole)
     if norm >= max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
     return float(norm)
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The L2 norm of all numbers together, over the processes where they are sharded (all of them alike)."""
+    norm = torch.stack(torch._foreach_norm([local(tensor.detach()) for tensor in tensors])).norm()
+    return sum_over_shards(norm.square(), tensors[0]).sqrt() if is_sharded(tensors[0]) else norm
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,7 +16,7 @@ from torchpi.policy import stack_inputs
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.sim.workers import interrupts_held
-from torchpi.training.augment import Augmentation, augment, draw
+from torchpi.training.augment import OFF, Augmentation, augment, draw
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation
 
@@ -36,47 +36,104 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one update is computed from."""
+    """What one pass is computed from."""
 
     observation: Observation
     actions: Float32[Tensor, "B H A"]
     """Normalized and padded to action_dim."""
+    is_real: Bool[Tensor, "B H A"]
+    """False at padded dimensions, and at steps past the end of the episode."""
     noise: Float32[Tensor, "B R H A"]
     time: Float32[Tensor, "B R"]
+    places: tuple["Place", ...]
+    """Where the samples come from."""
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All of it under flat names, to be looked at."""
+        observation = self.observation
+        named = {f"image.{name}": image for name, image in observation.images.items()}
+        named |= {f"image_mask.{name}": mask for name, mask in observation.image_masks.items()}
+        for name in ("state", "tokenized_prompt", "tokenized_prompt_mask"):
+            named[name] = getattr(observation, name)
+        for name in ("actions", "is_real", "noise", "time"):
+            named[name] = getattr(self, name)
+        return {**named, "places": torch.tensor(self.places)}
 
 
-Place = tuple[int, int, int]
-"""(frame, step, position in the batch)"""
+def loss_sum(flow_error: Any, batch: Batch, terms: str) -> torch.Tensor:
+    """The sum of the loss' terms over a batch: all of them, or the "real" ones, see `TrainConfig.loss`."""
+    error = flow_error(batch.observation, batch.actions, noise=batch.noise, time=batch.time)  # [B, R, H, A]
+    return error.sum() if terms == "all" else (error * batch.is_real[:, None]).sum()
+
+
+def num_terms(batch: Batch, terms: str) -> int:
+    """How many terms `loss_sum` adds up."""
+    count = batch.actions.numel() if terms == "all" else int(batch.is_real.sum())
+    return count * batch.noise.shape[1]
+
+
+Place = tuple[int, int, int, int]
+"""(dataset of the mixture, frame, step, position in the batch)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """A dataset, and how its frames become the model's inputs."""
+
+    dataset: LeRobotDataset
+    embodiment: Embodiment
+    transforms: Transforms
 
 
 class Samples(Dataset):
     """The samples of a run by their places in it: the part of the work that other processes can do."""
 
-    def __init__(self, dataset: LeRobotDataset, embodiment: Embodiment, transforms: Transforms, draws: Draws) -> None:
-        self.dataset, self.embodiment, self.transforms, self.draws = dataset, embodiment, transforms, draws
+    def __init__(self, sources: Sequence[Frames], draws: Draws) -> None:
+        self.sources, self.draws = sources, draws
+        # A robot without one of the others' cameras has a black one in its place, which is masked.
+        self.cameras = tuple(dict.fromkeys(name for source in sources for name in source.embodiment.camera_names))
 
     def __getitem__(self, place: Place) -> dict[str, Any]:
         """The model's inputs of one sample, its actions, and its noise, time and augmentation."""
-        frame, step, position = place
+        number, frame, step, position = place
+        source = self.sources[number]
         rng = generator_at(self.draws.seed, "sample", step, position)
-        sample = self.embodiment.to_model(to_observation(self.dataset[frame], self.embodiment))
+        item = source.dataset[frame]
+        sample = source.embodiment.to_model(to_observation(item, source.embodiment))
         state_noise = rng.standard_normal(len(sample["state"])) * self.draws.state_noise
-        inputs = self.transforms.forward(sample, state_noise=state_noise)
+        inputs = source.transforms.forward(sample, state_noise=state_noise)
         real = inputs["tokenized_prompt_mask"]  # padding costs time and changes nothing
+        is_real = np.zeros(inputs["actions"].shape, np.bool_)
+        is_real[~item["action_is_pad"], : source.embodiment.action_size] = True
         return {
-            **inputs,
+            **self._with_all_cameras(inputs),
             "tokenized_prompt": inputs["tokenized_prompt"][real],
             "tokenized_prompt_mask": real[real],
+            "is_real": is_real,
             "noise": rng.standard_normal((self.draws.num_draws, *inputs["actions"].shape), np.float32),
             # Beta(1.5, 1)·0.999 + 0.001, as `flow.sample_time`.
             "time": rng.random(self.draws.num_draws) ** (1 / 1.5) * 0.999 + 0.001,
             "augmentation": self._draw_augmentation(rng, inputs["image"]),
+            "place": place,
+        }
+
+    def _with_all_cameras(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        images, masks = inputs["image"], inputs["image_mask"]
+        black = np.zeros_like(next(iter(images.values())))
+        return {
+            **inputs,
+            "image": {name: images.get(name, black) for name in self.cameras},
+            "image_mask": {name: masks.get(name, np.bool_(False)) for name in self.cameras},
         }
 
     def _draw_augmentation(self, rng: np.random.Generator, images: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if self.draws.augmentation is None:
+        config = self.draws.augmentation
+        if config is None:
             return {}
-        return {name: draw(self.draws.augmentation, rng, image.shape[0]) for name, image in images.items()}
+        size = next(iter(images.values())).shape[0]
+        drawn = {name: draw(config, rng, size) for name in images}
+        first = next(iter(drawn.values()))
+        return {name: first if config.like_openpi else drawn.get(name, OFF) for name in self.cameras}
 
     @staticmethod
     def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -88,14 +145,22 @@ class Samples(Dataset):
         numbers = {key: stacked([sample[key] for sample in samples]) for key in ("actions", "noise", "time")}
         drawn = samples[0]["augmentation"]
         augmentation = {name: stacked([sample["augmentation"][name] for sample in samples]) for name in drawn}
-        return {"inputs": stack_inputs(samples), **numbers, "augmentation": augmentation}
+        is_real = torch.from_numpy(np.stack([sample["is_real"] for sample in samples]))
+        return {
+            "inputs": stack_inputs(samples),
+            **numbers,
+            "is_real": is_real,
+            "augmentation": augmentation,
+            "places": tuple(sample["place"] for sample in samples),
+        }
 
     def finish(self, stacked: Mapping[str, Any], device: str | torch.device) -> Batch:
         """The batch of what `collate` returned, on the device, its images augmented there."""
         observation = Observation.from_dict(_to(stacked["inputs"], device))
         if self.draws.augmentation is not None:
             observation = augment(observation, self.draws.augmentation, stacked["augmentation"])
-        return Batch(observation, **{key: stacked[key].to(device) for key in ("actions", "noise", "time")})
+        numbers = {key: stacked[key].to(device) for key in ("actions", "is_real", "noise", "time")}
+        return Batch(observation, **numbers, places=stacked["places"])
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
         """Collated batches of the places, in their order, prepared ahead by worker processes."""
@@ -118,26 +183,94 @@ def _to(tree: Any, device: str | torch.device) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingOrder:
-    """The places of a run's batches: all frames in random order, then all in another one, and so on."""
+    """The places of a process' passes, in their order.
 
-    num_frames: int
+    Of each dataset all frames come in random order, then all in another one, and so on. The datasets are mixed in
+    blocks, in each of which their samples are as many as their weights say, in random order. So the place of any sample
+    follows from its number alone: a run that is resumed has to know the step only.
+    """
+
+    frames: Sequence[Int[np.ndarray, " _"]]
+    """Of each dataset, the numbers of the frames that are trained on."""
+    weights: Sequence[float]
+    """Of each dataset."""
     batch_size: int
+    """Over all processes and passes."""
+    accumulate: int
+    """Passes per update."""
     seed: int
     first_step: int
     last_step: int
     """Not included."""
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        parts = self.world_size * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} can't be divided by {self.world_size} processes × {self.accumulate} "
+                f"passes; choose a multiple of {parts}"
+            )
 
     def __len__(self) -> int:
-        return self.last_step - self.first_step
+        return (self.last_step - self.first_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[Place]]:
-        epoch, order = -1, np.empty(0, np.int64)
+        size = self.batch_size // (self.world_size * self.accumulate)
+        sources = _Mixture(self.weights, self.seed)
+        orders = [_Shuffled(frames, self.seed, number) for number, frames in enumerate(self.frames)]
         for step in range(self.first_step, self.last_step):
-            places = []
-            for position in range(self.batch_size):
-                number = step * self.batch_size + position
-                if number // self.num_frames != epoch:
-                    epoch = number // self.num_frames
-                    order = generator_at(self.seed, "order", epoch).permutation(self.num_frames)
-                places.append((int(order[number % self.num_frames]), step, position))
-            yield places
+            for turn in range(self.accumulate):
+                start = (turn * self.world_size + self.rank) * size
+                places = []
+                for position in range(start, start + size):
+                    source, count = sources.at(step * self.batch_size + position)
+                    places.append((source, orders[source].at(count), step, position))
+                yield places
+
+
+class _Mixture:
+    """Which dataset each sample of a run is from."""
+
+    BLOCK = 1 << 16
+
+    def __init__(self, weights: Sequence[float], seed: int) -> None:
+        self.ends, self.seed, self.block = np.cumsum(weights) / np.sum(weights), seed, -1
+        if min(weights) / sum(weights) * self.BLOCK < 2:
+            raise ValueError(f"a dataset with the weight {min(weights)} of {sum(weights)} would hardly be seen")
+
+    def at(self, number: int) -> tuple[int, int]:
+        """The dataset of a sample, and how many samples before it are from the same one."""
+        block, place = divmod(number, self.BLOCK)
+        if block != self.block:
+            self._enter(block)
+        return int(self.sources[place]), int(self.counts[place])
+
+    def _enter(self, block: int) -> None:
+        self.block, before = block, self._seen_before(block)
+        in_order = np.repeat(np.arange(len(self.ends)), self._seen_before(block + 1) - before)
+        self.sources = generator_at(self.seed, "mixture", block).permutation(in_order)
+        self.counts = np.empty_like(self.sources)
+        for source, start in enumerate(before):
+            mine = self.sources == source
+            self.counts[mine] = start + np.arange(mine.sum())
+
+    def _seen_before(self, block: int) -> Int[np.ndarray, " sources"]:
+        """Samples of each dataset in the blocks before."""
+        return np.diff(np.rint(self.ends * block * self.BLOCK).astype(np.int64), prepend=0)
+
+
+class _Shuffled:
+    """The frames of a dataset, epoch by epoch."""
+
+    def __init__(self, frames: Int[np.ndarray, " F"], seed: int, number: int) -> None:
+        self.frames, self.seed, self.number, self.epoch = frames, seed, number, -1
+
+    def at(self, count: int) -> int:
+        """The frame of the sample before which there were `count`."""
+        epoch, place = divmod(count, len(self.frames))
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = generator_at(self.seed, "order", self.number, epoch).permutation(self.frames)
+        return int(self.order[place])

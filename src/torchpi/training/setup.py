@@ -1,97 +1,182 @@
-"""From a recipe to what is trained: the episodes, and the policy before its first update."""
+"""From a recipe to its data: episodes, statistics, prompts, and the policy around the model."""
 
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
 import torchpi
 from torchpi.assets import assets
-from torchpi.config import PRESETS, Pi0Config, preset
+from torchpi.checkpoints.load import existing_file, existing_folder, format_of, norm_stats_files
+from torchpi.config import Pi0Config
 from torchpi.data import LeRobotDataset, compute_norm_stats, to_observation
+from torchpi.data.episodes import select_episodes
+from torchpi.data.idle import idle_frames
+from torchpi.data.stats import ModelValues
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import Policy
+from torchpi.policy import TOKENIZER, Policy, read_parts
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
-from torchpi.training.config import TrainConfig
-from torchpi.transforms.normalize import Normalization, load_norm_stats
+from torchpi.training.config import Source, TrainConfig
+from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, normalize
+from torchpi.transforms.prompt import digitize_state, load_tokenizer, tokenize_prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
-    """The dataset, cut into what is trained on and what is measured."""
+class SourceData:
+    """A dataset of the run, cut into what is trained on and what is measured."""
 
-    train: LeRobotDataset
-    holdout: LeRobotDataset | None
+    source: Source
     embodiment: Embodiment
+    train: LeRobotDataset
+    frames: np.ndarray
+    """Numbers of the frames of `train` that are trained on [F]."""
+    holdout: LeRobotDataset | None
+    norm_stats: Mapping[str, NormStats]
 
 
-def model_config(config: TrainConfig) -> Pi0Config:
-    """The model's sizes.
+def open_data(config: TrainConfig, sizes: Pi0Config) -> list[SourceData]:
+    """Open the datasets and hold episodes out.
 
-    Raises:
-        ValueError: `model` is neither a preset nor a file, or the file is wrong.
-    """
-    if config.model in PRESETS:
-        return preset(config.model)
-    if not pathlib.Path(config.model).is_file():
-        raise ValueError(f"model {config.model!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
-    return Pi0Config.from_json(config.model)
-
-
-def open_data(config: TrainConfig) -> Data:
-    """Open the dataset and hold episodes out.
+    Args:
+        sizes: of the model.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: as `LeRobotDataset`; or there are too few episodes to hold some out.
+        FileNotFoundError, KeyError, ValueError: as `LeRobotDataset`; or there are too few episodes to hold some out, or
+            fewer frames than a batch has samples.
     """
-    embodiment = get_embodiment(config.embodiment)
-    horizon = model_config(config).require("action_horizon")
-    whole = LeRobotDataset(config.dataset, action_horizon=horizon)
+    return [_open_source(source, config, sizes.require("action_horizon")) for source in config.sources]
+
+
+def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceData:
+    embodiment = get_embodiment(source.embodiment)
+    chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
+    whole = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
-    num_episodes = len(whole.episode_lengths)
-    count = max(1, round(config.holdout * num_episodes)) if config.holdout else 0
-    if count >= num_episodes:
+    indices = np.array(whole.episode_indices)
+    count = max(1, round(config.holdout * len(indices))) if config.holdout else 0
+    if count >= len(indices):
         raise ValueError(
-            f"{config.dataset} has {num_episodes} episodes, of which {count} would be held out; record more, or train "
+            f"{source.dataset} has {len(indices)} episodes, of which {count} would be held out; record more, or train "
             "with holdout 0"
         )
-    if not count:
-        return Data(whole, None, embodiment)
-    order = generator_at(config.seed, "holdout").permutation(num_episodes).tolist()
-    part = [
-        LeRobotDataset(config.dataset, action_horizon=horizon, episodes=sorted(order[cut]))
-        for cut in (slice(count, None), slice(count))
+    order = generator_at(config.seed, "holdout").permutation(len(indices))
+    held, kept = (sorted(indices[part].tolist()) for part in (order[:count], order[count:]))
+    train = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=kept) if held else whole
+    holdout = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=held) if held else None
+    frames = np.arange(len(train))
+    if config.skip_idle:
+        frames = frames[~idle_frames(train)]
+    if len(frames) < config.batch_size:
+        raise ValueError(
+            f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
+            "more, or take a smaller batch_size"
+        )
+    stats = _norm_stats(source, config, train, embodiment, horizon)
+    return SourceData(source, embodiment, train, frames, holdout, stats)
+
+
+def _norm_stats(
+    source: Source, config: TrainConfig, train: LeRobotDataset, embodiment: Embodiment, horizon: int
+) -> Mapping[str, NormStats]:
+    where, _, asset_id = source.norm_stats.partition(":")
+    if source.norm_stats == "dataset":
+        return compute_norm_stats(train, embodiment, action_horizon=horizon)
+    if where != "init":
+        return load_norm_stats(source.norm_stats)
+    if config.init is None:
+        raise ValueError(f"norm_stats {source.norm_stats!r} are those of init, and there is no init")
+    root = existing_folder(config.init)
+    if format_of(root) in ("torchpi", "lerobot"):
+        if asset_id:
+            raise ValueError(f"{config.init} has statistics of its own: norm_stats must be init, without {asset_id!r}")
+        return read_parts(config.init).norm_stats
+    files = norm_stats_files(root)
+    asset_id = asset_id or (embodiment.asset_id if embodiment.asset_id in files else "")
+    if asset_id not in files:
+        raise ValueError(
+            f"norm_stats {source.norm_stats!r}: {config.init} has statistics for {', '.join(files) or 'no robot'}; "
+            "choose one as init:ASSET_ID (torchpi stats --compare shows which fit), or take those of the dataset"
+        )
+    return load_norm_stats(files[asset_id])
+
+
+def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) -> list[Policy]:
+    """A policy for each dataset's robot, around one model."""
+    said = _said(config)
+    tokenizer = said.get("tokenizer") or _default_tokenizer(model.config)
+    tokenizer = config.tokenizer or tokenizer
+    by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
+    normalization = said.get("normalization") or dict.fromkeys(("state", "actions"), by_variant)
+    return [
+        Policy(
+            model,
+            source.embodiment,
+            norm_stats=source.norm_stats,
+            normalization=normalization,
+            tokenizer=existing_file(tokenizer),
+            prompt_format=said.get("prompt_format", "openpi"),
+            truncation=said.get("truncation", "instruction"),
+            provenance=_provenance(config, source),
+        )
+        for source in data
     ]
-    return Data(part[0], part[1], embodiment)
 
 
-def build_policy(config: TrainConfig, data: Data) -> Policy:
-    """The policy before the first update: random weights, statistics of the episodes that are trained on."""
-    sizes = model_config(config)
-    model = Pi0(sizes, device=config.device, compute_dtype=getattr(torch, config.dtype))
-    model.init_weights(torch.Generator(config.device).manual_seed(config.seed))
-    kind = "quantile" if sizes.pi05 else "z_score"
-    if config.norm_stats is not None:
-        stats = load_norm_stats(config.norm_stats)
-    else:
-        stats = compute_norm_stats(data.train, data.embodiment, action_horizon=sizes.require("action_horizon"))
-    return Policy(
-        model,
-        data.embodiment,
-        norm_stats=stats,
-        normalization={key: Normalization(kind, "openpi") for key in ("state", "actions")},
-        tokenizer=config.tokenizer or assets() / "tiny_tokenizer.model",
-        provenance=_provenance(config),
-    )
+def _said(config: TrainConfig) -> dict[str, Any]:
+    """What a policy that the run begins with says of its own preprocessing."""
+    if config.init is None or format_of(existing_folder(config.init)) not in ("torchpi", "lerobot"):
+        return {}
+    return vars(read_parts(config.init))
 
 
-def _provenance(config: TrainConfig) -> dict[str, Any]:
+def _default_tokenizer(sizes: Pi0Config) -> str:
+    packaged = assets() / "tiny_tokenizer.model"
+    return str(packaged) if load_tokenizer(packaged).vocab_size == sizes.vocab_size else TOKENIZER
+
+
+def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
+    """The number of tokens of each task's longest prompt.
+
+    Raises:
+        ValueError: one does not fit the model's max_token_len.
+    """
+    transforms = policy.transforms
+    values = ModelValues.of(data.train, data.embodiment, action_horizon=1)
+    stats, rule = transforms.norm_stats["state"], transforms.normalization["state"]
+    states = np.asarray(normalize(values.state, stats, rule, what="state"))
+    bins = digitize_state(states.ravel()).reshape(states.shape)
+    digits = np.char.str_len(bins.astype(str)).sum(axis=1)  # one token each, or nearly so
+    tasks, longest = data.train.columns["task_index"], {}
+    for index in np.unique(tasks).tolist():
+        rows = np.flatnonzero(tasks == index)
+        tokens, _ = tokenize_prompt(
+            transforms.tokenizer,
+            data.train.tasks[index],
+            states[rows[np.argmax(digits[rows])]],
+            discrete_state_input=transforms.discrete_state_input,
+            max_token_len=None,
+            prompt_format=transforms.prompt_format,
+        )
+        longest[data.train.tasks[index]] = len(tokens)
+    limit = transforms.max_token_len
+    if limit is not None and (too_long := {text: count for text, count in longest.items() if count > limit}):
+        text, count = max(too_long.items(), key=lambda item: item[1])
+        raise ValueError(
+            f"{len(too_long)} of the {len(longest)} tasks of {data.source.dataset} have prompts longer than the "
+            f"model's max_token_len {limit}; the longest has {count} tokens: {text!r}. Shorten it, or train with a "
+            "larger max_token_len (--model with a JSON file, and --adapt)"
+        )
+    return longest
+
+
+def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
     """The recipe, and what the dataset says of its own making."""
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
-    recording = pathlib.Path(config.dataset) / "meta" / "torchpi_recording.json"
+    recording = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
     if recording.is_file():
         recorded = json.loads(recording.read_text(encoding="utf-8"))
         episodes = recorded.pop("episodes")  # the seed decides them

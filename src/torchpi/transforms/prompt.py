@@ -18,6 +18,13 @@ from torchpi.transforms.normalize import require_finite
 
 TRUNCATIONS = ("instruction", "original")
 FORMATS = ("openpi", "lerobot")
+# Their texts in Gemma's tokenizers, and in others.
+SPECIAL_TOKENS = {
+    "bos": ("<bos>", "<s>"),
+    "eos": ("<eos>", "</s>"),
+    "pad": ("<pad>",),
+    "unk": ("<unk>",),
+}
 
 _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
@@ -80,6 +87,11 @@ class Tokenizer(Protocol):
         """The number of ids; all ids are below."""
         ...
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
+        ...
+
     def encode(self, text: str, add_bos: bool) -> list[int]:
         """The ids of a text, after the beginning-of-sequence id if asked for; never an end-of-sequence id."""
         ...
@@ -115,6 +127,12 @@ class SentencePieceTokenizer:
         """The number of pieces."""
         return int(self._processor.vocab_size())
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
+        ids = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_TOKENS}
+        return {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
+
     def encode(self, text: str, add_bos: bool) -> list[int]:
         """The ids of a text."""
         return list(self._processor.encode(text, add_bos=add_bos))
@@ -139,21 +157,28 @@ class HFTokenizer:
         # A file may carry settings of its last use; lengths are tokenize_prompt's business.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        ids = [self._tokenizer.token_to_id(token) for token in ("<bos>", "<s>")]
-        bos = next((i for i in ids if i is not None), None)
-        if bos is None:
+        if "bos" not in self.special_tokens:
             raise ValueError(f"{path} has no beginning-of-sequence token <bos> (or <s>); π₀'s prompts begin with it.")
-        self._bos: int = bos
+        self._bos = self._tokenizer.token_to_id(self.special_tokens["bos"])
 
     @property
     def vocab_size(self) -> int:
         """The number of ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
+        known = {
+            name: [text for text in texts if self._tokenizer.token_to_id(text) is not None]
+            for name, texts in SPECIAL_TOKENS.items()
+        }
+        return {name: found[0] for name, found in known.items() if found}
+
     def encode(self, text: str, add_bos: bool) -> list[int]:
         """The ids of a text."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-        return [self._bos, *ids] if add_bos else ids
+        return [self._bos, *ids] if add_bos else ids  # type: ignore[list-item]
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:

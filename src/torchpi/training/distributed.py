@@ -1,0 +1,204 @@
+"""Training in several processes: who they are, and how model and gradients are spread over them.
+
+Every process computes its part of each batch. "ddp" keeps the whole model in each and averages the gradients; "fsdp"
+keeps a part of every weight, gradient and moment in each (FSDP2, `fully_shard`); "hybrid" does so within groups of
+processes, usually those of a node, and averages over the groups. What is computed is the same in all three.
+"""
+
+import contextlib
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from torchpi.model.gemma import AdaRMSNorm
+from torchpi.model.pi0 import Pi0
+from torchpi.training.memory import layers
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The processes of a run, and which of them this one is."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes and prints."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[World]:
+    """Join the processes that torchrun has started; without torchrun this one is alone.
+
+    Args:
+        device: "cpu", or "cuda": then each process has the GPU of its local rank.
+    """
+    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
+    if "WORLD_SIZE" in os.environ:
+        own = torch.device(device)
+        if own.type == "cuda" and own.index is None:
+            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(own)
+        dist.init_process_group(backend)
+    else:
+        own = torch.device(device)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with warnings.catch_warnings():
+            # FSDP2 warns of views that leave a module (values, chunks), because nobody may write to them; nobody does.
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            yield World(dist.get_rank(), dist.get_world_size(), own)
+    finally:
+        dist.destroy_process_group()
+
+
+@runtime_checkable
+class FlowError(Protocol):
+    """`Pi0.flow_error`, spread over the processes."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """See `Pi0.flow_error`."""
+        ...
+
+
+class _WithForward(nn.Module):
+    """What DistributedDataParallel needs: a forward."""
+
+    def __init__(self, model: Pi0) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.flow_error(*args, **kwargs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """A model, spread over the processes."""
+
+    flow_error: FlowError
+    last_of_update: Callable[[bool], Any]
+    """Says of each forward and backward pass whether it is the last one of its update: a context in which it runs."""
+
+
+def parallelize(model: Pi0, how: str, world: World, *, shard_size: int) -> Parallel:
+    """Spread a model over the processes. The first one's weights count; the others' may be on "meta".
+
+    Args:
+        model: changed in place: on the world's device, with DTensors as weights where they are sharded.
+        how: "ddp", "fsdp" or "hybrid".
+        shard_size: processes that share one copy of the model, for "hybrid".
+
+    Raises:
+        ValueError: the processes can't be divided into groups of `shard_size`.
+    """
+    if how == "ddp":
+        return _replicate(model, world)
+    mesh = _mesh(how, world, shard_size)
+    full = _weights_of_the_first(model, world)
+    model.to("meta")
+    _shard(model, mesh)
+    model.to_empty(device=world.device)
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+    @contextlib.contextmanager
+    def last_of_update(last: bool) -> Iterator[None]:
+        # Gradients are reduced after each pass, and add up in their shards: whole ones are never kept.
+        yield
+
+    return Parallel(model.flow_error, last_of_update)
+
+
+def alone(model: Pi0) -> Parallel:
+    """A model in one process."""
+    return Parallel(model.flow_error, lambda last: contextlib.nullcontext())
+
+
+def _replicate(model: Pi0, world: World) -> Parallel:
+    if world.size == 1:
+        return alone(model.to(world.device))
+    if world.first:
+        model.to(world.device)
+    else:
+        model.to_empty(device=world.device)
+    for parameter in model.parameters():
+        dist.broadcast(parameter.data, src=0)
+    spread = nn.parallel.DistributedDataParallel(_WithForward(model), init_sync=False, gradient_as_bucket_view=True)
+    return Parallel(spread, lambda last: contextlib.nullcontext() if last else spread.no_sync())
+
+
+def _mesh(how: str, world: World, shard_size: int) -> DeviceMesh:
+    if how == "fsdp":
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
+    if shard_size < 1 or world.size % shard_size:
+        raise ValueError(
+            f"parallel 'hybrid' divides the {world.size} processes into groups of shard_size {shard_size}, which does "
+            "not work out; choose a shard_size that divides their number"
+        )
+    shape = (world.size // shard_size, shard_size)
+    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def _weights_of_the_first(model: Pi0, world: World) -> dict[str, Any]:
+    return {name: value.detach() for name, value in model.state_dict().items()} if world.first else {}
+
+
+def _shard(model: Pi0, mesh: DeviceMesh) -> None:
+    """A group for each layer. What is read outside of its layer's forward needs a group of its own, or the root's."""
+    for norm in model.modules():
+        if isinstance(norm, AdaRMSNorm):  # all conditions are computed before the first layer
+            fully_shard(norm.dense, mesh=mesh)
+    for layer in layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in ("flow_error", "sample_actions"):
+        register_fsdp_forward_method(model, method)
+    assert isinstance(model, FSDPModule)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of the tensor only."""
+    return isinstance(tensor, DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' part of a tensor, in the same memory; all of it where it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(part: Tensor, whole: Tensor) -> Tensor:
+    """A part of this process as one of a tensor that is sharded as `whole` is."""
+    if not isinstance(whole, DTensor):
+        return part
+    return DTensor.from_local(
+        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+
+
+def sum_over_shards(value: Tensor, sharded: Tensor) -> Tensor:
+    """The sum of a value over the processes that share the shards of a tensor, in place."""
+    if isinstance(sharded, DTensor):
+        for dim, placement in enumerate(sharded.placements):
+            if placement.is_shard():
+                dist.all_reduce(value, group=sharded.device_mesh.get_group(dim))
+    return value
+
+
+def sum_over_processes(values: Mapping[str, float]) -> dict[str, float]:
+    """The sums of numbers over all processes."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))

@@ -1,0 +1,111 @@
+"""What a run measures on the episodes that it does not train on."""
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchpi.evaluation.chunks import predict_chunks, sample_frames
+from torchpi.evaluation.errors import errors_of
+from torchpi.evaluation.plots import plot_chunks, plot_errors
+from torchpi.policy import Policy
+from torchpi.randomness import generator_at
+from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import FlowError, World, sum_over_processes
+from torchpi.training.samples import Batch, Draws, Frames, Place, Samples, loss_sum, num_terms
+from torchpi.training.setup import SourceData
+
+PICTURES = "pictures"
+_DRAWS = 4
+# No step of training has this number, so none has these draws.
+_STEP = 1 << 40
+
+
+class Holdout:
+    """Held-out samples, the same ones with the same draws at each measurement, without augmentation."""
+
+    def __init__(
+        self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
+    ) -> None:
+        self.config, self.world, self.policies = config, world, policies
+        self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
+        self._batches = list(self._prepare(data)) if self.sources else []
+
+    def _prepare(self, data: Sequence[SourceData]) -> Iterator[tuple[Batch, bool]]:
+        """This process' part of each batch, and whether it counts: all have to pass as many batches."""
+        frames = [
+            Frames(source.holdout, source.embodiment, policy.transforms)
+            for source, policy in zip(data, self.policies, strict=True)
+            if source.holdout is not None
+        ]
+        samples = Samples(frames, Draws(self.config.seed, _DRAWS))
+        places = self._places(frames)
+        size = max(1, self.config.batch_size // (self.world.size * self.config.accumulate))
+        for at in range(0, len(places), size * self.world.size):
+            own = places[at + self.world.rank * size :][:size]
+            stacked = samples.collate([samples[place] for place in own or places[:1]])
+            yield samples.finish(stacked, self.world.device), bool(own)
+
+    def _places(self, frames: Sequence[Frames]) -> list[Place]:
+        found = []
+        count = self.config.holdout_samples // len(frames)
+        for source, part in enumerate(frames):
+            rng = generator_at(self.config.seed, "holdout frames", source)
+            found += [(source, int(frame)) for frame in rng.permutation(len(part.dataset))[:count]]
+        return [(source, frame, _STEP, i) for i, (source, frame) in enumerate(found)]
+
+    @torch.no_grad()
+    def loss(self, flow_error: FlowError) -> dict[str, float]:
+        """The mean flow-matching loss."""
+        if not self._batches:
+            return {}
+        total = {"loss": 0.0, "terms": 0.0}
+        for batch, counts in self._batches:
+            part = loss_sum(flow_error, batch, self.config.loss)
+            if counts:
+                total["loss"] += float(part)
+                total["terms"] += num_terms(batch, self.config.loss)
+        total = sum_over_processes(total)
+        return {"holdout_loss": total["loss"] / total["terms"]}
+
+    def chunks(self, run: pathlib.Path, step: int) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
+        """Sample chunks and compare them with the recorded ones.
+
+        Returns:
+            The numbers, and the pictures that the first process has drawn.
+        """
+        numbers: dict[str, Any] = {}
+        pictures: dict[str, pathlib.Path] = {}
+        if not self.config.chunk_samples:
+            return numbers, pictures
+        for number, dataset in self.sources:
+            policy = self.policies[number]
+            frames = sample_frames(dataset.episode_lengths, self.config.chunk_samples, seed=self.config.seed)
+            chunks = predict_chunks(policy, dataset, frames, seed=self.config.seed, batch_size=self.config.batch_size)
+            errors = errors_of(chunks, dataset.columns["action"])
+            name = "" if number == 0 else f"_{policy.embodiment.name}"
+            scaled = errors.mae() / errors.ranges
+            numbers |= {
+                f"chunk_error{name}": errors.overall().mae_scaled,
+                f"chunk_error_dims{name}": {
+                    dim.name: float(value) for dim, value in zip(errors.dimensions, scaled, strict=True)
+                },
+                f"chunk_error_steps{name}": [float(value) for value in errors.scaled_per_step()],
+            }
+            if self.world.first:
+                (run / PICTURES).mkdir(exist_ok=True)
+                for what, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
+                    pictures[f"{what}{name}"] = run / PICTURES / f"{step:08d}_{what}{name}.png"
+                    figure.savefig(pictures[f"{what}{name}"], dpi=80)
+        return {key: _without_nan(value) for key, value in numbers.items()}, pictures
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: None, or left out of a mapping."""
+    if isinstance(value, dict):
+        return {key: number for key, number in value.items() if np.isfinite(number)}
+    if isinstance(value, list):
+        return [number if np.isfinite(number) else None for number in value]
+    return value if np.isfinite(value) else None

@@ -1,0 +1,124 @@
+"""What a run is going to do, for people before its first step and for its report."""
+
+import dataclasses
+import datetime
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import torchpi
+from torchpi.model.pi0 import Pi0
+from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import World
+from torchpi.training.setup import SourceData
+from torchpi.training.weights import Beginning, table
+
+_LISTED = 8
+
+
+def describe(
+    console: Console,
+    config: TrainConfig,
+    world: World,
+    model: Pi0,
+    beginning: Beginning,
+    data: Sequence[SourceData],
+    prompts: Mapping[str, int],
+) -> None:
+    """Print the model, what is trained of it, where its weights come from, and the data.
+
+    Args:
+        prompts: tokens of each task's longest prompt.
+    """
+    rows = table(model, config)
+    total = sum(row.trainable + row.frozen + row.without_gradient for row in rows)
+    trained = sum(row.trainable for row in rows)
+    console.print(
+        f"{'π₀.₅' if model.config.pi05 else 'π₀'}, {_millions(total)} M parameters, {_millions(trained)} M trained "
+        f"({config.trained}):"
+    )
+    shown = Table("part", "trained, M", "frozen, M", "no gradient, M", "dtype", box=None, header_style="dim")
+    for row in rows:
+        counts = (row.trainable, row.frozen, row.without_gradient)
+        shown.add_row(row.part, *(_millions(count) if count else "–" for count in counts), row.dtype)
+    console.print(shown)
+    console.print(f"weights: {beginning.source}; {_listed('loaded', beginning.loaded)}{_fresh(beginning)}")
+    for name, reason in beginning.left_out.items():
+        console.print(f"  left out: {name} ({reason})")
+    if beginning.adapted:
+        console.print(f"  {beginning.adapted}")
+    weights = sum(source.source.weight for source in data)
+    for source in data:
+        held = len(source.holdout.episode_lengths) if source.holdout else 0
+        share = source.source.weight / weights
+        samples = config.num_steps * config.batch_size * share
+        mixed = f", {100 * share:.3g} % of the samples" if len(data) > 1 else ""
+        console.print(
+            f"data: {source.source.dataset}, {source.embodiment.name}{mixed}: {len(source.frames)} frames of "
+            f"{len(source.train.episode_lengths)} episodes, {held} more are held out; "
+            f"{samples / len(source.frames):.1f} epochs"
+        )
+    longest = max(prompts, key=lambda text: prompts[text])
+    limit = model.config.max_token_len or "any number of"
+    console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
+    console.print(
+        f"{config.num_steps} steps of {config.batch_size} samples × {config.num_draws} draws, in {world.size} "
+        f"process{'es' if world.size > 1 else ''} ({config.parallel}) and {config.accumulate} "
+        f"pass{'es' if config.accumulate > 1 else ''}"
+    )
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    return f"{len(names)} arrays {what}"
+
+
+def _fresh(beginning: Beginning) -> str:
+    fresh = beginning.fresh
+    if not fresh or not beginning.loaded:
+        return f", {len(fresh)} fresh" if fresh else ", none fresh"
+    more = f" and {len(fresh) - _LISTED} more" if len(fresh) > _LISTED else ""
+    return f", {len(fresh)} fresh: {', '.join(fresh[:_LISTED])}{more}"
+
+
+def run_document(
+    config: TrainConfig, world: World, model: Pi0, beginning: Beginning, data: Sequence[SourceData]
+) -> str:
+    """The text of run.json: how the run was begun, or gone on with for the last time."""
+    document = {
+        "command": shlex.join([*sys.orig_argv[:1], *sys.argv]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "torchpi": torchpi.__version__,
+        "torch": torch.__version__,
+        "device": str(world.device),
+        "world_size": world.size,
+        "datasets": [
+            {
+                "dataset": source.source.dataset,
+                "embodiment": source.embodiment.name,
+                "weight": source.source.weight,
+                "frames": len(source.frames),
+                "episodes": len(source.train.episode_lengths),
+                "holdout_episodes": len(source.holdout.episode_lengths) if source.holdout else 0,
+                "tasks": sorted(source.train.tasks.values()),
+            }
+            for source in data
+        ],
+        "parameters": [dataclasses.asdict(row) for row in table(model, config)],
+        "init": {
+            "source": beginning.source,
+            "loaded": len(beginning.loaded),
+            "fresh": list(beginning.fresh) if beginning.loaded else len(beginning.fresh),
+            "left_out": dict(beginning.left_out),
+            "adapted": beginning.adapted,
+        },
+    }
+    return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n"

@@ -1,0 +1,159 @@
+"""The weights that a run begins with, and which of them it changes."""
+
+import dataclasses
+import pathlib
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint, published_name, resolve_config
+from torchpi.config import PRESETS, Pi0Config, preset
+from torchpi.model.lora import add_lora, is_lora, trainable_parameters
+from torchpi.model.pi0 import Pi0
+from torchpi.training.config import TrainConfig
+from torchpi.types import Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Where the weights of a run come from."""
+
+    source: str
+    """The address, or "random"."""
+    loaded: tuple[str, ...]
+    """Parameters out of the checkpoint."""
+    fresh: tuple[str, ...]
+    """Parameters that were drawn."""
+    left_out: Mapping[str, str]
+    """Arrays of the checkpoint that no computation reads, and why."""
+    adapted: str
+    """What was cut or extended."""
+
+
+def model_config(config: TrainConfig) -> Pi0Config:
+    """The model's sizes, without reading any weights.
+
+    Raises:
+        FileNotFoundError: there is nothing at `init`.
+        ValueError: `model` is neither a preset nor a file, or contradicts the weights and `adapt` is not set.
+    """
+    given = _given_sizes(config)
+    if config.init is None:
+        return given or preset("pi05")
+    name = published_name(config.init)
+    checkpoint = open_checkpoint(existing_folder(config.init), config=given or name)
+    if config.adapt and given is not None:
+        return given
+    return resolve_config(checkpoint, given or name)
+
+
+def _given_sizes(config: TrainConfig) -> Pi0Config | None:
+    if config.model is None:
+        return None
+    if config.model in PRESETS:
+        return preset(config.model)
+    if not pathlib.Path(config.model).is_file():
+        raise ValueError(f"model {config.model!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
+    return Pi0Config.from_json(config.model)
+
+
+def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tuple[Pi0, Beginning]:
+    """The model before the first update: from scratch or `init`, with LoRA where it is trained; what is not trained
+    needs no gradient, and is in its own dtype.
+
+    Args:
+        sizes: `model_config` of the recipe.
+        skeleton: leave the weights on "meta".
+    """
+    device = "meta" if skeleton else "cpu"
+    if config.init is None or skeleton:
+        model = Pi0(sizes, device="meta")
+        if not skeleton:
+            model.to_empty(device="cpu")
+            model.init_weights(torch.Generator().manual_seed(config.seed))
+        beginning = Beginning("random", (), (), {}, "")
+    else:
+        model, beginning = _load(config, sizes)
+    if config.trained in ("lora", "lora_strict"):
+        add_lora(model, config.lora, torch.Generator(device).manual_seed(config.seed) if not skeleton else None)
+    model.compute_dtype_override = getattr(torch, config.dtype)
+    model.requires_grad_(True).train()
+    freeze(model, config)
+    fresh = tuple(name for name, _ in model.named_parameters() if name not in beginning.loaded)
+    return model, dataclasses.replace(beginning, fresh=fresh)
+
+
+def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
+    assert config.init is not None
+    alpha = (config.lora.backbone_alpha, config.lora.expert_alpha)
+    checkpoint = open_checkpoint(existing_folder(config.init), config=sizes)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load_model(
+            config.init, config=sizes, adapt=config.adapt, lora_alpha=alpha if checkpoint.folded else None
+        )
+    loaded = tuple(name for name, _ in model.named_parameters())
+    adapted = "; ".join(str(warning.message) for warning in caught)
+    return model, Beginning(config.init, loaded, (), checkpoint.dropped, adapted)
+
+
+def freeze(model: Pi0, config: TrainConfig) -> None:
+    """Say of every parameter whether it is trained, and bring those that are not to their dtype."""
+    changed, unused = trainable_parameters(model, config.trained), without_gradient(model, config)
+    frozen_dtype = getattr(torch, config.frozen_dtype)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(changed[name] and name not in unused)
+        if not changed[name]:
+            parameter.data = parameter.data.to(frozen_dtype)
+
+
+def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
+    """The parameters that the flow loss does not depend on: of the backbone's last layer all behind keys and values,
+    and its final norm. They are found by a backward pass without numbers.
+    """
+    twin = Pi0(model.config, device="meta")
+    if config.trained in ("lora", "lora_strict"):
+        add_lora(twin, config.lora, None)
+    sizes = model.config
+    horizon = sizes.action_horizon or 1
+    observation = Observation.from_dict(
+        {
+            "image": {"camera": torch.empty(1, sizes.image_size, sizes.image_size, 3, device="meta")},
+            "image_mask": {"camera": torch.ones(1, dtype=torch.bool, device="meta")},
+            "state": torch.empty(1, sizes.action_dim, device="meta"),
+            "tokenized_prompt": torch.zeros(1, 2, dtype=torch.long, device="meta"),
+            "tokenized_prompt_mask": torch.ones(1, 2, dtype=torch.bool, device="meta"),
+        }
+    )
+    actions = torch.empty(1, horizon, sizes.action_dim, device="meta")
+    time = torch.empty(1, device="meta")
+    twin.flow_error(observation, actions, noise=torch.empty_like(actions), time=time).mean().backward()
+    return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A line of the table of parameters."""
+
+    part: str
+    trainable: int
+    frozen: int
+    without_gradient: int
+    """Trained as far as the recipe goes, but the loss does not depend on them."""
+    dtype: str
+    """Of the frozen ones, or of all."""
+
+
+def table(model: Pi0, config: TrainConfig) -> list[Part]:
+    """What is trained of each part of the model."""
+    changed = trainable_parameters(model, config.trained)
+    rows: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        part = f"{name.split('.')[0]}{' LoRA' if is_lora(name) else ''}"
+        count = rows.setdefault(part, {"trainable": 0, "frozen": 0, "without_gradient": 0, "dtype": set()})
+        kind = "trainable" if parameter.requires_grad else "without_gradient" if changed[name] else "frozen"
+        count[kind] += parameter.numel()
+        count["dtype"].add(str(parameter.dtype).removeprefix("torch."))
+    return [Part(part, **{**count, "dtype": ", ".join(sorted(count["dtype"]))}) for part, count in rows.items()]

@@ -1,0 +1,145 @@
+"""The trainer's updates against the original's: 20 of the whole model, 10 with LoRA, from given noise and time."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import torchpi
+from torchpi.checkpoints.layout import Leaf, leaf_array
+from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.model.lora import lora_config, trainable_parameters
+from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import alone
+from torchpi.training.loop import update
+from torchpi.training.memory import checkpoint_activations
+from torchpi.training.samples import Batch
+from torchpi.training.state import TrainState
+from torchpi.training.weights import freeze
+
+RECIPE = TrainConfig(
+    batch_size=2, learning_rate=1e-3, final_learning_rate=1e-4, ema_decay=0.9, dtype="float32", frozen_dtype="float32"
+)
+# A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
+NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
+
+
+class Trajectory:
+    """One kind of golden model in training."""
+
+    def __init__(self, root: pathlib.Path, kind: str, *, lora: bool) -> None:
+        self.root = root / ("lora" if lora else "training") / kind
+        self.start = root / "lora" / kind if lora else root / kind
+        self.lora = lora
+        self.batches = self.arrays(root / "training" / kind / "batches.npz")
+        self.draws = self.arrays(self.root / "draws.npz")
+        self.expected = json.loads((self.root / "training.json").read_text())
+        schedule = {"warmup_steps": 3, "num_steps": 10} if lora else {"warmup_steps": 5, "num_steps": 20}
+        self.recipe = TrainConfig(**{**vars(RECIPE), **schedule, "trained": "lora" if lora else "all"})
+
+    @staticmethod
+    def arrays(path: pathlib.Path) -> dict[str, Tensor]:
+        with np.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+
+    def begin(self, recipe: TrainConfig) -> TrainState:
+        options = {"lora_alpha": (8.0, 3.0), "lora": "keep"} if self.lora else {}
+        checkpoint = self.start / ("jax_ckpt" if self.lora else "jax_ckpt_pure")
+        model = torchpi.load_model(checkpoint, config=self.start / "model_config.json", **options)
+        model.compute_dtype_override = torch.float32
+        freeze(model, recipe)
+        checkpoint_activations(model, recipe.checkpointing)
+        return TrainState.begin(model, weight_decay=recipe.weight_decay, ema=True)
+
+    def batch(self, step: int) -> Batch:
+        prefix = f"batch{int(self.draws['batch_index'][step])}."
+        nested: dict = {"image": {}, "image_mask": {}}
+        for name, value in self.batches.items():
+            if name.startswith(prefix):
+                group, _, camera = name.removeprefix(prefix).partition(".")
+                if camera:
+                    nested[group][camera] = value
+                else:
+                    nested[group] = value
+        actions = nested.pop("actions")
+        is_real = torch.ones_like(actions, dtype=torch.bool)
+        noise, time = self.draws["noise"][step][:, None], self.draws["time"][step][:, None]
+        return Batch(torchpi.Observation.from_dict(nested), actions, is_real, noise, time, places=())
+
+    def leaves(self, state: TrainState) -> dict[str, Leaf]:
+        config = lora_config(state.model)
+        return jax_leaves(state.model.config) | (lora_leaves(state.model.config, config) if config else {})
+
+    def check_weights(self, state: TrainState, file: str) -> None:
+        leaves = self.leaves(state)
+        for name, theirs in self.arrays(self.root / file).items():
+            if NO_GRADIENT not in name:
+                error = (leaf_array(state.model, leaves[name]) - theirs).abs().max()
+                assert error <= 1e-4, (name, float(error))
+
+
+def follow(trajectory: Trajectory, recipe: TrainConfig, steps: int) -> TrainState:
+    """Run updates, and compare losses, gradients' norms and rates with the original's."""
+    state = trajectory.begin(recipe)
+    parallel, expected = alone(state.model), trajectory.expected
+    for step in range(steps):
+        loss, numbers = update(state, recipe, [trajectory.batch(step)], parallel)
+        assert float(loss) == pytest.approx(expected["loss"][step], abs=2e-5), step
+        assert numbers["grad_norm"] == pytest.approx(expected["grad_norm"][step], abs=2e-4), step
+        assert numbers["learning_rate"] == pytest.approx(expected["lr_at_step"][step], rel=1e-5), step
+    return state
+
+
+@pytest.fixture(params=["pi05", "pi0"], scope="module")
+def whole(request, golden_root) -> Trajectory:
+    return Trajectory(golden_root, request.param, lora=False)
+
+
+@pytest.fixture(params=["pi05", "pi0"], scope="module")
+def with_lora(request, golden_root) -> Trajectory:
+    return Trajectory(golden_root, request.param, lora=True)
+
+
+def test_the_first_updates(whole):
+    follow(whole, whole.recipe, 3)
+
+
+@pytest.mark.slow
+def test_twenty_updates(whole):
+    state = follow(whole, whole.recipe, 20)
+    whole.check_weights(state, "final_params.npz")
+    with state.averaged_weights():
+        whole.check_weights(state, "final_ema_params.npz")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+def test_activations_that_are_computed_again_change_nothing(whole, checkpointing):
+    recipe = TrainConfig(**{**vars(whole.recipe), "checkpointing": checkpointing})
+    plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
+    for name, part in plain.parts.items():
+        assert torch.equal(part, again.parts[name]), name
+
+
+@pytest.mark.slow
+def test_ten_updates_with_lora(with_lora):
+    state = follow(with_lora, with_lora.recipe, 10)
+    with_lora.check_weights(state, "final_trainable_params.npz")
+    with state.averaged_weights():
+        with_lora.check_weights(state, "final_trainable_ema_params.npz")
+
+
+@pytest.mark.slow
+def test_ten_updates_with_lora_and_frozen_weights_in_bfloat16(with_lora):
+    recipe = TrainConfig(**{**vars(with_lora.recipe), "frozen_dtype": "bfloat16"})
+    with_lora.expected = {**with_lora.expected, **with_lora.expected["frozen_bfloat16"]}
+    state = follow(with_lora, recipe, 10)
+    dtypes: Mapping[bool, set] = {True: set(), False: set()}
+    changed = trainable_parameters(state.model, "lora")
+    for name, parameter in state.model.named_parameters():
+        dtypes[changed[name]].add(parameter.dtype)
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
