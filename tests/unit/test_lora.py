@@ -20,7 +20,7 @@ from torchpi.model.lora import LoraConfig, add_lora, is_lora, lora_config, merge
 from torchpi.model.pi0 import Pi0
 
 LORA = LoraConfig(backbone_rank=2, backbone_alpha=6.0, expert_rank=3, expert_alpha=1.5)
-BASE = {"address": "gs://openpi-assets/checkpoints/pi05_base"}
+BASE = {"address": "gs://openpi-assets/checkpoints/pi05_base", "dtype": "float32"}
 ALPHA = (8.0, 3.0)  # of the golden LoRA checkpoints
 
 
@@ -371,7 +371,8 @@ def test_what_cannot_be_saved_is_an_error(tmp_path):
         ({"trained": "vision"}, "trained must be a list"),
         ({"trained": ["nothing.weight"]}, "trained names what the model does not have: nothing.weight"),
         ({"base": {"address": 3}}, "base must be an object of texts"),
-        ({"base": {"path": "x"}}, "base has no address and unknown fields path"),
+        ({"base": {"address": "x", "dtype": "int8"}}, "base.dtype must be float32 or bfloat16"),
+        ({"base": {"path": "x"}}, "base has no address, dtype and unknown fields path"),
         ({"extra": 1}, "unknown fields extra"),
     ],
 )

@@ -7,13 +7,13 @@ adapter.safetensors    the low-rank matrices and the other trained parameters, i
 import dataclasses
 import json
 import pathlib
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 
 from torchpi.checkpoints.folder import atomic_folder, require_fields
-from torchpi.checkpoints.layout import Leaf, Piece, Shapes, leaf_array, refuse_mismatch
+from torchpi.checkpoints.layout import Leaf, Piece, Shapes, refuse_mismatch
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safetensors
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config
 from torchpi.model.pi0 import Pi0
@@ -30,7 +30,8 @@ class Adapter:
     trained: tuple[str, ...]
     """Names of the parameters that were trained beside the low-rank matrices."""
     base: Mapping[str, str]
-    """Which checkpoint it belongs to: "address", and where it is known "sha256"."""
+    """Which checkpoint it belongs to: "address", the "dtype" to which its frozen weights were rounded, and where it is
+    known "sha256"."""
 
     def to_json(self) -> str:
         """The file's text."""
@@ -64,7 +65,8 @@ def save_adapter(
     """Write what was trained into a new folder, which appears complete or not at all.
 
     Args:
-        base: "address" of the checkpoint that was trained from, and where it is known its "sha256".
+        base: "address" of the checkpoint that was trained from, the "dtype" of what was frozen, and where it is known
+            the checkpoint's "sha256".
         trained: names of the trained parameters, as `trainable_parameters` has them; the low-rank matrices are always
             written.
         overwrite: replace an adapter that is there; without it, that is an error.
@@ -83,12 +85,25 @@ def save_adapter(
         raise ValueError(f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter")
     names = [name for name in parameters if is_lora(name) or name in set(trained)]
     adapter = Adapter(config, tuple(name for name in names if not is_lora(name)), _checked_base(base))
-    leaves = {name: Leaf(tuple(parameters[name].shape), (Piece(name),)) for name in names}
     with atomic_folder(target) as beside:
-        (beside / DOCUMENT).write_text(adapter.to_json(), encoding="utf-8")
-        write_safetensors(
-            beside, leaves, lambda name: leaf_array(model, leaves[name]), dtype=torch.float32, single=WEIGHTS
-        )
+        write_adapter(beside, adapter, {name: tuple(parameters[name].shape) for name in names}, model.get_parameter)
+
+
+def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Callable[[str], torch.Tensor]) -> None:
+    """Write the files of an adapter into a folder that is there.
+
+    Args:
+        shapes: of the low-rank matrices and the other trained parameters, by name.
+        read: gives them.
+    """
+    (root / DOCUMENT).write_text(adapter.to_json(), encoding="utf-8")
+    leaves = {name: Leaf(shape, (Piece(name),)) for name, shape in shapes.items()}
+    write_safetensors(root, leaves, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
+
+
+def is_adapter(root: pathlib.Path) -> bool:
+    """Whether a folder has an adapter."""
+    return (root / DOCUMENT).is_file()
 
 
 def read_adapter(path: str | pathlib.Path) -> Adapter:
@@ -155,7 +170,9 @@ def _expected_shapes(model: Pi0, adapter: Adapter) -> Shapes:
 def _checked_base(base: Any) -> dict[str, str]:
     if not isinstance(base, Mapping) or not all(isinstance(value, str) for value in base.values()):
         raise ValueError(f"base must be an object of texts with address and perhaps sha256, found {base!r}")
-    require_fields(base, ["address", "sha256"] if "sha256" in base else ["address"], "base")
+    require_fields(base, ["address", "dtype", *(["sha256"] if "sha256" in base else [])], "base")
+    if base["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"base.dtype must be float32 or bfloat16, found {base['dtype']!r}")
     return dict(base)
 
 

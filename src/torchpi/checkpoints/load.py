@@ -11,13 +11,14 @@ import torch
 from torchpi.assets import assets
 from torchpi.checkpoints import folder, openpi
 from torchpi.checkpoints.adapt import adapt as adapt_model
+from torchpi.checkpoints.adapter import is_adapter, load_adapter, read_adapter
 from torchpi.checkpoints.layout import Arrays, Leaf, load_leaves, own_leaves
 from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, stored_lora
 from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves, lora_leaves
 from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
 from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
 from torchpi.config import PRESETS, Pi0Config, preset, read_json_object
-from torchpi.model.lora import LoraConfig
+from torchpi.model.lora import LoraConfig, merge_lora
 from torchpi.model.pi0 import Pi0
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
@@ -51,6 +52,8 @@ class Checkpoint:
     """Arrays that no computation reads, which are not loaded, and why."""
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The config.json of the PyTorch formats."""
+    adapter: pathlib.Path | None = None
+    """The folder of what a LoRA training has changed, which is merged into the arrays; they are its base's."""
 
     def load(self, config: Pi0Config, *, dtype: torch.dtype, device: str | torch.device) -> Pi0:
         """The model, in eval mode.
@@ -61,7 +64,10 @@ class Checkpoint:
         leaves = self.leaves(config)
         if self.lora is not None:
             leaves |= lora_leaves(config, self.lora)
-        return load_leaves(self.arrays, leaves, config, dtype=dtype, device=device, lora=self.lora).eval()
+        model = load_leaves(self.arrays, leaves, config, dtype=dtype, device=device, lora=self.lora).eval()
+        if self.adapter is not None:
+            _merge_adapter(self.adapter, model)
+        return model
 
 
 def load_model(
@@ -199,6 +205,8 @@ def open_checkpoint(
     if lora_alpha is not None or lora == "keep":
         option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
         raise ValueError(f"{option} belongs to a JAX checkpoint with LoRA weights; {root} is {kind}")
+    if kind == "torchpi" and is_adapter(root):
+        return _open_adapter(root, folder.read_policy_json(root).model)
     stored = SafetensorsArrays(root)
     if kind == "torchpi":
         own = folder.read_policy_json(root).model
@@ -215,6 +223,28 @@ def open_checkpoint(
         root, kind, merged, arrays, torch_leaves, stored.dtype, tied=arrays.tied, dropped=arrays.dropped,
         document=document,
     )  # fmt: skip
+
+
+def _open_adapter(root: pathlib.Path, config: Pi0Config) -> Checkpoint:
+    """A policy folder whose weights are a base's, changed by what LoRA has learned."""
+    address = read_adapter(root).base["address"]
+    try:
+        base = open_checkpoint(existing_folder(address), config=config)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{root} holds what a LoRA training has changed in {address}: {error}") from error
+    # What was learned is float32, whatever the base is stored in.
+    return dataclasses.replace(base, root=root, format="torchpi", config=config, dtype=torch.float32, adapter=root)
+
+
+@torch.no_grad()
+def _merge_adapter(root: pathlib.Path, model: Pi0) -> None:
+    adapter = read_adapter(root)
+    frozen = getattr(torch, adapter.base["dtype"])  # what was trained beside them saw them rounded
+    for name, parameter in model.named_parameters():
+        if name not in adapter.trained:
+            parameter.copy_(parameter.to(frozen))
+    load_adapter(root, model)
+    merge_lora(model)
 
 
 def _open_jax(root: pathlib.Path, lora_alpha: tuple[float, float] | None, lora: LoraChoice) -> Checkpoint:

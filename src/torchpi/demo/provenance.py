@@ -94,7 +94,8 @@ def _training(said: Mapping[str, Any]) -> str:
     parts = [str(said["source"])] if "source" in said else []
     recipe, dataset = said.get("recipe"), said.get("dataset")
     if isinstance(recipe, Mapping) and "batch_size" in recipe and "step" in said:
-        parts.append(f"{said['step']} steps of {recipe['batch_size']} samples, from random weights")
+        begun = recipe.get("init") or "random weights"
+        parts.append(f"{said['step']} steps of {recipe['batch_size']} samples, from {begun}")
     if "machine" in said:
         parts.append(f"on {said['machine']}")
     if isinstance(dataset, Mapping) and {"num_episodes", "num_frames"} <= set(dataset):

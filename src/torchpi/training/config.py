@@ -200,6 +200,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
         if self.mixture and (self.dataset or self.embodiment or self.episodes):
             raise ValueError("a recipe has either dataset, embodiment and episodes, or a mixture of several datasets")
+        if self.trained in ("lora", "lora_strict") and self.init is None:
+            raise ValueError(f"trained {self.trained!r} learns beside trained weights: say which with init (--init)")
         if self.optimizer == "adamw8bit" and self.parallel != "ddp":
             raise ValueError("adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp")
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's state to policy folders."""
+"""From a checkpoint's state to policy folders. What LoRA has learned is written without its base, as an adapter."""
 
 import json
 import pathlib
@@ -7,10 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchpi.checkpoints.adapter import Adapter, write_adapter
+from torchpi.model.lora import LoraConfig, is_lora, lora_config, trainable_parameters
+from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.config import TrainConfig
 from torchpi.training.state import STATE, StateArrays
 from torchpi.transforms.normalize import save_norm_stats
+
+_MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Exporter:
@@ -27,7 +32,12 @@ class Exporter:
         self.config, self.policies = config, policies
         model = policies[0].model
         self._constant = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-        self._max_shard_bytes = 5 * 10**9
+        self._adapter = None if (lora := lora_config(model)) is None else _adapter(config, model, lora)
+        self._adapter_shapes = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if self._adapter is not None and (is_lora(name) or name in self._adapter.trained)
+        }
 
     def write(self, checkpoint: pathlib.Path, step: int) -> None:
         """Write `checkpoint`/policy, and for the other robots of a mixture policy/robots."""
@@ -40,7 +50,11 @@ class Exporter:
         policy, root = self.policies[0], checkpoint / "policy"
         root.mkdir()
         policy.provenance["step"] = step
-        policy.write(root, dtype=torch.float32, max_shard_bytes=self._max_shard_bytes, read=read)
+        if self._adapter is None:
+            policy.write(root, dtype=torch.float32, max_shard_bytes=_MAX_SHARD_BYTES, read=read)
+        else:
+            policy.write_parts(root)
+            write_adapter(root, self._adapter, self._adapter_shapes, read)
         for other in self.policies[1:]:
             self._write_robot(root / "robots", other)
 
@@ -51,3 +65,12 @@ class Exporter:
         document = json.dumps(policy.embodiment.to_dict(), indent=2, ensure_ascii=False)
         (own / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
         save_norm_stats(own / "norm_stats.json", policy.transforms.norm_stats)
+
+
+def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
+    assert config.init is not None
+    is_address = config.init == "demo" or "://" in config.init
+    address = config.init if is_address else str(pathlib.Path(config.init).expanduser().resolve())
+    trained = [name for name, is_trained in trainable_parameters(model, config.trained).items() if is_trained]
+    base = {"address": address, "dtype": config.frozen_dtype}
+    return Adapter(lora, tuple(name for name in trained if not is_lora(name)), base)

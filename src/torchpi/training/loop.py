@@ -8,7 +8,7 @@ import os
 import pathlib
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import safetensors.torch
@@ -31,7 +31,7 @@ from torchpi.training.resume import find_start, write_recipe
 from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
-from torchpi.training.summary import describe, run_document
+from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import Tracker, open_trackers, scalars
 from torchpi.training.weights import begin_model, model_config
 
@@ -80,7 +80,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             write_recipe(config, run)
             if last is not None:
                 _drop_metrics_behind(run / METRICS, int(last.name))
-            (run / RUN).write_text(run_document(config, world, model, beginning, data), encoding="utf-8")
+        about = run_document(config, world, model, beginning, data)
+        _write_about(run, world, about)
         exporter = Exporter(config, policies) if world.first else None
         state, parallel = spread(model, config, world)
         if last is not None:
@@ -93,6 +94,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             interrupted = trainer.run(console)
             checkpointer.wait()
             dist.barrier()  # the first process has completed the last checkpoint
+            _write_about(run, world, {**about, "finished": now()})
         finally:
             checkpointer.close()
             report = write_report(run) if world.first else run / "report.html"
@@ -111,6 +113,11 @@ def spread(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, P
         model, weight_decay=config.weight_decay, ema=config.ema_decay > 0, optimizer=config.optimizer
     )
     return state, parallel
+
+
+def _write_about(run: pathlib.Path, world: World, about: Mapping[str, Any]) -> None:
+    if world.first:
+        (run / RUN).write_text(f"{json.dumps(about, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
 
 
 def _drop_metrics_behind(path: pathlib.Path, step: int) -> None:
@@ -207,6 +214,7 @@ class _Trainer:
         )
         self.batches = self.samples.batches(order, config.workers)
         self.holdout = Holdout(config, world, data, policies)
+        self.resumed = state.step > 0
         self.epoch_frames = sum(len(source.frames) for source in data)
         names = config.trackers if world.first else ()
         self.tracker: Tracker = open_trackers(names, run, dataclasses.asdict(config), state.step)
@@ -303,7 +311,8 @@ class _Trainer:
 
     def _log(self, values: dict[str, Any]) -> None:
         if self.world.first:
-            line = {"step": self.state.step, **values}
+            line = {"step": self.state.step, **values} | ({"resumed": True} if self.resumed else {})
+            self.resumed = False
             with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.tracker.log(self.state.step, scalars(line))

@@ -1,6 +1,7 @@
 """From a recipe to its data: episodes, statistics, prompts, and the policy around the model."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,15 @@ import torchpi
 from torchpi.assets import assets
 from torchpi.checkpoints.load import existing_file, existing_folder, format_of, norm_stats_files
 from torchpi.config import Pi0Config
-from torchpi.data import LeRobotDataset, compute_norm_stats, to_observation
-from torchpi.data.episodes import select_episodes
-from torchpi.data.idle import idle_frames
+from torchpi.data import (
+    LeRobotDataset,
+    camera_keys_of,
+    compute_norm_stats,
+    idle_frames,
+    select_episodes,
+    to_observation,
+)
+from torchpi.data.place import open_metadata
 from torchpi.data.stats import ModelValues
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import TOKENIZER, Policy, read_parts
@@ -53,8 +60,15 @@ def open_data(config: TrainConfig, sizes: Pi0Config) -> list[SourceData]:
 
 def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
+    metadata = open_metadata(source.dataset)
+    open_episodes = functools.partial(
+        LeRobotDataset,
+        source.dataset,
+        action_horizon=horizon,
+        cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
+    )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
-    whole = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=chosen)
+    whole = open_episodes(episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
     indices = np.array(whole.episode_indices)
     count = max(1, round(config.holdout * len(indices))) if config.holdout else 0
@@ -65,8 +79,8 @@ def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceDat
         )
     order = generator_at(config.seed, "holdout").permutation(len(indices))
     held, kept = (sorted(indices[part].tolist()) for part in (order[:count], order[count:]))
-    train = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=kept) if held else whole
-    holdout = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=held) if held else None
+    train = open_episodes(episodes=kept) if held else whole
+    holdout = open_episodes(episodes=held) if held else None
     frames = np.arange(len(train))
     if config.skip_idle:
         frames = frames[~idle_frames(train)]

@@ -2,10 +2,10 @@
 
 import dataclasses
 import datetime
-import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -91,11 +91,11 @@ def _fresh(beginning: Beginning) -> str:
 
 def run_document(
     config: TrainConfig, world: World, model: Pi0, beginning: Beginning, data: Sequence[SourceData]
-) -> str:
-    """The text of run.json: how the run was begun, or gone on with for the last time."""
-    document = {
+) -> dict[str, Any]:
+    """run.json: how the run was begun, or gone on with for the last time."""
+    return {
         "command": shlex.join([*sys.orig_argv[:1], *sys.argv]),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": now(),
         "torchpi": torchpi.__version__,
         "torch": torch.__version__,
         "device": str(world.device),
@@ -121,4 +121,8 @@ def run_document(
             "adapted": beginning.adapted,
         },
     }
-    return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n"
+
+
+def now() -> str:
+    """The time, as run.json has it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
