@@ -333,7 +333,7 @@ def convert(
         action_dim: another width of actions and state: weights are cut, or extended by zeros.
         action_horizon: another number of actions in a chunk.
         max_token_len: another number of prompt tokens.
-        max_shard_gb: safetensors files are written in shards of this size.
+        max_shard_gb: a policy folder's weights are written in shards of this size; other systems read one file only.
         overwrite: replace a target that is there.
         check: read the target back and compare; takes about as long as the conversion.
         json: print the report as one JSON document.
@@ -441,16 +441,17 @@ def train_command(base: TrainConfig) -> Callable[..., None]:
             out: the run's folder, new or empty.
             recipe: where the defaults below come from: a packaged recipe (metaworld), or a JSON file, such as the
                 train.json of another run.
-            resume: the folder of a run to go on with; everything else is as it was.
+            resume: the folder of a run to go on with, by default as it was; more steps, another number of processes
+                and what else does not change its updates may be given.
             config: the fields of the recipe.
         """
-        from torchpi.training.loop import CURVES, resume_config, train
+        from torchpi.training.loop import train
 
-        if resume is not None:
-            if out is not None or recipe is not None or config != TrainConfig():
-                raise ValueError("--resume takes the recipe of its run; leave everything else out")
-            out, config = resume, resume_config(resume)
-        for name, value in (("out", out), ("dataset", config.dataset), ("embodiment", config.embodiment)):
+        if resume is not None and (out is not None or recipe is not None):
+            raise ValueError("--resume goes on with a run, its recipe and its folder; leave --out and --recipe out")
+        out = out or resume
+        needed = {"out": out} | ({} if config.mixture else {"dataset": config.dataset, "embodiment": config.embodiment})
+        for name, value in needed.items():
             if not value:
                 raise ValueError(
                     f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help"
@@ -459,19 +460,26 @@ def train_command(base: TrainConfig) -> Callable[..., None]:
         result = train(config, out, resume=resume is not None)
         if result.interrupted:
             print(f"interrupted after {result.step} steps; go on with: torchpi train --resume {out}")
-        print(f"policy: {result.policy}\ncurves: {out / CURVES}")
+        print(f"policy: {result.policy}\nreport: {result.report}")
 
     return train
 
 
-def _recipe_of(args: Sequence[str]) -> str | None:
-    """The value of --recipe, which decides the defaults of the other options."""
-    for i, argument in enumerate(args):
-        if argument == "--recipe" and i + 1 < len(args):
-            return args[i + 1]
-        if argument.startswith("--recipe="):
-            return argument.removeprefix("--recipe=")
-    return None
+def _recipe_of(args: Sequence[str], default: TrainConfig) -> TrainConfig:
+    """What --recipe or --resume name, which decides the defaults of the other options."""
+    for option, read in (("--recipe", TrainConfig.from_json), ("--resume", _resumed)):
+        for i, argument in enumerate(args):
+            if argument == option and i + 1 < len(args):
+                return read(args[i + 1])
+            if argument.startswith(f"{option}="):
+                return read(argument.removeprefix(f"{option}="))
+    return default
+
+
+def _resumed(run: str) -> TrainConfig:
+    from torchpi.training.resume import resume_config
+
+    return resume_config(pathlib.Path(run))
 
 
 def evaluate(
@@ -664,16 +672,26 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command; a user's mistake ends with one line on stderr and exit status 1."""
+def train_recipe(recipe: TrainConfig) -> None:
+    """What a recipe's Python file runs: `torchpi train` with the recipe's values as defaults of its options."""
+    main(["train", *sys.argv[1:]], recipe)
+
+
+def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -> None:
+    """Run a command; a user's mistake ends with one line on stderr and exit status 1.
+
+    Args:
+        argv: the command's words; by default the process'.
+        recipe: the defaults of `train`.
+    """
     warnings.showwarning = _show_warning
     args = list(sys.argv[1:] if argv is None else argv)
     if " ".join(args[:2]) in COMMANDS:  # of two words
         args[:2] = [" ".join(args[:2])]
     commands = dict(COMMANDS)
     try:
-        if args[:1] == ["train"] and (recipe := _recipe_of(args)):
-            commands["train"] = train_command(TrainConfig.from_json(recipe))
+        if args[:1] == ["train"]:
+            commands["train"] = train_command(_recipe_of(args, recipe or TrainConfig()))
         status = tyro.extras.subcommand_cli_from_dict(
             commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
         )
