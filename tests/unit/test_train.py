@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import os
-import pathlib
 import resource
 import signal
 import subprocess
@@ -15,11 +14,11 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
 from torchpi.cli import main
-from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
-from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.data import LeRobotDataset
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
@@ -29,36 +28,6 @@ from torchpi.training.resume import resume_config
 from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
 from torchpi.training.setup import build_policies, open_data
 from torchpi.training.weights import begin_model, model_config
-
-GEMMA = GemmaConfig(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
-SIZES = Pi0Config(
-    pi05=True,
-    paligemma_variant=GEMMA,
-    action_expert_variant=GEMMA,
-    siglip_variant=VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=16),
-    action_dim=6,
-    action_horizon=4,
-    max_token_len=48,
-    vocab_size=1024,
-    image_size=32,
-)
-TASKS = ("open the drawer", "close the faucet")
-
-
-def write_dataset(path: pathlib.Path, *, episodes: int = 4, cameras: tuple[str, ...] = ("base", "wrist")) -> None:
-    rng = np.random.default_rng(0)
-    with LeRobotWriter(
-        path,
-        fps=80,
-        cameras=dict.fromkeys(cameras, (32, 32, 3)),
-        state_names=["hand_x", "hand_y", "hand_z", "gripper"],
-        action_names=["delta_x", "delta_y", "delta_z", "gripper"],
-    ) as writer:
-        for episode in range(episodes):
-            for _ in range(6):
-                images = {f"observation.images.{name}": rng.integers(0, 256, (32, 32, 3), np.uint8) for name in cameras}
-                writer.add_frame({**images, "observation.state": rng.normal(size=4), "action": rng.normal(size=4)})
-            writer.save_episode(TASKS[episode % 2])
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +60,6 @@ def recipe(dataset, tmp_path_factory):
         trackers=(),
         workers=0,
     )
-
-
-def weights(run: pathlib.Path) -> dict[str, torch.Tensor]:
-    """The state of a run's last checkpoint, of all processes that have written it."""
-    arrays = state.StateArrays(state.checkpoints(run)[-1] / state.STATE)
-    return {name: arrays.read(name) for name in arrays.names}
-
-
-def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
 
 
 @pytest.fixture(scope="module")

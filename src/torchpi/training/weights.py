@@ -46,7 +46,9 @@ def model_config(config: TrainConfig) -> Pi0Config:
     checkpoint = open_checkpoint(existing_folder(config.init), config=given or name)
     if config.adapt and given is not None:
         return given
-    return resolve_config(checkpoint, given or name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is overruled is said where the weights are loaded
+        return resolve_config(checkpoint, given or name)
 
 
 def _given_sizes(config: TrainConfig) -> Pi0Config | None:

@@ -1,0 +1,391 @@
+"""What a run begins with, what it trains, and what its options change."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from train_helpers import SIZES, assert_same_bits, weights, write_dataset
+
+import torchpi
+from torchpi.convert import convert
+from torchpi.data import LeRobotWriter
+from torchpi.robots import Embodiment
+from torchpi.training import loop, state
+from torchpi.training.config import Augmentation, Source, TrainConfig
+from torchpi.training.distributed import alone
+from torchpi.training.resume import resume_config
+from torchpi.training.samples import Draws, Frames, Samples, loss_sum, num_terms
+from torchpi.training.setup import build_policies, check_prompts, open_data
+from torchpi.training.weights import begin_model, model_config, table
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "set"
+    write_dataset(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipe(dataset, tmp_path_factory):
+    sizes = tmp_path_factory.mktemp("sizes") / "model.json"
+    sizes.write_text(json.dumps(SIZES.to_dict()))
+    return TrainConfig(
+        dataset=str(dataset), embodiment="metaworld", model=str(sizes), num_steps=3, batch_size=4, learning_rate=1e-2,
+        warmup_steps=1, ema_decay=0.5, dtype="float32", eval_every=100, save_every=100, log_every=1, chunk_samples=0,
+        trackers=(), workers=0,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(recipe, tmp_path_factory):
+    """A policy to begin with."""
+    return str(loop.train(recipe, tmp_path_factory.mktemp("runs") / "run").policy)
+
+
+@pytest.fixture(scope="module")
+def further(recipe, trained):
+    """A recipe that begins with it."""
+    return dataclasses.replace(recipe, init=trained, model=None, frozen_dtype="float32")
+
+
+def begin(config: TrainConfig):
+    sizes = model_config(config)
+    return begin_model(config, sizes, skeleton=False), open_data(config, sizes)
+
+
+# ---- beginning ----
+
+
+def test_a_run_begins_with_the_weights_of_init(further, trained):
+    (model, beginning), _ = begin(further)
+    there = torchpi.load_model(trained)
+    assert all(torch.equal(p, there.get_parameter(name)) for name, p in model.named_parameters())
+    assert set(beginning.loaded) == {name for name, _ in there.named_parameters()}
+    assert beginning.fresh == ()
+
+
+def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path):
+    sizes = tmp_path / "wider.json"
+    sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
+    other = dataclasses.replace(further, model=str(sizes))
+    with pytest.raises(ValueError, match=r"misshapen: action_out_proj\.bias is \[6\], expected \[8\]"):
+        begin(other)
+    (model, beginning), _ = begin(dataclasses.replace(other, adapt=True))
+    assert model.config.action_dim == 8
+    assert "suffix.action_in_proj.weight" in beginning.adapted
+
+
+def test_whose_statistics_are_used_is_said(further, dataset, trained, tmp_path):
+    own = json.loads((pathlib.Path(trained) / "norm_stats.json").read_text())
+    shifted = tmp_path / "norm_stats.json"
+    for key in ("state", "actions"):
+        own["norm_stats"][key]["q01"] = [value - 5 for value in own["norm_stats"][key]["q01"]]
+    shifted.write_text(json.dumps(own))
+    q01 = {}
+    for norm_stats in ("dataset", "init", str(shifted)):
+        config = dataclasses.replace(further, norm_stats=norm_stats)
+        q01[norm_stats] = open_data(config, model_config(config))[0].norm_stats["state"].q01
+    np.testing.assert_allclose(q01[str(shifted)], q01["init"] - 5)
+    np.testing.assert_allclose(q01["dataset"], q01["init"])  # of the same episodes
+    with pytest.raises(ValueError, match="has statistics of its own"):
+        open_data(dataclasses.replace(further, norm_stats="init:trossen"), SIZES)
+    with pytest.raises(ValueError, match="there is no init"):
+        open_data(dataclasses.replace(further, init=None, norm_stats="init"), SIZES)
+
+
+def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, golden_pi05):
+    config = dataclasses.replace(
+        recipe, init=str(golden_pi05.root / "jax_ckpt"), model=str(golden_pi05.config), norm_stats="init:nobody"
+    )
+    with pytest.raises(ValueError, match=r"has statistics for .*; choose one as init:ASSET_ID"):
+        open_data(config, model_config(config))
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tmp_path):
+    sizes = tmp_path / "short.json"
+    sizes.write_text(json.dumps({**SIZES.to_dict(), "max_token_len": 17}))
+    run = tmp_path / "run"
+    with pytest.raises(
+        ValueError, match=r"prompts longer than the model's max_token_len 17; the longest has 18 tokens"
+    ):
+        loop.train(dataclasses.replace(recipe, model=str(sizes)), run)
+    assert not run.exists()
+
+
+def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
+    (model, _), data = begin(recipe)
+    (policy,) = build_policies(recipe, model, data)
+    longest = check_prompts(policy, data[0])
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 1))
+    found = [len(samples[0, frame, 0, 0]["tokenized_prompt"]) for frame in range(len(data[0].train))]
+    assert max(longest.values()) == max(found)
+
+
+# ---- what is trained ----
+
+
+@pytest.mark.parametrize(
+    ("what", "moves"),
+    [
+        ("all", {"embedding", "vision", "backbone", "expert", "suffix", "action_out_proj"}),
+        ("frozen_vision", {"embedding", "backbone", "expert", "suffix", "action_out_proj"}),
+        ("expert", {"expert", "suffix", "action_out_proj"}),
+    ],
+)
+def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
+    result = loop.train(dataclasses.replace(further, trained=what), tmp_path / "run")
+    before, after = torchpi.load_model(trained), torchpi.load_model(result.policy)
+    changed = {
+        name.split(".")[0] for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))
+    }
+    assert changed == moves
+
+
+def test_the_table_says_what_is_trained(further):
+    config = dataclasses.replace(further, trained="expert", frozen_dtype="bfloat16")
+    (model, _), _ = begin(config)
+    rows = {row.part: row for row in table(model, config)}
+    assert rows["vision"].trainable == 0
+    assert rows["vision"].dtype == "bfloat16"
+    assert rows["expert"].frozen == 0
+    assert rows["expert"].dtype == "float32"
+    assert sum(row.trainable + row.frozen + row.without_gradient for row in rows.values()) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+
+
+@pytest.mark.parametrize("what", ["lora", "lora_strict"])
+def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what):
+    config = dataclasses.replace(further, trained=what, frozen_dtype="bfloat16")
+    result = loop.train(config, tmp_path / "run")
+    files = {file.name for file in result.policy.iterdir()}
+    assert "adapter.safetensors" in files
+    assert "model.safetensors" not in files
+    policy = torchpi.load_policy(result.policy)
+    convert(result.policy, tmp_path / "merged", "torchpi")
+    merged = torchpi.load_policy(tmp_path / "merged")
+    observation, noise = policy.example_observation(), np.ones((4, 6), np.float32)
+    chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, merged, torchpi.load_policy(trained))]
+    np.testing.assert_array_equal(chunks[0], chunks[1])
+    assert np.abs(chunks[0] - chunks[2]).max() > 1e-4
+    # What the run saw is what was saved: the state's averages in a model of the run.
+    (model, _), _ = begin(config)
+    saved = weights(tmp_path / "run")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"ema.{name}" in saved:
+                parameter.copy_(saved[f"ema.{name}"])
+    inputs = torchpi.policy.collate([policy.prepare(observation)[1]])
+    trained_chunk = model.sample_actions(inputs, noise=torch.from_numpy(noise)[None])
+    torch.testing.assert_close(trained_chunk, policy.model.sample_actions(inputs, noise=torch.from_numpy(noise)[None]),
+                               atol=5e-5, rtol=0)  # fmt: skip
+
+
+def test_lora_without_trained_weights_is_refused():
+    with pytest.raises(ValueError, match="say which with init"):
+        TrainConfig(trained="lora")
+
+
+def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(further.init, base)
+    result = loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), tmp_path / "run")
+    shutil.rmtree(base)
+    with pytest.raises(FileNotFoundError, match=r"holds what a LoRA training has changed in .*base"):
+        torchpi.load_policy(result.policy)
+
+
+# ---- options ----
+
+
+def test_accumulated_passes_are_one_large_one(recipe, tmp_path):
+    for number in (1, 4):
+        loop.train(dataclasses.replace(recipe, accumulate=number), tmp_path / str(number))
+    one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
+    for name, value in one.items():
+        if not name.startswith("exp_avg_sq"):
+            torch.testing.assert_close(value, four[name], atol=1e-4, rtol=1e-3)
+    metrics = [json.loads((tmp_path / number / "metrics.jsonl").read_text().splitlines()[0]) for number in "14"]
+    assert metrics[0]["loss"] == pytest.approx(metrics[1]["loss"], abs=1e-5)
+
+
+def test_the_real_loss_leaves_out_padding(recipe):
+    (model, _), data = begin(recipe)
+    (policy,) = build_policies(recipe, model, data)
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 2))
+    batch = samples.finish(
+        samples.collate([samples[0, 5, 0, 0], samples[0, 0, 0, 1]]), "cpu"
+    )  # the last of its episode
+    assert batch.is_real.sum(dim=(1, 2)).tolist() == [1 * 4, 4 * 4]
+    error = model.flow_error(batch.observation, batch.actions, noise=batch.noise, time=batch.time)
+    assert error.shape == (2, 2, 4, 6)
+    real = torch.cat([error[0, :, :1, :4].flatten(), error[1, :, :, :4].flatten()])
+    found = loss_sum(alone(model).flow_error, batch, "real") / num_terms(batch, "real")
+    torch.testing.assert_close(found, real.mean())
+    torch.testing.assert_close(loss_sum(alone(model).flow_error, batch, "all") / num_terms(batch, "all"), error.mean())
+
+
+def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(recipe):
+    (model, _), data = begin(recipe)
+    (policy,) = build_policies(recipe, model, data)
+    frames = [Frames(data[0].train, data[0].embodiment, policy.transforms)]
+    always = Augmentation(color_probability=1.0)
+    own = Samples(frames, Draws(0, 1, augmentation=always))[0, 0, 0, 0]["augmentation"]
+    theirs = Samples(frames, Draws(0, 1, augmentation=dataclasses.replace(always, like_openpi=True)))[0, 0, 0, 0]
+    base, wrist = own["base_0_rgb"], own["left_wrist_0_rgb"]
+    assert (base != wrist).all()
+    assert base[5] != 0
+    np.testing.assert_array_equal(theirs["augmentation"]["base_0_rgb"], theirs["augmentation"]["left_wrist_0_rgb"])
+    assert theirs["augmentation"]["base_0_rgb"][5] == 0
+
+
+@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+def test_computing_activations_again_changes_no_bit(recipe, tmp_path, checkpointing):
+    loop.train(recipe, tmp_path / "plain")
+    loop.train(dataclasses.replace(recipe, checkpointing=checkpointing), tmp_path / "again")
+    assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "again"))
+
+
+def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
+    config = dataclasses.replace(recipe, optimizer="adamw8bit", num_steps=4)
+    loop.train(config, tmp_path / "whole")
+    saved = weights(tmp_path / "whole")
+    large = {name: value for name, value in saved.items() if name.startswith("state1.") and value.dtype == torch.uint8}
+    assert "state1.embedding" in large
+    loop.train(dataclasses.replace(config, num_steps=2, decay_steps=4), tmp_path / "run")
+    longer = dataclasses.replace(resume_config(tmp_path / "run"), num_steps=4)
+    loop.train(longer, tmp_path / "run", resume=True)
+    assert_same_bits(weights(tmp_path / "run"), saved)
+
+
+def test_no_average_means_the_weights_themselves(recipe, tmp_path):
+    result = loop.train(dataclasses.replace(recipe, ema_decay=0.0), tmp_path / "run")
+    saved, policy = weights(tmp_path / "run"), torchpi.load_model(result.policy)
+    assert not any(name.startswith("ema.") for name in saved)
+    assert torch.equal(policy.action_out_proj.weight, saved["weights.action_out_proj.weight"])
+
+
+# ---- several datasets ----
+
+
+@pytest.fixture(scope="module")
+def other_robot(tmp_path_factory):
+    """A robot with one camera and five joints, and a dataset of it."""
+    root = tmp_path_factory.mktemp("other")
+    joints = ["a", "b", "c", "d", "gripper"]
+    robot = Embodiment.generic(
+        "arm", cameras={"base_0_rgb": "front"}, state=joints, actions=joints, delta=joints[:4], control_hz=10
+    )
+    (root / "arm.json").write_text(json.dumps(robot.to_dict()))
+    rng = np.random.default_rng(1)
+    with LeRobotWriter(
+        root / "set", fps=10, cameras={"front": (32, 32, 3)}, state_names=joints, action_names=joints
+    ) as writer:
+        for _ in range(3):
+            for _ in range(5):
+                image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+                state_, action = rng.normal(size=5), rng.normal(size=5)
+                writer.add_frame({"observation.images.front": image, "observation.state": state_, "action": action})
+            writer.save_episode("wave")
+    return root
+
+
+def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_robot, tmp_path):
+    sources = (
+        Source(str(dataset), "metaworld", weight=3.0),
+        Source(str(other_robot / "set"), str(other_robot / "arm.json"), weight=1.0, episodes="0:2"),
+    )
+    config = dataclasses.replace(recipe, dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2)
+    result = loop.train(config, tmp_path / "run")
+    robot = result.policy / "robots" / "arm"
+    first = torchpi.load_policy(result.policy)
+    second = torchpi.load_policy(
+        result.policy, embodiment=robot / "embodiment.json", norm_stats=robot / "norm_stats.json"
+    )
+    assert first.infer(first.example_observation())["actions"].shape == (4, 4)
+    assert second.infer(second.example_observation())["actions"].shape == (4, 5)
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"chunk_error", "chunk_error_arm", "holdout_loss"} <= set(last)
+
+
+def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
+    sources = (Source(str(dataset), "metaworld"), Source(str(other_robot / "set"), str(other_robot / "arm.json")))
+    config = dataclasses.replace(recipe, dataset="", embodiment="", mixture=sources)
+    (model, _), data = begin(config)
+    policies = build_policies(config, model, data)
+    frames = [Frames(d.train, d.embodiment, p.transforms) for d, p in zip(data, policies, strict=True)]
+    samples = Samples(frames, Draws(0, 1, augmentation=Augmentation()))
+    batch = samples.finish(samples.collate([samples[0, 0, 0, 0], samples[1, 0, 0, 1]]), "cpu")
+    assert {name: mask.tolist() for name, mask in batch.observation.image_masks.items()} == {
+        "base_0_rgb": [True, True], "left_wrist_0_rgb": [True, False],
+    }  # fmt: skip
+    assert batch.is_real[:, 0].sum(dim=-1).tolist() == [4, 5]
+
+
+def test_a_mixture_survives_its_file(recipe, tmp_path):
+    config = dataclasses.replace(
+        recipe, dataset="", embodiment="", mixture=(Source("a", "aloha", 2.0), Source("b", "droid"))
+    )
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    assert TrainConfig.from_json(tmp_path / "recipe.json") == config
+
+
+def test_chosen_episodes_and_frames_alone_are_trained_on(recipe):
+    config = dataclasses.replace(recipe, episodes="0:3", holdout=0.0)
+    (data,) = open_data(config, SIZES)
+    assert data.train.episode_indices == (0, 1, 2)
+    assert data.holdout is None
+
+
+def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
+    path = tmp_path / "set"
+    with LeRobotWriter(
+        path, fps=10, cameras={"base": (32, 32, 3), "wrist": (32, 32, 3)}, state_names=list("abcd"),
+        action_names=list("abcd"),
+    ) as writer:  # fmt: skip
+        for episode in range(2):
+            for frame in range(60):
+                black = np.zeros((32, 32, 3), np.uint8)
+                value = np.full(4, max(0, frame - 30) * 0.1 + episode * 0.0)  # rests for three seconds, then moves
+                images = {"observation.images.base": black, "observation.images.wrist": black}
+                writer.add_frame({**images, "observation.state": value, "action": value})
+            writer.save_episode("go")
+    config = dataclasses.replace(recipe, dataset=str(path), holdout=0.0)
+    (everything,) = open_data(config, SIZES)
+    (moving,) = open_data(dataclasses.replace(config, skip_idle=True), SIZES)
+    assert len(everything.frames) == 120
+    assert 60 <= len(moving.frames) <= 84
+    assert not set(range(15)) & set(moving.frames.tolist())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer": "adamw8bit", "parallel": "fsdp"}, "can't be sharded"),
+        ({"accumulate": 0}, "accumulate must be a positive integer"),
+        ({"dataset": "a", "mixture": (Source("b", "aloha"),)}, "either dataset"),
+        ({"timescale": 0.0}, "timescale must be positive"),
+        ({"keep_every": 0}, "keep_every must be"),
+    ],
+)
+def test_recipes_that_can_not_be_are_errors(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**fields)
+
+
+def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
+    with pytest.raises(ValueError, match="18 frames to train on, fewer than a batch of 64"):
+        open_data(dataclasses.replace(recipe, batch_size=64), SIZES)
+
+
+def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
+    loop.train(recipe, tmp_path / "run")
+    (model, _), _ = begin(recipe)
+    other = state.TrainState.begin(model, weight_decay=0.0, ema=False)
+    with pytest.raises(ValueError, match="belongs to another model, recipe or optimizer"):
+        other.load(state.checkpoints(tmp_path / "run")[-1] / state.STATE, 3)
