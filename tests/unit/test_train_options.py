@@ -73,7 +73,7 @@ def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path)
     sizes = tmp_path / "wider.json"
     sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
     other = dataclasses.replace(further, model=str(sizes))
-    with pytest.raises(ValueError, match=r"misshapen: action_out_proj\.bias is \[6\], expected \[8\]"):
+    with pytest.raises(ValueError, match=r"action_out_proj\.bias is \[6\], expected \[8\]"):
         begin(other)
     (model, beginning), _ = begin(dataclasses.replace(other, adapt=True))
     assert model.config.action_dim == 8

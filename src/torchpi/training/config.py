@@ -177,6 +177,8 @@ class TrainConfig:
     """Where the metrics go besides metrics.jsonl: tensorboard, wandb."""
     workers: int = 1
     """Processes that prepare samples, of each process that trains; 0: it does so itself."""
+    image_cache_gb: float = 4.0
+    """Compressed images that each of these processes keeps in memory, in GB (10⁹ bytes)."""
     device: str = "cpu"
     """Where the model is trained: cpu or cuda."""
 
@@ -187,7 +189,16 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be a positive integer, got {self.keep_every}")
-        for name in ("warmup_steps", "state_noise", "weight_decay", "workers", "seed", "chunk_samples", "shard_size"):
+        for name in (
+            "warmup_steps",
+            "state_noise",
+            "weight_decay",
+            "workers",
+            "seed",
+            "chunk_samples",
+            "shard_size",
+            "image_cache_gb",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("max_grad_norm", "learning_rate", "timescale"):

@@ -123,7 +123,9 @@ def _write_about(run: pathlib.Path, world: World, about: Mapping[str, Any]) -> N
 def _drop_metrics_behind(path: pathlib.Path, step: int) -> None:
     """The interrupted run may have got further than its last checkpoint."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    path.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+    beside = path.with_suffix(".tmp")
+    beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+    os.replace(beside, path)
 
 
 def update(
@@ -230,29 +232,28 @@ class _Trainer:
             bar = progress.add_task("", total=config.num_steps, completed=state.step)
             while state.step < config.num_steps and not meter.stopped:
                 with meter.waiting():
-                    batches = [self._next_batch() for _ in range(config.accumulate)]
+                    prepared = [next(self.batches) for _ in range(config.accumulate)]
+                batches = [self.samples.finish(batch, self.world.device) for batch in prepared]
                 numbers = self._update(batches, meter, stop)
-                last = state.step == config.num_steps or meter.stopped
+                complete = state.step == config.num_steps
+                last = complete or meter.stopped
                 line: dict[str, Any] = {}
                 if state.step % config.log_every == 0 or last:
                     line = meter.line(config.batch_size) | numbers | self._about_state()
                     progress.update(bar, description=_description(line))
-                if state.step % config.eval_every == 0 or last:
-                    line |= self._measure()
-                if state.step % config.save_every == 0 or last:
-                    line |= self._save(last=last)
-                if line:
-                    self._log(line)
-                    meter.restart()
-                if self.world.first and line and state.step % config.save_every == 0:
-                    plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
+                with meter.paused():
+                    if state.step % config.save_every == 0 or last:
+                        line |= self._save(last=last)
+                    if state.step % config.eval_every == 0 or complete:  # not where somebody waits for the end
+                        line |= self._measure()
+                    if line:
+                        self._log(line)
+                    if self.world.first and state.step % config.save_every == 0:
+                        plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
                 progress.update(bar, completed=state.step)
         if self.world.first:
             plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
         return state.step < config.num_steps
-
-    def _next_batch(self) -> Batch:
-        return self.samples.finish(next(self.batches), self.world.device)
 
     def _update(self, batches: Sequence[Batch], meter: "_Meter", stop: "_StopRequest") -> dict[str, float]:
         try:
@@ -335,10 +336,9 @@ class _Meter:
 
     def __init__(self, world: World) -> None:
         self.world, self.stopped = world, False
-        self.restart()
+        self._restart()
 
-    def restart(self) -> None:
-        """Begin a new line."""
+    def _restart(self) -> None:
         self.since, self.waited, self.losses = time.perf_counter(), 0.0, list[float]()
 
     @contextlib.contextmanager
@@ -347,6 +347,13 @@ class _Meter:
         start = time.perf_counter()
         yield
         self.waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While something is done that is no part of an update."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
 
     def add(self, loss: float, stop: bool) -> None:
         """The loss of an update, of this process; all of them stop where one is asked to."""
@@ -357,11 +364,13 @@ class _Meter:
     def line(self, batch_size: int) -> dict[str, float]:
         """What has been measured since the last one."""
         seconds = time.perf_counter() - self.since
-        return {
+        line = {
             "loss": sum(self.losses) / len(self.losses),
             "samples_per_second": round(batch_size * len(self.losses) / seconds, 1),
             "data_wait": round(self.waited / seconds, 4),
         }
+        self._restart()
+        return line
 
 
 class _StopRequest(contextlib.AbstractContextManager["_StopRequest"]):

@@ -10,7 +10,17 @@ RECIPE = "train.json"
 
 CHANGEABLE = frozenset(
     {
-        *("num_steps", "accumulate", "checkpointing", "compile", "parallel", "shard_size", "workers", "device"),
+        *(
+            "num_steps",
+            "accumulate",
+            "checkpointing",
+            "compile",
+            "parallel",
+            "shard_size",
+            "workers",
+            "image_cache_gb",
+            "device",
+        ),
         *("holdout_samples", "chunk_samples", "eval_every", "env", "env_tasks", "env_episodes"),
         *("save_every", "keep", "keep_every", "log_every", "trackers"),
     }

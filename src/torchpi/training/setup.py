@@ -66,6 +66,7 @@ def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceDat
         source.dataset,
         action_horizon=horizon,
         cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
+        image_cache_bytes=int(config.image_cache_gb * 1e9),
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)

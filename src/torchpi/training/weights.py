@@ -93,9 +93,14 @@ def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
     checkpoint = open_checkpoint(existing_folder(config.init), config=sizes)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = load_model(
-            config.init, config=sizes, adapt=config.adapt, lora_alpha=alpha if checkpoint.folded else None
-        )
+        try:
+            model = load_model(
+                config.init, config=sizes, adapt=config.adapt, lora_alpha=alpha if checkpoint.folded else None
+            )
+        except ValueError as error:
+            if not config.adapt and config.model is not None:
+                error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
+            raise
     loaded = tuple(name for name, _ in model.named_parameters())
     adapted = "; ".join(str(warning.message) for warning in caught)
     return model, Beginning(config.init, loaded, (), checkpoint.dropped, adapted)
