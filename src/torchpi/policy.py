@@ -22,12 +22,13 @@ from torchpi.checkpoints.load import (
 )
 from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import PRESETS, Pi0Config, read_json_object
+from torchpi.model.guidance import Guidance, prefix_weights
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
-from torchpi.types import ActionChunk, Observation
+from torchpi.types import ActionChunk, ActionPrefix, Observation
 
 TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
@@ -114,6 +115,9 @@ class Policy:
         noise: np.ndarray | None = None,
         num_steps: int = 10,
         generator: torch.Generator | None = None,
+        action_prefix: np.ndarray | None = None,
+        delay: int = 0,
+        execution_horizon: int | None = None,
     ) -> ActionChunk:
         """One observation to one action chunk.
 
@@ -121,6 +125,12 @@ class Policy:
             observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
             noise: [H, action_dim], where the flow begins; by default drawn with `generator`.
             num_steps: Euler steps.
+            action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
+                observation's moment on: the new chunk goes on from it (real-time chunking, see `model.guidance`). Its
+                differences to the state are taken anew.
+            delay: how many of these will have been executed when the new chunk arrives; it agrees with them.
+            execution_horizon: how many steps have been executed since the inference of that chunk; by default what is
+                missing of it, H − k.
 
         Returns:
             "actions" float32 [H, a] in the robot's units, and "policy_timing" in milliseconds.
@@ -130,7 +140,10 @@ class Policy:
             ValueError: anything else about the observation, the noise or num_steps that is not as expected.
         """
         noises = None if noise is None else self._finite_noise(noise, batch=())[None]
-        return self.infer_batch([observation], noise=noises, num_steps=num_steps, generator=generator)[0]
+        prefix = None if action_prefix is None else ActionPrefix(action_prefix, delay, execution_horizon)
+        return self.infer_batch(
+            [observation], noise=noises, num_steps=num_steps, generator=generator, prefixes=[prefix]
+        )[0]
 
     def infer_batch(
         self,
@@ -139,8 +152,12 @@ class Policy:
         noise: np.ndarray | None = None,
         num_steps: int = 10,
         generator: torch.Generator | None = None,
+        prefixes: Sequence[ActionPrefix | None] | None = None,
     ) -> list[ActionChunk]:
         """Several observations, independent of each other, in one pass; `noise` is [B, H, action_dim].
+
+        Args:
+            prefixes: for each observation the chunk that it goes on from, or None.
 
         Raises:
             As `infer`.
@@ -148,12 +165,17 @@ class Policy:
         if not observations:
             raise ValueError("infer_batch got no observations; it needs at least one")
         start = time.perf_counter()
-        states, samples = zip(*(self.prepare(observation) for observation in observations), strict=True)
+        prefixes = prefixes or [None] * len(observations)
+        asked = zip(observations, prefixes, strict=True)
+        states, samples = zip(*(self._prepare_with(*one) for one in asked), strict=True)
         batch = collate(samples).to(self.model.device)
         noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
         noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
         prepared = time.perf_counter()
-        sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator)
+        guidance = self._guidance(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
+        sampled = self.model.sample_actions(
+            batch, noise=noise_tensor, num_steps=num_steps, generator=generator, guidance=guidance
+        )
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
         actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
@@ -173,6 +195,32 @@ class Policy:
         """
         sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
         return sample["state"], self.transforms.forward(sample)
+
+    def _prepare_with(
+        self, observation: Mapping[str, Any], prefix: ActionPrefix | None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """`prepare`, with the prefix as "actions": relative to the new state and normalized, as in training."""
+        if prefix is None:
+            return self.prepare(observation)
+        return self.prepare({**observation, "actions": prefix.actions})
+
+    def _guidance(
+        self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[ActionPrefix | None], horizon: int | None
+    ) -> Guidance | None:
+        if not any(prefixes):
+            return None
+        horizon = horizon or self.model.config.require("action_horizon")
+        target = torch.zeros(len(samples), horizon, self.model.config.action_dim)
+        present, executed = torch.zeros_like(target), torch.full((len(samples),), horizon)
+        for i, (sample, prefix) in enumerate(zip(samples, prefixes, strict=True)):
+            if prefix is not None:
+                executed[i] = prefix.steps_executed(horizon)
+                actions = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
+                target[i, : len(actions)] = actions
+                present[i, : len(actions), : self.embodiment.action_size] = 1
+        delays = torch.tensor([prefix.delay if prefix else 0 for prefix in prefixes])
+        weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
+        return Guidance(target.to(self.model.device), weight.to(self.model.device))
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)

@@ -29,6 +29,33 @@ class ActionChunk(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
+class ActionPrefix:
+    """The chunk that is being executed while a new one is computed, for real-time chunking."""
+
+    actions: np.ndarray
+    """[k, a] in the robot's units: its rest, from the moment of the new observation on."""
+    delay: int
+    """d: how many of them will have been executed when the new chunk arrives."""
+    execution_horizon: int | None = None
+    """s: how many steps were executed since its own inference began; None: what is missing of it, H − k."""
+
+    def steps_executed(self, horizon: int) -> int:
+        """s, for chunks of H actions.
+
+        Raises:
+            ValueError: s or d is no number of steps that can be, or d > H − s: the rest ends before the chunk arrives.
+        """
+        executed = max(horizon - len(self.actions), 0) if self.execution_horizon is None else self.execution_horizon
+        if not 0 <= executed <= horizon or not 0 <= self.delay <= horizon - executed:
+            raise ValueError(
+                f"real-time chunking needs 0 ≤ delay ≤ H − execution_horizon, got delay {self.delay}, "
+                f"execution_horizon {executed} and H {horizon}: the chunk that is being executed ends before the new "
+                "one arrives. Ask sooner, or without a prefix"
+            )
+        return executed
+
+
+@dataclasses.dataclass(frozen=True)
 class Observation:
     """A batch of what the model sees. The cameras' order is their order in the prefix."""
 

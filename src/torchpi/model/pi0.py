@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchpi.config import Pi0Config
 from torchpi.model import flow
 from torchpi.model.gemma import Gemma, KeyValue, Modulation, Rope, rope_table
+from torchpi.model.guidance import Guidance, guided_velocity
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
 from torchpi.model.siglip import SigLIP
@@ -297,12 +298,14 @@ class Pi0(nn.Module):
         noise: Float32[Tensor, "B H A"] | None = None,
         num_steps: int = 10,
         generator: torch.Generator | None = None,
+        guidance: Guidance | None = None,
     ) -> Float32[Tensor, "B H A"]:
         """Integrate from noise to actions with `num_steps` Euler steps.
 
         Args:
             noise: the start; by default drawn from N(0, 1) with `generator`. It decides the horizon where the config
                 leaves it unset.
+            guidance: the chunk that this one has to go on from; by default none.
 
         Returns:
             Normalized actions, padded to action_dim.
@@ -324,10 +327,15 @@ class Pi0(nn.Module):
         features = self.suffix.time_features(torch.tensor(times, device=noise.device))  # [num_steps, d]
         modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps, 1, 3d]
         x_t, dt = noise, -1.0 / num_steps
-        for step in range(len(times)):
-            suffix_tokens = self.suffix(observation.state, x_t, features[step : step + 1])
+        for step, t in enumerate(times):
             at_step = None if modulations is None else [m[step : step + 1] for m in modulations]
-            x_t = x_t + dt * self.velocity(suffix_tokens, cache, frame, at_step)
+
+            def velocity(x: Tensor, step: int = step, at_step: list[Modulation] | None = at_step) -> Tensor:
+                suffix_tokens = self.suffix(observation.state, x, features[step : step + 1])
+                return self.velocity(suffix_tokens, cache, frame, at_step)
+
+            v_t = velocity(x_t) if guidance is None else guided_velocity(velocity, x_t, t, guidance)
+            x_t = x_t + dt * v_t
         return x_t
 
     def _noise(self, shape: torch.Size, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:

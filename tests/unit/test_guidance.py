@@ -1,0 +1,157 @@
+"""Real-time chunking: the guidance's sign, gradient and weights, and what a prefix does to a policy's chunks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import torchpi
+from torchpi.model.guidance import Guidance, guidance_strength, guided_velocity, prefix_weights
+
+
+def guidance(target: torch.Tensor, weight: torch.Tensor | None = None, maximum: float = 5.0) -> Guidance:
+    return Guidance(target, torch.ones_like(target) if weight is None else weight, maximum)
+
+
+def test_weights_are_the_papers():
+    (weights,) = prefix_weights(8, torch.tensor([2]), torch.tensor([3]))
+    expected = []
+    for i in range(8):
+        c = (8 - 3 - i) / (8 - 3 - 2 + 1)
+        expected.append(1.0 if i < 2 else c * (math.exp(c) - 1) / (math.e - 1) if i < 5 else 0.0)
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+    assert weights[1] > weights[2] > weights[3] > weights[4] > 0
+
+
+def test_each_sample_has_its_own_delay():
+    weights = prefix_weights(6, torch.tensor([0, 4]), torch.tensor([2, 2]))
+    assert (weights == 1).sum(dim=1).tolist() == [0, 4]
+    assert (weights > 0).sum(dim=1).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("t", [1.0, 0.9, 0.5, 0.1])
+def test_the_gradient_is_that_of_finite_differences(t):
+    """Of half the weighted squared distance between the target and where the path leads, with the sign turned."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(6, 6, generator=generator)
+    target, weight = torch.randn(1, 2, 3, generator=generator), torch.rand(1, 2, 3, generator=generator)
+    x = torch.randn(1, 2, 3, generator=generator)
+
+    def velocity(x_t: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(x_t.flatten() @ matrix).view(1, 2, 3)
+
+    def distance(x_t: torch.Tensor) -> torch.Tensor:
+        return (weight * (target - (x_t - t * velocity(x_t))) ** 2).sum() / 2
+
+    gradient = (velocity(x) - guided_velocity(velocity, x, t, guidance(target, weight))) / guidance_strength(t, 5.0)
+    for i in range(6):
+        step = torch.zeros(6, dtype=torch.float64)
+        step[i] = 1e-3
+        step = step.view(1, 2, 3).float()
+        slope = (distance(x + step) - distance(x - step)) / 2e-3
+        assert float(gradient.flatten()[i]) == pytest.approx(-float(slope), abs=2e-3)
+
+
+def test_guidance_brings_a_toy_flow_nearer_to_the_target():
+    """A flow whose chunks end at its own goal, whatever the noise: v = (x − goal) / t."""
+    goal, target = torch.zeros(1, 4, 2), torch.full((1, 4, 2), 3.0)
+    ends = []
+    for maximum in (0.0, 1.0, 5.0):
+        x, num_steps = torch.ones(1, 4, 2), 10
+        for step in range(num_steps):
+            t = 1 - step / num_steps
+            v = guided_velocity(lambda x_t, t=t: 0.3 * x_t - goal, x, t, guidance(target, maximum=maximum))
+            x = x - v / num_steps
+        ends.append(float((x - target).abs().mean()))
+    assert ends[0] > ends[1] > ends[2]
+
+
+def test_nothing_to_agree_with_is_plain_sampling(golden):
+    model, observation = golden.model(), golden.observation()
+    noise = golden.inputs["noise"]
+    nothing = guidance(torch.zeros_like(noise), torch.zeros_like(noise))
+    guided = model.sample_actions(observation, noise=noise, num_steps=2, guidance=nothing)
+    torch.testing.assert_close(guided, model.sample_actions(observation, noise=noise, num_steps=2), atol=1e-5, rtol=0)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_chunk_agrees_with_what_is_being_executed_and_departs_later(golden):
+    """Of a model with random weights, whose chunks depend on the noise."""
+    model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
+    horizon = noise.shape[1]
+    old = model.sample_actions(observation, noise=noise.flip(0))
+    plain = model.sample_actions(observation, noise=noise)
+    weight = prefix_weights(horizon, torch.tensor([6, 6]), torch.tensor([horizon - 12] * 2))
+    guided = model.sample_actions(observation, noise=noise, guidance=guidance(old, weight[:, :, None].expand_as(old)))
+    nearer = (guided - old).abs().mean(dim=(0, 2)) / (plain - old).abs().mean(dim=(0, 2))
+    assert nearer[:6].max() < 0.5
+    assert nearer[:6].mean() < nearer[6:12].mean() < nearer[12:].mean()
+
+
+@pytest.fixture(scope="module")
+def policy():
+    return torchpi.load_policy("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def request_(policy):
+    observation = policy.example_observation()
+    noise = np.random.default_rng(0).standard_normal((2, 16, policy.model.config.action_dim)).astype(np.float32)
+    return observation, noise
+
+
+def test_a_short_prefix_counts_for_its_steps_only(policy, request_):
+    """What is missing of it is masked: zeros in its place would pull the chunk to zero."""
+    observation, (noise, _) = request_
+    old = np.full((2, 4), 0.25, np.float32)
+    guided = policy.infer(observation, noise=noise, action_prefix=old, delay=2, execution_horizon=4)["actions"]
+    again = policy.infer(
+        observation, noise=noise, action_prefix=np.vstack([old, np.zeros((10, 4), np.float32)]), delay=2,
+        execution_horizon=4,
+    )["actions"]  # fmt: skip
+    assert np.abs(guided[:2] - old).max() < np.abs(policy.infer(observation, noise=noise)["actions"][:2] - old).max()
+    assert np.abs(guided - again).max() > 1e-3
+
+
+def test_requests_with_and_without_a_prefix_share_a_batch(policy, request_):
+    observation, noise = request_
+    old = policy.infer(observation, noise=noise[0])["actions"]
+    prefix = torchpi.types.ActionPrefix(old[4:], delay=2)
+    together = policy.infer_batch([observation, observation], noise=noise, prefixes=[None, prefix])
+    np.testing.assert_allclose(together[0]["actions"], old, atol=1e-4)
+    alone = policy.infer(observation, noise=noise[1], action_prefix=old[4:], delay=2)["actions"]
+    np.testing.assert_allclose(together[1]["actions"], alone, atol=1e-4)
+
+
+def test_delta_actions_are_anchored_at_the_new_state(policy):
+    """Absolute actions stay where they are when the state moves; as differences they have to be taken anew."""
+    robot = torchpi.Embodiment.generic(
+        "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c", "d"],
+        delta=["a", "b", "c"],
+    )  # fmt: skip
+    arm = torchpi.load_policy("demo", embodiment=robot, device="cpu")
+    observation = arm.example_observation()
+    moved = {**observation, "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
+    prefix = torchpi.types.ActionPrefix(np.full((3, 4), 0.3, np.float32), delay=3, execution_horizon=0)
+    (here,), (there,) = ([arm._prepare_with(o, prefix)[1]["actions"]] for o in (observation, moved))
+    back = [arm._to_robot(chunk, o["state"]) for chunk, o in ((here, observation), (there, moved))]
+    assert np.abs(here - there)[:, :3].max() > 0.01
+    np.testing.assert_allclose(back[0], back[1], atol=1e-6)
+    np.testing.assert_allclose(back[0], 0.3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delay": 13}, r"needs 0 ≤ delay ≤ H − execution_horizon, got delay 13, execution_horizon 4 and H 16"),
+        ({"delay": -1}, "got delay -1"),
+        ({"execution_horizon": 17}, "execution_horizon 17"),
+        ({"action_prefix": np.zeros((3, 5), np.float32)}, r"Actions have shape \[3, 5\]"),
+        ({"action_prefix": np.full((3, 4), np.nan, np.float32)}, "NaN"),
+    ],
+)
+def test_prefixes_that_can_not_be_are_errors(policy, request_, options, message):
+    observation, noise = request_
+    with pytest.raises(ValueError, match=message):
+        policy.infer(observation, noise=noise[0], **{"action_prefix": np.zeros((12, 4), np.float32), **options})
