@@ -1,5 +1,6 @@
 """torchpi-client: the wire format against bytes that openpi-client wrote, the client against servers on loopback."""
 
+import asyncio
 import contextlib
 import json
 import re
@@ -13,9 +14,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from websockets.exceptions import ConnectionClosed
+from websockets.server import ServerProtocol
 from websockets.sync.server import serve
 
-from torchpi_client import ServerError, WebsocketPolicy, pack, unpack
+from torchpi_client import AsyncWebsocketPolicy, ServerError, WebsocketPolicy, pack, unpack
+from torchpi_client.images import decode_images, encode_images, jpeg_cost
+from torchpi_client.protocol import JPEG, RTC, ActionPrefix
 
 METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
 
@@ -323,20 +328,19 @@ def test_threads_get_their_own_answers():
         assert answers == {i: [2 * i] * 20 for i in range(4)}
 
 
-def test_a_text_frame_is_the_servers_error():
-    def failing(connection):
+def test_a_text_frame_is_the_servers_error_and_the_next_request_connects_again():
+    def failing(connection):  # as openpi's server does
         connection.send(pack(METADATA))
         connection.recv()
         connection.send("Traceback: no camera 'top'")
-        connection.recv()
         connection.close(1011)
 
     with running(failing) as url, WebsocketPolicy(url) as policy:
-        with pytest.raises(ServerError, match="no camera 'top'") as caught:
-            policy.infer({})
-        assert isinstance(caught.value, RuntimeError)
-        with pytest.raises(ConnectionError, match="is closed"):
-            policy.infer({})
+        for reconnects in range(3):
+            with pytest.raises(ServerError, match="no camera 'top'") as caught:
+                policy.infer({})
+            assert isinstance(caught.value, RuntimeError)
+            assert policy.reconnects == reconnects
 
 
 def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
@@ -364,18 +368,260 @@ def test_what_is_no_metadata(first, error, message):
         WebsocketPolicy(url)
 
 
-def test_a_server_that_never_answers():
+def test_an_answer_after_the_deadline_is_never_taken_for_the_next_one():
+    asked, late = threading.Event(), threading.Event()
+
+    def first_answer_is_late(connection):
+        connection.send(pack(METADATA))
+        for request in connection:
+            if not asked.is_set():
+                asked.set()
+                late.wait()
+            with contextlib.suppress(ConnectionClosed):
+                connection.send(request)
+
+    with running(first_answer_is_late) as url, WebsocketPolicy(url, answer_timeout=0.1) as policy:
+        with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
+            policy.infer({"number": 1})
+        late.set()
+        assert policy.infer({"number": 2}, timeout=30.0) == {"number": 2}
+        assert policy.reconnects == 1
+
+
+def test_the_deadline_covers_sending():
+    done = threading.Event()
+
+    def read_nothing_after_the_handshake():
+        with listener.accept()[0] as sock:
+            protocol = ServerProtocol()
+            protocol.receive_data(sock.recv(65536))
+            for request in protocol.events_received():
+                protocol.send_response(protocol.accept(request))
+            protocol.send_binary(pack(METADATA))
+            sock.sendall(b"".join(protocol.data_to_send()))
+            done.wait()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=read_nothing_after_the_handshake, daemon=True)
+        thread.start()
+        image = np.zeros((4000, 4000, 3), np.uint8)  # more than the sockets' buffers hold
+        with WebsocketPolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}") as policy, pytest.raises(TimeoutError):
+            policy.infer({"image": image}, timeout=0.2)
+        done.set()
+        thread.join()
+
+
+def test_a_request_whose_connection_is_lost_is_sent_again():
+    connections = []
+
+    def breaks_once(connection):
+        connections.append(connection)
+        if len(connections) == 1:
+            connection.send(pack(METADATA))
+            connection.recv()
+            connection.socket.shutdown(socket.SHUT_RDWR)
+        else:
+            echo(connection)
+
+    with running(breaks_once) as url, WebsocketPolicy(url) as policy:
+        assert policy.infer({"state": np.ones(1)})["actions"] == [2]
+        assert policy.infer({"state": np.ones(1)})["actions"] == [2]
+        assert (policy.reconnects, len(connections)) == (1, 2)
+
+
+def test_a_request_that_ends_every_connection_is_given_up():
+    connections = []
+
+    def poisoned(connection):
+        connections.append(connection)
+        connection.send(pack(METADATA))
+        connection.recv()
+
+    with running(poisoned) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ConnectionError, match="closed twice during one request"):
+            policy.infer({})
+        assert len(connections) == 2
+
+
+def test_a_server_that_restarts_is_waited_for():
+    def one_answer(connection):
+        connection.send(pack(METADATA))
+        connection.recv()
+        connection.send(pack({}))
+
+    with contextlib.ExitStack() as stack:
+        with running(one_answer) as url:
+            policy = stack.enter_context(WebsocketPolicy(url, timeout=30))
+            policy.infer({"state": np.ones(1)})
+        port = int(url.rpartition(":")[2])
+        timer = threading.Timer(0.3, lambda: stack.enter_context(running(echo, port)))
+        timer.start()
+        assert policy.infer({"state": np.ones(1)})["actions"] == [2]
+        assert policy.reconnects == 1
+        timer.join()
+
+
+def test_a_server_that_comes_back_with_another_policy_is_refused():
+    connections = []
+
+    def changing(connection):
+        connections.append(connection)
+        connection.send(pack({"action_horizon": len(connections)}))
+        connection.recv()
+
+    message = r"came back with another policy.*: 1}, and are .*: 2}"
+    with running(changing) as url, WebsocketPolicy(url) as policy, pytest.raises(ServerError, match=message):
+        policy.infer({})
+
+
+def test_closing_ends_a_request_that_is_under_way():
+    asked = threading.Event()
+    caught = []
+
     def silent(connection):
         connection.send(pack(METADATA))
+        connection.recv()
+        asked.set()
         for _ in connection:
             pass
 
-    with running(silent) as url, WebsocketPolicy(url, answer_timeout=0.1) as policy:
-        with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
-            policy.infer({})
-        # Its answer may still come, and would be taken for the next one.
+    with running(silent) as url:
+        policy = WebsocketPolicy(url)
+
+        def ask():
+            with pytest.raises(ConnectionError, match="closed") as error:
+                policy.infer({})
+            caught.append(error)
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        asked.wait()
+        policy.close()
+        thread.join()
+    assert len(caught) == 1
+
+
+def test_asyncio_asks_several_at_once():
+    async def ask_all(url):
+        async with AsyncWebsocketPolicy(url) as policy:
+            assert policy.metadata == METADATA
+            answers = await asyncio.gather(*(policy.infer({"state": np.full(1, i)}) for i in range(5)))
+            with pytest.raises(ValueError, match="cannot pack"):
+                await policy.infer({"state": object()})
         with pytest.raises(ConnectionError, match="is closed"):
-            policy.infer({})
+            await policy.infer({"state": np.ones(1)})
+        return [answer["actions"].tolist() for answer in answers]
+
+    with running(echo) as url:
+        assert asyncio.run(ask_all(url)) == [[0], [2], [4], [6], [8]]
+
+
+def test_asyncio_must_be_connected_first():
+    with pytest.raises(ConnectionError, match=r"call connect\(\) first"):
+        asyncio.run(AsyncWebsocketPolicy("ws://127.0.0.1:1").infer({}))
+
+
+# ---- images as JPEG ----
+
+
+def picture(height=90, width=120):
+    """A smooth image with an edge, uint8 [h, w, 3]."""
+    y, x = np.mgrid[0:height, 0:width]
+    image = np.stack([x * 2, y * 2, (x + y)], axis=-1) % 256
+    image[height // 3 :, width // 2 :] = (200, 30, 60)
+    return image.astype(np.uint8)
+
+
+def test_jpeg_keeps_layout_keys_and_nearly_the_pixels():
+    image = picture()
+    observation = {"images": {"top": np.moveaxis(image, -1, 0), "wrist": image}, "state": np.ones(3), "prompt": "go"}
+    encoded = unpack(pack(encode_images(observation)))
+    assert len(pack(encoded)) < len(pack(observation)) / 4
+    decoded = decode_images(encoded)
+    assert decoded["images"]["top"].shape == (3, 90, 120)
+    np.testing.assert_array_equal(np.moveaxis(decoded["images"]["top"], 0, -1), decoded["images"]["wrist"])
+    assert np.abs(decoded["images"]["wrist"].astype(int) - image).mean() < 3
+    assert same(decoded["state"], observation["state"])
+    assert decoded["prompt"] == "go"
+    assert observation["images"]["wrist"] is image
+
+
+def test_jpeg_says_what_it_costs():
+    high, low = (jpeg_cost({"cam": {"top": picture()}}, quality=quality)[0] for quality in (95, 30))
+    assert (high.key, high.raw_bytes) == ("cam.top", 90 * 120 * 3)
+    assert low.jpeg_bytes < high.jpeg_bytes < high.raw_bytes
+    assert 0 < high.mean_error < low.mean_error
+    assert "cam.top: 32 kB raw" in str(high)
+
+
+@pytest.mark.parametrize(
+    ("observation", "message"),
+    [
+        ({"top": np.zeros((8, 8, 3), np.float32)}, r"top as JPEG: it is float32 \[8, 8, 3\]; expected uint8"),
+        ({"top": np.zeros((8, 8, 4), np.uint8)}, r"uint8 \[8, 8, 4\]"),
+        ({"state": np.zeros(3)}, "no image to send as JPEG"),
+    ],
+)
+def test_what_is_no_image_is_not_sent_as_jpeg(observation, message):
+    with pytest.raises(ValueError, match=message):
+        encode_images(observation)
+
+
+def test_what_is_no_jpeg_is_refused():
+    good = encode_images({"top": picture()})["top"]
+    cut = good[JPEG][: len(good[JPEG]) // 2]
+    for bad in ({**good, "more": 1}, {**good, "layout": "hw"}, {JPEG: "text", "layout": "hwc"}):
+        with pytest.raises(ValueError, match="top is no image"):
+            decode_images({"top": bad})
+    for data in (b"", b"\x89PNG\r\n\x1a\n", cut):
+        with pytest.raises(ValueError, match="cannot decode the JPEG of top"):
+            decode_images({"top": {JPEG: data, "layout": "hwc"}})
+    with pytest.raises(ValueError, match=r"120×90 pixels.*at most 100"):
+        decode_images({"top": good}, max_pixels=100)
+
+
+def test_jpeg_is_sent_only_to_servers_that_read_it():
+    def server(connection):
+        connection.send(pack({JPEG: True}))
+        for request in connection:
+            connection.send(pack(decode_images(unpack(request))))
+
+    with running(server) as url, WebsocketPolicy(url, jpeg_quality=90) as policy:
+        answer = policy.infer({"top": picture()})
+        assert answer["top"].shape == (90, 120, 3)
+        assert not np.array_equal(answer["top"], picture())
+    with running(echo) as url, pytest.raises(ValueError, match=r"doesn't support torchpi/jpeg.*leave jpeg_quality out"):
+        WebsocketPolicy(url, jpeg_quality=90)
+
+
+# ---- the prefix of real-time chunking ----
+
+
+def test_the_prefix_keeps_its_length_on_the_way():
+    sent = ActionPrefix(np.ones((3, 2), np.float32), delay=2, execution_horizon=5)
+    wire = unpack(pack({RTC: sent.to_wire()}))[RTC]
+    assert wire["action_prefix"].shape == (3, 2)  # not padded to the horizon
+    read = ActionPrefix.from_wire(wire)
+    assert same(read.actions, sent.actions)
+    assert (read.delay, read.execution_horizon) == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action_prefix": np.full((3, 2), np.nan, np.float32)}, "NaN or infinity"),
+        ({"action_prefix": np.zeros((0, 2), np.float32)}, r"float32 \[0, 2\]"),
+        ({"action_prefix": [[1.0]]}, "a list"),
+        ({"delay": 4}, r"delay is 4; expected an integer, 0 to 3"),
+        ({"delay": 1.0}, r"delay is 1.0"),
+        ({"execution_horizon": 0}, "at least 1"),
+        ({"more": 1}, "expected a dict of action_prefix, delay, execution_horizon"),
+    ],
+)
+def test_what_is_no_prefix(change, message):
+    wire = ActionPrefix(np.ones((3, 2), np.float32), delay=2, execution_horizon=5).to_wire()
+    with pytest.raises(ValueError, match=message):
+        ActionPrefix.from_wire({**wire, **change})
 
 
 def test_after_closing():

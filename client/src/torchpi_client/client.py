@@ -4,98 +4,117 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import socket
 import threading
 import time
-from typing import Any
+from typing import Any, Iterator
 
-from websockets.exceptions import ConnectionClosed, InvalidURI, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
-from torchpi_client.wire import pack, unpack
+from torchpi_client.images import encode_images
+from torchpi_client.protocol import JPEG, ServerError, content, require_support
+from torchpi_client.wire import pack
 
-RETRY_SECONDS = 0.5
+FIRST_DELAY, LAST_DELAY = 0.1, 2.0
+"""Seconds between attempts to connect: from the one to the other, doubled each time."""
 
 # From version 15 on websockets pings the server, and gives it up if 20 s pass without a pong; one that compiles, or
 # infers in its event loop as openpi's does, is busy for longer. Older versions don't know the argument.
 NO_PINGS: dict[str, Any] = {"ping_interval": None} if "ping_interval" in inspect.signature(connect).parameters else {}
 
 
-class ServerError(RuntimeError):
-    """The server answered with an error; the message holds its text."""
-
-
 class WebsocketPolicy:
     """A policy on a server: torchpi's (`torchpi serve`) or openpi's.
+
+    A connection that is lost is made again by the next request, or by the one that is under way, which is then sent
+    once more: inferring has no effects. A request whose deadline passes takes its connection with it, so that a late
+    answer is never taken for the next one. Several threads may ask; their requests wait for each other.
 
     Args:
         url: "ws://HOST:PORT", or "wss://…" with TLS.
         api_key: sent as `Authorization: Api-Key …`.
-        timeout: seconds to wait for a connection, and then for the metadata. While the server refuses connections, for
-            example because it is still loading, it is tried again.
-        answer_timeout: seconds to wait for one answer (a server's first may include a compilation); None: forever.
+        timeout: seconds to wait for a connection, and then for the metadata, the first time and again. While the server
+            refuses connections, for example because it is still loading, it is tried again.
+        answer_timeout: the deadline of each request in seconds: reconnecting, sending and waiting together (a server's
+            first answer may include a compilation); None: forever.
+        jpeg_quality: send images as JPEG of this quality, 1 to 95, see `images`; None: as they are.
 
     Raises:
-        ValueError: the URL is none, or the metadata are not in the wire format.
+        ValueError: the URL is none, the metadata are not in the wire format, or the server doesn't read JPEG.
         ConnectionError: there is no policy server, or it doesn't let this client in (ConnectionRefusedError: it still
             refused after `timeout`).
         ServerError: the server sent an error in place of its metadata.
     """
 
     def __init__(
-        self, url: str, *, api_key: str | None = None, timeout: float = 60.0, answer_timeout: float | None = 600.0
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 60.0,
+        answer_timeout: float | None = 600.0,
+        jpeg_quality: int | None = None,
     ) -> None:
+        _check_url(url)
         self.url = url
-        self._answer_timeout = answer_timeout
+        self.reconnects = 0
+        """Connections that were made after the first."""
+        self.answer_timeout = answer_timeout
+        self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
+        self._timeout = timeout
+        self._jpeg_quality = jpeg_quality
         self._one_at_a_time = threading.Lock()
-        with contextlib.ExitStack() as stack:
-            self._connection = _connect(stack, url, api_key, timeout)
+        self._closing = threading.Event()
+        self._link: _Link | None = self._open(time.monotonic() + timeout, again=False)
+        self.metadata: dict[str, Any] = self._link.metadata
+        """What the server says about its policy."""
+        if jpeg_quality is not None:
             try:
-                frame = self._connection.recv(timeout=timeout)
-            except (TimeoutError, ConnectionClosed) as error:
-                raise ConnectionError(
-                    f"{url} accepted the connection but sent no metadata ({error}); is it a policy server?"
-                ) from error
-            self.metadata: dict[str, Any] = self._content(frame)
-            """What the server says about its policy."""
-            self._stack = stack.pop_all()  # from here on the connection outlives this block
+                require_support(self.metadata, JPEG, "Send the images as they are: leave jpeg_quality out.")
+            except ValueError:
+                self.close()
+                raise
 
-    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+    def infer(self, observation: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
         """Ask for actions.
 
         Args:
             observation: the robot's own keys; NumPy arrays and scalars, text, numbers, nested dicts and lists.
+            timeout: the deadline of this request in seconds; None: `answer_timeout`.
 
         Returns:
             "actions" [H, a] in the robot's units, and what else the server adds ("policy_timing", "server_timing").
 
         Raises:
             ValueError: the observation cannot be packed, or the answer cannot be unpacked.
-            ServerError: the server answered with an error.
-            ConnectionError: the connection is closed.
-            TimeoutError: no answer in `answer_timeout` seconds; the connection is closed then.
+            ServerError: the server answered with an error, or came back with another policy.
+            ConnectionError: there is no connection, and none could be made again.
+            TimeoutError: no answer before the deadline.
         """
+        seconds = self.answer_timeout if timeout is None else timeout
+        deadline = None if seconds is None else time.monotonic() + seconds
+        if self._jpeg_quality is not None:
+            observation = encode_images(observation, quality=self._jpeg_quality)
         request = pack(observation)
         # Answers carry no number: each belongs to the one request before it.
-        with self._one_at_a_time:
-            try:
-                self._connection.send(request)
-                frame = self._connection.recv(timeout=self._answer_timeout)
-            except ConnectionClosed as error:
-                raise ConnectionError(
-                    f"the connection to {self.url} is closed ({error}); connect again with a new WebsocketPolicy"
-                ) from error
-            except TimeoutError as error:
-                self.close()
-                raise TimeoutError(f"no answer from {self.url} in {self._answer_timeout} s") from error
-            except BaseException:  # interrupted: the answer that is still to come would be taken for the next one
-                self.close()
-                raise
-        return self._content(frame)
+        if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
+            raise self._no_answer(seconds)
+        try:
+            frame = self._exchange(request, deadline)
+        except TimeoutError as error:
+            raise self._no_answer(seconds) from error
+        finally:
+            self._one_at_a_time.release()
+        return content(frame, self.url)
 
     def close(self) -> None:
-        """Close the connection; a second time does nothing."""
-        self._stack.close()
+        """Close the connection; a second time does nothing. A request that is under way fails."""
+        self._closing.set()
+        link = self._link
+        if link is not None:
+            link.close()
 
     def __enter__(self) -> WebsocketPolicy:
         return self
@@ -103,45 +122,173 @@ class WebsocketPolicy:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _content(self, frame: str | bytes) -> dict[str, Any]:
-        """The dict in a frame; a text frame is an error message."""
-        if isinstance(frame, str):
-            raise ServerError(f"the server at {self.url} reports an error:\n{frame}")
-        content = unpack(frame)
-        if not isinstance(content, dict):
-            raise ValueError(f"{self.url} sent a {type(content).__name__}; expected a dict: is it a policy server?")
-        return content
+    def _exchange(self, request: bytes, deadline: float | None) -> str | bytes:
+        for attempt in (1, 2):
+            link = self._connected(deadline)
+            try:
+                return link.ask(request, deadline)
+            except ConnectionClosed as error:
+                self._drop(link)
+                if self._closing.is_set():
+                    raise self._is_closed() from error
+                if attempt == 2:  # it may be this request that ends it
+                    raise ConnectionError(
+                        f"the connection to {self.url} was closed twice during one request ({error})"
+                    ) from error
+            except BaseException:  # interrupted, or too late: the answer may still come
+                self._drop(link)
+                raise
+        raise AssertionError("unreachable")
+
+    def _connected(self, deadline: float | None) -> _Link:
+        if self._link is None and not self._closing.is_set():
+            patience = time.monotonic() + self._timeout
+            link = self._open(patience if deadline is None else min(patience, deadline), again=True)
+            if link.metadata != self.metadata:
+                link.abort()
+                raise ServerError(
+                    f"{self.url} came back with another policy: its metadata were {self.metadata}, and are "
+                    f"{link.metadata}; make a new client for it"
+                )
+            self._link = link
+            self.reconnects += 1
+        if self._closing.is_set() or self._link is None:
+            self.close()  # it may have been called before there was a connection again
+            raise self._is_closed()
+        return self._link
+
+    def _drop(self, link: _Link) -> None:
+        self._link = None
+        link.abort()
+
+    def _open(self, until: float, *, again: bool) -> _Link:
+        """A new connection, tried until then.
+
+        Args:
+            again: there was a connection before: what may pass, as a network that is down, is waited for as well.
+        """
+        for delay in _delays():
+            try:
+                return _Link(self.url, self._headers, max(_left(until), 1.0), self._timeout)
+            except (OSError, EOFError, WebSocketException) as error:
+                if not _may_pass(error, again) or _left(until) < delay:
+                    raise self._no_connection(error) from error
+            if self._closing.wait(delay):
+                raise self._is_closed()
+        raise AssertionError("unreachable")
+
+    def _no_answer(self, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"no answer from {self.url} in {seconds} s")
+
+    def _is_closed(self) -> ConnectionError:
+        return ConnectionError(f"the connection to {self.url} is closed; make a new client")
+
+    def _no_connection(self, error: Exception) -> ConnectionError:
+        if isinstance(error, ConnectionRefusedError):
+            return ConnectionRefusedError(
+                f"{self.url} refused the connection for {self._timeout:g} s ({error}); "
+                "is the server running, on this port?"
+            )
+        if isinstance(error, _NoMetadataError):
+            return ConnectionError(
+                f"{self.url} accepted the connection but sent no metadata ({error}); is it a policy server?"
+            )
+        return ConnectionError(
+            f"cannot connect to {self.url} ({error}); "
+            "expected a policy server there, and its api_key if it asks for one"
+        )
 
 
-def _connect(stack: contextlib.ExitStack, url: str, api_key: str | None, timeout: float) -> ClientConnection:
-    """A connection that `stack` closes; refused ones are tried again for `timeout` seconds."""
+class _Link:
+    """One connection, with the metadata that it began with."""
+
+    def __init__(self, url: str, headers: dict[str, str], open_timeout: float, metadata_timeout: float) -> None:
+        with contextlib.ExitStack() as stack:
+            self._connection = _connect(stack, url, headers, open_timeout)
+            try:
+                frame = self._connection.recv(timeout=metadata_timeout)
+            except (TimeoutError, ConnectionClosed) as error:
+                raise _NoMetadataError(str(error)) from error
+            self.metadata = content(frame, url)
+            self._stack = stack.pop_all()  # from here on the connection outlives this block
+
+    def ask(self, request: bytes, deadline: float | None) -> str | bytes:
+        """The next frame after this request; ConnectionClosed, or TimeoutError at the deadline."""
+        if deadline is None:
+            self._connection.send(request)
+            return self._connection.recv()
+        # Sending blocks while the server doesn't read, without a limit of its own.
+        watchdog = threading.Timer(_left(deadline), self._shut)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            self._connection.send(request)
+        except ConnectionClosed as error:
+            if _left(deadline) > 0:
+                raise
+            raise TimeoutError("the server doesn't read") from error
+        finally:
+            watchdog.cancel()
+        return self._connection.recv(timeout=_left(deadline))
+
+    def close(self) -> None:
+        """With the closing handshake."""
+        self._stack.close()
+
+    def abort(self) -> None:
+        """At once: the closing handshake would wait for a server that may be silent."""
+        self._shut()
+        self._stack.close()
+
+    def _shut(self) -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            socket.socket.shutdown(self._connection.socket, socket.SHUT_RDWR)
+
+
+class _NoMetadataError(ConnectionError):
+    """The connection is there, but no metadata came."""
+
+
+def _connect(stack: contextlib.ExitStack, url: str, headers: dict[str, str], open_timeout: float) -> ClientConnection:
+    """A connection that `stack` closes."""
+    try:
+        # Compressing images costs more time than it saves. As a context: websockets 17 deprecates all other uses.
+        return stack.enter_context(
+            connect(
+                url,
+                additional_headers=headers,
+                compression=None,
+                max_size=None,
+                open_timeout=open_timeout,
+                close_timeout=2.0,
+                **NO_PINGS,
+            )
+        )
+    except ValueError as error:  # an HTTP answer that cannot be read, a host that cannot be looked up
+        raise ConnectionError(str(error)) from error
+
+
+def _may_pass(error: Exception, again: bool) -> bool:
+    """Whether the next attempt may succeed."""
+    if isinstance(error, InvalidStatus):
+        return bool(error.response.status_code >= 500)  # a proxy, before its server
+    return isinstance(error, ConnectionRefusedError) or again
+
+
+def _delays() -> Iterator[float]:
+    delay = FIRST_DELAY
+    while True:
+        yield delay
+        delay = min(2 * delay, LAST_DELAY)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then, at least 0."""
+    return max(deadline - time.monotonic(), 0.0)
+
+
+def _check_url(url: str) -> None:
     try:
         parse_uri(url)
     except (InvalidURI, ValueError) as error:
         raise ValueError(f"cannot connect to {url!r} ({error}); expected ws://HOST:PORT or wss://HOST:PORT") from error
-    headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            # Compressing images costs more time than it saves. As a context: websockets 17 deprecates all other uses.
-            return stack.enter_context(
-                connect(
-                    url,
-                    additional_headers=headers,
-                    compression=None,
-                    max_size=None,
-                    open_timeout=max(deadline - time.monotonic(), 1.0),
-                    close_timeout=2.0,
-                    **NO_PINGS,
-                )
-            )
-        except ConnectionRefusedError as error:
-            if time.monotonic() + RETRY_SECONDS > deadline:
-                raise ConnectionRefusedError(
-                    f"{url} refused the connection for {timeout:g} s ({error}); is the server running, on this port?"
-                ) from error
-            time.sleep(RETRY_SECONDS)
-        except (OSError, EOFError, ValueError, WebSocketException) as error:
-            raise ConnectionError(
-                f"cannot connect to {url} ({error}); expected a policy server there, and its api_key if it asks for one"
-            ) from error

@@ -1,0 +1,105 @@
+"""What torchpi's client and server agree on beyond openpi's protocol. A client uses a field only where the server's
+metadata have its name with the value True, so that other servers never see it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from torchpi_client.wire import unpack
+
+RTC = "torchpi/rtc"
+"""Field of a request that asks for real-time chunking: `ActionPrefix.to_wire`. Left out of a first request."""
+
+JPEG = "torchpi/jpeg"
+"""The one key of the map that stands for an image in a request, at the image's place; see `images.encode_images`."""
+
+
+class ServerError(RuntimeError):
+    """The server answered with an error, or serves another policy than before; the message holds its text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionPrefix:
+    """What the robot executes while a chunk is inferred, which the chunk has to continue (real-time chunking,
+    https://arxiv.org/abs/2506.07339).
+
+    With H the horizon, s = `execution_horizon`, d = `delay` and k = len(actions): k ≤ H − s and d ≤ k. The new chunk's
+    action i belongs to the step of `actions[i]`; actions from k on don't exist and are masked, never zero.
+
+    Raises:
+        ValueError: the actions are none, or not finite; the numbers are out of range.
+    """
+
+    actions: np.ndarray
+    """float32 [k, a], in the robot's units, as the last chunk had them: what was not executed of it when inference
+    starts."""
+    delay: int
+    """d, in control steps: as many of `actions` will have been executed when the new chunk is there."""
+    execution_horizon: int
+    """s, in control steps: as many actions of the last chunk were executed when inference starts, at least 1."""
+
+    def __post_init__(self) -> None:
+        actions = np.asarray(self.actions)
+        if actions.ndim != 2 or not actions.size or actions.dtype.kind != "f":
+            raise ValueError(f"action_prefix is {actions.dtype} {list(actions.shape)}; expected floats [k, a]")
+        if not np.isfinite(actions).all():
+            raise ValueError("there is NaN or infinity in action_prefix; it must be finite")
+        for name, value, low, high in (
+            ("delay", self.delay, 0, len(actions)),
+            ("execution_horizon", self.execution_horizon, 1, None),
+        ):
+            if type(value) is not int or value < low or (high is not None and value > high):
+                limit = f"at least {low}" if high is None else f"{low} to {high}, the length of action_prefix"
+                raise ValueError(f"{name} is {value!r}; expected an integer, {limit}")
+
+    def to_wire(self) -> dict[str, Any]:
+        """The value of the field `RTC`: {"action_prefix": float32 [k, a], "delay": d, "execution_horizon": s}."""
+        actions = np.asarray(self.actions, np.float32)
+        return {"action_prefix": actions, "delay": self.delay, "execution_horizon": self.execution_horizon}
+
+    @classmethod
+    def from_wire(cls, value: Any) -> ActionPrefix:
+        """Reads what `to_wire` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        keys = {"action_prefix", "delay", "execution_horizon"}
+        if not isinstance(value, dict) or set(value) != keys:
+            found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{RTC} is {found}; expected a dict of {', '.join(sorted(keys))}")
+        actions = value["action_prefix"]
+        if not isinstance(actions, np.ndarray):
+            raise ValueError(f"action_prefix is a {type(actions).__name__}; expected an array [k, a]")
+        return cls(actions, value["delay"], value["execution_horizon"])
+
+
+def require_support(metadata: dict[str, Any], feature: str, instead: str) -> None:
+    """Refuse what the server doesn't say that it supports.
+
+    Raises:
+        ValueError: `metadata[feature]` is not True.
+    """
+    if metadata.get(feature) is not True:
+        raise ValueError(
+            f"the server doesn't support {feature}: its metadata have {feature}={metadata.get(feature)!r}; "
+            f"expected True. {instead}"
+        )
+
+
+def content(frame: str | bytes, url: str) -> dict[str, Any]:
+    """The dict in a server's frame; a text frame is an error message.
+
+    Raises:
+        ServerError: a text frame.
+        ValueError: it is not in the wire format, or no dict.
+    """
+    if isinstance(frame, str):
+        raise ServerError(f"the server at {url} reports an error:\n{frame}")
+    value = unpack(frame)
+    if not isinstance(value, dict):
+        raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")
+    return value
