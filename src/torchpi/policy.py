@@ -22,7 +22,7 @@ from torchpi.checkpoints.load import (
 )
 from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import PRESETS, Pi0Config, read_json_object
-from torchpi.model.guidance import Guidance, prefix_weights
+from torchpi.model.guidance import GivenActions, Guidance, prefix_weights
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
@@ -32,6 +32,8 @@ from torchpi.types import ActionChunk, ActionPrefix, Observation
 
 TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
+MAX_GIVEN = "max_given_actions"
+"""In a policy's metadata: from how many given actions it was trained to go on (`TrainConfig.max_given`)."""
 
 
 class Policy:
@@ -172,9 +174,9 @@ class Policy:
         noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
         noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
         prepared = time.perf_counter()
-        guidance = self._guidance(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
+        going_on = self._going_on(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
         sampled = self.model.sample_actions(
-            batch, noise=noise_tensor, num_steps=num_steps, generator=generator, guidance=guidance
+            batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **going_on
         )
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
@@ -204,23 +206,45 @@ class Policy:
             return self.prepare(observation)
         return self.prepare({**observation, "actions": prefix.actions})
 
-    def _guidance(
+    def _going_on(
         self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[ActionPrefix | None], horizon: int | None
-    ) -> Guidance | None:
+    ) -> dict[str, Any]:
+        """What `sample_actions` needs to go on from the prefixes: guidance, actions that are given, or nothing."""
         if not any(prefixes):
-            return None
-        horizon = horizon or self.model.config.require("action_horizon")
-        target = torch.zeros(len(samples), horizon, self.model.config.action_dim)
-        present, executed = torch.zeros_like(target), torch.full((len(samples),), horizon)
+            return {}
+        horizon, width = horizon or self.model.config.require("action_horizon"), self.model.config.action_dim
+        actions, present = torch.zeros(len(samples), horizon, width), torch.zeros(len(samples), horizon, width)
+        delays, executed = torch.zeros(len(samples), dtype=torch.int64), torch.full((len(samples),), horizon)
+        given = torch.zeros(len(samples), horizon, dtype=torch.bool)
         for i, (sample, prefix) in enumerate(zip(samples, prefixes, strict=True)):
-            if prefix is not None:
-                executed[i] = prefix.steps_executed(horizon)
-                actions = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
-                target[i, : len(actions)] = actions
-                present[i, : len(actions), : self.embodiment.action_size] = 1
-        delays = torch.tensor([prefix.delay if prefix else 0 for prefix in prefixes])
+            if prefix is None:
+                continue
+            steps = prefix.steps_executed(horizon)
+            rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
+            actions[i, : len(rest)] = rest
+            if self._is_given(prefix):
+                given[i, : min(prefix.delay, len(rest))] = True
+            else:
+                delays[i], executed[i] = prefix.delay, steps
+                present[i, : len(rest), : self.embodiment.action_size] = 1
+        device = self.model.device
+        going_on: dict[str, Any] = {}
+        if given.any():
+            going_on["given"] = GivenActions(actions.to(device), given.to(device))
         weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
-        return Guidance(target.to(self.model.device), weight.to(self.model.device))
+        if weight.any():
+            going_on["guidance"] = Guidance(actions.to(device), weight.to(device))
+        return going_on
+
+    def _is_given(self, prefix: ActionPrefix) -> bool:
+        """Whether the policy was trained to go on from so many actions, and is to do so."""
+        most = int(self._metadata.get(MAX_GIVEN, 0))
+        if prefix.how == "trained" and prefix.delay > most:
+            raise ValueError(
+                f"the policy was trained to go on from at most {most} given actions, not {prefix.delay}; use guidance, "
+                "or train with a larger max_given"
+            )
+        return prefix.how == "trained" or (prefix.how is None and 0 < prefix.delay <= most)
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)

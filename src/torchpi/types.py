@@ -11,7 +11,7 @@ Shape legend, used in every signature and comment:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class ActionPrefix:
     """d: how many of them will have been executed when the new chunk arrives."""
     execution_horizon: int | None = None
     """s: how many steps were executed since its own inference began; None: what is missing of it, H − k."""
+    how: Literal["trained", "guidance"] | None = None
+    """"trained": the first `delay` actions are given, to a policy that was trained with such; "guidance": each step is
+    guided towards all of them; None: trained where the policy was for such a delay, or else guidance."""
 
     def steps_executed(self, horizon: int) -> int:
         """s, for chunks of H actions.

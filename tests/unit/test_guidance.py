@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import torchpi
-from torchpi.model.guidance import Guidance, guidance_strength, guided_velocity, prefix_weights
+from torchpi.model.guidance import GivenActions, Guidance, guidance_strength, guided_velocity, prefix_weights
+from torchpi.policy import MAX_GIVEN
 
 
 def guidance(target: torch.Tensor, weight: torch.Tensor | None = None, maximum: float = 5.0) -> Guidance:
@@ -155,3 +156,59 @@ def test_prefixes_that_can_not_be_are_errors(policy, request_, options, message)
     observation, noise = request_
     with pytest.raises(ValueError, match=message):
         policy.infer(observation, noise=noise[0], **{"action_prefix": np.zeros((12, 4), np.float32), **options})
+
+
+# ---- actions that are given, for a model that was trained with them ----
+
+
+def test_given_actions_have_a_time_of_their_own(golden):
+    """A chunk whose actions are all given at t = 0 but one sample's last ones equals tokens computed one by one."""
+    model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
+    actions = golden.inputs["actions"]
+    time = torch.tensor([0.7, 0.3])
+    nothing = model.flow_error(observation, actions, noise=noise, time=time)
+    same = model.flow_error(
+        observation, actions, noise=noise, time=time, num_given=torch.zeros(2, 1, dtype=torch.int64)
+    )
+    torch.testing.assert_close(nothing, same, atol=1e-6, rtol=1e-5)
+    given = model.flow_error(observation, actions, noise=noise, time=time, num_given=torch.tensor([[4], [0]]))
+    assert (given[0] - nothing[0]).abs().max() > 1e-4
+    torch.testing.assert_close(given[1], nothing[1], atol=1e-6, rtol=1e-5)
+    # What the noise is at the given places does not matter.
+    other = noise.clone()
+    other[0, :4] = 9.0
+    error = model.flow_error(observation, actions, noise=other, time=time, num_given=torch.tensor([[4], [0]]))
+    torch.testing.assert_close(error[0, :, 4:], given[0, :, 4:], atol=1e-5, rtol=1e-4)
+
+
+def test_a_sampled_chunk_begins_with_what_is_given(golden):
+    model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
+    actions = golden.inputs["actions"]
+    mask = torch.zeros(noise.shape[:2], dtype=torch.bool)
+    plain = model.sample_actions(observation, noise=noise, num_steps=3)
+    nothing = model.sample_actions(observation, noise=noise, num_steps=3, given=GivenActions(actions, mask))
+    torch.testing.assert_close(nothing, plain, atol=1e-5, rtol=0)
+    mask[0, :5] = True
+    chunk = model.sample_actions(observation, noise=noise, num_steps=3, given=GivenActions(actions, mask))
+    assert torch.equal(chunk[0, :5], actions[0, :5])
+    assert (chunk[0, 5:] - plain[0, 5:]).abs().max() > 1e-4
+    torch.testing.assert_close(chunk[1], plain[1], atol=1e-5, rtol=0)
+    # One Euler step from t = 1 by hand: the velocity that training would predict there.
+    once = model.sample_actions(observation, noise=noise, num_steps=1, given=GivenActions(actions, mask))
+    error = model.flow_error(observation, actions, noise=noise, time=torch.ones(2), num_given=torch.tensor([[5], [0]]))[
+        :, 0
+    ]  # (v − (noise − actions))²
+    v_t = noise - once
+    torch.testing.assert_close((v_t - (noise - actions))[0, 5:].square(), error[0, 5:], atol=1e-4, rtol=1e-3)
+
+
+def test_a_policy_that_was_trained_so_takes_the_prefix_as_given(policy, request_):
+    observation, (first, second) = request_
+    old = policy.infer(observation, noise=first)["actions"]
+    trained = torchpi.load_policy("demo", device="cpu")
+    trained._metadata[MAX_GIVEN] = 4
+    chunk = trained.infer(observation, noise=second, action_prefix=old[4:], delay=4)["actions"]
+    np.testing.assert_allclose(chunk[:4], old[4:8], atol=1e-5)
+    beyond = torchpi.types.ActionPrefix(old[4:], delay=5, how="trained")
+    with pytest.raises(ValueError, match="at most 4 given actions, not 5"):
+        trained.infer_batch([observation], prefixes=[beyond])

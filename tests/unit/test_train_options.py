@@ -389,3 +389,17 @@ def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
     other = state.TrainState.begin(model, weight_decay=0.0, ema=False)
     with pytest.raises(ValueError, match="belongs to another model, recipe or optimizer"):
         other.load(state.checkpoints(tmp_path / "run")[-1] / state.STATE, 3)
+
+
+def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path):
+    config = dataclasses.replace(recipe, max_given=2)
+    (model, _), data = begin(config)
+    (policy,) = build_policies(config, model, data)
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 8, max_given=2))
+    batch = samples.finish(samples.collate([samples[0, i, 0, i] for i in range(4)]), "cpu")
+    assert set(batch.num_given.flatten().tolist()) == {0, 1, 2}
+    terms = batch.terms("all")
+    assert terms.sum(dim=(2, 3)).tolist() == ((4 - batch.num_given) * 6).tolist()
+    assert num_terms(batch, "all") == int(terms.sum())
+    result = loop.train(config, tmp_path / "run")
+    assert torchpi.load_policy(result.policy).metadata["max_given_actions"] == 2

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 # The timescales of the time embedding (π₀'s appendix B has the formula).
@@ -53,11 +53,19 @@ def sample_time(batch: int, *, generator: torch.Generator | None = None, device:
 
 
 def interpolate(
-    actions: Float32[Tensor, "B H A"], noise: Float32[Tensor, "B H A"], time: Float32[Tensor, " B"]
+    actions: Float32[Tensor, "B H A"],
+    noise: Float32[Tensor, "B H A"],
+    time: Float32[Tensor, " B"] | Float32[Tensor, "B H"],
 ) -> tuple[Float32[Tensor, "B H A"], Float32[Tensor, "B H A"]]:
     """The point x_t = t·noise + (1 − t)·actions on the straight path, and its velocity u_t = noise − actions."""
-    t = time[:, None, None]
+    t = time.reshape(len(time), -1, 1)  # [B, 1 or H, 1]
     return t * noise + (1 - t) * actions, noise - actions
+
+
+def token_times(time: Float32[Tensor, " B"], num_given: Int[Tensor, " B"], horizon: int) -> Float32[Tensor, "B H"]:
+    """The time of each action of a chunk: 0 for the first `num_given`, which are known, `time` for the others."""
+    is_given = torch.arange(horizon, device=time.device) < num_given[:, None]
+    return time[:, None].masked_fill(is_given, 0.0)
 
 
 def euler_times(num_steps: int) -> list[float]:

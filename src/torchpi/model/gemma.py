@@ -19,7 +19,7 @@ ROPE_MAX_WAVELENGTH = 10_000.0
 
 KeyValue = tuple[Tensor, Tensor]  # keys after RoPE and values, each [B, S, G, K]
 Rope = tuple[Tensor, Tensor]  # cosine and sine, float32 [B, S, 1, K] (twice the same half) and [B, S, 1, K/2]
-Modulation = Tensor  # float [B or 1, 1, 3d]: scale, shift and gate of one AdaRMSNorm
+Modulation = Tensor  # float [B or 1, T or 1, 3d]: scale, shift and gate of one AdaRMSNorm
 
 
 def rope_table(positions: Int[Tensor, "B S"], head_dim: int) -> Rope:
@@ -82,13 +82,13 @@ class AdaRMSNorm(nn.Module):
         super().__init__()
         self.dense = Linear(width, 3 * width)
 
-    def modulation(self, cond: Float[Tensor, "B d"]) -> Modulation:
-        """Scale, shift and gate for a condition, one behind the other: [B, 1, 3d]."""
-        return self.dense(cond)[:, None, :]
+    def modulation(self, cond: Float[Tensor, "B d"] | Float[Tensor, "B T d"]) -> Modulation:
+        """Scale, shift and gate, one behind the other: [B, 1, 3d] for a condition of all tokens, or [B, T, 3d]."""
+        return self.dense(cond if cond.ndim == 3 else cond[:, None, :])
 
     def forward(
-        self, x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B 1 3*d"]
-    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "#B 1 d"]]:
+        self, x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"]
+    ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "#B #T d"]]:
         """The modulated x in x's dtype, and the gate for what comes out of the sublayer behind this norm."""
         scale, shift, gate = modulation.chunk(3, dim=-1)
         return torch.addcmul(shift.float(), _OverRMS.apply(x), 1 + scale.float()).to(x.dtype), gate
@@ -242,8 +242,8 @@ class Gemma(nn.Module):
         inside = [norm for layer in self.layers for norm in (layer.pre_attention_norm, layer.pre_ffw_norm)]
         return [*inside, self.final_norm]
 
-    def modulations(self, cond: Float[Tensor, "B d"]) -> list[Modulation]:
-        """Scale, shift and gate of every AdaRMSNorm for a condition, in the order of `norms`."""
+    def modulations(self, cond: Float[Tensor, "B d"] | Float[Tensor, "B T d"]) -> list[Modulation]:
+        """Scale, shift and gate of every AdaRMSNorm, for a condition of all tokens or of each; in the order of `norms`."""
         return [norm.modulation(cond) for norm in self.norms() if isinstance(norm, AdaRMSNorm)]
 
     def forward(

@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
 MAX_GUIDANCE = 5.0
@@ -31,6 +31,19 @@ class Guidance:
     """The diagonal of W, from 0 to 1; 0 where there is no target, at padding, and for a sample without guidance."""
     maximum: float = MAX_GUIDANCE
     """β."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GivenActions:
+    """First actions of a chunk that are known: real-time chunking for a model that was trained with them.
+
+    Source: "Training-Time Action Conditioning for Efficient Real-Time Chunking" (arXiv:2512.05964).
+    """
+
+    actions: Float32[Tensor, "B H A"]
+    """Normalized; whatever is not given does not matter, but is finite."""
+    mask: Bool[Tensor, "B H"]
+    """True for those that are given."""
 
 
 def prefix_weights(

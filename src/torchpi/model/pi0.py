@@ -8,15 +8,16 @@ Sources: π₀ (arXiv:2410.24164), π₀.₅ (arXiv:2504.16054).
 """
 
 import dataclasses
+import functools
 
 import torch
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
 from torchpi.model import flow
 from torchpi.model.gemma import Gemma, KeyValue, Modulation, Rope, rope_table
-from torchpi.model.guidance import Guidance, guided_velocity
+from torchpi.model.guidance import GivenActions, Guidance, guided_velocity
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
 from torchpi.model.siglip import SigLIP
@@ -229,7 +230,7 @@ class Pi0(nn.Module):
         )
         return self.action_out_proj(out[:, self.suffix.num_state_tokens :].float())
 
-    def modulations(self, cond: Float32[Tensor, "B d"] | None) -> list[Modulation] | None:
+    def modulations(self, cond: Float32[Tensor, "B d"] | Float32[Tensor, "B T d"] | None) -> list[Modulation] | None:
         """Scale, shift and gate of the expert's norms for a condition; None for π₀, which has none."""
         return None if cond is None else self.expert.modulations(cond.to(self.compute_dtype))
 
@@ -272,8 +273,14 @@ class Pi0(nn.Module):
         time: Float32[Tensor, " B"] | Float32[Tensor, "B R"] | None = None,
         num_draws: int = 1,
         generator: torch.Generator | None = None,
+        num_given: Int[Tensor, "B R"] | None = None,
     ) -> Float32[Tensor, "B R H A"]:
-        """(v_t − u_t)² of every draw and number, of which `compute_loss` is the mean; arguments and errors as there."""
+        """(v_t − u_t)² of every draw and number, of which `compute_loss` is the mean; arguments and errors as there.
+
+        Args:
+            num_given: so many of the first actions are given without noise, at a time t = 0 of their own: for a policy
+                that goes on from actions that are being executed. Their errors mean nothing.
+        """
         self._check_actions(observation, actions, "actions")
         batch, draws = actions.shape[0], _num_draws(noise, time, num_draws)
         repeated = actions.repeat_interleave(draws, 0)  # [B·R, H, A]
@@ -281,6 +288,8 @@ class Pi0(nn.Module):
         if time is None:
             time = flow.sample_time(batch * draws, generator=generator, device=actions.device)
         time = time.reshape(-1)  # [B·R]
+        if num_given is not None:
+            time = flow.token_times(time, num_given.reshape(-1), actions.shape[1])  # [B·R, H]
         x_t, u_t = flow.interpolate(repeated, noise, time)
         tokens, input_mask, _ = self.embed_prefix(observation)
         cache = self.prefill(tokens, input_mask).repeat(draws)
@@ -299,6 +308,7 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         generator: torch.Generator | None = None,
         guidance: Guidance | None = None,
+        given: GivenActions | None = None,
     ) -> Float32[Tensor, "B H A"]:
         """Integrate from noise to actions with `num_steps` Euler steps.
 
@@ -306,6 +316,7 @@ class Pi0(nn.Module):
             noise: the start; by default drawn from N(0, 1) with `generator`. It decides the horizon where the config
                 leaves it unset.
             guidance: the chunk that this one has to go on from; by default none.
+            given: first actions that are known, for a model that was trained with such ones (`flow_error`'s num_given).
 
         Returns:
             Normalized actions, padded to action_dim.
@@ -324,19 +335,27 @@ class Pi0(nn.Module):
         frame = self.frame_suffix(input_mask, noise.shape[1], all_real=all_real)
         # The time is the same for all samples, and known: its part of all steps is computed at once, which reads the
         # adaptive norms' matrices once instead of once per step.
-        features = self.suffix.time_features(torch.tensor(times, device=noise.device))  # [num_steps, d]
-        modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps, 1, 3d]
+        features = self.suffix.time_features(torch.tensor([*times, 0.0], device=noise.device))  # [num_steps + 1, d]
+        modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps + 1, 1, 3d]
+        is_given = None if given is None else given.mask[:, :, None]  # [B, H, 1]
+
+        def at(step: int, rows: Tensor) -> Tensor:
+            """Of a step's time; of t = 0, the last row, for actions that are given."""
+            now = rows[step : step + 1]
+            return now if is_given is None else torch.where(is_given, rows[-1:].view(1, 1, -1), now.view(1, 1, -1))
+
+        def velocity(step: int, x: Tensor) -> Tensor:
+            suffix_tokens = self.suffix(observation.state, x, at(step, features))
+            at_step = None if modulations is None else [at(step, m) for m in modulations]
+            return self.velocity(suffix_tokens, cache, frame, at_step)
+
         x_t, dt = noise, -1.0 / num_steps
         for step, t in enumerate(times):
-            at_step = None if modulations is None else [m[step : step + 1] for m in modulations]
-
-            def velocity(x: Tensor, step: int = step, at_step: list[Modulation] | None = at_step) -> Tensor:
-                suffix_tokens = self.suffix(observation.state, x, features[step : step + 1])
-                return self.velocity(suffix_tokens, cache, frame, at_step)
-
-            v_t = velocity(x_t) if guidance is None else guided_velocity(velocity, x_t, t, guidance)
-            x_t = x_t + dt * v_t
-        return x_t
+            if given is not None:
+                x_t = torch.where(given.mask[:, :, None], given.actions, x_t)
+            at_step = functools.partial(velocity, step)
+            x_t = x_t + dt * (at_step(x_t) if guidance is None else guided_velocity(at_step, x_t, t, guidance))
+        return x_t if given is None else torch.where(given.mask[:, :, None], given.actions, x_t)
 
     def _noise(self, shape: torch.Size, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
         if noise is None:

@@ -25,12 +25,12 @@ class Pi05Suffix(nn.Module):
         self.time_mlp_in = Linear(width, width)
         self.time_mlp_out = Linear(width, width)
 
-    def time_features(self, time: Float32[Tensor, " B"]) -> Float32[Tensor, "B d"]:
-        """What the suffix needs of the time: here the condition itself."""
-        embedding = posemb_sincos(time, self.action_in_proj.out_features)
+    def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
+        """What the suffix needs of the time, one per sample or one per action: here the condition itself."""
+        embedding = _embed_time(time, self.action_in_proj.out_features)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
 
-    def condition(self, time_features: Float32[Tensor, "B d"]) -> Float32[Tensor, "B d"] | None:
+    def condition(self, time_features: Float32[Tensor, "*B d"]) -> Float32[Tensor, "*B d"] | None:
         """adarms_cond, the condition of the expert's norms."""
         return time_features
 
@@ -38,7 +38,7 @@ class Pi05Suffix(nn.Module):
         self,
         state: Float32[Tensor, "B A"],
         noisy_actions: Float32[Tensor, "B H A"],
-        time_features: Float32[Tensor, "#B d"],
+        time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
     ) -> Float32[Tensor, "B T d"]:
         """The suffix tokens: one per action. The state is not read, it is in the prompt's text."""
         return self.action_in_proj(noisy_actions)
@@ -63,11 +63,11 @@ class Pi0Suffix(nn.Module):
         self.action_time_mlp_in = Linear(2 * width, width)
         self.action_time_mlp_out = Linear(width, width)
 
-    def time_features(self, time: Float32[Tensor, " B"]) -> Float32[Tensor, "B d"]:
-        """What the suffix needs of the time: here its embedding."""
-        return posemb_sincos(time, self.action_in_proj.out_features)
+    def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
+        """What the suffix needs of the time, one per sample or one per action: here its embedding."""
+        return _embed_time(time, self.action_in_proj.out_features)
 
-    def condition(self, time_features: Float32[Tensor, "B d"]) -> None:
+    def condition(self, time_features: Float32[Tensor, "*B d"]) -> None:
         """There is none: the time is in the tokens."""
         return
 
@@ -75,7 +75,7 @@ class Pi0Suffix(nn.Module):
         self,
         state: Float32[Tensor, "B A"],
         noisy_actions: Float32[Tensor, "B H A"],
-        time_features: Float32[Tensor, "#B d"],
+        time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
     ) -> Float32[Tensor, "B T d"]:
         """The suffix tokens: the state, then one per action.
 
@@ -87,7 +87,7 @@ class Pi0Suffix(nn.Module):
                 f"π₀ reads a state padded to action_dim {self.state_proj.in_features}, got {list(state.shape)}"
             )
         actions = self.action_in_proj(noisy_actions)  # [B, H, d]
-        time = time_features[:, None, :].expand_as(actions)
+        time = (time_features if time_features.ndim == 3 else time_features[:, None, :]).expand_as(actions)
         mixed = self.action_time_mlp_in(torch.cat([actions, time], dim=-1))
         mixed = self.action_time_mlp_out(F.silu(mixed))
         return torch.cat([self.state_proj(state)[:, None, :], mixed], dim=1)
@@ -97,6 +97,10 @@ class Pi0Suffix(nn.Module):
         mask = torch.zeros(1 + action_horizon, dtype=torch.bool, device=device)
         mask[:2] = True
         return mask
+
+
+def _embed_time(time: Float32[Tensor, "*B"], dim: int) -> Float32[Tensor, "*B d"]:
+    return posemb_sincos(time.flatten(), dim).unflatten(0, time.shape)
 
 
 def init_projections(module: nn.Module, generator: torch.Generator | None) -> None:

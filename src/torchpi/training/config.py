@@ -134,6 +134,9 @@ class TrainConfig:
     """Of the moving average of the weights, which is what the policy is saved with; 0: the weights themselves."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     """Of the images."""
+    max_given: int = 0
+    """For real-time chunking: up to so many of a chunk's first actions are given without noise, as of a chunk that is
+    being executed; how many is drawn for each draw of noise, and the loss is of the others. 0: none."""
     state_noise: float = 0.0
     """Standard deviation of noise on the normalized state, whose range is [-1, 1]."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -189,16 +192,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be a positive integer, got {self.keep_every}")
-        for name in (
-            "warmup_steps",
-            "state_noise",
-            "weight_decay",
-            "workers",
-            "seed",
-            "chunk_samples",
-            "shard_size",
-            "image_cache_gb",
-        ):
+        not_negative = "warmup_steps state_noise weight_decay workers seed chunk_samples shard_size image_cache_gb"
+        for name in (*not_negative.split(), "max_given"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("max_grad_norm", "learning_rate", "timescale"):

@@ -13,7 +13,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -75,7 +74,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         for policy, source in zip(policies, data, strict=True):
             prompts |= check_prompts(policy, source)
         describe(console, config, world, model, beginning, data, prompts)
-        dist.barrier()  # all have looked at the run's folder before the first one writes there
+        world.wait_for_all()  # all have looked at the run's folder before the first one writes there
         if world.first:
             write_recipe(config, run)
             if last is not None:
@@ -93,7 +92,6 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         try:
             interrupted = trainer.run(console)
             checkpointer.wait()
-            dist.barrier()  # the first process has completed the last checkpoint
             _write_about(run, world, {**about, "finished": now()})
         finally:
             checkpointer.close()
@@ -176,7 +174,7 @@ def update(
 def _num_terms(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float:
     """Of the whole batch, over all passes and processes."""
     own = sum(num_terms(batch, config.loss) for batch in batches)
-    if config.loss == "all":  # the same in each
+    if config.loss == "all" and not config.max_given:  # the same in each
         return float(own * world_size)
     return sum_over_processes({"terms": float(own)})["terms"]
 
@@ -197,7 +195,7 @@ class _Trainer:
     ) -> None:
         self.config, self.run_folder, self.world = config, run, world
         self.state, self.parallel, self.checkpointer = state, parallel, checkpointer
-        draws = Draws(config.seed, config.num_draws, config.state_noise, config.augmentation)
+        draws = Draws(config.seed, config.num_draws, config.state_noise, config.augmentation, config.max_given)
         frames = [
             Frames(source.train, source.embodiment, policy.transforms)
             for source, policy in zip(data, policies, strict=True)
@@ -298,7 +296,11 @@ class _Trainer:
         target = self.checkpointer.save(self.state)
         if last or self.config.env:
             self.checkpointer.wait()
-        return self._try_in_simulator(target / "policy") if self.config.env and self.world.first else {}
+        if not self.config.env:
+            return {}
+        success = self._try_in_simulator(target / "policy") if self.world.first else {}
+        self.world.wait_for_all()  # a collective of the training does not wait for so long
+        return success
 
     def _try_in_simulator(self, policy: pathlib.Path) -> dict[str, Any]:
         from torchpi.sim.evaluate import evaluate  # brings the simulator

@@ -32,6 +32,8 @@ class Draws:
     """Standard deviation, in the units of the normalized state."""
     augmentation: Augmentation | None = None
     """Of the images."""
+    max_given: int = 0
+    """At most so many first actions are given without noise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,16 @@ class Batch:
     time: Float32[Tensor, "B R"]
     places: tuple["Place", ...]
     """Where the samples come from."""
+    num_given: Int[Tensor, "B R"] | None = None
+    """How many first actions are given without noise, see `Pi0.flow_error`."""
+
+    def terms(self, which: str) -> Bool[Tensor, "B R H A"]:
+        """The numbers that the loss is the mean of, see `TrainConfig.loss`; never what is given."""
+        counts = torch.ones_like(self.is_real) if which == "all" else self.is_real
+        if self.num_given is None:
+            return counts[:, None].expand(self.noise.shape)
+        step = torch.arange(counts.shape[1], device=counts.device)
+        return counts[:, None] & (step >= self.num_given[:, :, None])[..., None]
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All of it under flat names, to be looked at."""
@@ -62,14 +74,17 @@ class Batch:
 
 def loss_sum(flow_error: Any, batch: Batch, terms: str) -> torch.Tensor:
     """The sum of the loss' terms over a batch: all of them, or the "real" ones, see `TrainConfig.loss`."""
-    error = flow_error(batch.observation, batch.actions, noise=batch.noise, time=batch.time)  # [B, R, H, A]
-    return error.sum() if terms == "all" else (error * batch.is_real[:, None]).sum()
+    error = flow_error(
+        batch.observation, batch.actions, noise=batch.noise, time=batch.time, num_given=batch.num_given
+    )  # [B, R, H, A]
+    return error.sum() if terms == "all" and batch.num_given is None else (error * batch.terms(terms)).sum()
 
 
 def num_terms(batch: Batch, terms: str) -> int:
     """How many terms `loss_sum` adds up."""
-    count = batch.actions.numel() if terms == "all" else int(batch.is_real.sum())
-    return count * batch.noise.shape[1]
+    if terms == "all" and batch.num_given is None:
+        return batch.noise.numel()
+    return int(batch.terms(terms).sum())
 
 
 Place = tuple[int, int, int, int]
@@ -114,6 +129,7 @@ class Samples(Dataset):
             # Beta(1.5, 1)·0.999 + 0.001, as `flow.sample_time`.
             "time": rng.random(self.draws.num_draws) ** (1 / 1.5) * 0.999 + 0.001,
             "augmentation": self._draw_augmentation(rng, inputs["image"]),
+            "num_given": rng.integers(0, self.draws.max_given, self.draws.num_draws, endpoint=True),
             "place": place,
         }
 
@@ -151,6 +167,7 @@ class Samples(Dataset):
             **numbers,
             "is_real": is_real,
             "augmentation": augmentation,
+            "num_given": torch.from_numpy(np.stack([sample["num_given"] for sample in samples])),
             "places": tuple(sample["place"] for sample in samples),
         }
 
@@ -160,7 +177,8 @@ class Samples(Dataset):
         if self.draws.augmentation is not None:
             observation = augment(observation, self.draws.augmentation, stacked["augmentation"])
         numbers = {key: stacked[key].to(device) for key in ("actions", "is_real", "noise", "time")}
-        return Batch(observation, **numbers, places=stacked["places"])
+        num_given = stacked["num_given"].to(device) if self.draws.max_given else None
+        return Batch(observation, **numbers, places=stacked["places"], num_given=num_given)
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
         """Collated batches of the places, in their order, prepared ahead by worker processes."""

@@ -24,7 +24,7 @@ from torchpi.data import (
 from torchpi.data.place import open_metadata
 from torchpi.data.stats import ModelValues
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import TOKENIZER, Policy, read_parts
+from torchpi.policy import MAX_GIVEN, TOKENIZER, Policy, read_parts
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import Source, TrainConfig
@@ -135,6 +135,7 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
             tokenizer=existing_file(tokenizer),
             prompt_format=said.get("prompt_format", "openpi"),
             truncation=said.get("truncation", "instruction"),
+            metadata={MAX_GIVEN: config.max_given} if config.max_given else {},
             provenance=_provenance(config, source),
         )
         for source in data
