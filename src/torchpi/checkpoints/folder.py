@@ -234,7 +234,7 @@ def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
 def make_durable(folder: pathlib.Path) -> None:
     """Wait until everything in a folder is on the disk."""
     for entry in (*folder.rglob("*"), folder):
-        _fsync(entry)
+        fsync(entry)
 
 
 def _move_into_place(beside: pathlib.Path, target: pathlib.Path) -> None:
@@ -249,10 +249,11 @@ def _move_into_place(beside: pathlib.Path, target: pathlib.Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(beside, target)
-    _fsync(target.parent)
+    fsync(target.parent)
 
 
-def _fsync(path: pathlib.Path) -> None:
+def fsync(path: pathlib.Path) -> None:
+    """Wait until a file, or the list of a folder's entries, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

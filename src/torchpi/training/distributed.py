@@ -7,6 +7,7 @@ processes, usually those of a node, and averages over the groups. What is comput
 
 import contextlib
 import dataclasses
+import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,9 @@ from torchpi.model.gemma import AdaRMSNorm
 from torchpi.model.pi0 import Pi0
 from torchpi.training.memory import layers
 
+PATIENCE = datetime.timedelta(days=1)
+"""For how long processes wait for one that writes, downloads or simulates. One that has ended is noticed at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class World:
@@ -32,11 +36,17 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: Any
+    """A process group on the CPU, with `PATIENCE`."""
 
     @property
     def first(self) -> bool:
         """Whether this process is the one that writes and prints."""
         return self.rank == 0
+
+    def wait_for_all(self) -> None:
+        """Until all processes are here, however long one of them takes."""
+        dist.barrier(group=self.group)
 
 
 @contextlib.contextmanager
@@ -47,20 +57,21 @@ def process_group(device: str) -> Iterator[World]:
         device: "cpu", or "cuda": then each process has the GPU of its local rank.
     """
     backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        own = torch.device(device)
-        if own.type == "cuda" and own.index is None:
-            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(own)
+    own, several = torch.device(device), "WORLD_SIZE" in os.environ
+    if own.type == "cuda":
+        if own.index is None:
+            own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if several else 0)
+        torch.cuda.set_device(own)
+    if several:
         dist.init_process_group(backend)
     else:
-        own = torch.device(device)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         with warnings.catch_warnings():
             # FSDP2 warns of views that leave a module (values, chunks), because nobody may write to them; nobody does.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-            yield World(dist.get_rank(), dist.get_world_size(), own)
+            group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            yield World(dist.get_rank(), dist.get_world_size(), own, group)
     finally:
         dist.destroy_process_group()
 
@@ -110,13 +121,15 @@ def parallelize(model: Pi0, how: str, world: World, *, shard_size: int) -> Paral
     mesh = _mesh(how, world, shard_size)
     full = _weights_of_the_first(model, world)
     model.to("meta")
-    _shard(model, mesh)
+    sharded = _shard(model, mesh)
     model.to_empty(device=world.device)
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
     @contextlib.contextmanager
     def last_of_update(last: bool) -> Iterator[None]:
-        # Gradients are reduced after each pass, and add up in their shards: whole ones are never kept.
+        # Gradients are reduced to shards after each pass and add up there, so that whole ones are never kept; over the
+        # groups of "hybrid", whose connections are slower, they are summed once.
+        sharded.set_requires_all_reduce(last)
         yield
 
     return Parallel(model.flow_error, last_of_update)
@@ -156,17 +169,51 @@ def _weights_of_the_first(model: Pi0, world: World) -> dict[str, Any]:
     return {name: value.detach() for name, value in model.state_dict().items()} if world.first else {}
 
 
-def _shard(model: Pi0, mesh: DeviceMesh) -> None:
+def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
     """A group for each layer. What is read outside of its layer's forward needs a group of its own, or the root's."""
     for norm in model.modules():
         if isinstance(norm, AdaRMSNorm):  # all conditions are computed before the first layer
             fully_shard(norm.dense, mesh=mesh)
     for layer in layers(model):
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    sharded = fully_shard(model, mesh=mesh)
     for method in ("flow_error", "sample_actions"):
         register_fsdp_forward_method(model, method)
-    assert isinstance(model, FSDPModule)
+    return sharded
+
+
+def release_gathered(model: nn.Module) -> None:
+    """Drop the whole weights that FSDP has put together, so that the next pass sees its shards as they are then.
+
+    The root keeps its own, the embedding among them, from a forward pass to the backward pass, and from one without
+    gradients for good.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What this process saves: where several have the same, each saves some of it, the large ones spread evenly."""
+    by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
+    share = set()
+    for place, name in enumerate(by_size):
+        number, count = copy_number(tensors[name], world)
+        if place % count == number:
+            share.add(name)
+    return {name: tensor for name, tensor in tensors.items() if name in share}
+
+
+def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
+    """Which copy of the tensor (or of its shard) this process has, and how many there are."""
+    if not isinstance(tensor, DTensor):
+        return world.rank, world.size
+    number, count = 0, 1
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dim)
+            number, count = number * size + tensor.device_mesh.get_local_rank(dim), count * size
+    return number, count
 
 
 def is_sharded(tensor: Tensor) -> bool:

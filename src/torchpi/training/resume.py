@@ -1,6 +1,7 @@
 """The folder of a run: begun new, or gone on with."""
 
 import dataclasses
+import os
 import pathlib
 
 from torchpi.training.config import TrainConfig
@@ -57,7 +58,9 @@ def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     # With the end of the schedule as a number: more steps later must not change the steps before.
     recipe = dataclasses.replace(config, decay_steps=config.decay_steps or config.num_steps)
-    (run / RECIPE).write_text(recipe.to_json(), encoding="utf-8")
+    beside = (run / RECIPE).with_suffix(".tmp")
+    beside.write_text(recipe.to_json(), encoding="utf-8")
+    os.replace(beside, run / RECIPE)  # without it a run can't be gone on with: a kill must not leave half of one
 
 
 def _check_new(run: pathlib.Path) -> None:

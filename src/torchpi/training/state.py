@@ -1,8 +1,9 @@
 """What a run consists of between two updates, and how it is kept on disk and taken up again.
 
-RUN/constant/model.safetensors      the weights that the run does not change, written once
-RUN/checkpoints/STEP/state/*        what it changes: weights, their average, AdamW's moments; of each process its part
+RUN/checkpoints/STEP/state/*        what it changes: weights, their average, AdamW's moments; of each process its share
 RUN/checkpoints/STEP/policy         a policy folder with the averaged weights
+
+The weights that a run does not change are not in its state: they come from where they came from at its beginning.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,13 +22,26 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from torchpi.checkpoints.folder import make_durable
+from torchpi.checkpoints.folder import fsync, make_durable
 from torchpi.model.pi0 import Pi0
-from torchpi.training.distributed import World, is_sharded, like, local
+from torchpi.training.distributed import (
+    PATIENCE,
+    World,
+    copy_number,
+    is_sharded,
+    like,
+    local,
+    own_share,
+    release_gathered,
+)
 from torchpi.training.optim import Kind, make_optimizer
 
 STATE, CHECKPOINTS = "state", "checkpoints"
+
+# A file is put together in memory before it is written: the smaller, the less memory that takes.
+_FILE_BYTES = 10**9
 
 
 @dataclasses.dataclass
@@ -81,6 +95,7 @@ class TrainState:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Weights and averages change places, one array at a time."""
+        release_gathered(self.model)
         for name, average in self.ema.items():
             part = self.parts[name].detach()
             before = part.clone()
@@ -133,8 +148,8 @@ class TrainState:
 class Checkpointer:
     """Writes checkpoints beside the training, one at a time.
 
-    A checkpoint is complete under its name or not there. The tensors are copied before training goes on, so the memory
-    of one state is needed on the CPU.
+    A checkpoint is complete under its name or not there. Training goes on as soon as the tensors are copied, so the CPU
+    needs memory for one copy of what this process saves, and for a file of it at a time.
     """
 
     def __init__(
@@ -150,20 +165,38 @@ class Checkpointer:
         Args:
             keep: how many checkpoints stay, the newest ones.
             keep_every: those at multiples of this step stay as well.
-            finish: in the first process, writes the rest of a checkpoint into the folder in which "state" is complete;
-                its second argument is the step.
+            finish: called in the first process, writes the rest of a checkpoint into the folder in which "state" is
+                complete; its second argument is the step.
+
+        Raises:
+            ValueError: the processes do not see the same folder.
         """
         self.folder, self.world = run / CHECKPOINTS, world
         self.keep, self.keep_every, self.finish = keep, keep_every, finish
         # A group of its own: what the threads that write say to each other does not meet what training says.
-        self._group = dist.new_group(backend="gloo")
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # The memory for copies from a GPU is pinned, which makes them faster, and kept, because pinning is slow.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
         self._pending: Future[None] | None = None
-        if world.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for rest in self.folder.glob(".*.tmp"):  # of a run that was killed while it saved
-                shutil.rmtree(rest)
-        dist.barrier()
+        self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Make the folder, see that it is the same one for all, and remove what a run that was killed has left."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f".process_{self.world.rank}.tmp").touch()
+        self.world.wait_for_all()
+        missing = self.world.size - len(list(self.folder.glob(".process_*.tmp")))
+        self.world.wait_for_all()
+        if missing:
+            raise ValueError(
+                f"{missing} of the {self.world.size} processes have another folder {self.folder} than process "
+                f"{self.world.rank}; put the run where all nodes see the same files"
+            )
+        if self.world.first:
+            for rest in self.folder.glob(".*.tmp"):
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        self.world.wait_for_all()
 
     def save(self, state: TrainState) -> pathlib.Path:
         """Begin to write a checkpoint of the state as it is now; its place. Waits for the one before.
@@ -172,20 +205,16 @@ class Checkpointer:
             OSError: of the checkpoint before, for example because the disk is full; see `wait`.
         """
         self.wait()
-        target, beside = self.folder / f"{state.step:08d}", self.folder / f".{state.step:08d}.tmp"
-        if target.exists():
-            return target
-        writer = HuggingFaceStorageWriter(str(beside / STATE), save_distributed=True)
-        written = dcp.async_save(state.tensors(), storage_writer=writer, process_group=self._group)
-        assert isinstance(written, Future)
-        self._pending = self._thread.submit(self._complete, written, beside, target, state.step)
-        return target
+        whole = state.tensors()
+        copies = self._stager.stage(own_share(whole, self.world))
+        self._pending = self._thread.submit(self._write, copies, _file_numbers(whole, self.world), state.step)
+        return self.folder / f"{state.step:08d}"
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete.
+        """Until the checkpoint that is being written is complete, or has failed, in all processes.
 
         Raises:
-            OSError, …: what has kept it from being written; nothing is under its name then.
+            OSError, …: what has kept it from being written, in all processes; nothing is under its name then.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -198,17 +227,46 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
 
-    def _complete(self, written: Future[Any], beside: pathlib.Path, target: pathlib.Path, step: int) -> None:
+    def _write(self, copies: dict[str, Any], file_numbers: dict[str, int], step: int) -> None:
+        beside = self.folder / f".{step:08d}.tmp"
         try:
-            written.result()
-            if self.finish is not None:
-                self.finish(beside, step)
-                make_durable(beside)
-                os.rename(beside, target)
-                self._remove_old()
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
+            self._write_state(copies, file_numbers, beside / STATE)
+            self._in_the_first(lambda: self._complete(beside, step))
+        finally:
+            if self.world.first:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def _write_state(self, copies: dict[str, Any], file_numbers: dict[str, int], folder: pathlib.Path) -> None:
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
+        try:
+            dcp.save(copies, storage_writer=writer, process_group=self._group)
+        except dcp.api.CheckpointException as failed:
+            rank, (error, _) = next(iter(failed.failures.items()))
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, error.filename or str(folder)) from failed
+            raise RuntimeError(f"{folder} was not written: in process {rank}, {error!r}") from failed
+
+    def _in_the_first(self, work: Callable[[], None]) -> None:
+        """Run something in the first process; where it fails there, it fails in all."""
+        outcome = [""]
+        try:
+            if self.world.first:
+                work()
+        except BaseException as error:
+            outcome = [str(error)]
             raise
+        finally:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0]:
+            raise OSError(f"the first process has failed to write a checkpoint: {outcome[0]}")
+
+    def _complete(self, beside: pathlib.Path, step: int) -> None:
+        if self.finish is not None:
+            self.finish(beside, step)
+        make_durable(beside)
+        os.rename(beside, self.folder / f"{step:08d}")
+        fsync(self.folder)  # before an older one is removed
+        self._remove_old()
 
     def _remove_old(self) -> None:
         for old in checkpoints(self.folder.parent)[: -self.keep]:
@@ -217,6 +275,17 @@ class Checkpointer:
                 out_of_the_way = self.folder / f".{old.name}.tmp"
                 os.rename(old, out_of_the_way)
                 shutil.rmtree(out_of_the_way)
+
+
+def _file_numbers(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
+    """Which file of its process each tensor goes to; from 1."""
+    numbers, size = dict[str, int](), 0
+    for name, tensor in tensors.items():
+        size += local(tensor).nbytes // copy_number(tensor, world)[1]
+        numbers[name] = 1 + size // _FILE_BYTES
+    # Without gaps, because a tensor may be larger than a file.
+    order = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
+    return {name: order[number] for name, number in numbers.items()}
 
 
 def checkpoints(run: pathlib.Path) -> list[pathlib.Path]:

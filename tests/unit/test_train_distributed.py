@@ -1,0 +1,313 @@
+"""Training in several processes, and what is saved: the same numbers, to the bit or to 1e-5; and nothing gets lost."""
+
+import dataclasses
+import errno
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from train_helpers import SIZES, assert_same_bits, weights, write_dataset
+from train_jobs import Job, free_port, resume, train_together
+
+from torchpi.model.pi0 import Pi0
+from torchpi.training import distributed, loop, state
+from torchpi.training.config import TrainConfig
+from torchpi.training.resume import resume_config
+
+STEPS = 4
+FIGURES = ("loss", "grad_norm", "holdout_loss", "param_norm")
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    """With an action_dim that two processes can't share evenly, and measurements between the updates."""
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "set")
+    (folder / "model.json").write_text(json.dumps(dataclasses.replace(SIZES, action_dim=5).to_dict()))
+    return TrainConfig(
+        dataset=str(folder / "set"),
+        embodiment="metaworld",
+        model=str(folder / "model.json"),
+        num_steps=STEPS,
+        decay_steps=STEPS,
+        batch_size=4,
+        num_draws=2,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        ema_decay=0.5,
+        dtype="float32",
+        eval_every=2,
+        holdout_samples=6,
+        save_every=2,
+        log_every=1,
+        chunk_samples=0,
+        trackers=(),
+        workers=0,
+    )
+
+
+def figures(run: pathlib.Path) -> list[dict[str, float]]:
+    """What was measured at each step."""
+    return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines()]
+
+
+def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """SigLIP's key biases change nothing: their gradient is rounding, and AdamW makes steps of full size of it."""
+    width = SIZES.siglip.width
+    return {
+        name: torch.cat([value[:width], value[2 * width :]]) if name.endswith("qkv.bias") else value
+        for name, value in values.items()
+    }
+
+
+def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
+    """Losses and state, to 1e-5."""
+    for line, expected in zip(figures(one), figures(other), strict=True):
+        names = [name for name in FIGURES if name in expected]
+        assert line["step"] == expected["step"]
+        assert [line[name] for name in names] == pytest.approx([expected[name] for name in names], rel=0, abs=1e-5)
+    found, wanted = without_key_biases(weights(one)), without_key_biases(weights(other))
+    assert found.keys() == wanted.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(
+            value, wanted[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_shards_in_one_process_give_the_same_run(recipe, tmp_path):
+    """With what changes the weights while FSDP has put some of them together: measuring with the average."""
+    loop.train(recipe, tmp_path / "plain")
+    loop.train(dataclasses.replace(recipe, parallel="fsdp"), tmp_path / "fsdp")
+    assert_same_run(tmp_path / "fsdp", tmp_path / "plain")
+
+
+PARTS = {
+    "all": {},
+    "real": {"loss": "real"},
+    "lora": {"trained": "lora"},
+    "expert": {"trained": "expert"},
+}
+"""What is trained and measured."""
+SPREAD = {
+    "ddp": {},
+    "ddp, two passes": {"accumulate": 2},
+    "fsdp": {"parallel": "fsdp", "chunk_samples": 2},
+    "fsdp, two passes, layers": {"parallel": "fsdp", "accumulate": 2, "checkpointing": "layers"},
+    "hybrid of one": {"parallel": "hybrid", "shard_size": 1, "accumulate": 2, "checkpointing": "selective"},
+    "hybrid of two": {"parallel": "hybrid", "shard_size": 2},
+}
+"""How it is spread over two processes."""
+CASES = [
+    *(("all", how) for how in SPREAD),
+    *((part, how) for part in ("real", "lora", "expert") for how in ("ddp", "fsdp")),
+    ("lora", "fsdp, two passes, layers"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory):
+    """Folders: of each part a run in one process, and of each case one in two; and halves of a run."""
+    root = tmp_path_factory.mktemp("runs")
+    init = loop.train(dataclasses.replace(recipe, num_steps=1), root / "init").policy
+    of_weights = dataclasses.replace(recipe, init=str(init), model=None)
+    parts = {
+        name: dataclasses.replace(of_weights if "trained" in changes else recipe, **changes)
+        for name, changes in PARTS.items()
+    }
+    for name, config in parts.items():
+        loop.train(config, root / name)
+    jobs = [Job(dataclasses.replace(parts[part], **SPREAD[how]), root / f"{part} {how}") for part, how in CASES]
+    half = dataclasses.replace(recipe, num_steps=STEPS // 2)
+    jobs.append(Job(dataclasses.replace(half, parallel="fsdp"), root / "half of two"))
+    loop.train(half, root / "half of one")
+    train_together(2, jobs, root / "jobs")
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "how"), CASES)
+def test_two_processes_give_the_same_run_as_one(part, how, runs):
+    assert_same_run(runs / f"{part} {how}", runs / part)
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_on_another_number_of_processes_and_spread_otherwise(runs, recipe, tmp_path):
+    copies = {}
+    for name, half in (("same", "two"), ("ddp", "two"), ("alone", "two"), ("together", "one")):
+        copies[name] = shutil.copytree(runs / f"half of {half}", tmp_path / name)
+
+    def job(name: str, parallel: str) -> Job:
+        config = dataclasses.replace(resume_config(copies[name]), num_steps=STEPS, parallel=parallel)
+        return Job(config, copies[name], resume=True)
+
+    train_together(2, [job("same", "fsdp"), job("ddp", "ddp"), job("together", "fsdp")], tmp_path / "jobs")
+    alone = job("alone", "ddp")
+    loop.train(alone.config, alone.run, resume=True)
+    assert_same_bits(weights(copies["same"]), weights(runs / "all fsdp"))
+    for run in copies.values():
+        assert_same_run(run, runs / "all")
+
+
+@pytest.mark.slow
+def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe, tmp_path):
+    """As a terminal sends it: to torchrun and to all that it has started."""
+    config = dataclasses.replace(recipe, num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    run = tmp_path / "run"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+    train = ["-m", "torchpi.cli", "train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(run)]
+    with (tmp_path / "log").open("w") as log:
+        command = [*torchrun, str(free_port()), *train]
+        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
+            deadline = time.monotonic() + 120
+            while not (run / loop.METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+            process.wait(timeout=60)
+    (checkpoint,) = state.checkpoints(run)
+    assert figures(run)[-1]["step"] == int(checkpoint.name)
+    said = re.findall(
+        r"interrupted after (\d+) steps; go on with: torchpi train --resume", (tmp_path / "log").read_text()
+    )
+    assert set(said) == {str(int(checkpoint.name))}
+
+
+def begin(value: float = 0.0) -> state.TrainState:
+    """A state whose weights are all one number."""
+    model = Pi0(SIZES)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return state.TrainState.begin(model, weight_decay=0.0, ema=True)
+
+
+def checkpointer(run: pathlib.Path, world: distributed.World, finish: Callable[[pathlib.Path, int], None]):
+    return state.Checkpointer(run, world, keep=2, keep_every=None, finish=finish)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(tmp_path):
+    goes_on = threading.Event()
+    with distributed.process_group("cpu") as world:
+        some = begin(1.0)
+        writing = checkpointer(tmp_path, world, lambda folder, step: goes_on.wait(60) and None)
+        first = writing.save(some)  # comes back, although the disk has taken nothing yet
+        assert not first.exists()
+        for part in some.parts.values():
+            part.data.fill_(2.0)
+        some.step = 1
+        goes_on.set()
+        second = writing.save(some)
+        assert first.exists()
+        writing.close()
+    for folder, value in ((first, 1.0), (second, 2.0)):
+        arrays = state.StateArrays(folder / state.STATE)
+        assert all((arrays.read(name) == value).all() for name in arrays.names if name.startswith("weights."))
+
+
+@pytest.mark.parametrize("where", ["state", "policy"])
+def test_a_full_disk_is_an_error_at_the_next_save_and_nothing_is_left(where, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with distributed.process_group("cpu") as world, monkeypatch.context() as patch:
+        writing = checkpointer(tmp_path, world, full if where == "policy" else lambda folder, step: None)
+        some = begin()
+        if where == "state":
+            patch.setattr(HuggingFaceStorageWriter, "write_data", full)
+        target = writing.save(some)
+        some.step = 1
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            writing.save(some)
+        assert caught.value.errno == errno.ENOSPC
+        writing.close()
+    assert not target.exists()
+    assert not list(tmp_path.glob("checkpoints/.*"))
+
+
+def test_large_states_are_written_in_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "_FILE_BYTES", 50_000)
+    with distributed.process_group("cpu") as world:
+        some = begin(3.0)
+        writing = checkpointer(tmp_path, world, lambda folder, step: None)
+        target = writing.save(some)
+        writing.close()
+    assert len(list((target / state.STATE).iterdir())) > 3
+    arrays = state.StateArrays(target / state.STATE)
+    assert set(arrays.names) == set(some.tensors())
+    assert all((arrays.read(name) == 3.0).all() for name in arrays.names)
+
+
+@pytest.mark.slow
+def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same_bits(recipe, tmp_path):
+    config = dataclasses.replace(recipe, num_steps=100_000, save_every=2, eval_every=100_000, keep=2, keep_every=10)
+    run, rng = tmp_path / "run", random.Random(0)
+    # Torch is imported once; each process is a fork of one that has computed nothing yet.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchpi.training.loop", "torchpi.sim.workers", "train_jobs"])
+    seen: list[int] = []
+    for number in range(24):
+        process = context.Process(target=resume, args=(config, run))
+        process.start()
+        wait_for_the_moment(MOMENTS[number % len(MOMENTS)], process, run, seen, rng)
+        process.kill()
+        process.join()
+        found = [int(path.name) for path in state.checkpoints(run)]
+        for path in state.checkpoints(run):
+            arrays = state.StateArrays(path / state.STATE)
+            assert all(arrays.read(name).isfinite().all() for name in arrays.names)
+        # None is gone but by rule, and no more steps than since the last two saves, of which one may be under way.
+        assert set(seen) - set(found) == {step for step in seen if step not in found[-2:] and step % 10}
+        assert max(line["step"] for line in figures_before_a_kill(run)) <= found[-1] + 2 * config.save_every
+        seen = found
+    ending = dataclasses.replace(config, num_steps=seen[-1] + 3)
+    loop.train(ending, run, resume=True)
+    loop.train(dataclasses.replace(ending, save_every=100_000), tmp_path / "whole")
+    assert_same_bits(weights(run), weights(tmp_path / "whole"))
+    assert [line["step"] for line in figures(run)] == list(range(1, ending.num_steps + 1))
+    saved = [*range(2, ending.num_steps, 2), ending.num_steps]
+    assert [int(path.name) for path in state.checkpoints(run)] == [s for s in saved if s in saved[-2:] or s % 10 == 0]
+    assert not list(run.rglob("*.tmp"))
+
+
+MOMENTS = ("while it saves", "some time after a checkpoint", "while it saves", "some time after its start")
+
+
+def wait_for_the_moment(
+    moment: str, process: multiprocessing.Process, run: pathlib.Path, seen: list[int], rng: random.Random
+) -> None:
+    """Until the next kill is due."""
+    deadline, folder = time.monotonic() + 120, run / state.CHECKPOINTS
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition():
+            assert process.is_alive()
+            assert time.monotonic() < deadline
+            time.sleep(0.0005)
+
+    if moment == "some time after its start":
+        time.sleep(rng.uniform(0, 1))
+        return
+    newest = seen[-1] if seen else 0
+    wait_for(lambda: bool(found := state.checkpoints(run)) and int(found[-1].name) > newest)
+    if moment == "while it saves":
+        wait_for(lambda: any(folder.glob(".0*.tmp")))
+        time.sleep(rng.uniform(0, 0.03))
+    else:
+        time.sleep(rng.uniform(0, 0.6))
+
+
+def figures_before_a_kill(run: pathlib.Path) -> list[dict[str, float]]:
+    """Without a last line that was cut short."""
+    return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines(keepends=True) if line[-1] == "\n"]
