@@ -423,15 +423,19 @@ def compare(
     )
 
 
-def train_command(base: TrainConfig) -> Callable[..., None]:
+def train_command(base: TrainConfig) -> Callable[..., int | None]:
     """The command `train`, whose defaults are those of a recipe."""
 
     def train(
         out: pathlib.Path | None = None,
         recipe: str | None = None,
         resume: pathlib.Path | None = None,
+        plan: bool = False,
+        plan_world: int | None = None,
+        plan_memory: float | None = None,
+        json: bool = False,
         config: Annotated[TrainConfig, tyro.conf.arg(name="")] = base,
-    ) -> None:
+    ) -> int | None:
         """Train a policy on a LeRobot dataset.
 
         OUT gets train.json (the recipe), metrics.jsonl, curves.png and checkpoints/STEP/policy, a policy folder with
@@ -443,8 +447,19 @@ def train_command(base: TrainConfig) -> Callable[..., None]:
                 train.json of another run.
             resume: the folder of a run to go on with, by default as it was; more steps, another number of processes
                 and what else does not change its updates may be given.
+            plan: do not train, but print the memory that it would take, and what to change where it does not fit; the
+                exit status is 1 then. Of the data set only the embodiment is needed.
+            plan_world: with --plan: processes that will share the run, by default those that torchrun has started.
+            plan_memory: with --plan: each device's memory in GB, by default what this machine has.
+            json: with --plan: print one JSON document.
             config: the fields of the recipe.
         """
+        if plan:
+            from torchpi.training.plan import run_plan
+
+            return run_plan(config, world_size=plan_world, memory_gb=plan_memory, as_json=json)
+        if plan_world is not None or plan_memory is not None or json:
+            raise ValueError("--plan-world, --plan-memory and --json belong to --plan")
         from torchpi.training.loop import train
 
         if resume is not None and (out is not None or recipe is not None):
@@ -461,6 +476,7 @@ def train_command(base: TrainConfig) -> Callable[..., None]:
         if result.interrupted:
             print(f"interrupted after {result.step} steps; go on with: torchpi train --resume {out}")
         print(f"policy: {result.policy}\nreport: {result.report}")
+        return None
 
     return train
 

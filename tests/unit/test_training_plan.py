@@ -1,0 +1,165 @@
+"""The planned memory beside the memory that training takes."""
+
+import dataclasses
+import gc
+import importlib.util
+import json
+import pathlib
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from torchpi.cli import main
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import alone
+from torchpi.training.loop import update
+from torchpi.training.memory import checkpoint_activations
+from torchpi.training.plan import example_batch, plan
+from torchpi.training.samples import loss_sum
+from torchpi.training.state import TrainState
+from torchpi.training.weights import begin_model
+
+BASE = "gs://openpi-assets/checkpoints/pi05_base"  # named only: the sizes are the recipe's, and nothing is read
+GEMMA = GemmaConfig(width=128, depth=2, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32)
+SIZES = Pi0Config(
+    pi05=True,
+    paligemma_variant=GEMMA,
+    action_expert_variant=dataclasses.replace(GEMMA, width=64, mlp_dim=256),
+    siglip_variant=VisionConfig(width=96, depth=2, mlp_dim=256, num_heads=4, patch=14),
+    action_dim=7,
+    action_horizon=16,
+    max_token_len=40,
+    vocab_size=2048,
+    image_size=56,
+)
+
+
+TINY_GEMMA = dataclasses.replace(GEMMA, width=16, depth=1, mlp_dim=32, head_dim=8)
+TINY = dataclasses.replace(
+    SIZES,
+    paligemma_variant=TINY_GEMMA,
+    action_expert_variant=TINY_GEMMA,
+    siglip_variant=VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
+    vocab_size=64,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return recipe(tmp_path_factory.mktemp("sizes"), SIZES)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    return recipe(tmp_path_factory.mktemp("tiny"), TINY)
+
+
+def recipe(folder: pathlib.Path, sizes: Pi0Config) -> TrainConfig:
+    (folder / "model.json").write_text(json.dumps(sizes.to_dict()))
+    return TrainConfig(embodiment="metaworld", model=str(folder / "model.json"), batch_size=8, holdout_samples=8)
+
+
+def measured(config: TrainConfig, sizes: Pi0Config) -> int:
+    """Most bytes that live on the CPU in two updates and a measurement, as PyTorch's allocator has them."""
+    device = torch.device("cpu")
+    gc.collect()  # what other tests have left must not be freed meanwhile
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model, _ = begin_model(config, sizes, skeleton=True)
+        model.to_empty(device=device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        checkpoint_activations(model, config.checkpointing)
+        state = TrainState.begin(model, weight_decay=0.0, ema=config.ema_decay > 0, optimizer=config.optimizer)
+        samples, cameras = config.batch_size // config.accumulate, ("base", "wrist")
+        held_out = [example_batch(sizes, cameras, samples, 4, device) for _ in range(config.holdout_samples // samples)]
+        for _ in range(2):
+            batches = [
+                example_batch(sizes, cameras, samples, config.num_draws, device) for _ in range(config.accumulate)
+            ]
+            update(state, config, batches, alone(model))
+        with state.averaged_weights() as averaged, torch.no_grad():
+            loss_sum(averaged.flow_error, held_out[0], config.loss)
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    live = most = 0
+    for event in events:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most = max(most, live)
+    return most
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: torchpi[adamw8bit]"
+)
+VARIANTS = [
+    pytest.param({"checkpointing": "layers"}, id="layers"),
+    pytest.param({}, id="full", marks=pytest.mark.slow),
+    pytest.param({"dtype": "float32"}, id="float32", marks=pytest.mark.slow),
+    pytest.param({"checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
+    pytest.param({"accumulate": 2}, id="accumulate 2", marks=pytest.mark.slow),
+    pytest.param({"accumulate": 4}, id="accumulate 4", marks=pytest.mark.slow),
+    pytest.param({"num_draws": 2}, id="draws", marks=pytest.mark.slow),
+    pytest.param({"trained": "expert", "ema_decay": 0.0}, id="expert", marks=pytest.mark.slow),
+    pytest.param({"init": BASE, "trained": "lora", "ema_decay": 0.0}, id="lora", marks=pytest.mark.slow),
+    pytest.param(
+        {"init": BASE, "trained": "lora_strict", "checkpointing": "layers"}, id="lora_strict", marks=pytest.mark.slow
+    ),
+    pytest.param({"optimizer": "adamw8bit"}, id="8 bits", marks=[pytest.mark.slow, needs_bitsandbytes]),
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_a_plan_is_what_training_takes(fields, base):
+    config = dataclasses.replace(base, **fields)
+    planned = plan(config, world_size=1, local_world_size=1)
+    assert planned.peak.total == pytest.approx(measured(config, SIZES), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+def test_a_plan_is_what_training_of_pi0_takes(checkpointing, tmp_path):
+    sizes = dataclasses.replace(SIZES, pi05=False)
+    config = dataclasses.replace(recipe(tmp_path, sizes), checkpointing=checkpointing)
+    planned = plan(config, world_size=1, local_world_size=1)
+    assert planned.peak.total == pytest.approx(measured(config, sizes), rel=0.03)
+
+
+def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
+    on_cuda = dataclasses.replace(tiny, device="cuda", holdout=0.0)
+    one = plan(on_cuda, world_size=1, local_world_size=1)
+    ddp = plan(on_cuda, world_size=4, local_world_size=4)
+    fsdp = plan(dataclasses.replace(on_cuda, parallel="fsdp"), world_size=4, local_world_size=4)
+    assert (one.samples, ddp.samples, fsdp.samples) == (8, 2, 2)
+    assert ddp.peak.weights == one.peak.weights
+    assert ddp.peak.activations < one.peak.activations
+    assert fsdp.peak.optimizer == pytest.approx(one.peak.optimizer / 4, rel=0.2)
+    assert fsdp.peak.gathered > 0
+
+
+def test_what_does_not_fit_is_told_what_would(tiny, capsys):
+    arguments = ["train", "--plan", "--embodiment", "metaworld", "--model", tiny.model, "--batch-size", "8"]
+    arguments += ["--holdout", "0", "--device", "cuda"]
+    main([*arguments, "--plan-memory", "1", "--json"])  # returns: it fits
+    needed = json.loads(capsys.readouterr().out)["needed"]
+    with pytest.raises(SystemExit, match="1"):
+        main([*arguments, "--plan-memory", str(needed / 1e9), "--json"])  # none is left for what is not counted
+    document = json.loads(capsys.readouterr().out)
+    assert document["fits"] is False
+    assert {"accumulate": 2} in [other["fields"] for other in document["alternatives"] if other["fits"]]
+
+
+def test_a_plan_says_what_it_assumes(tiny, capsys):
+    main(["train", "--plan", "--embodiment", "aloha", "--model", tiny.model, "--device", "cuda"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "32 samples × 1 draws, 3 cameras and 40 prompt tokens" in printed
+    assert "--plan-memory" in printed
+
+
+def test_mistakes_are_named(tiny):
+    with pytest.raises(ValueError, match="can't be divided"):
+        plan(tiny, world_size=3, local_world_size=3)
+    with pytest.raises(ValueError, match="--embodiment"):
+        plan(TrainConfig(), world_size=1, local_world_size=1)
