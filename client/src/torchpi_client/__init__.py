@@ -1,10 +1,27 @@
-"""Ask a π₀ or π₀.₅ policy server for actions: torchpi's and openpi's protocol, without torch."""
+"""Ask a π₀ or π₀.₅ policy server for actions, and control a robot with them: torchpi's and openpi's protocol, without
+torch."""
 
 from torchpi_client.aio import AsyncWebsocketPolicy
 from torchpi_client.client import WebsocketPolicy
+from torchpi_client.limits import ActionLimits
 from torchpi_client.protocol import ServerError
+from torchpi_client.report import ControlReport
+from torchpi_client.robot import Robot
+from torchpi_client.runner import ControlLoop
+from torchpi_client.settings import ControlSettings
 from torchpi_client.wire import pack, unpack
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["AsyncWebsocketPolicy", "ServerError", "WebsocketPolicy", "pack", "unpack"]
+__all__ = [
+    "ActionLimits",
+    "AsyncWebsocketPolicy",
+    "ControlLoop",
+    "ControlReport",
+    "ControlSettings",
+    "Robot",
+    "ServerError",
+    "WebsocketPolicy",
+    "pack",
+    "unpack",
+]

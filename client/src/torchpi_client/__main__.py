@@ -1,0 +1,93 @@
+"""python -m torchpi_client ws://HOST:PORT --dry-run --observation X.npz: show what a served policy would do."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from torchpi_client.client import WebsocketPolicy
+from torchpi_client.images import jpeg_cost
+from torchpi_client.limits import ActionLimits
+from torchpi_client.protocol import ServerError
+from torchpi_client.report import format_chunk
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Ask, print, and return the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        _show_chunks(options)
+    except (OSError, ValueError, ServerError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m torchpi_client",
+        description="Send a recorded observation to a policy server and print the chunks that come back.",
+    )
+    parser.add_argument("url", help="ws://HOST:PORT, or wss://… with TLS")
+    parser.add_argument("--dry-run", action="store_true", required=True, help="required: this command moves no robot")
+    parser.add_argument(
+        "--observation",
+        required=True,
+        help="an .npz with the robot's own keys, nested ones joined by '.', the prompt a 0-d string",
+    )
+    parser.add_argument("--chunks", type=int, default=1, help="how many times to ask; default 1")
+    parser.add_argument(
+        "--jpeg", type=int, metavar="QUALITY", help="send images as JPEG, 1 to 95, and print what it costs"
+    )
+    parser.add_argument("--api-key", help="sent as Authorization: Api-Key …")
+    return parser
+
+
+def _show_chunks(options: argparse.Namespace) -> None:
+    observation = load_observation(options.observation)
+    if options.jpeg is not None:
+        for cost in jpeg_cost(observation, quality=options.jpeg):
+            print(cost)
+    with WebsocketPolicy(options.url, api_key=options.api_key, jpeg_quality=options.jpeg) as policy:
+        names = policy.metadata.get("action_names") or ()
+        says_limits = bool({"action_limits", "action_range"} & set(policy.metadata))
+        limits = ActionLimits.from_metadata(policy.metadata) if says_limits else None
+        for _ in range(options.chunks):
+            start = time.perf_counter()
+            chunk = np.asarray(policy.infer(observation)["actions"])
+            print(f"{list(chunk.shape)} after {1e3 * (time.perf_counter() - start):.0f} ms")
+            print(format_chunk(chunk, names, limits))
+
+
+def load_observation(path: str) -> dict[str, Any]:
+    """An observation from an .npz file, whose keys join nested ones by '.'.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no .npz, or holds Python objects.
+    """
+    try:
+        loaded = np.load(path)  # refuses Python objects by default
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if isinstance(loaded, np.ndarray):
+        raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys")
+    observation: dict[str, Any] = {}
+    with loaded as arrays:
+        for name in arrays.files:
+            *folders, last = name.split(".")
+            place = observation
+            for folder in folders:
+                place = place.setdefault(folder, {})
+            value = arrays[name]
+            place[last] = value.item() if value.dtype.kind == "U" and value.ndim == 0 else value
+    return observation
+
+
+if __name__ == "__main__":
+    sys.exit(main())

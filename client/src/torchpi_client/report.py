@@ -1,0 +1,121 @@
+"""What happened while a robot was controlled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Sequence
+
+import numpy as np
+
+from torchpi_client.limits import ActionLimits
+
+
+@dataclasses.dataclass
+class Tally:
+    """Numbers of which only count, sum and largest are kept."""
+
+    count: int = 0
+    total: float = 0.0
+    largest: float = 0.0
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.count += 1
+        self.total += value
+        self.largest = max(self.largest, value)
+
+    @property
+    def mean(self) -> float:
+        """0 of none."""
+        return self.total / self.count if self.count else 0.0
+
+
+@dataclasses.dataclass
+class ControlReport:
+    """Every event of one run; read it at any time."""
+
+    names: Sequence[str] = ()
+    """Of the dimensions of an action, for `summary`."""
+    steps: int = 0
+    """Control steps."""
+    actions: int = 0
+    """Of the policy's actions, those that were executed."""
+    waits: int = 0
+    """Steps without an action where none was expected: before the first chunk, and between chunks in mode "sync"."""
+    holds: int = 0
+    """Steps in which the robot was held because a chunk was late."""
+    slowed: int = 0
+    """Actions that took two steps because a chunk was late."""
+    chunks: int = 0
+    """Chunks that were used."""
+    late_chunks: int = 0
+    """Requests during which the actions ran out."""
+    stale_chunks: int = 0
+    """Chunks that came too late for any use, and were refused."""
+    failed_requests: int = 0
+    """Requests without an answer before their deadline."""
+    reconnects: int = 0
+    """Of the policy's connection."""
+    latency: Tally = dataclasses.field(default_factory=Tally)
+    """Seconds from each observation to its chunk, without the warm-up."""
+    discarded: Tally = dataclasses.field(default_factory=Tally)
+    """Actions of each used chunk whose places were taken when it came."""
+    overruns: Tally = dataclasses.field(default_factory=Tally)
+    """Seconds by which steps were longer than a period."""
+    missed_steps: int = 0
+    """Steps that were left out because of overruns."""
+    invalid: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """[a]: actions with NaN or infinity in this dimension; none of them was executed."""
+    range_clipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """[a]: commands that were outside the range."""
+    step_clipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    """[a]: commands that were too far from the one before."""
+    limited: bool = False
+    """Whether there were limits."""
+    dry_run: bool = False
+    """Nothing was sent to the robot."""
+    stopped: str | None = None
+    """Why the run ended early; None: it did not."""
+
+    def summary(self) -> str:
+        """For people, in a few lines."""
+        lines = [
+            f"{self.steps} steps{' (dry run: nothing was sent)' if self.dry_run else ''}: {self.actions} actions, "
+            f"{self.waits} waiting, {self.holds} held, {self.missed_steps} left out; {self.slowed} actions slowed",
+            f"{self.chunks} chunks, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
+            f"{self.failed_requests} without an answer; {self.reconnects} reconnects",
+            f"latency {1e3 * self.latency.mean:.1f} ms on average, {1e3 * self.latency.largest:.1f} ms at most; "
+            f"discarded {self.discarded.mean:.1f} actions of a chunk on average, {self.discarded.largest:.0f} at most",
+            f"{self.overruns.count} overruns, {1e3 * self.overruns.mean:.1f} ms on average, "
+            f"{1e3 * self.overruns.largest:.1f} ms at most",
+            f"NaN or infinity: {self._per_dimension(self.invalid)}",
+            f"outside the range: {self._per_dimension(self.range_clipped)}" if self.limited else "no limits",
+        ]
+        if self.limited:
+            lines.append(f"too large a step: {self._per_dimension(self.step_clipped)}")
+        if self.stopped is not None:
+            lines.append(f"stopped: {self.stopped}")
+        return "\n".join(lines)
+
+    def _per_dimension(self, counts: np.ndarray) -> str:
+        named = len(self.names) == len(counts)
+        found = [f"{self.names[i] if named else i} {count}" for i, count in enumerate(counts) if count]
+        return ", ".join(found) or "none"
+
+
+def format_chunk(chunk: np.ndarray, names: Sequence[str] = (), limits: ActionLimits | None = None) -> str:
+    """A chunk [H, a] as a table, one row per step; what is not finite or outside the limits' range is marked with "!".
+
+    Args:
+        names: of the dimensions; by default their numbers.
+    """
+    titles = list(names) if len(names) == chunk.shape[1] else [str(i) for i in range(chunk.shape[1])]
+    wrong = ~np.isfinite(chunk)
+    if limits is not None:
+        wrong |= (chunk < limits.low) | (chunk > limits.high)
+    width = max(10, *(len(title) + 2 for title in titles))
+    rows = ["step" + "".join(title.rjust(width) for title in titles)]
+    for step, (values, marks) in enumerate(zip(chunk, wrong)):
+        cells = (f"{value:.4f}{'!' if mark else ' '}".rjust(width) for value, mark in zip(values, marks))
+        rows.append(f"{step:4d}" + "".join(cells))
+    return "\n".join(rows)

@@ -1,0 +1,321 @@
+"""The control loop: a policy's chunks become a robot's commands, one per step, at a fixed rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable
+
+import numpy as np
+
+from torchpi_client.clock import Clock, MonotonicClock, Pacer
+from torchpi_client.inference import Answer, BackgroundInference, Inference
+from torchpi_client.latency import LatencyEstimate
+from torchpi_client.protocol import RTC, ActionPrefix, require_support
+from torchpi_client.report import ControlReport
+from torchpi_client.resample import resample, stretch
+from torchpi_client.robot import InferringPolicy, Robot, check_kinds, hold_command
+from torchpi_client.schedule import ActionQueue, Ensemble, Request
+from torchpi_client.settings import ControlSettings
+
+SLOW = 2
+"""Steps that an action takes while a chunk is late, in "slow"."""
+
+MAX_STALE = 3
+"""Stale chunks in a row after which the loop ends: waiting will not help."""
+
+
+class ControlLoop:
+    """One robot under one policy.
+
+        loop = ControlLoop(robot, WebsocketPolicy("ws://192.168.1.20:8000"), ControlSettings(mode="rtc"))
+        print(loop.run(seconds=30).summary())
+
+    Args:
+        robot: observed and moved from the thread that calls `run`.
+        policy: asked in another thread; if it has `reconnects`, they are reported.
+        settings: how.
+        clock, inference: others for tests.
+        on_chunk: called with each chunk [H, a] as the policy gave it.
+
+    Raises:
+        ValueError: the settings and the policy's metadata don't go together.
+    """
+
+    def __init__(
+        self,
+        robot: Robot,
+        policy: InferringPolicy,
+        settings: ControlSettings | None = None,
+        *,
+        clock: Clock | None = None,
+        inference: Inference | None = None,
+        on_chunk: Callable[[np.ndarray], None] | None = None,
+    ) -> None:
+        self._robot = robot
+        self._policy = policy
+        self._settings = settings = settings or ControlSettings()
+        self._clock = clock or MonotonicClock()
+        self._inference = inference or BackgroundInference(policy, self._clock)
+        self._on_chunk = on_chunk
+        metadata = policy.metadata
+        self._policy_hz, self.control_hz = settings.rates(metadata.get("control_hz"))
+        self._kinds = check_kinds(settings.action_kinds or metadata.get("action_kinds"))
+        if settings.mode == "rtc":
+            require_support(dict(metadata), RTC, 'Use mode "async", which switches from chunk to chunk as it is.')
+            if self._resamples:
+                raise ValueError(
+                    'mode "rtc" with resample="interpolate": the last chunk serves as a prefix at the policy\'s rate '
+                    f"alone; use control_hz={self._policy_hz:g}, or another mode"
+                )
+        self._check_length("limits", None if settings.limits is None else settings.limits.low)
+        self._check_length("start", settings.start)
+        zeros = np.zeros(len(self._kinds), np.int64)
+        self.report = ControlReport(
+            names=list(metadata.get("action_names") or ()),
+            invalid=zeros.copy(),
+            range_clipped=zeros.copy(),
+            step_clipped=zeros.copy(),
+            limited=settings.limits is not None,
+            dry_run=settings.dry_run,
+        )
+        self._latency = LatencyEstimate(window=settings.latency_window, quantile=settings.latency_quantile)
+        self._last = None if settings.start is None else np.asarray(settings.start, np.float32)
+        self._commands: list[np.ndarray] = []  # the other steps of a slowed action
+        self._request: _Pending | None = None
+        self._stale_in_a_row = 0
+        self._stopping = False
+
+    def run(self, *, seconds: float | None = None, steps: int | None = None) -> ControlReport:
+        """Control the robot, until the time is over, `stop` is called, or something ends it; at the end the robot is
+        held still. The first inference, which may include a compilation, is awaited and never executed.
+
+        Args:
+            seconds, steps: when it ends, whichever comes first; None: never.
+
+        Raises:
+            ValueError: the policy's chunk doesn't go together with the settings, before the robot has moved; or this
+                loop has run already.
+            Exception: what the robot's methods raise, and what the policy does but for TimeoutError and
+                ConnectionError.
+        """
+        if self.report.steps:
+            raise ValueError("this ControlLoop has run already; make a new one")
+        limit = min(math.inf if steps is None else steps, math.inf if seconds is None else seconds * self.control_hz)
+        self._schedule = self._make_schedule(self._warm_up())
+        pacer = Pacer(self._clock, 1 / self.control_hz)
+        try:
+            while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
+                self._step()
+                tick = pacer.wait()
+                if tick.overrun:
+                    self.report.overruns.add(tick.overrun)
+                    self.report.missed_steps += tick.missed
+        except _Stop as stop:
+            self.report.stopped = str(stop)
+        finally:
+            self.report.reconnects = getattr(self._policy, "reconnects", 0)
+            self._halt()
+        return self.report
+
+    def stop(self) -> None:
+        """End the run after the present step; for signal handlers and other threads."""
+        self._stopping = True
+
+    # ---- before the robot moves ----
+
+    def _warm_up(self) -> np.ndarray:
+        chunk = self._asked_chunk({})
+        if self._settings.mode == "rtc":  # another computation, with a compilation of its own
+            self._asked_chunk(self._prefix(Request(0, chunk[1:], 1)))
+        return chunk
+
+    def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray:
+        self._inference.start({**self._robot.observe(), **fields})
+        return self._checked_chunk(self._inference.wait())
+
+    def _make_schedule(self, chunk: np.ndarray) -> ActionQueue | Ensemble:
+        horizon = len(chunk)
+        recommended = self._policy.metadata.get("execute_steps") if self._settings.mode != "ensemble" else 1
+        steps = self._settings.execute_steps or min(recommended or max(horizon // 2, 1), horizon)
+        if steps > horizon:
+            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {horizon} actions")
+        if self._settings.mode == "rtc" and steps == horizon:
+            raise ValueError(f"execute_steps is {steps}, the whole chunk; in rtc a rest must be left to go on from")
+        if self._resamples:
+            steps = max(1, round(steps * self.control_hz / self._policy_hz))
+        if self._settings.mode == "ensemble":
+            return Ensemble(steps, decay=self._settings.ensemble_decay)
+        return ActionQueue(steps, only=self._settings.mode == "sync")
+
+    @property
+    def _resamples(self) -> bool:
+        return self._settings.resample == "interpolate" and self.control_hz != self._policy_hz
+
+    # ---- one step ----
+
+    def _step(self) -> None:
+        self._receive()
+        self._ask()
+        command = self._next_command()
+        if command is not None:
+            self._act(command)
+        self.report.steps += 1
+
+    def _receive(self) -> None:
+        """Take the answer, if it is there."""
+        answer = self._inference.poll()
+        if answer is None:
+            return
+        assert self._request is not None
+        pending, self._request = self._request, None
+        if isinstance(answer.error, TimeoutError):
+            self.report.failed_requests += 1  # the next request shows the robot as it is then
+            return
+        if isinstance(answer.error, ConnectionError):
+            raise _Stop(f"the policy is gone: {answer.error}")
+        chunk = self._checked_chunk(answer)
+        self._latency.add(answer.finished - pending.since)
+        self.report.latency.add(answer.finished - pending.since)
+        if self._resamples:
+            chunk = resample(chunk, self._kinds, policy_hz=self._policy_hz, control_hz=self.control_hz)
+        age = self._clock.now() - pending.since
+        discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
+        if discarded is None:
+            self._refuse(age, len(chunk) / self.control_hz)
+        else:
+            self._stale_in_a_row = 0
+            self.report.chunks += 1
+            self.report.discarded.add(discarded)
+
+    def _refuse(self, age: float, duration: float) -> None:
+        self.report.stale_chunks += 1
+        self._stale_in_a_row += 1
+        if self._stale_in_a_row == MAX_STALE:
+            raise _Stop(
+                f"{MAX_STALE} chunks in a row were stale: the last came after {age:.2f} s, and lasts {duration:.2f} s; "
+                'use mode "sync", in which the robot waits, or a faster policy'
+            )
+
+    def _max_age(self, chunk: np.ndarray) -> float:
+        if self._settings.max_age is not None:
+            return self._settings.max_age
+        return math.inf if self._settings.mode == "sync" else len(chunk) / self.control_hz
+
+    def _ask(self) -> None:
+        """Ask for a chunk, if it is time."""
+        if self._inference.busy or not self._schedule.due:
+            return
+        since = self._clock.now()
+        observation = dict(self._robot.observe())
+        request = self._schedule.request()
+        if self._settings.mode == "rtc":
+            observation.update(self._prefix(request))
+        self._request = _Pending(request, since, self.report.steps)
+        self._inference.start(observation)
+
+    def _prefix(self, request: Request) -> dict[str, Any]:
+        """The field for real-time chunking; nothing where there is nothing to go on from."""
+        rest = request.rest
+        if rest is not None:  # what is not finite will not be executed
+            finite = np.isfinite(rest).all(axis=1)
+            rest = rest if finite.all() else rest[: int(np.argmin(finite))]
+        if rest is None or not len(rest):
+            return {}
+        # Where the delay exceeds what is left, all of it will have been executed.
+        delay = min(self._latency.steps(self.control_hz) or 0, len(rest))
+        return {RTC: ActionPrefix(rest, delay, request.executed).to_wire()}
+
+    def _next_command(self) -> np.ndarray | None:
+        """What this step sends; None: nothing."""
+        if self._commands:
+            return self._commands.pop(0)
+        action = self._schedule.next()
+        if action is None:
+            return self._without_action()
+        invalid = ~np.isfinite(action)
+        if invalid.any():
+            self.report.invalid += invalid
+            if self._settings.on_invalid == "stop":
+                raise _Stop(f"NaN or infinity in the action, dimensions {np.flatnonzero(invalid).tolist()}")
+            return self._hold()
+        self.report.actions += 1
+        if self._settings.late == "slow" and self._last is not None and self._is_overdue():
+            self.report.slowed += 1
+            self._commands = list(stretch(self._last, action, self._kinds, SLOW))
+            return self._commands.pop(0)
+        return action
+
+    def _without_action(self) -> np.ndarray | None:
+        if self._settings.mode == "sync" or not self.report.chunks:
+            self.report.waits += 1
+            return self._hold()
+        self.report.holds += 1
+        if self._request is not None and not self._request.late:
+            self._request.late = True
+            self.report.late_chunks += 1
+        if self._settings.late == "stop":
+            raise _Stop("a chunk is late: the actions ran out before it came")
+        return self._hold()
+
+    def _is_overdue(self) -> bool:
+        """Whether the chunk should have come by now."""
+        delay = self._latency.steps(self.control_hz)
+        return self._request is not None and delay is not None and self.report.steps - self._request.step >= delay
+
+    def _hold(self) -> np.ndarray | None:
+        return None if self._last is None else hold_command(self._last, self._kinds)
+
+    def _act(self, command: np.ndarray) -> None:
+        if self._settings.limits is not None:
+            command, range_clipped, step_clipped = self._settings.limits.apply(command, self._last)
+            self.report.range_clipped += range_clipped
+            self.report.step_clipped += step_clipped
+        self._last = np.asarray(command, np.float32)
+        if not self._settings.dry_run:
+            self._robot.act(self._last.copy())
+
+    def _halt(self) -> None:
+        """Hold the robot; one that is told positions does so by itself."""
+        moves = any(kind in ("velocity", "increment") for kind in self._kinds)
+        if self.report.actions and moves and self._last is not None:
+            self._act(hold_command(self._last, self._kinds))
+
+    # ---- checks ----
+
+    def _checked_chunk(self, answer: Answer) -> np.ndarray:
+        """The answer's actions, float32 [H, a]; what isn't finite is found when its step comes."""
+        if answer.error is not None:
+            raise answer.error
+        assert answer.content is not None
+        if "actions" not in answer.content:
+            raise ValueError(f"the policy's answer has {', '.join(answer.content)}; expected actions")
+        chunk = np.asarray(answer.content["actions"])
+        if chunk.ndim != 2 or not len(chunk) or chunk.dtype.kind != "f" or chunk.shape[1] != len(self._kinds):
+            raise ValueError(
+                f"the policy returned actions {chunk.dtype} {list(chunk.shape)}; "
+                f"expected floats [H, {len(self._kinds)}], as many dimensions as there are action_kinds"
+            )
+        if self._on_chunk is not None:
+            self._on_chunk(chunk)
+        return chunk.astype(np.float32)
+
+    def _check_length(self, name: str, value: np.ndarray | None) -> None:
+        if value is not None and len(value) != len(self._kinds):
+            raise ValueError(f"{name}: {len(value)} dimensions; the actions have {len(self._kinds)}")
+
+
+class _Stop(Exception):
+    """The run ends, for this reason."""
+
+
+@dataclasses.dataclass
+class _Pending:
+    """The request that is under way."""
+
+    request: Request
+    since: float
+    """When the robot observed, on the loop's clock."""
+    step: int
+    late: bool = False
+    """The actions ran out meanwhile."""

@@ -1,0 +1,110 @@
+"""torchpi-client as a package: its command, and its wheel in an environment that has nothing else."""
+
+import contextlib
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from websockets.sync.server import serve
+
+from torchpi_client import pack, unpack
+from torchpi_client.__main__ import load_observation, main
+from torchpi_client.protocol import JPEG
+
+CLIENT = pathlib.Path(__file__).parents[2] / "client"
+
+
+@contextlib.contextmanager
+def policy_server(metadata, answer):
+    """A server in a thread; its URL, and the requests that it got."""
+    requests = []
+
+    def handler(connection):
+        connection.send(pack(metadata))
+        for request in connection:
+            requests.append(unpack(request))
+            connection.send(answer)
+
+    with serve(handler, "127.0.0.1", 0, compression=None, max_size=None) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield f"ws://127.0.0.1:{server.socket.getsockname()[1]}", requests
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def observation_file(tmp_path):
+    path = tmp_path / "observation.npz"
+    image = np.zeros((8, 10, 3), np.uint8)
+    np.savez(path, **{"images.top": image, "state": np.ones(2), "prompt": np.array("pick up the fork")})
+    return path
+
+
+def test_an_observation_file_is_a_request(observation_file, tmp_path):
+    observation = load_observation(str(observation_file))
+    assert observation["images"]["top"].shape == (8, 10, 3)
+    assert observation["prompt"] == "pick up the fork"
+    assert pack(observation)
+    np.save(tmp_path / "array.npy", np.ones(2))
+    with pytest.raises(ValueError, match=r"array.npy holds one array; expected an .npz"):
+        load_observation(str(tmp_path / "array.npy"))
+
+
+def test_the_command_prints_chunks(observation_file, capsys):
+    chunk = np.array([[0.25, 5], [0.5, np.nan]], np.float32)
+    metadata = {"action_names": ["arm", "hand"], "action_limits": {"low": [0, 0], "high": [1, 1]}, JPEG: True}
+    with policy_server(metadata, pack({"actions": chunk})) as (url, requests):
+        arguments = [url, "--dry-run", "--observation", str(observation_file)]
+        assert main([*arguments, "--chunks", "2"]) == 0
+        out = capsys.readouterr().out
+        assert out.count("[2, 2] after") == out.count("arm") == 2
+        assert out.count("0.5000") == out.count("5.0000!") == out.count("nan!") == 2
+        assert requests[0]["prompt"] == "pick up the fork"
+        assert main([*arguments, "--jpeg", "90"]) == 0
+        assert "images.top: 0 kB raw" in capsys.readouterr().out
+        assert set(requests[2]["images"]["top"]) == {JPEG, "layout"}
+
+
+def test_the_commands_errors_are_one_line(observation_file, capsys):
+    with policy_server({}, "no camera 'top'") as (url, _):
+        assert main([url, "--dry-run", "--observation", str(observation_file)]) == 1
+    assert "no camera 'top'" in capsys.readouterr().err
+    assert main(["ws://127.0.0.1:1", "--dry-run", "--observation", "missing.npz"]) == 1
+    assert "missing.npz" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ws://127.0.0.1:1", "--observation", str(observation_file)])
+    assert "--dry-run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
+    """Installs from the package index, as a robot's computer would."""
+
+    def run(*command):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    python = str(tmp_path / "venv" / "bin" / "python")
+    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(CLIENT))
+    (wheel,) = tmp_path.glob("torchpi_client-*.whl")
+    run(python, "-m", "pip", "install", "--disable-pip-version-check", str(wheel))
+    code = "import torchpi_client, sys; print(sorted({'torch', 'PIL', 'torchpi'} & set(sys.modules)), torchpi_client)"
+    assert run(python, "-W", "error", "-c", code).startswith("[] <module")
+    chunk = np.ones((3, 2), np.float32)
+    np.savez(tmp_path / "observation.npz", state=np.ones(2))
+    with policy_server({"action_names": ["arm", "hand"]}, pack({"actions": chunk})) as (url, _):
+        out = run(python, "-m", "torchpi_client", url, "--dry-run", "--observation", str(tmp_path / "observation.npz"))
+    assert "arm" in out
+    # JPEG is the one thing that needs more, and says what.
+    code = "from torchpi_client.images import encode_images; import numpy as np\n"
+    code += "encode_images({'a': np.zeros((2, 2, 3), np.uint8)})"
+    failed = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    assert "pip install 'torchpi-client[jpeg]'" in failed.stderr

@@ -1,0 +1,634 @@
+"""The control loop of torchpi-client: a toy robot, a scripted policy, and a clock that moves when it is told to."""
+
+import collections
+import math
+import time
+
+import numpy as np
+import pytest
+
+from torchpi_client import ActionLimits, ControlLoop, ControlSettings, Robot
+from torchpi_client.clock import MonotonicClock, Pacer
+from torchpi_client.inference import Answer, BackgroundInference
+from torchpi_client.latency import LatencyEstimate
+from torchpi_client.protocol import RTC
+from torchpi_client.report import format_chunk
+from torchpi_client.resample import resample, stretch
+from torchpi_client.schedule import ActionQueue, Ensemble
+
+HZ, HORIZON = 10.0, 8
+
+
+class VirtualClock:
+    def __init__(self):
+        self.time = 0.0
+
+    def now(self):
+        return self.time
+
+    def sleep_until(self, moment):
+        self.time = max(self.time, moment)
+
+
+class ToyRobot:
+    """Moves to where it is told to be; its observation says where it is and which one it is."""
+
+    def __init__(self, clock, dims=1, busy=None):
+        self.clock = clock
+        self.dims = dims
+        self.busy = collections.defaultdict(float, busy or {})  # number of a command to the seconds that it takes
+        self.commands = []
+        self.times = []
+        self.observed = 0
+
+    def observe(self):
+        self.observed += 1
+        return {"state": np.array(self.commands[-1] if self.commands else np.zeros(self.dims))}
+
+    def act(self, action):
+        assert action.dtype == np.float32
+        self.clock.time += self.busy[len(self.commands)]
+        self.commands.append(action)
+        self.times.append(self.clock.time)
+
+    @property
+    def positions(self):
+        return [round(float(command[0]), 4) for command in self.commands]
+
+
+class ScriptedPolicy:
+    """Chunk number n, of dimension 0: 100·n + 0, 1, 2, …; the two of the warm-up are -2 and -1 in rtc, else -1."""
+
+    def __init__(self, chunks=None, **metadata):
+        kinds = metadata.pop("action_kinds", ["position"])
+        self.metadata = {
+            "control_hz": HZ,
+            "action_kinds": kinds,
+            "action_names": list("abcdefg")[: len(kinds)],
+            **metadata,
+        }
+        self.chunks = chunks or (lambda number: 100 * number + np.arange(HORIZON, dtype=np.float32)[:, None])
+        self.requests = []
+        self.warm_ups = 2 if metadata.get(RTC) else 1
+
+    def infer(self, observation):
+        self.requests.append(observation)
+        chunk = self.chunks(len(self.requests) - 1 - self.warm_ups)
+        if isinstance(chunk, Exception):
+            raise chunk
+        return {"actions": np.asarray(chunk, np.float32)}
+
+
+class VirtualInference:
+    """Answers after the next of `latencies`, in seconds; the last one stays."""
+
+    def __init__(self, policy, clock, latencies):
+        self.policy, self.clock, self.latencies = policy, clock, list(latencies)
+        self.pending = None
+
+    @property
+    def busy(self):
+        return self.pending is not None
+
+    def start(self, observation):
+        assert not self.busy
+        latency = self.latencies.pop(0) if len(self.latencies) > 1 else self.latencies[0]
+        try:
+            self.pending = Answer(self.policy.infer(observation), None, self.clock.time + latency)
+        except Exception as error:
+            self.pending = Answer(None, error, self.clock.time + latency)
+
+    def poll(self):
+        if self.pending is None or self.pending.finished > self.clock.time + 1e-9:
+            return None
+        answer, self.pending = self.pending, None
+        return answer
+
+    def wait(self):
+        self.clock.sleep_until(self.pending.finished)
+        return self.poll()
+
+
+def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, on_chunk=None, **settings):
+    """The robot and the report of a run."""
+    clock = VirtualClock()
+    robot = ToyRobot(clock, len(policy.metadata["action_kinds"] or "?"), busy)
+    loop = ControlLoop(
+        robot,
+        policy,
+        ControlSettings(**settings),
+        clock=clock,
+        inference=VirtualInference(policy, clock, latencies),
+        on_chunk=on_chunk,
+    )
+    report = loop.run(seconds=seconds, steps=None if seconds else steps)
+    return robot, report
+
+
+# ---- modes ----
+
+
+def test_sync_executes_a_part_of_each_chunk_and_holds_between():
+    policy = ScriptedPolicy(execute_steps=3)
+    robot, report = controlled(policy, latencies=(5.0, 0.15), steps=16)
+    # Before the first chunk nothing is sent; between chunks the last command is repeated.
+    assert robot.positions == [0, 1, 2, 2, 2, 100, 101, 102, 102, 102, 200, 201, 202, 202]
+    assert (report.actions, report.waits, report.holds, report.chunks) == (9, 7, 0, 3)
+    assert (report.discarded.largest, report.late_chunks) == (0, 0)
+    assert isinstance(robot, Robot)
+
+
+def test_async_goes_on_while_the_next_chunk_is_inferred():
+    robot, report = controlled(ScriptedPolicy(execute_steps=4), mode="async", latencies=(5.0, 0.25), steps=17)
+    # 4 was observed before action 4 was executed; three steps later actions 4, 5 and 6 of chunk 0 are gone.
+    assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 103, 104, 105, 106, 203, 204, 205]
+    assert report.discarded.total == 0 + 3 + 3
+    assert (report.holds, report.late_chunks, report.actions) == (0, 0, 14)
+
+
+def test_the_first_chunk_loses_no_action():
+    robot, report = controlled(ScriptedPolicy(execute_steps=4), mode="async", latencies=(0.0, 0.7), steps=9)
+    assert robot.positions == [0, 1]
+    assert (report.waits, report.discarded.total) == (7, 0)
+
+
+def test_discarded_is_what_was_consumed_and_not_what_the_time_suggests():
+    # Seven steps pass, but only the four actions that were left could be executed.
+    policy = ScriptedPolicy(execute_steps=4)
+    robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.65), steps=14, max_age=10)
+    assert robot.positions[:8] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert robot.positions[8:] == [7, 7, 7, 104, 105]
+    assert (report.discarded.largest, report.holds, report.late_chunks) == (4, 3, 1)
+
+
+def test_a_chunk_whose_places_are_all_taken_leaves_the_queue_alone():
+    queue = ActionQueue(2)
+    queue.arrive(queue.request(), np.arange(8.0)[:, None])
+    for _ in range(2):
+        queue.next()
+    request = queue.request()
+    for _ in range(3):
+        queue.next()
+    assert queue.arrive(request, np.full((3, 1), 100.0)) is None
+    assert queue.next() == [5]
+    assert queue.due
+    assert queue.arrive(request, np.arange(100.0, 106)[:, None]) == 4
+    assert queue.next() == [104]
+
+
+def test_ensembling_averages_what_overlapping_chunks_say_for_the_same_step():
+    decay = 0.5
+    robot, report = controlled(
+        ScriptedPolicy(lambda number: np.full((4, 1), number, np.float32)),
+        mode="ensemble",
+        ensemble_decay=decay,
+        latencies=(0.0, 0.05),
+        steps=7,
+    )
+
+    def average(*values):  # oldest first
+        weights = np.exp(-decay * np.arange(len(values)))
+        return round(float(weights @ values / weights.sum()), 4)
+
+    # Each chunk is there one step after it was asked for, so that its first action but that of chunk 0 is never used.
+    expected = [0, average(0), average(0, 1), average(0, 1, 2), average(1, 2, 3), average(2, 3, 4)]
+    assert robot.positions[:1] == expected[:1]
+    np.testing.assert_allclose(robot.positions, expected, atol=1e-4)
+    assert report.discarded.largest == 1
+
+
+def test_ensembling_refuses_a_chunk_of_the_past():
+    ensemble = Ensemble()
+    first = ensemble.request()
+    ensemble.arrive(first, np.zeros((4, 1)))
+    for _ in range(3):
+        ensemble.next()
+    assert ensemble.arrive(first, np.ones((3, 1))) is None
+    assert ensemble.next() == [0]
+    assert ensemble.next() is None
+
+
+# ---- real-time chunking ----
+
+
+def rtc_policy(**metadata):
+    return ScriptedPolicy(**{"execute_steps": 4, RTC: True, **metadata})
+
+
+def test_rtc_sends_what_is_left_when_inference_starts():
+    policy = rtc_policy()
+    robot, report = controlled(policy, mode="rtc", latencies=(9.0, 9.0, 0.25), steps=17)
+    warm_up, guided_warm_up, first, second, third = (request.get(RTC) for request in policy.requests[:5])
+    assert warm_up is None
+    assert guided_warm_up["action_prefix"].shape == (HORIZON - 1, 1)
+    assert first is None  # there is nothing to go on from
+    # Cut at the moment of the observation: action 4 is still to be executed. No padding up to the horizon.
+    assert second["action_prefix"].tolist() == [[4], [5], [6], [7]]
+    assert (second["delay"], second["execution_horizon"]) == (3, 4)
+    assert second["action_prefix"].dtype == np.float32
+    # The observation is that of the same moment.
+    assert policy.requests[3]["state"] == [3]
+    # Chunk 1 began with its action 3; one more was executed until the next request.
+    assert third["action_prefix"].tolist() == [[104], [105], [106], [107]]
+    assert third["execution_horizon"] == 4
+    assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 103, 104, 105, 106, 203, 204, 205]
+    assert report.late_chunks == 0
+
+
+def test_rtc_never_promises_more_delay_than_is_left():
+    policy = rtc_policy(execute_steps=6)
+    robot, report = controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.5), steps=20, max_age=10)
+    second = policy.requests[3][RTC]
+    assert (second["delay"], len(second["action_prefix"]), second["execution_horizon"]) == (2, 2, 6)
+    # All that was left is executed, then the robot is held; the new chunk goes on behind, it is not drained.
+    assert robot.positions[6:13] == [6, 7, 7, 7, 7, 102, 103]
+    assert report.discarded.largest == 2
+
+
+def test_the_prefix_ends_before_what_is_not_finite():
+    def chunks(number):
+        chunk = 100.0 * number + np.arange(HORIZON)[:, None]
+        chunk[6] = np.nan
+        return chunk
+
+    policy = ScriptedPolicy(chunks, execute_steps=4, **{RTC: True})
+    _, report = controlled(policy, mode="rtc", on_invalid="hold", latencies=(0.0, 0.0, 0.25), steps=12)
+    assert policy.requests[3][RTC]["action_prefix"].tolist() == [[4], [5]]
+    assert report.invalid.tolist() == [1]
+
+
+def test_rtc_is_refused_where_the_server_does_not_support_it():
+    with pytest.raises(ValueError, match=r'doesn\'t support torchpi/rtc.*mode "async"'):
+        controlled(ScriptedPolicy(), mode="rtc")
+    policy = ScriptedPolicy(execute_steps=4)
+    controlled(policy, mode="async")
+    assert all(RTC not in request for request in policy.requests)
+
+
+def test_the_warm_up_is_left_out_of_the_latency():
+    policy = rtc_policy()
+    _, report = controlled(policy, mode="rtc", latencies=(30.0, 20.0, 0.1), steps=12)
+    assert policy.requests[3][RTC]["delay"] == 1
+    assert report.latency.largest == pytest.approx(0.1)
+
+
+def test_the_latency_is_a_quantile_of_the_last_in_steps_rounded_up():
+    largest, median = LatencyEstimate(window=3), LatencyEstimate(window=3, quantile=0.5)
+    assert largest.steps(10) is None
+    for seconds in (9.0, 0.11, 0.31, 0.2):
+        largest.add(seconds)
+        median.add(seconds)
+    assert (largest.steps(10), median.steps(10), largest.steps(100)) == (4, 2, 31)
+    assert median.steps(1) == 1
+    with pytest.raises(ValueError, match="quantile 0"):
+        LatencyEstimate(quantile=0)
+
+
+# ---- late chunks ----
+
+
+def late_once(**settings):
+    """Chunk 1 comes after 0.95 s, when 4 actions are left."""
+    policy = ScriptedPolicy(execute_steps=4, action_kinds=settings.pop("action_kinds", ["position"]))
+    return controlled(policy, mode="async", latencies=(0.0, 0.1, 0.95, 0.1), max_age=10, steps=17, **settings)
+
+
+def test_a_late_chunk_holds_the_robot():
+    robot, report = late_once()
+    assert robot.positions == [*range(8), *[7] * 6, 104, 201]
+    assert (report.holds, report.late_chunks, report.stopped) == (6, 1, None)
+
+
+def test_a_late_chunk_stops_a_robot_that_moves_by_velocity():
+    robot, report = late_once(action_kinds=["velocity"])
+    assert robot.positions[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
+    assert report.holds == 6
+
+
+def test_a_late_chunk_slows_the_robot():
+    robot, report = late_once(late="slow")
+    # The chunk should have come one step after the request; from then on an action takes two steps.
+    assert robot.positions[:12] == [0, 1, 2, 3, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7]
+    assert (report.slowed, report.late_chunks) == (3, 1)
+    assert report.holds < 6
+
+
+def test_a_late_chunk_stops_the_run():
+    robot, report = late_once(late="stop", action_kinds=["velocity"])
+    assert "a chunk is late" in report.stopped
+    assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 7, 0]  # and stands still at the end
+    assert "stopped: a chunk is late" in report.summary()
+
+
+def test_a_chunk_that_is_older_than_it_lasts_is_refused():
+    policy = ScriptedPolicy(execute_steps=4)
+    robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.85, 0.1), steps=18)
+    assert report.stale_chunks == 1
+    assert not any(100 <= position < 200 for position in robot.positions)
+    assert robot.positions[-4:] == [7, 200, 201, 202]  # observed with the robot held at the end of chunk 0
+
+
+def test_a_policy_that_is_always_too_slow_ends_the_run():
+    _, report = controlled(ScriptedPolicy(), mode="async", latencies=(0.0, 1.0), steps=100)
+    assert "3 chunks in a row were stale" in report.stopped
+    assert report.actions == 0
+
+
+def test_a_request_without_an_answer_is_repeated_with_a_new_observation():
+    policy = ScriptedPolicy(lambda number: TimeoutError("no answer") if number == 1 else np.full((8, 1), number))
+    robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1), steps=8)
+    assert report.failed_requests == 1
+    assert 2 in robot.positions
+
+
+def test_a_lost_connection_ends_the_run_with_the_robot_at_rest():
+    policy = ScriptedPolicy(
+        lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_kinds=["increment"]
+    )
+    policy.reconnects = 3
+    robot, report = controlled(policy, latencies=(0.0, 0.1), steps=20)
+    assert report.stopped == "the policy is gone: gone"
+    assert robot.positions[-1] == 0
+    assert report.reconnects == 3
+
+
+def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest():
+    policy = ScriptedPolicy(
+        lambda number: KeyError("camera") if number == 1 else np.ones((8, 1)), action_kinds=["velocity"]
+    )
+    clock = VirtualClock()
+    robot = ToyRobot(clock)
+    loop = ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,)))
+    with pytest.raises(KeyError, match="camera"):
+        loop.run()
+    assert robot.positions[-1] == 0
+    assert loop.report.actions == 4
+
+
+# ---- NaN and limits ----
+
+
+def with_bad_action(value):
+    def chunks(number):
+        chunk = np.stack([100.0 * number + np.arange(HORIZON), np.zeros(HORIZON)], axis=1)
+        if number >= 0:
+            chunk[2, 1] = value
+        return chunk
+
+    return ScriptedPolicy(chunks, execute_steps=4, action_kinds=["position", "velocity"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_holds_the_robot_or_stops_the_run(value):
+    robot, report = controlled(with_bad_action(value), on_invalid="hold", steps=6)
+    assert robot.positions == [0, 1, 1, 3, 3, 3]  # at last without velocity
+    assert report.invalid.tolist() == [0, 1]
+    assert "NaN or infinity: b 1" in report.summary()
+    robot, report = controlled(with_bad_action(value), steps=6)
+    assert report.stopped == "NaN or infinity in the action, dimensions [1]"
+    assert robot.positions == [0, 1, 1]
+    assert np.isfinite(robot.commands).all()
+
+
+@pytest.mark.parametrize("mode", ["sync", "async", "rtc", "ensemble"])
+def test_no_mode_lets_nan_pass(mode):
+    policy = ScriptedPolicy(lambda number: np.full((HORIZON, 1), np.nan), execute_steps=4, **{RTC: True})
+    robot, report = controlled(policy, mode=mode, on_invalid="hold", steps=12)
+    assert robot.commands == []
+    assert report.invalid[0] > 3
+    assert report.actions == 0
+
+
+def test_commands_keep_range_and_largest_step():
+    chunk = np.array([[0.0, 5.0], [9.0, 5.0], [9.0, -5.0], [0.3, 0.0]])
+    policy = ScriptedPolicy(lambda number: chunk, execute_steps=4, action_kinds=["position", "velocity"])
+    limits = ActionLimits.of([-1, None], [1, 2], max_step=[0.5, None])
+    robot, report = controlled(policy, limits=limits, start=np.array([0.2, 0.0]), steps=5)
+    np.testing.assert_allclose(robot.commands[1:5], [[0.0, 2], [0.5, 2], [1.0, -5], [0.5, 0]], atol=1e-6)
+    assert report.range_clipped.tolist() == [2, 2]
+    assert report.step_clipped.tolist() == [2, 0]
+    assert "outside the range: a 2, b 2\ntoo large a step: a 2" in report.summary()
+
+
+def test_the_first_step_is_limited_from_where_the_robot_stands():
+    policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0))
+    limits = ActionLimits.of([-1], [1], max_step=[0.25])
+    robot, _ = controlled(policy, limits=limits, start=np.zeros(1), steps=3)
+    assert robot.positions[0] == 0  # held there, while the first chunk is inferred
+    assert robot.positions[1] == 0.25
+
+
+def test_limits_of_the_server():
+    own = {"low": [-1, None], "high": [1, None], "max_step": [0.1, 2]}
+    trained = {"low": [0, -2], "high": [10, 2]}
+    limits = ActionLimits.from_metadata({"action_limits": own, "action_range": trained})
+    assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -math.inf], [1, math.inf])
+    assert limits.max_step.tolist() == [0.1, 2]
+    limits = ActionLimits.from_metadata({"action_range": trained}, margin=0.1)
+    np.testing.assert_allclose([limits.low, limits.high], [[-1, -2.4], [11, 2.4]])
+    with pytest.raises(ValueError, match=r"neither action_limits nor action_range, only embodiment"):
+        ActionLimits.from_metadata({"embodiment": "aloha"})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "max_step", "message"),
+    [
+        ([0, 2], [1, 1], None, r"dimensions \[1\]: low is above high"),
+        ([math.nan], [1], None, "NaN"),
+        ([0], [1], [0], "step is not positive"),
+        ([0], [1, 2], None, "shapes"),
+    ],
+)
+def test_what_are_no_limits(low, high, max_step, message):
+    with pytest.raises(ValueError, match=message):
+        ActionLimits.of(low, high, max_step=max_step)
+
+
+# ---- the rate ----
+
+
+def test_steps_keep_their_time_without_drift():
+    robot, report = controlled(
+        ScriptedPolicy(lambda number: np.zeros((500, 1)), execute_steps=500),
+        mode="async",
+        busy=dict.fromkeys(range(300), 0.0999),
+        steps=301,
+    )
+    steps = np.subtract(robot.times, robot.times[0]) * HZ
+    np.testing.assert_allclose(steps, np.arange(300), atol=1e-6)
+    assert (report.overruns.count, report.missed_steps) == (0, 0)
+
+
+def test_overruns_are_measured_and_never_caught_up_in_a_burst():
+    busy = {2: 0.104, 5: 0.17, 8: 0.45}
+    robot, report = controlled(
+        ScriptedPolicy(lambda number: np.arange(50.0)[:, None], execute_steps=50), mode="async", busy=busy, steps=20
+    )
+    begun = np.subtract(robot.times, [busy.get(i, 0) for i in range(len(robot.times))])
+    gaps = np.diff(begun) * HZ
+    # After 1.04 periods at once; after 1.7 with the next but one; after 4.5 with the fifth at once.
+    np.testing.assert_allclose(gaps[:10], [1, 1, 1.04, 0.96, 1, 2, 1, 1, 4.5, 0.5], atol=1e-6)
+    assert gaps.min() >= 0.5 - 1e-6
+    assert robot.positions == list(range(len(robot.positions)))  # and no action is skipped
+    assert report.overruns.count == 3
+    assert report.overruns.largest == pytest.approx(0.35)
+    assert report.missed_steps == 1 + 3
+    assert report.steps + report.missed_steps == 20
+
+
+def test_another_rate_is_refused_unless_told_how():
+    with pytest.raises(ValueError, match=r"control_hz is 20, but the policy's actions are for 10 Hz.*how to resample"):
+        controlled(ScriptedPolicy(), control_hz=20.0)
+    with pytest.raises(ValueError, match="pass control_hz="):
+        controlled(ScriptedPolicy(control_hz=None))
+    with pytest.raises(ValueError, match="rtc"):
+        controlled(rtc_policy(), mode="rtc", control_hz=20.0, resample="interpolate")
+    robot, _ = controlled(ScriptedPolicy(control_hz=None), control_hz=5.0, steps=4)
+    np.testing.assert_allclose(np.diff(robot.times), 0.2)
+
+
+def test_another_rate_keeps_the_motion_or_the_actions():
+    robot, _ = controlled(ScriptedPolicy(execute_steps=3), control_hz=20.0, resample="interpolate", steps=7)
+    assert robot.positions == [0, 0.5, 1, 1.5, 2, 2.5]
+    np.testing.assert_allclose(np.diff(robot.times), 0.05)
+    robot, _ = controlled(ScriptedPolicy(execute_steps=3), control_hz=20.0, resample="as_is", steps=4)
+    assert robot.positions == [0, 1, 2]
+
+
+@pytest.mark.parametrize("control_hz", [20.0, 25.0, 5.0, 4.0, 10.0])
+def test_resampling_keeps_sums_and_averages(control_hz):
+    chunk = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+    chunk[:, 0] = np.linspace(0, 1.9, 20)
+    out = resample(chunk, ("position", "increment", "velocity", "effort"), policy_hz=10.0, control_hz=control_hz)
+    assert (out.shape, out.dtype) == ((int(2 * control_hz), 4), np.float32)
+    np.testing.assert_allclose(np.diff(out[: -math.ceil(control_hz / 10), 0]), 1 / control_hz, atol=1e-6)
+    np.testing.assert_allclose(out[:, 1].sum(), chunk[:, 1].sum(), atol=1e-5)
+    np.testing.assert_allclose(out[:, 2].mean(), chunk[:, 2].mean(), atol=1e-6)
+    assert set(out[:, 3]) <= set(chunk[:, 3])
+    if control_hz == 10:
+        np.testing.assert_allclose(out, chunk, atol=1e-6)
+
+
+def test_a_stretched_action_leads_where_it_would_lead():
+    parts = stretch(
+        np.array([1.0, 9, 9, 9]), np.array([2.0, 4, 4, 4]), ("position", "velocity", "increment", "effort"), 2
+    )
+    np.testing.assert_allclose(parts, [[1.5, 2, 2, 4], [2, 2, 2, 4]])
+
+
+# ---- settings and the rest ----
+
+
+def test_the_kinds_of_the_actions_must_be_known():
+    for kinds in (None, ["position", None], ["joint"]):
+        with pytest.raises(ValueError, match=r"pass action_kinds="):
+            controlled(ScriptedPolicy(action_kinds=kinds) if kinds else unkind_policy())
+    robot, _ = controlled(unkind_policy(), action_kinds=("position",))
+    assert robot.commands
+
+
+def unkind_policy():
+    policy = ScriptedPolicy()
+    policy.metadata["action_kinds"] = None
+    return policy
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "fast"}, "mode is 'fast'; expected one of sync, async, rtc, ensemble"),
+        ({"late": "go"}, "late is 'go'"),
+        ({"on_invalid": "pass"}, "on_invalid is 'pass'"),
+        ({"resample": "linear"}, "resample is 'linear'"),
+        ({"control_hz": 0.0}, "control_hz is 0.0"),
+        ({"execute_steps": 9}, "execute_steps is 9, but the policy's chunk has only 8"),
+        ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits: 2 dimensions; the actions have 1"),
+        ({"start": np.zeros(3)}, "start: 3 dimensions"),
+    ],
+)
+def test_settings_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        controlled(ScriptedPolicy(), **settings)
+
+
+def test_in_rtc_a_rest_must_be_left():
+    with pytest.raises(ValueError, match="the whole chunk; in rtc a rest must be left"):
+        controlled(rtc_policy(), mode="rtc", execute_steps=HORIZON)
+
+
+@pytest.mark.parametrize(
+    "answer", [{"chunk": 1}, {"actions": np.zeros((8, 2), np.float32)}, {"actions": np.zeros(8)}, {"actions": [[1]]}]
+)
+def test_answers_that_are_no_chunk_of_this_robot(answer):
+    policy = ScriptedPolicy()
+    policy.infer = lambda observation: answer
+    clock = VirtualClock()
+    robot = ToyRobot(clock)
+    with pytest.raises(ValueError, match="expected"):
+        ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,))).run(steps=3)
+    assert robot.commands == []
+
+
+def test_a_dry_run_shows_chunks_and_moves_nothing():
+    seen = []
+    robot, report = controlled(ScriptedPolicy(), dry_run=True, on_chunk=seen.append, steps=12)
+    assert robot.commands == []
+    assert robot.observed == len(seen) > 2
+    assert report.actions > 4
+    assert "dry run: nothing was sent" in report.summary()
+    table = format_chunk(np.array([[0.5, np.nan], [2, 1]]), ["arm", "hand"], ActionLimits.of([0, 0], [1, 1]))
+    assert [line.split() for line in table.splitlines()] == [
+        ["step", "arm", "hand"],
+        ["0", "0.5000", "nan!"],
+        ["1", "2.0000!", "1.0000"],
+    ]
+
+
+def test_a_run_ends_when_it_is_told_to():
+    policy = ScriptedPolicy()
+    clock = VirtualClock()
+    robot = ToyRobot(clock)
+    loop = ControlLoop(
+        robot,
+        policy,
+        clock=clock,
+        inference=VirtualInference(policy, clock, (0.0,)),
+        on_chunk=lambda chunk: loop.stop() if chunk[0, 0] == 100 else None,
+    )
+    report = loop.run(seconds=1e6)
+    assert report.stopped is None
+    assert report.chunks == 2
+    with pytest.raises(ValueError, match="has run already"):
+        loop.run()
+
+
+def test_seconds_are_steps_of_the_rate():
+    assert controlled(ScriptedPolicy(), seconds=1.2)[1].steps == 12
+
+
+def test_with_the_machines_clock_and_a_thread():
+    """The parts that the other tests replace."""
+    clock = MonotonicClock()
+    policy = ScriptedPolicy(control_hz=1000.0, execute_steps=4)
+    robot = ToyRobot(VirtualClock())
+    loop = ControlLoop(robot, policy, ControlSettings(mode="async"))
+    before = time.monotonic()
+    report = loop.run(seconds=0.1)
+    assert clock.now() - before >= 0.099
+    assert report.chunks >= 1
+    assert robot.positions[:4] == [0, 1, 2, 3]
+    inference = BackgroundInference(policy, clock)
+    assert inference.poll() is None
+    policy.infer = lambda observation: {}["missing"]
+    inference.start({})
+    assert inference.busy
+    assert isinstance(inference.wait().error, KeyError)
+    assert not inference.busy
+
+
+def test_a_pacer_sleeps_until_the_grid():
+    clock = VirtualClock()
+    pacer = Pacer(clock, 0.1)
+    clock.time = 0.03
+    assert pacer.wait() == (0, 0)
+    assert clock.time == pytest.approx(0.1)
