@@ -39,7 +39,8 @@ class Trajectory:
         self.draws = self.arrays(self.root / "draws.npz")
         self.expected = json.loads((self.root / "training.json").read_text())
         schedule = {"warmup_steps": 3, "num_steps": 10} if lora else {"warmup_steps": 5, "num_steps": 20}
-        self.recipe = TrainConfig(**{**vars(RECIPE), **schedule, "trained": "lora" if lora else "all"})
+        what = {"trained": "lora", "init": str(self.start)} if lora else {}
+        self.recipe = TrainConfig(**{**vars(RECIPE), **schedule, **what})
 
     @staticmethod
     def arrays(path: pathlib.Path) -> dict[str, Tensor]:
@@ -121,6 +122,15 @@ def test_twenty_updates(whole):
 def test_activations_that_are_computed_again_change_nothing(whole, checkpointing):
     recipe = TrainConfig(**{**vars(whole.recipe), "checkpointing": checkpointing})
     plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
+    for name, part in plain.parts.items():
+        assert torch.equal(part, again.parts[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+def test_with_lora_as_well(with_lora, checkpointing):
+    recipe = TrainConfig(**{**vars(with_lora.recipe), "checkpointing": checkpointing})
+    plain, again = follow(with_lora, with_lora.recipe, 2), follow(with_lora, recipe, 2)
     for name, part in plain.parts.items():
         assert torch.equal(part, again.parts[name]), name
 

@@ -11,8 +11,10 @@ import torch
 from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
+from torchpi.checkpoints.adapter import Adapter, write_adapter
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
+from torchpi.model.lora import LoraConfig, trainable_parameters
 from torchpi.robots import Embodiment
 from torchpi.training import loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
@@ -21,6 +23,7 @@ from torchpi.training.resume import resume_config
 from torchpi.training.samples import Draws, Frames, Samples, loss_sum, num_terms
 from torchpi.training.setup import build_policies, check_prompts, open_data
 from torchpi.training.weights import begin_model, model_config, table
+from torchpi.transforms import Normalization, NormStats
 
 
 @pytest.fixture(scope="module")
@@ -403,3 +406,38 @@ def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path)
     assert num_terms(batch, "all") == int(terms.sum())
     result = loop.train(config, tmp_path / "run")
     assert torchpi.load_policy(result.policy).metadata["max_given_actions"] == 2
+
+
+def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
+    """Rank and place are the checkpoint's; what has been learned is saved beside the same base."""
+    lora = LoraConfig(backbone_rank=4, backbone_alpha=8.0, expert_rank=6, expert_alpha=3.0)
+    root = golden_root / "lora" / "pi05"
+    config = TrainConfig(
+        init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), trained="lora", lora=lora, dtype="float32",
+        frozen_dtype="float32",
+    )  # fmt: skip
+    model, beginning = begin_model(config, model_config(config), skeleton=False)
+    assert beginning.fresh == ()
+    assert any(name.endswith("lora_a") for name in beginning.loaded)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("lora_a", "lora_b")):
+                parameter += 0.01
+    robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["a", "b"], actions=["a", "b"])
+    stats = dict.fromkeys(("state", "actions"), NormStats(*(np.full(2, value) for value in (0.0, 1.0, -1.0, 1.0))))
+    policy = torchpi.Policy(
+        model, robot, norm_stats=stats, tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+        normalization=dict.fromkeys(("state", "actions"), Normalization("quantile", "openpi")),
+    )  # fmt: skip
+    (tmp_path / "policy").mkdir()
+    policy.write_parts(tmp_path / "policy")
+    trained = [n for n, is_trained in trainable_parameters(model, "lora").items() if is_trained and "lora_" not in n]
+    adapter = Adapter(lora, tuple(trained), {"address": config.init, "dtype": "float32"})
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" in n or n in trained}
+    write_adapter(tmp_path / "policy", adapter, shapes, model.get_parameter)
+    again = torchpi.load_policy(tmp_path / "policy")
+    observation, noise = policy.example_observation(), np.ones((50, 32), np.float32)
+    chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, again)]
+    np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
+    with pytest.raises(ValueError, match="go on with the same, or fold it"):
+        begin_model(dataclasses.replace(config, lora=LoraConfig()), model_config(config), skeleton=False)

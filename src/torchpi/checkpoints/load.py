@@ -18,7 +18,7 @@ from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves, lo
 from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
 from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
 from torchpi.config import PRESETS, Pi0Config, preset, read_json_object
-from torchpi.model.lora import LoraConfig, merge_lora
+from torchpi.model.lora import LoraConfig, is_lora, merge_lora
 from torchpi.model.pi0 import Pi0
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
@@ -227,9 +227,13 @@ def open_checkpoint(
 
 def _open_adapter(root: pathlib.Path, config: Pi0Config) -> Checkpoint:
     """A policy folder whose weights are a base's, changed by what LoRA has learned."""
-    address = read_adapter(root).base["address"]
+    adapter = read_adapter(root)
+    address = adapter.base["address"]
     try:
         base = open_checkpoint(existing_folder(address), config=config)
+        if base.folded:  # it had LoRA before, which the adapter has learned on
+            alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
+            base = open_checkpoint(base.root, config=config, lora_alpha=alpha, lora="keep")
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{root} holds what a LoRA training has changed in {address}: {error}") from error
     # What was learned is float32, whatever the base is stored in.
@@ -241,7 +245,7 @@ def _merge_adapter(root: pathlib.Path, model: Pi0) -> None:
     adapter = read_adapter(root)
     frozen = getattr(torch, adapter.base["dtype"])  # what was trained beside them saw them rounded
     for name, parameter in model.named_parameters():
-        if name not in adapter.trained:
+        if name not in adapter.trained and not is_lora(name):
             parameter.copy_(parameter.to(frozen))
     load_adapter(root, model)
     merge_lora(model)

@@ -243,7 +243,7 @@ class Gemma(nn.Module):
         return [*inside, self.final_norm]
 
     def modulations(self, cond: Float[Tensor, "B d"] | Float[Tensor, "B T d"]) -> list[Modulation]:
-        """Scale, shift and gate of every AdaRMSNorm, for a condition of all tokens or of each; in the order of `norms`."""
+        """Scale, shift and gate of every AdaRMSNorm, for one condition or one per token; in the order of `norms`."""
         return [norm.modulation(cond) for norm in self.norms() if isinstance(norm, AdaRMSNorm)]
 
     def forward(

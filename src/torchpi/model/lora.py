@@ -98,9 +98,8 @@ class LoraLinear(Linear):
 
     def _add_update(self, out: Tensor, x: Tensor, first: int) -> Tensor:
         a, b = self._matrices()
-        # In place, and one product for all groups: the feed-forward's output is the largest tensor of a layer, and so
-        # there is no second one of its size.
-        return out.addmm_(F.linear(x, a.to(x.dtype)), b[first:].T.to(x.dtype), alpha=self.scale)
+        # One product for all groups. Not in place: activation checkpointing may keep the base's product.
+        return torch.addmm(out, F.linear(x, a.to(x.dtype)), b[first:].T.to(x.dtype), alpha=self.scale)
 
     def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
         """All groups' A, one below the other, and their B, each in a block of its own."""

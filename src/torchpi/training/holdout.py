@@ -14,11 +14,12 @@ from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import FlowError, World, sum_over_processes
-from torchpi.training.samples import Batch, Draws, Frames, Place, Samples, loss_sum, num_terms
+from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
 from torchpi.training.setup import SourceData
 
 PICTURES = "pictures"
-_DRAWS = 4
+DRAWS = 4
+"""Of noise and time, per held-out sample."""
 # No step of training has this number, so none has these draws.
 _STEP = 1 << 40
 
@@ -31,22 +32,21 @@ class Holdout:
     ) -> None:
         self.config, self.world, self.policies = config, world, policies
         self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
-        self._batches = list(self._prepare(data)) if self.sources else []
-
-    def _prepare(self, data: Sequence[SourceData]) -> Iterator[tuple[Batch, bool]]:
-        """This process' part of each batch, and whether it counts: all have to pass as many batches."""
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms)
-            for source, policy in zip(data, self.policies, strict=True)
+            for source, policy in zip(data, policies, strict=True)
             if source.holdout is not None
         ]
-        samples = Samples(frames, Draws(self.config.seed, _DRAWS))
+        self._samples = Samples(frames, Draws(config.seed, DRAWS))
+        self._batches = list(self._prepare(frames)) if frames else []
+
+    def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process' part of each batch, with images as bytes, and whether it counts: all pass as many batches."""
         places = self._places(frames)
         size = max(1, self.config.batch_size // (self.world.size * self.config.accumulate))
         for at in range(0, len(places), size * self.world.size):
             own = places[at + self.world.rank * size :][:size]
-            stacked = samples.collate([samples[place] for place in own or places[:1]])
-            yield samples.finish(stacked, self.world.device), bool(own)
+            yield self._samples.collate([self._samples[place] for place in own or places[:1]]), bool(own)
 
     def _places(self, frames: Sequence[Frames]) -> list[Place]:
         found = []
@@ -62,7 +62,8 @@ class Holdout:
         if not self._batches:
             return {}
         total = {"loss": 0.0, "terms": 0.0}
-        for batch, counts in self._batches:
+        for stacked, counts in self._batches:
+            batch = self._samples.finish(stacked, self.world.device)
             part = loss_sum(flow_error, batch, self.config.loss)
             if counts:
                 total["loss"] += float(part)

@@ -150,7 +150,6 @@ def update(
         schedule=config.schedule,
         timescale=config.timescale,
     )
-    state.drop_gradients()
     total = _num_terms(config, batches, world_size)
     loss = torch.zeros((), device=batches[0].actions.device)
     for number, batch in enumerate(batches):
@@ -161,12 +160,14 @@ def update(
     state.take_gradients()
     grad_norm = clip_gradients(list(state.trained.values()), config.max_grad_norm)
     if not math.isfinite(grad_norm):
+        state.drop_gradients()
         raise FloatingPointError(f"the gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g})")
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
     if state.ema:
         update_ema(list(state.ema.values()), list(state.parts.values()), config.ema_decay)
+    state.drop_gradients()  # whatever follows, a measurement or the next forward pass, has their memory
     state.step += 1
     return loss, {"grad_norm": grad_norm, "learning_rate": rate}
 

@@ -33,7 +33,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import Parallel
-from torchpi.training.holdout import _DRAWS as HOLDOUT_DRAWS
+from torchpi.training.holdout import DRAWS as HOLDOUT_DRAWS
 from torchpi.training.loop import update
 from torchpi.training.memory import checkpoint_activations, layers
 from torchpi.training.optim import Kind
@@ -156,8 +156,7 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
 
 
 def _single_changes(config: TrainConfig, world_size: int) -> Iterator[list[dict[str, Any]]]:
-    # Each keeps less. "selective" can't keep the products of layers with LoRA, which adds to them in place.
-    kinds = ("none", "layers") if config.trained.startswith("lora") else ("none", "selective", "layers")
+    kinds = ("none", "selective", "layers")  # each keeps less
     yield [{"checkpointing": kind} for kind in kinds[kinds.index(config.checkpointing) + 1 :]]
     yield [{"accumulate": count} for count in _more_passes(config, world_size)]
     if config.ema_decay:

@@ -10,7 +10,7 @@ import torch
 
 from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint, published_name, resolve_config
 from torchpi.config import PRESETS, Pi0Config, preset
-from torchpi.model.lora import add_lora, is_lora, trainable_parameters
+from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.types import Observation
@@ -78,7 +78,7 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
         beginning = Beginning("random", (), (), {}, "")
     else:
         model, beginning = _load(config, sizes)
-    if config.trained in ("lora", "lora_strict"):
+    if config.trained in ("lora", "lora_strict") and lora_config(model) is None:
         add_lora(model, config.lora, torch.Generator(device).manual_seed(config.seed) if not skeleton else None)
     model.compute_dtype_override = getattr(torch, config.dtype)
     model.requires_grad_(True).train()
@@ -91,16 +91,27 @@ def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
     assert config.init is not None
     alpha = (config.lora.backbone_alpha, config.lora.expert_alpha)
     checkpoint = open_checkpoint(existing_folder(config.init), config=sizes)
+    # LoRA that is there is trained on where LoRA is trained, and is a part of the weights elsewhere.
+    keep = bool(checkpoint.folded) and config.trained in ("lora", "lora_strict")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             model = load_model(
-                config.init, config=sizes, adapt=config.adapt, lora_alpha=alpha if checkpoint.folded else None
+                config.init,
+                config=sizes,
+                adapt=config.adapt,
+                lora_alpha=alpha if checkpoint.folded else None,
+                lora="keep" if keep else "fold",
             )
         except ValueError as error:
             if not config.adapt and config.model is not None:
                 error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
             raise
+    if keep and lora_config(model) != config.lora:
+        raise ValueError(
+            f"{config.init} has {lora_config(model)}, the recipe {config.lora}: go on with the same, or fold it into "
+            "the weights first with torchpi convert"
+        )
     loaded = tuple(name for name, _ in model.named_parameters())
     adapted = "; ".join(str(warning.message) for warning in caught)
     return model, Beginning(config.init, loaded, (), checkpoint.dropped, adapted)
