@@ -75,6 +75,8 @@ $(ENV): pyproject.toml client/pyproject.toml constraints.txt
 	fi; \
 	echo "Installing torchpi and what it needs (a few minutes the first time)"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index --constraint constraints.txt --editable ./client --editable '.[dev]'
+	@# For the tests of the server. It asks for NumPy 1, but works with 2.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps openpi-client
 	@touch $@
 
 clean:

@@ -38,19 +38,45 @@ def pack(obj: Any) -> bytes:
     return packed
 
 
-def unpack(data: bytes) -> Any:
+def unpack(data: bytes, *, max_items: int | None = None) -> Any:
     """The object that `pack` made these bytes of; its arrays are writable.
 
+    Args:
+        max_items: how many entries all its lists and maps may have together. Of one byte on the wire msgpack can make
+            a Python object of a hundred, so a server that reads what strangers send sets this. None: any number.
+
     Raises:
-        ValueError: they are not exactly one object in this format, or it is nested about 1000 deep.
+        ValueError: they are not exactly one object in this format, it is nested about 1000 deep, or has too many
+            entries.
     """
     try:
-        return msgpack.unpackb(data, object_hook=_decode)
+        return msgpack.unpackb(data, **_hooks(max_items))
     # UnpackException: some versions of msgpack have errors of their own that are no ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
         raise ValueError(
             f"cannot unpack {len(data)} bytes: {error or type(error).__name__}; expected msgpack as openpi writes it"
         ) from error
+
+
+def _hooks(max_items: int | None) -> dict[str, Any]:
+    """What msgpack calls for each list and map that is complete; until then its own limits hold."""
+    if max_items is None:
+        return {"object_hook": _decode}
+    left = max_items
+
+    def counted(container: Any) -> Any:
+        nonlocal left
+        left -= len(container)
+        if left < 0:
+            raise ValueError(f"its lists and maps have more than {max_items} entries")
+        return container
+
+    return {
+        "list_hook": counted,
+        "object_hook": lambda value: _decode(counted(value)),
+        "max_array_len": max_items,
+        "max_map_len": max_items,
+    }
 
 
 def _encode(value: Any) -> dict[bytes, Any]:

@@ -1,0 +1,12 @@
+"""Policies behind a websocket, for robots: openpi's protocol, which its clients and torchpi's speak."""
+
+try:
+    import msgpack  # noqa: F401
+    import prometheus_client  # noqa: F401
+    import websockets  # noqa: F401
+
+    import torchpi_client  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f"serving needs the extra 'serve' and torchpi-client: pip install ./client 'torchpi[serve]' ({error})"
+    ) from error

@@ -1,0 +1,171 @@
+"""What crosses the wire: requests that are checked before anything is done with them, answers, errors.
+
+A request is an observation, a map with the robot's own keys, as openpi's clients send it. What belongs to the request
+and not to the robot may stand beside these, under keys of its own; the metadata have each that a server knows, as True:
+
+    torchpi/noise        floating-point [H, action_dim], where the flow begins, instead of the server's own
+    torchpi/num_steps    Euler steps, instead of the server's
+    torchpi/deadline     seconds that the request may wait for the model, at most the server's
+    torchpi/rtc          the rest of the chunk that is being executed, for real-time chunking
+
+An image may be a JPEG, {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}; the last two forms are torchpi_client's.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchpi.serving.settings import MAX_NUM_STEPS
+from torchpi.types import ActionPrefix
+from torchpi_client import pack, unpack
+from torchpi_client.images import decode_images
+from torchpi_client.protocol import JPEG, RTC
+from torchpi_client.protocol import ActionPrefix as SentPrefix
+
+OPTION_PREFIX = "torchpi/"
+OPTIONS = ("torchpi/noise", "torchpi/num_steps", "torchpi/deadline", RTC)
+SUPPORTED = (*OPTIONS, JPEG)
+"""What the metadata have as True."""
+
+# Far above what a robot sends, far below what would hold up the others.
+MAX_ITEMS = 10_000
+MAX_DEPTH = 16
+MAX_TEXT = 10_000
+
+
+class RequestError(Exception):
+    """Why a request is not answered with actions: what the client is told.
+
+    Codes: malformed_message (the connection is closed as well), bad_observation, rate_limited, queue_full,
+    deadline_exceeded, shutting_down, internal.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    def frame(self) -> str:
+        """The text frame; existing clients raise its text."""
+        return json.dumps({"code": self.code, "message": str(self)}, ensure_ascii=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestOptions:
+    """What a request says besides its observation; None: the server's own."""
+
+    noise: np.ndarray | None = None
+    num_steps: int | None = None
+    deadline: float | None = None
+    prefix: ActionPrefix | None = None
+
+
+def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
+    """The observation and the options in one message.
+
+    Args:
+        noise_shape: [H, action_dim] of the policy.
+
+    Raises:
+        RequestError: malformed_message: it is not in the wire format; bad_observation: it is, but is no observation,
+            or an option has no sense. What only the policy's embodiment can tell is not checked here.
+    """
+    if isinstance(message, str):
+        raise RequestError("malformed_message", "a request came as a text frame; expected a binary one with msgpack")
+    try:
+        content = unpack(message, max_items=MAX_ITEMS)
+    except ValueError as error:
+        raise RequestError("malformed_message", str(error)) from error
+    try:
+        if not isinstance(content, dict):
+            raise ValueError(f"a request is a map with the robot's keys; found a {type(content).__name__}")
+        _check(content, "the observation", MAX_DEPTH)
+        observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
+        return observation, _options(content, noise_shape)
+    except ValueError as error:
+        raise RequestError("bad_observation", str(error)) from error
+
+
+def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, Any]:
+    """The observation with arrays in place of JPEGs.
+
+    Args:
+        max_bytes: that all of them may have together when they are decoded.
+
+    Raises:
+        RequestError: bad_observation: one cannot be decoded, or is too large.
+    """
+    try:
+        return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_jpegs(observation)))
+    except ValueError as error:
+        raise RequestError("bad_observation", str(error)) from error
+
+
+def count_jpegs(value: Any) -> int:
+    """How many images of an observation are JPEGs."""
+    return sum(key == JPEG or count_jpegs(item) for key, item in value.items()) if isinstance(value, dict) else 0
+
+
+def answer_frame(chunk: Mapping[str, Any], server_timing: dict[str, float]) -> bytes:
+    """An action chunk as it is sent."""
+    return pack({**chunk, "server_timing": server_timing})
+
+
+def _check(value: Any, where: str, depth: int) -> None:
+    """Raises a ValueError about what no embodiment reads and what would cost too much to find out later."""
+    if isinstance(value, dict | list):
+        if depth == 0:
+            raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep")
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str):
+                raise ValueError(f"{where} has the key {key!r:.80}; expected text")
+            if key != JPEG:
+                _check(item, str(key)[:80], depth - 1)
+    elif isinstance(value, str | bytes) and len(value) > MAX_TEXT:
+        raise ValueError(f"{where} is a text of {len(value)} characters; expected at most {MAX_TEXT}")
+    elif isinstance(value, np.ndarray) and value.dtype.kind in "US" and value.nbytes > 4 * MAX_TEXT:
+        raise ValueError(f"{where} is text of {value.nbytes} bytes; expected at most {4 * MAX_TEXT}")
+
+
+def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> RequestOptions:
+    if unknown := sorted(key for key in content if key.startswith(OPTION_PREFIX) and key not in OPTIONS):
+        raise ValueError(f"the request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}")
+    noise, num_steps, deadline, prefix = (content.get(name) for name in OPTIONS)
+    return RequestOptions(
+        noise=None if noise is None else _noise(noise, noise_shape),
+        num_steps=None if num_steps is None else _num_steps(num_steps),
+        deadline=None if deadline is None else _deadline(deadline),
+        prefix=None if prefix is None else _prefix(prefix, noise_shape[0]),
+    )
+
+
+def _noise(value: Any, shape: tuple[int, int]) -> np.ndarray:
+    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
+    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape != shape:
+        raise ValueError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}")
+    noise = value.astype(np.float32)
+    if not np.isfinite(noise).all():
+        raise ValueError("there is NaN or infinity in torchpi/noise; it must be finite")
+    return noise
+
+
+def _num_steps(value: Any) -> int:
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or not 1 <= value <= MAX_NUM_STEPS:
+        raise ValueError(f"torchpi/num_steps is {value!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}")
+    return int(value)
+
+
+def _deadline(value: Any) -> float:
+    if not isinstance(value, int | float | np.integer | np.floating) or not value > 0:
+        raise ValueError(f"torchpi/deadline is {value!r:.80}; expected a positive number of seconds")
+    return float(value)
+
+
+def _prefix(value: Any, horizon: int) -> ActionPrefix:
+    sent = SentPrefix.from_wire(value)
+    prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon)
+    prefix.steps_executed(horizon)
+    return prefix

@@ -1,0 +1,184 @@
+"""Keeping requests and their chunks as a LeRobot data set.
+
+A frame is one request: the cameras that the policy reads, the state as the robot sent it, and as its action the whole
+chunk, [H, a] flattened row by row. An episode is what one client asked with one prompt, in parts of `EPISODE_MB`.
+"""
+
+import functools
+import logging
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchpi.data.format import ACTION, IMAGES, STATE
+from torchpi.data.writer import LeRobotWriter
+from torchpi.robots import Embodiment
+from torchpi.serving.metrics import Metrics
+from torchpi.transforms.images import to_uint8_hwc
+from torchpi.transforms.prompt import as_text
+
+_log = logging.getLogger(__name__)
+
+EPISODE_MB = 256
+"""MiB of frames that one client's episode may hold in memory."""
+MAX_WAITING = 256
+"""Requests that may wait to be recorded; more are lost, and counted, because robots don't wait for disks."""
+
+
+class Recorder:
+    """Writes one data set per policy, in a thread of its own; robots never wait for it.
+
+        with Recorder({"default": "my_recording"}) as recorder:
+            recorder.keep("default", client, policy, observation, actions)
+
+    Data sets appear when the block ends; see `LeRobotWriter` for what is left if the process is killed.
+    """
+
+    def __init__(self, paths: Mapping[str, Path], metrics: Metrics) -> None:
+        """
+        Args:
+            paths: per policy's name the folder of its data set, new or empty.
+            metrics: where kept and lost requests are counted.
+
+        Raises:
+            ValueError: a folder is not empty.
+            ModuleNotFoundError: pyarrow is missing.
+        """
+        for path in paths.values():
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ValueError(f"{path} exists already and is not an empty folder; choose another path to record to")
+        self.metrics = metrics
+        self._paths = dict(paths)
+        self._sets: dict[str, _PolicySet] = {}
+        self._waiting: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="torchpi-recorder", daemon=True)
+
+    def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
+        """Record one request; returns at once.
+
+        Args:
+            name: the policy's.
+            client: number of the connection.
+            actions: [H, a], the chunk that it was sent.
+        """
+        if self._waiting.qsize() >= MAX_WAITING:
+            self.metrics.recorded.labels("lost").inc()
+            _log.error("a request is not recorded: %d wait for the disk already", MAX_WAITING)
+            return
+        self._waiting.put((name, client, policy, observation, actions))
+
+    def end(self, client: int) -> None:
+        """The client has left: what it asked becomes an episode."""
+        self._waiting.put((client,))
+
+    def __enter__(self) -> "Recorder":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while item := self._waiting.get():
+            if len(item) > 1:
+                self._try(1, functools.partial(self._add, *item))
+            else:
+                for policy_set in self._sets.values():
+                    self._save(policy_set, item[0])
+        for policy_set in self._sets.values():
+            for client in list(policy_set.episodes):
+                self._save(policy_set, client)
+            self._try(0, policy_set.writer.finalize)
+
+    def _add(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
+        frame = request_frame(policy.embodiment, observation, actions)
+        prompt = observation.get("prompt")
+        task = as_text(policy.metadata["default_prompt"] if prompt is None else prompt)
+        if name not in self._sets:
+            self._sets[name] = _PolicySet(self._paths[name], policy.embodiment, frame, actions)
+        policy_set = self._sets[name]
+        if not policy_set.continues(client, task, frame):
+            self._save(policy_set, client)
+        policy_set.episodes.setdefault(client, (task, []))[1].append(frame)
+
+    def _save(self, policy_set: "_PolicySet", client: int) -> None:
+        """Write the client's episode, if it has one."""
+        task, frames = policy_set.episodes.pop(client, ("", []))
+        if frames:
+            episode = {key: [frame[key] for frame in frames] for key in frames[0]}
+            if self._try(len(frames), lambda: policy_set.writer.add_episode(episode, task)):
+                self.metrics.recorded.labels("kept").inc(len(frames))
+
+    def _try(self, num_requests: int, action: Callable[[], None]) -> bool:
+        """Whether it worked. A full disk must not stop the robots: what is lost is said and counted."""
+        try:
+            action()
+        except Exception as error:
+            self.metrics.recorded.labels("lost").inc(num_requests)
+            _log.exception("recording failed, %d requests are lost: %s", num_requests, error)
+            return False
+        return True
+
+
+class _PolicySet:
+    """The data set of one policy, and the episodes that its clients are in."""
+
+    def __init__(
+        self, path: Path, embodiment: Embodiment, frame: Mapping[str, np.ndarray], actions: np.ndarray
+    ) -> None:
+        cameras = {key.removeprefix(IMAGES): value.shape for key, value in frame.items() if key.startswith(IMAGES)}
+        rate = (embodiment.control_hz or 1) / (embodiment.execute_steps or len(actions))
+        self.writer = LeRobotWriter(
+            path,
+            fps=max(1, round(rate)),  # as if each client asked whenever it had executed what is recommended
+            cameras=cameras,
+            state_names=embodiment.state_names[: len(frame[STATE])],
+            action_names=[f"{dim.name}@{step}" for step in range(len(actions)) for dim in embodiment.actions],
+            robot_type=embodiment.name,
+        )
+        self.episodes: dict[int, tuple[str, list[Mapping[str, np.ndarray]]]] = {}
+
+    def continues(self, client: int, task: str, frame: Mapping[str, np.ndarray]) -> bool:
+        """Whether the frame belongs to the client's episode: the same task, and the memory has room."""
+        before, frames = self.episodes.get(client, (task, []))
+        size = sum(value.nbytes for value in frame.values())
+        return task == before and (len(frames) + 1) * size <= EPISODE_MB * 2**20
+
+
+def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], actions: np.ndarray) -> dict[str, np.ndarray]:
+    """One request as a data set's frame.
+
+    Returns:
+        "observation.images.<last part of the camera's key>" uint8 [h, w, 3], black where an optional camera is absent;
+        "observation.state" [s] in the robot's units; "action" [H·a].
+
+    Raises:
+        KeyError, ValueError: it is not what the embodiment takes; a policy has taken it, so this does not happen.
+    """
+    sent = {
+        camera.key: to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))
+        for camera in embodiment.read_cameras
+        if camera.key is not None and (value := _at(observation, camera.key)) is not None
+    }
+    black = np.zeros_like(next(iter(sent.values())))
+    keys = [camera.key for camera in embodiment.read_cameras if camera.key is not None]
+    return {
+        **{f"{IMAGES}{re.split('[./]', key)[-1]}": sent.get(key, black) for key in keys},
+        STATE: np.concatenate([np.atleast_1d(_at(observation, part.key)) for part in embodiment.state]),
+        ACTION: actions.reshape(-1),
+    }
+
+
+def _at(observation: Mapping[str, Any], key: str) -> Any:
+    """What is at a key whose parts are joined by '.', nested or flat; None: nothing."""
+    if key in observation:
+        return observation[key]
+    first, _, rest = key.partition(".")
+    inner = observation.get(first)
+    return _at(inner, rest) if rest and isinstance(inner, Mapping) else None

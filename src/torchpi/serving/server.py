@@ -1,0 +1,381 @@
+"""The websocket server: handshakes, one coroutine per connection, and the end.
+
+The protocol is openpi's. The server speaks first, a map of metadata, as soon as its policies are warm. Then each binary
+frame is an observation, answered in turn by a binary frame with "actions", "policy_timing" and "server_timing", or by a
+text frame with an error, {"code": …, "message": …}. The path chooses the policy. Beside it plain HTTP: /healthz and
+/metrics.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import http
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+from websockets.http11 import Request as HttpRequest
+from websockets.http11 import Response
+
+from torchpi.randomness import generator_at
+from torchpi.serving.messages import (
+    SUPPORTED,
+    RequestError,
+    answer_frame,
+    count_jpegs,
+    decode_jpegs,
+    read_request,
+)
+from torchpi.serving.metrics import Metrics
+from torchpi.serving.recorder import Recorder
+from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy, noise_shape
+from torchpi.serving.settings import RateLimit, ServeSettings
+from torchpi_client import pack
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT = 2.0
+"""Seconds that a client has for its part of closing a connection."""
+_GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
+
+
+class PolicyServer:
+    """Serves policies by name; the first one also at the path "/"."""
+
+    def __init__(
+        self,
+        load: Mapping[str, Callable[[], ServedPolicy]],
+        settings: ServeSettings,
+        *,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """Within a running event loop.
+
+        Args:
+            load: per name what returns the policy; called in the model's thread, while connections are accepted.
+            recorder: keeps requests and answers; it is closed by its owner.
+        """
+        self._names = list(load)
+        self._settings, self._recorder = settings, recorder
+        self._metrics = recorder.metrics if recorder else Metrics()
+        self.scheduler = Scheduler(
+            load,
+            num_steps=settings.num_steps,
+            max_batch=settings.max_batch,
+            max_queue=settings.max_queue,
+            metrics=self._metrics,
+        )
+        self._policies: dict[str, ServedPolicy] = {}
+        self._first_frames: dict[str, bytes] = {}
+        self._ready = asyncio.Event()
+        self._stopping = False
+        self._grace_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._busy: set[ServerConnection] = set()
+        self._open = 0
+        self._numbers = itertools.count()
+        self._server: Server | None = None
+
+    async def run(self, stop: asyncio.Event, listening: Callable[[str], None] = lambda address: None) -> None:
+        """Serve until `stop` is set; then answer what has been received, and close.
+
+        Args:
+            listening: is told the address, ws://HOST:PORT, as soon as connections are accepted.
+
+        Raises:
+            OSError: the port is taken.
+            Exception: what loading and warming up a policy raise.
+        """
+        settings = self._settings
+        self._server = await serve(
+            self._handle,
+            settings.host,
+            settings.port,
+            process_request=self._answer_http,
+            compression=None,  # of images it costs more time than it saves
+            max_size=int(settings.max_message_mb * 2**20),
+            max_queue=4,  # frames of one connection that wait here for the answer to the one before them
+            close_timeout=_CLOSE_TIMEOUT,
+            origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
+            logger=logging.getLogger(f"{__name__}.websockets"),
+        )
+        stopped = asyncio.create_task(stop.wait())
+        try:
+            host, port = next(iter(self._server.sockets)).getsockname()[:2]
+            listening(f"ws://{f'[{host}]' if ':' in host else host}:{port}")
+            self.scheduler.start()
+            ready = asyncio.wrap_future(self.scheduler.ready)
+            first: set[asyncio.Future[Any]] = {ready, stopped}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if ready.done():
+                self._begin(ready.result())
+            await stopped
+        finally:
+            stopped.cancel()
+            await self._stop()
+
+    def _begin(self, policies: dict[str, ServedPolicy]) -> None:
+        """From now on requests are taken.
+
+        Raises:
+            ValueError: metadata that the wire format has no form for.
+        """
+        supported = dict.fromkeys(SUPPORTED, True)
+        self._first_frames = {name: pack({**policy.metadata, **supported}) for name, policy in policies.items()}
+        self._policies = policies
+        self._ready.set()
+        _log.info("ready: %s", ", ".join(f"/{name}" for name in self._names))
+
+    async def _stop(self) -> None:
+        """Let nobody in, answer what has been received for as long as the settings say, and close."""
+        assert self._server is not None
+        self._stopping = True
+        self._server.close(close_connections=False)
+        await asyncio.gather(*(connection.close(*_GOODBYE) for connection in self._server.connections - self._busy))
+        self.scheduler.close()
+        await self._until_answered(self._settings.grace)
+        self._grace_over.set_result(None)  # whoever waits for an answer now says so to its client
+        await self._until_answered(_CLOSE_TIMEOUT)
+        await asyncio.gather(*(connection.close(*_GOODBYE) for connection in self._server.connections))
+        await self._server.wait_closed()
+
+    async def _until_answered(self, timeout: float) -> None:
+        """Wait until the clients that were being answered are gone, at most so many seconds."""
+        if self._busy:
+            gone = [asyncio.create_task(connection.wait_closed()) for connection in self._busy]
+            _, late = await asyncio.wait(gone, timeout=timeout)
+            for task in late:
+                task.cancel()
+
+    # ---- HTTP and the handshake ----
+
+    def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+        """What is no websocket, and what may not become one; None: go on with the handshake."""
+        path = _path(request)
+        if path == "/healthz":
+            ready = self._ready.is_set() and not self._stopping
+            status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
+            return connection.respond(status, "ready\n" if ready else "not ready\n")
+        authorization = request.headers.get_all("Authorization")
+        if not self._settings.admits(authorization[0] if len(authorization) == 1 else None):
+            response = self._refuse(connection, "token", http.HTTPStatus.UNAUTHORIZED, "a valid token is needed")
+            response.headers["WWW-Authenticate"] = "Bearer"
+            return response
+        if path == "/metrics":
+            response = connection.respond(http.HTTPStatus.OK, self._metrics.text().decode())
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = self._metrics.content_type
+            return response
+        if path != "/" and path[1:] not in self._names:
+            known = f"there is no policy at {path}; this server has {', '.join(f'/{name}' for name in self._names)}"
+            return self._refuse(connection, "path", http.HTTPStatus.NOT_FOUND, known)
+        if self._open >= self._settings.max_connections:
+            text = f"{self._open} clients are connected, and no more are taken"
+            return self._refuse(connection, "connections", http.HTTPStatus.SERVICE_UNAVAILABLE, text)
+        return None
+
+    def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
+        self._metrics.refused.labels(reason).inc()
+        return connection.respond(status, f"{text}\n")
+
+    # ---- one connection ----
+
+    async def _handle(self, connection: ServerConnection) -> None:
+        """One client, from the metadata to the last answer."""
+        assert connection.request is not None
+        client = _Client(
+            connection,
+            number=next(self._numbers),
+            policy=_path(connection.request)[1:] or self._names[0],
+            closed=asyncio.create_task(connection.wait_closed()),
+            limit=RateLimit(self._settings.max_rate, time.monotonic()),
+        )
+        self._open += 1
+        self._metrics.connections.inc()
+        _log.info("client %d from %s for %s", client.number, connection.remote_address, client.policy)
+        try:
+            if await self._until_ready(client):
+                await connection.send(self._first_frames[client.policy])
+                await self._converse(client)
+        except ConnectionClosed as error:
+            _log.info("client %d: %s", client.number, error)
+        finally:
+            self._open -= 1
+            self._metrics.connections.dec()
+            client.closed.cancel()
+            if self._recorder is not None:
+                self._recorder.end(client.number)
+
+    async def _until_ready(self, client: "_Client") -> bool:
+        """Wait for the warm-up; False: the client did not."""
+        ready = asyncio.create_task(self._ready.wait())
+        try:
+            await asyncio.wait({ready, client.closed}, return_when=asyncio.FIRST_COMPLETED)
+            return ready.done()
+        finally:
+            ready.cancel()
+
+    async def _converse(self, client: "_Client") -> None:
+        """Requests and answers in turn, until the client closes, sends what is no request, or the server stops."""
+        connection, policy = client.connection, client.policy
+        while not self._stopping:
+            message = await connection.recv()
+            self._busy.add(connection)
+            try:
+                client.began = time.perf_counter()
+                frame, outcome = await self._turn(message, client)
+                self._metrics.requests.labels(policy, outcome).inc()
+                client.num_requests += 1
+                await connection.send(frame)
+                client.last_seconds = time.perf_counter() - client.began
+                if outcome == "malformed_message":
+                    await connection.close(CloseCode.INVALID_DATA, "malformed message")
+                elif self._stopping:
+                    await connection.close(*_GOODBYE)
+            finally:
+                self._busy.discard(connection)
+
+    async def _turn(self, message: str | bytes, client: "_Client") -> tuple[str | bytes, str]:
+        """The frame that answers a message, and its outcome: "answered", or an error's code."""
+        try:
+            answer = await self._answer(message, client)
+        except RequestError as error:
+            # Whoever floods the server shall not flood its log; who has left has said so already.
+            level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
+            _log.log(level, "client %d: %s: %s", client.number, error.code, error)
+            return error.frame(), error.code
+        except Exception:
+            _log.exception("client %d: the server failed on a request", client.number)
+            return RequestError("internal", "the server failed on this request; its log says why").frame(), "internal"
+        timing = {
+            "queue_ms": 1e3 * answer.queue_seconds,
+            "infer_ms": 1e3 * answer.inference_seconds,
+            "batch_size": answer.batch_size,
+        }
+        if client.last_seconds is not None:
+            timing["prev_total_ms"] = 1e3 * client.last_seconds
+        return answer_frame(answer.chunk, timing), "answered"
+
+    async def _answer(self, message: str | bytes, client: "_Client") -> Answer:
+        """What the model says to one message.
+
+        Raises:
+            RequestError: nothing.
+        """
+        if not client.limit.allows(time.monotonic()):
+            rate = self._settings.max_rate
+            raise RequestError("rate_limited", f"more than {rate:g} requests per second; send fewer")
+        policy = self._policies[client.policy]
+        shape = noise_shape(policy)
+        observation, options = read_request(message, noise_shape=shape)
+        if count_jpegs(observation):  # milliseconds for each
+            max_bytes = int(self._settings.max_message_mb * 2**20)
+            observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=max_bytes)
+        noise = options.noise
+        if noise is None:  # from the request's place alone, whichever others it is batched with
+            place = ("serve", client.policy, client.number, client.num_requests)
+            noise = generator_at(self._settings.seed, *place).standard_normal(shape, np.float32)
+        request = Request(
+            client.policy, observation, noise, options.num_steps or self._settings.num_steps, options.prefix
+        )
+        self.scheduler.submit(request)
+        answer = await self._await(request, client.closed, options.deadline)
+        if self._recorder is not None:
+            self._recorder.keep(client.policy, client.number, policy, observation, answer.chunk["actions"])
+        return answer
+
+    async def _await(self, request: Request, closed: "asyncio.Task[None]", deadline: float | None) -> Answer:
+        """The model's answer; if it has not begun by the deadline, or nobody waits any more, the request is taken back.
+
+        Raises:
+            RequestError: it has no answer.
+        """
+        seconds = min(self._settings.deadline, deadline or self._settings.deadline)
+        answer = asyncio.wrap_future(request.answer)
+        ends: set[asyncio.Future[Any]] = {answer, closed, self._grace_over}
+        done, _ = await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            if self.scheduler.withdraw(request):
+                answer.cancel()
+                raise RequestError("deadline_exceeded", f"the model was busy with others for {seconds:g} s")
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return await answer
+        self.scheduler.withdraw(request)
+        answer.cancel()
+        if closed.done():
+            raise RequestError("client_left", "the client closed the connection before its answer")
+        raise RequestError("shutting_down", "the server is shutting down, and had no time left for the request")
+
+
+@dataclasses.dataclass
+class _Client:
+    """One connection."""
+
+    connection: ServerConnection
+    number: int
+    """From 0, in the order in which they came."""
+    policy: str
+    closed: "asyncio.Task[None]"
+    """Done when the connection is."""
+    limit: RateLimit
+    num_requests: int = 0
+    began: float = 0.0
+    last_seconds: float | None = None
+    """From the last request to its answer, sent."""
+
+
+def _path(request: HttpRequest) -> str:
+    return request.path.partition("?")[0]
+
+
+@contextlib.contextmanager
+def running_server(
+    load: Mapping[str, Callable[[], ServedPolicy]],
+    settings: ServeSettings | None = None,
+    *,
+    recorder: Recorder | None = None,
+) -> Iterator[tuple[str, PolicyServer]]:
+    """A server in a thread of this process, for tests and measurements: its address ws://HOST:PORT, and the server.
+
+    It listens from the beginning on, but its policies may not be warm yet. It is stopped when the block ends.
+
+    Raises:
+        Exception: what `PolicyServer.run` raises, before or after the block.
+    """
+    started: concurrent.futures.Future[tuple[str, PolicyServer, asyncio.AbstractEventLoop, asyncio.Event]]
+    started = concurrent.futures.Future()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder)
+        loop = asyncio.get_running_loop()
+        await server.run(stop, lambda address: started.set_result((address, server, loop, stop)))
+
+    def run_in_thread() -> None:
+        try:
+            asyncio.run(run())
+        except BaseException as error:
+            ended.set_exception(error)
+            if not started.done():
+                started.set_exception(error)
+        else:
+            ended.set_result(None)
+
+    ended: concurrent.futures.Future[None] = concurrent.futures.Future()
+    threading.Thread(target=run_in_thread, name="torchpi-server", daemon=True).start()
+    address, server, loop, stop = started.result()
+    try:
+        yield address, server
+    finally:
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            loop.call_soon_threadsafe(stop.set)
+        ended.result()
+        server.scheduler.join(1.0)

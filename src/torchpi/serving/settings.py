@@ -1,0 +1,89 @@
+"""What a server allows its clients."""
+
+import dataclasses
+import hmac
+
+
+@dataclasses.dataclass(frozen=True)
+class ServeSettings:
+    """How a server works and what it refuses.
+
+    Raises:
+        ValueError: a number that is not positive; a token that no HTTP header can carry.
+    """
+
+    host: str = "127.0.0.1"
+    """Where to listen; 0.0.0.0: on every network of this machine."""
+    port: int = 8000
+    """0: a free one."""
+    token: str | None = None
+    """What clients must send as `Authorization: Bearer …` or `Api-Key …`; None: nothing."""
+    num_steps: int = 10
+    """Euler steps of a request that does not say."""
+    seed: int = 0
+    """Of the noise of requests that bring none."""
+    max_batch: int = 8
+    """Requests in one pass of the model."""
+    max_queue: int = 64
+    """Requests that wait for the model."""
+    deadline: float = 30.0
+    """Seconds that a request waits for the model before it is dropped."""
+    max_connections: int = 64
+    """Open websockets."""
+    max_message_mb: float = 32.0
+    """Size of a request in MiB."""
+    max_rate: float = 200.0
+    """Requests per second of one connection, on average over a second."""
+    grace: float = 10.0
+    """Seconds that a server which is told to stop goes on answering what it has received."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "max_batch",
+            "max_queue",
+            "deadline",
+            "max_connections",
+            "max_message_mb",
+            "max_rate",
+        ):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        if self.num_steps > MAX_NUM_STEPS:
+            raise ValueError(f"num_steps is {self.num_steps}; expected at most {MAX_NUM_STEPS}")
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+        if self.grace < 0:
+            raise ValueError(f"grace is {self.grace}; expected 0 or more seconds")
+        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
+            raise ValueError("the token must be of printable ASCII characters, and not empty")
+
+    def admits(self, authorization: str | None) -> bool:
+        """Whether a request with this Authorization header may come in."""
+        if self.token is None:
+            return True
+        scheme, _, credentials = (authorization or "").partition(" ")
+        # compare_digest takes the same time wherever the two differ, so that the answer's time tells nothing.
+        same = hmac.compare_digest(credentials.strip().encode(errors="surrogateescape"), self.token.strip().encode())
+        return same and scheme.lower() in ("bearer", "api-key")
+
+
+MAX_NUM_STEPS = 100
+"""Euler steps that a request may ask for; flow matching gains nothing beyond, and each holds up everyone."""
+
+
+class RateLimit:
+    """A token bucket: `rate` requests per second, and as many at once after a second of silence."""
+
+    def __init__(self, rate: float, now: float) -> None:
+        self._rate, self._size = rate, max(rate, 1.0)
+        self._left, self._at = self._size, now
+
+    def allows(self, now: float) -> bool:
+        """Whether one more request may come at this time, in seconds; it is counted if so."""
+        self._left = min(self._size, self._left + (now - self._at) * self._rate)
+        self._at = now
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True

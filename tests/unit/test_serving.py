@@ -1,0 +1,553 @@
+"""`torchpi serve` on loopback, with a policy that waits for the test."""
+
+import contextlib
+import json
+import logging
+import shutil
+import threading
+
+import msgpack
+import numpy as np
+import pytest
+from serving_helpers import SECONDS, A, Client, FakePolicy, H, clients, http, metric, observation, one_thread, served
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from torchpi.data import LeRobotDataset
+from torchpi.policy import load_policy
+from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
+from torchpi.serving.metrics import Metrics
+from torchpi.serving.recorder import Recorder
+from torchpi.serving.run import policy_paths
+from torchpi.serving.scheduler import Request, Scheduler, noise_shape
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import RateLimit, ServeSettings
+from torchpi_client import pack, unpack
+from torchpi_client.images import encode_images
+
+
+def code(answer):
+    """Of an error frame."""
+    assert isinstance(answer, str)
+    return json.loads(answer)["code"]
+
+
+def close_code(client):
+    with pytest.raises(ConnectionClosed) as caught:
+        client.socket.recv(timeout=SECONDS)
+    return caught.value.rcvd.code
+
+
+def until(condition):
+    """Wait for what another thread is about to do; the tests have no other way to see it."""
+    pause = threading.Event()
+    for _ in range(int(SECONDS / 0.005)):
+        if condition():
+            return
+        pause.wait(0.005)
+    raise AssertionError("it did not happen")
+
+
+# ---- the protocol ----
+
+
+def test_metadata_first_then_a_chunk_per_observation():
+    with served(FakePolicy(), seed=3) as (url, _), contextlib.ExitStack() as stack:
+        client = Client(url, stack)
+        metadata = client.metadata()
+        assert metadata["reset_pose"] == [0.0, -1.5]
+        assert metadata["torchpi/noise"] is True
+        answer = client.ask(observation(5.0, prompt="x"))
+        assert answer["actions"].shape == (H, 2)
+        assert answer["actions"].dtype == np.float32
+        assert answer["policy_timing"] == {"infer_ms": 1.0}
+        assert set(answer["server_timing"]) == {"queue_ms", "infer_ms", "batch_size"}
+        assert client.ask(observation())["server_timing"]["prev_total_ms"] > 0
+
+
+def test_the_path_chooses_the_policy():
+    with served(FakePolicy(name="a"), FakePolicy(name="b")) as (url, _), contextlib.ExitStack() as stack:
+        names = [Client(url + path, stack).metadata()["name"] for path in ("/", "/p0", "/p1", "/p1?x=1")]
+        assert names == ["a", "a", "b", "b"]
+        with pytest.raises(InvalidStatus, match="404"):
+            Client(url + "/p2", stack)
+        assert http(url, "/p2") == (404, "there is no policy at /p2; this server has /p0, /p1\n")
+
+
+def test_noise_and_steps_may_come_with_the_request():
+    noise = np.random.default_rng(0).standard_normal((H, A))
+    with served(FakePolicy()) as (url, _), clients(url) as [client]:
+        answer = client.ask({**observation(5.0), "torchpi/noise": noise, "torchpi/num_steps": 2})
+        np.testing.assert_allclose(answer["actions"], 2 * noise[:, :2].astype(np.float32) + [5, 2], rtol=1e-6)
+
+
+def test_real_time_chunking_goes_with_the_request_in_a_batch_of_its_own():
+    policy, rest = FakePolicy(), np.ones((2, 2), np.float32)
+    with served(policy) as (url, _), clients(url) as [client]:
+        rtc = {"action_prefix": rest, "delay": 1, "execution_horizon": 2}
+        client.ask(observation())
+        assert "actions" in client.ask({**observation(1.0), "torchpi/rtc": rtc})
+        [prefix] = policy.prefixes[1]
+        np.testing.assert_array_equal(prefix.actions, rest)
+        assert (prefix.delay, prefix.execution_horizon) == (1, 2)
+        for wrong in ({**rtc, "delay": 3}, {**rtc, "execution_horizon": 4}, {"delay": 1}, 1):
+            assert code(client.ask({**observation(), "torchpi/rtc": wrong})) == "bad_observation"
+
+
+def test_images_may_be_jpegs():
+    picture = np.full((6, 8, 3), 77, np.uint8)
+    policy = FakePolicy()
+    with served(policy, max_message_mb=0.01) as (url, _), clients(url) as [client]:
+        assert client.ask(encode_images({**observation(), "camera": picture}))["actions"].shape == (H, 2)
+        for wrong in ({"torchpi/jpeg": b"x", "layout": "hwc"}, {"torchpi/jpeg": "x" * 9}):
+            assert code(client.ask({**observation(), "camera": wrong})) == "bad_observation"
+        large = encode_images({**observation(), "camera": np.zeros((100, 100, 3), np.uint8)})
+        assert code(client.ask(large)) == "bad_observation"
+
+
+def test_the_same_requests_in_the_same_order_get_the_same_noise():
+    def actions():
+        with served(FakePolicy(), seed=7) as (url, _), clients(url, 2) as both:
+            return [client.ask(observation())["actions"] for client in (*both, *both)]
+
+    first = actions()
+    np.testing.assert_array_equal(first, actions())
+    assert len({chunk.tobytes() for chunk in first}) == 4
+
+
+def test_no_web_page_may_connect():
+    with (
+        served(FakePolicy()) as (url, _),
+        contextlib.ExitStack() as stack,
+        pytest.raises(InvalidStatus, match="403"),
+    ):
+        Client(url, stack, origin="https://example.org")
+
+
+# ---- warm-up and long inference ----
+
+
+def test_connections_wait_for_the_warm_up_and_pings_do_not():
+    policy = FakePolicy(held=True)
+    with served(policy) as (url, _), contextlib.ExitStack() as stack:
+        policy.wait_until_begun()
+        client = Client(url, stack)
+        assert http(url, "/healthz")[0] == 503
+        assert client.socket.ping().wait(SECONDS)
+        with pytest.raises(TimeoutError):
+            client.socket.recv(timeout=0)
+        policy.release()
+        assert client.metadata()["embodiment"] == "fake"
+        assert http(url, "/healthz") == (200, "ready\n")
+
+
+def test_pings_and_other_clients_are_answered_during_inference():
+    policy = FakePolicy()
+    with served(policy) as (url, _), clients(url, 2) as [client, other]:
+        policy.hold()
+        client.send(observation())
+        policy.wait_until_begun()
+        assert client.socket.ping().wait(SECONDS)
+        assert code(other.ask({"camera": 1, "torchpi/num_steps": 0})) == "bad_observation"
+        policy.release()
+        assert "actions" in client.receive()
+
+
+def test_a_policy_that_cannot_be_loaded_ends_the_server():
+    def fails():
+        raise ValueError("there is nothing")
+
+    with pytest.raises(ValueError, match="there is nothing"), running_server({"p": fails}, ServeSettings(port=0)):
+        pass
+
+
+# ---- several clients ----
+
+
+def test_requests_that_wait_together_are_one_batch_with_the_answers_that_each_gets_alone():
+    policy = FakePolicy()
+    noise = np.random.default_rng(0).standard_normal((4, H, A))
+    with served(policy) as (url, server), clients(url, 4) as four:
+        requests = [{**observation(float(i)), "torchpi/noise": noise[i]} for i in range(4)]
+        alone = [client.ask(request) for client, request in zip(four, requests, strict=True)]
+        policy.hold()
+        four[0].send(requests[0])
+        policy.wait_until_begun()
+        for i in (1, 2, 3):
+            four[i].send(requests[i])
+            until(lambda i=i: len(server.scheduler._waiting) == i)
+        policy.release()
+        together = [client.receive() for client in four]
+        assert [answer["server_timing"]["batch_size"] for answer in together] == [1, 3, 3, 3]
+        assert policy.batches[4:] == [[0.0], [1.0, 2.0, 3.0]]
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_array_equal(a["actions"], b["actions"])
+
+
+@one_thread()
+def test_a_real_policys_batch_has_the_answers_of_single_requests():
+    policy = load_policy("demo", device="cpu")
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal((3, *noise_shape(policy)), np.float32)
+    example = policy.example_observation()
+    observations = [
+        {**example, "state": rng.uniform(-0.1, 0.1, 4), "prompt": "open the drawer" + " now" * i} for i in range(3)
+    ]
+    scheduler = Scheduler({"p": lambda: policy}, num_steps=2, max_batch=3, max_queue=3, metrics=Metrics())
+    requests = [Request("p", each, noise[i], 2) for i, each in enumerate(observations)]
+    for request in requests:
+        scheduler.submit(request)
+    scheduler.start()
+    answers = [request.answer.result(SECONDS) for request in requests]
+    scheduler.close()
+    assert [answer.batch_size for answer in answers] == [3, 3, 3]
+    for i, answer in enumerate(answers):
+        alone = policy.infer(observations[i], noise=noise[i], num_steps=2)
+        np.testing.assert_allclose(answer.chunk["actions"], alone["actions"], atol=1e-5)
+
+
+def test_requests_with_other_steps_are_another_batch():
+    policy = FakePolicy()
+    with served(policy) as (url, server), clients(url, 3) as three:
+        policy.hold()
+        three[0].send(observation(0.0))
+        policy.wait_until_begun()
+        three[1].send({**observation(1.0), "torchpi/num_steps": 3})
+        until(lambda: len(server.scheduler._waiting) == 1)
+        three[2].send(observation(2.0))
+        until(lambda: len(server.scheduler._waiting) == 2)
+        policy.release()
+        for client in three:
+            assert "actions" in client.receive()
+        assert policy.batches == [[0.0], [1.0], [2.0]]
+
+
+def test_a_client_that_sends_many_requests_does_not_get_ahead_of_the_others():
+    policy = FakePolicy()
+    with served(policy, max_batch=1) as (url, server), clients(url, 2) as [greedy, modest]:
+        policy.hold()
+        for i in range(3):
+            greedy.send(observation(10.0 + i))
+        policy.wait_until_begun()
+        modest.send(observation(0.0))
+        until(lambda: len(server.scheduler._waiting) == 1)
+        policy.release()
+        assert "actions" in modest.receive()
+        for i in range(3):
+            np.testing.assert_allclose(greedy.receive()["actions"][:, 0].round() // 100, 0, err_msg=str(i))
+        assert policy.batches == [[10.0], [0.0], [11.0], [12.0]]
+
+
+def test_a_bad_observation_fails_alone_and_its_connection_stays():
+    policy = FakePolicy()
+    with served(policy) as (url, server), clients(url, 4) as four:
+        policy.hold()
+        four[0].send(observation(0.0))
+        policy.wait_until_begun()
+        for i, request in enumerate((observation(1.0), observation(np.nan), observation(3.0)), 1):
+            four[i].send(request)
+            until(lambda i=i: len(server.scheduler._waiting) == i)
+        policy.release()
+        answers = [client.receive() for client in four]
+        assert [isinstance(answer, str) for answer in answers] == [False, False, True, False]
+        error = json.loads(answers[2])
+        assert error["code"] == "bad_observation"
+        assert "state" in error["message"]
+        assert "actions" in four[2].ask(observation())
+
+
+def test_what_fails_in_the_policy_is_in_the_log_and_not_in_the_answer(caplog):
+    policy = FakePolicy()
+    with served(policy) as (url, _), clients(url) as [client]:
+        policy.failure = ValueError("a secret of the server")
+        answer = client.ask(observation())
+        assert code(answer) == "internal"
+        assert "secret" not in answer
+        assert "a secret of the server" in caplog.text
+        policy.failure = None
+        assert "actions" in client.ask(observation())
+
+
+def test_the_queue_is_bounded_and_has_deadlines():
+    policy = FakePolicy()
+    with served(policy, max_queue=1) as (url, server), clients(url, 3) as [first, late, surplus]:
+        policy.hold()
+        first.send(observation())
+        policy.wait_until_begun()
+        late.send({**observation(), "torchpi/deadline": 0.2})
+        until(lambda: server.scheduler._waiting)
+        assert code(surplus.ask(observation())) == "queue_full"
+        assert code(late.receive()) == "deadline_exceeded"
+        policy.release()
+        assert "actions" in first.receive()
+        assert "actions" in late.ask(observation())
+        assert policy.batches == [[0.0], [0.0]]
+        assert metric(url, 'torchpi_requests_total{outcome="deadline_exceeded",policy="p0"}') == 1
+
+
+def test_a_request_whose_client_leaves_is_dropped():
+    policy = FakePolicy()
+    with served(policy) as (url, server), clients(url) as [first]:
+        policy.hold()
+        first.send(observation(1.0))
+        policy.wait_until_begun()
+        with clients(url) as [leaving]:
+            leaving.send(observation(2.0))
+            until(lambda: server.scheduler._waiting)
+        until(lambda: not server.scheduler._waiting)
+        policy.release()
+        assert "actions" in first.receive()
+        assert policy.batches == [[1.0]]
+        assert metric(url, 'torchpi_requests_total{outcome="client_left",policy="p0"}') == 1
+
+
+# ---- what is refused ----
+
+
+def test_a_token_as_bearer_or_api_key():
+    with served(FakePolicy(), token="s3cret") as (url, _), contextlib.ExitStack() as stack:
+        for wrong in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic s3cret"}):
+            with pytest.raises(InvalidStatus, match="401"):
+                Client(url, stack, additional_headers=wrong)
+        for scheme in ("Bearer", "Api-Key", "bearer"):
+            client = Client(url, stack, additional_headers={"Authorization": f"{scheme} s3cret"})
+            assert client.metadata()["embodiment"] == "fake"
+        assert http(url, "/metrics")[0] == 401
+        assert http(url, "/metrics", "Bearer s3cret")[0] == 200
+        assert http(url, "/healthz")[0] == 200
+
+
+def test_connections_are_limited_and_come_free_again():
+    with served(FakePolicy(), max_connections=1) as (url, _), contextlib.ExitStack() as stack:
+        with clients(url), pytest.raises(InvalidStatus, match="503"):
+            Client(url, stack)
+        until(lambda: metric(url, "torchpi_connections") == 0)
+        assert Client(url, stack).metadata()
+
+
+def test_the_rate_of_requests_is_limited():
+    with served(FakePolicy(), max_rate=1.0) as (url, _), clients(url, 2) as [eager, other]:
+        answers = [eager.ask(observation()) for _ in range(5)]
+        assert "rate_limited" in {code(answer) for answer in answers if isinstance(answer, str)}
+        assert "actions" in other.ask(observation())
+
+
+def test_a_rate_limit_fills_up_with_time():
+    limit = RateLimit(2.0, now=0.0)
+    assert [limit.allows(now) for now in (0.0, 0.0, 0.0, 0.4, 0.5, 0.6, 9.0, 9.0, 9.0)] == [
+        *(True, True, False),
+        *(False, True, False),
+        *(True, True, False),
+    ]
+
+
+def test_a_message_that_is_too_large_ends_its_connection_alone():
+    with served(FakePolicy(), max_message_mb=0.01) as (url, _), clients(url, 2) as [client, other]:
+        client.send(bytes(20_000))
+        assert close_code(client) == 1009
+        assert "actions" in other.ask(observation())
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        "text",
+        b"",
+        b"\xc1",
+        pack(observation())[:-1],
+        pack(observation()) + b"\x00",
+        msgpack.packb(msgpack.ExtType(1, b"x")),
+        msgpack.packb({"state": {b"__ndarray__": True, b"data": b"", b"dtype": "<f4", b"shape": [1 << 40]}}),
+        msgpack.packb({"state": {b"__ndarray__": True, b"data": b"\x00" * 8, b"dtype": "|O", b"shape": [1]}}),
+        b"\xdd\xff\xff\xff\xff",
+        b"\x91" * 5000 + b"\x90",
+    ],
+    ids=["text", "empty", "reserved", "truncated", "surplus", "ext", "huge", "object", "length", "deep"],
+)
+def test_a_malformed_frame_is_told_and_ends_its_connection_alone(frame):
+    with served(FakePolicy()) as (url, _), clients(url, 2) as [client, other]:
+        if frame != msgpack.packb(msgpack.ExtType(1, b"x")):
+            assert code(client.ask(frame)) == "malformed_message"
+            assert close_code(client) == 1007
+        else:
+            assert code(client.ask(frame)) == "bad_observation"
+        assert "actions" in other.ask(observation())
+
+
+def nested(depth):
+    return {"x": nested(depth - 1)} if depth else 1
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ([observation()], "a request is a map"),
+        (nested(MAX_DEPTH + 1), "nested more than"),
+        ({b"x": 2}, "the key b.x.; expected text"),
+        ({"prompt": "x" * (MAX_TEXT + 1)}, "prompt is a text of"),
+        ({"prompt": np.array("x" * (MAX_TEXT + 1))}, "prompt is text of"),
+        ({"torchpi/rtx": 1}, "unknown option torchpi/rtx"),
+        ({"torchpi/noise": np.zeros((H, A + 1), np.float32)}, r"float32 \[4, 4\]; expected .* \[4, 3\]"),
+        ({"torchpi/noise": np.full((H, A), np.inf)}, "NaN or infinity"),
+        ({"torchpi/num_steps": 10**9}, "expected a whole number from 1 to 100"),
+        ({"torchpi/num_steps": True}, "expected a whole number from 1 to 100"),
+        ({"torchpi/deadline": float("nan")}, "expected a positive number"),
+    ],
+)
+def test_what_is_no_request(request_, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        read_request(pack(request_), noise_shape=(H, A))
+    assert caught.value.code == "bad_observation"
+
+
+def test_a_message_has_a_limited_number_of_entries():
+    many = {"a": [0] * 100, "b": {str(i): i for i in range(10)}}
+    assert unpack(pack(many), max_items=112) == many
+    with pytest.raises(ValueError, match="more than 111 entries"):
+        unpack(pack(many), max_items=111)
+    for data in (b"\x91" * 900 + b"\x90", b"\xdd\x00\x01\x00\x00" * 900, pack([[{}] * 100] * (MAX_ITEMS // 50))):
+        with pytest.raises((RequestError, ValueError)):
+            unpack(data, max_items=100)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_batch": 0}, "max_batch is 0"),
+        ({"deadline": float("nan")}, "deadline is nan"),
+        ({"port": 65536}, "port is 65536"),
+        ({"num_steps": 101}, "at most 100"),
+        ({"token": " "}, "token"),
+        ({"token": "naïve"}, "ASCII"),
+        ({"grace": -1.0}, "grace is -1.0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ServeSettings(**settings)
+
+
+# ---- the end ----
+
+
+@contextlib.contextmanager
+def stopping(stack):
+    """The server of this stack is told to stop; it has when the block ends."""
+    thread = threading.Thread(target=stack.close)
+    thread.start()
+    yield
+    thread.join(SECONDS)
+    assert not thread.is_alive()
+
+
+def test_shutting_down_answers_what_has_been_received():
+    policy = FakePolicy()
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as connections:
+        url, server = stack.enter_context(running_server({"p": lambda: policy}, ServeSettings(port=0, max_batch=1)))
+        [idle, first, second] = connections.enter_context(clients(url, 3))
+        policy.hold()
+        first.send(observation(1.0))
+        policy.wait_until_begun()
+        second.send(observation(2.0))
+        until(lambda: server.scheduler._waiting)
+        with stopping(stack):
+            assert close_code(idle) == 1001
+            with pytest.raises((OSError, InvalidStatus)), connect(url, proxy=None):
+                pass
+            policy.release()
+            for client in (first, second):
+                assert "actions" in client.receive()
+                assert close_code(client) == 1001
+
+
+def test_after_the_grace_period_clients_are_told():
+    policy = FakePolicy()
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as connections:
+        settings = ServeSettings(port=0, max_batch=1, grace=0.0)
+        url, server = stack.enter_context(running_server({"p": lambda: policy}, settings))
+        [first, second] = connections.enter_context(clients(url, 2))
+        policy.hold()
+        first.send(observation(1.0))
+        policy.wait_until_begun()
+        second.send(observation(2.0))
+        until(lambda: server.scheduler._waiting)
+        with stopping(stack):
+            for client in (first, second):
+                assert code(client.receive()) == "shutting_down"
+                assert close_code(client) == 1001
+            policy.release()
+    assert policy.batches == [[1.0]]
+
+
+# ---- metrics and recordings ----
+
+
+def test_metrics():
+    with served(FakePolicy()) as (url, _), clients(url, 2) as [client, _other]:
+        client.ask(observation())
+        client.ask({"state": 1})
+        assert metric(url, "torchpi_connections") == 2
+        assert metric(url, 'torchpi_requests_total{outcome="answered",policy="p0"}') == 1
+        assert metric(url, 'torchpi_requests_total{outcome="bad_observation",policy="p0"}') == 1
+        for name in ("torchpi_queue_seconds", "torchpi_inference_seconds"):
+            assert metric(url, f'{name}_count{{policy="p0"}}') == 1
+        assert metric(url, 'torchpi_batch_size_bucket{le="1.0",policy="p0"}') == 2
+        assert metric(url, "torchpi_queue_length") == 0
+
+
+def test_requests_and_chunks_are_kept_as_a_data_set(tmp_path):
+    pytest.importorskip("pyarrow")
+    metrics = Metrics()
+    with (
+        Recorder({"p0": tmp_path / "set"}, metrics) as recorder,
+        served(FakePolicy(), recorder=recorder) as (url, _),
+        clients(url, 2) as [client, other],
+    ):
+        picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+        sent = [client.ask({**observation(float(i)), "camera": picture, "prompt": "push"}) for i in (1, 2)]
+        sent.append(client.ask(observation(3.0, prompt="pull")))
+        sent.append(other.ask(observation(4.0)))
+        assert isinstance(other.ask({"state": 0}), str)
+    kept = LeRobotDataset(tmp_path / "set", action_horizon=1)
+    frames = sorted((kept[i] for i in range(len(kept))), key=lambda frame: frame["observation.state"][0])
+    assert [frame["task"] for frame in frames] == ["push", "push", "pull", "go"]
+    np.testing.assert_array_equal(frames[0]["observation.images.camera"], picture)
+    for frame, answer in zip(frames, sent, strict=True):
+        np.testing.assert_array_equal(frame["action"].reshape(H, 2), answer["actions"])
+    assert b'torchpi_recorded_total{result="kept"} 4.0' in metrics.text()
+
+
+def test_a_recording_that_fails_does_not_stop_the_robot(tmp_path, caplog):
+    pytest.importorskip("pyarrow")
+    metrics = Metrics()
+    caplog.set_level(logging.CRITICAL, logger="torchpi.serving.recorder")
+    with (
+        Recorder({"p0": tmp_path / "set"}, metrics) as recorder,
+        served(FakePolicy(), recorder=recorder) as (url, _),
+        clients(url) as [client],
+    ):
+        client.ask(observation(1.0))
+        until((tmp_path / "set" / ".recording" / "reserve").is_file)
+        shutil.move(tmp_path / "set" / ".recording", tmp_path / "gone")
+        assert "actions" in client.ask(observation(2.0, prompt="another"))
+        assert "actions" in client.ask(observation(3.0))
+    assert b'torchpi_recorded_total{result="lost"}' in metrics.text()
+
+
+def test_a_recording_needs_an_empty_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        Recorder({"p0": tmp_path}, Metrics())
+
+
+# ---- the command ----
+
+
+def test_policies_by_name():
+    assert policy_paths("a", []) == {"default": "a"}
+    assert policy_paths("a", ["b=c", "d=hf://x/y=z"]) == {"default": "a", "b": "c", "d": "hf://x/y=z"}
+    for wrong in (["b"], ["=c"], ["b="], ["b/c=d"], ["metrics=d"], ["b=c", "b=d"], ["default=c"]):
+        with pytest.raises(ValueError, match="--policies has"):
+            policy_paths("a", wrong)
+    with pytest.raises(ValueError, match="needs a policy"):
+        policy_paths(None, [])
