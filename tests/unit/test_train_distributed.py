@@ -162,6 +162,16 @@ def test_a_run_is_resumed_on_another_number_of_processes_and_spread_otherwise(ru
 
 
 @pytest.mark.slow
+def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path):
+    run = shutil.copytree(runs / "half of two", tmp_path / "run")
+    (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
+    file.unlink()
+    config = dataclasses.replace(resume_config(run), num_steps=STEPS, parallel="ddp")
+    with pytest.raises(ValueError, match=r"can't be taken up: a file is missing .*; take an older checkpoint"):
+        loop.train(config, run, resume=True)
+
+
+@pytest.mark.slow
 def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe, tmp_path):
     """As a terminal sends it: to torchrun and to all that it has started."""
     config = dataclasses.replace(recipe, num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")

@@ -122,7 +122,7 @@ class TrainState:
         own = self.tensors()
         try:
             reader = HuggingFaceStorageReader(str(folder))
-            found = {name: tuple(entry.size) for name, entry in _entries(reader).items()}
+            found = {name: tuple(entry.size) for name, entry in _headers(reader).state_dict_metadata.items()}
             shapes = {name: tuple(value.shape) for name, value in own.items()}
             if found != shapes:
                 wrong = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
@@ -299,7 +299,11 @@ class StateArrays:
     """The whole arrays of a checkpoint's state, one at a time, whatever number of processes has written them."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+        """
+        Raises:
+            ValueError: a file is missing.
+        """
+        metadata = _headers(HuggingFaceStorageReader(str(folder)))
         self._entries: dict[str, Any] = dict(metadata.state_dict_metadata)
         self.names = tuple(self._entries)
         self._places: dict[str, list[Any]] = {}
@@ -317,6 +321,14 @@ class StateArrays:
         return array
 
 
-def _entries(reader: HuggingFaceStorageReader) -> dict[str, Any]:
-    """Shapes and dtypes by name, out of the files' headers."""
-    return dict(reader.read_metadata().state_dict_metadata)
+def _headers(reader: HuggingFaceStorageReader) -> Any:
+    """What the files of a state say of themselves: shapes, dtypes, and where the parts of each array are.
+
+    Raises:
+        ValueError: a part is nowhere; the reader would leave what is in its place.
+    """
+    metadata: Any = reader.read_metadata()  # Any: it may hold other things than tensors, which a state does not
+    for name, entry in metadata.state_dict_metadata.items():
+        if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
+            raise ValueError(f"a file is missing in {reader.path}: there are only parts of {name}")
+    return metadata
