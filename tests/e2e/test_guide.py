@@ -1,34 +1,131 @@
-"""Each command of the guide, in its order, on a very small setting: simulator, dataset, training, closed loop."""
+"""Each command of the guides, in its order, on a very small setting."""
 
+import dataclasses
+import itertools
 import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
-from commands import shortened
+from commands import serve_once, shortened, use_small_weights
 
 import torchpi
 from torchpi.cli import main
-from torchpi.data import LeRobotDataset
+from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.training.config import TrainConfig
+from torchpi.training.resume import CHANGEABLE
 
-GUIDE = (pathlib.Path(__file__).parents[2] / "docs" / "from_nothing_to_a_policy.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^    torchpi (.+)$", GUIDE, re.MULTILINE)
-TASKS = "drawer-open,faucet-open,faucet-close"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+
+
+def commands(text: str) -> list[str]:
+    return re.findall(r"^    torchpi (.+)$", text, re.MULTILINE)
 
 
 # In so few episodes the gripper stays open.
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
 @pytest.mark.slow
-def test_the_guides_commands(tmp_path, monkeypatch, capsys):
+def test_from_nothing_to_a_policy(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert [line.split()[0] for line in COMMANDS] == ["sim", "stats", "train", "train", "eval", "eval", "eval", "trace"]
-    for line in COMMANDS:
-        main(shortened(line, tasks=TASKS))
+    lines = commands((DOCS / "from_nothing_to_a_policy.md").read_text(encoding="utf-8"))
+    tasks = "drawer-open,faucet-open,faucet-close"
+    assert [line.split()[0] for line in lines] == ["sim", "stats", "train", "train", "eval", "eval", "eval", "trace"]
+    for line in lines:
+        main(shortened(line, tasks=tasks))
     assert len(LeRobotDataset("metaworld6", action_horizon=16).episode_lengths) == 3
     steps = [json.loads(line)["step"] for line in pathlib.Path("run/metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 15, 20]
     policy = torchpi.load_policy("run/checkpoints/00000020/policy")
-    assert policy.provenance["tasks"] == TASKS.split(",")
-    for file in ("run/curves.png", "trace.html", *(f"videos/{task}_0.mp4" for task in TASKS.split(","))):
+    assert policy.provenance["tasks"] == tasks.split(",")
+    for file in ("run/curves.png", "trace.html", *(f"videos/{task}_0.mp4" for task in tasks.split(","))):
         assert pathlib.Path(file).stat().st_size > 0
     assert "error" not in capsys.readouterr().err
+
+
+def record(path: str, *, episodes: int) -> None:
+    """An arm with six joints and a gripper that reaches for something."""
+    joints = [*(f"joint_{i}" for i in range(1, 7)), "gripper"]
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(
+        path,
+        fps=30,
+        cameras=dict.fromkeys(("front", "wrist"), (48, 64, 3)),
+        state_names=joints,
+        action_names=joints,
+    ) as writer:
+        for episode in range(episodes):
+            start, goal = rng.uniform(-1, 1, (2, 7))
+            way = start + np.linspace(0, 1, 26)[:, None] * (goal - start)
+            for state, action in itertools.pairwise(way):
+                front, wrist = rng.integers(0, 256, (2, 48, 64, 3), np.uint8)
+                frame = {"observation.images.front": front, "observation.images.wrist": wrist}
+                writer.add_frame({**frame, "observation.state": state, "action": action})
+            writer.save_episode(("put the cup into the box", "take the cup out")[episode % 2])
+
+
+@pytest.mark.slow
+def test_fine_tune(tmp_path, monkeypatch, capsys, golden_root):
+    """With small weights in place of the published ones, and a few recordings of the robot in the guide's file."""
+    monkeypatch.chdir(tmp_path)
+    use_small_weights(monkeypatch, tmp_path / "published", golden_root)
+    record("my_set", episodes=6)
+    record("my_test_set", episodes=2)
+    guide = (DOCS / "fine_tune.md").read_text(encoding="utf-8")
+    (robot,) = re.findall(r"^```json\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    pathlib.Path("my_arm.json").write_text(robot)
+    observing, asking = re.findall(r"^```python\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    lines = commands(guide)
+    known = "stats stats train train train train eval doctor convert infer serve"
+    assert [line.split()[0] for line in lines] == known.split()
+    said: dict[str, object] = {}
+    for line in lines:
+        if line.startswith("doctor"):
+            exec(compile(observing, "fine_tune.md", "exec"), said)
+            with pytest.raises(SystemExit, match="1"):  # after so few steps its actions are noise
+                main(shortened(line))
+            assert "predicted far outside of the training data's range" in capsys.readouterr().out
+        elif line.startswith("serve"):
+            assert "WebsocketPolicy" in asking
+            assert serve_once(shortened(line), said["observation"]).shape == (50, 7)
+        else:
+            main(shortened(line))
+    assert "error" not in capsys.readouterr().err
+    for run, trained in (("run", "lora"), ("run_full", "all")):
+        policy = torchpi.load_policy(f"{run}/checkpoints/00000020/policy")
+        assert policy.provenance["recipe"]["trained"] == trained
+        assert policy.embodiment.name == "my_arm"
+        assert pathlib.Path(run, "report.html").stat().st_size > 0
+    with np.load("actions.npz") as actions:
+        assert actions["actions"].shape == (50, 7)
+
+
+@pytest.mark.slow
+def test_fine_tune_with_the_statistics_of_the_weights(tmp_path, monkeypatch, golden_root):
+    """`--norm-stats` as the guide's table has it: of a robot of the weights, and of a policy that is trained on."""
+    monkeypatch.chdir(tmp_path)
+    use_small_weights(monkeypatch, tmp_path / "published", golden_root)
+    record("my_set", episodes=4)
+    guide = (DOCS / "fine_tune.md").read_text(encoding="utf-8")
+    (robot,) = re.findall(r"^```json\n(.*?)^```", guide, re.MULTILINE | re.DOTALL)
+    pathlib.Path("my_arm.json").write_text(robot)
+    choices = re.findall(r"^\| `(init\S*)` \|", guide, re.MULTILINE)
+    assert choices == ["init:ur5e", "init"]
+    beginnings = ("gs://openpi-assets/checkpoints/pi05_base", "run_0/checkpoints/00000002/policy")
+    for number, (choice, init) in enumerate(zip(choices, beginnings, strict=True)):
+        line = f"train --dataset my_set --embodiment my_arm.json --out run_{number} --norm-stats {choice}"
+        main([*shortened(line), "--init", init, "--num-steps", "2"])
+        policy = torchpi.load_policy(f"run_{number}/checkpoints/00000002/policy")
+        np.testing.assert_array_equal(policy.transforms.norm_stats["actions"].q99[:7], 2.0)
+
+
+def test_training_md_names_every_option():
+    table = (DOCS / "training.md").read_text(encoding="utf-8").split("## Options")[1]
+    named = {name.removesuffix(".*") for name in re.findall(r"`([a-z_]+(?:\.\*)?)`", table)}
+    assert {field.name for field in dataclasses.fields(TrainConfig)} - named == set()
+
+
+def test_training_md_names_what_may_change_when_a_run_is_gone_on_with():
+    section = (DOCS / "training.md").read_text(encoding="utf-8").split("## Going on")[1].split("##")[0]
+    named = set(re.findall(r"`([a-z_]+)`", section))
+    assert {name for name in CHANGEABLE if not name.startswith("env")} - named == set()

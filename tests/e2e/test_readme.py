@@ -6,7 +6,7 @@ import shlex
 
 import numpy as np
 import pytest
-from commands import shortened
+from commands import serve_once, shortened
 
 import torchpi
 from torchpi.cli import COMMANDS, main
@@ -19,7 +19,12 @@ PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.D
 
 
 def in_simulation(line: str) -> bool:
-    return line.split()[0] in ("demo", "sim", "stats", "train", "eval")
+    return line.split()[0] in ("demo", "sim", "stats", "train", "eval") and not of_the_guide(line)
+
+
+def of_the_guide(line: str) -> bool:
+    """Those of "Training", which are the guide's, and are run as such."""
+    return bool(re.search(r"my_(test_)?set", line))
 
 
 def test_there_are_commands_and_blocks():
@@ -44,11 +49,26 @@ def test_commands_of_the_simulator(tmp_path, monkeypatch, capsys):
         assert any(pathlib.Path(folder).iterdir())
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not in_simulation(line)])
+def test_commands_of_the_guide():
+    guide = (ROOT / "docs" / "fine_tune.md").read_text(encoding="utf-8")
+    lines = [line for line in COMMAND_LINES if of_the_guide(line)]
+    assert [line.split()[0] for line in lines] == ["stats", "train", "eval"]
+    own = {"fine_tuned", "fine_tuned/checkpoints/00030000/policy"}
+    for line in lines:
+        assert any(
+            set(shlex.split(line)) - own <= set(shlex.split(other))
+            for other in re.findall(r"^    torchpi (.+)$", guide, re.MULTILINE)
+        ), line
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not in_simulation(line) and not of_the_guide(line)])
 def test_commands(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("observation.npz", **demo_observation())
     arguments = shlex.split(line, comments=True)
+    if arguments[0] == "serve":
+        assert serve_once(arguments, demo_observation()).shape == (16, 4)
+        return
     main(arguments)
     assert capsys.readouterr().out
     for option in ("--html", "--out"):
@@ -84,6 +104,8 @@ def test_the_tree_names_what_is_there():
             "data",
             "demo",
             "doctor",
+            "evaluation",
+            "serving",
             "sim",
             "trace",
             "training",

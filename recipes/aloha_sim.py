@@ -1,0 +1,34 @@
+"""π₀ on ALOHA's simulator (transfer a cube), with the hyper-parameters of openpi's config `pi0_aloha_sim`.
+
+    python recipes/aloha_sim.py --dataset DATASET --out run
+    torchpi eval run/checkpoints/00020000/policy --env aloha_sim --tasks transfer_cube
+
+DATASET: LeRobot's format, a camera whose name ends in `cam_high`, observation.state [14], action [14] (absolute joint
+positions). The wrist cameras are optional, and the simulator has none.
+
+Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none); the prompt is the episode's
+task, where the config has "Transfer cube" for all; and activations are computed a second time (--checkpointing), which
+changes no number.
+"""
+
+from torchpi.cli import train_recipe
+from torchpi.training.config import TrainConfig
+
+RECIPE = TrainConfig(
+    embodiment="pi0_aloha_sim",
+    init="gs://openpi-assets/checkpoints/pi0_base",
+    model="pi0_aloha_sim",
+    num_steps=20_000,
+    batch_size=32,
+    learning_rate=2.5e-5,
+    warmup_steps=1000,
+    decay_steps=30_000,
+    final_learning_rate=2.5e-6,
+    ema_decay=0.99,
+    checkpointing="layers",
+    keep_every=5000,
+    device="cuda",
+)
+
+if __name__ == "__main__":
+    train_recipe(RECIPE)

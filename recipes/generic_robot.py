@@ -1,0 +1,34 @@
+"""π₀.₅ on a robot of your own with LoRA, with the hyper-parameters of openpi's config `pi0_libero_low_mem_finetune`.
+
+    python recipes/generic_robot.py --dataset DATASET --embodiment my_arm.json --out run
+
+DATASET: LeRobot's format. EMBODIMENT: a JSON file that says what the robot's cameras, state and actions are;
+docs/fine_tune.md shows one, and how to choose the statistics (--norm-stats). Copy this file for a recipe of your own.
+
+To train all weights instead, as the config `pi05_aloha_pen_uncap` does:
+    --trained all --ema-decay 0.99 --batch-size 64 --num-steps 20000
+
+Where it differs from the config: π₀.₅ instead of π₀, 2 % of the episodes are held out (--holdout 0: none), and
+activations are computed a second time (--checkpointing), which changes no number.
+"""
+
+from torchpi.cli import train_recipe
+from torchpi.training.config import TrainConfig
+
+RECIPE = TrainConfig(
+    init="gs://openpi-assets/checkpoints/pi05_base",
+    trained="lora",
+    num_steps=30_000,
+    batch_size=32,
+    learning_rate=2.5e-5,
+    warmup_steps=1000,
+    decay_steps=30_000,
+    final_learning_rate=2.5e-6,
+    ema_decay=0.0,
+    checkpointing="layers",
+    keep_every=5000,
+    device="cuda",
+)
+
+if __name__ == "__main__":
+    train_recipe(RECIPE)
