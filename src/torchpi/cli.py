@@ -474,6 +474,8 @@ def train_command(base: TrainConfig) -> Callable[..., int | None]:
                 )
         assert out is not None
         result = train(config, out, resume=resume is not None)
+        if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
+            return 0
         if result.interrupted:
             print(f"interrupted after {result.step} steps; go on with: torchpi train --resume {out}")
         print(f"policy: {result.policy}\nreport: {result.report}")

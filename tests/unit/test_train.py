@@ -75,7 +75,7 @@ def test_a_run_leaves_recipe_metrics_curves_and_a_policy(whole_run, recipe):
     assert result.step == 6
     assert TrainConfig.from_json(run / "train.json") == dataclasses.replace(recipe, decay_steps=6, chunk_samples=2)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [2, 3, 4, 6]
+    assert [line["step"] for line in lines] == [2, 3, 4, 6, 6]
     assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
     assert [line["step"] for line in lines if "holdout_loss" in line] == [3, 6]
     assert [line["step"] for line in lines if "chunk_error" in line] == [3, 6]
@@ -187,7 +187,8 @@ def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
 def test_the_loss_falls_on_what_is_seen_again_and_again(recipe, tmp_path):
     config = dataclasses.replace(recipe, num_steps=40, batch_size=8, eval_every=100, save_every=100, log_every=5)
     loop.train(config, tmp_path / "run")
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -366,8 +367,18 @@ def test_a_run_is_not_overwritten(whole_run, recipe):
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no checkpoint to go on from"):
+    with pytest.raises(FileNotFoundError, match="there is no run to go on with"):
         resume_config(tmp_path)
+
+
+def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(whole_run, recipe, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "train.json").write_text(recipe.to_json())
+    (run / "metrics.jsonl").write_text('{"step": 2, "loss": 1.0}\n{"step": 3, "lo')
+    assert loop.train(resume_config(run), run, resume=True).step == 6
+    assert_same_bits(weights(run), weights(whole_run[0]))
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 2
 
 
 def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):

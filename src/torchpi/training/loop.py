@@ -26,7 +26,7 @@ from torchpi.training.holdout import Holdout
 from torchpi.training.memory import checkpoint_activations, layers
 from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
 from torchpi.training.report import write_report
-from torchpi.training.resume import find_start, write_recipe
+from torchpi.training.resume import find_start, replace_text, write_recipe
 from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
@@ -77,8 +77,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         world.wait_for_all()  # all have looked at the run's folder before the first one writes there
         if world.first:
             write_recipe(config, run)
-            if last is not None:
-                _drop_metrics_behind(run / METRICS, int(last.name))
+            if resume:
+                _drop_metrics_behind(run / METRICS, int(last.name) if last is not None else 0)
         about = run_document(config, world, model, beginning, data)
         _write_about(run, world, about)
         exporter = Exporter(config, policies) if world.first else None
@@ -115,15 +115,13 @@ def spread(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, P
 
 def _write_about(run: pathlib.Path, world: World, about: Mapping[str, Any]) -> None:
     if world.first:
-        (run / RUN).write_text(f"{json.dumps(about, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
+        replace_text(run / RUN, f"{json.dumps(about, indent=2, ensure_ascii=False)}\n")
 
 
 def _drop_metrics_behind(path: pathlib.Path, step: int) -> None:
     """The interrupted run may have got further than its last checkpoint."""
     kept = [line for line in read_metrics(path) if line["step"] <= step]
-    beside = path.with_suffix(".tmp")
-    beside.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-    os.replace(beside, path)
+    replace_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def update(
@@ -236,17 +234,15 @@ class _Trainer:
                 numbers = self._update(batches, meter, stop)
                 complete = state.step == config.num_steps
                 last = complete or meter.stopped
-                line: dict[str, Any] = {}
                 if state.step % config.log_every == 0 or last:
                     line = meter.line(config.batch_size) | numbers | self._about_state()
                     progress.update(bar, description=_description(line))
+                    self._log(line)  # before the checkpoint behind which a run may be gone on with
                 with meter.paused():
                     if state.step % config.save_every == 0 or last:
-                        line |= self._save(last=last)
+                        self._log(self._save(last=last))
                     if state.step % config.eval_every == 0 or complete:  # not where somebody waits for the end
-                        line |= self._measure()
-                    if line:
-                        self._log(line)
+                        self._log(self._measure())
                     if self.world.first and state.step % config.save_every == 0:
                         plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
                 progress.update(bar, completed=state.step)
@@ -314,7 +310,7 @@ class _Trainer:
         return {"success_rate": result["success_rate"], "success": result["tasks"]}
 
     def _log(self, values: dict[str, Any]) -> None:
-        if self.world.first:
+        if self.world.first and values:
             line = {"step": self.state.step, **values} | ({"resumed": True} if self.resumed else {})
             self.resumed = False
             with (self.run_folder / METRICS).open("a", encoding="utf-8") as file:

@@ -5,7 +5,7 @@ import os
 import pathlib
 
 from torchpi.training.config import TrainConfig
-from torchpi.training.state import CHECKPOINTS, checkpoints
+from torchpi.training.state import checkpoints
 
 RECIPE = "train.json"
 
@@ -33,15 +33,15 @@ def resume_config(run: pathlib.Path) -> TrainConfig:
     """The recipe of a run.
 
     Raises:
-        FileNotFoundError: there is no run, or it has no checkpoint yet.
+        FileNotFoundError: there is no run.
     """
-    if not checkpoints(run):
-        raise FileNotFoundError(f"there is no checkpoint to go on from in {run / CHECKPOINTS}")
+    if not (run / RECIPE).is_file():
+        raise FileNotFoundError(f"there is no run to go on with in {run}: it has no {RECIPE}")
     return TrainConfig.from_json(run / RECIPE)
 
 
 def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathlib.Path | None:
-    """The last checkpoint of a run that is gone on with; None: it is new.
+    """The last checkpoint of a run that is gone on with; None: it is new, or was ended before its first one.
 
     Raises:
         FileNotFoundError: nothing to go on from.
@@ -58,9 +58,14 @@ def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     # With the end of the schedule as a number: more steps later must not change the steps before.
     recipe = dataclasses.replace(config, decay_steps=config.decay_steps or config.num_steps)
-    beside = (run / RECIPE).with_suffix(".tmp")
-    beside.write_text(recipe.to_json(), encoding="utf-8")
-    os.replace(beside, run / RECIPE)  # without it a run can't be gone on with: a kill must not leave half of one
+    replace_text(run / RECIPE, recipe.to_json())
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a file that is complete at any time: a kill leaves the old text or the new one."""
+    beside = path.with_suffix(".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
 
 
 def _check_new(run: pathlib.Path) -> None:
@@ -68,8 +73,8 @@ def _check_new(run: pathlib.Path) -> None:
         raise ValueError(f"{run} is not empty; choose another folder, or go on with it: torchpi train --resume {run}")
 
 
-def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
-    before, last = resume_config(run), checkpoints(run)[-1]
+def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path | None:
+    before, found = resume_config(run), checkpoints(run)
     changed = {
         field.name: (getattr(before, field.name), getattr(config, field.name))
         for field in dataclasses.fields(TrainConfig)
@@ -79,8 +84,8 @@ def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
         listed = "; ".join(f"{name} was {changed[name][0]!r}, now {changed[name][1]!r}" for name in refused)
         raise ValueError(
             f"a run is gone on with as it was, and these fields of its recipe differ: {listed}. What may change is "
-            f"{', '.join(sorted(CHANGEABLE))}; for anything else begin a new run, with --init {last}/policy"
+            f"{', '.join(sorted(CHANGEABLE))}; for anything else begin a new run, with --init and this one's policy"
         )
-    if int(last.name) > config.num_steps:
-        raise ValueError(f"{run} has {int(last.name)} steps already, more than num_steps {config.num_steps}")
-    return last
+    if found and int(found[-1].name) > config.num_steps:
+        raise ValueError(f"{run} has {int(found[-1].name)} steps already, more than num_steps {config.num_steps}")
+    return found[-1] if found else None
