@@ -343,6 +343,20 @@ def test_a_text_frame_is_the_servers_error_and_the_next_request_connects_again()
             assert policy.reconnects == reconnects
 
 
+def test_errors_of_torchpis_server_have_a_code():
+    def failing(connection):
+        connection.send(pack(METADATA))
+        for _ in connection:
+            connection.send('{"code": "bad_observation", "message": "no camera"}')
+
+    with running(failing) as url, WebsocketPolicy(url) as policy:
+        for _ in range(2):
+            with pytest.raises(ServerError, match=r"no camera$") as caught:
+                policy.infer({})
+            assert caught.value.code == "bad_observation"
+        assert policy.reconnects == 0
+
+
 def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
     with running(echo) as url, WebsocketPolicy(url) as policy:
         with pytest.raises(ValueError, match="cannot pack"):

@@ -4,6 +4,7 @@ metadata have its name with the value True, so that other servers never see it."
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,17 @@ JPEG = "torchpi/jpeg"
 """The one key of the map that stands for an image in a request, at the image's place; see `images.encode_images`."""
 
 
+BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
+"""Codes of errors that say nothing about the request: the next may be answered."""
+
+
 class ServerError(RuntimeError):
     """The server answered with an error, or serves another policy than before; the message holds its text."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        """torchpi's name for the error, such as "bad_observation"; None: the server says none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +108,20 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
         ValueError: it is not in the wire format, or no dict.
     """
     if isinstance(frame, str):
-        raise ServerError(f"the server at {url} reports an error:\n{frame}")
+        code, message = _read_error(frame)
+        raise ServerError(f"the server at {url} reports an error:\n{message}", code)
     value = unpack(frame)
     if not isinstance(value, dict):
         raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")
     return value
+
+
+def _read_error(frame: str) -> tuple[str | None, str]:
+    """Code and message: torchpi sends {"code": …, "message": …}, openpi a traceback."""
+    try:
+        error = json.loads(frame)
+    except ValueError:
+        return None, frame
+    if isinstance(error, dict) and isinstance(error.get("code"), str) and isinstance(error.get("message"), str):
+        return error["code"], error["message"]
+    return None, frame

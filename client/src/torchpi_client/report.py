@@ -53,7 +53,7 @@ class ControlReport:
     stale_chunks: int = 0
     """Chunks that came too late for any use, and were refused."""
     failed_requests: int = 0
-    """Requests without an answer before their deadline."""
+    """Requests without an answer before their deadline, or that a busy server refused."""
     reconnects: int = 0
     """Of the policy's connection."""
     latency: Tally = dataclasses.field(default_factory=Tally)

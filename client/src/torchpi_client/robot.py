@@ -35,8 +35,8 @@ class InferringPolicy(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Read are "control_hz", "action_horizon", "execute_steps", "action_names", "action_kinds", and
-        "torchpi/rtc"; any may be missing."""
+        """Read are "control_hz", "execute_steps", "action_names", "action_kinds" and "torchpi/rtc"; any may be
+        missing."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:

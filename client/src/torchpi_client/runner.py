@@ -11,7 +11,7 @@ import numpy as np
 from torchpi_client.clock import Clock, MonotonicClock, Pacer
 from torchpi_client.inference import Answer, BackgroundInference, Inference
 from torchpi_client.latency import LatencyEstimate
-from torchpi_client.protocol import RTC, ActionPrefix, require_support
+from torchpi_client.protocol import BUSY, RTC, ActionPrefix, require_support
 from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_kinds, hold_command
@@ -20,6 +20,9 @@ from torchpi_client.settings import ControlSettings
 
 SLOW = 2
 """Steps that an action takes while a chunk is late, in "slow"."""
+
+WARM_UP_SECONDS = 600.0
+"""For which the first inference is asked for again, if a compilation makes it miss its deadline."""
 
 MAX_STALE = 3
 """Stale chunks in a row after which the loop ends: waiting will not help."""
@@ -96,8 +99,8 @@ class ControlLoop:
         Raises:
             ValueError: the policy's chunk doesn't go together with the settings, before the robot has moved; or this
                 loop has run already.
-            Exception: what the robot's methods raise, and what the policy does but for TimeoutError and
-                ConnectionError.
+            Exception: what the robot's methods raise, and what the policy does but for TimeoutError, ConnectionError
+                and the errors of a busy server.
         """
         if self.report.steps:
             raise ValueError("this ControlLoop has run already; make a new one")
@@ -131,8 +134,13 @@ class ControlLoop:
         return chunk
 
     def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray:
-        self._inference.start({**self._robot.observe(), **fields})
-        return self._checked_chunk(self._inference.wait())
+        """The first answer to an observation with these fields, also where it takes longer than a request may."""
+        until = self._clock.now() + WARM_UP_SECONDS
+        while True:
+            self._inference.start({**self._robot.observe(), **fields})
+            answer = self._inference.wait()
+            if not isinstance(answer.error, TimeoutError) or self._clock.now() > until:
+                return self._checked_chunk(answer)
 
     def _make_schedule(self, chunk: np.ndarray) -> ActionQueue | Ensemble:
         horizon = len(chunk)
@@ -169,7 +177,7 @@ class ControlLoop:
             return
         assert self._request is not None
         pending, self._request = self._request, None
-        if isinstance(answer.error, TimeoutError):
+        if isinstance(answer.error, TimeoutError) or getattr(answer.error, "code", None) in BUSY:
             self.report.failed_requests += 1  # the next request shows the robot as it is then
             return
         if isinstance(answer.error, ConnectionError):
