@@ -25,6 +25,7 @@ from torchpi.config import PRESETS, Pi0Config, read_json_object
 from torchpi.model.guidance import GivenActions, Guidance, prefix_weights
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.robots.holding import action_kinds
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
@@ -276,12 +277,27 @@ class Policy:
             "embodiment": self.embodiment.name,
             "action_horizon": config.action_horizon,
             "action_names": [action.name for action in self.embodiment.actions],
+            "action_kinds": list(action_kinds(self.embodiment)),
+            "action_range": self._action_range(),
             "control_hz": self.embodiment.control_hz,
             "execute_steps": self.embodiment.execute_steps,
             "default_prompt": self.default_prompt,
             **self.embodiment.metadata,
             **self._metadata,
         }
+
+    def _action_range(self) -> dict[str, list[float]]:
+        """Between which values the actions of the training data lie, in the robot's units: 98 % of them, or about so
+        many where the statistics have no quantiles. A delta's are those of the state and its own together."""
+        stats, size = self.transforms.norm_stats, self.embodiment.action_size
+        low, high = _bounds(stats["actions"], size)
+        state_low, state_high = _bounds(stats["state"], self._state_dim)
+        for i, is_delta in enumerate(self.embodiment.action_mask):
+            if is_delta:
+                low[i], high[i] = low[i] + state_low[i], high[i] + state_high[i]
+        # Deltas refer to the state 0 here; a hook may turn an axis round.
+        ends = self.embodiment.from_model(np.stack([low, high]), np.zeros(self._state_dim))
+        return {"low": ends.min(axis=0).tolist(), "high": ends.max(axis=0).tolist()}
 
     def save(
         self,
@@ -351,6 +367,13 @@ def _tokenizer_file(path: pathlib.Path) -> pathlib.Path:
             f"no tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file"
         )
     return file
+
+
+def _bounds(stats: NormStats, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """q01 and q99 of the first dimensions, or where a normal distribution has them."""
+    if stats.q01 is not None and stats.q99 is not None:
+        return stats.q01[:size].copy(), stats.q99[:size].copy()
+    return (stats.mean - 2.326 * stats.std)[:size], (stats.mean + 2.326 * stats.std)[:size]
 
 
 def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:

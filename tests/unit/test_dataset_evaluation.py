@@ -17,10 +17,10 @@ from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter, to_observation
 from torchpi.evaluation import Chunks, chunk_errors, errors_of, plot_chunks, plot_errors, predict_chunks, sample_frames
-from torchpi.evaluation.baselines import holds
 from torchpi.evaluation.chunks import Frame
 from torchpi.evaluation.report import evaluate_on_dataset
 from torchpi.robots import ActionDim, StateKey, aloha, droid, libero, metaworld
+from torchpi.robots.holding import holds
 from torchpi.transforms import Normalization, NormStats
 
 HORIZON = 4

@@ -10,9 +10,10 @@ from jaxtyping import Bool, Float, Float64, Int
 
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
-from torchpi.evaluation.baselines import held_actions, holds
+from torchpi.evaluation.baselines import held_actions
 from torchpi.evaluation.chunks import Chunks, predict_chunks
 from torchpi.policy import Policy
+from torchpi.robots.holding import holds
 
 POLICY, HOLD, MEAN_ACTION = "policy", "hold", "mean_action"
 BASELINES = (HOLD, MEAN_ACTION)
