@@ -39,11 +39,14 @@ opengl: $(ENV)
 demo: $(ENV) opengl
 	$(BIN)/torchpi demo $(ARGS)
 
+# A process per core, each with one thread.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
+
 test: $(ENV) opengl
-	$(BIN)/pytest -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(ENV) opengl
-	@if grep -rqs "mark\.slow" tests; then set -x; $(BIN)/pytest -m slow $(ARGS); else echo "No test is marked slow."; fi
+	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-slow
 

@@ -294,6 +294,8 @@ def test_help_of_a_command_mentions_every_argument(command, capsys):
         if dataclasses.is_dataclass(parameter.default):  # its fields are the options
             assert isinstance(parameter.default, TrainConfig | CheckpointOptions)
             for field in dataclasses.fields(parameter.default):
+                if field.name == "mixture":  # a list of objects, for recipes in files
+                    continue
                 assert f"--{field.name.replace('_', '-')}" in text, field.name
             continue
         described = re.search(rf"^    {name}: (\S+ \S+)", documentation, re.MULTILINE)

@@ -395,8 +395,9 @@ def test_lerobot_gets_a_tokenizer_that_transformers_can_read(golden_pi05, tmp_pa
 
 
 def test_a_prompt_that_lerobot_does_not_have_is_refused(golden_pi05, tmp_path):
-    config = dataclasses.replace(golden_pi05.config, discrete_state_input=False)
-    with pytest.raises(ValueError, match="discrete_state_input is False: LeRobot always has the state"):
+    config = dataclasses.replace(torchpi.Pi0Config.from_json(golden_pi05.config), discrete_state_input=False)
+    refused = pytest.raises(ValueError, match="discrete_state_input is False: LeRobot always has the state")
+    with pytest.warns(UserWarning, match="overrides discrete_state_input"), refused:
         convert(golden_pi05.root / "lerobot", tmp_path / "out", "lerobot", config=config)
     assert not (tmp_path / "out").exists()
 

@@ -224,7 +224,7 @@ def test_shortening_warns():
 
 def test_a_very_long_prompt_takes_few_calls():
     class Counting:
-        vocab_size, calls = 512, 0
+        vocab_size, special_tokens, calls = 512, SPM.special_tokens, 0
 
         def encode(self, text: str, add_bos: bool) -> list[int]:
             self.calls += 1

@@ -84,7 +84,8 @@ class AdaRMSNorm(nn.Module):
 
     def modulation(self, cond: Float[Tensor, "B d"] | Float[Tensor, "B T d"]) -> Modulation:
         """Scale, shift and gate, one behind the other: [B, 1, 3d] for a condition of all tokens, or [B, T, 3d]."""
-        return self.dense(cond if cond.ndim == 3 else cond[:, None, :])
+        modulation: Tensor = self.dense(cond)
+        return modulation if cond.ndim == 3 else modulation[:, None, :]
 
     def forward(
         self, x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"]

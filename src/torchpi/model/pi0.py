@@ -335,9 +335,10 @@ class Pi0(nn.Module):
         frame = self.frame_suffix(input_mask, noise.shape[1], all_real=all_real)
         # The time is the same for all samples, and known: its part of all steps is computed at once, which reads the
         # adaptive norms' matrices once instead of once per step.
-        features = self.suffix.time_features(torch.tensor([*times, 0.0], device=noise.device))  # [num_steps + 1, d]
-        modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps + 1, 1, 3d]
         is_given = None if given is None else given.mask[:, :, None]  # [B, H, 1]
+        all_times = torch.tensor(times if is_given is None else [*times, 0.0], device=noise.device)
+        features = self.suffix.time_features(all_times)  # [num_steps, d], and one more where actions are given
+        modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps, 1, 3d]
 
         def at(step: int, rows: Tensor) -> Tensor:
             """Of a step's time; of t = 0, the last row, for actions that are given."""

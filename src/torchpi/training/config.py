@@ -76,7 +76,8 @@ class TrainConfig:
     episodes: str | None = None
     """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
     mixture: tuple[Source, ...] = ()
-    """Several datasets instead of one, mixed by their weights. The policy is saved for the first one's robot."""
+    """Several datasets instead of one, mixed by their weights; in a recipe's file, as a list of objects. The policy is
+    saved for the first one's robot."""
     norm_stats: str = "dataset"
     """Whose statistics: "dataset" (of the episodes that are trained on), "init" or "init:ASSET_ID" (of the weights that
     the run begins with), or a norm_stats.json."""
