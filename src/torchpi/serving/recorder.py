@@ -17,7 +17,7 @@ import numpy as np
 
 from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
-from torchpi.robots import Embodiment
+from torchpi.robots import Camera, Embodiment
 from torchpi.serving.metrics import Metrics
 from torchpi.transforms.images import to_uint8_hwc
 from torchpi.transforms.prompt import as_text
@@ -162,23 +162,35 @@ def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], action
         KeyError, ValueError: it is not what the embodiment takes; a policy has taken it, so this does not happen.
     """
     sent = {
-        camera.key: to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))
+        camera.key: image
         for camera in embodiment.read_cameras
-        if camera.key is not None and (value := _at(observation, camera.key)) is not None
+        if camera.key is not None and (image := camera_image(camera, observation)) is not None
     }
     black = np.zeros_like(next(iter(sent.values())))
     keys = [camera.key for camera in embodiment.read_cameras if camera.key is not None]
     return {
         **{f"{IMAGES}{re.split('[./]', key)[-1]}": sent.get(key, black) for key in keys},
-        STATE: np.concatenate([np.atleast_1d(_at(observation, part.key)) for part in embodiment.state]),
+        STATE: np.concatenate([np.atleast_1d(value_at(observation, part.key)) for part in embodiment.state]),
         ACTION: actions.reshape(-1),
     }
 
 
-def _at(observation: Mapping[str, Any], key: str) -> Any:
+def camera_image(camera: Camera, observation: Mapping[str, Any]) -> np.ndarray | None:
+    """uint8 [h, w, 3] of one camera in a request; None: it was not sent.
+
+    Raises:
+        ValueError: it is not what the embodiment takes.
+    """
+    value = None if camera.key is None else value_at(observation, camera.key)
+    if value is None:
+        return None
+    return to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))
+
+
+def value_at(observation: Mapping[str, Any], key: str) -> Any:
     """What is at a key whose parts are joined by '.', nested or flat; None: nothing."""
     if key in observation:
         return observation[key]
     first, _, rest = key.partition(".")
     inner = observation.get(first)
-    return _at(inner, rest) if rest and isinstance(inner, Mapping) else None
+    return value_at(inner, rest) if rest and isinstance(inner, Mapping) else None

@@ -21,7 +21,7 @@ _log = logging.getLogger("torchpi.serving")
 
 DEFAULT = "default"
 """The name of the policy that is given without one."""
-_NOT_POLICIES = ("healthz", "metrics")
+_NOT_POLICIES = ("healthz", "metrics", "dashboard.json")
 
 
 def run_serve(
@@ -55,7 +55,7 @@ def run_serve(
         for name, path in paths.items()
     }
     _log_to_stderr()
-    if settings.host not in ("127.0.0.1", "::1", "localhost") and settings.token is None:
+    if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server: give it a --token", settings.host)
     if record is None:
         ended = asyncio.run(_serve(loaders, settings, None))
@@ -105,7 +105,12 @@ async def _serve(
     for each in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(each, stop_once, each)
     server = PolicyServer(loaders, settings, recorder=recorder)
-    await server.run(stop, lambda address: _log.info("listening at %s, warming up", address))
+    await server.run(
+        stop,
+        lambda address: _log.info(
+            "listening at %s, warming up; dashboard at http%s", address, address.removeprefix("ws")
+        ),
+    )
     return server.scheduler.join(1.0)
 
 

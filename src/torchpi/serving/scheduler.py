@@ -116,6 +116,11 @@ class Scheduler:
         """Begin to load; `ready` says when that is done."""
         self._thread.start()
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for the model."""
+        return len(self._waiting)
+
     def submit(self, request: Request) -> None:
         """Queue a request.
 

@@ -2,8 +2,8 @@
 
 The protocol is openpi's. The server speaks first, a map of metadata, as soon as its policies are warm. Then each binary
 frame is an observation, answered in turn by a binary frame with "actions", "policy_timing" and "server_timing", or by a
-text frame with an error, {"code": …, "message": …}. The path chooses the policy. Beside it plain HTTP: /healthz and
-/metrics.
+text frame with an error, {"code": …, "message": …}. The path chooses the policy. Beside it plain HTTP: /healthz,
+/metrics, and for browsers the dashboard at "/" with /dashboard.json, /chunk/ROBOT.json and /frame/ROBOT/CAMERA.jpg.
 """
 
 import asyncio
@@ -12,9 +12,12 @@ import contextlib
 import dataclasses
 import http
 import itertools
+import json
 import logging
+import re
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,6 +29,7 @@ from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
 from torchpi.randomness import generator_at
+from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot, dashboard_page, encode_jpeg
 from torchpi.serving.messages import (
     SUPPORTED,
     RequestError,
@@ -37,13 +41,20 @@ from torchpi.serving.messages import (
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy, noise_shape
-from torchpi.serving.settings import RateLimit, ServeSettings
+from torchpi.serving.settings import LOCAL_HOSTS, RateLimit, ServeSettings
 from torchpi_client import pack
 
 _log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 2.0
 """Seconds that a client has for its part of closing a connection."""
+_DASHBOARD_PATHS = ("/dashboard.json", "/chunk/", "/frame/")
+_DASHBOARD_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
 _GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
 
 
@@ -73,6 +84,7 @@ class PolicyServer:
             max_queue=settings.max_queue,
             metrics=self._metrics,
         )
+        self._dashboard = Dashboard()
         self._policies: dict[str, ServedPolicy] = {}
         self._first_frames: dict[str, bytes] = {}
         self._ready = asyncio.Event()
@@ -156,23 +168,26 @@ class PolicyServer:
 
     # ---- HTTP and the handshake ----
 
-    def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
+    async def _answer_http(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """What is no websocket, and what may not become one; None: go on with the handshake."""
         path = _path(request)
+        for_page = path == "/" and "Upgrade" not in request.headers
         if path == "/healthz":
             ready = self._ready.is_set() and not self._stopping
             status = http.HTTPStatus.OK if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
             return connection.respond(status, "ready\n" if ready else "not ready\n")
         authorization = request.headers.get_all("Authorization")
+        if for_page and (token := _token_in_address(request)) is not None:  # a browser's address bar sends no headers
+            authorization = [f"Bearer {token}"]
         if not self._settings.admits(authorization[0] if len(authorization) == 1 else None):
-            response = self._refuse(connection, "token", http.HTTPStatus.UNAUTHORIZED, "a valid token is needed")
+            text = "a valid token is needed" + ("; in a browser: /?token=TOKEN" if for_page else "")
+            response = self._refuse(connection, "token", http.HTTPStatus.UNAUTHORIZED, text)
             response.headers["WWW-Authenticate"] = "Bearer"
             return response
         if path == "/metrics":
-            response = connection.respond(http.HTTPStatus.OK, self._metrics.text().decode())
-            del response.headers["Content-Type"]
-            response.headers["Content-Type"] = self._metrics.content_type
-            return response
+            return _with_body(connection, self._metrics.text(), self._metrics.content_type)
+        if for_page or path.startswith(_DASHBOARD_PATHS):
+            return await self._answer_dashboard(connection, request, path)
         if path != "/" and path[1:] not in self._names:
             known = f"there is no policy at {path}; this server has {', '.join(f'/{name}' for name in self._names)}"
             return self._refuse(connection, "path", http.HTTPStatus.NOT_FOUND, known)
@@ -180,6 +195,47 @@ class PolicyServer:
             text = f"{self._open} clients are connected, and no more are taken"
             return self._refuse(connection, "connections", http.HTTPStatus.SERVICE_UNAVAILABLE, text)
         return None
+
+    async def _answer_dashboard(self, connection: ServerConnection, request: HttpRequest, path: str) -> Response:
+        """The page, and what its script asks for."""
+        if self._settings.local and self._settings.token is None and not _names_this_machine(request):
+            # A web page whose host name is made to lead here could read the robots' cameras.
+            text = "without a --token the dashboard is for http://127.0.0.1 and http://localhost alone"
+            return self._refuse(connection, "host", http.HTTPStatus.FORBIDDEN, text)
+        try:
+            if path == "/":
+                page, content_policy = dashboard_page()
+                response = _with_body(connection, page.encode(), "text/html; charset=utf-8")
+                response.headers["Content-Security-Policy"] = content_policy
+            elif frame := re.fullmatch(r"/frame/([0-9]{1,9})/([^/]+)\.jpg", path):
+                image = self._dashboard.image(int(frame[1]), urllib.parse.unquote(frame[2]))
+                response = _with_body(connection, await asyncio.to_thread(encode_jpeg, image), "image/jpeg")
+            else:
+                content = json.dumps(self._dashboard_content(path), allow_nan=False).encode()
+                response = _with_body(connection, content, "application/json")
+        except KeyError as error:
+            return connection.respond(http.HTTPStatus.NOT_FOUND, f"{error.args[0]}\n")
+        response.headers.update(_DASHBOARD_HEADERS)
+        return response
+
+    def _dashboard_content(self, path: str) -> dict[str, Any]:
+        """What the page reads at /dashboard.json or /chunk/ROBOT.json.
+
+        Raises:
+            KeyError: there is nothing at this path.
+        """
+        if chunk := re.fullmatch(r"/chunk/([0-9]{1,9})\.json", path):
+            return self._dashboard.chunk(int(chunk[1]))
+        if path != "/dashboard.json":
+            raise KeyError(f"there is nothing at {path}")
+        return self._dashboard.summary(
+            time.monotonic(),
+            self._policies,
+            ready=self._ready.is_set() and not self._stopping,
+            connections=self._open,
+            waiting=self.scheduler.num_waiting,
+            max_queue=self._settings.max_queue,
+        )
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._metrics.refused.labels(reason).inc()
@@ -203,7 +259,8 @@ class PolicyServer:
         try:
             if await self._until_ready(client):
                 await connection.send(self._first_frames[client.policy])
-                await self._converse(client)
+                with self._on_dashboard(client) as robot:
+                    await self._converse(client, robot)
         except ConnectionClosed as error:
             _log.info("client %d: %s", client.number, error)
         finally:
@@ -212,6 +269,19 @@ class PolicyServer:
             client.closed.cancel()
             if self._recorder is not None:
                 self._recorder.end(client.number)
+
+    @contextlib.contextmanager
+    def _on_dashboard(self, client: "_Client") -> Iterator[Robot]:
+        """The client as the dashboard has it; it is forgotten some seconds after the block."""
+        address = ":".join(map(str, (client.connection.remote_address or ())[:2]))
+        policy = self._policies[client.policy]
+        robot = self._dashboard.join(client.number, client.policy, policy, address)
+        try:
+            yield robot
+        finally:
+            self._dashboard.leave(robot, time.monotonic())
+            later = asyncio.get_running_loop().call_later
+            later(FORGET_AFTER, lambda: self._dashboard.forget(time.monotonic()))
 
     async def _until_ready(self, client: "_Client") -> bool:
         """Wait for the warm-up; False: the client did not."""
@@ -222,7 +292,7 @@ class PolicyServer:
         finally:
             ready.cancel()
 
-    async def _converse(self, client: "_Client") -> None:
+    async def _converse(self, client: "_Client", robot: Robot) -> None:
         """Requests and answers in turn, until the client closes, sends what is no request, or the server stops."""
         connection, policy = client.connection, client.policy
         while not self._stopping:
@@ -230,7 +300,7 @@ class PolicyServer:
             self._busy.add(connection)
             try:
                 client.began = time.perf_counter()
-                frame, outcome = await self._turn(message, client)
+                frame, outcome = await self._turn(message, client, robot)
                 self._metrics.requests.labels(policy, outcome).inc()
                 client.num_requests += 1
                 await connection.send(frame)
@@ -242,16 +312,18 @@ class PolicyServer:
             finally:
                 self._busy.discard(connection)
 
-    async def _turn(self, message: str | bytes, client: "_Client") -> tuple[str | bytes, str]:
+    async def _turn(self, message: str | bytes, client: "_Client", robot: Robot) -> tuple[str | bytes, str]:
         """The frame that answers a message, and its outcome: "answered", or an error's code."""
         try:
-            answer = await self._answer(message, client)
+            answer = await self._answer(message, client, robot)
         except RequestError as error:
+            self._dashboard.failed(robot, f"{error.code}: {error}")
             # Whoever floods the server shall not flood its log; who has left has said so already.
             level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
             _log.log(level, "client %d: %s: %s", client.number, error.code, error)
             return error.frame(), error.code
         except Exception:
+            self._dashboard.failed(robot, "internal: the server failed on this request; its log says why")
             _log.exception("client %d: the server failed on a request", client.number)
             return RequestError("internal", "the server failed on this request; its log says why").frame(), "internal"
         timing = {
@@ -263,7 +335,7 @@ class PolicyServer:
             timing["prev_total_ms"] = 1e3 * client.last_seconds
         return answer_frame(answer.chunk, timing), "answered"
 
-    async def _answer(self, message: str | bytes, client: "_Client") -> Answer:
+    async def _answer(self, message: str | bytes, client: "_Client", robot: Robot) -> Answer:
         """What the model says to one message.
 
         Raises:
@@ -286,7 +358,9 @@ class PolicyServer:
             client.policy, observation, noise, options.num_steps or self._settings.num_steps, options.prefix
         )
         self.scheduler.submit(request)
+        self._dashboard.asked(robot, options.prefix, time.monotonic())
         answer = await self._await(request, client.closed, options.deadline)
+        self._dashboard.answered(robot, observation, answer, time.monotonic())
         if self._recorder is not None:
             self._recorder.keep(client.policy, client.number, policy, observation, answer.chunk["actions"])
         return answer
@@ -334,6 +408,28 @@ class _Client:
 
 def _path(request: HttpRequest) -> str:
     return request.path.partition("?")[0]
+
+
+def _token_in_address(request: HttpRequest) -> str | None:
+    """What the address has as ?token=, percent-encoded where it has to be."""
+    found = re.match(r"token=([^&]*)", request.path.partition("?")[2])
+    return urllib.parse.unquote(found[1]) if found else None
+
+
+def _names_this_machine(request: HttpRequest) -> bool:
+    """Whether a browser was sent here by the loopback's own address or name."""
+    hosts = request.headers.get_all("Host")
+    return len(hosts) == 1 and re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower() in LOCAL_HOSTS
+
+
+def _with_body(connection: ServerConnection, body: bytes, content_type: str) -> Response:
+    """A successful response."""
+    response = connection.respond(http.HTTPStatus.OK, "")
+    for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body)))):
+        del response.headers[name]
+        response.headers[name] = value
+    response.body = body
+    return response
 
 
 @contextlib.contextmanager

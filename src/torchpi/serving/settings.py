@@ -58,6 +58,11 @@ class ServeSettings:
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
             raise ValueError("the token must be of printable ASCII characters, and not empty")
 
+    @property
+    def local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return self.host in LOCAL_HOSTS
+
     def admits(self, authorization: str | None) -> bool:
         """Whether a request with this Authorization header may come in."""
         if self.token is None:
@@ -67,6 +72,8 @@ class ServeSettings:
         same = hmac.compare_digest(credentials.strip().encode(errors="surrogateescape"), self.token.strip().encode())
         return same and scheme.lower() in ("bearer", "api-key")
 
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 MAX_NUM_STEPS = 100
 """Euler steps that a request may ask for; flow matching gains nothing beyond, and each holds up everyone."""
