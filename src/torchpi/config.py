@@ -5,6 +5,7 @@ Sizes of the published models: the variants of openpi's `gemma.get_config` and S
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -338,3 +339,37 @@ def _part_from_json(name: str, value: Any, base: _Part) -> str | _Part:
         return dataclasses.replace(base, **value)
     except ValueError as error:
         raise ValueError(f"model config field {name!r}: {error}") from error
+
+
+Trained = Literal["all", "frozen_vision", "expert", "lora", "lora_strict"]
+"""What a training changes, see `model.lora.trainable_parameters`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Where the low-rank matrices are, and how strong. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
+
+    backbone_rank: int = 16
+    """Of the matrices in the backbone; 0: none there."""
+    backbone_alpha: float = 16.0
+    """The backbone's attention update is scaled by alpha / rank."""
+    expert_rank: int = 32
+    """Of the matrices in the action expert; 0: none there."""
+    expert_alpha: float = 32.0
+    """The expert's attention update is scaled by alpha / rank."""
+    attention: bool = True
+    """At the queries, keys, values and output projections."""
+    feed_forward: bool = True
+    """At the feed-forwards' matrices."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if name.endswith("_rank") and not (number and isinstance(value, int) and value >= 0):
+                raise ValueError(f"LoraConfig.{name} must be a whole number from 0 on, got {value!r}")
+            if name.endswith("_alpha") and not (number and value > 0):
+                raise ValueError(f"LoraConfig.{name} must be a positive number, got {value!r}")
+            if name in ("attention", "feed_forward") and not isinstance(value, bool):
+                raise ValueError(f"LoraConfig.{name} must be true or false, got {value!r}")
+        if not (self.backbone_rank or self.expert_rank) or not (self.attention or self.feed_forward):
+            raise ValueError(f"{self} is no LoRA at all; one rank, and attention or feed_forward, must be set")

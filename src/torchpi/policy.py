@@ -451,7 +451,7 @@ def load_policy(
         KeyError: unknown embodiment.
         ValueError: something is neither in the checkpoint nor given, contradictory, or corrupt.
     """
-    device = _usable_device(device)
+    device = usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     parts = with_tokenizer(
         read_parts(
@@ -570,7 +570,12 @@ def _said(root: pathlib.Path) -> PolicyParts | None:
     )
 
 
-def _usable_device(device: str | torch.device | None) -> torch.device:
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device; by default CUDA where there is one, or else the CPU.
+
+    Raises:
+        ValueError: there is none of that name here.
+    """
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:  # torch does not know the name

@@ -172,11 +172,18 @@ def test_wandb_without_an_account_is_an_error_that_says_what_to_do(tmp_path, wan
         open_trackers(["wandb"], tmp_path, {}, 0)
 
 
-def test_trackers_that_are_open_are_closed_if_another_one_cannot_be_opened(tmp_path, wandb, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ModuleNotFoundError):
+def test_trackers_that_are_open_are_closed_if_another_one_cannot_be_opened(tmp_path, wandb):
+    (tmp_path / "tensorboard").touch()  # where its folder has to be
+    with pytest.raises(FileExistsError):
         open_trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
     assert wandb.calls[-1] == ("finish",)
+
+
+def test_nothing_is_opened_where_a_package_is_missing(tmp_path, wandb, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[data\]'"):
+        open_trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
+    assert not wandb.calls
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

@@ -441,3 +441,29 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
     with pytest.raises(ValueError, match="go on with the same, or fold it"):
         begin_model(dataclasses.replace(config, lora=LoraConfig()), model_config(config), skeleton=False)
+
+
+def test_one_instruction_for_all_episodes(recipe, tmp_path):
+    """As the policy is asked later, where its client sends none."""
+    config = dataclasses.replace(recipe, prompt="transfer the cube")
+    (model, _), data = begin(config)
+    (policy,) = build_policies(config, model, data)
+    assert list(check_prompts(policy, data[0])) == ["transfer the cube"]
+    result = loop.train(config, tmp_path / "run")
+    assert torchpi.load_policy(result.policy).default_prompt == "transfer the cube"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": None}, r"say which weights to begin with \(--init.*or the sizes"),
+        ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
+        ({"trackers": ("paper",)}, "there is no tracker paper"),
+        ({"batch_size": 5, "accumulate": 2}, "batch_size 5 can't be divided"),
+        ({"device": "cuda:7"}, "there is no device cuda:7"),
+    ],
+)
+def test_mistakes_are_found_before_the_runs_folder_is_made(recipe, tmp_path, fields, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        loop.train(dataclasses.replace(recipe, **fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -162,4 +162,4 @@ def test_mistakes_are_named(tiny):
     with pytest.raises(ValueError, match="can't be divided"):
         plan(tiny, world_size=3, local_world_size=3)
     with pytest.raises(ValueError, match="--embodiment"):
-        plan(TrainConfig(), world_size=1, local_world_size=1)
+        plan(TrainConfig(model="tiny"), world_size=1, local_world_size=1)

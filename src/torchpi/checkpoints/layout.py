@@ -19,6 +19,8 @@ from torchpi.model.pi0 import Pi0
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_MOST_NAMED = 24
+
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
@@ -129,14 +131,19 @@ def own_leaves(config: Pi0Config) -> dict[str, Leaf]:
 def refuse_mismatch(
     source: pathlib.Path, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]
 ) -> None:
-    """Raise a ValueError that names every array that a checkpoint lacks, has too many, or has in another shape."""
+    """Raise a ValueError that names the arrays that a checkpoint lacks, has too many, or has in another shape."""
     if missing or extra or misshapen:
         raise ValueError(
             f"{source} does not fit the model:"
-            + (f"\n  missing: {', '.join(missing)}" if missing else "")
-            + (f"\n  left over: {', '.join(extra)}" if extra else "")
-            + (f"\n  misshapen: {'; '.join(misshapen)}" if misshapen else "")
+            + (f"\n  missing: {_listed(missing, ', ')}" if missing else "")
+            + (f"\n  left over: {_listed(extra, ', ')}" if extra else "")
+            + (f"\n  misshapen: {_listed(misshapen, '; ')}" if misshapen else "")
         )
+
+
+def _listed(texts: Sequence[str], separator: str) -> str:
+    more = len(texts) - _MOST_NAMED
+    return separator.join(texts[:_MOST_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
 
 
 def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:

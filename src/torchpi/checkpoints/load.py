@@ -140,7 +140,8 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
-        raise FileNotFoundError(f"there is no checkpoint at {root}")
+        hint = f"; the published one is {PUBLISHED}{path}" if str(path) in PRESETS else ""
+        raise FileNotFoundError(f"there is no checkpoint at {root}{hint}")
     if root.is_dir():
         return root
     if root.name in _FILES_OF_FORMATS:

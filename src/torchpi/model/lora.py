@@ -6,51 +6,20 @@ the sum of all heads' B; the feed-forward's update is not scaled; A and B both b
 does not begin at exactly the base model.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchpi.config import LoraConfig, Trained
 from torchpi.model.gemma import Gemma
 from torchpi.model.layers import Linear
 from torchpi.model.pi0 import Pi0
 
 INIT_STD = 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """Where the low-rank matrices are, and how strong. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
-
-    backbone_rank: int = 16
-    """Of the matrices in the backbone; 0: none there."""
-    backbone_alpha: float = 16.0
-    """The backbone's attention update is scaled by alpha / rank."""
-    expert_rank: int = 32
-    """Of the matrices in the action expert; 0: none there."""
-    expert_alpha: float = 32.0
-    """The expert's attention update is scaled by alpha / rank."""
-    attention: bool = True
-    """At the queries, keys, values and output projections."""
-    feed_forward: bool = True
-    """At the feed-forwards' matrices."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            if name.endswith("_rank") and not (number and isinstance(value, int) and value >= 0):
-                raise ValueError(f"LoraConfig.{name} must be a whole number from 0 on, got {value!r}")
-            if name.endswith("_alpha") and not (number and value > 0):
-                raise ValueError(f"LoraConfig.{name} must be a positive number, got {value!r}")
-            if name in ("attention", "feed_forward") and not isinstance(value, bool):
-                raise ValueError(f"LoraConfig.{name} must be true or false, got {value!r}")
-        if not (self.backbone_rank or self.expert_rank) or not (self.attention or self.feed_forward):
-            raise ValueError(f"{self} is no LoRA at all; one rank, and attention or feed_forward, must be set")
 
 
 class LoraLinear(Linear):
@@ -206,8 +175,6 @@ def is_lora(name: str) -> bool:
     """Whether a parameter's name is that of a low-rank matrix."""
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
-
-Trained = Literal["all", "frozen_vision", "expert", "lora", "lora_strict"]
 
 _PROJECTIONS = ("suffix.", "action_out_proj.")
 _BACKBONE = ("backbone.", "embedding")

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from torchpi.assets import assets
-from torchpi.model.lora import LoraConfig, Trained
-from torchpi.training.memory import Checkpointing
-from torchpi.training.optim import Kind, Schedule
+from torchpi.config import LoraConfig, Trained
+
+Schedule = Literal["cosine", "rsqrt", "constant"]
+Kind = Literal["adamw", "adamw8bit"]
+Checkpointing = Literal["none", "layers", "selective"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Source:
     """Its share of the samples, in parts of the sum of all weights."""
     episodes: str | None = None
     """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
+    prompt: str | None = None
+    """The instruction of all episodes, instead of their tasks."""
     norm_stats: str = "dataset"
     """As the recipe's field."""
 
@@ -75,6 +79,8 @@ class TrainConfig:
     """Whose cameras, state and actions these are: a name (metaworld, aloha, …) or a JSON file."""
     episodes: str | None = None
     """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
+    prompt: str | None = None
+    """The instruction of all episodes, instead of their tasks."""
     mixture: tuple[Source, ...] = ()
     """Several datasets instead of one, mixed by their weights; in a recipe's file, as a list of objects. The policy is
     saved for the first one's robot."""
@@ -87,7 +93,8 @@ class TrainConfig:
     init: str | None = None
     """The weights that the run begins with: a policy folder, a checkpoint, hf://… or gs://…; by default random."""
     model: str | None = None
-    """The model's sizes: a preset's name or a JSON file; by default those of `init`, or else pi05."""
+    """The model's sizes, a preset's name or a JSON file; by default those of `init`. Without `init` a model of these
+    sizes is trained from scratch."""
     adapt: bool = False
     """Cut or extend the weights of `init` where `model` has other sizes; without it that is an error."""
     tokenizer: str | None = None
@@ -183,8 +190,8 @@ class TrainConfig:
     """Processes that prepare samples, of each process that trains; 0: it does so itself."""
     image_cache_gb: float = 4.0
     """Compressed images that each of these processes keeps in memory, in GB (10⁹ bytes)."""
-    device: str = "cpu"
-    """Where the model is trained: cpu or cuda."""
+    device: str | None = None
+    """Where the model is trained, cpu or cuda; by default cuda where there is one."""
 
     def __post_init__(self) -> None:
         positive = "num_steps batch_size accumulate num_draws holdout_samples eval_every save_every keep log_every"
@@ -216,7 +223,13 @@ class TrainConfig:
     def sources(self) -> tuple[Source, ...]:
         """The datasets of the run."""
         return self.mixture or (
-            Source(self.dataset, self.embodiment, episodes=self.episodes, norm_stats=self.norm_stats),
+            Source(
+                self.dataset,
+                self.embodiment,
+                episodes=self.episodes,
+                prompt=self.prompt,
+                norm_stats=self.norm_stats,
+            ),
         )
 
     def to_json(self) -> str:

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from torchpi.model.gemma import AdaRMSNorm
 from torchpi.model.pi0 import Pi0
+from torchpi.policy import usable_device
 from torchpi.training.memory import layers
 
 PATIENCE = datetime.timedelta(days=1)
@@ -50,14 +51,17 @@ class World:
 
 
 @contextlib.contextmanager
-def process_group(device: str) -> Iterator[World]:
+def process_group(device: str | None) -> Iterator[World]:
     """Join the processes that torchrun has started; without torchrun this one is alone.
 
     Args:
-        device: "cpu", or "cuda": then each process has the GPU of its local rank.
+        device: "cpu", or "cuda": then each process has the GPU of its local rank; None: cuda where there is one.
+
+    Raises:
+        ValueError: there is no such device.
     """
-    backend = "cpu:gloo,cuda:nccl" if torch.device(device).type == "cuda" else "gloo"
-    own, several = torch.device(device), "WORLD_SIZE" in os.environ
+    own, several = usable_device(device), "WORLD_SIZE" in os.environ
+    backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
     if own.type == "cuda":
         if own.index is None:
             own = torch.device("cuda", int(os.environ["LOCAL_RANK"]) if several else 0)

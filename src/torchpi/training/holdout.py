@@ -33,7 +33,7 @@ class Holdout:
         self.config, self.world, self.policies = config, world, policies
         self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
         frames = [
-            Frames(source.holdout, source.embodiment, policy.transforms)
+            Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)
             if source.holdout is not None
         ]

@@ -31,7 +31,7 @@ from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrde
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
-from torchpi.training.trackers import Tracker, open_trackers, scalars
+from torchpi.training.trackers import Tracker, open_trackers, require_trackers, scalars
 from torchpi.training.weights import begin_model, model_config
 
 METRICS, CURVES, RUN = "metrics.jsonl", "curves.png", "run.json"
@@ -74,6 +74,11 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         for policy, source in zip(policies, data, strict=True):
             prompts |= check_prompts(policy, source)
         describe(console, config, world, model, beginning, data, prompts)
+        # What would end the run between its folder and its first step.
+        training_order(config, data, world, int(last.name) if last is not None else 0)
+        require_trackers(config.trackers)
+        if last is not None and int(last.name) == config.num_steps:
+            console.print(f"the run is complete: {config.num_steps} steps; --num-steps with more goes on")
         world.wait_for_all()  # all have looked at the run's folder before the first one writes there
         if world.first:
             write_recipe(config, run)
@@ -97,6 +102,25 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             checkpointer.close()
             report = write_report(run) if world.first else run / "report.html"
         return TrainResult(checkpoints(run)[-1] / "policy", state.step, interrupted, report)
+
+
+def training_order(config: TrainConfig, data: Sequence[SourceData], world: World, first_step: int) -> TrainingOrder:
+    """The places of a process' passes from a step on.
+
+    Raises:
+        ValueError: the batch can't be divided.
+    """
+    return TrainingOrder(
+        [source.frames for source in data],
+        [source.source.weight for source in data],
+        config.batch_size,
+        config.accumulate,
+        config.seed,
+        first_step,
+        config.num_steps,
+        world.rank,
+        world.size,
+    )
 
 
 def spread(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:
@@ -196,22 +220,11 @@ class _Trainer:
         self.state, self.parallel, self.checkpointer = state, parallel, checkpointer
         draws = Draws(config.seed, config.num_draws, config.state_noise, config.augmentation, config.max_given)
         frames = [
-            Frames(source.train, source.embodiment, policy.transforms)
+            Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)
         ]
         self.samples = Samples(frames, draws)
-        order = TrainingOrder(
-            [source.frames for source in data],
-            [source.source.weight for source in data],
-            config.batch_size,
-            config.accumulate,
-            config.seed,
-            state.step,
-            config.num_steps,
-            world.rank,
-            world.size,
-        )
-        self.batches = self.samples.batches(order, config.workers)
+        self.batches = self.samples.batches(training_order(config, data, world, state.step), config.workers)
         self.holdout = Holdout(config, world, data, policies)
         self.resumed = state.step > 0
         self.epoch_frames = sum(len(source.frames) for source in data)
@@ -222,8 +235,11 @@ class _Trainer:
         """Update until the last step; whether a signal ended it before."""
         config, state = self.config, self.state
         columns = (
-            BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn(compact=True)
-        )  # fmt: skip
+            BarColumn(bar_width=10),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(compact=True),
+        )
         meter = _Meter(self.world)
         with contextlib.closing(self.tracker), _StopRequest() as stop, Progress(*columns, console=console) as progress:
             bar = progress.add_task("", total=config.num_steps, completed=state.step)
@@ -325,8 +341,8 @@ def _counts_in_norm(name: str, parameter: torch.Tensor) -> bool:
 
 def _description(line: dict[str, Any]) -> str:
     return (
-        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, rate {line['learning_rate']:.1e}, "
-        f"{line['samples_per_second']:.0f} samples/s, {100 * line['data_wait']:.0f} % waiting"
+        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, rate {line['learning_rate']:.0e}, "
+        f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
     )
 
 

@@ -2,15 +2,14 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from torchpi.model.pi0 import Pi0
-
-Checkpointing = Literal["none", "layers", "selective"]
+from torchpi.training.config import Checkpointing
 
 # Products with weights; attention's own products, whose results grow with the square of the tokens, are not kept.
 _KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)

@@ -2,17 +2,16 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from torchpi.training.config import Kind, Schedule
 from torchpi.training.distributed import is_sharded, local, sum_over_shards
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
-Schedule = Literal["cosine", "rsqrt", "constant"]
-Kind = Literal["adamw", "adamw8bit"]
 
 
 def learning_rate(

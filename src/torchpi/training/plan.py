@@ -207,7 +207,7 @@ def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_me
     sizes, cameras = _sizes(config), _cameras(config)
     shards = {"ddp": 1, "fsdp": world_size, "hybrid": config.shard_size or local_world_size}[config.parallel]
     model, _ = begin_model(config, sizes, skeleton=True)
-    device = torch.device(config.device).type
+    device = _device_type(config)
     whole_gradients = config.parallel == "ddp" and world_size > 1
     live = _Live(shards, gradients_always=whole_gradients)
     frozen = sum(_bytes(p) for p in model.parameters() if not p.requires_grad)
@@ -531,9 +531,14 @@ def run_plan(config: TrainConfig, *, world_size: int | None, memory_gb: float | 
     return 1 if found.fits is False else 0
 
 
+def _device_type(config: TrainConfig) -> str:
+    """Which a plan is for; CUDA need not be here."""
+    return torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu")).type
+
+
 def _device_memory(config: TrainConfig, local_world_size: int) -> int | None:
     """What a process can have on this machine: a whole GPU, or its share of the memory that is available."""
-    if torch.device(config.device).type == "cuda":
+    if _device_type(config) == "cuda":
         return torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else None
     meminfo = pathlib.Path("/proc/meminfo")
     if not meminfo.is_file():

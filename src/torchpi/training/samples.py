@@ -98,6 +98,8 @@ class Frames:
     dataset: LeRobotDataset
     embodiment: Embodiment
     transforms: Transforms
+    prompt: str | None = None
+    """Instead of the frames' tasks."""
 
 
 class Samples(Dataset):
@@ -114,6 +116,8 @@ class Samples(Dataset):
         source = self.sources[number]
         rng = generator_at(self.draws.seed, "sample", step, position)
         item = source.dataset[frame]
+        if source.prompt is not None:
+            item["task"] = source.prompt
         sample = source.embodiment.to_model(to_observation(item, source.embodiment))
         state_noise = rng.standard_normal(len(sample["state"])) * self.draws.state_noise
         inputs = source.transforms.forward(sample, state_noise=state_noise)

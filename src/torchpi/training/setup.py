@@ -135,6 +135,7 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
             tokenizer=existing_file(tokenizer),
             prompt_format=said.get("prompt_format", "openpi"),
             truncation=said.get("truncation", "instruction"),
+            default_prompt=source.source.prompt,
             metadata={MAX_GIVEN: config.max_given} if config.max_given else {},
             provenance=_provenance(config, source),
         )
@@ -166,18 +167,19 @@ def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     states = np.asarray(normalize(values.state, stats, rule, what="state"))
     bins = digitize_state(states.ravel()).reshape(states.shape)
     digits = np.char.str_len(bins.astype(str)).sum(axis=1)  # one token each, or nearly so
-    tasks, longest = data.train.columns["task_index"], {}
+    tasks, longest = data.train.columns["task_index"], dict[str, int]()
     for index in np.unique(tasks).tolist():
         rows = np.flatnonzero(tasks == index)
+        text = data.train.tasks[index] if data.source.prompt is None else data.source.prompt
         tokens, _ = tokenize_prompt(
             transforms.tokenizer,
-            data.train.tasks[index],
+            text,
             states[rows[np.argmax(digits[rows])]],
             discrete_state_input=transforms.discrete_state_input,
             max_token_len=None,
             prompt_format=transforms.prompt_format,
         )
-        longest[data.train.tasks[index]] = len(tokens)
+        longest[text] = max(longest.get(text, 0), len(tokens))
     limit = transforms.max_token_len
     if limit is not None and (too_long := {text: count for text, count in longest.items() if count > limit}):
         text, count = max(too_long.items(), key=lambda item: item[1])

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import torchpi
+from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
@@ -66,8 +67,9 @@ def describe(
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
+    draws = f"{config.num_draws} draw{'s' if config.num_draws > 1 else ''}"
     console.print(
-        f"{config.num_steps} steps of {config.batch_size} samples × {config.num_draws} draws, in {world.size} "
+        f"{config.num_steps} steps of {config.batch_size} samples × {draws}, in {world.size} "
         f"process{'es' if world.size > 1 else ''} ({config.parallel}) and {config.accumulate} "
         f"pass{'es' if config.accumulate > 1 else ''}"
     )
@@ -85,6 +87,8 @@ def _fresh(beginning: Beginning) -> str:
     fresh = beginning.fresh
     if not fresh or not beginning.loaded:
         return f", {len(fresh)} fresh" if fresh else ", none fresh"
+    if all(map(is_lora, fresh)):
+        return f", {len(fresh)} fresh: the LoRA matrices"
     more = f" and {len(fresh) - _LISTED} more" if len(fresh) > _LISTED else ""
     return f", {len(fresh)} fresh: {', '.join(fresh[:_LISTED])}{more}"
 
@@ -108,6 +112,7 @@ def run_document(
                 "frames": len(source.frames),
                 "episodes": len(source.train.episode_lengths),
                 "holdout_episodes": len(source.holdout.episode_lengths) if source.holdout else 0,
+                "held_out": list(source.holdout.episode_indices) if source.holdout else [],
                 "tasks": sorted(source.train.tasks.values()),
             }
             for source in data

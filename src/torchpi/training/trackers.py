@@ -4,6 +4,7 @@ Both follow a run over its interruptions: TensorBoard forgets what lies behind t
 Biases keeps it, as points at steps that come twice, because its servers take nothing back.
 """
 
+import importlib
 import json
 import os
 import pathlib
@@ -46,8 +47,7 @@ def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, 
         ValueError: there is no tracker of that name; or Weights & Biases refuses, for example without an account.
         ModuleNotFoundError: its package is not installed.
     """
-    if unknown := sorted(set(names) - set(TRACKERS)):
-        raise ValueError(f"there is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}")
+    require_trackers(names)
     trackers = _Trackers()
     try:
         for name in dict.fromkeys(names):
@@ -56,6 +56,24 @@ def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, 
         trackers.close()
         raise
     return trackers
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise what `open_trackers` would raise for a name that is unknown or a package that is missing."""
+    if unknown := sorted(set(names) - set(TRACKERS)):
+        raise ValueError(f"there is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}")
+    for name in names:
+        _import(name)
+
+
+def _import(tracker: str) -> Any:
+    module, extra = {"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"the tracker {tracker} needs the extra '{extra}': pip install 'torchpi[{extra}]' ({error})"
+        ) from error
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:
@@ -96,15 +114,9 @@ class _TensorBoard:
     """Event files in RUN/tensorboard: `tensorboard --logdir RUN/tensorboard`."""
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"the tracker tensorboard needs the extra 'data': pip install 'torchpi[data]' ({error})"
-            ) from error
         # Readers drop the events from purge_step on that are in older files.
         purge_step = resume_step + 1 if resume_step else None
-        self._writer: Any = SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
+        self._writer: Any = _import("tensorboard").SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
         document = json.dumps(config, indent=2, ensure_ascii=False)
         self._writer.add_text("recipe", f"```json\n{document}\n```", resume_step)
 
@@ -129,15 +141,9 @@ class _WandB:
     """
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
+        self._wandb: Any = _import("wandb")
         try:
-            import wandb
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"the tracker wandb needs the extra 'track': pip install 'torchpi[track]' ({error})"
-            ) from error
-        self._wandb: Any = wandb
-        try:
-            self._run: Any = wandb.init(
+            self._run: Any = self._wandb.init(
                 project=None if "WANDB_PROJECT" in os.environ else "torchpi",
                 name=run.resolve().name,
                 id=_wandb_id(run, new=not resume_step),
@@ -145,9 +151,9 @@ class _WandB:
                 dir=str(run),
                 config=dict(config),
                 # What is printed stays here: it is drawn over and over by the progress bar.
-                settings=wandb.Settings(console="off"),
+                settings=self._wandb.Settings(console="off"),
             )
-        except wandb.errors.Error as error:
+        except self._wandb.errors.Error as error:
             raise ValueError(
                 f"Weights & Biases does not start: {error} Log in with: wandb login; or work without the network: "
                 "WANDB_MODE=offline"

@@ -37,11 +37,17 @@ def model_config(config: TrainConfig) -> Pi0Config:
 
     Raises:
         FileNotFoundError: there is nothing at `init`.
-        ValueError: `model` is neither a preset nor a file, or contradicts the weights and `adapt` is not set.
+        ValueError: neither weights nor sizes are said; `model` is neither a preset nor a file, or contradicts the
+            weights and `adapt` is not set.
     """
     given = _given_sizes(config)
     if config.init is None:
-        return given or preset("pi05")
+        if given is None:
+            raise ValueError(
+                "say which weights to begin with (--init, for example gs://openpi-assets/checkpoints/pi05_base), or "
+                f"the sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)"
+            )
+        return given
     name = published_name(config.init)
     checkpoint = open_checkpoint(existing_folder(config.init), config=given or name)
     if config.adapt and given is not None:
