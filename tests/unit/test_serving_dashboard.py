@@ -176,6 +176,8 @@ def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
     assert [robot.executed(10.5 + after)["steps"] for after in (0.0, 0.15, 0.25, 99.0)] == [0, 1, 2, H]
     dashboard.asked(robot, None, 10.75)
     assert robot.executed(99.0) == {"steps": 2, "how": "estimated"}  # it may wait for its answer
+    dashboard.leave(robot, 10.7)
+    assert robot.executed(99.0)["steps"] == 1
 
 
 def test_of_a_chunk_that_continues_another_the_steps_begin_at_its_request(dashboard, robot):

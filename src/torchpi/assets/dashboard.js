@@ -38,7 +38,8 @@ const plural = (count, noun) => `${count} ${noun}${count === 1 ? "" : "s"}`;
 // Per second of the last minute a bar: the pass of the model, on it the time in the queue; a line at the slowest.
 function latencyPlot(rows, width, height) {
   const left = 54, right = width - 6, top = 10, bottom = height - 20;
-  const most = Math.max(1e-3, ...rows.map((row) => row.slowest_ms));
+  if (!rows.length) return el("p", { class: "empty" }, `no answer in the last ${SECONDS} s`);
+  const most = Math.max(...rows.map((row) => row.slowest_ms));
   const step = (right - left) / SECONDS, y = (value) => bottom - ((bottom - top) * value) / most;
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": "latency over time" });
   for (const value of [0, most / 2, most]) {
@@ -179,7 +180,7 @@ function drawCard(card, robot) {
 // The images and the chunk of a robot's last answer, if they are not here yet.
 async function readAnswer(card, robot) {
   if (robot.answered === null || card.shown === robot.requests) return;
-  const read = [ask(`/chunk/${robot.number}.json`).then((response) => response.json()).then((chunk) => { card.chunk = chunk; })];
+  const read = [ask(`chunk/${robot.number}.json`).then((response) => response.json()).then((chunk) => { card.chunk = chunk; })];
   for (const camera of robot.answered.cameras) read.push(showCamera(card, robot.number, camera));
   await Promise.all(read);
   card.shown = card.chunk.request;
@@ -195,7 +196,7 @@ async function showCamera(card, number, camera) {
   if (!camera.sent) {
     shown.replaceWith(el("div", { class: "absent" }, "not sent"));
   } else {
-    const response = await ask(`/frame/${number}/${encodeURIComponent(camera.name)}.jpg`);
+    const response = await ask(`frame/${number}/${encodeURIComponent(camera.name)}.jpg`);
     const image = el("img", { alt: `camera ${camera.key}` });
     image.src = URL.createObjectURL(await response.blob());
     await image.decode();
@@ -243,7 +244,7 @@ function note(text, bad) {
 }
 
 async function look() {
-  const server = await (await ask("/dashboard.json")).json();
+  const server = await (await ask("dashboard.json")).json();
   drawServer(server);
   for (const number of [...cards.keys()]) if (!server.robots.some((robot) => robot.number === number)) dropCard(number);
   if (!byId("robots").firstChild) byId("robots").append(el("h2", {}, "Robots"), el("p", { class: "empty" }, "none is connected"));

@@ -123,11 +123,11 @@ class Robot:
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
 
     def executed(self, now: float) -> dict[str, Any] | None:
-        """How many actions of the last chunk have been executed, and how that is known.
+        """How many actions of the last chunk have been executed, and how we know.
 
         Returns:
             {"steps", "how"}: "reported", by the request that is waiting; or "estimated", from the time since the chunk
-            and the control rate, up to the next request. None: there is no chunk, or no control rate.
+            and the control rate, up to the next request or the robot's leaving. None: there is no chunk, or no rate.
         """
         if self.last is None:
             return None
@@ -138,7 +138,8 @@ class Robot:
             return None
         begin = self.last.asked_at if self.last.continues else self.last.answered_at
         # A client without real-time chunking may wait for its answer, so nothing is said of the time after its request.
-        seconds = (now if self.asked_at is None else self.asked_at) - begin
+        ends = [time for time in (self.asked_at, self.left_at) if time is not None]
+        seconds = min([now, *ends]) - begin
         return {"steps": min(horizon, max(0, math.floor(seconds * self.embodiment.control_hz))), "how": "estimated"}
 
 
