@@ -276,6 +276,7 @@ def stats(
     out: pathlib.Path | None = None,
     action_horizon: int = 50,
     episodes: str | None = None,
+    rename: tuple[str, ...] = (),
     compare: str | None = None,
     json: bool = False,
 ) -> None:
@@ -291,9 +292,11 @@ def stats(
         out: where openpi's norm_stats.json goes, a file or an existing folder; by default nothing is written.
         action_horizon: actions in a chunk.
         episodes: only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *".
+        rename: LeRobot's names where the set has others, OLD=NEW: state=observation.state actions=action.
         compare: a checkpoint: shows for each of its robots which share of the data is inside of its q01 to q99.
         json: print one JSON document.
     """
+    from torchpi.data.rename import parse_rename
     from torchpi.data.stats_report import run_stats
 
     run_stats(
@@ -302,6 +305,7 @@ def stats(
         out=out,
         action_horizon=action_horizon,
         episodes=episodes,
+        rename=parse_rename(rename),
         compare=compare,
         as_json=json,
     )
@@ -507,6 +511,8 @@ def evaluate(
     dataset: str | None = None,
     tasks: str | None = None,
     episodes: int = 20,
+    select: str | None = None,
+    rename: tuple[str, ...] = (),
     samples: int = 256,
     seed: int = 0,
     workers: int | None = None,
@@ -536,6 +542,10 @@ def evaluate(
         dataset: a LeRobot data set of the policy's robot, a folder or hf://org/name.
         tasks: with --env: by name, separated by commas; by default those that the policy was trained on.
         episodes: with --env: per task.
+        select: with --dataset: only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40;
+            task:open the *".
+        rename: with --dataset: LeRobot's names of columns and cameras where the set has others, OLD=NEW:
+            state=observation.state actions=action.
         samples: with --dataset: frames, spread evenly over the episodes and the time in each.
         seed: of episodes, frames and noise; no seed has episodes that `sim record` records.
         workers: with --env: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU.
@@ -562,14 +572,27 @@ def evaluate(
         raise ValueError("eval needs either --env, a simulator, or --dataset, recorded episodes")
     if dataset is not None:
         _refuse_changed(evaluate, simulated, belongs_to="--env")
+        from torchpi.data import select_episodes
+        from torchpi.data.rename import parse_rename
         from torchpi.evaluation.report import run_dataset_evaluation
 
+        chosen = None if select is None else select_episodes(dataset, select)
         steps = 10 if num_steps is None else num_steps
         sampling = {"samples": samples, "seed": seed, "num_steps": steps, "batch_size": batch_size}
-        run_dataset_evaluation(policy, dataset, **sampling, out=out, load=load, as_json=json)
+        run_dataset_evaluation(
+            policy,
+            dataset,
+            **sampling,
+            episodes=chosen,
+            rename=parse_rename(rename),
+            out=out,
+            load=load,
+            as_json=json,
+        )
         return
     assert env is not None
-    _refuse_changed(evaluate, {"samples": samples, "batch_size": batch_size}, belongs_to="--dataset")
+    recorded = {"select": select, "rename": rename, "samples": samples, "batch_size": batch_size}
+    _refuse_changed(evaluate, recorded, belongs_to="--dataset")
     from torchpi.sim.report import print_evaluation, swapped_instructions
     from torchpi.sim.rollout import Rollout
 

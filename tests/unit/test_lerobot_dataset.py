@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchpi.data import LeRobotDataset, camera_keys_of
+from torchpi import cli
+from torchpi.data import LeRobotDataset, LeRobotWriter, camera_keys_of, to_observation
 from torchpi.data.lerobot import VideoPool
+from torchpi.data.place import open_metadata
+from torchpi.data.rename import parse_rename
 from torchpi.robots import Camera, Embodiment, get_embodiment
 
 SETS = {"lerobot_v3_image": "v3_image", "lerobot_v3_video": "v3_video", "lerobot_v21": "v21"}
@@ -318,6 +321,168 @@ def test_only_the_chosen_columns_are_read(copy_of):
     assert set(few.columns) == {
         "observation.state", "action", "timestamp", "frame_index", "episode_index", "index", "task_index", "reward"
     }  # fmt: skip
+
+
+# Columns and cameras of other names
+
+OPENPI = {"observation.state": "state", "action": "actions", BASE: "image", WRIST: "wrist_image"}
+RENAME = {"state": "observation.state", "actions": "action", "image": BASE, "wrist_image": WRIST}
+
+
+def rename_files(root, names):
+    """Gives columns and cameras other names, in all files of a data set."""
+    info = json.loads((root / "meta/info.json").read_text())
+    features = {names.get(key, key): feature for key, feature in info["features"].items()}
+    change_json(root / "meta/info.json", features=features)
+
+    def new_name(column):  # "action", "videos/KEY/from_timestamp"
+        return "/".join(names.get(part, part) for part in column.split("/"))
+
+    for path in (*root.glob("data/*/*.parquet"), *root.glob("meta/episodes/*/*.parquet")):
+        change_columns(path, lambda columns: {new_name(key): values for key, values in columns.items()})
+    for path in [path for key in names for path in root.glob(f"videos/**/{key}")]:
+        path.rename(path.with_name(names[path.name]))
+
+
+@pytest.fixture
+def otherwise_named(copy_of):
+    """A copy of a golden set with the names of openpi's data sets."""
+
+    def copy(name):
+        rename_files(root := copy_of(name), OPENPI)
+        return root
+
+    return copy
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_set_under_other_names_is_the_same_set(name, golden_sets, otherwise_named):
+    expected = LeRobotDataset(golden_sets / name, action_horizon=3)
+    found = LeRobotDataset(otherwise_named(name), action_horizon=3, rename=RENAME)
+    assert found.camera_keys == expected.camera_keys
+    assert found.features == expected.features
+    assert (found.state_names, found.action_names) == (expected.state_names, expected.action_names)
+    assert set(found.columns) == set(expected.columns)
+    for dataset in (found, pickle.loads(pickle.dumps(found))):
+        for i in (0, 20, len(found) - 1):
+            assert set(dataset[i]) == set(expected[i])
+            assert all(np.array_equal(dataset[i][key], value) for key, value in expected[i].items())
+
+
+def test_arguments_speak_of_the_new_names(otherwise_named):
+    root = otherwise_named("lerobot_v3_image")
+    part = LeRobotDataset(root, action_horizon=1, cameras=[WRIST], columns=(), rename=RENAME)
+    assert part.camera_keys == open_metadata(root, rename={"wrist_image": WRIST}).camera_keys[1:] == (WRIST,)
+    refused(root, KeyError, f"no camera wrist_image; its cameras are {BASE}", cameras=["wrist_image"], rename=RENAME)
+
+
+def test_cameras_may_swap_their_names(golden_sets):
+    swapped = LeRobotDataset(
+        golden_sets / "lerobot_v3_video", action_horizon=1, rename={BASE: WRIST, WRIST: BASE}, columns=()
+    )[5]
+    plain = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=1)[5]
+    assert np.array_equal(swapped[BASE], plain[WRIST])
+    assert np.array_equal(swapped[WRIST], plain[BASE])
+    assert not np.array_equal(plain[BASE], plain[WRIST])
+
+
+def test_names_that_nobody_gave_are_suggested(otherwise_named):
+    root = otherwise_named("lerobot_v3_image")
+    both = "--rename state=observation.state actions=action, or"
+    refused(root, KeyError, f"no column observation.state, action; its columns and cameras are .*wrist_image.*{both}")
+    refused(root, KeyError, f"no column action; .*{both}", rename={"state": "observation.state"})
+    change_json(root / "meta/info.json", features={"pose": {}, "actions": {}})
+    refused(root, KeyError, "--rename NAME=observation.state actions=action, or")
+
+
+def test_a_camera_that_may_be_the_one_is_suggested():
+    option = r"--rename observation\.images\.top=observation\.images\.cam_high, or"
+    with pytest.raises(KeyError, match=rf"no camera for images\.cam_high.*its cameras are top\. .*{option}"):
+        camera_keys_of(get_embodiment("aloha"), ["observation.images.top"])
+    frame = {key: np.zeros((2, 2, 3), np.uint8) for key in ("left", "right")}
+    with pytest.raises(KeyError, match=r"if left or right is the camera.*--rename NAME=observation\.images\.base"):
+        to_observation(frame, get_embodiment("metaworld"))
+
+
+@pytest.mark.parametrize(
+    ("rename", "error", "message"),
+    [
+        ({"pose": "state"}, KeyError, "no pose that could be renamed; its columns and cameras are .*observation.state"),
+        ({"action": "observation.state"}, ValueError, "can't be renamed to observation.state: the data set has it"),
+        ({BASE: "eye", WRIST: "eye"}, ValueError, f"{WRIST} .* can't be renamed to eye: {BASE} is renamed to it, too"),
+        ({"action": "task"}, ValueError, "can't be renamed to task: every frame gets it"),
+    ],
+)
+def test_renaming_that_fits_no_set(rename, error, message, golden_sets):
+    refused(golden_sets / "lerobot_v3_image", error, message, rename=rename)
+
+
+def test_renaming_as_text():
+    assert parse_rename(["state=observation.state", "actions=action"]) == {
+        "state": "observation.state", "actions": "action"
+    }  # fmt: skip
+    assert parse_rename([]) == {}
+    for value in ("state", "=action", "state=", "a=b=c"):
+        with pytest.raises(ValueError, match=f"'{value}' renames nothing; expected OLD=NEW"):
+            parse_rename([value])
+    with pytest.raises(ValueError, match="a is renamed twice, to b and to c"):
+        parse_rename(["a=b", "a=c"])
+
+
+def test_the_frames_of_an_address_are_fetched_under_the_names_of_its_files(otherwise_named, monkeypatch):
+    root, fetched = otherwise_named("lerobot_v3_video"), []
+    monkeypatch.setattr(
+        "torchpi.checkpoints.hub.fetch_dataset", lambda address, files: (fetched.append((address, files)), root)[1]
+    )
+    refused("hf://org/name", KeyError, "--rename state=observation.state actions=action")
+    assert fetched == [("hf://org/name", ["meta/"])]  # nothing that is large
+    LeRobotDataset("hf://org/name", action_horizon=1, cameras=[WRIST], rename=RENAME)[0]
+    files = ["data/chunk-000/file-000.parquet", "videos/wrist_image/chunk-000/file-000.mp4"]
+    assert fetched[-1] == ("hf://org/name", files)
+
+
+def test_openpis_libero_set(tmp_path):
+    """Its columns and cameras, see openpi's examples/libero/convert_libero_data_to_lerobot.py."""
+    state, action = np.arange(8, dtype=np.float32), np.ones(7, np.float32)
+    images = {f"observation.images.{name}": np.full((8, 8, 3), i, np.uint8) for i, name in enumerate(("base", "wrist"))}
+    names = {"state_names": list("abcdefgh"), "action_names": list("abcdefg")}
+    with LeRobotWriter(tmp_path / "set", fps=10, cameras={"base": (8, 8, 3), "wrist": (8, 8, 3)}, **names) as writer:
+        writer.add_frame({**images, "observation.state": state, "action": action})
+        writer.save_episode("put the bowl on the plate")
+    rename_files(tmp_path / "set", OPENPI)
+    rename = parse_rename(["state=observation.state", "actions=action"])
+    robot = get_embodiment("libero")
+    cameras = camera_keys_of(robot, open_metadata(tmp_path / "set", rename=rename).camera_keys)
+    dataset = LeRobotDataset(tmp_path / "set", action_horizon=2, cameras=cameras, rename=rename)
+    found = to_observation(dataset[0], robot)
+    assert np.array_equal(found["observation/state"], state)
+    assert np.array_equal(found["actions"], np.stack([action] * 2))
+    assert found["observation/image"].max() == 0
+    assert found["observation/wrist_image"].min() == 1
+    assert found["prompt"] == "put the bowl on the plate"
+
+
+def test_a_policy_judged_on_a_set_under_other_names(golden_sets, otherwise_named, capsys):
+    common = ["--select", "task: press*", "--samples", "2", "--num-steps", "1", "--device", "cpu", "--json"]
+    cli.main(["eval", "demo", "--dataset", str(golden_sets / "lerobot_v3_image"), *common])
+    expected = json.loads(capsys.readouterr().out)
+    assert expected["episodes"] == [1]
+    root = str(otherwise_named("lerobot_v3_image"))
+    cli.main(["eval", "demo", "--dataset", root, *common, "--rename", *(f"{old}={new}" for old, new in RENAME.items())])
+    found = json.loads(capsys.readouterr().out)
+    assert found == {**expected, "dataset": root, "seconds": found["seconds"]}
+    with pytest.raises(SystemExit):
+        cli.main(["eval", "demo", "--env", "metaworld", "--select", "1", "--rename", "a=b"])
+    assert "--select, --rename can only be given with --dataset" in capsys.readouterr().err
+
+
+def test_statistics_of_a_set_under_other_names(golden_sets, otherwise_named, capsys):
+    common = ["--embodiment", "metaworld", "--action-horizon", "4", "--json"]
+    cli.main(["stats", str(golden_sets / "lerobot_v3_image"), *common])
+    expected = json.loads(capsys.readouterr().out)
+    root = str(otherwise_named("lerobot_v3_image"))
+    cli.main(["stats", root, *common, "--rename", "state=observation.state", "actions=action"])
+    assert json.loads(capsys.readouterr().out) == {**expected, "dataset": root}
 
 
 # What is refused

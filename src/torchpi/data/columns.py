@@ -11,8 +11,20 @@ from jaxtyping import Int
 from torchpi.data import format as lerobot
 from torchpi.data.extras import require
 from torchpi.data.metadata import Episode, Metadata, read_parquet
+from torchpi.data.rename import suggested_rename
 
 _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
+
+
+def check_names(metadata: Metadata) -> None:
+    """Raises a KeyError if a data set names no state or no action: before its files are downloaded or read."""
+    if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in metadata.features]:
+        option = suggested_rename(missing, metadata.features, metadata.renamed)
+        raise KeyError(
+            f"The data set {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
+            f"{', '.join(metadata.features)}. If one of them is what is missing, give it LeRobot's name: {option}, "
+            "or rename= in Python."
+        )
 
 
 def read_columns(
@@ -23,6 +35,7 @@ def read_columns(
     Args:
         tolerance_s: how far a timestamp may be from what the frame's number and fps make it.
         others: which columns to read beside state, action and those that every set has; None: all that are numeric.
+            As everywhere, names are those of the metadata.
 
     Returns:
         Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
@@ -80,8 +93,9 @@ def to_numpy(column: Any) -> np.ndarray:
 
 def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> dict[str, np.ndarray]:
     def read(file: Any) -> Any:
-        names = _numeric_names(file.schema_arrow)
-        return file.read(columns=[name for name in names if others is None or name in (*_REQUIRED, *others)])
+        names = {name: metadata.renamed.get(name, name) for name in _numeric_names(file.schema_arrow)}
+        wanted = [old for old, new in names.items() if others is None or new in (*_REQUIRED, *others)]
+        return file.read(columns=wanted).rename_columns([names[old] for old in wanted])
 
     table = read_parquet(path, read)
     if missing := [name for name in _REQUIRED if name not in table.column_names]:

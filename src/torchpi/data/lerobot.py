@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from torchpi.data import format as lerobot
-from torchpi.data.columns import read_columns
+from torchpi.data.columns import check_names, read_columns
 from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode
 from torchpi.data.place import fetch_frames, open_metadata
@@ -34,6 +34,7 @@ class LeRobotDataset:
         episodes: Iterable[int] | None = None,
         cameras: Iterable[str] | None = None,
         columns: Collection[str] | None = None,
+        rename: Mapping[str, str] | None = None,
         tolerance_s: float | None = None,
         image_cache_bytes: int = 4 * 2**30,
     ) -> None:
@@ -47,21 +48,25 @@ class LeRobotDataset:
             cameras: the keys of those to read, by default all (see `camera_keys_of`); the others' images are not
                 decoded, and their videos need not be there.
             columns: the numeric columns to read beside state, action and those that every set has; by default all.
+            rename: from the set's names of columns and cameras to LeRobot's, where it has others: {"state":
+                "observation.state", "actions": "action", "top": "observation.images.cam_high"}. Everything else here,
+                arguments included, speaks of the new names.
             tolerance_s: how far a video's frame may be from its time, and a timestamp from its frame's number; by
                 default a quarter of a frame.
             image_cache_bytes: how much of the compressed images in data files stays in memory.
 
         Raises:
             FileNotFoundError: no such folder; it is no data set; a file of it is missing.
-            KeyError: a column or camera is missing.
+            KeyError: a column or camera is missing, also one to rename.
             ValueError: a version that isn't read; a damaged file; an episode that isn't there; NaN or infinity in state
-                or action; timestamps that don't fit fps.
+                or action; timestamps that don't fit fps; a new name that is taken.
             ModuleNotFoundError: pyarrow or av is missing.
         """
         if action_horizon < 1:
             raise ValueError(f"action_horizon is {action_horizon}; expected 1 or more.")
         self.action_horizon = action_horizon
-        self._metadata = open_metadata(path)
+        self._metadata = open_metadata(path, rename=rename)
+        check_names(self._metadata)
         self.path = self._metadata.root
         self._episodes = _chosen(self._metadata.episodes, episodes, self.path)
         self._camera_keys = _chosen_cameras(self._metadata.camera_keys, cameras, self.path)
@@ -119,7 +124,7 @@ class LeRobotDataset:
 
     @property
     def features(self) -> Mapping[str, Any]:
-        """The features as meta/info.json has them."""
+        """The features as meta/info.json has them, but for new names."""
         return self._metadata.features
 
     @property
@@ -181,7 +186,7 @@ class LeRobotDataset:
             seconds = span.from_timestamp + float(self._columns["timestamp"][i])
             return self._videos.read(span.path, seconds, self._tolerance)
         row = int(self._first_rows[number]) + i - (int(self._ends[number]) - episode.length)
-        return self._images.read(episode.data_file, key, row)
+        return self._images.read(episode.data_file, self._metadata.name_in_files(key), row)
 
     def _check_cameras(self) -> None:
         for episode in self._episodes:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torchpi.data import format as lerobot
 from torchpi.data.extras import require
+from torchpi.data.rename import check_rename
 
 _T = TypeVar("_T")
 
@@ -46,6 +47,8 @@ class Metadata:
     tasks: Mapping[int, str]
     episodes: tuple[Episode, ...]
     """In the order of their indices."""
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """From names in the files to those of `features` and videos, where they differ."""
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
@@ -56,6 +59,27 @@ class Metadata:
     def video_keys(self) -> tuple[str, ...]:
         """The cameras whose frames are in videos."""
         return tuple(key for key in self.camera_keys if self.features[key]["dtype"] == "video")
+
+    def name_in_files(self, key: str) -> str:
+        """What the files call a column or camera."""
+        return next((old for old, new in self.renamed.items() if new == key), key)
+
+    def with_names(self, rename: Mapping[str, str]) -> "Metadata":
+        """The same data set with other names for some of its features.
+
+        Args:
+            rename: from the data set's names to the new ones.
+
+        Raises:
+            KeyError, ValueError: see `check_rename`.
+        """
+        check_rename(rename, self.features, self.root)
+
+        def change(named: Mapping[str, _T]) -> dict[str, _T]:
+            return {rename.get(name, name): value for name, value in named.items()}
+
+        episodes = tuple(dataclasses.replace(episode, videos=change(episode.videos)) for episode in self.episodes)
+        return dataclasses.replace(self, features=change(self.features), episodes=episodes, renamed=dict(rename))
 
 
 def read_metadata(root: Path) -> Metadata:

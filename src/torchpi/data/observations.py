@@ -29,15 +29,15 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         ValueError: a state or action of another length than the embodiment's; two cameras with the same last part.
     """
     flat: dict[str, Any] = {}
-    cameras = _cameras(frame)
+    keys = _image_keys(frame)
     for camera in embodiment.read_cameras:
         if camera.key is None:
             continue
-        image = cameras.get(_last(camera.key))
-        if image is not None:
-            flat[camera.key] = _in_layout_of(camera, image)
+        key = keys.get(_last(camera.key))
+        if key is not None:
+            flat[camera.key] = _in_layout_of(camera, frame[key])
         elif camera.presence == "required":
-            raise _no_camera(camera, embodiment, cameras)
+            raise _no_camera(camera, embodiment, keys)
     if lerobot.STATE not in frame:
         raise KeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
@@ -87,24 +87,32 @@ def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int 
         )
 
 
-def _no_camera(camera: Camera, embodiment: Embodiment, cameras: Mapping[str, Any]) -> KeyError:
+def _no_camera(camera: Camera, embodiment: Embodiment, keys: Mapping[str, str]) -> KeyError:
+    """Of a camera that is not among a data set's keys by their last part."""
+    read = {_last(other.key or "") for other in embodiment.read_cameras}
+    unread = [key for last, key in keys.items() if last not in read]
+    old = unread[0] if len(unread) == 1 else "NAME"
+    option = f"--rename {old}={lerobot.IMAGES}{_last(camera.key or '')}"
     return KeyError(
         f"The data set has no camera for {camera.key}, which embodiment '{embodiment.name}' requires; its cameras are "
-        f"{', '.join(cameras) or 'none'}. Choose the robot's embodiment, or give a camera of the embodiment the name "
-        "that the data set uses."
+        f"{', '.join(keys) or 'none'}. Choose the robot's embodiment"
+        + (f", or if {' or '.join(unread)} is the camera, say so: {option}, or rename= in Python." if unread else ".")
     )
 
 
-def _cameras(frame: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The images by the last part of their keys."""
-    cameras: dict[str, np.ndarray] = {}
+def _image_keys(frame: Mapping[str, Any]) -> dict[str, str]:
+    """The keys of the images by their last part."""
+    keys: dict[str, str] = {}
     for key, value in frame.items():
         if not (isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8):
             continue
-        if _last(key) in cameras:
-            raise ValueError(f"The data set has two cameras that end in {_last(key)}; they can't be told apart.")
-        cameras[_last(key)] = value
-    return cameras
+        if _last(key) in keys:
+            raise ValueError(
+                f"The data set has two cameras that end in {_last(key)}, {keys[_last(key)]} and {key}; they can't be "
+                f"told apart. Rename one: --rename {key}={lerobot.IMAGES}NAME, or rename= in Python."
+            )
+        keys[_last(key)] = key
+    return keys
 
 
 def _last(key: str) -> str:

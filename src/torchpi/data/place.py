@@ -1,6 +1,6 @@
 """Where a data set is: a folder, or the Hugging Face Hub, of which the files that are needed come into the cache."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torchpi.data.metadata import Episode, Metadata, read_metadata
@@ -8,24 +8,31 @@ from torchpi.data.metadata import Episode, Metadata, read_metadata
 _HUB = "hf://"
 
 
-def open_metadata(path: str | Path) -> Metadata:
+def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) -> Metadata:
     """What a data set says of itself; the folder `meta` of an address is fetched first.
 
     Args:
         path: a folder, or hf://org/name[@revision].
+        rename: from names of columns and cameras to LeRobot's, see `LeRobotDataset`.
 
     Raises:
         FileNotFoundError, ValueError: see `read_metadata` and `torchpi.checkpoints.hub.fetch_dataset`; an address of
             another kind.
+        KeyError, ValueError: a name to change that isn't there; a new one that is taken.
     """
+    return read_metadata(_with_meta(path)).with_names(rename or {})
+
+
+def _with_meta(path: str | Path) -> Path:
+    """The folder, in which `meta` is complete."""
     text = str(path)
     if text.startswith(_HUB):
         from torchpi.checkpoints.hub import fetch_dataset  # brings huggingface_hub
 
-        return read_metadata(fetch_dataset(text, ["meta/"]))
+        return fetch_dataset(text, ["meta/"])
     if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
         raise ValueError(f"A data set is a folder or hf://org/name[@revision], as a text; found {path!r}.")
-    return read_metadata(Path(path).expanduser())
+    return Path(path).expanduser()
 
 
 def fetch_frames(path: str | Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:

@@ -27,6 +27,7 @@ def run_stats(
     action_horizon: int = 50,
     episodes: str | None = None,
     compare: str | None = None,
+    rename: Mapping[str, str] | None = None,
     as_json: bool = False,
 ) -> None:
     """Print the statistics of a data set, and write them as openpi's norm_stats.json.
@@ -38,6 +39,7 @@ def run_stats(
         action_horizon: H, actions in a chunk.
         episodes: which to read, see `select_episodes`; None: all.
         compare: a checkpoint, see `checkpoint_stats`: how well the data fit each of its robots.
+        rename: LeRobot's names for some columns, see `LeRobotDataset`.
         as_json: print one JSON document on stdout, everything else on stderr.
 
     Raises:
@@ -50,7 +52,9 @@ def run_stats(
     others = {} if compare is None else checkpoint_stats(compare)
     chosen = None if episodes is None else select_episodes(path, episodes)
     # Neither images nor other columns are read.
-    dataset = LeRobotDataset(path, action_horizon=action_horizon, episodes=chosen, cameras=(), columns=())
+    dataset = LeRobotDataset(
+        path, action_horizon=action_horizon, episodes=chosen, cameras=(), columns=(), rename=rename
+    )
     with Console(stderr=True).status(f"statistics of {path}"):  # shown on a terminal only
         found = distributions(dataset, robot, action_horizon=action_horizon)
         num_idle = int(idle_frames(dataset).sum())

@@ -71,6 +71,7 @@ def evaluate_on_dataset(
     num_steps: int = 10,
     batch_size: int = 32,
     draws: int = 1,
+    rename: Mapping[str, str] | None = None,
     out: pathlib.Path | None = None,
     load: Mapping[str, Any] | None = None,
 ) -> DatasetEvaluation:
@@ -82,6 +83,7 @@ def evaluate_on_dataset(
         samples: frames, spread evenly, see `sample_frames`; where there are fewer, all.
         episodes: indices of those to sample from; by default all.
         num_steps, batch_size, draws: see `predict_chunks`.
+        rename: LeRobot's names for some columns and cameras, see `LeRobotDataset`.
         out: the folder of the pictures; None: none.
         load: arguments of `load_policy`.
 
@@ -90,8 +92,10 @@ def evaluate_on_dataset(
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")
-    cameras = camera_keys_of(loaded.embodiment, open_metadata(dataset).camera_keys)
-    data = LeRobotDataset(dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=())
+    cameras = camera_keys_of(loaded.embodiment, open_metadata(dataset, rename=rename).camera_keys)
+    data = LeRobotDataset(
+        dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=(), rename=rename
+    )
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
     start = time.perf_counter()
     chunks = _predict(loaded, data, frames, "chunks", draws, seed=seed, num_steps=num_steps, batch_size=batch_size)
