@@ -4,11 +4,11 @@
     torchpi eval run/checkpoints/00020000/policy --env aloha_sim --tasks transfer_cube
 
 DATASET: LeRobot's format, a camera whose name ends in `cam_high`, observation.state [14], action [14] (absolute joint
-positions). The wrist cameras are optional, and the simulator has none.
+positions). The wrist cameras are optional, and the simulator has none. For lerobot/aloha_sim_transfer_cube_human, whose
+camera is `top`: --rename observation.images.top=observation.images.cam_high
 
-Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none); the prompt is the episode's
-task, where the config has "Transfer cube" for all; and activations are computed a second time (--checkpointing), which
-changes no number.
+Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are computed a
+second time (--checkpointing), which changes no number.
 """
 
 from torchpi.cli import train_recipe
@@ -16,6 +16,7 @@ from torchpi.training.config import TrainConfig
 
 RECIPE = TrainConfig(
     embodiment="pi0_aloha_sim",
+    prompt="Transfer cube",
     init="gs://openpi-assets/checkpoints/pi0_base",
     model="pi0_aloha_sim",
     num_steps=20_000,
@@ -27,7 +28,6 @@ RECIPE = TrainConfig(
     ema_decay=0.99,
     checkpointing="layers",
     keep_every=5000,
-    device="cuda",
 )
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ RECIPE = TrainConfig(
     checkpointing="layers",
     save_every=5000,
     keep_every=10_000,
-    device="cuda",
 )
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ RECIPE = TrainConfig(
     ema_decay=0.0,
     checkpointing="layers",
     keep_every=5000,
-    device="cuda",
 )
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 DATASET: LeRobot's format, cameras whose names end in `image` and `wrist_image`, observation.state [8], action [7]. The
 actions are LIBERO's own increments, and the state is in no prompt (discrete_state_input is false), as in the published
-pi05_libero.
+pi05_libero. For openpi's own set, physical-intelligence/libero: --rename state=observation.state actions=action
 
 Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are computed a
 second time (--checkpointing), which changes no number.
@@ -29,7 +29,6 @@ RECIPE = TrainConfig(
     ema_decay=0.999,
     checkpointing="layers",
     keep_every=5000,
-    device="cuda",
 )
 
 if __name__ == "__main__":

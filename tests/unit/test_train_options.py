@@ -467,3 +467,16 @@ def test_mistakes_are_found_before_the_runs_folder_is_made(recipe, tmp_path, fie
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         loop.train(dataclasses.replace(recipe, **fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_names_of_another_robot_are_translated(recipe, tmp_path):
+    """As openpi's own sets have them."""
+    path = tmp_path / "set"
+    write_dataset(path, cameras=("top", "wrist"))
+    with pytest.raises(KeyError, match="--rename"):
+        open_data(dataclasses.replace(recipe, dataset=str(path)), SIZES)
+    config = dataclasses.replace(recipe, dataset=str(path), rename=("observation.images.top=observation.images.base",))
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    assert TrainConfig.from_json(tmp_path / "recipe.json") == config
+    (data,) = open_data(config, SIZES)
+    assert data.train.camera_keys == ("observation.images.base", "observation.images.wrist")

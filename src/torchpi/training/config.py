@@ -61,6 +61,8 @@ class Source:
     """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
     prompt: str | None = None
     """The instruction of all episodes, instead of their tasks."""
+    rename: tuple[str, ...] = ()
+    """As the recipe's field."""
     norm_stats: str = "dataset"
     """As the recipe's field."""
 
@@ -81,6 +83,8 @@ class TrainConfig:
     """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
     prompt: str | None = None
     """The instruction of all episodes, instead of their tasks."""
+    rename: tuple[str, ...] = ()
+    """The dataset's names that LeRobot and the robot have others for: OLD=NEW, for example actions=action."""
     mixture: tuple[Source, ...] = ()
     """Several datasets instead of one, mixed by their weights; in a recipe's file, as a list of objects. The policy is
     saved for the first one's robot."""
@@ -228,6 +232,7 @@ class TrainConfig:
                 self.embodiment,
                 episodes=self.episodes,
                 prompt=self.prompt,
+                rename=self.rename,
                 norm_stats=self.norm_stats,
             ),
         )
@@ -262,9 +267,11 @@ class TrainConfig:
         for name, kind in (("augmentation", Augmentation), ("lora", LoraConfig)):
             if name in values:
                 values[name] = kind(**_known(values[name], kind, name))
-        values["mixture"] = tuple(Source(**_known(source, Source, "mixture")) for source in values.get("mixture", ()))
-        if "trackers" in values:
-            values["trackers"] = tuple(values["trackers"])
+        sources = [_known(source, Source, "mixture") for source in values.get("mixture", ())]
+        values["mixture"] = tuple(Source(**{**one, "rename": tuple(one.get("rename", ()))}) for one in sources)
+        for name in ("trackers", "rename"):
+            if name in values:
+                values[name] = tuple(values[name])
         return cls(**values)
 
 

@@ -22,6 +22,7 @@ from torchpi.data import (
     to_observation,
 )
 from torchpi.data.place import open_metadata
+from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import MAX_GIVEN, TOKENIZER, Policy, read_parts
@@ -60,13 +61,15 @@ def open_data(config: TrainConfig, sizes: Pi0Config) -> list[SourceData]:
 
 def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
-    metadata = open_metadata(source.dataset)
+    rename = parse_rename(source.rename)
+    metadata = open_metadata(source.dataset, rename=rename)
     open_episodes = functools.partial(
         LeRobotDataset,
         source.dataset,
         action_horizon=horizon,
         cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
         image_cache_bytes=int(config.image_cache_gb * 1e9),
+        rename=rename,
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
