@@ -201,6 +201,7 @@ def bench(
 
     In one run: the peak of a large matmul and of a large copy, then sampling, one training step, or loading. The
     floor of each operation is the larger of FLOPs / peak and bytes / bandwidth; the table says how it adds up.
+    `bench serve` and `bench control`, with options of their own, measure a server and a robot's control.
 
     Args:
         what: model (sample_actions), train (one step), load (time and memory of loading --policy, and of
@@ -268,6 +269,68 @@ def bench(
         num_draws=draws,
         as_json=json,
     )
+
+
+def bench_serve(
+    model_ms: float = 10.0, clients: int = 16, seconds: float = 10.0, requests: int = 200, json: bool = False
+) -> None:
+    """Measure what a policy server adds to the model's own time, and whether many clients are served alike.
+
+    Clients and server share this process and talk over loopback; the model is a pause.
+
+    Args:
+        model_ms: how long one pass of the model takes, in milliseconds.
+        clients: that ask at once.
+        seconds: that they do so.
+        requests: of a single client, before; its round trips minus the pass are the overhead.
+        json: print one JSON document.
+    """
+    from torchpi.bench.serving import run_bench_serving
+
+    run_bench_serving(model_ms=model_ms, clients=clients, seconds=seconds, requests=requests, as_json=json)
+
+
+def bench_control(
+    policy: str = "demo",
+    tasks: str = "drawer-open,faucet-open",
+    episodes: int = 10,
+    delays: str = "0,1,2,4,8",
+    modes: str | None = None,
+    env: str = "metaworld",
+    execute_steps: int | None = None,
+    late: Literal["hold", "stop"] = "hold",
+    seed: int = 0,
+    workers: int | None = None,
+    out: pathlib.Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure what real-time chunking is worth: a simulated robot under a policy whose chunks come late.
+
+    The same episodes run in each mode at each delay, on a clock that moves from step to step: the policy really infers,
+    and its answer arrives exactly so many steps later. A table says how often the task was done, how far the robot
+    jumped where one chunk followed another, and how long it stood still.
+
+    Args:
+        policy: a policy folder or checkpoint; by default the embedded one.
+        tasks: by name, separated by commas.
+        episodes: per task, mode and delay.
+        delays: control steps from an observation to its chunk, separated by commas.
+        modes: of sync, async, ensemble, rtc (guided towards the old chunk) and rtc-trained (its first actions are
+            given), separated by commas; by default all that the policy can do.
+        env: the simulator.
+        execute_steps: of a chunk, before the next is asked for; by default what the policy recommends. In ensemble 1.
+        late: what happens where the actions run out before the next chunk is there: hold the robot, or stop.
+        seed: of episodes and noise.
+        workers: processes; by default as many as the CPU's cores and the memory allow.
+        out: folder for control.json and control.png.
+        json: print one JSON document.
+    """
+    from torchpi.bench.control import run_bench_control
+
+    run_bench_control(
+        policy, tasks=_names(tasks), episodes=episodes, delays=_counts(delays), env=env, execute_steps=execute_steps,
+        modes=None if modes is None else _names(modes), late=late, seed=seed, workers=workers, out=out, as_json=json,
+    )  # fmt: skip
 
 
 def stats(
@@ -759,10 +822,20 @@ def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def _counts(text: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    try:
+        return [int(name) for name in _names(text)]
+    except ValueError:
+        raise ValueError(f"expected whole numbers separated by commas, got {text!r}") from None
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": demo,
     "trace": trace,
     "bench": bench,
+    "bench serve": bench_serve,
+    "bench control": bench_control,
     "stats": stats,
     "infer": infer,
     "convert": convert,
