@@ -12,11 +12,11 @@ import numpy as np
 from torchpi.demo.figures import loss_figure
 from torchpi.demo.provenance import Rate, describe_policy, losses, measured, overall
 from torchpi.demo.result import Demo, Glance
+from torchpi.formatting import large_count
 from torchpi.sim.result import Episode, Evaluation
-from torchpi.trace.document import document, page_top
 from torchpi.trace.page import input_section, way_section
 from torchpi.trace.plots import chunk_figures, data_uri, noise_to_action_css
-from torchpi.trace.summary import large_count
+from torchpi.webpage import document, page_top
 
 EMBEDDED_BYTES = 16 * 2**20
 """Videos that are larger altogether stay beside the page instead of being in it."""

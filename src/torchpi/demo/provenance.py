@@ -14,9 +14,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torchpi.formatting import format_count
 from torchpi.policy import Policy
 from torchpi.sim.result import wilson_interval
-from torchpi.trace.summary import format_count
 
 
 @dataclasses.dataclass(frozen=True)

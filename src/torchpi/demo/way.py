@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchpi.formatting import format_shape
 from torchpi.policy import Policy
 from torchpi.trace.result import Trace
 from torchpi.trace.subject import Sizes, from_policy
-from torchpi.trace.summary import format_shape
 from torchpi.trace.walk import walk
 
 

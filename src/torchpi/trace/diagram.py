@@ -4,8 +4,8 @@ import dataclasses
 import re
 from html import escape
 
+from torchpi.formatting import format_shape
 from torchpi.trace.result import Trace
-from torchpi.trace.summary import format_shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from html import escape
 
+from torchpi.formatting import format_count, format_number, large_count
 from torchpi.trace.diagram import flow_diagram
-from torchpi.trace.document import document, page_top
 from torchpi.trace.plots import (
     RANGE_LIMIT,
     chunk_figures,
@@ -15,16 +15,8 @@ from torchpi.trace.plots import (
 )
 from torchpi.trace.result import Modulation, Trace, Values
 from torchpi.trace.steps import STEPS, Step
-from torchpi.trace.summary import (
-    Row,
-    compare_facts,
-    compare_steps,
-    format_count,
-    format_number,
-    large_count,
-    phases,
-    rows_of,
-)
+from torchpi.trace.summary import Row, compare_facts, compare_steps, phases, rows_of
+from torchpi.webpage import document, page_top
 
 _KINDS = {"0": "eyes", "1": "eyes", "2": "eyes", "3": "eyes", "4": "prefix", "5": "suffix", "6": "cache"}
 _KINDS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"

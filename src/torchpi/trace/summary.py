@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+from torchpi.formatting import format_count, format_shape
 from torchpi.trace.record import Stats, TraceEntry
 from torchpi.trace.result import Trace
 from torchpi.trace.steps import STEPS
@@ -29,29 +30,6 @@ class Row:
     def shape_text(self) -> str:
         """The shape, or the value of a count."""
         return format_shape(self.shape) if self.value is None else str(self.value)
-
-
-def format_shape(shape: tuple[int, ...]) -> str:
-    """A shape as people write it."""
-    return f"[{', '.join(map(str, shape))}]"
-
-
-def format_count(count: int) -> str:
-    """Digits in groups of three."""
-    return f"{count:,}".replace(",", " ")
-
-
-def large_count(count: int) -> str:
-    """A large number in words."""
-    for unit, size in (("billion", 1e9), ("million", 1e6)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return format_count(count)
-
-
-def format_number(value: float) -> str:
-    """Three digits; thousands without an exponent."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def rows_of(trace: Trace, step: str) -> list[Row]:

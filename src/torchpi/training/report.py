@@ -31,9 +31,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from torchpi.formatting import format_count, large_count
 from torchpi.sim import ENVIRONMENTS, simulator
-from torchpi.trace.document import document, page_top
-from torchpi.trace.summary import format_count, large_count
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     Line,
@@ -52,6 +51,7 @@ from torchpi.training.curves import (
     without_overtaken,
 )
 from torchpi.training.state import checkpoints
+from torchpi.webpage import document, page_top
 
 REPORT = "report.html"
 PICTURE_BYTES = 400 * 2**10
