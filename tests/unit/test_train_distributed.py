@@ -285,7 +285,7 @@ def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same
     loop.train(ending, run, resume=True)
     loop.train(dataclasses.replace(ending, save_every=100_000), tmp_path / "whole")
     assert_same_bits(weights(run), weights(tmp_path / "whole"))
-    assert [line["step"] for line in figures(run)] == list(range(1, ending.num_steps + 1))
+    assert [line["step"] for line in figures(run) if "loss" in line] == list(range(1, ending.num_steps + 1))
     saved = [*range(2, ending.num_steps, 2), ending.num_steps]
     assert [int(path.name) for path in state.checkpoints(run)] == [s for s in saved if s in saved[-2:] or s % 10 == 0]
     assert not list(run.rglob("*.tmp"))
