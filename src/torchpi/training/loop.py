@@ -256,7 +256,7 @@ class _Trainer:
                     self._log(line)  # before the checkpoint behind which a run may be gone on with
                 with meter.paused():
                     if state.step % config.save_every == 0 or last:
-                        self._log(self._save(last=last))
+                        self._log(self._save(last=last, simulate=not meter.stopped))
                     if state.step % config.eval_every == 0 or complete:  # not where somebody waits for the end
                         self._log(self._measure())
                     if self.world.first and state.step % config.save_every == 0:
@@ -305,11 +305,12 @@ class _Trainer:
             self.tracker.picture(self.state.step, name, path)
         return numbers | chunks
 
-    def _save(self, *, last: bool) -> dict[str, Any]:
+    def _save(self, *, last: bool, simulate: bool) -> dict[str, Any]:
         target = self.checkpointer.save(self.state)
-        if last or self.config.env:
+        simulate = simulate and self.config.env is not None
+        if last or simulate:
             self.checkpointer.wait()
-        if not self.config.env:
+        if not simulate:
             return {}
         success = self._try_in_simulator(target / "policy") if self.world.first else {}
         self.world.wait_for_all()  # a collective of the training does not wait for so long
