@@ -290,8 +290,8 @@ class Policy:
         """Between which values the actions of the training data lie, in the robot's units: 98 % of them, or about so
         many where the statistics have no quantiles. A delta's are those of the state and its own together."""
         stats, size = self.transforms.norm_stats, self.embodiment.action_size
-        low, high = _bounds(stats["actions"], size)
-        state_low, state_high = _bounds(stats["state"], self._state_dim)
+        low, high = (end[:size].copy() for end in stats["actions"].bounds())
+        state_low, state_high = stats["state"].bounds()
         for i, is_delta in enumerate(self.embodiment.action_mask):
             if is_delta:
                 low[i], high[i] = low[i] + state_low[i], high[i] + state_high[i]
@@ -367,13 +367,6 @@ def _tokenizer_file(path: pathlib.Path) -> pathlib.Path:
             f"no tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file"
         )
     return file
-
-
-def _bounds(stats: NormStats, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """q01 and q99 of the first dimensions, or where a normal distribution has them."""
-    if stats.q01 is not None and stats.q99 is not None:
-        return stats.q01[:size].copy(), stats.q99[:size].copy()
-    return (stats.mean - 2.326 * stats.std)[:size], (stats.mean + 2.326 * stats.std)[:size]
 
 
 def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:

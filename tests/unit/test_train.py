@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,16 @@ def test_a_run_goes_on_for_more_steps_as_if_they_had_been_asked_for_at_once(reci
     at_once = tmp_path / "at_once"
     loop.train(dataclasses.replace(recipe, decay_steps=3), at_once)
     assert_same_bits(weights(run), weights(at_once))
+
+
+def test_a_run_is_not_gone_on_with_on_other_data(recipe, tmp_path):
+    config = dataclasses.replace(recipe, dataset=str(tmp_path / "set"), num_steps=3)
+    write_dataset(tmp_path / "set")
+    loop.train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "set")
+    write_dataset(tmp_path / "set", episodes=5)
+    with pytest.raises(ValueError, match=r"the dataset is another one than when .* its statistics of state differ"):
+        loop.train(dataclasses.replace(resume_config(tmp_path / "run"), num_steps=6), tmp_path / "run", resume=True)
 
 
 def test_a_run_is_not_gone_on_with_under_another_recipe(recipe, tmp_path):

@@ -480,3 +480,18 @@ def test_names_of_another_robot_are_translated(recipe, tmp_path):
     assert TrainConfig.from_json(tmp_path / "recipe.json") == config
     (data,) = open_data(config, SIZES)
     assert data.train.camera_keys == ("observation.images.base", "observation.images.wrist")
+
+
+def test_held_out_chunks_are_sampled_with_the_instruction_that_is_trained(recipe, tmp_path, monkeypatch):
+    from torchpi.transforms import pipeline
+
+    asked: list[str] = []
+    tokenize = pipeline.tokenize_prompt
+    monkeypatch.setattr(
+        pipeline,
+        "tokenize_prompt",
+        lambda tokenizer, text, *a, **k: asked.append(text) or tokenize(tokenizer, text, *a, **k),
+    )
+    config = dataclasses.replace(recipe, prompt="transfer the cube", num_steps=1, chunk_samples=2)
+    loop.train(config, tmp_path / "run")
+    assert set(asked) == {"transfer the cube"}

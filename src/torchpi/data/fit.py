@@ -10,10 +10,7 @@ import numpy as np
 from torchpi.config import read_json_object
 from torchpi.data.stats import Frames, ModelValues
 from torchpi.robots import Embodiment
-from torchpi.transforms.normalize import NormStats, load_norm_stats
-
-# Of a normal distribution, 98 % lie within so many standard deviations: between its q01 and q99.
-_DEVIATIONS = 2.326
+from torchpi.transforms.normalize import DEVIATIONS, NormStats, load_norm_stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +133,8 @@ def _key_fit(values: ModelValues, what: str, stats: NormStats) -> KeyFit:
     # Published statistics are padded with zeros to the model's width.
     beyond = np.flatnonzero((stats.std != 0) | (stats.mean != 0))
     checkpoint_dims = max(min(dims, stats.dim), int(beyond[-1]) + 1 if beyond.size else 0)
-    low, high, kind = stats.q01, stats.q99, "q01..q99"
-    if low is None or high is None:
-        low, high = stats.mean - _DEVIATIONS * stats.std, stats.mean + _DEVIATIONS * stats.std
-        kind = f"mean ± {_DEVIATIONS} std"
+    low, high = stats.bounds()
+    kind = f"mean ± {DEVIATIONS} std" if stats.q01 is None else "q01..q99"
     inside = tuple(_share_inside(values, what, i, float(low[i]), float(high[i])) for i in range(common))
     return KeyFit(dims, checkpoint_dims, kind, values.names[what][:common], inside)
 

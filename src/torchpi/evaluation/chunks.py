@@ -96,6 +96,7 @@ def predict_chunks(
     num_steps: int = 10,
     batch_size: int = 32,
     draws: int = 1,
+    prompt: str | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> Chunks:
     """The chunks that a policy predicts at frames of a data set of its robot; the policy stays as it is.
@@ -107,6 +108,7 @@ def predict_chunks(
         num_steps: Euler steps.
         batch_size: chunks at once; all draws of a frame are in one batch.
         draws: of noise, per frame.
+        prompt: the instruction of all frames, instead of their tasks.
         on_batch: called after each batch, for a progress bar.
 
     Raises:
@@ -131,7 +133,7 @@ def predict_chunks(
         batch_items = [dataset[frame] for frame in batch]
         batch_places = [_place(item) for item in batch_items]
         chunks = policy.infer_batch(
-            [_observation(item, policy.embodiment) for item in batch_items for _ in range(draws)],
+            [_observation(item, policy.embodiment, prompt) for item in batch_items for _ in range(draws)],
             noise=np.stack([_noise(policy, seed, place, draw) for place in batch_places for draw in range(draws)]),
             num_steps=num_steps,
         )
@@ -163,8 +165,8 @@ def _place(item: Mapping[str, Any]) -> Frame:
     return Frame(int(item["episode_index"]), int(item["frame_index"]), item["task"])
 
 
-def _observation(item: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
-    observation = to_observation(item, embodiment)
+def _observation(item: Mapping[str, Any], embodiment: Embodiment, prompt: str | None) -> dict[str, Any]:
+    observation = to_observation(item if prompt is None else {**item, "task": prompt}, embodiment)
     del observation["actions"]  # what is to be predicted
     return observation
 

@@ -94,7 +94,7 @@ def plot_chunks(chunks: Chunks, *, max_frames: int = 4) -> "Figure":
         panel.set_xlabel("step of the chunk", fontsize=8)
     handles = [
         _handle({"label": "recorded", **_RECORDED}),
-        _handle({"label": f"predicted, {draws} draws of noise", **_PREDICTED}),
+        _handle({"label": f"predicted, {draws} draw{'s' if draws > 1 else ''} of noise", **_PREDICTED}),
     ]
     if executed is not None:
         handles.append(_handle({"label": "executed before the next chunk", "color": _EXECUTED, "linewidth": 8}))

@@ -131,7 +131,7 @@ def _predict(
     draws: int,
     *,
     batch_size: int,
-    **options: int,
+    **options: Any,
 ) -> Chunks:
     """`predict_chunks` with a progress bar."""
     total = len(batches(frames, batch_size=max(1, batch_size), draws=max(1, draws)))

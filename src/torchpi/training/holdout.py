@@ -30,7 +30,9 @@ class Holdout:
     def __init__(
         self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
     ) -> None:
-        self.config, self.world, self.policies = config, world, policies
+        self.config, self.world, self.policies, self.data = config, world, policies, data
+        self.batch_size = max(1, config.batch_size // (world.size * config.accumulate))
+        """Of this process, as in training: what fits there fits here."""
         self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
@@ -43,9 +45,8 @@ class Holdout:
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process' part of each batch, with images as bytes, and whether it counts: all pass as many batches."""
         places = self._places(frames)
-        size = max(1, self.config.batch_size // (self.world.size * self.config.accumulate))
-        for at in range(0, len(places), size * self.world.size):
-            own = places[at + self.world.rank * size :][:size]
+        for at in range(0, len(places), self.batch_size * self.world.size):
+            own = places[at + self.world.rank * self.batch_size :][: self.batch_size]
             yield self._samples.collate([self._samples[place] for place in own or places[:1]]), bool(own)
 
     def _places(self, frames: Sequence[Frames]) -> list[Place]:
@@ -84,7 +85,14 @@ class Holdout:
         for number, dataset in self.sources:
             policy = self.policies[number]
             frames = sample_frames(dataset.episode_lengths, self.config.chunk_samples, seed=self.config.seed)
-            chunks = predict_chunks(policy, dataset, frames, seed=self.config.seed, batch_size=self.config.batch_size)
+            chunks = predict_chunks(
+                policy,
+                dataset,
+                frames,
+                seed=self.config.seed,
+                batch_size=self.batch_size,
+                prompt=self.data[number].source.prompt,
+            )
             errors = errors_of(chunks, dataset.columns["action"])
             name = "" if number == 0 else f"_{policy.embodiment.name}"
             scaled = errors.mae() / errors.ranges

@@ -26,7 +26,7 @@ from torchpi.training.holdout import Holdout
 from torchpi.training.memory import checkpoint_activations, layers
 from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
 from torchpi.training.report import write_report
-from torchpi.training.resume import find_start, replace_text, write_recipe
+from torchpi.training.resume import check_data, find_start, replace_text, write_recipe
 from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
@@ -77,8 +77,10 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         # What would end the run between its folder and its first step.
         training_order(config, data, world, int(last.name) if last is not None else 0)
         require_trackers(config.trackers)
-        if last is not None and int(last.name) == config.num_steps:
-            console.print(f"the run is complete: {config.num_steps} steps; --num-steps with more goes on")
+        if last is not None:
+            check_data(last, data[0].norm_stats)
+            complete = ", the last one: nothing to do" if int(last.name) == config.num_steps else ""
+            console.print(f"going on from step {int(last.name)}{complete}")
         world.wait_for_all()  # all have looked at the run's folder before the first one writes there
         if world.first:
             write_recipe(config, run)

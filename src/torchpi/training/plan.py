@@ -383,24 +383,29 @@ def _run(
         return made
 
     samples = config.batch_size // (world_size * config.accumulate)
-    held_out = []
-    if config.holdout:
+    if config.holdout and device.type == "cpu":  # elsewhere they wait in the host's memory
         passes = math.ceil(config.holdout_samples / (samples * world_size))
-        held_out = [batch(samples, HOLDOUT_DRAWS) for _ in range(passes)]
+        waiting = held_out_images(sizes, cameras, passes * samples)
+        live.count(waiting, "data", _bytes(waiting))
     batches = [batch(samples, config.num_draws) for _ in range(config.accumulate)]
     update(state, config, batches[:2], parallel)  # all passes behind the first one find its gradients
     live.moment = "measurement"
-    if held_out:
+    if config.holdout:
         with contextlib.ExitStack() as stack, torch.no_grad():
             live.of_parts = True
             stack.enter_context(state.averaged_weights())
             live.of_parts = False
-            loss_sum(parallel.flow_error, held_out[0], config.loss)
-            if config.chunk_samples:  # sampling: the same passes, without several draws, and of whole batches
-                chunks = batch(min(config.batch_size, config.chunk_samples), 1)
-                loss_sum(parallel.flow_error, chunks, config.loss)
+            loss_sum(parallel.flow_error, batch(samples, HOLDOUT_DRAWS), config.loss)
+            if config.chunk_samples:  # sampling: the same passes, without several draws
+                loss_sum(parallel.flow_error, batch(min(samples, config.chunk_samples), 1), config.loss)
             live.of_parts = True  # while the averages go back
     return live.result()
+
+
+def held_out_images(sizes: Pi0Config, cameras: Iterable[str], samples: int) -> Tensor:
+    """The images of held-out samples as they wait for their measurement, as bytes."""
+    side = sizes.image_size
+    return torch.empty(samples, len(tuple(cameras)), side, side, 3, dtype=torch.uint8)
 
 
 def example_batch(
@@ -552,7 +557,8 @@ def print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     processes = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
     console.print(
         f"{processes} ({config.parallel}) on {found.device}; at once {found.samples} samples × {config.num_draws} "
-        f"draws, {len(found.cameras)} cameras and {found.prompt_tokens} prompt tokens, the most that the model takes"
+        f"draw{'s' if config.num_draws > 1 else ''}, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
+        "tokens, the most that the model takes"
     )
     table = Table("per process, at the peak", "GB", box=None, header_style="dim")
     table.columns[1].justify = "right"

@@ -3,9 +3,13 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping
+
+import numpy as np
 
 from torchpi.training.config import TrainConfig
 from torchpi.training.state import checkpoints
+from torchpi.transforms.normalize import NormStats, load_norm_stats
 
 RECIPE = "train.json"
 
@@ -51,6 +55,21 @@ def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathl
         return _check_resume(config, run)
     _check_new(run)
     return None
+
+
+def check_data(last: pathlib.Path, norm_stats: Mapping[str, NormStats]) -> None:
+    """Refuse to go on with other data: statistics of the dataset tell.
+
+    Raises:
+        ValueError: the statistics of a checkpoint's policy are others.
+    """
+    saved = load_norm_stats(last / "policy")
+    for key, stats in norm_stats.items():
+        if not all(np.array_equal(*pair) for pair in zip(stats.bounds(), saved[key].bounds(), strict=True)):
+            raise ValueError(
+                f"the dataset is another one than when {last} was saved: its statistics of {key} differ. Go on "
+                "with the data as they were, or begin a new run with --init and this one's policy"
+            )
 
 
 def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:

@@ -12,6 +12,8 @@ from jaxtyping import Float
 KINDS = ("z_score", "quantile", "identity")
 EPS_RULES = ("openpi", "lerobot")
 
+DEVIATIONS = 2.326
+"""From a normal distribution's mean to its q01 and q99."""
 _EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
 _LEROBOT_EPS = np.float32(1e-8)
 
@@ -54,6 +56,12 @@ class NormStats:
     def dim(self) -> int:
         """The number of dimensions."""
         return len(self.mean)
+
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Between which values 98 % lie: q01 and q99, or without them where a normal distribution has them."""
+        if self.q01 is not None and self.q99 is not None:
+            return self.q01, self.q99
+        return self.mean - DEVIATIONS * self.std, self.mean + DEVIATIONS * self.std
 
 
 @dataclasses.dataclass(frozen=True)
