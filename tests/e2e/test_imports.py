@@ -14,7 +14,9 @@ def imported_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("statement", ["import torchpi", "import torchpi.transforms", "import torchpi.robots"])
+@pytest.mark.parametrize(
+    "statement", ["import torchpi", "import torchpi.transforms", "import torchpi.robots", "import torchpi.cli"]
+)
 def test_no_torch_is_needed(statement):
     assert "torch" not in imported_by(statement)
 
