@@ -278,6 +278,7 @@ class Policy:
             "action_horizon": config.action_horizon,
             "action_names": [action.name for action in self.embodiment.actions],
             "action_kinds": list(action_kinds(self.embodiment)),
+            "action_limits": self.embodiment.action_limits,
             "action_range": self._action_range(),
             "control_hz": self.embodiment.control_hz,
             "execute_steps": self.embodiment.execute_steps,
@@ -586,12 +587,22 @@ def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile) -> Embodiment:
     except ValueError as error:
         raise ValueError(f"{root / 'policy.json'}: {error}") from error
     # A file that a user writes may leave out what has a default; what a policy was trained with is stated.
-    if incomplete := [name for name, value in robot.to_dict().items() if own.embodiment.get(name, ...) != value]:
+    complete = robot.to_dict()
+    if incomplete := [name for name in complete if not _states(own.embodiment.get(name, ...), complete[name])]:
         raise ValueError(
             f"{root / 'policy.json'}: embodiment: {', '.join(incomplete)} must be there with every field, as "
             "Embodiment.to_dict writes them"
         )
     return robot
+
+
+def _states(found: Any, complete: Any) -> bool:
+    """Whether a value of a JSON file has every field of the complete one."""
+    if isinstance(complete, dict):
+        return isinstance(found, dict) and all(key in found and _states(found[key], complete[key]) for key in complete)
+    if isinstance(complete, list):
+        return isinstance(found, list) and all(map(_states, found, complete))
+    return bool(found == complete)
 
 
 def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, Normalization]:

@@ -1,12 +1,17 @@
 """The control loop of torchpi-client: a toy robot, a scripted policy, and a clock that moves when it is told to."""
 
 import collections
+import json
 import math
 
 import numpy as np
 import pytest
 
-from torchpi_client import ActionLimits, ControlLoop, ControlSettings, Robot, ServerError
+from torchpi.policy import load_policy
+from torchpi.robots import get_embodiment
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import ServeSettings
+from torchpi_client import ActionLimits, ControlLoop, ControlSettings, Robot, ServerError, WebsocketPolicy
 from torchpi_client.clock import MonotonicClock, Pacer
 from torchpi_client.inference import Answer, BackgroundInference
 from torchpi_client.latency import LatencyEstimate
@@ -282,6 +287,14 @@ def test_a_warm_up_that_misses_its_deadline_is_repeated():
     assert len(policy.requests) == 7
 
 
+def test_a_busy_server_is_asked_again_during_the_warm_up():
+    policy = ScriptedPolicy(lambda number: ServerError("busy", "queue_full") if number < 2 else np.full((8, 1), number))
+    robot, _ = controlled(policy, steps=3)
+    assert robot.positions[0] == 3
+    # Not more often than in the run: the last of its requests is that of the first step.
+    assert robot.times[0] == pytest.approx(4 / HZ)
+
+
 def test_the_latency_is_a_quantile_of_the_last_in_steps_rounded_up():
     largest, median = LatencyEstimate(window=3), LatencyEstimate(window=3, quantile=0.5)
     assert largest.steps(10) is None
@@ -355,11 +368,19 @@ def test_a_lost_connection_ends_the_run_with_the_robot_at_rest():
     policy = ScriptedPolicy(
         lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_kinds=["increment"]
     )
-    policy.reconnects = 3
     robot, report = controlled(policy, latencies=(0.0, 0.1), steps=20)
     assert report.stopped == "the policy is gone: gone"
     assert robot.positions[-1] == 0
-    assert report.reconnects == 3
+
+
+def test_reconnects_are_those_of_the_run():
+    def chunks(number):
+        policy.reconnects += number == 1
+        return np.ones((8, 1))
+
+    policy = ScriptedPolicy(chunks)
+    policy.reconnects = 3
+    assert controlled(policy)[1].reconnects == 1
 
 
 @pytest.mark.parametrize("error", [KeyError("camera"), ServerError("camera", "bad_observation")])
@@ -428,15 +449,77 @@ def test_the_first_step_is_limited_from_where_the_robot_stands():
 
 
 def test_limits_of_the_server():
-    own = {"low": [-1, None], "high": [1, None], "max_step": [0.1, 2]}
-    trained = {"low": [0, -2], "high": [10, 2]}
+    own = {"low": [-1, None, 0], "high": [1, None, None], "max_step": [0.1, 2, None]}
+    trained = {"low": [0, -2, 3], "high": [10, 2, 4]}
+    limits = ActionLimits.from_metadata({"action_limits": own})
+    assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -math.inf, 0], [1, math.inf, math.inf])
+    assert limits.max_step.tolist() == [0.1, 2, math.inf]
+    # Where the embodiment states no range, that of the training.
     limits = ActionLimits.from_metadata({"action_limits": own, "action_range": trained})
-    assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -math.inf], [1, math.inf])
-    assert limits.max_step.tolist() == [0.1, 2]
-    limits = ActionLimits.from_metadata({"action_range": trained}, margin=0.1)
+    assert (limits.low.tolist(), limits.high.tolist()) == ([-1, -2.4, 0], [1, 2.4, math.inf])
+    assert limits.max_step.tolist() == [0.1, 2, math.inf]
+    trained = {"low": [0, -2], "high": [10, 2]}
+    limits = ActionLimits.from_metadata({"action_limits": None, "action_range": trained}, margin=0.1)
     np.testing.assert_allclose([limits.low, limits.high], [[-1, -2.4], [11, 2.4]])
     with pytest.raises(ValueError, match=r"neither action_limits nor action_range, only embodiment"):
         ActionLimits.from_metadata({"embodiment": "aloha"})
+
+
+def test_limits_in_an_embodiments_file_reach_the_robot(tmp_path):
+    """From the file through policy folder, server and client to the command."""
+    demo = load_policy("demo", device="cpu")
+    robot = demo.embodiment.to_dict()
+    robot["actions"][0] |= {"low": -0.001, "high": 0.001}
+    robot["actions"][3] |= {"low": None, "high": 1, "max_step": 0.01}
+    (tmp_path / "robot.json").write_text(json.dumps(robot))
+    demo.embodiment = get_embodiment(tmp_path / "robot.json")
+    demo.save(tmp_path / "policy")
+    file = tmp_path / "policy" / "policy.json"
+    content = json.loads(file.read_text())
+    content["embodiment"]["actions"][3]["low"] = None  # as one would write it
+    file.write_text(json.dumps(content))
+    policy = load_policy(tmp_path / "policy", device="cpu")
+    toy = ToyRobot(VirtualClock(), dims=4)
+    toy.observe = demo.example_observation
+    settings = ServeSettings(port=0, num_steps=1, max_batch=1)
+    with running_server({"p": lambda: policy}, settings) as (url, _), WebsocketPolicy(url) as remote:
+        limits = ActionLimits.from_metadata(remote.metadata)
+        how = ControlSettings(limits=limits, start=np.zeros(4, np.float32))
+        inference = VirtualInference(remote, toy.clock, (0.0,))
+        report = ControlLoop(toy, remote, how, clock=toy.clock, inference=inference).run(steps=4)
+    commands = np.array(toy.commands)
+    assert np.abs(commands[:, 0]).max() == np.float32(0.001)
+    assert np.abs(np.diff(commands[:, 3])).max() <= 0.0101
+    assert report.range_clipped[0] > 0
+    assert report.step_clipped[3] > 0
+    # The range of the others is that of the training.
+    trained = policy.metadata["action_range"]
+    np.testing.assert_allclose(limits.low[1], trained["low"][1] - 0.1 * (trained["high"][1] - trained["low"][1]))
+
+
+def test_holding_may_leave_the_range_and_the_end_is_a_stop():
+    """Velocities from 0.5 to 1: the robot stands still nevertheless, by and by, and at the end of the run at once."""
+    policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0), execute_steps=4, action_kinds=["velocity"])
+    limits = ActionLimits.of([0.5], [1], max_step=[0.25])
+    robot, _ = controlled(policy, limits=limits, latencies=(0.0, 0.0, 0.45), steps=9)
+    assert robot.positions == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
+    robot, _ = controlled(policy, limits=limits, steps=3)
+    assert robot.positions == [1, 1, 0]
+
+
+def test_limits_are_those_of_the_policys_rate():
+    """At twice the rate a step may be half as long: the speed is the same."""
+    policy = ScriptedPolicy(
+        lambda number: np.array([[0.0, 0.4]] + [[9.0, 0.4]] * 7),
+        execute_steps=8,
+        action_kinds=["position", "increment"],
+    )
+    limits = ActionLimits.of([None, -0.1], [None, 0.1], max_step=[1, None])
+    for control_hz, step, increment in ((10.0, 1, 0.1), (20.0, 0.5, 0.05), (5.0, 2, 0.2)):
+        robot, _ = controlled(policy, control_hz=control_hz, resample="interpolate", limits=limits, steps=4)
+        np.testing.assert_allclose(robot.commands[:3], [[step * i, increment] for i in range(3)], atol=1e-6)
+    robot, _ = controlled(policy, control_hz=20.0, resample="as_is", limits=limits, steps=3)
+    np.testing.assert_allclose(robot.commands[:2], [[0, 0.1], [1, 0.1]], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -483,6 +566,23 @@ def test_overruns_are_measured_and_never_caught_up_in_a_burst():
     assert report.overruns.largest == pytest.approx(0.35)
     assert report.missed_steps == 1 + 3
     assert report.steps + report.missed_steps == 20
+
+
+@pytest.mark.parametrize("mode", ["async", "ensemble"])
+def test_what_is_left_of_a_chunk_is_stale_after_a_long_overrun(mode):
+    """The robot's command takes 2 s, and the chunk lasts 0.8 s."""
+    settings = {"mode": mode, "latencies": (0.0, 0.05), "steps": 30}
+    robot, report = controlled(ScriptedPolicy(execute_steps=7), busy={3: 2.0}, **settings)
+    before, after = robot.positions[:4], robot.positions[4:]
+    if mode == "async":
+        assert before == [0, 1, 2, 3]
+        assert after[:3] == [3, 100, 101]  # held, until there is a chunk of what the robot sees now
+    assert not set(after[1:]) & {4, 5, 6, 7}
+    assert report.stale_chunks == (1 if mode == "async" else 2)  # and the one that was under way
+    robot, report = controlled(ScriptedPolicy(execute_steps=7), busy={3: 2.0}, max_age=3, **settings)
+    assert report.stale_chunks == 0
+    if mode == "async":
+        assert robot.positions[:7] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_another_rate_is_refused_unless_told_how():

@@ -340,6 +340,8 @@ def changed(path: list, value) -> dict:
         (changed(["cameras", 0], "front"), r"embodiment\.cameras\[0\] is a str"),
         (changed(["state", 0, "names"], [1, 2]), r"embodiment\.state\[0\]\.names is \[1, 2\]; expected a list of str"),
         (changed(["actions", 2, "kind"], "relative"), "Action 'wrist': kind is 'relative'.*absolute, delta"),
+        (changed(["actions", 2, "low"], "0"), r"embodiment\.actions\[2\]\.low is '0'; expected float or int or null"),
+        (changed(["actions", 2, "max_step"], -1), "Action 'wrist': max_step is -1"),
         (changed(["hook"], "nobody"), r"no hook 'nobody'; known are \['aloha_pi'\]"),
     ],
 )
@@ -349,6 +351,21 @@ def test_refused_json(data, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         get_embodiment(file)
     assert str(file) in str(error.value)
+
+
+def test_limits_of_actions_are_part_of_the_file(tmp_path):
+    robot = my_arm(limits={"shoulder": {"low": -1.5, "high": 1.5}, "gripper": {"max_step": 0.1}})
+    file = tmp_path / "robot.json"
+    file.write_text(json.dumps(robot.to_dict()))
+    assert get_embodiment(file) == robot
+    assert robot.action_limits == {
+        "low": [-1.5, None, None, None],
+        "high": [1.5, None, None, None],
+        "max_step": [None, None, None, 0.1],
+    }
+    # What is not stated is not in the file, as in those that were written before there were limits.
+    assert robot.to_dict()["actions"][1] == {"name": "elbow", "unit": "", "kind": "delta"}
+    assert my_arm().action_limits is None
 
 
 @pytest.mark.parametrize(
@@ -380,6 +397,11 @@ def test_refused_json(data, message, tmp_path):
         ),
         (lambda: get_embodiment(3), "found a int"),
         (lambda: ActionDim("a", kind="velocity"), "kind is 'velocity'"),
+        (lambda: ActionDim("a", low=1, high=1), "low is 1 and high 1; low must be below high"),
+        (lambda: ActionDim("a", high=float("nan")), "high is nan; expected a finite number"),
+        (lambda: ActionDim("a", max_step=0.0), "max_step is 0.0; expected a positive number"),
+        (lambda: my_arm(limits={"shoulder": {"low": 0}, "ankle": {"low": 0}}), r"limits names \['ankle'\]"),
+        (lambda: my_arm(limits={"shoulder": {"min": 0}}), r"limits have \['min'\]; expected low, high, max_step"),
     ],
 )
 def test_refused_robots(make, message):

@@ -55,7 +55,7 @@ def _show_chunks(options: argparse.Namespace) -> None:
             print(cost)
     with WebsocketPolicy(options.url, api_key=options.api_key, jpeg_quality=options.jpeg) as policy:
         names = policy.metadata.get("action_names") or ()
-        says_limits = bool({"action_limits", "action_range"} & set(policy.metadata))
+        says_limits = any(policy.metadata.get(name) is not None for name in ("action_limits", "action_range"))
         limits = ActionLimits.from_metadata(policy.metadata) if says_limits else None
         for _ in range(options.chunks):
             start = time.perf_counter()

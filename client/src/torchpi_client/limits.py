@@ -13,15 +13,15 @@ class Limited(NamedTuple):
 
     action: np.ndarray
     """float32 [a]."""
-    range_clipped: np.ndarray
-    """bool [a]: it was below or above the range."""
     step_clipped: np.ndarray
     """bool [a]: it was too far from the command before."""
+    range_clipped: np.ndarray
+    """bool [a]: it was below or above the range."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ActionLimits:
-    """Range and largest step per dimension, in the robot's units.
+    """Range and largest step per dimension, in the robot's units, for actions at the policy's rate.
 
     Raises:
         ValueError: they are not of one length, low exceeds high, a step is not positive, or there is NaN.
@@ -75,24 +75,42 @@ class ActionLimits:
     ) -> ActionLimits:
         """What a server says about its robot: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
         embodiment's own and hold as they are; "action_range", {"low": […], "high": […]}, is what the policy was trained
-        with, and gets a margin.
+        with, gets a margin, and holds for each dimension whose range the embodiment does not state.
 
         Args:
             margin: of the training range, as a fraction of its width.
-            max_step: the largest steps, if the server doesn't say them.
+            max_step: the largest steps, instead of the embodiment's.
 
         Raises:
             ValueError: it says neither.
         """
-        if (own := metadata.get("action_limits")) is not None:
-            steps = own.get("max_step") if max_step is None else max_step
-            return cls.of(own["low"], own["high"], max_step=steps)
-        if (trained := metadata.get("action_range")) is not None:
-            return cls.of(trained["low"], trained["high"], max_step=max_step, margin=margin)
-        raise ValueError(
-            f"the server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
-            "state the robot's limits with ActionLimits.of(low, high, max_step=…)"
-        )
+        own, trained = (metadata.get(name) for name in ("action_limits", "action_range"))
+        steps = own.get("max_step") if max_step is None and own is not None else max_step
+        said = [
+            cls.of(limits["low"], limits["high"], max_step=steps, margin=extra)
+            for limits, extra in ((own, 0.0), (trained, margin))
+            if limits is not None
+        ]
+        if not said:
+            raise ValueError(
+                f"the server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
+                "state the robot's limits with ActionLimits.of(low, high, max_step=…)"
+            )
+        first, last = said[0], said[-1]
+        unstated = np.isinf(first.low) & np.isinf(first.high)
+        return cls(np.where(unstated, last.low, first.low), np.where(unstated, last.high, first.high), first.max_step)
+
+    def at_rate(self, kinds: Sequence[str], *, policy_hz: float, control_hz: float) -> ActionLimits:
+        """The same limits of speed and acceleration for steps of another length.
+
+        Args:
+            kinds: of the dimensions, see `robot.ACTION_KINDS`. An increment's range is the way of one step.
+            policy_hz: the rate that these limits are for.
+            control_hz: the rate of the commands.
+        """
+        ratio = policy_hz / control_hz
+        per_step = np.where([kind == "increment" for kind in kinds], ratio, 1.0)
+        return ActionLimits(self.low * per_step, self.high * per_step, self.max_step * per_step * ratio)
 
     def apply(self, action: np.ndarray, last: np.ndarray | None) -> Limited:
         """The nearest command within the range, then as far towards it as one step from the last command goes.
@@ -102,5 +120,19 @@ class ActionLimits:
             last: [a], the command before; None: there was none, and any step is allowed.
         """
         ranged = np.clip(action, self.low, self.high)
-        stepped = ranged if last is None else np.clip(ranged, last - self.max_step, last + self.max_step)
-        return Limited(stepped.astype(np.float32), ranged != action, stepped != ranged)
+        return Limited(*self._one_step(ranged, last), ranged != action)
+
+    def hold(self, command: np.ndarray, last: np.ndarray) -> Limited:
+        """As far as one step goes towards a command that holds the robot still. The range doesn't count: one of
+        velocities need not have 0 in it.
+
+        Args:
+            command: [a], see `robot.hold_command`.
+            last: [a], the command before.
+        """
+        return Limited(*self._one_step(command, last), np.zeros(len(command), bool))
+
+    def _one_step(self, command: np.ndarray, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        """float32 [a], and where it is not all the way."""
+        stepped = command if last is None else np.clip(command, last - self.max_step, last + self.max_step)
+        return stepped.astype(np.float32), stepped != command

@@ -51,7 +51,7 @@ class ControlReport:
     late_chunks: int = 0
     """Requests during which the actions ran out."""
     stale_chunks: int = 0
-    """Chunks that came too late for any use, and were refused."""
+    """Chunks that came too late for any use, and were refused; or whose rest became so during an overrun."""
     failed_requests: int = 0
     """Requests without an answer before their deadline, or that a busy server refused."""
     reconnects: int = 0

@@ -8,9 +8,10 @@ from typing import Any, Callable
 
 import numpy as np
 
-from torchpi_client.clock import Clock, MonotonicClock, Pacer
+from torchpi_client.clock import Clock, MonotonicClock, Pacer, Tick
 from torchpi_client.inference import Answer, BackgroundInference, Inference
 from torchpi_client.latency import LatencyEstimate
+from torchpi_client.limits import Limited
 from torchpi_client.protocol import BUSY, RTC, ActionPrefix, require_support
 from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
@@ -83,10 +84,15 @@ class ControlLoop:
             dry_run=settings.dry_run,
         )
         self._latency = LatencyEstimate(window=settings.latency_window, quantile=settings.latency_quantile)
+        self._limits = settings.limits
+        if self._limits is not None and self._resamples:
+            self._limits = self._limits.at_rate(self._kinds, policy_hz=self._policy_hz, control_hz=self.control_hz)
         self._last = None if settings.start is None else np.asarray(settings.start, np.float32)
         self._commands: list[np.ndarray] = []  # the other steps of a slowed action
         self._request: _Pending | None = None
         self._stale_in_a_row = 0
+        self._stale_after = math.inf  # seconds, of the chunk under execution
+        self._reconnects_before = self._reconnects
         self._stopping = False
 
     def run(self, *, seconds: float | None = None, steps: int | None = None) -> ControlReport:
@@ -110,14 +116,11 @@ class ControlLoop:
         try:
             while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
                 self._step()
-                tick = pacer.wait()
-                if tick.overrun:
-                    self.report.overruns.add(tick.overrun)
-                    self.report.missed_steps += tick.missed
+                self._account(pacer.wait())
         except _Stop as stop:
             self.report.stopped = str(stop)
         finally:
-            self.report.reconnects = getattr(self._policy, "reconnects", 0)
+            self.report.reconnects = self._reconnects - self._reconnects_before
             self._halt()
         return self.report
 
@@ -137,10 +140,12 @@ class ControlLoop:
         """The first answer to an observation with these fields, also where it takes longer than a request may."""
         until = self._clock.now() + WARM_UP_SECONDS
         while True:
+            asked = self._clock.now()
             self._inference.start({**self._robot.observe(), **fields})
             answer = self._inference.wait()
-            if not isinstance(answer.error, TimeoutError) or self._clock.now() > until:
+            if not _is_unanswered(answer) or self._clock.now() > until:
                 return self._checked_chunk(answer)
+            self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses at once
 
     def _make_schedule(self, chunk: np.ndarray) -> ActionQueue | Ensemble:
         horizon = len(chunk)
@@ -177,7 +182,8 @@ class ControlLoop:
             return
         assert self._request is not None
         pending, self._request = self._request, None
-        if isinstance(answer.error, TimeoutError) or getattr(answer.error, "code", None) in BUSY:
+        self.report.reconnects = self._reconnects - self._reconnects_before
+        if _is_unanswered(answer):
             self.report.failed_requests += 1  # the next request shows the robot as it is then
             return
         if isinstance(answer.error, ConnectionError):
@@ -193,6 +199,7 @@ class ControlLoop:
             self._refuse(age, len(chunk) / self.control_hz)
         else:
             self._stale_in_a_row = 0
+            self._stale_after = self._max_age(chunk)
             self.report.chunks += 1
             self.report.discarded.add(discarded)
 
@@ -237,7 +244,7 @@ class ControlLoop:
     def _next_command(self) -> np.ndarray | None:
         """What this step sends; None: nothing."""
         if self._commands:
-            return self._commands.pop(0)
+            return self._limited(self._commands.pop(0))
         action = self._schedule.next()
         if action is None:
             return self._without_action()
@@ -251,8 +258,8 @@ class ControlLoop:
         if self._settings.late == "slow" and self._last is not None and self._is_overdue():
             self.report.slowed += 1
             self._commands = list(stretch(self._last, action, self._kinds, SLOW))
-            return self._commands.pop(0)
-        return action
+            return self._limited(self._commands.pop(0))
+        return self._limited(action)
 
     def _without_action(self) -> np.ndarray | None:
         if self._settings.mode == "sync" or not self.report.chunks:
@@ -272,22 +279,46 @@ class ControlLoop:
         return self._request is not None and delay is not None and self.report.steps - self._request.step >= delay
 
     def _hold(self) -> np.ndarray | None:
-        return None if self._last is None else hold_command(self._last, self._kinds)
+        if self._last is None:
+            return None
+        command = hold_command(self._last, self._kinds)
+        return command if self._limits is None else self._counted(self._limits.hold(command, self._last))
+
+    def _limited(self, command: np.ndarray) -> np.ndarray:
+        return command if self._limits is None else self._counted(self._limits.apply(command, self._last))
+
+    def _counted(self, limited: Limited) -> np.ndarray:
+        self.report.range_clipped += limited.range_clipped
+        self.report.step_clipped += limited.step_clipped
+        return limited.action
 
     def _act(self, command: np.ndarray) -> None:
-        if self._settings.limits is not None:
-            command, range_clipped, step_clipped = self._settings.limits.apply(command, self._last)
-            self.report.range_clipped += range_clipped
-            self.report.step_clipped += step_clipped
         self._last = np.asarray(command, np.float32)
         if not self._settings.dry_run:
             self._robot.act(self._last.copy())
 
+    def _account(self, tick: Tick) -> None:
+        """Note an overrun. After one that is longer than a chunk may be old, what is left of the chunk is stale."""
+        if not tick.overrun:
+            return
+        self.report.overruns.add(tick.overrun)
+        self.report.missed_steps += tick.missed
+        if tick.overrun > self._stale_after:
+            self._schedule.clear()
+            self._commands.clear()
+            self._stale_after = math.inf
+            self.report.stale_chunks += 1
+
     def _halt(self) -> None:
-        """Hold the robot; one that is told positions does so by itself."""
+        """Hold the robot, whatever the limits are: nobody sends the next step. One that is told positions does so by
+        itself."""
         moves = any(kind in ("velocity", "increment") for kind in self._kinds)
         if self.report.actions and moves and self._last is not None:
             self._act(hold_command(self._last, self._kinds))
+
+    @property
+    def _reconnects(self) -> int:
+        return getattr(self._policy, "reconnects", 0)
 
     # ---- checks ----
 
@@ -311,6 +342,11 @@ class ControlLoop:
     def _check_length(self, name: str, value: np.ndarray | None) -> None:
         if value is not None and len(value) != len(self._kinds):
             raise ValueError(f"{name}: {len(value)} dimensions; the actions have {len(self._kinds)}")
+
+
+def _is_unanswered(answer: Answer) -> bool:
+    """Whether the request had no answer in time, or a busy server refused it: the next one may be answered."""
+    return isinstance(answer.error, TimeoutError) or getattr(answer.error, "code", None) in BUSY
 
 
 class _Stop(Exception):

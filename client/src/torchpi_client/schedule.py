@@ -72,6 +72,10 @@ class ActionQueue:
         self._consumed += 1
         return self._chunk[self._at - 1]
 
+    def clear(self) -> None:
+        """Forget what is left of the chunk."""
+        self._chunk = None
+
 
 class Ensemble:
     """Temporal ensembling: each action is the weighted average of what all chunks say for its place
@@ -123,6 +127,10 @@ class Ensemble:
         self._consumed += 1
         average: np.ndarray = (weights / weights.sum()) @ said
         return average.astype(np.float32)
+
+    def clear(self) -> None:
+        """Forget all chunks."""
+        self._chunks = []
 
     def _covering(self) -> list[tuple[int, np.ndarray]]:
         return [(start, chunk) for start, chunk in self._chunks if self._consumed < start + len(chunk)]

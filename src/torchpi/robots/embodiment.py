@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 import warnings
@@ -18,6 +19,8 @@ from torchpi.transforms.prompt import as_text
 
 PRESENCES = ("required", "optional", "masked", "ignored")
 KINDS = ("absolute", "delta")
+LIMITS = ("low", "high", "max_step")
+"""The fields of an `ActionDim` that limit what the robot is sent."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,8 @@ class ActionDim:
     """One dimension of an action.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind; limits that are not finite, a low that is not below high, a max_step that is not
+            positive.
     """
 
     name: str
@@ -104,10 +108,23 @@ class ActionDim:
     kind: str = "absolute"
     """"delta": the model predicts the difference to the state of the same index at the beginning of the chunk;
     "absolute": it predicts what the robot takes, even if the robot reads that as an increment."""
+    low: float | int | None = None
+    """The least that the robot may be sent, in its units; None: not stated."""
+    high: float | int | None = None
+    """The most."""
+    max_step: float | int | None = None
+    """The largest change from one action to the next, at the embodiment's control rate; None: not stated."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"Action {self.name!r}: kind is {self.kind!r}; expected one of {', '.join(KINDS)}.")
+        for field in LIMITS:
+            if (value := getattr(self, field)) is not None and not math.isfinite(value):
+                raise ValueError(f"Action {self.name!r}: {field} is {value}; expected a finite number, or none.")
+        if self.low is not None and self.high is not None and not self.low < self.high:
+            raise ValueError(f"Action {self.name!r}: low is {self.low} and high {self.high}; low must be below high.")
+        if self.max_step is not None and not self.max_step > 0:
+            raise ValueError(f"Action {self.name!r}: max_step is {self.max_step}; expected a positive number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +224,7 @@ class Embodiment:
         state: Sequence[str],
         actions: Sequence[str],
         delta: Sequence[str] = (),
+        limits: Mapping[str, Mapping[str, Any]] | None = None,
         state_key: str = "state",
         **fields: Any,
     ) -> "Embodiment":
@@ -216,19 +234,27 @@ class Embodiment:
             cameras: the model's camera name to the observation's key, in the model's order.
             state, actions: the names of the dimensions.
             delta: which of the actions the model predicts relative to the state.
+            limits: per action what of "low", "high" and "max_step" is known, see `ActionDim`.
             state_key: where the state vector is in the observation.
             fields: further fields of the embodiment (control_hz, default_prompt, …).
 
         Raises:
-            ValueError: a delta action that isn't among the actions; what the constructor raises.
+            ValueError: a delta action or limits of one that isn't among the actions; what the constructor raises.
         """
-        if unknown := [action for action in delta if action not in actions]:
-            raise ValueError(f"Embodiment '{name}': delta names {unknown}; expected some of {list(actions)}.")
+        limits = limits or {}
+        for what, names in (("delta", delta), ("limits", limits)):
+            if unknown := [action for action in names if action not in actions]:
+                raise ValueError(f"Embodiment '{name}': {what} names {unknown}; expected some of {list(actions)}.")
+        if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
+            raise ValueError(f"Embodiment '{name}': limits have {unknown}; expected {', '.join(LIMITS)}.")
         return cls(
             name,
             cameras=tuple(Camera(model_name, key) for model_name, key in cameras.items()),
             state=(StateKey(state_key, tuple(state)),),
-            actions=tuple(ActionDim(action, kind="delta" if action in delta else "absolute") for action in actions),
+            actions=tuple(
+                ActionDim(action, kind="delta" if action in delta else "absolute", **limits.get(action, {}))
+                for action in actions
+            ),
             **fields,
         )
 
@@ -261,6 +287,12 @@ class Embodiment:
     def action_mask(self) -> tuple[bool, ...]:
         """Which action dimensions are relative to the state for the model."""
         return tuple(action.kind == "delta" for action in self.actions)
+
+    @property
+    def action_limits(self) -> dict[str, list[float | int | None]] | None:
+        """ "low", "high" and "max_step" of each dimension of an action; None: not stated, or nothing is at all."""
+        limits = {field: [getattr(action, field) for action in self.actions] for field in LIMITS}
+        return limits if any(value is not None for values in limits.values() for value in values) else None
 
     def to_model(
         self, observation: Any, *, default_prompt: str | None = None, state_dim: int | None = None
@@ -344,13 +376,17 @@ class Embodiment:
         return nested(flat)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values; `from_dict` reads it.
+        """Everything as JSON values, but for limits that are not stated; `from_dict` reads it.
 
         Raises:
             ValueError: metadata that JSON can't hold.
         """
         fields = dataclasses.asdict(dataclasses.replace(self, metadata=dict(self.metadata)))
         del fields["_warned"]
+        for action in fields["actions"]:
+            for limit in LIMITS:
+                if action[limit] is None:
+                    del action[limit]
         try:
             return dict(json.loads(json.dumps(fields, allow_nan=False)))
         except (TypeError, ValueError) as error:
