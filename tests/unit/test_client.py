@@ -20,7 +20,7 @@ from websockets.sync.server import serve
 
 from torchpi_client import AsyncWebsocketPolicy, ServerError, WebsocketPolicy, pack, unpack
 from torchpi_client.images import decode_images, encode_images, jpeg_cost
-from torchpi_client.protocol import JPEG, RTC, ActionPrefix
+from torchpi_client.protocol import DEADLINE, JPEG, RTC, ActionPrefix
 
 METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
 
@@ -400,6 +400,87 @@ def test_an_answer_after_the_deadline_is_never_taken_for_the_next_one():
         late.set()
         assert policy.infer({"number": 2}, timeout=30.0) == {"number": 2}
         assert policy.reconnects == 1
+
+
+def telling_servers(*, knows_deadlines):
+    """Answers with the request."""
+
+    def handler(connection):
+        connection.send(pack({DEADLINE: True} if knows_deadlines else {}))
+        for request in connection:
+            connection.send(request)
+
+    return running(handler)
+
+
+def test_a_server_that_knows_deadlines_is_told_what_is_left():
+    with telling_servers(knows_deadlines=True) as url, WebsocketPolicy(url, answer_timeout=50.0) as policy:
+        assert 40 < policy.infer({})[DEADLINE] <= 50
+        assert 20 < policy.infer({}, timeout=30.0)[DEADLINE] <= 30
+        assert policy.infer({DEADLINE: 7.0}) == {DEADLINE: 7.0}
+        with pytest.raises(TimeoutError):
+            policy.infer({}, timeout=0.0)
+    with telling_servers(knows_deadlines=True) as url, WebsocketPolicy(url, answer_timeout=None) as policy:
+        assert policy.infer({}) == {}
+    with telling_servers(knows_deadlines=False) as url, WebsocketPolicy(url) as policy:
+        assert policy.infer({}) == {}
+
+
+def test_asyncio_tells_what_is_left_after_the_tasks_before():
+    async def ask(url):
+        async with AsyncWebsocketPolicy(url, answer_timeout=50.0) as policy:
+            first, second = await asyncio.gather(policy.infer({}), policy.infer({}, timeout=30.0))
+            return first[DEADLINE], second[DEADLINE]
+
+    with telling_servers(knows_deadlines=True) as url:
+        first, second = asyncio.run(ask(url))
+    assert 40 < first <= 50
+    assert 20 < second <= 30
+
+
+def test_the_deadline_covers_a_server_that_comes_back_and_still_loads():
+    """Requests end at their deadlines, and the one that comes when it is ready is answered."""
+    ready, connections = threading.Event(), []
+
+    def loading(connection):
+        connections.append(connection)
+        if len(connections) > 1:
+            ready.wait()
+        with contextlib.suppress(ConnectionClosed):
+            connection.send(pack(METADATA))
+            connection.recv()
+            if len(connections) > 1:
+                connection.send(pack({"number": 1}))
+
+    with running(loading) as url, WebsocketPolicy(url, timeout=30) as policy:
+        for _ in range(2):
+            with pytest.raises(TimeoutError, match=r"in 0.05 s"):
+                policy.infer({}, timeout=0.05)
+        ready.set()
+        assert policy.infer({}, timeout=30.0) == {"number": 1}
+        assert policy.reconnects == 1
+
+
+def test_requests_with_short_deadlines_share_the_patience_for_a_server_that_is_away():
+    def gone(connection):
+        connection.send(pack(METADATA))
+
+    with running(gone) as url:
+        policy = WebsocketPolicy(url, timeout=0.5)
+    with pytest.raises(TimeoutError):
+        policy.infer({}, timeout=0.05)
+
+    def ask_again_and_again():
+        for _ in range(200):
+            with contextlib.suppress(TimeoutError):
+                policy.infer({}, timeout=0.05)
+
+    with pytest.raises(ConnectionRefusedError, match=r"refused the connection for 0.5 s"):
+        ask_again_and_again()
+    port = int(url.rpartition(":")[2])
+    with running(echo, port):  # the next request begins anew
+        assert policy.infer({"state": np.ones(1)}, timeout=30)["actions"] == [2]
+    policy.close()
 
 
 def test_the_deadline_covers_sending():

@@ -7,18 +7,18 @@ import inspect
 import socket
 import threading
 import time
-from typing import Any, Iterator
+from typing import Any
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
 from torchpi_client.images import encode_images
-from torchpi_client.protocol import JPEG, ServerError, content, require_support
+from torchpi_client.protocol import DEADLINE, JPEG, ServerError, content, require_support
 from torchpi_client.wire import pack
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
-"""Seconds between attempts to connect: from the one to the other, doubled each time."""
+"""Seconds from one attempt to connect to the next: from the one to the other, doubled each time."""
 
 # From version 15 on websockets pings the server, and gives it up if 20 s pass without a pong; one that compiles, or
 # infers in its event loop as openpi's does, is busy for longer. Older versions don't know the argument.
@@ -30,13 +30,15 @@ class WebsocketPolicy:
 
     A connection that is lost is made again by the next request, or by the one that is under way, which is then sent
     once more: inferring has no effects. A request whose deadline passes takes its connection with it, so that a late
-    answer is never taken for the next one. Several threads may ask; their requests wait for each other.
+    answer is never taken for the next one. Several threads may ask; their requests wait for each other. A server that
+    knows `torchpi/deadline` is told what is left of it, so that its model doesn't begin with what nobody waits for.
 
     Args:
         url: "ws://HOST:PORT", or "wss://…" with TLS.
         api_key: sent as `Authorization: Api-Key …`.
-        timeout: seconds to wait for a connection, and then for the metadata, the first time and again. While the server
-            refuses connections, for example because it is still loading, it is tried again.
+        timeout: seconds to wait for a connection, and then for the metadata, the first time and again; requests whose
+            deadlines are shorter share it. While the server refuses connections, for example because it is still
+            loading, it is tried again.
         answer_timeout: the deadline of each request in seconds: reconnecting, sending and waiting together (a server's
             first answer may include a compilation); None: forever.
         jpeg_quality: send images as JPEG of this quality, 1 to 95, see `images`; None: as they are.
@@ -67,7 +69,8 @@ class WebsocketPolicy:
         self._jpeg_quality = jpeg_quality
         self._one_at_a_time = threading.Lock()
         self._closing = threading.Event()
-        self._link: _Link | None = self._open(time.monotonic() + timeout, again=False)
+        self._waiting: _Waiting | None = None  # while there is no connection
+        self._link: _Link | None = self._open(_Waiting(timeout), None, again=False)
         self.metadata: dict[str, Any] = self._link.metadata
         """What the server says about its policy."""
         if jpeg_quality is not None:
@@ -97,12 +100,11 @@ class WebsocketPolicy:
         deadline = None if seconds is None else time.monotonic() + seconds
         if self._jpeg_quality is not None:
             observation = encode_images(observation, quality=self._jpeg_quality)
-        request = pack(observation)
         # Answers carry no number: each belongs to the one request before it.
         if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
             raise self._no_answer(seconds)
         try:
-            frame = self._exchange(request, deadline)
+            frame = self._exchange(observation, deadline)
         except TimeoutError as error:
             raise self._no_answer(seconds) from error
         finally:
@@ -122,9 +124,10 @@ class WebsocketPolicy:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _exchange(self, request: bytes, deadline: float | None) -> str | bytes:
+    def _exchange(self, observation: dict[str, Any], deadline: float | None) -> str | bytes:
         for attempt in (1, 2):
             link = self._connected(deadline)
+            request = self._packed(observation, deadline)
             try:
                 return link.ask(request, deadline)
             except ConnectionClosed as error:
@@ -140,10 +143,26 @@ class WebsocketPolicy:
                 raise
         raise AssertionError("unreachable")
 
+    def _packed(self, observation: dict[str, Any], deadline: float | None) -> bytes:
+        """The request, with what is left until its deadline where the server knows what that is."""
+        if deadline is None or self.metadata.get(DEADLINE) is not True:
+            return pack(observation)
+        if not (left := _left(deadline)):
+            raise TimeoutError("the deadline passed before the request was sent")
+        return pack({DEADLINE: left, **observation})
+
     def _connected(self, deadline: float | None) -> _Link:
         if self._link is None and not self._closing.is_set():
-            patience = time.monotonic() + self._timeout
-            link = self._open(patience if deadline is None else min(patience, deadline), again=True)
+            if self._waiting is None or self._waiting.is_over:
+                self._waiting = _Waiting(self._timeout)
+            try:
+                link = self._open(self._waiting, deadline, again=True)
+            except TimeoutError:  # the next request goes on with the waiting
+                raise
+            except BaseException:
+                self._waiting = None
+                raise
+            self._waiting = None
             if link.metadata != self.metadata:
                 link.abort()
                 raise ServerError(
@@ -161,21 +180,26 @@ class WebsocketPolicy:
         self._link = None
         link.abort()
 
-    def _open(self, until: float, *, again: bool) -> _Link:
-        """A new connection, tried until then.
+    def _open(self, waiting: _Waiting, deadline: float | None, *, again: bool) -> _Link:
+        """A new connection.
 
         Args:
+            waiting: how long it is tried, and when next.
+            deadline: of the request that needs it; when it passes, that is a TimeoutError.
             again: there was a connection before: what may pass, as a network that is down, is waited for as well.
         """
-        for delay in _delays():
-            try:
-                return _Link(self.url, self._headers, max(_left(until), 1.0), self._timeout)
-            except (OSError, EOFError, WebSocketException) as error:
-                if not _may_pass(error, again) or _left(until) < delay:
-                    raise self._no_connection(error) from error
-            if self._closing.wait(delay):
+        while True:
+            pause = waiting.next_attempt - time.monotonic()
+            if self._closing.wait(max(pause if deadline is None else min(pause, _left(deadline)), 0.0)):
                 raise self._is_closed()
-        raise AssertionError("unreachable")
+            if deadline is not None and not _left(deadline):
+                raise TimeoutError("no connection before the deadline")
+            waiting.begin_attempt()
+            try:
+                return _Link(self.url, self._headers, waiting, deadline)
+            except (OSError, EOFError, WebSocketException) as error:
+                if not _may_pass(error, again) or waiting.next_attempt > waiting.until:
+                    raise self._no_connection(error) from error
 
     def _no_answer(self, seconds: float | None) -> TimeoutError:
         return TimeoutError(f"no answer from {self.url} in {seconds} s")
@@ -199,14 +223,45 @@ class WebsocketPolicy:
         )
 
 
+class _Waiting:
+    """For a server that is away: until when, and when the next attempt is due. Pauses grow."""
+
+    def __init__(self, timeout: float) -> None:
+        self._timeout = timeout
+        self._delay = FIRST_DELAY
+        self._accepted = False
+        self.next_attempt = time.monotonic()
+        self.until = self.next_attempt + timeout
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody has tried for so long that the next attempt is the first of another waiting."""
+        return time.monotonic() > self.next_attempt + self._timeout
+
+    def begin_attempt(self) -> None:
+        """From now on the pause until the next one."""
+        self.next_attempt = time.monotonic() + self._delay
+        self._delay = min(2 * self._delay, LAST_DELAY)
+
+    def accept(self) -> None:
+        """The server takes connections again: from here on the timeout is that of its metadata."""
+        if not self._accepted:
+            self._accepted = True
+            self.until = time.monotonic() + self._timeout
+
+
 class _Link:
     """One connection, with the metadata that it began with."""
 
-    def __init__(self, url: str, headers: dict[str, str], open_timeout: float, metadata_timeout: float) -> None:
+    def __init__(self, url: str, headers: dict[str, str], waiting: _Waiting, deadline: float | None) -> None:
+        def left(least: float) -> float:
+            return max(_left(waiting.until if deadline is None else min(waiting.until, deadline)), least)
+
         with contextlib.ExitStack() as stack:
-            self._connection = _connect(stack, url, headers, open_timeout)
+            self._connection = _connect(stack, url, headers, left(1.0 if deadline is None else 0.001))
+            waiting.accept()
             try:
-                frame = self._connection.recv(timeout=metadata_timeout)
+                frame = self._connection.recv(timeout=left(0.0))
             except (TimeoutError, ConnectionClosed) as error:
                 raise _NoMetadataError(str(error)) from error
             self.metadata = content(frame, url)
@@ -273,13 +328,6 @@ def _may_pass(error: Exception, again: bool) -> bool:
     if isinstance(error, InvalidStatus):
         return bool(error.response.status_code >= 500)  # a proxy, before its server
     return isinstance(error, ConnectionRefusedError) or again
-
-
-def _delays() -> Iterator[float]:
-    delay = FIRST_DELAY
-    while True:
-        yield delay
-        delay = min(2 * delay, LAST_DELAY)
 
 
 def _left(deadline: float) -> float:

@@ -14,9 +14,11 @@ from torchpi_client.wire import unpack
 RTC = "torchpi/rtc"
 """Field of a request that asks for real-time chunking: `ActionPrefix.to_wire`. Left out of a first request."""
 
+DEADLINE = "torchpi/deadline"
+"""Field of a request: seconds that it may wait for the model. A server that has not begun with it by then drops it."""
+
 JPEG = "torchpi/jpeg"
 """The one key of the map that stands for an image in a request, at the image's place; see `images.encode_images`."""
-
 
 BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
 """Codes of errors that say nothing about the request: the next may be answered."""
