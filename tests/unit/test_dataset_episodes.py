@@ -1,11 +1,16 @@
-"""Choosing episodes by number and by task."""
+"""Choosing episodes: by number, by task, and those to hold out."""
 
 import json
 import shutil
+from collections import Counter
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchpi.data import LeRobotDataset, LeRobotWriter, select_episodes
+from torchpi.data.episodes import hold_out
 
 TASKS = ["open the drawer", "open the door", "Close the drawer", "open the drawer", "pour; then wait, please"]
 
@@ -83,3 +88,34 @@ def test_numbers_that_are_left_out(some_set, tmp_path):
     assert select_episodes(root, "0:3") == [0, 2]
     with pytest.raises(ValueError, match="Not all episodes of '1' are there"):
         select_episodes(root, "1")
+
+
+# Held-out episodes
+
+
+def held(tasks, share, seed=0):
+    return hold_out(tasks, share, np.random.default_rng(seed))
+
+
+def test_every_task_gives_its_share():
+    tasks = ["open"] * 100 + ["close"] * 50 + ["pour"] * 10 + ["wave"]
+    assert Counter(tasks[i] for i in held(tasks, 0.1)) == {"open": 10, "close": 5, "pour": 1}
+    few = ["a"] * 8 + ["b"] * 8  # one episode for two tasks: chance decides
+    assert {few[i] for seed in range(20) for i in held(few, 0.02, seed)} == {"a", "b"}
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=40), st.floats(0.001, 0.999), st.integers(0, 3))
+def test_all_tasks_stay_in_the_training(tasks, share, seed):
+    chosen = held(tasks, share, seed)
+    assert chosen == sorted(set(chosen)) == held(tasks, share, seed)
+    assert 1 <= len(chosen) <= max(1, round(share * len(tasks)))
+    kept = [task for i, task in enumerate(tasks) if i not in chosen]
+    if len(set(tasks)) < len(tasks):
+        assert set(kept) == set(tasks)
+    assert kept
+
+
+def test_tasks_that_are_all_different_are_not_looked_at():
+    assert len(held([f"task {i}" for i in range(100)], 0.1)) == 10
+    with pytest.raises(ValueError, match="two episodes or more"):
+        held(["a"], 0.1)

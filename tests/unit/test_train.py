@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -19,7 +20,7 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
 from torchpi.cli import main
-from torchpi.data import LeRobotDataset
+from torchpi.data import LeRobotDataset, compute_norm_stats
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
@@ -29,6 +30,7 @@ from torchpi.training.resume import resume_config
 from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
 from torchpi.training.setup import build_policies, open_data
 from torchpi.training.weights import begin_model, model_config
+from torchpi.transforms.normalize import save_norm_stats
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +241,31 @@ def test_a_run_is_not_gone_on_with_on_other_data(recipe, tmp_path):
         loop.train(dataclasses.replace(resume_config(tmp_path / "run"), num_steps=6), tmp_path / "run", resume=True)
 
 
+def test_a_run_keeps_the_episodes_that_it_holds_out(recipe, tmp_path):
+    """Also one whose episodes were chosen by another rule."""
+    run = tmp_path / "run"
+    loop.train(dataclasses.replace(recipe, num_steps=1, norm_stats=str(stats_file(recipe, tmp_path))), run)
+    about = json.loads((run / "run.json").read_text())
+    others = [i for i in range(4) if i not in about["datasets"][0]["held_out"]]
+    about["datasets"][0]["held_out"] = others
+    (run / "run.json").write_text(json.dumps(about))
+    longer = dataclasses.replace(resume_config(run), num_steps=2)
+    loop.train(longer, run, resume=True)
+    dataset = json.loads((run / "run.json").read_text())["datasets"][0]
+    assert dataset["held_out"] == others
+    assert dataset["episodes"] == 1
+    (run / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"run\.json does not tell which episodes the run holds out"):
+        loop.train(longer, run, resume=True)
+
+
+def stats_file(recipe: TrainConfig, folder: pathlib.Path) -> pathlib.Path:
+    """Statistics of a dataset that do not depend on which episodes are held out."""
+    whole = LeRobotDataset(recipe.dataset, action_horizon=4, cameras=())
+    save_norm_stats(folder / "norm_stats.json", compute_norm_stats(whole, metaworld(), action_horizon=4))
+    return folder / "norm_stats.json"
+
+
 def test_a_run_is_not_gone_on_with_under_another_recipe(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(dataclasses.replace(recipe, num_steps=3), run)
@@ -325,6 +352,8 @@ def test_held_out_episodes_are_not_trained_on(recipe, dataset):
     (data,) = open_data(config, model_config(config))
     assert len(data.train) == len(data.holdout) == 12
     assert not set(data.train.episode_indices) & set(data.holdout.episode_indices)
+    for part in (data.train, data.holdout):  # both tasks
+        assert set(part.columns["task_index"]) == {0, 1}
     assert len(LeRobotDataset(dataset, action_horizon=4)) == 24
 
 
@@ -355,7 +384,7 @@ def test_several_draws_are_the_mean_of_single_ones():
         ({"dataset": "nowhere"}, "nowhere"),
         ({"embodiment": "no_robot"}, "no_robot"),
         ({"model": "no_model"}, "presets are"),
-        ({"holdout": 0.9}, "held out"),
+        ({"episodes": "0"}, "has 1 episode, of which none can be held out"),
         ({"embodiment": "libero"}, "its cameras are base, wrist"),
     ],
 )

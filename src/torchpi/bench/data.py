@@ -5,14 +5,14 @@ import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from rich.console import Console
 
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
-from torchpi.data import LeRobotDataset, camera_keys_of
+from torchpi.data import LeRobotDataset, camera_keys_of, select_episodes
 from torchpi.data.place import open_metadata
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
@@ -52,6 +52,8 @@ def bench_data(
     workers: int,
     num_batches: int,
     step_seconds: float | None = None,
+    episodes: str | None = None,
+    rename: Mapping[str, str] | None = None,
 ) -> DataResult:
     """Measure the training loader on a data set.
 
@@ -63,14 +65,23 @@ def bench_data(
         workers: processes; 0: this one.
         num_batches: batches that are timed, after a first one.
         step_seconds: of a training step; its share of waiting is computed.
+        episodes: which to read, see `select_episodes`; None: all.
+        rename: LeRobot's names for some columns and cameras, see `LeRobotDataset`.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: see `LeRobotDataset`, `get_embodiment` and `to_observation`.
+        FileNotFoundError, KeyError, ValueError: see `LeRobotDataset`, `get_embodiment`, `select_episodes` and
+            `to_observation`.
     """
     robot = None if embodiment is None else get_embodiment(embodiment)
-    all_cameras = open_metadata(path).camera_keys
-    cameras = all_cameras if robot is None else camera_keys_of(robot, all_cameras)
-    dataset = LeRobotDataset(path, action_horizon=config.require("action_horizon"), cameras=cameras)
+    all_cameras = open_metadata(path, rename=rename).camera_keys
+    dataset = LeRobotDataset(
+        path,
+        action_horizon=config.require("action_horizon"),
+        episodes=None if episodes is None else select_episodes(path, episodes),
+        cameras=all_cameras if robot is None else camera_keys_of(robot, all_cameras),
+        columns=(),
+        rename=rename,
+    )
     frame_seconds = _frame_seconds(dataset) if dataset.camera_keys else 0.0
     samples = _samples(dataset, robot or _any_robot(dataset), config)
     batch_seconds = _batch_seconds(samples, len(dataset), batch, workers, num_batches)
@@ -164,6 +175,8 @@ def run_bench_data(
     workers: int,
     num_batches: int,
     step_seconds: float | None,
+    episodes: str | None,
+    rename: Mapping[str, str],
     as_json: bool,
 ) -> None:
     """Measure and print.
@@ -185,6 +198,8 @@ def run_bench_data(
             workers=workers,
             num_batches=num_batches,
             step_seconds=step_seconds,
+            episodes=episodes,
+            rename=rename,
         )
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     console.print(

@@ -23,6 +23,8 @@ def bench(
     compile: bool = False,
     repeats: int = 5,
     embodiment: str | None = None,
+    episodes: str | None = None,
+    rename: tuple[str, ...] = (),
     workers: int = 1,
     step_seconds: float | None = None,
     json: bool = False,
@@ -51,6 +53,8 @@ def bench(
         compile: run the three stacks through torch.compile.
         repeats: timed runs, whose median counts; for data: batches.
         embodiment: for data: its robot, whose cameras are read; by default all cameras are.
+        episodes: for data: only these, for example "0:40,57" or "task:open the *".
+        rename: for data: LeRobot's names where the set has others, OLD=NEW or, joined, OLD+OLD=NEW.
         workers: for data: processes that prepare samples; 0: this one does.
         step_seconds: for data: of a training step; shows for which share of the time it would wait.
         json: print one JSON document.
@@ -73,6 +77,7 @@ def bench(
         if dataset is None:
             raise ValueError("bench data needs a data set: torchpi bench data DATASET")
         from torchpi.bench.data import run_bench_data
+        from torchpi.data.rename import parse_rename
 
         run_bench_data(
             dataset,
@@ -82,6 +87,8 @@ def bench(
             workers=workers,
             num_batches=repeats,
             step_seconds=step_seconds,
+            episodes=episodes,
+            rename=parse_rename(rename),
             as_json=json,
         )
         return

@@ -32,7 +32,8 @@ def stats(
         out: where openpi's norm_stats.json goes, a file or an existing folder; by default nothing is written.
         action_horizon: actions in a chunk.
         episodes: only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *".
-        rename: LeRobot's names where the set has others, OLD=NEW: state=observation.state actions=action.
+        rename: LeRobot's names where the set has others, OLD=NEW: state=observation.state actions=action. Columns that
+            have to be joined: joint_position+gripper_position=observation.state.
         compare: a checkpoint: shows for each of its robots which share of the data is inside of its q01 to q99.
         json: print one JSON document.
     """

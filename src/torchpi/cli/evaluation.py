@@ -50,7 +50,8 @@ def evaluate(
         select: with --dataset: only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40;
             task:open the *".
         rename: with --dataset: LeRobot's names of columns and cameras where the set has others, OLD=NEW:
-            state=observation.state actions=action.
+            state=observation.state actions=action. Columns that have to be joined:
+            joint_position+gripper_position=observation.state.
         samples: with --dataset: frames, spread evenly over the episodes and the time in each.
         seed: of episodes, frames and noise; no seed has episodes that `sim record` records.
         workers: with --env: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU.

@@ -19,7 +19,7 @@ _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
 def check_names(metadata: Metadata) -> None:
     """Raises a KeyError if a data set names no state or no action: before its files are downloaded or read."""
     if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in metadata.features]:
-        option = suggested_rename(missing, metadata.features, metadata.renamed)
+        option = suggested_rename(missing, metadata.features, metadata.sources)
         raise KeyError(
             f"The data set {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
             f"{', '.join(metadata.features)}. If one of them is what is missing, give it LeRobot's name: {option}, "
@@ -92,26 +92,59 @@ def to_numpy(column: Any) -> np.ndarray:
 
 
 def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> dict[str, np.ndarray]:
+    """The columns of a data file, under their new names."""
+    names: dict[str, tuple[str, ...]] = {}
+
     def read(file: Any) -> Any:
-        names = {name: metadata.renamed.get(name, name) for name in _numeric_names(file.schema_arrow)}
-        wanted = [old for old, new in names.items() if others is None or new in (*_REQUIRED, *others)]
-        return file.read(columns=wanted).rename_columns([names[old] for old in wanted])
+        names.update(_wanted_names(metadata, path, _numeric_names(file.schema_arrow), others))
+        return file.read(columns=[part for parts in names.values() for part in parts])
 
     table = read_parquet(path, read)
-    if missing := [name for name in _REQUIRED if name not in table.column_names]:
-        raise KeyError(
-            f"The data set {metadata.root} has no column {', '.join(missing)}; its numeric columns are "
-            f"{', '.join(table.column_names)}. A policy is trained on {lerobot.STATE} and {lerobot.ACTION}."
-        )
-    columns = {}
-    for name in table.column_names:
-        try:
-            columns[name] = to_numpy(table.column(name))
-        except ValueError as error:
-            raise ValueError(f"{path}: column {name}: {error}.") from error
+    columns = {name: _column(table, parts, path) for name, parts in names.items()}
     for name in (lerobot.STATE, lerobot.ACTION):  # a single dimension is stored as plain numbers
         columns[name] = columns[name].reshape(len(table), -1).astype(np.float32, copy=False)
     return columns
+
+
+def _wanted_names(
+    metadata: Metadata, path: Path, numeric: Sequence[str], others: Collection[str] | None
+) -> dict[str, tuple[str, ...]]:
+    """The columns to read of a data file, and what it calls each of them or their parts.
+
+    Args:
+        numeric: the file's numeric columns, in its own names.
+        others: see `read_columns`.
+    """
+    parts = {part for of_one in metadata.sources.values() for part in of_one}
+    names: dict[str, tuple[str, ...]] = {name: (name,) for name in numeric if name not in parts}
+    names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
+    there = f"its numeric columns are {', '.join(numeric)}"
+    if missing := [name for name in _REQUIRED if name not in names]:
+        raise KeyError(
+            f"{path} has no column {', '.join(missing)}; {there}. A policy is trained on "
+            f"{lerobot.STATE} and {lerobot.ACTION}."
+        )
+    wanted = {name: olds for name, olds in names.items() if others is None or name in (*_REQUIRED, *others)}
+    for name, olds in wanted.items():
+        if missing := [old for old in olds if old not in numeric]:
+            raise KeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {there}.")
+    return wanted
+
+
+def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
+    """A column, or several that are joined: [F] or [F, d]."""
+    arrays = []
+    for part in parts:
+        try:
+            arrays.append(to_numpy(table.column(part)))
+        except ValueError as error:
+            raise ValueError(f"{path}: column {part}: {error}.") from error
+        if len(parts) > 1 and arrays[-1].ndim > 2:
+            raise ValueError(
+                f"{path}: column {part} has the shape {list(arrays[-1].shape[1:])} per frame; to be joined with others "
+                "it has to be a number or one list of them."
+            )
+    return arrays[0] if len(parts) == 1 else np.concatenate([part.reshape(len(table), -1) for part in arrays], axis=1)
 
 
 def _numeric_names(schema: Any) -> list[str]:

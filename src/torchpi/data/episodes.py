@@ -1,10 +1,12 @@
-"""Choosing episodes by number and by task."""
+"""Choosing episodes: by number, by task, and those to hold out of a training."""
 
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from torchpi.data.metadata import Episode
 from torchpi.data.place import open_metadata
@@ -43,6 +45,39 @@ def select_episodes(dataset: str | Path, expression: str) -> list[int]:
     if not chosen:
         raise ValueError(f"No episode of {metadata.root} meets all conditions of {expression!r}.")
     return sorted(chosen)
+
+
+def hold_out(tasks: Sequence[Hashable], share: float, rng: np.random.Generator) -> list[int]:
+    """Choose episodes to measure a training with, from all tasks alike.
+
+    Each task gives its share, rounded as parliaments round seats (Sainte-Laguë's method): episodes are ordered by how
+    far they are in their own task, in random order, and the first ones are taken. A task's last episode is never taken,
+    so that each is trained on; where no two episodes have the same task, the tasks are not looked at.
+
+    Args:
+        tasks: of each episode.
+        share: of all episodes; at least one is taken.
+        rng: which episodes of a task, and which tasks where not all can be as near to their share.
+
+    Returns:
+        The episodes' positions in `tasks`, sorted; fewer than the share where tasks have single episodes.
+
+    Raises:
+        ValueError: there is one episode only.
+    """
+    if len(tasks) < 2:
+        raise ValueError(f"expected two episodes or more, of which some are held out, got {len(tasks)}")
+    if len(set(tasks)) == len(tasks):
+        tasks = [None] * len(tasks)
+    totals, seen = Counter(tasks), Counter[Hashable]()
+    candidates = []
+    for position in rng.permutation(len(tasks)).tolist():
+        task = tasks[position]
+        seen[task] += 1
+        if seen[task] < totals[task]:
+            candidates.append(((seen[task] - 0.5) / totals[task], position))
+    candidates.sort(key=lambda candidate: candidate[0])  # stable: equal ones stay in random order
+    return sorted(position for _, position in candidates[: max(1, round(share * len(tasks)))])
 
 
 def _of_numbers(indices: Sequence[int], condition: str) -> set[int]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from torchpi.data import format as lerobot
 from torchpi.data.columns import check_names, read_columns
+from torchpi.data.features import dimension_names
 from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode
 from torchpi.data.place import fetch_frames, open_metadata
@@ -49,8 +50,9 @@ class LeRobotDataset:
                 decoded, and their videos need not be there.
             columns: the numeric columns to read beside state, action and those that every set has; by default all.
             rename: from the set's names of columns and cameras to LeRobot's, where it has others: {"state":
-                "observation.state", "actions": "action", "top": "observation.images.cam_high"}. Everything else here,
-                arguments included, speaks of the new names.
+                "observation.state", "actions": "action", "top": "observation.images.cam_high"}. Numeric columns are
+                joined by "+", in that order: {"joint_position+gripper_position": "observation.state"}. Everything else
+                here, arguments included, speaks of the new names.
             tolerance_s: how far a video's frame may be from its time, and a timestamp from its frame's number; by
                 default a quarter of a frame.
             image_cache_bytes: how much of the compressed images in data files stays in memory.
@@ -59,7 +61,7 @@ class LeRobotDataset:
             FileNotFoundError: no such folder; it is no data set; a file of it is missing.
             KeyError: a column or camera is missing, also one to rename.
             ValueError: a version that isn't read; a damaged file; an episode that isn't there; NaN or infinity in state
-                or action; timestamps that don't fit fps; a new name that is taken.
+                or action; timestamps that don't fit fps; a new name that is taken; a column that can't be joined.
             ModuleNotFoundError: pyarrow or av is missing.
         """
         if action_horizon < 1:
@@ -163,11 +165,7 @@ class LeRobotDataset:
         return self._names(lerobot.ACTION)
 
     def _names(self, key: str) -> tuple[str, ...] | None:
-        names = self.features.get(key, {}).get("names")
-        if isinstance(names, Mapping):  # {"motors": ["shoulder", …]}
-            names = next((value for value in names.values() if isinstance(value, list)), None)
-        fits = isinstance(names, list) and len(names) == self._columns[key].shape[1]
-        return tuple(map(str, names)) if fits and names else None
+        return dimension_names(self.features.get(key, {}), self._columns[key].shape[1])
 
     def _frame_number(self, index: SupportsIndex) -> int:
         i = operator.index(index)
@@ -186,7 +184,8 @@ class LeRobotDataset:
             seconds = span.from_timestamp + float(self._columns["timestamp"][i])
             return self._videos.read(span.path, seconds, self._tolerance)
         row = int(self._first_rows[number]) + i - (int(self._ends[number]) - episode.length)
-        return self._images.read(episode.data_file, self._metadata.name_in_files(key), row)
+        (name,) = self._metadata.names_in_files(key)
+        return self._images.read(episode.data_file, name, row)
 
     def _check_cameras(self) -> None:
         for episode in self._episodes:

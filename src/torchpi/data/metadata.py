@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torchpi.data import format as lerobot
 from torchpi.data.extras import require
-from torchpi.data.rename import check_rename
+from torchpi.data.rename import renamed_features, resolve_rename
 
 _T = TypeVar("_T")
 
@@ -47,8 +47,9 @@ class Metadata:
     tasks: Mapping[int, str]
     episodes: tuple[Episode, ...]
     """In the order of their indices."""
-    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """From names in the files to those of `features` and videos, where they differ."""
+    sources: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    """From names of `features` and videos to those in the files, where they differ: of a column that is joined of
+    several all of them, in order."""
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
@@ -60,26 +61,28 @@ class Metadata:
         """The cameras whose frames are in videos."""
         return tuple(key for key in self.camera_keys if self.features[key]["dtype"] == "video")
 
-    def name_in_files(self, key: str) -> str:
-        """What the files call a column or camera."""
-        return next((old for old, new in self.renamed.items() if new == key), key)
+    def names_in_files(self, key: str) -> tuple[str, ...]:
+        """What the files call a camera or column; of one that is joined, its parts in order."""
+        return self.sources.get(key, (key,))
 
     def with_names(self, rename: Mapping[str, str]) -> "Metadata":
-        """The same data set with other names for some of its features.
+        """The same data set with other names for some of its features, and with some columns joined.
 
         Args:
-            rename: from the data set's names to the new ones.
+            rename: from the data set's names to the new ones, see `LeRobotDataset`.
 
         Raises:
-            KeyError, ValueError: see `check_rename`.
+            KeyError, ValueError: see `resolve_rename` and `joined_feature`.
         """
-        check_rename(rename, self.features, self.root)
+        sources = resolve_rename(rename, self.features, self.root)
+        features = renamed_features(self.features, sources, self.root)
+        new_names = {olds[0]: new for new, olds in sources.items()}  # a camera is never joined
 
-        def change(named: Mapping[str, _T]) -> dict[str, _T]:
-            return {rename.get(name, name): value for name, value in named.items()}
+        def change(videos: Mapping[str, VideoSpan]) -> dict[str, VideoSpan]:
+            return {new_names.get(name, name): span for name, span in videos.items()}
 
         episodes = tuple(dataclasses.replace(episode, videos=change(episode.videos)) for episode in self.episodes)
-        return dataclasses.replace(self, features=change(self.features), episodes=episodes, renamed=dict(rename))
+        return dataclasses.replace(self, features=features, episodes=episodes, sources=sources)
 
 
 def read_metadata(root: Path) -> Metadata:

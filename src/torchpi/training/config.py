@@ -84,7 +84,8 @@ class TrainConfig:
     prompt: str | None = None
     """The instruction of all episodes, instead of their tasks."""
     rename: tuple[str, ...] = ()
-    """The dataset's names that LeRobot and the robot have others for: OLD=NEW, for example actions=action."""
+    """The dataset's names that LeRobot and the robot have others for: OLD=NEW, for example actions=action; columns that
+    have to be joined: joint_position+gripper_position=observation.state."""
     mixture: tuple[Source, ...] = ()
     """Several datasets instead of one, mixed by their weights; in a recipe's file, as a list of objects. The policy is
     saved for the first one's robot."""

@@ -26,7 +26,7 @@ from torchpi.training.holdout import Holdout
 from torchpi.training.memory import checkpoint_activations, layers
 from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
 from torchpi.training.report import write_report
-from torchpi.training.resume import check_data, find_start, replace_text, write_recipe
+from torchpi.training.resume import RUN, check_data, find_start, held_out_episodes, replace_text, write_recipe
 from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
@@ -34,7 +34,7 @@ from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import Tracker, open_trackers, require_trackers, scalars
 from torchpi.training.weights import begin_model, model_config
 
-METRICS, CURVES, RUN = "metrics.jsonl", "curves.png", "run.json"
+METRICS, CURVES = "metrics.jsonl", "curves.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         console = Console(stderr=True, highlight=False, quiet=not world.first)
         last = find_start(config, run, resume=resume)
         sizes = model_config(config)
-        data = open_data(config, sizes)
+        data = open_data(config, sizes, held_out=None if last is None else held_out_episodes(run))
         model, beginning = begin_model(config, sizes, skeleton=not world.first)
         policies = build_policies(config, model, data)
         prompts: dict[str, int] = {}

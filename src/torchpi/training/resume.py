@@ -1,6 +1,7 @@
 """The folder of a run: begun new, or gone on with."""
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from torchpi.training.config import TrainConfig
 from torchpi.training.state import checkpoints
 from torchpi.transforms.normalize import NormStats, load_norm_stats
 
-RECIPE = "train.json"
+RECIPE, RUN = "train.json", "run.json"
 
 CHANGEABLE = frozenset(
     {
@@ -70,6 +71,22 @@ def check_data(last: pathlib.Path, norm_stats: Mapping[str, NormStats]) -> None:
                 f"the dataset is another one than when {last} was saved: its statistics of {key} differ. Go on "
                 "with the data as they were, or begin a new run with --init and this one's policy"
             )
+
+
+def held_out_episodes(run: pathlib.Path) -> list[list[int]]:
+    """The episodes that a run holds out, for each of its datasets: what it measures, it must never have trained on.
+
+    Raises:
+        ValueError: its folder does not tell.
+    """
+    try:
+        about = json.loads((run / RUN).read_text(encoding="utf-8"))
+        return [[int(index) for index in dataset["held_out"]] for dataset in about["datasets"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run / RUN} does not tell which episodes the run holds out ({error!r}), so it can't be gone on with: it "
+            "might train on what it measures. Bring the file back, or begin a new run with --init and this one's policy"
+        ) from error
 
 
 def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:

@@ -21,6 +21,8 @@ from torchpi.data import (
     select_episodes,
     to_observation,
 )
+from torchpi.data.episodes import hold_out
+from torchpi.data.metadata import Metadata
 from torchpi.data.place import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
@@ -46,20 +48,26 @@ class SourceData:
     norm_stats: Mapping[str, NormStats]
 
 
-def open_data(config: TrainConfig, sizes: Pi0Config) -> list[SourceData]:
+def open_data(
+    config: TrainConfig, sizes: Pi0Config, *, held_out: Sequence[Sequence[int]] | None = None
+) -> list[SourceData]:
     """Open the datasets and hold episodes out.
 
     Args:
         sizes: of the model.
+        held_out: for each dataset the indices of the episodes to hold out, where a run has chosen them before; by
+            default they are chosen, see `hold_out`.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: as `LeRobotDataset`; or there are too few episodes to hold some out, or
             fewer frames than a batch has samples.
     """
-    return [_open_source(source, config, sizes.require("action_horizon")) for source in config.sources]
+    recorded = [None] * len(config.sources) if held_out is None else held_out
+    horizon = sizes.require("action_horizon")
+    return [_open_source(source, config, horizon, held) for source, held in zip(config.sources, recorded, strict=True)]
 
 
-def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceData:
+def _open_source(source: Source, config: TrainConfig, horizon: int, recorded: Sequence[int] | None) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
     rename = parse_rename(source.rename)
     metadata = open_metadata(source.dataset, rename=rename)
@@ -68,21 +76,16 @@ def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceDat
         source.dataset,
         action_horizon=horizon,
         cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
+        columns=(),
         image_cache_bytes=int(config.image_cache_gb * 1e9),
         rename=rename,
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
-    indices = np.array(whole.episode_indices)
-    count = max(1, round(config.holdout * len(indices))) if config.holdout else 0
-    if count >= len(indices):
-        raise ValueError(
-            f"{source.dataset} has {len(indices)} episodes, of which {count} would be held out; record more, or train "
-            "with holdout 0"
-        )
-    order = generator_at(config.seed, "holdout").permutation(len(indices))
-    held, kept = (sorted(indices[part].tolist()) for part in (order[:count], order[count:]))
+    indices = whole.episode_indices
+    held = set(_choose_held_out(source, config, metadata, indices) if recorded is None else recorded)
+    kept = [index for index in indices if index not in held]
     train = open_episodes(episodes=kept) if held else whole
     holdout = open_episodes(episodes=held) if held else None
     frames = np.arange(len(train))
@@ -95,6 +98,21 @@ def _open_source(source: Source, config: TrainConfig, horizon: int) -> SourceDat
         )
     stats = _norm_stats(source, config, train, embodiment, horizon)
     return SourceData(source, embodiment, train, frames, holdout, stats)
+
+
+def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, indices: Sequence[int]) -> list[int]:
+    """Which of the episodes that a new run may use it does not train on."""
+    if not config.holdout:
+        return []
+    if len(indices) < 2:
+        raise ValueError(
+            f"{source.dataset} has {len(indices)} episode, of which none can be held out; record more, or train with "
+            "holdout 0"
+        )
+    # Where one instruction takes the place of all, the episodes have one task.
+    tasks = {episode.index: episode.tasks if source.prompt is None else () for episode in metadata.episodes}
+    rng = generator_at(config.seed, "holdout")
+    return [indices[i] for i in hold_out([tasks[index] for index in indices], config.holdout, rng)]
 
 
 def _norm_stats(
