@@ -4,7 +4,8 @@
 
 DATASET: LeRobot's format, cameras whose names end in `exterior_image_1_left` and `wrist_image_left`, observation.state
 [8] (seven joints and the gripper), action [8] (velocities of the joints, position of the gripper) at 15 Hz. Frames at
-which the robot rests are left out, and the statistics are pi05_base's for DROID.
+which the robot rests are left out, and the statistics are pi05_base's for DROID. For a set of openpi's converter, whose
+state is in two columns: --rename joint_position+gripper_position=observation.state actions=action
 
 For little data of your own, begin with the published policy and its statistics, as the config `pi05_droid_finetune`:
     --init gs://openpi-assets/checkpoints/pi05_droid --batch-size 32 --num-steps 20000 --schedule cosine

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 from commands import SMALL_TRAINING, use_small_weights
+from droid_set import RENAME, write_droid_set
 
 import torchpi
 from torchpi.checkpoints.load import PUBLISHED, published_name
@@ -127,3 +128,17 @@ def test_a_recipe_runs(tmp_path, monkeypatch, golden_root):
     assert (policy.model.config.action_horizon, policy.model.config.discrete_state_input) == (10, False)
     assert policy.provenance["recipe"]["init"] == f"{PUBLISHED}pi05_base"
     assert policy.infer(policy.example_observation(), num_steps=1)["actions"].shape == (10, 7)
+
+
+@pytest.mark.slow
+def test_droids_recipe_trains_what_openpis_converter_writes(tmp_path, monkeypatch, golden_root):
+    use_small_weights(monkeypatch, tmp_path / "published", golden_root)
+    states = write_droid_set(tmp_path / "set")
+    arguments = ["--dataset", f"{tmp_path}/set", "--out", f"{tmp_path}/run", "--device", "cpu", "--rename", *RENAME]
+    monkeypatch.setattr(sys, "argv", ["droid.py", *arguments, *SMALL_TRAINING.split(), "--num-steps", "2"])
+    runpy.run_path(str(FOLDER / "droid.py"), run_name="__main__")
+    policy = torchpi.load_policy(tmp_path / "run" / "checkpoints" / "00000002" / "policy")
+    assert policy.provenance["recipe"]["rename"] == list(RENAME)
+    observation = policy.example_observation()
+    observation |= {"observation/joint_position": states[0, :7], "observation/gripper_position": states[0, 7:]}
+    assert policy.infer(observation, num_steps=1)["actions"].shape == (15, 8)
