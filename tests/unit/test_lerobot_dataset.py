@@ -669,7 +669,8 @@ def test_a_damaged_image(copy_of):
     change_columns(root / "data/chunk-000/file-000.parquet", change)
     dataset = LeRobotDataset(root, action_horizon=1)
     dataset[0]
-    with pytest.raises(ValueError, match=rf"file-000\.parquet: the image of {BASE} in row 1 is damaged"):
+    whose = rf"{BASE} of episode 0, frame 1 can't be read: .*"
+    with pytest.raises(ValueError, match=rf"{whose}file-000\.parquet: the image of {BASE} in row 1 is damaged"):
         dataset[1]
     with pytest.raises(ValueError, match=rf"file-000\.parquet has no image of {BASE} in row 2"):
         dataset[2]
@@ -691,10 +692,59 @@ def test_data_that_contradict_the_metadata(change, message, copy_of):
     refused(root, ValueError, rf"file-000\.parquet.*({message})")
 
 
-def test_a_task_that_is_not_listed(copy_of):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda columns: {name: column.slice(0, 1) for name, column in columns.items()},
+        lambda columns: {**columns, "task": pa.array([columns["task"][0], None])},
+    ],
+)
+def test_a_task_without_an_instruction(change, copy_of):
     root = copy_of("lerobot_v3_image")
-    change_columns(root / "meta/tasks.parquet", lambda columns: {n: c.slice(0, 1) for n, c in columns.items()})
-    refused(root, ValueError, r"have the tasks \[1\]")
+    change_columns(root / "meta/tasks.parquet", change)
+    message = r"9 frames, the first in episode 1, have the task_index 1, for which .*tasks\.parquet has no text"
+    refused(root, ValueError, message)
+    assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 2])) == 27
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("episode_index", [0, 1, 1], "has the episodes 1 more than once"),
+        ("length", [12, None, 15], r"lack what v3\.0 has: .*'NoneType' object cannot be interpreted as an integer"),
+    ],
+)
+def test_episodes_that_can_not_be(column, values, message, copy_of):
+    root = copy_of("lerobot_v3_image")
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    change_columns(path, lambda columns: {**columns, column: pa.array(values)})
+    refused(root, ValueError, message)
+
+
+def test_data_files_with_other_dimensions(copy_of):
+    root = copy_of("lerobot_v3_image")
+    path = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    wider = [[*row, 0.0] for row in table.column("action").to_pylist()[21:]]
+    pq.write_table(table.slice(0, 21), path)
+    last = table.slice(21).to_pydict() | {"action": pa.array(wider, pa.list_(pa.float32()))}
+    pq.write_table(pa.table(last), path.with_name("file-001.parquet"))
+    change_columns(
+        root / "meta/episodes/chunk-000/file-000.parquet",
+        lambda columns: {**columns, "data/file_index": pa.array([0, 0, 1])},
+    )
+    refused(
+        root, ValueError, r"file-001\.parquet: action has the shape \[5\] per frame, and \[4\] in the data files before"
+    )
+    assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 1])) == 21
+
+
+def test_features_that_can_not_be(copy_of):
+    root = copy_of("lerobot_v3_video")
+    change_json(root / "meta/info.json", video_path=None)
+    refused(root, ValueError, r"observation\.images\.base is a video, but video_path, where videos are, is None")
+    change_json(root / "meta/info.json", features={"action": "float32"})
+    refused(root, ValueError, "the feature action is 'float32'; expected an object")
 
 
 @pytest.mark.parametrize(

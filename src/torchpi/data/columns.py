@@ -50,10 +50,8 @@ def read_columns(
     first_rows: list[int] = []
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
         columns = _read_file(metadata, path, others)
-        if pieces and set(columns) != set(pieces[0]):
-            raise ValueError(
-                f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(pieces[0])}."
-            )
+        if pieces:
+            _check_alike(columns, pieces[0], path)
         runs = _runs(columns["episode_index"], path)
         rows = []
         for episode in group:
@@ -66,8 +64,7 @@ def read_columns(
             rows = [slice(rows[0].start, rows[-1].stop)]
         pieces += [{name: values[part] for name, values in columns.items()} for part in rows]
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    if unknown := sorted(set(np.unique(columns["task_index"]).tolist()) - set(metadata.tasks)):
-        raise ValueError(f"Frames of {metadata.root} have the tasks {unknown}, which its list of tasks does not have.")
+    _check_tasks(columns, metadata)
     return columns, np.array(first_rows)
 
 
@@ -173,6 +170,30 @@ def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
     return runs
 
 
+def _check_alike(columns: dict[str, np.ndarray], before: dict[str, np.ndarray], path: Path) -> None:
+    if set(columns) != set(before):
+        raise ValueError(f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(before)}.")
+    for name, values in columns.items():
+        found, expected = values.shape[1:], before[name].shape[1:]
+        if found != expected:
+            raise ValueError(
+                f"{path}: {name} has the shape {list(found)} per frame, and {list(expected)} in the data files before "
+                f"it; expected the same in all. Repair the file, or {lerobot.LEAVE_OUT}."
+            )
+
+
+def _check_tasks(columns: dict[str, np.ndarray], metadata: Metadata) -> None:
+    for index in np.unique(columns["task_index"]).tolist():
+        task = metadata.tasks.get(index)
+        if not isinstance(task, str):
+            rows = columns["task_index"] == index
+            raise ValueError(
+                f"{rows.sum()} frames, the first in episode {columns['episode_index'][rows][0]}, have the task_index "
+                f"{index}, for which {metadata.tasks_file} has no text. Add the instruction there, or "
+                f"{lerobot.LEAVE_OUT}."
+            )
+
+
 def _checked_rows(columns: dict[str, np.ndarray], episode: Episode, rows: slice | None) -> slice:
     if rows is None:
         raise ValueError(f"{episode.data_file} has no frame of episode {episode.index}; the data set is damaged.")
@@ -193,7 +214,7 @@ def _check_finite(columns: dict[str, np.ndarray], episode: Episode, rows: slice)
             raise ValueError(
                 f"{episode.data_file}: {name} is NaN or infinite in frame {frames[0]} of episode {episode.index}, "
                 f"dimension {dims[0]}, and in {len(np.unique(frames))} of its {episode.length} frames. Repair the "
-                "column, or leave the episode out with episodes=."
+                f"column, or {lerobot.LEAVE_OUT}."
             )
 
 
@@ -213,5 +234,5 @@ def _check_clock(
             f"{episode.data_file}: frame {first} of episode {episode.index} was taken {seconds[first]:.4f} s after the "
             f"first one; expected {expected[first]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} "
             f"frames per second. The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if "
-            "frames are missing, leave the episode out with episodes=."
+            f"frames are missing, {lerobot.LEAVE_OUT}."
         )

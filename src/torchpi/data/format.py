@@ -29,5 +29,8 @@ BOOKKEEPING = {
     "task_index": "int64",
 }
 
+LEAVE_OUT = "leave the episode out (--episodes, of eval --select, or episodes= in Python)"
+"""How to go on without an episode, for errors."""
+
 RECORDING_FOLDER = ".recording"
 """Where a writer of ours keeps the episodes until it finishes the set; not a part of LeRobot's format."""

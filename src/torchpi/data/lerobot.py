@@ -179,13 +179,19 @@ class LeRobotDataset:
     def _image(self, key: str, i: int) -> np.ndarray:
         number = self._episode_number(i)
         episode = self._episodes[number]
+        frame = i - (int(self._ends[number]) - episode.length)
         span = episode.videos.get(key)
-        if span is not None:
-            seconds = span.from_timestamp + float(self._columns["timestamp"][i])
-            return self._videos.read(span.path, seconds, self._tolerance)
-        row = int(self._first_rows[number]) + i - (int(self._ends[number]) - episode.length)
-        (name,) = self._metadata.names_in_files(key)
-        return self._images.read(episode.data_file, name, row)
+        try:
+            if span is not None:
+                seconds = span.from_timestamp + float(self._columns["timestamp"][i])
+                return self._videos.read(span.path, seconds, self._tolerance)
+            (name,) = self._metadata.names_in_files(key)
+            return self._images.read(episode.data_file, name, int(self._first_rows[number]) + frame)
+        except ValueError as error:
+            raise ValueError(
+                f"{key} of episode {episode.index}, frame {frame} can't be read: {error} Repair the file, or "
+                f"{lerobot.LEAVE_OUT}."
+            ) from error
 
     def _check_cameras(self) -> None:
         for episode in self._episodes:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import operator
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,6 +52,11 @@ class Metadata:
     sources: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """From names of `features` and videos to those in the files, where they differ: of a column that is joined of
     several all of them, in order."""
+
+    @property
+    def tasks_file(self) -> Path:
+        """Where the instructions are."""
+        return self.root / (lerobot.TASKS_PARQUET if self.version == "v3.0" else lerobot.TASKS_JSONL)
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
@@ -103,6 +110,7 @@ def read_metadata(root: Path) -> Metadata:
     for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
         if not isinstance(info.get(field), kind):
             raise ValueError(f"{where} has no valid {field!r}, found {info.get(field)!r}; the file is damaged.")
+    _check_features(info, where)
     if info.get("total_episodes") == 0:  # then LeRobot has not written the other files of meta either
         raise ValueError(f"The data set {root} has no episodes; record some first.")
     read_episodes, read_tasks = (_episodes_v3, _tasks_v3) if version == "v3.0" else (_episodes_v2, _tasks_v2)
@@ -121,12 +129,7 @@ def read_metadata(root: Path) -> Metadata:
         episodes = read_episodes(metadata, info)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"The episodes of {root} lack what {version} has: {error!r}; the set is damaged.") from error
-    found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
-    if differing := [f"{field} {info[field]}" for field in found if info.get(field, found[field]) != found[field]]:
-        raise ValueError(
-            f"{where} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
-            f"{found['total_frames']} frames; the data set is incomplete or damaged."
-        )
+    _check_episodes(episodes, info, where)
     return dataclasses.replace(metadata, episodes=tuple(sorted(episodes, key=lambda episode: episode.index)))
 
 
@@ -166,6 +169,31 @@ def _read_info(root: Path) -> dict[str, Any]:
     return info
 
 
+def _check_features(info: Mapping[str, Any], where: Path) -> None:
+    for key, feature in info["features"].items():
+        if not isinstance(feature, dict):
+            raise ValueError(f"{where}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
+        if feature.get("dtype") == "video" and not isinstance(info.get("video_path"), str):
+            raise ValueError(
+                f"{where}: {key} is a video, but video_path, where videos are, is {info.get('video_path')!r}; expected "
+                "a text. The file is damaged."
+            )
+
+
+def _check_episodes(episodes: Sequence[Episode], info: Mapping[str, Any], where: Path) -> None:
+    if twice := [index for index, count in Counter(episode.index for episode in episodes).items() if count > 1]:
+        raise ValueError(
+            f"The list of episodes of {where.parents[1]} has the episodes {', '.join(map(str, twice))} more than once; "
+            "the data set is damaged."
+        )
+    found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
+    if differing := [f"{field} {info[field]}" for field in found if info.get(field, found[field]) != found[field]]:
+        raise ValueError(
+            f"{where} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
+            f"{found['total_frames']} frames; the data set is incomplete or damaged."
+        )
+
+
 def _tasks_v3(root: Path) -> dict[int, str]:
     path = root / lerobot.TASKS_PARQUET
     columns = read_parquet(path, lambda file: file.read().to_pydict())
@@ -196,8 +224,8 @@ def _episodes_v3(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
 
     return [
         Episode(
-            index=row["episode_index"],
-            length=row["length"],
+            index=operator.index(row["episode_index"]),
+            length=operator.index(row["length"]),
             tasks=tuple(row["tasks"]),
             data_file=root / info["data_path"].format(**place(row, "data")),
             videos={
@@ -217,14 +245,14 @@ def _episodes_v2(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
     root = metadata.root
     episodes = []
     for row in _json_lines(root / lerobot.EPISODES_JSONL):
-        index = row["episode_index"]
+        index = operator.index(row["episode_index"])
         place = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", lerobot.CHUNKS_SIZE)}
         videos = {
             key: VideoSpan(root / info["video_path"].format(video_key=key, **place), from_timestamp=0.0)
             for key in metadata.video_keys
         }
         data_file = root / info["data_path"].format(**place)
-        episodes.append(Episode(index, row["length"], tuple(row["tasks"]), data_file, videos))
+        episodes.append(Episode(index, operator.index(row["length"]), tuple(row["tasks"]), data_file, videos))
     return episodes
 
 
