@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -140,6 +141,35 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     assert np.abs(here - there)[:, :3].max() > 0.01
     np.testing.assert_allclose(back[0], back[1], atol=1e-6)
     np.testing.assert_allclose(back[0], 0.3, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, as it compiles
+def test_another_delay_or_horizon_compiles_nothing_anew(monkeypatch):
+    """They are tensors from the beginning, and change no shape."""
+    # What is compiled is the sampler, not the tests' checks of its shapes.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    generator = torch.Generator().manual_seed(0)
+    x, old, matrix = (torch.randn(shape, generator=generator) for shape in ((2, 16, 4), (2, 16, 4), (4, 4)))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def step(delay, executed):
+        weight = prefix_weights(16, delay, executed)[:, :, None].expand_as(old)
+        return guided_velocity(lambda x_t: torch.tanh(x_t @ matrix), x, 0.5, guidance(old, weight))
+
+    torch._dynamo.reset()
+    compiled, counts = torch.compile(step, backend=count), []
+    for delay, executed in (([2, 3], [4, 4]), ([3, 0], [4, 8]), ([0, 0], [15, 0])):
+        torch.testing.assert_close(
+            compiled(torch.tensor(delay), torch.tensor(executed)), step(torch.tensor(delay), torch.tensor(executed))
+        )
+        counts.append(len(graphs))
+    assert counts[0] > 0
+    assert set(counts) == {counts[0]}
 
 
 @pytest.mark.parametrize(
