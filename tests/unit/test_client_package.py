@@ -82,6 +82,28 @@ def test_the_commands_errors_are_one_line(observation_file, capsys):
     assert "--dry-run" in capsys.readouterr().err
 
 
+CONTROL = """
+import sys
+import numpy as np
+from torchpi_client import ControlLoop, WebsocketPolicy
+
+
+class Robot:
+    def observe(self):
+        return {"state": np.zeros(2, np.float32)}
+
+    def act(self, action):
+        self.last = action
+
+
+with WebsocketPolicy(sys.argv[1]) as policy:
+    robot = Robot()
+    report = ControlLoop(robot, policy).run(steps=100)
+    print(robot.last.tolist(), report.actions > 0)
+"""
+"""A control loop in two seconds."""
+
+
 @pytest.mark.slow
 def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
     """Installs from the package index, as a robot's computer would."""
@@ -100,9 +122,12 @@ def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
     assert run(python, "-W", "error", "-c", code).startswith("[] <module")
     chunk = np.ones((3, 2), np.float32)
     np.savez(tmp_path / "observation.npz", state=np.ones(2))
-    with policy_server({"action_names": ["arm", "hand"]}, pack({"actions": chunk})) as (url, _):
+    metadata = {"action_names": ["arm", "hand"], "action_kinds": ["position"] * 2, "control_hz": 50}
+    with policy_server(metadata, pack({"actions": chunk})) as (url, _):
         out = run(python, "-m", "torchpi_client", url, "--dry-run", "--observation", str(tmp_path / "observation.npz"))
+        controlled = run(python, "-W", "error", "-c", CONTROL, url)
     assert "arm" in out
+    assert controlled == "[1.0, 1.0] True\n"
     # JPEG is the one thing that needs more, and says what.
     code = "from torchpi_client.images import encode_images; import numpy as np\n"
     code += "encode_images({'a': np.zeros((2, 2, 3), np.uint8)})"

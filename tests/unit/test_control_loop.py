@@ -336,6 +336,13 @@ def test_a_late_chunk_slows_the_robot():
     assert report.holds < 6
 
 
+def test_slowed_actions_keep_the_limits():
+    limits = ActionLimits.of([None], [None], max_step=[0.4])
+    robot, report = late_once(late="slow", limits=limits)
+    assert report.slowed > 0
+    assert np.abs(np.diff(robot.positions)).max() <= 0.4 + 1e-6
+
+
 def test_a_late_chunk_stops_the_run():
     robot, report = late_once(late="stop", action_kinds=["velocity"])
     assert "a chunk is late" in report.stopped
@@ -392,6 +399,25 @@ def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error)
     with pytest.raises(type(error), match="camera"):
         loop.run()
     assert robot.positions[-1] == 0
+    assert loop.report.actions == 4
+
+
+@pytest.mark.parametrize("error", [OSError("the camera is unplugged"), KeyboardInterrupt()])
+def test_what_the_robot_raises_is_raised_after_it_is_at_rest(error):
+    policy = ScriptedPolicy(lambda number: np.ones((8, 1)), action_kinds=["velocity"])
+    clock = VirtualClock()
+    robot = ToyRobot(clock)
+
+    def observe():
+        if robot.commands:
+            raise error
+        return {}
+
+    robot.observe = observe
+    loop = ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,)))
+    with pytest.raises(type(error)):
+        loop.run()
+    assert robot.positions == [1, 1, 1, 1, 0]
     assert loop.report.actions == 4
 
 

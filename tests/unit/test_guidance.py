@@ -143,6 +143,30 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     np.testing.assert_allclose(back[0], 0.3, atol=1e-6)
 
 
+def test_guidance_is_in_the_models_terms_and_counts_only_where_there_is_a_prefix(monkeypatch):
+    """Normalized and relative to the new state; nothing behind the prefix, nor at padded dimensions."""
+    robot = torchpi.Embodiment.generic(
+        "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c"], delta=["a", "b"]
+    )
+    arm = torchpi.load_policy("demo", embodiment=robot, device="cpu")
+    observation = {**arm.example_observation(), "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
+    sample, seen = arm.model.sample_actions, {}
+
+    def record(*arguments, **options):
+        seen.update(options)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(arm.model, "sample_actions", record)
+    prefix = np.full((5, 3), 0.3, np.float32)
+    arm.infer(observation, num_steps=1, action_prefix=prefix, delay=2, execution_horizon=8)
+    target, weight = (tensor[0].numpy() for tensor in (seen["guidance"].target, seen["guidance"].weight))
+    np.testing.assert_allclose(arm._to_robot(target, arm.prepare(observation)[0])[:5], prefix, atol=1e-5)
+    assert (weight[:2, :3] == 1).all()
+    assert (weight[:5, :3] > 0).all()
+    assert not weight[5:].any()
+    assert not weight[:, 3:].any()
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # PyTorch's own, as it compiles
 def test_another_delay_or_horizon_compiles_nothing_anew(monkeypatch):
