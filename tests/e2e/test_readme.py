@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from commands import serve_once, shortened
 import torchpi
 from torchpi.cli import COMMANDS, main
 from torchpi.demo import demo_observation
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import ServeSettings
 
 ROOT = pathlib.Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,7 +34,7 @@ def test_there_are_commands_and_blocks():
     assert len(COMMAND_LINES) >= 6
     first_words = [shlex.split(line, comments=True)[0] for line in COMMAND_LINES]
     assert set(first_words) == {command.split()[0] for command in COMMANDS}
-    assert len(PYTHON_BLOCKS) == 3
+    assert len(PYTHON_BLOCKS) == 4
 
 
 # In so few episodes the gripper stays open.
@@ -76,10 +79,29 @@ def test_commands(line, tmp_path, monkeypatch, capsys):
             assert pathlib.Path(arguments[arguments.index(option) + 1]).stat().st_size > 0
 
 
-@pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if "paligemma_tokenizer" not in block])
+SPECIAL = ("paligemma_tokenizer", "ControlLoop")
+"""Blocks that need what is not there: published weights; a server and a robot."""
+
+
+@pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if not any(word in block for word in SPECIAL)])
 def test_python(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
+
+
+def test_the_control_loop_block(capsys):
+    """With the embedded policy behind a server and a robot that only looks; a busy machine may take its time."""
+    (block,) = (block for block in PYTHON_BLOCKS if "ControlLoop" in block)
+    observation, commands = demo_observation(), []
+    robot = types.SimpleNamespace(observe=lambda: observation, act=commands.append)
+    with running_server({"demo": lambda: torchpi.load_policy("demo")}, ServeSettings(port=0)) as (address, _):
+        for old, new in (("ws://127.0.0.1:8000", address), ("seconds=60", "steps=20"), ("timeout=1.0", "timeout=60.0")):
+            assert block.count(old) == 1
+            block = block.replace(old, new)
+        exec(compile(block, "README.md", "exec"), {"robot": robot})
+    assert commands
+    assert np.isfinite(commands).all()
+    assert "chunks" in capsys.readouterr().out
 
 
 def test_the_published_checkpoints_block(golden_root, tmp_path, monkeypatch):

@@ -541,11 +541,11 @@ def _named(names: Sequence[str], episodes: Sequence[Float[np.ndarray, " a"]]) ->
 
 
 def plot_control(benchmark: ControlBenchmark) -> "Figure":
-    """Over the delay, a line per mode: success with its interval, jumps at chunk borders, steps to success."""
+    """Over the delay, a line per mode: success with its interval, what happens at chunk borders, steps to success."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
-    success, jumps, steps = figure.subplots(1, 3)
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    success, jumps, changes, steps = figure.subplots(1, 4)
     modes = list(dict.fromkeys(result.mode for result in benchmark.results))
     for place, mode in enumerate(modes):
         found = [result for result in benchmark.results if result.mode == mode]
@@ -555,13 +555,14 @@ def plot_control(benchmark: ControlBenchmark) -> "Figure":
         low, high = np.array([result.interval for result in found]).T
         line: dict[str, Any] = {"color": _COLORS[mode], "marker": "o", "markersize": 4, "linewidth": 1.6}
         success.errorbar(delays, rates, [rates - low, high - rates], label=mode, elinewidth=1, capsize=2, **line)
-        _draw(jumps, delays, [result.jumps.mean for result in found], **line)
-        tail = {**line, "linestyle": ":", "marker": None, "linewidth": 1.2}
-        _draw(jumps, delays, [result.jumps.p95 for result in found], **tail)
+        # Where most old chunks have ended before the new ones begin, the few others do not stand for them.
+        _draw(jumps, delays, [r.jumps.mean if r.jumps.count > r.chunks / 2 else None for r in found], **line)
+        _draw(changes, delays, [result.changes_at_borders.mean for result in found], **line)
         _draw(steps, delays, [result.steps_to_success for result in found], **line)
     for axes, title, unit in (
         (success, "Success rate", "share, 95 % interval"),
-        (jumps, "Jump at a chunk's border (dotted: 95th perc.)", "mean / action range"),
+        (jumps, "Jump between the chunks", "mean / action range"),
+        (changes, "Change of command at borders", "mean / action range"),
         (steps, "Steps to success", "mean, control steps"),
     ):
         axes.set_title(title, fontsize=11, loc="left")
