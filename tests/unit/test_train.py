@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
@@ -428,6 +431,25 @@ def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"can't be taken up: .*; take an older checkpoint"):
         loop.train(resume_config(run), run, resume=True)
+
+
+@pytest.mark.slow
+def test_an_error_of_a_worker_process_is_one_line(recipe, dataset, tmp_path, capsys):
+    shutil.copytree(dataset, tmp_path / "set")
+    file = tmp_path / "set/data/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    key = "observation.images.base"
+    images = table.column(key).to_pylist()
+    for i in range(1, len(images)):  # the first frame is looked at when the set is opened
+        images[i]["bytes"] = images[i]["bytes"][:100]
+    pq.write_table(table.set_column(table.column_names.index(key), key, pa.array(images, table[key].type)), file)
+    config = dataclasses.replace(recipe, dataset=str(tmp_path / "set"), workers=1, holdout=0.0)
+    (tmp_path / "recipe.json").write_text(config.to_json())
+    with pytest.raises(SystemExit, match="1"):
+        main(["train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(tmp_path / "run")])
+    shown = capsys.readouterr().err
+    assert re.search(r"^error: observation\.images\.base of episode \d, frame \d can't be read: .*damaged", shown, re.M)
+    assert "Traceback" not in shown
 
 
 @pytest.mark.parametrize(

@@ -185,18 +185,47 @@ class Samples(Dataset):
         return Batch(observation, **numbers, places=stacked["places"], num_given=num_given)
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
-        """Collated batches of the places, in their order, prepared ahead by worker processes."""
+        """Collated batches of the places, in their order, prepared ahead by worker processes.
+
+        Raises:
+            FileNotFoundError, KeyError, ValueError: by the iterator, as `LeRobotDataset.__getitem__`.
+        """
         loader = DataLoader(
-            self,
+            _Batches(self),
             batch_sampler=places,
             num_workers=workers,
-            collate_fn=self.collate,
+            collate_fn=_as_it_is,
             prefetch_factor=4 if workers else None,
             # Not forked: threads of pyarrow and torch would be missing in the child, and their locks held.
             multiprocessing_context="spawn" if workers else None,
         )
         with interrupts_held():  # Ctrl-C is for the loop, which stops after its update; without workers it could not
-            return iter(loader)
+            return _raise_errors(iter(loader))
+
+
+class _Batches(Dataset):
+    """Collated samples. A user's mistake is a value: raised in a worker process, it would arrive with that process'
+    traceback as its message."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, places: list[Place]) -> dict[str, Any] | Exception:
+        try:
+            return self.samples.collate([self.samples[place] for place in places])
+        except (FileNotFoundError, KeyError, ValueError) as error:
+            return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _raise_errors(batches: Iterator[dict[str, Any] | Exception]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _to(tree: Any, device: str | torch.device) -> Any:
