@@ -276,7 +276,7 @@ def test_the_warm_up_is_left_out_of_the_latency():
     assert report.latency.largest == pytest.approx(0.1)
 
 
-def test_a_warm_up_that_misses_its_deadline_is_repeated():
+def test_a_warm_up_that_misses_its_deadline_is_repeated(caplog):
     policy = ScriptedPolicy(lambda number: TimeoutError("compiling") if number < 2 else np.full((8, 1), number))
     robot, report = controlled(policy, latencies=(1.0, 1.0, 1.0, 0.0), steps=3)
     assert robot.positions[0] == 3  # of the first chunk after the warm-up
@@ -285,6 +285,7 @@ def test_a_warm_up_that_misses_its_deadline_is_repeated():
     with pytest.raises(TimeoutError, match="no answer"):
         controlled(policy, latencies=(100.0,))
     assert len(policy.requests) == 7
+    assert [record.message.count("compilation") for record in caplog.records] == [1, 1]  # once per run
 
 
 def test_a_busy_server_is_asked_again_during_the_warm_up():

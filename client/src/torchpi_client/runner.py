@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any, Callable
 
@@ -18,6 +19,8 @@ from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_kinds, hold_command
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 from torchpi_client.settings import ControlSettings
+
+_log = logging.getLogger(__name__)
 
 SLOW = 2
 """Steps that an action takes while a chunk is late, in "slow"."""
@@ -139,12 +142,21 @@ class ControlLoop:
     def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray:
         """The first answer to an observation with these fields, also where it takes longer than a request may."""
         until = self._clock.now() + WARM_UP_SECONDS
+        told = False
         while True:
             asked = self._clock.now()
             self._inference.start({**self._robot.observe(), **fields})
             answer = self._inference.wait()
             if not _is_unanswered(answer) or self._clock.now() > until:
                 return self._checked_chunk(answer)
+            if not told:
+                told = True
+                _log.warning(
+                    "before the robot moves: %s. Asking again for up to %g s, because a first inference may include a "
+                    "compilation; a model that always takes longer needs a longer answer_timeout",
+                    answer.error,
+                    WARM_UP_SECONDS,
+                )
             self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses at once
 
     def _make_schedule(self, chunk: np.ndarray) -> ActionQueue | Ensemble:
