@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
@@ -201,6 +202,26 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
     shutil.rmtree(base)
     with pytest.raises(FileNotFoundError, match=r"holds what a LoRA training has changed in .*base"):
         torchpi.load_policy(result.policy)
+
+
+def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
+    """They are read from `init` again, which may have changed since."""
+    base, run = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(further.init, base)
+    loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), run)
+    longer = dataclasses.replace(resume_config(run), num_steps=4)
+    file = base / "model.safetensors"
+    before = safetensors.torch.load_file(file)
+    trained = {name: value + 1 if name.startswith("suffix.") else value for name, value in before.items()}
+    safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
+    with pytest.raises(ValueError, match=r"does not change are others than when it was begun: those of .*base have"):
+        loop.train(longer, run, resume=True)
+    shutil.move(base, tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*base"):
+        loop.train(longer, run, resume=True)
+    shutil.move(tmp_path / "elsewhere", base)
+    safetensors.torch.save_file(trained, file)  # what is trained comes from the run's checkpoint
+    assert loop.train(longer, run, resume=True).step == 4
 
 
 # ---- options ----

@@ -138,6 +138,14 @@ def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
     assert ddp.peak.activations < one.peak.activations
     assert fsdp.peak.optimizer == pytest.approx(one.peak.optimizer / 4, rel=0.2)
     assert fsdp.peak.gathered > 0
+    # What is gathered in bfloat16 is not copied into it.
+    assert fsdp.peak.activations < ddp.peak.activations
+
+
+def test_passes_do_not_add_gradients(tiny):
+    on_cuda = dataclasses.replace(tiny, device="cuda", holdout=0.0)
+    one, two = (plan(dataclasses.replace(on_cuda, accumulate=n), world_size=2, local_world_size=2) for n in (1, 2))
+    assert one.peak.gradients == two.peak.gradients
 
 
 def test_what_does_not_fit_is_told_what_would(tiny, capsys):

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from torchpi.model.gemma import AdaRMSNorm
+from torchpi.model.gemma import AdaRMSNorm, RMSNorm
+from torchpi.model.lora import LoraLinear
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import usable_device
 from torchpi.training.memory import layers
@@ -97,7 +98,11 @@ class _WithForward(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.flow_error(*args, **kwargs)
+        return self.model.flow_error(*args, **kwargs) if args else self._zero()
+
+    def _zero(self) -> Tensor:
+        """A zero that depends on all trained parameters, whose gradients are zero."""
+        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +159,36 @@ def _replicate(model: Pi0, world: World) -> Parallel:
     for parameter in model.parameters():
         dist.broadcast(parameter.data, src=0)
     spread = nn.parallel.DistributedDataParallel(_WithForward(model), init_sync=False, gradient_as_bucket_view=True)
-    return Parallel(spread, lambda last: contextlib.nullcontext() if last else spread.no_sync())
+    buckets = dict[nn.Parameter, Tensor]()
+
+    @contextlib.contextmanager
+    def last_of_update(last: bool) -> Iterator[None]:
+        if last:
+            yield
+            return
+        # Gradients add up in the buckets: of their own they would be a second set beside them.
+        if not buckets:
+            buckets.update(_gradients_in_buckets(spread))
+        for parameter, gradient in buckets.items():
+            if parameter.grad is None:
+                parameter.grad = gradient.zero_()
+        with spread.no_sync():
+            yield
+
+    return Parallel(spread, last_of_update)
+
+
+def _gradients_in_buckets(spread: nn.parallel.DistributedDataParallel) -> dict[nn.Parameter, Tensor]:
+    """The place of each trained parameter's gradient in the buckets that are summed over the processes."""
+    parameters = [parameter for parameter in spread.parameters() if parameter.requires_grad]
+    for _ in range(2):  # behind the first backward pass the buckets are laid out anew
+        for parameter in parameters:
+            parameter.grad = None
+        spread().backward()
+    found = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+    for parameter in parameters:
+        parameter.grad = None
+    return found
 
 
 def _mesh(how: str, world: World, shard_size: int) -> DeviceMesh:
@@ -174,16 +208,31 @@ def _weights_of_the_first(model: Pi0, world: World) -> dict[str, Any]:
 
 
 def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
-    """A group for each layer. What is read outside of its layer's forward needs a group of its own, or the root's."""
-    for norm in model.modules():
-        if isinstance(norm, AdaRMSNorm):  # all conditions are computed before the first layer
-            fully_shard(norm.dense, mesh=mesh)
-    for layer in layers(model):
-        fully_shard(layer, mesh=mesh)
+    for modules, dtype in shard_groups(model):
+        # Gradients come in the dtype of the weights, and are summed in float32.
+        policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
+        fully_shard(modules, mesh=mesh, mp_policy=policy)
     sharded = fully_shard(model, mesh=mesh)
     for method in ("flow_error", "sample_actions"):
         register_fsdp_forward_method(model, method)
     return sharded
+
+
+def shard_groups(model: Pi0) -> Iterator[tuple[list[nn.Module], torch.dtype | None]]:
+    """What FSDP gathers at once, the inner before the outer, and in which dtype; None: each weight in its own.
+
+    A group for each layer. What is in none is the root's, which is gathered during the whole pass: all that is read
+    outside of its layer's forward, and norms, whose weights are used in float32. The others are brought to the dtype of
+    the products where they are used, so they can be gathered in it. Not so LoRA matrices: some are added up before.
+    """
+    compute = None if model.compute_dtype is torch.float32 else model.compute_dtype
+    for norm in model.modules():
+        if isinstance(norm, AdaRMSNorm):  # all conditions are computed before the first layer
+            yield [norm.dense], compute
+    for layer in layers(model):
+        has_lora = any(isinstance(module, LoraLinear) for module in layer.modules())
+        others = [child for child in layer.children() if not isinstance(child, RMSNorm | nn.LayerNorm)]
+        yield [layer] if len(others) == len(list(layer.children())) else others, None if has_lora else compute
 
 
 def release_gathered(model: nn.Module) -> None:

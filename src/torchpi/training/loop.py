@@ -26,7 +26,15 @@ from torchpi.training.holdout import Holdout
 from torchpi.training.memory import checkpoint_activations, layers
 from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
 from torchpi.training.report import write_report
-from torchpi.training.resume import RUN, check_data, find_start, held_out_episodes, replace_text, write_recipe
+from torchpi.training.resume import (
+    RUN,
+    check_constant,
+    check_data,
+    find_start,
+    held_out_episodes,
+    replace_text,
+    write_recipe,
+)
 from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrder, loss_sum, num_terms
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
@@ -79,6 +87,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         require_trackers(config.trackers)
         if last is not None:
             check_data(last, data[0].norm_stats)
+            if world.first and not check_constant(run, beginning.constant, config.init):
+                console.print(f"{run / RUN} does not tell which weights the run does not change: they are not compared")
             complete = ", the last one: nothing to do" if int(last.name) == config.num_steps else ""
             console.print(f"going on from step {int(last.name)}{complete}")
         world.wait_for_all()  # all have looked at the run's folder before the first one writes there

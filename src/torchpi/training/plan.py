@@ -13,7 +13,7 @@ import math
 import os
 import pathlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 from unittest import mock
 
@@ -28,14 +28,13 @@ from torch.utils._pytree import tree_leaves
 
 from torchpi.checkpoints.load import published_name
 from torchpi.config import Pi0Config
-from torchpi.model.gemma import AdaRMSNorm
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
-from torchpi.training.distributed import Parallel
+from torchpi.training.distributed import alone, shard_groups
 from torchpi.training.holdout import DRAWS as HOLDOUT_DRAWS
 from torchpi.training.loop import update
-from torchpi.training.memory import checkpoint_activations, layers
+from torchpi.training.memory import checkpoint_activations
 from torchpi.training.optim import Kind
 from torchpi.training.samples import Batch, loss_sum
 from torchpi.training.state import TrainState
@@ -210,10 +209,11 @@ def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_me
     device = _device_type(config)
     whole_gradients = config.parallel == "ddp" and world_size > 1
     live = _Live(shards, gradients_always=whole_gradients)
+    groups = [] if config.parallel == "ddp" else _groups(model)
     frozen = sum(_bytes(p) for p in model.parameters() if not p.requires_grad)
     with _without_numbers(device) as stand_in, live:
-        peak = _run(model, config, sizes, cameras, world_size, live, torch.device(stand_in))
-    peak = _with_gathered(peak, model, live) if config.parallel != "ddp" else peak
+        peak = _run(model, config, sizes, cameras, world_size, live, torch.device(stand_in), groups)
+    peak = max(peak, _end_of_backward(peak, model, live, groups[-1]), key=lambda m: m.total) if groups else peak
     trained = sum(_shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
     return Plan(
         device=device,
@@ -256,14 +256,16 @@ class _Live(TorchDispatchMode):
         """
         super().__init__()
         self.shards, self.gradients_always = shards, gradients_always
-        self.last_pass = True
         self.of_parts = False
         """Whether what is computed now is computed of each process' shards."""
+        self.in_reduction = 0
+        """Bytes of the gradients that are being summed over the processes."""
         self.now = dict.fromkeys(_KINDS, 0)
         self.most = dict(self.now)
         self.moment: Moment = "update"
         self.most_moment: Moment = "update"
         self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._gathered_dtypes: dict[int, torch.dtype] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -271,9 +273,24 @@ class _Live(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                nbytes = tensor.untyped_storage().nbytes()
+                nbytes = 0 if self._is_gathered(func, args, tensor) else tensor.untyped_storage().nbytes()
                 self.count(tensor, "activations", _shard_bytes(tensor, self.shards) if self.of_parts else nbytes)
         return out
+
+    def take_for_gathered(self, parameters: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """Copies of these weights in this dtype are what is gathered, and not kept."""
+        for parameter in parameters:
+            self._gathered_dtypes[parameter.untyped_storage()._cdata] = dtype
+
+    def gathered_now(self, nbytes: int) -> None:
+        """So many bytes are whole from now on, of what is sharded."""
+        self.now["gathered"] = nbytes
+        self._note_most()
+
+    def _is_gathered(self, func: Any, args: Any, made: Tensor) -> bool:
+        if func is not torch.ops.aten._to_copy.default:
+            return False
+        return self._gathered_dtypes.get(args[0].untyped_storage()._cdata) is made.dtype
 
     def count(self, tensor: Tensor, kind: str, nbytes: int) -> None:
         """Count a tensor's storage as `nbytes` of a kind, for as long as it lives."""
@@ -282,6 +299,9 @@ class _Live(TorchDispatchMode):
         self._forget(key)
         self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, nbytes
         self.now[kind] += nbytes
+        self._note_most()
+
+    def _note_most(self) -> None:
         if sum(self.now.values()) > sum(self.most.values()):
             self.most, self.most_moment = dict(self.now), self.moment
 
@@ -294,8 +314,8 @@ class _Live(TorchDispatchMode):
 
         def made(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            if self.gradients_always and self.last_pass:
-                self.count(parameter.grad, "gradients", 0)  # copied into the bucket
+            if self.gradients_always:
+                self.count(parameter.grad, "gradients", 0)  # added to what is in the bucket
             else:
                 self.count_part(parameter.grad, "gradients")
 
@@ -307,12 +327,6 @@ class _Live(TorchDispatchMode):
     def begin(self) -> None:
         """What has lived so far, while the run was put together, does not count."""
         self.most = dict(self.now)
-
-    def pass_begins(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """`Parallel.last_of_update`: DistributedDataParallel keeps the gradients of all passes but the last one beside
-        its buckets."""
-        self.last_pass = last
-        return contextlib.nullcontext()
 
     def _forget(self, key: int) -> None:
         if key in self._known:
@@ -361,16 +375,19 @@ def _run(
     world_size: int,
     live: _Live,
     device: torch.device,
+    groups: Sequence["_Group"],
 ) -> Memory:
     """An update, which finds the moments as those behind the first one do, and a measurement."""
     config = dataclasses.replace(config, loss="all")  # how many terms are real is a number
     model.to_empty(device=device)
     checkpoint_activations(model, config.checkpointing)
-    parallel = Parallel(model.flow_error, live.pass_begins)
+    parallel = alone(model)
     state = TrainState.begin(model, weight_decay=config.weight_decay, ema=config.ema_decay > 0)
     state.optimizer = _Moments(state.parts, config.optimizer, live)
     for parameter in model.parameters():
         live.count_part(parameter, "weights")
+    if groups:
+        _follow(groups, live)
     for average in state.ema.values():
         live.count_part(average, "ema")
     live.count_gradients(state.trained.values())
@@ -482,35 +499,82 @@ def _shard_bytes(tensor: Tensor, shards: int) -> int:
     return -(-tensor.shape[0] // shards) * (_bytes(tensor) // max(tensor.shape[0], 1))
 
 
-def _with_gathered(peak: Memory, model: Pi0, live: _Live) -> Memory:
-    """The peak of a sharded run, with what is whole for a while.
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Weights that are gathered at once."""
 
-    A group of weights is gathered into one buffer and copied out of it, and the next group's buffer is filled
-    meanwhile; gradients are whole until they are in the buffer that is reduced. The root's weights stay whole from its
-    forward to the end of its backward pass. It ends last: nothing but its own gradients lives then.
+    modules: Sequence[nn.Module]
+    """Which are run one after the other."""
+    parameters: Sequence[nn.Parameter]
+    dtype: torch.dtype | None
+    """In which; None: each in its own."""
+
+    def whole(self, *, trained: bool = False) -> int:
+        """Bytes of the gathered weights, or of the gradients that come in their dtype."""
+        kept = [p for p in self.parameters if p.requires_grad or not trained]
+        return sum(p.numel() * (self.dtype or p.dtype).itemsize for p in kept)
+
+    def reduced(self) -> int:
+        """Bytes of the buffer in which its gradients are summed."""
+        return sum(_bytes(p) for p in self.parameters if p.requires_grad)
+
+
+def _groups(model: Pi0) -> list[_Group]:
+    """Those of the layers, and last the root's."""
+    groups, seen = [], set[int]()
+    root: tuple[list[nn.Module], None] = ([model], None)
+    for modules, dtype in (*shard_groups(model), root):
+        own = [p for module in modules for p in module.parameters() if id(p) not in seen]
+        seen |= set(map(id, own))
+        groups.append(_Group(modules, own, dtype))
+    return groups
+
+
+def _follow(groups: Sequence[_Group], live: _Live) -> None:
+    """Count what is whole while each group is at work. The root's weights are so all the time."""
+    *inner, root = groups
+    live.gathered_now(root.whole())
+    for group in inner:
+        if group.dtype is not None:
+            live.take_for_gathered(group.parameters, group.dtype)
+        _follow_group(group, root.whole(), live)
+
+
+def _follow_group(group: _Group, root: int, live: _Live) -> None:
+    """In the forward pass a group's weights are gathered into one buffer and copied out of it, while the buffer of the
+    group before is still there. In the backward pass the next group's buffer is filled meanwhile, gradients are whole,
+    and those of the group before are in the buffer that is reduced.
     """
-    groups = [*layers(model), *(norm.dense for norm in model.modules() if isinstance(norm, AdaRMSNorm))]
-    inside = {id(p) for group in groups for p in group.parameters()}
-    root = [p for p in model.parameters() if id(p) not in inside]
-    largest = max((list(layer.parameters()) for layer in layers(model)), key=_whole)
-    at_work = 3 * _whole(largest)
-    if peak.moment == "update":
-        at_work += 2 * _whole(p for p in largest if p.requires_grad)
-    at_peak = dataclasses.replace(peak, gathered=_whole(root) + at_work)
-    static = {name: getattr(peak, name) for name in ("weights", "optimizer", "ema", "data")}
-    gradients = sum(_shard_bytes(p, live.shards) for p in model.parameters() if p.requires_grad)
-    at_end = Memory(
-        "update",
-        **static,
-        gradients=gradients,
+    forward = root + 3 * group.whole()
+    backward = root + 2 * group.whole() + group.whole(trained=True)
+
+    def begins(module: nn.Module, args: Any) -> None:
+        if torch._C._current_graph_task_id() == -1:  # there it runs again, for its activations
+            live.in_reduction = 0
+            live.gathered_now(forward)
+
+    def backward_begins(gradient: Tensor) -> None:
+        live.gathered_now(backward + live.in_reduction)
+        live.in_reduction = group.reduced()
+
+    def ends(module: nn.Module, args: Any, out: Any) -> None:
+        tensor = out if isinstance(out, Tensor) else out[0]
+        if tensor.requires_grad:
+            tensor.register_hook(backward_begins)
+
+    group.modules[0].register_forward_pre_hook(begins)
+    group.modules[-1].register_forward_hook(ends)
+
+
+def _end_of_backward(peak: Memory, model: Pi0, live: _Live, root: _Group) -> Memory:
+    """The root ends last: nothing but its own gradients, whole and in the buffer that is reduced, lives then."""
+    return dataclasses.replace(
+        peak,
+        moment="update",
+        gradients=sum(_shard_bytes(p, live.shards) for p in model.parameters() if p.requires_grad),
         activations=0,
-        gathered=_whole(root) + 2 * _whole(p for p in root if p.requires_grad),
+        gathered=root.whole() + root.whole(trained=True) + root.reduced(),
     )
-    return max(at_peak, at_end, key=lambda memory: memory.total)
-
-
-def _whole(parameters: Iterable[Tensor]) -> int:
-    return sum(map(_bytes, parameters))
 
 
 # ---- for people ----

@@ -89,6 +89,29 @@ def held_out_episodes(run: pathlib.Path) -> list[list[int]]:
         ) from error
 
 
+def check_constant(run: pathlib.Path, found: str, init: str | None) -> bool:
+    """Refuse to go on with other frozen weights: they are in no checkpoint's state, but come from `init` again.
+
+    Args:
+        found: `Beginning.constant` as it is now.
+
+    Returns:
+        Whether the run's folder says which they were; one of an earlier version does not.
+
+    Raises:
+        ValueError: they are others than those that the run began with.
+    """
+    about = json.loads((run / RUN).read_text(encoding="utf-8"))
+    begun_with = about.get("init", {}).get("constant_sha256")
+    if begun_with not in (None, found):
+        raise ValueError(
+            f"the weights that this run does not change are others than when it was begun: those of {init or 'seed'} "
+            f"have the SHA-256 {found[:12]}…, {run / RUN} has {begun_with[:12]}…. Bring back what was there, or begin "
+            "a new run"
+        )
+    return begun_with is not None
+
+
 def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:
     """Make the run's folder, and write its recipe."""
     run.mkdir(parents=True, exist_ok=True)

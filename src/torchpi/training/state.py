@@ -142,7 +142,8 @@ class TrainState:
             return
         for part in self.parts.values():
             moments = {name: torch.zeros_like(part, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[part] = {"step": torch.tensor(float(step)), **moments}
+            # As AdamW makes it: its fused kernel reads the step where the weights are.
+            self.optimizer.state[part] = {"step": torch.tensor(float(step), device=part.device), **moments}
 
 
 class Checkpointer:

@@ -124,6 +124,7 @@ def run_document(
             "fresh": list(beginning.fresh) if beginning.loaded else len(beginning.fresh),
             "left_out": dict(beginning.left_out),
             "adapted": beginning.adapted,
+            "constant_sha256": beginning.constant,
         },
     }
 
