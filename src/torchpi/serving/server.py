@@ -10,6 +10,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import http
 import itertools
 import json
@@ -253,6 +254,9 @@ class PolicyServer:
             closed=asyncio.create_task(connection.wait_closed()),
             limit=RateLimit(self._settings.max_rate, time.monotonic()),
         )
+        give_up = functools.partial(self._give_up, client)
+        client.closed.add_done_callback(give_up)
+        self._grace_over.add_done_callback(give_up)
         self._open += 1
         self._metrics.connections.inc()
         _log.info("client %d from %s for %s", client.number, connection.remote_address, client.policy)
@@ -267,6 +271,7 @@ class PolicyServer:
             self._open -= 1
             self._metrics.connections.dec()
             client.closed.cancel()
+            self._grace_over.remove_done_callback(give_up)
             if self._recorder is not None:
                 self._recorder.end(client.number)
 
@@ -294,38 +299,59 @@ class PolicyServer:
 
     async def _converse(self, client: "_Client", robot: Robot) -> None:
         """Requests and answers in turn, until the client closes, sends what is no request, or the server stops."""
-        connection, policy = client.connection, client.policy
+        connection = client.connection
         while not self._stopping:
+            client.noise = self._draw_noise(client)  # now: as soon as there is a request, somebody waits
             message = await connection.recv()
             self._busy.add(connection)
             try:
                 client.began = time.perf_counter()
-                frame, outcome = await self._turn(message, client, robot)
-                self._metrics.requests.labels(policy, outcome).inc()
-                client.num_requests += 1
-                await connection.send(frame)
-                client.last_seconds = time.perf_counter() - client.began
-                if outcome == "malformed_message":
+                reply = await self._reply(message, client, robot)
+                try:
+                    await connection.send(reply.frame)
+                finally:
+                    self._keep(reply, client, robot)
+                if reply.outcome == "malformed_message":
                     await connection.close(CloseCode.INVALID_DATA, "malformed message")
                 elif self._stopping:
                     await connection.close(*_GOODBYE)
             finally:
                 self._busy.discard(connection)
 
-    async def _turn(self, message: str | bytes, client: "_Client", robot: Robot) -> tuple[str | bytes, str]:
-        """The frame that answers a message, and its outcome: "answered", or an error's code."""
+    def _draw_noise(self, client: "_Client") -> np.ndarray:
+        """Of the client's next request, from that request's place alone, whichever others it is batched with."""
+        place = ("serve", client.policy, client.number, client.num_requests)
+        shape = noise_shape(self._policies[client.policy])
+        return generator_at(self._settings.seed, *place).standard_normal(shape, np.float32)
+
+    def _keep(self, reply: "_Reply", client: "_Client", robot: Robot) -> None:
+        """Count and show what was sent. Not before it is: until then the client waits."""
+        client.num_requests += 1
+        client.last_seconds = time.perf_counter() - client.began
+        self._metrics.requests.labels(client.policy, reply.outcome).inc()
+        if reply.answer is None:
+            return
+        self._metrics.queue_seconds.labels(client.policy).observe(reply.answer.queue_seconds)
+        self._dashboard.answered(robot, reply.observation, reply.answer, time.monotonic())
+        if self._recorder is not None:
+            policy, actions = self._policies[client.policy], reply.answer.chunk["actions"]
+            self._recorder.keep(client.policy, client.number, policy, reply.observation, actions)
+
+    async def _reply(self, message: str | bytes, client: "_Client", robot: Robot) -> "_Reply":
+        """What a message is answered with."""
         try:
-            answer = await self._answer(message, client, robot)
+            observation, answer = await self._answer(message, client, robot)
         except RequestError as error:
             self._dashboard.failed(robot, f"{error.code}: {error}")
             # Whoever floods the server shall not flood its log; who has left has said so already.
             level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
             _log.log(level, "client %d: %s: %s", client.number, error.code, error)
-            return error.frame(), error.code
+            return _Reply(error.frame(), error.code)
         except Exception:
             self._dashboard.failed(robot, "internal: the server failed on this request; its log says why")
             _log.exception("client %d: the server failed on a request", client.number)
-            return RequestError("internal", "the server failed on this request; its log says why").frame(), "internal"
+            failure = RequestError("internal", "the server failed on this request; its log says why")
+            return _Reply(failure.frame(), failure.code)
         timing = {
             "queue_ms": 1e3 * answer.queue_seconds,
             "infer_ms": 1e3 * answer.inference_seconds,
@@ -333,10 +359,10 @@ class PolicyServer:
         }
         if client.last_seconds is not None:
             timing["prev_total_ms"] = 1e3 * client.last_seconds
-        return answer_frame(answer.chunk, timing), "answered"
+        return _Reply(answer_frame(answer.chunk, timing), "answered", observation, answer)
 
-    async def _answer(self, message: str | bytes, client: "_Client", robot: Robot) -> Answer:
-        """What the model says to one message.
+    async def _answer(self, message: str | bytes, client: "_Client", robot: Robot) -> tuple[dict[str, Any], Answer]:
+        """The observation in one message, and what the model says to it.
 
         Raises:
             RequestError: nothing.
@@ -344,49 +370,93 @@ class PolicyServer:
         if not client.limit.allows(time.monotonic()):
             rate = self._settings.max_rate
             raise RequestError("rate_limited", f"more than {rate:g} requests per second; send fewer")
-        policy = self._policies[client.policy]
-        shape = noise_shape(policy)
-        observation, options = read_request(message, noise_shape=shape)
+        observation, options = read_request(message, noise_shape=noise_shape(self._policies[client.policy]))
         if count_jpegs(observation):  # milliseconds for each
             max_bytes = int(self._settings.max_message_mb * 2**20)
             observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=max_bytes)
-        noise = options.noise
-        if noise is None:  # from the request's place alone, whichever others it is batched with
-            place = ("serve", client.policy, client.number, client.num_requests)
-            noise = generator_at(self._settings.seed, *place).standard_normal(shape, np.float32)
         request = Request(
-            client.policy, observation, noise, options.num_steps or self._settings.num_steps, options.prefix
+            client.policy,
+            observation,
+            client.noise if options.noise is None else options.noise,
+            options.num_steps or self._settings.num_steps,
+            options.prefix,
         )
-        self.scheduler.submit(request)
         self._dashboard.asked(robot, options.prefix, time.monotonic())
-        answer = await self._await(request, client.closed, options.deadline)
-        self._dashboard.answered(robot, observation, answer, time.monotonic())
-        if self._recorder is not None:
-            self._recorder.keep(client.policy, client.number, policy, observation, answer.chunk["actions"])
-        return answer
+        seconds = min(self._settings.deadline, options.deadline or self._settings.deadline)
+        return observation, await self._await(request, client, seconds)
 
-    async def _await(self, request: Request, closed: "asyncio.Task[None]", deadline: float | None) -> Answer:
+    async def _await(self, request: Request, client: "_Client", deadline: float) -> Answer:
         """The model's answer; if it has not begun by the deadline, or nobody waits any more, the request is taken back.
+
+        Args:
+            deadline: seconds from now.
 
         Raises:
             RequestError: it has no answer.
         """
-        seconds = min(self._settings.deadline, deadline or self._settings.deadline)
-        answer = asyncio.wrap_future(request.answer)
-        ends: set[asyncio.Future[Any]] = {answer, closed, self._grace_over}
-        done, _ = await asyncio.wait(ends, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        if not done:
-            if self.scheduler.withdraw(request):
-                answer.cancel()
-                raise RequestError("deadline_exceeded", f"the model was busy with others for {seconds:g} s")
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
+        if error := self._hopeless(client):
+            raise error
+        loop = asyncio.get_running_loop()
+        # One future that whatever comes first sets: asyncio.wait for several costs a turn of the loop more.
+        answer = client.answer = loop.create_future()
+        request.answer.add_done_callback(functools.partial(_hand_over, loop, answer))
+        expiry = loop.call_later(deadline, self._expire, request, answer, deadline)
+        try:
+            self.scheduler.submit(request)
             return await answer
-        self.scheduler.withdraw(request)
-        answer.cancel()
-        if closed.done():
-            raise RequestError("client_left", "the client closed the connection before its answer")
-        raise RequestError("shutting_down", "the server is shutting down, and had no time left for the request")
+        finally:
+            expiry.cancel()
+            client.answer = None
+            if not request.answer.done():
+                self.scheduler.withdraw(request)
+                request.answer.cancel()
+
+    def _expire(self, request: Request, answer: "asyncio.Future[Answer]", seconds: float) -> None:
+        """The deadline has passed."""
+        if not answer.done() and self.scheduler.withdraw(request):
+            answer.set_exception(RequestError("deadline_exceeded", f"the model was busy with others for {seconds:g} s"))
+
+    def _give_up(self, client: "_Client", _: "asyncio.Future[None]") -> None:
+        """The client has left, or the server has no time left for it."""
+        error = self._hopeless(client)
+        if error is not None and client.answer is not None and not client.answer.done():
+            client.answer.set_exception(error)
+
+    def _hopeless(self, client: "_Client") -> RequestError | None:
+        """Why the client gets no answer any more."""
+        if client.closed.done():
+            return RequestError("client_left", "the client closed the connection before its answer")
+        if self._grace_over.done():
+            return RequestError("shutting_down", "the server is shutting down, and had no time left for the request")
+        return None
+
+
+def _hand_over(
+    loop: asyncio.AbstractEventLoop, answer: "asyncio.Future[Answer]", done: "concurrent.futures.Future[Answer]"
+) -> None:
+    """In the model's thread: give what is done to the coroutine that waits for it."""
+
+    def take() -> None:
+        if answer.done():  # given up
+            return
+        if error := done.exception():
+            answer.set_exception(error)
+        else:
+            answer.set_result(done.result())
+
+    with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+        loop.call_soon_threadsafe(take)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reply:
+    """What a message is answered with."""
+
+    frame: str | bytes
+    outcome: str
+    """ "answered", or an error's code."""
+    observation: dict[str, Any] = dataclasses.field(default_factory=dict)
+    answer: Answer | None = None
 
 
 @dataclasses.dataclass
@@ -401,6 +471,10 @@ class _Client:
     """Done when the connection is."""
     limit: RateLimit
     num_requests: int = 0
+    noise: np.ndarray = dataclasses.field(init=False)
+    """[H, action_dim], of the next request, if it brings none."""
+    answer: "asyncio.Future[Answer] | None" = None
+    """What it waits for."""
     began: float = 0.0
     last_seconds: float | None = None
     """From the last request to its answer, sent."""

@@ -1,0 +1,84 @@
+"""What guidance towards the chunk that is being executed adds to sampling (real-time chunking)."""
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from torchpi.bench import Workload, bench_config, make_observation, timed
+from torchpi.config import PRESETS
+from torchpi.model.guidance import Guidance
+from torchpi.model.pi0 import Pi0
+from torchpi.policy import load_policy
+from torchpi.types import ActionPrefix
+
+NUM_STEPS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedTime:
+    """One model on the CPU, batch 1, 10 Euler steps; medians over pairs of a sampling without and one with guidance."""
+
+    model: str
+    pairs: int
+    plain_seconds: float
+    guided_seconds: float
+    ratio: float
+    """Of the pairs: guided over plain."""
+
+
+def bench_guided(name: str, *, pairs: int) -> GuidedTime:
+    """Time both in turn, because the speed of a shared machine drifts.
+
+    Args:
+        name: "mid" or a preset, with random weights; otherwise a policy, from observation to actions.
+
+    Raises:
+        ValueError: pairs is not positive; what `load_policy` raises.
+    """
+    if pairs < 1:
+        raise ValueError(f"pairs is {pairs}; expected a positive number")
+    sample = _sample_model(name) if name in ("mid", *PRESETS) else _sample_policy(name)
+    cpu = torch.device("cpu")
+    plain, guided = [], []
+    for pair in range(-1, pairs):
+        times = [timed(lambda guide=guide: sample(guide), cpu) for guide in (False, True)]  # type: ignore[misc]
+        if pair >= 0:  # the one before is the warm-up
+            plain.append(times[0])
+            guided.append(times[1])
+    ratios = [one / other for one, other in zip(guided, plain, strict=True)]
+    return GuidedTime(name, pairs, statistics.median(plain), statistics.median(guided), statistics.median(ratios))
+
+
+def _sample_model(name: str) -> Callable[[bool], None]:
+    """Sampling of a model with random weights: three cameras, 60 real prompt tokens."""
+    config = bench_config(name)
+    work = Workload(config, 1, num_cameras=3, prompt_tokens=60, num_steps=NUM_STEPS, dtype=torch.float32)
+    model = Pi0(config).eval()
+    observation = make_observation(work, torch.device("cpu"))
+    shape = (1, config.require("action_horizon"), config.action_dim)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    guidance = Guidance(target=torch.zeros(shape), weight=torch.ones(shape))
+
+    def sample(guide: bool) -> None:
+        model.sample_actions(observation, noise=noise, num_steps=NUM_STEPS, guidance=guidance if guide else None)
+
+    return sample
+
+
+def _sample_policy(path: str) -> Callable[[bool], None]:
+    """Inference of a policy, which goes on from the second half of a chunk of its own."""
+    policy = load_policy(path, device="cpu")
+    observation, config = policy.example_observation(), policy.model.config
+    horizon = config.require("action_horizon")
+    noise = np.random.default_rng(0).standard_normal((1, horizon, config.action_dim), np.float32)
+    (chunk,) = policy.infer_batch([observation], noise=noise, num_steps=NUM_STEPS)
+    half = horizon // 2
+    prefix = ActionPrefix(chunk["actions"][half:], horizon // 4, half, how="guidance")
+
+    def sample(guide: bool) -> None:
+        policy.infer_batch([observation], noise=noise, num_steps=NUM_STEPS, prefixes=[prefix if guide else None])
+
+    return sample
