@@ -164,12 +164,14 @@ def main() -> None:
         ).to_dict()
         episodes = sum(task["episodes"] for task in result["tasks"].values())
         entry = {
+            **result,
+            "evaluation_seed": result["seed"],
             "variant": variant,
             "seed": seed,
             "steps": arguments.steps,
             "holdout_loss": holdout_loss(folder / "run"),
+            "episodes": episodes,
         }
-        entry |= {"episodes": episodes, **result}
         (folder / "result.json").write_text(json.dumps(entry))
         print(f"{variant}, seed {seed}: {100 * result['success_rate']:.0f} % of {episodes}", flush=True)
     results = [json.loads(file.read_text()) for file in sorted(arguments.out.glob("*/result.json"))]
