@@ -60,6 +60,16 @@ def test_compiling_reaches_all_that_sampling_runs(monkeypatch):
     assert any("keys_and_values" in name for name in entered)
 
 
+def test_compiling_reaches_each_layer_that_is_trained(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    work = workload(preset("tiny"), num_steps=1)
+    bench.bench_train(work, repeats=1)
+    assert not compiled
+    bench.bench_train(work, repeats=1, compiled=True)
+    assert len(compiled) == 4 + 3 + 4  # of the backbone's last layer only keys and values are computed
+
+
 def test_full_size_flops():
     """The figures of the design: vision 0.66, prefix 3.76, expert 0.39 TFLOP at three cameras and 200 tokens."""
     work = workload(preset("pi05"), prompt_tokens=200, num_steps=10, dtype=torch.bfloat16)

@@ -24,6 +24,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import alone
 from torchpi.training.loop import update
+from torchpi.training.memory import layers
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
@@ -288,9 +289,16 @@ def compile_stacks(model: Pi0) -> None:
     model.expert.compile()
 
 
-def bench_train(work: Workload, *, repeats: int = 5) -> Result:
-    """One update as `torchpi train` does it: float32 weights, the workload's dtype in the matmuls, AdamW, average."""
+def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
+    """One update as `torchpi train` does it: float32 weights, the workload's dtype in the matmuls, AdamW, average.
+
+    Args:
+        compiled: each layer through torch.compile, as the recipe's `compile`.
+    """
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
+    if compiled:
+        for layer in layers(model):
+            layer.compile()
     config = TrainConfig(num_draws=work.num_draws, batch_size=work.batch)
     state = TrainState.begin(model, weight_decay=config.weight_decay, ema=True)
     device = torch.device(work.device)
@@ -373,7 +381,7 @@ def run_bench(
     if "model" in what:
         results.append(bench_model(work, repeats=repeats, compiled=compiled))
     if "train" in what:
-        results.append(bench_train(work, repeats=repeats))
+        results.append(bench_train(work, repeats=repeats, compiled=compiled))
     for result in results:
         print_result(result, console)
     if as_json:

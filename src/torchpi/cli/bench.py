@@ -50,7 +50,7 @@ def bench(
         draws: for train: draws of noise and time per sample, which share the pass over the prefix.
         dtype: of the matmuls; weights follow it in sampling, and stay float32 in training.
         device: cpu or cuda.
-        compile: run the three stacks through torch.compile.
+        compile: run the three stacks, or in training each layer, through torch.compile.
         repeats: timed runs, whose median counts; for data: batches.
         embodiment: for data: its robot, whose cameras are read; by default all cameras are.
         episodes: for data: only these, for example "0:40,57" or "task:open the *".
@@ -123,7 +123,7 @@ def bench_serve(
     The server, beside it the smallest loop that receives, infers and sends, and the clients have processes of their
     own and talk over loopback; the model is a pause. Requests of one client go to the server and to the loop in turn;
     their round trips minus inference are compared. Then many clients ask the server at once. At last sampling with
-    guidance (real-time chunking) is timed beside plain sampling. With the defaults it takes about four minutes;
+    guidance (real-time chunking) is timed beside plain sampling. With the defaults it takes about three minutes;
     `--runs 1 --requests 200 --seconds 5 --guided ""` is a quick look.
 
     Args:
