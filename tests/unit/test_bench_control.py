@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from sim_helpers import HORIZON, corridor, random_policy  # noqa: F401  (corridor is a fixture)
 
-from torchpi.bench import control
+from torchpi.bench import control, control_episodes
 from torchpi.cli import main
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
@@ -27,7 +27,9 @@ def policy(corridor, monkeypatch):  # noqa: F811
         return [{"actions": np.tile(np.float32([pace, 0, 0, 0]), (HORIZON, 1)), "policy_timing": {}}]
 
     monkeypatch.setattr(policy, "infer_batch", infer_batch)
-    monkeypatch.setattr(control, "episode_noise", lambda *_: lambda chunk: np.full((HORIZON, 4), chunk, np.float32))
+    monkeypatch.setattr(
+        control_episodes, "episode_noise", lambda *_: lambda chunk: np.full((HORIZON, 4), chunk, np.float32)
+    )
     return policy
 
 
@@ -41,7 +43,7 @@ def test_without_delay_sync_is_the_evaluation(policy):
     environment = make_environment("corridor", "short")
     seed = environment_seed("eval", 1, "short", 0)
     expected = run_episode(
-        policy, environment, seed, rollout=Rollout(execute_steps=STEPS), noise=control.episode_noise(0)
+        policy, environment, seed, rollout=Rollout(execute_steps=STEPS), noise=control_episodes.episode_noise(0)
     )
     for mode in ("sync", "async"):
         found = result(policy, mode, 0)

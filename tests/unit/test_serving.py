@@ -268,7 +268,7 @@ def test_what_fails_in_the_policy_is_in_the_log_and_not_in_the_answer(caplog):
         assert "actions" in client.ask(observation())
 
 
-def test_the_queue_is_bounded_and_has_deadlines():
+def test_the_queue_is_bounded_and_has_deadlines(caplog):
     policy = FakePolicy()
     with served(policy, max_queue=1) as (url, server), clients(url, 3) as [first, late, surplus]:
         policy.hold()
@@ -283,6 +283,7 @@ def test_the_queue_is_bounded_and_has_deadlines():
         assert "actions" in late.ask(observation())
         assert policy.batches == [[0.0], [0.0]]
         assert metric(url, 'torchpi_requests_total{outcome="deadline_exceeded",policy="p0"}') == 1
+    assert not [record for record in caplog.records if record.name == "asyncio"]  # where lost exceptions end
 
 
 def test_a_request_whose_client_leaves_is_dropped():

@@ -204,6 +204,21 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
         torchpi.load_policy(result.policy)
 
 
+def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(further.init, base)
+    result = loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), tmp_path / "run")
+    whole = torchpi.load_policy(result.policy).model
+    half = torchpi.load_policy(result.policy, dtype=torch.bfloat16).model  # compared and merged in float32 before
+    for (name, parameter), rounded in zip(whole.named_parameters(), half.parameters(), strict=True):
+        assert torch.equal(parameter.to(torch.bfloat16), rounded), name
+    file = base / "model.safetensors"
+    before = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
+    with pytest.raises(ValueError, match=r"has changed in .*base, but what is there now has other weights"):
+        torchpi.load_policy(result.policy)
+
+
 def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
     """They are read from `init` again, which may have changed since."""
     base, run = tmp_path / "base", tmp_path / "run"
@@ -335,6 +350,31 @@ def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_
     assert second.infer(second.example_observation())["actions"].shape == (4, 5)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"chunk_error", "chunk_error_arm", "holdout_loss"} <= set(last)
+
+
+def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path):
+    """Each with its own statistics, in the policy's folder and when the run is gone on with."""
+    copy = tmp_path / "copy"
+    shutil.copytree(other_robot / "set", copy)
+    sources = (
+        Source(str(dataset), "metaworld"),
+        Source(str(other_robot / "set"), str(other_robot / "arm.json"), episodes="0:2"),
+        Source(str(copy), str(other_robot / "arm.json"), episodes="1:3"),
+    )
+    config = dataclasses.replace(
+        recipe, dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2, num_steps=2
+    )
+    run = tmp_path / "run"
+    robots = loop.train(config, run).policy / "robots"
+    assert {path.name for path in robots.iterdir()} == {"arm", "arm_2"}
+    assert (robots / "arm/norm_stats.json").read_text() != (robots / "arm_2/norm_stats.json").read_text()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"chunk_error", "chunk_error_arm", "chunk_error_arm_2"} <= set(last)
+    document = json.loads((robots / "arm_2/norm_stats.json").read_text())
+    document["norm_stats"]["state"]["q99"][0] += 1
+    (robots / "arm_2/norm_stats.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"copy: the dataset is another one than when .* its statistics of state"):
+        loop.train(dataclasses.replace(resume_config(run), num_steps=4), run, resume=True)
 
 
 def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):

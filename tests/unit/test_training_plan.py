@@ -14,9 +14,10 @@ from torchpi.cli import main
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import alone
+from torchpi.training.live_memory import example_batch, held_out_images
 from torchpi.training.loop import update
 from torchpi.training.memory import checkpoint_activations
-from torchpi.training.plan import example_batch, held_out_images, plan
+from torchpi.training.plan import plan
 from torchpi.training.samples import loss_sum
 from torchpi.training.state import TrainState
 from torchpi.training.weights import begin_model

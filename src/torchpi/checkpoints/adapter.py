@@ -5,9 +5,11 @@ adapter.safetensors    the low-rank matrices and the other trained parameters, i
 """
 
 import dataclasses
+import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ class Adapter:
     """Names of the parameters that were trained beside the low-rank matrices."""
     base: Mapping[str, str]
     """Which checkpoint it belongs to: "address", the "dtype" to which its frozen weights were rounded, and where it is
-    known "sha256"."""
+    known "sha256", the `digest` of these."""
 
     def to_json(self) -> str:
         """The file's text."""
@@ -66,7 +68,7 @@ def save_adapter(
 
     Args:
         base: "address" of the checkpoint that was trained from, the "dtype" of what was frozen, and where it is known
-            the checkpoint's "sha256".
+            the "sha256" of that, see `digest`.
         trained: names of the trained parameters, as `trainable_parameters` has them; the low-rank matrices are always
             written.
         overwrite: replace an adapter that is there; without it, that is an error.
@@ -99,6 +101,25 @@ def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Ca
     (root / DOCUMENT).write_text(adapter.to_json(), encoding="utf-8")
     leaves = {name: Leaf(shape, (Piece(name),)) for name, shape in shapes.items()}
     write_safetensors(root, leaves, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
+
+
+def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
+    """SHA-256 over the names and numbers of parameters, in the order of their names.
+
+    Args:
+        read: gives them, in CPU memory; called in several threads.
+    """
+
+    def of_one(name: str) -> bytes:
+        parameter = read(name).detach().contiguous()
+        numbers = hashlib.sha256(parameter.flatten().view(torch.uint8).numpy().data).digest()
+        return f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + numbers
+
+    whole = hashlib.sha256()
+    with ThreadPoolExecutor() as threads:  # a hash of much data leaves the interpreter to others
+        for part in threads.map(of_one, sorted(names)):
+            whole.update(part)
+    return whole.hexdigest()
 
 
 def is_adapter(root: pathlib.Path) -> bool:

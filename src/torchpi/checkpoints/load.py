@@ -11,7 +11,7 @@ import torch
 from torchpi.assets import assets
 from torchpi.checkpoints import folder, openpi
 from torchpi.checkpoints.adapt import adapt as adapt_model
-from torchpi.checkpoints.adapter import is_adapter, load_adapter, read_adapter
+from torchpi.checkpoints.adapter import digest, is_adapter, load_adapter, read_adapter
 from torchpi.checkpoints.layout import Arrays, Leaf, load_leaves, own_leaves
 from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, stored_lora
 from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves, lora_leaves
@@ -64,10 +64,13 @@ class Checkpoint:
         leaves = self.leaves(config)
         if self.lora is not None:
             leaves |= lora_leaves(config, self.lora)
-        model = load_leaves(self.arrays, leaves, config, dtype=dtype, device=device, lora=self.lora).eval()
-        if self.adapter is not None:
-            _merge_adapter(self.adapter, model)
-        return model
+        if self.adapter is None:
+            return load_leaves(self.arrays, leaves, config, dtype=dtype, device=device, lora=self.lora).eval()
+        # What was learned belongs to weights as they were in training; those are compared, too.
+        wide = torch.float32 if read_adapter(self.adapter).base["dtype"] == "float32" else dtype
+        model = load_leaves(self.arrays, leaves, config, dtype=wide, device=device, lora=self.lora).eval()
+        _merge_adapter(self.adapter, model)
+        return model.to(dtype)
 
 
 def load_model(
@@ -244,10 +247,16 @@ def _open_adapter(root: pathlib.Path, config: Pi0Config) -> Checkpoint:
 @torch.no_grad()
 def _merge_adapter(root: pathlib.Path, model: Pi0) -> None:
     adapter = read_adapter(root)
-    frozen = getattr(torch, adapter.base["dtype"])  # what was trained beside them saw them rounded
-    for name, parameter in model.named_parameters():
-        if name not in adapter.trained and not is_lora(name):
-            parameter.copy_(parameter.to(frozen))
+    dtype = getattr(torch, adapter.base["dtype"])  # what was trained beside them saw them rounded
+    frozen = {name: p for name, p in model.named_parameters() if name not in adapter.trained and not is_lora(name)}
+    for parameter in frozen.values():
+        parameter.copy_(parameter.to(dtype))
+    expected = adapter.base.get("sha256")
+    if expected is not None and expected != digest(frozen, lambda name: frozen[name].to("cpu", dtype)):
+        raise ValueError(
+            f"{root} holds what a LoRA training has changed in {adapter.base['address']}, but what is there now has "
+            "other weights than it was trained with; bring the base back"
+        )
     load_adapter(root, model)
     merge_lora(model)
 

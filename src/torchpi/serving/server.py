@@ -437,7 +437,7 @@ def _hand_over(
     """In the model's thread: give what is done to the coroutine that waits for it."""
 
     def take() -> None:
-        if answer.done():  # given up
+        if answer.done() or done.cancelled():  # given up, or never queued
             return
         if error := done.exception():
             answer.set_exception(error)

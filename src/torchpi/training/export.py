@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.adapter import Adapter, write_adapter
+from torchpi.checkpoints.adapter import Adapter, digest, write_adapter
 from torchpi.model.lora import LoraConfig, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.config import TrainConfig
+from torchpi.training.setup import ROBOTS, robot_names
 from torchpi.training.state import STATE, StateArrays
 from torchpi.transforms.normalize import save_norm_stats
 
@@ -55,13 +56,13 @@ class Exporter:
         else:
             policy.write_parts(root)
             write_adapter(root, self._adapter, self._adapter_shapes, read)
-        for other in self.policies[1:]:
-            self._write_robot(root / "robots", other)
+        names = robot_names([policy.embodiment for policy in self.policies])
+        for other, name in zip(self.policies[1:], names[1:], strict=True):
+            self._write_robot(root / ROBOTS / name, other)
 
-    def _write_robot(self, folder: pathlib.Path, policy: Policy) -> None:
+    def _write_robot(self, own: pathlib.Path, policy: Policy) -> None:
         """What `load_policy` needs to run the policy on another robot: embodiment= and norm_stats=."""
-        own = folder / policy.embodiment.name
-        own.mkdir(parents=True, exist_ok=True)
+        own.mkdir(parents=True)
         document = json.dumps(policy.embodiment.to_dict(), indent=2, ensure_ascii=False)
         (own / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
         save_norm_stats(own / "norm_stats.json", policy.transforms.norm_stats)
@@ -71,6 +72,8 @@ def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
     assert config.init is not None
     is_address = config.init == "demo" or "://" in config.init
     address = config.init if is_address else str(pathlib.Path(config.init).expanduser().resolve())
-    trained = [name for name, is_trained in trainable_parameters(model, config.trained).items() if is_trained]
-    base = {"address": address, "dtype": config.frozen_dtype}
+    changed = trainable_parameters(model, config.trained)
+    trained = [name for name, is_trained in changed.items() if is_trained]
+    sha256 = digest([name for name, is_trained in changed.items() if not is_trained], model.get_parameter)
+    base = {"address": address, "dtype": config.frozen_dtype, "sha256": sha256}
     return Adapter(lora, tuple(name for name in trained if not is_lora(name)), base)

@@ -15,7 +15,7 @@ from torchpi.randomness import generator_at
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import FlowError, World, sum_over_processes
 from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
-from torchpi.training.setup import SourceData
+from torchpi.training.setup import SourceData, robot_names
 
 PICTURES = "pictures"
 DRAWS = 4
@@ -82,6 +82,7 @@ class Holdout:
         pictures: dict[str, pathlib.Path] = {}
         if not self.config.chunk_samples:
             return numbers, pictures
+        names = robot_names([policy.embodiment for policy in self.policies])
         for number, dataset in self.sources:
             policy = self.policies[number]
             frames = sample_frames(dataset.episode_lengths, self.config.chunk_samples, seed=self.config.seed)
@@ -94,7 +95,7 @@ class Holdout:
                 prompt=self.data[number].source.prompt,
             )
             errors = errors_of(chunks, dataset.columns["action"])
-            name = "" if number == 0 else f"_{policy.embodiment.name}"
+            name = f"_{names[number]}" if number else ""
             scaled = errors.mae() / errors.ranges
             numbers |= {
                 f"chunk_error{name}": errors.overall().mae_scaled,

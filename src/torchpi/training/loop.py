@@ -86,7 +86,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         training_order(config, data, world, int(last.name) if last is not None else 0)
         require_trackers(config.trackers)
         if last is not None:
-            check_data(last, data[0].norm_stats)
+            check_data(last, data)
             if world.first and not check_constant(run, beginning.constant, config.init):
                 console.print(f"{run / RUN} does not tell which weights the run does not change: they are not compared")
             complete = ", the last one: nothing to do" if int(last.name) == config.num_steps else ""

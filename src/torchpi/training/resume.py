@@ -4,13 +4,14 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 
 from torchpi.training.config import TrainConfig
+from torchpi.training.setup import ROBOTS, SourceData, robot_names
 from torchpi.training.state import checkpoints
-from torchpi.transforms.normalize import NormStats, load_norm_stats
+from torchpi.transforms.normalize import load_norm_stats
 
 RECIPE, RUN = "train.json", "run.json"
 
@@ -58,19 +59,24 @@ def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathl
     return None
 
 
-def check_data(last: pathlib.Path, norm_stats: Mapping[str, NormStats]) -> None:
-    """Refuse to go on with other data: statistics of the dataset tell.
+def check_data(last: pathlib.Path, data: Sequence[SourceData]) -> None:
+    """Refuse to go on with other data: statistics of the datasets tell.
 
     Raises:
         ValueError: the statistics of a checkpoint's policy are others.
     """
-    saved = load_norm_stats(last / "policy")
-    for key, stats in norm_stats.items():
-        if not all(np.array_equal(*pair) for pair in zip(stats.bounds(), saved[key].bounds(), strict=True)):
-            raise ValueError(
-                f"the dataset is another one than when {last} was saved: its statistics of {key} differ. Go on "
-                "with the data as they were, or begin a new run with --init and this one's policy"
-            )
+    policy = last / "policy"
+    names = robot_names([source.embodiment for source in data])
+    folders = [policy, *(policy / ROBOTS / name for name in names[1:])]
+    for folder, source in zip(folders, data, strict=True):
+        saved = load_norm_stats(folder)
+        for key, stats in source.norm_stats.items():
+            if not all(np.array_equal(*pair) for pair in zip(stats.bounds(), saved[key].bounds(), strict=True)):
+                raise ValueError(
+                    f"{source.source.dataset}: the dataset is another one than when {last} was saved: its statistics "
+                    f"of {key} differ. Go on with the data as they were, or begin a new run with --init and this one's "
+                    "policy"
+                )
 
 
 def held_out_episodes(run: pathlib.Path) -> list[list[int]]:

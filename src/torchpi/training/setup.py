@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,21 @@ class SourceData:
     """Numbers of the frames of `train` that are trained on [F]."""
     holdout: LeRobotDataset | None
     norm_stats: Mapping[str, NormStats]
+
+
+ROBOTS = "robots"
+"""In the folder of a mixture's policy, what the other datasets' robots need, by `robot_names`."""
+
+
+def robot_names(embodiments: Sequence[Embodiment]) -> list[str]:
+    """A name of its own for each dataset of a mixture: the robot's, and if it had that before, with a number."""
+    counts = Counter[str]()
+    names = []
+    for embodiment in embodiments:
+        counts[embodiment.name] += 1
+        number = counts[embodiment.name]
+        names.append(embodiment.name if number == 1 else f"{embodiment.name}_{number}")
+    return names
 
 
 def open_data(

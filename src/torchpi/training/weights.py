@@ -1,16 +1,14 @@
 """The weights that a run begins with, and which of them it changes."""
 
 import dataclasses
-import hashlib
 import pathlib
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint, published_name, resolve_config
 from torchpi.config import PRESETS, Pi0Config, preset
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
@@ -95,22 +93,9 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
     model.requires_grad_(True).train()
     freeze(model, config)
     fresh = tuple(name for name, _ in model.named_parameters() if name not in beginning.loaded)
-    return model, dataclasses.replace(beginning, fresh=fresh, constant="" if skeleton else _constant_digest(model))
-
-
-def _constant_digest(model: Pi0) -> str:
-    """SHA-256 over the names and numbers of the weights that are not trained, in the order of their names."""
-
-    def digest(parameter: Tensor) -> bytes:
-        return hashlib.sha256(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data).digest()
-
-    constant = {name: parameter for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    names = sorted(constant)
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor() as threads:  # a hash of much data leaves the interpreter to others
-        for name, part in zip(names, threads.map(digest, (constant[name] for name in names)), strict=True):
-            whole.update(f"{name} {constant[name].dtype} {list(constant[name].shape)}".encode() + part)
-    return whole.hexdigest()
+    constant = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    sha256 = "" if skeleton else digest(constant, model.get_parameter)
+    return model, dataclasses.replace(beginning, fresh=fresh, constant=sha256)
 
 
 def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:

@@ -1,0 +1,292 @@
+"""Episodes of a simulated robot whose policy's answers take their time, under torchpi-client's control loop."""
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from torchpi.policy import Policy, load_policy
+from torchpi.sim import LatestEnvironment
+from torchpi.sim.actors import noise_shape
+from torchpi.sim.environment import Environment, UnstableError, environment_seed
+from torchpi.sim.rollout import episode_noise
+from torchpi.types import ActionPrefix
+from torchpi_client import ControlLoop, ControlSettings
+from torchpi_client.inference import Answer
+from torchpi_client.protocol import RTC
+from torchpi_client.protocol import ActionPrefix as SentPrefix
+from torchpi_client.report import ControlReport
+from torchpi_client.schedule import ActionQueue, Ensemble, Request
+
+STEP_SECONDS = 0.05
+"""A control step on the virtual clock; delays are whole steps, so that its length changes no result."""
+
+TRAINED = "rtc-trained"
+MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
+    "sync": ("sync", None),
+    "async": ("async", None),
+    "ensemble": ("ensemble", None),
+    "rtc": ("rtc", "guidance"),
+    TRAINED: ("rtc", "trained"),
+}
+"""What is compared: the control loop's mode, and how the policy goes on from the old chunk (`ActionPrefix.how`)."""
+
+
+class VirtualClock:
+    """Moves to the moment that is waited for."""
+
+    def __init__(self) -> None:
+        self._time = 0.0
+
+    def now(self) -> float:
+        """Seconds since the beginning."""
+        return self._time
+
+    def sleep_until(self, moment: float) -> None:
+        """It is then."""
+        self._time = max(self._time, moment)
+
+
+class DelayedPolicy:
+    """A policy for the control loop, and its inference: an answer arrives a number of steps after the question."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        clock: VirtualClock,
+        *,
+        delay: int,
+        noise: Callable[[int], np.ndarray],
+        how: Literal["trained", "guidance"] | None = None,
+    ) -> None:
+        """A policy behind a delay.
+
+        Args:
+            delay: in control steps.
+            noise: the number of a chunk to the noise [H, action_dim] that it begins from.
+            how: it goes on from the old chunk, see `ActionPrefix.how`.
+        """
+        self._policy, self._clock, self._delay, self._noise, self._how = policy, clock, delay, noise, how
+        self.metadata = {**policy.metadata, RTC: True}
+        self._chunks = 0
+        self._answer: Answer | None = None
+
+    def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
+        """A chunk that goes on from the rest that the loop sent along, where it did."""
+        observation = dict(observation)
+        sent = SentPrefix.from_wire(observation.pop(RTC)) if RTC in observation else None
+        prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon, self._how) if sent else None
+        noise = self._noise(self._chunks)
+        self._chunks += 1
+        return dict(self._policy.infer_batch([observation], noise=noise[None], prefixes=[prefix])[0])
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is a request whose answer was not taken yet."""
+        return self._answer is not None
+
+    def start(self, observation: dict[str, Any]) -> None:
+        """Infer; the answer is kept until its time comes."""
+        arrival = self._clock.now() + self._delay * STEP_SECONDS
+        self._answer = Answer(self.infer(observation), None, arrival)
+
+    def poll(self) -> Answer | None:
+        """Take the answer; None: it is not there yet."""
+        if self._answer is None or self._answer.finished > self._clock.now() + STEP_SECONDS / 1000:
+            return None
+        answer, self._answer = self._answer, None
+        return answer
+
+    def wait(self) -> Answer:
+        """Take the answer when it is there. The loop waits for its warm-up alone, whose chunks do not count."""
+        assert self._answer is not None
+        self._clock.sleep_until(self._answer.finished)
+        answer, self._answer, self._chunks = self._answer, None, 0
+        return answer
+
+
+class SimulatedRobot:
+    """A robot of the control loop that is an environment; each command is one of its steps."""
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+        self.steps, self.success, self.unstable = 0, False, False
+
+    @property
+    def over(self) -> bool:
+        """The task is done, or the steps are used up, or the simulation has broken."""
+        return self.success or self.unstable or self.steps == self._environment.max_steps
+
+    def observe(self) -> dict[str, Any]:
+        """The environment's observation now."""
+        return self._environment.observe()
+
+    def act(self, action: np.ndarray) -> None:
+        """One step; none after the episode is over (the loop ends with a command that holds the robot)."""
+        if self.over:
+            return
+        try:
+            self.success = self._environment.step(action)
+        except UnstableError:
+            self.unstable = True
+        self.steps += 1
+
+
+class _WatchedSchedule:
+    """The loop's schedule, with notes of how it goes from chunk to chunk."""
+
+    def __init__(self, schedule: ActionQueue | Ensemble) -> None:
+        self._schedule = schedule
+        self._chunk, self._start = np.empty((0, 0), np.float32), 0  # the latest
+        self._expected: np.ndarray | None = None
+        self.chunks = 0
+        self.executed = 0
+        self.jumps: list[np.ndarray] = []
+
+    @property
+    def due(self) -> bool:
+        return self._schedule.due
+
+    def request(self) -> Request:
+        return self._schedule.request()
+
+    def arrive(self, request: Request, chunk: np.ndarray) -> int | None:
+        expected = self._without_new_chunk()
+        discarded = self._schedule.arrive(request, chunk)
+        if discarded is not None:
+            self._expected, self._chunk, self._start = expected, chunk, request.start
+            self.chunks += 1
+        return discarded
+
+    def next(self) -> np.ndarray | None:
+        action = self._schedule.next()
+        if action is not None:
+            if self._expected is not None:
+                self.jumps.append(action - self._expected)
+            self._expected = None
+            self.executed += 1
+        return action
+
+    def _without_new_chunk(self) -> np.ndarray | None:
+        """What the chunks up to now say for the next step."""
+        if isinstance(self._schedule, Ensemble):
+            return copy.deepcopy(self._schedule).next()
+        place = self.executed - self._start  # "sync" would not execute it, but it is there
+        return self._chunk[place] if place < len(self._chunk) else None
+
+
+class _WatchedLoop(ControlLoop):
+    """The control loop, with notes of its commands; it ends with the episode."""
+
+    def __init__(self, robot: SimulatedRobot, *arguments: Any, **options: Any) -> None:
+        super().__init__(robot, *arguments, **options)
+        self._simulated = robot
+        self.commands: list[tuple[np.ndarray, int | None]] = []
+        """Each with the number of its chunk; None: the robot was held."""
+
+    def _make_schedule(self, chunk: np.ndarray) -> Any:
+        self.watched = _WatchedSchedule(super()._make_schedule(chunk))
+        return self.watched
+
+    def _ask(self) -> None:
+        super()._ask()
+        self._receive()  # an answer without delay is there in the same step; real ones never are
+
+    def _next_command(self) -> np.ndarray | None:
+        executed = self.watched.executed
+        command = super()._next_command()
+        if command is not None:
+            self.commands.append((command, self.watched.chunks if self.watched.executed > executed else None))
+        return command
+
+    def _act(self, command: np.ndarray) -> None:
+        super()._act(command)
+        if self._simulated.over:
+            self.stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How an episode went; differences are in the robot's units, absolute."""
+
+    success: bool
+    steps: int
+    report: ControlReport
+    jumps: Float[np.ndarray, "_ a"]
+    changes_at_borders: Float[np.ndarray, "_ a"]
+    changes_inside: Float[np.ndarray, "_ a"]
+
+
+def _changes(commands: Sequence[tuple[np.ndarray, int | None]]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """From command to command: at borders, and inside of chunks. While the robot is held, there are none."""
+    borders: list[np.ndarray] = []
+    inside: list[np.ndarray] = []
+    for (before, old), (after, new) in itertools.pairwise(commands):
+        if old is not None or new is not None:
+            (inside if old == new else borders).append(after - before)
+    return borders, inside
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One episode to run."""
+
+    mode: str
+    delay: int
+    task: str
+    index: int
+
+    def label(self) -> str:
+        """For messages."""
+        return f"episode {self.index} of {self.task}, {self.mode} at delay {self.delay}"
+
+
+class Episodes:
+    """Runs episodes in one process and one thread; keeps the policy, and the simulation of the latest task."""
+
+    def __init__(self, policy: str | Policy, env: str, seed: int, execute_steps: int | None, late: str) -> None:
+        self._policy = load_policy(policy, device="cpu") if isinstance(policy, str) else policy
+        self._latest = LatestEnvironment(env)
+        self._seed, self._execute_steps, self._late = seed, execute_steps, late
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums depend on the number of threads
+
+    def __call__(self, job: Job) -> Outcome:
+        """Run one episode."""
+        environment = self._latest.of(job.task)
+        environment.reset(environment_seed("eval", self._seed, job.task, job.index))
+        mode, how = MODES[job.mode]
+        clock = VirtualClock()
+        noise = episode_noise(self._seed, job.task, job.index, _noise_shape(self._policy))
+        policy = DelayedPolicy(self._policy, clock, delay=job.delay, noise=noise, how=how)
+        settings = ControlSettings(
+            mode=mode,
+            execute_steps=None if mode == "ensemble" else self._execute_steps,
+            control_hz=1 / STEP_SECONDS,
+            resample="as_is",
+            late=self._late,
+        )
+        robot = SimulatedRobot(environment)
+        loop = _WatchedLoop(robot, policy, settings, clock=clock, inference=policy)
+        report = loop.run()
+        size = environment.embodiment.action_size
+        found = (loop.watched.jumps, *_changes(loop.commands))
+        return Outcome(
+            robot.success, robot.steps, report, *(np.abs(np.reshape(rows, (-1, size))).astype(float) for rows in found)
+        )
+
+    def close(self) -> None:
+        """Free the simulation."""
+        torch.set_num_threads(self._threads)
+        self._latest.close()
+
+
+def _noise_shape(policy: Policy) -> tuple[int, int]:
+    shape = noise_shape(policy)
+    assert shape is not None
+    return shape
