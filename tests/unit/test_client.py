@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import queue
 import re
 import socket
 import threading
@@ -21,6 +22,7 @@ from websockets.sync.server import serve
 from torchpi_client import AsyncWebsocketPolicy, ServerError, WebsocketPolicy, pack, unpack
 from torchpi_client.images import decode_images, encode_images, jpeg_cost
 from torchpi_client.protocol import DEADLINE, JPEG, RTC, ActionPrefix
+from torchpi_client.watchdog import Watchdog
 
 METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
 
@@ -504,6 +506,21 @@ def test_the_deadline_covers_sending():
             policy.infer({"image": image}, timeout=0.2)
         done.set()
         thread.join()
+
+
+def test_a_watchdog_acts_at_the_deadline_of_the_block_that_runs():
+    acted_at = queue.Queue()
+    watchdog = Watchdog(lambda: acted_at.put(time.monotonic()))
+    with watchdog.until(time.monotonic() + 300):  # its thread sleeps until then
+        pass
+    for seconds in (0.02, 0.05, 0.03):
+        with watchdog.until(time.monotonic() + 0.01):  # over before: the next one's deadline counts
+            pass
+        deadline = time.monotonic() + seconds
+        with watchdog.until(deadline):
+            assert acted_at.get(timeout=60) >= deadline
+    assert acted_at.empty()
+    watchdog.close()
 
 
 def test_a_request_whose_connection_is_lost_is_sent_again():

@@ -1,6 +1,7 @@
 """torchpi-client as a package: its command, and its wheel in an environment that has nothing else."""
 
 import contextlib
+import os
 import pathlib
 import subprocess
 import sys
@@ -106,7 +107,7 @@ with WebsocketPolicy(sys.argv[1]) as policy:
 
 @pytest.mark.slow
 def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
-    """Installs from the package index, as a robot's computer would."""
+    """Installs from the package index, as a robot's computer would; TORCHPI_CLIENT_PYTHON is the Python to do it with."""
 
     def run(*command):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -114,7 +115,7 @@ def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
         return done.stdout
 
     python = str(tmp_path / "venv" / "bin" / "python")
-    run(sys.executable, "-m", "venv", str(tmp_path / "venv"))
+    run(os.environ.get("TORCHPI_CLIENT_PYTHON", sys.executable), "-m", "venv", str(tmp_path / "venv"))
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", str(tmp_path), str(CLIENT))
     (wheel,) = tmp_path.glob("torchpi_client-*.whl")
     run(python, "-m", "pip", "install", "--disable-pip-version-check", str(wheel))

@@ -15,6 +15,7 @@ from websockets.uri import parse_uri
 
 from torchpi_client.images import encode_images
 from torchpi_client.protocol import DEADLINE, JPEG, ServerError, content, require_support
+from torchpi_client.watchdog import Watchdog
 from torchpi_client.wire import pack
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
@@ -257,7 +258,9 @@ class _Link:
         def left(least: float) -> float:
             return max(_left(waiting.until if deadline is None else min(waiting.until, deadline)), least)
 
+        self._watchdog = Watchdog(self._shut)
         with contextlib.ExitStack() as stack:
+            stack.callback(self._watchdog.close)
             self._connection = _connect(stack, url, headers, left(1.0 if deadline is None else 0.001))
             waiting.accept()
             try:
@@ -272,18 +275,13 @@ class _Link:
         if deadline is None:
             self._connection.send(request)
             return self._connection.recv()
-        # Sending blocks while the server doesn't read, without a limit of its own.
-        watchdog = threading.Timer(_left(deadline), self._shut)
-        watchdog.daemon = True
-        watchdog.start()
         try:
-            self._connection.send(request)
+            with self._watchdog.until(deadline):  # sending blocks while the server doesn't read
+                self._connection.send(request)
         except ConnectionClosed as error:
             if _left(deadline) > 0:
                 raise
             raise TimeoutError("the server doesn't read") from error
-        finally:
-            watchdog.cancel()
         return self._connection.recv(timeout=_left(deadline))
 
     def close(self) -> None:
