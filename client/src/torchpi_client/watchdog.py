@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 class Watchdog:
     """Calls `action`, in a thread of its own, when a block of code is not done by its deadline.
 
-    One thread for all blocks. It sleeps until the earliest deadline that it knows, and blocks that end before then never
-    wake it; a `threading.Timer` starts a thread per block, which takes 0.1 ms.
+    One thread for all blocks. It sleeps until the earliest deadline that it knows, and blocks that end before then
+    never wake it; a `threading.Timer` starts a thread per block, which takes 0.1 ms.
     """
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -28,7 +28,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """A block that has until then, in seconds of `time.monotonic`; one at a time. Past its end nothing is called."""
+        """A block that has until then, in seconds of `time.monotonic`; one at a time. After it nothing is called."""
         with self._changed:
             self._deadline = deadline
             if self._thread is None:
