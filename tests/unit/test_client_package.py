@@ -107,7 +107,7 @@ with WebsocketPolicy(sys.argv[1]) as policy:
 
 @pytest.mark.slow
 def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
-    """Installs from the package index, as a robot's computer would; with the Python that TORCHPI_CLIENT_PYTHON names."""
+    """Installs from the package index, as a robot's computer would; TORCHPI_CLIENT_PYTHON names another Python."""
 
     def run(*command):
         done = subprocess.run(command, capture_output=True, text=True)
