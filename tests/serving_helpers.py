@@ -11,6 +11,7 @@ import torch
 from websockets.sync.client import connect
 
 import torchpi
+from torchpi.bench.serving import report_memory
 from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
@@ -114,11 +115,18 @@ def served(*policies, recorder=None, **settings):
                 policy.release()
 
 
+def serve_fake(pipe, settings):
+    """`served` in a process of its own, for `server_process`."""
+    with served(FakePolicy(), **settings) as (address, _):
+        report_memory(pipe, address)
+
+
 class Client:
     """A connection, frame by frame."""
 
     def __init__(self, url, stack, **arguments):
-        self.socket = stack.enter_context(connect(url, compression=None, proxy=None, **arguments))
+        connection = connect(url, compression=None, proxy=None, open_timeout=SECONDS, **arguments)
+        self.socket = stack.enter_context(connection)
 
     def metadata(self):
         return unpack(self.socket.recv(timeout=SECONDS))

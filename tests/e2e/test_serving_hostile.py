@@ -9,9 +9,10 @@ import struct
 import msgpack
 import numpy as np
 import pytest
-from serving_helpers import SECONDS, FakePolicy, clients, http, metric, observation, served
+from serving_helpers import SECONDS, FakePolicy, clients, http, metric, observation, serve_fake, served
 from websockets.exceptions import ConnectionClosed
 
+from torchpi.bench.serving import server_process
 from torchpi_client import pack
 
 # Of keys that no embodiment reads a policy warns once.
@@ -51,34 +52,6 @@ def hostile_message(rng):
     return msgpack.packb({**msgpack.unpackb(packed), "state": msgpack.ExtType(rng.randrange(128), rng.randbytes(8))})
 
 
-def bombard(count, seed):
-    """Send so many hostile messages; a well-behaved client asks between them."""
-    rng = random.Random(seed)
-    with served(FakePolicy(), max_rate=1e6, max_message_mb=1.0) as (url, _), clients(url) as [good]:
-        sent = 0
-        while sent < count:
-            with clients(url) as [bad], contextlib.suppress(ConnectionClosed):
-                while sent < count:
-                    sent += 1
-                    answer = bad.ask(hostile_message(rng))
-                    if isinstance(answer, str):
-                        assert json.loads(answer)["code"] in CODES, answer
-            if sent % 10 == 0:
-                assert "actions" in good.ask(observation())
-        assert "actions" in good.ask(observation())
-        assert http(url, "/healthz")[0] == 200
-        assert metric(url, 'torchpi_requests_total{outcome="internal",policy="p0"}') == 0
-
-
-def test_hostile_messages():
-    bombard(150, seed=0)
-
-
-@pytest.mark.slow
-def test_ten_thousand_hostile_messages():
-    bombard(10_000, seed=1)
-
-
 HANDSHAKE = (
     b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -104,14 +77,58 @@ def sockets(url):
         yield connected
 
 
+def stall(connected):
+    """Connections that say nothing, not all, or one byte of what they have said would come."""
+    connected(b"")
+    connected(HANDSHAKE[:30])
+    slow = connected(HANDSHAKE)
+    slow.recv(1)
+    slow.sendall(header(100_000) + b"x")
+
+
+def bombard(url, count, seed):
+    """Send so many hostile messages, beside connections that stall; a well-behaved client asks between them."""
+    rng = random.Random(seed)
+    with clients(url) as [good]:
+        sent = 0
+        while sent < count:
+            with sockets(url) as connected, clients(url) as [bad], contextlib.suppress(ConnectionClosed):
+                stall(connected)
+                while sent < count:
+                    sent += 1
+                    answer = bad.ask(hostile_message(rng))
+                    if isinstance(answer, str):
+                        assert json.loads(answer)["code"] in CODES, answer
+            if sent % 10 == 0:
+                assert "actions" in good.ask(observation())
+        assert "actions" in good.ask(observation())
+    assert http(url, "/healthz")[0] == 200
+    assert metric(url, 'torchpi_requests_total{outcome="internal",policy="p0"}') == 0
+
+
+LIMITS = {"max_rate": 1e6, "max_message_mb": 1.0}
+
+
+def test_hostile_messages():
+    with served(FakePolicy(), **LIMITS) as (url, _):
+        bombard(url, 150, seed=0)
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_messages_leave_the_memory_flat():
+    with server_process(serve_fake, LIMITS) as (url, peak_mb):
+        bombard(url, 3_000, seed=1)
+        before = peak_mb()
+        bombard(url, 7_000, seed=2)
+        growth = peak_mb() - before
+        print(f"peak of the server's memory: {before:.0f} MiB after 3000 messages, +{growth:.1f} after 10000")
+        assert growth < 0.1 * before
+
+
 def test_half_open_and_slow_connections_hold_up_nobody():
     with served(FakePolicy()) as (url, _), sockets(url) as connected, clients(url) as [good]:
         for _ in range(20):
-            connected(b"")
-            connected(HANDSHAKE[:30])
-            slow = connected(HANDSHAKE)
-            slow.recv(1)
-            slow.sendall(header(100_000) + b"x")  # one byte of it
+            stall(connected)
         connected(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc")  # TLS
         connected(b"POST / HTTP/1.1\r\nContent-Length: 1000000000\r\n\r\n")
         connected(b"GET /" + b"x" * 5_000)

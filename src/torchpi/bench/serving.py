@@ -142,7 +142,7 @@ def serve_policy(pipe: Connection, model_ms: float, max_connections: int) -> Non
     """torchpi's server, until the other end of the pipe is closed."""
     settings = ServeSettings(port=0, max_rate=1e6, max_connections=max_connections)
     with running_server({"pause": lambda: PausePolicy(model_ms / 1e3)}, settings) as (address, _):
-        _report(pipe, address)
+        report_memory(pipe, address)
 
 
 def serve_loop(pipe: Connection, model_ms: float) -> None:
@@ -165,12 +165,12 @@ def serve_loop(pipe: Connection, model_ms: float) -> None:
     async def run() -> None:
         async with serve(converse, "127.0.0.1", 0, compression=None, max_size=None) as server:
             port = next(iter(server.sockets)).getsockname()[1]
-            await asyncio.to_thread(_report, pipe, f"ws://127.0.0.1:{port}")
+            await asyncio.to_thread(report_memory, pipe, f"ws://127.0.0.1:{port}")
 
     asyncio.run(run())
 
 
-def _report(pipe: Connection, address: str) -> None:
+def report_memory(pipe: Connection, address: str) -> None:
     """Say where the server listens, and the peak of this process's memory whenever something is sent."""
     pipe.send(address)
     with contextlib.suppress(EOFError):
