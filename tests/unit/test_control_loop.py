@@ -617,8 +617,8 @@ def test_another_rate_is_refused_unless_told_how():
         controlled(ScriptedPolicy(), control_hz=20.0)
     with pytest.raises(ValueError, match="pass control_hz="):
         controlled(ScriptedPolicy(control_hz=None))
-    with pytest.raises(ValueError, match="rtc"):
-        controlled(rtc_policy(), mode="rtc", control_hz=20.0, resample="interpolate")
+    with pytest.raises(ValueError, match=r"8 actions at 10 Hz is shorter than one step at 1 Hz.*at least 1.25"):
+        controlled(ScriptedPolicy(), control_hz=1.0, resample="interpolate")
     robot, _ = controlled(ScriptedPolicy(control_hz=None), control_hz=5.0, steps=4)
     np.testing.assert_allclose(np.diff(robot.times), 0.2)
 
@@ -631,11 +631,31 @@ def test_another_rate_keeps_the_motion_or_the_actions():
     assert robot.positions == [0, 1, 2]
 
 
+def test_at_another_rate_rtc_sends_what_is_left_in_steps_of_the_policy():
+    policy = rtc_policy()
+    robot, _ = controlled(
+        policy, mode="rtc", latencies=(9.0, 9.0, 0.25), steps=24, control_hz=20.0, resample="interpolate"
+    )
+    warm_up, first, second, third = (request.get(RTC) for request in policy.requests[1:5])
+    assert (len(warm_up["action_prefix"]), first) == (HORIZON - 1, None)
+    assert second["action_prefix"].tolist() == [[4], [5], [6], [7]]
+    assert (second["delay"], second["execution_horizon"]) == (3, 4)  # 0.25 s, and four steps of 0.1 s
+    # Chunk 1 came after five commands, within its action 2; the next is asked for where its action 4 begins.
+    assert robot.positions[7:16] == [3.5, 4, 4.5, 5, 5.5, 6, 102.5, 103, 103.5]
+    assert third["action_prefix"].tolist() == [[104], [105], [106], [107]]
+    # Slower than the policy: what is left is what will be executed, in the policy's shorter steps.
+    policy = rtc_policy(execute_steps=4)
+    controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.05), steps=5, control_hz=5.0, resample="interpolate")
+    second = policy.requests[3][RTC]
+    assert second["action_prefix"].tolist() == [[4], [5], [6], [6]]
+    assert (second["delay"], second["execution_horizon"]) == (1, 4)
+
+
 @pytest.mark.parametrize("control_hz", [20.0, 25.0, 5.0, 4.0, 10.0])
 def test_resampling_keeps_sums_and_averages(control_hz):
     chunk = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     chunk[:, 0] = np.linspace(0, 1.9, 20)
-    out = resample(chunk, ("position", "increment", "velocity", "effort"), policy_hz=10.0, control_hz=control_hz)
+    out = resample(chunk, ("position", "increment", "velocity", "effort"), from_hz=10.0, to_hz=control_hz)
     assert (out.shape, out.dtype) == ((int(2 * control_hz), 4), np.float32)
     np.testing.assert_allclose(np.diff(out[: -math.ceil(control_hz / 10), 0]), 1 / control_hz, atol=1e-6)
     np.testing.assert_allclose(out[:, 1].sum(), chunk[:, 1].sum(), atol=1e-5)

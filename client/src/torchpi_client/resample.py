@@ -7,38 +7,31 @@ from typing import Sequence
 import numpy as np
 
 
-def resample(chunk: np.ndarray, kinds: Sequence[str], *, policy_hz: float, control_hz: float) -> np.ndarray:
+def resample(actions: np.ndarray, kinds: Sequence[str], *, from_hz: float, to_hz: float) -> np.ndarray:
     """The same motion, at the same speed, in steps of another length.
 
     Positions are interpolated, increments keep their sum, velocities their time average; an effort is the moment's.
 
     Args:
-        chunk: [H, a]; action i is for the time from i/policy_hz on.
+        actions: [k, a]; action i is for the time from i/from_hz on.
         kinds: of the dimensions, see `robot.ACTION_KINDS`.
-        policy_hz, control_hz: actions per second, before and after.
+        from_hz, to_hz: actions per second, before and after.
 
     Returns:
-        float32 [floor(H · control_hz / policy_hz), a].
-
-    Raises:
-        ValueError: not one whole action is left.
+        float32 [floor(k · to_hz / from_hz), a].
     """
-    ratio = policy_hz / control_hz
-    steps = int(len(chunk) / ratio + 1e-9)
-    if steps < 1:
-        raise ValueError(
-            f"a chunk of {len(chunk)} actions at {policy_hz} Hz is shorter than one step at {control_hz} Hz"
-        )
-    times = np.arange(steps + 1) * ratio  # in actions of the chunk
-    source = np.arange(len(chunk))
-    out = np.empty((steps, chunk.shape[1]), np.float32)
+    ratio = from_hz / to_hz
+    steps = int(len(actions) / ratio + 1e-9)
+    times = np.arange(steps + 1) * ratio  # in the old steps
+    source = np.arange(len(actions))
+    out = np.empty((steps, actions.shape[1]), np.float32)
     for dim, kind in enumerate(kinds):
         if kind == "position":
-            out[:, dim] = np.interp(times[:-1], source, chunk[:, dim])
+            out[:, dim] = np.interp(times[:-1], source, actions[:, dim])
         elif kind == "effort":
-            out[:, dim] = chunk[(times[:-1] + 1e-9).astype(int), dim]
+            out[:, dim] = actions[(times[:-1] + 1e-9).astype(int), dim]
         else:
-            travelled = np.concatenate([[0.0], np.cumsum(chunk[:, dim], dtype=np.float64)])
+            travelled = np.concatenate([[0.0], np.cumsum(actions[:, dim], dtype=np.float64)])
             moved = np.diff(np.interp(times, np.arange(len(travelled)), travelled))
             out[:, dim] = moved if kind == "increment" else moved / ratio
     return out

@@ -70,11 +70,6 @@ class ControlLoop:
         self._kinds = check_kinds(settings.action_kinds or metadata.get("action_kinds"))
         if settings.mode == "rtc":
             require_support(dict(metadata), RTC, 'Use mode "async", which switches from chunk to chunk as it is.')
-            if self._resamples:
-                raise ValueError(
-                    'mode "rtc" with resample="interpolate": the last chunk serves as a prefix at the policy\'s rate '
-                    f"alone; use control_hz={self._policy_hz:g}, or another mode"
-                )
         self._check_length("limits", None if settings.limits is None else settings.limits.low)
         self._check_length("start", settings.start)
         zeros = np.zeros(len(self._kinds), np.int64)
@@ -135,8 +130,15 @@ class ControlLoop:
 
     def _warm_up(self) -> np.ndarray:
         chunk = self._asked_chunk({})
+        self._horizon = len(chunk)
+        at_control_rate = self._resampled(chunk, self._policy_hz, self.control_hz)
+        if not len(at_control_rate):
+            raise ValueError(
+                f"a chunk of {len(chunk)} actions at {self._policy_hz:g} Hz is shorter than one step at "
+                f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / len(chunk):g}"
+            )
         if self._settings.mode == "rtc":  # another computation, with a compilation of its own
-            self._asked_chunk(self._prefix(Request(0, chunk[1:], 1)))
+            self._asked_chunk(self._prefix(Request(0, at_control_rate[1:], 1)))
         return chunk
 
     def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray:
@@ -177,6 +179,9 @@ class ControlLoop:
     def _resamples(self) -> bool:
         return self._settings.resample == "interpolate" and self.control_hz != self._policy_hz
 
+    def _resampled(self, actions: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
+        return resample(actions, self._kinds, from_hz=from_hz, to_hz=to_hz) if self._resamples else actions
+
     # ---- one step ----
 
     def _step(self) -> None:
@@ -203,8 +208,7 @@ class ControlLoop:
         chunk = self._checked_chunk(answer)
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)
-        if self._resamples:
-            chunk = resample(chunk, self._kinds, policy_hz=self._policy_hz, control_hz=self.control_hz)
+        chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
         age = self._clock.now() - pending.since
         discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
         if discarded is None:
@@ -242,16 +246,20 @@ class ControlLoop:
         self._inference.start(observation)
 
     def _prefix(self, request: Request) -> dict[str, Any]:
-        """The field for real-time chunking; nothing where there is nothing to go on from."""
-        rest = request.rest
-        if rest is not None:  # what is not finite will not be executed
-            finite = np.isfinite(rest).all(axis=1)
-            rest = rest if finite.all() else rest[: int(np.argmin(finite))]
-        if rest is None or not len(rest):
+        """The field for real-time chunking, in steps of the policy; nothing where there is nothing to go on from."""
+        if request.rest is None:
+            return {}
+        rest, executed, rate = request.rest, request.executed, self.control_hz
+        if self._resamples:
+            rest, rate = self._resampled(rest, self.control_hz, self._policy_hz), self._policy_hz
+            executed = self._horizon - len(rest)
+        finite = np.isfinite(rest).all(axis=1)
+        rest = rest if finite.all() else rest[: int(np.argmin(finite))]  # what is not finite will not be executed
+        if not len(rest):
             return {}
         # Where the delay exceeds what is left, all of it will have been executed.
-        delay = min(self._latency.steps(self.control_hz) or 0, len(rest))
-        return {RTC: ActionPrefix(rest, delay, request.executed).to_wire()}
+        delay = min(self._latency.steps(rate) or 0, len(rest))
+        return {RTC: ActionPrefix(rest, delay, executed).to_wire()}
 
     def _next_command(self) -> np.ndarray | None:
         """What this step sends; None: nothing."""
