@@ -657,6 +657,36 @@ def test_a_video_without_the_frame(copy_of):
             dataset[0]
 
 
+@pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21", "lerobot_v3_image"])
+def test_videos_can_be_checked_before_they_are_needed(name, copy_of):
+    root = copy_of(name)
+    seen = []
+    LeRobotDataset(root, action_horizon=1).check_videos(lambda done, total: seen.append((done, total)))
+    count = len(list(root.rglob("*.mp4")))
+    assert seen == [(done, count) for done in range(1, count + 1)]
+
+
+def test_a_video_that_is_one_frame_too_short(copy_of):
+    root = copy_of("lerobot_v3_video")
+    late = [0.0, 0.0, 1 / 80]
+    change_columns(
+        root / "meta/episodes/chunk-000/file-000.parquet",
+        lambda columns: {
+            **columns,
+            **{key: later(columns[key], late) for key in columns if key.endswith("/from_timestamp")},
+        },
+    )
+    dataset = LeRobotDataset(root, action_horizon=1)
+    dataset[0]
+    with pytest.raises(ValueError, match=r"of episode 2, frame 14 can't be read: .* it ends with the one at"):
+        dataset.check_videos()
+    LeRobotDataset(root, action_horizon=1, episodes=[0, 1]).check_videos()
+
+
+def later(column, seconds):
+    return pa.array(np.add(column.to_numpy(zero_copy_only=False), seconds))
+
+
 def test_a_damaged_image(copy_of):
     root = copy_of("lerobot_v3_image")
 

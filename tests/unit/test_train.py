@@ -24,6 +24,7 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, compute_norm_stats
+from torchpi.data.video import default_encoder, encode_video
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
@@ -400,6 +401,29 @@ def test_wrong_recipes_are_errors_before_anything_is_written(change, message, re
 def test_a_dataset_without_the_robots_camera_is_an_error(recipe, tmp_path):
     write_dataset(tmp_path / "set", cameras=("base",))
     with pytest.raises(KeyError, match="wrist"):
+        loop.train(dataclasses.replace(recipe, dataset=str(tmp_path / "set")), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_without_an_instruction_are_pointed_out(recipe, tmp_path, capsys):
+    write_dataset(tmp_path / "set")
+    tasks = tmp_path / "set" / "meta" / "tasks.parquet"
+    table = pq.read_table(tasks)
+    column = table.column_names.index("task")
+    pq.write_table(table.set_column(column, "task", pa.array(["  ", table["task"][1].as_py()])), tasks)
+    recipe = dataclasses.replace(recipe, dataset=str(tmp_path / "set"), num_steps=1, holdout=0.0)
+    warned = "warning: 12 of these frames have no instruction"
+    loop.train(recipe, tmp_path / "run")
+    assert warned in capsys.readouterr().err
+    loop.train(dataclasses.replace(recipe, prompt="open it"), tmp_path / "told")
+    assert warned not in capsys.readouterr().err
+
+
+def test_a_video_that_is_too_short_is_an_error_before_anything_is_written(recipe, tmp_path):
+    write_dataset(tmp_path / "set", video=True)
+    for video in (tmp_path / "set").rglob("*.mp4"):
+        encode_video(video, [np.zeros((32, 32, 3), np.uint8)] * 23, fps=80, encoder=default_encoder())
+    with pytest.raises(ValueError, match=r"episode 3, frame 5 can't be read: .*it ends with the one at"):
         loop.train(dataclasses.replace(recipe, dataset=str(tmp_path / "set")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

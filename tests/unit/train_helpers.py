@@ -24,7 +24,9 @@ SIZES = Pi0Config(
 TASKS = ("open the drawer", "close the faucet")
 
 
-def write_dataset(path: pathlib.Path, *, episodes: int = 4, cameras: tuple[str, ...] = ("base", "wrist")) -> None:
+def write_dataset(
+    path: pathlib.Path, *, episodes: int = 4, cameras: tuple[str, ...] = ("base", "wrist"), video: bool = False
+) -> None:
     rng = np.random.default_rng(0)
     with LeRobotWriter(
         path,
@@ -32,6 +34,7 @@ def write_dataset(path: pathlib.Path, *, episodes: int = 4, cameras: tuple[str, 
         cameras=dict.fromkeys(cameras, (32, 32, 3)),
         state_names=["hand_x", "hand_y", "hand_z", "gripper"],
         action_names=["delta_x", "delta_y", "delta_z", "gripper"],
+        video=video,
     ) as writer:
         for episode in range(episodes):
             for _ in range(6):

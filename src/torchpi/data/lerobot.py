@@ -1,7 +1,8 @@
 """Reading data sets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
+import concurrent.futures
 import operator
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -14,6 +15,9 @@ from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode
 from torchpi.data.place import fetch_frames, open_metadata
 from torchpi.data.video import VideoPool
+
+_CHECKING_THREADS = 16
+"""For `check_videos`; many, because files may be far away."""
 
 
 class LeRobotDataset:
@@ -113,6 +117,31 @@ class LeRobotDataset:
         item["action_is_pad"] = chunk > last
         item["task"] = self.tasks[int(item["task_index"])]
         return item
+
+    def check_videos(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Read the last frame that is needed of each video file: one that is too short or cut off is found now, not
+        when its turn comes. Some milliseconds per file; what is damaged in its middle is not found.
+
+        Args:
+            progress: is told how many files are read, and of how many.
+
+        Raises:
+            FileNotFoundError, ValueError: a video is missing or damaged, or ends too early.
+        """
+        last: dict[Path, tuple[float, str, int]] = {}  # per file: when the frame is, its camera, its number
+        for end, episode in zip(self._ends.tolist(), self._episodes, strict=True):
+            for key in self._camera_keys:
+                if (span := episode.videos.get(key)) is not None:
+                    before = last.get(span.path, (-np.inf, key, end - 1))
+                    last[span.path] = max(before, (span.from_timestamp + episode.length / self.fps, key, end - 1))
+        with concurrent.futures.ThreadPoolExecutor(_CHECKING_THREADS) as pool:
+            reading = [pool.submit(self._image, key, i) for _, key, i in last.values()]
+            try:
+                for done, future in enumerate(concurrent.futures.as_completed(reading), start=1):
+                    future.result()
+                    progress(done, len(reading))
+            finally:
+                pool.shutdown(cancel_futures=True)
 
     @property
     def columns(self) -> Mapping[str, np.ndarray]:

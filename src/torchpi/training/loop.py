@@ -14,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
@@ -84,6 +84,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         describe(console, config, world, model, beginning, data, prompts)
         # What would end the run between its folder and its first step.
         training_order(config, data, world, int(last.name) if last is not None else 0)
+        if world.first:
+            _check_videos(data, console)
         require_trackers(config.trackers)
         if last is not None:
             check_data(last, data)
@@ -114,6 +116,19 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             checkpointer.close()
             report = write_report(run) if world.first else run / "report.html"
         return TrainResult(checkpoints(run)[-1] / "policy", state.step, interrupted, report)
+
+
+def _check_videos(data: Sequence[SourceData], console: Console) -> None:
+    """Find a video that is too short now, and not hours later."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for dataset in (part for source in data for part in (source.train, source.holdout) if part is not None):
+            task = progress.add_task(f"videos of {dataset.path.name}", total=None)
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            dataset.check_videos(show)
 
 
 def training_order(config: TrainConfig, data: Sequence[SourceData], world: World, first_step: int) -> TrainingOrder:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -64,6 +65,11 @@ def describe(
             f"{len(source.train.episode_lengths)} episodes, {held} more are held out; "
             f"{samples / len(source.frames):.1f} epochs"
         )
+        if without := _without_instruction(source):
+            console.print(
+                f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
+                "gives one to all, episodes leaves some out"
+            )
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
@@ -73,6 +79,14 @@ def describe(
         f"process{'es' if world.size > 1 else ''} ({config.parallel}) and {config.accumulate} "
         f"pass{'es' if config.accumulate > 1 else ''}"
     )
+
+
+def _without_instruction(source: SourceData) -> int:
+    """How many of the frames that are trained on."""
+    if source.source.prompt is not None:
+        return 0
+    blank = [index for index, text in source.train.tasks.items() if not text.strip()]
+    return int(np.isin(source.train.columns["task_index"][source.frames], blank).sum())
 
 
 def _millions(count: int) -> str:
