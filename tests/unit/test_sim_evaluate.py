@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import multiprocessing
+import pathlib
 import sys
 import types
 
@@ -17,6 +19,8 @@ from sim_helpers import (
 
 from torchpi.cli import main
 from torchpi.robots import Embodiment, aloha, get_embodiment, metaworld
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import ServeSettings
 from torchpi.sim import simulator
 from torchpi.sim.compatibility import check_embodiment, check_metadata
 from torchpi.sim.environment import environment_seed
@@ -304,7 +308,7 @@ class Served:
     metadata = {"embodiment": "metaworld", "action_names": list("xyzg"), "control_hz": 80, "execute_steps": 3}  # noqa: RUF012
     opened: list["Served"] = []  # noqa: RUF012
 
-    def __init__(self, url):
+    def __init__(self, url, *, api_key):
         if "nowhere" in url:
             raise ServedError("no policy here")
         self.url, self.walker, self.closed = url, Walker(), 0
@@ -362,6 +366,80 @@ def test_without_the_client_the_error_has_the_command(corridor, monkeypatch):  #
     monkeypatch.setitem(sys.modules, "torchpi_client", None)
     with pytest.raises(ModuleNotFoundError, match="pip install torchpi-client"):
         quiet("ws://robot:8000")
+
+
+# A server that asks for a token
+
+TOKEN = "open-sesame"
+
+
+@pytest.fixture
+def address(policy):
+    with running_server({"policy": lambda: policy}, ServeSettings(port=0, token=TOKEN)) as (url, _):
+        yield url
+
+
+def evaluated(capsys, *arguments):
+    """What `torchpi eval` prints as JSON."""
+    main(["eval", *arguments, "--episodes", "1", "--max-steps", "2", "--json"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [["--token", TOKEN], []])
+def test_the_command_evaluates_a_server_that_asks_for_a_token(corridor, address, capsys, monkeypatch, given):  # noqa: F811
+    monkeypatch.setenv("TORCHPI_TOKEN", "another" if given else TOKEN)
+    out = evaluated(capsys, address, "--env", "corridor", "--workers", "1", *given)
+    assert len(json.loads(out)["episodes"]) == 2
+    assert json.loads(out)["policy"] == address
+    assert TOKEN not in out
+
+
+def test_worker_processes_have_the_token_but_not_in_their_command_lines(policy, address, capsys, monkeypatch):
+    require_simulator()
+    infer_batch, commands = policy.infer_batch, {}
+
+    def watched(*arguments, **options):
+        for child in multiprocessing.active_children():
+            commands[child.pid] = pathlib.Path(f"/proc/{child.pid}/cmdline").read_text()
+        return infer_batch(*arguments, **options)
+
+    monkeypatch.setattr(policy, "infer_batch", watched)
+    arguments = ["--env", "metaworld", "--tasks", "faucet-open,faucet-close", "--workers", "2", "--token", TOKEN]
+    assert len(json.loads(evaluated(capsys, address, *arguments))["episodes"]) == 2
+    assert len(commands) == 2
+    assert not any(TOKEN in command for command in commands.values())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(["--token", "wrong"], "does not accept the token"), ([], "asks for a token, but none was given")],
+)
+def test_another_token_than_the_servers_is_one_line_and_status_1(
+    corridor,  # noqa: F811
+    address,
+    capsys,
+    monkeypatch,
+    given,
+    message,
+):
+    monkeypatch.delenv("TORCHPI_TOKEN", raising=False)
+    with pytest.raises(SystemExit) as caught:
+        main(["eval", address, "--env", "corridor", "--workers", "1", *given])
+    captured = capsys.readouterr()
+    assert (caught.value.code, captured.out) == (1, "")
+    assert captured.err.startswith(f"error: {address} {message} (HTTP 401); expected the one that its server was")
+    assert "--token, as TORCHPI_TOKEN in the environment" in captured.err
+    assert captured.err.count("\n") == 1
+    assert "wrong" not in captured.err
+
+
+def test_a_token_without_a_server_is_an_error_unless_it_is_the_environments(corridor, policy, monkeypatch):  # noqa: F811
+    with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is none; leave the token out"):
+        quiet("demo", token=TOKEN)
+    with pytest.raises(ValueError, match="this policy is loaded already; leave the token out"):
+        quiet(policy, token=TOKEN)
+    monkeypatch.setenv("TORCHPI_TOKEN", TOKEN)
+    main(["eval", "demo", "--env", "corridor", "--episodes", "1", "--max-steps", "1", "--workers", "1"])
 
 
 # The command, and the simulator

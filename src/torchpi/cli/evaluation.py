@@ -1,6 +1,7 @@
 """The command eval."""
 
 import inspect
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -30,6 +31,7 @@ def evaluate(
     videos: int = 0,
     out: pathlib.Path | None = None,
     device: str | None = None,
+    token: str | None = None,
     json: bool = False,
     checkpoint: Checkpoint = CheckpointOptions(),
 ) -> None:
@@ -66,13 +68,14 @@ def evaluate(
         videos: with --env: film the first so many episodes of each task.
         out: the folder of the videos, or of the pictures of errors and chunks; by default nothing is drawn.
         device: for example cuda or cpu; by default cuda where there is one.
+        token: of a server: what it asks for; by default TORCHPI_TOKEN of the environment.
         json: print one JSON document.
         checkpoint: what the checkpoint does not say itself.
     """
     load = checkpoint.given() | ({} if device is None else {"device": device})
     simulated = {
         "tasks": tasks, "episodes": episodes, "workers": workers, "execute_steps": execute_steps,
-        "max_steps": max_steps, "swap": swap, "blank_images": blank_images, "videos": videos,
+        "max_steps": max_steps, "swap": swap, "blank_images": blank_images, "videos": videos, "token": token,
     }  # fmt: skip
     if (env is None) == (dataset is None):
         raise ValueError("eval needs either --env, a simulator, or --dataset, recorded episodes")
@@ -99,6 +102,7 @@ def evaluate(
     assert env is not None
     recorded = {"select": select, "rename": rename, "samples": samples, "batch_size": batch_size}
     _refuse_changed(evaluate, recorded, belongs_to="--dataset")
+    from torchpi.sim.remote import is_address
     from torchpi.sim.report import print_evaluation, swapped_instructions
     from torchpi.sim.rollout import Rollout
 
@@ -117,6 +121,8 @@ def evaluate(
         videos=videos,
         out=out,
         load=load,
+        # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
+        token=os.environ.get("TORCHPI_TOKEN") if token is None and is_address(policy) else token,
     )
     if json:
         print_json(result.to_dict())

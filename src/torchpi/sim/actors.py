@@ -15,22 +15,26 @@ MANY_TASKS = 10
 """An environment with more tasks than this is evaluated in those that are named, not in all of them."""
 
 
-def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any]) -> Actor:
+def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, token: str | None = None) -> Actor:
     """The policy at a path or an address, or the object itself.
 
     Args:
         load: more arguments for `load_policy`.
+        token: what the server at the address asks for.
 
     Raises:
-        ValueError: arguments for what is not loaded here.
+        ValueError: arguments for what is not loaded here; a token for what is not at an address.
         What `load_policy` and `RemotePolicy` raise.
     """
+    if token is not None and not is_address(policy):
+        what = f"{policy} is none" if isinstance(policy, str | pathlib.Path) else "this policy is loaded already"
+        raise ValueError(f"a token is for the address of a server, ws://HOST:PORT, and {what}; leave the token out")
     if isinstance(policy, str | pathlib.Path) and not is_address(policy):
         return load_policy(policy, **load)
     if load:
         loaded = "this policy is loaded already" if not isinstance(policy, str) else "this policy's server loads it"
         raise ValueError(f"{loaded}; it takes no {', '.join(load)}")
-    return RemotePolicy(str(policy)) if is_address(policy) else policy  # type: ignore[return-value]
+    return RemotePolicy(str(policy), token=token) if is_address(policy) else policy  # type: ignore[return-value]
 
 
 def close_actor(actor: Actor) -> None:

@@ -46,6 +46,7 @@ def evaluate(
     videos: int = 0,
     out: str | pathlib.Path | None = None,
     load: Mapping[str, Any] | None = None,
+    token: str | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Run a policy in simulated episodes and count its successes.
@@ -67,11 +68,13 @@ def evaluate(
         videos: the first so many episodes of each task are filmed.
         out: folder of the videos.
         load: more arguments for `load_policy`.
+        token: of a served policy: what its server asks for. It is in no result.
         progress: show a progress bar on stderr.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: something is wrong with an argument, or the policy does not fit the
             environment.
+        ConnectionError: there is no server at the address, or it asks for another token.
         ChildProcessError: a process was killed; the message names its episode.
         ModuleNotFoundError: the extra "sim" is not installed; the message says how.
         OpenGLError: no OpenGL that renders without a screen.
@@ -83,7 +86,8 @@ def evaluate(
         )
     if videos and out is None:
         raise ValueError("videos need a folder, out=")
-    actor = open_actor(policy, load or {})
+    open_policy = partial(open_actor, policy, load or {}, token=token)
+    actor = open_policy()
     tasks = chosen_tasks(actor, env, tasks)
     rollout = checked_rollout(actor, env, rollout or Rollout())
     jobs = _jobs(env, tasks, episodes, seed, instructions or {}, None if out is None else pathlib.Path(out), videos)
@@ -91,7 +95,7 @@ def evaluate(
     if workers > 1:  # each worker has its own; this one's memory or connection is not needed
         close_actor(actor)
         del actor
-        make_work = partial(_Evaluator, partial(open_actor, policy, load or {}), env, seed, rollout)
+        make_work = partial(_Evaluator, open_policy, env, seed, rollout)
     else:
         make_work = partial(_Evaluator, partial(_itself, actor), env, seed, rollout)
     outcomes: dict[int, EpisodeOutcome] = {}

@@ -1,5 +1,6 @@
 """A policy behind a websocket, asked as the simulated robot's client would ask it."""
 
+import http
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -15,20 +16,31 @@ def is_address(policy: Any) -> bool:
 class RemotePolicy:
     """Infers like a `Policy`, on a server; the noise and the number of Euler steps are the server's."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, token: str | None = None) -> None:
         """Connect.
+
+        Args:
+            token: what the server asks for; None: nothing.
 
         Raises:
             ModuleNotFoundError: torchpi-client is not installed.
             ValueError: it is no address.
-            ConnectionError: there is no policy server, or it answers with an error.
+            ConnectionError: there is no policy server, it asks for another token, or it answers with an error.
         """
         client = _import_client()
         self._server_error = client.ServerError
         try:
-            self._client = client.WebsocketPolicy(address)
+            self._client = client.WebsocketPolicy(address, api_key=token)
         except self._server_error as error:
             raise ConnectionError(str(error)) from error
+        except ConnectionError as error:
+            if _status(error) != http.HTTPStatus.UNAUTHORIZED:
+                raise
+            found = "asks for a token, but none was given" if token is None else "does not accept the token"
+            raise ConnectionError(
+                f"{address} {found} (HTTP 401); expected the one that its server was started with: give it as --token, "
+                "as TORCHPI_TOKEN in the environment, or in Python as token="
+            ) from error
         self.metadata: dict[str, Any] = self._client.metadata
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
@@ -45,6 +57,12 @@ class RemotePolicy:
     def close(self) -> None:
         """End the connection."""
         self._client.close()
+
+
+def _status(error: ConnectionError) -> int | None:
+    """The HTTP status with which the server turned the client away; None: the error is another one."""
+    status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
 
 
 def _import_client() -> types.ModuleType:
