@@ -3,7 +3,9 @@
 import contextlib
 import json
 import logging
+import re
 import shutil
+import socket
 import threading
 
 import msgpack
@@ -18,7 +20,7 @@ from torchpi.policy import load_policy
 from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
-from torchpi.serving.run import policy_paths
+from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler, noise_shape
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import RateLimit, ServeSettings
@@ -159,6 +161,16 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server():
 
     with pytest.raises(ValueError, match="there is nothing"), running_server({"p": fails}, ServeSettings(port=0)):
         pass
+
+
+def test_of_several_policies_the_one_that_cannot_be_loaded_is_named():
+    def fails():
+        raise ValueError("there is nothing")
+
+    load = {"arm": FakePolicy, "hand": fails}
+    with pytest.raises(ValueError, match="there is nothing") as caught, running_server(load, ServeSettings(port=0)):
+        pass
+    assert caught.value.__notes__ == ["(policy hand)"]
 
 
 # ---- several clients ----
@@ -316,6 +328,46 @@ def test_a_token_as_bearer_or_api_key():
         assert http(url, "/metrics")[0] == 401
         assert http(url, "/metrics", "Bearer s3cret")[0] == 200
         assert http(url, "/healthz")[0] == 200
+
+
+def refusals(caplog):
+    return [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused ")]
+
+
+def test_the_first_refused_connection_of_a_kind_is_in_the_log_and_those_right_after_it_are_only_counted(caplog):
+    with served(FakePolicy(), token="s3cret") as (url, _):
+        for _ in range(3):
+            assert http(url, "/")[0] == 401
+        [line] = refusals(caplog)
+        assert re.fullmatch(r"refused 127\.0\.0\.1:\d+: a valid token is needed; in a browser: .*", line)
+        assert metric(url, 'torchpi_refused_connections_total{reason="token"}', "Bearer s3cret") == 3
+        assert http(url, "/nothing", "Bearer s3cret")[0] == 404
+        assert "there is no policy at /nothing" in refusals(caplog)[1]
+
+
+def test_a_path_of_a_refused_connection_cannot_control_the_terminal_that_shows_the_log(caplog):
+    with served(FakePolicy()) as (url, _):
+        address = url.removeprefix("ws://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=SECONDS) as raw:
+            raw.sendall(b"GET /\x1b[2J" + b"x" * 5000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+            assert raw.makefile("rb").readline() == b"HTTP/1.1 404 Not Found\r\n"
+        [line] = refusals(caplog)
+        assert r"there is no policy at /\x1b[2Jxxx" in line
+        assert len(line) < 600
+
+
+def test_a_taken_port_is_said_with_the_option_that_chooses_another():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="is taken") as caught, served(FakePolicy(), port=port):
+            pass
+    assert str(caught.value) == f"port {port} of 127.0.0.1 is taken; choose another one with --port (0: a free one)"
+
+
+def test_a_host_that_is_another_machine_is_said():
+    # 192.0.2.1 is for documentation, no machine has it.
+    with pytest.raises(OSError, match=r"^192\.0\.2\.1 is no address of this machine$"), served(host="192.0.2.1"):
+        pass
 
 
 def test_connections_are_limited_and_come_free_again():
@@ -552,3 +604,20 @@ def test_policies_by_name():
             policy_paths("a", wrong)
     with pytest.raises(ValueError, match="needs a policy"):
         policy_paths(None, [])
+
+
+@pytest.mark.parametrize(
+    ("policy", "named", "message"),
+    [
+        ("nowhere", ["arm=demo"], "^there is no checkpoint at nowhere$"),
+        ("demo", ["arm=hf://nobody/nothing", "hand=nowhere"], "^--policies hand: there is no checkpoint at nowhere$"),
+        (None, ["default=nowhere"], "^--policies default: there is no checkpoint at nowhere$"),
+    ],
+)
+def test_a_checkpoint_that_does_not_exist_is_found_before_anything_is_loaded(
+    policy, named, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("a policy was loaded"))
+    with pytest.raises(FileNotFoundError, match=message):
+        run_serve(policy, named, ServeSettings(port=0), record=None, load={}, device=None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torchpi.checkpoints.load import existing_folder
 from torchpi.policy import Policy, load_policy
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
@@ -44,11 +45,12 @@ def run_serve(
 
     Raises:
         ValueError: no policy; a name that is none; what `load_policy` raises.
-        OSError: the port is taken.
+        OSError: the port is taken; there is nothing at a path.
     """
     paths = policy_paths(policy, named)
     if load and policy is None:
         raise ValueError(f"{', '.join(load)} can only be given for POLICY, not for --policies, which say everything")
+    _check_paths(paths, unnamed=policy is not None)
     # What is asked for the policy at "/" holds for it alone.
     loaders: dict[str, Callable[[], Policy]] = {
         name: functools.partial(load_policy, path, device=device, **(load if name == DEFAULT else {}))
@@ -87,6 +89,27 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
     if not paths:
         raise ValueError("serve needs a policy: torchpi serve POLICY, or --policies name=path ...")
     return paths
+
+
+def _check_paths(paths: Mapping[str, str], *, unnamed: bool) -> None:
+    """Loading takes long, and what is not on the disk is known before.
+
+    Args:
+        unnamed: whether `DEFAULT` is POLICY, and not one of --policies.
+
+    Raises:
+        FileNotFoundError: there is nothing at a local path.
+        ValueError: what is there is a file that says nothing about its folder.
+    """
+    for name, path in paths.items():
+        if "://" in path:
+            continue
+        try:
+            existing_folder(path)
+        except (FileNotFoundError, ValueError) as error:
+            if unnamed and name == DEFAULT:
+                raise
+            raise type(error)(f"--policies {name}: {error}") from error
 
 
 async def _serve(

@@ -168,6 +168,8 @@ class Scheduler:
                 self._policies[name] = load()
                 self._warm_up(name)
         except BaseException as error:  # whoever waits for `ready` raises it
+            if len(self._load) > 1:
+                error.add_note(f"(policy {name})")
             self.ready.set_exception(error)
             return
         self.ready.set_result(self._policies)

@@ -10,12 +10,15 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import functools
 import http
 import itertools
 import json
 import logging
+import math
 import re
+import socket
 import threading
 import time
 import urllib.parse
@@ -49,6 +52,10 @@ _log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 2.0
 """Seconds that a client has for its part of closing a connection."""
+_LOGGED_TEXT = 500
+"""Characters of a refusal's text that the log has; the path in it may be of any length."""
+_REFUSAL_PAUSE = 60.0
+"""Seconds from one line of the log about refused connections to the next with the same reason."""
 _DASHBOARD_PATHS = ("/dashboard.json", "/chunk/", "/frame/")
 _DASHBOARD_HEADERS = {
     "Cache-Control": "no-store",
@@ -93,6 +100,8 @@ class PolicyServer:
         self._grace_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._busy: set[ServerConnection] = set()
         self._open = 0
+        self._refusal_logged: dict[str, float] = {}
+        """Per reason, when the log said so last."""
         self._numbers = itertools.count()
         self._server: Server | None = None
 
@@ -103,22 +112,10 @@ class PolicyServer:
             listening: is told the address, ws://HOST:PORT, as soon as connections are accepted.
 
         Raises:
-            OSError: the port is taken.
+            OSError: the port is taken; the host is no address of this machine.
             Exception: what loading and warming up a policy raise.
         """
-        settings = self._settings
-        self._server = await serve(
-            self._handle,
-            settings.host,
-            settings.port,
-            process_request=self._answer_http,
-            compression=None,  # of images it costs more time than it saves
-            max_size=int(settings.max_message_mb * 2**20),
-            max_queue=4,  # frames of one connection that wait here for the answer to the one before them
-            close_timeout=_CLOSE_TIMEOUT,
-            origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
-            logger=logging.getLogger(f"{__name__}.websockets"),
-        )
+        self._server = await self._listen()
         stopped = asyncio.create_task(stop.wait())
         try:
             host, port = next(iter(self._server.sockets)).getsockname()[:2]
@@ -133,6 +130,38 @@ class PolicyServer:
         finally:
             stopped.cancel()
             await self._stop()
+
+    async def _listen(self) -> Server:
+        """Accept connections from now on.
+
+        Raises:
+            OSError: the port is taken; the host is no address of this machine.
+        """
+        settings = self._settings
+        try:
+            return await serve(
+                self._handle,
+                settings.host,
+                settings.port,
+                process_request=self._answer_http,
+                compression=None,  # of images it costs more time than it saves
+                max_size=int(settings.max_message_mb * 2**20),
+                max_queue=4,  # frames of one connection that wait here for the answer to the one before them
+                close_timeout=_CLOSE_TIMEOUT,
+                origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
+                logger=logging.getLogger(f"{__name__}.websockets"),
+            )
+        except OSError as error:
+            # Of one argument: str() of an OSError with a number begins with "[Errno …]".
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(
+                    f"port {settings.port} of {settings.host} is taken; choose another one with --port (0: a free one)"
+                ) from error
+            if isinstance(error, socket.gaierror):
+                raise OSError(f"{settings.host} is no address of this machine: {error.strerror}") from error
+            if error.errno in (errno.EADDRNOTAVAIL, None):  # asyncio gives no number from Python 3.13 on
+                raise OSError(f"{settings.host} is no address of this machine") from error
+            raise
 
     def _begin(self, policies: dict[str, ServedPolicy]) -> None:
         """From now on requests are taken.
@@ -240,6 +269,11 @@ class PolicyServer:
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._metrics.refused.labels(reason).inc()
+        now = time.monotonic()
+        # Whoever floods the server shall not flood its log, nor write control characters to it.
+        if now - self._refusal_logged.get(reason, -math.inf) >= _REFUSAL_PAUSE:
+            self._refusal_logged[reason] = now
+            _log.warning("refused %s: %s", _address(connection), text.encode("unicode_escape").decode()[:_LOGGED_TEXT])
         return connection.respond(status, f"{text}\n")
 
     # ---- one connection ----
@@ -278,9 +312,8 @@ class PolicyServer:
     @contextlib.contextmanager
     def _on_dashboard(self, client: "_Client") -> Iterator[Robot]:
         """The client as the dashboard has it; it is forgotten some seconds after the block."""
-        address = ":".join(map(str, (client.connection.remote_address or ())[:2]))
         policy = self._policies[client.policy]
-        robot = self._dashboard.join(client.number, client.policy, policy, address)
+        robot = self._dashboard.join(client.number, client.policy, policy, _address(client.connection))
         try:
             yield robot
         finally:
@@ -478,6 +511,11 @@ class _Client:
     began: float = 0.0
     last_seconds: float | None = None
     """From the last request to its answer, sent."""
+
+
+def _address(connection: ServerConnection) -> str:
+    """HOST:PORT of the client."""
+    return ":".join(map(str, (connection.remote_address or ())[:2]))
 
 
 def _path(request: HttpRequest) -> str:
