@@ -19,7 +19,7 @@ from torchpi.data import LeRobotDataset
 from torchpi.policy import load_policy
 from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
 from torchpi.serving.metrics import Metrics
-from torchpi.serving.recorder import Recorder
+from torchpi.serving.recorder import Recorder, request_frame
 from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler, noise_shape
 from torchpi.serving.server import running_server
@@ -544,7 +544,8 @@ def test_metrics():
         assert metric(url, 'torchpi_requests_total{outcome="bad_observation",policy="p0"}') == 1
         for name in ("torchpi_queue_seconds", "torchpi_inference_seconds"):
             assert metric(url, f'{name}_count{{policy="p0"}}') == 1
-        assert metric(url, 'torchpi_batch_size_bucket{le="1.0",policy="p0"}') == 2
+        # A pass that failed, by a bad observation, has no time and no size.
+        assert metric(url, 'torchpi_batch_size_count{policy="p0"}') == 1
         assert metric(url, "torchpi_queue_length") == 0
 
 
@@ -568,6 +569,36 @@ def test_requests_and_chunks_are_kept_as_a_data_set(tmp_path):
     for frame, answer in zip(frames, sent, strict=True):
         np.testing.assert_array_equal(frame["action"].reshape(H, 2), answer["actions"])
     assert b'torchpi_recorded_total{result="kept"} 4.0' in metrics.text()
+
+
+def test_the_memory_of_a_recording_is_shared_by_its_clients_and_the_largest_episode_makes_room(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    policy = FakePolicy()
+    actions = np.zeros((H, 2), np.float32)
+    size = sum(value.nbytes for value in request_frame(policy.embodiment, observation(), actions).values())
+    monkeypatch.setattr("torchpi.serving.recorder.EPISODE_MB", 4 * size / 2**20)
+    with Recorder({"p0": tmp_path / "set"}, Metrics()) as recorder:
+        # At the fifth request client 0 has three in memory, at the eighth client 2 has; at the end the rest is saved.
+        for i, client in enumerate((0, 0, 1, 0, 2, 2, 2, 1, 0)):
+            recorder.keep("p0", client, policy, observation(float(i)), actions)
+    kept = LeRobotDataset(tmp_path / "set", action_horizon=1)
+    episodes = {}
+    for i in range(len(kept)):
+        episodes.setdefault(int(kept[i]["episode_index"]), []).append(int(kept[i]["observation.state"][0]))
+    assert list(episodes.values()) == [[0, 1, 3], [4, 5, 6], [2, 7], [8]]
+
+
+def test_the_log_says_at_the_end_how_much_was_recorded_and_where(tmp_path, caplog):
+    pytest.importorskip("pyarrow")
+    caplog.set_level(logging.INFO, logger="torchpi.serving.recorder")
+    policy, actions = FakePolicy(), np.zeros((H, 2), np.float32)
+    with Recorder({name: tmp_path / name for name in ("arm", "hand", "unused")}, Metrics()) as recorder:
+        for name, prompt in (("arm", "push"), ("arm", "push"), ("arm", "pull"), ("hand", "push")):
+            recorder.keep(name, 0, policy, observation(prompt=prompt), actions)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"recorded 3 requests in 2 episodes: {tmp_path / 'arm'}",
+        f"recorded 1 requests in 1 episodes: {tmp_path / 'hand'}",
+    ]
 
 
 def test_a_recording_that_fails_does_not_stop_the_robot(tmp_path, caplog):

@@ -22,14 +22,20 @@ class Metrics:
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "torchpi_requests_total",
-            "Requests by outcome: answered; the codes of errors; client_left, before the model had begun",
+            "Requests by outcome: answered; the codes of errors; client_left, before their answer",
             ["policy", "outcome"],
             registry=self._registry,
         )
         self.queue_seconds = self._histogram("torchpi_queue_seconds", "Time that a request waited for the model")
-        self.inference_seconds = self._histogram("torchpi_inference_seconds", "Time of one pass, of a whole batch")
+        self.inference_seconds = self._histogram(
+            "torchpi_inference_seconds", "Time of one pass that succeeded, of a whole batch"
+        )
         self.batch_size = Histogram(
-            "torchpi_batch_size", "Requests in one pass", ["policy"], registry=self._registry, buckets=_BATCH_SIZES
+            "torchpi_batch_size",
+            "Requests in one pass that succeeded",
+            ["policy"],
+            registry=self._registry,
+            buckets=_BATCH_SIZES,
         )
         self.queue_length = Gauge("torchpi_queue_length", "Requests that wait for the model", registry=self._registry)
         self.connections = Gauge("torchpi_connections", "Open websockets", registry=self._registry)

@@ -1,9 +1,11 @@
 """Keeping requests and their chunks as a LeRobot data set.
 
 A frame is one request: the cameras that the policy reads, the state as the robot sent it, and as its action the whole
-chunk, [H, a] flattened row by row. An episode is what one client asked with one prompt, in parts of `EPISODE_MB`.
+chunk, [H, a] flattened row by row. An episode is what one client asked with one prompt, in parts where `EPISODE_MB`
+asks for them.
 """
 
+import dataclasses
 import functools
 import logging
 import queue
@@ -25,7 +27,7 @@ from torchpi.transforms.prompt import as_text
 _log = logging.getLogger(__name__)
 
 EPISODE_MB = 256
-"""MiB of frames that one client's episode may hold in memory."""
+"""MiB of frames that the episodes of one policy's clients may hold in memory together; the largest is saved then."""
 MAX_WAITING = 256
 """Requests that may wait to be recorded; more are lost, and counted, because robots don't wait for disks."""
 
@@ -94,7 +96,7 @@ class Recorder:
         for policy_set in self._sets.values():
             for client in list(policy_set.episodes):
                 self._save(policy_set, client)
-            self._try(0, policy_set.writer.finalize)
+            self._finish(policy_set)
 
     def _add(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         frame = request_frame(policy.embodiment, observation, actions)
@@ -103,17 +105,30 @@ class Recorder:
         if name not in self._sets:
             self._sets[name] = _PolicySet(self._paths[name], policy.embodiment, frame, actions)
         policy_set = self._sets[name]
-        if not policy_set.continues(client, task, frame):
+        episode = policy_set.episodes.get(client)
+        if episode is not None and episode.task != task:
             self._save(policy_set, client)
-        policy_set.episodes.setdefault(client, (task, []))[1].append(frame)
+        num_bytes = sum(value.nbytes for value in frame.values())
+        while policy_set.episodes and policy_set.num_bytes + num_bytes > EPISODE_MB * 2**20:
+            self._save(policy_set, policy_set.largest)
+        policy_set.add(client, task, frame, num_bytes)
 
     def _save(self, policy_set: "_PolicySet", client: int) -> None:
         """Write the client's episode, if it has one."""
-        task, frames = policy_set.episodes.pop(client, ("", []))
-        if frames:
-            episode = {key: [frame[key] for frame in frames] for key in frames[0]}
-            if self._try(len(frames), lambda: policy_set.writer.add_episode(episode, task)):
-                self.metrics.recorded.labels("kept").inc(len(frames))
+        episode = policy_set.take(client)
+        if episode is None:
+            return
+        frames, task = episode.frames, episode.task
+        columns = {key: [frame[key] for frame in frames] for key in frames[0]}
+        if self._try(len(frames), lambda: policy_set.writer.add_episode(columns, task)):
+            policy_set.num_kept += len(frames)
+            self.metrics.recorded.labels("kept").inc(len(frames))
+
+    def _finish(self, policy_set: "_PolicySet") -> None:
+        """Make the data set of the saved episodes."""
+        num_episodes = policy_set.writer.num_episodes
+        if self._try(0, policy_set.writer.finalize):
+            _log.info("recorded %d requests in %d episodes: %s", policy_set.num_kept, num_episodes, policy_set.path)
 
     def _try(self, num_requests: int, action: Callable[[], None]) -> bool:
         """Whether it worked. A full disk must not stop the robots: what is lost is said and counted."""
@@ -126,6 +141,15 @@ class Recorder:
         return True
 
 
+@dataclasses.dataclass
+class _Episode:
+    """What one client asks with one prompt, as far as it is in memory."""
+
+    task: str
+    frames: list[Mapping[str, np.ndarray]] = dataclasses.field(default_factory=list)
+    num_bytes: int = 0
+
+
 class _PolicySet:
     """The data set of one policy, and the episodes that its clients are in."""
 
@@ -134,6 +158,7 @@ class _PolicySet:
     ) -> None:
         cameras = {key.removeprefix(IMAGES): value.shape for key, value in frame.items() if key.startswith(IMAGES)}
         rate = (embodiment.control_hz or 1) / (embodiment.execute_steps or len(actions))
+        self.path = path
         self.writer = LeRobotWriter(
             path,
             fps=max(1, round(rate)),  # as if each client asked whenever it had executed what is recommended
@@ -142,13 +167,31 @@ class _PolicySet:
             action_names=[f"{dim.name}@{step}" for step in range(len(actions)) for dim in embodiment.actions],
             robot_type=embodiment.name,
         )
-        self.episodes: dict[int, tuple[str, list[Mapping[str, np.ndarray]]]] = {}
+        self.num_kept = 0
+        """Requests in saved episodes."""
+        self.episodes: dict[int, _Episode] = {}
+        """By client; each has a frame."""
+        self.num_bytes = 0
+        """Of all their frames."""
 
-    def continues(self, client: int, task: str, frame: Mapping[str, np.ndarray]) -> bool:
-        """Whether the frame belongs to the client's episode: the same task, and the memory has room."""
-        before, frames = self.episodes.get(client, (task, []))
-        size = sum(value.nbytes for value in frame.values())
-        return task == before and (len(frames) + 1) * size <= EPISODE_MB * 2**20
+    @property
+    def largest(self) -> int:
+        """The client whose episode takes most memory; there must be one."""
+        return max(self.episodes, key=lambda client: self.episodes[client].num_bytes)
+
+    def add(self, client: int, task: str, frame: Mapping[str, np.ndarray], num_bytes: int) -> None:
+        """Continue the client's episode, or begin it."""
+        episode = self.episodes.setdefault(client, _Episode(task))
+        episode.frames.append(frame)
+        episode.num_bytes += num_bytes
+        self.num_bytes += num_bytes
+
+    def take(self, client: int) -> _Episode | None:
+        """The client's episode, which is not in memory any more."""
+        episode = self.episodes.pop(client, None)
+        if episode is not None:
+            self.num_bytes -= episode.num_bytes
+        return episode
 
 
 def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], actions: np.ndarray) -> dict[str, np.ndarray]:

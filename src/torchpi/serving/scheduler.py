@@ -177,7 +177,6 @@ class Scheduler:
             # From here on nobody can cancel them.
             if started := [request for request in batch if request.answer.set_running_or_notify_cancel()]:
                 self._answer(started)
-                self._batch_size[started[0].policy].observe(len(started))
 
     def _warm_up(self, name: str) -> None:
         """One pass of the smallest and one of the largest batch: kernels are compiled, and the memory suffices."""
@@ -225,6 +224,7 @@ class Scheduler:
         for request, chunk in zip(batch, chunks, strict=True):
             request.answer.set_result(Answer(chunk, start - request.arrived, seconds, len(batch)))
         self._inference_seconds[batch[0].policy].observe(seconds)
+        self._batch_size[batch[0].policy].observe(len(batch))
 
 
 def noise_shape(policy: ServedPolicy) -> tuple[int, int]:
