@@ -275,7 +275,7 @@ def test_an_observation_that_does_not_fit_is_one_line_and_status_1(arguments, ob
     with np.load(observation) as arrays:
         np.savez(observation, **{key: arrays[key] for key in arrays.files if key != "images.wrist"})
     error = fails(arguments, capsys)
-    assert "The observation has no image images.wrist (camera left_wrist_0_rgb)" in error
+    assert "The observation has no image 'images.wrist' (camera left_wrist_0_rgb)" in error
     assert "'The observation" not in error  # a KeyError's own text is in quotes
 
 

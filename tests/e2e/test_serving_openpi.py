@@ -90,7 +90,7 @@ def test_it_waits_for_the_warm_up(connect):
 def test_an_error_is_raised_with_its_message_and_the_connection_stays(connect):
     with served(FakePolicy()) as (url, _):
         client = connect(url)
-        with pytest.raises(RuntimeError, match=r"bad_observation.*no image camera"):
+        with pytest.raises(RuntimeError, match=r"bad_observation.*no image 'camera'"):
             client.infer({"state": np.zeros(2)})
         assert "actions" in client.infer(observation())
 

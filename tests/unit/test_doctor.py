@@ -555,9 +555,9 @@ def test_a_masked_camera_is_no_finding(make_policy):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"state": np.zeros(3)}, r"State state has shape \[3\]"),
-        ({"state": np.full(4, np.nan)}, "NaN or infinity in state"),
-        ({"third": np.zeros((8, 8, 3), np.uint8)}, "no camera third"),
+        ({"state": np.zeros(3)}, r"State 'state' has shape \[3\]"),
+        ({"state": np.full(4, np.nan)}, "NaN or infinity in state 'state'"),
+        ({"third": np.zeros((8, 8, 3), np.uint8)}, "no camera 'third'"),
         ({"base": np.zeros((3, 8, 8), np.uint8)}, "transpose"),
         ({"prompt": 3}, "The prompt is a int"),
     ],

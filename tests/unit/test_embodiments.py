@@ -112,10 +112,20 @@ def test_aloha_gripper_commands(x):
 
 
 def test_missing_required_camera():
-    with pytest.raises(KeyError, match=r"no image wrist \(camera left_wrist_0_rgb\).*'my_arm'.*front \(required\)"):
+    with pytest.raises(KeyError, match=r"no image 'wrist' \(camera left_wrist_0_rgb\).*'my_arm'.*front \(required\)"):
         my_arm().to_model(without(request(), "wrist"))
-    with pytest.raises(KeyError, match="no image wrist"):
+    with pytest.raises(KeyError, match=r"no image 'wrist'.*optional \(presence of the camera in the embodiment\)\."):
         my_arm().to_model(request(wrist=None))
+
+
+def test_an_empty_observation_has_nothing():
+    with pytest.raises(KeyError, match=r"no image 'front'.*; found nothing; expected front \(required\), wrist"):
+        my_arm().to_model({})
+    optional = dataclasses.replace(
+        my_arm(), cameras=tuple(dataclasses.replace(camera, presence="optional") for camera in my_arm().cameras)
+    )
+    with pytest.raises(KeyError, match=r"no image that .* reads; found nothing; expected at least one of front"):
+        optional.to_model({})
 
 
 def test_absent_optional_and_masked_cameras_are_black():
@@ -136,12 +146,12 @@ def test_ignored_cameras():
 
 
 def test_unknown_cameras():
-    with pytest.raises(KeyError, match=r"no camera top; its cameras are front \(required\), wrist \(required\)"):
+    with pytest.raises(KeyError, match=r"no camera 'top'; its cameras are front \(required\), wrist \(required\)"):
         my_arm().to_model(request(top=np.zeros((4, 6, 3), np.uint8)))
     # Beside other cameras, whatever it is.
     observation = aloha().example_observation()
     observation["images"]["cam_hgih"] = [0]
-    with pytest.raises(KeyError, match=r"no camera images\.cam_hgih; its cameras are images\.cam_high \(required\)"):
+    with pytest.raises(KeyError, match=r"no camera 'images\.cam_hgih'; its cameras are images\.cam_high \(required\)"):
         aloha().to_model(observation)
 
 
@@ -180,12 +190,12 @@ def test_an_observation_that_is_none():
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        (np.zeros(3), r"State state has shape \[3\]; embodiment 'my_arm' expects 4 numbers: shoulder, elbow"),
+        (np.zeros(3), r"State 'state' has shape \[3\]; embodiment 'my_arm' expects 4 numbers: shoulder, elbow"),
         (np.zeros((1, 4)), r"shape \[1, 4\]"),
         (1.0, r"shape \[\]"),
-        (np.array([0, np.nan, 0, np.inf]), r"NaN or infinity in state state, dimension 1 \(elbow\), 3 \(gripper\)"),
+        (np.array([0, np.nan, 0, np.inf]), r"NaN or infinity in state 'state', dimension 1 \(elbow\), 3 \(gripper\)"),
         (["a", "b", "c", "d"], "dtype <U1; expected numbers"),
-        ([[0], [1, 2]], "Cannot read state state"),
+        ([[0], [1, 2]], "Cannot read state 'state'"),
     ],
 )
 def test_refused_states(state, message):
@@ -194,7 +204,7 @@ def test_refused_states(state, message):
 
 
 def test_missing_state():
-    with pytest.raises(KeyError, match=r"no state state.*found wrist, front, prompt"):
+    with pytest.raises(KeyError, match=r"no state 'state'.*found wrist, front, prompt"):
         my_arm().to_model(without(request(), "state"))
 
 
@@ -203,7 +213,7 @@ def test_state_of_several_parts():
     observation |= {"observation/joint_position": np.arange(7.0), "observation/gripper_position": 0.5}
     assert droid().to_model(observation)["state"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0.5]
     observation["observation/gripper_position"] = np.zeros(2)
-    with pytest.raises(ValueError, match=r"observation/gripper_position has shape \[2\].*expects 1 numbers: gripper"):
+    with pytest.raises(ValueError, match=r"observation/gripper_position' has shape \[2\].*expects 1 numbers: gripper"):
         droid().to_model(observation)
 
 
@@ -230,7 +240,7 @@ def test_prompts():
     assert my_arm(default_prompt="wait").to_model(request())["prompt"] == "lift it"
     assert my_arm().to_model(request(prompt=np.array(b"bytes")))["prompt"] == "bytes"
     assert my_arm(default_prompt="wait").to_model(request(prompt=""))["prompt"] == ""
-    with pytest.raises(ValueError, match=r"no prompt.*'my_arm'.*default_prompt="):
+    with pytest.raises(ValueError, match=r"no prompt.*'my_arm'.*default_prompt=, or start .* --default-prompt"):
         my_arm().to_model(silent)
 
 

@@ -417,7 +417,7 @@ class Embodiment:
         unknown_cameras = [key for key in unknown if getattr(found[key], "ndim", 0) >= 3 or _folder(key) in folders]
         if unknown_cameras:
             raise KeyError(
-                f"Embodiment '{self.name}' has no camera {', '.join(unknown_cameras)}; "
+                f"Embodiment '{self.name}' has no camera {', '.join(map(repr, unknown_cameras))}; "
                 f"its cameras are {self._cameras_text()}. Rename it, leave it out, or add it to the embodiment "
                 "(presence 'ignored' if the model shall not read it)."
             )
@@ -442,13 +442,13 @@ class Embodiment:
                 present[str(camera.name)] = to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=label)
             elif camera.presence == "required":
                 raise KeyError(
-                    f"The observation has no image {camera.key} (camera {camera.name}), which embodiment '{self.name}' "
-                    f"requires; found {', '.join(found)}; "
-                    f"expected {self._cameras_text()}. Send it, or state it as optional."
+                    f"The observation has no image '{camera.key}' (camera {camera.name}), which embodiment "
+                    f"'{self.name}' requires; found {_listed(found)}; expected {self._cameras_text()}. Send it, or "
+                    "state it as optional (presence of the camera in the embodiment)."
                 )
         if not present:
             raise KeyError(
-                f"The observation has no image that embodiment '{self.name}' reads; found {', '.join(found)}; expected "
+                f"The observation has no image that embodiment '{self.name}' reads; found {_listed(found)}; expected "
                 f"at least one of {self._cameras_text()}."
             )
         black = np.zeros_like(next(iter(present.values())))
@@ -462,19 +462,19 @@ class Embodiment:
         for part in self.state:
             if found.get(part.key) is None:
                 raise KeyError(
-                    f"The observation has no state {part.key}, which embodiment '{self.name}' reads; "
-                    f"found {', '.join(found)}; expected {', '.join(p.key for p in self.state)}."
+                    f"The observation has no state '{part.key}', which embodiment '{self.name}' reads; "
+                    f"found {_listed(found)}; expected {', '.join(p.key for p in self.state)}."
                 )
-            value = _numbers(found[part.key], f"state {part.key}")
+            value = _numbers(found[part.key], f"state '{part.key}'")
             if value.ndim == 0 and len(part.names) == 1:
                 value = value.reshape(1)
             if value.ndim != 1 or len(value) not in part.dims:
                 lengths = " or ".join(map(str, part.dims))
                 raise ValueError(
-                    f"State {part.key} has shape {list(value.shape)}; embodiment '{self.name}' expects {lengths} "
+                    f"State '{part.key}' has shape {list(value.shape)}; embodiment '{self.name}' expects {lengths} "
                     f"numbers: {', '.join(part.names)}."
                 )
-            require_finite(value, f"state {part.key}", part.names)
+            require_finite(value, f"state '{part.key}'", part.names)
             parts.append(value)
         state = np.concatenate(parts)
         if state_dim is not None and len(state) != state_dim:
@@ -490,7 +490,7 @@ class Embodiment:
         if prompt is None:
             raise ValueError(
                 f"The observation has no prompt, and neither the policy nor embodiment '{self.name}' has a default. "
-                'Send "prompt", or load the policy with default_prompt=.'
+                'Send "prompt", or load the policy with default_prompt=, or start the server with --default-prompt.'
             )
         return as_text(prompt)
 
@@ -508,6 +508,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _listed(found: Mapping[str, Any]) -> str:
+    """The keys of an observation, for messages."""
+    return ", ".join(found) or "nothing"
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
