@@ -264,8 +264,11 @@ def test_nesting_is_limited():
 
 
 @pytest.fixture(autouse=True)
-def no_proxy(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
+def proxy_of_the_environment(monkeypatch):
+    """Nothing of what follows goes through it: the server is beside the robot."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "socks_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    monkeypatch.delenv("no_proxy", raising=False)
 
 
 @contextlib.contextmanager
@@ -485,27 +488,126 @@ def test_requests_with_short_deadlines_share_the_patience_for_a_server_that_is_a
     policy.close()
 
 
-def test_the_deadline_covers_sending():
-    done = threading.Event()
+@contextlib.contextmanager
+def deaf_server(greeting):
+    """Reads nothing after the handshakes; the first connection gets the greeting, the others get nothing."""
+    connections = []
 
-    def read_nothing_after_the_handshake():
-        with listener.accept()[0] as sock:
-            protocol = ServerProtocol()
-            protocol.receive_data(sock.recv(65536))
-            for request in protocol.events_received():
-                protocol.send_response(protocol.accept(request))
-            protocol.send_binary(pack(METADATA))
-            sock.sendall(b"".join(protocol.data_to_send()))
-            done.wait()
+    def shake_hands():
+        with contextlib.suppress(OSError):
+            while True:
+                sock, _ = listener.accept()
+                connections.append(sock)
+                protocol = ServerProtocol()
+                protocol.receive_data(sock.recv(65536))
+                for request in protocol.events_received():
+                    protocol.send_response(protocol.accept(request))
+                if len(connections) == 1:
+                    protocol.send_binary(greeting)
+                sock.sendall(b"".join(protocol.data_to_send()))
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=read_nothing_after_the_handshake, daemon=True)
-        thread.start()
-        image = np.zeros((4000, 4000, 3), np.uint8)  # more than the sockets' buffers hold
-        with WebsocketPolicy(f"ws://127.0.0.1:{listener.getsockname()[1]}") as policy, pytest.raises(TimeoutError):
-            policy.infer({"image": image}, timeout=0.2)
-        done.set()
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=shake_hands, daemon=True)
+    thread.start()
+    try:
+        yield f"ws://127.0.0.1:{listener.getsockname()[1]}", connections
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
         thread.join()
+        for each in (listener, *connections):
+            each.close()
+
+
+LARGE = {"image": np.zeros((4000, 4000, 3), np.uint8)}
+"""More than the sockets' buffers hold."""
+
+
+def test_the_deadline_covers_sending():
+    with deaf_server(pack(METADATA)) as (url, _), WebsocketPolicy(url) as policy, pytest.raises(TimeoutError):
+        policy.infer(LARGE, timeout=0.2)
+
+
+@contextlib.contextmanager
+def asking(policy, observation):
+    """Asks in a thread, whose request is ended by a ConnectionError."""
+    caught = []
+
+    def ask():
+        with pytest.raises(ConnectionError, match="is closed") as error:
+            policy.infer(observation)
+        caught.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    yield
+    thread.join(timeout=60)
+    assert len(caught) == 1
+
+
+def wait_until(condition):
+    """Poll; a minute is a failure."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+
+
+def test_closing_ends_a_request_that_is_being_sent():
+    """Although nobody reads it, and it may take forever."""
+    with deaf_server(pack(METADATA)) as (url, _):
+        policy = WebsocketPolicy(url, answer_timeout=None)
+        with asking(policy, LARGE):
+            wait_until(policy._one_at_a_time.locked)
+            policy.close()
+        policy.close()
+
+
+def test_closing_ends_a_request_that_connects_again():
+    with deaf_server(pack(METADATA)) as (url, connections):
+        policy = WebsocketPolicy(url, answer_timeout=None)
+        connections[0].shutdown(socket.SHUT_RDWR)
+        with asking(policy, {}):
+            wait_until(lambda: len(connections) == 2)  # which will never send metadata
+            policy.close()
+
+
+def test_a_connection_without_metadata_is_given_up_at_the_deadline_without_a_farewell():
+    with deaf_server(pack(METADATA)) as (url, connections), WebsocketPolicy(url) as policy:
+        connections[0].shutdown(socket.SHUT_RDWR)
+        for count in (2, 3):
+            with pytest.raises(TimeoutError):
+                policy.infer({}, timeout=0.2)
+            assert len(connections) == count
+            sent = b""
+            while part := connections[-1].recv(4096):
+                sent += part
+            assert sent == b""  # a closing handshake would wait for its answer
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), 1e15])
+def test_patience_without_an_end(seconds):
+    with running(echo) as url, WebsocketPolicy(url, timeout=seconds, answer_timeout=seconds) as policy:
+        assert policy.infer({"state": np.ones(1)})["actions"] == [2]
+        assert policy.infer({"state": np.ones(1)}, timeout=seconds)["actions"] == [2]
+
+
+def test_an_observation_is_a_dict():
+    with running(echo) as url, WebsocketPolicy(url) as policy, pytest.raises(ValueError, match="is a list; expected a"):
+        policy.infer([1, 2, 3])
+
+
+def test_a_request_that_is_larger_than_the_server_takes_is_sent_once():
+    requests = []
+
+    def small(connection):
+        connection.protocol.max_message_size = connection.protocol.max_size = 1000
+        connection.send(pack(METADATA))
+        for request in connection:
+            requests.append(request)
+
+    with running(small) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ValueError, match=r"request has 30\d\d bytes, more than ws://.* takes .*JPEG"):
+            policy.infer({"image": np.zeros((10, 100, 3), np.uint8)})
+        assert (policy.reconnects, requests) == (0, [])
 
 
 def test_a_watchdog_acts_at_the_deadline_of_the_block_that_runs():
@@ -581,9 +683,19 @@ def test_a_server_that_comes_back_with_another_policy_is_refused():
         connection.send(pack({"action_horizon": len(connections)}))
         connection.recv()
 
-    message = r"came back with another policy.*: 1}, and are .*: 2}"
+    message = r"came back with another policy: its action_horizon was 1, and is 2;"
     with running(changing) as url, WebsocketPolicy(url) as policy, pytest.raises(ServerError, match=message):
         policy.infer({})
+
+
+def test_metadata_with_arrays_and_nan_are_compared():
+    def closes(connection):
+        connection.send(pack({"low": np.array([0.0, np.nan]), "scale": float("nan")}))
+        connection.send(connection.recv())
+
+    with running(closes) as url, WebsocketPolicy(url) as policy:
+        assert [policy.infer({"number": i}) for i in range(3)] == [{"number": i} for i in range(3)]
+        assert policy.reconnects == 2
 
 
 def test_closing_ends_a_request_that_is_under_way():
@@ -626,6 +738,54 @@ def test_asyncio_asks_several_at_once():
 
     with running(echo) as url:
         assert asyncio.run(ask_all(url)) == [[0], [2], [4], [6], [8]]
+
+
+def test_asyncio_keeps_deadlines_behind_other_requests_and_ends_what_is_cancelled():
+    def silent_first(connection):
+        connection.send(pack(METADATA))
+        if not connections:
+            connections.append(connection)
+            asked.append(connection.recv())
+            for _ in connection:
+                pass
+        else:
+            connection.send(connection.recv())
+
+    connections, asked = [], []
+
+    async def ask(url):
+        async with AsyncWebsocketPolicy(url) as policy:
+            under_way = asyncio.ensure_future(policy.infer({"number": 1}))
+            await asyncio.get_running_loop().run_in_executor(None, wait_until, lambda: asked)
+            with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
+                await policy.infer({"number": 2}, timeout=0.1)
+            assert not under_way.done()
+            under_way.cancel()
+            answer = await policy.infer({"number": 3}, timeout=60.0)
+            with pytest.raises(asyncio.CancelledError):
+                await under_way
+            return answer
+
+    with running(silent_first) as url:
+        assert asyncio.run(ask(url)) == {"number": 3}
+
+
+def test_asyncio_closes_while_it_connects():
+    async def close(url):
+        policy = AsyncWebsocketPolicy(url)
+        connecting = asyncio.ensure_future(policy.connect())
+        await asyncio.get_running_loop().run_in_executor(None, wait_until, lambda: len(connections) == 1)
+        await policy.close()
+        with pytest.raises(ConnectionError, match="is closed"):
+            await connecting
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        connections = []
+        thread = threading.Thread(target=lambda: connections.append(listener.accept()[0]))
+        thread.start()
+        asyncio.run(close(f"ws://127.0.0.1:{listener.getsockname()[1]}"))
+        thread.join()
+        connections[0].close()
 
 
 def test_asyncio_must_be_connected_first():
@@ -767,10 +927,15 @@ def test_a_server_that_is_still_loading_is_waited_for():
 
 def test_a_server_that_rejects():
     def forbid(connection, request):
-        return connection.respond(401, "who are you?")
+        return connection.respond(*answers[0])
 
-    with running(echo, process_request=forbid) as url, pytest.raises(ConnectionError, match=r"HTTP 401.*api_key"):
-        WebsocketPolicy(url)
+    answers = [(401, "who are you?")]
+    with running(echo, process_request=forbid) as url:
+        with pytest.raises(ConnectionError, match=r"HTTP 401: who are you\?; pass its token as api_key"):
+            WebsocketPolicy(url)
+        answers = [(404, "there is no policy at /arm; this server has /default\n")]
+        with pytest.raises(ConnectionError, match=r"HTTP 404: .* has /default; what follows the port in the URL names"):
+            WebsocketPolicy(url)
 
 
 @pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import time
-from typing import Any
+from typing import Any, Callable, TypeVar
 
-from torchpi_client.client import WebsocketPolicy
+from torchpi_client.client import Interrupt, WebsocketPolicy
+
+T = TypeVar("T")
 
 
 class AsyncWebsocketPolicy:
@@ -23,17 +25,22 @@ class AsyncWebsocketPolicy:
         self.url = url
         self._options = options
         self._policy: WebsocketPolicy | None = None
+        self._one_at_a_time: asyncio.Lock | None = None
+        self._under_way: set[Interrupt] = set()
         self._closed = False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"torchpi_client {url}")
 
     async def connect(self) -> AsyncWebsocketPolicy:
         """Connect and read the metadata; errors as of `WebsocketPolicy`."""
-        connecting = self._executor.submit(WebsocketPolicy, self.url, **self._options)
-        try:
-            self._policy = await asyncio.wrap_future(connecting)
-        except asyncio.CancelledError:
-            connecting.add_done_callback(_close_result)  # the thread cannot be stopped
-            raise
+        self._check_open()
+        self._one_at_a_time = asyncio.Lock()  # here, because before Python 3.10 it belongs to the loop that runs now
+        policy = await self._in_thread(
+            lambda interrupt: WebsocketPolicy(self.url, interrupt=interrupt, **self._options)
+        )
+        if self._closed:
+            policy.close()
+            self._check_open()
+        self._policy = policy
         return self
 
     @property
@@ -50,24 +57,50 @@ class AsyncWebsocketPolicy:
         """Ask for actions; arguments, answer and errors as of `WebsocketPolicy.infer`. Requests of several tasks wait
         for each other, which their deadlines include."""
         policy = self._connected()
-        if self._closed:
-            raise ConnectionError(f"the connection to {self.url} is closed; make a new client")
+        self._check_open()
+        assert self._one_at_a_time is not None
         seconds = policy.answer_timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
 
-        def ask() -> dict[str, Any]:
+        def ask(interrupt: Interrupt) -> dict[str, Any]:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            return policy.infer(observation, timeout=left)
+            return policy.infer(observation, timeout=left, interrupt=interrupt)
 
-        return await asyncio.get_running_loop().run_in_executor(self._executor, ask)
+        try:
+            await asyncio.wait_for(self._one_at_a_time.acquire(), seconds)
+        except asyncio.TimeoutError:
+            raise policy.no_answer(seconds) from None
+        try:
+            return await self._in_thread(ask)
+        except TimeoutError as error:
+            raise policy.no_answer(seconds) from error
+        finally:
+            self._one_at_a_time.release()
 
     async def close(self) -> None:
         """Close the connection; a second time does nothing. A request that is under way fails."""
         self._closed = True
+        for interrupt in self._under_way:
+            interrupt.set()
         if self._policy is not None:
             # In another thread: this one's may be waiting for an answer.
             await asyncio.get_running_loop().run_in_executor(None, self._policy.close)
         self._executor.shutdown(wait=False)
+
+    async def _in_thread(self, call: Callable[[Interrupt], T]) -> T:
+        """What the call returns. Whoever cancels this ends the call as well."""
+        interrupt = Interrupt()
+        self._under_way.add(interrupt)
+        try:
+            return await asyncio.wrap_future(self._executor.submit(call, interrupt))
+        except asyncio.CancelledError:
+            interrupt.set()
+            raise
+        except ConnectionError:
+            self._check_open()
+            raise
+        finally:
+            self._under_way.discard(interrupt)
 
     async def __aenter__(self) -> AsyncWebsocketPolicy:
         return await self.connect()
@@ -80,7 +113,6 @@ class AsyncWebsocketPolicy:
             raise ConnectionError(f"not connected to {self.url} yet; call connect() first")
         return self._policy
 
-
-def _close_result(connecting: concurrent.futures.Future[WebsocketPolicy]) -> None:
-    if not connecting.cancelled() and connecting.exception() is None:
-        connecting.result().close()
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ConnectionError(f"the connection to {self.url} is closed; make a new client")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, Callable
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
+from websockets.frames import CloseCode
 from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
@@ -18,8 +20,15 @@ from torchpi_client.protocol import DEADLINE, JPEG, ServerError, content, requir
 from torchpi_client.watchdog import Watchdog
 from torchpi_client.wire import pack
 
+_log = logging.getLogger(__name__)
+
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 """Seconds from one attempt to connect to the next: from the one to the other, doubled each time."""
+
+CLOSE_TIMEOUT = 2.0
+"""Seconds that closing may take."""
+LONGEST = 1e6
+"""Seconds, eleven days: some platforms cannot wait longer at a socket."""
 
 # From version 15 on websockets pings the server, and gives it up if 20 s pass without a pong; one that compiles, or
 # infers in its event loop as openpi's does, is busy for longer. Older versions don't know the argument.
@@ -43,6 +52,7 @@ class WebsocketPolicy:
         answer_timeout: the deadline of each request in seconds: reconnecting, sending and waiting together (a server's
             first answer may include a compilation); None: forever.
         jpeg_quality: send images as JPEG of this quality, 1 to 95, see `images`; None: as they are.
+        interrupt: ends the connecting from another thread.
 
     Raises:
         ValueError: the URL is none, the metadata are not in the wire format, or the server doesn't read JPEG.
@@ -59,6 +69,7 @@ class WebsocketPolicy:
         timeout: float = 60.0,
         answer_timeout: float | None = 600.0,
         jpeg_quality: int | None = None,
+        interrupt: Interrupt | None = None,
     ) -> None:
         _check_url(url)
         self.url = url
@@ -69,9 +80,10 @@ class WebsocketPolicy:
         self._timeout = timeout
         self._jpeg_quality = jpeg_quality
         self._one_at_a_time = threading.Lock()
-        self._closing = threading.Event()
+        self._closed = False
+        self._interrupt = interrupt or Interrupt()  # of the request that has the lock
         self._waiting: _Waiting | None = None  # while there is no connection
-        self._link: _Link | None = self._open(_Waiting(timeout), None, again=False)
+        self._link: _Link | None = self._open(_Waiting(timeout), None, self._interrupt, again=False)
         self.metadata: dict[str, Any] = self._link.metadata
         """What the server says about its policy."""
         if jpeg_quality is not None:
@@ -81,43 +93,63 @@ class WebsocketPolicy:
                 self.close()
                 raise
 
-    def infer(self, observation: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
+    def infer(
+        self, observation: dict[str, Any], *, timeout: float | None = None, interrupt: Interrupt | None = None
+    ) -> dict[str, Any]:
         """Ask for actions.
 
         Args:
             observation: the robot's own keys; NumPy arrays and scalars, text, numbers, nested dicts and lists.
             timeout: the deadline of this request in seconds; None: `answer_timeout`.
+            interrupt: ends this request from another thread, with a ConnectionError.
 
         Returns:
             "actions" [H, a] in the robot's units, and what else the server adds ("policy_timing", "server_timing").
 
         Raises:
-            ValueError: the observation cannot be packed, or the answer cannot be unpacked.
+            ValueError: the observation is no dict, cannot be packed, or is larger than the server takes; or the answer
+                cannot be unpacked.
             ServerError: the server answered with an error, or came back with another policy.
             ConnectionError: there is no connection, and none could be made again.
             TimeoutError: no answer before the deadline.
         """
+        if not isinstance(observation, dict):
+            raise ValueError(
+                f"the observation is a {type(observation).__name__}; expected a dict with the robot's keys"
+            )
+        interrupt = interrupt or Interrupt()
         seconds = self.answer_timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
         if self._jpeg_quality is not None:
             observation = encode_images(observation, quality=self._jpeg_quality)
         # Answers carry no number: each belongs to the one request before it.
         if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
-            raise self._no_answer(seconds)
+            raise self.no_answer(seconds)
         try:
-            frame = self._exchange(observation, deadline)
+            self._interrupt = interrupt
+            frame = self._exchange(observation, deadline, interrupt)
         except TimeoutError as error:
-            raise self._no_answer(seconds) from error
+            raise self.no_answer(seconds) from error
         finally:
             self._one_at_a_time.release()
         return content(frame, self.url)
 
     def close(self) -> None:
         """Close the connection; a second time does nothing. A request that is under way fails."""
-        self._closing.set()
-        link = self._link
-        if link is not None:
-            link.close()
+        self._closed = True
+        if not self._one_at_a_time.acquire(blocking=False):
+            self._interrupt.set()
+            if not self._one_at_a_time.acquire(timeout=CLOSE_TIMEOUT):
+                return  # its attempt to connect ends by its own time-out
+        try:
+            if self._link is not None:
+                self._link.close()
+        finally:
+            self._one_at_a_time.release()
+
+    def no_answer(self, seconds: float | None) -> TimeoutError:
+        """The error of a request with this deadline."""
+        return TimeoutError(f"no answer from {self.url} in {seconds} s")
 
     def __enter__(self) -> WebsocketPolicy:
         return self
@@ -125,20 +157,27 @@ class WebsocketPolicy:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _exchange(self, observation: dict[str, Any], deadline: float | None) -> str | bytes:
+    def _exchange(self, observation: dict[str, Any], deadline: float | None, interrupt: Interrupt) -> str | bytes:
         for attempt in (1, 2):
-            link = self._connected(deadline)
+            link = self._connected(deadline, interrupt)
             request = self._packed(observation, deadline)
             try:
+                interrupt.watch(link.shut)
+                self._check_wanted(interrupt)
                 return link.ask(request, deadline)
             except ConnectionClosed as error:
                 self._drop(link)
-                if self._closing.is_set():
-                    raise self._is_closed() from error
+                self._check_wanted(interrupt)
+                if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
+                    raise ValueError(
+                        f"the request has {len(request)} bytes, more than {self.url} takes ({error.rcvd.reason}); send "
+                        "smaller images, or JPEG (jpeg_quality=), or start the server with a larger --max-message-mb"
+                    ) from error
                 if attempt == 2:  # it may be this request that ends it
                     raise ConnectionError(
                         f"the connection to {self.url} was closed twice during one request ({error})"
                     ) from error
+                _log.warning("the connection to %s is lost (%s); connecting again", self.url, error)
             except BaseException:  # interrupted, or too late: the answer may still come
                 self._drop(link)
                 raise
@@ -152,36 +191,33 @@ class WebsocketPolicy:
             raise TimeoutError("the deadline passed before the request was sent")
         return pack({DEADLINE: left, **observation})
 
-    def _connected(self, deadline: float | None) -> _Link:
-        if self._link is None and not self._closing.is_set():
+    def _connected(self, deadline: float | None, interrupt: Interrupt) -> _Link:
+        self._check_wanted(interrupt)
+        if self._link is None:
             if self._waiting is None or self._waiting.is_over:
                 self._waiting = _Waiting(self._timeout)
             try:
-                link = self._open(self._waiting, deadline, again=True)
+                link = self._open(self._waiting, deadline, interrupt, again=True)
             except TimeoutError:  # the next request goes on with the waiting
                 raise
             except BaseException:
                 self._waiting = None
                 raise
-            self._waiting = None
-            if link.metadata != self.metadata:
+            if changed := _changes(self.metadata, link.metadata):
+                self._waiting = None
                 link.abort()
-                raise ServerError(
-                    f"{self.url} came back with another policy: its metadata were {self.metadata}, and are "
-                    f"{link.metadata}; make a new client for it"
-                )
+                raise ServerError(f"{self.url} came back with another policy: {changed}; make a new client for it")
+            _log.info("connected to %s again after %.1f s", self.url, self._waiting.seconds)
+            self._waiting = None
             self._link = link
             self.reconnects += 1
-        if self._closing.is_set() or self._link is None:
-            self.close()  # it may have been called before there was a connection again
-            raise self._is_closed()
         return self._link
 
     def _drop(self, link: _Link) -> None:
         self._link = None
         link.abort()
 
-    def _open(self, waiting: _Waiting, deadline: float | None, *, again: bool) -> _Link:
+    def _open(self, waiting: _Waiting, deadline: float | None, interrupt: Interrupt, *, again: bool) -> _Link:
         """A new connection.
 
         Args:
@@ -191,22 +227,29 @@ class WebsocketPolicy:
         """
         while True:
             pause = waiting.next_attempt - time.monotonic()
-            if self._closing.wait(max(pause if deadline is None else min(pause, _left(deadline)), 0.0)):
-                raise self._is_closed()
+            interrupt.wait(max(pause if deadline is None else min(pause, _left(deadline)), 0.0))
+            self._check_wanted(interrupt)
             if deadline is not None and not _left(deadline):
                 raise TimeoutError("no connection before the deadline")
             waiting.begin_attempt()
+            link = _Link(self.url)
             try:
-                return _Link(self.url, self._headers, waiting, deadline)
+                link.open(self._headers, waiting, deadline, interrupt)
             except (OSError, EOFError, WebSocketException) as error:
+                self._check_wanted(interrupt)
                 if not _may_pass(error, again) or waiting.next_attempt > waiting.until:
                     raise self._no_connection(error) from error
+                if waiting.is_first_failure():
+                    _log.warning("no connection to %s (%s); trying for %g s", self.url, error, self._timeout)
+            else:
+                return link
 
-    def _no_answer(self, seconds: float | None) -> TimeoutError:
-        return TimeoutError(f"no answer from {self.url} in {seconds} s")
-
-    def _is_closed(self) -> ConnectionError:
-        return ConnectionError(f"the connection to {self.url} is closed; make a new client")
+    def _check_wanted(self, interrupt: Interrupt) -> None:
+        """Raises a ConnectionError if nobody waits for the answer any more."""
+        if self._closed:
+            raise ConnectionError(f"the connection to {self.url} is closed; make a new client")
+        if interrupt.is_set:
+            raise ConnectionError("the request was interrupted")
 
     def _no_connection(self, error: Exception) -> ConnectionError:
         if isinstance(error, ConnectionRefusedError):
@@ -218,10 +261,41 @@ class WebsocketPolicy:
             return ConnectionError(
                 f"{self.url} accepted the connection but sent no metadata ({error}); is it a policy server?"
             )
-        return ConnectionError(
-            f"cannot connect to {self.url} ({error}); "
-            "expected a policy server there, and its api_key if it asks for one"
-        )
+        if isinstance(error, InvalidStatus):
+            status, body = error.response.status_code, error.response.body
+            said = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
+            todo = {401: "; pass its token as api_key", 404: "; what follows the port in the URL names the policy"}
+            return ConnectionError(
+                f"{self.url} refuses the connection, HTTP {status}{said and f': {said}'}{todo.get(status, '')}"
+            )
+        return ConnectionError(f"cannot connect to {self.url} ({error}); expected a policy server there")
+
+
+class Interrupt:
+    """Ends a request, or the making of a connection, from another thread."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._shut: Callable[[], None] | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it was used."""
+        return self._event.is_set()
+
+    def set(self) -> None:
+        """End it."""
+        self._event.set()
+        if self._shut is not None:
+            self._shut()
+
+    def wait(self, seconds: float) -> None:
+        """Sleep so long at most."""
+        self._event.wait(seconds)
+
+    def watch(self, shut: Callable[[], None]) -> None:
+        """What ends the present wait at a connection; look at `is_set` after that."""
+        self._shut = shut
 
 
 class _Waiting:
@@ -231,8 +305,19 @@ class _Waiting:
         self._timeout = timeout
         self._delay = FIRST_DELAY
         self._accepted = False
-        self.next_attempt = time.monotonic()
+        self._failed = False
+        self._began = self.next_attempt = time.monotonic()
         self.until = self.next_attempt + timeout
+
+    @property
+    def seconds(self) -> float:
+        """Since its beginning."""
+        return time.monotonic() - self._began
+
+    def is_first_failure(self) -> bool:
+        """Whether this is asked for the first time."""
+        first, self._failed = not self._failed, True
+        return first
 
     @property
     def is_over(self) -> bool:
@@ -254,20 +339,42 @@ class _Waiting:
 class _Link:
     """One connection, with the metadata that it began with."""
 
-    def __init__(self, url: str, headers: dict[str, str], waiting: _Waiting, deadline: float | None) -> None:
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._socket: socket.socket | None = None
+        self._stack = contextlib.ExitStack()
+        self._watchdog = Watchdog(self.shut)
+        self.metadata: dict[str, Any] = {}
+
+    def open(self, headers: dict[str, str], waiting: _Waiting, deadline: float | None, interrupt: Interrupt) -> None:
+        """Connect, and read the metadata."""
+
         def left(least: float) -> float:
             return max(_left(waiting.until if deadline is None else min(waiting.until, deadline)), least)
 
-        self._watchdog = Watchdog(self._shut)
+        interrupt.watch(self.shut)
         with contextlib.ExitStack() as stack:
             stack.callback(self._watchdog.close)
-            self._connection = _connect(stack, url, headers, left(1.0 if deadline is None else 0.001))
+            uri = parse_uri(self._url)
+            # A socket of our own can be shut while the server is silent; and no proxy of the environment is used,
+            # which would stand between a robot and the server beside it.
+            seconds = left(1.0 if deadline is None else 0.001)
+            try:
+                self._socket = stack.enter_context(socket.create_connection((uri.host, uri.port), seconds))
+            except ValueError as error:  # a host name that cannot be one
+                raise ConnectionError(str(error)) from error
+            self._socket.settimeout(None)
+            if interrupt.is_set:
+                raise ConnectionError("interrupted")
+            self._connection = _connect(stack, self._url, self._socket, headers, seconds)
+            self._socket = self._connection.socket
+            stack.callback(self.shut)  # if there are no metadata: the closing handshake would wait for them, too
             waiting.accept()
             try:
                 frame = self._connection.recv(timeout=left(0.0))
             except (TimeoutError, ConnectionClosed) as error:
                 raise _NoMetadataError(str(error)) from error
-            self.metadata = content(frame, url)
+            self.metadata = content(frame, self._url)
             self._stack = stack.pop_all()  # from here on the connection outlives this block
 
     def ask(self, request: bytes, deadline: float | None) -> str | bytes:
@@ -286,38 +393,44 @@ class _Link:
 
     def close(self) -> None:
         """With the closing handshake."""
+        with contextlib.suppress(ConnectionClosed):
+            self._connection.close()
         self._stack.close()
 
     def abort(self) -> None:
         """At once: the closing handshake would wait for a server that may be silent."""
-        self._shut()
         self._stack.close()
 
-    def _shut(self) -> None:
-        with contextlib.suppress(OSError):  # it is closed already
-            socket.socket.shutdown(self._connection.socket, socket.SHUT_RDWR)
+    def shut(self) -> None:
+        """Whoever waits at the connection is told that it is closed; from any thread."""
+        if self._socket is not None:
+            with contextlib.suppress(OSError):  # it is closed already
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 class _NoMetadataError(ConnectionError):
     """The connection is there, but no metadata came."""
 
 
-def _connect(stack: contextlib.ExitStack, url: str, headers: dict[str, str], open_timeout: float) -> ClientConnection:
+def _connect(
+    stack: contextlib.ExitStack, url: str, sock: socket.socket, headers: dict[str, str], open_timeout: float
+) -> ClientConnection:
     """A connection that `stack` closes."""
     try:
         # Compressing images costs more time than it saves. As a context: websockets 17 deprecates all other uses.
         return stack.enter_context(
             connect(
                 url,
+                sock=sock,
                 additional_headers=headers,
                 compression=None,
                 max_size=None,
                 open_timeout=open_timeout,
-                close_timeout=2.0,
+                close_timeout=CLOSE_TIMEOUT,
                 **NO_PINGS,
             )
         )
-    except ValueError as error:  # an HTTP answer that cannot be read, a host that cannot be looked up
+    except ValueError as error:  # an HTTP answer that cannot be read
         raise ConnectionError(str(error)) from error
 
 
@@ -328,9 +441,21 @@ def _may_pass(error: Exception, again: bool) -> bool:
     return isinstance(error, ConnectionRefusedError) or again
 
 
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs in the metadata; empty: nothing."""
+    missing = "absent"
+    # Packed, because arrays have no single truth value, and NaN is not equal to itself.
+    changed = [
+        f"its {key} was {before.get(key, missing)!r:.100}, and is {now.get(key, missing)!r:.100}"
+        for key in dict.fromkeys([*before, *now])
+        if pack(before.get(key, missing)) != pack(now.get(key, missing))
+    ]
+    return "; ".join(changed)
+
+
 def _left(deadline: float) -> float:
-    """Seconds until then, at least 0."""
-    return max(deadline - time.monotonic(), 0.0)
+    """Seconds until then, from 0 to what every platform can wait."""
+    return min(max(deadline - time.monotonic(), 0.0), LONGEST)
 
 
 def _check_url(url: str) -> None:
