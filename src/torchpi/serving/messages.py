@@ -3,16 +3,19 @@
 A request is an observation, a map with the robot's own keys, as openpi's clients send it. What belongs to the request
 and not to the robot may stand beside these, under keys of its own; the metadata have each that a server knows, as True:
 
-    torchpi/noise        floating-point [H, action_dim], where the flow begins, instead of the server's own
+    torchpi/noise        floating-point [H, action_dim], where the flow begins, instead of the server's own; drawn from
+                         N(0, 1), and refused above a magnitude of 1e6
     torchpi/num_steps    Euler steps, instead of the server's
     torchpi/deadline     seconds that the request may wait for the model, at most the server's
-    torchpi/rtc          the rest of the chunk that is being executed, for real-time chunking
+    torchpi/rtc          the rest of the chunk that is being executed, for real-time chunking; its actions, in the
+                         robot's units, are refused above a magnitude of 1e12
 
 An image may be a JPEG, {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}; the last two forms are torchpi_client's.
 """
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,6 +37,13 @@ SUPPORTED = (*OPTIONS, JPEG)
 MAX_ITEMS = 10_000
 MAX_DEPTH = 16
 MAX_TEXT = 10_000
+
+# Magnitudes. Models compute in float32, and larger numbers overflow there sooner or later: the request would fail, and
+# with it the pass that others share. Noise is drawn from N(0, 1); actions are in the robot's units, whatever these are,
+# and normalizing them may multiply them by a million.
+MAX_NOISE = 1e6
+MAX_ACTION = 1e12
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class RequestError(Exception):
@@ -83,6 +93,7 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
             raise ValueError(f"a request is a map with the robot's keys; found a {type(content).__name__}")
         _check(content, "the observation", MAX_DEPTH)
         observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
+        _check_numbers(observation, "the observation")
         return observation, _options(content, noise_shape)
     except ValueError as error:
         raise RequestError("bad_observation", str(error)) from error
@@ -125,8 +136,52 @@ def _check(value: Any, where: str, depth: int) -> None:
                 _check(item, str(key)[:80], depth - 1)
     elif isinstance(value, str | bytes) and len(value) > MAX_TEXT:
         raise ValueError(f"{where} is a text of {len(value)} characters; expected at most {MAX_TEXT}")
-    elif isinstance(value, np.ndarray) and value.dtype.kind in "US" and value.nbytes > 4 * MAX_TEXT:
+    elif isinstance(value, np.ndarray | np.generic):
+        _check_dtype(value, where)
+
+
+def _check_dtype(value: np.ndarray | np.generic, where: str) -> None:
+    """Raises a ValueError about long text, text that is none, and floats that PyTorch has no dtype for."""
+    dtype = value.dtype
+    if dtype.kind == "f" and dtype.itemsize > 8:
+        raise ValueError(f"{where} is {dtype}; expected floating-point numbers of at most 64 bits")
+    if dtype.kind in "US" and value.nbytes > 4 * MAX_TEXT:
         raise ValueError(f"{where} is text of {value.nbytes} bytes; expected at most {4 * MAX_TEXT}")
+    if dtype.kind == "U":
+        # NumPy keeps any 32 bits as a character; Python makes no str of what is beyond Unicode, and no bytes of
+        # surrogates. In msgpack's own text there is neither.
+        codes = value.reshape(-1).view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
+        wrong = codes[(codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF))]
+        if wrong.size:
+            raise ValueError(f"{where} is text with the code point {int(wrong[0]):#x}; expected Unicode characters")
+
+
+def _check_numbers(value: Any, where: str) -> None:
+    """Raises a ValueError about what is finite, but not in float32. NaN and infinity are left to the embodiment, which
+    knows what they stand for."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key != JPEG:  # as in _check, which has not looked at it: it may be anything
+                _check_numbers(item, key[:80])
+    elif isinstance(value, list):
+        for item in value:
+            _check_numbers(item, where)
+    else:
+        largest = 0.0
+        if isinstance(value, float):
+            largest = abs(value)
+        elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize > 4:
+            largest = _magnitude(value)
+        if MAX_FLOAT32 < largest < math.inf:
+            raise ValueError(
+                f"{where} is beyond float32: it reaches a magnitude of {largest:.3g}; expected at most "
+                f"{MAX_FLOAT32:.3g}"
+            )
+
+
+def _magnitude(array: np.ndarray) -> float:
+    """Of the number that is farthest from 0, without a copy; 0 if there is none, NaN if one is NaN."""
+    return max(float(array.max(initial=0)), -float(array.min(initial=0)))
 
 
 def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> RequestOptions:
@@ -145,10 +200,15 @@ def _noise(value: Any, shape: tuple[int, int]) -> np.ndarray:
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape != shape:
         raise ValueError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}")
-    noise = value.astype(np.float32)
-    if not np.isfinite(noise).all():
+    if not np.isfinite(value).all():
         raise ValueError("there is NaN or infinity in torchpi/noise; it must be finite")
-    return noise
+    _require_magnitude(value, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
+    return value.astype(np.float32)
+
+
+def _require_magnitude(array: np.ndarray, what: str, most: float, why: str) -> None:
+    if (largest := _magnitude(array)) > most:
+        raise ValueError(f"{what} reaches a magnitude of {largest:.3g}; expected at most {most:g}: {why}")
 
 
 def _num_steps(value: Any) -> int:
@@ -166,6 +226,7 @@ def _deadline(value: Any) -> float:
 
 def _prefix(value: Any, horizon: int) -> ActionPrefix:
     sent = SentPrefix.from_wire(value)
+    _require_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
     prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon)
     prefix.steps_executed(horizon)
     return prefix

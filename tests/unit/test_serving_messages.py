@@ -1,0 +1,138 @@
+"""What the server reads in a request, and what it refuses before a model sees it."""
+
+import numpy as np
+import pytest
+
+from torchpi.serving.messages import RequestError, count_jpegs, read_request
+from torchpi_client import pack, unpack
+
+H, A = 4, 3
+PREFIX = {"action_prefix": np.ones((2, 2), np.float32), "delay": 1, "execution_horizon": 2}
+
+
+def read(request):
+    return read_request(pack(request), noise_shape=(H, A))
+
+
+def refusal(request):
+    """The message of a request that is read, but makes no sense."""
+    with pytest.raises(RequestError) as caught:
+        read(request)
+    assert caught.value.code == "bad_observation"
+    return str(caught.value)
+
+
+def as_text_array(*codes, dtype="<U"):
+    """Text of any 32-bit numbers, as a client in another language may send it."""
+    return np.array(codes, f"{dtype[0]}u4").view(f"{dtype}{len(codes)}").reshape(())
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.array([0.0, 1e300]),
+        np.array([0.0, -1e39]),
+        np.array(1e300),
+        np.array([[1e300]], ">f8"),
+        1e300,
+        [0.0, [-1e300]],
+        np.array([np.nan, 1.0, 1e300])[1:],
+    ],
+)
+def test_numbers_beyond_float32_are_refused_with_their_key(value):
+    assert refusal({"prompt": "go", "robot": {"state": value}}).startswith("state is beyond float32: it reaches")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("other", [1.0, 1e300])
+def test_nan_and_infinity_are_left_to_the_embodiment_that_names_the_joint(bad, other):
+    observation, _ = read({"state": np.array([other, bad]), "x": float(bad)})
+    np.testing.assert_array_equal(observation["state"], [other, bad])
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "<i8", "<u8", "|b1"])
+def test_numbers_that_a_model_can_read_arrive_as_they_are(dtype):
+    state = np.array([0, 1, 1], dtype)
+    observation, _ = read({"state": state, "none": np.zeros((0, 3), dtype), "list": [1, 2.5, True, None]})
+    np.testing.assert_array_equal(observation["state"], state)
+    assert observation["list"] == [1, 2.5, True, None]
+
+
+def test_the_largest_float32_arrives():
+    largest = float(np.finfo(np.float32).max)
+    observation, _ = read({"state": np.array([largest, -largest]), "x": largest})
+    assert observation["x"] == largest
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is float64 here")
+def test_floats_that_pytorch_has_not_are_refused():
+    assert "state is float128; expected" in refusal({"state": np.zeros(4, np.longdouble)})
+    assert "torchpi/noise is float128" in refusal({"torchpi/noise": np.zeros((H, A), np.longdouble)})
+    assert "action_prefix is float128" in refusal(
+        {"torchpi/rtc": {**PREFIX, "action_prefix": np.zeros((2, 2), np.longdouble)}}
+    )
+    # No client of this project packs such a scalar.
+    scalar = {b"__npgeneric__": True, b"data": 1.0, b"dtype": np.dtype(np.longdouble).str}
+    assert isinstance(unpack(pack(scalar)), np.longdouble)
+    assert "x is float128" in refusal({"x": scalar})
+
+
+def test_what_stands_for_a_jpeg_is_left_to_its_decoding():
+    deep = 0.0
+    for _ in range(900):
+        deep = [deep]
+    for value in (deep, {b"x": 2}):
+        assert count_jpegs(read({"camera": {"torchpi/jpeg": value}})[0]) == 1
+
+
+# ---- text ----
+
+
+@pytest.mark.parametrize("dtype", ["<U", ">U"])
+@pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
+def test_text_of_what_are_no_characters_is_refused(code, dtype):
+    text = as_text_array(ord("g"), code, dtype=dtype)
+    assert refusal({"prompt": text}) == f"prompt is text with the code point {code:#x}; expected Unicode characters"
+    assert "torchpi/num_steps is text" in refusal({"torchpi/num_steps": text})
+
+
+def test_surrogates_in_the_text_of_msgpack_are_malformed():
+    with pytest.raises(RequestError, match="can't decode") as caught:
+        read_request(b"\x81\xa6prompt\xa3\xed\xa0\x80", noise_shape=(H, A))
+    assert caught.value.code == "malformed_message"
+
+
+@pytest.mark.parametrize("text", ["go", "größer 机器人", "\ud7ff\ue000\U0010ffff", ""])
+def test_text_arrives_as_it_is(text):
+    observation, _ = read({"prompt": np.array(text), "big": np.array(text, ">U12"), "str": text})
+    assert observation["prompt"].item() == observation["big"].item() == observation["str"] == text
+    assert read({"names": np.array(["a", "b"])})[0]["names"].tolist() == ["a", "b"]
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize("value", [np.float64(1e300), np.float32(3e38), np.float64(-1.1e6)])
+def test_noise_that_a_model_would_overflow_with_is_refused(value):
+    message = refusal({"torchpi/noise": np.full((H, A), value)})
+    assert message.startswith("torchpi/noise reaches a magnitude of")
+    assert message.endswith("expected at most 1e+06: it is drawn from N(0, 1)")
+
+
+@pytest.mark.parametrize("value", [np.float64(1e300), np.float32(3e38), np.float64(-1.1e12)])
+def test_a_prefix_that_a_model_would_overflow_with_is_refused(value):
+    message = refusal({"torchpi/rtc": {**PREFIX, "action_prefix": np.full((2, 2), value)}})
+    assert message.startswith("action_prefix of torchpi/rtc reaches a magnitude of")
+    assert message.endswith("expected at most 1e+12: no robot's actions are as large")
+
+
+def test_options_of_usual_size_arrive():
+    noise = np.linspace(-1e6, 1e6, H * A).reshape(H, A)
+    _, options = read({"torchpi/noise": noise.astype(">f8"), "torchpi/rtc": PREFIX})
+    np.testing.assert_array_equal(options.noise, noise.astype(np.float32))
+    np.testing.assert_array_equal(options.prefix.actions, PREFIX["action_prefix"])
+    # Not a number that any model reads: a client's way to say that it waits for ever.
+    assert read({"torchpi/deadline": 1e300})[1].deadline == 1e300
