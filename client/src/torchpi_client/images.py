@@ -18,6 +18,8 @@ from torchpi_client.protocol import JPEG
 QUALITY = 90
 MAX_PIXELS = 4096 * 4096
 """Of an image that is decoded; more is refused before anything is allocated."""
+MAX_SIDE = 65500
+"""Pixels that libjpeg, which writes the files, allows for a side."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +52,7 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: an array of three axes is something else, or there is none.
+        ValueError: an array of three axes is something else, or there is none; a side has more than `MAX_SIDE` pixels.
     """
     if not 1 <= quality <= 95:
         raise ValueError(f"the JPEG quality is {quality}; expected 1 to 95")
@@ -61,6 +63,12 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
         count += 1
         layout = _layout(key, image)
         pixels = np.ascontiguousarray(image if layout == "hwc" else np.moveaxis(image, 0, -1))
+        height, width = pixels.shape[:2]
+        if max(height, width) > MAX_SIDE:
+            raise ValueError(
+                f"cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
+                "send it as it is, or smaller"
+            )
         buffer = io.BytesIO()
         # 4:2:0, Pillow's default, would halve the resolution of colours.
         _pillow().fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
