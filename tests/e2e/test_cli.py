@@ -279,6 +279,17 @@ def test_an_observation_that_does_not_fit_is_one_line_and_status_1(arguments, ob
     assert "'The observation" not in error  # a KeyError's own text is in quotes
 
 
+def test_a_mistyped_option_brings_suggestions_of_its_own_command_alone(capsys):
+    with pytest.raises(SystemExit) as caught:
+        run(["serve", "demo", "--prot", "8001"])
+    assert caught.value.code == 2
+    captured = capsys.readouterr()
+    printed = captured.out + captured.err
+    assert "--port INT" in printed
+    assert "--prompt" not in printed
+    assert "torchpi train" not in printed
+
+
 # Help
 
 

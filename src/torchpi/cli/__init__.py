@@ -49,6 +49,8 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
     try:
         if args[:1] == ["train"]:
             commands["train"] = training.train_command(training.recipe_of(args, recipe or TrainConfig()))
+        if args and args[0] in commands:  # alone, or else a mistyped option brings suggestions from the others
+            commands = {args[0]: commands[args[0]]}
         status = tyro.extras.subcommand_cli_from_dict(
             commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
         )
