@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -108,7 +109,7 @@ class VirtualInference:
         answer, self.pending = self.pending, None
         return answer
 
-    def wait(self):
+    def wait(self, seconds):
         self.clock.sleep_until(self.pending.finished)
         return self.poll()
 
@@ -286,6 +287,47 @@ def test_a_warm_up_that_misses_its_deadline_is_repeated(caplog):
         controlled(policy, latencies=(100.0,))
     assert len(policy.requests) == 7
     assert [record.message.count("compilation") for record in caplog.records] == [1, 1]  # once per run
+
+
+@pytest.mark.parametrize("answers", [False, True])
+def test_the_loop_can_be_stopped_before_the_robot_moves(answers):
+    """While the first inference hangs, and while it misses its deadline again and again."""
+    asked, free = threading.Event(), threading.Event()
+
+    def chunk(number):
+        asked.set()
+        if answers:
+            return TimeoutError("compiling")
+        free.wait()
+        return np.zeros((8, 1))
+
+    robot = ToyRobot(MonotonicClock())
+    loop = ControlLoop(robot, ScriptedPolicy(chunk), ControlSettings())
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(loop.run(seconds=300)))
+    thread.start()
+    asked.wait()
+    loop.stop()
+    thread.join(timeout=60)
+    free.set()
+    assert [report.steps for report in reports] == [0]
+    assert robot.commands == []
+
+
+def test_the_log_says_why_the_robot_stands_still(caplog):
+    caplog.set_level("INFO")
+
+    def chunks(number):
+        return TimeoutError("no answer in 1 s") if 0 < number < 4 else 100 * number + np.arange(8.0)[:, None]
+
+    _, report = controlled(ScriptedPolicy(chunks, execute_steps=4), mode="async", latencies=(0.0, 0.0, 0.6), steps=33)
+    assert (report.failed_requests, report.holds > 10) == (3, True)
+    assert [record.message for record in caplog.records] == [
+        "no answer in 1 s; asking again",
+        "no chunk for 1 s: the robot is held until one comes",
+        "the policy answers again, after 3 requests without an answer",
+        f"the robot goes on, after {report.holds / HZ:.1f} s",
+    ]
 
 
 def test_a_busy_server_is_asked_again_during_the_warm_up():
@@ -700,6 +742,10 @@ def unkind_policy():
         ({"execute_steps": 9}, "execute_steps is 9, but the policy's chunk has only 8"),
         ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits: 2 dimensions; the actions have 1"),
         ({"start": np.zeros(3)}, "start: 3 dimensions"),
+        ({"start": np.array([np.nan])}, "NaN or infinity in start"),
+        ({"execute_steps": 2.5}, "execute_steps is 2.5; expected a positive whole number"),
+        ({"control_hz": "50"}, "control_hz is '50'; expected a positive number"),
+        ({"ensemble_decay": math.nan}, "ensemble_decay is nan; expected a finite number"),
     ],
 )
 def test_settings_that_cannot_be(settings, message):
@@ -707,9 +753,27 @@ def test_settings_that_cannot_be(settings, message):
         controlled(ScriptedPolicy(), **settings)
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"control_hz": 0}, "the server's control_hz is 0; expected a positive number"),
+        ({"control_hz": "50"}, "the server's control_hz is '50'"),
+        ({"execute_steps": 2.5}, "the server's execute_steps is 2.5; expected a positive whole number"),
+    ],
+)
+def test_what_a_server_cannot_mean(said, message):
+    with pytest.raises(ValueError, match=message):
+        controlled(ScriptedPolicy(**said))
+
+
 def test_in_rtc_a_rest_must_be_left():
-    with pytest.raises(ValueError, match="the whole chunk; in rtc a rest must be left"):
+    with pytest.raises(ValueError, match=r"8 steps are executed of each chunk.*in rtc a rest must be left"):
         controlled(rtc_policy(), mode="rtc", execute_steps=HORIZON)
+    policy = rtc_policy()
+    for control_hz, steps in ((5.0, 4), (1.25, 1)):  # 7 of 8 actions, rounded
+        with pytest.raises(ValueError, match=f"{steps} steps? .*all that it has at {control_hz:g} Hz"):
+            controlled(policy, mode="rtc", execute_steps=7, control_hz=control_hz, resample="interpolate")
+    assert not any(RTC in request for request in policy.requests)
 
 
 @pytest.mark.parametrize(
@@ -782,7 +846,7 @@ def test_with_the_machines_clock_and_a_thread():
     policy.infer = lambda observation: {}["missing"]
     inference.start({})
     assert inference.busy
-    assert isinstance(inference.wait().error, KeyError)
+    assert isinstance(inference.wait(60.0).error, KeyError)
     assert not inference.busy
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 import time
 import zipfile
@@ -20,6 +22,7 @@ from torchpi_client.report import format_chunk
 def main(arguments: list[str] | None = None) -> int:
     """Ask, print, and return the exit status."""
     options = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the client waits for, on stderr
     try:
         _show_chunks(options)
     except (OSError, ValueError, ServerError, ModuleNotFoundError) as error:
@@ -44,7 +47,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--jpeg", type=int, metavar="QUALITY", help="send images as JPEG, 1 to 95, and print what it costs"
     )
-    parser.add_argument("--api-key", help="sent as Authorization: Api-Key …")
+    parser.add_argument(
+        "--api-key",
+        default=os.environ.get("TORCHPI_TOKEN"),
+        help="the server's token, sent as Authorization: Api-Key …; by default TORCHPI_TOKEN of the environment, which "
+        "other users of the machine cannot see",
+    )
     return parser
 
 
@@ -75,6 +83,9 @@ def load_observation(path: str) -> dict[str, Any]:
         loaded = np.load(path)  # refuses Python objects by default
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    except ValueError as error:
+        made = f"np.savez({path!r}, **observation) makes one" if path.endswith(".npz") else "np.savez makes one"
+        raise ValueError(f"{path} is no .npz file of arrays; {made}") from error
     if isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys")
     observation: dict[str, Any] = {}

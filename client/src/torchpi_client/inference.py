@@ -38,8 +38,8 @@ class Inference(Protocol):
         """Take the answer; None: it is not there yet."""
         ...
 
-    def wait(self) -> Answer:
-        """Take the answer when it is there."""
+    def wait(self, seconds: float) -> Answer | None:
+        """Take the answer when it is there; None: it is not, after so many seconds."""
         ...
 
 
@@ -67,12 +67,15 @@ class BackgroundInference:
 
     def poll(self) -> Answer | None:
         """Take the answer; None: it is not there yet."""
-        return None if self._answer is None else self.wait()
+        return self.wait(0.0)
 
-    def wait(self) -> Answer:
-        """Take the answer when it is there."""
-        assert self._thread is not None
-        self._thread.join()
+    def wait(self, seconds: float) -> Answer | None:
+        """Take the answer when it is there; None: it is not, after so many seconds."""
+        if self._thread is None:
+            return None
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            return None
         answer, self._thread, self._answer = self._answer, None, None
         assert answer is not None
         return answer

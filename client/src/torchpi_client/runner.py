@@ -18,7 +18,7 @@ from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_kinds, hold_command
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
-from torchpi_client.settings import ControlSettings
+from torchpi_client.settings import ControlSettings, check_positive
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +27,12 @@ SLOW = 2
 
 WARM_UP_SECONDS = 600.0
 """For which the first inference is asked for again, if a compilation makes it miss its deadline."""
+
+_PATIENCE = 0.1
+"""Seconds after which the loop looks whether it was stopped, while it waits for the first chunk."""
+
+HELD_SECONDS = 1.0
+"""Of a robot that is held because a chunk is late, after which the log says so."""
 
 MAX_STALE = 3
 """Stale chunks in a row after which the loop ends: waiting will not help."""
@@ -89,6 +95,8 @@ class ControlLoop:
         self._commands: list[np.ndarray] = []  # the other steps of a slowed action
         self._request: _Pending | None = None
         self._stale_in_a_row = 0
+        self._failing = False
+        self._held_in_a_row = 0
         self._stale_after = math.inf  # seconds, of the chunk under execution
         self._reconnects_before = self._reconnects
         self._stopping = False
@@ -98,7 +106,7 @@ class ControlLoop:
         held still. The first inference, which may include a compilation, is awaited and never executed.
 
         Args:
-            seconds, steps: when it ends, whichever comes first; None: never.
+            seconds, steps: when it ends, whichever comes first; None: never. Steps that overruns leave out count.
 
         Raises:
             ValueError: the policy's chunk doesn't go together with the settings, before the robot has moved; or this
@@ -109,7 +117,10 @@ class ControlLoop:
         if self.report.steps:
             raise ValueError("this ControlLoop has run already; make a new one")
         limit = min(math.inf if steps is None else steps, math.inf if seconds is None else seconds * self.control_hz)
-        self._schedule = self._make_schedule(self._warm_up())
+        schedule = self._warm_up()
+        if schedule is None:
+            return self.report
+        self._schedule = schedule
         pacer = Pacer(self._clock, 1 / self.control_hz)
         try:
             while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
@@ -123,32 +134,36 @@ class ControlLoop:
         return self.report
 
     def stop(self) -> None:
-        """End the run after the present step; for signal handlers and other threads."""
+        """End the run after the present step, or before the robot moves; for signal handlers and other threads."""
         self._stopping = True
 
     # ---- before the robot moves ----
 
-    def _warm_up(self) -> np.ndarray:
+    def _warm_up(self) -> ActionQueue | Ensemble | None:
+        """What decides on the actions, for chunks as the first one; None: `stop` was called."""
         chunk = self._asked_chunk({})
+        if chunk is None:
+            return None
         self._horizon = len(chunk)
-        at_control_rate = self._resampled(chunk, self._policy_hz, self.control_hz)
-        if not len(at_control_rate):
-            raise ValueError(
-                f"a chunk of {len(chunk)} actions at {self._policy_hz:g} Hz is shorter than one step at "
-                f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / len(chunk):g}"
-            )
-        if self._settings.mode == "rtc":  # another computation, with a compilation of its own
-            self._asked_chunk(self._prefix(Request(0, at_control_rate[1:], 1)))
-        return chunk
+        chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
+        schedule = self._make_schedule(len(chunk))
+        if self._settings.mode != "rtc":
+            return schedule
+        # Another computation, with a compilation of its own.
+        guided = self._asked_chunk(self._prefix(Request(0, chunk[1:], 1)))
+        return None if guided is None else schedule
 
-    def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray:
-        """The first answer to an observation with these fields, also where it takes longer than a request may."""
+    def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray | None:
+        """The first answer to an observation with these fields, also where it takes longer than a request may; None:
+        `stop` was called."""
         until = self._clock.now() + WARM_UP_SECONDS
         told = False
-        while True:
+        while not self._stopping:
             asked = self._clock.now()
             self._inference.start({**self._robot.observe(), **fields})
-            answer = self._inference.wait()
+            while (answer := self._inference.wait(_PATIENCE)) is None:
+                if self._stopping:
+                    return None
             if not _is_unanswered(answer) or self._clock.now() > until:
                 return self._checked_chunk(answer)
             if not told:
@@ -160,17 +175,27 @@ class ControlLoop:
                     WARM_UP_SECONDS,
                 )
             self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses at once
+        return None
 
-    def _make_schedule(self, chunk: np.ndarray) -> ActionQueue | Ensemble:
-        horizon = len(chunk)
+    def _make_schedule(self, length: int) -> ActionQueue | Ensemble:
+        """For chunks of so many actions at the loop's rate."""
+        if not length:
+            raise ValueError(
+                f"a chunk of {self._horizon} actions at {self._policy_hz:g} Hz is shorter than one step at "
+                f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / self._horizon:g}"
+            )
         recommended = self._policy.metadata.get("execute_steps") if self._settings.mode != "ensemble" else 1
-        steps = self._settings.execute_steps or min(recommended or max(horizon // 2, 1), horizon)
-        if steps > horizon:
-            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {horizon} actions")
-        if self._settings.mode == "rtc" and steps == horizon:
-            raise ValueError(f"execute_steps is {steps}, the whole chunk; in rtc a rest must be left to go on from")
+        check_positive("the server's execute_steps", recommended, whole=True)
+        steps = self._settings.execute_steps or min(recommended or max(self._horizon // 2, 1), self._horizon)
+        if steps > self._horizon:
+            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {self._horizon} actions")
         if self._resamples:
-            steps = max(1, round(steps * self.control_hz / self._policy_hz))
+            steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
+        if self._settings.mode == "rtc" and steps == length:
+            raise ValueError(
+                f"{steps} steps are executed of each chunk (execute_steps), all that it has at {self.control_hz:g} Hz; "
+                "in rtc a rest must be left to go on from"
+            )
         if self._settings.mode == "ensemble":
             return Ensemble(steps, decay=self._settings.ensemble_decay)
         return ActionQueue(steps, only=self._settings.mode == "sync")
@@ -202,7 +227,13 @@ class ControlLoop:
         self.report.reconnects = self._reconnects - self._reconnects_before
         if _is_unanswered(answer):
             self.report.failed_requests += 1  # the next request shows the robot as it is then
+            if not self._failing:
+                _log.warning("%s; asking again", answer.error)
+            self._failing = True
             return
+        if self._failing:
+            _log.info("the policy answers again, after %d requests without an answer", self.report.failed_requests)
+        self._failing = False
         if isinstance(answer.error, ConnectionError):
             raise _Stop(f"the policy is gone: {answer.error}")
         chunk = self._checked_chunk(answer)
@@ -212,20 +243,24 @@ class ControlLoop:
         age = self._clock.now() - pending.since
         discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
         if discarded is None:
-            self._refuse(age, len(chunk) / self.control_hz)
+            self._refuse(age, len(chunk))
         else:
             self._stale_in_a_row = 0
             self._stale_after = self._max_age(chunk)
             self.report.chunks += 1
             self.report.discarded.add(discarded)
 
-    def _refuse(self, age: float, duration: float) -> None:
+    def _refuse(self, age: float, length: int) -> None:
         self.report.stale_chunks += 1
         self._stale_in_a_row += 1
         if self._stale_in_a_row == MAX_STALE:
+            limit = self._settings.max_age
+            allowed = (
+                f"lasts {length / self.control_hz:.2f} s" if limit is None else f"may be {limit:g} s old (max_age)"
+            )
             raise _Stop(
-                f"{MAX_STALE} chunks in a row were stale: the last came after {age:.2f} s, and lasts {duration:.2f} s; "
-                'use mode "sync", in which the robot waits, or a faster policy'
+                f"{MAX_STALE} chunks in a row were stale: the last came {age:.2f} s after its observation, and "
+                f'{allowed}; use mode "sync", in which the robot waits, or a faster policy'
             )
 
     def _max_age(self, chunk: np.ndarray) -> float:
@@ -268,6 +303,9 @@ class ControlLoop:
         action = self._schedule.next()
         if action is None:
             return self._without_action()
+        if self._held_in_a_row >= HELD_SECONDS * self.control_hz:
+            _log.info("the robot goes on, after %.1f s", self._held_in_a_row / self.control_hz)
+        self._held_in_a_row = 0
         invalid = ~np.isfinite(action)
         if invalid.any():
             self.report.invalid += invalid
@@ -286,6 +324,9 @@ class ControlLoop:
             self.report.waits += 1
             return self._hold()
         self.report.holds += 1
+        self._held_in_a_row += 1
+        if self._held_in_a_row == math.ceil(HELD_SECONDS * self.control_hz):
+            _log.warning("no chunk for %g s: the robot is held until one comes", HELD_SECONDS)
         if self._request is not None and not self._request.late:
             self._request.late = True
             self.report.late_chunks += 1

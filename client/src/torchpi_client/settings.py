@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -70,8 +70,11 @@ class ControlSettings:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
         for name in ("execute_steps", "control_hz", "max_age"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; expected a positive number")
+            check_positive(name, getattr(self, name), whole=name == "execute_steps")
+        if not math.isfinite(self.ensemble_decay):
+            raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number")
+        if self.start is not None and not np.isfinite(self.start).all():
+            raise ValueError(f"there is NaN or infinity in start, {self.start}; it must be finite")
 
     def rates(self, policy_hz: float | None) -> tuple[float, float]:
         """The policy's rate and the loop's.
@@ -82,6 +85,7 @@ class ControlSettings:
         Raises:
             ValueError: nobody says the rate, or they differ and `resample` is not set.
         """
+        check_positive("the server's control_hz", policy_hz)
         control_hz = self.control_hz if self.control_hz is not None else policy_hz
         if control_hz is None:
             raise ValueError("neither the server nor the settings say how many steps a second has: pass control_hz=")
@@ -93,3 +97,11 @@ class ControlSettings:
                 "actions, faster or slower)"
             )
         return policy_hz, control_hz
+
+
+def check_positive(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raises a ValueError unless it is a positive number, or None."""
+    kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+    if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf):
+        return
+    raise ValueError(f"{name} is {value!r:.80}; expected a positive {'whole ' if whole else ''}number")

@@ -102,7 +102,7 @@ class DelayedPolicy:
         answer, self._answer = self._answer, None
         return answer
 
-    def wait(self) -> Answer:
+    def wait(self, seconds: float) -> Answer:
         """Take the answer when it is there. The loop waits for its warm-up alone, whose chunks do not count."""
         assert self._answer is not None
         self._clock.sleep_until(self._answer.finished)
@@ -189,8 +189,8 @@ class _WatchedLoop(ControlLoop):
         self.commands: list[tuple[np.ndarray, int | None]] = []
         """Each with the number of its chunk; None: the robot was held."""
 
-    def _make_schedule(self, chunk: np.ndarray) -> Any:
-        self.watched = _WatchedSchedule(super()._make_schedule(chunk))
+    def _make_schedule(self, length: int) -> Any:
+        self.watched = _WatchedSchedule(super()._make_schedule(length))
         return self.watched
 
     def _ask(self) -> None:
