@@ -275,6 +275,7 @@ class Policy:
         config = self.model.config
         return {
             "embodiment": self.embodiment.name,
+            "observation": self.embodiment.observation_format,
             "action_horizon": config.action_horizon,
             "action_names": [action.name for action in self.embodiment.actions],
             "action_kinds": list(action_kinds(self.embodiment)),

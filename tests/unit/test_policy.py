@@ -118,6 +118,14 @@ def test_metadata_is_json_and_says_how_to_drive_the_robot(make_policy, embodimen
         policy.embodiment.execute_steps,
     )
     assert metadata["checkpoint"] == "a test"
+    # What it takes can be made from what it says.
+    cameras = {
+        camera["key"]: np.zeros((8, 10, 3) if camera["layout"] == "hwc" else (3, 8, 10), np.uint8)
+        for camera in metadata["observation"]["cameras"]
+        if camera["presence"] == "required" and camera["dtype"] in ("uint8", "any")
+    }
+    state = {part["key"]: np.zeros(len(part["names"])) for part in metadata["observation"]["state"]}
+    policy.prepare({**cameras, **state, "prompt": "wave"})
     assert metadata.get("reset_pose") == policy.embodiment.metadata.get("reset_pose")
 
 

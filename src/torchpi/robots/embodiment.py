@@ -289,6 +289,20 @@ class Embodiment:
         return tuple(action.kind == "delta" for action in self.actions)
 
     @property
+    def observation_format(self) -> dict[str, Any]:
+        """What an observation has to be, for whoever sends one: the keys of "cameras", with layout, dtype and presence,
+        and of the parts of the "state", with the names of their dimensions; the instruction's is "prompt"."""
+        fields = ("key", "layout", "dtype", "presence")
+        return {
+            "cameras": [
+                {name: getattr(camera, name) for name in fields}
+                for camera in self.read_cameras
+                if camera.key is not None
+            ],
+            "state": [{"key": part.key, "names": list(part.names)} for part in self.state],
+        }
+
+    @property
     def action_limits(self) -> dict[str, list[float | int | None]] | None:
         """ "low", "high" and "max_step" of each dimension of an action; None: not stated, or nothing is at all."""
         limits = {field: [getattr(action, field) for action in self.actions] for field in LIMITS}
