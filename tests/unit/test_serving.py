@@ -1,6 +1,7 @@
 """`torchpi serve` on loopback, with a policy that waits for the test."""
 
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -17,9 +18,10 @@ from websockets.sync.client import connect
 
 from torchpi.data import LeRobotDataset
 from torchpi.policy import load_policy
+from torchpi.robots import Camera, StateKey
 from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
 from torchpi.serving.metrics import Metrics
-from torchpi.serving.recorder import Recorder, request_frame
+from torchpi.serving.recorder import Recorder, camera_fields, request_frame
 from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler, noise_shape
 from torchpi.serving.server import running_server
@@ -611,11 +613,107 @@ def test_a_recording_that_fails_does_not_stop_the_robot(tmp_path, caplog):
         clients(url) as [client],
     ):
         client.ask(observation(1.0))
+        client.ask(observation(2.0, prompt="another"))
         until((tmp_path / "set" / ".recording" / "reserve").is_file)
         shutil.move(tmp_path / "set" / ".recording", tmp_path / "gone")
-        assert "actions" in client.ask(observation(2.0, prompt="another"))
         assert "actions" in client.ask(observation(3.0))
+        assert "actions" in client.ask(observation(4.0, prompt="another"))
     assert b'torchpi_recorded_total{result="lost"}' in metrics.text()
+
+
+def two_cameras(base="base", wrist="wrist"):
+    """A policy of a robot whose camera at the wrist is optional."""
+    policy = FakePolicy()
+    cameras = (Camera("base_0_rgb", base), Camera("left_wrist_0_rgb", wrist, presence="optional"))
+    policy.embodiment = dataclasses.replace(policy.embodiment, cameras=cameras)
+    return policy
+
+
+def picture(height, width, value=9):
+    return np.full((height, width, 3), value, np.uint8)
+
+
+def recorded(path, policy, requests, *, metrics=None):
+    """The frames of a data set of these requests, each of (client, its fields)."""
+    pytest.importorskip("pyarrow")
+    with Recorder({"p0": path}, metrics or Metrics()) as recorder:
+        for i, (client, fields) in enumerate(requests):
+            sent = {"state": np.array([i, 0.0], np.float32), "prompt": "push", **fields}
+            recorder.keep("p0", client, policy, sent, np.zeros((H, 2), np.float32))
+    kept = LeRobotDataset(path, action_horizon=1)
+    return [kept[i] for i in range(len(kept))]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 1), (1, 1, 0), (1, 0, 1)])
+def test_an_optional_camera_is_black_in_its_own_size_where_it_was_not_sent(tmp_path, order):
+    sent = [{"base": picture(12, 16)}, {"base": picture(12, 16), "wrist": picture(6, 6)}]
+    frames = recorded(tmp_path / "set", two_cameras(), [(0, sent[i]) for i in order])
+    found = [frame["observation.images.wrist"] for frame in frames]
+    np.testing.assert_array_equal(found, [picture(6, 6, 9 * i) for i in order])
+
+
+def test_an_optional_camera_that_has_sent_nothing_when_the_first_episode_is_saved_has_anothers_size(tmp_path):
+    alone, both = {"base": picture(12, 16)}, {"base": picture(12, 16), "wrist": picture(12, 16)}
+    requests = [(0, alone), (0, {**alone, "prompt": "pull"}), (0, {**both, "wrist": picture(6, 6)}), (0, both)]
+    frames = recorded(tmp_path / "set", two_cameras(), requests)
+    assert [int(frame["observation.state"][0]) for frame in frames] == [0, 1, 3]
+    found = [frame["observation.images.wrist"] for frame in frames]
+    np.testing.assert_array_equal(found, [picture(12, 16, value) for value in (0, 0, 9)])
+
+
+def test_of_requests_that_do_not_fit_the_data_set_they_alone_are_lost_and_said_once_per_client(tmp_path, caplog):
+    metrics = Metrics()
+    good, large, huge = {"base": picture(6, 8)}, {"base": picture(12, 16)}, np.array([1e300, 0.0])
+    requests = [(0, good), (0, large), (1, large), (0, large), (1, good), (0, {**good, "state": huge}), (0, good)]
+    frames = recorded(tmp_path / "set", two_cameras(), requests, metrics=metrics)
+    assert sorted(int(frame["observation.state"][0]) for frame in frames) == [0, 4, 6]
+    assert b'torchpi_recorded_total{result="lost"} 4.0' in metrics.text()
+    assert b'torchpi_recorded_total{result="kept"} 3.0' in metrics.text()
+    said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
+    assert [re.search(r"client (\d)", line)[1] for line in said] == ["0", "1"]
+    assert "observation.images.base has the shape [12, 16, 3], and that of the data set [6, 8, 3]" in said[0]
+
+
+def test_cameras_whose_keys_end_alike_are_recorded_under_their_whole_keys(tmp_path):
+    policy = two_cameras("base.rgb", "wrist/rgb")
+    [frame] = recorded(tmp_path / "set", policy, [(0, {"base.rgb": picture(6, 8), "wrist/rgb": picture(4, 4, 5)})])
+    np.testing.assert_array_equal(frame["observation.images.base_rgb"], picture(6, 8))
+    np.testing.assert_array_equal(frame["observation.images.wrist_rgb"], picture(4, 4, 5))
+
+
+def test_no_cameras_name_in_a_recording_is_anothers():
+    cameras = [Camera(f"c{i}", key) for i, key in enumerate(("base.rgb", "base/rgb", "base_rgb", "images.top"))]
+    embodiment = dataclasses.replace(FakePolicy().embodiment, cameras=tuple(cameras))
+    fields = camera_fields(embodiment)
+    assert len(set(fields.values())) == 4
+    assert fields["images.top"] == "observation.images.top"
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_requests_with_an_empty_prompt_are_recorded_with_a_task_that_says_so(tmp_path, prompt):
+    [frame] = recorded(tmp_path / "set", two_cameras(), [(0, {"base": picture(6, 8), "prompt": prompt})])
+    assert frame["task"] == "(no instruction)"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"robot.arm.state": [1.0, 2.0]},
+        {"robot": {"arm": {"state": [1.0, 2.0]}}},
+        {"robot.arm": {"state": [1.0, 2.0]}},
+        {"robot": {"arm.state": [1.0, 2.0]}},
+        {"robot": {}, "robot.arm": {"state": [1.0, 2.0]}},
+    ],
+)
+def test_what_the_embodiment_takes_nested_flat_or_mixed_is_recorded(tmp_path, sent):
+    policy = two_cameras("images.front.rgb", "images.wrist")
+    state = (StateKey("robot.arm.state", ("x", "y")),)
+    policy.embodiment = dataclasses.replace(policy.embodiment, state=state)
+    request = {"prompt": "push", "images.front": {"rgb": picture(6, 8)}, **sent}
+    policy.embodiment.to_model(request)  # it is taken
+    [frame] = recorded(tmp_path / "set", policy, [(0, request)])
+    np.testing.assert_array_equal(frame["observation.state"], [1, 2])
+    np.testing.assert_array_equal(frame["observation.images.rgb"], picture(6, 8))
 
 
 def test_a_recording_needs_an_empty_folder(tmp_path):

@@ -1,5 +1,6 @@
 """The dashboard's numbers, images and protection, as a browser asks for them."""
 
+import dataclasses
 import io
 import json
 import re
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from serving_helpers import SECONDS, FakePolicy, H, clients, http, observation, served
 
-from torchpi.robots import Embodiment
+from torchpi.robots import Camera, Embodiment, StateKey
 from torchpi.serving import dashboard as module
 from torchpi.serving.dashboard import FORGET_AFTER, MAX_LEFT, Dashboard, Timeline, dashboard_page
 from torchpi.serving.run import policy_paths
@@ -79,6 +80,24 @@ def test_each_robot_with_what_it_sees_and_was_answered():
         status, headers, body = read(url, f"/frame/{one['number']}/base_0_rgb.jpg")
         assert (status, headers["Content-Type"]) == (200, "image/jpeg")
         np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(body))), picture, atol=3)
+
+
+def test_what_a_robot_sends_partly_flat_and_partly_nested_is_shown():
+    policy = FakePolicy()
+    policy.embodiment = dataclasses.replace(
+        policy.embodiment,
+        cameras=(Camera("base_0_rgb", "images.front.rgb"),),
+        state=(StateKey("robot.arm.state", ("x", "y")),),
+    )
+    picture = np.full((6, 8, 3), 200, np.uint8)
+    sent = {"images": {"front.rgb": picture}, "robot.arm": {"state": np.array([5.0, 2.0])}}
+    policy.example_observation = lambda: sent
+    with served(policy) as (url, _), clients(url) as [client]:
+        assert "actions" in client.ask(sent)
+        [robot] = summary(url)["robots"]
+        assert robot["answered"]["state"] == [{"name": "x", "value": 5.0}, {"name": "y", "value": 2.0}]
+        assert robot["answered"]["cameras"] == [{"name": "base_0_rgb", "key": "images.front.rgb", "sent": True}]
+        assert read(url, f"/frame/{robot['number']}/base_0_rgb.jpg")[0] == 200
 
 
 def test_what_is_not_there_is_not_found():
