@@ -7,6 +7,8 @@ import logging
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 
 import msgpack
@@ -723,6 +725,12 @@ def test_a_recording_needs_an_empty_folder(tmp_path):
 
 
 # ---- the command ----
+
+
+def test_without_the_extra_serve_the_error_says_a_command_that_installs_it():
+    program = "import sys; sys.modules['msgpack'] = None; import torchpi.serving"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
+    assert "pip install ./client '.[serve]' in torchpi's repository" in done.stderr.splitlines()[-1]
 
 
 def test_policies_by_name():

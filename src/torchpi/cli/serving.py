@@ -30,10 +30,10 @@ def serve(
 ) -> None:
     """Serve a policy to robots, in openpi's websocket protocol: its clients and torchpi-client work.
 
-    Connections are accepted at once; the policy's metadata follow when it is loaded and warm. /healthz answers 200
-    from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows what the robots see, their chunks and
-    the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C or SIGTERM ends it, when what has been received is
-    answered.
+    Connections are accepted once "listening" is logged; the policy's metadata follow when it is loaded and warm.
+    /healthz answers 200 from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows what the robots
+    see, their chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C or SIGTERM ends it, when what
+    has been received is answered.
 
     Args:
         policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo".

@@ -8,5 +8,6 @@ try:
     import torchpi_client  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f"serving needs the extra 'serve' and torchpi-client: pip install ./client 'torchpi[serve]' ({error})"
+        "serving needs the extra 'serve' and torchpi-client: pip install ./client '.[serve]' in torchpi's repository "
+        f"({error})"
     ) from error
