@@ -654,6 +654,16 @@ def test_what_is_left_of_a_chunk_is_stale_after_a_long_overrun(mode):
         assert robot.positions[:7] == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_what_is_left_of_a_chunk_is_stale_after_many_short_overruns():
+    """Each command takes 0.3 s, so that each step leaves two out; no second chunk comes."""
+    policy = ScriptedPolicy(lambda number: TimeoutError("away") if number > 0 else np.arange(8.0)[:, None])
+    busy = dict.fromkeys(range(100), 0.3)
+    robot, report = controlled(policy, mode="async", busy=busy, latencies=(0.0, 0.05), max_age=0.45, steps=60)
+    # Action 3 would begin 0.6 s later than when its chunk came.
+    assert set(robot.positions) == {0, 1, 2}
+    assert report.stale_chunks == 1
+
+
 def test_another_rate_is_refused_unless_told_how():
     with pytest.raises(ValueError, match=r"control_hz is 20, but the policy's actions are for 10 Hz.*how to resample"):
         controlled(ScriptedPolicy(), control_hz=20.0)

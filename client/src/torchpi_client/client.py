@@ -25,6 +25,9 @@ _log = logging.getLogger(__name__)
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 """Seconds from one attempt to connect to the next: from the one to the other, doubled each time."""
 
+SERVERS_PART = 0.9
+"""Of what is left until a request's deadline, how much the server may let it wait. Its refusal has to arrive before the
+deadline passes here, which costs the connection."""
 CLOSE_TIMEOUT = 2.0
 """Seconds that closing may take."""
 LONGEST = 1e6
@@ -189,7 +192,7 @@ class WebsocketPolicy:
             return pack(observation)
         if not (left := _left(deadline)):
             raise TimeoutError("the deadline passed before the request was sent")
-        return pack({DEADLINE: left, **observation})
+        return pack({DEADLINE: SERVERS_PART * left, **observation})
 
     def _connected(self, deadline: float | None, interrupt: Interrupt) -> _Link:
         self._check_wanted(interrupt)

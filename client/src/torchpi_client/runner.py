@@ -98,6 +98,7 @@ class ControlLoop:
         self._failing = False
         self._held_in_a_row = 0
         self._stale_after = math.inf  # seconds, of the chunk under execution
+        self._behind = 0.0  # seconds that its steps are later than when it came, because some were left out
         self._reconnects_before = self._reconnects
         self._stopping = False
 
@@ -246,7 +247,7 @@ class ControlLoop:
             self._refuse(age, len(chunk))
         else:
             self._stale_in_a_row = 0
-            self._stale_after = self._max_age(chunk)
+            self._stale_after, self._behind = self._max_age(chunk), 0.0
             self.report.chunks += 1
             self.report.discarded.add(discarded)
 
@@ -359,12 +360,14 @@ class ControlLoop:
             self._robot.act(self._last.copy())
 
     def _account(self, tick: Tick) -> None:
-        """Note an overrun. After one that is longer than a chunk may be old, what is left of the chunk is stale."""
+        """Note an overrun. What is left of a chunk is stale when its steps come later than it may be old: after one
+        long overrun, or after many that leave steps out."""
         if not tick.overrun:
             return
         self.report.overruns.add(tick.overrun)
         self.report.missed_steps += tick.missed
-        if tick.overrun > self._stale_after:
+        self._behind += tick.missed / self.control_hz
+        if max(tick.overrun, self._behind) > self._stale_after:
             self._schedule.clear()
             self._commands.clear()
             self._stale_after = math.inf
