@@ -14,6 +14,7 @@ from torchpi.doctor.sensitivity import check_sensitivities, sample_chunks, sensi
 from torchpi.doctor.statistics import excess, training_range
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
+from torchpi.robots.embodiment import value_at
 from torchpi.transforms.normalize import degenerate_dims, normalize
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text, pi05_prompt_text, tokenize_prompt
@@ -83,17 +84,9 @@ def check_observation(
 
 def _cameras(policy: Policy, observation: Mapping[str, Any]) -> tuple[CameraCheck, ...]:
     return tuple(
-        CameraCheck(str(c.name), c.key, c.presence, c.key is not None and _value_at(observation, c.key) is not None)
+        CameraCheck(str(c.name), c.key, c.presence, c.key is not None and value_at(observation, c.key) is not None)
         for c in policy.embodiment.read_cameras
     )
-
-
-def _value_at(tree: Any, key: str) -> Any:
-    """What is at a key, flat or nested."""
-    if not isinstance(tree, Mapping):
-        return None
-    head, _, rest = key.partition(".")
-    return tree[key] if key in tree else _value_at(tree.get(head), rest)
 
 
 def _check_cameras(policy: Policy, cameras: tuple[CameraCheck, ...]) -> Iterator[Finding]:

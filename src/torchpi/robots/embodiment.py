@@ -524,6 +524,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def value_at(observation: Mapping[str, Any], key: str) -> Any:
+    """What is at a key whose parts are joined by '.', nested, flat or any mix of both; None: nothing."""
+    return dict(_leaves(observation)).get(key)
+
+
 def _listed(found: Mapping[str, Any]) -> str:
     """The keys of an observation, for messages."""
     return ", ".join(found) or "nothing"

@@ -22,7 +22,8 @@ from jaxtyping import Float
 import torchpi
 from torchpi.assets import assets
 from torchpi.robots import Embodiment
-from torchpi.serving.recorder import camera_image, value_at
+from torchpi.robots.embodiment import value_at
+from torchpi.serving.recorder import camera_image
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
 from torchpi.types import ActionPrefix

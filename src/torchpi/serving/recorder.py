@@ -24,6 +24,7 @@ import numpy as np
 from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
 from torchpi.robots import Camera, Embodiment
+from torchpi.robots.embodiment import value_at
 from torchpi.serving.metrics import Metrics
 from torchpi.transforms.images import to_uint8_hwc
 from torchpi.transforms.prompt import as_text
@@ -309,15 +310,3 @@ def camera_image(camera: Camera, observation: Mapping[str, Any]) -> np.ndarray |
     if value is None:
         return None
     return to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))
-
-
-def value_at(observation: Mapping[str, Any], key: str) -> Any:
-    """What is at a key whose parts are joined by '.', nested, flat or any mix of both; None: nothing."""
-    found = observation.get(key)
-    if found is not None and not isinstance(found, Mapping):
-        return found
-    for dot in re.finditer(r"\.", key):
-        inner = observation.get(key[: dot.start()])
-        if isinstance(inner, Mapping) and (found := value_at(inner, key[dot.end() :])) is not None:
-            return found
-    return None
