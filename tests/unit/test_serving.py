@@ -28,7 +28,7 @@ from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler, noise_shape
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import RateLimit, ServeSettings
-from torchpi_client import pack, unpack
+from torchpi_client import ServerError, WebsocketPolicy, pack, unpack
 from torchpi_client.images import encode_images
 
 
@@ -300,6 +300,20 @@ def test_the_queue_is_bounded_and_has_deadlines(caplog):
         assert policy.batches == [[0.0], [0.0]]
         assert metric(url, 'torchpi_requests_total{outcome="deadline_exceeded",policy="p0"}') == 1
     assert not [record for record in caplog.records if record.name == "asyncio"]  # where lost exceptions end
+
+
+def test_the_client_hears_of_its_deadline_before_it_gives_the_connection_up():
+    policy = FakePolicy()
+    with served(policy) as (url, _), clients(url) as [first], WebsocketPolicy(url) as late:
+        policy.hold()
+        first.send(observation())
+        policy.wait_until_begun()
+        with pytest.raises(ServerError, match="the model was busy") as caught:
+            late.infer(observation(), timeout=2.0)
+        assert caught.value.code == "deadline_exceeded"
+        policy.release()
+        assert "actions" in late.infer(observation())
+        assert late.reconnects == 0
 
 
 def test_a_request_whose_client_leaves_is_dropped():
