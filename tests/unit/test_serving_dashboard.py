@@ -230,6 +230,13 @@ def test_numbers_that_are_none_are_still_json(dashboard, robot):
     assert (x["values"], y["values"]) == ([None, 0.1235], [None, 1e-9])
 
 
+def test_a_plot_knows_the_range_of_its_dimension(dashboard):
+    policy = FakePolicy(action_range={"low": [-1.0, 0.0], "high": [1.0, 0.5]})
+    robot = dashboard.join(7, "p0", policy, "")
+    asked_and_answered(dashboard, robot, at=1.0, until=2.0)
+    assert [each["span"] for each in dashboard.chunk(7)["dimensions"]] == [2.0, 0.5]
+
+
 def test_robots_that_left_are_forgotten(dashboard):
     for number in range(3 * MAX_LEFT):
         robot = dashboard.join(number, "p0", FakePolicy(), "")

@@ -74,12 +74,12 @@ const key = (...entries) => el("p", { class: "key" },
 const latencyKey = () => key(["prefix", "", "inference"], ["suffix", "", "queue"], ["plain", "line", "slowest request"]);
 
 // One dimension of a chunk over its steps; the first `executed` of them are done, null: nobody knows.
-function jointPlot({ name, unit, values }, executed) {
+function jointPlot({ name, unit, span: trained, values }, executed) {
   const width = 200, height = 70, left = 50, right = width - 5, top = 7, bottom = height - 7;
   const known = values.filter((value) => value !== null);
   const low = Math.min(...known), high = Math.max(...known);
-  // Rounding shall not look like motion.
-  const span = Math.max(high - low, 0.01 * Math.max(Math.abs(low), Math.abs(high)));
+  // Neither rounding nor the trembling of a joint at rest shall look like motion.
+  const span = Math.max(high - low, 0.01 * Math.max(Math.abs(low), Math.abs(high)), 0.1 * (trained ?? 0));
   const x = (i) => left + ((right - left) * i) / Math.max(1, values.length - 1);
   const y = (value) => (top + bottom) / 2 - (span > 0 ? ((bottom - top) * (value - (low + high) / 2)) / span : 0);
   const line = (from, to) => values.slice(from, to).flatMap((value, i) =>

@@ -111,6 +111,8 @@ class Robot:
     address: str
     embodiment: Embodiment
     default_prompt: str | None
+    action_range: Mapping[str, list[float]] | None
+    """ "low" and "high" of each dimension of an action in the training data; None: not known."""
     left_at: float | None = None
     requests: int = 0
     """Answered ones."""
@@ -155,7 +157,10 @@ class Dashboard:
 
     def join(self, number: int, name: str, policy: ServedPolicy, address: str) -> Robot:
         """A client is connected to the policy of this name."""
-        robot = Robot(number, name, address, policy.embodiment, policy.metadata.get("default_prompt"))
+        metadata = policy.metadata
+        robot = Robot(
+            number, name, address, policy.embodiment, metadata.get("default_prompt"), metadata.get("action_range")
+        )
         self._robots[number] = robot
         return robot
 
@@ -212,17 +217,27 @@ class Dashboard:
         }
 
     def chunk(self, number: int) -> dict[str, Any]:
-        """The last chunk of a robot, as JSON: per dimension its name, its unit and its values.
+        """The last chunk of a robot, as JSON: per dimension its name, its unit, the width of its range in the training
+        data (0: not known) and its values.
 
         Raises:
             KeyError: there is no such robot, or it has no chunk.
         """
         robot, turn = self._answered_robot(number)
+        trained = robot.action_range
+        spans = np.zeros(turn.chunk.shape[1]) if trained is None else np.subtract(trained["high"], trained["low"])
         return {
             "request": robot.requests,
             "dimensions": [
-                {"name": dim.name, "unit": dim.unit, "values": [_short(value) for value in values]}
-                for dim, values in zip(robot.embodiment.actions, turn.chunk.T.tolist(), strict=True)
+                {
+                    "name": dim.name,
+                    "unit": dim.unit,
+                    "span": _short(span),
+                    "values": [_short(value) for value in values],
+                }
+                for dim, span, values in zip(
+                    robot.embodiment.actions, spans.tolist(), turn.chunk.T.tolist(), strict=True
+                )
             ],
         }
 
