@@ -55,6 +55,30 @@ def test_an_observation_file_is_a_request(observation_file, tmp_path):
     np.save(tmp_path / "array.npy", np.ones(2))
     with pytest.raises(ValueError, match=r"array.npy holds one array; expected an .npz"):
         load_observation(str(tmp_path / "array.npy"))
+    (tmp_path / "arm.py").write_text("import arm\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"arm.py is no .npz file; np.savez"):
+        load_observation(str(tmp_path / "arm.py"))
+
+
+def test_the_command_sends_the_token_of_the_environment(observation_file, monkeypatch, capsys):
+    def handler(connection):
+        seen.append(connection.request.headers["Authorization"])
+        connection.send(pack({}))
+        for _ in connection:
+            connection.send(pack({"actions": np.ones((1, 1), np.float32)}))
+
+    seen = []
+    monkeypatch.setenv("TORCHPI_TOKEN", "of the environment")
+    with serve(handler, "127.0.0.1", 0, compression=None) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}"
+        for arguments in ([], ["--api-key", "given"]):
+            assert main([url, "--dry-run", "--observation", str(observation_file), *arguments]) == 0
+        server.shutdown()
+        thread.join()
+    assert seen == ["Api-Key of the environment", "Api-Key given"]
+    assert "of the environment" not in capsys.readouterr().out
 
 
 def test_the_command_prints_chunks(observation_file, capsys):

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 import threading
 
 import numpy as np
@@ -327,6 +328,21 @@ def test_the_log_says_why_the_robot_stands_still(caplog):
         "no chunk for 1 s: the robot is held until one comes",
         "the policy answers again, after 3 requests without an answer",
         f"the robot goes on, after {report.holds / HZ:.1f} s",
+    ]
+
+
+def test_the_log_counts_each_time_without_answers_and_a_policy_that_is_gone_does_not_answer(caplog):
+    caplog.set_level("INFO")
+
+    def chunks(number):
+        failures = {1: TimeoutError("late"), 3: TimeoutError("late"), 4: TimeoutError("late"), 6: TimeoutError("late")}
+        return failures.get(number, ConnectionError("away") if number == 7 else np.zeros((8, 1)))
+
+    _, report = controlled(ScriptedPolicy(chunks, execute_steps=4), mode="async", latencies=(0.0, 0.0, 0.1), steps=60)
+    assert report.stopped == "the policy is gone: away"
+    assert [re.sub("[^0-9]", "", record.message) for record in caplog.records if "answers again" in record.message] == [
+        "1",
+        "2",
     ]
 
 
@@ -777,11 +793,13 @@ def test_what_a_server_cannot_mean(said, message):
 
 
 def test_in_rtc_a_rest_must_be_left():
-    with pytest.raises(ValueError, match=r"8 steps are executed of each chunk.*in rtc a rest must be left"):
+    with pytest.raises(
+        ValueError, match=r"of each chunk 8 of 8 steps at 10 Hz are executed.*in rtc a rest must be left"
+    ):
         controlled(rtc_policy(), mode="rtc", execute_steps=HORIZON)
     policy = rtc_policy()
     for control_hz, steps in ((5.0, 4), (1.25, 1)):  # 7 of 8 actions, rounded
-        with pytest.raises(ValueError, match=f"{steps} steps? .*all that it has at {control_hz:g} Hz"):
+        with pytest.raises(ValueError, match=f"{steps} of {steps} steps at {control_hz:g} Hz are executed"):
             controlled(policy, mode="rtc", execute_steps=7, control_hz=control_hz, resample="interpolate")
     assert not any(RTC in request for request in policy.requests)
 

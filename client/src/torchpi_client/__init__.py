@@ -2,7 +2,7 @@
 torch."""
 
 from torchpi_client.aio import AsyncWebsocketPolicy
-from torchpi_client.client import WebsocketPolicy
+from torchpi_client.client import Interrupt, WebsocketPolicy
 from torchpi_client.limits import ActionLimits
 from torchpi_client.protocol import ServerError
 from torchpi_client.report import ControlReport
@@ -19,6 +19,7 @@ __all__ = [
     "ControlLoop",
     "ControlReport",
     "ControlSettings",
+    "Interrupt",
     "Robot",
     "ServerError",
     "WebsocketPolicy",

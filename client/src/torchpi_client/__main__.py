@@ -84,8 +84,7 @@ def load_observation(path: str) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     except ValueError as error:
-        made = f"np.savez({path!r}, **observation) makes one" if path.endswith(".npz") else "np.savez makes one"
-        raise ValueError(f"{path} is no .npz file of arrays; {made}") from error
+        raise ValueError(f"{path} is no .npz file; np.savez('observation.npz', **observation) makes one") from error
     if isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys")
     observation: dict[str, Any] = {}

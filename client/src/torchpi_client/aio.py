@@ -7,9 +7,9 @@ import concurrent.futures
 import time
 from typing import Any, Callable, TypeVar
 
-from torchpi_client.client import Interrupt, WebsocketPolicy
+from torchpi_client.client import Interrupt, WebsocketPolicy, is_closed, no_answer
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class AsyncWebsocketPolicy:
@@ -69,11 +69,11 @@ class AsyncWebsocketPolicy:
         try:
             await asyncio.wait_for(self._one_at_a_time.acquire(), seconds)
         except asyncio.TimeoutError:
-            raise policy.no_answer(seconds) from None
+            raise no_answer(self.url, seconds) from None
         try:
             return await self._in_thread(ask)
         except TimeoutError as error:
-            raise policy.no_answer(seconds) from error
+            raise no_answer(self.url, seconds) from error
         finally:
             self._one_at_a_time.release()
 
@@ -87,7 +87,7 @@ class AsyncWebsocketPolicy:
             await asyncio.get_running_loop().run_in_executor(None, self._policy.close)
         self._executor.shutdown(wait=False)
 
-    async def _in_thread(self, call: Callable[[Interrupt], T]) -> T:
+    async def _in_thread(self, call: Callable[[Interrupt], _T]) -> _T:
         """What the call returns. Whoever cancels this ends the call as well."""
         interrupt = Interrupt()
         self._under_way.add(interrupt)
@@ -115,4 +115,4 @@ class AsyncWebsocketPolicy:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConnectionError(f"the connection to {self.url} is closed; make a new client")
+            raise is_closed(self.url)

@@ -127,12 +127,12 @@ class WebsocketPolicy:
             observation = encode_images(observation, quality=self._jpeg_quality)
         # Answers carry no number: each belongs to the one request before it.
         if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
-            raise self.no_answer(seconds)
+            raise no_answer(self.url, seconds)
         try:
             self._interrupt = interrupt
             frame = self._exchange(observation, deadline, interrupt)
         except TimeoutError as error:
-            raise self.no_answer(seconds) from error
+            raise no_answer(self.url, seconds) from error
         finally:
             self._one_at_a_time.release()
         return content(frame, self.url)
@@ -149,10 +149,6 @@ class WebsocketPolicy:
                 self._link.close()
         finally:
             self._one_at_a_time.release()
-
-    def no_answer(self, seconds: float | None) -> TimeoutError:
-        """The error of a request with this deadline."""
-        return TimeoutError(f"no answer from {self.url} in {seconds} s")
 
     def __enter__(self) -> WebsocketPolicy:
         return self
@@ -242,7 +238,8 @@ class WebsocketPolicy:
                 self._check_wanted(interrupt)
                 if not _may_pass(error, again) or waiting.next_attempt > waiting.until:
                     raise self._no_connection(error) from error
-                if waiting.is_first_failure():
+                if not waiting.has_failed:
+                    waiting.has_failed = True
                     _log.warning("no connection to %s (%s); trying for %g s", self.url, error, self._timeout)
             else:
                 return link
@@ -250,7 +247,7 @@ class WebsocketPolicy:
     def _check_wanted(self, interrupt: Interrupt) -> None:
         """Raises a ConnectionError if nobody waits for the answer any more."""
         if self._closed:
-            raise ConnectionError(f"the connection to {self.url} is closed; make a new client")
+            raise is_closed(self.url)
         if interrupt.is_set:
             raise ConnectionError("the request was interrupted")
 
@@ -308,7 +305,7 @@ class _Waiting:
         self._timeout = timeout
         self._delay = FIRST_DELAY
         self._accepted = False
-        self._failed = False
+        self.has_failed = False
         self._began = self.next_attempt = time.monotonic()
         self.until = self.next_attempt + timeout
 
@@ -316,11 +313,6 @@ class _Waiting:
     def seconds(self) -> float:
         """Since its beginning."""
         return time.monotonic() - self._began
-
-    def is_first_failure(self) -> bool:
-        """Whether this is asked for the first time."""
-        first, self._failed = not self._failed, True
-        return first
 
     @property
     def is_over(self) -> bool:
@@ -396,8 +388,7 @@ class _Link:
 
     def close(self) -> None:
         """With the closing handshake."""
-        with contextlib.suppress(ConnectionClosed):
-            self._connection.close()
+        self._connection.close()
         self._stack.close()
 
     def abort(self) -> None:
@@ -442,6 +433,16 @@ def _may_pass(error: Exception, again: bool) -> bool:
     if isinstance(error, InvalidStatus):
         return bool(error.response.status_code >= 500)  # a proxy, before its server
     return isinstance(error, ConnectionRefusedError) or again
+
+
+def no_answer(url: str, seconds: float | None) -> TimeoutError:
+    """The error of a request with this deadline."""
+    return TimeoutError(f"no answer from {url} in {seconds} s")
+
+
+def is_closed(url: str) -> ConnectionError:
+    """The error of a request after `close`."""
+    return ConnectionError(f"the connection to {url} is closed; make a new client")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:

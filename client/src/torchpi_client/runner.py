@@ -95,7 +95,7 @@ class ControlLoop:
         self._commands: list[np.ndarray] = []  # the other steps of a slowed action
         self._request: _Pending | None = None
         self._stale_in_a_row = 0
-        self._failing = False
+        self._unanswered_in_a_row = 0
         self._held_in_a_row = 0
         self._stale_after = math.inf  # seconds, of the chunk under execution
         self._behind = 0.0  # seconds that its steps are later than when it came, because some were left out
@@ -194,7 +194,7 @@ class ControlLoop:
             steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
         if self._settings.mode == "rtc" and steps == length:
             raise ValueError(
-                f"{steps} steps are executed of each chunk (execute_steps), all that it has at {self.control_hz:g} Hz; "
+                f"of each chunk {steps} of {length} steps at {self.control_hz:g} Hz are executed (execute_steps); "
                 "in rtc a rest must be left to go on from"
             )
         if self._settings.mode == "ensemble":
@@ -228,16 +228,16 @@ class ControlLoop:
         self.report.reconnects = self._reconnects - self._reconnects_before
         if _is_unanswered(answer):
             self.report.failed_requests += 1  # the next request shows the robot as it is then
-            if not self._failing:
+            self._unanswered_in_a_row += 1
+            if self._unanswered_in_a_row == 1:
                 _log.warning("%s; asking again", answer.error)
-            self._failing = True
             return
-        if self._failing:
-            _log.info("the policy answers again, after %d requests without an answer", self.report.failed_requests)
-        self._failing = False
         if isinstance(answer.error, ConnectionError):
             raise _Stop(f"the policy is gone: {answer.error}")
         chunk = self._checked_chunk(answer)
+        if self._unanswered_in_a_row:
+            _log.info("the policy answers again, after %d requests without an answer", self._unanswered_in_a_row)
+        self._unanswered_in_a_row = 0
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)
         chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
