@@ -6,36 +6,28 @@ import zlib
 
 import numpy as np
 
+from torchpi.errors import MissingFileError, UsageError
+
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is no .npz file of plain arrays, or damaged.
-    """
+    """All arrays of an .npz file."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingFileError(f"There is no file {path}.")
     try:
         if not zipfile.is_zipfile(path):
-            raise ValueError("it is no zip file")
+            raise UsageError("It is no zip file.")
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}") from error
+        raise UsageError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}") from error
 
 
 def read_npy(path: pathlib.Path) -> np.ndarray:
-    """The array of an .npy file.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is no .npy file of a plain array, or damaged.
-    """
+    """The array of an .npy file."""
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}")
+        raise MissingFileError(f"There is no file {path}.")
     try:
         with path.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not an .npy file of a plain array, or is damaged: {error}") from error
+        raise UsageError(f"{path} is not an .npy file of a plain array, or is damaged: {error}") from error

@@ -20,6 +20,7 @@ from torchpi.checkpoints.folder import is_policy_folder
 from torchpi.checkpoints.load import existing_folder
 from torchpi.doctor.observation import prompt_text
 from torchpi.doctor.result import json_values
+from torchpi.errors import UsageError
 from torchpi.formatting import format_shape
 from torchpi.policy import Policy, collate, load_policy
 from torchpi.randomness import generator_at
@@ -104,7 +105,7 @@ def compare_policies(
         ValueError: neither can read the observation; neither states its action_horizon; a tolerance below 0.
     """
     if not tolerance >= 0:
-        raise ValueError(f"tolerance must not be negative, got {tolerance}")
+        raise UsageError(f"tolerance must not be negative, got {tolerance}.")
     configs = a.model.config, b.model.config
     stated = [config.action_horizon for config in configs if config.action_horizon is not None]
     horizons = [config.action_horizon or (stated or [configs[0].require("action_horizon")])[0] for config in configs]
@@ -115,7 +116,7 @@ def compare_policies(
         for policy, horizon in zip((a, b), horizons, strict=True)
     )
     if not ours and not theirs:
-        raise ValueError(f"neither policy can read the observation. A: {our_end} B: {their_end}")
+        raise UsageError(f"Neither policy can read the observation. A: {our_end} B: {their_end}.")
     return Comparison(
         tolerance,
         tuple(_differences(_settings(a), _settings(b))),
@@ -266,9 +267,6 @@ def run_compare(
 
     Returns:
         The exit status: 0 if they agree, else 1.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: as `load_policy`, `read_npz` and `compare_policies`.
     """
 
     def loaded(path: str) -> Policy:

@@ -10,6 +10,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from torchpi.errors import ConfigError, MissingFileError
+
 # The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
 # __post_init__, so that nobody ever reads it; None is taken: it means "not known" (see Pi0Config).
 _FOLLOWS_VARIANT: Any = "follows pi05"
@@ -24,11 +26,11 @@ def _require_types(kind: type, values: Mapping[str, Any]) -> None:
         if value is None and field.type in (int | None, bool | None):
             continue
         if field.type in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
-            raise ValueError(f"{where} must be a positive integer, got {value!r}")
+            raise ConfigError(f"{where} must be a positive integer, got {value!r}.")
         if field.type in (bool, bool | None) and not isinstance(value, bool):
-            raise ValueError(f"{where} must be true or false, got {value!r}")
+            raise ConfigError(f"{where} must be true or false, got {value!r}.")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise ValueError(f"{where} must be {' or '.join(map(repr, get_args(field.type)))}, got {value!r}")
+            raise ConfigError(f"{where} must be {' or '.join(map(repr, get_args(field.type)))}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +53,9 @@ class GemmaConfig:
     def __post_init__(self) -> None:
         _require_types(type(self), vars(self))
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})")
+            raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
+            raise ConfigError(f"head_dim must be even for RoPE, got {self.head_dim}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _require_types(type(self), vars(self))
         if self.width % self.num_heads:
-            raise ValueError(f"vision width ({self.width}) must be a multiple of num_heads ({self.num_heads})")
+            raise ConfigError(f"vision width ({self.width}) must be a multiple of num_heads ({self.num_heads}).")
         if self.position == "sincos2d" and self.width % 4:
-            raise ValueError(f"sincos2d needs a vision width that is a multiple of 4, got {self.width}")
+            raise ConfigError(f"sincos2d needs a vision width that is a multiple of 4, got {self.width}.")
 
 
 GEMMA_VARIANTS: Mapping[str, GemmaConfig] = {
@@ -101,9 +103,9 @@ def _variant(value: str | _Part, variants: Mapping[str, _Part], field: str) -> _
     if isinstance(value, kind):
         return value
     if not isinstance(value, str):
-        raise ValueError(f"{field} must be a variant's name or a {kind.__name__}, got {value!r}")
+        raise ConfigError(f"{field} must be a variant's name or a {kind.__name__}, got {value!r}.")
     if value not in variants:
-        raise ValueError(f"{field}: unknown variant {value!r}; variants are {', '.join(variants)}")
+        raise ConfigError(f"{field}: unknown variant {value!r}; variants are {', '.join(variants)}.")
     return variants[value]
 
 
@@ -145,14 +147,14 @@ class Pi0Config:
         backbone, expert = self.paligemma, self.action_expert
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(backbone, field) != getattr(expert, field):
-                raise ValueError(
-                    f"backbone and action expert share keys and values, so {field} must be equal, "
-                    f"got {getattr(backbone, field)} and {getattr(expert, field)}"
+                raise ConfigError(
+                    f"Backbone and action expert share keys and values, so {field} must be equal, "
+                    f"got {getattr(backbone, field)} and {getattr(expert, field)}."
                 )
         if expert.width % 2:
-            raise ValueError(f"the action expert's width must be even for the time embedding, got {expert.width}")
+            raise ConfigError(f"The action expert's width must be even for the time embedding, got {expert.width}.")
         if self.image_size % self.siglip.patch:
-            raise ValueError(f"image_size ({self.image_size}) must be a multiple of the patch ({self.siglip.patch})")
+            raise ConfigError(f"image_size ({self.image_size}) must be a multiple of the patch ({self.siglip.patch}).")
 
     @property
     def paligemma(self) -> GemmaConfig:
@@ -182,10 +184,10 @@ class Pi0Config:
         """
         value = getattr(self, field)
         if value is None:
-            raise ValueError(
-                f"the model's {field} is not set: this checkpoint does not say it, and this call needs it. Load it "
+            raise ConfigError(
+                f"The model's {field} is not set: this checkpoint does not say it, and this call needs it. Load it "
                 f'with config=: a Pi0Config, a JSON file such as {{"{field}": …}}, or the name of a preset '
-                f"({', '.join(PRESETS)})"
+                f"({', '.join(PRESETS)})."
             )
         return value
 
@@ -216,18 +218,18 @@ class Pi0Config:
             ValueError: unknown field, wrong type, or sizes that do not fit together; the message names the field.
         """
         if not isinstance(values, Mapping):
-            raise ValueError(f"a model config must be an object, got {values!r}")
+            raise ConfigError(f"A model config must be an object, got {values!r}.")
         unknown = set(values) - _JSON_FIELDS - _JSON_NOT_SIZES
         if unknown:
-            raise ValueError(
+            raise ConfigError(
                 f"model config has unknown fields {sorted(unknown)}; known are {sorted(_JSON_FIELDS)} "
-                f"(and {sorted(_JSON_NOT_SIZES)}, which are not read)"
+                f"(and {sorted(_JSON_NOT_SIZES)}, which are not read)."
             )
         for part in sorted(_JSON_PARTS - set(values)):
             if f"{part}_variant" in values:  # beside the sizes it is a note; alone it is meant to be read
-                raise ValueError(
+                raise ConfigError(
                     f"model config field '{part}_variant' is not read; write {part!r} instead, with a variant's name "
-                    "or an object of sizes"
+                    "or an object of sizes."
                 )
         _require_types(cls, values)  # before anything is built with them
         base = base or cls(pi05=values.get("pi05", cls.pi05))
@@ -251,7 +253,7 @@ class Pi0Config:
         try:
             return cls.from_dict(values, base)
         except ValueError as error:
-            raise ValueError(f"model config file {path}: {error}") from error
+            raise ConfigError(f"model config file {path}: {error}") from error
 
 
 _JSON_PARTS = frozenset({"paligemma", "action_expert", "siglip"})
@@ -295,32 +297,23 @@ PRESETS: Mapping[str, Pi0Config] = {
 
 
 def preset(name: str) -> Pi0Config:
-    """The config of that name.
-
-    Raises:
-        ValueError: there is none; the message lists those there are.
-    """
+    """The config of that name."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; presets are {', '.join(PRESETS)}")
+        raise ConfigError(f"Unknown preset {name!r}; presets are {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 
 def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file about a model.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object.
-    """
+    """The object in a JSON file about a model."""
     path = pathlib.Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"model config file {path} does not exist")
+        raise MissingFileError(f"model config file {path} does not exist.")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model config file {path} is not valid JSON: {error}") from error
+        raise ConfigError(f"model config file {path} is not valid JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"model config file {path} must hold a JSON object, found {type(values).__name__}")
+        raise ConfigError(f"model config file {path} must hold a JSON object, found {type(values).__name__}.")
     return values
 
 
@@ -328,17 +321,17 @@ def _part_from_json(name: str, value: Any, base: _Part) -> str | _Part:
     if isinstance(value, str):
         return value
     if not isinstance(value, Mapping):
-        raise ValueError(f"model config field {name!r} must be an object or a variant's name, got {value!r}")
+        raise ConfigError(f"model config field {name!r} must be an object or a variant's name, got {value!r}.")
     known = {field.name for field in dataclasses.fields(base)}
     if set(value) - known:
-        raise ValueError(
-            f"model config field {name!r} has unknown fields {sorted(set(value) - known)}; known are {sorted(known)}"
+        raise ConfigError(
+            f"model config field {name!r} has unknown fields {sorted(set(value) - known)}; known are {sorted(known)}."
         )
     try:
         _require_types(type(base), value)
         return dataclasses.replace(base, **value)
     except ValueError as error:
-        raise ValueError(f"model config field {name!r}: {error}") from error
+        raise ConfigError(f"model config field {name!r}: {error}") from error
 
 
 Trained = Literal["all", "frozen_vision", "expert", "lora", "lora_strict"]
@@ -366,10 +359,10 @@ class LoraConfig:
         for name, value in vars(self).items():
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if name.endswith("_rank") and not (number and isinstance(value, int) and value >= 0):
-                raise ValueError(f"LoraConfig.{name} must be a whole number from 0 on, got {value!r}")
+                raise ConfigError(f"LoraConfig.{name} must be a whole number from 0 on, got {value!r}.")
             if name.endswith("_alpha") and not (number and value > 0):
-                raise ValueError(f"LoraConfig.{name} must be a positive number, got {value!r}")
+                raise ConfigError(f"LoraConfig.{name} must be a positive number, got {value!r}.")
             if name in ("attention", "feed_forward") and not isinstance(value, bool):
-                raise ValueError(f"LoraConfig.{name} must be true or false, got {value!r}")
+                raise ConfigError(f"LoraConfig.{name} must be true or false, got {value!r}.")
         if not (self.backbone_rank or self.expert_rank) or not (self.attention or self.feed_forward):
-            raise ValueError(f"{self} is no LoRA at all; one rank, and attention or feed_forward, must be set")
+            raise ConfigError(f"{self} is no LoRA at all; one rank, and attention or feed_forward, must be set.")

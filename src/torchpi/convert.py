@@ -30,6 +30,7 @@ from torchpi.checkpoints.openpi_layout import jax_leaves
 from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_leaves
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, from_parts, read_parts, with_tokenizer
 from torchpi.transforms.normalize import save_norm_stats
@@ -109,7 +110,7 @@ def convert(
             the target can't say what the policy needs.
     """
     if to not in get_args(Format):
-        raise ValueError(f"unknown format {to!r}; formats are {', '.join(get_args(Format))}")
+        raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
     path = pathlib.Path(target).expanduser()
     _check_target(path, overwrite=overwrite)
     config = published_name(source) if config is None else config
@@ -119,7 +120,7 @@ def convert(
     adapted = []
     if sizes:
         if unknown := sorted(set(sizes) - set(FIELDS)):
-            raise ValueError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can")
+            raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can.")
         adapted = adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
@@ -128,7 +129,7 @@ def convert(
             notes = _write_policy(beside, from_parts(model, parts), to, dtype, max_shard_bytes)
         else:
             if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
-                raise ValueError(f"a checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out")
+                raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
             notes = _write_openpi(beside, model, to, dtype)
             notes += _write_assets(beside, source, checkpoint, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
@@ -158,11 +159,11 @@ def _check_target(path: pathlib.Path, *, overwrite: bool) -> None:
     if not path.exists():
         return
     if not overwrite:
-        raise ValueError(f"{path} exists already; choose another path, or overwrite it (--overwrite)")
+        raise CheckpointError(f"{path} exists already; choose another path, or overwrite it (--overwrite).")
     try:
         format_of(existing_folder(path))
     except ValueError as error:
-        raise ValueError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
+        raise CheckpointError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
 
 
 def print_conversion(result: Conversion) -> None:
@@ -296,8 +297,8 @@ def _write_assets(
         files = norm_stats_files(checkpoint.root)
         chosen = {asset_id: files[asset_id]} if asset_id in files else files
         if asset_id is not None and asset_id not in files:
-            raise ValueError(
-                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(files) or 'none'}"
+            raise CheckpointError(
+                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(files) or 'none'}."
             )
         for name, file in chosen.items():
             (root / "assets" / name).mkdir(parents=True)

@@ -22,6 +22,7 @@ from torchpi.checkpoints.load import (
 )
 from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import PRESETS, Pi0Config, read_json_object
+from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.guidance import GivenActions, Guidance, prefix_weights
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
@@ -96,19 +97,19 @@ class Policy:
     def _check_sizes(self, norm_stats: Mapping[str, NormStats]) -> None:
         actions, config = self.embodiment.action_size, self.model.config
         if actions > config.action_dim:
-            raise ValueError(
+            raise PolicyError(
                 f"embodiment {self.embodiment.name!r} has {actions} action dimensions, "
-                f"the model only {config.action_dim}"
+                f"the model only {config.action_dim}."
             )
         if norm_stats["actions"].dim < actions:
-            raise ValueError(
-                f"the statistics of actions have {norm_stats['actions'].dim} dimensions, embodiment "
-                f"{self.embodiment.name!r} has {actions}; they belong to another robot"
+            raise PolicyError(
+                f"The statistics of actions have {norm_stats['actions'].dim} dimensions, embodiment "
+                f"{self.embodiment.name!r} has {actions}; they belong to another robot."
             )
         if self.transforms.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"the tokenizer {self._tokenizer_path} has {self.transforms.tokenizer.vocab_size} tokens, the model's "
-                f"embedding only {config.vocab_size}; it belongs to another model"
+            raise PolicyError(
+                f"The tokenizer {self._tokenizer_path} has {self.transforms.tokenizer.vocab_size} tokens, the model's "
+                f"embedding only {config.vocab_size}; it belongs to another model."
             )
 
     def infer(
@@ -166,7 +167,7 @@ class Policy:
             As `infer`.
         """
         if not observations:
-            raise ValueError("infer_batch got no observations; it needs at least one")
+            raise PolicyError("infer_batch got no observations; it needs at least one.")
         start = time.perf_counter()
         prefixes = prefixes or [None] * len(observations)
         asked = zip(observations, prefixes, strict=True)
@@ -241,9 +242,9 @@ class Policy:
         """Whether the policy was trained to go on from so many actions, and is to do so."""
         most = int(self._metadata.get(MAX_GIVEN, 0))
         if prefix.how == "trained" and prefix.delay > most:
-            raise ValueError(
-                f"the policy was trained to go on from at most {most} given actions, not {prefix.delay}; use guidance, "
-                "or train with a larger max_given"
+            raise PolicyError(
+                f"The policy was trained to go on from at most {most} given actions, not {prefix.delay}; use guidance, "
+                "or train with a larger max_given."
             )
         return prefix.how == "trained" or (prefix.how is None and 0 < prefix.delay <= most)
 
@@ -255,14 +256,14 @@ class Policy:
         array, config = np.asarray(noise), self.model.config
         found = f"got {array.dtype} {list(array.shape)}"
         if array.dtype.kind != "f":
-            raise ValueError(f"noise must be floating-point numbers, {found}")
+            raise PolicyError(f"Noise must be floating-point numbers, {found}.")
         # Where the horizon is unset, the noise decides it.
         horizon = config.action_horizon or (array.shape[-2] if array.ndim > 1 else "H")
         expected = (*batch, horizon, config.action_dim)
         if array.shape != expected or not array.size:
-            raise ValueError(f"noise must be [{', '.join(map(str, expected))}], {found}")
+            raise PolicyError(f"Noise must be [{', '.join(map(str, expected))}], {found}.")
         if not np.isfinite(array).all():
-            raise ValueError("there is NaN or infinity in the noise; it must be finite")
+            raise PolicyError("There is NaN or infinity in the noise; it must be finite.")
         return array.astype(np.float32)
 
     def example_observation(self) -> dict[str, Any]:
@@ -365,8 +366,8 @@ class Policy:
 def _tokenizer_file(path: pathlib.Path) -> pathlib.Path:
     file = folder.tokenizer_file(path) if path.is_dir() else path
     if file is None:
-        raise FileNotFoundError(
-            f"no tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file"
+        raise MissingFileError(
+            f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file."
         )
     return file
 
@@ -375,9 +376,9 @@ def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
     """The one length of state that this policy takes, of those that the embodiment allows."""
     fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
     if not fitting:
-        raise ValueError(
+        raise PolicyError(
             f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
-            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less"
+            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less."
         )
     return fitting[-1]
 
@@ -507,16 +508,16 @@ def read_parts(
     if embodiment is None and published_name(path) in EMBODIMENTS:
         embodiment = published_name(path)
     if embodiment is None and said is None:
-        raise ValueError(
+        raise PolicyError(
             f"{root} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, a JSON "
-            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)"
+            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)."
         )
     robot = said.embodiment if said and embodiment is None else get_embodiment(embodiment)
     if asset_id is not None and (said or norm_stats):
         has_other = "norm_stats= gives a file" if norm_stats else f"{root} has statistics of its own"
-        raise ValueError(
+        raise PolicyError(
             f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {has_other}; "
-            "leave it out"
+            "leave it out."
         )
     # What the checkpoint says, or what is known of openpi's.
     said = said or PolicyParts(robot, {}, {}, folder.tokenizer_file(root), provenance={"source": str(path)})
@@ -566,18 +567,14 @@ def _said(root: pathlib.Path) -> PolicyParts | None:
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device; by default CUDA where there is one, or else the CPU.
-
-    Raises:
-        ValueError: there is none of that name here.
-    """
+    """The device; by default CUDA where there is one, or else the CPU."""
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:  # torch does not know the name
-        raise ValueError(f"unknown device {device!r}; expected for example cpu or cuda") from error
+        raise PolicyError(f"Unknown device {device!r}; expected for example cpu or cuda.") from error
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"there is no device {found}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu"
+        raise PolicyError(
+            f"There is no device {found}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu."
         )
     return found
 
@@ -586,13 +583,13 @@ def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile) -> Embodiment:
     try:
         robot = Embodiment.from_dict(dict(own.embodiment))
     except ValueError as error:
-        raise ValueError(f"{root / 'policy.json'}: {error}") from error
+        raise PolicyError(f"{root / 'policy.json'}: {error}") from error
     # A file that a user writes may leave out what has a default; what a policy was trained with is stated.
     complete = robot.to_dict()
     if incomplete := [name for name in complete if not _states(own.embodiment.get(name, ...), complete[name])]:
-        raise ValueError(
+        raise PolicyError(
             f"{root / 'policy.json'}: embodiment: {', '.join(incomplete)} must be there with every field, as "
-            "Embodiment.to_dict writes them"
+            "Embodiment.to_dict writes them."
         )
     return robot
 
@@ -610,7 +607,7 @@ def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, 
     try:
         return {key: Normalization(**rule) for key, rule in own.normalization.items()}
     except ValueError as error:
-        raise ValueError(f"{root / 'policy.json'}: normalization: {error}") from error
+        raise PolicyError(f"{root / 'policy.json'}: normalization: {error}") from error
 
 
 def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
@@ -621,7 +618,7 @@ def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_
         return next(iter(files.values()))
     if asset_id is None:
         found = f"several: {', '.join(files)}; choose with asset_id=" if files else "none; pass norm_stats= with a path"
-        raise ValueError(f"which normalization statistics belong to {root}? In its assets there are {found}")
+        raise PolicyError(f"Which normalization statistics belong to {root}? In its assets there are {found}.")
     if asset_id not in files:
-        raise ValueError(f"{root} has no statistics for asset_id {asset_id!r}; it has {', '.join(files) or 'none'}")
+        raise PolicyError(f"{root} has no statistics for asset_id {asset_id!r}; it has {', '.join(files) or 'none'}.")
     return files[asset_id]

@@ -4,6 +4,8 @@ import zlib
 
 import numpy as np
 
+from torchpi.errors import UsageError
+
 
 def generator_at(seed: int, *position: int | str) -> np.random.Generator:
     """The generator of one place, for example `generator_at(seed, "noise", step, index)`.
@@ -11,11 +13,8 @@ def generator_at(seed: int, *position: int | str) -> np.random.Generator:
     Args:
         seed: of the whole run, not negative.
         position: where: what is drawn, and the counters that say for which sample. Positions must not be negative.
-
-    Raises:
-        ValueError: a negative number.
     """
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in (seed, *position)]
     if any(word < 0 for word in words):
-        raise ValueError(f"seed and position must not be negative, got {(seed, *position)}")
+        raise UsageError(f"seed and position must not be negative, got {(seed, *position)}.")
     return np.random.default_rng(words)

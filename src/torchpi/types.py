@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from torchpi.errors import ObservationError, UnknownKeyError
+
 
 class ActionChunk(TypedDict):
     """What `Policy.infer` returns."""
@@ -43,17 +45,13 @@ class ActionPrefix:
     guided towards all of them; None: trained where the policy was for such a delay, or else guidance."""
 
     def steps_executed(self, horizon: int) -> int:
-        """s, for chunks of H actions.
-
-        Raises:
-            ValueError: s or d is no number of steps that can be, or d > H − s: the rest ends before the chunk arrives.
-        """
+        """s, for chunks of H actions."""
         executed = max(horizon - len(self.actions), 0) if self.execution_horizon is None else self.execution_horizon
         if not 0 <= executed <= horizon or not 0 <= self.delay <= horizon - executed:
-            raise ValueError(
-                f"real-time chunking needs 0 ≤ delay ≤ H − execution_horizon, got delay {self.delay}, "
+            raise ObservationError(
+                f"Real-time chunking needs 0 ≤ delay ≤ H − execution_horizon, got delay {self.delay}, "
                 f"execution_horizon {executed} and H {horizon}: the chunk that is being executed ends before the new "
-                "one arrives. Ask sooner, or without a prefix"
+                "one arrives. Ask sooner, or without a prefix."
             )
         return executed
 
@@ -88,25 +86,29 @@ class Observation:
         """
         for key in ("image", "state", "tokenized_prompt", "tokenized_prompt_mask"):
             if key not in data:
-                raise KeyError(f"observation has no {key!r}; it has {sorted(data)}")
+                raise UnknownKeyError(f"observation has no {key!r}; it has {sorted(data)}.")
         images, masks = _cameras(data["image"], "image"), _cameras(data.get("image_mask", {}), "image_mask")
         if not images:
-            raise ValueError("observation['image'] is empty; at least one camera is needed")
+            raise ObservationError("observation['image'] is empty; at least one camera is needed.")
         if set(masks) - set(images):
-            raise KeyError(f"image_mask names cameras without an image: {sorted(set(masks) - set(images))}")
+            raise UnknownKeyError(f"image_mask names cameras without an image: {sorted(set(masks) - set(images))}.")
         state = _tensor(data["state"], "state", 2)
         batch = state.shape[0]
         tokens = _tensor(data["tokenized_prompt"], "tokenized_prompt", 2)
         if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype is torch.bool:
-            raise ValueError(f"tokenized_prompt must hold integer token ids, got {tokens.dtype}")
+            raise ObservationError(f"tokenized_prompt must hold integer token ids, got {tokens.dtype}.")
         token_mask = _mask(data["tokenized_prompt_mask"], "tokenized_prompt_mask", tokens.shape)
         if tokens.shape[0] != batch:
-            raise ValueError(f"state has batch size {batch}, tokenized_prompt {tokens.shape[0]}; they must agree")
+            raise ObservationError(
+                f"state has batch size {batch}, tokenized_prompt {tokens.shape[0]}; they must agree."
+            )
         present = torch.ones(batch, dtype=torch.bool, device=state.device)
         images = {name: _image(image, name, batch) for name, image in images.items()}
         sizes = {name: list(image.shape[1:3]) for name, image in images.items()}
         if len({tuple(size) for size in sizes.values()}) > 1:
-            raise ValueError(f"all images must have one size, got {sizes}; resize_with_pad brings them to the model's")
+            raise ObservationError(
+                f"All images must have one size, got {sizes}; resize_with_pad brings them to the model's."
+            )
         return cls(
             images=images,
             image_masks={name: _mask(masks.get(name, present), f"image_mask[{name!r}]", (batch,)) for name in images},
@@ -133,34 +135,38 @@ class Observation:
 
 def _cameras(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"observation[{name!r}] must map cameras to tensors, got {type(value).__name__}")
+        raise ObservationError(f"observation[{name!r}] must map cameras to tensors, got {type(value).__name__}.")
     return dict(value)
 
 
 def _tensor(value: Any, name: str, ndim: int) -> Tensor:
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} must be a torch tensor, got {type(value).__name__}; torch.from_numpy makes one")
+        raise ObservationError(
+            f"{name} must be a torch tensor, got {type(value).__name__}; torch.from_numpy makes one."
+        )
     if value.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimensions with the batch first, got shape {list(value.shape)}")
+        raise ObservationError(
+            f"{name} must have {ndim} dimensions with the batch first, got shape {list(value.shape)}."
+        )
     return value
 
 
 def _mask(value: Any, name: str, shape: tuple[int, ...]) -> Tensor:
     mask = _tensor(value, name, len(shape))
     if mask.dtype is not torch.bool or mask.shape != shape:
-        raise ValueError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+        raise ObservationError(f"{name} must be bool {list(shape)}, got {mask.dtype} {list(mask.shape)}.")
     return mask
 
 
 def _image(value: Any, camera: str, batch: int) -> Tensor:
     image = _tensor(value, f"image[{camera!r}]", 4)
     if image.shape[0] != batch or image.shape[-1] != 3:
-        raise ValueError(
+        raise ObservationError(
             f"image[{camera!r}] must be [{batch}, h, w, 3] (channels last), got {list(image.shape)}; "
-            "images with channels first: use .permute(0, 2, 3, 1)"
+            "images with channels first: use .permute(0, 2, 3, 1)."
         )
     if image.dtype is torch.uint8:
         return image.to(torch.float32) / 255.0 * 2.0 - 1.0
     if image.dtype is torch.float32:
         return image
-    raise ValueError(f"image[{camera!r}] must be uint8, or float32 in [-1, 1], got {image.dtype}")
+    raise ObservationError(f"image[{camera!r}] must be uint8, or float32 in [-1, 1], got {image.dtype}.")

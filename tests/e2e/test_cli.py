@@ -235,11 +235,11 @@ def test_noise_that_is_no_array_is_an_error(arguments, tmp_path, capsys, write):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--inputs", "nowhere.npz"], "there is no file nowhere.npz"),
-        (["--noise", "nowhere.npy"], "there is no file nowhere.npy"),
-        (["--policy", "nowhere"], "there is no checkpoint at nowhere"),
-        (["--policy", "hf://pi05"], "malformed address 'hf://pi05'"),
-        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--inputs", "nowhere.npz"], "There is no file nowhere.npz"),
+        (["--noise", "nowhere.npy"], "There is no file nowhere.npy"),
+        (["--policy", "nowhere"], "There is no checkpoint at nowhere"),
+        (["--policy", "hf://pi05"], "Malformed address 'hf://pi05'"),
+        (["--device", "gpu"], "Unknown device 'gpu'"),
         (["--num-steps", "0"], "num_steps must be a positive integer, got 0"),
         (["--policy", "demo", "--embodiment", "aloha"], "embodiment 'aloha' has a state of 14 dimensions"),
     ],

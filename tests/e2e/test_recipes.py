@@ -95,7 +95,7 @@ def test_what_the_docstring_tells_to_type_is_understood(name, monkeypatch):
     options = " ".join(re.findall(r"^ {4}(--.+)$", text, re.MULTILINE))
     assert lines
     for line in (*lines, f"{lines[0]} {options}"):
-        with pytest.raises(SystemExit, match="1"):  # 2: it is not understood
+        with pytest.raises(SystemExit, match="1"):  # 2: It is not understood
             main(["train", *line.split()], recipe_of(name))
     assert [config.dataset for config in begun] == ["DATASET"] * (len(lines) + 1)
     assert bool(options) == (begun[0] != begun[-1])

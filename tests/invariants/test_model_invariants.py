@@ -144,7 +144,7 @@ def test_num_steps_must_be_a_positive_integer(golden, model, num_steps):
 
 
 def test_a_horizon_that_is_not_the_models_is_an_error(golden, model):
-    with pytest.raises(ValueError, match="noise must be"):
+    with pytest.raises(ValueError, match="Noise must be"):
         model.sample_actions(golden.observation(), noise=golden.inputs["noise"][:, 1:])
 
 

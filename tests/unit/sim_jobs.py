@@ -43,7 +43,7 @@ class Work:
 
 
 def no_work():
-    raise FileNotFoundError("there is no policy")
+    raise FileNotFoundError("There is no policy")
 
 
 @contextlib.contextmanager

@@ -123,8 +123,8 @@ def test_a_policy_that_was_trained_to_go_on_is_asked_to(policy):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"modes": ["fast"]}, "there is no mode fast; there are sync, async"),
-        ({"delays": [-1]}, "expected delays of 0 or more"),
+        ({"modes": ["fast"]}, "There is no mode fast; there are sync, async"),
+        ({"delays": [-1]}, "Expected delays of 0 or more"),
         ({"delays": []}, "got none"),
         ({"episodes": 0}, "at least one episode"),
         ({"workers": 2}, "can't be shared"),
@@ -148,4 +148,4 @@ def test_the_command_prints_one_document_and_draws(corridor, tmp_path, capsys): 
     assert "rtc" in printed.err
     with pytest.raises(SystemExit):
         main(["bench", "control", "--delays", "0,soon"])
-    assert "expected whole numbers separated by commas, got '0,soon'" in capsys.readouterr().err
+    assert "Expected whole numbers separated by commas, got '0,soon'" in capsys.readouterr().err

@@ -292,7 +292,7 @@ def rewrite(root, change):
         (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.float16)}), "has dtype F16; float32 and bfloat16"),  # noqa: E501
         (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.int8)}), "has dtype I8"),
         (lambda a: a.update({"model.extra": torch.zeros(32)}), "some arrays have the prefix 'model.'"),
-        (lambda a: a.pop(TIED_EMBEDDING), "there is no array .*embed_tokens"),
+        (lambda a: a.pop(TIED_EMBEDDING), "There is no array .*embed_tokens"),
     ],
 )  # fmt: skip
 def test_wrong_arrays_are_named(port, golden_pi05, change, message):

@@ -265,7 +265,7 @@ def test_nesting_is_limited():
 
 @pytest.fixture(autouse=True)
 def proxy_of_the_environment(monkeypatch):
-    """Nothing of what follows goes through it: the server is beside the robot."""
+    """Nothing of what follows goes through it: The server is beside the robot."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "socks_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -829,7 +829,7 @@ def test_jpeg_says_what_it_costs():
 @pytest.mark.parametrize(
     ("observation", "message"),
     [
-        ({"top": np.zeros((8, 8, 3), np.float32)}, r"top as JPEG: it is float32 \[8, 8, 3\]; expected uint8"),
+        ({"top": np.zeros((8, 8, 3), np.float32)}, r"top as JPEG: It is float32 \[8, 8, 3\]; expected uint8"),
         ({"top": np.zeros((8, 8, 4), np.uint8)}, r"uint8 \[8, 8, 4\]"),
         ({"state": np.zeros(3)}, "no image to send as JPEG"),
     ],
@@ -933,7 +933,7 @@ def test_a_server_that_rejects():
     with running(echo, process_request=forbid) as url:
         with pytest.raises(ConnectionError, match=r"HTTP 401: who are you\?; pass its token as api_key"):
             WebsocketPolicy(url)
-        answers = [(404, "there is no policy at /arm; this server has /default\n")]
+        answers = [(404, "There is no policy at /arm; this server has /default\n")]
         with pytest.raises(ConnectionError, match=r"HTTP 404: .* has /default; what follows the port in the URL names"):
             WebsocketPolicy(url)
 

@@ -219,7 +219,7 @@ def test_a_policy_that_cannot_read_the_observation_is_named(make_policy):
     assert "B could not go on" in comparison.stopped[0]
     assert comparison.first_difference == "cameras"
     assert stage(comparison, "cameras").message == "only A has it"
-    with pytest.raises(ValueError, match=r"neither policy can read the observation\. A: .*front.*B: .*front"):
+    with pytest.raises(ValueError, match=r"Neither policy can read the observation\. A: .*front.*B: .*front"):
         compare(make_policy(), make_policy(), {"state": np.zeros(2), "prompt": "go"})
 
 
@@ -289,5 +289,5 @@ def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, 
 def test_what_is_not_there_is_an_error(files):
     with pytest.raises(FileNotFoundError):
         run_compare(files["a"], files["b"] + "x", observation=files["observation"])
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
         run_compare(files["a"], files["b"], observation=files["observation"].with_name("none.npz"))

@@ -55,7 +55,7 @@ def test_presets_have_what_the_published_weights_do_not_say(name, horizon, pi05,
 
 
 def test_an_unknown_preset_lists_the_presets():
-    with pytest.raises(ValueError, match=r"unknown preset 'pi06'.*pi0, pi05, tiny.*pi05_libero"):
+    with pytest.raises(ValueError, match=r"Unknown preset 'pi06'.*pi0, pi05, tiny.*pi05_libero"):
         preset("pi06")
 
 

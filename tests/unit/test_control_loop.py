@@ -326,7 +326,7 @@ def test_the_log_says_why_the_robot_stands_still(caplog):
     assert [record.message for record in caplog.records] == [
         "no answer in 1 s; asking again",
         "no chunk for 1 s: the robot is held until one comes",
-        "the policy answers again, after 3 requests without an answer",
+        "The policy answers again, after 3 requests without an answer",
         f"the robot goes on, after {report.holds / HZ:.1f} s",
     ]
 
@@ -339,7 +339,7 @@ def test_the_log_counts_each_time_without_answers_and_a_policy_that_is_gone_does
         return failures.get(number, ConnectionError("away") if number == 7 else np.zeros((8, 1)))
 
     _, report = controlled(ScriptedPolicy(chunks, execute_steps=4), mode="async", latencies=(0.0, 0.0, 0.1), steps=60)
-    assert report.stopped == "the policy is gone: away"
+    assert report.stopped == "The policy is gone: away"
     assert [re.sub("[^0-9]", "", record.message) for record in caplog.records if "answers again" in record.message] == [
         "1",
         "2",
@@ -435,7 +435,7 @@ def test_a_lost_connection_ends_the_run_with_the_robot_at_rest():
         lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_kinds=["increment"]
     )
     robot, report = controlled(policy, latencies=(0.0, 0.1), steps=20)
-    assert report.stopped == "the policy is gone: gone"
+    assert report.stopped == "The policy is gone: gone"
     assert robot.positions[-1] == 0
 
 
@@ -711,7 +711,7 @@ def test_at_another_rate_rtc_sends_what_is_left_in_steps_of_the_policy():
     # Chunk 1 came after five commands, within its action 2; the next is asked for where its action 4 begins.
     assert robot.positions[7:16] == [3.5, 4, 4.5, 5, 5.5, 6, 102.5, 103, 103.5]
     assert third["action_prefix"].tolist() == [[104], [105], [106], [107]]
-    # Slower than the policy: what is left is what will be executed, in the policy's shorter steps.
+    # Slower than the policy: What is left is what will be executed, in the policy's shorter steps.
     policy = rtc_policy(execute_steps=4)
     controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.05), steps=5, control_hz=5.0, resample="interpolate")
     second = policy.requests[3][RTC]
@@ -782,9 +782,9 @@ def test_settings_that_cannot_be(settings, message):
 @pytest.mark.parametrize(
     ("said", "message"),
     [
-        ({"control_hz": 0}, "the server's control_hz is 0; expected a positive number"),
-        ({"control_hz": "50"}, "the server's control_hz is '50'"),
-        ({"execute_steps": 2.5}, "the server's execute_steps is 2.5; expected a positive whole number"),
+        ({"control_hz": 0}, "The server's control_hz is 0; expected a positive number"),
+        ({"control_hz": "50"}, "The server's control_hz is '50'"),
+        ({"execute_steps": 2.5}, "The server's execute_steps is 2.5; expected a positive whole number"),
     ],
 )
 def test_what_a_server_cannot_mean(said, message):

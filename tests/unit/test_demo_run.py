@@ -182,7 +182,7 @@ def test_a_browser_shows_the_page(policy, tmp_path, width):
         (["--tasks", "fly"], "metaworld has no task 'fly'"),
         (
             ["--tasks", "faucet-open,door-open", "--instruction", "go"],
-            "one instruction is for one task, got faucet-open,",
+            "One instruction is for one task, got faucet-open,",
         ),
         (["--out", "FILE"], "is a file; the demo writes a folder, choose another one with --out"),
     ],

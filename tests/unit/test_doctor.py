@@ -197,7 +197,7 @@ def test_cameras_that_are_not_told_apart_are_named(ill):
     ill.model.vision.register_forward_hook(lambda module, args, out: out.mean(0, keepdim=True).expand_as(out))
     diagnosis = diagnose(ill, demo_observation(), **QUICK)
     assert findings(diagnosis, "warning", "cameras")[0].startswith(
-        f"the policy does not tell the cameras {BASE} and {WRIST} apart"
+        f"The policy does not tell the cameras {BASE} and {WRIST} apart"
     )
     assert diagnosis.status == 0
 
@@ -213,7 +213,7 @@ def test_a_deaf_policy_is_named(ill):
     assert message.startswith("ignores the instruction: the chunk moves by 0.00 of its spread when it is replaced by ")
     ill.provenance["dataset"] = {"tasks": {"drawer-open": "open the drawer"}}
     diagnosis = diagnose(ill, demo_observation(), **QUICK)
-    assert "one instruction only" in findings(diagnosis, "warning")[0]
+    assert "One instruction only" in findings(diagnosis, "warning")[0]
     assert diagnosis.status == 0
 
 
@@ -241,16 +241,16 @@ def test_what_cannot_be_tried_is_said(make_policy):
     observation = request(policy, front=black, wrist=black)
     diagnosis = diagnose(policy, observation, **QUICK)
     assert {entry.input: entry.untried for entry in diagnosis.observation.sensitivity if entry.moves is None} == {
-        f"camera {BASE}": "it is black already",
-        f"camera {WRIST}": "it is black already",
+        f"camera {BASE}": "It is black already",
+        f"camera {WRIST}": "It is black already",
         f"cameras {BASE} and {WRIST}": "both images are the same",
-        "state": "the policy is made without it",
+        "state": "The policy is made without it",
     }
     assert "every pixel of the image is 0" in findings(diagnosis, "warning", f"camera {BASE}")[0]
     policy = make_policy()
     at_mean = request(policy, state=policy.transforms.norm_stats["state"].mean[:2])
     (state,) = [e for e in diagnose(policy, at_mean, **QUICK).observation.sensitivity if e.input == "state"]
-    assert state.untried == "it is near its mean already"
+    assert state.untried == "It is near its mean already"
 
 
 def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
@@ -443,7 +443,7 @@ def test_targets_far_from_where_the_robot_has_been_are_warned_of(make_policy, ki
 def test_statistics_of_another_width_are_warned_of(make_policy):
     policy = make_policy(small_config(action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)})
     (message,) = findings(diagnose(policy), "warning", "statistics of state")
-    assert message.startswith("they are narrower than the robot: the policy takes 7 of its 8 dimensions")
+    assert message.startswith("they are narrower than the robot: The policy takes 7 of its 8 dimensions")
     policy = make_policy(norm_stats={"state": stats(2), "actions": stats(3)})
     (message,) = findings(diagnose(policy), "warning")
     assert "they vary beyond the 2 dimensions of two_joints" in message
@@ -637,7 +637,7 @@ def test_a_policy_that_says_little_is_printed_too(capsys, tmp_path, make_policy)
 
 
 def test_what_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no file"):
+    with pytest.raises(FileNotFoundError, match="There is no file"):
         run_doctor("demo", observation=tmp_path / "none.npz")
     with pytest.raises(FileNotFoundError):
         run_doctor(str(tmp_path / "none"))

@@ -60,7 +60,7 @@ class Server:
         self.headers = []
         self.status = {}  # of all requests whose path contains the key
         self.drops = collections.defaultdict(list)  # file: after how many bytes each connection breaks
-        self.sends = {}  # file: what is sent instead, with a fitting Content-Length
+        self.sends = {}  # file: What is sent instead, with a fitting Content-Length
         self.lists = {}  # file: what the list says of it instead
         server = self
 
@@ -646,7 +646,7 @@ def test_pickles_and_train_states_do_not_come_even_when_asked_for(bucket, reposi
 
 def test_another_refusal_is_an_error_of_its_own(server, waits):
     server.status = {"/b/bucket": 400, "/api/models": 400}
-    with pytest.raises(ValueError, match="the server refuses the request"):
+    with pytest.raises(ValueError, match="The server refuses the request"):
         fetch(server.address, sleep=waits.append)
     assert waits == []
 
@@ -663,7 +663,7 @@ def test_another_refusal_is_an_error_of_its_own(server, waits):
     ],
 )  # fmt: skip
 def test_malformed_addresses(address):
-    with pytest.raises(ValueError, match=r"malformed address '.*'; expected gs://bucket/path or hf://org/name"):
+    with pytest.raises(ValueError, match=r"Malformed address '.*'; expected gs://bucket/path or hf://org/name"):
         fetch(address)
 
 
@@ -815,7 +815,7 @@ def test_what_a_data_set_does_not_have(datasets, waits):
 
 @pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@"])
 def test_malformed_addresses_of_data_sets(address):
-    with pytest.raises(ValueError, match=r"malformed address .* of a data set; expected hf://org/name\[@revision\]"):
+    with pytest.raises(ValueError, match=r"Malformed address .* of a data set; expected hf://org/name\[@revision\]"):
         LeRobotDataset(address, action_horizon=1)
 
 

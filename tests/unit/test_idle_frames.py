@@ -81,7 +81,7 @@ def test_episodes_are_apart_and_their_ends_count():
 
 @pytest.mark.parametrize("arguments", [{"threshold": -0.1}, {"seconds": 0.0}])
 def test_what_cannot_be(arguments):
-    with pytest.raises(ValueError, match="expected threshold ≥ 0 and seconds > 0"):
+    with pytest.raises(ValueError, match="Expected threshold ≥ 0 and seconds > 0"):
         idle_frames(frames(np.zeros(3), np.zeros(3)), **arguments)
 
 

@@ -170,7 +170,7 @@ def test_pickling(name, golden_sets):
     assert all(np.array_equal(copy[5][key], value) for key, value in item.items())
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
+@pytest.mark.skipif(sys.platform == "win32", reason="There is no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_forked_process(golden_sets):
     """Its files' positions are shared with the parent, but not what has been read of them."""
@@ -194,7 +194,7 @@ def test_frames_in_order_are_decoded_without_seeking(golden_sets, monkeypatch):
     monkeypatch.setattr(reader_class, "_seek", lambda self, seconds: (seeks.append(seconds), seek(self, seconds)))
     for i in range(len(dataset)):
         dataset[i]
-    assert len(seeks) <= 2 * 2  # per camera: the first frame, and once until the distance of keyframes is known
+    assert len(seeks) <= 2 * 2  # per camera: The first frame, and once until the distance of keyframes is known
 
 
 def test_keyframes_that_are_far_apart(tmp_path):

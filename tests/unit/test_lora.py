@@ -296,7 +296,7 @@ def test_only_a_lora_checkpoint_has_lora_to_keep(golden_pi05):
         torchpi.load_model(golden_pi05.checkpoint, lora="keep")
     with pytest.raises(ValueError, match='lora="keep" belongs to a JAX checkpoint'):
         torchpi.load_model("demo", lora="keep")
-    with pytest.raises(ValueError, match="the model has no LoRA"):
+    with pytest.raises(ValueError, match="The model has no LoRA"):
         write_lora_params(golden_pi05.root, plain_model())
 
 
@@ -368,8 +368,8 @@ def test_what_cannot_be_saved_is_an_error(tmp_path):
         ({"format_version": 2}, "format_version is 2"),
         ({"lora": None}, "lora must be an object"),
         ({"lora": {"backbone_rank": 2}}, "lora has no backbone_alpha"),
-        ({"trained": "vision"}, "trained must be a list"),
-        ({"trained": ["nothing.weight"]}, "trained names what the model does not have: nothing.weight"),
+        ({"trained": "vision"}, "Trained must be a list"),
+        ({"trained": ["nothing.weight"]}, "Trained names what the model does not have: nothing.weight"),
         ({"base": {"address": 3}}, "base must be an object of texts"),
         ({"base": {"address": "x", "dtype": "int8"}}, "base.dtype must be float32 or bfloat16"),
         ({"base": {"path": "x"}}, "base has no address, dtype and unknown fields path"),
@@ -409,7 +409,7 @@ def test_an_adapter_that_does_not_fit_or_is_damaged_leaves_the_model_as_it_is(sa
     with pytest.raises(ValueError, match=r"misshapen: .*vision.head.weight is \[16, 16\], expected \[32, 16\]"):
         load_adapter(path, wider)
     assert lora_config(wider) is None
-    with pytest.raises(ValueError, match="the model has LoraConfig"):
+    with pytest.raises(ValueError, match="The model has LoraConfig"):
         load_adapter(path, other)
     assert_same(state(other), before)
     weights = path / "adapter.safetensors"

@@ -1,4 +1,4 @@
-"""openpi's JAX checkpoints: what is in them, at any size, and every way in which they can be broken."""
+"""openpi's JAX checkpoints: What is in them, at any size, and every way in which they can be broken."""
 
 import dataclasses
 import json

@@ -296,12 +296,12 @@ def test_a_state_that_is_longer_than_the_statistics_is_an_error(make_policy):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (np.zeros((HORIZON + 1, ACTION_DIM)), r"noise must be \[4, 16\], got float64 \[5, 16\]"),
-        (np.zeros((HORIZON, 2), np.float32), r"noise must be \[4, 16\], got float32 \[4, 2\]"),
-        (np.zeros((1, HORIZON, ACTION_DIM)), r"noise must be \[4, 16\], got float64 \[1, 4, 16\]"),
-        (np.zeros(ACTION_DIM), r"noise must be \[4, 16\], got float64 \[16\]"),
-        (np.zeros((HORIZON, ACTION_DIM), np.int64), r"noise must be floating-point numbers, got int64 \[4, 16\]"),
-        (np.full((HORIZON, ACTION_DIM), "x"), r"noise must be floating-point numbers, got <U1 \[4, 16\]"),
+        (np.zeros((HORIZON + 1, ACTION_DIM)), r"Noise must be \[4, 16\], got float64 \[5, 16\]"),
+        (np.zeros((HORIZON, 2), np.float32), r"Noise must be \[4, 16\], got float32 \[4, 2\]"),
+        (np.zeros((1, HORIZON, ACTION_DIM)), r"Noise must be \[4, 16\], got float64 \[1, 4, 16\]"),
+        (np.zeros(ACTION_DIM), r"Noise must be \[4, 16\], got float64 \[16\]"),
+        (np.zeros((HORIZON, ACTION_DIM), np.int64), r"Noise must be floating-point numbers, got int64 \[4, 16\]"),
+        (np.full((HORIZON, ACTION_DIM), "x"), r"Noise must be floating-point numbers, got <U1 \[4, 16\]"),
         (np.full((HORIZON, ACTION_DIM), np.nan), "NaN or infinity in the noise"),
         (np.full((HORIZON, ACTION_DIM), np.inf), "NaN or infinity in the noise"),
     ],
@@ -314,7 +314,7 @@ def test_wrong_noise_is_an_error_that_says_what_was_expected(make_policy, wrong,
 
 def test_noise_of_another_batch_size_is_an_error(make_policy):
     policy = make_policy()
-    with pytest.raises(ValueError, match=r"noise must be \[2, 4, 16\], got float32 \[3, 4, 16\]"):
+    with pytest.raises(ValueError, match=r"Noise must be \[2, 4, 16\], got float32 \[3, 4, 16\]"):
         policy.infer_batch([policy.example_observation()] * 2, noise=noise(batch=(3,)))
 
 
@@ -341,7 +341,7 @@ def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_poli
     with pytest.raises(ValueError, match=r"action_horizon is not set.*config=.*pi05_libero"):
         policy.infer(observation)
     for wrong in (np.zeros((0, ACTION_DIM)), np.zeros(ACTION_DIM)):
-        with pytest.raises(ValueError, match="noise must be"):
+        with pytest.raises(ValueError, match="Noise must be"):
             infer(policy, observation, noise=wrong)
 
 
@@ -350,7 +350,7 @@ def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_poli
 
 @pytest.mark.parametrize("pi05", [True, False])
 def test_a_state_that_is_wider_than_the_model_is_an_error(make_policy, pi05):
-    with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*the model's action_dim is 7"):
+    with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*The model's action_dim is 7"):
         make_policy(small_config(pi05, action_dim=7), "droid")
 
 
@@ -446,7 +446,7 @@ def test_of_several_statistics_the_chosen_or_the_robots_are_taken(checkpoint, to
 
 
 def test_a_checkpoint_without_statistics_is_an_error_that_names_the_argument(checkpoint, tokenizer):
-    with pytest.raises(ValueError, match=r"which normalization statistics belong to .*none; pass norm_stats="):
+    with pytest.raises(ValueError, match=r"Which normalization statistics belong to .*none; pass norm_stats="):
         load(checkpoint, tokenizer)
 
 
@@ -494,7 +494,7 @@ def test_device_and_dtype_are_those_of_the_model(checkpoint, tokenizer):
 
 @pytest.mark.parametrize(
     ("device", "message"),
-    [("gpu", "unknown device 'gpu'; expected for example cpu or cuda"), ("cuda:99", "there is no device cuda:99")],
+    [("gpu", "Unknown device 'gpu'; expected for example cpu or cuda"), ("cuda:99", "There is no device cuda:99")],
 )
 def test_a_device_that_is_not_there_is_an_error(device, message):
     with pytest.raises(ValueError, match=message):

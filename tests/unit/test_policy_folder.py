@@ -1,4 +1,4 @@
-"""A policy folder: what is saved is loaded bit for bit, and every way in which it can be broken has its message."""
+"""A policy folder: What is saved is loaded bit for bit, and every way in which it can be broken has its message."""
 
 import contextlib
 import json

@@ -77,7 +77,7 @@ def test_the_path_chooses_the_policy():
         assert names == ["a", "a", "b", "b"]
         with pytest.raises(InvalidStatus, match="404"):
             Client(url + "/p2", stack)
-        assert http(url, "/p2") == (404, "there is no policy at /p2; this server has /p0, /p1\n")
+        assert http(url, "/p2") == (404, "There is no policy at /p2; this server has /p0, /p1\n")
 
 
 def test_noise_and_steps_may_come_with_the_request():
@@ -161,18 +161,18 @@ def test_pings_and_other_clients_are_answered_during_inference():
 
 def test_a_policy_that_cannot_be_loaded_ends_the_server():
     def fails():
-        raise ValueError("there is nothing")
+        raise ValueError("There is nothing")
 
-    with pytest.raises(ValueError, match="there is nothing"), running_server({"p": fails}, ServeSettings(port=0)):
+    with pytest.raises(ValueError, match="There is nothing"), running_server({"p": fails}, ServeSettings(port=0)):
         pass
 
 
 def test_of_several_policies_the_one_that_cannot_be_loaded_is_named():
     def fails():
-        raise ValueError("there is nothing")
+        raise ValueError("There is nothing")
 
     load = {"arm": FakePolicy, "hand": fails}
-    with pytest.raises(ValueError, match="there is nothing") as caught, running_server(load, ServeSettings(port=0)):
+    with pytest.raises(ValueError, match="There is nothing") as caught, running_server(load, ServeSettings(port=0)):
         pass
     assert caught.value.__notes__ == ["(policy hand)"]
 
@@ -308,7 +308,7 @@ def test_the_client_hears_of_its_deadline_before_it_gives_the_connection_up():
         policy.hold()
         first.send(observation())
         policy.wait_until_begun()
-        with pytest.raises(ServerError, match="the model was busy") as caught:
+        with pytest.raises(ServerError, match="The model was busy") as caught:
             late.infer(observation(), timeout=2.0)
         assert caught.value.code == "deadline_exceeded"
         policy.release()
@@ -360,7 +360,7 @@ def test_the_first_refused_connection_of_a_kind_is_in_the_log_and_those_right_af
         assert re.fullmatch(r"refused 127\.0\.0\.1:\d+: a valid token is needed; in a browser: .*", line)
         assert metric(url, 'torchpi_refused_connections_total{reason="token"}', "Bearer s3cret") == 3
         assert http(url, "/nothing", "Bearer s3cret")[0] == 404
-        assert "there is no policy at /nothing" in refusals(caplog)[1]
+        assert "There is no policy at /nothing" in refusals(caplog)[1]
 
 
 def test_a_path_of_a_refused_connection_cannot_control_the_terminal_that_shows_the_log(caplog):
@@ -370,7 +370,7 @@ def test_a_path_of_a_refused_connection_cannot_control_the_terminal_that_shows_t
             raw.sendall(b"GET /\x1b[2J" + b"x" * 5000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
             assert raw.makefile("rb").readline() == b"HTTP/1.1 404 Not Found\r\n"
         [line] = refusals(caplog)
-        assert r"there is no policy at /\x1b[2Jxxx" in line
+        assert r"There is no policy at /\x1b[2Jxxx" in line
         assert len(line) < 600
 
 
@@ -452,7 +452,7 @@ def nested(depth):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ([observation()], "a request is a map"),
+        ([observation()], "A request is a map"),
         (nested(MAX_DEPTH + 1), "nested more than"),
         ({b"x": 2}, "the key b.x.; expected text"),
         ({"prompt": "x" * (MAX_TEXT + 1)}, "prompt is a text of"),
@@ -760,15 +760,15 @@ def test_policies_by_name():
 @pytest.mark.parametrize(
     ("policy", "named", "message"),
     [
-        ("nowhere", ["arm=demo"], "^there is no checkpoint at nowhere$"),
-        ("demo", ["arm=hf://nobody/nothing", "hand=nowhere"], "^--policies hand: there is no checkpoint at nowhere$"),
-        (None, ["default=nowhere"], "^--policies default: there is no checkpoint at nowhere$"),
+        ("nowhere", ["arm=demo"], "^There is no checkpoint at nowhere$"),
+        ("demo", ["arm=hf://nobody/nothing", "hand=nowhere"], "^--policies hand: There is no checkpoint at nowhere$"),
+        (None, ["default=nowhere"], "^--policies default: There is no checkpoint at nowhere$"),
     ],
 )
 def test_a_checkpoint_that_does_not_exist_is_found_before_anything_is_loaded(
     policy, named, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("a policy was loaded"))
+    monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("A policy was loaded"))
     with pytest.raises(FileNotFoundError, match=message):
         run_serve(policy, named, ServeSettings(port=0), record=None, load={}, device=None)

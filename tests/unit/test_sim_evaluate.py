@@ -206,10 +206,10 @@ def robot(**changes):
                 state=metaworld().state_names,
                 actions=["x", "y", "z", "g"],
             ),
-            "'three_eyes' and the environment's 'metaworld' do not fit: the policy requires the cameras base, left, "
+            "'three_eyes' and the environment's 'metaworld' do not fit: The policy requires the cameras base, left, "
             "wrist, the environment has base, wrist",
         ),
-        (robot(state=metaworld().state[:0] + get_embodiment("libero").state), "the policy reads a state of"),
+        (robot(state=metaworld().state[:0] + get_embodiment("libero").state), "The policy reads a state of"),
         (
             robot(actions=metaworld().actions[:3]),
             r"actions have 3 dimensions \(delta_x, delta_y, delta_z\), the environment takes 4 \(delta_x",
@@ -219,7 +219,7 @@ def robot(**changes):
             robot(cameras=tuple(dataclasses.replace(camera, layout="chw") for camera in metaworld().cameras)),
             "reads camera base as chw, the environment sends hwc",
         ),
-        (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
+        (aloha(), "The policy requires the cameras images.cam_high, the environment has base, wrist"),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_both_sides(embodiment, message):
@@ -245,7 +245,7 @@ def test_a_policy_of_another_robot_does_not_run(corridor):  # noqa: F811
 
 
 def test_without_a_horizon_there_is_no_evaluation(corridor):  # noqa: F811
-    with pytest.raises(ValueError, match="the model's action_horizon is not set"):
+    with pytest.raises(ValueError, match="The model's action_horizon is not set"):
         quiet(random_policy(action_horizon=None))
 
 
@@ -253,7 +253,7 @@ def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa
     with pytest.raises(ValueError, match="execute_steps is 17, but its chunk has only 16 actions"):
         quiet(policy, rollout=Rollout(17))
     short = random_policy(action_horizon=3)
-    with pytest.raises(ValueError, match="the policy recommends to execute 4, but its chunk has only 3 actions"):
+    with pytest.raises(ValueError, match="The policy recommends to execute 4, but its chunk has only 3 actions"):
         quiet(short)
     assert quiet(short, episodes=1, rollout=Rollout(3, num_steps=1)).execute_steps == 3
 
@@ -281,13 +281,13 @@ def test_a_wrong_argument_is_an_error(corridor, policy, options, error, message)
 
 
 def test_an_unknown_environment_is_an_error(policy):
-    with pytest.raises(KeyError, match="there is no environment 'libero'; there are metaworld, aloha_sim"):
+    with pytest.raises(KeyError, match="There is no environment 'libero'; there are metaworld, aloha_sim"):
         quiet(policy, "libero")
 
 
 @pytest.mark.parametrize("pair", ["short", "short:", ":long", "short:long:short"])
 def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
-    with pytest.raises(ValueError, match="a swap is two tasks with ':' between them"):
+    with pytest.raises(ValueError, match="A swap is two tasks with ':' between them"):
         swapped_instructions("corridor", [pair])
     with pytest.raises(KeyError, match="corridor has no task 'fly'"):
         swapped_instructions("corridor", ["short:fly"])
@@ -295,7 +295,7 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
 
 def test_a_failing_episode_is_named(corridor):  # noqa: F811
     nan = types.SimpleNamespace(infer=lambda observation: {"actions": np.zeros((2, 3))})
-    with pytest.raises(ValueError, match=r"episode 0 of short \(seed \d+\): the policy returned actions \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"episode 0 of short \(seed \d+\): The policy returned actions \[2, 3\]"):
         quiet(nan)
 
 
@@ -493,10 +493,10 @@ def test_the_command_prints_a_table(folder, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere", "--env", "metaworld"], "there is no checkpoint at nowhere"),
-        (["FOLDER", "--env", "libero"], "there is no environment 'libero'"),
+        (["nowhere", "--env", "metaworld"], "There is no checkpoint at nowhere"),
+        (["FOLDER", "--env", "libero"], "There is no environment 'libero'"),
         (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
-        (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
+        (["FOLDER", "--env", "aloha_sim"], "do not fit: The policy requires the cameras base, wrist"),
         (["FOLDER", "--env", "metaworld", "--videos", "1"], "videos need a folder"),
     ],
 )
@@ -521,7 +521,7 @@ def test_without_opengl_the_command_says_what_to_install(folder, workers):
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: episode ")
-    assert "no OpenGL that renders without a screen (MUJOCO_GL=off: this turns rendering off)" in last
+    assert "no OpenGL that renders without a screen (MUJOCO_GL=off: This turns rendering off)" in last
     if workers == "1":  # GLFW, which MuJoCo then imports, may complain as the other process is ended
         assert "Traceback" not in done.stderr
 

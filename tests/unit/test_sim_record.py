@@ -1,4 +1,4 @@
-"""Recording: what is in the data set, what decides it, and what is left when it is interrupted."""
+"""Recording: What is in the data set, what decides it, and what is left when it is interrupted."""
 
 import itertools
 import json
@@ -163,7 +163,7 @@ def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkey
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"env": "libero"}, KeyError, "there is no environment 'libero'"),
+        ({"env": "libero"}, KeyError, "There is no environment 'libero'"),
         ({"env": "aloha_sim", "tasks": ["insertion"]}, ValueError, "aloha_sim has no scripted experts to record"),
         ({"tasks": ["fly"]}, KeyError, "corridor has no task 'fly'"),
         ({"tasks": []}, ValueError, "at least one task"),

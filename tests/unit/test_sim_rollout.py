@@ -124,7 +124,7 @@ def test_an_onlooker_sees_each_chunk_and_each_step():
 
 @pytest.mark.parametrize("shape", [(4,), (4, 5), (0, 4), (1, 4, 4)])
 def test_a_chunk_that_is_none_is_an_error(shape):
-    with pytest.raises(ValueError, match=r"the policy returned actions \[.*\]; metaworld takes \[H, 4\]"):
+    with pytest.raises(ValueError, match=r"The policy returned actions \[.*\]; metaworld takes \[H, 4\]"):
         run_episode(Scripted(np.zeros(shape)), Corridor(), 0)
 
 

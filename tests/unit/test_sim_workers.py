@@ -74,7 +74,7 @@ def test_a_mistake_of_ours_comes_with_its_traceback(workers):
 
 
 def test_what_can_not_be_set_up_is_an_error_of_the_first_job():
-    with pytest.raises(FileNotFoundError, match=r"job 0\.0: there is no policy"):
+    with pytest.raises(FileNotFoundError, match=r"job 0\.0: There is no policy"):
         run([0.0, 0.0], workers=2, make_work=no_work)
 
 

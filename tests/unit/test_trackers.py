@@ -1,4 +1,4 @@
-"""Trackers: what is logged can be read back, and a run that is gone on with goes on in them."""
+"""Trackers: What is logged can be read back, and a run that is gone on with goes on in them."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ def test_without_names_nothing_is_written(tmp_path, picture):
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
-    with pytest.raises(ValueError, match="there is no tracker mlflow; choose from tensorboard, wandb"):
+    with pytest.raises(ValueError, match="There is no tracker mlflow; choose from tensorboard, wandb"):
         open_trackers(["tensorboard", "mlflow"], tmp_path, {}, 0)
 
 

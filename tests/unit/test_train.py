@@ -170,7 +170,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(
     batch = some.finish(some.collate([some[0, 0, 0, 0], some[0, 1, 0, 1]]), "cpu")
     before = {name: value.clone() for name, value in begun.tensors().items()}
     batch.noise[0] = torch.nan
-    with pytest.raises(FloatingPointError, match="the gradient at step 0 has the norm nan"):
+    with pytest.raises(FloatingPointError, match="The gradient at step 0 has the norm nan"):
         loop.update(begun, recipe, [batch], alone(policy.model))
     assert_same_bits(begun.tensors(), before)
 
@@ -434,7 +434,7 @@ def test_a_run_is_not_overwritten(whole_run, recipe):
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no run to go on with"):
+    with pytest.raises(FileNotFoundError, match="There is no run to go on with"):
         resume_config(tmp_path)
 
 

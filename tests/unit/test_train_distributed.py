@@ -218,7 +218,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
     file.unlink()
     config = dataclasses.replace(resume_config(run), num_steps=STEPS, parallel="ddp")
-    with pytest.raises(ValueError, match=r"can't be taken up: a file is missing .*; take an older checkpoint"):
+    with pytest.raises(ValueError, match=r"can't be taken up: A file is missing .*; take an older checkpoint"):
         loop.train(config, run, resume=True)
 
 

@@ -98,7 +98,7 @@ def test_whose_statistics_are_used_is_said(further, dataset, trained, tmp_path):
     np.testing.assert_allclose(q01["dataset"], q01["init"])  # of the same episodes
     with pytest.raises(ValueError, match="has statistics of its own"):
         open_data(dataclasses.replace(further, norm_stats="init:trossen"), SIZES)
-    with pytest.raises(ValueError, match="there is no init"):
+    with pytest.raises(ValueError, match="There is no init"):
         open_data(dataclasses.replace(further, init=None, norm_stats="init"), SIZES)
 
 
@@ -191,7 +191,7 @@ def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what
 
 
 def test_lora_without_trained_weights_is_refused():
-    with pytest.raises(ValueError, match="say which with init"):
+    with pytest.raises(ValueError, match="Say which with init"):
         TrainConfig(trained="lora")
 
 
@@ -232,7 +232,7 @@ def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
     with pytest.raises(ValueError, match=r"does not change are others than when it was begun: those of .*base have"):
         loop.train(longer, run, resume=True)
     shutil.move(base, tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*base"):
+    with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at .*base"):
         loop.train(longer, run, resume=True)
     shutil.move(tmp_path / "elsewhere", base)
     safetensors.torch.save_file(trained, file)  # what is trained comes from the run's checkpoint
@@ -517,11 +517,11 @@ def test_one_instruction_for_all_episodes(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": None}, r"say which weights to begin with \(--init.*or the sizes"),
+        ({"model": None}, r"Say which weights to begin with \(--init.*or the sizes"),
         ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
-        ({"trackers": ("paper",)}, "there is no tracker paper"),
+        ({"trackers": ("paper",)}, "There is no tracker paper"),
         ({"batch_size": 5, "accumulate": 2}, "batch_size 5 can't be divided"),
-        ({"device": "cuda:7"}, "there is no device cuda:7"),
+        ({"device": "cuda:7"}, "There is no device cuda:7"),
     ],
 )
 def test_mistakes_are_found_before_the_runs_folder_is_made(recipe, tmp_path, fields, message):

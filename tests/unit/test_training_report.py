@@ -278,7 +278,7 @@ def test_a_run_that_has_hardly_begun(tmp_path, lines):
     page = page_of(run)
     assert "it goes on, or was killed" in page.text
     assert "Not recorded: run.json, " in page.text
-    assert "a checkpoint" in page.text
+    assert "A checkpoint" in page.text
     assert "There is no checkpoint yet" in page.text
     assert "cannot be read" not in page.text  # a cut last line is the usual end
     assert [tag for tag, _ in page.tags].count("svg") == (6 if lines else 0)

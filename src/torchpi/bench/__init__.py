@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
+from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import alone
@@ -363,17 +364,13 @@ def run_bench(
     num_draws: int,
     as_json: bool,
 ) -> None:
-    """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio.
-
-    Raises:
-        ValueError: more prompt tokens than the config's max_token_len, or a count that is not positive.
-    """
+    """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio."""
     counts = {"batch": batch, "cameras": num_cameras, "prompt_tokens": prompt_tokens, "repeats": repeats}
     counts["draws"] = num_draws
     if wrong := {name: count for name, count in counts.items() if count < 1}:
-        raise ValueError(f"expected positive numbers, got {wrong}")
+        raise UsageError(f"Expected positive numbers, got {wrong}.")
     if prompt_tokens > config.require("max_token_len"):
-        raise ValueError(f"{prompt_tokens} prompt tokens do not fit into max_token_len {config.max_token_len}")
+        raise UsageError(f"{prompt_tokens} prompt tokens do not fit into max_token_len {config.max_token_len}.")
     work = Workload(config, batch, num_cameras, prompt_tokens, num_steps, getattr(torch, dtype), device, num_draws)
     console = Console(stderr=as_json, highlight=False)
     console.print(describe_machine(torch.device(device)))

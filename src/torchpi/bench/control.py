@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchpi.bench.control_episodes import MODES, TRAINED, Episodes, Job, Outcome
+from torchpi.errors import UsageError
 from torchpi.policy import MAX_GIVEN, Policy, load_policy
 from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
@@ -146,11 +147,6 @@ def bench_control(
         workers: processes, each with one thread; None: as many as the CPU's cores and the memory allow, or 1 for a
             `Policy`.
         progress: show a progress bar on stderr.
-
-    Raises:
-        KeyError: there is no such environment or task.
-        ValueError: an argument is out of range, the policy is for another robot, or can't do what is asked.
-        What `load_policy` and `make_environment` raise.
     """
     start = time.perf_counter()
     loaded = load_policy(policy, device="cpu") if isinstance(policy, str) else policy
@@ -188,24 +184,24 @@ def bench_control(
 
 def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_given: int) -> None:
     if unknown := [mode for mode in modes if mode not in MODES]:
-        raise ValueError(f"there is no mode {', '.join(unknown)}; there are {', '.join(MODES)}")
+        raise UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
     if not modes or len(set(modes)) < len(modes):
-        raise ValueError(f"expected at least one mode, each once, got {', '.join(modes) or 'none'}")
+        raise UsageError(f"Expected at least one mode, each once, got {', '.join(modes) or 'none'}.")
     if not delays or min(delays) < 0 or len(set(delays)) < len(delays):
-        raise ValueError(f"expected delays of 0 or more steps, each once, got {', '.join(map(str, delays)) or 'none'}")
+        raise UsageError(f"Expected delays of 0 or more steps, each once, got {', '.join(map(str, delays)) or 'none'}.")
     if episodes < 1:
-        raise ValueError(f"expected at least one episode per task, got {episodes}")
+        raise UsageError(f"Expected at least one episode per task, got {episodes}.")
     if TRAINED in modes and not max_given:
-        raise ValueError(
-            f"mode {TRAINED} needs a policy that was trained to go on from given actions (max_given of a training); "
-            f"this one's metadata have no {MAX_GIVEN}. Use rtc"
+        raise UsageError(
+            f"Mode {TRAINED} needs a policy that was trained to go on from given actions (max_given of a training); "
+            f"this one's metadata have no {MAX_GIVEN}. Use rtc."
         )
 
 
 def _num_workers(policy: str | Policy, loaded: Policy, workers: int | None, jobs: int) -> int:
     if not isinstance(policy, str):
         if workers not in (None, 1):
-            raise ValueError(f"a Policy object can't be shared by {workers} processes: give its path, or workers=1")
+            raise UsageError(f"A Policy object can't be shared by {workers} processes: give its path, or workers=1.")
         return 1
     weights = sum(parameter.nbytes for parameter in loaded.model.parameters())
     return default_workers(jobs, bytes_each=2 * weights) if workers is None else workers

@@ -14,6 +14,7 @@ from torchpi.assets import assets
 from torchpi.config import Pi0Config
 from torchpi.data import LeRobotDataset, camera_keys_of, select_episodes
 from torchpi.data.place import open_metadata
+from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
@@ -67,10 +68,6 @@ def bench_data(
         step_seconds: of a training step; its share of waiting is computed.
         episodes: which to read, see `select_episodes`; None: all.
         rename: LeRobot's names for some columns and cameras, see `LeRobotDataset`.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: see `LeRobotDataset`, `get_embodiment`, `select_episodes` and
-            `to_observation`.
     """
     robot = None if embodiment is None else get_embodiment(embodiment)
     all_cameras = open_metadata(path, rename=rename).camera_keys
@@ -179,15 +176,11 @@ def run_bench_data(
     rename: Mapping[str, str],
     as_json: bool,
 ) -> None:
-    """Measure and print.
-
-    Raises:
-        ValueError: batch or num_batches is not positive, or workers is negative; see also `bench_data`.
-    """
+    """Measure and print."""
     if batch < 1 or num_batches < 1 or workers < 0 or (step_seconds is not None and step_seconds <= 0):
-        raise ValueError(
-            f"expected positive numbers, got batch {batch}, repeats {num_batches}, workers {workers}, step_seconds "
-            f"{step_seconds}"
+        raise UsageError(
+            f"Expected positive numbers, got batch {batch}, repeats {num_batches}, workers {workers}, step_seconds "
+            f"{step_seconds}."
         )
     with Console(stderr=True).status(f"reading {path}"):  # shown on a terminal only
         result = bench_data(

@@ -9,6 +9,7 @@ import torch
 
 from torchpi.bench import Workload, bench_config, make_observation, timed
 from torchpi.config import PRESETS
+from torchpi.errors import UsageError
 from torchpi.model.guidance import Guidance
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import load_policy
@@ -34,12 +35,9 @@ def bench_guided(name: str, *, pairs: int) -> GuidedTime:
 
     Args:
         name: "mid" or a preset, with random weights; otherwise a policy, from observation to actions.
-
-    Raises:
-        ValueError: pairs is not positive; what `load_policy` raises.
     """
     if pairs < 1:
-        raise ValueError(f"pairs is {pairs}; expected a positive number")
+        raise UsageError(f"pairs is {pairs}; expected a positive number.")
     sample = _sample_model(name) if name in ("mid", *PRESETS) else _sample_policy(name)
     cpu = torch.device("cpu")
     plain, guided = [], []

@@ -15,6 +15,7 @@ import torch
 from torchpi.checkpoints.folder import write_weights
 from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint
 from torchpi.config import Pi0Config
+from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
 
 _BLOCK = 1 << 26
@@ -54,7 +55,7 @@ def _in_fresh_process(what: str, arguments: list[str]) -> dict[str, float]:
     command = [sys.executable, "-m", "torchpi.bench.loading", what, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ValueError(f"loading {arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}")
+        raise UsageError(f"loading {arguments[0]} failed: {done.stderr.strip().splitlines()[-1]}.")
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -28,6 +28,7 @@ from websockets.asyncio.server import ServerConnection, serve
 
 from torchpi.bench.guided import GuidedTime, bench_guided
 from torchpi.config import Pi0Config
+from torchpi.errors import UsageError
 from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
@@ -191,9 +192,6 @@ def server_process(target: Callable[..., None], *arguments: Any) -> Iterator[tup
 
     Yields:
         Its address; and what returns the peak of its memory in MiB.
-
-    Raises:
-        RuntimeError: it ended before it listened.
     """
     context = multiprocessing.get_context("spawn")  # as `torchpi serve` would begin: nothing of this process is in it
     pipe, theirs = context.Pipe()
@@ -210,7 +208,7 @@ def server_process(target: Callable[..., None], *arguments: Any) -> Iterator[tup
         try:
             address = pipe.recv()
         except EOFError as error:
-            raise RuntimeError("the server's process ended before it listened; its error is above") from error
+            raise RuntimeError("The server's process ended before it listened; its error is above.") from error
         yield address, peak_mb
     finally:
         pipe.close()
@@ -235,13 +233,10 @@ def bench_serving(
         seconds: that they do so.
         guided: models for `bench_guided`.
         pairs: of samplings.
-
-    Raises:
-        ValueError: a number that is not positive; fewer than two requests, which have no percentiles.
     """
     counts = {"runs": runs, "requests": requests - 1, "clients": clients, "seconds": seconds, "pairs": pairs}
     if wrong := [name for name, value in counts.items() if value <= 0] + ["model_ms"] * (model_ms < 0):
-        raise ValueError(f"{wrong[0]} is too small; expected a positive number, and at least two requests")
+        raise UsageError(f"{wrong[0]} is too small; expected a positive number, and at least two requests.")
     # No bar that moves by itself: drawing it would take the client's time, and be measured.
     say = functools.partial(Console(stderr=True, highlight=False).print, soft_wrap=True)
     observation = PausePolicy(0.0).example_observation()

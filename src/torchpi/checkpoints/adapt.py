@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.suffix import Pi0Suffix
 
@@ -21,17 +22,14 @@ def adapt(model: Pi0, config: Pi0Config) -> list[str]:
 
     Returns:
         What was done, one line per array and setting.
-
-    Raises:
-        ValueError: something else differs.
     """
     old = model.config
     changed = {field: getattr(config, field) for field in FIELDS}
     if dataclasses.replace(old, **changed).to_dict() != config.to_dict():
         differences = [name for name, value in config.to_dict().items() if value != old.to_dict()[name]]
-        raise ValueError(
+        raise CheckpointError(
             f"adapt=True can change {', '.join(FIELDS)}; the config also differs in "
-            f"{', '.join(name for name in differences if name not in FIELDS)}"
+            f"{', '.join(name for name in differences if name not in FIELDS)}."
         )
     report = [
         f"{field}: {getattr(old, field)} to {value}" for field, value in changed.items() if value != getattr(old, field)

@@ -17,6 +17,7 @@ import torch
 from torchpi.checkpoints.folder import atomic_folder, require_fields
 from torchpi.checkpoints.layout import Leaf, Piece, Shapes, refuse_mismatch
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safetensors
+from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config
 from torchpi.model.pi0 import Pi0
 
@@ -42,17 +43,15 @@ class Adapter:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "Adapter":
-        """Parse the file's JSON object.
-
-        Raises:
-            ValueError: of another version, or a field is missing, unknown or wrong; the message names it.
-        """
+        """Parse the file's JSON object."""
         require_fields(document, ["format_version", *(field.name for field in dataclasses.fields(cls))], "the document")
         if document["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format_version is {document['format_version']!r}; this torchpi reads {FORMAT_VERSION}")
+            raise CheckpointError(
+                f"format_version is {document['format_version']!r}; this torchpi reads {FORMAT_VERSION}."
+            )
         trained, base = document["trained"], document["base"]
         if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
-            raise ValueError(f"trained must be a list of parameters' names, found {trained!r}")
+            raise CheckpointError(f"Trained must be a list of parameters' names, found {trained!r}.")
         return cls(_lora_from_json(document["lora"]), tuple(trained), _checked_base(base))
 
 
@@ -79,12 +78,14 @@ def save_adapter(
     """
     target, config = pathlib.Path(path).expanduser(), lora_config(model)
     if config is None:
-        raise ValueError("the model has no LoRA, and so there is no adapter to save")
+        raise CheckpointError("The model has no LoRA, and so there is no adapter to save.")
     parameters = dict(model.named_parameters())
     if unknown := sorted(set(trained) - set(parameters)):
-        raise ValueError(f"trained names what the model does not have: {', '.join(unknown[:8])}")
+        raise CheckpointError(f"Trained names what the model does not have: {', '.join(unknown[:8])}.")
     if target.exists() and not (overwrite and (target / DOCUMENT).is_file()):
-        raise ValueError(f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter")
+        raise CheckpointError(
+            f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter."
+        )
     names = [name for name in parameters if is_lora(name) or name in set(trained)]
     adapter = Adapter(config, tuple(name for name in names if not is_lora(name)), _checked_base(base))
     with atomic_folder(target) as beside:
@@ -128,20 +129,15 @@ def is_adapter(root: pathlib.Path) -> bool:
 
 
 def read_adapter(path: str | pathlib.Path) -> Adapter:
-    """Read and check adapter.json.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not valid; the message names file and field.
-    """
+    """Read and check adapter.json."""
     file = pathlib.Path(path).expanduser() / DOCUMENT
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; expected the folder of an adapter")
+        raise MissingFileError(f"{file} does not exist; expected the folder of an adapter.")
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
         return Adapter.from_dict(document)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise CheckpointError(f"{file}: {error}") from error
 
 
 def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
@@ -159,7 +155,9 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
     adapter = read_adapter(root)
     present = lora_config(model)
     if present not in (None, adapter.lora):
-        raise ValueError(f"{root} has {adapter.lora}, the model has {present} already; load the base without LoRA")
+        raise CheckpointError(
+            f"{root} has {adapter.lora}, the model has {present} already; load the base without LoRA."
+        )
     arrays = SafetensorsArrays(root, WEIGHTS)
     expected = _expected_shapes(model, adapter)
     misshapen = [
@@ -184,16 +182,18 @@ def _expected_shapes(model: Pi0, adapter: Adapter) -> Shapes:
     attach_lora(planned, adapter.lora)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned.named_parameters()}
     if unknown := sorted(set(adapter.trained) - set(shapes)):
-        raise ValueError(f"the adapter's field trained names what the model does not have: {', '.join(unknown[:8])}")
+        raise CheckpointError(
+            f"The adapter's field trained names what the model does not have: {', '.join(unknown[:8])}."
+        )
     return {name: shape for name, shape in shapes.items() if is_lora(name) or name in set(adapter.trained)}
 
 
 def _checked_base(base: Any) -> dict[str, str]:
     if not isinstance(base, Mapping) or not all(isinstance(value, str) for value in base.values()):
-        raise ValueError(f"base must be an object of texts with address and perhaps sha256, found {base!r}")
+        raise CheckpointError(f"base must be an object of texts with address and perhaps sha256, found {base!r}.")
     require_fields(base, ["address", "dtype", *(["sha256"] if "sha256" in base else [])], "base")
     if base["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f"base.dtype must be float32 or bfloat16, found {base['dtype']!r}")
+        raise CheckpointError(f"base.dtype must be float32 or bfloat16, found {base['dtype']!r}.")
     return dict(base)
 
 
@@ -208,4 +208,4 @@ def _lora_from_json(found: Any) -> LoraConfig:
     try:
         return LoraConfig(**{**found, **alphas})
     except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+        raise CheckpointError(f"lora: {error}") from error

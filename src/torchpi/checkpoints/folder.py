@@ -22,6 +22,7 @@ from torch import Tensor
 from torchpi.checkpoints.layout import leaf_array, own_leaves
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 
@@ -48,11 +49,7 @@ class PolicyFile:
     """Where the weights come from."""
 
     def to_json(self) -> str:
-        """The file's text.
-
-        Raises:
-            ValueError: JSON can't hold the metadata or the provenance.
-        """
+        """The file's text."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         document = {"format_version": FORMAT_VERSION, **fields, "model": self.model.to_dict()}
         try:
@@ -60,34 +57,30 @@ class PolicyFile:
                 {**document, "image_transform": IMAGE_TRANSFORM}, indent=2, ensure_ascii=False, allow_nan=False
             )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata or provenance of the policy can't be written as JSON: {error}") from error
+            raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}") from error
         return f"{text}\n"
 
     @classmethod
     def from_json(cls, text: str, source: pathlib.Path) -> "PolicyFile":
-        """Parse the file's text.
-
-        Raises:
-            ValueError: it is not JSON, of another version, or a field is missing, unknown or of a wrong type.
-        """
+        """Parse the file's text."""
         try:
             document = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{source} is not valid JSON: {error}") from error
+            raise CheckpointError(f"{source} is not valid JSON: {error}") from error
         if not isinstance(document, dict):
-            raise ValueError(f"{source} must hold a JSON object, found {type(document).__name__}")
+            raise CheckpointError(f"{source} must hold a JSON object, found {type(document).__name__}.")
         version = document.pop("format_version", None)
         if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
             document["prompt"].setdefault("format", "openpi")
         elif version != FORMAT_VERSION:
-            raise ValueError(
+            raise CheckpointError(
                 f"{source}: format_version is {version!r}; this torchpi reads 1 and {FORMAT_VERSION}. A newer file "
-                "needs a newer torchpi"
+                "needs a newer torchpi."
             )
         try:
             return cls._from_document(document)
         except ValueError as error:
-            raise ValueError(f"{source}: {error}") from error
+            raise CheckpointError(f"{source}: {error}") from error
 
     @classmethod
     def _from_document(cls, document: dict[str, Any]) -> "PolicyFile":
@@ -95,26 +88,26 @@ class PolicyFile:
         require_fields(document, names, "the document")
         for name in names:
             if not isinstance(document[name], dict):
-                raise ValueError(f"{name} must be an object, found {document[name]!r}")
+                raise CheckpointError(f"{name} must be an object, found {document[name]!r}.")
         if document.pop("image_transform") != IMAGE_TRANSFORM:
-            raise ValueError(f"image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has")
+            raise CheckpointError(f"image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has.")
         require_fields(document["normalization"], ("state", "actions"), "normalization")
         for key, rule in document["normalization"].items():
             require_fields(rule, ("kind", "eps_rule"), f"normalization.{key}")
             if not all(isinstance(value, str) for value in rule.values()):
-                raise ValueError(f"normalization.{key} must have texts as its values, found {rule!r}")
+                raise CheckpointError(f"normalization.{key} must have texts as its values, found {rule!r}.")
         prompt = document["prompt"]
         require_fields(prompt, ("default", "format", "truncation"), "prompt")
         if not isinstance(prompt["default"], str | None):
-            raise ValueError(f"prompt.default must be a text or null, found {prompt['default']!r}")
+            raise CheckpointError(f"prompt.default must be a text or null, found {prompt['default']!r}.")
         for field in ("format", "truncation"):
             if not isinstance(prompt[field], str):
-                raise ValueError(f"prompt.{field} must be a text, found {prompt[field]!r}")
+                raise CheckpointError(f"prompt.{field} must be a text, found {prompt[field]!r}.")
         model = document["model"]
         try:
             config = Pi0Config.from_dict(model)
         except ValueError as error:
-            raise ValueError(f"model: {error}") from error
+            raise CheckpointError(f"model: {error}") from error
         # Complete: a default in place of what is missing would be a guess about the weights.
         for name, value in {"model": config.to_dict(), **config.to_dict()}.items():
             if isinstance(value, dict):
@@ -125,10 +118,10 @@ class PolicyFile:
 def require_fields(found: Any, names: Collection[str], where: str) -> None:
     """Raise a ValueError unless `found` is a JSON object with these fields and no others."""
     if not isinstance(found, dict):
-        raise ValueError(f"{where} must be an object with {', '.join(names)}, found {found!r}")
+        raise CheckpointError(f"{where} must be an object with {', '.join(names)}, found {found!r}.")
     missing, unknown = [name for name in names if name not in found], sorted(set(found) - set(names))
     if missing or unknown:
-        raise ValueError(
+        raise CheckpointError(
             f"{where} has"
             + (f" no {', '.join(missing)}" if missing else "")
             + (" and" if missing and unknown else "")
@@ -148,7 +141,7 @@ def read_policy_json(root: pathlib.Path) -> PolicyFile:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     return PolicyFile.from_json(text, path)
 
 
@@ -172,14 +165,11 @@ def write_weights(
         dtype: on disk; by default the model's.
         max_shard_bytes: above it they are written in shards; None: never.
         read: gives the weights by their names; by default they are the model's.
-
-    Raises:
-        ValueError: the model has LoRA.
     """
     if read is None and lora_config(model) is not None:
-        raise ValueError(
-            "a policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
-            "save_adapter writes it on its own"
+        raise CheckpointError(
+            "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
+            "save_adapter writes it on its own."
         )
     leaves, dtype = own_leaves(model.config), dtype or model.embedding.dtype
     write_safetensors(
@@ -201,15 +191,12 @@ def new_folder(path: str | pathlib.Path, *, overwrite: bool = False) -> Iterator
 
     Args:
         overwrite: replace a policy folder that is there; without it, that is an error.
-
-    Raises:
-        ValueError: something is there already.
     """
     target = pathlib.Path(path).expanduser()
     if target.exists() and not overwrite:
-        raise ValueError(f"{target} exists already; choose another path, or pass overwrite=True")
+        raise CheckpointError(f"{target} exists already; choose another path, or pass overwrite=True.")
     if target.exists() and not is_policy_folder(target):
-        raise ValueError(f"{target} exists and is no policy folder; it is not overwritten")
+        raise CheckpointError(f"{target} exists and is no policy folder; it is not overwritten.")
     with atomic_folder(target) as beside:
         yield beside
 

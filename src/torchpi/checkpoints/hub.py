@@ -36,6 +36,8 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError
+
 T = TypeVar("T")
 
 # What a policy needs; and what is never downloaded: pickles, which can run code, and states of optimizers.
@@ -58,18 +60,14 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
         address: gs://bucket/path, of a public bucket, or hf://org/name[@revision][/path]; private repositories need
             HF_TOKEN or `hf auth login`. STORAGE_EMULATOR_HOST and HF_ENDPOINT name other servers.
         sleep: waits before a failed request is repeated.
-
-    Raises:
-        ValueError: malformed address; or the server sent another length, checksum or name than it should.
-        FileNotFoundError: nothing that a policy needs is there, it is private, or the server cannot be reached.
-        ModuleNotFoundError: gs:// without the extra gcs.
-        OSError: no space left. What has arrived is kept, and continued the next time.
     """
     for service in (_Bucket, _Repository):
         match = service.form.fullmatch(address)
         if match and (not match["path"] or _is_plain(match["path"])):
             return _completed(service(address, _home(), **match.groupdict(default="")), sleep)
-    raise ValueError(f"malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]")
+    raise CheckpointError(
+        f"Malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]."
+    )
 
 
 def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
@@ -80,17 +78,12 @@ def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[floa
     Args:
         address: hf://org/name[@revision].
         names: of the files, or of folders with a '/' behind.
-
-    Raises:
-        ValueError: malformed address; or the server sent another length, checksum or name than it should.
-        FileNotFoundError: there is no such data set or file, it is private, or the server cannot be reached.
-        OSError: no space left.
     """
     match = _Dataset.form.fullmatch(address)
     if match is None or match["path"]:
-        raise ValueError(f"malformed address {address!r} of a data set; expected hf://org/name[@revision]")
+        raise CheckpointError(f"Malformed address {address!r} of a data set; expected hf://org/name[@revision].")
     if outside := [name for name in names if not _is_plain(name.removesuffix("/"))]:
-        raise ValueError(f"{address}: the data set names the file {outside[0]!r}, which would be outside of it")
+        raise CheckpointError(f"{address}: the data set names the file {outside[0]!r}, which would be outside of it.")
     return _completed(_Dataset(address, _home(), match["name"], match["revision"] or "", names), sleep)
 
 
@@ -196,9 +189,9 @@ class _Source:
         if wanted := [file for file in wanted if not _matches(file, _NEVER)]:
             return wanted
         found = ", ".join([file.name for file in files[:5]] + ["…"] * (len(files) > 5)) or "nothing"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never downloaded "
-            f"are {', '.join(_NEVER)}: pickles can run code"
+            f"are {', '.join(_NEVER)}: pickles can run code."
         )
 
     def is_current(self, file: _File) -> bool:
@@ -220,7 +213,7 @@ def _read_list(record: pathlib.Path) -> list[_File]:
         files = json.loads(record.read_text(encoding="utf-8"))["files"]
         return [_File(name, int(file["size"]), str(file["version"])) for name, file in files.items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{record} is damaged ({error!r}); delete it, and fetch again") from error
+        raise CheckpointError(f"{record} is damaged ({error!r}); delete it, and fetch again.") from error
 
 
 def _matches(file: _File, patterns: tuple[str, ...]) -> bool:
@@ -251,7 +244,7 @@ class _Bucket(_Source):
             from google.cloud import storage
         except ModuleNotFoundError as error:
             message = f"{self.address}: buckets need the extra 'gcs': pip install \"torchpi[gcs]\" ({error})"
-            raise ModuleNotFoundError(message) from error
+            raise MissingExtraError(message) from error
         self.errors = (GoogleAPICallError, GoogleAuthError, requests.RequestException, urllib3.exceptions.HTTPError)
         self._no_access = GoogleAuthError  # the library answers a 401 by renewing the credentials, and there are none
         with storage.Client.create_anonymous_client() as client:
@@ -393,9 +386,9 @@ class _Dataset(_Repository):
         wanted = [file for file in files if self.is_chosen(file)]
         if absent := self.absent([self.top / file.name for file in wanted]):
             tops = ", ".join(sorted({file.name.split("/")[0] for file in files})) or "nothing"
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
-                "Expected a LeRobot data set, complete"
+                "Expected a LeRobot data set, complete."
             )
         return wanted
 
@@ -455,7 +448,9 @@ def _may_pass(status: int | None) -> bool:
 def _here(source: _Source, files: list[_File]) -> list[_File]:
     """Those at the address."""
     if outside := [file.name for file in files if not _is_plain(file.name)]:
-        raise ValueError(f"{source.address}: the server lists {outside[0]!r}, which would be outside of {source.top}")
+        raise CheckpointError(
+            f"{source.address}: the server lists {outside[0]!r}, which would be outside of {source.top}."
+        )
     return [file for file in files if (source.top / file.name).is_relative_to(source.root)]
 
 
@@ -509,9 +504,9 @@ def _download_file(
     if not file.fits(part):
         found = f"{arrived()} bytes" if arrived() != file.size else "another checksum"
         part.unlink()
-        raise ValueError(
+        raise CheckpointError(
             f"{source.url(file.name)}: got {found}; expected {file.size} bytes"
-            f"{' with checksum ' + file.digest.hex() if file.digest else ''}. They are deleted; try again"
+            f"{' with checksum ' + file.digest.hex() if file.digest else ''}. They are deleted; try again."
         )
     part.replace(path)
 

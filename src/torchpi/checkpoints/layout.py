@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, attach_lora
 from torchpi.model.pi0 import Pi0
 
@@ -53,11 +54,7 @@ class Arrays(Protocol):
     shapes: Shapes
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array in `dtype`, by default its stored one.
-
-        Raises:
-            ValueError: it is truncated or corrupt.
-        """
+        """An array in `dtype`, by default its stored one."""
         ...
 
 
@@ -76,9 +73,6 @@ def load_leaves(
 
     Args:
         lora: the low-rank matrices that the model gets and `leaves` fills, in float32.
-
-    Raises:
-        ValueError: arrays are missing, left over, misshapen or unreadable.
     """
     misshapen = [
         f"{name} is {list(arrays.shapes[name])}, expected {list(leaf.shape)}"
@@ -133,7 +127,7 @@ def refuse_mismatch(
 ) -> None:
     """Raise a ValueError that names the arrays that a checkpoint lacks, has too many, or has in another shape."""
     if missing or extra or misshapen:
-        raise ValueError(
+        raise CheckpointError(
             f"{source} does not fit the model:"
             + (f"\n  missing: {_listed(missing, ', ')}" if missing else "")
             + (f"\n  left over: {_listed(extra, ', ')}" if extra else "")

@@ -18,6 +18,7 @@ import torch
 
 from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.robots.embodiment import ActionDim, Camera, Embodiment, StateKey
 from torchpi.transforms.normalize import Normalization, NormStats
 
@@ -44,10 +45,6 @@ def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
     Args:
         root: the policy's folder.
         document: its config.json.
-
-    Raises:
-        FileNotFoundError: a file of the processors is missing.
-        ValueError: they are not valid, or have a step or setting that is not known here.
     """
     before, after = (_steps(root / name) for name in (PREPROCESSOR, POSTPROCESSOR))
     known = {*_NEUTRAL, "rename_observations_processor", "relative_actions_processor", "normalizer_processor"}
@@ -64,11 +61,11 @@ def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
             stats[key], rules[key] = _normalization(root, step, feature)
         length = int(tokens["config"]["max_length"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"the processors of {root} are not as LeRobot writes them: no {error}") from error
+        raise CheckpointError(f"The processors of {root} are not as LeRobot writes them: no {error}") from error
     if length != document.get("tokenizer_max_length"):
-        raise ValueError(
+        raise CheckpointError(
             f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "
-            f"{document.get('tokenizer_max_length')}; correct one of them"
+            f"{document.get('tokenizer_max_length')}; correct one of them."
         )
     return PolicyParts(
         embodiment=embodiment,
@@ -81,20 +78,22 @@ def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
 
 def _steps(file: pathlib.Path) -> dict[str, dict[str, Any]]:
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{file} does not exist; a LeRobot policy since version 0.4 has it. Migrate an older one with LeRobot's "
-            "own script"
+            "own script."
         )
     try:
         steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
         return {step["registry_name"]: step for step in steps}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{file} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
 
 
 def _refuse_unknown(file: pathlib.Path, steps: Mapping[str, Any], known: set[str]) -> None:
     if unknown := sorted(set(steps) - known):
-        raise ValueError(f"{file} has steps that are not known here: {', '.join(unknown)}; known are {sorted(known)}")
+        raise CheckpointError(
+            f"{file} has steps that are not known here: {', '.join(unknown)}; known are {sorted(known)}."
+        )
 
 
 def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str]) -> Embodiment:
@@ -132,7 +131,7 @@ def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], rename
 def _normalization(root: pathlib.Path, step: Mapping[str, Any], feature: str) -> tuple[NormStats, Normalization]:
     config = step["config"]
     if config["eps"] != EPS:
-        raise ValueError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here")
+        raise CheckpointError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here.")
     kind = config["features"][feature]["type"]
     mode = config["norm_map"].get(kind, "IDENTITY")
     selected = config.get("normalize_observation_keys")
@@ -144,10 +143,12 @@ def _normalization(root: pathlib.Path, step: Mapping[str, Any], feature: str) ->
         dim = config["features"][feature]["shape"][0]
         return NormStats(np.zeros(dim), np.ones(dim)), Normalization("identity", "lerobot")
     if mode not in ("MEAN_STD", *_BOUNDS):
-        raise ValueError(f"{root}: normalization {mode} is not known here; known are MEAN_STD, {', '.join(_BOUNDS)}")
+        raise CheckpointError(
+            f"{root}: normalization {mode} is not known here; known are MEAN_STD, {', '.join(_BOUNDS)}."
+        )
     low, high = _BOUNDS.get(mode, ("q01", "q99"))
     if missing := sorted({"mean", "std", *((low, high) if mode in _BOUNDS else ())} - set(found)):
-        raise ValueError(f"{root}: the statistics of {feature} have no {', '.join(missing)}, which {mode} needs")
+        raise CheckpointError(f"{root}: the statistics of {feature} have no {', '.join(missing)}, which {mode} needs.")
     # The three kinds of bounds are one formula; whichever a policy has are its q01 and q99 here.
     stats = NormStats(mean=found["mean"], std=found["std"], q01=found.get(low), q99=found.get(high))
     return stats, Normalization("quantile" if mode in _BOUNDS else "z_score", "lerobot")
@@ -158,14 +159,14 @@ def _statistics(root: pathlib.Path, step: Mapping[str, Any]) -> dict[str, Any]:
     if name is None:
         return {}
     if pathlib.PurePath(name).name != name:
-        raise ValueError(f"{root}: a processor names the file {name!r}; only files beside it are read")
+        raise CheckpointError(f"{root}: a processor names the file {name!r}; only files beside it are read.")
     file = root / name
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; the policy's statistics are expected there")
+        raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")
     try:
         return dict(safetensors.numpy.load_file(file))
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is truncated or corrupt: {error}; get the file again") from error
+        raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error
 
 
 def _tokenizer(root: pathlib.Path, step: Mapping[str, Any]) -> pathlib.Path | None:
@@ -197,19 +198,16 @@ def write_parts(
 
     Returns:
         Notes: what LeRobot does differently with this policy.
-
-    Raises:
-        ValueError: LeRobot's steps can't say what this robot needs.
     """
     if robot.hook is not None:
-        raise ValueError(
+        raise CheckpointError(
             f"embodiment {robot.name!r} converts units by the code {robot.hook!r}, which no step of LeRobot does; "
-            "convert with an embodiment of the model's own units"
+            "convert with an embodiment of the model's own units."
         )
     if config.discrete_state_input not in (None, config.pi05):
-        raise ValueError(
+        raise CheckpointError(
             f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "
-            "never in π₀'s, so the policy would read another prompt there"
+            "never in π₀'s, so the policy would read another prompt there."
         )
     notes = []
     features, renamed = _features(robot, config, norm_stats["state"].dim)
@@ -294,9 +292,9 @@ def _relative(robot: Embodiment) -> dict[str, Any]:
     # LeRobot leaves out every action whose name contains one of these.
     wrong = [a.name for a in robot.actions if a.kind == "delta" and any(e.lower() in a.name.lower() for e in excluded)]
     if enabled and wrong:
-        raise ValueError(
+        raise CheckpointError(
             f"LeRobot tells relative actions from others by parts of their names, and {', '.join(wrong)} contains one "
-            f"of {', '.join(excluded)}; rename the actions of the embodiment"
+            f"of {', '.join(excluded)}; rename the actions of the embodiment."
         )
     return {"enabled": enabled, "exclude_joints": excluded if enabled else ["gripper"], "action_names": names}
 

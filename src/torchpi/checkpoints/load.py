@@ -18,6 +18,7 @@ from torchpi.checkpoints.openpi_layout import config_from_shapes, jax_leaves, lo
 from torchpi.checkpoints.openpi_torch import Heads, TorchArrays, torch_config, torch_leaves
 from torchpi.checkpoints.safetensors_files import INDEX, SINGLE, SafetensorsArrays, has_weights
 from torchpi.config import PRESETS, Pi0Config, preset, read_json_object
+from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig, is_lora, merge_lora
 from torchpi.model.pi0 import Pi0
 
@@ -56,11 +57,7 @@ class Checkpoint:
     """The folder of what a LoRA training has changed, which is merged into the arrays; they are its base's."""
 
     def load(self, config: Pi0Config, *, dtype: torch.dtype, device: str | torch.device) -> Pi0:
-        """The model, in eval mode.
-
-        Raises:
-            ValueError: arrays are missing, left over, misshapen or unreadable.
-        """
+        """The model, in eval mode."""
         leaves = self.leaves(config)
         if self.lora is not None:
             leaves |= lora_leaves(config, self.lora)
@@ -116,7 +113,7 @@ def load_model(
     if not adapt:
         return checkpoint.load(resolve_config(checkpoint, config), dtype=dtype, device=device)
     if config is None:
-        raise ValueError("adapt=True needs config=, the sizes to adapt to")
+        raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
     model = checkpoint.load(checkpoint.config, dtype=dtype, device=device)
     report = adapt_model(model, _explicit(config, checkpoint.config))
     if report:
@@ -136,25 +133,23 @@ def existing_file(path: str | pathlib.Path) -> pathlib.Path:
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The folder that holds a checkpoint; "demo" is the packaged one of the embedded policy, and what an address leads
     to is fetched into the cache.
-
-    Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: it is a file that says nothing about its folder.
     """
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
         hint = f"; the published one is {PUBLISHED}{path}" if str(path) in PRESETS else ""
-        raise FileNotFoundError(f"there is no checkpoint at {root}{hint}")
+        raise MissingFileError(f"There is no checkpoint at {root}{hint}.")
     if root.is_dir():
         return root
     if root.name in _FILES_OF_FORMATS:
         return root.parent
     if root.suffix in _UNREAD_SUFFIXES:
-        raise ValueError(
+        raise CheckpointError(
             f"{root} is not read: a zip or pickle can run code, and nothing is ever unpickled. Give the folder of a "
-            "checkpoint with safetensors or OCDBT files"
+            "checkpoint with safetensors or OCDBT files."
         )
-    raise ValueError(f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}")
+    raise CheckpointError(
+        f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}."
+    )
 
 
 def published_name(path: str | pathlib.Path) -> str | None:
@@ -164,11 +159,7 @@ def published_name(path: str | pathlib.Path) -> str | None:
 
 
 def format_of(root: pathlib.Path) -> Format:
-    """The format of the checkpoint in a folder.
-
-    Raises:
-        ValueError: it is in none, or in two; there are several steps of a training run.
-    """
+    """The format of the checkpoint in a folder."""
     found: list[Format] = []
     if folder.is_policy_folder(root):
         found.append("torchpi")
@@ -179,11 +170,11 @@ def format_of(root: pathlib.Path) -> Format:
     if openpi.find_params(root) is not None:
         found.append("openpi-jax")
     if len(found) > 1:
-        raise ValueError(
-            f"{root} holds checkpoints in two formats, {' and '.join(found)}; move one to a folder of its own"
+        raise CheckpointError(
+            f"{root} holds checkpoints in two formats, {' and '.join(found)}; move one to a folder of its own."
         )
     if not found:
-        raise ValueError(_unknown_format(root))
+        raise CheckpointError(_unknown_format(root))
     return found[0]
 
 
@@ -199,16 +190,13 @@ def open_checkpoint(
     Args:
         config: is asked for the numbers of heads, which PyTorch's arrays do not say.
         lora_alpha, lora: see `load_model`.
-
-    Raises:
-        ValueError: no known format; corrupt; or the arrays are not those of such a model.
     """
     kind = format_of(root)
     if kind == "openpi-jax":
         return _open_jax(root, lora_alpha, lora)
     if lora_alpha is not None or lora == "keep":
         option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
-        raise ValueError(f"{option} belongs to a JAX checkpoint with LoRA weights; {root} is {kind}")
+        raise CheckpointError(f"{option} belongs to a JAX checkpoint with LoRA weights; {root} is {kind}.")
     if kind == "torchpi" and is_adapter(root):
         return _open_adapter(root, folder.read_policy_json(root).model)
     stored = SafetensorsArrays(root)
@@ -220,7 +208,7 @@ def open_checkpoint(
     try:
         from_arrays = torch_config(arrays.shapes, _heads(config))
     except ValueError as error:
-        raise ValueError(f"{root}: {error}") from error
+        raise CheckpointError(f"{root}: {error}") from error
     stated = _stated(root, kind, document)
     merged = _beside(root, from_arrays, stated, overruled=config is not None)
     return Checkpoint(
@@ -239,7 +227,7 @@ def _open_adapter(root: pathlib.Path, config: Pi0Config) -> Checkpoint:
             alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
             base = open_checkpoint(base.root, config=config, lora_alpha=alpha, lora="keep")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{root} holds what a LoRA training has changed in {address}: {error}") from error
+        raise MissingFileError(f"{root} holds what a LoRA training has changed in {address}: {error}") from error
     # What was learned is float32, whatever the base is stored in.
     return dataclasses.replace(base, root=root, format="torchpi", config=config, dtype=torch.float32, adapter=root)
 
@@ -253,9 +241,9 @@ def _merge_adapter(root: pathlib.Path, model: Pi0) -> None:
         parameter.copy_(parameter.to(dtype))
     expected = adapter.base.get("sha256")
     if expected is not None and expected != digest(frozen, lambda name: frozen[name].to("cpu", dtype)):
-        raise ValueError(
+        raise CheckpointError(
             f"{root} holds what a LoRA training has changed in {adapter.base['address']}, but what is there now has "
-            "other weights than it was trained with; bring the base back"
+            "other weights than it was trained with; bring the base back."
         )
     load_adapter(root, model)
     merge_lora(model)
@@ -276,11 +264,11 @@ def _open_jax(root: pathlib.Path, lora_alpha: tuple[float, float] | None, lora: 
             arrays, folded = with_lora, with_lora.pairs
     elif lora_alpha is not None or lora == "keep":
         option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
-        raise ValueError(f"{option} belongs to a checkpoint with LoRA weights; {params} has none")
+        raise CheckpointError(f"{option} belongs to a checkpoint with LoRA weights; {params} has none.")
     try:
         from_arrays = config_from_shapes(arrays.shapes)
     except ValueError as error:
-        raise ValueError(f"{params}: {error}") from error
+        raise CheckpointError(f"{params}: {error}") from error
     return Checkpoint(root, "openpi-jax", from_arrays, arrays, jax_leaves, stored.dtype, folded=folded, lora=kept)
 
 
@@ -294,9 +282,6 @@ def norm_stats_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 def resolve_config(checkpoint: Checkpoint, config: Pi0Config | str | pathlib.Path | None) -> Pi0Config:
     """The checkpoint's sizes, with what `config` adds or overrules.
-
-    Raises:
-        ValueError: it contradicts the arrays.
 
     Warns: about what it overrules in a policy.json.
     """
@@ -312,8 +297,8 @@ def resolve_config(checkpoint: Checkpoint, config: Pi0Config | str | pathlib.Pat
     if own.siglip.position != "learned":
         not_in_arrays.add("image_size")
     if contradictions := _differences(explicit, own, except_for=not_in_arrays):
-        raise ValueError(
-            f"config= contradicts the checkpoint's arrays: {contradictions}. adapt=True cuts or extends action_dim"
+        raise CheckpointError(
+            f"config= contradicts the checkpoint's arrays: {contradictions}. adapt=True cuts or extends action_dim."
         )
     stated = [field for field in not_in_arrays if getattr(own, field) not in (None, getattr(explicit, field))]
     if stated and checkpoint.document:
@@ -328,7 +313,7 @@ def _explicit(config: Pi0Config | str | pathlib.Path, base: Pi0Config) -> Pi0Con
     if isinstance(config, str) and config in PRESETS:
         return preset(config)
     if isinstance(config, str) and not pathlib.Path(config).is_file():
-        raise ValueError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
+        raise CheckpointError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}.")
     return Pi0Config.from_json(config, base)
 
 
@@ -363,15 +348,21 @@ def _stated(root: pathlib.Path, kind: Format, document: Mapping[str, Any]) -> di
     stated = {ours: document[theirs] for ours, theirs in fields.items() if theirs in document}
     for field, value in stated.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{root / 'config.json'}: {fields[field]} must be a positive integer, found {value!r}")
+            raise CheckpointError(
+                f"{root / 'config.json'}: {fields[field]} must be a positive integer, found {value!r}."
+            )
     if kind == "lerobot":
         if document["type"] not in ("pi0", "pi05"):
-            raise ValueError(f"{root / 'config.json'}: type is {document['type']!r}; pi0 and pi05 policies are read")
+            raise CheckpointError(
+                f"{root / 'config.json'}: type is {document['type']!r}; pi0 and pi05 policies are read."
+            )
         stated["pi05"] = stated["discrete_state_input"] = document["type"] == "pi05"
         resolution = document.get("image_resolution")
         if resolution:
             if not isinstance(resolution, list) or len(set(resolution)) != 1:
-                raise ValueError(f"{root / 'config.json'}: image_resolution is {resolution}; only squares are read")
+                raise CheckpointError(
+                    f"{root / 'config.json'}: image_resolution is {resolution}; only squares are read."
+                )
             stated["image_size"] = resolution[0]
     return stated
 
@@ -386,7 +377,7 @@ def _beside(root: pathlib.Path, from_arrays: Pi0Config, stated: Mapping[str, Any
     if wrong:
         message = f"{root / 'config.json'} contradicts the arrays: {'; '.join(wrong)}"
         if not overruled:
-            raise ValueError(f"{message}. Correct it, or pass config=")
+            raise CheckpointError(f"{message}. Correct it, or pass config=.")
         warnings.warn(message, stacklevel=4)
     unset = {field: value for field, value in stated.items() if getattr(from_arrays, field) is None}
     return dataclasses.replace(from_arrays, **unset)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchpi.checkpoints.layout import Arrays, Shapes, leaf_array
 from torchpi.checkpoints.openpi import write_params
 from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, lora_config
 from torchpi.model.pi0 import Pi0
 
@@ -25,9 +26,6 @@ class FoldedArrays:
         """
         Args:
             alpha: of the backbone and of the action expert.
-
-        Raises:
-            ValueError: a LoRA array without its pair or without the array that it changes, or of another shape.
         """
         self.source: pathlib.Path = arrays.source
         self._arrays, self._alpha = arrays, alpha
@@ -39,11 +37,11 @@ class FoldedArrays:
             # attn.q_einsum.lora_a changes attn.q_einsum.w, mlp.linear_lora_a changes mlp.linear.
             base = f"{a.removesuffix('lora_a')}w" if a.endswith(".lora_a") else a.removesuffix("_lora_a")
             if b not in lora or base not in arrays.shapes:
-                raise ValueError(f"{arrays.source} has {a}, but not {b if b not in lora else base}")
+                raise CheckpointError(f"{arrays.source} has {a}, but not {b if b not in lora else base}.")
             self._check(base, a, b)
             self.pairs[base] = (a, b)
         if alone := sorted(lora - {name for pair in self.pairs.values() for name in pair}):
-            raise ValueError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}")
+            raise CheckpointError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}.")
         self.shapes: Shapes = {name: shape for name, shape in arrays.shapes.items() if name not in lora}
 
     def _check(self, base: str, a: str, b: str) -> None:
@@ -51,9 +49,9 @@ class FoldedArrays:
         base_shape, a_shape, b_shape = shapes[base], shapes[a], shapes[b]
         rank = a_shape[-1]
         if a_shape != (*base_shape[:-1], rank) or b_shape != (*base_shape[:-2], rank, base_shape[-1]):
-            raise ValueError(
+            raise CheckpointError(
                 f"{self.source}: the LoRA arrays {a} {list(a_shape)} and {b} {list(b_shape)} do not fit {base} "
-                f"{list(base_shape)}"
+                f"{list(base_shape)}."
             )
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -101,12 +99,9 @@ def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = 
     Args:
         params: the folder, which exists and is empty.
         dtype: of all arrays; float32 is exact.
-
-    Raises:
-        ValueError: the model has no LoRA.
     """
     config = lora_config(model)
     if config is None:
-        raise ValueError("the model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones")
+        raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
     leaves = jax_leaves(model.config) | lora_leaves(model.config, config)
     write_params(params, leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)

@@ -11,22 +11,21 @@ import numpy as np
 import torch
 
 from torchpi.checkpoints.layout import Leaf, Shapes
+from torchpi.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16")
 
 
 def find_params(root: pathlib.Path) -> pathlib.Path | None:
-    """The folder with the arrays: `root` itself, `root/params`, or `root/<step>/params` if there is one step only.
-
-    Raises:
-        ValueError: there are several steps.
-    """
+    """The folder with the arrays: `root` itself, `root/params`, or `root/<step>/params` if there is one step only."""
     for candidate in (root, root / "params"):
         if (candidate / "_METADATA").is_file() and (candidate / "manifest.ocdbt").is_file():
             return candidate
     steps = [entry for entry in root.iterdir() if entry.name.isdigit() and (entry / "params").is_dir()]
     if len(steps) > 1:
-        raise ValueError(f"{root} holds several steps, {sorted(int(s.name) for s in steps)}; give the path of one")
+        raise CheckpointError(
+            f"{root} holds several steps, {sorted(int(s.name) for s in steps)}; give the path of one."
+        )
     return find_params(steps[0]) if steps else None
 
 
@@ -34,11 +33,7 @@ class JaxArrays:
     """The arrays of one `params` folder, by key path without the leading 'params' and the trailing 'value'."""
 
     def __init__(self, params: pathlib.Path) -> None:
-        """Read the metadata and open every array; no data is read yet.
-
-        Raises:
-            ValueError: the metadata or an array is truncated or corrupt.
-        """
+        """Read the metadata and open every array; no data is read yet."""
         self.source = params
         try:
             metadata = json.loads((params / "_METADATA").read_text(encoding="utf-8"))
@@ -53,17 +48,17 @@ class JaxArrays:
                 "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{params / '_METADATA'} is corrupt: {type(error).__name__}: {error}; get the file again"
+            raise CheckpointError(
+                f"{params / '_METADATA'} is corrupt: {type(error).__name__}: {error}; get the file again."
             ) from error
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{params} holds {', '.join(twice)} twice")
+            raise CheckpointError(f"{params} holds {', '.join(twice)} twice.")
         futures = {name: self._open(spec, path) for name, path in zip(names, paths, strict=True)}
         self._stores = {name: self._wait(name, future) for name, future in futures.items()}
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
         self.dtypes = {name: store.dtype.name for name, store in self._stores.items()}
         if others := [f"{name} has {dtype}" for name, dtype in self.dtypes.items() if dtype not in _DTYPES]:
-            raise ValueError(f"{params}: float32 and bfloat16 weights are read, but {', '.join(others[:8])}")
+            raise CheckpointError(f"{params}: float32 and bfloat16 weights are read, but {', '.join(others[:8])}.")
 
     def _open(self, spec: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         import tensorstore
@@ -79,8 +74,8 @@ class JaxArrays:
             return future.result()
         except (ValueError, OSError, KeyError) as error:  # what tensorstore's status codes become
             reason = str(error).partition(" [tensorstore_spec=")[0]
-            raise ValueError(
-                f"{self.source}: array {name!r} is missing, truncated or corrupt: {reason}; get the checkpoint again"
+            raise CheckpointError(
+                f"{self.source}: array {name!r} is missing, truncated or corrupt: {reason}; get the checkpoint again."
             ) from error
 
     @property

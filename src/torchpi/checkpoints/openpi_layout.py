@@ -7,6 +7,7 @@ import dataclasses
 
 from torchpi.checkpoints.layout import Leaf, Piece, Shapes
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig
 
 
@@ -173,21 +174,18 @@ def config_from_shapes(shapes: Shapes) -> Pi0Config:
     """The sizes that a checkpoint's arrays have; horizon, prompt length and format are in none and stay unset.
 
     The image size is in the learned position embedding; without one it is 224, as in all published models.
-
-    Raises:
-        ValueError: an array that is needed to tell a size is missing or has another rank.
     """
     llm, img = "PaliGemma.llm.layers", "PaliGemma.img"
     block = f"{img}.Transformer.encoderblock"
 
     def shape(leaf: str, ndim: int) -> tuple[int, ...]:
         if leaf not in shapes:
-            raise ValueError(
-                f"the checkpoint has no array {leaf!r}, which every π₀ and π₀.₅ model has; "
-                f"found {sorted(shapes)[:8] or 'none'}"
+            raise CheckpointError(
+                f"The checkpoint has no array {leaf!r}, which every π₀ and π₀.₅ model has; "
+                f"found {sorted(shapes)[:8] or 'none'}."
             )
         if len(shapes[leaf]) != ndim:
-            raise ValueError(f"array {leaf!r} must have {ndim} dimensions, its shape is {list(shapes[leaf])}")
+            raise CheckpointError(f"Array {leaf!r} must have {ndim} dimensions, its shape is {list(shapes[leaf])}.")
         return shapes[leaf]
 
     def gemma(suffix: str) -> GemmaConfig:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchpi.checkpoints.layout import Arrays, Leaf, Piece, Shapes
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
+from torchpi.errors import CheckpointError
 
 LEROBOT_PREFIX = "model."
 _PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma", "paligemma_with_expert.gemma_expert"
@@ -32,16 +33,15 @@ class TorchArrays:
     """The arrays of either port by openpi's names, without those that no computation reads; see `Arrays`."""
 
     def __init__(self, arrays: Arrays) -> None:
-        """
-        Raises:
-            ValueError: names with and without LeRobot's prefix.
-        """
+        """"""
         self.source: pathlib.Path = arrays.source
         self._arrays = arrays
         prefixed = [name.startswith(LEROBOT_PREFIX) for name in arrays.shapes]
         if any(prefixed) and not all(prefixed):
             some = next(name for name, is_prefixed in zip(arrays.shapes, prefixed, strict=True) if not is_prefixed)
-            raise ValueError(f"{arrays.source}: some arrays have the prefix {LEROBOT_PREFIX!r}, but {some} has not")
+            raise CheckpointError(
+                f"{arrays.source}: some arrays have the prefix {LEROBOT_PREFIX!r}, but {some} has not."
+            )
         self.prefix = LEROBOT_PREFIX if all(prefixed) and prefixed else ""
         self._stored = {name.removeprefix(self.prefix): name for name in arrays.shapes}
         self.dropped: dict[str, str] = {}
@@ -154,20 +154,16 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
 
     Args:
         heads: the numbers of heads, which the shapes do not say; None: those of the published models.
-
-    Raises:
-        ValueError: an array that is needed to tell a size is missing or has another rank; the heads do not fit, or are
-            not known.
     """
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in shapes:
-            raise ValueError(
-                f"there is no array {name!r}, which every π₀ and π₀.₅ checkpoint of PyTorch has; "
-                f"found {sorted(shapes)[:8] or 'none'}"
+            raise CheckpointError(
+                f"There is no array {name!r}, which every π₀ and π₀.₅ checkpoint of PyTorch has; "
+                f"found {sorted(shapes)[:8] or 'none'}."
             )
         if len(shapes[name]) != ndim:
-            raise ValueError(f"array {name!r} must have {ndim} dimensions, its shape is {list(shapes[name])}")
+            raise CheckpointError(f"Array {name!r} must have {ndim} dimensions, its shape is {list(shapes[name])}.")
         return shapes[name]
 
     vit_width, _, patch, _ = shape(f"{_VISION}.embeddings.patch_embedding.weight", 4)
@@ -182,9 +178,9 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
         kv_width = shape(f"{stored}.layers.0.self_attn.k_proj.weight", 2)[0]
         head_dim = q_width // heads.paligemma
         if q_width % heads.paligemma or kv_width != heads.paligemma_kv * head_dim:
-            raise ValueError(
+            raise CheckpointError(
                 f"{stored} has {q_width} rows of queries and {kv_width} of keys, which are not {heads.paligemma} and "
-                f"{heads.paligemma_kv} heads"
+                f"{heads.paligemma_kv} heads."
             )
         mlp = shape(f"{stored}.layers.0.mlp.gate_proj.weight", 2)[0]
         return GemmaConfig(width, depth(f"{stored}.layers"), mlp, heads.paligemma, heads.paligemma_kv, head_dim)
@@ -213,9 +209,9 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
 def _published_heads(vit_width: int, backbone_width: int) -> Heads:
     vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
     if (vit_width, backbone_width) != (vision.width, backbone.width):
-        raise ValueError(
-            f"the arrays do not say how many heads a vision tower of width {vit_width} and a backbone of width "
+        raise CheckpointError(
+            f"The arrays do not say how many heads a vision tower of width {vit_width} and a backbone of width "
             f"{backbone_width} have, which are not the published model's: pass config= with siglip.num_heads, "
-            "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)"
+            "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
         )
     return Heads(vision.num_heads, backbone.num_heads, backbone.num_kv_heads)

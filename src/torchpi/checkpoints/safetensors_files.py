@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchpi.checkpoints.layout import Leaf, Shapes
+from torchpi.errors import CheckpointError, MissingFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -30,18 +31,13 @@ class SafetensorsArrays:
 
         Args:
             single: the name of a file that holds all arrays.
-
-        Raises:
-            FileNotFoundError: there are no weights, or a shard is missing.
-            ValueError: a file is truncated or corrupt; the index is not valid, leads out of the folder or contradicts
-                the shards; an array is neither float32 nor bfloat16; there is both a single file and an index.
         """
         whole, index = root / single, root / f"{single}.index.json"
         self.source = whole if whole.is_file() else index
         if whole.is_file() and index.is_file():
-            raise ValueError(f"{root} has both {whole.name} and {index.name}; remove the one that is not meant")
+            raise CheckpointError(f"{root} has both {whole.name} and {index.name}; remove the one that is not meant.")
         if not whole.is_file() and not index.is_file():
-            raise FileNotFoundError(f"{root} has neither {whole.name} nor {index.name}; the weights are expected there")
+            raise MissingFileError(f"{root} has neither {whole.name} nor {index.name}; the weights are expected there.")
         self._files: dict[str, pathlib.Path] = {}
         expected = None if whole.is_file() else _read_index(index)
         files = [whole] if expected is None else [root / name for name in sorted(set(expected.values()))]
@@ -50,10 +46,10 @@ class SafetensorsArrays:
         for file, arrays in self._open.items():
             for name in arrays.keys():  # noqa: SIM118
                 if name in self._files:
-                    raise ValueError(f"{root} holds {name} twice, in {self._files[name].name} and in {file.name}")
+                    raise CheckpointError(f"{root} holds {name} twice, in {self._files[name].name} and in {file.name}.")
                 entry = arrays.get_slice(name)
                 if (dtype := entry.get_dtype()) not in _DTYPES:
-                    raise ValueError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read")
+                    raise CheckpointError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read.")
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
         self.shapes: Shapes = shapes
         if expected is not None:
@@ -86,14 +82,14 @@ class SafetensorsArrays:
 
 def _opened(file: pathlib.Path) -> Any:
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; the index names it. Get the checkpoint again")
+        raise MissingFileError(f"{file} does not exist; the index names it. Get the checkpoint again.")
     with file.open("rb") as content:
         start = content.read(9)
     # safetensors begins with the length of its header, whose first byte may be any, and then the header's JSON.
     if start[8:] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
-        raise ValueError(
+        raise CheckpointError(
             f"{file} is a zip archive or a pickle, not safetensors; it is not read, because unpickling runs code. "
-            "Convert it where it comes from"
+            "Convert it where it comes from."
         )
     try:
         return safetensors.safe_open(file, framework="pt").__enter__()
@@ -109,12 +105,12 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         if not weight_map or not all(isinstance(part, str) for item in weight_map.items() for part in item):
-            raise ValueError("weight_map must map names of arrays to names of files")
+            raise CheckpointError("weight_map must map names of arrays to names of files.")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not a valid index: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{index} is not a valid index: {type(error).__name__}: {error}") from error
     for file in set(weight_map.values()):
         if pathlib.PurePath(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise ValueError(f"{index} names the file {file!r}; only files beside the index are read")
+            raise CheckpointError(f"{index} names the file {file!r}; only files beside the index are read.")
     return dict(weight_map)
 
 
@@ -122,7 +118,7 @@ def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mappin
     wrong = sorted(name for name in {*expected, *found} if name not in found or expected.get(name) != found[name].name)
     if wrong:
         shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise ValueError(f"{index} and the files disagree about {shown}; get the checkpoint again")
+        raise CheckpointError(f"{index} and the files disagree about {shown}; get the checkpoint again.")
 
 
 def write_safetensors(
@@ -189,5 +185,5 @@ def _write_file(
         for name in order:
             array = read(name).to("cpu", dtype).contiguous()
             if array.shape != shapes[name]:
-                raise ValueError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}")
+                raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}.")
             file.write(array.view(-1).view(torch.uint8).numpy().data)

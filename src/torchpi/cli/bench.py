@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from torchpi.cli.common import split_names
+from torchpi.errors import UsageError
 
 
 def bench(
@@ -68,14 +69,14 @@ def bench(
         return
     if what == "load":
         if policy is None:
-            raise ValueError("bench load needs --policy, a policy folder or checkpoint")
+            raise UsageError("bench load needs --policy, a policy folder or checkpoint.")
         from torchpi.bench.loading import run_bench_load
 
         run_bench_load(policy, dtype=dtype, config=None if config == "mid" else config, as_json=json)
         return
     if what == "data":
         if dataset is None:
-            raise ValueError("bench data needs a data set: torchpi bench data DATASET")
+            raise UsageError("bench data needs a data set: torchpi bench data DATASET.")
         from torchpi.bench.data import run_bench_data
         from torchpi.data.rename import parse_rename
 
@@ -200,4 +201,4 @@ def _counts(text: str) -> list[int]:
     try:
         return [int(name) for name in split_names(text)]
     except ValueError:
-        raise ValueError(f"expected whole numbers separated by commas, got {text!r}") from None
+        raise UsageError(f"Expected whole numbers separated by commas, got {text!r}.") from None

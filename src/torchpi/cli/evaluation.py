@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from torchpi.cli.common import Checkpoint, CheckpointOptions, print_json, split_names
+from torchpi.errors import UsageError
 
 
 def evaluate(
@@ -78,7 +79,7 @@ def evaluate(
         "max_steps": max_steps, "swap": swap, "blank_images": blank_images, "videos": videos, "token": token,
     }  # fmt: skip
     if (env is None) == (dataset is None):
-        raise ValueError("eval needs either --env, a simulator, or --dataset, recorded episodes")
+        raise UsageError("eval needs either --env, a simulator, or --dataset, recorded episodes.")
     if dataset is not None:
         _refuse_changed(evaluate, simulated, belongs_to="--env")
         from torchpi.data import select_episodes
@@ -135,4 +136,4 @@ def _refuse_changed(command: Callable[..., Any], options: dict[str, Any], *, bel
     parameters = inspect.signature(command).parameters
     changed = [f"--{name.replace('_', '-')}" for name, value in options.items() if value != parameters[name].default]
     if changed:
-        raise ValueError(f"{', '.join(changed)} can only be given with {belongs_to}")
+        raise UsageError(f"{', '.join(changed)} can only be given with {belongs_to}.")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import tyro
 
+from torchpi.errors import UsageError
 from torchpi.training.config import TrainConfig
 
 
@@ -46,17 +47,17 @@ def train_command(base: TrainConfig) -> Callable[..., int | None]:
 
             return run_plan(config, world_size=plan_world, memory_gb=plan_memory, as_json=json)
         if plan_world is not None or plan_memory is not None or json:
-            raise ValueError("--plan-world, --plan-memory and --json belong to --plan")
+            raise UsageError("--plan-world, --plan-memory and --json belong to --plan.")
         from torchpi.training.loop import train
 
         if resume is not None and (out is not None or recipe is not None):
-            raise ValueError("--resume goes on with a run, its recipe and its folder; leave --out and --recipe out")
+            raise UsageError("--resume goes on with a run, its recipe and its folder; leave --out and --recipe out.")
         out = out or resume
         needed = {"out": out} | ({} if config.mixture else {"dataset": config.dataset, "embodiment": config.embodiment})
         for name, value in needed.items():
             if not value:
-                raise ValueError(
-                    f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help"
+                raise UsageError(
+                    f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help."
                 )
         assert out is not None
         result = train(config, out, resume=resume is not None)

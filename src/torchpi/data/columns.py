@@ -12,6 +12,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.extras import require
 from torchpi.data.metadata import Episode, Metadata, read_parquet
 from torchpi.data.rename import suggested_rename
+from torchpi.errors import DatasetError, UnknownKeyError
 
 _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
 
@@ -20,7 +21,7 @@ def check_names(metadata: Metadata) -> None:
     """Raises a KeyError if a data set names no state or no action: before its files are downloaded or read."""
     if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in metadata.features]:
         option = suggested_rename(missing, metadata.features, metadata.sources)
-        raise KeyError(
+        raise UnknownKeyError(
             f"The data set {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
             f"{', '.join(metadata.features)}. If one of them is what is missing, give it LeRobot's name: {option}, "
             "or rename= in Python."
@@ -39,12 +40,6 @@ def read_columns(
 
     Returns:
         Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
-
-    Raises:
-        FileNotFoundError: a data file is missing.
-        KeyError: a column is missing.
-        ValueError: a data file is damaged, or doesn't have what the metadata say; NaN or infinity in state or action;
-            timestamps that don't fit fps.
     """
     pieces: list[dict[str, np.ndarray]] = []
     first_rows: list[int] = []
@@ -69,22 +64,18 @@ def read_columns(
 
 
 def to_numpy(column: Any) -> np.ndarray:
-    """A column of numbers, or of lists of them that are all as long, as [F], [F, d], ….
-
-    Raises:
-        ValueError: values are missing, or the lists are of several lengths.
-    """
+    """A column of numbers, or of lists of them that are all as long, as [F], [F, d], …."""
     pa, pc = require("pyarrow"), require("pyarrow.compute")
     array = column.combine_chunks()
     shape = [len(array)]
     while pa.types.is_nested(array.type):
         lengths = pc.unique(pc.list_value_length(array)).to_pylist()
         if array.null_count or len(lengths) > 1:
-            raise ValueError(f"its lists have the lengths {', '.join(map(str, lengths))}; expected one")
+            raise DatasetError(f"Its lists have the lengths {', '.join(map(str, lengths))}; expected one.")
         shape += lengths or [0]
         array = array.flatten()
     if array.null_count:
-        raise ValueError(f"{array.null_count} values are missing")
+        raise DatasetError(f"{array.null_count} values are missing.")
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
@@ -117,14 +108,14 @@ def _wanted_names(
     names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
     there = f"its numeric columns are {', '.join(numeric)}"
     if missing := [name for name in _REQUIRED if name not in names]:
-        raise KeyError(
+        raise UnknownKeyError(
             f"{path} has no column {', '.join(missing)}; {there}. A policy is trained on "
             f"{lerobot.STATE} and {lerobot.ACTION}."
         )
     wanted = {name: olds for name, olds in names.items() if others is None or name in (*_REQUIRED, *others)}
     for name, olds in wanted.items():
         if missing := [old for old in olds if old not in numeric]:
-            raise KeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {there}.")
+            raise UnknownKeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {there}.")
     return wanted
 
 
@@ -135,9 +126,9 @@ def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
         try:
             arrays.append(to_numpy(table.column(part)))
         except ValueError as error:
-            raise ValueError(f"{path}: column {part}: {error}.") from error
+            raise DatasetError(f"{path}: column {part}: {error}") from error
         if len(parts) > 1 and arrays[-1].ndim > 2:
-            raise ValueError(
+            raise DatasetError(
                 f"{path}: column {part} has the shape {list(arrays[-1].shape[1:])} per frame; to be joined with others "
                 "it has to be a number or one list of them."
             )
@@ -166,17 +157,19 @@ def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
         for start, stop in itertools.pairwise([*starts, len(episode_index)])
     }
     if len(runs) < len(starts):
-        raise ValueError(f"{path}: the frames of an episode are not in one piece; the file is damaged.")
+        raise DatasetError(f"{path}: the frames of an episode are not in one piece; the file is damaged.")
     return runs
 
 
 def _check_alike(columns: dict[str, np.ndarray], before: dict[str, np.ndarray], path: Path) -> None:
     if set(columns) != set(before):
-        raise ValueError(f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(before)}.")
+        raise DatasetError(
+            f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(before)}."
+        )
     for name, values in columns.items():
         found, expected = values.shape[1:], before[name].shape[1:]
         if found != expected:
-            raise ValueError(
+            raise DatasetError(
                 f"{path}: {name} has the shape {list(found)} per frame, and {list(expected)} in the data files before "
                 f"it; expected the same in all. Repair the file, or {lerobot.LEAVE_OUT}."
             )
@@ -187,7 +180,7 @@ def _check_tasks(columns: dict[str, np.ndarray], metadata: Metadata) -> None:
         task = metadata.tasks.get(index)
         if not isinstance(task, str):
             rows = columns["task_index"] == index
-            raise ValueError(
+            raise DatasetError(
                 f"{rows.sum()} frames, the first in episode {columns['episode_index'][rows][0]}, have the task_index "
                 f"{index}, for which {metadata.tasks_file} has no text. Add the instruction there, or "
                 f"{lerobot.LEAVE_OUT}."
@@ -196,10 +189,10 @@ def _check_tasks(columns: dict[str, np.ndarray], metadata: Metadata) -> None:
 
 def _checked_rows(columns: dict[str, np.ndarray], episode: Episode, rows: slice | None) -> slice:
     if rows is None:
-        raise ValueError(f"{episode.data_file} has no frame of episode {episode.index}; the data set is damaged.")
+        raise DatasetError(f"{episode.data_file} has no frame of episode {episode.index}; the data set is damaged.")
     frames = columns["frame_index"][rows]
     if len(frames) != episode.length or (frames != np.arange(episode.length)).any():
-        raise ValueError(
+        raise DatasetError(
             f"{episode.data_file}: episode {episode.index} has {len(frames)} frames, numbered {frames[0]} to "
             f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The data set is damaged."
         )
@@ -211,7 +204,7 @@ def _check_finite(columns: dict[str, np.ndarray], episode: Episode, rows: slice)
         bad = ~np.isfinite(columns[name][rows])  # [T, d]
         if bad.any():
             frames, dims = np.nonzero(bad)
-            raise ValueError(
+            raise DatasetError(
                 f"{episode.data_file}: {name} is NaN or infinite in frame {frames[0]} of episode {episode.index}, "
                 f"dimension {dims[0]}, and in {len(np.unique(frames))} of its {episode.length} frames. Repair the "
                 f"column, or {lerobot.LEAVE_OUT}."
@@ -230,7 +223,7 @@ def _check_clock(
     if off.size:
         first, total = off[0], seconds[-1]
         rate = (episode.length - 1) / total if total else np.inf
-        raise ValueError(
+        raise DatasetError(
             f"{episode.data_file}: frame {first} of episode {episode.index} was taken {seconds[first]:.4f} s after the "
             f"first one; expected {expected[first]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} "
             f"frames per second. The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if "

@@ -10,6 +10,7 @@ import numpy as np
 
 from torchpi.data.metadata import Episode
 from torchpi.data.place import open_metadata
+from torchpi.errors import DatasetError
 
 _TASK = "task:"
 _RANGE = re.compile(r"(?P<number>\d+)|(?P<start>\d*):(?P<stop>\d*)")
@@ -43,7 +44,7 @@ def select_episodes(dataset: str | Path, expression: str) -> list[int]:
         else:
             chosen &= _of_numbers([episode.index for episode in metadata.episodes], condition)
     if not chosen:
-        raise ValueError(f"No episode of {metadata.root} meets all conditions of {expression!r}.")
+        raise DatasetError(f"No episode of {metadata.root} meets all conditions of {expression!r}.")
     return sorted(chosen)
 
 
@@ -61,12 +62,9 @@ def hold_out(tasks: Sequence[Hashable], share: float, rng: np.random.Generator) 
 
     Returns:
         The episodes' positions in `tasks`, sorted; fewer than the share where tasks have single episodes.
-
-    Raises:
-        ValueError: there is one episode only.
     """
     if len(tasks) < 2:
-        raise ValueError(f"expected two episodes or more, of which some are held out, got {len(tasks)}")
+        raise DatasetError(f"Expected two episodes or more, of which some are held out, got {len(tasks)}.")
     if len(set(tasks)) == len(tasks):
         tasks = [None] * len(tasks)
     totals, seen = Counter(tasks), Counter[Hashable]()
@@ -86,7 +84,7 @@ def _of_numbers(indices: Sequence[int], condition: str) -> set[int]:
     for part in (part.strip() for part in condition.split(",")):
         match = _RANGE.fullmatch(part)
         if match is None:
-            raise ValueError(
+            raise DatasetError(
                 f"{part!r} chooses no episodes; expected a number, a range such as 0:40 or 100:, or task:PATTERN; "
                 f"{there}."
             )
@@ -94,7 +92,7 @@ def _of_numbers(indices: Sequence[int], condition: str) -> set[int]:
         stop = start + 1 if match["number"] else int(match["stop"] or indices[-1] + 1)
         found = {index for index in indices if start <= index < stop}
         if not found or stop > indices[-1] + 1:
-            raise ValueError(f"Not all episodes of {part!r} are there; {there}.")
+            raise DatasetError(f"Not all episodes of {part!r} are there; {there}.")
         chosen |= found
     return chosen
 
@@ -108,7 +106,7 @@ def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
             if any(fnmatch.fnmatchcase(task.lower(), pattern.lower()) for task in episode.tasks)
         }
         if not found:
-            raise ValueError(f"No task matches {pattern!r}; there are {_tasks_there(episodes)}.")
+            raise DatasetError(f"No task matches {pattern!r}; there are {_tasks_there(episodes)}.")
         chosen |= found
     return chosen
 

@@ -3,14 +3,12 @@
 import importlib
 from typing import Any
 
+from torchpi.errors import MissingExtraError
+
 
 def require(module: str) -> Any:
-    """The module, imported.
-
-    Raises:
-        ModuleNotFoundError: it is not installed; the message has the command that installs it.
-    """
+    """The module, imported."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"data sets need the extra 'data': pip install 'torchpi[data]' ({error})") from error
+        raise MissingExtraError(f"Data sets need the extra 'data': pip install 'torchpi[data]' ({error}).") from error

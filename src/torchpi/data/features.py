@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import DatasetError
+
 
 def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...] | None:
     """The names of a column's dimensions; None: the data set doesn't name each of them."""
@@ -25,9 +27,6 @@ def joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[s
     Args:
         parts: the features by their names.
         root: the data set's folder.
-
-    Raises:
-        ValueError: one is a camera or a text, or has more than one axis per frame.
     """
     names: list[str] = []
     for name, feature in parts.items():
@@ -42,7 +41,7 @@ def _num_dims(name: str, feature: Mapping[str, Any], root: Path) -> int:
     """Of a column that can be joined with others."""
     dtype, shape = feature.get("dtype"), feature.get("shape")
     if not _is_numeric(dtype) or not isinstance(shape, list) or len(shape) > 1:
-        raise ValueError(
+        raise DatasetError(
             f"{name} of {root} can't be joined with other columns: it is {dtype} of the shape {shape} per frame; "
             "expected numbers, one of them or one list."
         )

@@ -9,6 +9,7 @@ import numpy as np
 
 from torchpi.config import read_json_object
 from torchpi.data.stats import Frames, ModelValues
+from torchpi.errors import DatasetError, MissingFileError
 from torchpi.robots import Embodiment
 from torchpi.transforms.normalize import DEVIATIONS, NormStats, load_norm_stats
 
@@ -66,10 +67,6 @@ def checkpoint_stats(address: str | Path) -> dict[str, dict[str, NormStats]]:
     Args:
         address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a folder with a
             norm_stats.json; hf://… or gs://…, of which only `assets` is fetched if there is one.
-
-    Raises:
-        FileNotFoundError: nothing there, or no statistics.
-        ValueError: they are damaged.
     """
     from torchpi.checkpoints.lerobot import PREPROCESSOR, read_parts  # bring torch
     from torchpi.checkpoints.load import norm_stats_files
@@ -83,7 +80,7 @@ def checkpoint_stats(address: str | Path) -> dict[str, dict[str, NormStats]]:
         file.parent.relative_to(root).as_posix(): file for file in sorted(root.rglob("norm_stats.json"))
     }
     if not files:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{root} has no statistics; expected norm_stats.json, assets/<id>/norm_stats.json, or LeRobot's "
             f"{PREPROCESSOR}."
         )
@@ -101,16 +98,13 @@ def compare_fit(
     Args:
         robots: statistics of "state" and "actions" by the robot's name.
         action_horizon: H, the chunk's length.
-
-    Raises:
-        ValueError: see `compute_norm_stats`; or a robot has neither statistics of state nor of actions.
     """
     values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
     fits = []
     for name, stats in robots.items():
         keys = {what: _key_fit(values, what, stats[what]) for what in values.names if what in stats}
         if not keys:
-            raise ValueError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
+            raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
         fits.append(Fit(name, keys))
     return sorted(fits, key=lambda fit: (not fit.comparable, -fit.overall))
 

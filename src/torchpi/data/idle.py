@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 
 from torchpi.data import format as lerobot
 from torchpi.data.stats import Frames
+from torchpi.errors import DatasetError
 
 # Encoders' noise is far below a hundredth of a joint's range, and what takes over 100 s for its range is no movement
 # that a task needs.
@@ -48,7 +49,7 @@ def idle_frames(
         ValueError: a threshold that is negative, or seconds that are not positive.
     """
     if threshold < 0 or seconds <= 0:
-        raise ValueError(f"expected threshold ≥ 0 and seconds > 0, got {threshold} and {seconds}")
+        raise DatasetError(f"Expected threshold ≥ 0 and seconds > 0, got {threshold} and {seconds}.")
     window = max(2, math.ceil(seconds * dataset.fps))  # within one frame nothing can change
     columns = [dataset.columns[name] for name in (lerobot.STATE, lerobot.ACTION)]  # [F, d]
     parts = [_still(values, threshold, window, dataset.episode_lengths) for values in columns]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from torchpi.data.metadata import read_parquet
+from torchpi.errors import DatasetError, UnknownKeyError
 
 
 class ParquetImages:
@@ -40,25 +41,19 @@ class ParquetImages:
         self._reset()
 
     def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image in a row of a data file.
-
-        Raises:
-            FileNotFoundError: the file is missing.
-            KeyError: it has no such camera.
-            ValueError: it is damaged, or has no image there.
-        """
+        """The image in a row of a data file."""
         from PIL import Image
 
         compressed = self._compressed(path, camera, row)
         if compressed is None:
-            raise ValueError(
+            raise DatasetError(
                 f"{path} has no image of {camera} in row {row}; images in files of their own are not read."
             )
         try:
             with Image.open(io.BytesIO(compressed)) as image:
                 return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
-            raise ValueError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
+            raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}") from error
 
     def _compressed(self, path: Path, camera: str, row: int) -> Any:
         if self._pid != os.getpid():  # a fork: a thread that isn't here may hold the lock
@@ -95,5 +90,7 @@ def _read_row_group(file: Any, camera: str, row_group: int, path: Path) -> Any:
     column = f"{camera}.bytes"
     table = file.read_row_group(row_group, columns=[column]).flatten()
     if table.column_names != [column]:
-        raise KeyError(f"{path} has no images of {camera}; its columns are {', '.join(file.schema_arrow.names)}.")
+        raise UnknownKeyError(
+            f"{path} has no images of {camera}; its columns are {', '.join(file.schema_arrow.names)}."
+        )
     return table.column(0)

@@ -15,6 +15,7 @@ from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode
 from torchpi.data.place import fetch_frames, open_metadata
 from torchpi.data.video import VideoPool
+from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 
 _CHECKING_THREADS = 16
 """For `check_videos`; many, because files may be far away."""
@@ -69,7 +70,7 @@ class LeRobotDataset:
             ModuleNotFoundError: pyarrow or av is missing.
         """
         if action_horizon < 1:
-            raise ValueError(f"action_horizon is {action_horizon}; expected 1 or more.")
+            raise DatasetError(f"action_horizon is {action_horizon}; expected 1 or more.")
         self.action_horizon = action_horizon
         self._metadata = open_metadata(path, rename=rename)
         check_names(self._metadata)
@@ -217,7 +218,7 @@ class LeRobotDataset:
             (name,) = self._metadata.names_in_files(key)
             return self._images.read(episode.data_file, name, int(self._first_rows[number]) + frame)
         except ValueError as error:
-            raise ValueError(
+            raise DatasetError(
                 f"{key} of episode {episode.index}, frame {frame} can't be read: {error} Repair the file, or "
                 f"{lerobot.LEAVE_OUT}."
             ) from error
@@ -226,7 +227,7 @@ class LeRobotDataset:
         for episode in self._episodes:
             for key, span in episode.videos.items():
                 if key in self._camera_keys and not span.path.is_file():
-                    raise FileNotFoundError(
+                    raise MissingFileError(
                         f"There is no video {span.path} ({key} of episode {episode.index}); the data set is "
                         "incomplete. Get it again."
                     )
@@ -235,20 +236,22 @@ class LeRobotDataset:
 def _chosen(all_: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
     if wanted is None:
         if not all_:
-            raise ValueError(f"The data set {path} has no episodes.")
+            raise DatasetError(f"The data set {path} has no episodes.")
         return all_
     indices = {operator.index(index) for index in wanted}
     known = [episode.index for episode in all_]
     if unknown := sorted(indices - set(known)):
         there = f"{known[0]} to {known[-1]}" if known else "none"
-        raise ValueError(f"{path} has no episode {', '.join(map(str, unknown))}; its episodes are {there}.")
+        raise DatasetError(f"{path} has no episode {', '.join(map(str, unknown))}; its episodes are {there}.")
     if not indices:
-        raise ValueError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
+        raise DatasetError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
     return tuple(episode for episode in all_ if episode.index in indices)
 
 
 def _chosen_cameras(all_: tuple[str, ...], wanted: Iterable[str] | None, path: Path) -> tuple[str, ...]:
     chosen = set(all_ if wanted is None else wanted)
     if unknown := sorted(chosen - set(all_)):
-        raise KeyError(f"{path} has no camera {', '.join(unknown)}; its cameras are {', '.join(all_) or 'none'}.")
+        raise UnknownKeyError(
+            f"{path} has no camera {', '.join(unknown)}; its cameras are {', '.join(all_) or 'none'}."
+        )
     return tuple(key for key in all_ if key in chosen)

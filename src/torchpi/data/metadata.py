@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torchpi.data import format as lerobot
 from torchpi.data.extras import require
 from torchpi.data.rename import renamed_features, resolve_rename
+from torchpi.errors import DatasetError, MissingFileError
 
 _T = TypeVar("_T")
 
@@ -77,9 +78,6 @@ class Metadata:
 
         Args:
             rename: from the data set's names to the new ones, see `LeRobotDataset`.
-
-        Raises:
-            KeyError, ValueError: see `resolve_rename` and `joined_feature`.
         """
         sources = resolve_rename(rename, self.features, self.root)
         features = renamed_features(self.features, sources, self.root)
@@ -93,26 +91,21 @@ class Metadata:
 
 
 def read_metadata(root: Path) -> Metadata:
-    """Read the folder `meta`.
-
-    Raises:
-        FileNotFoundError: no such folder; it is no data set; a file is missing.
-        ValueError: another version; a file is damaged; the recording was not finished.
-    """
+    """Read the folder `meta`."""
     info = _read_info(root)
     where = root / lerobot.INFO
     version = info.get("codebase_version")
     if version not in lerobot.VERSIONS:
-        raise ValueError(
+        raise DatasetError(
             f"{where}: the format's version is {version!r}; {', '.join(lerobot.VERSIONS)} are read. "
             "LeRobot's own scripts convert older sets."
         )
     for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
         if not isinstance(info.get(field), kind):
-            raise ValueError(f"{where} has no valid {field!r}, found {info.get(field)!r}; the file is damaged.")
+            raise DatasetError(f"{where} has no valid {field!r}, found {info.get(field)!r}; the file is damaged.")
     _check_features(info, where)
     if info.get("total_episodes") == 0:  # then LeRobot has not written the other files of meta either
-        raise ValueError(f"The data set {root} has no episodes; record some first.")
+        raise DatasetError(f"The data set {root} has no episodes; record some first.")
     read_episodes, read_tasks = (_episodes_v3, _tasks_v3) if version == "v3.0" else (_episodes_v2, _tasks_v2)
     metadata = Metadata(
         root=root,
@@ -124,57 +117,52 @@ def read_metadata(root: Path) -> Metadata:
         episodes=(),
     )
     if metadata.fps <= 0:
-        raise ValueError(f"{where}: fps is {metadata.fps}; expected frames per second.")
+        raise DatasetError(f"{where}: fps is {metadata.fps}; expected frames per second.")
     try:
         episodes = read_episodes(metadata, info)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"The episodes of {root} lack what {version} has: {error!r}; the set is damaged.") from error
+        raise DatasetError(f"The episodes of {root} lack what {version} has: {error!r}; the set is damaged.") from error
     _check_episodes(episodes, info, where)
     return dataclasses.replace(metadata, episodes=tuple(sorted(episodes, key=lambda episode: episode.index)))
 
 
 def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
-    """What `read` takes from the open file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged.
-    """
+    """What `read` takes from the open file."""
     pa, pq = require("pyarrow"), require("pyarrow.parquet")
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; the data set is incomplete. Get it again.")
+        raise MissingFileError(f"There is no file {path}; the data set is incomplete. Get it again.")
     try:
         with pq.ParquetFile(path) as file:
             return read(file)
     except (pa.ArrowException, OSError) as error:
         cause = " ".join(str(error).split()).rstrip(".")
-        raise ValueError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
+        raise DatasetError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
 
 
 def _read_info(root: Path) -> dict[str, Any]:
     if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}; expected a LeRobot data set.")
+        raise MissingFileError(f"There is no folder {root}; expected a LeRobot data set.")
     path = root / lerobot.INFO
     if not path.is_file() and (root / lerobot.RECORDING_FOLDER).is_dir():
-        raise ValueError(
+        raise DatasetError(
             f"The recording of {root} is still going on, or was killed. If it was killed, "
             f"torchpi.data.LeRobotWriter.recover({str(root)!r}) makes a data set of the episodes that it had saved."
         )
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
-        raise FileNotFoundError(f"{root} is no LeRobot data set: it has no {lerobot.INFO}; found {found}.")
+        raise MissingFileError(f"{root} is no LeRobot data set: it has no {lerobot.INFO}; found {found}.")
     info = _json(path.read_bytes(), path)
     if not isinstance(info, dict):
-        raise ValueError(f"{path} holds a {type(info).__name__}; expected an object.")
+        raise DatasetError(f"{path} holds a {type(info).__name__}; expected an object.")
     return info
 
 
 def _check_features(info: Mapping[str, Any], where: Path) -> None:
     for key, feature in info["features"].items():
         if not isinstance(feature, dict):
-            raise ValueError(f"{where}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
+            raise DatasetError(f"{where}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
         if feature.get("dtype") == "video" and not isinstance(info.get("video_path"), str):
-            raise ValueError(
+            raise DatasetError(
                 f"{where}: {key} is a video, but video_path, where videos are, is {info.get('video_path')!r}; expected "
                 "a text. The file is damaged."
             )
@@ -182,13 +170,13 @@ def _check_features(info: Mapping[str, Any], where: Path) -> None:
 
 def _check_episodes(episodes: Sequence[Episode], info: Mapping[str, Any], where: Path) -> None:
     if twice := [index for index, count in Counter(episode.index for episode in episodes).items() if count > 1]:
-        raise ValueError(
+        raise DatasetError(
             f"The list of episodes of {where.parents[1]} has the episodes {', '.join(map(str, twice))} more than once; "
             "the data set is damaged."
         )
     found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
     if differing := [f"{field} {info[field]}" for field in found if info.get(field, found[field]) != found[field]]:
-        raise ValueError(
+        raise DatasetError(
             f"{where} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
             f"{found['total_frames']} frames; the data set is incomplete or damaged."
         )
@@ -200,7 +188,7 @@ def _tasks_v3(root: Path) -> dict[int, str]:
     # The text is a pandas index, which older files did not name.
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
-        raise ValueError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
+        raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
     return dict(sorted(zip(columns["task_index"], columns[text], strict=True)))
 
 
@@ -213,7 +201,7 @@ def _episodes_v3(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
     root = metadata.root
     files = sorted((root / lerobot.EPISODES_FOLDER).glob("*/*.parquet"))
     if not files:
-        raise FileNotFoundError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the data set is incomplete.")
+        raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the data set is incomplete.")
 
     def read(file: Any) -> list[dict[str, Any]]:
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
@@ -258,7 +246,7 @@ def _episodes_v2(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; the data set is incomplete.")
+        raise MissingFileError(f"There is no file {path}; the data set is incomplete.")
     return [_json(line, path) for line in path.read_bytes().splitlines() if line.strip()]
 
 
@@ -266,4 +254,4 @@ def _json(text: bytes, path: Path) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{path} is not valid JSON: {error}; the file is damaged.") from error
+        raise DatasetError(f"{path} is not valid JSON: {error}; the file is damaged.") from error

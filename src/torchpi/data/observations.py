@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
+from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.embodiment import nested
 
@@ -39,7 +40,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         elif camera.presence == "required":
             raise _no_camera(camera, embodiment, keys)
     if lerobot.STATE not in frame:
-        raise KeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
+        raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
     start = 0
     for part in embodiment.state:  # only the last one may be shorter
@@ -75,12 +76,12 @@ def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int 
     """Raises a ValueError if the data set's state or action has another length than the embodiment's."""
     if state is not None and state not in embodiment.state_dims:
         lengths = " or ".join(map(str, embodiment.state_dims))
-        raise ValueError(
+        raise DatasetError(
             f"The data set's {lerobot.STATE} has {state} dimensions; embodiment '{embodiment.name}' has {lengths}: "
             f"{', '.join(embodiment.state_names)}. Choose the embodiment of the robot that it was recorded with."
         )
     if action is not None and action != embodiment.action_size:
-        raise ValueError(
+        raise DatasetError(
             f"The data set's {lerobot.ACTION} has {action} dimensions; embodiment '{embodiment.name}' has "
             f"{embodiment.action_size}: {', '.join(dim.name for dim in embodiment.actions)}. Choose the embodiment of "
             "the robot that it was recorded with."
@@ -107,7 +108,7 @@ def _image_keys(frame: Mapping[str, Any]) -> dict[str, str]:
         if not (isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8):
             continue
         if _last(key) in keys:
-            raise ValueError(
+            raise DatasetError(
                 f"The data set has two cameras that end in {_last(key)}, {keys[_last(key)]} and {key}; they can't be "
                 f"told apart. Rename one: --rename {key}={lerobot.IMAGES}NAME, or rename= in Python."
             )

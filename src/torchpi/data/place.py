@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from torchpi.data.metadata import Episode, Metadata, read_metadata
+from torchpi.errors import DatasetError
 
 _HUB = "hf://"
 
@@ -14,11 +15,6 @@ def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) 
     Args:
         path: a folder, or hf://org/name[@revision].
         rename: from names of columns and cameras to LeRobot's, see `LeRobotDataset`.
-
-    Raises:
-        FileNotFoundError, ValueError: see `read_metadata` and `torchpi.checkpoints.hub.fetch_dataset`; an address of
-            another kind.
-        KeyError, ValueError: a name to change that isn't there; a new one that is taken.
     """
     return read_metadata(_with_meta(path)).with_names(rename or {})
 
@@ -31,16 +27,12 @@ def _with_meta(path: str | Path) -> Path:
 
         return fetch_dataset(text, ["meta/"])
     if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
-        raise ValueError(f"A data set is a folder or hf://org/name[@revision], as a text; found {path!r}.")
+        raise DatasetError(f"A data set is a folder or hf://org/name[@revision], as a text; found {path!r}.")
     return Path(path).expanduser()
 
 
 def fetch_frames(path: str | Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:
-    """Get what is missing of some episodes and cameras of an address; of a folder nothing is missing.
-
-    Raises:
-        FileNotFoundError, ValueError: see `torchpi.checkpoints.hub.fetch_dataset`.
-    """
+    """Get what is missing of some episodes and cameras of an address; of a folder nothing is missing."""
     if not str(path).startswith(_HUB):
         return
     from torchpi.checkpoints.hub import fetch_dataset

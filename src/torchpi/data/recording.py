@@ -31,6 +31,7 @@ from torchpi.data.columns import to_numpy
 from torchpi.data.extras import require
 from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
 from torchpi.data.video import concatenate_videos
+from torchpi.errors import DatasetError, MissingFileError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Kept free for the metadata of a finished set, so that a disk that has run full can still hold it.
@@ -50,16 +51,12 @@ class Recording:
 
     @classmethod
     def create(cls, root: Path, settings: RecordingSettings) -> "Recording":
-        """Begin a data set in an empty or new folder.
-
-        Raises:
-            ValueError: the folder is not empty.
-        """
+        """Begin a data set in an empty or new folder."""
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             hint = "choose another path"
             if (root / lerobot.RECORDING_FOLDER).is_dir():
                 hint = f"it is a recording that was not finished: LeRobotWriter.recover({str(root)!r}) finishes it"
-            raise ValueError(f"{root} exists already and is not an empty folder; {hint}.")
+            raise DatasetError(f"{root} exists already and is not an empty folder; {hint}.")
         recording = cls(root, settings, made_root=not root.exists())
         recording.folder.mkdir(parents=True)
         recording._hold()
@@ -73,19 +70,14 @@ class Recording:
 
     @classmethod
     def reopen(cls, root: Path) -> "Recording":
-        """A recording that was not finished.
-
-        Raises:
-            FileNotFoundError: there is none.
-            ValueError: it is still going on in another process; its files are damaged.
-        """
+        """A recording that was not finished."""
         folder = root / lerobot.RECORDING_FOLDER
         if not (folder / "recording.json").is_file():
-            raise FileNotFoundError(f"There is no unfinished recording in {root}.")
+            raise MissingFileError(f"There is no unfinished recording in {root}.")
         try:
             settings = RecordingSettings(**json.loads((folder / "recording.json").read_bytes()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / 'recording.json'} is damaged: {error}.") from error
+            raise DatasetError(f"{folder / 'recording.json'} is damaged: {error}") from error
         recording = cls(root, settings)
         recording._hold()
         recording.reload()
@@ -107,9 +99,6 @@ class Recording:
         Args:
             write: writes the data file, and per camera the video, to the paths that it is given.
             episode: what is known of it; its sizes are filled in here.
-
-        Raises:
-            OSError: the disk is full, or the files can't be written. The episodes before are not touched.
         """
         index = len(self.episodes)
         data, videos = self._data_part(index), {key: self._video_part(index, key) for key in self.settings.videos}
@@ -141,19 +130,14 @@ class Recording:
             path.unlink()
 
     def finish(self) -> None:
-        """Make it a data set. May be called again if it failed.
-
-        Raises:
-            ValueError: there is no episode; the folder is removed then.
-            OSError: the disk is full even so; nothing is lost, and `LeRobotWriter.recover` continues.
-        """
+        """Make it a data set. May be called again if it failed."""
         if self._lock is None:  # released when it failed
             self._hold()
         try:
             self.reload()
             if not self.episodes:
                 self.abandon()
-                raise ValueError(f"No episode was saved; there is no data set at {self.root}.")
+                raise DatasetError(f"No episode was saved; there is no data set at {self.root}.")
             (self.folder / "reserve").unlink(missing_ok=True)
             if self._pending:
                 self._join(self._pending)
@@ -286,7 +270,7 @@ class Recording:
         try:
             return SavedEpisode(**json.loads(file.read_bytes()))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{file} is damaged: {error}.") from error
+            raise DatasetError(f"{file} is damaged: {error}") from error
 
     def _json_part(self, index: int) -> Path:
         return self.folder / f"episode_{index:06d}.json"
@@ -319,7 +303,7 @@ class Recording:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             self._release()
-            raise ValueError(f"{self.root} is still being recorded by another process; let it finish.") from error
+            raise DatasetError(f"{self.root} is still being recorded by another process; let it finish.") from error
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -328,11 +312,7 @@ class Recording:
 
 
 def join_parquet(path: Path, parts: Sequence[Path]) -> None:
-    """Write the rows of several files into one, a row group for each.
-
-    Raises:
-        OSError: the file can't be written.
-    """
+    """Write the rows of several files into one, a row group for each."""
     pq = require("pyarrow.parquet")
     with write_parquet(path, pq.read_schema(parts[0])) as writer:
         for part in parts:

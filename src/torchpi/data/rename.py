@@ -7,6 +7,7 @@ from typing import Any
 
 from torchpi.data import format as lerobot
 from torchpi.data.features import joined_feature
+from torchpi.errors import DatasetError, UnknownKeyError
 
 _JOINED = "+"
 _OPENPI_NAMES = {lerobot.STATE: ("state", "joint_position+gripper_position"), lerobot.ACTION: ("actions",)}
@@ -16,21 +17,17 @@ _FRAME_KEYS = ("action_is_pad", "task")
 
 
 def parse_rename(values: Sequence[str]) -> dict[str, str]:
-    """The `rename` of `LeRobotDataset` as a command line or a recipe says it: texts "OLD=NEW" or "OLD+OLD=NEW".
-
-    Raises:
-        ValueError: malformed; a name that is renamed twice.
-    """
+    """The `rename` of `LeRobotDataset` as a command line or a recipe says it: texts "OLD=NEW" or "OLD+OLD=NEW"."""
     rename: dict[str, str] = {}
     for value in values:
         old, _, new = value.partition("=")
         if not new or "=" in new or not all(old.split(_JOINED)):
-            raise ValueError(
+            raise DatasetError(
                 f"{value!r} renames nothing; expected OLD=NEW, for example state={lerobot.STATE}, or OLD+OLD=NEW, for "
                 "columns that are joined."
             )
         if old in rename:
-            raise ValueError(f"{old} is renamed twice, to {rename[old]} and to {new}; expected one new name.")
+            raise DatasetError(f"{old} is renamed twice, to {rename[old]} and to {new}; expected one new name.")
         rename[old] = new
     return rename
 
@@ -42,25 +39,21 @@ def resolve_rename(rename: Mapping[str, str], names: Iterable[str], root: Path) 
         rename: from the data set's names, or several of them joined by "+", to LeRobot's.
         names: of the data set's features.
         root: its folder.
-
-    Raises:
-        KeyError: the data set has no such name.
-        ValueError: a name is used twice; the new name is taken.
     """
     names = tuple(names)
     olds_of = {old: (old,) if old in names else tuple(old.split(_JOINED)) for old in rename}
     used = Counter(name for olds in olds_of.values() for name in olds)
     if unknown := [name for name in used if name not in names]:
-        raise KeyError(
+        raise UnknownKeyError(
             f"{root} has no {', '.join(unknown)} that could be renamed; its columns and cameras are {', '.join(names)}."
         )
     if twice := [name for name, count in used.items() if count > 1]:
-        raise ValueError(f"{', '.join(twice)} of {root} would be used twice; expected each name once in rename.")
+        raise DatasetError(f"{', '.join(twice)} of {root} would be used twice; expected each name once in rename.")
     taken = {name: "the data set has it already" for name in names if name not in used}
     taken |= dict.fromkeys(_FRAME_KEYS, "every frame gets it from the reader")
     for old, new in rename.items():
         if new in taken:
-            raise ValueError(f"{old} of {root} can't be renamed to {new}: {taken[new]}. Choose another name.")
+            raise DatasetError(f"{old} of {root} can't be renamed to {new}: {taken[new]}. Choose another name.")
         taken[new] = f"{old} is renamed to it, too"
     return {new: olds_of[old] for old, new in rename.items()}
 
@@ -70,9 +63,6 @@ def renamed_features(features: Mapping[str, Any], sources: Mapping[str, tuple[st
 
     Args:
         sources: see `resolve_rename`.
-
-    Raises:
-        ValueError: see `joined_feature`.
     """
     new_names = {old: new for new, olds in sources.items() for old in olds}
     renamed: dict[str, Any] = {}

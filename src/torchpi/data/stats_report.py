@@ -41,10 +41,6 @@ def run_stats(
         compare: a checkpoint, see `checkpoint_stats`: how well the data fit each of its robots.
         rename: LeRobot's names for some columns, see `LeRobotDataset`.
         as_json: print one JSON document on stdout, everything else on stderr.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: see `LeRobotDataset`, `get_embodiment`, `compute_norm_stats`,
-            `select_episodes` and `checkpoint_stats`.
     """
     from rich.console import Console
 

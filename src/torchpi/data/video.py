@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from torchpi.data.extras import require
+from torchpi.errors import DatasetError, MissingFileError
 
 # LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
 _GOP = 2
@@ -28,10 +29,6 @@ class VideoReader:
 
     Frames that are read one after the other are decoded one after the other; otherwise decoding begins at the keyframe
     before.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no video, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -39,12 +36,12 @@ class VideoReader:
         self.path = path
         self._error = av.FFmpegError
         if not path.is_file():
-            raise FileNotFoundError(f"There is no video {path}; the data set is incomplete.")
+            raise MissingFileError(f"There is no video {path}; the data set is incomplete.")
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, IndexError) as error:
-            raise ValueError(f"{path} is not a video, or is damaged: {error}. Get the file again.") from error
+            raise DatasetError(f"{path} is not a video, or is damaged: {error}. Get the file again.") from error
         # With several threads, decoders hold frames back, and a single frame takes longer.
         self._stream.codec_context.thread_count = 1
         self._frames: Any = None
@@ -63,16 +60,13 @@ class VideoReader:
         Args:
             seconds: its time in the file.
             tolerance: how far the nearest frame's time may be from it, in seconds; less than half of a frame.
-
-        Raises:
-            ValueError: there is no such frame, or the file is damaged.
         """
         try:
             frame = self._find(seconds, tolerance)
             return np.asarray(frame.to_ndarray(format="rgb24"))
         except (self._error, _NoFrameError) as error:
             self._frame = None
-            raise ValueError(
+            raise DatasetError(
                 f"{self.path} has no frame at {seconds:.4f} s: {error}. The file is damaged, or is not the one that "
                 "the data set describes."
             ) from error
@@ -166,16 +160,12 @@ _FORKED: list[Any] = []
 
 
 def default_encoder() -> str:
-    """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1.
-
-    Raises:
-        ValueError: this build of FFmpeg has neither.
-    """
+    """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
     available = require("av").codec.codecs_available
     for encoder in _ENCODERS:
         if encoder in available:
             return encoder
-    raise ValueError(f"PyAV has none of the encoders {', '.join(_ENCODERS)}; record images instead (video=False).")
+    raise DatasetError(f"PyAV has none of the encoders {', '.join(_ENCODERS)}; record images instead (video=False).")
 
 
 def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, Any]:
@@ -195,11 +185,7 @@ def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, 
 
 
 def encode_video(path: Path, frames: Sequence[np.ndarray], *, fps: int, encoder: str) -> None:
-    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file.
-
-    Raises:
-        OSError: the file can't be written.
-    """
+    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file."""
     av = require("av")
     height, width = frames[0].shape[:2]
     options = {"g": str(_GOP), **{name: str(value) for name, value in _ENCODERS[encoder].items()}}
@@ -228,9 +214,6 @@ def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: in
 
     Args:
         parts: each file and its number of frames; its first frame comes right behind the last one before.
-
-    Raises:
-        OSError: the file can't be written.
     """
     av = require("av")
     with av.open(str(path), "w", format="mp4") as container:

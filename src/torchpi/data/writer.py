@@ -16,6 +16,7 @@ from torchpi.data.feature_stats import image_histogram, summed
 from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import default_encoder, encode_video, video_info
+from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.transforms.normalize import require_finite
 
 
@@ -64,7 +65,7 @@ class LeRobotWriter:
         require("pyarrow.parquet")
         self._encoder = default_encoder() if video else None
         if fps != int(fps) or fps < 1:
-            raise ValueError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
+            raise DatasetError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
         features = {
             **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
             lerobot.STATE: _numbers_feature("state_names", state_names),
@@ -109,9 +110,9 @@ class LeRobotWriter:
         """
         recording = self._open_recording()
         if not self.num_frames_in_progress:
-            raise ValueError("The episode has no frames; add_frame comes before save_episode.")
+            raise DatasetError("The episode has no frames; add_frame comes before save_episode.")
         if not isinstance(task, str) or not task.strip():
-            raise ValueError(f"The task of an episode is {task!r}; expected its instruction, a text.")
+            raise DatasetError(f"The task of an episode is {task!r}; expected its instruction, a text.")
         histograms = {key: summed(list_) for key, list_ in self._histograms.items()}
         episode = SavedEpisode(
             length=self.num_frames_in_progress,
@@ -135,13 +136,15 @@ class LeRobotWriter:
             KeyError, OSError: what they raise.
         """
         if self.num_frames_in_progress:
-            raise ValueError(
+            raise DatasetError(
                 f"An episode with {self.num_frames_in_progress} frames is in progress; save or discard it first."
             )
         self._check_keys(frames)
         lengths = {key: len(values) for key, values in frames.items()}
         if len(set(lengths.values())) > 1:
-            raise ValueError(f"The arrays of an episode have several lengths: {lengths}; expected one value per frame.")
+            raise DatasetError(
+                f"The arrays of an episode have several lengths: {lengths}; expected one value per frame."
+            )
         try:
             for i in range(max(lengths.values())):
                 self.add_frame({key: values[i] for key, values in frames.items()})
@@ -230,14 +233,14 @@ class LeRobotWriter:
 
     def _open_recording(self) -> Recording:
         if self._recording is None:
-            raise ValueError(f"The data set {self.path} is finished; a new writer needs a new path.")
+            raise DatasetError(f"The data set {self.path} is finished; a new writer needs a new path.")
         return self._recording
 
     def _camera(self, name: str, shape: Sequence[int], fps: int) -> dict[str, Any]:
         if not name or "/" in name:
-            raise ValueError(f"A camera is called {name!r}; expected a name without '/'.")
+            raise DatasetError(f"A camera is called {name!r}; expected a name without '/'.")
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
-            raise ValueError(f"Camera {name!r} has the shape {list(shape)}; expected (height, width, 3).")
+            raise DatasetError(f"Camera {name!r} has the shape {list(shape)}; expected (height, width, 3).")
         height, width = (int(size) for size in shape[:2])
         feature: dict[str, Any] = {
             "dtype": "image",
@@ -246,7 +249,7 @@ class LeRobotWriter:
         }
         if self._encoder:
             if height % 2 or width % 2:
-                raise ValueError(
+                raise DatasetError(
                     f"Camera {name!r} is {height} x {width}; video needs an even height and width. Crop or resize it, "
                     "or record images (video=False)."
                 )
@@ -259,7 +262,7 @@ class LeRobotWriter:
     def _check_keys(self, frame: Mapping[str, Any]) -> None:
         missing, unknown = [key for key in self._frames if key not in frame], sorted(set(frame) - set(self._frames))
         if missing or unknown:
-            raise KeyError(
+            raise UnknownKeyError(
                 "A frame"
                 + (f" has no {', '.join(missing)}" if missing else "")
                 + (" and" if missing and unknown else "")
@@ -274,7 +277,7 @@ class LeRobotWriter:
         right_dtype = array.dtype == np.uint8 if image else array.dtype.kind in "fiu"
         if not right_dtype or list(array.shape) != feature["shape"]:
             names = "" if image else f": {', '.join(feature['names'])}"
-            raise ValueError(
+            raise DatasetError(
                 f"{key} is {array.dtype} {list(array.shape)}; "
                 f"expected {'uint8' if image else 'numbers'} {feature['shape']}{names}."
             )
@@ -324,7 +327,7 @@ class LeRobotWriter:
 
 def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
     if isinstance(names, str) or not names or len(set(names)) != len(names):
-        raise ValueError(f"{what} is {names!r}; expected a list with a different name for each dimension.")
+        raise DatasetError(f"{what} is {names!r}; expected a list with a different name for each dimension.")
     return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
 
 

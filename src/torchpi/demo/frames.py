@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from torchpi.assets import assets
+from torchpi.errors import UnknownKeyError
 
 
 def demo_tasks() -> tuple[str, ...]:
@@ -32,7 +33,7 @@ def demo_observation(task: str | None = None) -> dict[str, Any]:
     moments = _moments()
     task = next(iter(moments)) if task is None else task
     if task not in moments:
-        raise KeyError(f"there are no packaged camera frames of {task!r}; there are of {', '.join(moments)}")
+        raise UnknownKeyError(f"There are no packaged camera frames of {task!r}; there are of {', '.join(moments)}.")
     moment = moments[task]
     images = {key: np.asarray(Image.open(assets() / "demo" / name)) for key, name in moment["images"].items()}
     return {**images, "state": np.array(moment["state"]), "prompt": moment["prompt"]}

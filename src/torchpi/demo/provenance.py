@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torchpi.errors import SimulationError
 from torchpi.formatting import format_count
 from torchpi.policy import Policy
 from torchpi.sim.result import wilson_interval
@@ -39,9 +40,6 @@ def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
 
     Args:
         name: the evaluation's.
-
-    Raises:
-        ValueError: this is not what `torchpi eval --json` prints.
     """
     results = policy.provenance.get(name)
     if results is None:
@@ -52,9 +50,9 @@ def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
             for task, entry in results["tasks"].items()
         }
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise SimulationError(
             f"{name} in the policy's provenance is not what `torchpi eval --json` prints: expected tasks, by name, "
-            f"each with success_rate, interval and episodes ({type(error).__name__}: {error})"
+            f"each with success_rate, interval and episodes ({type(error).__name__}: {error})."
         ) from error
 
 
@@ -66,11 +64,7 @@ def overall(rates: Mapping[str, Rate]) -> Rate:
 
 
 def describe_policy(policy: Policy) -> list[tuple[str, str]]:
-    """What the policy is and where it comes from, as pairs of texts.
-
-    Raises:
-        ValueError: as `measured`.
-    """
+    """What the policy is and where it comes from, as pairs of texts."""
     config, said = policy.model.config, policy.provenance
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     rows = [

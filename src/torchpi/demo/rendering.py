@@ -3,6 +3,7 @@
 import importlib.util
 
 from torchpi.data.extras import require
+from torchpi.errors import MissingExtraError
 from torchpi.sim.gl import NO_SIM, Cameras, OpenGLError, import_mujoco
 
 _SCENE = "<mujoco><worldbody><camera name='view' pos='0 0 1'/></worldbody></mujoco>"
@@ -12,7 +13,7 @@ def rendering_problem() -> str | None:
     """What is missing and how to get it, found out by rendering a small picture; None: nothing is missing."""
     try:
         if importlib.util.find_spec("metaworld") is None:
-            raise ModuleNotFoundError(f"{NO_SIM} (there is no module metaworld)")
+            raise MissingExtraError(f"{NO_SIM} (there is no module metaworld).")
         require("av")
         mujoco = import_mujoco()
         model = mujoco.MjModel.from_xml_string(_SCENE)

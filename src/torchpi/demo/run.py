@@ -18,6 +18,7 @@ from torchpi.demo.provenance import describe_policy
 from torchpi.demo.rendering import rendering_problem
 from torchpi.demo.result import Demo, Glance
 from torchpi.demo.way import describe, follow
+from torchpi.errors import SimulationError
 from torchpi.policy import Policy, load_policy
 from torchpi.sim.actors import chosen_tasks, noise_shape
 from torchpi.sim.evaluate import evaluate
@@ -52,14 +53,9 @@ def run_demo(
         workers: processes; None: as many as the CPU's cores and the memory allow.
         policy: a path or "demo"; of a policy for Meta-World's arm.
         rollout: how the episodes are run.
-
-    Raises:
-        KeyError: there is no such task; or no frames of it, where nothing can be rendered.
-        ValueError: several tasks with one instruction, or no episodes.
-        OSError: the folder can't be written to.
     """
     if episodes < 1:
-        raise ValueError(f"the demo needs at least one episode per task, got {episodes}")
+        raise SimulationError(f"The demo needs at least one episode per task, got {episodes}.")
     _make_folder(out)
     console = Console(highlight=False)
     loaded = load_policy(policy, device="cpu")
@@ -98,10 +94,10 @@ def run_demo(
 def _make_folder(out: pathlib.Path) -> None:
     """Before anything takes time."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; the demo writes a folder, choose another one with --out")
+        raise SimulationError(f"{out} is a file; the demo writes a folder, choose another one with --out.")
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
-        raise PermissionError(f"{out} can't be written to; choose another folder with --out")
+        raise PermissionError(f"{out} can't be written to; choose another folder with --out.")
 
 
 def _tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str | None) -> list[str]:
@@ -109,9 +105,9 @@ def _tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str | None)
     if instruction is None:
         return chosen
     if tasks is not None and len(chosen) > 1:
-        raise ValueError(
-            f"one instruction is for one task, got {', '.join(chosen)}; name one of them with --tasks, or none for "
-            f"{chosen[0]}"
+        raise SimulationError(
+            f"One instruction is for one task, got {', '.join(chosen)}; name one of them with --tasks, or none for "
+            f"{chosen[0]}."
         )
     return chosen[:1]
 

@@ -35,9 +35,6 @@ def follow(policy: Policy, observation: Mapping[str, Any], noise: np.ndarray) ->
     Args:
         observation: in the robot's keys.
         noise: [H, action_dim], where the flow begins.
-
-    Raises:
-        KeyError, ValueError: as `Policy.infer`.
     """
     subject = from_policy(policy, Sizes(batch=1), observation)
     subject = dataclasses.replace(subject, noise=torch.from_numpy(noise)[None].to(policy.model.device))

@@ -80,9 +80,6 @@ def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: b
 
     Returns:
         The exit status: 1 if there is a problem, else 0.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: as `load_policy` and `read_npz`.
     """
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = None if observation is None else read_npz(observation)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32
 
 from torchpi.data import LeRobotDataset, to_observation
 from torchpi.data import format as lerobot
+from torchpi.errors import UsageError
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
@@ -60,9 +61,9 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
         ValueError: samples isn't positive; there is no frame.
     """
     if samples < 1:
-        raise ValueError(f"samples is {samples}; expected 1 or more.")
+        raise UsageError(f"samples is {samples}; expected 1 or more.")
     if not sum(lengths):
-        raise ValueError(f"There is no frame to judge: the {len(lengths)} episodes are empty.")
+        raise UsageError(f"There is no frame to judge: the {len(lengths)} episodes are empty.")
     frames, first = [], 0
     for episode, (length, count) in enumerate(zip(lengths, _shares(lengths, samples, seed), strict=True)):
         edges = np.linspace(0, length, count + 1).astype(np.int64)
@@ -119,13 +120,13 @@ def predict_chunks(
     """
     horizon = policy.model.config.require("action_horizon")
     if dataset.action_horizon != horizon:
-        raise ValueError(
+        raise UsageError(
             f"The policy predicts {horizon} actions, but the data set {dataset.path} was opened for chunks of "
             f"{dataset.action_horizon}. Open it with action_horizon={horizon}."
         )
     for name, count in (("frames", len(frames)), ("batch_size", batch_size), ("draws", draws)):
         if count < 1:
-            raise ValueError(f"{name}: got {count}; expected 1 or more.")
+            raise UsageError(f"{name}: got {count}; expected 1 or more.")
     places: list[Frame] = []
     items: list[dict[str, Any]] = []
     predicted: list[np.ndarray] = []

@@ -86,9 +86,6 @@ def evaluate_on_dataset(
         rename: LeRobot's names for some columns and cameras, see `LeRobotDataset`.
         out: the folder of the pictures; None: none.
         load: arguments of `load_policy`.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: as of `load_policy`, `LeRobotDataset` and `predict_chunks`.
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
+from torchpi.errors import ModelError
+
 # The timescales of the time embedding (π₀'s appendix B has the formula).
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
@@ -31,7 +33,7 @@ def posemb_sincos(
         ValueError: `dim` is odd.
     """
     if dim % 2:
-        raise ValueError(f"dim must be even, half for the sine and half for the cosine, got {dim}")
+        raise ModelError(f"dim must be even, half for the sine and half for the cosine, got {dim}.")
     frequencies = torch.from_numpy(_angular_frequencies(dim // 2, min_period, max_period))
     phase = time.float()[:, None] * frequencies.to(time.device)[None, :]  # [B, dim/2]
     return torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
@@ -69,13 +71,9 @@ def token_times(time: Float32[Tensor, " B"], num_given: Int[Tensor, " B"], horiz
 
 
 def euler_times(num_steps: int) -> list[float]:
-    """The times at which the velocity is evaluated: 1, 1 − 1/n, … 1/n, accumulated in float32 as the original does.
-
-    Raises:
-        ValueError: `num_steps` is not a positive integer.
-    """
+    """The times at which the velocity is evaluated: 1, 1 − 1/n, … 1/n, accumulated in float32 as the original does."""
     if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
-        raise ValueError(f"num_steps must be a positive integer, got {num_steps!r}")
+        raise ModelError(f"num_steps must be a positive integer, got {num_steps!r}.")
     dt = np.float32(-1.0 / num_steps)
     times, t = [], np.float32(1.0)
     while t >= -dt / 2:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchpi.config import LoraConfig, Trained
+from torchpi.errors import ModelError
 from torchpi.model.gemma import Gemma
 from torchpi.model.layers import Linear
 from torchpi.model.pi0 import Pi0
@@ -119,13 +120,9 @@ def add_lora(model: Pi0, config: LoraConfig, generator: torch.Generator | None) 
 
 
 def attach_lora(model: Pi0, config: LoraConfig) -> None:
-    """`add_lora` without values: for a checkpoint to fill.
-
-    Raises:
-        ValueError: the model has LoRA already.
-    """
+    """`add_lora` without values: for a checkpoint to fill."""
     if (found := lora_config(model)) is not None:
-        raise ValueError(f"the model has LoRA already, {found}; merge_lora folds it into the weights")
+        raise ModelError(f"The model has LoRA already, {found}; merge_lora folds it into the weights.")
     if config.backbone_rank:
         _attach(model.backbone, config, config.backbone_rank, config.backbone_alpha)
     if config.expert_rank:
@@ -153,7 +150,7 @@ def merge_lora(model: Pi0) -> None:
         ValueError: the model has no LoRA.
     """
     if lora_config(model) is None:
-        raise ValueError("the model has no LoRA to merge")
+        raise ModelError("The model has no LoRA to merge.")
     for name, layer in list(lora_layers(model)):
         layer.weight.copy_(layer.weight.float() + layer.update())
         plain = Linear(layer.in_features, layer.out_features, bias=False, device="meta")
@@ -188,15 +185,12 @@ def trainable_parameters(model: Pi0, what: Trained) -> dict[str, bool]:
             projections of actions, time and state; "lora": openpi's rule, which freezes of each stack with LoRA
             everything else (of the backbone also the embedding), and trains the rest: vision tower, projections, and a
             stack without LoRA; "lora_strict": the low-rank matrices and the projections alone.
-
-    Raises:
-        ValueError: `what` is none of them, or wants LoRA where the model has none.
     """
     config = lora_config(model)
     if what not in get_args(Trained):
-        raise ValueError(f"what is trained must be one of {', '.join(get_args(Trained))}, got {what!r}")
+        raise ModelError(f"What is trained must be one of {', '.join(get_args(Trained))}, got {what!r}.")
     if what in ("lora", "lora_strict") and config is None:
-        raise ValueError(f"{what!r} trains low-rank matrices, and the model has none; add_lora adds them")
+        raise ModelError(f"{what!r} trains low-rank matrices, and the model has none; add_lora adds them.")
     names = [name for name, _ in model.named_parameters()]
     if what == "all":
         return dict.fromkeys(names, True)

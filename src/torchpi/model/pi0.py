@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
+from torchpi.errors import ModelError
 from torchpi.model import flow
 from torchpi.model.gemma import Gemma, KeyValue, Modulation, Rope, rope_table
 from torchpi.model.guidance import GivenActions, Guidance, guided_velocity
@@ -362,7 +363,7 @@ class Pi0(nn.Module):
         if noise is None:
             return torch.randn(shape, generator=generator, device=self.device)
         if noise.shape != shape:
-            raise ValueError(f"noise must have the actions' shape {list(shape)}, got {list(noise.shape)}")
+            raise ModelError(f"Noise must have the actions' shape {list(shape)}, got {list(noise.shape)}.")
         return noise
 
     def _check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
@@ -374,9 +375,9 @@ class Pi0(nn.Module):
             or actions.shape[2] != self.config.action_dim
             or (horizon is not None and actions.shape[1] != horizon)
         ):
-            raise ValueError(f"{name} must be {expected}, got {list(actions.shape)}")
+            raise ModelError(f"{name} must be {expected}, got {list(actions.shape)}.")
         if actions.dtype is not torch.float32:
-            raise ValueError(f"{name} must be float32, got {actions.dtype}")
+            raise ModelError(f"{name} must be float32, got {actions.dtype}.")
 
 
 def _num_draws(noise: Tensor | None, time: Tensor | None, num_draws: int) -> int:
@@ -387,8 +388,8 @@ def _num_draws(noise: Tensor | None, time: Tensor | None, num_draws: int) -> int
         if value is not None
     }
     if len(set(given.values())) > 1:
-        raise ValueError(f"noise and time must have the same number of draws, got {given}")
+        raise ModelError(f"Noise and time must have the same number of draws, got {given}.")
     draws = next(iter(given.values()), num_draws)
     if draws < 1:
-        raise ValueError(f"num_draws must be a positive integer, got {draws}")
+        raise ModelError(f"num_draws must be a positive integer, got {draws}.")
     return draws

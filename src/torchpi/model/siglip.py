@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
 from torchpi.config import VisionConfig
+from torchpi.errors import ModelError
 from torchpi.model.layers import Linear, attend, float32_layer_norm, gelu_tanh, lecun_normal_
 
 LAYER_NORM_EPS = 1e-6  # flax's default, torch's is 1e-5
@@ -54,16 +55,12 @@ class SigLIP(nn.Module):
         self.head = Linear(config.width, out_width)
 
     def patchify(self, images: Float32[Tensor, "B h w 3"]) -> Float32[Tensor, "B P pixels"]:
-        """Cut images into patches, row by row; inside a patch the order is row, column, channel.
-
-        Raises:
-            ValueError: the images are not of the model's size.
-        """
+        """Cut images into patches, row by row; inside a patch the order is row, column, channel."""
         patch, side = self.config.patch, self.side
         if images.shape[1:3] != (side * patch, side * patch):
-            raise ValueError(
-                f"the model sees images of {side * patch}×{side * patch} pixels, got {images.shape[1]}×"
-                f"{images.shape[2]}; torchpi.transforms.images.resize_with_pad brings them to size"
+            raise ModelError(
+                f"The model sees images of {side * patch}×{side * patch} pixels, got {images.shape[1]}×"
+                f"{images.shape[2]}; torchpi.transforms.images.resize_with_pad brings them to size."
             )
         patches = images.unflatten(1, (side, patch)).unflatten(3, (side, patch))  # [B, side, patch, side, patch, 3]
         return patches.transpose(2, 3).reshape(images.shape[0], side * side, patch * patch * 3)

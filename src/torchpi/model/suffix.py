@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchpi.config import Pi0Config
+from torchpi.errors import ModelError
 from torchpi.model.flow import posemb_sincos
 from torchpi.model.layers import Linear, lecun_normal_
 
@@ -77,14 +78,10 @@ class Pi0Suffix(nn.Module):
         noisy_actions: Float32[Tensor, "B H A"],
         time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
     ) -> Float32[Tensor, "B T d"]:
-        """The suffix tokens: the state, then one per action.
-
-        Raises:
-            ValueError: the state is not padded to action_dim.
-        """
+        """The suffix tokens: the state, then one per action."""
         if state.shape[-1] != self.state_proj.in_features:
-            raise ValueError(
-                f"π₀ reads a state padded to action_dim {self.state_proj.in_features}, got {list(state.shape)}"
+            raise ModelError(
+                f"π₀ reads a state padded to action_dim {self.state_proj.in_features}, got {list(state.shape)}."
             )
         actions = self.action_in_proj(noisy_actions)  # [B, H, d]
         time = (time_features if time_features.ndim == 3 else time_features[:, None, :]).expand_as(actions)

@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torchpi.errors import EmbodimentError, MissingFileError, UnknownKeyError
 from torchpi.robots.aloha import aloha
 from torchpi.robots.droid import droid
 from torchpi.robots.embodiment import HOOKS, ActionDim, Camera, Embodiment, Hook, StateKey
@@ -67,13 +68,15 @@ def get_embodiment(embodiment: Any) -> Embodiment:
     if isinstance(embodiment, str) and embodiment in EMBODIMENTS:
         return EMBODIMENTS[embodiment]()
     if not isinstance(embodiment, str | Path):
-        raise ValueError(f"An embodiment is a name, a path or an Embodiment; found a {type(embodiment).__name__}.")
+        raise EmbodimentError(f"An embodiment is a name, a path or an Embodiment; found a {type(embodiment).__name__}.")
     file = Path(embodiment)
     if file.is_file():
         try:
             return Embodiment.from_dict(json.loads(file.read_bytes()))
         except ValueError as error:  # JSONDecodeError is one, too
-            raise ValueError(f"{file} is not an embodiment: {error}") from error
+            raise EmbodimentError(f"{file} is not an embodiment: {error}") from error
     if file.suffix == ".json":
-        raise FileNotFoundError(f"No embodiment file at {file}.")
-    raise KeyError(f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file.")
+        raise MissingFileError(f"No embodiment file at {file}.")
+    raise UnknownKeyError(
+        f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file."
+    )

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from torchpi.errors import EmbodimentError, UnknownKeyError
 from torchpi.transforms.actions import absolute_actions, delta_actions
 from torchpi.transforms.images import DTYPES, LAYOUTS, to_uint8_hwc
 from torchpi.transforms.normalize import require_finite
@@ -48,13 +49,15 @@ class Camera:
         who = f"Camera {self.name or self.key!r}"
         for field, allowed in (("presence", PRESENCES), ("layout", LAYOUTS), ("dtype", DTYPES)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{who}: {field} is {getattr(self, field)!r}; expected one of {', '.join(allowed)}.")
+                raise EmbodimentError(
+                    f"{who}: {field} is {getattr(self, field)!r}; expected one of {', '.join(allowed)}."
+                )
         if (self.key is None) != (self.presence == "masked"):
-            raise ValueError(
+            raise EmbodimentError(
                 f"{who}: presence {self.presence!r} with key {self.key!r}; exactly a masked camera has no key."
             )
         if self.name is None and self.presence != "ignored":
-            raise ValueError(f"{who}: presence {self.presence!r} without a name; only an ignored camera has none.")
+            raise EmbodimentError(f"{who}: presence {self.presence!r} without a name; only an ignored camera has none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +81,13 @@ class StateKey:
         for field in ("names", "units"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not self.names:
-            raise ValueError(f"State {self.key!r} has no names; expected one per dimension.")
+            raise EmbodimentError(f"State {self.key!r} has no names; expected one per dimension.")
         if self.units and len(self.units) != len(self.names):
-            raise ValueError(
+            raise EmbodimentError(
                 f"State {self.key!r} has {len(self.names)} names and {len(self.units)} units; expected as many."
             )
         if self.min_dim is not None and not 1 <= self.min_dim <= len(self.names):
-            raise ValueError(f"State {self.key!r}: min_dim {self.min_dim}; expected 1 to {len(self.names)}.")
+            raise EmbodimentError(f"State {self.key!r}: min_dim {self.min_dim}; expected 1 to {len(self.names)}.")
 
     @property
     def dims(self) -> range:
@@ -117,14 +120,16 @@ class ActionDim:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"Action {self.name!r}: kind is {self.kind!r}; expected one of {', '.join(KINDS)}.")
+            raise EmbodimentError(f"Action {self.name!r}: kind is {self.kind!r}; expected one of {', '.join(KINDS)}.")
         for field in LIMITS:
             if (value := getattr(self, field)) is not None and not math.isfinite(value):
-                raise ValueError(f"Action {self.name!r}: {field} is {value}; expected a finite number, or none.")
+                raise EmbodimentError(f"Action {self.name!r}: {field} is {value}; expected a finite number, or none.")
         if self.low is not None and self.high is not None and not self.low < self.high:
-            raise ValueError(f"Action {self.name!r}: low is {self.low} and high {self.high}; low must be below high.")
+            raise EmbodimentError(
+                f"Action {self.name!r}: low is {self.low} and high {self.high}; low must be below high."
+            )
         if self.max_step is not None and not self.max_step > 0:
-            raise ValueError(f"Action {self.name!r}: max_step is {self.max_step}; expected a positive number.")
+            raise EmbodimentError(f"Action {self.name!r}: max_step is {self.max_step}; expected a positive number.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,30 +195,30 @@ class Embodiment:
         for field in ("cameras", "state", "actions"):
             object.__setattr__(self, field, tuple(getattr(self, field)))
         if not (self.read_cameras and self.state and self.actions):
-            raise ValueError(
+            raise EmbodimentError(
                 f"Embodiment '{self.name}': expected at least one camera that is read, one state and one action."
             )
         keys = [camera.key for camera in self.cameras if camera.key] + [part.key for part in self.state]
         for what, values in (("camera name", [camera.name for camera in self.read_cameras]), ("key", keys)):
             if twice := sorted({value for value in values if value and values.count(value) > 1}):
-                raise ValueError(f"Embodiment '{self.name}': {what} {', '.join(twice)} occurs more than once.")
+                raise EmbodimentError(f"Embodiment '{self.name}': {what} {', '.join(twice)} occurs more than once.")
         if any(part.min_dim not in (None, len(part.names)) for part in self.state[:-1]):
-            raise ValueError(
+            raise EmbodimentError(
                 f"Embodiment '{self.name}': only the last state may be shorter, or the dimensions would move."
             )
         if beyond := [action.name for action in self.actions[self.state_dims[0] :] if action.kind == "delta"]:
-            raise ValueError(
+            raise EmbodimentError(
                 f"Embodiment '{self.name}': the actions {', '.join(beyond)} are deltas, but the state may have only "
                 f"{self.state_dims[0]} dimensions; a delta refers to the state of its index."
             )
         if self.hook is not None and self.hook not in HOOKS:
-            raise ValueError(
+            raise EmbodimentError(
                 f"Embodiment '{self.name}': no hook {self.hook!r}; known are {sorted(HOOKS)}. "
                 "Import the module that registers it in torchpi.robots.embodiment.HOOKS first."
             )
         for field in ("control_hz", "execute_steps"):
             if (value := getattr(self, field)) is not None and not value > 0:
-                raise ValueError(f"Embodiment '{self.name}': {field} is {value}; expected a positive number.")
+                raise EmbodimentError(f"Embodiment '{self.name}': {field} is {value}; expected a positive number.")
 
     @classmethod
     def generic(
@@ -244,9 +249,9 @@ class Embodiment:
         limits = limits or {}
         for what, names in (("delta", delta), ("limits", limits)):
             if unknown := [action for action in names if action not in actions]:
-                raise ValueError(f"Embodiment '{name}': {what} names {unknown}; expected some of {list(actions)}.")
+                raise EmbodimentError(f"Embodiment '{name}': {what} names {unknown}; expected some of {list(actions)}.")
         if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
-            raise ValueError(f"Embodiment '{name}': limits have {unknown}; expected {', '.join(LIMITS)}.")
+            raise EmbodimentError(f"Embodiment '{name}': limits have {unknown}; expected {', '.join(LIMITS)}.")
         return cls(
             name,
             cameras=tuple(Camera(model_name, key) for model_name, key in cameras.items()),
@@ -332,7 +337,9 @@ class Embodiment:
         Warns, once per object: about keys that are neither cameras nor known.
         """
         if not isinstance(observation, Mapping):
-            raise ValueError(f"An observation is a dict with the robot's keys; found a {type(observation).__name__}.")
+            raise EmbodimentError(
+                f"An observation is a dict with the robot's keys; found a {type(observation).__name__}."
+            )
         found = dict(_leaves(observation))
         self._check_keys(found)
         image, image_mask = self._images(found)
@@ -404,7 +411,7 @@ class Embodiment:
         try:
             return dict(json.loads(json.dumps(fields, allow_nan=False)))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"Embodiment '{self.name}': metadata can't be written as JSON: {error}.") from error
+            raise EmbodimentError(f"Embodiment '{self.name}': metadata can't be written as JSON: {error}") from error
 
     @classmethod
     def from_dict(cls, data: Any) -> "Embodiment":
@@ -430,7 +437,7 @@ class Embodiment:
         unknown = [key for key in found if key not in known]
         unknown_cameras = [key for key in unknown if getattr(found[key], "ndim", 0) >= 3 or _folder(key) in folders]
         if unknown_cameras:
-            raise KeyError(
+            raise UnknownKeyError(
                 f"Embodiment '{self.name}' has no camera {', '.join(map(repr, unknown_cameras))}; "
                 f"its cameras are {self._cameras_text()}. Rename it, leave it out, or add it to the embodiment "
                 "(presence 'ignored' if the model shall not read it)."
@@ -455,13 +462,13 @@ class Embodiment:
                 label = f"{camera.name} ({camera.key})"
                 present[str(camera.name)] = to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=label)
             elif camera.presence == "required":
-                raise KeyError(
+                raise UnknownKeyError(
                     f"The observation has no image '{camera.key}' (camera {camera.name}), which embodiment "
                     f"'{self.name}' requires; found {_listed(found)}; expected {self._cameras_text()}. Send it, or "
                     "state it as optional (presence of the camera in the embodiment)."
                 )
         if not present:
-            raise KeyError(
+            raise UnknownKeyError(
                 f"The observation has no image that embodiment '{self.name}' reads; found {_listed(found)}; expected "
                 f"at least one of {self._cameras_text()}."
             )
@@ -475,7 +482,7 @@ class Embodiment:
         parts = []
         for part in self.state:
             if found.get(part.key) is None:
-                raise KeyError(
+                raise UnknownKeyError(
                     f"The observation has no state '{part.key}', which embodiment '{self.name}' reads; "
                     f"found {_listed(found)}; expected {', '.join(p.key for p in self.state)}."
                 )
@@ -484,7 +491,7 @@ class Embodiment:
                 value = value.reshape(1)
             if value.ndim != 1 or len(value) not in part.dims:
                 lengths = " or ".join(map(str, part.dims))
-                raise ValueError(
+                raise EmbodimentError(
                     f"State '{part.key}' has shape {list(value.shape)}; embodiment '{self.name}' expects {lengths} "
                     f"numbers: {', '.join(part.names)}."
                 )
@@ -492,7 +499,7 @@ class Embodiment:
             parts.append(value)
         state = np.concatenate(parts)
         if state_dim is not None and len(state) != state_dim:
-            raise ValueError(
+            raise EmbodimentError(
                 f"The state has {len(state)} dimensions ({', '.join(self.state_names[: len(state)])}), "
                 f"but this policy expects {state_dim}. Send the state that it was trained with."
             )
@@ -502,7 +509,7 @@ class Embodiment:
         if prompt is None:
             prompt = self.default_prompt if default_prompt is None else default_prompt
         if prompt is None:
-            raise ValueError(
+            raise EmbodimentError(
                 f"The observation has no prompt, and neither the policy nor embodiment '{self.name}' has a default. "
                 'Send "prompt", or load the policy with default_prompt=, or start the server with --default-prompt.'
             )
@@ -510,7 +517,7 @@ class Embodiment:
 
     def _check_actions(self, actions: np.ndarray) -> None:
         if actions.ndim != 2 or actions.shape[1] != self.action_size:
-            raise ValueError(
+            raise EmbodimentError(
                 f"Actions have shape {list(actions.shape)}; embodiment '{self.name}' expects [H, {self.action_size}]: "
                 f"{', '.join(action.name for action in self.actions)}."
             )
@@ -555,28 +562,30 @@ def _numbers(value: Any, what: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:  # ragged lists
-        raise ValueError(f"Cannot read {what}: {error}.") from error
+        raise EmbodimentError(f"Cannot read {what}: {error}") from error
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
     if array.dtype.kind != "f":
-        raise ValueError(f"Cannot read {what}: it has dtype {array.dtype}; expected numbers.")
+        raise EmbodimentError(f"Cannot read {what}: it has dtype {array.dtype}; expected numbers.")
     return array
 
 
 def _checked_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
     """The arguments for a dataclass, out of JSON."""
     if not isinstance(data, Mapping):
-        raise ValueError(f"{where} is a {type(data).__name__}; expected an object with the fields of {cls.__name__}.")
+        raise EmbodimentError(
+            f"{where} is a {type(data).__name__}; expected an object with the fields of {cls.__name__}."
+        )
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     if unknown := sorted(set(data) - set(fields)):
-        raise ValueError(f"{where} has unknown fields {unknown}; known are {list(fields)}.")
+        raise EmbodimentError(f"{where} has unknown fields {unknown}; known are {list(fields)}.")
     required = [
         name
         for name, field in fields.items()
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing := [name for name in required if name not in data]:
-        raise ValueError(f"{where} lacks the fields {missing}; expected {required}.")
+        raise EmbodimentError(f"{where} lacks the fields {missing}; expected {required}.")
     hints = typing.get_type_hints(cls)
     for name, value in data.items():
         origin, args = typing.get_origin(hints[name]), typing.get_args(hints[name])
@@ -586,7 +595,7 @@ def _checked_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
         else:
             valid = isinstance(value, hints[name] if origin in (None, types.UnionType) else origin)
         if not valid:
-            raise ValueError(f"{where}.{name} is {value!r}; expected {_type_text(hints[name])}.")
+            raise EmbodimentError(f"{where}.{name} is {value!r}; expected {_type_text(hints[name])}.")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 

@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 import torchpi
 from torchpi.assets import assets
+from torchpi.errors import UnknownKeyError
 from torchpi.robots import Embodiment
 from torchpi.robots.embodiment import value_at
 from torchpi.serving.recorder import camera_image
@@ -219,9 +220,6 @@ class Dashboard:
     def chunk(self, number: int) -> dict[str, Any]:
         """The last chunk of a robot, as JSON: per dimension its name, its unit, the width of its range in the training
         data (0: not known) and its values.
-
-        Raises:
-            KeyError: there is no such robot, or it has no chunk.
         """
         robot, turn = self._answered_robot(number)
         trained = robot.action_range
@@ -244,15 +242,12 @@ class Dashboard:
     def image(self, number: int, camera: str) -> np.ndarray:
         """uint8 [h, w, 3]: the last image of a robot's camera, by the model's name for it; not copied where the robot
         sends it in this form.
-
-        Raises:
-            KeyError: there is no such robot, camera or image.
         """
         robot, turn = self._answered_robot(number)
         for each in robot.embodiment.read_cameras:
             if each.name == camera and (image := camera_image(each, turn.observation)) is not None:
                 return image
-        raise KeyError(f"robot {number} has sent no image of a camera {camera!r:.80}")
+        raise UnknownKeyError(f"Robot {number} has sent no image of a camera {camera!r:.80}.")
 
     def _policy(self, name: str, policy: ServedPolicy, now: float) -> dict[str, Any]:
         robots = [robot for robot in self._robots.values() if robot.policy == name and robot.left_at is None]
@@ -269,7 +264,7 @@ class Dashboard:
     def _answered_robot(self, number: int) -> tuple[Robot, _Turn]:
         robot = self._robots.get(number)
         if robot is None or robot.last is None:
-            raise KeyError(f"robot {number} is not here, or has no answer yet")
+            raise UnknownKeyError(f"Robot {number} is not here, or has no answer yet.")
         return robot, robot.last
 
 

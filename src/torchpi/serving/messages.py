@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import ServingError
 from torchpi.serving.settings import MAX_NUM_STEPS
 from torchpi.types import ActionPrefix
 from torchpi_client import pack, unpack
@@ -77,10 +78,6 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
 
     Args:
         noise_shape: [H, action_dim] of the policy.
-
-    Raises:
-        RequestError: malformed_message: it is not in the wire format; bad_observation: it is, but is no observation,
-            or an option has no sense. What only the policy's embodiment can tell is not checked here.
     """
     if isinstance(message, str):
         raise RequestError("malformed_message", "a request came as a text frame; expected a binary one with msgpack")
@@ -90,7 +87,7 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
         raise RequestError("malformed_message", str(error)) from error
     try:
         if not isinstance(content, dict):
-            raise ValueError(f"a request is a map with the robot's keys; found a {type(content).__name__}")
+            raise ServingError(f"A request is a map with the robot's keys; found a {type(content).__name__}.")
         _check(content, "the observation", MAX_DEPTH)
         observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
         _check_numbers(observation, "the observation")
@@ -104,9 +101,6 @@ def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, An
 
     Args:
         max_bytes: that all of them may have together when they are decoded.
-
-    Raises:
-        RequestError: bad_observation: one cannot be decoded, or is too large.
     """
     try:
         return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_jpegs(observation)))
@@ -128,14 +122,14 @@ def _check(value: Any, where: str, depth: int) -> None:
     """Raises a ValueError about what no embodiment reads and what would cost too much to find out later."""
     if isinstance(value, dict | list):
         if depth == 0:
-            raise ValueError(f"{where} is nested more than {MAX_DEPTH} deep")
+            raise ServingError(f"{where} is nested more than {MAX_DEPTH} deep.")
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(value, dict) and not isinstance(key, str):
-                raise ValueError(f"{where} has the key {key!r:.80}; expected text")
+                raise ServingError(f"{where} has the key {key!r:.80}; expected text.")
             if key != JPEG:
                 _check(item, str(key)[:80], depth - 1)
     elif isinstance(value, str | bytes) and len(value) > MAX_TEXT:
-        raise ValueError(f"{where} is a text of {len(value)} characters; expected at most {MAX_TEXT}")
+        raise ServingError(f"{where} is a text of {len(value)} characters; expected at most {MAX_TEXT}.")
     elif isinstance(value, np.ndarray | np.generic):
         _check_dtype(value, where)
 
@@ -144,16 +138,16 @@ def _check_dtype(value: np.ndarray | np.generic, where: str) -> None:
     """Raises a ValueError about long text, text that is none, and floats that PyTorch has no dtype for."""
     dtype = value.dtype
     if dtype.kind == "f" and dtype.itemsize > 8:
-        raise ValueError(f"{where} is {dtype}; expected floating-point numbers of at most 64 bits")
+        raise ServingError(f"{where} is {dtype}; expected floating-point numbers of at most 64 bits.")
     if dtype.kind in "US" and value.nbytes > 4 * MAX_TEXT:
-        raise ValueError(f"{where} is text of {value.nbytes} bytes; expected at most {4 * MAX_TEXT}")
+        raise ServingError(f"{where} is text of {value.nbytes} bytes; expected at most {4 * MAX_TEXT}.")
     if dtype.kind == "U":
         # NumPy keeps any 32 bits as a character; Python makes no str of what is beyond Unicode, and no bytes of
         # surrogates. In msgpack's own text there is neither.
         codes = value.reshape(-1).view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
         wrong = codes[(codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF))]
         if wrong.size:
-            raise ValueError(f"{where} is text with the code point {int(wrong[0]):#x}; expected Unicode characters")
+            raise ServingError(f"{where} is text with the code point {int(wrong[0]):#x}; expected Unicode characters.")
 
 
 def _check_numbers(value: Any, where: str) -> None:
@@ -173,9 +167,9 @@ def _check_numbers(value: Any, where: str) -> None:
         elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize > 4:
             largest = _magnitude(value)
         if MAX_FLOAT32 < largest < math.inf:
-            raise ValueError(
+            raise ServingError(
                 f"{where} is beyond float32: it reaches a magnitude of {largest:.3g}; expected at most "
-                f"{MAX_FLOAT32:.3g}"
+                f"{MAX_FLOAT32:.3g}."
             )
 
 
@@ -186,7 +180,9 @@ def _magnitude(array: np.ndarray) -> float:
 
 def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> RequestOptions:
     if unknown := sorted(key for key in content if key.startswith(OPTION_PREFIX) and key not in OPTIONS):
-        raise ValueError(f"the request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}")
+        raise ServingError(
+            f"The request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}."
+        )
     noise, num_steps, deadline, prefix = (content.get(name) for name in OPTIONS)
     return RequestOptions(
         noise=None if noise is None else _noise(noise, noise_shape),
@@ -199,28 +195,28 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> Reques
 def _noise(value: Any, shape: tuple[int, int]) -> np.ndarray:
     found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
     if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape != shape:
-        raise ValueError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}")
+        raise ServingError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}.")
     if not np.isfinite(value).all():
-        raise ValueError("there is NaN or infinity in torchpi/noise; it must be finite")
+        raise ServingError("There is NaN or infinity in torchpi/noise; it must be finite.")
     _require_magnitude(value, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
     return value.astype(np.float32)
 
 
 def _require_magnitude(array: np.ndarray, what: str, most: float, why: str) -> None:
     if (largest := _magnitude(array)) > most:
-        raise ValueError(f"{what} reaches a magnitude of {largest:.3g}; expected at most {most:g}: {why}")
+        raise ServingError(f"{what} reaches a magnitude of {largest:.3g}; expected at most {most:g}: {why}.")
 
 
 def _num_steps(value: Any) -> int:
     whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
     if not whole or not 1 <= value <= MAX_NUM_STEPS:
-        raise ValueError(f"torchpi/num_steps is {value!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}")
+        raise ServingError(f"torchpi/num_steps is {value!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}.")
     return int(value)
 
 
 def _deadline(value: Any) -> float:
     if not isinstance(value, int | float | np.integer | np.floating) or not value > 0:
-        raise ValueError(f"torchpi/deadline is {value!r:.80}; expected a positive number of seconds")
+        raise ServingError(f"torchpi/deadline is {value!r:.80}; expected a positive number of seconds.")
     return float(value)
 
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
+from torchpi.errors import ServingError
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.embodiment import value_at
 from torchpi.serving.metrics import Metrics
@@ -53,15 +54,13 @@ class Recorder:
         Args:
             paths: per policy's name the folder of its data set, new or empty.
             metrics: where kept and lost requests are counted.
-
-        Raises:
-            ValueError: a folder is not empty.
-            ModuleNotFoundError: pyarrow is missing.
         """
         paths = {name: path.expanduser() for name, path in paths.items()}
         for path in paths.values():
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                raise ValueError(f"{path} exists already and is not an empty folder; choose another path to record to")
+                raise ServingError(
+                    f"{path} exists already and is not an empty folder; choose another path to record to."
+                )
         self.metrics = metrics
         self._paths = paths
         self._sets: dict[str, _PolicySet] = {}
@@ -223,11 +222,7 @@ class _PolicySet:
         return episode
 
     def write(self, episode: _Episode) -> None:
-        """Save an episode that was taken; absent cameras are black.
-
-        Raises:
-            Exception: what `LeRobotWriter` raises.
-        """
+        """Save an episode that was taken; absent cameras are black."""
         if self.writer is None:
             self.writer = self._begin()
         columns: dict[str, list[np.ndarray]] = {
@@ -263,9 +258,6 @@ def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], action
     Returns:
         by `camera_fields` uint8 [h, w, 3], nothing where an optional camera is absent; "observation.state" [s] in the
         robot's units and "action" [H·a], float32.
-
-    Raises:
-        KeyError, ValueError: it is not what the embodiment takes; a policy has taken it, so this does not happen.
     """
     fields = camera_fields(embodiment)
     images = {
@@ -301,11 +293,7 @@ def camera_fields(embodiment: Embodiment) -> dict[str, str]:
 
 
 def camera_image(camera: Camera, observation: Mapping[str, Any]) -> np.ndarray | None:
-    """uint8 [h, w, 3] of one camera in a request; None: it was not sent.
-
-    Raises:
-        ValueError: it is not what the embodiment takes.
-    """
+    """uint8 [h, w, 3] of one camera in a request; None: it was not sent."""
     value = None if camera.key is None else value_at(observation, camera.key)
     if value is None:
         return None

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torchpi.checkpoints.load import existing_folder
+from torchpi.errors import ServingError
 from torchpi.policy import Policy, load_policy
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
@@ -42,14 +43,10 @@ def run_serve(
         record: the folder of the data set, or, of several policies, of one per name.
         load: arguments of `load_policy` for `policy`.
         device: of all of them.
-
-    Raises:
-        ValueError: no policy; a name that is none; what `load_policy` raises.
-        OSError: the port is taken; there is nothing at a path.
     """
     paths = policy_paths(policy, named)
     if load and policy is None:
-        raise ValueError(f"{', '.join(load)} can only be given for POLICY, not for --policies, which say everything")
+        raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies, which say everything.")
     _check_paths(paths, unnamed=policy is not None)
     # What is asked for the policy at "/" holds for it alone.
     loaders: dict[str, Callable[[], Policy]] = {
@@ -73,21 +70,19 @@ def run_serve(
 
 
 def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
-    """The policies' paths by name, the one at "/" first.
-
-    Raises:
-        ValueError: there is none; something is not "name=path"; a name twice or not usable in a URL.
-    """
+    """The policies' paths by name, the one at "/" first."""
     paths = {} if policy is None else {DEFAULT: policy}
     for text in named:
         name, _, path = text.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not path:
-            raise ValueError(f"--policies has {text!r}; expected name=path, the name of letters, digits, '.', '_', '-'")
+            raise ServingError(
+                f"--policies has {text!r}; expected name=path, the name of letters, digits, '.', '_', '-'."
+            )
         if name in paths or name in _NOT_POLICIES:
-            raise ValueError(f"--policies has the name {name!r}, which is taken; choose another one")
+            raise ServingError(f"--policies has the name {name!r}, which is taken; choose another one.")
         paths[name] = path
     if not paths:
-        raise ValueError("serve needs a policy: torchpi serve POLICY, or --policies name=path ...")
+        raise ServingError("serve needs a policy: torchpi serve POLICY, or --policies name=path ...")
     return paths
 
 
@@ -96,10 +91,6 @@ def _check_paths(paths: Mapping[str, str], *, unnamed: bool) -> None:
 
     Args:
         unnamed: whether `DEFAULT` is POLICY, and not one of --policies.
-
-    Raises:
-        FileNotFoundError: there is nothing at a local path.
-        ValueError: what is there is a file that says nothing about its folder.
     """
     for name, path in paths.items():
         if "://" in path:

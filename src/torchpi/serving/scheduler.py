@@ -128,11 +128,7 @@ class Scheduler:
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request.
-
-        Raises:
-            RequestError: queue_full, shutting_down.
-        """
+        """Queue a request."""
         with self._lock:
             if self._closed:
                 raise RequestError("shutting_down", "the server is shutting down; connect again later")
@@ -228,11 +224,7 @@ class Scheduler:
 
 
 def noise_shape(policy: ServedPolicy) -> tuple[int, int]:
-    """[H, action_dim] of a policy's noise.
-
-    Raises:
-        ValueError: its checkpoint does not say the horizon.
-    """
+    """[H, action_dim] of a policy's noise."""
     config = policy.model.config
     return config.require("action_horizon"), config.action_dim
 

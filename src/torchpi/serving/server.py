@@ -32,6 +32,7 @@ from websockets.frames import CloseCode
 from websockets.http11 import Request as HttpRequest
 from websockets.http11 import Response
 
+from torchpi.errors import UnknownKeyError
 from torchpi.randomness import generator_at
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot, dashboard_page, encode_jpeg
 from torchpi.serving.messages import (
@@ -110,10 +111,6 @@ class PolicyServer:
 
         Args:
             listening: is told the address, ws://HOST:PORT, as soon as connections are accepted.
-
-        Raises:
-            OSError: the port is taken; the host is no address of this machine.
-            Exception: what loading and warming up a policy raise.
         """
         self._server = await self._listen()
         stopped = asyncio.create_task(stop.wait())
@@ -132,11 +129,7 @@ class PolicyServer:
             await self._stop()
 
     async def _listen(self) -> Server:
-        """Accept connections from now on.
-
-        Raises:
-            OSError: the port is taken; the host is no address of this machine.
-        """
+        """Accept connections from now on."""
         settings = self._settings
         try:
             return await serve(
@@ -155,20 +148,16 @@ class PolicyServer:
             # Of one argument: str() of an OSError with a number begins with "[Errno …]".
             if error.errno == errno.EADDRINUSE:
                 raise OSError(
-                    f"port {settings.port} of {settings.host} is taken; choose another one with --port (0: a free one)"
+                    f"port {settings.port} of {settings.host} is taken; choose another one with --port (0: a free one)."
                 ) from error
             if isinstance(error, socket.gaierror):
-                raise OSError(f"{settings.host} is no address of this machine: {error.strerror}") from error
+                raise OSError(f"{settings.host} is no address of this machine: {error.strerror}.") from error
             if error.errno in (errno.EADDRNOTAVAIL, None):  # asyncio gives no number from Python 3.13 on
-                raise OSError(f"{settings.host} is no address of this machine") from error
+                raise OSError(f"{settings.host} is no address of this machine.") from error
             raise
 
     def _begin(self, policies: dict[str, ServedPolicy]) -> None:
-        """From now on requests are taken.
-
-        Raises:
-            ValueError: metadata that the wire format has no form for.
-        """
+        """From now on requests are taken."""
         supported = dict.fromkeys(SUPPORTED, True)
         self._first_frames = {name: pack({**policy.metadata, **supported}) for name, policy in policies.items()}
         self._policies = policies
@@ -249,15 +238,11 @@ class PolicyServer:
         return response
 
     def _dashboard_content(self, path: str) -> dict[str, Any]:
-        """What the page reads at /dashboard.json or /chunk/ROBOT.json.
-
-        Raises:
-            KeyError: there is nothing at this path.
-        """
+        """What the page reads at /dashboard.json or /chunk/ROBOT.json."""
         if chunk := re.fullmatch(r"/chunk/([0-9]{1,9})\.json", path):
             return self._dashboard.chunk(int(chunk[1]))
         if path != "/dashboard.json":
-            raise KeyError(f"there is nothing at {path}")
+            raise UnknownKeyError(f"There is nothing at {path}.")
         return self._dashboard.summary(
             time.monotonic(),
             self._policies,
@@ -395,11 +380,7 @@ class PolicyServer:
         return _Reply(answer_frame(answer.chunk, timing), "answered", observation, answer)
 
     async def _answer(self, message: str | bytes, client: "_Client", robot: Robot) -> tuple[dict[str, Any], Answer]:
-        """The observation in one message, and what the model says to it.
-
-        Raises:
-            RequestError: nothing.
-        """
+        """The observation in one message, and what the model says to it."""
         if not client.limit.allows(time.monotonic()):
             rate = self._settings.max_rate
             raise RequestError("rate_limited", f"more than {rate:g} requests per second; send fewer")
@@ -423,9 +404,6 @@ class PolicyServer:
 
         Args:
             deadline: seconds from now.
-
-        Raises:
-            RequestError: it has no answer.
         """
         if error := self._hopeless(client):
             raise error
@@ -554,9 +532,6 @@ def running_server(
     """A server in a thread of this process, for tests and measurements: its address ws://HOST:PORT, and the server.
 
     It listens from the beginning on, but its policies may not be warm yet. It is stopped when the block ends.
-
-    Raises:
-        Exception: what `PolicyServer.run` raises, before or after the block.
     """
     started: concurrent.futures.Future[tuple[str, PolicyServer, asyncio.AbstractEventLoop, asyncio.Event]]
     started = concurrent.futures.Future()

@@ -3,14 +3,12 @@
 import dataclasses
 import hmac
 
+from torchpi.errors import ServingError
+
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
-    """How a server works and what it refuses.
-
-    Raises:
-        ValueError: a number that is not positive; a token that no HTTP header can carry.
-    """
+    """How a server works and what it refuses."""
 
     host: str = "127.0.0.1"
     """Where to listen; 0.0.0.0: on every network of this machine."""
@@ -48,15 +46,15 @@ class ServeSettings:
             "max_rate",
         ):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
         if self.num_steps > MAX_NUM_STEPS:
-            raise ValueError(f"num_steps is {self.num_steps}; expected at most {MAX_NUM_STEPS}")
+            raise ServingError(f"num_steps is {self.num_steps}; expected at most {MAX_NUM_STEPS}.")
         if not 0 <= self.port < 2**16:
-            raise ValueError(f"port is {self.port}; expected 0 to 65535")
+            raise ServingError(f"port is {self.port}; expected 0 to 65535.")
         if self.grace < 0:
-            raise ValueError(f"grace is {self.grace}; expected 0 or more seconds")
+            raise ServingError(f"grace is {self.grace}; expected 0 or more seconds.")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
-            raise ValueError("the token must be of printable ASCII characters, and not empty")
+            raise ServingError("The token must be of printable ASCII characters, and not empty.")
 
     @property
     def local(self) -> bool:

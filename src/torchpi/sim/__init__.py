@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.robots import Embodiment
 from torchpi.sim import aloha_sim, metaworld
 from torchpi.sim.environment import Environment
@@ -65,7 +66,7 @@ def simulator(env: str) -> Simulator:
         KeyError: there is none of this name.
     """
     if env not in _SIMULATORS:
-        raise KeyError(f"there is no environment {env!r}; there are {', '.join(ENVIRONMENTS)}")
+        raise UnknownKeyError(f"There is no environment {env!r}; there are {', '.join(ENVIRONMENTS)}.")
     return _SIMULATORS[env]
 
 
@@ -87,9 +88,9 @@ def check_tasks(env: str, tasks: Sequence[str]) -> None:
     """
     known = tasks_of(env)
     if unknown := [task for task in tasks if task not in known]:
-        raise KeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}")
+        raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}.")
     if not tasks or len(set(tasks)) < len(tasks):
-        raise ValueError(f"expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}")
+        raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
 
 
 def make_environment(env: str, task: str, *, image_size: int | None = None) -> Environment:

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchpi.errors import SimulationError
 from torchpi.policy import Policy, load_policy
 from torchpi.sim import check_tasks, simulator, tasks_of
 from torchpi.sim.compatibility import check_embodiment, check_metadata
@@ -21,19 +22,17 @@ def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, t
     Args:
         load: more arguments for `load_policy`.
         token: what the server at the address asks for.
-
-    Raises:
-        ValueError: arguments for what is not loaded here; a token for what is not at an address.
-        What `load_policy` and `RemotePolicy` raise.
     """
     if token is not None and not is_address(policy):
         what = f"{policy} is none" if isinstance(policy, str | pathlib.Path) else "this policy is loaded already"
-        raise ValueError(f"a token is for the address of a server, ws://HOST:PORT, and {what}; leave the token out")
+        raise SimulationError(
+            f"A token is for the address of a server, ws://HOST:PORT, and {what}; leave the token out."
+        )
     if isinstance(policy, str | pathlib.Path) and not is_address(policy):
         return load_policy(policy, **load)
     if load:
         loaded = "this policy is loaded already" if not isinstance(policy, str) else "this policy's server loads it"
-        raise ValueError(f"{loaded}; it takes no {', '.join(load)}")
+        raise SimulationError(f"{loaded}; it takes no {', '.join(load)}.")
     return RemotePolicy(str(policy), token=token) if is_address(policy) else policy  # type: ignore[return-value]
 
 
@@ -52,21 +51,16 @@ def noise_shape(actor: Actor) -> tuple[int, int] | None:
 
 
 def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[str]:
-    """The tasks to evaluate: those that are named, or those of the policy's training, or all if they are few.
-
-    Raises:
-        KeyError: there is no such environment or task.
-        ValueError: no tasks are named, the policy does not say any of this environment, and there are many.
-    """
+    """The tasks to evaluate: those that are named, or those of the policy's training, or all if they are few."""
     known = tasks_of(env)
     if tasks is None:
         said = actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
         trained = list(said.get("tasks") or ())
         tasks = trained if set(trained) <= set(known) else []
         if not tasks and len(known) > MANY_TASKS:
-            raise ValueError(
-                f"the policy does not say on which tasks of {env} it was trained; name those to evaluate it in "
-                f"(--tasks): {', '.join(known)}"
+            raise SimulationError(
+                f"The policy does not say on which tasks of {env} it was trained; name those to evaluate it in "
+                f"(--tasks): {', '.join(known)}."
             )
         tasks = tasks or known
     check_tasks(env, tasks)
@@ -74,17 +68,12 @@ def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[st
 
 
 def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
-    """The way to run episodes, with the policy's recommendation where nothing else is asked for.
-
-    Raises:
-        KeyError: there is no such environment.
-        ValueError: the policy does not fit the environment; its horizon is not set, or shorter than execute_steps.
-    """
+    """The way to run episodes, with the policy's recommendation where nothing else is asked for."""
     robot = simulator(env).embodiment
     recommended = horizon = None
     if isinstance(actor, RemotePolicy):
         if rollout.num_steps is not None:
-            raise ValueError("the number of Euler steps of a served policy is its server's; leave num_steps out")
+            raise SimulationError("The number of Euler steps of a served policy is its server's; leave num_steps out.")
         check_metadata(actor.metadata, robot)
         recommended, horizon = actor.metadata.get("execute_steps"), actor.metadata.get("action_horizon")
     elif isinstance(actor, Policy):
@@ -93,7 +82,7 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
     execute_steps = rollout.execute_steps or recommended
     if execute_steps and horizon and execute_steps > horizon:
         source = "execute_steps is" if rollout.execute_steps else "the policy recommends to execute"
-        raise ValueError(
-            f"{source} {execute_steps}, but its chunk has only {horizon} actions; choose --execute-steps up to that"
+        raise SimulationError(
+            f"{source} {execute_steps}, but its chunk has only {horizon} actions; choose --execute-steps up to that."
         )
     return dataclasses.replace(rollout, execute_steps=execute_steps)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import MissingExtraError, UnknownKeyError
 from torchpi.robots import ActionDim, Camera, Embodiment, aloha
 from torchpi.sim.environment import UnstableError, check_action
 from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
@@ -41,19 +42,14 @@ class AlohaSimEnvironment:
         Args:
             task: one of `TASKS`.
             image_size: height and width of the observation's picture, black bars included.
-
-        Raises:
-            KeyError: there is no such task.
-            ModuleNotFoundError: the extra "sim" is not installed; the message says how.
-            OpenGLError: no OpenGL that renders without a screen.
         """
         if task not in INSTRUCTIONS:
-            raise KeyError(f"ALOHA's simulator has no task {task!r}; its tasks are {', '.join(TASKS)}")
+            raise UnknownKeyError(f"ALOHA's simulator has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         import_mujoco()  # before gym_aloha imports it with a choice of its own
         try:
             from gym_aloha.env import AlohaEnv
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{NO_SIM} ({error})") from error
+            raise MissingExtraError(f"{NO_SIM} ({error}).") from error
         self.task = task
         self.instruction = INSTRUCTIONS[task]
         self.embodiment = EMBODIMENT
@@ -106,11 +102,7 @@ class AlohaSimEnvironment:
         return bool(self._task.get_reward(self._physics) == _SUCCESS)
 
     def expert_action(self) -> np.ndarray:
-        """There is none.
-
-        Raises:
-            NotImplementedError: always.
-        """
+        """There is none."""
         raise NotImplementedError("ALOHA's simulator has no scripted expert")
 
     def render(self, size: int) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 
@@ -82,26 +83,19 @@ def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, e
         seed: of the whole run.
         episode: the number of the episode within its task.
         attempt: of a recording, in which the expert may fail.
-
-    Raises:
-        ValueError: a negative number.
     """
     drawn = int(generator_at(seed, f"{purpose} episodes", task, episode, attempt).integers(2**31))
     return 2 * drawn + (purpose == "eval")  # below 2³², the largest that all simulators take
 
 
 def check_action(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
-    """The action as float64 [a].
-
-    Raises:
-        ValueError: it has another shape, or NaN or infinity in it.
-    """
+    """The action as float64 [a]."""
     array = np.asarray(action, np.float64)
     if array.shape != (embodiment.action_size,):
-        raise ValueError(
+        raise SimulationError(
             f"{embodiment.name} takes an action [{embodiment.action_size}] "
-            f"({', '.join(dimension.name for dimension in embodiment.actions)}), got {list(array.shape)}"
+            f"({', '.join(dimension.name for dimension in embodiment.actions)}), got {list(array.shape)}."
         )
     if not np.isfinite(array).all():
-        raise ValueError(f"there is NaN or infinity in the action {array.tolist()}; the simulator would break")
+        raise SimulationError(f"There is NaN or infinity in the action {array.tolist()}; the simulator would break.")
     return array

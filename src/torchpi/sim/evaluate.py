@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.policy import Policy
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor
@@ -81,11 +82,11 @@ def evaluate(
     """
     start = time.perf_counter()
     if episodes < 1 or not 0 <= videos <= episodes:
-        raise ValueError(
-            f"expected at least one episode per task, and at most as many videos, got {episodes} and {videos}"
+        raise SimulationError(
+            f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
         )
     if videos and out is None:
-        raise ValueError("videos need a folder, out=")
+        raise SimulationError("videos need a folder, out=.")
     open_policy = partial(open_actor, policy, load or {}, token=token)
     actor = open_policy()
     tasks = chosen_tasks(actor, env, tasks)
@@ -142,8 +143,8 @@ def _jobs(
     videos: int,
 ) -> list[_Job]:
     if unknown := sorted(set(instructions) - set(tasks)):
-        raise KeyError(
-            f"there is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}"
+        raise UnknownKeyError(
+            f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
         )
     own = simulator(env).instructions
     return [
@@ -167,7 +168,7 @@ def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, workers: int 
         weights = sum(p.nbytes for p in actor.model.parameters()) if isinstance(actor, Policy) else 0
         return default_workers(jobs, bytes_each=2 * weights)  # while weights are read they are there twice
     if workers != 1 and not shareable:
-        raise ValueError(f"a Policy object can't be shared by {workers} processes: give its path, or workers=1")
+        raise SimulationError(f"A Policy object can't be shared by {workers} processes: give its path, or workers=1.")
     return workers
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import MissingExtraError
+
 NO_SIM = "simulation needs the extra 'sim': pip install 'torchpi[sim]'"
 NO_OPENGL = (
     "no OpenGL that renders without a screen ({reason}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. "
@@ -27,18 +29,13 @@ class OpenGLError(OSError):
 
 
 def import_mujoco() -> types.ModuleType:
-    """MuJoCo, which decides at import how it will render: with EGL, unless the user's MUJOCO_GL says otherwise.
-
-    Raises:
-        ModuleNotFoundError: it is not installed.
-        OpenGLError: the chosen OpenGL can't be loaded.
-    """
+    """MuJoCo, which decides at import how it will render: with EGL, unless the user's MUJOCO_GL says otherwise."""
     if sys.platform == "linux":  # elsewhere its own choice needs no screen
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         import mujoco
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{NO_SIM} ({error})") from error
+        raise MissingExtraError(f"{NO_SIM} ({error}).") from error
     # PyOpenGL finds no libEGL and says so in its own way; MuJoCo does not know the value of MUJOCO_GL.
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         raise OpenGLError(_no_opengl(error)) from error
@@ -65,11 +62,7 @@ class Cameras:
         self._context: _Context | None = None
 
     def render(self, data: Any, height: int, width: int | None = None) -> dict[str, np.ndarray]:
-        """Each view as uint8 [height, width, 3]; square by default.
-
-        Raises:
-            OpenGLError: no OpenGL.
-        """
+        """Each view as uint8 [height, width, 3]; square by default."""
         if self._context is None:
             self._context = _Context(self._model, effects=self._effects)
         context, width = self._context, width or height
@@ -161,7 +154,7 @@ def _new_gl(mujoco: types.ModuleType) -> Any:
     if os.environ.get("MUJOCO_GL", "").lower() == "egl":  # whatever MuJoCo chose, which may have been imported earlier
         backend = importlib.import_module("mujoco.egl").GLContext
     if backend is None:
-        raise RuntimeError("this turns rendering off")
+        raise RuntimeError("This turns rendering off.")
     # One that could not be built would print errors as it is deleted, for lack of this attribute.
     deletable = type("GLContext", (backend,), {"_context": None})
     return deletable(64, 64)  # the size of a window, which an off-screen context does not have

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import MissingExtraError, UnknownKeyError
 from torchpi.robots.metaworld import metaworld
 from torchpi.sim.environment import check_action
 from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
@@ -87,20 +88,15 @@ class MetaworldEnvironment:
         Args:
             task: one of `TASKS`.
             image_size: height and width of the observation's cameras.
-
-        Raises:
-            KeyError: there is no such task.
-            ModuleNotFoundError: the extra "sim" is not installed; the message says how.
-            OpenGLError: no OpenGL that renders without a screen.
         """
         if task not in INSTRUCTIONS:
-            raise KeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}")
+            raise UnknownKeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         mujoco = import_mujoco()
         try:
             from metaworld.env_dict import ALL_V3_ENVIRONMENTS
             from metaworld.policies import ENV_POLICY_MAP
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(f"{NO_SIM} ({error})") from error
+            raise MissingExtraError(f"{NO_SIM} ({error}).") from error
 
         self.task = task
         self.instruction = INSTRUCTIONS[task]

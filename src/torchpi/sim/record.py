@@ -15,6 +15,7 @@ import numpy as np
 
 from torchpi.data import LeRobotWriter
 from torchpi.data.format import ACTION, IMAGES, INFO, STATE
+from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.sim import LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
@@ -128,12 +129,12 @@ def record(
     image_size = simulator(env).image_size if image_size is None else image_size
     fractions = 0 <= noisy_fraction <= 1 and 0 <= push_rate <= 1
     if episodes < 1 or not noise >= 0 or not fractions or image_size < 1:
-        raise ValueError(
-            "expected at least one episode, noise of at least 0, a noisy_fraction and a push_rate from 0 to 1 and a "
-            f"positive image_size, got {episodes}, {noise:g}, {noisy_fraction:g}, {push_rate:g} and {image_size}"
+        raise SimulationError(
+            "Expected at least one episode, noise of at least 0, a noisy_fraction and a push_rate from 0 to 1 and a "
+            f"positive image_size, got {episodes}, {noise:g}, {noisy_fraction:g}, {push_rate:g} and {image_size}."
         )
     if not simulator(env).has_experts:
-        raise ValueError(f"{env} has no scripted experts to record; metaworld has")
+        raise SimulationError(f"{env} has no scripted experts to record; metaworld has.")
     settings = _Settings(env, seed, noise, noisy_fraction, push_rate, image_size)
     jobs = [_Job(task, index) for task in tasks for index in range(episodes)]
     workers = default_workers(len(jobs)) if workers is None else workers
@@ -172,18 +173,14 @@ class _Done:
         self.frames = 0
 
     def add(self, job: _Job, demonstration: _Demonstration) -> None:
-        """Note an episode.
-
-        Raises:
-            ValueError: the expert of its task fails more often than not.
-        """
+        """Note an episode."""
         length = len(demonstration.frames[ACTION])
         noisy, seed = demonstration.noisy, demonstration.seed
         self.failures[job.task] += demonstration.failures
         self._successes[job.task] += 1
         failures, attempts = self.failures[job.task], self.failures[job.task] + self._successes[job.task]
         if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
-            raise ValueError(_fails_too_often(job.task, failures, attempts))
+            raise SimulationError(_fails_too_often(job.task, failures, attempts))
         self.episodes.append({"task": job.task, "seed": seed, "noisy": noisy, "length": length})
         self.frames += length
 
@@ -196,11 +193,7 @@ class _Recorder:
         self._latest = LatestEnvironment(settings.env, image_size=settings.image_size)
 
     def __call__(self, job: _Job) -> _Demonstration:
-        """Record one episode.
-
-        Raises:
-            ValueError: the expert does not succeed.
-        """
+        """Record one episode."""
         settings, environment = self._settings, self._latest.of(job.task)
         # Spread evenly, so that a part of the data set has its part of noisy episodes.
         noisy = int((job.index + 1) * settings.noisy_fraction) > int(job.index * settings.noisy_fraction)
@@ -211,7 +204,7 @@ class _Recorder:
             frames = _demonstrate(environment, seed, disturbance)
             if frames is not None:
                 return _Demonstration(frames, seed, noisy, failures=attempt)
-        raise ValueError(_fails_too_often(job.task, MAX_ATTEMPTS, MAX_ATTEMPTS))
+        raise SimulationError(_fails_too_often(job.task, MAX_ATTEMPTS, MAX_ATTEMPTS))
 
     def close(self) -> None:
         """Free the simulation."""

@@ -5,6 +5,8 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+from torchpi.errors import MissingExtraError
+
 NO_CLIENT = "evaluating a served policy needs torchpi-client: pip install torchpi-client"
 
 
@@ -21,11 +23,6 @@ class RemotePolicy:
 
         Args:
             token: what the server asks for; None: nothing.
-
-        Raises:
-            ModuleNotFoundError: torchpi-client is not installed.
-            ValueError: it is no address.
-            ConnectionError: there is no policy server, it asks for another token, or it answers with an error.
         """
         client = _import_client()
         self._server_error = client.ServerError
@@ -39,16 +36,12 @@ class RemotePolicy:
             found = "asks for a token, but none was given" if token is None else "does not accept the token"
             raise ConnectionError(
                 f"{address} {found} (HTTP 401); expected the one that its server was started with: give it as --token, "
-                "as TORCHPI_TOKEN in the environment, or in Python as token="
+                "as TORCHPI_TOKEN in the environment, or in Python as token=."
             ) from error
         self.metadata: dict[str, Any] = self._client.metadata
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
-        """One observation to one chunk.
-
-        Raises:
-            ConnectionError: the server answers with an error, or not at all.
-        """
+        """One observation to one chunk."""
         try:
             return self._client.infer(observation)
         except self._server_error as error:
@@ -69,5 +62,5 @@ def _import_client() -> types.ModuleType:
     try:
         import torchpi_client
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{NO_CLIENT} ({error})") from error
+        raise MissingExtraError(f"{NO_CLIENT} ({error}).") from error
     return torchpi_client

@@ -7,6 +7,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
+from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.sim import simulator
 
 if TYPE_CHECKING:
@@ -55,19 +56,14 @@ def _interval(interval: tuple[float, float]) -> str:
 
 
 def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
-    """Two tasks of each pair, "a:b", with each other's instruction.
-
-    Raises:
-        KeyError: there is no such environment or task.
-        ValueError: a pair is not two tasks.
-    """
+    """Two tasks of each pair, "a:b", with each other's instruction."""
     own = simulator(env).instructions
     swapped: dict[str, str] = {}
     for pair in pairs:
         first, colon, second = pair.partition(":")
         if not colon or not first or not second or ":" in second:
-            raise ValueError(f"a swap is two tasks with ':' between them, got {pair!r}")
+            raise SimulationError(f"A swap is two tasks with ':' between them, got {pair!r}.")
         if unknown := [task for task in (first, second) if task not in own]:
-            raise KeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(own)}")
+            raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(own)}.")
         swapped |= {first: own[second], second: own[first]}
     return swapped

@@ -7,6 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.sim.environment import Environment, UnstableError
@@ -40,7 +41,7 @@ class Rollout:
     def __post_init__(self) -> None:
         for name in ("execute_steps", "num_steps", "max_steps"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise SimulationError(f"{name} must be at least 1, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,10 +98,6 @@ def run_episode(
         rollout: how it is run.
         noise: the number of a chunk to the noise [H, action_dim] that it begins from; None: the policy draws its own.
         onlooker: called with each new chunk, and after each step.
-
-    Raises:
-        ValueError: the policy returns something else than a chunk of this robot's actions, or NaN in it.
-        KeyError, ValueError: what the policy finds wrong with an observation.
     """
     rollout = rollout or Rollout()
     start = time.perf_counter()
@@ -168,11 +165,11 @@ def _checked_chunk(answer: Mapping[str, Any], environment: Environment) -> np.nd
     chunk = np.asarray(answer["actions"])
     size = environment.embodiment.action_size
     if chunk.ndim != 2 or chunk.shape[1] != size or not len(chunk):
-        raise ValueError(
-            f"the policy returned actions {list(chunk.shape)}; {environment.embodiment.name} takes [H, {size}]"
+        raise SimulationError(
+            f"The policy returned actions {list(chunk.shape)}; {environment.embodiment.name} takes [H, {size}]."
         )
     if not np.isfinite(chunk).all():
-        raise ValueError("there is NaN or infinity in the actions that the policy returned")
+        raise SimulationError("There is NaN or infinity in the actions that the policy returned.")
     return chunk
 
 
@@ -180,5 +177,7 @@ def _executed_part(chunk: np.ndarray, execute_steps: int | None) -> np.ndarray:
     if execute_steps is None:
         return chunk[: max(1, len(chunk) // 2)]
     if execute_steps > len(chunk):
-        raise ValueError(f"execute_steps is {execute_steps}, but the policy's chunk has only {len(chunk)} actions")
+        raise SimulationError(
+            f"execute_steps is {execute_steps}, but the policy's chunk has only {len(chunk)} actions."
+        )
     return chunk[:execute_steps]

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from torchpi.data.extras import require
+from torchpi.errors import SimulationError
 from torchpi.sim.environment import Environment, ShowsHands
 from torchpi.sim.rollout import Moment, Onlooker, camera_keys
 
@@ -39,11 +40,6 @@ def film(path: str | pathlib.Path | None, environment: Environment, instruction:
         path: an .mp4 file to write; None: no film, and no onlooker.
         environment: of the episode. One that `ShowsHands` gets the hands' paths drawn.
         instruction: what the policy is told, for the caption.
-
-    Raises:
-        ModuleNotFoundError: PyAV is not installed; the message says how.
-        ValueError: this build of FFmpeg has none of the encoders.
-        OSError: the file can't be written.
     """
     if path is None:
         yield None
@@ -279,7 +275,7 @@ def _encoder() -> str:
     for encoder in _ENCODERS:
         if encoder in available:
             return encoder
-    raise ValueError(f"this build of PyAV has no encoder for videos; expected one of {', '.join(_ENCODERS)}")
+    raise SimulationError(f"This build of PyAV has no encoder for videos; expected one of {', '.join(_ENCODERS)}.")
 
 
 def _encode(path: pathlib.Path, pictures: Iterator[np.ndarray], encoder: str) -> None:

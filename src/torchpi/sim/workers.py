@@ -10,6 +10,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
+from torchpi.errors import SimulationError
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -43,14 +45,9 @@ def run_jobs(
         workers: processes; 1: no other than this one.
         label: what a job is called in errors.
         window: how far a job may be ahead of the first unfinished one; None: any distance.
-
-    Raises:
-        ModuleNotFoundError, KeyError, ValueError, OSError: a job raised one of them; the message names the job.
-        ChildProcessError: a process was killed; the message names its job.
-        RuntimeError: a job raised another exception.
     """
     if workers < 1:
-        raise ValueError(f"workers must be at least 1, got {workers}")
+        raise SimulationError(f"workers must be at least 1, got {workers}.")
     if workers == 1:
         yield from _run_here(make_work, jobs, label)
         return

@@ -40,9 +40,6 @@ def trace_steps(
         observation: of a policy's robot; by default its example.
         batch: samples; a policy's observation is repeated.
         max_token_len, action_horizon, action_dim: instead of the target's own.
-
-    Raises:
-        ValueError: a size is not positive, or contradicts a policy's weights.
     """
     sizes = Sizes(batch, max_token_len, action_horizon, action_dim)
     if isinstance(target, Pi0Config):
@@ -75,9 +72,6 @@ def run_trace(
         inputs: an .npz file: an observation of the policy's robot, or a batch in the model's terms.
         config: a preset or JSON file for checkpoints that do not say their horizon and prompt length.
         device: where a policy runs.
-
-    Raises:
-        FileNotFoundError, ValueError: what the target, the sizes or the inputs have wrong.
     """
     sizes = Sizes(batch, max_token_len, action_horizon, action_dim)
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):

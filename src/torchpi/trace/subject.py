@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torchpi.arrays import read_npz
 from torchpi.config import PRESETS, Pi0Config
+from torchpi.errors import UsageError
 from torchpi.model import flow
 from torchpi.model.pi0 import Pi0
 
@@ -34,7 +35,7 @@ class Sizes:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and value < 1:
-                raise ValueError(f"{field.name} must be at least 1, got {value}")
+                raise UsageError(f"{field.name} must be at least 1, got {value}.")
 
     def of_config(self) -> dict[str, Any]:
         """Those that were asked for and are fields of a config."""
@@ -88,9 +89,6 @@ def find_subject(
         inputs: an .npz file, nested keys joined with '.': a robot's observation, or a batch in the model's terms.
         config: a preset or JSON file for checkpoints that do not say their horizon and prompt length.
         device: where a policy runs.
-
-    Raises:
-        FileNotFoundError, ValueError: there is nothing such, or the inputs do not fit.
     """
     if target in ("tiny", "demo"):
         from torchpi.demo.frames import demo_observation
@@ -101,7 +99,7 @@ def find_subject(
         return from_policy(policy, sizes, observation, title=target)
     if target in PRESETS:
         if inputs is not None:
-            raise ValueError(f"{target} is traced by its sizes alone, without weights; inputs need a policy's path")
+            raise UsageError(f"{target} is traced by its sizes alone, without weights; inputs need a policy's path.")
         return from_config(CLASSIC_PI0 if target == "pi0" else PRESETS[target], sizes, title=target)
     return from_path(target, sizes, inputs=inputs, config=config, device=device)
 
@@ -135,9 +133,6 @@ def from_path(
     """A policy folder with an observation, or a bare checkpoint with a batch in the model's terms.
 
     Without `inputs`, a policy sees its embodiment's example and a bare checkpoint random numbers; the notes say so.
-
-    Raises:
-        FileNotFoundError, ValueError: as `load_policy` and `load_model`; or the inputs do not fit.
     """
     from torchpi.checkpoints.folder import is_policy_folder
     from torchpi.checkpoints.load import existing_folder, load_model
@@ -153,10 +148,10 @@ def from_path(
         note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
         return from_policy(policy, sizes, policy.example_observation(), title=title, notes=(note,))
     if arrays is not None and not of_model:
-        raise ValueError(
+        raise UsageError(
             f"{path} is a bare checkpoint, which says nothing about a robot, and {inputs} is a robot's observation "
             f"({', '.join(sorted(arrays)[:6])}). Trace a policy folder, or give a batch in the model's terms: "
-            "image.<camera>, state, tokenized_prompt, tokenized_prompt_mask"
+            "image.<camera>, state, tokenized_prompt, tokenized_prompt_mask."
         )
     model = load_model(path, config=config, device=device or "cpu")
     if arrays is None:
@@ -203,19 +198,16 @@ def from_model(
     Args:
         arrays: "image.<camera>" [b, h, w, 3], "image_mask.<camera>" [b], "state" [b, A], "tokenized_prompt" and
             "tokenized_prompt_mask" [b, L]; optionally "actions" and "noise" [b, H, A] and "time" [b].
-
-    Raises:
-        ValueError: an array that is needed is missing, or the sizes contradict the weights or the arrays.
     """
     asked = sizes.of_config()
     if asked.pop("action_dim", model.config.action_dim) != model.config.action_dim:
-        raise ValueError(
+        raise UsageError(
             f"action_dim is {model.config.action_dim} in the weights of this model and cannot be {sizes.action_dim}; "
-            "trace a preset instead, or leave --action-dim away"
+            "trace a preset instead, or leave --action-dim away."
         )
     missing = [key for key in ("state", "tokenized_prompt", "tokenized_prompt_mask") if key not in arrays]
     if missing:
-        raise ValueError(f"the batch has no {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'nothing'}")
+        raise UsageError(f"The batch has no {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'nothing'}.")
     rows = {name: torch.from_numpy(np.resize(value, (sizes.batch, *value.shape[1:]))) for name, value in arrays.items()}
     given = rows.get("noise", rows.get("actions"))
     if given is not None:
@@ -227,7 +219,7 @@ def from_model(
     time = rows.get("time", flow.sample_time(sizes.batch, generator=generator, device=torch.device("cpu")))
     for name, chunk in (("noise", noise), ("actions", rows.get("actions"))):
         if chunk is not None and chunk.shape != shape:
-            raise ValueError(f"{name} must be {list(shape)} for this model, got {list(chunk.shape)}")
+            raise UsageError(f"{name} must be {list(shape)} for this model, got {list(chunk.shape)}.")
     if "actions" not in rows:
         assumed = (*assumed, "No recorded actions: the chunk that the model itself samples stands in for them.")
     length = config.require("max_token_len")

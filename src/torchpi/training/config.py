@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from torchpi.assets import assets
 from torchpi.config import LoraConfig, Trained
+from torchpi.errors import MissingFileError, TrainingError
 
 Schedule = Literal["cosine", "rsqrt", "constant"]
 Kind = Literal["adamw", "adamw8bit"]
@@ -37,13 +38,13 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
-            raise ValueError(f"augmentation.crop must be in (0, 1], got {self.crop}")
+            raise TrainingError(f"augmentation.crop must be in (0, 1], got {self.crop}.")
         for name in ("brightness", "contrast", "saturation", "hue", "color_probability"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"augmentation.{name} must be in [0, 1], got {getattr(self, name)}")
+                raise TrainingError(f"augmentation.{name} must be in [0, 1], got {getattr(self, name)}.")
         if self.contrast == 1 or not 0 <= self.degrees <= 180:
-            raise ValueError(
-                f"augmentation.contrast must be below 1 and degrees in [0, 180], got {self.contrast}, {self.degrees}"
+            raise TrainingError(
+                f"augmentation.contrast must be below 1 and degrees in [0, 180], got {self.contrast}, {self.degrees}."
             )
 
 
@@ -68,7 +69,7 @@ class Source:
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
-            raise ValueError(f"the weight of {self.dataset} must be positive, got {self.weight}")
+            raise TrainingError(f"The weight of {self.dataset} must be positive, got {self.weight}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,27 +203,33 @@ class TrainConfig:
         positive = "num_steps batch_size accumulate num_draws holdout_samples eval_every save_every keep log_every"
         for name in (*positive.split(), "env_episodes"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)}")
+                raise TrainingError(f"{name} must be a positive integer, got {getattr(self, name)}.")
         if self.keep_every is not None and self.keep_every < 1:
-            raise ValueError(f"keep_every must be a positive integer, got {self.keep_every}")
+            raise TrainingError(f"keep_every must be a positive integer, got {self.keep_every}.")
         not_negative = "warmup_steps state_noise weight_decay workers seed chunk_samples shard_size image_cache_gb"
         for name in (*not_negative.split(), "max_given"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+                raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}.")
         for name in ("max_grad_norm", "learning_rate", "timescale"):
             if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+                raise TrainingError(f"{name} must be positive, got {getattr(self, name)}.")
         if not 0 <= self.ema_decay < 1 or not 0 <= self.holdout < 1:
-            raise ValueError(f"ema_decay and holdout must be in [0, 1), got {self.ema_decay}, {self.holdout}")
+            raise TrainingError(f"ema_decay and holdout must be in [0, 1), got {self.ema_decay}, {self.holdout}.")
         for name, kind in _CHOICES.items():
             if (value := getattr(self, name)) not in get_args(kind):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
+                raise TrainingError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
         if self.mixture and (self.dataset or self.embodiment or self.episodes):
-            raise ValueError("a recipe has either dataset, embodiment and episodes, or a mixture of several datasets")
+            raise TrainingError(
+                "A recipe has either dataset, embodiment and episodes, or a mixture of several datasets."
+            )
         if self.trained in ("lora", "lora_strict") and self.init is None:
-            raise ValueError(f"trained {self.trained!r} learns beside trained weights: say which with init (--init)")
+            raise TrainingError(
+                f"Trained {self.trained!r} learns beside trained weights: say which with init (--init)."
+            )
         if self.optimizer == "adamw8bit" and self.parallel != "ddp":
-            raise ValueError("adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp")
+            raise TrainingError(
+                "adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp."
+            )
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -248,19 +255,15 @@ class TrainConfig:
 
         Args:
             path: a JSON file, or the name of a packaged recipe.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not JSON, or has unknown fields or values that can't be.
         """
         packaged = {file.stem: file for file in sorted((assets() / "recipes").glob("*.json"))}
         file = packaged.get(str(path), pathlib.Path(path))
         if not file.is_file():
-            raise FileNotFoundError(f"there is no recipe {path}; packaged recipes are {', '.join(packaged)}")
+            raise MissingFileError(f"There is no recipe {path}; packaged recipes are {', '.join(packaged)}.")
         try:
             return cls._from_dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            raise ValueError(f"recipe {file}: {error}") from error
+            raise TrainingError(f"recipe {file}: {error}") from error
 
     @classmethod
     def _from_dict(cls, values: Any) -> "TrainConfig":
@@ -292,10 +295,10 @@ def _known(values: Any, kind: type, what: str) -> dict[str, Any]:
     """The fields of a dataclass out of a JSON object, integers as floats where the field is one: JSON has a single kind
     of number."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{what} must be a JSON object, found {values!r}")
+        raise TrainingError(f"{what} must be a JSON object, found {values!r}.")
     types = {field.name: field.type for field in dataclasses.fields(kind)}
     if unknown := sorted(set(values) - set(types)):
-        raise ValueError(f"{what} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(types))}")
+        raise TrainingError(f"{what} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(types))}.")
     return {
         name: float(value) if types[name] is float and type(value) is int else value for name, value in values.items()
     }

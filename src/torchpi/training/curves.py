@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from torchpi.errors import TrainingError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -59,17 +61,13 @@ def parse_metrics(text: str) -> tuple[list[Line], list[int]]:
 
 
 def read_metrics(path: pathlib.Path) -> list[Line]:
-    """The lines of metrics.jsonl; none: there is no file.
-
-    Raises:
-        ValueError: a line, other than one at the end that was cut short, is not one of a training run.
-    """
+    """The lines of metrics.jsonl; none: there is no file."""
     if not path.is_file():
         return []
     lines, broken = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
     if broken:
-        raise ValueError(
-            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to go on'
+        raise TrainingError(
+            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to go on.'
         )
     return lines
 
@@ -332,11 +330,7 @@ def as_svg(draw: Callable[["Axes"], None], description: str) -> str:
 
 
 def plot_curves(metrics: pathlib.Path, out: pathlib.Path) -> None:
-    """Draw metrics.jsonl into a .png file: the panels that there are values for.
-
-    Raises:
-        ValueError: as `read_metrics`.
-    """
+    """Draw metrics.jsonl into a .png file: the panels that there are values for."""
     from matplotlib.figure import Figure
 
     lines = without_overtaken(read_metrics(metrics))

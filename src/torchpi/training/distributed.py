@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from torchpi.errors import TrainingError
 from torchpi.model.gemma import AdaRMSNorm, RMSNorm
 from torchpi.model.lora import LoraLinear
 from torchpi.model.pi0 import Pi0
@@ -57,9 +58,6 @@ def process_group(device: str | None) -> Iterator[World]:
 
     Args:
         device: "cpu", or "cuda": then each process has the GPU of its local rank; None: cuda where there is one.
-
-    Raises:
-        ValueError: there is no such device.
     """
     own, several = usable_device(device), "WORLD_SIZE" in os.environ
     backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
@@ -121,9 +119,6 @@ def parallelize(model: Pi0, how: str, world: World, *, shard_size: int) -> Paral
         model: changed in place: on the world's device, with DTensors as weights where they are sharded.
         how: "ddp", "fsdp" or "hybrid".
         shard_size: processes that share one copy of the model, for "hybrid".
-
-    Raises:
-        ValueError: the processes can't be divided into groups of `shard_size`.
     """
     if how == "ddp":
         return _replicate(model, world)
@@ -195,9 +190,9 @@ def _mesh(how: str, world: World, shard_size: int) -> DeviceMesh:
     if how == "fsdp":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if shard_size < 1 or world.size % shard_size:
-        raise ValueError(
+        raise TrainingError(
             f"parallel 'hybrid' divides the {world.size} processes into groups of shard_size {shard_size}, which does "
-            "not work out; choose a shard_size that divides their number"
+            "not work out; choose a shard_size that divides their number."
         )
     shape = (world.size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))

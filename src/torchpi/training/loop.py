@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.config import TrainConfig
@@ -132,11 +133,7 @@ def _check_videos(data: Sequence[SourceData], console: Console) -> None:
 
 
 def training_order(config: TrainConfig, data: Sequence[SourceData], world: World, first_step: int) -> TrainingOrder:
-    """The places of a process' passes from a step on.
-
-    Raises:
-        ValueError: the batch can't be divided.
-    """
+    """The places of a process' passes from a step on."""
     return TrainingOrder(
         [source.frames for source in data],
         [source.source.weight for source in data],
@@ -186,9 +183,6 @@ def update(
     Returns:
         This process' part of the loss before the update, still on the device: the sum over all processes is the mean
         over the whole batch; the norm of the gradient before it is cut; the learning rate.
-
-    Raises:
-        FloatingPointError: the gradient is NaN or infinite; the weights are as they were.
     """
     rate = learning_rate(
         state.step,
@@ -210,7 +204,7 @@ def update(
     grad_norm = clip_gradients(list(state.trained.values()), config.max_grad_norm)
     if not math.isfinite(grad_norm):
         state.drop_gradients()
-        raise FloatingPointError(f"the gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g})")
+        raise FloatingPointError(f"The gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g}).")
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.step()
@@ -298,9 +292,9 @@ class _Trainer:
             loss, numbers = update(self.state, self.config, batches, self.parallel, self.world.size)
         except FloatingPointError as error:
             files = [self._keep_for_a_look(batch, i) for i, batch in enumerate(batches)]
-            raise ValueError(
+            raise TrainingError(
                 f"{error}; nothing of this step is kept. What it was computed from is in "
-                f"{', '.join(map(str, files))}. Lower the learning rate, or look for extreme values: torchpi stats"
+                f"{', '.join(map(str, files))}. Lower the learning rate, or look for extreme values: torchpi stats."
             ) from error
         meter.add(float(loss), stop.requested)
         return numbers

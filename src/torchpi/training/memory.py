@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import Checkpointing
 
@@ -26,12 +27,9 @@ def checkpoint_activations(model: Pi0, how: Checkpointing) -> None:
     Args:
         how: "layers" keeps the layers' inputs only and runs each layer's forward a second time, a third more work;
             "selective" keeps the products with weights and computes what is cheap again.
-
-    Raises:
-        ValueError: an unknown choice.
     """
     if how not in get_args(Checkpointing):
-        raise ValueError(f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, got {how!r}")
+        raise TrainingError(f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, got {how!r}.")
     if how == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a layer

@@ -7,6 +7,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from torchpi.errors import MissingExtraError, TrainingError
 from torchpi.training.config import Kind, Schedule
 from torchpi.training.distributed import is_sharded, local, sum_over_shards
 
@@ -30,7 +31,7 @@ def learning_rate(
     "rsqrt": peak/√(1 + (step − warmup)/timescale), or "constant".
     """
     if schedule not in get_args(Schedule):
-        raise ValueError(f"unknown schedule {schedule!r}; schedules are {', '.join(get_args(Schedule))}")
+        raise TrainingError(f"Unknown schedule {schedule!r}; schedules are {', '.join(get_args(Schedule))}.")
     if step < warmup_steps:
         first = peak / (warmup_steps + 1)
         return first + (peak - first) * step / warmup_steps
@@ -47,21 +48,17 @@ def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float, kind: K
 
     Args:
         kind: "adamw8bit" keeps the moments of large arrays in 8 bits, by blocks (arXiv:2110.02861, bitsandbytes).
-
-    Raises:
-        ModuleNotFoundError: bitsandbytes is missing.
-        ValueError: an unknown kind.
     """
     if kind == "adamw8bit":
         try:
             from bitsandbytes.optim import AdamW8bit
         except ModuleNotFoundError as error:
             message = f"adamw8bit needs bitsandbytes: pip install 'torchpi[adamw8bit]' ({error})"
-            raise ModuleNotFoundError(message) from error
+            raise MissingExtraError(message) from error
         found: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
         return found
     if kind != "adamw":
-        raise ValueError(f"unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Kind))}")
+        raise TrainingError(f"Unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Kind))}.")
     return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
 

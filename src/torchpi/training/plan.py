@@ -17,6 +17,7 @@ from rich.table import Table
 
 from torchpi.checkpoints.load import published_name
 from torchpi.config import Pi0Config
+from torchpi.errors import TrainingError
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.live_memory import KINDS, Memory, num_bytes, peak_memory, shard_bytes
@@ -83,9 +84,6 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         world_size: processes that share the run.
         local_world_size: those of a node, for "hybrid" without `shard_size`.
         device_memory: bytes that a process can have on its device; without it the plan doesn't say whether it fits.
-
-    Raises:
-        ValueError: the batch can't be divided among the processes, or the recipe names no robot.
     """
     found = _plan(config, world_size, local_world_size, device_memory)
     if found.fits is not False:
@@ -151,8 +149,8 @@ def _less_trained(config: TrainConfig) -> list[str]:
 def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_memory: int | None) -> Plan:
     parts = world_size * config.accumulate
     if config.batch_size % parts:
-        raise ValueError(
-            f"batch_size {config.batch_size} can't be divided by {world_size} processes × {config.accumulate} passes"
+        raise TrainingError(
+            f"batch_size {config.batch_size} can't be divided by {world_size} processes × {config.accumulate} passes."
         )
     sizes, cameras = _sizes(config), _cameras(config)
     shards = {"ddp": 1, "fsdp": world_size, "hybrid": config.shard_size or local_world_size}[config.parallel]
@@ -183,7 +181,7 @@ def _sizes(config: TrainConfig) -> Pi0Config:
 
 def _cameras(config: TrainConfig) -> tuple[str, ...]:
     if not all(source.embodiment for source in config.sources):
-        raise ValueError("a plan needs the robot, for the number of its cameras: --embodiment")
+        raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
     names = (name for source in config.sources for name in get_embodiment(source.embodiment).camera_names)
     return tuple(dict.fromkeys(names))
 

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from torchpi.errors import MissingFileError
 from torchpi.formatting import format_count, large_count
 from torchpi.sim import ENVIRONMENTS, simulator
 from torchpi.training.config import TrainConfig
@@ -74,9 +75,6 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
 
     Returns:
         The page's path.
-
-    Raises:
-        FileNotFoundError: this is no folder of a run.
     """
     page = render_report(read_run(run))
     target, beside = run / REPORT, run / f".{REPORT}.tmp"
@@ -139,14 +137,10 @@ class Run:
 
 
 def read_run(run: pathlib.Path) -> Run:
-    """Read a run's folder.
-
-    Raises:
-        FileNotFoundError: it has neither a train.json nor a metrics.jsonl.
-    """
+    """Read a run's folder."""
     metrics = run / "metrics.jsonl"
     if not metrics.is_file() and not (run / "train.json").is_file():
-        raise FileNotFoundError(f"{run} is no folder of a training run: neither train.json nor metrics.jsonl is in it")
+        raise MissingFileError(f"{run} is no folder of a training run: neither train.json nor metrics.jsonl is in it.")
     notes: list[str] = []
     recipe, about = (_read_json(run / name, notes) for name in ("train.json", "run.json"))
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
@@ -167,7 +161,7 @@ def _read_json(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-        notes.append(f"{path.name} cannot be read: {error}.")
+        notes.append(f"{path.name} cannot be read: {error}")
         return {}
     if not isinstance(found, Mapping):
         notes.append(f"{path.name} is no JSON object.")
@@ -393,11 +387,7 @@ def _picture(path: pathlib.Path, kind: str, robot: str) -> str:
 
 
 def _embedded(path: pathlib.Path) -> str:
-    """The picture as a data URI, made smaller where its file is large.
-
-    Raises:
-        OSError: it is no image, or not a whole one.
-    """
+    """The picture as a data URI, made smaller where its file is large."""
     kind, data = "png", path.read_bytes()
     with Image.open(io.BytesIO(data)) as image:
         image.load()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from torchpi.errors import MissingFileError, TrainingError
 from torchpi.training.config import TrainConfig
 from torchpi.training.setup import ROBOTS, SourceData, robot_names
 from torchpi.training.state import checkpoints
@@ -36,23 +37,14 @@ CHANGEABLE = frozenset(
 
 
 def resume_config(run: pathlib.Path) -> TrainConfig:
-    """The recipe of a run.
-
-    Raises:
-        FileNotFoundError: there is no run.
-    """
+    """The recipe of a run."""
     if not (run / RECIPE).is_file():
-        raise FileNotFoundError(f"there is no run to go on with in {run}: it has no {RECIPE}")
+        raise MissingFileError(f"There is no run to go on with in {run}: it has no {RECIPE}.")
     return TrainConfig.from_json(run / RECIPE)
 
 
 def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathlib.Path | None:
-    """The last checkpoint of a run that is gone on with; None: it is new, or was ended before its first one.
-
-    Raises:
-        FileNotFoundError: nothing to go on from.
-        ValueError: a new run's folder is not empty; the recipe has fields changed that can't be; the run is complete.
-    """
+    """The last checkpoint of a run that is gone on with; None: it is new, or was ended before its first one."""
     if resume:
         return _check_resume(config, run)
     _check_new(run)
@@ -60,11 +52,7 @@ def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathl
 
 
 def check_data(last: pathlib.Path, data: Sequence[SourceData]) -> None:
-    """Refuse to go on with other data: statistics of the datasets tell.
-
-    Raises:
-        ValueError: the statistics of a checkpoint's policy are others.
-    """
+    """Refuse to go on with other data: statistics of the datasets tell."""
     policy = last / "policy"
     names = robot_names([source.embodiment for source in data])
     folders = [policy, *(policy / ROBOTS / name for name in names[1:])]
@@ -72,26 +60,22 @@ def check_data(last: pathlib.Path, data: Sequence[SourceData]) -> None:
         saved = load_norm_stats(folder)
         for key, stats in source.norm_stats.items():
             if not all(np.array_equal(*pair) for pair in zip(stats.bounds(), saved[key].bounds(), strict=True)):
-                raise ValueError(
+                raise TrainingError(
                     f"{source.source.dataset}: the dataset is another one than when {last} was saved: its statistics "
                     f"of {key} differ. Go on with the data as they were, or begin a new run with --init and this one's "
-                    "policy"
+                    "policy."
                 )
 
 
 def held_out_episodes(run: pathlib.Path) -> list[list[int]]:
-    """The episodes that a run holds out, for each of its datasets: what it measures, it must never have trained on.
-
-    Raises:
-        ValueError: its folder does not tell.
-    """
+    """The episodes that a run holds out, for each of its datasets: what it measures, it must never have trained on."""
     try:
         about = json.loads((run / RUN).read_text(encoding="utf-8"))
         return [[int(index) for index in dataset["held_out"]] for dataset in about["datasets"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise TrainingError(
             f"{run / RUN} does not tell which episodes the run holds out ({error!r}), so it can't be gone on with: it "
-            "might train on what it measures. Bring the file back, or begin a new run with --init and this one's policy"
+            "might train on what it measures. Bring the file back, or begin a new run with --init and this policy."
         ) from error
 
 
@@ -103,17 +87,14 @@ def check_constant(run: pathlib.Path, found: str, init: str | None) -> bool:
 
     Returns:
         Whether the run's folder says which they were; one of an earlier version does not.
-
-    Raises:
-        ValueError: they are others than those that the run began with.
     """
     about = json.loads((run / RUN).read_text(encoding="utf-8"))
     begun_with = about.get("init", {}).get("constant_sha256")
     if begun_with not in (None, found):
-        raise ValueError(
-            f"the weights that this run does not change are others than when it was begun: those of {init or 'seed'} "
+        raise TrainingError(
+            f"The weights that this run does not change are others than when it was begun: those of {init or 'seed'} "
             f"have the SHA-256 {found[:12]}…, {run / RUN} has {begun_with[:12]}…. Bring back what was there, or begin "
-            "a new run"
+            "a new run."
         )
     return begun_with is not None
 
@@ -135,7 +116,9 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 def _check_new(run: pathlib.Path) -> None:
     if run.exists() and any(run.iterdir()):
-        raise ValueError(f"{run} is not empty; choose another folder, or go on with it: torchpi train --resume {run}")
+        raise TrainingError(
+            f"{run} is not empty; choose another folder, or go on with it: torchpi train --resume {run}."
+        )
 
 
 def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path | None:
@@ -147,10 +130,10 @@ def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path | None
     }
     if refused := sorted(set(changed) - CHANGEABLE):
         listed = "; ".join(f"{name} was {changed[name][0]!r}, now {changed[name][1]!r}" for name in refused)
-        raise ValueError(
-            f"a run is gone on with as it was, and these fields of its recipe differ: {listed}. What may change is "
-            f"{', '.join(sorted(CHANGEABLE))}; for anything else begin a new run, with --init and this one's policy"
+        raise TrainingError(
+            f"A run is gone on with as it was, and these fields of its recipe differ: {listed}. What may change is "
+            f"{', '.join(sorted(CHANGEABLE))}; for anything else begin a new run, with --init and this one's policy."
         )
     if found and int(found[-1].name) > config.num_steps:
-        raise ValueError(f"{run} has {int(found[-1].name)} steps already, more than num_steps {config.num_steps}")
+        raise TrainingError(f"{run} has {int(found[-1].name)} steps already, more than num_steps {config.num_steps}.")
     return found[-1] if found else None

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import to_observation
+from torchpi.errors import TrainingError
 from torchpi.policy import stack_inputs
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
@@ -185,11 +186,7 @@ class Samples(Dataset):
         return Batch(observation, **numbers, places=stacked["places"], num_given=num_given)
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
-        """Collated batches of the places, in their order, prepared ahead by worker processes.
-
-        Raises:
-            FileNotFoundError, KeyError, ValueError: by the iterator, as `LeRobotDataset.__getitem__`.
-        """
+        """Collated batches of the places, in their order, prepared ahead by worker processes."""
         loader = DataLoader(
             _Batches(self),
             batch_sampler=places,
@@ -259,9 +256,9 @@ class TrainingOrder:
     def __post_init__(self) -> None:
         parts = self.world_size * self.accumulate
         if self.batch_size % parts:
-            raise ValueError(
+            raise TrainingError(
                 f"batch_size {self.batch_size} can't be divided by {self.world_size} processes × {self.accumulate} "
-                f"passes; choose a multiple of {parts}"
+                f"passes; choose a multiple of {parts}."
             )
 
     def __len__(self) -> int:
@@ -289,7 +286,7 @@ class _Mixture:
     def __init__(self, weights: Sequence[float], seed: int) -> None:
         self.ends, self.seed, self.block = np.cumsum(weights) / np.sum(weights), seed, -1
         if min(weights) / sum(weights) * self.BLOCK < 2:
-            raise ValueError(f"a dataset with the weight {min(weights)} of {sum(weights)} would hardly be seen")
+            raise TrainingError(f"A dataset with the weight {min(weights)} of {sum(weights)} would hardly be seen.")
 
     def at(self, number: int) -> tuple[int, int]:
         """The dataset of a sample, and how many samples before it are from the same one."""

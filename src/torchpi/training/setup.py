@@ -27,6 +27,7 @@ from torchpi.data.metadata import Metadata
 from torchpi.data.place import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
+from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import MAX_GIVEN, TOKENIZER, Policy, read_parts
 from torchpi.randomness import generator_at
@@ -73,10 +74,6 @@ def open_data(
         sizes: of the model.
         held_out: for each dataset the indices of the episodes to hold out, where a run has chosen them before; by
             default they are chosen, see `hold_out`.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: as `LeRobotDataset`; or there are too few episodes to hold some out, or
-            fewer frames than a batch has samples.
     """
     recorded = [None] * len(config.sources) if held_out is None else held_out
     horizon = sizes.require("action_horizon")
@@ -108,9 +105,9 @@ def _open_source(source: Source, config: TrainConfig, horizon: int, recorded: Se
     if config.skip_idle:
         frames = frames[~idle_frames(train)]
     if len(frames) < config.batch_size:
-        raise ValueError(
+        raise TrainingError(
             f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
-            "more, or take a smaller batch_size"
+            "more, or take a smaller batch_size."
         )
     stats = _norm_stats(source, config, train, embodiment, horizon)
     return SourceData(source, embodiment, train, frames, holdout, stats)
@@ -121,9 +118,9 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
     if not config.holdout:
         return []
     if len(indices) < 2:
-        raise ValueError(
+        raise TrainingError(
             f"{source.dataset} has {len(indices)} episode, of which none can be held out; record more, or train with "
-            "holdout 0"
+            "holdout 0."
         )
     # Where one instruction takes the place of all, the episodes have one task.
     tasks = {episode.index: episode.tasks if source.prompt is None else () for episode in metadata.episodes}
@@ -140,18 +137,20 @@ def _norm_stats(
     if where != "init":
         return load_norm_stats(source.norm_stats)
     if config.init is None:
-        raise ValueError(f"norm_stats {source.norm_stats!r} are those of init, and there is no init")
+        raise TrainingError(f"norm_stats {source.norm_stats!r} are those of init, and there is no init.")
     root = existing_folder(config.init)
     if format_of(root) in ("torchpi", "lerobot"):
         if asset_id:
-            raise ValueError(f"{config.init} has statistics of its own: norm_stats must be init, without {asset_id!r}")
+            raise TrainingError(
+                f"{config.init} has statistics of its own: norm_stats must be init, without {asset_id!r}."
+            )
         return read_parts(config.init).norm_stats
     files = norm_stats_files(root)
     asset_id = asset_id or (embodiment.asset_id if embodiment.asset_id in files else "")
     if asset_id not in files:
-        raise ValueError(
+        raise TrainingError(
             f"norm_stats {source.norm_stats!r}: {config.init} has statistics for {', '.join(files) or 'no robot'}; "
-            "choose one as init:ASSET_ID (torchpi stats --compare shows which fit), or take those of the dataset"
+            "choose one as init:ASSET_ID (torchpi stats --compare shows which fit), or take those of the dataset."
         )
     return load_norm_stats(files[asset_id])
 
@@ -193,11 +192,7 @@ def _default_tokenizer(sizes: Pi0Config) -> str:
 
 
 def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
-    """The number of tokens of each task's longest prompt.
-
-    Raises:
-        ValueError: one does not fit the model's max_token_len.
-    """
+    """The number of tokens of each task's longest prompt."""
     transforms = policy.transforms
     values = ModelValues.of(data.train, data.embodiment, action_horizon=1)
     stats, rule = transforms.norm_stats["state"], transforms.normalization["state"]
@@ -220,10 +215,10 @@ def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     limit = transforms.max_token_len
     if limit is not None and (too_long := {text: count for text, count in longest.items() if count > limit}):
         text, count = max(too_long.items(), key=lambda item: item[1])
-        raise ValueError(
+        raise TrainingError(
             f"{len(too_long)} of the {len(longest)} tasks of {data.source.dataset} have prompts longer than the "
             f"model's max_token_len {limit}; the longest has {count} tokens: {text!r}. Shorten it, or train with a "
-            "larger max_token_len (--model with a JSON file, and --adapt)"
+            "larger max_token_len (--model with a JSON file, and --adapt)."
         )
     return longest
 

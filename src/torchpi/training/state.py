@@ -25,6 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchpi.checkpoints.folder import fsync, make_durable
+from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.distributed import (
     PATIENCE,
@@ -113,11 +114,7 @@ class TrainState:
         return named
 
     def load(self, folder: pathlib.Path, step: int) -> None:
-        """Take up the state of a checkpoint, whatever number of processes has written it.
-
-        Raises:
-            ValueError: a file is missing or damaged, or does not fit the model.
-        """
+        """Take up the state of a checkpoint, whatever number of processes has written it."""
         self._make_moments(step)
         own = self.tensors()
         try:
@@ -126,10 +123,10 @@ class TrainState:
             shapes = {name: tuple(value.shape) for name, value in own.items()}
             if found != shapes:
                 wrong = sorted(name for name in {*found, *shapes} if found.get(name) != shapes.get(name))
-                raise ValueError(f"it belongs to another model, recipe or optimizer: {', '.join(wrong[:6])} differ")
+                raise TrainingError(f"It belongs to another model, recipe or optimizer: {', '.join(wrong[:6])} differ.")
             dcp.load(own, storage_reader=reader)
         except (OSError, ValueError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
-            raise ValueError(f"{folder} can't be taken up: {error}; take an older checkpoint") from error
+            raise TrainingError(f"{folder} can't be taken up: {error}; take an older checkpoint.") from error
         self.step = step
 
     def _make_moments(self, step: int) -> None:
@@ -168,9 +165,6 @@ class Checkpointer:
             keep_every: those at multiples of this step stay as well.
             finish: called in the first process, writes the rest of a checkpoint into the folder in which "state" is
                 complete; its second argument is the step.
-
-        Raises:
-            ValueError: the processes do not see the same folder.
         """
         self.folder, self.world = run / CHECKPOINTS, world
         self.keep, self.keep_every, self.finish = keep, keep_every, finish
@@ -190,9 +184,9 @@ class Checkpointer:
         missing = self.world.size - len(list(self.folder.glob(".process_*.tmp")))
         self.world.wait_for_all()
         if missing:
-            raise ValueError(
+            raise TrainingError(
                 f"{missing} of the {self.world.size} processes have another folder {self.folder} than process "
-                f"{self.world.rank}; put the run where all nodes see the same files"
+                f"{self.world.rank}; put the run where all nodes see the same files."
             )
         if self.world.first:
             for rest in self.folder.glob(".*.tmp"):
@@ -200,11 +194,7 @@ class Checkpointer:
         self.world.wait_for_all()
 
     def save(self, state: TrainState) -> pathlib.Path:
-        """Begin to write a checkpoint of the state as it is now; its place. Waits for the one before.
-
-        Raises:
-            OSError: of the checkpoint before, for example because the disk is full; see `wait`.
-        """
+        """Begin to write a checkpoint of the state as it is now; its place. Waits for the one before."""
         self.wait()
         whole = state.tensors()
         copies = self._stager.stage(own_share(whole, self.world))
@@ -212,11 +202,7 @@ class Checkpointer:
         return self.folder / f"{state.step:08d}"
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is complete, or has failed, in all processes.
-
-        Raises:
-            OSError, …: what has kept it from being written, in all processes; nothing is under its name then.
-        """
+        """Until the checkpoint that is being written is complete, or has failed, in all processes."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
@@ -259,7 +245,7 @@ class Checkpointer:
         finally:
             dist.broadcast_object_list(outcome, src=0, group=self._group)
         if outcome[0]:
-            raise OSError(f"the first process has failed to write a checkpoint: {outcome[0]}")
+            raise OSError(f"The first process has failed to write a checkpoint: {outcome[0]}.")
 
     def _complete(self, beside: pathlib.Path, step: int) -> None:
         if self.finish is not None:
@@ -300,10 +286,7 @@ class StateArrays:
     """The whole arrays of a checkpoint's state, one at a time, whatever number of processes has written them."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        """
-        Raises:
-            ValueError: a file is missing.
-        """
+        """"""
         metadata = _headers(HuggingFaceStorageReader(str(folder)))
         self._entries: dict[str, Any] = dict(metadata.state_dict_metadata)
         self.names = tuple(self._entries)
@@ -323,13 +306,9 @@ class StateArrays:
 
 
 def _headers(reader: HuggingFaceStorageReader) -> Any:
-    """What the files of a state say of themselves: shapes, dtypes, and where the parts of each array are.
-
-    Raises:
-        ValueError: a part is nowhere; the reader would leave what is in its place.
-    """
+    """What the files of a state say of themselves: shapes, dtypes, and where the parts of each array are."""
     metadata: Any = reader.read_metadata()  # Any: it may hold other things than tensors, which a state does not
     for name, entry in metadata.state_dict_metadata.items():
         if sum(chunk.sizes.numel() for chunk in entry.chunks) != entry.size.numel():
-            raise ValueError(f"a file is missing in {reader.path}: there are only parts of {name}")
+            raise TrainingError(f"A file is missing in {reader.path}: there are only parts of {name}.")
     return metadata

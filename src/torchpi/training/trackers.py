@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from torchpi.errors import MissingExtraError, TrainingError
 from torchpi.training.curves import number
 
 Number = float | int
@@ -42,10 +43,6 @@ def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, 
         run: the run's folder, in which they keep their files.
         config: the recipe, which is shown beside the numbers.
         resume_step: the last step that holds in a run that is gone on with; 0: a new run.
-
-    Raises:
-        ValueError: there is no tracker of that name; or Weights & Biases refuses, for example without an account.
-        ModuleNotFoundError: its package is not installed.
     """
     require_trackers(names)
     trackers = _Trackers()
@@ -61,7 +58,7 @@ def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, 
 def require_trackers(names: Sequence[str]) -> None:
     """Raise what `open_trackers` would raise for a name that is unknown or a package that is missing."""
     if unknown := sorted(set(names) - set(TRACKERS)):
-        raise ValueError(f"there is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}")
+        raise TrainingError(f"There is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}.")
     for name in names:
         _import(name)
 
@@ -71,8 +68,8 @@ def _import(tracker: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"the tracker {tracker} needs the extra '{extra}': pip install 'torchpi[{extra}]' ({error})"
+        raise MissingExtraError(
+            f"The tracker {tracker} needs the extra '{extra}': pip install 'torchpi[{extra}]' ({error})."
         ) from error
 
 
@@ -154,9 +151,9 @@ class _WandB:
                 settings=self._wandb.Settings(console="off"),
             )
         except self._wandb.errors.Error as error:
-            raise ValueError(
+            raise TrainingError(
                 f"Weights & Biases does not start: {error} Log in with: wandb login; or work without the network: "
-                "WANDB_MODE=offline"
+                "WANDB_MODE=offline."
             ) from error
         # wandb's own step only grows, and it would drop what a run that has gone back logs.
         self._run.define_metric("*", step_metric="step")

@@ -11,6 +11,7 @@ import torch
 from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint, published_name, resolve_config
 from torchpi.config import PRESETS, Pi0Config, preset
+from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
@@ -36,19 +37,13 @@ class Beginning:
 
 
 def model_config(config: TrainConfig) -> Pi0Config:
-    """The model's sizes, without reading any weights.
-
-    Raises:
-        FileNotFoundError: there is nothing at `init`.
-        ValueError: neither weights nor sizes are said; `model` is neither a preset nor a file, or contradicts the
-            weights and `adapt` is not set.
-    """
+    """The model's sizes, without reading any weights."""
     given = _given_sizes(config)
     if config.init is None:
         if given is None:
-            raise ValueError(
-                "say which weights to begin with (--init, for example gs://openpi-assets/checkpoints/pi05_base), or "
-                f"the sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)"
+            raise TrainingError(
+                "Say which weights to begin with (--init, for example gs://openpi-assets/checkpoints/pi05_base), or "
+                f"the sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)."
             )
         return given
     name = published_name(config.init)
@@ -66,7 +61,7 @@ def _given_sizes(config: TrainConfig) -> Pi0Config | None:
     if config.model in PRESETS:
         return preset(config.model)
     if not pathlib.Path(config.model).is_file():
-        raise ValueError(f"model {config.model!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}")
+        raise TrainingError(f"model {config.model!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}.")
     return Pi0Config.from_json(config.model)
 
 
@@ -119,9 +114,9 @@ def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
                 error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
             raise
     if keep and lora_config(model) != config.lora:
-        raise ValueError(
+        raise TrainingError(
             f"{config.init} has {lora_config(model)}, the recipe {config.lora}: go on with the same, or fold it into "
-            "the weights first with torchpi convert"
+            "the weights first with torchpi convert."
         )
     loaded = tuple(name for name, _ in model.named_parameters())
     adapted = "; ".join(str(warning.message) for warning in caught)

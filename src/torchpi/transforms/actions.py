@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Shaped
 
+from torchpi.errors import TransformError
+
 
 def delta_actions(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> Shaped[np.ndarray, "... a"]:
     """Actions relative to the state at the beginning of the chunk (not to the step before) where the mask says so.
@@ -28,7 +30,7 @@ def absolute_actions(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool
 def _offset(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
     n = len(mask)
     if n > actions.shape[-1] or n > state.shape[-1]:
-        raise ValueError(
+        raise TransformError(
             f"Delta actions: the mask has {n} dimensions, actions {actions.shape[-1]} and state {state.shape[-1]}; "
             "expected a mask that is no longer than either."
         )
@@ -50,7 +52,7 @@ def unpad(x: np.ndarray, dim: int) -> Shaped[np.ndarray, "... {dim}"]:
         ValueError: there are fewer.
     """
     if x.shape[-1] < dim:
-        raise ValueError(
+        raise TransformError(
             f"Cannot cut an array with {x.shape[-1]} dimensions to {dim}; is the model's action_dim too small?"
         )
     return x[..., :dim]

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
+from torchpi.errors import TransformError
+
 LAYOUTS = ("hwc", "chw")
 DTYPES = ("uint8", "float32", "any")
 
@@ -25,12 +27,12 @@ def resize_with_pad(image: Any, height: int, width: int) -> UInt8[np.ndarray, "{
     from PIL import Image  # not at import time: training on cached features and client code never resize
 
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-        raise ValueError(f"Cannot resize {_describe(image)}; expected uint8 [height, width, 3].")
+        raise TransformError(f"Cannot resize {_describe(image)}; expected uint8 [height, width, 3].")
     h, w = image.shape[:2]
     if (h, w) == (height, width):
         return image
     if 0 in (h, w):
-        raise ValueError(f"Cannot resize an empty image of shape {list(image.shape)}.")
+        raise TransformError(f"Cannot resize an empty image of shape {list(image.shape)}.")
     ratio = max(w / width, h / height)
     # At least one pixel: a 1 x 1000 image would otherwise shrink to nothing.
     scaled_h, scaled_w = max(1, int(h / ratio)), max(1, int(w / ratio))
@@ -55,26 +57,28 @@ def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[n
         ValueError: another layout, dtype or number of channels; floats that are NaN, infinite or outside of [0, 1].
     """
     if layout not in LAYOUTS or dtype not in DTYPES:
-        raise ValueError(f"Camera '{camera}': layout {layout!r}, dtype {dtype!r}; expected one of {LAYOUTS}, {DTYPES}.")
+        raise TransformError(
+            f"Camera '{camera}': layout {layout!r}, dtype {dtype!r}; expected one of {LAYOUTS}, {DTYPES}."
+        )
     shape = "[height, width, 3]" if layout == "hwc" else "[3, height, width]"
     expected = f"expected {'uint8 or float in [0, 1]' if dtype == 'any' else dtype}, {shape}"
     if not isinstance(image, np.ndarray):
-        raise ValueError(f"Camera '{camera}' sent {_describe(image)}; {expected}. Send it as a NumPy array.")
+        raise TransformError(f"Camera '{camera}' sent {_describe(image)}; {expected}. Send it as a NumPy array.")
     if image.ndim != 3 or image.shape[2 if layout == "hwc" else 0] != 3:
-        raise ValueError(f"Camera '{camera}' sent {_describe(image)}; {expected}.{_layout_hint(image, layout)}")
+        raise TransformError(f"Camera '{camera}' sent {_describe(image)}; {expected}.{_layout_hint(image, layout)}")
     if 0 in image.shape:
-        raise ValueError(f"Camera '{camera}' sent an empty image, {_describe(image)}; {expected}.")
+        raise TransformError(f"Camera '{camera}' sent an empty image, {_describe(image)}; {expected}.")
     floating = np.issubdtype(image.dtype, np.floating)
     accepted = (image.dtype == np.uint8 or floating) if dtype == "any" else image.dtype == np.dtype(dtype)
     if not accepted:
-        raise ValueError(
+        raise TransformError(
             f"Camera '{camera}' sent {_describe(image)}; {expected}. "
             f"Convert the image, or state its dtype in the embodiment's camera (one of {', '.join(DTYPES)})."
         )
     if floating:
         # Written so that NaN fails as well.
         if not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError(
+            raise TransformError(
                 f"Camera '{camera}' sent {_describe(image)} with values from {image.min()} to {image.max()}; "
                 "expected floating-point images in [0, 1], without NaN. Divide by 255, or send uint8."
             )

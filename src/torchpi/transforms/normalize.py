@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from torchpi.errors import MissingFileError, TransformError
+
 KINDS = ("z_score", "quantile", "identity")
 EPS_RULES = ("openpi", "lerobot")
 
@@ -42,12 +44,14 @@ class NormStats:
                 continue
             object.__setattr__(self, name, _statistic(name, value))
         if (self.q01 is None) != (self.q99 is None):
-            raise ValueError("Statistics have only one of q01 and q99; give both or none.")
+            raise TransformError("Statistics have only one of q01 and q99; give both or none.")
         lengths = {
             f.name: len(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) is not None
         }
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"Statistics have unequal lengths {lengths}; expected one value per dimension in each.")
+            raise TransformError(
+                f"Statistics have unequal lengths {lengths}; expected one value per dimension in each."
+            )
         _require_none("std is negative", self.std < 0)
         if self.q01 is not None and self.q99 is not None:
             _require_none("q99 is less than q01", self.q99 < self.q01)
@@ -80,9 +84,11 @@ class Normalization:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"Unknown normalization kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
+            raise TransformError(f"Unknown normalization kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
         if self.eps_rule not in EPS_RULES:
-            raise ValueError(f"Unknown eps rule {self.eps_rule!r} of a normalization; expected {', '.join(EPS_RULES)}.")
+            raise TransformError(
+                f"Unknown eps rule {self.eps_rule!r} of a normalization; expected {', '.join(EPS_RULES)}."
+            )
 
 
 def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
@@ -99,7 +105,7 @@ def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str
         return x
     d = x.shape[-1]
     if stats.dim < d:
-        raise ValueError(
+        raise TransformError(
             f"Cannot normalize {what}: it has {d} dimensions, but its statistics only {stats.dim}. "
             "Send what they were computed from, or load the statistics of this robot (norm_stats=, asset_id=)."
         )
@@ -170,25 +176,29 @@ def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
     if file.is_dir():
         file = file / "norm_stats.json"
     if not file.is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"No normalization statistics at {file}; expected a file or folder with norm_stats.json."
         )
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{file} is not JSON: {error}. Expected openpi's norm_stats.json.") from error
+        raise TransformError(f"{file} is not JSON: {error}. Expected openpi's norm_stats.json.") from error
     if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
-        raise ValueError(f'{file} has no object "norm_stats"; expected {{"norm_stats": {{"state": …, "actions": …}}}}.')
+        raise TransformError(
+            f'{file} has no object "norm_stats"; expected {{"norm_stats": {{"state": …, "actions": …}}}}.'
+        )
     stats = {}
     for key, values in content["norm_stats"].items():
         if not isinstance(values, dict) or values.get("mean") is None or values.get("std") is None:
             found = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f'{file}: "{key}" has {found}; expected an object with mean and std (and q01 and q99).')
+            raise TransformError(
+                f'{file}: "{key}" has {found}; expected an object with mean and std (and q01 and q99).'
+            )
         try:
             given = {name: values[name] for name in ("mean", "std", "q01", "q99") if values.get(name) is not None}
             stats[key] = NormStats(**{name: _statistic(name, value) for name, value in given.items()})
         except ValueError as error:
-            raise ValueError(f'{file}: "{key}": {error}') from error
+            raise TransformError(f'{file}: "{key}": {error}') from error
     return stats
 
 
@@ -213,7 +223,7 @@ def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:
     bad = np.flatnonzero(~np.isfinite(x).reshape(-1, x.shape[-1]).all(axis=0))
     if bad.size:
         dims = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad.tolist())
-        raise ValueError(
+        raise TransformError(
             f"NaN or infinity in {what}, dimension {dims}; expected finite numbers. Check where it comes from."
         )
 
@@ -222,9 +232,11 @@ def _statistic(name: str, value: Any) -> np.ndarray:
     try:
         array = np.array(value, dtype=np.float64)  # a copy: nobody changes it from outside
     except (TypeError, ValueError) as error:
-        raise ValueError(f"Statistics: {name} is not a list of numbers: {error}") from error
+        raise TransformError(f"Statistics: {name} is not a list of numbers: {error}") from error
     if array.ndim != 1 or array.size == 0:
-        raise ValueError(f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d].")
+        raise TransformError(
+            f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d]."
+        )
     _require_none(f"{name} is NaN or infinite", ~np.isfinite(array))
     array.flags.writeable = False
     return array
@@ -232,14 +244,14 @@ def _statistic(name: str, value: Any) -> np.ndarray:
 
 def _require_none(what: str, bad: np.ndarray) -> None:
     if bad.any():
-        raise ValueError(
+        raise TransformError(
             f"Statistics: {what} in dimension {np.flatnonzero(bad).tolist()}. Compute them again from the data."
         )
 
 
 def _quantiles(stats: NormStats, what: str) -> tuple[np.ndarray, np.ndarray]:
     if stats.q01 is None or stats.q99 is None:
-        raise ValueError(
+        raise TransformError(
             f"Cannot normalize {what} by quantiles: its statistics have no q01 and q99. "
             "Compute the statistics again, or choose normalization='z_score' if the policy was trained with it."
         )

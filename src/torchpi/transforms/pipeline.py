@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from torchpi.errors import TransformError, UnknownKeyError
 from torchpi.transforms.actions import pad_to_dim, unpad
 from torchpi.transforms.images import resize_with_pad
 from torchpi.transforms.normalize import (
@@ -57,12 +58,12 @@ class Transforms:
 
     def __post_init__(self) -> None:
         if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"Unknown truncation {self.truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+            raise TransformError(f"Unknown truncation {self.truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
         if self.prompt_format not in FORMATS:
-            raise ValueError(f"Unknown prompt format {self.prompt_format!r}; expected one of {', '.join(FORMATS)}.")
+            raise TransformError(f"Unknown prompt format {self.prompt_format!r}; expected one of {', '.join(FORMATS)}.")
         for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
             if missing := [key for key in QUANTITIES if key not in given]:
-                raise KeyError(
+                raise UnknownKeyError(
                     f"Normalization: no {name} for {' and '.join(missing)}; "
                     f"found {sorted(given)}, expected state and actions."
                 )
@@ -131,7 +132,7 @@ class Transforms:
         x = np.asarray(value)
         require_finite(x, key)
         if x.shape[-1] > self.action_dim:
-            raise ValueError(
+            raise TransformError(
                 f"The {key} has {x.shape[-1]} dimensions, but the model's action_dim is {self.action_dim}. "
                 "Use a policy whose action_dim is large enough, or the embodiment that it was trained with."
             )

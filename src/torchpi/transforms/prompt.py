@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Int, Int64
 
+from torchpi.errors import MissingFileError, TransformError
 from torchpi.transforms.normalize import require_finite
 
 TRUNCATIONS = ("instruction", "original")
@@ -30,11 +31,7 @@ _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
 
 def as_text(prompt: Any) -> str:
-    """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files.
-
-    Raises:
-        ValueError: anything else.
-    """
+    """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files."""
     value = prompt
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value.item()
@@ -42,9 +39,9 @@ def as_text(prompt: Any) -> str:
         try:
             value = value.decode()
         except UnicodeDecodeError as error:
-            raise ValueError(f"The prompt's bytes are not UTF-8: {error}.") from error
+            raise TransformError(f"The prompt's bytes are not UTF-8: {error}") from error
     if not isinstance(value, str):
-        raise ValueError(
+        raise TransformError(
             f"The prompt is a {type(prompt).__name__}; expected a str (or UTF-8 bytes, or a 0-d array of one)."
         )
     return str(value)
@@ -64,7 +61,7 @@ def digitize_state(state: np.ndarray) -> Int[np.ndarray, " s"]:
         ValueError: not [s], or NaN or infinity in it.
     """
     if state.ndim != 1:
-        raise ValueError(f"Cannot digitize a state of shape {list(state.shape)}; expected one sample, [s].")
+        raise TransformError(f"Cannot digitize a state of shape {list(state.shape)}; expected one sample, [s].")
     require_finite(state, "the normalized state")
     return np.digitize(state, _BIN_EDGES) - 1
 
@@ -111,14 +108,14 @@ class SentencePieceTokenizer:
         model = _read(path)
         try:
             if not model:
-                raise RuntimeError("it is empty")
+                raise RuntimeError("It is empty.")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError as error:
-            raise ValueError(
+            raise TransformError(
                 f"{path} is not a SentencePiece model, or is damaged: {error}. Get the file again."
             ) from error
         if self._processor.bos_id() < 0:
-            raise ValueError(
+            raise TransformError(
                 f"The SentencePiece model {path} has no beginning-of-sequence token; π₀'s prompts begin with it."
             )
 
@@ -153,12 +150,16 @@ class HFTokenizer:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} is not a tokenizer.json, or is damaged: {error}. Get the file again.") from error
+            raise TransformError(
+                f"{path} is not a tokenizer.json, or is damaged: {error}. Get the file again."
+            ) from error
         # A file may carry settings of its last use; lengths are tokenize_prompt's business.
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         if "bos" not in self.special_tokens:
-            raise ValueError(f"{path} has no beginning-of-sequence token <bos> (or <s>); π₀'s prompts begin with it.")
+            raise TransformError(
+                f"{path} has no beginning-of-sequence token <bos> (or <s>); π₀'s prompts begin with it."
+            )
         self._bos = self._tokenizer.token_to_id(self.special_tokens["bos"])
 
     @property
@@ -196,13 +197,13 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
         found = [file / "tokenizer.model", *sorted(file.glob("*.model")), file / "tokenizer.json"]
         file = next((candidate for candidate in found if candidate.is_file()), file)
         if file.is_dir():
-            raise FileNotFoundError(f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there.")
+            raise MissingFileError(f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there.")
     return HFTokenizer(file) if _read(file).lstrip().startswith(b"{") else SentencePieceTokenizer(file)
 
 
 def _read(path: str | Path) -> bytes:
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No tokenizer file at {path}.")
+        raise MissingFileError(f"No tokenizer file at {path}.")
     return Path(path).read_bytes()
 
 
@@ -236,13 +237,15 @@ def tokenize_prompt(
         ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
     """
     if truncation not in TRUNCATIONS:
-        raise ValueError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
+        raise TransformError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
     if prompt_format not in FORMATS:
-        raise ValueError(f"Unknown prompt format {prompt_format!r}; expected one of {', '.join(FORMATS)}.")
+        raise TransformError(f"Unknown prompt format {prompt_format!r}; expected one of {', '.join(FORMATS)}.")
     text = clean_text(as_text(prompt))
     if discrete_state_input:
         if state is None:
-            raise ValueError("This policy's prompt contains the state (discrete_state_input), but there is no state.")
+            raise TransformError(
+                "This policy's prompt contains the state (discrete_state_input), but there is no state."
+            )
         ending = _state_ending(state)
 
         def encode(instruction: str) -> list[int]:
@@ -282,7 +285,7 @@ def _warn(message: str) -> None:
 def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
     """The longest beginning of the text that fits, in whole words if at least one does, and its ids."""
     if (least := len(encode(""))) > max_token_len:
-        raise ValueError(
+        raise TransformError(
             f"max_token_len {max_token_len} is too small: without any instruction the prompt has {least} tokens. "
             "Use the max_token_len that the policy was trained with."
         )

@@ -1,0 +1,72 @@
+"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been.
+
+A message says what failed, what was found, what was expected and what to do. Catch `TorchpiError` for all of them.
+"""
+
+
+class TorchpiError(Exception):
+    """Base of the errors below."""
+
+
+class ConfigError(TorchpiError, ValueError):
+    """The sizes of a model, or a file about them, are not valid."""
+
+
+class ModelError(TorchpiError, ValueError):
+    """A tensor does not fit the model."""
+
+
+class ObservationError(TorchpiError, ValueError):
+    """A batch of observations is not valid."""
+
+
+class TransformError(TorchpiError, ValueError):
+    """An image, a state, a prompt or statistics can't be transformed."""
+
+
+class EmbodimentError(TorchpiError, ValueError):
+    """The description of a robot, or a robot's observation, is not valid."""
+
+
+class CheckpointError(TorchpiError, ValueError):
+    """A checkpoint can't be read or written."""
+
+
+class PolicyError(TorchpiError, ValueError):
+    """The parts of a policy, or the arguments of an inference, do not fit together."""
+
+
+class DatasetError(TorchpiError, ValueError):
+    """A dataset can't be read or written."""
+
+
+class TrainingError(TorchpiError, ValueError):
+    """A training recipe or run is not valid."""
+
+
+class SimulationError(TorchpiError, ValueError):
+    """A simulation can't run."""
+
+
+class ServingError(TorchpiError, ValueError):
+    """A server's settings or a message are not valid."""
+
+
+class UsageError(TorchpiError, ValueError):
+    """The options of a command, or a file given to it, are not valid."""
+
+
+class UnknownKeyError(TorchpiError, KeyError):
+    """A key is missing or unknown."""
+
+    def __str__(self) -> str:
+        """The message without the quotes that a KeyError puts around it."""
+        return str(self.args[0]) if self.args else ""
+
+
+class MissingFileError(TorchpiError, FileNotFoundError):
+    """There is no such file or folder."""
+
+
+class MissingExtraError(TorchpiError, ModuleNotFoundError):
+    """An optional dependency is not installed."""

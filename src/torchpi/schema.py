@@ -1,0 +1,70 @@
+"""JSON documents → dataclasses: the one validator of every file that users or other programs write."""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+import msgspec.inspect as schema
+
+from torchpi.errors import ConfigError, MissingFileError, TorchpiError
+
+T = TypeVar("T")
+
+
+def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON; of the class `error`.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise MissingFileError(f"There is no file {path}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
+        raise error(f"{path} is not valid JSON: {problem}.") from problem
+
+
+def parse(kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError) -> T:
+    """Build a dataclass from a JSON value: every field known, none missing, each of its type.
+
+    Args:
+        kind: a dataclass; its fields' types are checked, nested ones as well. Its own checks (`__post_init__`) run.
+        where: the document's name, in front of messages.
+
+    Raises:
+        ValueError: the value does not fit; of the class `error`. The message names the field.
+    """
+    if unknown := list(_unknown_fields(schema.type_info(kind), value, "")):
+        fields, known = ", ".join(sorted(path for path, _ in unknown)), ", ".join(unknown[0][1])
+        raise error(f"{where} has unknown fields {fields}; known are {known}.")
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as problem:
+        message = str(problem).replace(" - at `$.", " at `").replace(" - at `$`", "")
+        raise error(f"{where}: {message.rstrip('.')}.") from problem
+
+
+def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The path of every field that a value has too many, and the names that are known at its place."""
+    if isinstance(kind, schema.UnionType):
+        parts = [part for part in kind.types if isinstance(part, schema.DataclassType | schema.VarTupleType)]
+        for part in parts[:1]:
+            yield from _unknown_fields(part, value, path)
+    elif isinstance(kind, schema.DataclassType) and isinstance(value, Mapping):
+        fields = {field.encode_name: field.type for field in kind.fields}
+        for name, item in value.items():
+            if name not in fields:
+                yield f"{path}{name}", tuple(fields)
+            else:
+                yield from _unknown_fields(fields[name], item, f"{path}{name}.")
+    elif isinstance(kind, schema.VarTupleType | schema.ListType) and isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            yield from _unknown_fields(kind.item_type, item, f"{path}{number}.")
+    elif isinstance(kind, schema.DictType) and isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _unknown_fields(kind.value_type, item, f"{path}{name}.")
