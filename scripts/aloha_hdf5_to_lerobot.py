@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.progress import track
 
 from torchpi.data import LeRobotWriter
+from torchpi.extras import require
 from torchpi.robots import aloha
 
 STATE, ACTION, IMAGES = "observations/qpos", "action", "observations/images"
@@ -140,10 +141,7 @@ def image(path: Path, file: Any, camera: str, i: int) -> np.ndarray:
 
 def opened(path: Path) -> Any:
     """The file, for reading."""
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"HDF5 needs the extra 'hdf5': pip install 'torchpi[hdf5]' ({error})") from error
+    h5py = require("h5py", "hdf5")
     try:
         return h5py.File(path, "r")
     except OSError as error:

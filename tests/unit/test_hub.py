@@ -668,8 +668,8 @@ def test_malformed_addresses(address):
 
 
 def test_without_the_extra_the_error_names_the_command(home, monkeypatch):
-    monkeypatch.setitem(sys.modules, "google.cloud", None)
-    with pytest.raises(ModuleNotFoundError, match=r'need the extra \'gcs\': pip install "torchpi\[gcs\]"'):
+    monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need the extra 'gcs': pip install 'torchpi\[gcs\]'"):
         fetch("gs://bucket/path")
     (home / "gs/bucket").mkdir(parents=True, exist_ok=True)
     (home / "gs/bucket/path").write_text("by hand")

@@ -533,5 +533,5 @@ def test_without_the_extra_the_command_says_how_to_install_it(folder):
     )
     done = python("-c", program)
     assert done.returncode == 1
-    assert "simulation needs the extra 'sim': pip install 'torchpi[sim]'" in done.stderr.strip().splitlines()[-1]
+    assert "Simulation needs the extra 'sim': pip install 'torchpi[sim]'" in done.stderr.strip().splitlines()[-1]
     assert "Traceback" not in done.stderr

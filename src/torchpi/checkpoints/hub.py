@@ -36,7 +36,8 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError
+from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.extras import require
 
 T = TypeVar("T")
 
@@ -236,15 +237,12 @@ class _Bucket(_Source):
 
     @contextlib.contextmanager
     def connected(self) -> Iterator[None]:
-        try:
-            import requests
-            import urllib3
-            from google.api_core.exceptions import GoogleAPICallError
-            from google.auth.exceptions import GoogleAuthError
-            from google.cloud import storage
-        except ModuleNotFoundError as error:
-            message = f"{self.address}: buckets need the extra 'gcs': pip install \"torchpi[gcs]\" ({error})"
-            raise MissingExtraError(message) from error
+        storage = require("google.cloud.storage", "gcs")
+        import requests
+        import urllib3
+        from google.api_core.exceptions import GoogleAPICallError
+        from google.auth.exceptions import GoogleAuthError
+
         self.errors = (GoogleAPICallError, GoogleAuthError, requests.RequestException, urllib3.exceptions.HTTPError)
         self._no_access = GoogleAuthError  # the library answers a 401 by renewing the credentials, and there are none
         with storage.Client.create_anonymous_client() as client:

@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Int
 
 from torchpi.data import format as lerobot
-from torchpi.data.extras import require
 from torchpi.data.metadata import Episode, Metadata, read_parquet
 from torchpi.data.rename import suggested_rename
 from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.extras import require
 
 _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
 
@@ -65,7 +65,7 @@ def read_columns(
 
 def to_numpy(column: Any) -> np.ndarray:
     """A column of numbers, or of lists of them that are all as long, as [F], [F, d], …."""
-    pa, pc = require("pyarrow"), require("pyarrow.compute")
+    pa, pc = require("pyarrow", "data"), require("pyarrow.compute", "data")
     array = column.combine_chunks()
     shape = [len(array)]
     while pa.types.is_nested(array.type):
@@ -136,7 +136,7 @@ def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
 
 
 def _numeric_names(schema: Any) -> list[str]:
-    types = require("pyarrow").types
+    types = require("pyarrow", "data").types
     names = []
     for field in schema:
         kind = field.type

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from torchpi.data import format as lerobot
-from torchpi.data.extras import require
 from torchpi.data.rename import renamed_features, resolve_rename
 from torchpi.errors import DatasetError, MissingFileError
+from torchpi.extras import require
 
 _T = TypeVar("_T")
 
@@ -128,7 +128,7 @@ def read_metadata(root: Path) -> Metadata:
 
 def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
     """What `read` takes from the open file."""
-    pa, pq = require("pyarrow"), require("pyarrow.parquet")
+    pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}; the data set is incomplete. Get it again.")
     try:

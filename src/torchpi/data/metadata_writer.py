@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
-from torchpi.data.extras import require
 from torchpi.data.feature_stats import image_stats, number_stats, summed
+from torchpi.extras import require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ def episodes_table(
                 }
             )
             first, before = last, before + episode.length
-    return require("pyarrow").Table.from_pylist(rows)
+    return require("pyarrow", "data").Table.from_pylist(rows)
 
 
 def _video_spans(settings: RecordingSettings, number: int, first: int, last: int) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
     """meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
-    pa = require("pyarrow")
+    pa = require("pyarrow", "data")
     tasks = {episode.task: episode.task_index for episode in episodes}
 
     def column(name: str, kind: str, dtype: str) -> dict[str, Any]:

@@ -28,10 +28,10 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import to_numpy
-from torchpi.data.extras import require
 from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
 from torchpi.data.video import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
+from torchpi.extras import require
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 # Kept free for the metadata of a finished set, so that a disk that has run full can still hold it.
@@ -235,7 +235,7 @@ class Recording:
     # Metadata
 
     def _write_metadata(self) -> None:
-        write_table = require("pyarrow.parquet").write_table
+        write_table = require("pyarrow.parquet", "data").write_table
         episodes = [self._read(index) for index in range(len(self.episodes))]
         columns = self._numeric_columns()
         tasks = metadata_writer.tasks_table(episodes)
@@ -255,7 +255,7 @@ class Recording:
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]."""
-        read = require("pyarrow.parquet").read_table
+        read = require("pyarrow.parquet", "data").read_table
         names = [key for key in self.settings.features if key not in self.settings.cameras]
         tables = [read(metadata_writer.data_file(self.root, i), columns=names) for i in range(len(self._groups))]
         return {
@@ -313,7 +313,7 @@ class Recording:
 
 def join_parquet(path: Path, parts: Sequence[Path]) -> None:
     """Write the rows of several files into one, a row group for each."""
-    pq = require("pyarrow.parquet")
+    pq = require("pyarrow.parquet", "data")
     with write_parquet(path, pq.read_schema(parts[0])) as writer:
         for part in parts:
             writer.write_table(pq.read_table(part))
@@ -323,7 +323,7 @@ def join_parquet(path: Path, parts: Sequence[Path]) -> None:
 def write_parquet(path: Path, schema: Any) -> Iterator[Any]:
     """A data file's writer; images are compressed already, and a dictionary of them would only take time."""
     plain = [field.name for field in schema if not field.name.startswith(lerobot.IMAGES)]
-    with require("pyarrow.parquet").ParquetWriter(path, schema, use_dictionary=plain) as writer:
+    with require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain) as writer:
         yield writer
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from torchpi.data.extras import require
 from torchpi.errors import DatasetError, MissingFileError
+from torchpi.extras import require
 
 # LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
 _GOP = 2
@@ -32,7 +32,7 @@ class VideoReader:
     """
 
     def __init__(self, path: Path) -> None:
-        av = require("av")
+        av = require("av", "data")
         self.path = path
         self._error = av.FFmpegError
         if not path.is_file():
@@ -161,7 +161,7 @@ _FORKED: list[Any] = []
 
 def default_encoder() -> str:
     """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
-    available = require("av").codec.codecs_available
+    available = require("av", "data").codec.codecs_available
     for encoder in _ENCODERS:
         if encoder in available:
             return encoder
@@ -186,7 +186,7 @@ def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, 
 
 def encode_video(path: Path, frames: Sequence[np.ndarray], *, fps: int, encoder: str) -> None:
     """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file."""
-    av = require("av")
+    av = require("av", "data")
     height, width = frames[0].shape[:2]
     options = {"g": str(_GOP), **{name: str(value) for name, value in _ENCODERS[encoder].items()}}
     with _quiet_svt(), av.open(str(path), "w", format="mp4") as container:
@@ -215,7 +215,7 @@ def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: in
     Args:
         parts: each file and its number of frames; its first frame comes right behind the last one before.
     """
-    av = require("av")
+    av = require("av", "data")
     with av.open(str(path), "w", format="mp4") as container:
         out: Any = None
         first_frame = 0

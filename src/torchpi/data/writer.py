@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
-from torchpi.data.extras import require
 from torchpi.data.feature_stats import image_histogram, summed
 from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import default_encoder, encode_video, video_info
 from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.extras import require
 from torchpi.transforms.normalize import require_finite
 
 
@@ -62,7 +62,7 @@ class LeRobotWriter:
             ModuleNotFoundError: pyarrow or av is missing.
         """
         self.path = Path(path).expanduser()
-        require("pyarrow.parquet")
+        require("pyarrow.parquet", "data")
         self._encoder = default_encoder() if video else None
         if fps != int(fps) or fps < 1:
             raise DatasetError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
@@ -299,7 +299,7 @@ class LeRobotWriter:
             writer.write_table(table)
 
     def _table(self, episode: SavedEpisode, *, episode_index: int, first_index: int) -> Any:
-        pa = require("pyarrow")
+        pa = require("pyarrow", "data")
         frame_index = np.arange(episode.length)
         columns: dict[str, Any] = {
             "timestamp": frame_index / self._settings.fps,
@@ -333,7 +333,7 @@ def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
 
 def _data_schema(features: Mapping[str, Any]) -> Any:
     """The data files' columns; videos are in files of their own."""
-    pa = require("pyarrow")
+    pa = require("pyarrow", "data")
     fields = []
     described: dict[str, Any] = {}
     for key, feature in features.items():

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import MissingExtraError, UnknownKeyError
+from torchpi.errors import UnknownKeyError
+from torchpi.extras import require
 from torchpi.robots import ActionDim, Camera, Embodiment, aloha
 from torchpi.sim.environment import UnstableError, check_action
-from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
+from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
 # What the arms are told: for the cube what openpi's policy was trained with.
@@ -46,17 +47,13 @@ class AlohaSimEnvironment:
         if task not in INSTRUCTIONS:
             raise UnknownKeyError(f"ALOHA's simulator has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         import_mujoco()  # before gym_aloha imports it with a choice of its own
-        try:
-            from gym_aloha.env import AlohaEnv
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(f"{NO_SIM} ({error}).") from error
         self.task = task
         self.instruction = INSTRUCTIONS[task]
         self.embodiment = EMBODIMENT
         self.image_size = image_size
         self.max_steps = MAX_STEPS
         # Its own step and reset render three cameras each time; physics and task are driven here without them.
-        env = AlohaEnv(task)._env
+        env = require("gym_aloha.env", "sim").AlohaEnv(task)._env
         self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
         self._fingers = [
             [

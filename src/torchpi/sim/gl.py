@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from torchpi.errors import MissingExtraError
+from torchpi.extras import require
 
-NO_SIM = "simulation needs the extra 'sim': pip install 'torchpi[sim]'"
 NO_OPENGL = (
     "no OpenGL that renders without a screen ({reason}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. "
     "Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6"
@@ -28,18 +28,17 @@ class OpenGLError(OSError):
     """This machine has no OpenGL that renders without a screen; the message says what to install."""
 
 
-def import_mujoco() -> types.ModuleType:
+def import_mujoco() -> Any:
     """MuJoCo, which decides at import how it will render: with EGL, unless the user's MUJOCO_GL says otherwise."""
     if sys.platform == "linux":  # elsewhere its own choice needs no screen
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        import mujoco
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{NO_SIM} ({error}).") from error
+        return require("mujoco", "sim")
+    except MissingExtraError:
+        raise
     # PyOpenGL finds no libEGL and says so in its own way; MuJoCo does not know the value of MUJOCO_GL.
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
         raise OpenGLError(_no_opengl(error)) from error
-    return mujoco
 
 
 class Cameras:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import MissingExtraError, UnknownKeyError
+from torchpi.errors import UnknownKeyError
+from torchpi.extras import require
 from torchpi.robots.metaworld import metaworld
 from torchpi.sim.environment import check_action
-from torchpi.sim.gl import NO_SIM, Cameras, import_mujoco
+from torchpi.sim.gl import Cameras, import_mujoco
 
 IMAGE_SIZE = 96
 MAX_STEPS = 500
@@ -92,11 +93,9 @@ class MetaworldEnvironment:
         if task not in INSTRUCTIONS:
             raise UnknownKeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         mujoco = import_mujoco()
-        try:
-            from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-            from metaworld.policies import ENV_POLICY_MAP
-        except ModuleNotFoundError as error:
-            raise MissingExtraError(f"{NO_SIM} ({error}).") from error
+        require("metaworld", "sim")
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
 
         self.task = task
         self.instruction = INSTRUCTIONS[task]

@@ -1,13 +1,10 @@
 """A policy behind a websocket, asked as the simulated robot's client would ask it."""
 
 import http
-import types
 from collections.abc import Mapping
 from typing import Any
 
-from torchpi.errors import MissingExtraError
-
-NO_CLIENT = "evaluating a served policy needs torchpi-client: pip install torchpi-client"
+from torchpi.extras import require
 
 
 def is_address(policy: Any) -> bool:
@@ -24,7 +21,7 @@ class RemotePolicy:
         Args:
             token: what the server asks for; None: nothing.
         """
-        client = _import_client()
+        client = require("torchpi_client", "client")
         self._server_error = client.ServerError
         try:
             self._client = client.WebsocketPolicy(address, api_key=token)
@@ -56,11 +53,3 @@ def _status(error: ConnectionError) -> int | None:
     """The HTTP status with which the server turned the client away; None: the error is another one."""
     status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _import_client() -> types.ModuleType:
-    try:
-        import torchpi_client
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(f"{NO_CLIENT} ({error}).") from error
-    return torchpi_client

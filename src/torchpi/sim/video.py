@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from torchpi.data.extras import require
 from torchpi.errors import SimulationError
+from torchpi.extras import require
 from torchpi.sim.environment import Environment, ShowsHands
 from torchpi.sim.rollout import Moment, Onlooker, camera_keys
 
@@ -271,7 +271,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def _encoder() -> str:
-    available = require("av").codec.codecs_available
+    available = require("av", "data").codec.codecs_available
     for encoder in _ENCODERS:
         if encoder in available:
             return encoder
@@ -280,7 +280,7 @@ def _encoder() -> str:
 
 def _encode(path: pathlib.Path, pictures: Iterator[np.ndarray], encoder: str) -> None:
     """Write an .mp4 file, whole or not at all."""
-    av: Any = require("av")
+    av: Any = require("av", "data")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:

@@ -7,7 +7,8 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from torchpi.errors import MissingExtraError, TrainingError
+from torchpi.errors import TrainingError
+from torchpi.extras import require
 from torchpi.training.config import Kind, Schedule
 from torchpi.training.distributed import is_sharded, local, sum_over_shards
 
@@ -50,12 +51,8 @@ def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float, kind: K
         kind: "adamw8bit" keeps the moments of large arrays in 8 bits, by blocks (arXiv:2110.02861, bitsandbytes).
     """
     if kind == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ModuleNotFoundError as error:
-            message = f"adamw8bit needs bitsandbytes: pip install 'torchpi[adamw8bit]' ({error})"
-            raise MissingExtraError(message) from error
-        found: torch.optim.Optimizer = AdamW8bit(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
+        optimizer = require("bitsandbytes.optim", "adamw8bit").AdamW8bit
+        found: torch.optim.Optimizer = optimizer(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
         return found
     if kind != "adamw":
         raise TrainingError(f"Unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Kind))}.")

@@ -4,7 +4,6 @@ Both follow a run over its interruptions: TensorBoard forgets what lies behind t
 Biases keeps it, as points at steps that come twice, because its servers take nothing back.
 """
 
-import importlib
 import json
 import os
 import pathlib
@@ -15,7 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
-from torchpi.errors import MissingExtraError, TrainingError
+from torchpi.errors import TrainingError
+from torchpi.extras import require
 from torchpi.training.curves import number
 
 Number = float | int
@@ -64,13 +64,7 @@ def require_trackers(names: Sequence[str]) -> None:
 
 
 def _import(tracker: str) -> Any:
-    module, extra = {"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"The tracker {tracker} needs the extra '{extra}': pip install 'torchpi[{extra}]' ({error})."
-        ) from error
+    return require(*{"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker])
 
 
 def scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -1,0 +1,34 @@
+"""Optional dependencies: imported where they are used, with an error that has the install command."""
+
+import importlib
+from typing import Any
+
+from torchpi.errors import MissingExtraError
+
+_NEEDS = {
+    "adamw8bit": "The optimizer adamw8bit needs the extra 'adamw8bit'",
+    "client": "Asking a served policy needs torchpi-client",
+    "data": "Datasets, videos and TensorBoard need the extra 'data'",
+    "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
+    "hdf5": "HDF5 needs the extra 'hdf5'",
+    "serve": "Serving needs the extra 'serve' and torchpi-client",
+    "sim": "Simulation needs the extra 'sim'",
+    "track": "Weights & Biases needs the extra 'track'",
+}
+_COMMANDS = {
+    "client": "pip install torchpi-client",
+    "serve": "pip install ./client '.[serve]' in torchpi's repository",
+}
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module that an extra of torchpi installs.
+
+    Raises:
+        ModuleNotFoundError: it, or a module that it imports, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        command = _COMMANDS.get(extra, f"pip install 'torchpi[{extra}]'")
+        raise MissingExtraError(f"{_NEEDS[extra]}: {command} ({error}).") from error
