@@ -91,7 +91,7 @@ def follow(trajectory: Trajectory, recipe: TrainConfig, steps: int) -> TrainStat
         loss, numbers = update(state, recipe, [trajectory.batch(step)], parallel)
         assert float(loss) == pytest.approx(expected["loss"][step], abs=2e-5), step
         assert numbers["grad_norm"] == pytest.approx(expected["grad_norm"][step], abs=2e-4), step
-        assert numbers["learning_rate"] == pytest.approx(expected["lr_at_step"][step], rel=1e-5), step
+        assert numbers["lr"] == pytest.approx(expected["lr_at_step"][step], rel=1e-5), step
     return state
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchpi.training.trackers import open_trackers, scalars
+from torchpi.training.metrics import scalars
+from torchpi.training.trackers import open_trackers
 
 LINE = {
     "step": 20,

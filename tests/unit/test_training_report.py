@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from torchpi.training.config import TrainConfig
-from torchpi.training.curves import MAX_POINTS, parse_metrics, plot_curves, read_metrics, thin, without_overtaken
+from torchpi.training.curves import MAX_POINTS, plot_curves, thin
+from torchpi.training.metrics import parse_metrics, read_metrics, without_overtaken
 from torchpi.training.report import PICTURE_BYTES, write_report
 
 DIMS = ("delta_x", "delta_y", "delta_z", "gripper")

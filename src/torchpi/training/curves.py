@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import json
 import math
 import pathlib
 import re
@@ -14,13 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from torchpi.errors import TrainingError
+from torchpi.training.metrics import Line, number, read_metrics, without_overtaken
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Line = dict[str, Any]
-"""A line of metrics.jsonl: "step" and what was measured there."""
 
 Series = tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
 """Steps and values."""
@@ -38,53 +34,6 @@ _VARIABLES = {
 
 
 # ---- reading ----
-
-
-def parse_metrics(text: str) -> tuple[list[Line], list[int]]:
-    """The lines of a metrics.jsonl, and the numbers (from 1) of those that are none.
-
-    A last line without its end is left out and not counted: the process was killed, or is just writing it.
-    """
-    lines: list[Line] = []
-    broken = []
-    *complete, last = text.split("\n")
-    for i, line in enumerate([*complete, last], start=1):
-        try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
-            found = None
-        if isinstance(found, dict) and type(found.get("step")) is int:
-            lines.append(found)
-        elif i <= len(complete):
-            broken.append(i)
-    return lines, broken
-
-
-def read_metrics(path: pathlib.Path) -> list[Line]:
-    """The lines of metrics.jsonl; none: there is no file."""
-    if not path.is_file():
-        return []
-    lines, broken = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
-    if broken:
-        raise TrainingError(
-            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to go on.'
-        )
-    return lines
-
-
-def without_overtaken(lines: Sequence[Line]) -> list[Line]:
-    """The lines that hold: where the steps go back, the run went on from there, and what it had beyond is void."""
-    kept: list[Line] = []
-    for line in lines:
-        while kept and kept[-1]["step"] > line["step"]:
-            kept.pop()
-        kept.append(line)
-    return kept
-
-
-def number(value: Any) -> float | None:
-    """The value where it is a number, NaN and infinity among them."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
@@ -145,7 +94,7 @@ PANELS = (
     ),
     Panel("Norm of the gradient", {"grad_norm": ("gradient", LOSS_RGB)}, "global L2 norm before it is cut"),
     Panel("Norm of the weights", {"param_norm": ("weights", OTHER_RGB)}, "global L2 norm"),
-    Panel("Learning rate", {"learning_rate": ("learning rate", OTHER_RGB)}, "learning rate", from_zero=True),
+    Panel("Learning rate", {"lr": ("learning rate", OTHER_RGB)}, "learning rate", from_zero=True),
     Panel("Speed", {"samples_per_second": ("speed", OTHER_RGB)}, "samples per second", from_zero=True),
     Panel(
         "Waiting for data",

@@ -20,11 +20,12 @@ from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.config import TrainConfig
-from torchpi.training.curves import plot_curves, read_metrics
+from torchpi.training.curves import plot_curves
 from torchpi.training.distributed import Parallel, World, parallelize, process_group, sum_over_processes
 from torchpi.training.export import Exporter
 from torchpi.training.holdout import Holdout
 from torchpi.training.memory import checkpoint_activations, layers
+from torchpi.training.metrics import METRICS, read_metrics, scalars
 from torchpi.training.optim import clip_gradients, global_norm, learning_rate, update_ema
 from torchpi.training.report import write_report
 from torchpi.training.resume import (
@@ -40,10 +41,10 @@ from torchpi.training.samples import Batch, Draws, Frames, Samples, TrainingOrde
 from torchpi.training.setup import SourceData, build_policies, check_prompts, open_data
 from torchpi.training.state import STATE, Checkpointer, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
-from torchpi.training.trackers import Tracker, open_trackers, require_trackers, scalars
+from torchpi.training.trackers import Tracker, open_trackers, require_trackers
 from torchpi.training.weights import begin_model, model_config
 
-METRICS, CURVES = "metrics.jsonl", "curves.png"
+CURVES = "curves.png"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +213,7 @@ def update(
         update_ema(list(state.ema.values()), list(state.parts.values()), config.ema_decay)
     state.drop_gradients()  # whatever follows, a measurement or the next forward pass, has their memory
     state.step += 1
-    return loss, {"grad_norm": grad_norm, "learning_rate": rate}
+    return loss, {"grad_norm": grad_norm, "lr": rate}
 
 
 def _num_terms(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float:
@@ -363,7 +364,7 @@ def _counts_in_norm(name: str, parameter: torch.Tensor) -> bool:
 
 def _description(line: dict[str, Any]) -> str:
     return (
-        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, rate {line['learning_rate']:.0e}, "
+        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, rate {line['lr']:.0e}, "
         f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
     )
 

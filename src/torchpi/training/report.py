@@ -36,7 +36,6 @@ from torchpi.formatting import format_count, large_count
 from torchpi.sim import ENVIRONMENTS, simulator
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
-    Line,
     Panel,
     Series,
     as_svg,
@@ -44,13 +43,11 @@ from torchpi.training.curves import (
     draw_dimension_errors,
     draw_panel,
     drawable,
-    number,
     panel_series,
     panels,
-    parse_metrics,
     robots,
-    without_overtaken,
 )
+from torchpi.training.metrics import Line, number, parse_metrics, without_overtaken
 from torchpi.training.state import checkpoints
 from torchpi.webpage import document, page_top
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from torchpi.errors import TrainingError
 from torchpi.extras import require
-from torchpi.training.curves import number
 
 Number = float | int
 
@@ -65,21 +64,6 @@ def require_trackers(names: Sequence[str]) -> None:
 
 def _import(tracker: str) -> Any:
     return require(*{"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker])
-
-
-def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line of metrics.jsonl under flat names, as `Tracker.log` takes them.
-
-    Mappings become groups: {"success": {"reach": {"success_rate": 1.0}}} is "success/reach/success_rate". The step and
-    what is no number are left out, lists among it: fifty curves for the fifty steps of a chunk show nobody anything.
-    """
-    flat: dict[str, float] = {}
-    for name, value in line.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{name}/{inner}": found for inner, found in scalars(value).items()}
-        elif name != "step" and (found := number(value)) is not None:
-            flat[name] = found
-    return flat
 
 
 class _Trackers:
