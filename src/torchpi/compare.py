@@ -21,10 +21,10 @@ from torchpi.checkpoints.load import existing_folder
 from torchpi.doctor.observation import prompt_text
 from torchpi.doctor.result import json_values
 from torchpi.errors import UsageError
-from torchpi.formatting import format_shape
 from torchpi.policy import Policy, collate, load_policy
 from torchpi.randomness import generator_at
 from torchpi.trace.record import calls_of
+from torchpi.ui.format import format_shape
 
 TOLERANCE = 1e-4  # of a stage's largest value; float32 keeps some 1e-6 through all layers
 

@@ -131,6 +131,7 @@ def test_the_tree_names_what_is_there():
             "sim",
             "trace",
             "training",
+            "ui",
         ):  # their important files at most
             assert f"      {folder}/ " in tree, f"{folder}/ is not in the README's tree"
         elif path.name != "__init__.py":

@@ -228,7 +228,7 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
 
 def test_what_differs_from_the_default_recipe_is_marked(full):
     text = (full / "report.html").read_text(encoding="utf-8")
-    changed = re.findall(r'<tr class="changed"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
+    changed = re.findall(r'<tr class="marked"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
     assert ("learning_rate", "0.001", f"{TrainConfig().learning_rate:g}") in changed
     assert {name for name, _, _ in changed} == {"dataset", "embodiment", "learning_rate", "num_steps"}
     fields = re.findall(r'<td class="name">[a-z_.]+</td><td class="wide">', text)
@@ -279,7 +279,7 @@ def test_a_run_that_has_hardly_begun(tmp_path, lines):
     page = page_of(run)
     assert "it goes on, or was killed" in page.text
     assert "Not recorded: run.json, " in page.text
-    assert "A checkpoint" in page.text
+    assert "a checkpoint" in page.text
     assert "There is no checkpoint yet" in page.text
     assert "cannot be read" not in page.text  # a cut last line is the usual end
     assert [tag for tag, _ in page.tags].count("svg") == (6 if lines else 0)

@@ -24,11 +24,11 @@ from torchpi.errors import UsageError
 from torchpi.policy import MAX_GIVEN, Policy, load_policy
 from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
-from torchpi.sim.progress import progress_bar
 from torchpi.sim.result import wilson_interval
 from torchpi.sim.rollout import Rollout
 from torchpi.sim.workers import default_workers, run_jobs
 from torchpi.training.curves import TEXT_RGB, style_axes
+from torchpi.ui.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,11 +12,11 @@ import numpy as np
 from torchpi.demo.figures import loss_figure
 from torchpi.demo.provenance import Rate, describe_policy, losses, measured, overall
 from torchpi.demo.result import Demo, Glance
-from torchpi.formatting import large_count
 from torchpi.sim.result import Episode, Evaluation
 from torchpi.trace.page import input_section, way_section
 from torchpi.trace.plots import chunk_figures, data_uri, noise_to_action_css
-from torchpi.webpage import document, page_top
+from torchpi.ui.format import large_count
+from torchpi.ui.page import html_page, page_header
 
 EMBEDDED_BYTES = 16 * 2**20
 """Videos that are larger altogether stay beside the page instead of being in it."""
@@ -44,12 +44,11 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
         ("next", "Try next", _commands(demo.commands)),
     ]
     title = f"{demo.variant} in closed loop" if evaluation else f"{demo.variant} on packaged camera frames"
-    return document(
+    return html_page(
         title,
-        top=_top(demo, title),
+        header=_top(demo, title),
         sections=sections,
         footer="this page needs nothing else; the policy ran on this machine's CPU",
-        styles=("demo.css",),
     )
 
 
@@ -79,7 +78,7 @@ def _top(demo: Demo, title: str) -> str:
         else "Here it looks once at the beginning of each task, because nothing could be rendered."
     )
     notes = [f"Nothing can be rendered here: {demo.problem}."] if demo.problem else []
-    return page_top("torchpi demo", title, lede, tiles=tiles, notes=notes)
+    return page_header("torchpi demo", title, lede, tiles=tiles, notes=notes)
 
 
 # ---- episodes ----
@@ -98,7 +97,7 @@ def _films(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> str:
         f"with {size} × {size} pixels. "
         'The line <i class="swatch executed"></i> is where the hand has been, the dots '
         '<i class="swatch predicted"></i> are where the current action chunk wants it to go. Below are the actions, '
-        f'executed and predicted.</p><div class="films">{figures}</div>'
+        f'executed and predicted.</p><div class="videos">{figures}</div>'
     )
 
 
@@ -175,7 +174,7 @@ def _frames(demo: Demo) -> str:
     figures = "".join(_frame(demo, task, glance) for task, glance in demo.glances.items())
     return (
         '<p class="lede">The packaged frames of each task\'s first moment, and what the policy wants to do there. '
-        f'Videos and a table of successes need a renderer.</p><div class="films">{figures}</div>'
+        f'Videos and a table of successes need a renderer.</p><div class="videos">{figures}</div>'
     )
 
 

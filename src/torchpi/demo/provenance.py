@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchpi.errors import SimulationError
-from torchpi.formatting import format_count
 from torchpi.policy import Policy
 from torchpi.sim.result import wilson_interval
+from torchpi.ui.format import format_count
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchpi.formatting import format_shape
 from torchpi.policy import Policy
 from torchpi.trace.result import Trace
 from torchpi.trace.subject import Sizes, from_policy
 from torchpi.trace.walk import walk
+from torchpi.ui.format import format_shape
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from rich.text import Text
 from torchpi.demo.provenance import describe_policy
 from torchpi.doctor.result import Diagnosis, ObservationCheck
 from torchpi.doctor.sensitivity import IGNORED_BELOW
-from torchpi.formatting import large_count
 from torchpi.policy import Policy
+from torchpi.ui.format import large_count
 
 _EPS_RULES = {"openpi": "1e-6 added to the divisor", "lerobot": "1e-8 added to std, or in place of a range of 0"}
 _TRUNCATIONS = {"instruction": "the instruction is shortened", "original": "the end is cut"}

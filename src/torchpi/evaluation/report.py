@@ -22,7 +22,7 @@ from torchpi.evaluation.chunks import Chunks, batches, predict_chunks, sample_fr
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors
 from torchpi.policy import Policy, load_policy
-from torchpi.sim.progress import progress_bar
+from torchpi.ui.progress import progress_bar
 
 ERRORS_PICTURE, CHUNKS_PICTURE = "errors.png", "chunks.png"
 _PICTURED_FRAMES, _PICTURED_DRAWS = 4, 8

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-import torchpi
 from torchpi.assets import assets
 from torchpi.errors import UnknownKeyError
 from torchpi.robots import Embodiment
@@ -28,6 +27,7 @@ from torchpi.serving.recorder import camera_image
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
 from torchpi.types import ActionPrefix
+from torchpi.ui.page import page_footer, page_head, style_sheet
 
 SECONDS = 60
 """How far back the page looks."""
@@ -282,16 +282,14 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 @functools.cache
 def dashboard_page() -> tuple[str, str]:
     """The page as HTML, and its Content-Security-Policy: its own script and style, its own server, nothing else."""
-    read = {name: (assets() / name).read_text(encoding="utf-8") for name in ("trace.css", "dashboard.css")}
-    style, script = "".join(read.values()), (assets() / "dashboard.js").read_text(encoding="utf-8")
+    style, script = style_sheet(), (assets() / "dashboard.js").read_text(encoding="utf-8")
+    icon = '<link rel="icon" href="data:,">'  # spares the server a request
     page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><title>torchpi serve</title>'
-        '<link rel="icon" href="data:,">'
-        f'<style>{style}</style></head><body class="dashboard"><header class="top"><p class="eyebrow">torchpi serve</p>'
-        '<p id="note" role="status">connecting</p><div class="facts" id="facts"></div></header>'
+        f'{page_head("torchpi serve", style, icon)}<body class="dashboard"><header class="top">'
+        '<p class="eyebrow">torchpi serve</p><p id="note" role="status">connecting</p>'
+        '<div class="facts" id="facts"></div></header>'
         '<main><section id="latency"></section><section id="robots"></section><section id="policies"></section></main>'
-        f"<footer>torchpi {torchpi.__version__}</footer><script>{script}</script></body></html>"
+        f"{page_footer()}<script>{script}</script></body></html>"
     )
     policy = (
         f"default-src 'none'; script-src {_digest(script)}; style-src {_digest(style)}; img-src blob: data:; "

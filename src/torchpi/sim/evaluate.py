@@ -16,11 +16,11 @@ from torchpi.policy import Policy
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor
 from torchpi.sim.environment import environment_seed
-from torchpi.sim.progress import progress_bar
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
 from torchpi.sim.video import film
 from torchpi.sim.workers import default_workers, run_jobs
+from torchpi.ui.progress import progress_bar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.sim import LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
-from torchpi.sim.progress import progress_bar
 from torchpi.sim.rollout import camera_keys
 from torchpi.sim.workers import default_workers, message_of, rephrased, run_jobs
+from torchpi.ui.progress import progress_bar
 
 RECORDING_FILE = "meta/torchpi_recording.json"
 """Where a data set says how it was recorded."""

@@ -4,8 +4,8 @@ import dataclasses
 import re
 from html import escape
 
-from torchpi.formatting import format_shape
 from torchpi.trace.result import Trace
+from torchpi.ui.format import format_shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +59,8 @@ _WIDE = Layout(
         "actions": (978, 204, 162, 78),
     },
     (
-        ("eyes", "M190 52 H228"),
-        ("eyes", "M190 160 H228"),
+        ("vision", "M190 52 H228"),
+        ("vision", "M190 160 H228"),
         ("prefix", "M426 52 H450 V92 H466"),
         ("prefix", "M426 160 H450 V120 H466"),
         ("prefix", "M664 106 H706"),
@@ -75,7 +75,7 @@ _WIDE = Layout(
         ("suffix", "M1059 338 V290"),
     ),
     (("time", "M426 447 H824 V440"),),
-    (("time", "M426 447 H569 V384"), ("eyes", "M569 264 V284")),
+    (("time", "M426 447 H569 V384"), ("vision", "M569 264 V284")),
     (
         ("label strong suffix", 620, 500, "middle", "{steps} Euler steps   x ← x + dt · v_t"),
         ("label", 1069, 318, "start", "at t = 0"),
@@ -104,8 +104,8 @@ _TALL = Layout(
         "actions": (225, 932, 150, 72),
     },
     (
-        ("eyes", "M95 86 V108"),
-        ("eyes", "M285 86 V108"),
+        ("vision", "M95 86 V108"),
+        ("vision", "M285 86 V108"),
         ("prefix", "M95 194 V214 H150 V224"),
         ("prefix", "M285 194 V214 H230 V224"),
         ("prefix", "M190 310 V332"),
@@ -138,13 +138,13 @@ def _nodes(trace: Trace) -> dict[str, Node]:
     cameras = len(trace.cameras)
     shapes = {(entry.step, entry.name): format_shape(entry.shape) for entry in trace.entries}
     camera = trace.cameras[0]
-    state = {} if pi05 else {"state": Node("eyes", "state", "one token", shapes["5", "state_proj"])}
+    state = {} if pi05 else {"state": Node("vision", "state", "one token", shapes["5", "state_proj"])}
     expert = f"{trace.time_inputs} norms modulated by t" if pi05 else "sees prefix and suffix"
     return state | {
-        "images": Node("eyes", "images", f"{cameras} × uint8", shapes["0", f"image/{camera}"]),
-        "prompt": Node("eyes", "prompt", "text with state" if pi05 else "text", shapes["0", "tokenized_prompt"]),
-        "siglip": Node("eyes", "SigLIP", f"each of {cameras} cameras", shapes["2", f"image_tokens/{camera}"]),
-        "embedder": Node("eyes", "embedder", "× √D", shapes["3", "text_tokens"]),
+        "images": Node("vision", "images", f"{cameras} × uint8", shapes["0", f"image/{camera}"]),
+        "prompt": Node("vision", "prompt", "text with state" if pi05 else "text", shapes["0", "tokenized_prompt"]),
+        "siglip": Node("vision", "SigLIP", f"each of {cameras} cameras", shapes["2", f"image_tokens/{camera}"]),
+        "embedder": Node("vision", "embedder", "× √D", shapes["3", "text_tokens"]),
         "prefix": Node("prefix", "prefix", "images, then text", shapes["4", "prefix_tokens"]),
         "backbone": Node("prefix", "backbone", f"Gemma, {trace.layers} layers", "sees images and prompt"),
         "cache": Node("cache", "KV cache", f"{trace.layers} × (k, v)", shapes["8", "cache/layer_0/k"]),

@@ -2,7 +2,6 @@
 
 from html import escape
 
-from torchpi.formatting import format_count, format_number, large_count
 from torchpi.trace.diagram import flow_diagram
 from torchpi.trace.plots import (
     RANGE_LIMIT,
@@ -16,14 +15,15 @@ from torchpi.trace.plots import (
 from torchpi.trace.result import Modulation, Trace, Values
 from torchpi.trace.steps import STEPS, Step
 from torchpi.trace.summary import Row, compare_facts, compare_steps, phases, rows_of
-from torchpi.webpage import document, page_top
+from torchpi.ui.format import format_count, format_number, large_count
+from torchpi.ui.page import html_page, page_header
 
-_KINDS = {"0": "eyes", "1": "eyes", "2": "eyes", "3": "eyes", "4": "prefix", "5": "suffix", "6": "cache"}
+_KINDS = {"0": "vision", "1": "vision", "2": "vision", "3": "vision", "4": "prefix", "5": "suffix", "6": "cache"}
 _KINDS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"
 _ROW_KINDS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "cache": "cache"}
 _PART_KINDS = {
-    "SigLIP": "eyes",
-    "token embedding": "eyes",
+    "SigLIP": "vision",
+    "token embedding": "vision",
     "backbone": "prefix",
     "action expert": "suffix",
     "the expert's adaptive norms": "time",
@@ -52,9 +52,9 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
     if other is not None:
         sections.append(("compare", f"{trace.title} and {other.title}", _compare(trace, other)))
     title = f"{trace.variant}: from an observation to an action chunk"
-    return document(
+    return html_page(
         title,
-        top=_top(trace, title),
+        header=_top(trace, title),
         sections=sections,
         footer=f"trace {trace.title} · every shape on this page is that of a tensor that existed in the run",
     )
@@ -76,7 +76,7 @@ def _top(trace: Trace, title: str) -> str:
         else "Every step between a robot's cameras and its next actions, with the shape of every tensor. There are no "
         "weights behind this page, shapes alone."
     )
-    return page_top(f"torchpi trace {trace.title}", title, lede, tiles=facts, notes=trace.notes)
+    return page_header(f"torchpi trace {trace.title}", title, lede, tiles=facts, notes=trace.notes)
 
 
 def way_section(trace: Trace) -> str:
@@ -160,7 +160,7 @@ def _time(modulation: Modulation) -> str:
     panels = []
     parts = (
         ("scale", "prefix", "multiplies the normalized token: x / rms(x) · (1 + scale)."),
-        ("shift", "eyes", "is added to the scaled token."),
+        ("shift", "vision", "is added to the scaled token."),
         ("gate", "suffix", "multiplies what a sublayer adds to the residual stream."),
     )
     for part, kind, what in parts:

@@ -3,10 +3,10 @@
 import dataclasses
 import re
 
-from torchpi.formatting import format_count, format_shape
 from torchpi.trace.record import Stats, TraceEntry
 from torchpi.trace.result import Trace
 from torchpi.trace.steps import STEPS
+from torchpi.ui.format import format_count, format_shape
 
 _REPEATED = re.compile(r"(layer_|t=)([\d.]+)")
 ABSENT = "—"

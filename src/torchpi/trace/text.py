@@ -5,11 +5,11 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from torchpi.formatting import format_count, format_number
 from torchpi.trace.record import Stats
 from torchpi.trace.result import Trace
 from torchpi.trace.steps import STEPS, Step
 from torchpi.trace.summary import Row, compare_facts, compare_steps, facts, phases, rows_of
+from torchpi.ui.format import format_count, format_number
 
 _VIEWS = {"joint": "magenta", "cached": "cyan", "both": ""}
 

@@ -27,7 +27,7 @@ MAX_POINTS = 400
 LOSS_RGB, HOLDOUT_RGB, OTHER_RGB, GRID_RGB, TEXT_RGB = "#2f66d0", "#cf5a1e", "#0d8577", "#e4e1d9", "#5d6470"
 _CYCLE = (LOSS_RGB, HOLDOUT_RGB, OTHER_RGB, "#b7357f", "#8e96a3")
 _VARIABLES = {
-    LOSS_RGB: "prefix", HOLDOUT_RGB: "suffix", OTHER_RGB: "eyes", GRID_RGB: "line", TEXT_RGB: "soft",
+    LOSS_RGB: "prefix", HOLDOUT_RGB: "suffix", OTHER_RGB: "vision", GRID_RGB: "line", TEXT_RGB: "soft",
     "#b7357f": "time", "#8e96a3": "noise",
 }  # fmt: skip
 """Their names in the pages' style sheet, which has others for dark ground."""

@@ -32,7 +32,6 @@ import numpy as np
 from PIL import Image
 
 from torchpi.errors import MissingFileError
-from torchpi.formatting import format_count, large_count
 from torchpi.sim import ENVIRONMENTS, simulator
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
@@ -49,7 +48,8 @@ from torchpi.training.curves import (
 )
 from torchpi.training.metrics import Line, number, parse_metrics, without_overtaken
 from torchpi.training.state import checkpoints
-from torchpi.webpage import document, page_top
+from torchpi.ui.format import format_count, large_count
+from torchpi.ui.page import html_page, page_header
 
 REPORT = "report.html"
 PICTURE_BYTES = 400 * 2**10
@@ -182,12 +182,11 @@ def render_report(run: Run) -> str:
         ("recipe", "Recipe", _recipe(run)),
         ("use", "Use it", _commands(run)),
     ]
-    return document(
+    return html_page(
         f"{run.folder.resolve().name}: a training run",
-        top=_top(run),
+        header=_top(run),
         sections=sections,
         footer="this page needs nothing else; torchpi makes it from the files of the run",
-        styles=("demo.css", "report.css"),
     )
 
 
@@ -211,7 +210,7 @@ def _top(run: Run) -> str:
     if (duration := _duration(run)) is not None:
         tiles.append((duration, "on the clock"))
     name = run.folder.resolve().name
-    return page_top("torchpi train", name, _lede(run), tiles=tiles, notes=_notes(run))
+    return page_header("torchpi train", name, _lede(run), tiles=tiles, notes=_notes(run))
 
 
 def _lede(run: Run) -> str:
@@ -378,7 +377,7 @@ def _picture(path: pathlib.Path, kind: str, robot: str) -> str:
     except OSError as error:  # damaged, cut short, or no image
         return f'<p class="aside">{escape(path.name)} cannot be shown: {escape(str(error))}</p>'
     return (
-        f'<figure class="panel picture"><img src="{source}" alt="{escape(caption)}">'
+        f'<figure class="panel image"><img src="{source}" alt="{escape(caption)}">'
         f"<figcaption>{escape(caption)} After {format_count(step)} steps.</figcaption></figure>"
     )
 
@@ -504,7 +503,7 @@ def _recipe(run: Run) -> str:
     recipe = _flat(run.recipe)
     changed = {name for name, value in recipe.items() if name in defaults and defaults[name] != value}
     rows = "".join(
-        f'<tr class="{"changed" if name in changed else ""}"><td class="name">{escape(name)}</td>'
+        f'<tr class="{"marked" if name in changed else ""}"><td class="name">{escape(name)}</td>'
         f'<td class="wide">{escape(_text(value))}</td>'
         f'<td class="wide dtype">{escape(_text(defaults[name])) if name in changed else ""}</td></tr>'
         for name, value in recipe.items()

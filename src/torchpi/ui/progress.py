@@ -1,4 +1,4 @@
-"""The progress bar of long runs, on stderr."""
+"""Progress bars of long runs, on stderr."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,8 +8,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[str], None]]:
-    """A bar that goes one further whenever what it yields is called, with a text to show beside it."""
+def progress_bar(
+    title: str, total: int, *, shown: bool = True, transient: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -19,7 +21,10 @@ def progress_bar(title: str, total: int, *, shown: bool) -> Iterator[Callable[[s
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not shown) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=transient) as progress:
         task = progress.add_task(title, total=total, note="")
-        yield lambda note: progress.update(task, advance=1, note=note)
+
+        def advance(note: str = "", by: int = 1) -> None:
+            progress.update(task, advance=by, note=note)
+
+        yield advance

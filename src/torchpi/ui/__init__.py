@@ -1,0 +1,1 @@
+"""Pages, plots, tables, numbers and progress bars, each in one style."""

@@ -1,0 +1,62 @@
+"""Numbers and shapes as text."""
+
+import math
+
+
+def format_shape(shape: tuple[int, ...]) -> str:
+    """A shape as `[4, 968, 2048]`."""
+    return f"[{', '.join(map(str, shape))}]"
+
+
+def format_count(count: int) -> str:
+    """A count with digits in groups of three: `1 234 567`."""
+    return f"{count:,}".replace(",", " ")
+
+
+def large_count(count: int) -> str:
+    """A large count in words: `3.25 billion`."""
+    for unit, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return format_count(count)
+
+
+def short_count(count: float) -> str:
+    """A count for an axis: `20k` for 20 000."""
+    for unit, size in (("M", 1e6), ("k", 1e3)):
+        if abs(count) >= size:
+            return f"{count / size:g}{unit}"
+    return f"{count:g}"
+
+
+def format_number(value: float, *, missing: str | None = None) -> str:
+    """Three digits, thousands without an exponent; `missing`, if given, stands for NaN and infinity."""
+    if missing is not None and not math.isfinite(value):
+        return missing
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def format_percent(value: float, digits: int = 0, *, missing: str = "n/a") -> str:
+    """A fraction in percent; `missing` stands for NaN and infinity."""
+    return f"{value:.{digits}%}" if math.isfinite(value) else missing
+
+
+def format_interval(interval: tuple[float, float]) -> str:
+    """An interval of fractions in percent: `50% – 88%`."""
+    return f"{interval[0]:.0%} – {interval[1]:.0%}"
+
+
+def format_gib(num_bytes: float) -> str:
+    """A size in GiB."""
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration in hours and minutes: `2 h 05 min`."""
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: `1 episode`, `2 episodes`."""
+    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"

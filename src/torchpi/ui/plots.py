@@ -1,0 +1,188 @@
+"""Plots: one style, saved as PNG or put into a page as SVG."""
+
+import base64
+import io
+import math
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from torchpi.ui.format import short_count
+from torchpi.ui.page import figure as page_figure
+from torchpi.ui.palette import COLORS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": "none",
+    "axes.grid": True,
+    "axes.labelcolor": COLORS["soft"],
+    "axes.labelsize": 9,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 10.5,
+    "figure.titlesize": 12,
+    "font.size": 9,
+    "grid.color": COLORS["line"],
+    "grid.linewidth": 0.8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "legend.labelcolor": COLORS["soft"],
+    "lines.linewidth": 1.5,
+    "lines.markersize": 3.5,
+    "svg.fonttype": "none",  # text stays text
+    "text.color": COLORS["ink"],
+    "xtick.labelsize": 8.5,
+    "xtick.labelcolor": COLORS["soft"],
+    "xtick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.labelsize": 8.5,
+    "ytick.labelcolor": COLORS["soft"],
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+}
+_NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # both readable on light and on dark ground
+
+
+# ---- drawing ----
+
+
+def draw_figure(
+    draw: Callable[["Figure"], Any], *, size: tuple[float, float], layout: str | None = "constrained"
+) -> "Figure":
+    """Draw a figure in the common style.
+
+    Args:
+        draw: fills the figure that it is called with.
+        size: width and height in inches.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout=layout)
+        draw(figure)
+    return figure
+
+
+def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
+    """Label the axes; the ticks of x are whole numbers, as `20k`."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+
+
+def scale_values(
+    axes: "Axes", values: Float[np.ndarray, " n"], *, percent: bool = False, from_zero: bool = False
+) -> None:
+    """Write values without powers; the axis is logarithmic where positive values span more than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if from_zero:
+        axes.set_ylim(bottom=0)
+    elif len(values) and values.min() > 0 and values.max() > 10 * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if values.max() < 200 * values.min() else (1,)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}" if percent else f"{value:.10g}"))
+
+
+def marker(count: int, limit: int = 40) -> str | None:
+    """The marker of a line with so many points: none where there are many."""
+    return "o" if count <= limit else None
+
+
+# ---- into files and pages ----
+
+
+def save_figure(figure: "Figure", path: pathlib.Path) -> None:
+    """Save a figure as PNG."""
+    figure.savefig(path, dpi=110)
+
+
+def to_svg(figure: "Figure", description: str) -> str:
+    """SVG element for a page, in whose colors and font the figure appears.
+
+    Args:
+        description: alternative text, different for each figure of a page: its axes, and what is drawn.
+    """
+    from matplotlib import rc_context
+
+    buffer = io.StringIO()
+    with rc_context(_STYLE | {"svg.hashsalt": description}):  # ids are the same in every run
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
+    drawing = buffer.getvalue()
+    box = re.search(r'viewBox="([^"]*)"', drawing)
+    assert box is not None
+    prefix = f"p{zlib.crc32(description.encode()):08x}-"  # ids of the page's other figures differ
+    body = drawing[drawing.index(">", box.end()) + 1 :]
+    body = re.sub(r'(id="|href="#|url\(#)', rf"\g<1>{prefix}", body)
+    body = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.DOTALL)
+    body = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--sans)", body)
+    for name, color in COLORS.items():
+        body = body.replace(color, f"var(--{name})")
+    return f'<svg viewBox="{box[1]}" role="img" aria-label="{escape(description)}">{body}'
+
+
+def data_uri(image: np.ndarray) -> str:
+    """PNG of an image, uint8 [h, w, 3 or 4], as an address inside a page."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# ---- denoising ----
+
+
+def denoising_figures(chunks: np.ndarray, names: Sequence[str], *, executed: int | None = None) -> str:
+    """HTML with a plot per action dimension: the chunk from noise to actions.
+
+    Args:
+        chunks: [steps + 1, H, A], before the first Euler step and after each.
+        executed: the number of actions that the robot executes, shown on colored ground.
+    """
+    ramp = f"linear-gradient(90deg, rgb{_NOISE_RGB}, rgb{_ACTIONS_RGB})"
+    figures = [
+        page_figure(
+            name,
+            f"{chunks[-1, :, i].min():.2f} … {chunks[-1, :, i].max():.2f}",
+            to_svg(
+                draw_figure(lambda figure, i=i: _draw_denoising(figure, chunks[:, :, i], executed), size=(2.4, 1.3)),
+                f"{name} while denoising, from noise to actions. Along: action of the chunk. Up: value. "
+                "Drawn: a curve per Euler step.",
+            ),
+        )
+        for i, name in enumerate(names)
+    ]
+    return (
+        f'<p class="ramp">noise, t = 1 <i style="background:{ramp}"></i> actions, t = 0</p>'
+        f'<div class="multiples">{"".join(figures)}</div>'
+    )
+
+
+def _draw_denoising(figure: "Figure", chunks: np.ndarray, executed: int | None) -> None:
+    axes, last = figure.subplots(), len(chunks) - 1
+    for i, chunk in enumerate(chunks):
+        part = i / max(last, 1)
+        rgb = [(a + (b - a) * part) / 255 for a, b in zip(_NOISE_RGB, _ACTIONS_RGB, strict=True)]
+        axes.plot(chunk, color=rgb, linewidth=2 if i == last else 0.9, alpha=1 if i in (0, last) else 0.7)
+    if executed is not None:
+        axes.axvspan(0, min(executed, chunks.shape[1]) - 1, color=COLORS["suffix"], alpha=0.1, linewidth=0)
+    label_axes(axes, x="")
+    axes.set_xlim(0, max(chunks.shape[1] - 1, 1))
+    low, high = float(chunks.min()), float(chunks.max())
+    axes.set_yticks([low, high] if math.isfinite(high - low) else [], [f"{low:.2g}", f"{high:.2g}"])

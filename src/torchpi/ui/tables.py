@@ -1,0 +1,114 @@
+"""Tables: the same rows on the terminal and on a page."""
+
+import dataclasses
+from collections.abc import Sequence
+from html import escape
+from typing import Literal
+
+from rich import box
+from rich.console import Group
+from rich.table import Column as RichColumn
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from torchpi.ui.format import format_interval
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of a table."""
+
+    title: str
+    kind: Literal["text", "name", "number", "soft"] = "text"
+    """text wraps; name does not and stands out; number is aligned to the right; soft is a text of less weight."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rate:
+    """A success rate with its confidence interval."""
+
+    success_rate: float
+    """0 to 1."""
+    interval: tuple[float, float]
+    """Wilson's 95 % interval."""
+    episodes: int
+
+    def __str__(self) -> str:
+        return f"{self.success_rate:.0%} ({format_interval(self.interval)}) of {self.episodes} episodes"
+
+
+Cell = str | Text | Rate
+"""A text, a text with a style on the terminal, or a rate, which a page draws as a bar with its interval."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Rows under columns."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+    total: Sequence[Cell] | None = None
+    """A last row for all of them."""
+    marked: Sequence[int] = ()
+    """Rows that stand out on a page."""
+
+    def to_rich(self) -> RichTable:
+        """The table for a terminal."""
+        heads = (
+            RichColumn(
+                column.title,
+                justify="right" if column.kind == "number" else "left",
+                no_wrap=column.kind in ("name", "number"),
+                overflow="fold",
+            )
+            for column in self.columns
+        )
+        table = RichTable(*heads, box=box.SIMPLE_HEAD, padding=(0, 1))
+        for row in self.rows:
+            table.add_row(*map(_rich_cell, row))
+        if self.total is not None:
+            table.add_section()
+            table.add_row(*map(_rich_cell, self.total))
+        return table
+
+    def to_html(self) -> str:
+        """The table for a page."""
+        heads = "".join(f"<th{_css(column)}>{escape(column.title)}</th>" for column in self.columns)
+        rows = "".join(self._html_row(row, "marked" if i in self.marked else "") for i, row in enumerate(self.rows))
+        total = "" if self.total is None else self._html_row(self.total, "all")
+        return f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}{total}</table></div>'
+
+    def _html_row(self, row: Sequence[Cell], css: str) -> str:
+        cells = "".join(
+            f"<td{_css(column)}>{_html_cell(cell)}</td>" for column, cell in zip(self.columns, row, strict=True)
+        )
+        return f'<tr class="{css}">{cells}</tr>' if css else f"<tr>{cells}</tr>"
+
+
+def name_value_grid(title: str, rows: Sequence[tuple[str, str]]) -> Group:
+    """Names with their texts under a title, for a terminal."""
+    grid = RichTable.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in rows:
+        grid.add_row(Text(f"  {name}"), Text(text))
+    return Group(Text(f"\n{title}", style="bold"), grid)
+
+
+def _css(column: Column) -> str:
+    css = {"text": "wide", "name": "name", "number": "num", "soft": "wide dtype"}[column.kind]
+    return f' class="{css}"'
+
+
+def _rich_cell(cell: Cell) -> str | Text:
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
+def _html_cell(cell: Cell) -> str:
+    if not isinstance(cell, Rate):
+        return escape(str(cell))
+    low, high = cell.interval
+    return (
+        f'<span class="rate"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
+        f'<u style="left:{100 * cell.success_rate:.1f}%"></u></span>'
+    )
