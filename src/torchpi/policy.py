@@ -293,8 +293,8 @@ class Policy:
         """Between which values the actions of the training data lie, in the robot's units: 98 % of them, or about so
         many where the statistics have no quantiles. A delta's are those of the state and its own together."""
         stats, size = self.transforms.norm_stats, self.embodiment.action_size
-        low, high = (end[:size].copy() for end in stats["actions"].bounds())
-        state_low, state_high = stats["state"].bounds()
+        low, high = (end[:size].copy() for end in stats["actions"].training_range())
+        state_low, state_high = stats["state"].training_range()
         for i, is_delta in enumerate(self.embodiment.action_mask):
             if is_delta:
                 low[i], high[i] = low[i] + state_low[i], high[i] + state_high[i]

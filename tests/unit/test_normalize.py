@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torchpi.transforms import (
     Normalization,
     NormStats,
-    degenerate_dims,
+    constant_dims,
     load_norm_stats,
     normalize,
     save_norm_stats,
@@ -72,10 +72,22 @@ def test_quantiles_that_are_not_there(function):
         function(np.zeros(2), stats, Normalization("quantile"), what="actions")
 
 
-def test_degenerate_dims():
+def test_training_range_is_that_of_the_quantiles_or_of_the_deviations():
+    mean, std = np.array([1.0, 2.0]), np.array([0.5, 0.1])
+    q01, q99 = np.array([0.0, 2.0]), np.array([3.0, 2.0])
+    by_deviation = np.array([mean - 2.326 * std, mean + 2.326 * std])
+    np.testing.assert_allclose(NormStats(mean, std).training_range("z_score"), by_deviation)
+    np.testing.assert_allclose(NormStats(mean, std, q01, q99).training_range("quantile"), [q01, q99])
+    # A z-score divides by the deviation, to which q01 = q99 does nothing.
+    both = [[0, by_deviation[0, 1]], [3, by_deviation[1, 1]]]
+    np.testing.assert_allclose(NormStats(mean, std, q01, q99).training_range("z_score"), both)
+    assert np.isinf(NormStats(mean, std).training_range("identity")).all()
+
+
+def test_constant_dims():
     stats = NormStats(np.zeros(3), np.array([1.0, 0.0, 1.0]), np.array([0.0, 0.0, 2.0]), np.array([1.0, 1.0, 2.0]))
-    assert degenerate_dims(stats, Normalization("z_score")) == [1]
-    assert degenerate_dims(stats, Normalization("quantile")) == [2]
+    assert constant_dims(stats, "z_score") == [1]
+    assert constant_dims(stats, "quantile") == [2]
 
 
 def test_unknown_rules():

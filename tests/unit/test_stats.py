@@ -11,9 +11,10 @@ import pytest
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats, to_observation
 from torchpi.data.fit import checkpoint_stats, compare_fit
-from torchpi.data.stats import distributions, hardly_moving
+from torchpi.data.stats import distributions
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
 from torchpi.transforms import NormStats, load_norm_stats, save_norm_stats
+from torchpi.transforms.normalize import narrow_dims
 
 H = 6
 
@@ -126,7 +127,7 @@ def test_what_never_changes_is_named():
 def hard(values):
     array = np.asarray(values, np.float64)[:, None]
     stats = NormStats(array.mean(0), array.std(0), np.quantile(array, 0.01, axis=0), np.quantile(array, 0.99, axis=0))
-    return hardly_moving(stats, ["gripper"])
+    return narrow_dims(stats, ["gripper"])
 
 
 def test_dimensions_that_hardly_move():
@@ -141,7 +142,7 @@ def test_dimensions_that_hardly_move():
     assert "z_score" in message
     (message,) = hard(np.r_[rng.normal(size=995) * 1e-5, np.full(5, 10.0)])
     assert "gripper hardly moves: 98 % of its values are within" in message
-    assert hardly_moving(NormStats(np.zeros(2), np.array([0, 1.0])), ["a", "b"])[0].startswith("a never changes")
+    assert narrow_dims(NormStats(np.zeros(2), np.array([0, 1.0])), ["a", "b"])[0].startswith("a never changes")
 
 
 # Beside a checkpoint's statistics

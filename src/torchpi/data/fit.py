@@ -127,7 +127,7 @@ def _key_fit(values: ModelValues, what: str, stats: NormStats) -> KeyFit:
     # Published statistics are padded with zeros to the model's width.
     beyond = np.flatnonzero((stats.std != 0) | (stats.mean != 0))
     checkpoint_dims = max(min(dims, stats.dim), int(beyond[-1]) + 1 if beyond.size else 0)
-    low, high = stats.bounds()
+    low, high = stats.training_range()
     kind = f"mean ± {DEVIATIONS} std" if stats.q01 is None else "q01..q99"
     inside = tuple(_share_inside(values, what, i, float(low[i]), float(high[i])) for i in range(common))
     return KeyFit(dims, checkpoint_dims, kind, values.names[what][:common], inside)

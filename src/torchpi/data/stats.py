@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torchpi.data import format as lerobot
 from torchpi.data.observations import check_dims
 from torchpi.robots import HOOKS, Embodiment
-from torchpi.transforms.normalize import NormStats, require_finite
+from torchpi.transforms.normalize import NormStats, constant_dims, require_finite
 
 _BLOCK = 1 << 20
 
@@ -71,15 +71,16 @@ def compute_norm_stats(dataset: Frames, embodiment: Embodiment, *, action_horizo
     Warns: about dimensions that never change.
     """
     found = distributions(dataset, embodiment, action_horizon=action_horizon)
+    stats = {what: values.norm_stats() for what, values in found.items()}
     for what, values in found.items():
-        if constant := [values.names[i] for i in np.flatnonzero(values.min == values.max)]:
+        if constant := [values.names[i] for i in constant_dims(stats[what], "z_score")]:
             warnings.warn(
                 f"In {dataset.path}, the {what} {', '.join(constant)} never change: whatever differs from the only "
                 "value seen is divided by 1e-6 when it is normalized.",
                 UserWarning,
                 stacklevel=2,
             )
-    return {what: values.norm_stats() for what, values in found.items()}
+    return stats
 
 
 def distributions(dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> dict[str, Distribution]:
@@ -141,37 +142,6 @@ class ModelValues:
         for step in range(min(self.horizon, int(self.left.max()))):
             inside = self.left[: len(self.left) - step] > step
             yield (actions[step:] - state[: len(state) - step])[inside]
-
-
-def hardly_moving(stats: NormStats, names: Sequence[str]) -> list[str]:
-    """A message for each dimension that normalization would blow up, because (nearly) all of its values are the same.
-
-    Args:
-        stats: of state or actions.
-        names: the dimensions.
-    """
-    messages = []
-    q01, q99 = (stats.mean, stats.mean) if stats.q01 is None or stats.q99 is None else (stats.q01, stats.q99)
-    for name, mean, std, low, high in zip(names, stats.mean, stats.std, q01, q99, strict=False):
-        rounding = 1e-6 * max(abs(low), abs(high))
-        if std <= rounding:
-            messages.append(
-                f"{name} never changes (it is {mean:.6g}): whatever differs from that is divided by 1e-6 when it is "
-                "normalized. Leave it out of the robot's state or actions, or record data in which it moves."
-            )
-        elif stats.q01 is not None and high - low <= rounding:
-            messages.append(
-                f"{name} is {low:.6g} in 98 % of the frames (q01 = q99): quantile normalization divides whatever "
-                "differs by 1e-6. Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
-            )
-        elif stats.q01 is not None and high - low < 0.01 * std:
-            messages.append(
-                f"{name} hardly moves: 98 % of its values are within {high - low:.3g} ({low:.4g} to {high:.4g}), but "
-                f"its standard deviation is {std:.3g}; quantile normalization makes the others larger than "
-                f"{std / (high - low):.0f}. "
-                "Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
-            )
-    return messages
 
 
 def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:

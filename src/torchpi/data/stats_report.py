@@ -10,9 +10,9 @@ from torchpi.data.episodes import select_episodes
 from torchpi.data.fit import Fit, checkpoint_stats, compare_fit
 from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD, idle_frames
 from torchpi.data.lerobot import LeRobotDataset
-from torchpi.data.stats import Distribution, distributions, hardly_moving
+from torchpi.data.stats import Distribution, distributions
 from torchpi.robots import Embodiment, get_embodiment
-from torchpi.transforms.normalize import NormStats, save_norm_stats
+from torchpi.transforms.normalize import NormStats, narrow_dims, save_norm_stats
 
 _EXPECTED = 0.98
 """Of the data that q01 and q99 were computed from, so much lies between them."""
@@ -58,7 +58,7 @@ def run_stats(
     messages = [
         f"{what}: {message}"
         for what, values in found.items()
-        for message in hardly_moving(values.norm_stats(), values.names)
+        for message in narrow_dims(values.norm_stats(), values.names)
     ]
     if out is not None:
         _save(out, {what: values.norm_stats() for what, values in found.items()})

@@ -11,11 +11,11 @@ import numpy as np
 from torchpi.doctor.description import state_dim, state_units
 from torchpi.doctor.result import ActionCheck, CameraCheck, Finding, Level, ObservationCheck, PromptCheck, StateCheck
 from torchpi.doctor.sensitivity import check_sensitivities, sample_chunks, sensitivities, spread_of
-from torchpi.doctor.statistics import excess, training_range
+from torchpi.doctor.statistics import excess
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots.embodiment import value_at
-from torchpi.transforms.normalize import degenerate_dims, normalize
+from torchpi.transforms.normalize import constant_dims, normalize
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text, pi05_prompt_text, tokenize_prompt
 
@@ -121,7 +121,8 @@ def _check_pixels(sample: Mapping[str, Any]) -> Iterator[Finding]:
 
 def _state(policy: Policy, state: np.ndarray) -> tuple[StateCheck, ...]:
     transforms = policy.transforms
-    low, high = training_range(transforms.norm_stats["state"], transforms.normalization["state"], len(state))
+    stats, kind = transforms.norm_stats["state"], transforms.normalization["state"].kind
+    low, high = (end[: len(state)] for end in stats.training_range(kind))
     rows = zip(state, low, high, excess(state, low, high), strict=True)
     names = policy.embodiment.state_names[: len(state)]
     return tuple(
@@ -132,7 +133,7 @@ def _state(policy: Policy, state: np.ndarray) -> tuple[StateCheck, ...]:
 
 def _check_state(policy: Policy, checks: tuple[StateCheck, ...]) -> Iterator[Finding]:
     stats, rule = policy.transforms.norm_stats["state"], policy.transforms.normalization["state"]
-    constant = [i for i in degenerate_dims(stats, rule) if i < len(checks)]
+    constant = [i for i in constant_dims(stats, rule.kind) if i < len(checks)]
     seen = normalize(np.array([check.value for check in checks]), stats, rule, what="state")
     for i in constant:
         check = checks[i]
@@ -251,7 +252,8 @@ def _actions(policy: Policy, transforms: Transforms, chunks: np.ndarray, state: 
     """The chunks [K, H, a] against the range of the statistics: distances as the model predicts, shown as the robot."""
     robot = policy.embodiment
     dims = robot.action_size
-    low, high = training_range(transforms.norm_stats["actions"], transforms.normalization["actions"], dims)
+    stats, kind = transforms.norm_stats["actions"], transforms.normalization["actions"].kind
+    low, high = (end[:dims] for end in stats.training_range(kind))
     predicted = np.stack([transforms.inverse(chunk, action_size=dims) for chunk in chunks])  # [K, H, a]
     beyond = excess(predicted, low, high).reshape(-1, dims)
     in_robots = np.concatenate([robot.from_model(chunk, state) for chunk in predicted])  # [K·H, a]

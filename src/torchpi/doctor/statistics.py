@@ -1,6 +1,5 @@
 """Do the statistics fit the robot, and do they say anything about its dimensions?"""
 
-import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -8,11 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.data.stats import hardly_moving
 from torchpi.doctor.description import state_dim, state_units
 from torchpi.doctor.result import Finding
 from torchpi.policy import Policy
-from torchpi.transforms.normalize import Normalization, NormStats
+from torchpi.transforms.normalize import narrow_dims
 
 # Values beyond these cannot be a robot's in that unit. No arm's joint turns twice, and 720 written where rad are meant
 # is far above; no manipulator reaches 10 m, and millimetres are above; openings from 0 to 1 never come near 10.
@@ -27,27 +25,6 @@ _ANY_LIMIT = 10_000.0
 _MAX_WIDTHS_BEYOND_STATE = 10.0
 
 _EPS = 1e-6  # the normalization's
-
-
-def training_range(
-    stats: NormStats, rule: Normalization, dim: int
-) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, " d"]]:
-    """Where 98 % of the training data's values lie: q01 to q99, or mean ± 3 std where there are no quantiles.
-
-    A z-score divides by std, so q01 = q99 does no harm there, and mean ± 3 std counts as well. Without normalization
-    there are no statistics, and the range is infinite.
-
-    Args:
-        dim: d, how many of the dimensions are in use.
-    """
-    if rule.kind == "identity":
-        return np.full(dim, -np.inf), np.full(dim, np.inf)
-    low, high = stats.mean[:dim] - 3 * stats.std[:dim], stats.mean[:dim] + 3 * stats.std[:dim]
-    if stats.q01 is None or stats.q99 is None:
-        return low, high
-    q01, q99 = stats.q01[:dim], stats.q99[:dim]
-    by_deviation = (q01 == q99) & (rule.kind == "z_score")
-    return np.where(by_deviation, low, q01), np.where(by_deviation, high, q99)
 
 
 def excess(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "... d"]:
@@ -70,11 +47,9 @@ def check_statistics(policy: Policy) -> Iterator[Finding]:
                 f"there are none: {key} go to the model as they are. Nothing can be said about their range.",
             )
             continue
-        # Only the quantile rule divides by quantiles.
-        divisors = stats if rule.kind == "quantile" else dataclasses.replace(stats, q01=None, q99=None)
-        for message in hardly_moving(divisors, names[key]):
+        for message in narrow_dims(stats, names[key], rule.kind):
             yield Finding("warning", about, message)
-        low, high = training_range(stats, rule, count)
+        low, high = (end[:count] for end in stats.training_range(rule.kind))
         for name, unit, extreme in zip(names[key], units[key], np.maximum(abs(low), abs(high)), strict=True):
             if extreme > (limit := _limit(unit)):
                 yield Finding(
@@ -111,9 +86,9 @@ def _limit(unit: str) -> float:
 def _check_actions_against_state(policy: Policy, state_names: tuple[str, ...]) -> Iterator[Finding]:
     """Actions that are named as the state of the same index tell where that is to go."""
     stats, rules, dim = policy.transforms.norm_stats, policy.transforms.normalization, len(state_names)
-    state_low, state_high = training_range(stats["state"], rules["state"], dim)
+    state_low, state_high = (end[:dim] for end in stats["state"].training_range(rules["state"].kind))
     actions = policy.embodiment.actions
-    low, high = training_range(stats["actions"], rules["actions"], len(actions))
+    low, high = stats["actions"].training_range(rules["actions"].kind)
     for i, (action, name) in enumerate(zip(actions, state_names, strict=False)):
         width = state_high[i] - state_low[i]
         if action.name != name or not _EPS < width < np.inf or not np.isfinite(high[i]):

@@ -59,7 +59,9 @@ def check_data(last: pathlib.Path, data: Sequence[SourceData]) -> None:
     for folder, source in zip(folders, data, strict=True):
         saved = load_norm_stats(folder)
         for key, stats in source.norm_stats.items():
-            if not all(np.array_equal(*pair) for pair in zip(stats.bounds(), saved[key].bounds(), strict=True)):
+            if not all(
+                np.array_equal(*pair) for pair in zip(stats.training_range(), saved[key].training_range(), strict=True)
+            ):
                 raise TrainingError(
                     f"{source.source.dataset}: the dataset is another one than when {last} was saved: its statistics "
                     f"of {key} differ. Go on with the data as they were, or begin a new run with --init and this one's "

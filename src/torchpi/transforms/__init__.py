@@ -6,7 +6,7 @@ from torchpi.transforms.images import resize_with_pad, to_uint8_hwc
 from torchpi.transforms.normalize import (
     Normalization,
     NormStats,
-    degenerate_dims,
+    constant_dims,
     load_norm_stats,
     normalize,
     save_norm_stats,
@@ -34,7 +34,7 @@ __all__ = [
     "absolute_actions",
     "bool_mask",
     "clean_text",
-    "degenerate_dims",
+    "constant_dims",
     "delta_actions",
     "digitize_state",
     "load_norm_stats",

@@ -16,6 +16,7 @@ EPS_RULES = ("openpi", "lerobot")
 
 DEVIATIONS = 2.326
 """From a normal distribution's mean to its q01 and q99."""
+_ROUNDING = 1e-6  # relative; what varies less than this is constant
 _EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
 _LEROBOT_EPS = np.float32(1e-8)
 
@@ -61,11 +62,22 @@ class NormStats:
         """The number of dimensions."""
         return len(self.mean)
 
-    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Between which values 98 % lie: q01 and q99, or without them where a normal distribution has them."""
-        if self.q01 is not None and self.q99 is not None:
-            return self.q01, self.q99
-        return self.mean - DEVIATIONS * self.std, self.mean + DEVIATIONS * self.std
+    def training_range(self, kind: str = "quantile") -> tuple[np.ndarray, np.ndarray]:
+        """The range that holds 98 % of the training data, [d] and [d].
+
+        q01 to q99, or mean ± 2.326 std, as a normal distribution has them: where there are no quantiles, and for a
+        z-score where q01 = q99, because it divides by std. Infinite for "identity", which needs no statistics.
+
+        Args:
+            kind: of the normalization.
+        """
+        if kind == "identity":
+            return np.full(self.dim, -np.inf), np.full(self.dim, np.inf)
+        low, high = self.mean - DEVIATIONS * self.std, self.mean + DEVIATIONS * self.std
+        if self.q01 is None or self.q99 is None:
+            return low, high
+        by_deviation = (self.q01 == self.q99) & (kind == "z_score")
+        return np.where(by_deviation, low, self.q01), np.where(by_deviation, high, self.q99)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,14 +163,48 @@ def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: s
     return out
 
 
-def degenerate_dims(stats: NormStats, rule: Normalization, *, what: str = "x") -> list[int]:
-    """The dimensions that never vary in the statistics (std 0, or q01 = q99): there, only the eps divides."""
-    if rule.kind == "identity":
+def constant_dims(stats: NormStats, kind: str, *, what: str = "x") -> list[int]:
+    """The dimensions that never vary in the statistics, but for rounding: there, only the eps divides."""
+    if kind == "identity":
         return []
-    if rule.kind == "z_score":
-        return np.flatnonzero(stats.std == 0).tolist()
+    if kind == "z_score":
+        return np.flatnonzero(stats.std <= _ROUNDING * abs(stats.mean)).tolist()
     q01, q99 = _quantiles(stats, what)
-    return np.flatnonzero(q01 == q99).tolist()
+    return np.flatnonzero(q99 - q01 <= _ROUNDING * np.maximum(abs(q01), abs(q99))).tolist()
+
+
+def narrow_dims(stats: NormStats, names: Sequence[str], kind: str = "quantile") -> list[str]:
+    """A message for each dimension that normalization would blow up, because (nearly) all of its values are the same.
+
+    Args:
+        names: of the dimensions in use.
+        kind: of the normalization.
+    """
+    messages = {
+        i: f"{names[i]} never changes (it is {stats.mean[i]:.6g}): whatever differs from that is divided by 1e-6 when "
+        "it is normalized. Leave it out of the robot's state or actions, or record data in which it moves."
+        for i in constant_dims(stats, "z_score")
+        if i < len(names) and kind != "identity"
+    }
+    if kind != "quantile" or stats.q01 is None or stats.q99 is None:
+        return list(messages.values())
+    advice = "Normalize by z_score, or widen its q01 and q99 in norm_stats.json."
+    constant = constant_dims(stats, "quantile")
+    for i, (name, std, low, high) in enumerate(zip(names, stats.std, stats.q01, stats.q99, strict=False)):
+        if i in messages:
+            continue
+        if i in constant:
+            messages[i] = (
+                f"{name} is {low:.6g} in 98 % of the frames (q01 = q99): quantile normalization divides whatever "
+                f"differs by 1e-6. {advice}"
+            )
+        elif high - low < 0.01 * std:
+            messages[i] = (
+                f"{name} hardly moves: 98 % of its values are within {high - low:.3g} ({low:.4g} to {high:.4g}), but "
+                f"its standard deviation is {std:.3g}; quantile normalization makes the others larger than "
+                f"{std / (high - low):.0f}. {advice}"
+            )
+    return [messages[i] for i in sorted(messages)]
 
 
 def load_norm_stats(path: str | Path) -> dict[str, NormStats]:

@@ -14,7 +14,7 @@ from torchpi.transforms.images import resize_with_pad
 from torchpi.transforms.normalize import (
     Normalization,
     NormStats,
-    degenerate_dims,
+    constant_dims,
     normalize,
     require_finite,
     unnormalize,
@@ -53,7 +53,7 @@ class Transforms:
     """How π₀'s text becomes tokens, see `tokenize_prompt`."""
     truncation: str = "instruction"
     """What happens to a prompt that is too long, see `tokenize_prompt`."""
-    _degenerate: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _constant: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -68,7 +68,7 @@ class Transforms:
                     f"found {sorted(given)}, expected state and actions."
                 )
         for key in QUANTITIES:
-            self._degenerate[key] = degenerate_dims(self.norm_stats[key], self.normalization[key], what=key)
+            self._constant[key] = constant_dims(self.norm_stats[key], self.normalization[key].kind, what=key)
 
     def forward(self, sample: Mapping[str, Any], *, state_noise: np.ndarray | None = None) -> dict[str, Any]:
         """One sample, as `Embodiment.to_model` gives it, to the model's inputs, without a batch axis.
@@ -125,7 +125,7 @@ class Transforms:
         """
         require_finite(actions, "the model's action chunk")
         chunk = unnormalize(actions, self.norm_stats["actions"], self.normalization["actions"], what="actions")
-        self._warn_of_degenerate("actions", action_size)
+        self._warn_of_constant("actions", action_size)
         return unpad(chunk, action_size)
 
     def _normalize(self, value: Any, key: str) -> np.ndarray:
@@ -136,12 +136,12 @@ class Transforms:
                 f"The {key} has {x.shape[-1]} dimensions, but the model's action_dim is {self.action_dim}. "
                 "Use a policy whose action_dim is large enough, or the embodiment that it was trained with."
             )
-        self._warn_of_degenerate(key, x.shape[-1])
+        self._warn_of_constant(key, x.shape[-1])
         return normalize(x, self.norm_stats[key], self.normalization[key], what=key)
 
-    def _warn_of_degenerate(self, key: str, dim: int) -> None:
+    def _warn_of_constant(self, key: str, dim: int) -> None:
         # Only dimensions in use: published statistics are as wide as the model, and nothing varies in their padding.
-        if dims := [i for i in self._degenerate[key] if i < dim]:
+        if dims := [i for i in self._constant[key] if i < dim]:
             self._warn_once(
                 key,
                 f"The statistics of {key} don't vary in dimension {', '.join(map(str, dims))}: whatever differs from "
