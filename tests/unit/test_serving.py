@@ -742,7 +742,7 @@ def test_a_recording_needs_an_empty_folder(tmp_path):
 
 
 def test_without_the_extra_serve_the_error_says_a_command_that_installs_it():
-    program = "import sys; sys.modules['msgpack'] = None; import torchpi.serving"
+    program = "import sys; sys.modules['msgpack'] = None; from torchpi.cli import main; main(['serve', 'demo'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
     assert "pip install ./client '.[serve]' in torchpi's repository" in done.stderr.splitlines()[-1]
 

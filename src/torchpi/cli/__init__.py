@@ -1,4 +1,4 @@
-"""The command line: the commands by name. Each is a function in one of these modules, its `--help` is its docstring."""
+"""The command line: commands by name. Each is a dataclass of its arguments in one of these modules."""
 
 import sys
 import warnings
@@ -8,29 +8,29 @@ from typing import Any
 import tyro
 
 from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, training
-from torchpi.cli.common import CheckpointOptions as CheckpointOptions
+from torchpi.cli.common import Command, refuse_renamed
 from torchpi.training.config import TrainConfig
 
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": policy.demo,
-    "trace": policy.trace,
-    "bench": bench.bench,
-    "bench serve": bench.bench_serve,
-    "bench control": bench.bench_control,
-    "stats": data.stats,
-    "infer": policy.infer,
-    "convert": checkpoints.convert,
-    "doctor": checkpoints.doctor,
-    "compare": checkpoints.compare,
-    "train": training.train_command(TrainConfig()),
-    "eval": evaluation.evaluate,
-    "serve": serving.serve,
-    "sim record": data.sim_record,
+COMMANDS: dict[str, type[Command]] = {
+    "demo": policy.Demo,
+    "trace": policy.Trace,
+    "bench": bench.Bench,
+    "bench serve": bench.BenchServe,
+    "bench control": bench.BenchControl,
+    "stats": data.Stats,
+    "infer": policy.Infer,
+    "convert": checkpoints.Convert,
+    "doctor": checkpoints.Doctor,
+    "compare": checkpoints.Compare,
+    "train": training.Train,
+    "eval": evaluation.Eval,
+    "serve": serving.Serve,
+    "sim record": data.SimRecord,
 }
 
 
 def train_recipe(recipe: TrainConfig) -> None:
-    """What a recipe's Python file runs: `torchpi train` with the recipe's values as defaults of its options."""
+    """Run `torchpi train` with a recipe's values as defaults of its options; for recipes that are Python files."""
     main(["train", *sys.argv[1:]], recipe)
 
 
@@ -42,28 +42,35 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         recipe: the defaults of `train`.
     """
     warnings.showwarning = _show_warning
-    args = list(sys.argv[1:] if argv is None else argv)
-    if " ".join(args[:2]) in COMMANDS:  # of two words
-        args[:2] = [" ".join(args[:2])]
-    commands = dict(COMMANDS)
     try:
-        if args[:1] == ["train"]:
-            commands["train"] = training.train_command(training.recipe_of(args, recipe or TrainConfig()))
-        if args and args[0] in commands:  # alone, or else a mistyped option brings suggestions from the others
-            commands = {args[0]: commands[args[0]]}
-        status = tyro.extras.subcommand_cli_from_dict(
-            commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
-        )
+        status = _parse(list(sys.argv[1:] if argv is None else argv), recipe or TrainConfig()).run()
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        # str() of a KeyError quotes its message.
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print("error:", message, *getattr(error, "__notes__", ()), file=sys.stderr)
+        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
         raise SystemExit(1) from None
     if status:
         raise SystemExit(status)
+
+
+def _parse(args: list[str], recipe: TrainConfig) -> Command:
+    """The command with its arguments."""
+    matching = [name for name in COMMANDS if args[: len(name.split())] == name.split()]
+    if not matching:  # prints the list of commands, or an error with similar names
+        commands: dict[str, Callable[..., Command]] = {**COMMANDS}
+        return tyro.extras.subcommand_cli_from_dict(
+            commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
+        )
+    name = max(matching, key=len)
+    args = args[len(name.split()) :]
+    command = COMMANDS[name]
+    refuse_renamed(args, getattr(command, "renamed", {}))
+    default: Command | Any = tyro.MISSING_NONPROP
+    if command is training.Train:
+        default = training.Train(config=training.recipe_of(args, recipe))
+    # Alone: with the other commands, a mistyped option would bring suggestions from all of them.
+    return tyro.cli(command, prog=f"torchpi {name}", args=args, default=default)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

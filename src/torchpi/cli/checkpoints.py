@@ -1,125 +1,117 @@
 """Commands about checkpoints: convert, doctor, compare."""
 
+import dataclasses
 import pathlib
 from typing import Annotated, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, print_json
+from torchpi.cli.common import Checkpoint, CheckpointOptions, Load, PolicyOptions, print_json
 
 
-def convert(
-    source: Annotated[str, tyro.conf.Positional],
-    target: Annotated[pathlib.Path, tyro.conf.Positional],
-    to: Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"],
-    dtype: Literal["float32", "bfloat16"] | None = None,
-    action_dim: int | None = None,
-    action_horizon: int | None = None,
-    max_token_len: int | None = None,
-    max_shard_gb: float = 5.0,
-    overwrite: bool = False,
-    check: bool = True,
-    json: bool = False,
-    checkpoint: Checkpoint = CheckpointOptions(),
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Convert:
     """Write a checkpoint in another format.
 
     Every array of SOURCE is written, folded or named. TARGET is complete or not there. Afterwards it is read back, and
     its arrays and the actions sampled from them are compared with the source's.
-
-    Args:
-        source: a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot; a folder, hf://… or gs://….
-        target: a new folder.
-        to: the format.
-        dtype: of the arrays; by default the source's.
-        action_dim: another width of actions and state: weights are cut, or extended by zeros.
-        action_horizon: another number of actions in a chunk.
-        max_token_len: another number of prompt tokens.
-        max_shard_gb: a policy folder's weights are written in shards of this size; other systems read one file only.
-        overwrite: replace a target that is there.
-        check: read the target back and compare; takes about as long as the conversion.
-        json: print the report as one JSON document.
-        checkpoint: what the checkpoint does not say itself.
     """
-    import torch
 
-    from torchpi.convert import convert, print_conversion
+    source: Annotated[str, tyro.conf.Positional]
+    """A policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot; a folder, hf://… or gs://…."""
+    target: Annotated[pathlib.Path, tyro.conf.Positional]
+    """A new folder."""
+    to: Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
+    """The format."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the arrays; by default the source's."""
+    action_dim: int | None = None
+    """Another width of actions and state: weights are cut, or extended by zeros."""
+    action_horizon: int | None = None
+    """Another number of actions in a chunk."""
+    max_token_len: int | None = None
+    """Another number of prompt tokens."""
+    max_shard_gb: float = 5.0
+    """Size of the shards in GB that a policy folder's weights are written in; other systems read one file only."""
+    overwrite: bool = False
+    """Replace a target that exists."""
+    check: bool = True
+    """Read the target back and compare; takes about as long as the conversion."""
+    json: bool = False
+    """Print the report as one JSON document."""
+    checkpoint: Checkpoint = CheckpointOptions()
 
-    sizes = {"action_dim": action_dim, "action_horizon": action_horizon, "max_token_len": max_token_len}
-    result = convert(
-        source,
-        target,
-        to,
-        dtype=None if dtype is None else getattr(torch, dtype),
-        sizes={field: value for field, value in sizes.items() if value is not None},
-        max_shard_bytes=int(max_shard_gb * 1e9),
-        overwrite=overwrite,
-        check=check,
-        **checkpoint.given(),
-    )
-    if json:
-        print_json(result.to_dict())
-    else:
-        print_conversion(result)
+    def run(self) -> None:
+        import torch
+
+        from torchpi.convert import convert, print_conversion
+
+        sizes = {name: getattr(self, name) for name in ("action_dim", "action_horizon", "max_token_len")}
+        result = convert(
+            self.source,
+            self.target,
+            self.to,
+            dtype=None if self.dtype is None else getattr(torch, self.dtype),
+            sizes={field: value for field, value in sizes.items() if value is not None},
+            max_shard_bytes=int(self.max_shard_gb * 1e9),
+            overwrite=self.overwrite,
+            check=self.check,
+            **self.checkpoint.given(),
+        )
+        if self.json:
+            print_json(result.to_dict())
+        else:
+            print_conversion(result)
 
 
-def doctor(
-    policy: Annotated[str, tyro.conf.Positional],
-    observation: pathlib.Path | None = None,
-    device: str | None = None,
-    json: bool = False,
-    checkpoint: Checkpoint = CheckpointOptions(),
-) -> int:
-    """Show what a policy is, and what would make a robot misbehave.
+@dataclasses.dataclass(frozen=True)
+class Doctor:
+    """Describe a policy, and find what would make a robot misbehave.
 
-    Checks weights and statistics; with an observation also its state, prompt and cameras, the actions that come out,
-    and what the policy reads: how far the chunk moves when a camera is black, cameras are swapped, the instruction is
-    another one or the state is its mean. The exit status is 1 where something is wrong.
-
-    Args:
-        policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo".
-        observation: an .npz file with the robot's own keys, as for infer.
-        device: for example cuda or cpu; by default cuda where there is one.
-        json: print one JSON document.
-        checkpoint: what the checkpoint does not say itself.
+    Checks weights and statistics; with an observation also its state, prompt and cameras, the actions that result, and
+    the policy's inputs: how far the chunk moves when a camera is black, cameras are swapped, the instruction is
+    another one or the state is its mean. The exit status is 1 if something is wrong.
     """
-    from torchpi.doctor import run_doctor
 
-    load = checkpoint.given() | ({} if device is None else {"device": device})
-    return run_doctor(policy, observation=observation, as_json=json, **load)
+    policy: Annotated[str, tyro.conf.Positional]
+    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    observation: pathlib.Path | None = None
+    """An .npz file with the robot's own keys, as for infer."""
+    json: bool = False
+    """Print one JSON document."""
+    load: Load = PolicyOptions()
+
+    def run(self) -> int:
+        from torchpi.doctor import run_doctor
+
+        return run_doctor(self.policy, observation=self.observation, as_json=self.json, **self.load.given())
 
 
-def compare(
-    a: Annotated[str, tyro.conf.Positional],
-    b: Annotated[str, tyro.conf.Positional],
-    observation: pathlib.Path,
-    tolerance: float | None = None,
-    device: str | None = None,
-    json: bool = False,
-    checkpoint: Checkpoint = CheckpointOptions(),
-) -> int:
-    """Walk two policies stage by stage, and name the first stage in which they differ.
+@dataclasses.dataclass(frozen=True)
+class Compare:
+    """Compare two policies stage by stage, and name the first stage in which they differ.
 
-    The same observation and noise go through both: prompt, images, state, image tokens, cache, velocity, chunk, and
-    actions in the robot's units. The exit status is 1 if they differ.
-
-    Args:
-        a: a policy, as for doctor.
-        b: another one.
-        observation: an .npz file with the robot's own keys, as for infer.
-        tolerance: how far two stages may be apart, in parts of their scale.
-        device: for example cuda or cpu; by default cuda where there is one.
-        json: print one JSON document.
-        checkpoint: what the checkpoint does not say itself.
+    Both get the same observation and noise: prompt, images, state, image tokens, cache, velocity, chunk, and actions in
+    the robot's units are compared. The exit status is 1 if they differ.
     """
-    from torchpi.compare import TOLERANCE, run_compare
 
-    return run_compare(
-        a,
-        b,
-        observation=observation,
-        as_json=json,
-        tolerance=TOLERANCE if tolerance is None else tolerance,
-        device=device,
-        **checkpoint.given(),
-    )
+    a: Annotated[str, tyro.conf.Positional]
+    """A policy, as for doctor."""
+    b: Annotated[str, tyro.conf.Positional]
+    """Another one."""
+    observation: pathlib.Path
+    """An .npz file with the robot's own keys, as for infer."""
+    tolerance: float | None = None
+    """Largest difference of two stages, relative to their scale."""
+    json: bool = False
+    """Print one JSON document."""
+    load: Load = PolicyOptions()
+
+    def run(self) -> int:
+        from torchpi.compare import TOLERANCE, run_compare
+
+        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
+        options = {"device": None} | self.load.given()
+        return run_compare(
+            self.a, self.b, observation=self.observation, as_json=self.json, tolerance=tolerance, **options
+        )

@@ -1,40 +1,75 @@
-"""What several commands share: options of a checkpoint, lists in one word, JSON on stdout."""
+"""Parts that several commands share: options of a checkpoint, renamed options, lists of names, JSON on stdout."""
 
 import dataclasses
 import json
 import pathlib
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
+
+from torchpi.errors import UsageError
+
+
+@runtime_checkable
+class Command(Protocol):
+    """A command: a frozen dataclass of its arguments, whose docstrings are the help.
+
+    A class variable `renamed` (optional) maps an option that had another name to what replaces it.
+    """
+
+    def run(self) -> int | None:
+        """Run it; the exit status, None for 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """What a checkpoint does not say itself, or what shall overrule it: arguments of `load_policy`."""
+    """Settings that a checkpoint does not state itself, or that overrule it: arguments of `load_policy`."""
 
     config: str | None = None
-    """For checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file."""
+    """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
     lora_alpha: tuple[float, float] | None = None
     """Of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32."""
     embodiment: str | None = None
-    """For checkpoints that do not say their robot: aloha, droid, libero, … or a JSON file."""
+    """For a checkpoint that does not state its robot: aloha, droid, libero, … or a JSON file."""
     normalization: Literal["z_score", "quantile"] | None = None
-    """For checkpoints that do not say theirs; π₀ was trained with z_score, π₀.₅ with quantile."""
+    """For a checkpoint that does not state it; π₀ was trained with z_score, π₀.₅ with quantile."""
     norm_stats: pathlib.Path | None = None
     """A norm_stats.json, instead of the checkpoint's own."""
     asset_id: str | None = None
-    """Which of the checkpoint's assets/<id>/norm_stats.json."""
+    """Selects one of the checkpoint's assets/<id>/norm_stats.json."""
     tokenizer: str | None = None
     """A SentencePiece model or tokenizer.json, instead of the policy's own."""
     default_prompt: str | None = None
     """For observations without a prompt."""
 
     def given(self) -> dict[str, Any]:
-        """Those that were given, by name."""
+        """The options that were given, by name."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
+@dataclasses.dataclass(frozen=True)
+class PolicyOptions(CheckpointOptions):
+    """The same, and the device."""
+
+    device: str | None = None
+    """For example cuda or cpu; by default cuda if there is one."""
+
+
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]
+Load = Annotated[PolicyOptions, tyro.conf.arg(name="")]
+
+
+def refuse_renamed(args: Sequence[str], renamed: Mapping[str, str]) -> None:
+    """Refuse an option's former name with an error that has the new one.
+
+    Args:
+        renamed: what replaces each former option, by its former name (with dashes).
+    """
+    for argument in args:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag in renamed:
+            raise UsageError(f"{flag} is now {renamed[flag]}.")
 
 
 def split_names(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Commands that run a policy: demo, infer, trace."""
 
+import dataclasses
 import pathlib
 from typing import Annotated
 
@@ -7,135 +8,115 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
-from torchpi.cli.common import Checkpoint, CheckpointOptions, print_json, split_names
-
-PolicyPath = Annotated[str, tyro.conf.arg(metavar="PATH")]
+from torchpi.cli.common import Load, PolicyOptions, print_json, split_names
 
 
-def demo(
-    out: pathlib.Path = pathlib.Path("torchpi_demo"),
-    episodes: int = 3,
-    tasks: str | None = None,
-    instruction: str | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Demo:
     """Show the embedded policy at work: a simulated arm opens drawers and doors.
 
-    Prints what the policy is and how it comes from images and words to actions, runs episodes in the simulator, and
-    writes a video per task and a page with everything. Where nothing can be rendered, it says what to install, and the
-    policy sees packaged camera frames instead.
-
-    Args:
-        out: the folder of the videos and of index.html.
-        episodes: per task.
-        tasks: of Meta-World by name, separated by commas; by default those that the policy was trained on.
-        instruction: tell the policy this instead, in the task that --tasks names, or in the first one.
-        seed: of episodes and noise.
-        workers: processes; by default as many as the CPU's cores and the memory allow.
+    Prints a description of the policy and its data flow, runs episodes in the simulator, and writes a video per task
+    and a page with everything. Where nothing can be rendered, it says what to install, and the policy sees packaged
+    camera frames instead.
     """
-    from torchpi.demo.run import run_demo
 
-    run_demo(
-        out,
-        episodes=episodes,
-        tasks=None if tasks is None else split_names(tasks),
-        instruction=instruction,
-        seed=seed,
-        workers=workers,
-    )
+    out: pathlib.Path = pathlib.Path("torchpi_demo")
+    """Folder of the videos and of index.html."""
+    episodes: int = 3
+    """Episodes per task."""
+    tasks: str | None = None
+    """Tasks of Meta-World by name, separated by commas; by default those that the policy was trained on."""
+    instruction: str | None = None
+    """Another instruction for the policy, in the task that --tasks names, or in the first one."""
+    seed: int = 0
+    """Seed of episodes and noise."""
+    workers: int | None = None
+    """Processes; by default as many as the CPU's cores and the memory allow."""
+
+    def run(self) -> None:
+        from torchpi.demo.run import run_demo
+
+        run_demo(**vars(self) | {"tasks": None if self.tasks is None else split_names(self.tasks)})
 
 
-def infer(
-    policy: PolicyPath,
-    inputs: pathlib.Path,
-    out: pathlib.Path,
-    num_steps: int = 10,
-    seed: int = 0,
-    noise: pathlib.Path | None = None,
-    device: str | None = None,
-    json: bool = False,
-    checkpoint: Checkpoint = CheckpointOptions(),
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Infer:
     """Run a policy on one observation.
 
     The observation is an .npz file with the robot's own keys, nested ones joined with '.', for example
     images.cam_high, state and prompt (a 0-d string). The result is an .npz file with `actions` [H, a].
-
-    Args:
-        policy: a policy folder, an openpi checkpoint, or "demo".
-        inputs: the observation, an .npz file.
-        out: where the actions go, an .npz file.
-        num_steps: Euler steps from noise to actions.
-        seed: of the noise.
-        noise: an .npy file [H, action_dim] to use as noise instead.
-        device: for example cuda or cpu; by default cuda where there is one.
-        json: print the shape, the file and the timing as one JSON document.
-        checkpoint: what the checkpoint does not say itself.
     """
-    import torch
 
-    from torchpi.policy import load_policy
+    policy: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    inputs: pathlib.Path
+    """The observation, an .npz file."""
+    out: pathlib.Path
+    """The file that the actions are written to, an .npz."""
+    num_steps: int = 10
+    """Euler steps from noise to actions."""
+    seed: int = 0
+    """Seed of the noise."""
+    noise: pathlib.Path | None = None
+    """An .npy file [H, action_dim] to use as noise instead."""
+    json: bool = False
+    """Print the shape, the file and the timing as one JSON document."""
+    load: Load = PolicyOptions()
 
-    observation = read_npz(inputs)
-    loaded = load_policy(policy, device=device, **checkpoint.given())
-    generator = torch.Generator(loaded.model.device).manual_seed(seed)
-    start = None if noise is None else read_npy(noise)
-    result = loaded.infer(observation, noise=start, num_steps=num_steps, generator=generator)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("wb") as file:  # an open file, because np.savez appends .npz to names without it
-        np.savez(file, actions=result["actions"])
-    horizon, dims = result["actions"].shape
-    if json:
-        print_json({"out": str(out), "shape": [horizon, dims], "policy_timing": result["policy_timing"]})
-    else:
-        milliseconds = result["policy_timing"]["infer_ms"]
-        print(f"{horizon} actions of {dims} dimensions in {milliseconds:.0f} ms, written to {out}")
+    def run(self) -> None:
+        import torch
+
+        from torchpi.policy import load_policy
+
+        observation = read_npz(self.inputs)
+        policy = load_policy(self.policy, **self.load.given())
+        generator = torch.Generator(policy.model.device).manual_seed(self.seed)
+        noise = None if self.noise is None else read_npy(self.noise)
+        result = policy.infer(observation, noise=noise, num_steps=self.num_steps, generator=generator)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with self.out.open("wb") as file:  # an open file, because np.savez appends .npz to names without it
+            np.savez(file, actions=result["actions"])
+        horizon, dims = result["actions"].shape
+        timing = result["policy_timing"]
+        if self.json:
+            print_json({"out": str(self.out), "shape": [horizon, dims], "policy_timing": timing})
+        else:
+            print(f"{horizon} actions of {dims} dimensions in {timing['infer_ms']:.0f} ms, written to {self.out}")
 
 
-def trace(
-    target: Annotated[str, tyro.conf.Positional],
-    batch: int = 4,
-    max_token_len: int | None = None,
-    action_horizon: int | None = None,
-    action_dim: int | None = None,
-    compare: str | None = None,
-    html: pathlib.Path | None = None,
-    inputs: pathlib.Path | None = None,
-    config: str | None = None,
-    device: str | None = None,
-    json: bool = False,
-) -> None:
-    """Walk the whole way, from the raw input to the loss and to the actions, and print every tensor.
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Run the whole forward pass, from the raw input to the loss and to the actions, and print every tensor.
 
-    A preset (pi05, pi0, …) is walked at its full size without memory for its weights: shapes and dtypes. A policy, or
-    "demo", is walked with its weights and an observation: ranges of values as well.
-
-    Args:
-        target: a preset's name, the path of a policy or checkpoint, or "demo".
-        batch: samples in the batch.
-        max_token_len: prompt tokens; by default the target's.
-        action_horizon: actions in a chunk; by default the target's.
-        action_dim: width of state and actions inside the model; by default the target's.
-        compare: a second target, printed side by side.
-        html: write the walk as a page of its own, with diagrams and plots.
-        inputs: an .npz file: a robot's observation, or a batch in the model's own terms.
-        config: for checkpoints that do not say their horizon and prompt format: a preset's name or a JSON file.
-        device: where a policy runs.
-        json: print one JSON document, a list of {"step", "name", "shape", "dtype", …}.
+    A preset (pi05, pi0, …) is traced at its full size without memory for its weights: shapes and dtypes. A policy, or
+    "demo", is traced with its weights and an observation: ranges of values as well.
     """
-    from torchpi.trace import run_trace
 
-    run_trace(
-        target,
-        batch=batch,
-        max_token_len=max_token_len,
-        action_horizon=action_horizon,
-        action_dim=action_dim,
-        compare=compare,
-        html=html,
-        as_json=json,
-        inputs=inputs,
-        config=config,
-        device=device,
-    )
+    target: Annotated[str, tyro.conf.Positional]
+    """A preset's name, the path of a policy or checkpoint, or "demo"."""
+    batch: int = 4
+    """Samples in the batch."""
+    max_token_len: int | None = None
+    """Prompt tokens; by default the target's."""
+    action_horizon: int | None = None
+    """Actions in a chunk; by default the target's."""
+    action_dim: int | None = None
+    """Width of state and actions inside the model; by default the target's."""
+    compare: str | None = None
+    """A second target, printed side by side."""
+    html: pathlib.Path | None = None
+    """Write the trace as a page, with diagrams and plots."""
+    inputs: pathlib.Path | None = None
+    """An .npz file: a robot's observation, or a batch with the model's own keys."""
+    config: str | None = None
+    """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
+    device: str | None = None
+    """Device of a policy."""
+    json: bool = False
+    """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
+
+    def run(self) -> None:
+        from torchpi.trace import run_trace
+
+        arguments = dict(vars(self))
+        run_trace(as_json=arguments.pop("json"), **arguments)

@@ -1,69 +1,45 @@
 """The command serve."""
 
+import dataclasses
 import os
 import pathlib
 from typing import Annotated
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions
+from torchpi.cli.common import Load, PolicyOptions
+from torchpi.extras import require
+from torchpi.serving.settings import ServeSettings
 
 
-def serve(
-    policy: Annotated[str | None, tyro.conf.Positional] = None,
-    policies: tuple[str, ...] = (),
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    token: str | None = None,
-    num_steps: int = 10,
-    seed: int = 0,
-    max_batch: int = 8,
-    max_queue: int = 64,
-    deadline: float = 30.0,
-    max_connections: int = 64,
-    max_message_mb: float = 32.0,
-    max_rate: float = 200.0,
-    grace: float = 10.0,
-    record: pathlib.Path | None = None,
-    device: str | None = None,
-    checkpoint: Checkpoint = CheckpointOptions(),
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Serve:
     """Serve a policy to robots, in openpi's websocket protocol: its clients and torchpi-client work.
 
-    Connections are accepted once "listening" is logged; the policy's metadata follow when it is loaded and warm.
-    /healthz answers 200 from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows what the robots
-    see, their chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C or SIGTERM ends it, when what
-    has been received is answered.
-
-    Args:
-        policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo".
-        policies: further ones as name=path, served at ws://HOST:PORT/NAME; they say everything themselves.
-        host: where to listen; 0.0.0.0: on every network of this machine.
-        port: 0: a free one.
-        token: what clients must send as Authorization: Bearer TOKEN, or Api-Key TOKEN; by default what the environment
-            has as TORCHPI_TOKEN, or else nothing is asked for.
-        num_steps: Euler steps of a request that does not say.
-        seed: of the noise of requests that bring none.
-        max_batch: requests in one pass of the model. They are answered as if each were alone.
-        max_queue: requests that may wait for the model.
-        deadline: seconds that a request may wait for the model; then it is dropped, and its client told.
-        max_connections: clients at once.
-        max_message_mb: size of a request in MiB.
-        max_rate: requests per second of one client.
-        grace: seconds in which what has been received is answered at the end.
-        record: keep requests and chunks as a LeRobot data set in this folder, new or empty; of several policies, one
-            set per name.
-        device: for example cuda or cpu; by default cuda where there is one.
-        checkpoint: what POLICY's checkpoint does not say itself.
+    Connections are accepted once "listening" is logged; the policy's metadata are sent when it is loaded and warm.
+    /healthz answers 200 from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows the robots'
+    cameras, their action chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C or SIGTERM ends
+    the server once the requests that it has received are answered.
     """
-    from torchpi.serving.settings import ServeSettings
 
-    settings = ServeSettings(
-        host=host, port=port, token=os.environ.get("TORCHPI_TOKEN") if token is None else token, num_steps=num_steps,
-        seed=seed, max_batch=max_batch, max_queue=max_queue, deadline=deadline, max_connections=max_connections,
-        max_message_mb=max_message_mb, max_rate=max_rate, grace=grace,
-    )  # fmt: skip
-    # Last, because it brings torch.
-    from torchpi.serving.run import run_serve
+    policy: Annotated[str | None, tyro.conf.Positional] = None
+    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    policies: tuple[str, ...] = ()
+    """Further policies as name=path, served at ws://HOST:PORT/NAME; the options of a checkpoint are not for them."""
+    settings: Annotated[ServeSettings, tyro.conf.arg(name="")] = ServeSettings()
+    record: pathlib.Path | None = None
+    """Record requests and chunks as a LeRobot dataset in this folder, new or empty; of several policies, one dataset
+    per name."""
+    load: Load = PolicyOptions()
 
-    run_serve(policy, policies, settings, record=record, load=checkpoint.given(), device=device)
+    def run(self) -> None:
+        for module in ("msgpack", "prometheus_client", "websockets", "torchpi_client"):
+            require(module, "serve")
+        from torchpi.serving.run import run_serve
+
+        settings = self.settings
+        if settings.token is None and "TORCHPI_TOKEN" in os.environ:
+            settings = dataclasses.replace(settings, token=os.environ["TORCHPI_TOKEN"])
+        load = self.load.given()
+        device = load.pop("device", None)
+        run_serve(self.policy, self.policies, settings, record=self.record, load=load, device=device)

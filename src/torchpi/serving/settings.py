@@ -8,32 +8,33 @@ from torchpi.errors import ServingError
 
 @dataclasses.dataclass(frozen=True)
 class ServeSettings:
-    """How a server works and what it refuses."""
+    """Settings and limits of a server; the options of `torchpi serve`."""
 
     host: str = "127.0.0.1"
-    """Where to listen; 0.0.0.0: on every network of this machine."""
+    """Address to listen at; 0.0.0.0: on every network of this machine."""
     port: int = 8000
     """0: a free one."""
     token: str | None = None
-    """What clients must send as `Authorization: Bearer …` or `Api-Key …`; None: nothing."""
+    """Token that clients must send as Authorization: Bearer TOKEN, or Api-Key TOKEN; by default TORCHPI_TOKEN of the
+    environment, or else none is needed."""
     num_steps: int = 10
-    """Euler steps of a request that does not say."""
+    """Euler steps of a request that does not state them."""
     seed: int = 0
-    """Of the noise of requests that bring none."""
+    """Seed of the noise of requests that bring none."""
     max_batch: int = 8
-    """Requests in one pass of the model."""
+    """Requests in one forward pass of the model. Their answers are those of single requests."""
     max_queue: int = 64
-    """Requests that wait for the model."""
+    """Requests that may wait for the model."""
     deadline: float = 30.0
-    """Seconds that a request waits for the model before it is dropped."""
+    """Seconds that a request may wait for the model; then it is dropped, with an error to its client."""
     max_connections: int = 64
-    """Open websockets."""
+    """Clients at once."""
     max_message_mb: float = 32.0
     """Size of a request in MiB."""
     max_rate: float = 200.0
-    """Requests per second of one connection, on average over a second."""
+    """Requests per second of one client, on average over a second."""
     grace: float = 10.0
-    """Seconds that a server which is told to stop goes on answering what it has received."""
+    """Seconds at the end in which requests that were received are still answered."""
 
     def __post_init__(self) -> None:
         for name in (
