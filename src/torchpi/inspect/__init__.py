@@ -1,0 +1,1 @@
+"""Inspection of models and policies: trace, doctor and compare."""

@@ -1,0 +1,1 @@
+../../../examples/nanopi.py
