@@ -142,7 +142,7 @@ def test_nothing_to_sample_is_an_error():
 
 def test_a_chunk_is_what_the_policy_infers_from_the_frame(policy, dataset):
     frames = [0, 7, 17]
-    chunks = predict_chunks(policy, dataset, frames, seed=5, num_steps=2, draws=2)
+    chunks = predict_chunks(policy, dataset, frames, seed=5, num_steps=2, noise_samples=2)
     assert chunks.predicted.shape == (3, 2, HORIZON, 2)
     assert [(frame.episode, frame.number, frame.task) for frame in chunks.frames] == [
         (0, 0, "task 0"),
@@ -158,15 +158,15 @@ def test_a_chunk_is_what_the_policy_infers_from_the_frame(policy, dataset):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policy, "infer_batch", spy)
-        predict_chunks(policy, dataset, frames, seed=5, num_steps=2, draws=2)
+        predict_chunks(policy, dataset, frames, seed=5, num_steps=2, noise_samples=2)
     for i, frame in enumerate(frames):
         item = dataset[frame]
         np.testing.assert_array_equal(chunks.recorded[i], item["action"])
         np.testing.assert_array_equal(chunks.is_pad[i], item["action_is_pad"])
-        for draw in range(2):
+        for sample in range(2):
             observation = to_observation(item, ARM)
-            alone = policy.infer(observation, noise=noises[0][2 * i + draw], num_steps=2)["actions"]
-            np.testing.assert_allclose(chunks.predicted[i, draw], alone, rtol=0, atol=1e-5)
+            alone = policy.infer(observation, noise=noises[0][2 * i + sample], num_steps=2)["actions"]
+            np.testing.assert_allclose(chunks.predicted[i, sample], alone, rtol=0, atol=1e-5)
     assert not np.allclose(noises[0][0], noises[0][1])
 
 
@@ -179,7 +179,7 @@ def test_neither_the_batch_nor_the_episodes_that_are_read_change_a_prediction(po
         np.testing.assert_allclose(predicted(dataset, range(18), batch_size=batch_size), whole, rtol=0, atol=1e-5)
     last = LeRobotDataset(path, action_horizon=HORIZON, episodes=[2])
     np.testing.assert_allclose(predicted(last, range(9)), whole[9:], rtol=0, atol=1e-5)
-    np.testing.assert_allclose(predicted(dataset, range(18), draws=2)[:, :1], whole, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(predicted(dataset, range(18), noise_samples=2)[:, :1], whole, rtol=0, atol=1e-5)
     assert not np.allclose(predicted(dataset, range(18), seed=1), whole, atol=1e-2)
 
 
@@ -232,10 +232,10 @@ def test_errors_are_in_the_robots_units_and_leave_out_what_is_past_the_end():
     assert errors.overall().rmse_scaled == pytest.approx(np.sqrt((1 / width**2 + 0) / 2))
 
 
-def test_several_draws_are_averaged_by_their_errors():
+def test_errors_of_several_noise_samples_are_averaged():
     recorded = two_frames().recorded
-    draws = recorded[:, None] + np.array([[[-1, 0]], [[3, 0]]], np.float32)  # mean of the draws: 1 off
-    errors = errors_of(two_frames(predicted=draws), RECORDED)
+    samples = recorded[:, None] + np.array([[[-1, 0]], [[3, 0]]], np.float32)  # the mean of the chunks is 1 off
+    errors = errors_of(two_frames(predicted=samples), RECORDED)
     np.testing.assert_allclose(errors.mae(), [2, 0])
     np.testing.assert_allclose(errors.rmse(), [np.sqrt(5), 0])
 
@@ -282,11 +282,11 @@ def test_holding_needs_the_same_unit_and_a_dimension_that_is_always_there():
     assert texts(robot(StateKey("state", ("here",)), (ActionDim("there", kind="delta"),))) == ["state here"]
 
 
-# Pictures
+# Plots
 
 
-def test_pictures_show_every_dimension_and_frame(dataset, policy):
-    chunks = predict_chunks(policy, dataset, [0, 6, 12], num_steps=1, draws=3)
+def test_plots_show_every_dimension_and_frame(dataset, policy):
+    chunks = predict_chunks(policy, dataset, [0, 6, 12], num_steps=1, noise_samples=3)
     figure = plot_chunks(chunks)
     assert len(figure.axes) == 2 * 3
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["elbow\nrad", "gripper\n0 to 1"]
@@ -295,7 +295,7 @@ def test_pictures_show_every_dimension_and_frame(dataset, policy):
     np.testing.assert_array_equal(np.isnan(recorded), [False, False, False, True])
     np.testing.assert_array_equal(predicted, chunks.predicted[1, :, :, 0])
     shown = [
-        axes.get_title()
+        axes.get_title("left")
         for axes in plot_errors(errors_of(chunks, dataset.columns["action"])).axes
         if axes.get_visible()
     ]
@@ -326,18 +326,18 @@ def test_the_command_prints_one_document(folder, path, dataset, policy, capsys):
     assert row["baselines"]["hold"]["action"] == "state elbow"
     assert len(document["horizon"]) == HORIZON
     assert document["overall"]["baselines"]["hold"]["policy_mae_scaled"] == document["overall"]["mae_scaled"]
-    assert document["pictures"] == []
+    assert document["plots"] == []
 
 
-def test_the_command_names_where_a_baseline_is_better_and_writes_pictures(folder, path, tmp_path, capsys):
-    out = tmp_path / "new" / "pictures"
+def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, path, tmp_path, capsys):
+    out = tmp_path / "new" / "plots"
     captured = run([folder, "--dataset", path, "--num-steps", 1, "--out", out], capsys)
     assert "worse than the baseline hold: elbow" in captured.out
     assert "has only 18 frames to sample 256 from; all of them were used" in captured.err
     for name in ("errors.png", "chunks.png"):
         assert str(out / name) in captured.out
-        with Image.open(out / name) as picture:
-            picture.verify()
+        with Image.open(out / name) as image:
+            image.verify()
 
 
 def test_episodes_can_be_chosen(folder, path, capsys):
@@ -375,7 +375,7 @@ def test_a_wrong_argument_is_one_line_and_status_1(folder, path, capsys, argumen
     assert message in errors[0]
 
 
-def test_a_data_set_of_another_robot_is_an_error_that_says_so(policy, folder, tmp_path):
+def test_a_dataset_of_another_robot_is_an_error_that_says_so(policy, folder, tmp_path):
     others = LeRobotDataset(write_set(tmp_path / "actions", action_names=("x", "y", "z")), action_horizon=HORIZON)
     with pytest.raises(ValueError, match=r"action has 3 dimensions; embodiment 'arm' has 2: elbow, gripper"):
         chunk_errors(policy, others, [0])
@@ -393,14 +393,14 @@ def test_what_the_caller_gets_wrong(policy, make_policy, dataset, path):
         chunk_errors(policy, LeRobotDataset(path, action_horizon=7), [0])
     with pytest.raises(ValueError, match="frames: got 0"):
         chunk_errors(policy, dataset, [])
-    with pytest.raises(ValueError, match="draws: got 0"):
-        chunk_errors(policy, dataset, [0], draws=0)
+    with pytest.raises(ValueError, match="noise_samples: got 0"):
+        chunk_errors(policy, dataset, [0], noise_samples=0)
     with pytest.raises(IndexError, match="no frame 18"):
         chunk_errors(policy, dataset, [18])
 
 
 def test_a_policy_without_a_horizon_needs_a_config(policy, make_policy, path, tmp_path):
-    """An openpi checkpoint doesn't say it; here the error comes before the data set is read."""
+    """An openpi checkpoint doesn't say it; here the error comes before the dataset is read."""
     from torchpi.evaluation import report
 
     with pytest.MonkeyPatch.context() as patch:

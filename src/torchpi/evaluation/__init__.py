@@ -1,4 +1,4 @@
-"""Judging a policy without a robot or a simulator: predicted beside recorded action chunks of a data set."""
+"""Evaluation without a robot or a simulator: predicted action chunks compared with the recorded ones of a dataset."""
 
 from torchpi.evaluation.chunks import Chunks, predict_chunks, sample_frames
 from torchpi.evaluation.errors import ChunkErrors, chunk_errors, errors_of

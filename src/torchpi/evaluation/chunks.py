@@ -1,4 +1,4 @@
-"""Which frames are judged, and the chunks that a policy predicts at them, beside the recorded ones."""
+"""Sampled frames of a dataset, with the action chunks that a policy predicts there and those that were recorded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +14,15 @@ from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 
+_KEPT = (lerobot.STATE, lerobot.ACTION, "action_is_pad", "episode_index", "frame_index", "task")  # not the images
+
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """Where a chunk begins."""
+    """The frame at which a chunk begins."""
 
     episode: int
-    """The episode's index in the data set."""
+    """The episode's index in the dataset."""
     number: int
     """Within the episode, from 0."""
     task: str
@@ -29,12 +31,12 @@ class Frame:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chunks:
-    """What a policy predicts at some frames, and what was recorded there, in the robot's units."""
+    """Predicted and recorded chunks of some frames, in the robot's units."""
 
     embodiment: Embodiment
     frames: tuple[Frame, ...]
     predicted: Float32[np.ndarray, "F R H a"]
-    """R: draws of noise."""
+    """R: noise samples."""
     recorded: Float32[np.ndarray, "F H a"]
     """Past the end of the episode its last action."""
     is_pad: Bool[np.ndarray, "F H"]
@@ -44,7 +46,7 @@ class Chunks:
 
 
 def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> list[int]:
-    """Frames that are spread evenly over episodes, and over the time within each.
+    """Sample frames evenly over the episodes, and over the time within each.
 
     Every episode gets as many as the others, as far as it has them, and is cut into so many parts of equal length, of
     each of which one frame is drawn.
@@ -52,7 +54,7 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
     Args:
         lengths: frames of each episode, as `LeRobotDataset.episode_lengths`; a frame's number counts through them.
         samples: how many; where there are fewer frames, all.
-        seed: of the draws, and of the episodes that get one more, or one at all.
+        seed: of the frames, and of the episodes that get one more, or one at all.
 
     Returns:
         Numbers of frames, each once, in ascending order.
@@ -74,7 +76,7 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
 
 
 def _shares(lengths: Sequence[int], samples: int, seed: int) -> list[int]:
-    """How many frames of each: in rounds, one of every episode that has more; the last round in random order."""
+    """Frames per episode: in rounds, one of every episode that has more; the last round in random order."""
     shares = [0] * len(lengths)
     left = min(samples, sum(lengths))
     while left:
@@ -96,24 +98,24 @@ def predict_chunks(
     seed: int = 0,
     num_steps: int = 10,
     batch_size: int = 32,
-    draws: int = 1,
+    noise_samples: int = 1,
     prompt: str | None = None,
-    on_batch: Callable[[], None] | None = None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Chunks:
-    """The chunks that a policy predicts at frames of a data set of its robot; the policy stays as it is.
+    """Predict the chunks at frames of a dataset of the policy's robot; the policy stays as it is.
 
     Args:
         dataset: with chunks as long as the policy's.
-        frames: numbers of the data set's frames, as `sample_frames` gives them.
-        seed: a chunk's noise depends on it, the frame's place in its episode, and the draw; on nothing else.
+        frames: numbers of the dataset's frames, as `sample_frames` gives them.
+        seed: a chunk's noise depends on it, on the frame's place in its episode and on the number of the noise sample.
         num_steps: Euler steps.
-        batch_size: chunks at once; all draws of a frame are in one batch.
-        draws: of noise, per frame.
+        batch_size: chunks at once; all noise samples of a frame are in one batch.
+        noise_samples: chunks per frame.
         prompt: the instruction of all frames, instead of their tasks.
-        on_batch: called after each batch, for a progress bar.
+        on_batch: called after each batch with its number of frames, for a progress bar.
 
     Raises:
-        KeyError: the data set has no such camera.
+        KeyError: the dataset has no such camera.
         IndexError: it has no such frame.
         ValueError: it is of another robot, or its chunks are of another length; the policy's action_horizon is not set;
             no frames, or a count that isn't positive.
@@ -121,57 +123,47 @@ def predict_chunks(
     horizon = policy.model.config.require("action_horizon")
     if dataset.action_horizon != horizon:
         raise UsageError(
-            f"The policy predicts {horizon} actions, but the data set {dataset.path} was opened for chunks of "
+            f"The policy predicts {horizon} actions, but the dataset {dataset.path} was opened for chunks of "
             f"{dataset.action_horizon}. Open it with action_horizon={horizon}."
         )
-    for name, count in (("frames", len(frames)), ("batch_size", batch_size), ("draws", draws)):
+    for name, count in (("frames", len(frames)), ("batch_size", batch_size), ("noise_samples", noise_samples)):
         if count < 1:
             raise UsageError(f"{name}: got {count}; expected 1 or more.")
-    places: list[Frame] = []
-    items: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
     predicted: list[np.ndarray] = []
-    for batch in batches(frames, batch_size=batch_size, draws=draws):
-        batch_items = [dataset[frame] for frame in batch]
-        batch_places = [_place(item) for item in batch_items]
+    size = max(1, batch_size // noise_samples)
+    for start in range(0, len(frames), size):
+        items = [dataset[frame] for frame in frames[start : start + size]]
         chunks = policy.infer_batch(
-            [_observation(item, policy.embodiment, prompt) for item in batch_items for _ in range(draws)],
-            noise=np.stack([_noise(policy, seed, place, draw) for place in batch_places for draw in range(draws)]),
+            [_observation(item, policy.embodiment, prompt) for item in items for _ in range(noise_samples)],
+            noise=np.stack([_noise(policy, seed, _frame(item), i) for item in items for i in range(noise_samples)]),
             num_steps=num_steps,
         )
         predicted += [chunk["actions"] for chunk in chunks]
-        places += batch_places
-        # The images are not kept.
-        items += [{key: item[key] for key in (lerobot.STATE, lerobot.ACTION, "action_is_pad")} for item in batch_items]
+        kept += [{key: item[key] for key in _KEPT} for item in items]
         if on_batch is not None:
-            on_batch()
-    stacked = {key: np.stack([item[key] for item in items]) for key in items[0]}
+            on_batch(len(items))
     return Chunks(
         policy.embodiment,
-        tuple(places),
-        np.stack(predicted).reshape(len(places), draws, horizon, policy.embodiment.action_size),
-        stacked[lerobot.ACTION],
-        stacked["action_is_pad"],
-        stacked[lerobot.STATE],
+        tuple(map(_frame, kept)),
+        np.stack(predicted).reshape(len(kept), noise_samples, horizon, policy.embodiment.action_size),
+        np.stack([item[lerobot.ACTION] for item in kept]),
+        np.stack([item["action_is_pad"] for item in kept]),
+        np.stack([item[lerobot.STATE] for item in kept]),
     )
 
 
-def batches(frames: Sequence[int], *, batch_size: int, draws: int) -> list[Sequence[int]]:
-    """The frames of each batch of `predict_chunks`."""
-    size = max(1, batch_size // draws)
-    return [frames[at : at + size] for at in range(0, len(frames), size)]
-
-
-def _place(item: Mapping[str, Any]) -> Frame:
-    # Not the frame's number in what is read, which depends on the episodes that were chosen.
+def _frame(item: Mapping[str, Any]) -> Frame:
+    # Not the frame's number in the dataset as it was opened, which depends on the episodes that were chosen.
     return Frame(int(item["episode_index"]), int(item["frame_index"]), item["task"])
 
 
 def _observation(item: Mapping[str, Any], embodiment: Embodiment, prompt: str | None) -> dict[str, Any]:
     observation = to_observation(item if prompt is None else {**item, "task": prompt}, embodiment)
-    del observation["actions"]  # what is to be predicted
+    del observation["actions"]  # the recorded ones
     return observation
 
 
-def _noise(policy: Policy, seed: int, frame: Frame, draw: int) -> Float32[np.ndarray, "H A"]:
+def _noise(policy: Policy, seed: int, frame: Frame, sample: int) -> Float32[np.ndarray, "H A"]:
     shape = (policy.model.config.require("action_horizon"), policy.model.config.action_dim)
-    return generator_at(seed, "evaluation", frame.episode, frame.number, draw).standard_normal(shape, np.float32)
+    return generator_at(seed, "evaluation", frame.episode, frame.number, sample).standard_normal(shape, np.float32)

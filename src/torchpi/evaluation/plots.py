@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: errors over the horizon, and predicted beside recorded chunks."""
+"""Plots of an evaluation: errors over the horizon, and predicted chunks with the recorded ones."""
 
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -7,137 +7,103 @@ import numpy as np
 
 from torchpi.evaluation.chunks import Chunks
 from torchpi.evaluation.errors import HOLD, MEAN_ACTION, POLICY, ChunkErrors
+from torchpi.ui.palette import COLORS
+from torchpi.ui.plots import draw_figure, label_axes, panel_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ORANGE, _EXECUTED = "#d9581c", "#eef1f5"
-_RECORDED: dict[str, Any] = {"color": "#202020", "linewidth": 3.2}
-_PREDICTED: dict[str, Any] = {"color": _ORANGE, "linewidth": 0.9, "alpha": 0.75, "zorder": 3}  # above the recorded line
 _LINES: dict[str, dict[str, Any]] = {
-    POLICY: {"label": "policy", "color": _ORANGE, "linewidth": 2.0, "zorder": 3},
-    HOLD: {"label": "hold: the robot stays where it is", "color": "#2f6fd0", "linewidth": 1.4, "linestyle": "--"},
-    MEAN_ACTION: {"label": "mean action of the data set", "color": "#7a8290", "linewidth": 1.4, "linestyle": ":"},
+    POLICY: {"label": "policy", "color": COLORS["suffix"], "linewidth": 2.0, "zorder": 3},
+    HOLD: {"label": "hold: the robot stays where it is", "color": COLORS["prefix"], "linestyle": "--"},
+    MEAN_ACTION: {"label": "mean action of the dataset", "color": COLORS["noise"], "linestyle": ":"},
 }
 
 
 def plot_errors(errors: ChunkErrors) -> "Figure":
-    """Mean absolute error over the steps of the horizon, of the policy and the baselines.
+    """Plot the mean absolute error over the steps of the horizon, of the policy and the baselines.
 
-    The first panel is the mean over the dimensions, in parts of their range; then one panel per dimension, in its unit.
-    A baseline is in the first panel only where it covers all of the policy's dimensions there.
+    The first panel is the mean over the dimensions, as a fraction of their range; then one panel per dimension, in its
+    unit. A baseline is in the first panel only where it covers all of the policy's dimensions there.
     """
-    from matplotlib.figure import Figure
+    count = 1 + len(errors.dimensions)
+    columns = min(count, min((4, 5, 6), key=lambda columns: -count % columns))
 
-    num_panels = 1 + len(errors.dimensions)
-    columns = _columns(num_panels)
-    rows = -(-num_panels // columns)
-    figure = Figure(figsize=(3.1 * columns, 2.1 * rows + 1.0), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False, sharex=True).flat
-    steps = np.arange(len(errors.counts))
-    for of, style in _LINES.items():
-        if errors.overall(of).dimensions == errors.overall().dimensions:
-            _line(panels[0], steps, errors.scaled_per_step(of), style)
-        for i in range(len(errors.dimensions)):
-            _line(panels[1 + i], steps, errors.per_step[of].mae[:, i], style)
-    _title(panels[0], "all dimensions", "parts of the range, 1 % to 99 %", bold=True)
-    for i, dimension in enumerate(errors.dimensions):
-        _title(panels[1 + i], dimension.name, dimension.unit)
-    for i, panel in enumerate(panels):
-        panel.set_ylim(bottom=0)
-        _tidy(panel)
-        if i >= num_panels:
-            panel.set_visible(False)
-        elif i + columns >= num_panels:  # nothing below it
-            panel.set_xlabel("step of the chunk", fontsize=8)
-            panel.tick_params(labelbottom=True)
-    figure.suptitle("Mean absolute error over the horizon", fontsize=12)
-    handles = [_handle(style) for style in _LINES.values()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, columns), fontsize=9, frameon=False)
-    return figure
+    def draw(figure: "Figure") -> None:
+        overall, *panels = panel_grid(figure, count, columns)
+        steps = np.arange(len(errors.counts))
+        for of, style in _LINES.items():
+            curves = dict(zip(panels, errors.per_step[of].mae.T, strict=True))
+            if errors.overall(of).dimensions == errors.overall().dimensions:
+                curves[overall] = errors.scaled_per_step(of)
+            for panel, values in curves.items():
+                panel.plot(steps, values, marker=_marker(values), **style)
+        label_axes(overall, x="step of the chunk", y="fraction of the action range", title="all dimensions")
+        for panel, dimension in zip(panels, errors.dimensions, strict=True):
+            title, unit = (textwrap.shorten(text, 40, placeholder=" …") for text in (dimension.name, dimension.unit))
+            label_axes(panel, x="step of the chunk", y=unit, title=title)
+        for panel in (overall, *panels):
+            panel.set_ylim(bottom=0)
+        figure.suptitle("Mean absolute error over the horizon")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 2 else 1)
+
+    return draw_figure(draw, size=(3.2 * columns, 2.2 * -(-count // columns) + 1.0))
 
 
 def plot_chunks(chunks: Chunks, *, max_frames: int = 4) -> "Figure":
-    """Predicted beside recorded chunks: a column per frame, a row per dimension, in the robot's units.
+    """Plot predicted and recorded chunks: a column per frame, a row per dimension, in the robot's units.
 
-    Each draw is a thin line. The recorded line ends where the episode does. The ground is grey as far as the embodiment
-    recommends to execute a chunk.
+    Each noise sample is a thin line. The recorded line ends where the episode does. The ground is grey as far as the
+    embodiment recommends to execute a chunk.
 
     Args:
         max_frames: of more frames so many are shown, evenly spaced.
     """
-    from matplotlib.figure import Figure
+    shown, actions = evenly_spaced(len(chunks.frames), max_frames), chunks.embodiment.actions
 
-    shown = evenly_spaced(len(chunks.frames), max_frames)
-    actions, num_frames = chunks.embodiment.actions, len(shown)
-    _, draws, horizon, _ = chunks.predicted.shape
-    row_height = 1.25 if len(actions) <= 16 else 1.0
-    figure = Figure(figsize=(2.0 + 2.9 * num_frames, row_height * len(actions) + 1.6), layout="constrained")
-    panels = figure.subplots(len(actions), num_frames, squeeze=False, sharex=True, sharey="row")
-    recorded = np.where(chunks.is_pad[..., None], np.nan, chunks.recorded)  # [F, H, a]
-    executed = chunks.embodiment.execute_steps
-    steps = np.arange(horizon)
-    for i, action in enumerate(actions):
+    def draw(figure: "Figure") -> None:
+        panels = figure.subplots(len(actions), len(shown), squeeze=False, sharex=True, sharey="row")
         for column, number in enumerate(shown):
-            panel, frame = panels[i, column], chunks.frames[number]
-            if executed is not None:
-                panel.axvspan(0, min(executed, horizon) - 1, color=_EXECUTED, zorder=0)
-            _line(panel, steps, recorded[number, :, i], _RECORDED)
-            panel.plot(steps, chunks.predicted[number, :, :, i].T, **_PREDICTED)
-            _tidy(panel)
-            if i == 0:
-                place = f"episode {frame.episode}, frame {frame.number}"
-                _title(panel, place, textwrap.shorten(frame.task, 44, placeholder=" …"))
-        label = "\n".join([*textwrap.wrap(action.name, 30), *textwrap.wrap(action.unit, 24)])
-        panels[i, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
-    for panel in panels[-1]:
-        panel.set_xlabel("step of the chunk", fontsize=8)
-    handles = [
-        _handle({"label": "recorded", **_RECORDED}),
-        _handle({"label": f"predicted, {draws} draw{'s' if draws > 1 else ''} of noise", **_PREDICTED}),
-    ]
-    if executed is not None:
-        handles.append(_handle({"label": "executed before the next chunk", "color": _EXECUTED, "linewidth": 8}))
-    figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9, frameon=False)
-    return figure
+            for i in range(len(actions)):
+                _draw_chunk(panels[i, column], chunks, number, i)
+            frame = chunks.frames[number]
+            task = textwrap.shorten(frame.task, 40, placeholder=" …")
+            panels[0, column].set_title(f"episode {frame.episode}, frame {frame.number}\n{task}")
+            panels[-1, column].set_xlabel("step of the chunk")
+        for row, action in zip(panels, actions, strict=True):
+            label = "\n".join([*textwrap.wrap(action.name, 30), *textwrap.wrap(action.unit, 24)])
+            row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(handles))
+
+    row_height = 1.25 if len(actions) <= 16 else 1.0
+    return draw_figure(draw, size=(2.0 + 2.9 * len(shown), row_height * len(actions) + 1.6))
+
+
+def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
+    """Dimension i of the chunks at one frame."""
+    noise_samples, horizon = chunks.predicted.shape[1:3]
+    steps = np.arange(horizon)
+    recorded = np.where(chunks.is_pad[number], np.nan, chunks.recorded[number, :, i])
+    panel.plot(steps, recorded, color=COLORS["ink"], linewidth=3, marker=_marker(recorded), label="recorded")
+    predicted = panel.plot(
+        steps, chunks.predicted[number, :, :, i].T, color=COLORS["suffix"], linewidth=0.9, alpha=0.75, zorder=3
+    )
+    predicted[0].set_label(f"predicted, {noise_samples} noise sample{'s' if noise_samples > 1 else ''}")
+    if (executed := chunks.embodiment.execute_steps) is not None:
+        panel.axvspan(
+            0, min(executed, horizon) - 1, color=COLORS["line"], alpha=0.5, linewidth=0, zorder=0,
+            label="executed before the next chunk",
+        )  # fmt: skip
+    label_axes(panel, x="")
+
+
+def _marker(values: np.ndarray) -> str | None:
+    """A marker where a line would not show: at a single value."""
+    return "o" if np.isfinite(values).sum() == 1 else None
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:
-    """Of `total` things the numbers of at most `count`, each from the middle of one of as many equal parts."""
+    """Numbers of at most `count` of `total` things, each from the middle of one of as many equal parts."""
     count = min(count, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def _columns(num_panels: int) -> int:
-    """The number of columns that leaves the fewest places empty, the larger one of equals."""
-    return max((3, 4) if num_panels <= 12 else (4, 5, 6), key=lambda columns: (-(-num_panels % columns), columns))
-
-
-def _line(panel: Any, steps: np.ndarray, values: np.ndarray, style: dict[str, Any]) -> None:
-    """A line; a marker as well where a single value would not show."""
-    panel.plot(steps, values, marker="o" if np.isfinite(values).sum() == 1 else None, markersize=4, **style)
-
-
-def _handle(style: dict[str, Any]) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], **style)
-
-
-def _title(panel: Any, name: str, below: str, *, bold: bool = False) -> None:
-    """A name, and a smaller line below it."""
-    panel.set_title(name, fontsize=9, pad=15 if below else 5, fontweight="bold" if bold else "normal")
-    panel.text(
-        0.5, 1.03, textwrap.shorten(below, 44, placeholder=" …"), transform=panel.transAxes, ha="center", va="bottom",
-        fontsize=7, color="#5a6270",
-    )  # fmt: skip
-
-
-def _tidy(panel: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    panel.grid(alpha=0.25, linewidth=0.6)
-    panel.tick_params(labelsize=7, length=2)
-    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    panel.yaxis.set_major_locator(MaxNLocator(4))
-    panel.spines[["top", "right"]].set_visible(False)

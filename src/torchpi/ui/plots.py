@@ -25,15 +25,12 @@ if TYPE_CHECKING:
 _STYLE: dict[str, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": "none",
-    "axes.grid": True,
     "axes.labelcolor": COLORS["soft"],
     "axes.labelsize": 9,
     "axes.titlelocation": "left",
-    "axes.titlesize": 10.5,
+    "axes.titlesize": 10,
     "figure.titlesize": 12,
     "font.size": 9,
-    "grid.color": COLORS["line"],
-    "grid.linewidth": 0.8,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
     "legend.labelcolor": COLORS["soft"],
@@ -41,14 +38,6 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 3.5,
     "svg.fonttype": "none",  # text stays text
     "text.color": COLORS["ink"],
-    "xtick.labelsize": 8.5,
-    "xtick.labelcolor": COLORS["soft"],
-    "xtick.major.size": 0,
-    "xtick.minor.size": 0,
-    "ytick.labelsize": 8.5,
-    "ytick.labelcolor": COLORS["soft"],
-    "ytick.major.size": 0,
-    "ytick.minor.size": 0,
 }
 _NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # both readable on light and on dark ground
 
@@ -74,13 +63,28 @@ def draw_figure(
     return figure
 
 
+def panel_grid(figure: "Figure", count: int, columns: int) -> list["Axes"]:
+    """Axes in rows that fill the figure: those of the last row are wider where they are fewer."""
+    rows = -(-count // columns)
+    in_last_row = count - (rows - 1) * columns
+    grid = figure.add_gridspec(rows, math.lcm(columns, in_last_row) if rows > 1 else in_last_row)
+    panels = []
+    for i in range(count):
+        row, column = divmod(i, columns)
+        width = grid.ncols // (in_last_row if row == rows - 1 else columns)
+        panels.append(figure.add_subplot(grid[row, column * width : (column + 1) * width]))
+    return panels
+
+
 def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
-    """Label the axes; the ticks of x are whole numbers, as `20k`."""
+    """Label the axes and draw a grid; the ticks of x are whole numbers, as `20k`."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.set_title(title)
+    axes.grid(color=COLORS["line"], linewidth=0.8)
+    axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=COLORS["soft"])
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
 
