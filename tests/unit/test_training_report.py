@@ -85,8 +85,8 @@ def full(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, learning_rate=1e-3)
     (run / "run.json").write_text(json.dumps(ABOUT))
     for step in (20, 100):
-        write_picture(run / "pictures" / f"{step:08d}_chunks.png")
-        write_picture(run / "pictures" / f"{step:08d}_errors.png")
+        write_picture(run / "plots" / f"{step:08d}_chunks.png")
+        write_picture(run / "plots" / f"{step:08d}_errors.png")
     (run / "checkpoints" / "00000100" / "policy").mkdir(parents=True)
     (run / "report.html").write_text("an older page")
     write_report(run)
@@ -214,7 +214,7 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
     more = {"chunk_error_droid": 0.5, "chunk_error_dims_droid": {"x": 0.5}, "chunk_error_steps_droid": [0.5, None]}
     run = write_run(tmp_path / "run", [metrics_line(10, **evaluation(0.2), **more)], dataset="", mixture=mixture)
     for name in ("00000010_chunks", "00000005_chunks_droid", "00000010_chunks_droid"):
-        write_picture(run / "pictures" / f"{name}.png")
+        write_picture(run / "plots" / f"{name}.png")
     (run / "checkpoints" / "00000010" / "policy").mkdir(parents=True)
     page = page_of(run)
     assert "From random weights, on first: step 10 of" in page.text
@@ -251,14 +251,14 @@ def test_the_dataset_is_named_from_the_folder_of_the_run(bare, monkeypatch):
 
 
 def test_a_large_picture_is_made_smaller(bare):
-    path = bare / "pictures" / "00000100_chunks.png"
+    path = bare / "plots" / "00000100_chunks.png"
     write_picture(path, (1200, 800))
     assert path.stat().st_size > PICTURE_BYTES
     assert [source[:15] for source in page_of(bare).attributes("src")] == ["data:image/jpeg"]
 
 
 def test_a_picture_that_is_cut_short_is_named(bare):
-    path = bare / "pictures" / "00000100_errors.png"
+    path = bare / "plots" / "00000100_errors.png"
     write_picture(path)
     path.write_bytes(path.read_bytes()[:100])
     assert "00000100_errors.png cannot be shown" in page_of(bare).text

@@ -14,6 +14,7 @@ from torchpi.evaluation.chunks import Chunks, predict_chunks
 from torchpi.policy import Policy
 from torchpi.robots import Embodiment
 from torchpi.robots.holding import holds
+from torchpi.transforms import NormStats, constant_dims
 
 POLICY, HOLD, MEAN_ACTION = "policy", "hold", "mean_action"
 BASELINES = (HOLD, MEAN_ACTION)
@@ -34,12 +35,8 @@ class Dimension:
     """Mean of the dataset's actions: the baseline "mean_action"."""
     hold: str | None
     """The baseline "hold": "state NAME", "no motion", or None: the embodiment doesn't say."""
-
-    @property
-    def range(self) -> float:
-        """Distance from low to high, by which errors are scaled; NaN where the dimension hardly moves."""
-        width = self.high - self.low
-        return width if width > 1e-6 * max(abs(self.low), abs(self.high)) else math.nan
+    range: float
+    """Distance from low to high, by which errors are scaled; NaN where the dimension is constant."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,7 +71,7 @@ class ChunkErrors:
 
     @property
     def ranges(self) -> Float64[np.ndarray, " a"]:
-        """Ranges of the dimensions."""
+        """Ranges of the dimensions; NaN where one is constant."""
         return np.array([dimension.range for dimension in self.dimensions])
 
     def mae(self, of: str = POLICY) -> Float64[np.ndarray, " a"]:
@@ -174,9 +171,13 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     low, high = np.quantile(actions, (0.01, 0.99), axis=0)
     mean = actions.mean(axis=0)
     robot = chunks.embodiment
+    ranges = high - low
+    ranges[constant_dims(NormStats(mean, actions.std(axis=0), low, high), "quantile")] = math.nan
     dimensions = tuple(
-        Dimension(action.name, action.unit, float(low[i]), float(high[i]), float(mean[i]), hold.text if hold else None)
-        for i, (action, hold) in enumerate(zip(robot.actions, holds(robot), strict=True))
+        Dimension(action.name, action.unit, *values, hold.text if hold else None, width)
+        for action, hold, values, width in zip(
+            robot.actions, holds(robot), np.stack([low, high, mean], axis=1).tolist(), ranges.tolist(), strict=True
+        )
     )
     predictions = {
         POLICY: chunks.predicted,  # [F, R, H, a]

@@ -4,11 +4,10 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
-from torchpi.evaluation.errors import errors_of
+from torchpi.evaluation.errors import errors_of, without_nan
 from torchpi.evaluation.plots import plot_chunks, plot_errors
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
@@ -17,7 +16,7 @@ from torchpi.training.distributed import FlowError, World, sum_over_processes
 from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
 from torchpi.training.setup import SourceData, robot_names
 
-PICTURES = "pictures"
+PLOTS = "plots"
 DRAWS = 4
 """Of noise and time, per held-out sample."""
 # No step of training has this number, so none has these draws.
@@ -76,12 +75,12 @@ class Holdout:
         """Sample chunks and compare them with the recorded ones.
 
         Returns:
-            The numbers, and the pictures that the first process has drawn.
+            The numbers, and the plots that the first process has drawn.
         """
         numbers: dict[str, Any] = {}
-        pictures: dict[str, pathlib.Path] = {}
+        plots: dict[str, pathlib.Path] = {}
         if not self.config.chunk_samples:
-            return numbers, pictures
+            return numbers, plots
         names = robot_names([policy.embodiment for policy in self.policies])
         for number, dataset in self.sources:
             policy = self.policies[number]
@@ -105,17 +104,8 @@ class Holdout:
                 f"chunk_error_steps{name}": [float(value) for value in errors.scaled_per_step()],
             }
             if self.world.first:
-                (run / PICTURES).mkdir(exist_ok=True)
-                for what, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
-                    pictures[f"{what}{name}"] = run / PICTURES / f"{step:08d}_{what}{name}.png"
-                    figure.savefig(pictures[f"{what}{name}"], dpi=80)
-        return {key: _without_nan(value) for key, value in numbers.items()}, pictures
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: None, or left out of a mapping."""
-    if isinstance(value, dict):
-        return {key: number for key, number in value.items() if np.isfinite(number)}
-    if isinstance(value, list):
-        return [number if np.isfinite(number) else None for number in value]
-    return value if np.isfinite(value) else None
+                (run / PLOTS).mkdir(exist_ok=True)
+                for kind, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
+                    plots[f"{kind}{name}"] = run / PLOTS / f"{step:08d}_{kind}{name}.png"
+                    figure.savefig(plots[f"{kind}{name}"], dpi=80)
+        return without_nan(numbers), plots

@@ -8,7 +8,7 @@ run.json        command, started and finished (ISO 8601), torchpi, torch, device
                 loaded, fresh, left_out, adapted}
 metrics.jsonl   lines as `curves.panels` and the functions below read them; "resumed": true marks the first one after
                 a resume
-pictures        STEP_chunks.png and STEP_errors.png, of which the last ones are shown; the chunk errors and pictures of
+plots           STEP_chunks.png and STEP_errors.png, of which the last ones are shown; the chunk errors and pictures of
                 the other robots of a mixture end in _ROBOT
 checkpoints     STEP/policy
 """
@@ -360,9 +360,8 @@ def _dimension_bars(dims: Mapping[str, Any], of: str) -> str:
 
 def _last_pictures(run: Run) -> list[tuple[str, str, pathlib.Path]]:
     """Kind and robot (empty: the first one) of each picture, and that of the largest step."""
-    folder = run.folder / "pictures"
     last: dict[tuple[str, str], tuple[int, pathlib.Path]] = {}
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in (*run.folder.glob("plots/*.png"), *run.folder.glob("pictures/*.png")):  # the folder's earlier name
         if found := re.fullmatch(rf"(\d+)_({'|'.join(_PICTURES)})(?:_(.+))?\.png", path.name):
             key = (found[3] or "", found[2])
             last[key] = max(last.get(key, (-1, path)), (int(found[1]), path))
