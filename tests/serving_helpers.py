@@ -11,7 +11,7 @@ import torch
 from websockets.sync.client import connect
 
 import torchpi
-from torchpi.bench.serving import report_memory
+from torchpi.bench.serve import announce
 from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
@@ -118,7 +118,7 @@ def served(*policies, recorder=None, **settings):
 def serve_fake(pipe, settings):
     """`served` in a process of its own, for `server_process`."""
     with served(FakePolicy(), **settings) as (address, _):
-        report_memory(pipe, address)
+        announce(pipe, address)
 
 
 class Client:

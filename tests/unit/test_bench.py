@@ -1,4 +1,4 @@
-"""The floors count what is really computed."""
+"""Benchmarks of model, training and loading: floors count the operations that run."""
 
 import dataclasses
 import json
@@ -9,13 +9,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import torchpi
-from torchpi import bench
+from torchpi.bench import floor
+from torchpi.bench import model as bench
 from torchpi.cli import main
 from torchpi.config import preset
 
 
 def workload(config, **changes):
-    return bench.Workload(
+    return floor.Workload(
         **{"config": config, "batch": 1, "num_cameras": 3, "prompt_tokens": 40, "num_steps": 3, "dtype": torch.float32}
         | changes
     )
@@ -23,18 +24,18 @@ def workload(config, **changes):
 
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_counted_flops_are_those_that_sampling_runs(batch, pi05):
-    """PyTorch's own counter sees every product of a run, attention's too where it is plain matrix products."""
+def test_counted_flops_equal_those_of_a_run(batch, pi05):
+    """PyTorch's own counter sees every matmul of a run, attention's too where it is plain matmuls."""
     work = workload(dataclasses.replace(preset("tiny"), pi05=pi05), batch=batch)
     model = torchpi.Pi0(work.config)
     observation = bench.make_observation(work, torch.device("cpu"))
     noise = torch.zeros(batch, work.config.action_horizon, work.config.action_dim)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
-    assert sum(op.flops for op in bench.sampling_ops(work)) == counter.get_total_flops()
+    assert sum(op.flops for op in floor.sampling_ops(work)) == counter.get_total_flops()
 
 
-def test_compiling_reaches_all_that_sampling_runs(monkeypatch):
+def test_compile_reaches_every_stack_of_sampling(monkeypatch):
     """A stack that is entered by another method than the compiled one would silently run as before."""
     entered = []
 
@@ -60,9 +61,10 @@ def test_compiling_reaches_all_that_sampling_runs(monkeypatch):
     assert any("keys_and_values" in name for name in entered)
 
 
-def test_compiling_reaches_each_layer_that_is_trained(monkeypatch):
+def test_compile_reaches_every_trained_layer(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
     work = workload(preset("tiny"), num_steps=1)
     bench.bench_train(work, repeats=1)
     assert not compiled
@@ -73,18 +75,18 @@ def test_compiling_reaches_each_layer_that_is_trained(monkeypatch):
 def test_full_size_flops():
     """The figures of the design: vision 0.66, prefix 3.76, expert 0.39 TFLOP at three cameras and 200 tokens."""
     work = workload(preset("pi05"), prompt_tokens=200, num_steps=10, dtype=torch.bfloat16)
-    parts = (bench.vision_ops(work), bench.prefix_ops(work), bench.expert_ops(work, work.num_steps))
+    parts = (floor.vision_ops(work), floor.prefix_ops(work), floor.expert_ops(work, work.num_steps))
     assert [round(sum(op.flops for op in ops) / 1e12, 2) for ops in parts] == [0.66, 3.76, 0.39]
 
 
-def test_the_floor_takes_the_larger_of_compute_and_bytes():
-    machine = bench.Machine(flops=10.0, bytes=5.0)
-    assert bench.Op("matmul", flops=100, bytes=5).floor(machine) == 10
-    assert bench.Op("copy", flops=0, bytes=50).floor(machine) == 10
+def test_floor_is_the_larger_of_compute_and_bytes():
+    machine = floor.Machine(flops=10.0, bytes=5.0)
+    assert floor.Op("matmul", flops=100, bytes=5).floor(machine) == 10
+    assert floor.Op("copy", flops=0, bytes=50).floor(machine) == 10
 
 
-def test_a_run_prints_one_json_document(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "measure_machine", lambda dtype, device: lambda: bench.Machine(1e11, 1e10))
+def test_json_is_one_document(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
     config = tmp_path / "config.json"
     config.write_text(json.dumps(preset("tiny").to_dict()))
     main(["bench", "--config", str(config), "--prompt-tokens", "10", "--repeats", "1", "--num-steps", "1", "--json"])
@@ -97,7 +99,7 @@ def test_a_run_prints_one_json_document(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_loading_is_watched_in_a_process_of_its_own(tmp_path, capsys):
+def test_load_runs_in_a_fresh_process(tmp_path, capsys):
     torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
     main(["bench", "load", "--policy", str(tmp_path / "policy"), "--json"])
     result = json.loads(capsys.readouterr().out)

@@ -1,13 +1,14 @@
-"""Control under a delay: each mode does what it is for, and the notes of it are right."""
+"""benchmarks/control.py: each mode of control under a delay, and the measurements of it."""
 
 import json
 
+import control
+import control_episodes
 import numpy as np
 import pytest
 from sim_helpers import HORIZON, corridor, random_policy  # noqa: F401  (corridor is a fixture)
 
-from torchpi.bench import control, control_episodes
-from torchpi.cli import main
+from torchpi import cli
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.rollout import Rollout, run_episode
@@ -17,7 +18,7 @@ STEPS = 4  # of a chunk, before the next is asked for
 
 @pytest.fixture
 def policy(corridor, monkeypatch):  # noqa: F811
-    """Goes on at a steady pace, a tenth of its range (-1 to 1) faster with every chunk that it makes."""
+    """A policy of a steady pace, a tenth of its range (-1 to 1) faster with every chunk that it makes."""
     policy = random_policy()
     policy.requests = []
 
@@ -39,7 +40,7 @@ def result(policy, mode, delay, **options):
     return benchmark.results[0]
 
 
-def test_without_delay_sync_is_the_evaluation(policy):
+def test_sync_without_delay_equals_evaluation(policy):
     environment = make_environment("corridor", "short")
     seed = environment_seed("eval", 1, "short", 0)
     expected = run_episode(
@@ -51,7 +52,7 @@ def test_without_delay_sync_is_the_evaluation(policy):
         assert (found.waits, found.holds, found.chunks) == (0, 0, len(expected.chunk_ms))
 
 
-def test_sync_stands_still_while_it_waits(policy):
+def test_sync_holds_robot_while_it_waits(policy):
     at_once, later = result(policy, "sync", 0), result(policy, "sync", 3)
     assert later.waits == 3 * later.chunks
     assert later.steps_to_success == at_once.steps_to_success + 3 * (later.chunks - 1)  # not before the first
@@ -71,7 +72,7 @@ def test_async_jumps_from_chunk_to_chunk(policy):
     assert found.changes_at_borders.mean == pytest.approx(0.1 / 4)
 
 
-def test_each_episode_counts_alike(policy):
+def test_episodes_have_equal_weight(policy):
     short, long = np.full((2, 4), 0.2), np.full((10, 4), 0.4)
     short[0] = 0
     found = control._differences([short, long, np.empty((0, 4))], policy)
@@ -81,13 +82,13 @@ def test_each_episode_counts_alike(policy):
     assert found.dimension_means["gripper"] == pytest.approx(found.mean)
 
 
-def test_ensemble_goes_over_softly(policy):
+def test_ensemble_jumps_less_than_async(policy):
     found = result(policy, "ensemble", 1)
     assert found.chunks > result(policy, "async", 1).chunks
     assert 0 < found.jumps.mean < 0.1 / 4
 
 
-def test_rtc_says_what_will_be_executed_until_the_chunk_is_there(policy):
+def test_rtc_sends_rest_of_chunk_and_delay(policy):
     result(policy, "rtc", 3)
     # The first two are the loop's warm-up, of which the second has a prefix.
     first, second, *_ = policy.requests[2:]
@@ -96,7 +97,7 @@ def test_rtc_says_what_will_be_executed_until_the_chunk_is_there(policy):
     assert second.actions.shape == (HORIZON - STEPS, 4)
 
 
-def test_where_the_old_chunk_ends_too_early_the_robot_is_held(policy):
+def test_robot_is_held_or_stopped_where_old_chunk_ends_too_early(policy):
     held = result(policy, "async", HORIZON - 2)
     assert held.holds > 0
     assert held.late_chunks == held.chunks - 1
@@ -104,7 +105,7 @@ def test_where_the_old_chunk_ends_too_early_the_robot_is_held(policy):
     assert (stopped.stopped, stopped.success_rate) == (1, 0.0)
 
 
-def test_a_policy_that_was_trained_to_go_on_is_asked_to(policy):
+def test_rtc_trained_runs_only_up_to_the_trained_delay(policy):
     with pytest.raises(ValueError, match="needs a policy that was trained"):
         result(policy, "rtc-trained", 1)
     policy._metadata["max_given_actions"] = 2
@@ -131,14 +132,14 @@ def test_a_policy_that_was_trained_to_go_on_is_asked_to(policy):
         ({"execute_steps": 17}, "its chunk has only 16"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_runs(policy, arguments, message):
+def test_impossible_options_are_refused_before_anything_runs(policy, arguments, message):
     with pytest.raises(ValueError, match=message):
         control.bench_control(policy, **{"env": "corridor", "tasks": ["short"], "episodes": 1} | arguments)
 
 
-def test_the_command_prints_one_document_and_draws(corridor, tmp_path, capsys):  # noqa: F811
-    words = "--env corridor --tasks short,long --episodes 1 --delays 0,9 --modes sync,rtc --workers 1 --json"
-    main(["bench", "control", *words.split(), "--out", str(tmp_path / "new")])
+def test_script_prints_one_document_and_draws(corridor, tmp_path, capsys):  # noqa: F811
+    options = {"env": "corridor", "tasks": "short,long", "episodes": 1, "delays": "0,9", "modes": "sync,rtc"}
+    control.main(**options, workers=1, out=tmp_path / "new", as_json=True)
     printed = capsys.readouterr()
     document = json.loads(printed.out)
     assert [(r["mode"], r["delay"]) for r in document["results"]] == [("sync", 0), ("sync", 9), ("rtc", 0), ("rtc", 9)]
@@ -146,6 +147,9 @@ def test_the_command_prints_one_document_and_draws(corridor, tmp_path, capsys): 
     assert json.loads((tmp_path / "new" / "control.json").read_text()) == document
     assert (tmp_path / "new" / "control.png").stat().st_size > 10_000
     assert "rtc" in printed.err
+
+
+def test_command_of_earlier_versions_names_the_script(capsys):
     with pytest.raises(SystemExit):
-        main(["bench", "control", "--delays", "0,soon"])
-    assert "Expected whole numbers separated by commas, got '0,soon'" in capsys.readouterr().err
+        cli.main(["bench", "control", "--delays", "0,1"])
+    assert "python benchmarks/control.py" in capsys.readouterr().err

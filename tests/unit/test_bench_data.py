@@ -1,4 +1,4 @@
-"""bench data measures the training loader."""
+"""`bench data` measures the training loader."""
 
 import json
 
@@ -8,14 +8,14 @@ from torchpi.bench.data import wait_share
 from torchpi.cli import main
 
 
-def test_the_share_of_waiting():
+def test_wait_share_with_and_without_workers():
     assert wait_share(0.1, 0.3, workers=0) == pytest.approx(0.25)  # they take turns
     assert wait_share(0.1, 0.3, workers=2) == 0  # the batch is there before the step ends
     assert wait_share(0.4, 0.3, workers=2) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("arguments", [["--embodiment", "metaworld", "--step-seconds", "0.2"], []])
-def test_a_run_prints_one_json_document(arguments, golden_root, capsys):
+def test_json_is_one_document(arguments, golden_root, capsys):
     path = str(golden_root / "datasets/lerobot_v3_image")
     main(["bench", "data", path, "--workers", "0", "--batch", "4", "--repeats", "2", "--json", *arguments])
     shown = capsys.readouterr()
@@ -39,7 +39,7 @@ def test_worker_processes(golden_root, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "bench data needs a data set"),
+        ([], "bench data needs a dataset"),
         (["nowhere"], "no folder nowhere"),
         (["SET", "--batch", "0"], "positive"),
         (["SET", "--embodiment", "droid"], "embodiment 'droid' requires"),

@@ -1,13 +1,23 @@
-"""What guidance towards the chunk that is being executed adds to sampling (real-time chunking)."""
+"""Sampling with guidance towards the chunk that is being executed (real-time chunking), next to plain sampling.
+
+    python benchmarks/guidance.py mid demo --pairs 7
+
+Each argument is "mid" (47 M parameters) or a preset, with random weights, or a policy, from observation to actions.
+"""
 
 import dataclasses
+import json
 import statistics
+import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import torch
+import tyro
 
-from torchpi.bench import Workload, bench_config, make_observation, timed
+from torchpi.bench.floor import Workload, timed
+from torchpi.bench.model import bench_config, make_observation
 from torchpi.config import PRESETS
 from torchpi.errors import UsageError
 from torchpi.model.guidance import Guidance
@@ -31,11 +41,7 @@ class GuidedTime:
 
 
 def bench_guided(name: str, *, pairs: int) -> GuidedTime:
-    """Time both in turn, because the speed of a shared machine drifts.
-
-    Args:
-        name: "mid" or a preset, with random weights; otherwise a policy, from observation to actions.
-    """
+    """Time both in turn, because the speed of a shared machine drifts."""
     if pairs < 1:
         raise UsageError(f"pairs is {pairs}; expected a positive number.")
     sample = _sample_model(name) if name in ("mid", *PRESETS) else _sample_policy(name)
@@ -51,7 +57,7 @@ def bench_guided(name: str, *, pairs: int) -> GuidedTime:
 
 
 def _sample_model(name: str) -> Callable[[bool], None]:
-    """Sampling of a model with random weights: three cameras, 60 real prompt tokens."""
+    """Sampling of a model with random weights: three cameras, 60 prompt tokens."""
     config = bench_config(name)
     work = Workload(config, 1, num_cameras=3, prompt_tokens=60, num_steps=NUM_STEPS, dtype=torch.float32)
     model = Pi0(config).eval()
@@ -67,7 +73,7 @@ def _sample_model(name: str) -> Callable[[bool], None]:
 
 
 def _sample_policy(path: str) -> Callable[[bool], None]:
-    """Inference of a policy, which goes on from the second half of a chunk of its own."""
+    """Inference of a policy, conditioned on the second half of a chunk of its own."""
     policy = load_policy(path, device="cpu")
     observation, config = policy.example_observation(), policy.model.config
     horizon = config.require("action_horizon")
@@ -80,3 +86,28 @@ def _sample_policy(path: str) -> Callable[[bool], None]:
         policy.infer_batch([observation], noise=noise, num_steps=NUM_STEPS, prefixes=[prefix if guide else None])
 
     return sample
+
+
+def main(
+    models: Annotated[tuple[str, ...], tyro.conf.Positional] = ("mid", "demo"), pairs: int = 7, as_json: bool = False
+) -> None:
+    """Measure and print.
+
+    Args:
+        models: mid or a preset, with random weights, or a policy.
+        pairs: of a sampling without and one with guidance.
+        as_json: print one JSON document.
+    """
+    results = [bench_guided(name, pairs=pairs) for name in models]
+    for each in results:
+        print(
+            f"{each.model}, sampling: {1e3 * each.plain_seconds:.1f} ms, with guidance "
+            f"{1e3 * each.guided_seconds:.1f} ms, {each.ratio:.2f} × (medians of {each.pairs} pairs)",
+            file=sys.stderr if as_json else sys.stdout,
+        )
+    if as_json:
+        print(json.dumps([dataclasses.asdict(each) for each in results]))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -34,7 +34,7 @@ MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
     "rtc": ("rtc", "guidance"),
     TRAINED: ("rtc", "trained"),
 }
-"""What is compared: the control loop's mode, and how the policy goes on from the old chunk (`ActionPrefix.how`)."""
+"""Modes by name: the control loop's mode, and how the policy is conditioned on the old chunk (`ActionPrefix.how`)."""
 
 
 class VirtualClock:
@@ -173,7 +173,7 @@ class _WatchedSchedule:
         return action
 
     def _without_new_chunk(self) -> np.ndarray | None:
-        """What the chunks up to now say for the next step."""
+        """The action of the next step, by the chunks up to now."""
         if isinstance(self._schedule, Ensemble):
             return copy.deepcopy(self._schedule).next()
         place = self.executed - self._start  # "sync" would not execute it, but it is there

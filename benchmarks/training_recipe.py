@@ -1,6 +1,6 @@
-"""What the recipe's parts are worth: closed-loop success of trainings that leave them out, with several seeds each.
+"""Effect of the recipe's parts: closed-loop success of trainings that leave them out, with several seeds each.
 
-    python scripts/compare_training.py DATASET OUT [--init POLICY] [--select EPISODES] [--tasks A,B]
+    python benchmarks/training_recipe.py DATASET OUT [--init POLICY] [--select EPISODES] [--tasks A,B]
         [--learning-rate 1e-3] [--steps 600] [--seeds 0,1,2] [--episodes 20]
 
 Variants: ours; weights, moments and updates in pure bfloat16 (as PyTorch ports do it) instead of float32 masters, the

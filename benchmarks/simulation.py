@@ -1,4 +1,7 @@
-"""What recording and evaluating in simulation take on this machine."""
+"""Rates of recording and evaluating in simulation on this machine: rendering, demonstrations, chunks, closed loop.
+
+python benchmarks/simulation.py [--policy demo] [--env metaworld] [--task drawer-open] [--repeats 5] [--as-json]
+"""
 
 import dataclasses
 import json
@@ -8,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from rich.console import Console
+import tyro
 
 from torchpi.policy import Policy, load_policy
 from torchpi.sim import make_environment
@@ -84,16 +87,22 @@ def _closed_loop(policy: Policy, environment: Environment, task: str) -> float:
     return outcome.steps / outcome.seconds
 
 
-def run_bench_simulation(policy: str, *, env: str, task: str, repeats: int, as_json: bool) -> None:
+def main(
+    policy: str = "demo", env: str = "metaworld", task: str = "drawer-open", repeats: int = 5, as_json: bool = False
+) -> None:
     """Measure and print."""
     result = bench_simulation(policy, env, task, repeats=repeats)
     if as_json:
         print(json.dumps(dataclasses.asdict(result)))
         return
-    Console(highlight=False).print(
+    print(
         f"{env}, {task}, {policy}; one process, one thread:\n"
         f"  rendering          {result.frames_per_second:6.0f} frames/s\n"
         f"  expert episode     {result.expert_episode_seconds:6.2f} s with every frame\n"
         f"  one action chunk   {result.chunk_ms:6.1f} ms\n"
         f"  closed loop        {result.steps_per_second:6.0f} steps/s"
     )
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

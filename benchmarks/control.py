@@ -1,8 +1,11 @@
-"""What real-time chunking is worth: a simulated robot, a policy whose answers take their time, and every way to go from
-one chunk to the next.
+"""Effect of real-time chunking: a simulated robot under a policy whose chunks come late, in each mode of control.
 
-The control loop is torchpi-client's, with a clock that moves from step to step. The policy really infers, in this
-process, but its time does not count: its answer arrives exactly so many steps after it was asked.
+    python benchmarks/control.py --out control
+
+The same episodes run in each mode at each delay. A table says how often the task was done, how far the robot jumped
+where one chunk followed another, and how long it stood still. The control loop is torchpi-client's, with a clock that
+moves from step to step. The policy really infers, in this process, but its time does not count: its answer arrives
+exactly so many steps after it was requested.
 """
 
 import dataclasses
@@ -14,12 +17,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import tyro
+from control_episodes import MODES, TRAINED, Episodes, Job, Outcome
 from jaxtyping import Float
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from torchpi.bench.control_episodes import MODES, TRAINED, Episodes, Job, Outcome
 from torchpi.errors import UsageError
 from torchpi.policy import MAX_GIVEN, Policy, load_policy
 from torchpi.sim import check_tasks
@@ -27,17 +31,18 @@ from torchpi.sim.actors import checked_rollout
 from torchpi.sim.result import wilson_interval
 from torchpi.sim.rollout import Rollout
 from torchpi.sim.workers import default_workers, run_jobs
-from torchpi.training.curves import TEXT_RGB, style_axes
+from torchpi.ui.palette import COLORS
+from torchpi.ui.plots import draw_figure, label_axes, save_figure
 from torchpi.ui.progress import progress_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_COLORS = dict(zip(MODES, ("#8e96a3", "#2f66d0", "#b7357f", "#cf5a1e", "#0d8577"), strict=True))
+_COLORS = dict(zip(MODES, ("noise", "prefix", "time", "suffix", "vision"), strict=True))
 
 
-# ---- what comes out ----
+# ---- results ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +110,15 @@ class ControlBenchmark:
     execute_steps: int | None
     """Before the next chunk is asked for, except in "ensemble"; None: half of the chunk."""
     late: str
-    """What the loop does when the actions run out before the next chunk is there."""
+    """The loop's behaviour when the actions run out before the next chunk has arrived: hold or stop."""
     results: tuple[ControlResult, ...]
     left_out: tuple[str, ...]
-    """What the policy can't do, in words."""
+    """Modes and delays that the policy does not support, in words."""
     seconds: float
     """The whole benchmark on the clock."""
 
 
-# ---- all of them ----
+# ---- episodes ----
 
 
 def bench_control(
@@ -252,14 +257,15 @@ def _named(names: Sequence[str], episodes: Sequence[Float[np.ndarray, " a"]]) ->
     return dict(zip(names, np.mean(episodes, axis=0).tolist(), strict=True))
 
 
-# ---- showing it ----
+# ---- report ----
 
 
 def plot_control(benchmark: ControlBenchmark) -> "Figure":
     """Over the delay, a line per mode: success with its interval, what happens at chunk borders, steps to success."""
-    from matplotlib.figure import Figure
+    return draw_figure(lambda figure: _draw_control(figure, benchmark), size=(15.0, 4.2))
 
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+
+def _draw_control(figure: "Figure", benchmark: ControlBenchmark) -> None:
     success, jumps, changes, steps = figure.subplots(1, 4)
     modes = list(dict.fromkeys(result.mode for result in benchmark.results))
     for place, mode in enumerate(modes):
@@ -268,7 +274,7 @@ def plot_control(benchmark: ControlBenchmark) -> "Figure":
         delays = np.array([result.delay for result in found]) + 0.12 * (place - (len(modes) - 1) / 2)
         rates = np.array([result.success_rate for result in found])
         low, high = np.array([result.interval for result in found]).T
-        line: dict[str, Any] = {"color": _COLORS[mode], "marker": "o", "markersize": 4, "linewidth": 1.6}
+        line: dict[str, Any] = {"color": COLORS[_COLORS[mode]], "marker": "o", "markersize": 4, "linewidth": 1.6}
         success.errorbar(delays, rates, [rates - low, high - rates], label=mode, elinewidth=1, capsize=2, **line)
         # Where most old chunks have ended before the new ones begin, the few others do not stand for them.
         _draw(jumps, delays, [r.jumps.mean if r.jumps.count > r.chunks / 2 else None for r in found], **line)
@@ -280,18 +286,12 @@ def plot_control(benchmark: ControlBenchmark) -> "Figure":
         (changes, "Change of command at borders", "mean / action range"),
         (steps, "Steps to success", "mean, control steps"),
     ):
-        axes.set_title(title, fontsize=11, loc="left")
-        style_axes(axes, x="delay, control steps", y=unit)
-        axes.set_xticks(sorted({result.delay for result in benchmark.results}))
+        label_axes(axes, x="delay, control steps", y=unit, title=title)
+        axes.set_xticks(sorted({float(result.delay) for result in benchmark.results}))
         axes.set_ylim(bottom=0)
     success.set_ylim(0, 1.05)
-    figure.legend(loc="outside lower center", ncols=len(modes), frameon=False, labelcolor=TEXT_RGB)
-    figure.suptitle(
-        f"{benchmark.policy}: {', '.join(benchmark.tasks)}, episodes of each: {benchmark.episodes}",
-        fontsize=11,
-        color=TEXT_RGB,
-    )
-    return figure
+    figure.legend(loc="outside lower center", ncols=len(modes))
+    figure.suptitle(f"{benchmark.policy}: {', '.join(benchmark.tasks)}, episodes of each: {benchmark.episodes}")
 
 
 def _draw(axes: "Axes", delays: np.ndarray, values: Sequence[float | None], **style: Any) -> None:
@@ -304,26 +304,25 @@ def _print_table(benchmark: ControlBenchmark, console: Console) -> None:
         f"{benchmark.policy} in {benchmark.env}: {', '.join(benchmark.tasks)}, {benchmark.episodes} episodes each; "
         f"chunks of {benchmark.action_horizon}, asked for after {execute}; late: {benchmark.late}"
     )
-    # 80 characters wide, which is what a log has.
-    table = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
-    columns = ("mode", "delay", "success", "interval", "steps", "jump", "p95", "border", "inside", "held", "late")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    titles = ("delay", "success", "interval", "steps", "jump", "p95", "border", "inside", "held", "late")
+    rows = []
     for result in benchmark.results:
         low, high = (round(100 * end) for end in result.interval)
-        table.add_row(
-            result.mode,
-            str(result.delay),
-            f"{result.success_rate:.0%}",
-            f"{low}–{high}%",
-            _number(result.steps_to_success, ".0f"),
-            _number(result.jumps.mean, ".3f"),
-            _number(result.jumps.p95, ".3f"),
-            _number(result.changes_at_borders.mean, ".3f"),
-            _number(result.changes_inside.mean, ".3f"),
-            f"{(result.waits + result.holds) / result.episodes:.0f}",
-            f"{result.late_chunks / result.episodes:.1f}",
+        values = (result.jumps.mean, result.jumps.p95, result.changes_at_borders.mean, result.changes_inside.mean)
+        rows.append(
+            [
+                *(result.mode, str(result.delay), f"{result.success_rate:.0%}", f"{low}–{high}%"),
+                _number(result.steps_to_success, ".0f"),
+                *(_number(value, ".3f") for value in values),
+                f"{(result.waits + result.holds) / result.episodes:.0f}",
+                f"{result.late_chunks / result.episodes:.1f}",
+            ]
         )
+    table = Table("mode", box=box.SIMPLE_HEAD, padding=0, show_edge=False)  # 80 characters wide, as a log
+    for title in titles:
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     console.print(table)
     console.print(
         "steps: to success. jump: at chunk borders, from what the old chunk says for the step to what is executed. "
@@ -339,20 +338,59 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-def run_bench_control(policy: str, *, out: pathlib.Path | None, as_json: bool, **options: Any) -> None:
-    """Run, print the table, and write control.json and control.png into a folder.
+def main(
+    policy: str = "demo",
+    tasks: str = "drawer-open,faucet-open",
+    episodes: int = 10,
+    delays: str = "0,1,2,4,8",
+    modes: str | None = None,
+    env: str = "metaworld",
+    execute_steps: int | None = None,
+    late: Literal["hold", "stop"] = "hold",
+    seed: int = 0,
+    workers: int | None = None,
+    out: pathlib.Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Run the episodes, and print a table.
 
     Args:
-        out: the folder; None: nothing is written.
-        as_json: one JSON document on stdout, the table on stderr.
-        options: of `bench_control`.
+        policy: a policy folder or checkpoint; by default the embedded one.
+        tasks: names, separated by commas.
+        episodes: per task, mode and delay.
+        delays: control steps from an observation to its chunk, separated by commas.
+        modes: of sync, async, ensemble, rtc (guided towards the old chunk) and rtc-trained (conditioned on its first
+            actions), separated by commas; by default all that the policy supports.
+        env: the simulator.
+        execute_steps: actions of a chunk to execute before the next is requested; by default what the policy
+            recommends. In ensemble 1.
+        late: behaviour where the actions run out before the next chunk has arrived: hold the robot, or stop.
+        seed: of episodes and noise.
+        workers: processes; by default as many as the CPU's cores and the memory allow.
+        out: folder for control.json and control.png.
+        as_json: print one JSON document.
     """
-    benchmark = bench_control(policy, **options)
+    benchmark = bench_control(
+        policy,
+        env=env,
+        tasks=tasks.split(","),
+        episodes=episodes,
+        delays=[int(delay) for delay in delays.split(",")],
+        modes=None if modes is None else modes.split(","),
+        seed=seed,
+        execute_steps=execute_steps,
+        late=late,
+        workers=workers,
+    )
     _print_table(benchmark, Console(stderr=as_json, highlight=False))
     document = json.dumps(dataclasses.asdict(benchmark))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "control.json").write_text(document + "\n", encoding="utf-8")
-        plot_control(benchmark).savefig(out / "control.png", dpi=110)
+        save_figure(plot_control(benchmark), out / "control.png")
     if as_json:
         print(document)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,115 @@
+"""`bench load`: time and memory of loading and converting a checkpoint, each in a fresh process."""
+
+import concurrent.futures
+import json
+import multiprocessing
+import pathlib
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+import torch
+
+from torchpi.checkpoints.folder import write_weights
+from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint
+from torchpi.model.pi0 import Pi0
+
+_BLOCK = 1 << 26
+
+
+def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) -> None:
+    """Load a policy or checkpoint, then convert it, and print time and peak memory.
+
+    The floor reads the same arrays (through tensorstore, or the files' bytes), and for converting writes as many bytes.
+    """
+    results = {}
+    for what in ("load", "convert"):
+        found = results[what] = bench_load(path, getattr(torch, dtype), config=config, convert=what == "convert")
+        size = found["model_bytes"]
+        print(
+            f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / found['floor']:.2f} × its floor of "
+            f"{found['floor']:.2f} s; model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} "
+            f"× that in memory of its own, {found['peak_rss'] / size:.2f} × with mapped files",
+            file=sys.stderr if as_json else sys.stdout,
+        )
+    if as_json:
+        print(json.dumps(results))
+
+
+def bench_load(path: str, dtype: torch.dtype, *, config: str | None = None, convert: bool = False) -> dict[str, float]:
+    """Measure the floor twice, of which the first time warms the disk's cache, then load and watch the memory.
+
+    Args:
+        convert: write the weights into a policy folder as well, in a temporary folder beside the checkpoint.
+    """
+    parent = existing_folder(path).resolve().parent if convert else None
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".torchpi_bench_") as scratch:
+        out = pathlib.Path(scratch) if convert else None
+        floor, _, load = (_measure(work, path, dtype, config, out) for work in (_floor, _floor, _load))
+    return {**load, "floor": floor["seconds"]}
+
+
+def _measure(work: Callable[..., int], *arguments: object) -> dict[str, float]:
+    """Run a function in a fresh process."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        return pool.submit(_watched, work, *arguments).result()
+
+
+def _watched(work: Callable[..., int], *arguments: object) -> dict[str, float]:
+    import safetensors  # before the clock starts
+    import tensorstore
+
+    del safetensors, tensorstore
+    before, found, done = _memory(), [_memory()], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            found.append(_memory())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    size = work(*arguments)
+    seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
+    rss, anonymous = (max(each) - least for each, least in zip(zip(*found, strict=True), before, strict=True))
+    return {"seconds": seconds, "model_bytes": size, "peak_rss": rss, "peak_anonymous": anonymous}
+
+
+def _memory() -> tuple[int, int]:
+    """Resident bytes of this process, and those that are not of files."""
+    info = psutil.Process().memory_info()
+    return info.rss, info.rss - getattr(info, "shared", 0)  # only Linux tells
+
+
+def _load(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path | None) -> int:
+    model = load_model(path, config=config, dtype=dtype)
+    if out is not None:
+        write_weights(out, model)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path | None) -> int:
+    """Read the arrays that `_load` reads, as their library does it fastest, and write as many bytes as it writes."""
+    checkpoint = open_checkpoint(existing_folder(path), config=config)
+    files = sorted(checkpoint.root.glob("*.safetensors"))
+    buffer = bytearray(_BLOCK)
+    for file in files:
+        with file.open("rb", buffering=0) as content:
+            while content.readinto(buffer):
+                pass
+    for name in () if files else checkpoint.arrays.shapes:
+        checkpoint.arrays.read(name)
+    size = sum(parameter.numel() for parameter in Pi0(checkpoint.config, device="meta").parameters()) * dtype.itemsize
+    if out is not None:
+        with (out / "floor").open("wb", buffering=0) as target:
+            left = size
+            while left > 0:
+                left -= target.write(buffer[: min(left, _BLOCK)])
+        (out / "floor").unlink()
+    return size

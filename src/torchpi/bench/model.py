@@ -1,0 +1,127 @@
+"""`bench model` and `bench train`: sampling and a training step, each next to its floor."""
+
+import json
+import platform
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from torchpi.bench.floor import Result, Workload, measure, sampling_ops, training_ops
+from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
+from torchpi.errors import UsageError
+from torchpi.model.pi0 import Pi0
+from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import alone
+from torchpi.training.loop import update
+from torchpi.training.memory import layers
+from torchpi.training.samples import Batch
+from torchpi.training.state import TrainState
+from torchpi.types import Observation
+
+# A model that two CPU cores run in a second: big enough that matmuls dominate, as they do at full size.
+MID = Pi0Config(
+    pi05=True,
+    paligemma_variant=GemmaConfig(width=512, depth=6, mlp_dim=2048, num_heads=8, num_kv_heads=1, head_dim=64),
+    action_expert_variant=GemmaConfig(width=256, depth=6, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=64),
+    siglip_variant=VisionConfig(width=384, depth=6, mlp_dim=1536, num_heads=6, patch=14),
+    vocab_size=8192,
+)
+
+
+def bench_config(name: str) -> Pi0Config:
+    """ "mid", the name of a preset, or a JSON file."""
+    if name == "mid":
+        return MID
+    return preset(name) if name in PRESETS else Pi0Config.from_json(name)
+
+
+def run_bench(what: Sequence[str], work: Workload, *, compiled: bool, repeats: int, as_json: bool) -> None:
+    """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio."""
+    counts = {"batch": work.batch, "cameras": work.num_cameras, "prompt_tokens": work.prompt_tokens}
+    counts |= {"repeats": repeats, "flow_samples_per_obs": work.flow_samples_per_obs}
+    if wrong := {name: count for name, count in counts.items() if count < 1}:
+        raise UsageError(f"Expected positive numbers, got {wrong}.")
+    if work.prompt_tokens > (longest := work.config.require("max_token_len")):
+        raise UsageError(f"{work.prompt_tokens} prompt tokens do not fit into max_token_len {longest}.")
+    console = Console(stderr=as_json, highlight=False)
+    console.print(describe_machine(torch.device(work.device)))
+    benchmarks = {"model": bench_model, "train": bench_train}
+    results = [benchmarks[name](work, repeats=repeats, compiled=compiled) for name in what]
+    for result in results:
+        result.print(console)
+    if as_json:
+        print(json.dumps([result.to_json() for result in results]))
+
+
+def describe_machine(device: torch.device) -> str:
+    """The head of a table."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def bench_model(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
+    """Measure `sample_actions`."""
+    model = Pi0(work.config, device=work.device).to(work.dtype).eval()
+    observation = make_observation(work, torch.device(work.device))
+    horizon = work.config.require("action_horizon")
+    noise = torch.randn(work.batch, horizon, work.config.action_dim, device=work.device)
+    if compiled:
+        compile_stacks(model)
+
+    def run() -> None:
+        model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
+
+    return measure("sample_actions", run, sampling_ops(work), work, repeats)
+
+
+def compile_stacks(model: Pi0) -> None:
+    """Compile the parts of the three stacks that sampling runs: of the backbone `keys_and_values`, not `forward`."""
+    model.vision.compile()
+    model.backbone.keys_and_values = torch.compile(model.backbone.keys_and_values)  # type: ignore[method-assign]
+    model.expert.compile()
+
+
+def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
+    """Measure one update of `torchpi train`: float32 weights, the workload's dtype in the matmuls, AdamW, EMA weights.
+
+    Args:
+        compiled: compile each layer, as the recipe's `compile` does.
+    """
+    model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
+    if compiled:
+        for layer in layers(model):
+            layer.compile()
+    config = TrainConfig(num_draws=work.flow_samples_per_obs, batch_size=work.batch)
+    state = TrainState.begin(model, weight_decay=config.weight_decay, ema=True)
+    device = torch.device(work.device)
+    shape = (work.batch, work.flow_samples_per_obs, work.config.require("action_horizon"), work.config.action_dim)
+    generator = torch.Generator(device).manual_seed(0)
+    noise = torch.randn(shape, generator=generator, device=device)
+    time = torch.rand(shape[:2], generator=generator, device=device)
+    # The trainer drops padding that all samples of a batch have.
+    observation = make_observation(work, device, padded=False)
+    batch = Batch(observation, noise[:, 0], torch.ones_like(noise[:, 0], dtype=torch.bool), noise, time, places=())
+    parallel = alone(model)
+    return measure("training step", lambda: update(state, config, [batch], parallel), training_ops(work), work, repeats)
+
+
+def make_observation(work: Workload, device: torch.device, *, padded: bool = True) -> Observation:
+    """A batch of random images and a prompt of the workload's length, padded as a policy's is."""
+    generator = torch.Generator().manual_seed(0)
+    config = work.config
+    size, length = config.image_size, config.require("max_token_len") if padded else work.prompt_tokens
+    images = {
+        f"camera_{i}": torch.randint(0, 256, (work.batch, size, size, 3), dtype=torch.uint8, generator=generator)
+        for i in range(work.num_cameras)
+    }
+    valid = torch.arange(length) < work.prompt_tokens
+    return Observation.from_dict(
+        {
+            "image": images,
+            "state": torch.zeros(work.batch, config.action_dim),
+            "tokenized_prompt": torch.randint(0, config.vocab_size, (work.batch, length), generator=generator),
+            "tokenized_prompt_mask": valid.expand(work.batch, length),
+        }
+    ).to(device)

@@ -1,0 +1,234 @@
+"""`bench serve`: the time that a server adds to the model's own, and whether many clients are served alike.
+
+Client, server and a minimal server (receive, infer, send) are processes of their own; the model is a pause. Requests go
+to both servers in turn, so that other work of the machine hits both alike: their ratio is the figure to compare.
+"""
+
+import asyncio
+import contextlib
+import json
+import multiprocessing
+import signal
+import statistics
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from websockets.asyncio.server import ServerConnection, serve
+
+from torchpi.config import Pi0Config
+from torchpi.errors import ServingError, UsageError
+from torchpi.robots import Embodiment
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import ServeSettings
+from torchpi.types import ActionChunk
+from torchpi.ui.tables import Column, Table
+from torchpi_client import WebsocketPolicy, pack, unpack
+
+CAMERAS, SIZE = 3, 224
+HORIZON, JOINTS = 50, 8
+PERCENTILES = (50, 95, 99)
+
+
+class PausePolicy:
+    """A policy whose model is a pause, in which Python can do other things; its actions are the state."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.model = types.SimpleNamespace(config=Pi0Config(action_horizon=HORIZON, action_dim=32))
+        joints = [f"joint_{i}" for i in range(JOINTS)]
+        cameras = {f"camera_{i}_rgb": f"camera_{i}" for i in range(CAMERAS)}
+        self.embodiment = Embodiment.generic("pause", cameras=cameras, state=joints, actions=joints)
+        self.metadata: dict[str, Any] = {}
+
+    def example_observation(self) -> dict[str, Any]:
+        images = np.random.default_rng(0).integers(0, 256, (CAMERAS, SIZE, SIZE, 3), np.uint8)
+        cameras = {f"camera_{i}": image for i, image in enumerate(images)}
+        return {**cameras, "state": np.linspace(0, 1, JOINTS), "prompt": "work"}
+
+    def prepare(self, observation: Mapping[str, Any]) -> dict[str, Any]:
+        return self.embodiment.to_model(observation)
+
+    def infer_batch(self, observations: Sequence[Mapping[str, Any]], **_: Any) -> list[ActionChunk]:
+        states = [self.prepare(observation)["state"] for observation in observations]
+        time.sleep(self._seconds)
+        chunks = [np.tile(state.astype(np.float32), (HORIZON, 1)) for state in states]
+        return [ActionChunk(actions=chunk, policy_timing={}) for chunk in chunks]
+
+
+# ---- the servers, in processes of their own ----
+
+
+def serve_policy(pipe: Connection, model_ms: float, max_connections: int) -> None:
+    """torchpi's server, until the other end of the pipe is closed."""
+    settings = ServeSettings(port=0, max_rate=1e6, max_connections=max_connections)
+    with running_server({"pause": lambda: PausePolicy(model_ms / 1e3)}, settings) as (address, _):
+        announce(pipe, address)
+
+
+def serve_minimal(pipe: Connection, model_ms: float) -> None:
+    """The smallest server that answers, until the other end of the pipe is closed.
+
+    Of the two servers in `websockets` the one for asyncio is faster here, above all at the 99th percentile.
+    """
+    policy = PausePolicy(model_ms / 1e3)
+
+    async def converse(connection: ServerConnection) -> None:
+        await connection.send(pack(policy.metadata))
+        async for message in connection:
+            assert isinstance(message, bytes)
+            observation = unpack(message)
+            start = time.perf_counter()
+            (chunk,) = policy.infer_batch([observation])
+            infer_ms = 1e3 * (time.perf_counter() - start)
+            await connection.send(pack({**chunk, "server_timing": {"infer_ms": infer_ms}}))
+
+    async def run() -> None:
+        async with serve(converse, "127.0.0.1", 0, compression=None, max_size=None) as server:
+            port = next(iter(server.sockets)).getsockname()[1]
+            await asyncio.to_thread(announce, pipe, f"ws://127.0.0.1:{port}")
+
+    asyncio.run(run())
+
+
+def announce(pipe: Connection, address: str) -> None:
+    """Send the server's address, and wait until the other end of the pipe is closed."""
+    pipe.send(address)
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+
+
+@contextlib.contextmanager
+def server_process(target: Callable[..., None], *arguments: Any) -> Iterator[tuple[str, psutil.Process]]:
+    """Run `target(pipe, *arguments)` in a process; its address and the process."""
+    context = multiprocessing.get_context("spawn")  # as `torchpi serve` would begin: nothing of this process is in it
+    pipe, theirs = context.Pipe()
+    process = context.Process(target=_run_server, args=(target, theirs, *arguments), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        try:
+            address = pipe.recv()
+        except EOFError as error:
+            raise ServingError("The server's process ended before it listened; its error is above.") from error
+        yield address, psutil.Process(process.pid)
+    finally:
+        pipe.close()
+        process.join(timeout=10)
+        process.terminate()
+        process.join()
+
+
+def _run_server(target: Callable[..., None], *arguments: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that measures
+    target(*arguments)
+
+
+# ---- the measurement ----
+
+
+def run_bench_serving(
+    *, model_ms: float, runs: int, requests: int, clients: int, seconds: float, as_json: bool = False
+) -> None:
+    """Measure and print; a line per run on stderr.
+
+    Args:
+        runs: of a single client.
+        requests: in each of these, to either server; at least two, for percentiles.
+        clients: clients that ask at once, for so many `seconds`.
+    """
+    counts = {"runs": runs, "requests": requests - 1, "clients": clients, "seconds": seconds}
+    if wrong := [name for name, value in counts.items() if value <= 0] + ["model_ms"] * (model_ms < 0):
+        raise UsageError(f"{wrong[0]} is too small; expected a positive number, and at least two requests.")
+    # No progress bar: drawing it would take the client's time, and be measured.
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    observation = PausePolicy(0.0).example_observation()
+    found = []
+    with server_process(serve_policy, model_ms, clients + 1) as (address, process):
+        with server_process(serve_minimal, model_ms) as (minimal_address, _):
+            for run in range(runs):
+                found.append(_overhead(address, minimal_address, observation, requests))
+                console.print(f"run {run + 1} of {runs}, ratio {found[-1]['ratio']}")
+        console.print(f"{clients} clients, {seconds:g} s")
+        load = _load(address, observation, clients, seconds, process)
+    overhead = {
+        key: {name: statistics.median(one[key][name] for one in found) for name in found[0][key]} for key in found[0]
+    }
+    document = {"model_ms": model_ms, "requests": requests, "overhead": overhead, "runs": found, "load": load}
+    if as_json:
+        print(json.dumps(document))
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"three cameras of {SIZE} x {SIZE}, a model of {model_ms:g} ms, loopback; round trip minus inference of one "
+        f"client, medians of {runs} runs of {requests} requests"
+    )
+    titles = {"server_ms": "torchpi serve, ms", "minimal_ms": "minimal server, ms", "ratio": "ratio"}
+    rows = [(title, *(f"{value:.2f}" for value in overhead[key].values())) for key, title in titles.items()]
+    console.print(Table([Column(""), *(Column(name, "number") for name in overhead["ratio"])], rows).to_rich())
+    console.print(
+        f"{clients} clients, {seconds:g} s: {load['requests_per_second']:.0f} requests/s, {load['errors']} errors, "
+        f"{load['mean_batch']:.1f} requests per pass; slowest client {load['slowest_to_mean']:.2f} of the mean; "
+        f"memory of the server {load['memory_mb']:.0f} MiB, {load['memory_growth_mb']:+.1f} in the second half"
+    )
+
+
+def _overhead(
+    address: str, minimal_address: str, observation: dict[str, Any], requests: int
+) -> dict[str, dict[str, float]]:
+    """Percentiles of round trip minus inference of both servers, and their ratios."""
+    times: tuple[list[float], list[float]] = ([], [])
+    with WebsocketPolicy(address) as server, WebsocketPolicy(minimal_address) as minimal:
+        for _ in range(requests):
+            for client, own in zip((server, minimal), times, strict=True):
+                start = time.perf_counter()
+                answer = client.infer(observation)
+                own.append(1e3 * (time.perf_counter() - start) - answer["server_timing"]["infer_ms"])
+    server_ms, minimal_ms = (np.percentile(own, PERCENTILES) for own in times)
+    rows = {"server_ms": server_ms, "minimal_ms": minimal_ms, "ratio": server_ms / minimal_ms}
+    names = [f"p{q}" for q in PERCENTILES]
+    return {key: dict(zip(names, row.tolist(), strict=True)) for key, row in rows.items()}
+
+
+def _load(
+    address: str, observation: dict[str, Any], clients: int, seconds: float, process: psutil.Process
+) -> dict[str, float]:
+    """Requests of clients that all ask at once, each again as soon as it is answered."""
+    counts, errors = [0] * clients, [0] * clients
+    batches: list[int] = []
+
+    def ask(client: WebsocketPolicy, number: int) -> None:
+        while time.perf_counter() < end:
+            try:
+                batches.append(client.infer(observation)["server_timing"]["batch_size"])
+                counts[number] += 1
+            except (RuntimeError, OSError):
+                errors[number] += 1
+
+    with contextlib.ExitStack() as stack:
+        connections = [stack.enter_context(WebsocketPolicy(address)) for _ in range(clients)]
+        threads = [threading.Thread(target=ask, args=(each, i), daemon=True) for i, each in enumerate(connections)]
+        end = time.perf_counter() + seconds
+        for thread in threads:
+            thread.start()
+        time.sleep(seconds / 2)
+        half = process.memory_info().rss
+        for thread in threads:
+            thread.join()
+    memory = process.memory_info().rss
+    return {
+        "clients": clients,
+        "seconds": seconds,
+        "requests_per_second": sum(counts) / seconds,
+        "errors": sum(errors),
+        "slowest_to_mean": min(counts) / max(statistics.mean(counts), 1e-9),  # 1 is fair
+        "mean_batch": statistics.mean(batches) if batches else 0.0,
+        "memory_mb": memory / 2**20,
+        "memory_growth_mb": (memory - half) / 2**20,
+    }
