@@ -113,5 +113,5 @@ def test_a_browser_paints_plots_and_frames(server, tmp_path, width):
 @pytest.mark.slow
 def test_a_browser_without_the_token_sees_nothing(server, tmp_path):
     page = browse(f"{server}/", tmp_path, "--dump-dom")
-    assert "a valid token is needed" in page
+    assert "A valid token is needed" in page
     assert "<script" not in page

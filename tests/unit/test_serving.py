@@ -1,5 +1,6 @@
 """`torchpi serve` on loopback, with a policy that waits for the test."""
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -77,7 +78,7 @@ def test_the_path_chooses_the_policy():
         assert names == ["a", "a", "b", "b"]
         with pytest.raises(InvalidStatus, match="404"):
             Client(url + "/p2", stack)
-        assert http(url, "/p2") == (404, "There is no policy at /p2; this server has /p0, /p1\n")
+        assert http(url, "/p2") == (404, "There is no policy at /p2; this server has /p0, /p1.\n")
 
 
 def test_noise_and_steps_may_come_with_the_request():
@@ -210,11 +211,15 @@ def test_a_real_policys_batch_has_the_answers_of_single_requests():
         {**example, "state": rng.uniform(-0.1, 0.1, 4), "prompt": "open the drawer" + " now" * i} for i in range(3)
     ]
     scheduler = Scheduler({"p": lambda: policy}, num_steps=2, max_batch=3, max_queue=3, metrics=Metrics())
-    requests = [Request("p", each, noise[i], 2) for i, each in enumerate(observations)]
-    for request in requests:
-        scheduler.submit(request)
-    scheduler.start()
-    answers = [request.answer.result(SECONDS) for request in requests]
+
+    async def answered():
+        requests = [Request("p", each, noise[i], 2) for i, each in enumerate(observations)]
+        for request in requests:
+            scheduler.submit(request)
+        scheduler.start()
+        return await asyncio.wait_for(asyncio.gather(*(request.answer for request in requests)), SECONDS)
+
+    answers = asyncio.run(answered())
     scheduler.close()
     assert [answer.batch_size for answer in answers] == [3, 3, 3]
     for i, answer in enumerate(answers):
@@ -357,7 +362,7 @@ def test_the_first_refused_connection_of_a_kind_is_in_the_log_and_those_right_af
         for _ in range(3):
             assert http(url, "/")[0] == 401
         [line] = refusals(caplog)
-        assert re.fullmatch(r"refused 127\.0\.0\.1:\d+: a valid token is needed; in a browser: .*", line)
+        assert re.fullmatch(r"refused 127\.0\.0\.1:\d+: A valid token is needed; in a browser: .*", line)
         assert metric(url, 'torchpi_refused_connections_total{reason="token"}', "Bearer s3cret") == 3
         assert http(url, "/nothing", "Bearer s3cret")[0] == 404
         assert "There is no policy at /nothing" in refusals(caplog)[1]
@@ -379,12 +384,12 @@ def test_a_taken_port_is_said_with_the_option_that_chooses_another():
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="is taken") as caught, served(FakePolicy(), port=port):
             pass
-    assert str(caught.value) == f"port {port} of 127.0.0.1 is taken; choose another one with --port (0: a free one)"
+    assert str(caught.value) == f"Port {port} of 127.0.0.1 is taken; choose another one with --port (0: a free one)."
 
 
 def test_a_host_that_is_another_machine_is_said():
     # 192.0.2.1 is for documentation, no machine has it.
-    with pytest.raises(OSError, match=r"^192\.0\.2\.1 is no address of this machine$"), served(host="192.0.2.1"):
+    with pytest.raises(OSError, match=r"^192\.0\.2\.1 is no address of this machine\.$"), served(host="192.0.2.1"):
         pass
 
 
@@ -687,7 +692,7 @@ def test_of_requests_that_do_not_fit_the_data_set_they_alone_are_lost_and_said_o
     assert b'torchpi_recorded_total{result="kept"} 3.0' in metrics.text()
     said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
     assert [re.search(r"client (\d)", line)[1] for line in said] == ["0", "1"]
-    assert "observation.images.base has the shape [12, 16, 3], and that of the data set [6, 8, 3]" in said[0]
+    assert "observation.images.base has the shape [12, 16, 3], and that of the dataset [6, 8, 3]" in said[0]
 
 
 def test_cameras_whose_keys_end_alike_are_recorded_under_their_whole_keys(tmp_path):
@@ -760,9 +765,9 @@ def test_policies_by_name():
 @pytest.mark.parametrize(
     ("policy", "named", "message"),
     [
-        ("nowhere", ["arm=demo"], "^There is no checkpoint at nowhere$"),
-        ("demo", ["arm=hf://nobody/nothing", "hand=nowhere"], "^--policies hand: There is no checkpoint at nowhere$"),
-        (None, ["default=nowhere"], "^--policies default: There is no checkpoint at nowhere$"),
+        ("nowhere", ["arm=demo"], r"^There is no checkpoint at nowhere\.$"),
+        ("demo", ["arm=hf://a/b", "hand=nowhere"], r"^--policies hand: There is no checkpoint at nowhere\.$"),
+        (None, ["default=nowhere"], r"^--policies default: There is no checkpoint at nowhere\.$"),
     ],
 )
 def test_a_checkpoint_that_does_not_exist_is_found_before_anything_is_loaded(

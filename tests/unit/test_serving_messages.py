@@ -95,7 +95,7 @@ def test_what_stands_for_a_jpeg_is_left_to_its_decoding():
 @pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
 def test_text_of_what_are_no_characters_is_refused(code, dtype):
     text = as_text_array(ord("g"), code, dtype=dtype)
-    assert refusal({"prompt": text}) == f"prompt is text with the code point {code:#x}; expected Unicode characters"
+    assert refusal({"prompt": text}) == f"prompt is text with the code point {code:#x}; expected Unicode characters."
     assert "torchpi/num_steps is text" in refusal({"torchpi/num_steps": text})
 
 
@@ -119,14 +119,14 @@ def test_text_arrives_as_it_is(text):
 def test_noise_that_a_model_would_overflow_with_is_refused(value):
     message = refusal({"torchpi/noise": np.full((H, A), value)})
     assert message.startswith("torchpi/noise reaches a magnitude of")
-    assert message.endswith("Expected at most 1e+06: It is drawn from N(0, 1)")
+    assert message.endswith("expected at most 1e+06: it is drawn from N(0, 1).")
 
 
 @pytest.mark.parametrize("value", [np.float64(1e300), np.float32(3e38), np.float64(-1.1e12)])
 def test_a_prefix_that_a_model_would_overflow_with_is_refused(value):
     message = refusal({"torchpi/rtc": {**PREFIX, "action_prefix": np.full((2, 2), value)}})
     assert message.startswith("action_prefix of torchpi/rtc reaches a magnitude of")
-    assert message.endswith("Expected at most 1e+12: no robot's actions are as large")
+    assert message.endswith("expected at most 1e+12: no robot's actions are as large.")
 
 
 def test_options_of_usual_size_arrive():

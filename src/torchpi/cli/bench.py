@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from torchpi.errors import UsageError
+from torchpi.serving import require_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +149,7 @@ class BenchServe:
     )
 
     def run(self) -> None:
+        require_extra()
         from torchpi.bench.serve import run_bench_serving
 
         arguments = dict(vars(self))

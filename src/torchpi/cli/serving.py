@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from torchpi.cli.common import Load, PolicyOptions
-from torchpi.extras import require
+from torchpi.serving import require_extra
 from torchpi.serving.settings import ServeSettings
 
 
@@ -33,8 +33,7 @@ class Serve:
     load: Load = PolicyOptions()
 
     def run(self) -> None:
-        for module in ("msgpack", "prometheus_client", "websockets", "torchpi_client"):
-            require(module, "serve")
+        require_extra()
         from torchpi.serving.run import run_serve
 
         settings = self.settings

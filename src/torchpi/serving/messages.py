@@ -1,9 +1,9 @@
-"""What crosses the wire: requests that are checked before anything is done with them, answers, errors.
+"""The wire messages: requests, which are validated before anything is done with them, answers, and errors.
 
-A request is an observation, a map with the robot's own keys, as openpi's clients send it. What belongs to the request
-and not to the robot may stand beside these, under keys of its own; the metadata have each that a server knows, as True:
+A request is an observation, a map with the robot's own keys, as openpi's clients send it. Options of the request may
+stand next to these, under keys of their own; the metadata have each that a server knows, as True:
 
-    torchpi/noise        floating-point [H, action_dim], where the flow begins, instead of the server's own; drawn from
+    torchpi/noise        floating-point [H, action_dim], the start of the flow, instead of the server's own; drawn from
                          N(0, 1), and refused above a magnitude of 1e6
     torchpi/num_steps    Euler steps, instead of the server's
     torchpi/deadline     seconds that the request may wait for the model, at most the server's
@@ -16,7 +16,7 @@ An image may be a JPEG, {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}; the l
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,8 +31,8 @@ from torchpi_client.protocol import ActionPrefix as SentPrefix
 
 OPTION_PREFIX = "torchpi/"
 OPTIONS = ("torchpi/noise", "torchpi/num_steps", "torchpi/deadline", RTC)
-SUPPORTED = (*OPTIONS, JPEG)
-"""What the metadata have as True."""
+SUPPORTED = dict.fromkeys((*OPTIONS, JPEG), True)
+"""A part of the metadata."""
 
 # Far above what a robot sends, far below what would hold up the others.
 MAX_ITEMS = 10_000
@@ -40,18 +40,18 @@ MAX_DEPTH = 16
 MAX_TEXT = 10_000
 
 # Magnitudes. Models compute in float32, and larger numbers overflow there sooner or later: the request would fail, and
-# with it the pass that others share. Noise is drawn from N(0, 1); actions are in the robot's units, whatever these are,
-# and normalizing them may multiply them by a million.
+# with it the forward pass that others share. Noise is drawn from N(0, 1); actions are in the robot's units, whatever
+# these are, and normalizing them may multiply them by a million.
 MAX_NOISE = 1e6
 MAX_ACTION = 1e12
 MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 
 class RequestError(Exception):
-    """Why a request is not answered with actions: what the client is told.
+    """The reason why a request is not answered with actions, for the client.
 
     Codes: malformed_message (the connection is closed as well), bad_observation, rate_limited, queue_full,
-    deadline_exceeded, shutting_down, internal.
+    deadline_exceeded, shutting_down, internal; client_left, which nobody receives.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -65,7 +65,7 @@ class RequestError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class RequestOptions:
-    """What a request says besides its observation; None: the server's own."""
+    """The options of a request; None: the server's own."""
 
     noise: np.ndarray | None = None
     num_steps: int | None = None
@@ -80,7 +80,7 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
         noise_shape: [H, action_dim] of the policy.
     """
     if isinstance(message, str):
-        raise RequestError("malformed_message", "a request came as a text frame; expected a binary one with msgpack")
+        raise RequestError("malformed_message", "A request came as a text frame; expected a binary one with msgpack.")
     try:
         content = unpack(message, max_items=MAX_ITEMS)
     except ValueError as error:
@@ -88,9 +88,12 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
     try:
         if not isinstance(content, dict):
             raise ServingError(f"A request is a map with the robot's keys; found a {type(content).__name__}.")
-        _check(content, "the observation", MAX_DEPTH)
+        _check_nesting(content, "the observation", MAX_DEPTH)
+        for where, value in _leaves(content, "the observation"):
+            _check_leaf(value, where)
         observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
-        _check_numbers(observation, "the observation")
+        for where, value in _leaves(observation, "the observation"):
+            _check_float32(value, where)
         return observation, _options(content, noise_shape)
     except ValueError as error:
         raise RequestError("bad_observation", str(error)) from error
@@ -100,7 +103,7 @@ def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, An
     """The observation with arrays in place of JPEGs.
 
     Args:
-        max_bytes: that all of them may have together when they are decoded.
+        max_bytes: limit of all of them together when they are decoded.
     """
     try:
         return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_jpegs(observation)))
@@ -109,33 +112,49 @@ def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, An
 
 
 def count_jpegs(value: Any) -> int:
-    """How many images of an observation are JPEGs."""
+    """Number of images in an observation that are JPEGs."""
     return sum(key == JPEG or count_jpegs(item) for key, item in value.items()) if isinstance(value, dict) else 0
 
 
 def answer_frame(chunk: Mapping[str, Any], server_timing: dict[str, float]) -> bytes:
-    """An action chunk as it is sent."""
+    """The binary frame of an action chunk."""
     return pack({**chunk, "server_timing": server_timing})
 
 
-def _check(value: Any, where: str, depth: int) -> None:
-    """Raises a ValueError about what no embodiment reads and what would cost too much to find out later."""
-    if isinstance(value, dict | list):
-        if depth == 0:
-            raise ServingError(f"{where} is nested more than {MAX_DEPTH} deep.")
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(value, dict) and not isinstance(key, str):
+def _check_nesting(value: Any, where: str, depth: int) -> None:
+    """Refuse deep nesting and keys that are not text."""
+    if isinstance(value, dict | list) and depth == 0:
+        raise ServingError(f"{where} is nested more than {MAX_DEPTH} deep.")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
                 raise ServingError(f"{where} has the key {key!r:.80}; expected text.")
             if key != JPEG:
-                _check(item, str(key)[:80], depth - 1)
-    elif isinstance(value, str | bytes) and len(value) > MAX_TEXT:
+                _check_nesting(item, key[:80], depth - 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check_nesting(item, where, depth - 1)
+
+
+def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
+    """The key of every value that is no map or list, and the value; JPEGs are left to their decoder."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if key != JPEG:
+                yield from _leaves(item, key[:80])
+    elif isinstance(value, list):
+        for item in value:
+            yield from _leaves(item, where)
+    else:
+        yield where, value
+
+
+def _check_leaf(value: Any, where: str) -> None:
+    """Refuse long text, text that is not Unicode, and floats that PyTorch has no dtype for."""
+    if isinstance(value, str | bytes) and len(value) > MAX_TEXT:
         raise ServingError(f"{where} is a text of {len(value)} characters; expected at most {MAX_TEXT}.")
-    elif isinstance(value, np.ndarray | np.generic):
-        _check_dtype(value, where)
-
-
-def _check_dtype(value: np.ndarray | np.generic, where: str) -> None:
-    """Raises a ValueError about long text, text that is none, and floats that PyTorch has no dtype for."""
+    if not isinstance(value, np.ndarray | np.generic):
+        return
     dtype = value.dtype
     if dtype.kind == "f" and dtype.itemsize > 8:
         raise ServingError(f"{where} is {dtype}; expected floating-point numbers of at most 64 bits.")
@@ -150,31 +169,20 @@ def _check_dtype(value: np.ndarray | np.generic, where: str) -> None:
             raise ServingError(f"{where} is text with the code point {int(wrong[0]):#x}; expected Unicode characters.")
 
 
-def _check_numbers(value: Any, where: str) -> None:
-    """Raises a ValueError about what is finite, but not in float32. NaN and infinity are left to the embodiment, which
-    knows what they stand for."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key != JPEG:  # as in _check, which has not looked at it: it may be anything
-                _check_numbers(item, key[:80])
-    elif isinstance(value, list):
-        for item in value:
-            _check_numbers(item, where)
-    else:
-        largest = 0.0
-        if isinstance(value, float):
-            largest = abs(value)
-        elif isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.dtype.itemsize > 4:
-            largest = _magnitude(value)
-        if MAX_FLOAT32 < largest < math.inf:
-            raise ServingError(
-                f"{where} is beyond float32: it reaches a magnitude of {largest:.3g}; expected at most "
-                f"{MAX_FLOAT32:.3g}."
-            )
+def _check_float32(value: Any, where: str) -> None:
+    """Refuse numbers that are finite, but not in float32. NaN and infinity are left to the embodiment, which names the
+    dimension."""
+    if not isinstance(value, np.ndarray | float):
+        return
+    array = np.asarray(value)
+    if array.dtype.kind == "f" and array.dtype.itemsize > 4 and MAX_FLOAT32 < (found := _magnitude(array)) < math.inf:
+        raise ServingError(
+            f"{where} is beyond float32: it reaches a magnitude of {found:.3g}; expected at most {MAX_FLOAT32:.3g}."
+        )
 
 
 def _magnitude(array: np.ndarray) -> float:
-    """Of the number that is farthest from 0, without a copy; 0 if there is none, NaN if one is NaN."""
+    """The largest absolute value, without a copy; 0 if there is none, NaN if one is NaN."""
     return max(float(array.max(initial=0)), -float(array.min(initial=0)))
 
 
@@ -198,13 +206,8 @@ def _noise(value: Any, shape: tuple[int, int]) -> np.ndarray:
         raise ServingError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}.")
     if not np.isfinite(value).all():
         raise ServingError("There is NaN or infinity in torchpi/noise; it must be finite.")
-    _require_magnitude(value, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
+    _check_magnitude(value, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
     return value.astype(np.float32)
-
-
-def _require_magnitude(array: np.ndarray, what: str, most: float, why: str) -> None:
-    if (largest := _magnitude(array)) > most:
-        raise ServingError(f"{what} reaches a magnitude of {largest:.3g}; expected at most {most:g}: {why}.")
 
 
 def _num_steps(value: Any) -> int:
@@ -222,7 +225,12 @@ def _deadline(value: Any) -> float:
 
 def _prefix(value: Any, horizon: int) -> ActionPrefix:
     sent = SentPrefix.from_wire(value)
-    _require_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
+    _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
     prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon)
     prefix.steps_executed(horizon)
     return prefix
+
+
+def _check_magnitude(array: np.ndarray, where: str, limit: float, reason: str) -> None:
+    if (found := _magnitude(array)) > limit:
+        raise ServingError(f"{where} reaches a magnitude of {found:.3g}; expected at most {limit:g}: {reason}.")

@@ -1,4 +1,6 @@
-"""What a server counts and times, for Prometheus."""
+"""Counts and times of a server, for Prometheus."""
+
+import functools
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -7,6 +9,7 @@ _SECONDS = (
     *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
+_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 class Metrics:
@@ -20,38 +23,28 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self.requests = Counter(
+        counter = functools.partial(Counter, registry=self._registry)
+        gauge = functools.partial(Gauge, registry=self._registry)
+        histogram = functools.partial(Histogram, labelnames=["policy"], registry=self._registry)
+        self.requests = counter(
             "torchpi_requests_total",
-            "Requests by outcome: answered; the codes of errors; client_left, before their answer",
+            "Requests by outcome: answered; the code of an error; client_left, before the answer",
             ["policy", "outcome"],
-            registry=self._registry,
         )
-        self.queue_seconds = self._histogram("torchpi_queue_seconds", "Time that a request waited for the model")
-        self.inference_seconds = self._histogram(
-            "torchpi_inference_seconds", "Time of one pass that succeeded, of a whole batch"
+        self.queue_seconds = histogram(
+            "torchpi_queue_seconds", "Time that a request waited for the model", buckets=_SECONDS
         )
-        self.batch_size = Histogram(
-            "torchpi_batch_size",
-            "Requests in one pass that succeeded",
-            ["policy"],
-            registry=self._registry,
-            buckets=_BATCH_SIZES,
+        self.inference_seconds = histogram(
+            "torchpi_inference_seconds", "Time of one successful forward pass, of a whole batch", buckets=_SECONDS
         )
-        self.queue_length = Gauge("torchpi_queue_length", "Requests that wait for the model", registry=self._registry)
-        self.connections = Gauge("torchpi_connections", "Open websockets", registry=self._registry)
-        self.refused = Counter(
-            "torchpi_refused_connections_total", "Connections refused, by why", ["reason"], registry=self._registry
+        self.batch_size = histogram(
+            "torchpi_batch_size", "Requests in one successful forward pass", buckets=_BATCH_SIZES
         )
-        self.recorded = Counter(
-            "torchpi_recorded_total", "Requests by what --record did: kept, lost", ["result"], registry=self._registry
-        )
+        self.queue_length = gauge("torchpi_queue_length", "Requests that wait for the model")
+        self.connections = gauge("torchpi_connections", "Open websockets")
+        self.refused = counter("torchpi_refused_connections_total", "Refused connections by reason", ["reason"])
+        self.recorded = counter("torchpi_recorded_total", "Requests to --record by result: kept, lost", ["result"])
 
     def text(self) -> bytes:
-        """All of them in Prometheus's text format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)
-
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(name, text, ["policy"], registry=self._registry, buckets=_SECONDS)
-
-
-_BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)

@@ -1,21 +1,21 @@
-"""Keeping requests and their chunks as a LeRobot data set.
+"""Recording of requests and their chunks as a LeRobot dataset.
 
 A frame is one request: the cameras that the policy reads, the state as the robot sent it, and as its action the whole
-chunk, [H, a] flattened row by row. An episode is what one client asked with one prompt, in parts where `EPISODE_MB`
-asks for them.
+chunk, [H, a] flattened row by row. An episode holds the requests of one client with one prompt, in parts where
+`EPISODE_MB` requires it.
 
-A data set has one shape per camera: that of the first image that came from it. When the first episode is saved, a
+A dataset has one shape per camera: that of the first image that came from it. When the first episode is saved, a
 camera that has sent none yet gets the shape of another one. Frames of other shapes are lost, and the rest is kept.
 """
 
+import concurrent.futures
+import contextlib
 import dataclasses
-import functools
 import logging
-import queue
 import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,31 +41,30 @@ NO_INSTRUCTION = "(no instruction)"
 
 
 class Recorder:
-    """Writes one data set per policy, in a thread of its own; robots never wait for it.
+    """Writes one dataset per policy, in a thread of its own; robots never wait for it.
 
         with Recorder({"default": "my_recording"}) as recorder:
             recorder.keep("default", client, policy, observation, actions)
 
-    Data sets appear when the block ends; see `LeRobotWriter` for what is left if the process is killed.
+    Datasets appear when the block ends; see `LeRobotWriter` for what is left if the process is killed.
     """
 
     def __init__(self, paths: Mapping[str, Path], metrics: Metrics) -> None:
         """
         Args:
-            paths: per policy's name the folder of its data set, new or empty.
-            metrics: where kept and lost requests are counted.
+            paths: per policy's name the folder of its dataset, new or empty.
+            metrics: counts kept and lost requests.
         """
-        paths = {name: path.expanduser() for name, path in paths.items()}
-        for path in paths.values():
+        self._paths = {name: path.expanduser() for name, path in paths.items()}
+        for path in self._paths.values():
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise ServingError(
                     f"{path} exists already and is not an empty folder; choose another path to record to."
                 )
         self.metrics = metrics
-        self._paths = paths
-        self._sets: dict[str, _PolicySet] = {}
-        self._waiting: queue.Queue[tuple[Any, ...] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="torchpi-recorder", daemon=True)
+        self._recordings: dict[str, _Recording] = {}
+        self._free = threading.Semaphore(MAX_WAITING)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="torchpi-recorder")
 
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         """Record one request; returns at once.
@@ -75,102 +74,97 @@ class Recorder:
             client: number of the connection.
             actions: [H, a], the chunk that it was sent.
         """
-        if self._waiting.qsize() >= MAX_WAITING:
+        if self._free.acquire(blocking=False):
+            self._thread.submit(self._add, name, client, policy, observation, actions)
+        else:
             self.metrics.recorded.labels("lost").inc()
             _log.error("a request is not recorded: %d wait for the disk already", MAX_WAITING)
-            return
-        self._waiting.put((name, client, policy, observation, actions))
 
     def end(self, client: int) -> None:
-        """The client has left: what it asked becomes an episode."""
-        self._waiting.put((client,))
+        """End the episode of a client that has left."""
+        self._thread.submit(self._end, client)
 
     def __enter__(self) -> "Recorder":
-        self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._waiting.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while item := self._waiting.get():
-            if len(item) > 1:
-                self._try(1, functools.partial(self._add, *item))
-            else:
-                for policy_set in self._sets.values():
-                    self._save(policy_set, item[0])
-                    policy_set.misfits.discard(item[0])
-        for policy_set in self._sets.values():
-            for client in list(policy_set.episodes):
-                self._save(policy_set, client)
-            self._finish(policy_set)
+        self._thread.submit(self._finish)
+        self._thread.shutdown()
 
     def _add(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
-        frame = request_frame(policy.embodiment, observation, actions)
-        prompt = observation.get("prompt")
-        task = as_text(policy.metadata["default_prompt"] if prompt is None else prompt)
-        if not task.strip():
-            task = NO_INSTRUCTION
-        if name not in self._sets:
-            self._sets[name] = _PolicySet(self._paths[name], policy.embodiment, len(actions))
-        policy_set = self._sets[name]
-        episode = policy_set.episodes.get(client)
-        if episode is not None and episode.task != task:
-            self._save(policy_set, client)
-        if misfit := policy_set.misfit(frame):
+        with self._counted_failures(1):
+            frame = request_frame(policy.embodiment, observation, actions)
+            prompt = observation.get("prompt")
+            task = as_text(policy.metadata["default_prompt"] if prompt is None else prompt)
+            if name not in self._recordings:
+                self._recordings[name] = _Recording(self._paths[name], policy.embodiment, len(actions))
+            self._add_frame(self._recordings[name], client, task if task.strip() else NO_INSTRUCTION, frame)
+        self._free.release()
+
+    def _add_frame(self, recording: "_Recording", client: int, task: str, frame: Mapping[str, np.ndarray]) -> None:
+        if client in recording.episodes and recording.episodes[client].task != task:
+            self._save(recording, client)
+        if misfit := recording.misfit(frame):
             self.metrics.recorded.labels("lost").inc()
-            if client not in policy_set.misfits:
-                policy_set.misfits.add(client)
+            if client not in recording.misfits:
+                recording.misfits.add(client)
                 _log.error(
                     "a request of client %d is not recorded in %s: %s; others of it that do not fit are only counted",
                     client,
-                    policy_set.path,
+                    recording.path,
                     misfit,
                 )
             return
         num_bytes = sum(value.nbytes for value in frame.values())
-        while policy_set.episodes and policy_set.num_bytes + num_bytes > EPISODE_MB * 2**20:
-            self._save(policy_set, policy_set.largest)
-        policy_set.add(client, task, frame, num_bytes)
+        while recording.episodes and recording.num_bytes + num_bytes > EPISODE_MB * 2**20:
+            self._save(recording, max(recording.episodes, key=lambda each: recording.episodes[each].num_bytes))
+        recording.add(client, task, frame, num_bytes)
 
-    def _save(self, policy_set: "_PolicySet", client: int) -> None:
+    def _end(self, client: int) -> None:
+        for recording in self._recordings.values():
+            self._save(recording, client)
+            recording.misfits.discard(client)
+
+    def _save(self, recording: "_Recording", client: int) -> None:
         """Write the client's episode, if it has one."""
-        episode = policy_set.take(client)
-        if episode is not None and self._try(len(episode.frames), lambda: policy_set.write(episode)):
-            self.metrics.recorded.labels("kept").inc(len(episode.frames))
+        if (episode := recording.episodes.pop(client, None)) is not None:
+            with self._counted_failures(len(episode.frames)):
+                recording.write(episode)
+                self.metrics.recorded.labels("kept").inc(len(episode.frames))
 
-    def _finish(self, policy_set: "_PolicySet") -> None:
-        """Make the data set of the saved episodes."""
-        writer = policy_set.writer
-        if writer is None:  # not even the first episode could be begun; the log says why
-            return
-        num_episodes = writer.num_episodes
-        if self._try(0, writer.finalize):
-            _log.info("recorded %d requests in %d episodes: %s", policy_set.num_kept, num_episodes, policy_set.path)
+    def _finish(self) -> None:
+        """Save the last episodes, and complete the datasets."""
+        for recording in self._recordings.values():
+            for client in list(recording.episodes):
+                self._save(recording, client)
+            if (writer := recording.writer) is None:  # not even the first episode could be begun; the log says why
+                continue
+            num_episodes = writer.num_episodes
+            with self._counted_failures(0):
+                writer.finalize()
+                _log.info("recorded %d requests in %d episodes: %s", recording.num_kept, num_episodes, recording.path)
 
-    def _try(self, num_requests: int, action: Callable[[], None]) -> bool:
-        """Whether it worked. A full disk must not stop the robots: what is lost is said and counted."""
+    @contextlib.contextmanager
+    def _counted_failures(self, num_requests: int) -> Iterator[None]:
+        """Log and count what fails, such as a full disk: it must not stop the robots."""
         try:
-            action()
+            yield
         except Exception as error:
             self.metrics.recorded.labels("lost").inc(num_requests)
             _log.exception("recording failed, %d requests are lost: %s", num_requests, error)
-            return False
-        return True
 
 
 @dataclasses.dataclass
 class _Episode:
-    """What one client asks with one prompt, as far as it is in memory."""
+    """The requests of one client with one prompt, as far as they are in memory."""
 
     task: str
     frames: list[Mapping[str, np.ndarray]] = dataclasses.field(default_factory=list)
     num_bytes: int = 0
 
 
-class _PolicySet:
-    """The data set of one policy, and the episodes that its clients are in."""
+class _Recording:
+    """The dataset of one policy, and the unfinished episodes of its clients."""
 
     def __init__(self, path: Path, embodiment: Embodiment, horizon: int) -> None:
         path.mkdir(parents=True, exist_ok=True)  # a folder that can't be written is found out before an episode is over
@@ -181,8 +175,6 @@ class _PolicySet:
         """Requests in saved episodes."""
         self.episodes: dict[int, _Episode] = {}
         """By client; each has a frame."""
-        self.num_bytes = 0
-        """Of all their frames."""
         self.misfits: set[int] = set()
         """Connected clients of which the log says that a request did not fit."""
         self._embodiment, self._horizon = embodiment, horizon
@@ -190,20 +182,20 @@ class _PolicySet:
         self._shapes: dict[str, tuple[int, ...]] = {}
         """Of a frame's values, as far as they are known."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all unfinished episodes."""
+        return sum(episode.num_bytes for episode in self.episodes.values())
+
     def misfit(self, frame: Mapping[str, np.ndarray]) -> str | None:
-        """Why the set can't have this frame; None: it can."""
+        """The reason why the dataset can't have this frame; None: it can."""
         for key, value in frame.items():
             if value.shape != (shape := self._shapes.get(key, value.shape)):
-                return f"its {key} has the shape {list(value.shape)}, and that of the data set {list(shape)}"
+                return f"its {key} has the shape {list(value.shape)}, and that of the dataset {list(shape)}"
         for key in (STATE, ACTION):
             if not np.isfinite(frame[key]).all():
                 return f"its {key} has NaN or infinity as float32"
         return None
-
-    @property
-    def largest(self) -> int:
-        """The client whose episode takes most memory; there must be one."""
-        return max(self.episodes, key=lambda client: self.episodes[client].num_bytes)
 
     def add(self, client: int, task: str, frame: Mapping[str, np.ndarray], num_bytes: int) -> None:
         """Continue the client's episode, or begin it, with a frame that fits."""
@@ -212,22 +204,12 @@ class _PolicySet:
         episode = self.episodes.setdefault(client, _Episode(task))
         episode.frames.append(frame)
         episode.num_bytes += num_bytes
-        self.num_bytes += num_bytes
-
-    def take(self, client: int) -> _Episode | None:
-        """The client's episode, which is not in memory any more."""
-        episode = self.episodes.pop(client, None)
-        if episode is not None:
-            self.num_bytes -= episode.num_bytes
-        return episode
 
     def write(self, episode: _Episode) -> None:
-        """Save an episode that was taken; absent cameras are black."""
+        """Save an episode; absent cameras are black."""
         if self.writer is None:
             self.writer = self._begin()
-        columns: dict[str, list[np.ndarray]] = {
-            key: [frame[key] for frame in episode.frames] for key in (STATE, ACTION)
-        }
+        columns = {key: [frame[key] for frame in episode.frames] for key in (STATE, ACTION)}
         for key in self._cameras:
             black = np.zeros(self._shapes[key], np.uint8)
             columns[key] = [frame.get(key, black) for frame in episode.frames]
@@ -253,29 +235,26 @@ class _PolicySet:
 
 
 def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], actions: np.ndarray) -> dict[str, np.ndarray]:
-    """One request as a data set's frame.
+    """One request as a dataset's frame.
 
     Returns:
         by `camera_fields` uint8 [h, w, 3], nothing where an optional camera is absent; "observation.state" [s] in the
         robot's units and "action" [H·a], float32.
     """
     fields = camera_fields(embodiment)
-    images = {
+    frame = {
         fields[camera.key]: image
         for camera in embodiment.read_cameras
         if camera.key is not None and (image := camera_image(camera, observation)) is not None
     }
     state = np.concatenate([np.atleast_1d(value_at(observation, part.key)) for part in embodiment.state])
     with np.errstate(over="ignore"):  # infinity is a frame that does not fit
-        return {
-            **images,
-            STATE: state.astype(np.float32),
-            ACTION: actions.reshape(-1).astype(np.float32),
-        }
+        frame[STATE], frame[ACTION] = state.astype(np.float32), actions.reshape(-1).astype(np.float32)
+    return frame
 
 
 def camera_fields(embodiment: Embodiment) -> dict[str, str]:
-    """By key of each camera that the policy reads and the robot has: what it is called in a data set.
+    """The dataset's name of each camera that the policy reads and the robot has, by the camera's key.
 
     That is "observation.images." and the key's last part; the whole key, with '_' for '.' and '/', of cameras whose
     last parts are the same.

@@ -1,4 +1,4 @@
-"""`torchpi serve`: load policies, serve them, and end well."""
+"""`torchpi serve`: load policies and serve them until a signal."""
 
 import asyncio
 import functools
@@ -38,22 +38,23 @@ def run_serve(
     """Serve until SIGINT or SIGTERM.
 
     Args:
-        policy: what is served at "/".
+        policy: served at "/".
         named: "name=path" of further ones; without `policy` the first of them is served at "/" as well.
-        record: the folder of the data set, or, of several policies, of one per name.
+        record: the folder of the dataset, or, of several policies, of one per name.
         load: arguments of `load_policy` for `policy`.
         device: of all of them.
     """
     paths = policy_paths(policy, named)
     if load and policy is None:
-        raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies, which say everything.")
-    _check_paths(paths, unnamed=policy is not None)
-    # What is asked for the policy at "/" holds for it alone.
+        raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
+    for name, path in paths.items():
+        _check_path(path, "" if name == DEFAULT and policy is not None else f"--policies {name}: ")
     loaders: dict[str, Callable[[], Policy]] = {
         name: functools.partial(load_policy, path, device=device, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
     }
-    _log_to_stderr()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
     if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server: give it a --token", settings.host)
     if record is None:
@@ -62,7 +63,7 @@ def run_serve(
         folders = {name: record if len(paths) == 1 else record / name for name in paths}
         with Recorder(folders, Metrics()) as recorder:
             ended = asyncio.run(_serve(loaders, settings, recorder))
-    if not ended:  # it is inside of PyTorch, and the interpreter's own end would tear that down under it
+    if not ended:  # the model's thread is inside PyTorch, which the interpreter's end would tear down under it
         _log.warning("the model is still at work; ending without it")
         logging.shutdown()
         sys.stdout.flush()
@@ -86,27 +87,19 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
     return paths
 
 
-def _check_paths(paths: Mapping[str, str], *, unnamed: bool) -> None:
-    """Loading takes long, and what is not on the disk is known before.
-
-    Args:
-        unnamed: whether `DEFAULT` is POLICY, and not one of --policies.
-    """
-    for name, path in paths.items():
-        if "://" in path:
-            continue
+def _check_path(path: str, where: str) -> None:
+    """Refuse a path that does not exist before any policy is loaded, which takes long."""
+    if "://" not in path:
         try:
             existing_folder(path)
         except (FileNotFoundError, ValueError) as error:
-            if unnamed and name == DEFAULT:
-                raise
-            raise type(error)(f"--policies {name}: {error}") from error
+            raise type(error)(f"{where}{error}") from error
 
 
 async def _serve(
     loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, recorder: Recorder | None
 ) -> bool:
-    """Serve until a signal; whether the model's thread has ended as well."""
+    """Serve until a signal; False: the model's thread has not ended."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -118,16 +111,11 @@ async def _serve(
 
     for each in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(each, stop_once, each)
+
+    def listening(address: str) -> None:
+        dashboard = f"http{address.removeprefix('ws')}"
+        _log.info("listening at %s, warming up; dashboard at %s", address, dashboard)
+
     server = PolicyServer(loaders, settings, recorder=recorder)
-    await server.run(
-        stop,
-        lambda address: _log.info(
-            "listening at %s, warming up; dashboard at http%s", address, address.removeprefix("ws")
-        ),
-    )
+    await server.run(stop, listening)
     return server.scheduler.join(1.0)
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics

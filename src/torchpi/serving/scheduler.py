@@ -1,11 +1,13 @@
 """The thread that owns the models, and the queue in front of it.
 
-A pass takes whatever of the oldest request's kind is waiting at that moment, and never waits for more. A connection has
-one request here at a time, see `server.py`: first come, first served is then fair, because whoever has been answered
-comes behind everyone who waits.
+A forward pass takes the requests of the oldest one's kind that are waiting at that moment, and never waits for more. A
+connection has one request here at a time, see `connection.py`: first come, first served is then fair, because a client
+that has been answered comes behind everyone who waits.
 """
 
+import asyncio
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import queue
@@ -25,20 +27,20 @@ _log = logging.getLogger(__name__)
 
 @runtime_checkable
 class ServedPolicy(Protocol):
-    """What a server needs of a `Policy`."""
+    """The part of `Policy` that a server uses."""
 
     model: Any
     embodiment: Any
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What clients may want to know."""
+        """Facts for clients."""
 
     def example_observation(self) -> dict[str, Any]:
         """A valid request."""
 
     def prepare(self, observation: Mapping[str, Any]) -> Any:
-        """Raises KeyError or ValueError if something is wrong with the observation."""
+        """Raise a KeyError or ValueError if an observation is wrong."""
 
     def infer_batch(
         self,
@@ -53,7 +55,7 @@ class ServedPolicy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the model said, and what it took."""
+    """An action chunk and its timing."""
 
     chunk: ActionChunk
     queue_seconds: float
@@ -63,7 +65,7 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One observation on its way through the model."""
+    """One observation for the model; created in the event loop, where its answer arrives."""
 
     policy: str
     """The policy's name."""
@@ -73,14 +75,30 @@ class Request:
     num_steps: int
     prefix: ActionPrefix | None = None
     """For real-time chunking."""
-    answer: "concurrent.futures.Future[Answer]" = dataclasses.field(default_factory=concurrent.futures.Future)
-    """An `Answer`, or a `RequestError`."""
+    answer: "asyncio.Future[Answer]" = dataclasses.field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """The answer, or a `RequestError`."""
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
     def kind(self) -> tuple[str, int, bool]:
-        """What requests of one pass have in common; guidance by a prefix takes longer, for all of them."""
+        """Common to the requests of one forward pass; guidance by a prefix takes longer, for all of them."""
         return self.policy, self.num_steps, self.prefix is not None
+
+    def settle(self, result: Answer | RequestError) -> None:
+        """Set the answer, in the event loop's thread; an answer that is set already stays."""
+        if self.answer.done():
+            return
+        if isinstance(result, RequestError):
+            self.answer.set_exception(result)
+        else:
+            self.answer.set_result(result)
+
+    def settle_soon(self, result: Answer | RequestError) -> None:
+        """The same, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+            self.answer.get_loop().call_soon_threadsafe(self.settle, result)
 
 
 class Scheduler:
@@ -97,29 +115,27 @@ class Scheduler:
     ) -> None:
         """
         Args:
-            load: per name what returns the policy; called in the thread.
-            num_steps: of the warm-up.
-            max_batch: requests in one pass.
+            load: a function per name that returns the policy; called in the thread.
+            num_steps: Euler steps of the warm-up.
+            max_batch: requests in one forward pass.
             max_queue: requests that may wait.
         """
-        self._load, self._num_steps = dict(load), num_steps
+        self._load, self._num_steps, self._metrics = dict(load), num_steps, metrics
         self._max_batch, self._max_queue = max_batch, max_queue
-        self._batch_size = {name: metrics.batch_size.labels(name) for name in load}
-        self._inference_seconds = {name: metrics.inference_seconds.labels(name) for name in load}
         self._policies: dict[str, ServedPolicy] = {}
         self._waiting: list[Request] = []
         self._lock = threading.Lock()
-        self._news: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """Something whenever there is a request, or the end, to wake the thread with; faster than a condition."""
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
+        """An item for each request, and for the end, to wake the thread with; faster than a condition."""
         self._closed = False
         metrics.queue_length.set_function(lambda: self.num_waiting)
         self.ready: concurrent.futures.Future[dict[str, ServedPolicy]] = concurrent.futures.Future()
-        """The policies by name, once they are loaded and warm; or what prevented it."""
+        """The policies by name, once they are loaded and warm; or the error that prevented it."""
         # A daemon: a process that gives up on it can end.
         self._thread = threading.Thread(target=self._run, name="torchpi-model", daemon=True)
 
     def start(self) -> None:
-        """Begin to load; `ready` says when that is done."""
+        """Begin to load; see `ready`."""
         self._thread.start()
 
     @property
@@ -131,16 +147,16 @@ class Scheduler:
         """Queue a request."""
         with self._lock:
             if self._closed:
-                raise RequestError("shutting_down", "the server is shutting down; connect again later")
-            if len(self._waiting) >= self._max_queue:
+                raise RequestError("shutting_down", "The server is shutting down; connect again later.")
+            if (num_waiting := len(self._waiting)) >= self._max_queue:
                 raise RequestError(
-                    "queue_full", f"{len(self._waiting)} requests are waiting for the model already; try again later"
+                    "queue_full", f"{num_waiting} requests are waiting for the model already; try again later."
                 )
             self._waiting.append(request)
-        self._news.put(None)
+        self._wake.put(None)
 
     def withdraw(self, request: Request) -> bool:
-        """Take a request back; False: the model has begun with it, or is done."""
+        """Take a request out of the queue; False: it is not in it, because the model has begun with it."""
         with self._lock:
             if request not in self._waiting:
                 return False
@@ -151,10 +167,10 @@ class Scheduler:
         """Take no more requests; the thread ends when the queue is empty."""
         with self._lock:
             self._closed = True
-        self._news.put(None)
+        self._wake.put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait for the thread's end, so many seconds; whether it has ended."""
+        """Wait at most so many seconds for the thread's end; False: it is still running."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -163,19 +179,17 @@ class Scheduler:
             for name, load in self._load.items():
                 self._policies[name] = load()
                 self._warm_up(name)
-        except BaseException as error:  # whoever waits for `ready` raises it
+        except BaseException as error:  # raised by whoever waits for `ready`
             if len(self._load) > 1:
                 error.add_note(f"(policy {name})")
             self.ready.set_exception(error)
             return
         self.ready.set_result(self._policies)
         while batch := self._next_batch():
-            # From here on nobody can cancel them.
-            if started := [request for request in batch if request.answer.set_running_or_notify_cancel()]:
-                self._answer(started)
+            self._answer(batch)
 
     def _warm_up(self, name: str) -> None:
-        """One pass of the smallest and one of the largest batch: kernels are compiled, and the memory suffices."""
+        """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
         policy = self._policies[name]
         for size in sorted({1, self._max_batch}):
             start = time.perf_counter()
@@ -184,7 +198,7 @@ class Scheduler:
             _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
 
     def _next_batch(self) -> list[Request]:
-        """The oldest request, and those of its kind that wait as well; nothing: closed, and all is answered."""
+        """The oldest request, and those of its kind that wait as well; empty: closed, and all is answered."""
         while True:
             with self._lock:
                 if self._waiting:
@@ -194,23 +208,23 @@ class Scheduler:
                     return batch
                 if self._closed:
                     return []
-            self._news.get()
+            self._wake.get()
 
     def _answer(self, batch: list[Request]) -> None:
-        """Answer each; one that fails, for example by a bad observation, fails alone."""
-        policy, num_steps = self._policies[batch[0].policy], batch[0].num_steps
+        """Answer each request; one that fails, for example by a bad observation, fails alone."""
+        name, policy = batch[0].policy, self._policies[batch[0].policy]
         start = time.perf_counter()
         try:
             chunks = policy.infer_batch(
                 [request.observation for request in batch],
                 noise=np.stack([request.noise for request in batch]),
-                num_steps=num_steps,
+                num_steps=batch[0].num_steps,
                 prefixes=[request.prefix for request in batch],
             )
             assert len(chunks) == len(batch)
         except Exception as error:
             if len(batch) == 1:
-                batch[0].answer.set_exception(_failure(policy, batch[0], error))
+                batch[0].settle_soon(_failure(policy, batch[0], error))
                 return
             half = len(batch) // 2
             self._answer(batch[:half])
@@ -218,9 +232,9 @@ class Scheduler:
             return
         seconds = time.perf_counter() - start
         for request, chunk in zip(batch, chunks, strict=True):
-            request.answer.set_result(Answer(chunk, start - request.arrived, seconds, len(batch)))
-        self._inference_seconds[batch[0].policy].observe(seconds)
-        self._batch_size[batch[0].policy].observe(len(batch))
+            request.settle_soon(Answer(chunk, start - request.arrived, seconds, len(batch)))
+        self._metrics.inference_seconds.labels(name).observe(seconds)
+        self._metrics.batch_size.labels(name).observe(len(batch))
 
 
 def noise_shape(policy: ServedPolicy) -> tuple[int, int]:
@@ -230,13 +244,12 @@ def noise_shape(policy: ServedPolicy) -> tuple[int, int]:
 
 
 def _failure(policy: ServedPolicy, request: Request, error: Exception) -> RequestError:
-    """What the client is told: its own mistakes in full, of ours only that there was one."""
+    """The error for the client: its own mistakes in full, of the server's only that there was one."""
     if isinstance(error, KeyError | ValueError):
         try:
             prefix = {} if request.prefix is None else {"actions": request.prefix.actions}
             policy.prepare({**request.observation, **prefix})
-        except (KeyError, ValueError) as its_fault:
-            # str() of a KeyError quotes its message.
-            return RequestError("bad_observation", str(its_fault.args[0] if its_fault.args else its_fault))
+        except (KeyError, ValueError) as mistake:
+            return RequestError("bad_observation", str(mistake))
     _log.error("policy %s failed on a request", request.policy, exc_info=error)
-    return RequestError("internal", "the policy failed on this observation; the server's log says why")
+    return RequestError("internal", "The policy failed on this observation; the server's log says why.")

@@ -1,9 +1,14 @@
-"""What a server allows its clients."""
+"""Settings and limits of a server."""
 
 import dataclasses
 import hmac
 
 from torchpi.errors import ServingError
+
+LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
+
+MAX_NUM_STEPS = 100
+"""Euler steps that a request may ask for; flow matching gains nothing beyond, and each delays every client."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +42,8 @@ class ServeSettings:
     """Seconds at the end in which requests that were received are still answered."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_steps",
-            "max_batch",
-            "max_queue",
-            "deadline",
-            "max_connections",
-            "max_message_mb",
-            "max_rate",
-        ):
+        limits = ("num_steps", "max_batch", "max_queue", "deadline", "max_connections", "max_message_mb", "max_rate")
+        for name in limits:
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
         if self.num_steps > MAX_NUM_STEPS:
@@ -58,24 +56,23 @@ class ServeSettings:
             raise ServingError("The token must be of printable ASCII characters, and not empty.")
 
     @property
+    def max_message_bytes(self) -> int:
+        """Size of a request in bytes."""
+        return int(self.max_message_mb * 2**20)
+
+    @property
     def local(self) -> bool:
-        """Whether only this machine can reach the server."""
+        """True if only this machine can reach the server."""
         return self.host in LOCAL_HOSTS
 
     def admits(self, authorization: str | None) -> bool:
-        """Whether a request with this Authorization header may come in."""
+        """Check the Authorization header of a request."""
         if self.token is None:
             return True
         scheme, _, credentials = (authorization or "").partition(" ")
         # compare_digest takes the same time wherever the two differ, so that the answer's time tells nothing.
         same = hmac.compare_digest(credentials.strip().encode(errors="surrogateescape"), self.token.strip().encode())
         return same and scheme.lower() in ("bearer", "api-key")
-
-
-LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
-
-MAX_NUM_STEPS = 100
-"""Euler steps that a request may ask for; flow matching gains nothing beyond, and each holds up everyone."""
 
 
 class RateLimit:
@@ -86,7 +83,7 @@ class RateLimit:
         self._left, self._at = self._size, now
 
     def allows(self, now: float) -> bool:
-        """Whether one more request may come at this time, in seconds; it is counted if so."""
+        """Count one more request at this time, in seconds; False: it exceeds the rate."""
         self._left = min(self._size, self._left + (now - self._at) * self._rate)
         self._at = now
         if self._left < 1:

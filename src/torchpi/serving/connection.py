@@ -1,0 +1,226 @@
+"""One client's connection: the metadata, then requests and answers in turn.
+
+The server speaks first, a map of metadata, as soon as its policies are warm. Then each binary frame is an observation,
+answered by a binary frame with "actions", "policy_timing" and "server_timing", or by a text frame with an error,
+{"code": …, "message": …}.
+"""
+
+import asyncio
+import dataclasses
+import logging
+import time
+from typing import Any
+
+import numpy as np
+from websockets.asyncio.server import ServerConnection
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
+
+from torchpi.randomness import generator_at
+from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
+from torchpi.serving.messages import SUPPORTED, RequestError, answer_frame, count_jpegs, decode_jpegs, read_request
+from torchpi.serving.metrics import Metrics
+from torchpi.serving.recorder import Recorder
+from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy, noise_shape
+from torchpi.serving.settings import RateLimit, ServeSettings
+from torchpi_client import pack
+
+_log = logging.getLogger(__name__)
+
+GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
+
+
+@dataclasses.dataclass
+class ServerState:
+    """The parts of a server that its connections and its HTTP pages share, in the thread of the event loop."""
+
+    settings: ServeSettings
+    names: list[str]
+    """Of the policies; the first one is also served at "/"."""
+    metrics: Metrics
+    scheduler: Scheduler
+    recorder: Recorder | None
+    dashboard: Dashboard = dataclasses.field(default_factory=Dashboard)
+    policies: dict[str, ServedPolicy] = dataclasses.field(default_factory=dict)
+    """By name, once they are loaded and warm."""
+    connections: "set[Connection]" = dataclasses.field(default_factory=set)
+    stopping: bool = False
+
+    @property
+    def ready(self) -> bool:
+        """True while requests are answered."""
+        return bool(self.policies) and not self.stopping
+
+
+class Connection:
+    """One client, from the metadata to the last answer."""
+
+    def __init__(self, websocket: ServerConnection, state: ServerState, *, number: int, policy: str) -> None:
+        """
+        Args:
+            number: from 0, in the order of the connections.
+            policy: the policy's name.
+        """
+        self.websocket = websocket
+        self.answering = False
+        """A request has been received, and its answer not been sent."""
+        self._state, self._number, self._policy = state, number, policy
+        self._limit = RateLimit(state.settings.max_rate, time.monotonic())
+        self._closed = asyncio.create_task(websocket.wait_closed())
+        self._pending: Request | None = None
+        """The request that waits for the model."""
+        self._num_requests = 0
+        self._last_seconds: float | None = None
+        """From the last request's arrival to its answer being sent."""
+
+    async def run(self, ready: "asyncio.Future[Any]") -> None:
+        """Serve the client until it leaves, sends a malformed message, or the server stops.
+
+        Args:
+            ready: done when the policies are warm.
+        """
+        state = self._state
+        left = RequestError("client_left", "The client closed the connection before its answer.")
+        self._closed.add_done_callback(lambda _: self.give_up(left))
+        state.connections.add(self)
+        state.metrics.connections.inc()
+        _log.info("client %d from %s for %s", self._number, address_of(self.websocket), self._policy)
+        try:
+            await asyncio.wait([ready, self._closed], return_when=asyncio.FIRST_COMPLETED)
+            if state.policies:
+                await self._converse()
+        except ConnectionClosed as error:
+            _log.info("client %d: %s", self._number, error)
+        finally:
+            state.connections.remove(self)
+            state.metrics.connections.dec()
+            self._closed.cancel()
+            if state.recorder is not None:
+                state.recorder.end(self._number)
+
+    def give_up(self, error: RequestError) -> None:
+        """Answer the request that waits for the model with an error."""
+        if self._pending is not None:
+            self._pending.settle(error)
+
+    async def _converse(self) -> None:
+        """Send the metadata, then answer requests; the client is on the dashboard meanwhile, and for some seconds."""
+        state, policy = self._state, self._state.policies[self._policy]
+        await self.websocket.send(pack({**policy.metadata, **SUPPORTED}))
+        robot = state.dashboard.join(self._number, self._policy, policy, address_of(self.websocket))
+        try:
+            while not state.stopping:
+                noise = self._draw_noise()  # now: as soon as there is a request, its client waits
+                message = await self.websocket.recv()
+                self.answering = True
+                try:
+                    await self._respond(message, noise, robot)
+                finally:
+                    self.answering = False
+        finally:
+            state.dashboard.leave(robot, time.monotonic())
+            later = asyncio.get_running_loop().call_later
+            later(FORGET_AFTER, lambda: state.dashboard.forget(time.monotonic()))
+
+    def _draw_noise(self) -> np.ndarray:
+        """Noise [H, action_dim] of the next request, from its place alone, whichever others it is batched with."""
+        shape = noise_shape(self._state.policies[self._policy])
+        generator = generator_at(self._state.settings.seed, "serve", self._policy, self._number, self._num_requests)
+        return generator.standard_normal(shape, np.float32)
+
+    async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
+        """Answer one message, by a chunk or an error."""
+        began = time.perf_counter()
+        observation: dict[str, Any] = {}
+        answer: Answer | None = None
+        frame: str | bytes
+        try:
+            observation, answer = await self._infer(message, noise, robot)
+            outcome, frame = "answered", self._answer_frame(answer)
+        except Exception as error:
+            failure = self._failure(error)
+            self._state.dashboard.failed(robot, f"{failure.code}: {failure}")
+            outcome, frame = failure.code, failure.frame()
+        try:
+            await self.websocket.send(frame)
+        finally:  # not before: until then the client waits
+            self._num_requests += 1
+            self._last_seconds = time.perf_counter() - began
+            self._state.metrics.requests.labels(self._policy, outcome).inc()
+            if answer is not None:
+                self._keep(observation, answer, robot)
+        if outcome == "malformed_message":
+            await self.websocket.close(CloseCode.INVALID_DATA, "malformed message")
+        elif self._state.stopping:
+            await self.websocket.close(*GOODBYE)
+
+    async def _infer(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> tuple[dict[str, Any], Answer]:
+        """The observation in one message, and the model's answer."""
+        settings = self._state.settings
+        if not self._limit.allows(time.monotonic()):
+            raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
+        observation, options = read_request(message, noise_shape=noise_shape(self._state.policies[self._policy]))
+        if count_jpegs(observation):  # milliseconds for each
+            observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=settings.max_message_bytes)
+        noise = noise if options.noise is None else options.noise
+        num_steps = options.num_steps or settings.num_steps
+        self._state.dashboard.asked(robot, options.prefix, time.monotonic())
+        deadline = min(settings.deadline, options.deadline or settings.deadline)
+        request = Request(self._policy, observation, noise, num_steps, options.prefix)
+        return observation, await self._wait_for(request, deadline)
+
+    async def _wait_for(self, request: Request, deadline: float) -> Answer:
+        """The model's answer. The request is withdrawn if the model has not begun with it by the deadline (seconds from
+        now), or if nobody waits for it any more."""
+        if self._closed.done():
+            raise RequestError("client_left", "The client closed the connection before its answer.")
+        scheduler = self._state.scheduler
+
+        def expire() -> None:
+            if scheduler.withdraw(request):
+                request.settle(RequestError("deadline_exceeded", f"The model was busy with others for {deadline:g} s."))
+
+        # One future that whatever comes first sets: asyncio.wait for several costs a turn of the loop more.
+        self._pending = request
+        expiry = asyncio.get_running_loop().call_later(deadline, expire)
+        try:
+            scheduler.submit(request)
+            return await request.answer
+        finally:
+            expiry.cancel()
+            self._pending = None
+            scheduler.withdraw(request)
+
+    def _answer_frame(self, answer: Answer) -> bytes:
+        timing = {
+            "queue_ms": 1e3 * answer.queue_seconds,
+            "infer_ms": 1e3 * answer.inference_seconds,
+            "batch_size": answer.batch_size,
+        }
+        if self._last_seconds is not None:
+            timing["prev_total_ms"] = 1e3 * self._last_seconds
+        return answer_frame(answer.chunk, timing)
+
+    def _failure(self, error: Exception) -> RequestError:
+        """Log an error, and return the one for the client."""
+        if isinstance(error, RequestError):
+            # A client that floods the server must not flood its log; one that has left is in the log already.
+            level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
+            _log.log(level, "client %d: %s: %s", self._number, error.code, error)
+            return error
+        _log.error("client %d: the server failed on a request", self._number, exc_info=error)
+        return RequestError("internal", "The server failed on this request; its log says why.")
+
+    def _keep(self, observation: dict[str, Any], answer: Answer, robot: Robot) -> None:
+        """Count, show and record an answered request."""
+        state = self._state
+        state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
+        state.dashboard.answered(robot, observation, answer, time.monotonic())
+        if state.recorder is not None:
+            policy, actions = state.policies[self._policy], answer.chunk["actions"]
+            state.recorder.keep(self._policy, self._number, policy, observation, actions)
+
+
+def address_of(websocket: ServerConnection) -> str:
+    """HOST:PORT of a client."""
+    return ":".join(map(str, (websocket.remote_address or ())[:2]))

@@ -1,0 +1,161 @@
+"""HTTP on the websocket's port: admission of connections, /healthz, /metrics, and the dashboard for browsers.
+
+websockets hands over each HTTP request before its handshake, with limits on its size and time.
+"""
+
+import asyncio
+import http
+import json
+import logging
+import math
+import re
+import time
+import urllib.parse
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.http11 import Request, Response
+
+from torchpi.errors import UnknownKeyError
+from torchpi.serving.connection import ServerState, address_of
+from torchpi.serving.dashboard import dashboard_page, encode_jpeg
+from torchpi.serving.settings import LOCAL_HOSTS
+
+_log = logging.getLogger(__name__)
+
+_LOGGED_TEXT = 500
+"""Characters of a refusal that the log has; the path in it may be of any length."""
+_REFUSAL_PAUSE = 60.0
+"""Seconds between two lines of the log about connections that were refused for the same reason."""
+_DASHBOARD_PATHS = ("/dashboard.json", "/chunk/", "/frame/")
+_DASHBOARD_HEADERS = {
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+_Refusal = tuple[str, http.HTTPStatus, str]
+"""Reason, status and text."""
+
+
+class Pages:
+    """The HTTP side of a server."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._logged_at: dict[str, float] = {}
+        """Time of the last line of the log about refused connections, per reason."""
+
+    async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
+        """The response to an HTTP request; None: continue with the handshake of a websocket."""
+        state, path = self._state, path_of(request)
+        if path == "/healthz":
+            if state.ready:
+                return connection.respond(http.HTTPStatus.OK, "ready\n")
+            return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n")
+        browser = path == "/" and "Upgrade" not in request.headers
+        dashboard = browser or path.startswith(_DASHBOARD_PATHS)
+        if refusal := self._refusal(request, path, browser=browser, dashboard=dashboard):
+            return self._refuse(connection, *refusal)
+        if path == "/metrics":
+            return _with_body(connection, state.metrics.text(), state.metrics.content_type)
+        if dashboard:
+            return await self._dashboard(connection, path)
+        return None
+
+    def _refusal(self, request: Request, path: str, *, browser: bool, dashboard: bool) -> _Refusal | None:
+        """The reason to refuse a request."""
+        settings = self._state.settings
+        authorization = request.headers.get_all("Authorization")
+        if browser and (token := _token_in_address(request)) is not None:  # a browser's address bar sends no headers
+            authorization = [f"Bearer {token}"]
+        if not settings.admits(authorization[0] if len(authorization) == 1 else None):
+            text = "A valid token is needed" + ("; in a browser: /?token=TOKEN" if browser else ".")
+            return "token", http.HTTPStatus.UNAUTHORIZED, text
+        if dashboard:
+            # A web page whose host name is made to lead here could read the robots' cameras.
+            if settings.local and settings.token is None and not _names_this_machine(request):
+                text = "Without a --token the dashboard is for http://127.0.0.1 and http://localhost alone."
+                return "host", http.HTTPStatus.FORBIDDEN, text
+        elif path not in ("/", "/metrics") and path[1:] not in self._state.names:
+            names = ", ".join(f"/{name}" for name in self._state.names)
+            return "path", http.HTTPStatus.NOT_FOUND, f"There is no policy at {path}; this server has {names}."
+        elif path != "/metrics" and (count := len(self._state.connections)) >= settings.max_connections:
+            text = f"{count} clients are connected, which is the limit (--max-connections)."
+            return "connections", http.HTTPStatus.SERVICE_UNAVAILABLE, text
+        return None
+
+    def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
+        """Count, log and answer a refused request."""
+        self._state.metrics.refused.labels(reason).inc()
+        now = time.monotonic()
+        # A client that floods the server must not flood its log, nor write control characters to it.
+        if now - self._logged_at.get(reason, -math.inf) >= _REFUSAL_PAUSE:
+            self._logged_at[reason] = now
+            printable = text.encode("unicode_escape").decode()[:_LOGGED_TEXT]
+            _log.warning("refused %s: %s", address_of(connection), printable)
+        response = connection.respond(status, f"{text}\n")
+        if status == http.HTTPStatus.UNAUTHORIZED:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
+
+    async def _dashboard(self, connection: ServerConnection, path: str) -> Response:
+        """The dashboard's page, and the files that its script loads."""
+        try:
+            if path == "/":
+                page, content_policy = dashboard_page()
+                response = _with_body(connection, page.encode(), "text/html; charset=utf-8")
+                response.headers["Content-Security-Policy"] = content_policy
+            elif frame := re.fullmatch(r"/frame/([0-9]{1,9})/([^/]+)\.jpg", path):
+                image = self._state.dashboard.image(int(frame[1]), urllib.parse.unquote(frame[2]))
+                response = _with_body(connection, await asyncio.to_thread(encode_jpeg, image), "image/jpeg")
+            else:
+                content = json.dumps(self._dashboard_json(path), allow_nan=False).encode()
+                response = _with_body(connection, content, "application/json")
+        except KeyError as error:
+            return connection.respond(http.HTTPStatus.NOT_FOUND, f"{error}\n")
+        response.headers.update(_DASHBOARD_HEADERS)
+        return response
+
+    def _dashboard_json(self, path: str) -> dict[str, Any]:
+        """The content of /dashboard.json or /chunk/ROBOT.json."""
+        state = self._state
+        if chunk := re.fullmatch(r"/chunk/([0-9]{1,9})\.json", path):
+            return state.dashboard.chunk(int(chunk[1]))
+        if path != "/dashboard.json":
+            raise UnknownKeyError(f"There is nothing at {path}.")
+        return state.dashboard.summary(
+            time.monotonic(),
+            state.policies,
+            ready=state.ready,
+            connections=len(state.connections),
+            waiting=state.scheduler.num_waiting,
+            max_queue=state.settings.max_queue,
+        )
+
+
+def path_of(request: Request) -> str:
+    """The path without the query."""
+    return request.path.partition("?")[0]
+
+
+def _token_in_address(request: Request) -> str | None:
+    """The value of ?token=, percent-decoded."""
+    found = re.match(r"token=([^&]*)", request.path.partition("?")[2])
+    return urllib.parse.unquote(found[1]) if found else None
+
+
+def _names_this_machine(request: Request) -> bool:
+    """True if a browser was sent here by the loopback's own address or name."""
+    hosts = request.headers.get_all("Host")
+    return len(hosts) == 1 and re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower() in LOCAL_HOSTS
+
+
+def _with_body(connection: ServerConnection, body: bytes, content_type: str) -> Response:
+    """A successful response."""
+    response = connection.respond(http.HTTPStatus.OK, "")
+    for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body)))):
+        del response.headers[name]
+        response.headers[name] = value
+    response.body = body
+    return response
