@@ -112,9 +112,8 @@ def import_offenders(source: pathlib.Path, package: Mapping[pathlib.Path, str]) 
         if module == "torchpi":  # resolves its names lazily
             graph[module] = set()
             continue
-        for line, imported in found:
-            if error := forbidden(module, imported):
-                yield f"{path.relative_to(source.parent)}:{line}: {error}"
+        for error in dict.fromkeys(f"{line}: {error}" for line, name in found if (error := forbidden(module, name))):
+            yield f"{path.relative_to(source.parent)}:{error}"
     for circle in circles(graph):
         yield f"src/torchpi: imports in a circle: {', '.join(circle)}"
 
@@ -124,8 +123,8 @@ def forbidden(module: str, imported: str) -> str:
     part, other = part_of(module), part_of(imported)
     if part == other or (module, other) in EXCEPTIONS:
         return ""
-    if missing := {part, other} - LAYERS.keys():
-        return f"{missing.pop()} is not in LAYERS of scripts/lint_house.py"
+    if missing := sorted({part, other} - LAYERS.keys()):
+        return f"{missing[0]} is not in LAYERS of scripts/lint_house.py"
     if part == "model":
         return "" if other in MODEL_IMPORTS else f"torchpi.model imports {other}; expected types, config or errors"
     return "" if other in parts_below(part) else f"{module} imports {imported}, which is not below it"

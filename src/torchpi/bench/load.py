@@ -39,7 +39,9 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
         print(json.dumps(results))
 
 
-def bench_load(path: str, dtype: torch.dtype, *, config: str | None = None, convert: bool = False) -> dict[str, float]:
+def bench_load(
+    path: str, dtype: torch.dtype, *, config: str | None = None, convert: bool = False
+) -> dict[str, int | float]:
     """Measure the floor twice, of which the first time warms the disk's cache, then load and watch the memory.
 
     Args:
@@ -52,14 +54,14 @@ def bench_load(path: str, dtype: torch.dtype, *, config: str | None = None, conv
     return {**load, "floor": floor["seconds"]}
 
 
-def _measure(work: Callable[..., int], *arguments: object) -> dict[str, float]:
+def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
     """Run a function in a fresh process."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_watched, work, *arguments).result()
 
 
-def _watched(work: Callable[..., int], *arguments: object) -> dict[str, float]:
+def _watched(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
     import safetensors  # before the clock starts
     import tensorstore
 

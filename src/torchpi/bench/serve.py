@@ -154,7 +154,8 @@ def run_bench_serving(
         with server_process(serve_minimal, model_ms) as (minimal_address, _):
             for run in range(runs):
                 found.append(_overhead(address, minimal_address, observation, requests))
-                console.print(f"run {run + 1} of {runs}, ratio {found[-1]['ratio']}")
+                ratios = ", ".join(f"{name} {value:.2f}" for name, value in found[-1]["ratio"].items())
+                console.print(f"run {run + 1} of {runs}, ratio to the minimal server: {ratios}")
         console.print(f"{clients} clients, {seconds:g} s")
         load = _load(address, observation, clients, seconds, process)
     overhead = {
@@ -198,7 +199,7 @@ def _overhead(
 
 def _load(
     address: str, observation: dict[str, Any], clients: int, seconds: float, process: psutil.Process
-) -> dict[str, float]:
+) -> dict[str, int | float]:
     """Requests of clients that all ask at once, each again as soon as it is answered."""
     counts, errors = [0] * clients, [0] * clients
     batches: list[int] = []
