@@ -15,7 +15,7 @@ from torchpi.sim import LatestEnvironment
 from torchpi.sim.actors import noise_shape
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
 from torchpi.sim.rollout import episode_noise
-from torchpi.types import ActionPrefix
+from torchpi.types import PreviousChunk
 from torchpi_client import ControlLoop, ControlSettings
 from torchpi_client.inference import Answer
 from torchpi_client.protocol import RTC
@@ -34,7 +34,7 @@ MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
     "rtc": ("rtc", "guidance"),
     TRAINED: ("rtc", "trained"),
 }
-"""Modes by name: the control loop's mode, and how the policy is conditioned on the old chunk (`ActionPrefix.how`)."""
+"""Modes by name: the control loop's mode, and how the policy is conditioned on the old chunk (`PreviousChunk.method`)."""
 
 
 class VirtualClock:
@@ -69,7 +69,7 @@ class DelayedPolicy:
         Args:
             delay: in control steps.
             noise: the number of a chunk to the noise [H, action_dim] that it begins from.
-            how: it goes on from the old chunk, see `ActionPrefix.how`.
+            how: it goes on from the old chunk, see `PreviousChunk.method`.
         """
         self._policy, self._clock, self._delay, self._noise, self._how = policy, clock, delay, noise, how
         self.metadata = {**policy.metadata, RTC: True}
@@ -80,7 +80,7 @@ class DelayedPolicy:
         """A chunk that goes on from the rest that the loop sent along, where it did."""
         observation = dict(observation)
         sent = SentPrefix.from_wire(observation.pop(RTC)) if RTC in observation else None
-        prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon, self._how) if sent else None
+        prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon, self._how) if sent else None
         noise = self._noise(self._chunks)
         self._chunks += 1
         return dict(self._policy.infer_batch([observation], noise=noise[None], prefixes=[prefix])[0])

@@ -20,10 +20,10 @@ from torchpi.bench.floor import Workload, timed
 from torchpi.bench.model import bench_config, make_observation
 from torchpi.config import PRESETS
 from torchpi.errors import UsageError
-from torchpi.model.guidance import Guidance
 from torchpi.model.pi0 import Pi0
+from torchpi.model.rtc import Guidance
 from torchpi.policy import load_policy
-from torchpi.types import ActionPrefix
+from torchpi.types import PreviousChunk
 
 NUM_STEPS = 10
 
@@ -80,7 +80,7 @@ def _sample_policy(path: str) -> Callable[[bool], None]:
     noise = np.random.default_rng(0).standard_normal((1, horizon, config.action_dim), np.float32)
     (chunk,) = policy.infer_batch([observation], noise=noise, num_steps=NUM_STEPS)
     half = horizon // 2
-    prefix = ActionPrefix(chunk["actions"][half:], horizon // 4, half, how="guidance")
+    prefix = PreviousChunk(chunk["actions"][half:], horizon // 4, half, method="guidance")
 
     def sample(guide: bool) -> None:
         policy.infer_batch([observation], noise=noise, num_steps=NUM_STEPS, prefixes=[prefix if guide else None])

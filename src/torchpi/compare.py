@@ -160,18 +160,16 @@ def _walk(
     yield "token ids", inputs["tokenized_prompt"][inputs["tokenized_prompt_mask"]]
     batch = collate([inputs]).to(model.device)
     with calls_of(model, ["vision"]) as calls:
-        tokens, mask = model.embed_present_prefix(batch)
+        prefix = model.embed_prefix(batch, drop_padding=True)
     for name, image_tokens in zip(present, calls["vision"][0].output, strict=True):
         yield f"image tokens {name}", image_tokens
-    yield "prefix tokens", tokens[0]
-    cache = model.prefill(tokens, mask)
-    for i, (keys, values) in enumerate(cache.key_values):
-        yield f"cache layer {i} keys", keys[0]
-        yield f"cache layer {i} values", values[0]
+    yield "prefix tokens", prefix[0][0]
+    cache = model.prefill(batch, prefix, action_horizon=len(noise))
+    for i, (keys, values, length) in enumerate(cache.key_values):
+        yield f"cache layer {i} keys", keys[0, :length]
+        yield f"cache layer {i} values", values[0, :length]
     start = torch.from_numpy(noise)[None].to(model.device)
-    suffix, _, _, cond = model.embed_suffix(batch, start, torch.ones(1, device=model.device))
-    frame = model.frame_suffix(mask, len(noise))
-    yield "v_t at t = 1", model.velocity(suffix, cache, frame, model.modulations(cond))[0]
+    yield "v_t at t = 1", model.denoise_step(cache, start, torch.ones(1, device=model.device))[0]
     chunk = model.sample_actions(batch, noise=start, num_steps=num_steps)[0]
     yield "action chunk, normalized", chunk
     actions = transforms.inverse(chunk.float().cpu().numpy(), action_size=robot.action_size)

@@ -59,13 +59,13 @@ def joint_forward(
         record: is handed what the first layer's attention computes: q, k, v, logits, probs, attn_out.
     """
     prefix_tokens, prefix_mask, prefix_ar_mask = model.embed_prefix(observation)
-    suffix_tokens, suffix_mask, suffix_ar_mask, cond = model.embed_suffix(observation, x_t, time)
+    suffix_tokens, suffix_mask, suffix_ar_mask, _ = model.embed_suffix(observation, x_t, time)
     return joint_transformer(
         model,
         (prefix_tokens, suffix_tokens.to(model.compute_dtype)),
         torch.cat([prefix_mask, suffix_mask], dim=1),
         torch.cat([prefix_ar_mask, suffix_ar_mask]),
-        model.modulations(cond),
+        model.time_conditioning(time).modulations,
         record=record,
     )
 

@@ -23,14 +23,14 @@ from torchpi.checkpoints.load import (
 from torchpi.checkpoints.parts import PolicyParts
 from torchpi.config import PRESETS, Pi0Config, read_json_object
 from torchpi.errors import MissingFileError, PolicyError
-from torchpi.model.guidance import GivenActions, Guidance, prefix_weights
 from torchpi.model.pi0 import Pi0
+from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.robots.holding import action_kinds
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
-from torchpi.types import ActionChunk, ActionPrefix, Observation
+from torchpi.types import ActionChunk, Observation, PreviousChunk
 
 TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
@@ -130,7 +130,7 @@ class Policy:
             noise: [H, action_dim], where the flow begins; by default drawn with `generator`.
             num_steps: Euler steps.
             action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
-                observation's moment on: the new chunk goes on from it (real-time chunking, see `model.guidance`). Its
+                observation's moment on: the new chunk goes on from it (real-time chunking, see `model.rtc`). Its
                 differences to the state are taken anew.
             delay: how many of these will have been executed when the new chunk arrives; it agrees with them.
             execution_horizon: how many steps have been executed since the inference of that chunk; by default what is
@@ -144,7 +144,7 @@ class Policy:
             ValueError: anything else about the observation, the noise or num_steps that is not as expected.
         """
         noises = None if noise is None else self._finite_noise(noise, batch=())[None]
-        prefix = None if action_prefix is None else ActionPrefix(action_prefix, delay, execution_horizon)
+        prefix = None if action_prefix is None else PreviousChunk(action_prefix, delay, execution_horizon)
         return self.infer_batch(
             [observation], noise=noises, num_steps=num_steps, generator=generator, prefixes=[prefix]
         )[0]
@@ -156,7 +156,7 @@ class Policy:
         noise: np.ndarray | None = None,
         num_steps: int = 10,
         generator: torch.Generator | None = None,
-        prefixes: Sequence[ActionPrefix | None] | None = None,
+        prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
         """Several observations, independent of each other, in one pass; `noise` is [B, H, action_dim].
 
@@ -176,10 +176,8 @@ class Policy:
         noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
         noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
         prepared = time.perf_counter()
-        going_on = self._going_on(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
-        sampled = self.model.sample_actions(
-            batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **going_on
-        )
+        rtc = self._rtc_inputs(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
+        sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
         actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
@@ -201,15 +199,15 @@ class Policy:
         return sample["state"], self.transforms.forward(sample)
 
     def _prepare_with(
-        self, observation: Mapping[str, Any], prefix: ActionPrefix | None
+        self, observation: Mapping[str, Any], prefix: PreviousChunk | None
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """`prepare`, with the prefix as "actions": relative to the new state and normalized, as in training."""
         if prefix is None:
             return self.prepare(observation)
         return self.prepare({**observation, "actions": prefix.actions})
 
-    def _going_on(
-        self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[ActionPrefix | None], horizon: int | None
+    def _rtc_inputs(
+        self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[PreviousChunk | None], horizon: int | None
     ) -> dict[str, Any]:
         """What `sample_actions` needs to go on from the prefixes: guidance, actions that are given, or nothing."""
         if not any(prefixes):
@@ -224,29 +222,29 @@ class Policy:
             steps = prefix.steps_executed(horizon)
             rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
             actions[i, : len(rest)] = rest
-            if self._is_given(prefix):
+            if self._is_trained_prefix(prefix):
                 given[i, : min(prefix.delay, len(rest))] = True
             else:
                 delays[i], executed[i] = prefix.delay, steps
                 present[i, : len(rest), : self.embodiment.action_size] = 1
         device = self.model.device
-        going_on: dict[str, Any] = {}
+        rtc: dict[str, Any] = {}
         if given.any():
-            going_on["given"] = GivenActions(actions.to(device), given.to(device))
+            rtc["action_prefix"] = ActionPrefix(actions.to(device), given.to(device))
         weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
         if weight.any():
-            going_on["guidance"] = Guidance(actions.to(device), weight.to(device))
-        return going_on
+            rtc["guidance"] = Guidance(actions.to(device), weight.to(device))
+        return rtc
 
-    def _is_given(self, prefix: ActionPrefix) -> bool:
+    def _is_trained_prefix(self, prefix: PreviousChunk) -> bool:
         """Whether the policy was trained to go on from so many actions, and is to do so."""
         most = int(self._metadata.get(MAX_GIVEN, 0))
-        if prefix.how == "trained" and prefix.delay > most:
+        if prefix.method == "trained" and prefix.delay > most:
             raise PolicyError(
                 f"The policy was trained to go on from at most {most} given actions, not {prefix.delay}; use guidance, "
                 "or train with a larger max_given."
             )
-        return prefix.how == "trained" or (prefix.how is None and 0 < prefix.delay <= most)
+        return prefix.method == "trained" or (prefix.method is None and 0 < prefix.delay <= most)
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)

@@ -22,7 +22,7 @@ from torchpi.errors import ObservationError, UnknownKeyError
 
 
 class ActionChunk(TypedDict):
-    """What `Policy.infer` returns."""
+    """The result of `Policy.infer`."""
 
     actions: np.ndarray
     """float32 [H, a], in the robot's units."""
@@ -31,18 +31,19 @@ class ActionChunk(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True)
-class ActionPrefix:
-    """The chunk that is being executed while a new one is computed, for real-time chunking."""
+class PreviousChunk:
+    """The rest of the chunk that the robot executes while a new one is computed, for real-time chunking."""
 
     actions: np.ndarray
-    """[k, a] in the robot's units: its rest, from the moment of the new observation on."""
+    """[k, a] in the robot's units, from the moment of the new observation on."""
     delay: int
-    """d: how many of them will have been executed when the new chunk arrives."""
+    """d, the number of them that will have been executed when the new chunk arrives."""
     execution_horizon: int | None = None
-    """s: how many steps were executed since its own inference began; None: what is missing of it, H − k."""
-    how: Literal["trained", "guidance"] | None = None
-    """"trained": the first `delay` actions are given, to a policy that was trained with such; "guidance": each step is
-    guided towards all of them; None: trained where the policy was for such a delay, or else guidance."""
+    """s, the number of steps executed since its own inference began; None: H − k, the actions that are missing."""
+    method: Literal["trained", "guidance"] | None = None
+    """"trained": the first `delay` actions are an action prefix, for a policy that was trained with such; "guidance":
+    each Euler step is guided towards all of them; None: "trained" where the policy was for such a delay, or else
+    "guidance". See `model.rtc`."""
 
     def steps_executed(self, horizon: int) -> int:
         """s, for chunks of H actions."""
@@ -58,7 +59,7 @@ class ActionPrefix:
 
 @dataclasses.dataclass(frozen=True)
 class Observation:
-    """A batch of what the model sees. The cameras' order is their order in the prefix."""
+    """A batch of model inputs. The cameras' order is their order in the prefix."""
 
     images: dict[str, Float32[Tensor, "B h w 3"]]
     """Per camera, RGB in [-1, 1]."""
@@ -67,9 +68,9 @@ class Observation:
     state: Float32[Tensor, "B A"]
     """Normalized and padded. π₀ reads it as a token; π₀.₅ has it in the prompt's text and does not read it here."""
     tokenized_prompt: Int[Tensor, "B L"]
-    """Token ids; what stands at padding does not matter."""
+    """Token ids; those of padding do not matter."""
     tokenized_prompt_mask: Bool[Tensor, "B L"]
-    """True at real tokens."""
+    """True at valid tokens."""
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Observation":

@@ -1,4 +1,4 @@
-"""The joint forward equals the original, and the working path (prefill + velocity) equals the joint forward."""
+"""The joint forward equals the original, and the working path (prefill + denoise_step) equals the joint forward."""
 
 import pytest
 import torch
@@ -12,10 +12,7 @@ def model(golden):
 
 
 def cached_velocity(model, observation, x_t, time):
-    tokens, input_mask, _ = model.embed_prefix(observation)
-    suffix_tokens, _, _, cond = model.embed_suffix(observation, x_t, time)
-    frame = model.frame_suffix(input_mask, x_t.shape[1])
-    return model.velocity(suffix_tokens, model.prefill(tokens, input_mask), frame, model.modulations(cond))
+    return model.denoise_step(model.prefill(observation), x_t, time)
 
 
 @torch.no_grad()
@@ -54,8 +51,8 @@ def test_cached_equals_joint_to_the_last_digits_in_float64(golden, monkeypatch):
     model = golden.model(torch.float64)
     tokens, input_mask, ar_mask = model.embed_prefix(golden.observation())
     suffix = model.embed_suffix(golden.observation(), golden.outputs["x_t"], golden.inputs["time"])
-    suffix_tokens, suffix_mask, suffix_ar_mask, cond = suffix
-    modulations = model.modulations(cond)
+    suffix_tokens, suffix_mask, suffix_ar_mask, _ = suffix
+    modulations = model.time_conditioning(golden.inputs["time"]).modulations
     # Norms and rotations go through float32, whose rounding would hide everything below 1e-7.
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
     joint = joint_transformer(
@@ -65,9 +62,9 @@ def test_cached_equals_joint_to_the_last_digits_in_float64(golden, monkeypatch):
         torch.cat([ar_mask, suffix_ar_mask]),
         modulations,
     )
-    cache, frame = model.prefill(tokens, input_mask), model.frame_suffix(input_mask, golden.outputs["x_t"].shape[1])
-    past = cache.key_values
-    out, _ = model.expert(suffix_tokens.double(), frame.rope, frame.mask, past=past, modulations=modulations)
+    cache = model.prefill(golden.observation(), (tokens, input_mask, ar_mask))
+    (rope, mask), past = (cache.suffix.rope, cache.suffix.mask), cache.key_values
+    out, _ = model.expert(suffix_tokens.double(), rope, mask, past=past, modulations=modulations)
     assert out.dtype is torch.float64
     assert (out - joint.suffix_out).abs().max() <= 1e-12
 

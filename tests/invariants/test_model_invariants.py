@@ -1,4 +1,4 @@
-"""What must hold for any weights: nothing that is masked or padded matters, and rows of a batch are independent."""
+"""Invariants of the model for any weights: masked and padded inputs change nothing, rows of a batch are independent."""
 
 import pytest
 import torch
@@ -23,13 +23,10 @@ def model(golden):
 
 def plain_sample(model, observation, noise, num_steps=10):
     """Sampling without any of its savings: nothing dropped, the time conditioned at every step."""
-    tokens, input_mask, _ = model.embed_prefix(observation)
-    cache = model.prefill(tokens, input_mask)
-    frame = model.frame_suffix(input_mask, noise.shape[1])
+    cache = model.prefill(observation)
     x_t, t, dt = noise, torch.tensor(1.0), -1.0 / num_steps
     for _ in range(num_steps):
-        suffix_tokens, _, _, cond = model.embed_suffix(observation, x_t, t.expand(noise.shape[0]))
-        x_t = x_t + dt * model.velocity(suffix_tokens, cache, frame, model.modulations(cond))
+        x_t = x_t + dt * model.denoise_step(cache, x_t, t.expand(noise.shape[0]))
         t = t + dt
     return x_t
 
@@ -43,10 +40,11 @@ def test_dropping_padding_and_absent_cameras_changes_nothing(golden, model):
 
 
 @torch.no_grad()
-def test_dropping_leaves_exactly_the_real_tokens(golden, model):
+def test_dropping_padding_leaves_exactly_the_valid_tokens(golden, model):
     observation = golden.observation()
     tokens, mask, _ = model.embed_prefix(observation)
-    kept, kept_mask = model.embed_present_prefix(observation)
+    kept, kept_mask, kept_ar_mask = model.embed_prefix(observation, drop_padding=True)
+    assert kept_ar_mask.shape == kept_mask.shape[1:]
     assert kept_mask.shape[1] == mask.sum(dim=1).max()
     for row in range(len(mask)):
         assert (kept[row][kept_mask[row]] - tokens[row][mask[row]]).abs().max() <= 5e-6

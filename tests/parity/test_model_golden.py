@@ -95,12 +95,18 @@ def test_masks_and_positions(golden):
     assert torch.equal(last_rows, want["attn_mask"][:, want["prefix_mask"].shape[1] :])
 
 
-def test_key_value_cache(golden, model):
+def original_prefix(golden):
+    """The original's embedded prefix, as `embed_prefix` returns it."""
+    return tuple(golden.outputs[f"prefix_{name}"] for name in ("tokens", "mask", "ar_mask"))
+
+
+def test_key_value_cache(golden, model, observation):
     mask = golden.outputs["prefix_mask"]
-    cache = model.prefill(golden.outputs["prefix_tokens"], mask)
-    for layer, (keys, values) in enumerate(cache.key_values):
-        assert_close(keys, golden.outputs["kv_cache_k"][layer], where=mask)
-        assert_close(values, golden.outputs["kv_cache_v"][layer], where=mask)
+    cache = model.prefill(observation, original_prefix(golden))
+    for layer, (keys, values, length) in enumerate(cache.key_values):
+        assert length == mask.shape[1]
+        assert_close(keys[:, :length], golden.outputs["kv_cache_k"][layer], where=mask)
+        assert_close(values[:, :length], golden.outputs["kv_cache_v"][layer], where=mask)
 
 
 def test_backbone_output(golden, model):
@@ -115,11 +121,13 @@ def test_backbone_output(golden, model):
         assert torch.equal(ours[1], same[1])
 
 
-def test_velocity(golden, model, observation):
-    cache = model.prefill(golden.outputs["prefix_tokens"], golden.outputs["prefix_mask"])
-    tokens, _, _, cond = model.embed_suffix(observation, golden.outputs["x_t"], golden.inputs["time"])
-    frame = model.frame_suffix(cache.mask, golden.outputs["x_t"].shape[1])
-    assert_close(model.velocity(tokens, cache, frame, model.modulations(cond)), golden.outputs["v_t"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_denoise_step(golden, model, observation, gradients):
+    """Without gradients the suffix's keys and values are written behind the prefix's, with gradients concatenated."""
+    with torch.set_grad_enabled(gradients):
+        cache = model.prefill(observation, original_prefix(golden))
+        v_t = model.denoise_step(cache, golden.outputs["x_t"], golden.inputs["time"])
+    assert_close(v_t, golden.outputs["v_t"])
 
 
 def test_loss(golden, model, observation):

@@ -18,7 +18,7 @@ from torchpi.serving import dashboard as module
 from torchpi.serving.dashboard import FORGET_AFTER, MAX_LEFT, Dashboard, Timeline, dashboard_page
 from torchpi.serving.run import policy_paths
 from torchpi.serving.scheduler import Answer
-from torchpi.types import ActionPrefix
+from torchpi.types import PreviousChunk
 
 HOSTILE = "</script><img src=x onerror=alert(1)>\u2028\"'&"
 
@@ -200,7 +200,7 @@ def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
 
 
 def test_of_a_chunk_that_continues_another_the_steps_begin_at_its_request(dashboard, robot):
-    prefix = ActionPrefix(np.ones((2, 2), np.float32), 1, 2)
+    prefix = PreviousChunk(np.ones((2, 2), np.float32), 1, 2)
     asked_and_answered(dashboard, robot, at=10.0, until=10.15, prefix=prefix)
     assert robot.executed(10.15) == {"steps": 1, "how": "estimated"}
 

@@ -378,7 +378,7 @@ def test_several_draws_are_the_mean_of_single_ones():
     together = model.compute_loss(observation, actions, noise=noise, time=time)
     apart = [model.compute_loss(observation, actions, noise=noise[:, i], time=time[:, i]) for i in range(2)]
     torch.testing.assert_close(together, torch.stack(apart).mean(dim=0))
-    with pytest.raises(ValueError, match="same number of draws"):
+    with pytest.raises(ValueError, match="R of them per observation, and time one number for each"):
         model.compute_loss(observation, actions, noise=noise, time=time[:, 0])
 
 

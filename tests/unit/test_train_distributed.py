@@ -115,12 +115,12 @@ def test_passes_add_up_in_the_buckets_of_ddp():
         several = dataclasses.replace(alone, size=2)  # DistributedDataParallel is left out of a run in one process
         spread = distributed.parallelize(model, "ddp", several, shard_size=1)
         parameter = model.action_out_proj.weight
-        model.flow_error = lambda factor: factor * torch.stack([p.sum() for p in model.parameters()]).sum()
+        model.forward = lambda factor: factor * torch.stack([p.sum() for p in model.parameters()]).sum()
         for update in range(3):
             places = set()
             for factor, last in ((1.0, False), (2.0, False), (4.0, True)):
                 with spread.last_of_update(last):
-                    spread.flow_error(factor).backward()
+                    spread.forward(factor).backward()
                 places.add(parameter.grad.data_ptr())
             assert len(places) == 1, f"update {update}"
             assert all((p.grad == 7).all() for p in model.parameters())

@@ -82,7 +82,7 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
             ]
             update(state, config, batches, alone(model))
         with state.averaged_weights() as averaged, torch.no_grad():
-            loss_sum(averaged.flow_error, example_batch(sizes, cameras, samples, 4, device), config.loss)
+            loss_sum(averaged.forward, example_batch(sizes, cameras, samples, 4, device), config.loss)
         del waiting
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     live = most = 0

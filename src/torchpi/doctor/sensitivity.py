@@ -47,14 +47,12 @@ def sample_chunks(policy: Policy, inputs: Mapping[str, Any], noise: Chunks, *, n
         Normalized actions, padded to action_dim.
     """
     model, count = policy.model, len(noise)
-    tokens, mask = model.embed_present_prefix(collate([inputs]).to(model.device))
-    cache = model.prefill(tokens, mask).repeat(count)
-    frame = model.frame_suffix(cache.mask, noise.shape[1])
-    repeated = collate([inputs] * count).to(model.device)
+    observation = collate([inputs]).to(model.device)
+    prefix = model.embed_prefix(observation, drop_padding=True)
+    cache = model.prefill(observation, prefix, action_horizon=noise.shape[1]).repeat(count)
     x_t = torch.from_numpy(noise).to(model.device)
-    for t in flow.euler_times(num_steps):
-        suffix, _, _, cond = model.embed_suffix(repeated, x_t, torch.full((count,), t, device=model.device))
-        x_t = x_t - model.velocity(suffix, cache, frame, model.modulations(cond)) / num_steps
+    for time in model.time_conditionings(flow.euler_times(num_steps)):
+        x_t = x_t - model.denoise_step(cache, x_t, time) / num_steps
     return x_t.cpu().numpy()
 
 

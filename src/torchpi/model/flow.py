@@ -64,10 +64,10 @@ def interpolate(
     return t * noise + (1 - t) * actions, noise - actions
 
 
-def token_times(time: Float32[Tensor, " B"], num_given: Int[Tensor, " B"], horizon: int) -> Float32[Tensor, "B H"]:
-    """The time of each action of a chunk: 0 for the first `num_given`, which are known, `time` for the others."""
-    is_given = torch.arange(horizon, device=time.device) < num_given[:, None]
-    return time[:, None].masked_fill(is_given, 0.0)
+def token_times(time: Float32[Tensor, " B"], prefix_len: Int[Tensor, " B"], horizon: int) -> Float32[Tensor, "B H"]:
+    """The time of each action of a chunk: 0 for the first `prefix_len`, which are known, `time` for the others."""
+    is_known = torch.arange(horizon, device=time.device) < prefix_len[:, None]
+    return time[:, None].masked_fill(is_known, 0.0)
 
 
 def euler_times(num_steps: int) -> list[float]:

@@ -5,7 +5,7 @@ Sources: Gemma (arXiv:2403.08295), GeGLU (arXiv:2002.05202), RoPE (arXiv:2104.09
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,9 +17,40 @@ from torchpi.model.layers import Linear, attend, gelu_tanh, lecun_normal_
 RMS_NORM_EPS = 1e-6
 ROPE_MAX_WAVELENGTH = 10_000.0
 
-KeyValue = tuple[Tensor, Tensor]  # keys after RoPE and values, each [B, S, G, K]
 Rope = tuple[Tensor, Tensor]  # cosine and sine, float32 [B, S, 1, K] (twice the same half) and [B, S, 1, K/2]
 Modulation = Tensor  # float [B or 1, T or 1, 3d]: scale, shift and gate of one AdaRMSNorm
+
+
+class KeyValue(NamedTuple):  # a tuple, because FSDP looks for tensors only in those
+    """Keys after RoPE and values of one layer's prefix, and perhaps room behind them for those of a suffix."""
+
+    keys: Float[Tensor, "B slots G K"]
+    values: Float[Tensor, "B slots G K"]
+    length: int
+    """S, the number of slots that the prefix fills."""
+
+    def with_room(self, num_tokens: int) -> "KeyValue":
+        """The same in buffers with so many more slots, into which `extended` writes."""
+        batch, _, *shape = self.keys.shape
+        keys, values = (self.keys.new_empty(batch, self.length + num_tokens, *shape) for _ in range(2))
+        keys[:, : self.length], values[:, : self.length] = self.keys, self.values
+        return KeyValue(keys, values, self.length)
+
+    def repeat(self, times: int) -> "KeyValue":
+        """Each sample `times` times in a row."""
+        return KeyValue(self.keys.repeat_interleave(times, 0), self.values.repeat_interleave(times, 0), self.length)
+
+    def extended(self, k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"]) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prefix with those of a suffix behind them.
+
+        They are written into the room that is there. Autograd does not allow that: with gradients, and without room,
+        they are concatenated.
+        """
+        if torch.is_grad_enabled() or self.keys.shape[1] == self.length:
+            prefix_keys, prefix_values = self.keys[:, : self.length], self.values[:, : self.length]
+            return torch.cat([prefix_keys, k], dim=1), torch.cat([prefix_values, v], dim=1)
+        self.keys[:, self.length :], self.values[:, self.length :] = k, v
+        return self.keys, self.values
 
 
 def rope_table(positions: Int[Tensor, "B S"], head_dim: int) -> Rope:
@@ -60,7 +91,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + scale), in float32. It modulates nothing: no gate."""
+    """x / rms(x) · (1 + scale), in float32; without a gate."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -125,7 +156,7 @@ def add_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with RoPE; queries, keys and values come out of one matrix."""
+    """Grouped-query attention with RoPE; queries, keys and values are one matmul."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -145,9 +176,9 @@ class Attention(nn.Module):
     def key_value(self, x: Float[Tensor, "B S D"], rope: Rope) -> KeyValue:
         """Keys after RoPE and values, without the queries."""
         k, v = self._split_key_value(self.qkv.rows(x, self.q_width))
-        return apply_rope(k, rope), v
+        return KeyValue(apply_rope(k, rope), v, x.shape[1])
 
-    def _split_key_value(self, kv: Tensor) -> KeyValue:
+    def _split_key_value(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         k, v = kv.unflatten(-1, (2, self.config.num_kv_heads, self.config.head_dim)).unbind(dim=2)
         return k, v
 
@@ -160,13 +191,12 @@ class Attention(nn.Module):
             The projected output, and x's own keys and values.
         """
         q, k, v = self.project(x, rope)
-        keys = k if past is None else torch.cat([past[0], k], dim=1)
-        values = v if past is None else torch.cat([past[1], v], dim=1)
-        return self.out(attend(q, keys, values, mask)), (k, v)
+        keys, values = (k, v) if past is None else past.extended(k, v)
+        return self.out(attend(q, keys, values, mask)), KeyValue(k, v, x.shape[1])
 
 
 class FeedForward(nn.Module):
-    """GeGLU: (gelu(x·Wg) * (x·Wu))·Wd; the two first products come out of one matrix."""
+    """GeGLU: (gelu(x·Wg) * (x·Wu))·Wd; gate and up are one matmul."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -239,7 +269,7 @@ class Gemma(nn.Module):
         self.final_norm = norm(config.width)
 
     def norms(self) -> list[nn.Module]:
-        """All norms in the order in which a token meets them; the final one last: 2·depth + 1."""
+        """All 2·depth + 1 norms in the order of the forward pass, the final one last."""
         inside = [norm for layer in self.layers for norm in (layer.pre_attention_norm, layer.pre_ffw_norm)]
         return [*inside, self.final_norm]
 
@@ -279,7 +309,7 @@ class Gemma(nn.Module):
     def keys_and_values(
         self, x: Float[Tensor, "B S D"], rope: Rope, mask: Bool[Tensor, "B #S S"] | None
     ) -> list[KeyValue]:
-        """Per layer, the keys and values of x: `forward` without what nobody reads behind the last ones."""
+        """Per layer, the keys and values of x: `forward` without the operations behind the last ones."""
         key_values = []
         *front, last = self.layers
         for layer in front:

@@ -1,4 +1,4 @@
-"""What SigLIP and Gemma share: a linear layer that states its precision, and attention."""
+"""Layers of both SigLIP and Gemma: a linear layer that states its precision, and attention."""
 
 import math
 
@@ -51,7 +51,7 @@ def attend(
         if mask.shape[1] != 1:
             mask = mask.repeat(1, per_group, 1)  # [B, Q/G·T, S]
         mask = mask[:, None]
-    # On a CPU the fused kernel's backward pass takes twice the time of explicit products.
+    # On a CPU the fused kernel's backward pass takes twice the time of explicit matmuls.
     explicit = q.device.type == "cpu" and torch.is_grad_enabled()
     attention = explicit_attention if explicit else F.scaled_dot_product_attention
     out = attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
@@ -65,13 +65,13 @@ def explicit_attention(
     v: Float[Tensor, "B G S K"],
     attn_mask: Bool[Tensor, "B 1 #R S"] | None,
 ) -> Float[Tensor, "B G R K"]:
-    """`scaled_dot_product_attention` as products and a float32 softmax; a row without keys attends to all."""
+    """`scaled_dot_product_attention` as matmuls and a float32 softmax; a row without keys attends to all."""
     keys, scale = k.flatten(0, 1).transpose(1, 2), q.shape[-1] ** -0.5  # [B·G, K, S]
     bias = q.new_zeros(())
     if attn_mask is not None:
         bias = q.new_zeros(attn_mask.shape).masked_fill_(~attn_mask, torch.finfo(q.dtype).min)
         bias = bias.expand(-1, k.shape[1], -1, -1).flatten(0, 1)  # [B·G, 1 or R, S]
-    # The mask is what the product is added to: filling it in afterwards took a fifth of attention's time.
+    # The mask is added by the matmul itself: filling it in afterwards took a fifth of attention's time.
     logits = torch.baddbmm(bias, q.flatten(0, 1), keys, alpha=scale)
     weights = logits.softmax(dim=-1, dtype=torch.float32).to(v.dtype)
     return (weights @ v.flatten(0, 1)).unflatten(0, k.shape[:2])

@@ -1,4 +1,4 @@
-"""Which token may attend to which, and at which position each stands."""
+"""Attention masks and positions."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,9 +15,9 @@ def make_attn_mask(
     Padding neither attends nor is attended to.
 
     Args:
-        input_mask: True at real tokens.
+        input_mask: True at valid tokens.
         ar_mask: True where a token is not seen by those before it.
-        num_queries: how many rows, the last ones; by default all S.
+        num_queries: number of rows, the last ones; by default all S.
 
     Returns:
         True where the query (row) may attend to the key (column).
@@ -31,5 +31,5 @@ def make_attn_mask(
 
 
 def token_positions(input_mask: Bool[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-    """Positions count real tokens only, so that padding moves nothing. (Padding in front of all tokens gets −1.)"""
+    """Positions count valid tokens only, so that padding moves nothing. (Padding in front of all tokens gets −1.)"""
     return torch.cumsum(input_mask, dim=1) - 1

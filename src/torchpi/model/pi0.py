@@ -9,6 +9,8 @@ Sources: π₀ (arXiv:2410.24164), π₀.₅ (arXiv:2504.16054).
 
 import dataclasses
 import functools
+import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int
@@ -17,12 +19,12 @@ from torch import Tensor, nn
 from torchpi.config import Pi0Config
 from torchpi.errors import ModelError
 from torchpi.model import flow
-from torchpi.model.gemma import Gemma, KeyValue, Modulation, Rope, rope_table
-from torchpi.model.guidance import GivenActions, Guidance, guided_velocity
+from torchpi.model.gemma import Gemma, KeyValue, Rope, rope_table
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
+from torchpi.model.rtc import ActionPrefix, Guidance, Velocity
 from torchpi.model.siglip import SigLIP
-from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, init_projections
+from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
 from torchpi.types import Observation
 
 # flax's normal() by default, which openpi's code calls for it.
@@ -30,29 +32,34 @@ EMBEDDING_STD = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class PrefixCache:
-    """What the action expert needs of the prefix."""
-
-    key_values: list[KeyValue]
-    """Per layer, keys after RoPE and values, each [B, S, G, K]."""
-    mask: Bool[Tensor, "B S"]
-    """True at real tokens."""
-
-    def repeat(self, times: int) -> "PrefixCache":
-        """Each sample's cache `times` times, one behind the other, for as many suffixes behind the same prefix."""
-        if times == 1:
-            return self
-        repeated = [(k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)) for k, v in self.key_values]
-        return PrefixCache(repeated, self.mask.repeat_interleave(times, 0))
-
-
-@dataclasses.dataclass(frozen=True)
-class SuffixFrame:
-    """What stays the same for the suffix over all Euler steps."""
+class AttentionInputs:
+    """Positions and mask of a suffix behind a prefix; the same in all Euler steps."""
 
     rope: Rope
     mask: Bool[Tensor, "B #T keys"] | None
-    """Rows of suffix tokens, columns of prefix and suffix; None: every token sees every token."""
+    """Rows of suffix tokens, columns of prefix and suffix; None: every token attends to every token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """The prefix, as the action expert reads it."""
+
+    key_values: list[KeyValue]
+    """Per layer of the backbone."""
+    suffix: AttentionInputs
+    """Of the suffix behind it."""
+    state: Float32[Tensor, "B A"]
+    """The observation's; π₀'s suffix reads it."""
+
+    def repeat(self, times: int) -> "KVCache":
+        """Each sample `times` times in a row, for as many suffixes behind the same prefix."""
+        if times == 1:
+            return self
+        (cos, sin), mask = self.suffix.rope, self.suffix.mask
+        rope = cos.repeat_interleave(times, 0), sin.repeat_interleave(times, 0)
+        suffix = AttentionInputs(rope, None if mask is None else mask.repeat_interleave(times, 0))
+        key_values = [key_value.repeat(times) for key_value in self.key_values]
+        return KVCache(key_values, suffix, self.state.repeat_interleave(times, 0))
 
 
 class Pi0(nn.Module):
@@ -114,38 +121,39 @@ class Pi0(nn.Module):
     # ---- prefix ----
 
     def embed_prefix(
-        self, observation: Observation
+        self, observation: Observation, *, drop_padding: bool = False
     ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]]:
         """Embed images and prompt, images first, in the observation's order of cameras.
 
+        Args:
+            drop_padding: leave out absent cameras and padding, and pad rows of unequal length to the longest one. No
+                valid token depends on one that is left out, so all results stay the same. Reads the masks on the host.
+
         Returns:
-            tokens [B, S, D]; input_mask, True at real tokens; ar_mask, all False: the prefix is bidirectional.
+            tokens [B, S, D]; input_mask, True at valid tokens; ar_mask, all False: the prefix is bidirectional.
         """
+        if drop_padding:
+            return self._embed_valid_prefix(observation)
         images = torch.cat(list(observation.images.values()))  # [N·B, h, w, 3]
         image_tokens = self.vision(images, self.compute_dtype)  # [N·B, P, D]
         image_tokens = image_tokens.unflatten(0, (-1, observation.batch_size)).transpose(0, 1)  # [B, N, P, D]
         return self._join_prefix(image_tokens, observation)
 
-    def embed_present_prefix(self, observation: Observation) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"]]:
-        """The prefix's real tokens alone: `embed_prefix` without absent cameras and padding.
-
-        Nothing real depends on a token that is left out, so the result of everything behind stays the same. Rows of
-        unequal length are padded to the longest one.
-
-        Returns:
-            tokens and input_mask, as from `embed_prefix`, with each row's real tokens moved to the front.
-        """
+    def _embed_valid_prefix(
+        self, observation: Observation
+    ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]]:
         camera_mask = torch.stack(list(observation.image_masks.values()), dim=1)  # [B, N]
         images = torch.stack(list(observation.images.values()), dim=1)  # [B, N, h, w, 3]
         present = self.vision(images[camera_mask], self.compute_dtype)
         image_tokens = present.new_zeros(*camera_mask.shape, *present.shape[1:])  # [B, N, P, D]
         image_tokens[camera_mask] = present
-        tokens, mask, _ = self._join_prefix(image_tokens, observation)
+        tokens, mask, ar_mask = self._join_prefix(image_tokens, observation)
         longest = int(mask.sum(dim=1).max())
-        if longest == mask.shape[1]:
-            return tokens, mask
-        real_first = torch.argsort(~mask, dim=1, stable=True)[:, :longest]  # [B, longest]
-        return torch.take_along_dim(tokens, real_first[:, :, None], dim=1), torch.gather(mask, 1, real_first)
+        if longest < mask.shape[1]:
+            valid_first = torch.argsort(~mask, dim=1, stable=True)[:, :longest]  # [B, longest]
+            tokens = torch.take_along_dim(tokens, valid_first[:, :, None], dim=1)
+            mask, ar_mask = torch.gather(mask, 1, valid_first), ar_mask[:longest]
+        return tokens, mask, ar_mask
 
     def _join_prefix(
         self, image_tokens: Float[Tensor, "B N P D"], observation: Observation
@@ -160,21 +168,38 @@ class Pi0(nn.Module):
         return tokens, input_mask, torch.zeros(tokens.shape[1], dtype=torch.bool, device=tokens.device)
 
     def prefill(
-        self, tokens: Float[Tensor, "B S D"], input_mask: Bool[Tensor, "B S"], *, all_real: bool = False
-    ) -> PrefixCache:
+        self,
+        observation: Observation,
+        prefix: tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]] | None = None,
+        *,
+        action_horizon: int | None = None,
+        no_padding: bool = False,
+    ) -> KVCache:
         """Run the backbone over the prefix and keep each layer's keys and values.
 
         Args:
-            tokens, input_mask: from `embed_prefix`.
-            all_real: the caller knows that no token is padding; saves the mask.
+            prefix: `embed_prefix` of the observation; by default it is embedded here, with its padding.
+            action_horizon: H of the suffix that follows; by default the config's.
+            no_padding: all tokens of `prefix` are valid; saves the masks.
+
+        Raises:
+            ValueError: neither the call nor the config says the horizon.
         """
-        # What padding holds must reach nothing: in attention its weight is 0, but 0 · NaN is NaN.
-        tokens = tokens if all_real else tokens.masked_fill(~input_mask[:, :, None], 0)
+        tokens, input_mask, ar_mask = self.embed_prefix(observation) if prefix is None else prefix
         rope = rope_table(token_positions(input_mask), self.config.paligemma.head_dim)
-        # Bidirectional: one row of the mask serves all queries. (Rows of padding attend to the real tokens instead of
-        # to nothing, whose softmax would be NaN; nobody reads them.)
-        mask = None if all_real else input_mask[:, None, :]
-        return PrefixCache(self.backbone.keys_and_values(tokens, rope, mask), input_mask)
+        if no_padding:
+            key_values = self.backbone.keys_and_values(tokens, rope, None)
+        else:
+            # The contents of padding must reach nothing: in attention its weight is 0, but 0 · NaN is NaN.
+            tokens = tokens.masked_fill(~input_mask[:, :, None], 0)
+            # Bidirectional: one row of the mask serves all queries. (Rows of padding attend to the valid tokens instead
+            # of to nothing, whose softmax would be NaN; nothing reads them.)
+            key_values = self.backbone.keys_and_values(tokens, rope, input_mask[:, None, :])
+        horizon = action_horizon or self.config.require("action_horizon")
+        suffix = self.suffix_attention(input_mask, ar_mask, horizon, no_padding=no_padding)
+        if not torch.is_grad_enabled():  # with gradients the suffix's are concatenated
+            key_values = [key_value.with_room(self.suffix.num_state_tokens + horizon) for key_value in key_values]
+        return KVCache(key_values, suffix, observation.state)
 
     # ---- suffix ----
 
@@ -195,47 +220,114 @@ class Pi0(nn.Module):
         ar_mask = self.suffix.ar_mask(noisy_actions.shape[1], tokens.device)
         return tokens, input_mask, ar_mask, self.suffix.condition(features)
 
-    def frame_suffix(
-        self, prefix_mask: Bool[Tensor, "B S"], action_horizon: int, *, all_real: bool = False
-    ) -> SuffixFrame:
+    def suffix_attention(
+        self,
+        prefix_mask: Bool[Tensor, "B S"],
+        prefix_ar_mask: Bool[Tensor, " S"],
+        action_horizon: int,
+        *,
+        no_padding: bool = False,
+    ) -> AttentionInputs:
         """Positions and attention mask of a suffix behind a prefix.
 
         Args:
-            all_real: the caller knows that no prefix token is padding; saves the mask where the suffix is one group.
+            no_padding: all tokens of the prefix are valid; saves the mask where the suffix is one group.
         """
-        batch, device = prefix_mask.shape[0], prefix_mask.device
-        ar_mask = self.suffix.ar_mask(action_horizon, device)
-        count = ar_mask.shape[0]
-        suffix_mask = torch.ones(batch, count, dtype=torch.bool, device=device)
+        suffix_ar_mask = self.suffix.ar_mask(action_horizon, prefix_mask.device)
+        count = suffix_ar_mask.shape[0]
+        suffix_mask = torch.ones(prefix_mask.shape[0], count, dtype=torch.bool, device=prefix_mask.device)
         input_mask = torch.cat([prefix_mask, suffix_mask], dim=1)
         rope = rope_table(token_positions(input_mask)[:, -count:], self.config.action_expert.head_dim)
-        if all_real and self.suffix.num_state_tokens == 0:
-            return SuffixFrame(rope, None)
-        prefix_ar_mask = torch.zeros(prefix_mask.shape[1], dtype=torch.bool, device=device)
-        return SuffixFrame(rope, make_attn_mask(input_mask, torch.cat([prefix_ar_mask, ar_mask]), num_queries=count))
+        if no_padding and self.suffix.num_state_tokens == 0:
+            return AttentionInputs(rope, None)
+        ar_mask = torch.cat([prefix_ar_mask, suffix_ar_mask])
+        return AttentionInputs(rope, make_attn_mask(input_mask, ar_mask, num_queries=count))
 
-    def velocity(
+    def time_conditioning(self, time: Float32[Tensor, " B"] | Float32[Tensor, "B H"]) -> TimeConditioning:
+        """The expert's inputs that depend on the time, one per sample or one per action."""
+        features = self.suffix.time_features(time)
+        cond = self.suffix.condition(features)
+        modulations = None if cond is None else self.expert.modulations(cond.to(self.compute_dtype))
+        return TimeConditioning(time, features, modulations)
+
+    def time_conditionings(self, times: Sequence[float]) -> list[TimeConditioning]:
+        """`time_conditioning` of several times of a whole batch, which reads the matrices of the norms only once."""
+        at_all = self.time_conditioning(torch.tensor(times, device=self.device))
+        features = at_all.features.split(1)  # [1, d] each
+        modulations: Sequence[Sequence[Tensor] | None] = [None] * len(times)
+        if at_all.modulations is not None:
+            modulations = list(zip(*(modulation.split(1) for modulation in at_all.modulations), strict=True))
+        return [TimeConditioning(*one) for one in zip(times, features, modulations, strict=True)]
+
+    def denoise_step(
         self,
-        suffix_tokens: Float32[Tensor, "B T d"],
-        cache: PrefixCache,
-        frame: SuffixFrame,
-        modulations: list[Modulation] | None,
+        cache: KVCache,
+        x_t: Float32[Tensor, "B H A"],
+        time: Float32[Tensor, " B"] | Float32[Tensor, "B H"] | TimeConditioning,
     ) -> Float32[Tensor, "B H A"]:
-        """v_t: run the action expert over the suffix, with the prefix's keys and values in front of its own."""
-        out, _ = self.expert(
-            suffix_tokens.to(self.compute_dtype),
-            frame.rope,
-            frame.mask,
-            past=cache.key_values,
-            modulations=modulations,
-        )
-        return self.action_out_proj(out[:, self.suffix.num_state_tokens :].float())
+        """The velocity v_t: the action expert over the suffix, with the prefix's keys and values in front of its own.
 
-    def modulations(self, cond: Float32[Tensor, "B d"] | Float32[Tensor, "B T d"] | None) -> list[Modulation] | None:
-        """Scale, shift and gate of the expert's norms for a condition; None for π₀, which has none."""
-        return None if cond is None else self.expert.modulations(cond.to(self.compute_dtype))
+        Args:
+            cache: from `prefill`; the suffix's keys and values are written into its room.
+            time: one per sample, or one per action; or what is computed from it.
+        """
+        if not isinstance(time, TimeConditioning):
+            time = self.time_conditioning(time)
+        tokens = self.suffix(cache.state, x_t, time.features)  # [B, T, d]
+        out, _ = self.expert(
+            tokens.to(self.compute_dtype),
+            cache.suffix.rope,
+            cache.suffix.mask,
+            past=cache.key_values,
+            modulations=time.modulations,
+        )  # [B, T, d]
+        return self.action_out_proj(out[:, self.suffix.num_state_tokens :].float())  # [B, H, A]
 
     # ---- training and inference ----
+
+    def forward(
+        self,
+        observation: Observation,
+        actions: Float32[Tensor, "B H A"],
+        *,
+        noise: Float32[Tensor, "B H A"] | Float32[Tensor, "B R H A"],
+        time: Float32[Tensor, " B"] | Float32[Tensor, "B R"],
+        prefix_len: Int[Tensor, " B"] | Int[Tensor, "B R"] | None = None,
+        loss_mask: Bool[Tensor, "B H A"] | Bool[Tensor, "B R H A"] | None = None,
+    ) -> Float32[Tensor, "B H"] | Float32[Tensor, "B R H"]:
+        """The per-element flow-matching loss (v_t − u_t)², mean over the action dimensions.
+
+        Several samples of noise and time share one pass over the prefix, which is most of the work: its keys and values
+        do not depend on them.
+
+        Args:
+            actions: normalized and padded to action_dim.
+            noise: x at t = 1, one sample per observation or R of them.
+            time: t in (0, 1], one for each noise.
+            prefix_len: number of first actions that are known, at a time t = 0 of their own: training for real-time
+                chunking, see `model.rtc.ActionPrefix`. Their loss means nothing: mask it.
+            loss_mask: the elements of the loss; the others count as 0 in the mean.
+
+        Raises:
+            ValueError: shapes do not fit the model or each other.
+        """
+        self._check_actions(observation, actions, "Actions")
+        num_samples = noise.shape[1] if noise.ndim == 4 else 1
+        expected = (*actions.shape[:1], *noise.shape[1:-2])  # [B] or [B, R]
+        if noise.shape != (*expected, *actions.shape[1:]) or time.shape != expected:
+            raise ModelError(
+                f"Noise must be {list(actions.shape)}, or R of them per observation, and time one number for each; got "
+                f"{list(noise.shape)} and {list(time.shape)}."
+            )
+        x_0, x_1, t = actions.repeat_interleave(num_samples, 0), noise.flatten(0, -3), time.flatten()  # [B·R, …]
+        if prefix_len is not None:
+            t = flow.token_times(t, prefix_len.flatten(), actions.shape[1])  # [B·R, H]
+        x_t, u_t = flow.interpolate(x_0, x_1, t)
+        cache = self.prefill(observation, action_horizon=actions.shape[1]).repeat(num_samples)
+        loss = (self.denoise_step(cache, x_t, t) - u_t).square().view(noise.shape)
+        if loss_mask is not None:
+            loss = loss * loss_mask.view(noise.shape)
+        return loss.mean(dim=-1)
 
     def compute_loss(
         self,
@@ -244,61 +336,33 @@ class Pi0(nn.Module):
         *,
         noise: Float32[Tensor, "B H A"] | Float32[Tensor, "B R H A"] | None = None,
         time: Float32[Tensor, " B"] | Float32[Tensor, "B R"] | None = None,
-        num_draws: int = 1,
+        flow_samples_per_obs: int = 1,
         generator: torch.Generator | None = None,
     ) -> Float32[Tensor, "B H"]:
-        """The flow-matching loss (v_t − u_t)², mean over action dimensions (and over the draws).
-
-        Several draws of noise and time share one pass over the prefix, which is most of the work: its keys and values
-        do not depend on them.
+        """The flow-matching loss: the mean of `forward` over the samples of noise and time of each observation.
 
         Args:
             actions: normalized and padded to action_dim.
-            noise: x at t = 1, one draw [B, H, A] or several [B, R, H, A]; by default drawn from N(0, 1) with
-                `generator`.
+            noise: x at t = 1, [B, H, A] or [B, R, H, A]; by default drawn from N(0, 1) with `generator`.
             time: [B] or [B, R]; by default drawn from Beta(1.5, 1)·0.999 + 0.001 with `generator`.
-            num_draws: R, where neither noise nor time is given.
+            flow_samples_per_obs: R, where neither noise nor time is given.
 
         Raises:
             ValueError: shapes do not fit the model or each other.
         """
-        error = self.flow_error(observation, actions, noise=noise, time=time, num_draws=num_draws, generator=generator)
-        return error.mean(dim=-1).mean(dim=1)
-
-    def flow_error(
-        self,
-        observation: Observation,
-        actions: Float32[Tensor, "B H A"],
-        *,
-        noise: Float32[Tensor, "B H A"] | Float32[Tensor, "B R H A"] | None = None,
-        time: Float32[Tensor, " B"] | Float32[Tensor, "B R"] | None = None,
-        num_draws: int = 1,
-        generator: torch.Generator | None = None,
-        num_given: Int[Tensor, "B R"] | None = None,
-    ) -> Float32[Tensor, "B R H A"]:
-        """(v_t − u_t)² of every draw and number, of which `compute_loss` is the mean; arguments and errors as there.
-
-        Args:
-            num_given: so many of the first actions are given without noise, at a time t = 0 of their own: for a policy
-                that goes on from actions that are being executed. Their errors mean nothing.
-        """
-        self._check_actions(observation, actions, "actions")
-        batch, draws = actions.shape[0], _num_draws(noise, time, num_draws)
-        repeated = actions.repeat_interleave(draws, 0)  # [B·R, H, A]
-        noise = self._noise(repeated.shape, None if noise is None else noise.reshape(repeated.shape), generator)
+        if flow_samples_per_obs < 1:
+            raise ModelError(f"flow_samples_per_obs must be a positive integer, got {flow_samples_per_obs}.")
+        shape: tuple[int, ...] = (len(actions), flow_samples_per_obs)  # [B, R]
+        if time is not None:
+            shape = tuple(time.shape)
+        elif noise is not None:
+            shape = tuple(noise.shape[:-2])
+        if noise is None:
+            noise = torch.randn((*shape, *actions.shape[1:]), generator=generator, device=self.device)
         if time is None:
-            time = flow.sample_time(batch * draws, generator=generator, device=actions.device)
-        time = time.reshape(-1)  # [B·R]
-        if num_given is not None:
-            time = flow.token_times(time, num_given.reshape(-1), actions.shape[1])  # [B·R, H]
-        x_t, u_t = flow.interpolate(repeated, noise, time)
-        tokens, input_mask, _ = self.embed_prefix(observation)
-        cache = self.prefill(tokens, input_mask).repeat(draws)
-        features = self.suffix.time_features(time)
-        suffix_tokens = self.suffix(observation.state.repeat_interleave(draws, 0), x_t, features)
-        frame = self.frame_suffix(cache.mask, actions.shape[1])
-        v_t = self.velocity(suffix_tokens, cache, frame, self.modulations(self.suffix.condition(features)))
-        return (v_t - u_t).square().unflatten(0, (batch, draws))
+            time = flow.sample_time(math.prod(shape), generator=generator, device=actions.device).view(shape)
+        loss = self.forward(observation, actions, noise=noise, time=time)
+        return loss if loss.ndim == 2 else loss.mean(dim=1)
 
     @torch.no_grad()
     def sample_actions(
@@ -309,15 +373,15 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         generator: torch.Generator | None = None,
         guidance: Guidance | None = None,
-        given: GivenActions | None = None,
+        action_prefix: ActionPrefix | None = None,
     ) -> Float32[Tensor, "B H A"]:
         """Integrate from noise to actions with `num_steps` Euler steps.
 
         Args:
             noise: the start; by default drawn from N(0, 1) with `generator`. It decides the horizon where the config
                 leaves it unset.
-            guidance: the chunk that this one has to go on from; by default none.
-            given: first actions that are known, for a model that was trained with such ones (`flow_error`'s num_given).
+            guidance: the previous chunk, which this one has to continue (real-time chunking).
+            action_prefix: the first actions, which are known, for a model that was trained with such prefixes.
 
         Returns:
             Normalized actions, padded to action_dim.
@@ -328,43 +392,25 @@ class Pi0(nn.Module):
         times = flow.euler_times(num_steps)
         if noise is None:
             shape = (observation.batch_size, self.config.require("action_horizon"), self.config.action_dim)
-            noise = self._noise(torch.Size(shape), None, generator)
-        self._check_actions(observation, noise, "noise")
-        tokens, input_mask = self.embed_present_prefix(observation)
-        all_real = bool(input_mask.all())
-        cache = self.prefill(tokens, input_mask, all_real=all_real)
-        frame = self.frame_suffix(input_mask, noise.shape[1], all_real=all_real)
-        # The time is the same for all samples, and known: its part of all steps is computed at once, which reads the
-        # adaptive norms' matrices once instead of once per step.
-        is_given = None if given is None else given.mask[:, :, None]  # [B, H, 1]
-        all_times = torch.tensor(times if is_given is None else [*times, 0.0], device=noise.device)
-        features = self.suffix.time_features(all_times)  # [num_steps, d], and one more where actions are given
-        modulations = self.modulations(self.suffix.condition(features))  # per norm [num_steps, 1, 3d]
+            noise = torch.randn(shape, generator=generator, device=self.device)
+        self._check_actions(observation, noise, "Noise")
+        prefix = self.embed_prefix(observation, drop_padding=True)
+        no_padding = bool(prefix[1].all())  # the last value that is read on the host
+        cache = self.prefill(observation, prefix, action_horizon=noise.shape[1], no_padding=no_padding)
 
-        def at(step: int, rows: Tensor) -> Tensor:
-            """Of a step's time; of t = 0, the last row, for actions that are given."""
-            now = rows[step : step + 1]
-            return now if is_given is None else torch.where(is_given, rows[-1:].view(1, 1, -1), now.view(1, 1, -1))
-
-        def velocity(step: int, x: Tensor) -> Tensor:
-            suffix_tokens = self.suffix(observation.state, x, at(step, features))
-            at_step = None if modulations is None else [at(step, m) for m in modulations]
-            return self.velocity(suffix_tokens, cache, frame, at_step)
+        velocity: Velocity = functools.partial(self.denoise_step, cache)
+        if action_prefix is not None:
+            *conditionings, at_zero = self.time_conditionings([*times, 0.0])
+            noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
+        else:
+            conditionings = self.time_conditionings(times)
+        if guidance is not None:
+            velocity = guidance.wrap(velocity)
 
         x_t, dt = noise, -1.0 / num_steps
-        for step, t in enumerate(times):
-            if given is not None:
-                x_t = torch.where(given.mask[:, :, None], given.actions, x_t)
-            at_step = functools.partial(velocity, step)
-            x_t = x_t + dt * (at_step(x_t) if guidance is None else guided_velocity(at_step, x_t, t, guidance))
-        return x_t if given is None else torch.where(given.mask[:, :, None], given.actions, x_t)
-
-    def _noise(self, shape: torch.Size, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        if noise is None:
-            return torch.randn(shape, generator=generator, device=self.device)
-        if noise.shape != shape:
-            raise ModelError(f"Noise must have the actions' shape {list(shape)}, got {list(noise.shape)}.")
-        return noise
+        for time in conditionings:
+            x_t = x_t + dt * velocity(x_t, time)
+        return x_t
 
     def _check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
         horizon = self.config.action_horizon
@@ -378,18 +424,3 @@ class Pi0(nn.Module):
             raise ModelError(f"{name} must be {expected}, got {list(actions.shape)}.")
         if actions.dtype is not torch.float32:
             raise ModelError(f"{name} must be float32, got {actions.dtype}.")
-
-
-def _num_draws(noise: Tensor | None, time: Tensor | None, num_draws: int) -> int:
-    """R, of which noise [B, R, H, A] and time [B, R] must say the same; without R in their shapes it is 1."""
-    given = {
-        name: (value.shape[1] if value.ndim == ndim else 1)
-        for name, value, ndim in (("noise", noise, 4), ("time", time, 2))
-        if value is not None
-    }
-    if len(set(given.values())) > 1:
-        raise ModelError(f"Noise and time must have the same number of draws, got {given}.")
-    draws = next(iter(given.values()), num_draws)
-    if draws < 1:
-        raise ModelError(f"num_draws must be a positive integer, got {draws}.")
-    return draws

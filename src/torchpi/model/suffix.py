@@ -1,7 +1,10 @@
-"""The suffix: how noisy actions, state and time become the action expert's tokens. π₀ and π₀.₅ differ here.
+"""The suffix: noisy actions, state and time as the action expert's tokens. π₀ and π₀.₅ differ here.
 
 Everything is computed in float32: these projections are small, and x_t is what the Euler steps integrate.
 """
+
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float32
@@ -12,6 +15,18 @@ from torchpi.config import Pi0Config
 from torchpi.errors import ModelError
 from torchpi.model.flow import posemb_sincos
 from torchpi.model.layers import Linear, lecun_normal_
+
+
+@dataclasses.dataclass(frozen=True)
+class TimeConditioning:
+    """The action expert's inputs that depend on the time alone."""
+
+    time: Float32[Tensor, "*B"] | float
+    """t, one per sample or per action, or of a whole batch."""
+    features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"]
+    """`time_features` of the suffix."""
+    modulations: Sequence[Tensor] | None
+    """Scale, shift and gate of each AdaRMSNorm, [#B, 1 or T, 3d]; None for π₀."""
 
 
 class Pi05Suffix(nn.Module):
@@ -27,7 +42,7 @@ class Pi05Suffix(nn.Module):
         self.time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """What the suffix needs of the time, one per sample or one per action: here the condition itself."""
+        """The time, one per sample or one per action, through the MLP: the condition of the norms."""
         embedding = _embed_time(time, self.action_in_proj.out_features)
         return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
 
@@ -65,11 +80,11 @@ class Pi0Suffix(nn.Module):
         self.action_time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
-        """What the suffix needs of the time, one per sample or one per action: here its embedding."""
+        """The embedded time, one per sample or one per action."""
         return _embed_time(time, self.action_in_proj.out_features)
 
     def condition(self, time_features: Float32[Tensor, "*B d"]) -> None:
-        """There is none: the time is in the tokens."""
+        """None: the time is in the tokens."""
         return
 
     def forward(

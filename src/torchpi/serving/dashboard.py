@@ -26,7 +26,7 @@ from torchpi.robots.embodiment import value_at
 from torchpi.serving.recorder import camera_image
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
-from torchpi.types import ActionPrefix
+from torchpi.types import PreviousChunk
 from torchpi.ui.page import page_footer, page_head, style_sheet
 
 SECONDS = 60
@@ -120,7 +120,7 @@ class Robot:
     last: _Turn | None = None
     asked_at: float | None = None
     """When the request came that is not answered yet; None: there is none."""
-    prefix: ActionPrefix | None = None
+    prefix: PreviousChunk | None = None
     """The real-time fields of this request."""
     error: str | None = None
     """Of the last request, if it was answered with one."""
@@ -165,7 +165,7 @@ class Dashboard:
         self._robots[number] = robot
         return robot
 
-    def asked(self, robot: Robot, prefix: ActionPrefix | None, now: float) -> None:
+    def asked(self, robot: Robot, prefix: PreviousChunk | None, now: float) -> None:
         """A valid request has come."""
         robot.asked_at, robot.prefix = now, prefix
 

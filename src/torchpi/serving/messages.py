@@ -23,7 +23,7 @@ import numpy as np
 
 from torchpi.errors import ServingError
 from torchpi.serving.settings import MAX_NUM_STEPS
-from torchpi.types import ActionPrefix
+from torchpi.types import PreviousChunk
 from torchpi_client import pack, unpack
 from torchpi_client.images import decode_images
 from torchpi_client.protocol import JPEG, RTC
@@ -70,7 +70,7 @@ class RequestOptions:
     noise: np.ndarray | None = None
     num_steps: int | None = None
     deadline: float | None = None
-    prefix: ActionPrefix | None = None
+    prefix: PreviousChunk | None = None
 
 
 def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
@@ -223,10 +223,10 @@ def _deadline(value: Any) -> float:
     return float(value)
 
 
-def _prefix(value: Any, horizon: int) -> ActionPrefix:
+def _prefix(value: Any, horizon: int) -> PreviousChunk:
     sent = SentPrefix.from_wire(value)
     _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
-    prefix = ActionPrefix(sent.actions, sent.delay, sent.execution_horizon)
+    prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
     prefix.steps_executed(horizon)
     return prefix
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
-from torchpi.types import ActionChunk, ActionPrefix
+from torchpi.types import ActionChunk, PreviousChunk
 
 _log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class ServedPolicy(Protocol):
         *,
         noise: np.ndarray,
         num_steps: int,
-        prefixes: Sequence[ActionPrefix | None] | None = None,
+        prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
         """One chunk per observation, independent of each other; noise [B, H, action_dim]."""
 
@@ -73,7 +73,7 @@ class Request:
     noise: np.ndarray
     """[H, action_dim]."""
     num_steps: int
-    prefix: ActionPrefix | None = None
+    prefix: PreviousChunk | None = None
     """For real-time chunking."""
     answer: "asyncio.Future[Answer]" = dataclasses.field(
         default_factory=lambda: asyncio.get_running_loop().create_future()

@@ -57,10 +57,11 @@ class Forward:
             self.x_t, self.u_t = flow.interpolate(actions, noise, time)
             suffix = model.embed_suffix(observation, self.x_t, time)
             self.suffix_tokens, self.suffix_mask, self.suffix_ar_mask, self.cond = suffix
-            modulations = model.modulations(self.cond)
-            self.cache = model.prefill(self.prefix.tokens, self.prefix.mask)
-            self.frame = model.frame_suffix(self.prefix.mask, actions.shape[1])
-            self.v_t = model.velocity(self.suffix_tokens, self.cache, self.frame, modulations)
+            conditioning = model.time_conditioning(time)
+            whole = (self.prefix.tokens, self.prefix.mask, self.prefix.ar_mask)
+            self.cache = model.prefill(observation, whole, action_horizon=actions.shape[1])
+            self.frame = self.cache.suffix
+            self.v_t = model.denoise_step(self.cache, self.x_t, conditioning)
         self.joint_attention: dict[str, Tensor] = {}
         with calls_of(model, _watched(model)) as self.joint_calls:
             self.joint = joint_transformer(
@@ -68,7 +69,7 @@ class Forward:
                 (self.prefix.tokens, self.suffix_tokens.to(model.compute_dtype)),
                 torch.cat([self.prefix.mask, self.suffix_mask], dim=1),
                 torch.cat([self.prefix.ar_mask, self.suffix_ar_mask]),
-                modulations,
+                conditioning.modulations,
                 record=self.joint_attention.__setitem__,
             )
         self._attention_agreement: list[Agreement] = []
@@ -81,7 +82,7 @@ class Forward:
     @property
     def num_time_inputs(self) -> int:
         """Modules that were handed the time: the norms of π₀.₅, the MLP in front of π₀'s expert."""
-        return sum(len(found) for name, found in self.calls.items() if name.endswith((".dense", "action_time_mlp_in")))
+        return sum(bool(found) for name, found in self.calls.items() if name.endswith((".dense", "action_time_mlp_in")))
 
     @property
     def num_time_injections(self) -> int:
@@ -180,7 +181,9 @@ class Forward:
             recorder.tensor("8", f"modulation/layer_{layer}/{before}", self.calls[name][0].output)
         for part, letter in enumerate("kv"):
             for i, key_value in enumerate(self.cache.key_values):
-                recorder.tensor("8", f"cache/layer_{i}/{letter}", key_value[part])
+                recorder.tensor(
+                    "8", f"cache/layer_{i}/{letter}", (key_value.keys, key_value.values)[part][:, : key_value.length]
+                )
         recorder.count("8", "layers", self.num_layers)
         recorder.count("8", "time_injections", self.num_time_injections)
 
@@ -297,7 +300,7 @@ def _record_cached_attention(
     for letter, part in (("q", q), ("k", k), ("v", v)):
         recorder.tensor("7-3", f"{side}/{letter}", part, view="cached")
     if past is not None:
-        k, v = torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+        k, v = past.extended(k, v)
         recorder.tensor("7-4", f"{side}/k_with_cache", k, view="cached")
         recorder.tensor("7-4", f"{side}/v_with_cache", v, view="cached")
     out, logits, probs = explicit_attention(q, k, v, mask)

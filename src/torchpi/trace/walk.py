@@ -112,19 +112,20 @@ def _infer(
 
     observation = _first_sample(prefix.observation)
     prefix_tokens, prefix_mask = prefix.tokens[:1], prefix.mask[:1]
-    cache = model.prefill(prefix_tokens, prefix_mask)
+    ar_mask = torch.zeros_like(prefix_mask[0])
+    cache = model.prefill(observation, (prefix_tokens, prefix_mask, ar_mask), action_horizon=noise.shape[1])
     record("prefix_tokens", prefix_tokens)
     for part, letter in enumerate("kv"):
         for i, key_value in enumerate(cache.key_values):
-            record(f"cache/layer_{i}/{letter}", key_value[part])
-    frame = model.frame_suffix(prefix_mask, noise.shape[1])
+            record(f"cache/layer_{i}/{letter}", (key_value.keys, key_value.values)[part][:, : key_value.length])
+    frame = cache.suffix
     x_t, dt, states = noise, -1.0 / num_steps, [noise]
     times = flow.euler_times(num_steps)
     for i, t in enumerate(times):
         time = torch.full((1,), t, device=noise.device)
         if i == 0 or not noise.is_meta:  # without values, all steps are the same
             suffix_tokens, suffix_mask, _, cond = model.embed_suffix(observation, x_t, time)
-            v_t = model.velocity(suffix_tokens, cache, frame, model.modulations(cond))
+            v_t = model.denoise_step(cache, x_t, time)
         if i == 0:
             assert frame.mask is not None
             record("attn_mask", frame.mask)
@@ -141,7 +142,7 @@ def _infer(
     record("action_chunk", x_t)
     recorder.count("inference", "prefills", 1)
     recorder.count("inference", "euler_steps", len(times))
-    return times, states, sum(part.nbytes for key_value in cache.key_values for part in key_value)
+    return times, states, sum(part[:, :length].nbytes for *parts, length in cache.key_values for part in parts)
 
 
 # ---- what a page or a table says about it all ----
@@ -185,7 +186,7 @@ def _images(observation: Observation) -> dict[str, np.ndarray | None]:
 
 def _modulation_over_time(model: Pi0, num_times: int = 41) -> Modulation | None:
     times = torch.linspace(1, 0, num_times, device=model.device)
-    modulations = model.modulations(model.suffix.condition(model.suffix.time_features(times)))
+    modulations = model.time_conditioning(times).modulations
     if modulations is None:
         return None
     parts = [torch.stack(part) for part in zip(*(m.chunk(3, dim=-1) for m in modulations), strict=True)]

@@ -80,11 +80,11 @@ def process_group(device: str | None) -> Iterator[World]:
 
 
 @runtime_checkable
-class FlowError(Protocol):
-    """`Pi0.flow_error`, spread over the processes."""
+class Forward(Protocol):
+    """`Pi0.forward`, spread over the processes."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See `Pi0.flow_error`."""
+        """See `Pi0.forward`."""
         ...
 
 
@@ -96,7 +96,7 @@ class _WithForward(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.flow_error(*args, **kwargs) if args else self._zero()
+        return self.model(*args, **kwargs) if args else self._zero()
 
     def _zero(self) -> Tensor:
         """A zero that depends on all trained parameters, whose gradients are zero."""
@@ -107,7 +107,7 @@ class _WithForward(nn.Module):
 class Parallel:
     """A model, spread over the processes."""
 
-    flow_error: FlowError
+    forward: Forward
     last_of_update: Callable[[bool], Any]
     """Says of each forward and backward pass whether it is the last one of its update: a context in which it runs."""
 
@@ -136,12 +136,12 @@ def parallelize(model: Pi0, how: str, world: World, *, shard_size: int) -> Paral
         sharded.set_requires_all_reduce(last)
         yield
 
-    return Parallel(model.flow_error, last_of_update)
+    return Parallel(model, last_of_update)
 
 
 def alone(model: Pi0) -> Parallel:
     """A model in one process."""
-    return Parallel(model.flow_error, lambda last: contextlib.nullcontext())
+    return Parallel(model, lambda last: contextlib.nullcontext())
 
 
 def _replicate(model: Pi0, world: World) -> Parallel:
@@ -208,8 +208,7 @@ def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
         policy = MixedPrecisionPolicy(dtype, torch.float32 if dtype else None, cast_forward_inputs=False)
         fully_shard(modules, mesh=mesh, mp_policy=policy)
     sharded = fully_shard(model, mesh=mesh)
-    for method in ("flow_error", "sample_actions"):
-        register_fsdp_forward_method(model, method)
+    register_fsdp_forward_method(model, "sample_actions")
     return sharded
 
 

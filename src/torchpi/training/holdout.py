@@ -12,7 +12,7 @@ from torchpi.evaluation.plots import plot_chunks, plot_errors
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.training.config import TrainConfig
-from torchpi.training.distributed import FlowError, World, sum_over_processes
+from torchpi.training.distributed import Forward, World, sum_over_processes
 from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
 from torchpi.training.setup import SourceData, robot_names
 
@@ -57,14 +57,14 @@ class Holdout:
         return [(source, frame, _STEP, i) for i, (source, frame) in enumerate(found)]
 
     @torch.no_grad()
-    def loss(self, flow_error: FlowError) -> dict[str, float]:
+    def loss(self, forward: Forward) -> dict[str, float]:
         """The mean flow-matching loss."""
         if not self._batches:
             return {}
         total = {"loss": 0.0, "terms": 0.0}
         for stacked, counts in self._batches:
             batch = self._samples.finish(stacked, self.world.device)
-            part = loss_sum(flow_error, batch, self.config.loss)
+            part = loss_sum(forward, batch, self.config.loss)
             if counts:
                 total["loss"] += float(part)
                 total["terms"] += num_terms(batch, self.config.loss)

@@ -257,9 +257,9 @@ def _run(
             live.of_parts = True
             stack.enter_context(state.averaged_weights())
             live.of_parts = False
-            loss_sum(parallel.flow_error, batch(samples, HOLDOUT_DRAWS), config.loss)
+            loss_sum(parallel.forward, batch(samples, HOLDOUT_DRAWS), config.loss)
             if config.chunk_samples:  # sampling: the same passes, without several draws
-                loss_sum(parallel.flow_error, batch(min(samples, config.chunk_samples), 1), config.loss)
+                loss_sum(parallel.forward, batch(min(samples, config.chunk_samples), 1), config.loss)
             live.of_parts = True  # while the averages go back
     return live.result()
 

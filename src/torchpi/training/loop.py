@@ -198,7 +198,7 @@ def update(
     loss = torch.zeros((), device=batches[0].actions.device)
     for number, batch in enumerate(batches):
         with parallel.last_of_update(number == len(batches) - 1):
-            part = loss_sum(parallel.flow_error, batch, config.loss) / total
+            part = loss_sum(parallel.forward, batch, config.loss) / total
             (part * world_size).backward()  # the gradients of the processes are averaged
         loss += part.detach()
     state.take_gradients()
@@ -320,7 +320,7 @@ class _Trainer:
         """With the averaged weights, on the held-out episodes."""
         with self.state.averaged_weights() as model:
             model.eval()
-            numbers: dict[str, Any] = self.holdout.loss(self.parallel.flow_error)
+            numbers: dict[str, Any] = self.holdout.loss(self.parallel.forward)
             chunks, pictures = self.holdout.chunks(self.run_folder, self.state.step)
             model.train()
         for name, path in pictures.items():

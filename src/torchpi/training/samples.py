@@ -51,7 +51,7 @@ class Batch:
     places: tuple["Place", ...]
     """Where the samples come from."""
     num_given: Int[Tensor, "B R"] | None = None
-    """How many first actions are given without noise, see `Pi0.flow_error`."""
+    """How many first actions are given without noise, see `Pi0.forward`."""
 
     def terms(self, which: str) -> Bool[Tensor, "B R H A"]:
         """The numbers that the loss is the mean of, see `TrainConfig.loss`; never what is given."""
@@ -73,12 +73,18 @@ class Batch:
         return {**named, "places": torch.tensor(self.places)}
 
 
-def loss_sum(flow_error: Any, batch: Batch, terms: str) -> torch.Tensor:
+def loss_sum(forward: Any, batch: Batch, terms: str) -> torch.Tensor:
     """The sum of the loss' terms over a batch: all of them, or the "real" ones, see `TrainConfig.loss`."""
-    error = flow_error(
-        batch.observation, batch.actions, noise=batch.noise, time=batch.time, num_given=batch.num_given
-    )  # [B, R, H, A]
-    return error.sum() if terms == "all" and batch.num_given is None else (error * batch.terms(terms)).sum()
+    mask = None if terms == "all" and batch.num_given is None else batch.terms(terms)
+    loss = forward(
+        batch.observation,
+        batch.actions,
+        noise=batch.noise,
+        time=batch.time,
+        prefix_len=batch.num_given,
+        loss_mask=mask,
+    )  # [B, R, H]
+    return loss.sum() * batch.actions.shape[-1]  # it is the mean over the action dimensions
 
 
 def num_terms(batch: Batch, terms: str) -> int:

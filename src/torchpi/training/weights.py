@@ -153,7 +153,7 @@ def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     )
     actions = torch.empty(1, horizon, sizes.action_dim, device="meta")
     time = torch.empty(1, device="meta")
-    twin.flow_error(observation, actions, noise=torch.empty_like(actions), time=time).mean().backward()
+    twin(observation, actions, noise=torch.empty_like(actions), time=time).mean().backward()
     return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
 
 

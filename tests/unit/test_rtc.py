@@ -8,12 +8,19 @@ import pytest
 import torch
 
 import torchpi
-from torchpi.model.guidance import GivenActions, Guidance, guidance_strength, guided_velocity, prefix_weights
+from torchpi.model.rtc import ActionPrefix, Guidance, guidance_strength, prefix_weights
+from torchpi.model.suffix import TimeConditioning
 from torchpi.policy import MAX_GIVEN
 
 
 def guidance(target: torch.Tensor, weight: torch.Tensor | None = None, maximum: float = 5.0) -> Guidance:
     return Guidance(target, torch.ones_like(target) if weight is None else weight, maximum)
+
+
+def guided_velocity(velocity, x_t: torch.Tensor, t: float, guided_by: Guidance) -> torch.Tensor:
+    """The guided velocity of a function of x_t alone."""
+    time = TimeConditioning(t, torch.zeros(1, 1), None)
+    return guided_by.wrap(lambda x, _: velocity(x))(x_t, time)
 
 
 def test_weights_are_the_papers():
@@ -119,7 +126,7 @@ def test_a_short_prefix_counts_for_its_steps_only(policy, request_):
 def test_requests_with_and_without_a_prefix_share_a_batch(policy, request_):
     observation, noise = request_
     old = policy.infer(observation, noise=noise[0])["actions"]
-    prefix = torchpi.types.ActionPrefix(old[4:], delay=2)
+    prefix = torchpi.types.PreviousChunk(old[4:], delay=2)
     together = policy.infer_batch([observation, observation], noise=noise, prefixes=[None, prefix])
     np.testing.assert_allclose(together[0]["actions"], old, atol=1e-4)
     alone = policy.infer(observation, noise=noise[1], action_prefix=old[4:], delay=2)["actions"]
@@ -135,7 +142,7 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     arm = torchpi.load_policy("demo", embodiment=robot, device="cpu")
     observation = arm.example_observation()
     moved = {**observation, "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
-    prefix = torchpi.types.ActionPrefix(np.full((3, 4), 0.3, np.float32), delay=3, execution_horizon=0)
+    prefix = torchpi.types.PreviousChunk(np.full((3, 4), 0.3, np.float32), delay=3, execution_horizon=0)
     (here,), (there,) = ([arm._prepare_with(o, prefix)[1]["actions"]] for o in (observation, moved))
     back = [arm._to_robot(chunk, o["state"]) for chunk, o in ((here, observation), (there, moved))]
     assert np.abs(here - there)[:, :3].max() > 0.01
@@ -212,57 +219,53 @@ def test_prefixes_that_can_not_be_are_errors(policy, request_, options, message)
         policy.infer(observation, noise=noise[0], **{"action_prefix": np.zeros((12, 4), np.float32), **options})
 
 
-# ---- actions that are given, for a model that was trained with them ----
+# ---- action prefixes, for a model that was trained with them ----
 
 
-def test_given_actions_have_a_time_of_their_own(golden):
-    """A chunk whose actions are all given at t = 0 but one sample's last ones equals tokens computed one by one."""
+def test_prefix_actions_have_time_zero(golden):
+    """A prefix of length 0 changes nothing, and the noise of a prefix does not matter."""
     model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
     actions = golden.inputs["actions"]
     time = torch.tensor([0.7, 0.3])
-    nothing = model.flow_error(observation, actions, noise=noise, time=time)
-    same = model.flow_error(
-        observation, actions, noise=noise, time=time, num_given=torch.zeros(2, 1, dtype=torch.int64)
-    )
+    nothing = model(observation, actions, noise=noise, time=time)
+    same = model(observation, actions, noise=noise, time=time, prefix_len=torch.tensor([0, 0]))
     torch.testing.assert_close(nothing, same, atol=1e-6, rtol=1e-5)
-    given = model.flow_error(observation, actions, noise=noise, time=time, num_given=torch.tensor([[4], [0]]))
+    given = model(observation, actions, noise=noise, time=time, prefix_len=torch.tensor([4, 0]))
     assert (given[0] - nothing[0]).abs().max() > 1e-4
     torch.testing.assert_close(given[1], nothing[1], atol=1e-6, rtol=1e-5)
-    # What the noise is at the given places does not matter.
     other = noise.clone()
     other[0, :4] = 9.0
-    error = model.flow_error(observation, actions, noise=other, time=time, num_given=torch.tensor([[4], [0]]))
-    torch.testing.assert_close(error[0, :, 4:], given[0, :, 4:], atol=1e-5, rtol=1e-4)
+    loss = model(observation, actions, noise=other, time=time, prefix_len=torch.tensor([4, 0]))
+    torch.testing.assert_close(loss[0, 4:], given[0, 4:], atol=1e-5, rtol=1e-4)
 
 
-def test_a_sampled_chunk_begins_with_what_is_given(golden):
+def test_sampled_chunk_begins_with_action_prefix(golden):
     model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
     actions = golden.inputs["actions"]
     mask = torch.zeros(noise.shape[:2], dtype=torch.bool)
     plain = model.sample_actions(observation, noise=noise, num_steps=3)
-    nothing = model.sample_actions(observation, noise=noise, num_steps=3, given=GivenActions(actions, mask))
+    nothing = model.sample_actions(observation, noise=noise, num_steps=3, action_prefix=ActionPrefix(actions, mask))
     torch.testing.assert_close(nothing, plain, atol=1e-5, rtol=0)
     mask[0, :5] = True
-    chunk = model.sample_actions(observation, noise=noise, num_steps=3, given=GivenActions(actions, mask))
+    chunk = model.sample_actions(observation, noise=noise, num_steps=3, action_prefix=ActionPrefix(actions, mask))
     assert torch.equal(chunk[0, :5], actions[0, :5])
     assert (chunk[0, 5:] - plain[0, 5:]).abs().max() > 1e-4
     torch.testing.assert_close(chunk[1], plain[1], atol=1e-5, rtol=0)
     # One Euler step from t = 1 by hand: the velocity that training would predict there.
-    once = model.sample_actions(observation, noise=noise, num_steps=1, given=GivenActions(actions, mask))
-    error = model.flow_error(observation, actions, noise=noise, time=torch.ones(2), num_given=torch.tensor([[5], [0]]))[
-        :, 0
-    ]  # (v − (noise − actions))²
+    once = model.sample_actions(observation, noise=noise, num_steps=1, action_prefix=ActionPrefix(actions, mask))
+    loss = model(observation, actions, noise=noise, time=torch.ones(2), prefix_len=torch.tensor([5, 0]))
     v_t = noise - once
-    torch.testing.assert_close((v_t - (noise - actions))[0, 5:].square(), error[0, 5:], atol=1e-4, rtol=1e-3)
+    squares = (v_t - (noise - actions)).square().mean(dim=-1)  # (v − u)²
+    torch.testing.assert_close(squares[0, 5:], loss[0, 5:], atol=1e-4, rtol=1e-3)
 
 
-def test_a_policy_that_was_trained_so_takes_the_prefix_as_given(policy, request_):
+def test_policy_trained_with_prefixes_keeps_the_prefix(policy, request_):
     observation, (first, second) = request_
     old = policy.infer(observation, noise=first)["actions"]
     trained = torchpi.load_policy("demo", device="cpu")
     trained._metadata[MAX_GIVEN] = 4
     chunk = trained.infer(observation, noise=second, action_prefix=old[4:], delay=4)["actions"]
     np.testing.assert_allclose(chunk[:4], old[4:8], atol=1e-5)
-    beyond = torchpi.types.ActionPrefix(old[4:], delay=5, how="trained")
+    beyond = torchpi.types.PreviousChunk(old[4:], delay=5, method="trained")
     with pytest.raises(ValueError, match="at most 4 given actions, not 5"):
         trained.infer_batch([observation], prefixes=[beyond])

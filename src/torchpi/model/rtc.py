@@ -1,0 +1,117 @@
+"""Real-time chunking: sampling a chunk that continues the one that the robot is executing.
+
+While a chunk is computed, the robot executes the rest of the previous one. The new chunk has to agree with the actions
+that will have been executed when it arrives, and should continue the others smoothly. There are two ways, which both
+wrap `Pi0.denoise_step`:
+
+- `Guidance`, for any model: each Euler step is guided towards the previous chunk (training-free inpainting by ΠGDM).
+  The velocity is corrected by the gradient, through the model, of how far the chunk that it leads to is from the
+  previous one. Source: "Real-Time Execution of Action Chunking Flow Policies" (arXiv:2506.07339), equations 2 to 5; its
+  time τ is 1 − t here, and its velocity is −v_t.
+- `ActionPrefix`, for a model that was trained with such prefixes: the first actions are known, at a time t = 0 of
+  their own. Source: "Training-Time Action Conditioning for Efficient Real-Time Chunking" (arXiv:2512.05964).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+from torchpi.model.suffix import TimeConditioning
+
+MAX_GUIDANCE = 5.0
+"""β: the paper's value; more does not agree better, and diverges with few steps."""
+
+Velocity = Callable[[Float32[Tensor, "B H A"], TimeConditioning], Float32[Tensor, "B H A"]]
+"""v_t as a function of x_t and the time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """The previous chunk, and the weight of each of its elements."""
+
+    target: Float32[Tensor, "B H A"]
+    """Y, normalized; finite everywhere, also where the weight is 0."""
+    weight: Float32[Tensor, "B H A"]
+    """The diagonal of W, from 0 to 1; 0 where there is no target, at padding, and for a sample without guidance."""
+    maximum: float = MAX_GUIDANCE
+    """β."""
+
+    def wrap(self, velocity: Velocity) -> Velocity:
+        """The velocity, corrected towards the target (equations 2 to 4)."""
+
+        def guided(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
+            assert isinstance(time.time, float)  # one of the Euler steps
+            with torch.enable_grad():
+                x = x_t.detach().requires_grad_()
+                v_t = velocity(x, time)
+                reached = x - time.time * v_t  # the chunk at the end of a straight path from here
+                error = self.weight * (self.target - reached.detach())
+                (gradient,) = torch.autograd.grad(reached, x, error)
+            return v_t.detach() - guidance_strength(time.time, self.maximum) * gradient
+
+        return guided
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionPrefix:
+    """The first actions of a chunk, which are known."""
+
+    actions: Float32[Tensor, "B H A"]
+    """Normalized; finite everywhere, also behind the prefix."""
+    mask: Bool[Tensor, "B H"]
+    """True for the known actions."""
+
+    def insert(self, x_t: Float32[Tensor, "B H A"]) -> Float32[Tensor, "B H A"]:
+        """x_t with the known actions in their place."""
+        return torch.where(self.mask[:, :, None], self.actions, x_t)
+
+    def wrap(self, velocity: Velocity, at_zero: TimeConditioning) -> Velocity:
+        """The velocity behind the prefix, whose tokens have the time 0; in the prefix it is 0: it stays as it is.
+
+        Args:
+            at_zero: the conditioning of t = 0.
+        """
+        known = self.mask[:, :, None]  # [B, H, 1]
+
+        def mixed(at_t: Tensor, at_0: Tensor) -> Tensor:
+            return torch.where(known, at_0.view(1, 1, -1), at_t.view(1, 1, -1))  # [B, H, d or 3d]
+
+        def prefixed(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
+            modulations = None
+            if time.modulations is not None and at_zero.modulations is not None:
+                modulations = [mixed(*pair) for pair in zip(time.modulations, at_zero.modulations, strict=True)]
+            per_token = TimeConditioning(time.time, mixed(time.features, at_zero.features), modulations)
+            return velocity(x_t, per_token).masked_fill(known, 0.0)
+
+        return prefixed
+
+
+def prefix_weights(
+    horizon: int, delay: Int[Tensor, " B"], execution_horizon: Int[Tensor, " B"]
+) -> Float32[Tensor, "B H"]:
+    """The weight of each step of the previous chunk in the guidance (equation 5).
+
+    1 for the `delay` steps that will have been executed; exponentially less up to the last one that the previous chunk
+    reaches, H − `execution_horizon`; 0 behind.
+
+    Args:
+        horizon: H.
+        delay: d, in control steps; d ≤ H − s, or the previous chunk ends before the new one arrives.
+        execution_horizon: s, the number of steps executed since the inference of the previous chunk began.
+    """
+    i = torch.arange(horizon, device=delay.device)[None, :]
+    d, end = delay[:, None], horizon - execution_horizon[:, None]
+    c = ((end - i) / (end - d + 1)).clamp(0, 1)
+    fading = c * torch.expm1(c) / (math.e - 1)
+    return torch.where(i < d, 1.0, torch.where(i < end, fading, 0.0))
+
+
+def guidance_strength(t: float, maximum: float) -> float:
+    """min(β, (τ² + (1 − τ)²)/(τ(1 − τ))) with τ = 1 − t; β at both ends, where the fraction has no value."""
+    tau = 1 - t
+    product = tau * (1 - tau)
+    return maximum if product <= 0 else min(maximum, (tau**2 + (1 - tau) ** 2) / product)
