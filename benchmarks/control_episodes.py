@@ -34,7 +34,7 @@ MODES: dict[str, tuple[str, Literal["trained", "guidance"] | None]] = {
     "rtc": ("rtc", "guidance"),
     TRAINED: ("rtc", "trained"),
 }
-"""Modes by name: the control loop's mode, and how the policy is conditioned on the old chunk (`PreviousChunk.method`)."""
+"""Modes by name: the control loop's mode, and how the policy continues the old chunk (`PreviousChunk.method`)."""
 
 
 class VirtualClock:
