@@ -57,7 +57,7 @@ class LoraLinear(Linear):
         nn.init.normal_(self.lora_b, std=INIT_STD, generator=generator)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """The updated product in x's dtype."""
+        """The matmul with the updated weight, in x's dtype."""
         tokens = x.flatten(0, -2)
         return self._add_update(super().forward(tokens), tokens, first=0).unflatten(0, x.shape[:-1])
 
@@ -68,7 +68,7 @@ class LoraLinear(Linear):
 
     def _add_update(self, out: Tensor, x: Tensor, first: int) -> Tensor:
         a, b = self._matrices()
-        # One product for all groups. Not in place: activation checkpointing may keep the base's product.
+        # One matmul for all groups. Not in place: activation checkpointing may keep the base's result.
         return torch.addmm(out, F.linear(x, a.to(x.dtype)), b[first:].T.to(x.dtype), alpha=self.scale)
 
     def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:
@@ -78,7 +78,7 @@ class LoraLinear(Linear):
         return self.lora_a.flatten(0, 1), blocks.flatten(2).flatten(0, 1)
 
     def update(self) -> Float32[Tensor, "o i"]:
-        """What is added to the weight, whole."""
+        """The update of the whole weight."""
         a, b = self._matrices()
         return self.scale * (b.float() @ a.float())
 
@@ -144,7 +144,7 @@ def _attach(stack: Gemma, config: LoraConfig, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merge_lora(model: Pi0) -> None:
-    """Add the low-rank products to the weights, in float32 before any cast, and leave a plain model, in place.
+    """Add the low-rank updates to the weights, in float32 before any cast, and leave a plain model, in place.
 
     Raises:
         ValueError: the model has no LoRA.
@@ -164,12 +164,12 @@ def lora_layers(model: Pi0) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def lora_config(model: Pi0) -> LoraConfig | None:
-    """What LoRA a model has; None: none."""
+    """The LoRA of a model, or None."""
     return next((layer.config for _, layer in lora_layers(model)), None)
 
 
 def is_lora(name: str) -> bool:
-    """Whether a parameter's name is that of a low-rank matrix."""
+    """True for the name of a low-rank matrix."""
     return name.rpartition(".")[2] in ("lora_a", "lora_b")
 
 
