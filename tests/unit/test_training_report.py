@@ -14,7 +14,7 @@ from PIL import Image
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import MAX_POINTS, plot_curves, thin
 from torchpi.training.metrics import parse_metrics, read_metrics, without_overtaken
-from torchpi.training.report import PICTURE_BYTES, write_report
+from torchpi.training.report import IMAGE_BYTES, write_report
 
 DIMS = ("delta_x", "delta_y", "delta_z", "gripper")
 ABOUT = {
@@ -44,7 +44,7 @@ def metrics_line(step, **more):
         "loss": 1 / step,
         "grad_norm": 1.0,
         "param_norm": 30.0,
-        "learning_rate": 1e-4,
+        "lr": 1e-4,
         "samples_per_second": 100.0,
         "data_wait": 0.1,
         "memory": 3 * 2**30,
@@ -166,11 +166,11 @@ def check_page(run):
 
 def test_the_page_has_everything_of_the_run(page):
     assert "From random weights, on recorded: trained to the end." in page.text
-    for part in ("100 steps of 100", "2 passes through the data", "2 h 05 min", "75% success in simulation"):
+    for part in ("100 steps of 100", "2 epochs", "2 h 05 min", "75% success in simulation"):
         assert part in page.text
     titles = (
-        "Curves", "Success in simulation", "Sampled chunks", "Pictures", "Parameters", "What was trained", "Recipe",
-        "Use it",
+        "Curves", "Success in simulation", "Sampled chunks", "Plots", "Parameters",
+        "Data and initial weights", "Recipe", "Commands",
     )  # fmt: skip
     assert all(page.text.count(title) >= 2 for title in titles)  # in the navigation too
     # 8 panels and the two drawings of chunk errors; the last pictures
@@ -190,8 +190,8 @@ def test_texts_are_escaped(full):
 
 def test_parameters_are_counted_by_part(page):
     text = page.text
-    assert "1.00 million of 3.00 million parameters are trained." in text
-    assert "part trained frozen without gradient dtype" in text
+    assert "1.00 million of 3.00 million parameters are trainable." in text
+    assert "part trainable frozen without gradient dtype" in text
     assert "backbone 0 2 000 000 0 bfloat16" in text
     assert "all 1 000 000 2 000 000 500" in text
 
@@ -199,8 +199,8 @@ def test_parameters_are_counted_by_part(page):
 def test_data_and_first_weights_are_told(page):
     for part in (
         "weights from pi05_base",
-        "parameters taken over 810",
-        "begun at random action_in",
+        "parameters loaded 810",
+        "initialized at random action_in",
         "llm: unused",
         "data: episodes 600",
         "data: tasks open the drawer, close the faucet",
@@ -222,7 +222,7 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
     assert all(f"Error {what} of {robot}" in page.text for what in ("per dimension", "over the chunk")
                for robot in ("first robot", "droid"))  # fmt: skip
     assert len(page.attributes("src")) == 2
-    assert "droid: Sampled chunks beside recorded ones" in page.text
+    assert "droid: Sampled and recorded chunks" in page.text
     assert "eval checkpoints/00000010/policy --dataset hf://org/first" in page.text
 
 
@@ -253,7 +253,7 @@ def test_the_dataset_is_named_from_the_folder_of_the_run(bare, monkeypatch):
 def test_a_large_picture_is_made_smaller(bare):
     path = bare / "plots" / "00000100_chunks.png"
     write_picture(path, (1200, 800))
-    assert path.stat().st_size > PICTURE_BYTES
+    assert path.stat().st_size > IMAGE_BYTES
     assert [source[:15] for source in page_of(bare).attributes("src")] == ["data:image/jpeg"]
 
 
@@ -277,7 +277,7 @@ def test_nothing_but_the_page_is_written(full):
 def test_a_run_that_has_hardly_begun(tmp_path, lines):
     run = write_run(tmp_path / "run", [metrics_line(step) for step in range(1, lines + 1)], tail='{"step": 4, "lo')
     page = page_of(run)
-    assert "it goes on, or was killed" in page.text
+    assert "it is running, or was killed" in page.text
     assert "Not recorded: run.json, " in page.text
     assert "a checkpoint" in page.text
     assert "There is no checkpoint yet" in page.text
@@ -314,7 +314,7 @@ def test_damaged_files_are_named(tmp_path):
 def test_interruptions_are_told(tmp_path):
     lines = [metrics_line(step) for step in (10, 20, 30)] + [metrics_line(20), metrics_line(25, resumed=True)]
     text = page_of(write_run(tmp_path / "run", lines)).text
-    assert "The run was interrupted and went on; the first lines after that are of step 20, 25." in text
+    assert "The run was interrupted and resumed; the first lines after that are of step 20, 25." in text
     assert "25 steps of" in text
 
 
@@ -326,6 +326,18 @@ def test_a_folder_that_is_no_run_is_an_error(tmp_path):
 def test_a_recipe_of_another_version_is_shown(tmp_path):
     run = write_run(tmp_path / "run", [], optimizer={"name": "adamw", "betas": [0.9, 0.95]})
     assert "optimizer.betas 0.9, 0.95" in page_of(run).text
+
+
+def test_constant_dimensions_are_named(tmp_path):
+    dims = {"joint": 0.25, "gripper": None}
+    text = page_of(write_run(tmp_path / "run", [metrics_line(10, chunk_error=0.25, chunk_error_dims=dims)])).text
+    assert "joint 0.2500 gripper constant" in text
+    assert "a fraction of the held-out episodes' action range" in text
+
+
+def test_plots_of_earlier_versions_are_shown(bare):
+    write_picture(bare / "pictures" / "00000100_chunks.png")
+    assert len(page_of(bare).attributes("src")) == 1
 
 
 # Curves

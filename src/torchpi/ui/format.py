@@ -21,7 +21,7 @@ def large_count(count: int) -> str:
     return format_count(count)
 
 
-def short_count(count: float) -> str:
+def short_count(count: float | int) -> str:
     """A count for an axis: `20k` for 20 000."""
     for unit, size in (("M", 1e6), ("k", 1e3)):
         if abs(count) >= size:
@@ -29,14 +29,14 @@ def short_count(count: float) -> str:
     return f"{count:g}"
 
 
-def format_number(value: float, *, missing: str | None = None) -> str:
+def format_number(value: float | int, *, missing: str | None = None) -> str:
     """Three digits, thousands without an exponent; `missing`, if given, stands for NaN and infinity."""
     if missing is not None and not math.isfinite(value):
         return missing
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def format_percent(value: float, digits: int = 0, *, missing: str = "n/a") -> str:
+def format_percent(value: float | int, digits: int = 0, *, missing: str = "n/a") -> str:
     """A fraction in percent; `missing` stands for NaN and infinity."""
     return f"{value:.{digits}%}" if math.isfinite(value) else missing
 
@@ -46,12 +46,12 @@ def format_interval(interval: tuple[float, float]) -> str:
     return f"{interval[0]:.0%} – {interval[1]:.0%}"
 
 
-def format_gib(num_bytes: float) -> str:
+def format_gib(num_bytes: float | int) -> str:
     """A size in GiB."""
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def format_duration(seconds: float) -> str:
+def format_duration(seconds: float | int) -> str:
     """A duration in hours and minutes: `2 h 05 min`."""
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min"

@@ -96,18 +96,16 @@ def commands(rows: Iterable[tuple[str, str]]) -> str:
     return panel(items, "commands")
 
 
-def bars(rows: Iterable[tuple[str, float, str]], css: str = "suffix") -> str:
+def bars(rows: Iterable[tuple[str, float | int, str]], css: str = "suffix") -> str:
     """Horizontal bars.
 
     Args:
-        rows: of each bar its name, its length from 0 to 1, and its text; NaN: no bar.
+        rows: of each bar its name, its length from 0 to 1, and its text.
         css: the colour's name in the palette.
     """
     items = "".join(
         f'<span class="mono">{escape(name)}</span><i class="{css}" style="width:{100 * length:.1f}%"></i>'
         f"<span>{escape(text)}</span>"
-        if length == length
-        else f'<span class="mono">{escape(name)}</span><i class="plain"></i><span>{escape(text)}</span>'
         for name, length, text in rows
     )
     return panel(items, "bars dimensions")

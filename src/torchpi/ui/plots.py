@@ -46,7 +46,7 @@ _NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # both readable on li
 
 
 def draw_figure(
-    draw: Callable[["Figure"], Any], *, size: tuple[float, float], layout: str | None = "constrained"
+    draw: Callable[["Figure"], Any], *, size: tuple[float | int, float | int], layout: str | None = "constrained"
 ) -> "Figure":
     """Draw a figure in the common style.
 
