@@ -56,7 +56,7 @@ LAYERS: Mapping[str, str] = {
 MODEL_IMPORTS = {"model", "types", "config", "errors"}
 
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
-    ("torchpi.data.place", "checkpoints"): "datasets are downloaded as checkpoints are, through checkpoints/hub.py",
+    ("torchpi.data.metadata", "checkpoints"): "datasets are downloaded as checkpoints are, through checkpoints/hub.py",
 }
 """Imports against the layers (importing module, imported part), each with its reason."""
 

@@ -1,4 +1,4 @@
-"""A data set in the layout of openpi's converter for DROID, examples/droid/convert_droid_data_to_lerobot.py."""
+"""A dataset in the layout of openpi's converter for DROID, examples/droid/convert_droid_data_to_lerobot.py."""
 
 import json
 import pathlib

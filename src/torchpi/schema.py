@@ -29,17 +29,20 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
         raise error(f"{path} is not valid JSON: {problem}.") from problem
 
 
-def parse(kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError) -> T:
+def parse(
+    kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError, known_only: bool = True
+) -> T:
     """Build a dataclass from a JSON value: every field known, none missing, each of its type.
 
     Args:
         kind: a dataclass; its fields' types are checked, nested ones as well. Its own checks (`__post_init__`) run.
         where: the document's name, in front of messages.
+        known_only: refuse unknown fields; False for documents of other programs, which may add some.
 
     Raises:
         ValueError: the value does not fit; of the class `error`. The message names the field.
     """
-    if unknown := list(_unknown_fields(schema.type_info(kind), value, "")):
+    if known_only and (unknown := list(_unknown_fields(schema.type_info(kind), value, ""))):
         fields, known = ", ".join(sorted(path for path, _ in unknown)), ", ".join(unknown[0][1])
         raise error(f"{where} has unknown fields {fields}; known are {known}.")
     try:

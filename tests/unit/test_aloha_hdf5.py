@@ -1,4 +1,4 @@
-"""ALOHA's HDF5 episodes become a LeRobot data set."""
+"""ALOHA's HDF5 episodes become a LeRobot dataset."""
 
 import importlib.util
 import io

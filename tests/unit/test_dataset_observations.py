@@ -1,4 +1,4 @@
-"""From a data set's frame to the robot's observation, for every kind of embodiment."""
+"""From a dataset's frame to the robot's observation, for every kind of embodiment."""
 
 import numpy as np
 import pytest

@@ -19,9 +19,9 @@ import pytest
 
 from torchpi.checkpoints.hub import fetch, fetch_dataset
 from torchpi.cli import main
+from torchpi.cli.stats import checkpoint_stats
 from torchpi.data import LeRobotDataset, select_episodes
-from torchpi.data.fit import checkpoint_stats
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import open_metadata
 
 BIG = random.Random(0).randbytes(300_000)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -779,7 +779,7 @@ def test_a_data_set_without_a_connection(datasets, waits, monkeypatch):
     fetch_dataset("hf://org/name", ["meta/"])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     datasets.requests.clear()
-    assert open_metadata("hf://org/name").fps == 80
+    assert open_metadata("hf://org/name").info.fps == 80
     assert not datasets.requests
     name = "data/chunk-000/episode_000000.parquet"
     with pytest.raises(FileNotFoundError, match="is not complete in the cache") as caught:

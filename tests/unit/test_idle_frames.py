@@ -13,7 +13,7 @@ ONE_SECOND = FPS
 
 
 def frames(state, action, lengths=None):
-    """A data set of one state and one action dimension."""
+    """A dataset of one state and one action dimension."""
     columns = {
         "observation.state": np.asarray(state, np.float32).reshape(len(state), -1),
         "action": np.asarray(action, np.float32).reshape(len(action), -1),

@@ -1,4 +1,4 @@
-"""Data sets that have the state or the action in several columns."""
+"""Datasets that have the state or the action in several columns."""
 
 import json
 import pickle
@@ -13,7 +13,7 @@ from droid_set import RENAME, write_droid_set
 
 from torchpi import cli
 from torchpi.data import LeRobotDataset, to_observation
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.robots import get_embodiment
 
@@ -81,7 +81,7 @@ def test_a_part_may_have_the_name_of_the_whole(one_set):
     assert whole.columns["observation.state"].shape == (4, 7)
     assert whole.columns["action"].shape == (4, 9)
     again = open_metadata(one_set, rename={"actions+gripper_position": "actions", "joint_position": "state"})
-    assert again.features["actions"]["shape"] == [9]
+    assert again.info.features["actions"]["shape"] == [9]
 
 
 def test_only_the_columns_that_are_needed_are_read(damaged):
@@ -117,7 +117,7 @@ def test_the_option_is_suggested(one_set):
         ("joint_position+wrist_image_left=x", ValueError, r"wrist_image_left of .* can't be joined .* it is image of"),
         ("joint_position+joint_position=x", ValueError, "joint_position of .* would be used twice"),
         ("joint_position+gripper_position=x gripper_position=y", ValueError, "gripper_position of .* used twice"),
-        ("joint_position+gripper_position=actions", ValueError, "can't be renamed to actions: the data set has it"),
+        ("joint_position+gripper_position=actions", ValueError, "can't be renamed to actions: the dataset has it"),
         ("joint_position+=x", ValueError, r"expected OLD=NEW, .* or OLD\+OLD=NEW"),
     ],
 )

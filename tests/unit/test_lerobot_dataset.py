@@ -1,4 +1,4 @@
-"""Reading data sets that LeRobot itself wrote, and refusing broken ones."""
+"""Reading datasets that LeRobot itself wrote, and refusing broken ones."""
 
 import json
 import os
@@ -17,7 +17,7 @@ import pytest
 from torchpi import cli
 from torchpi.data import LeRobotDataset, LeRobotWriter, camera_keys_of, to_observation
 from torchpi.data.lerobot import VideoPool
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.robots import Camera, Embodiment, get_embodiment
 
@@ -330,7 +330,7 @@ RENAME = {"state": "observation.state", "actions": "action", "image": BASE, "wri
 
 
 def rename_files(root, names):
-    """Gives columns and cameras other names, in all files of a data set."""
+    """Gives columns and cameras other names, in all files of a dataset."""
     info = json.loads((root / "meta/info.json").read_text())
     features = {names.get(key, key): feature for key, feature in info["features"].items()}
     change_json(root / "meta/info.json", features=features)
@@ -346,7 +346,7 @@ def rename_files(root, names):
 
 @pytest.fixture
 def otherwise_named(copy_of):
-    """A copy of a golden set with the names of openpi's data sets."""
+    """A copy of a golden set with the names of openpi's datasets."""
 
     def copy(name):
         rename_files(root := copy_of(name), OPENPI)
@@ -408,7 +408,7 @@ def test_a_camera_that_may_be_the_one_is_suggested():
     ("rename", "error", "message"),
     [
         ({"pose": "state"}, KeyError, "no pose that could be renamed; its columns and cameras are .*observation.state"),
-        ({"action": "observation.state"}, ValueError, "can't be renamed to observation.state: the data set has it"),
+        ({"action": "observation.state"}, ValueError, "can't be renamed to observation.state: the dataset has it"),
         ({BASE: "eye", WRIST: "eye"}, ValueError, f"{WRIST} .* can't be renamed to eye: {BASE} is renamed to it, too"),
         ({"action": "task"}, ValueError, "can't be renamed to task: every frame gets it"),
     ],
@@ -499,7 +499,7 @@ def test_no_such_folder(tmp_path):
 
 def test_not_a_data_set(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    refused(tmp_path, FileNotFoundError, r"no LeRobot data set.*meta/info\.json; found model\.safetensors")
+    refused(tmp_path, FileNotFoundError, r"no LeRobot dataset.*meta/info\.json; found model\.safetensors")
 
 
 def test_another_version(copy_of):
@@ -764,7 +764,9 @@ def test_data_files_with_other_dimensions(copy_of):
         lambda columns: {**columns, "data/file_index": pa.array([0, 0, 1])},
     )
     refused(
-        root, ValueError, r"file-001\.parquet: action has the shape \[5\] per frame, and \[4\] in the data files before"
+        root,
+        ValueError,
+        r"file-001\.parquet: action has the shape \[5\] per frame, and the shape \[4\] in the data files before",
     )
     assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 1])) == 21
 
@@ -772,7 +774,7 @@ def test_data_files_with_other_dimensions(copy_of):
 def test_features_that_can_not_be(copy_of):
     root = copy_of("lerobot_v3_video")
     change_json(root / "meta/info.json", video_path=None)
-    refused(root, ValueError, r"observation\.images\.base is a video, but video_path, where videos are, is None")
+    refused(root, ValueError, r"observation\.images\.base is a video, but video_path, the place of videos, is None")
     change_json(root / "meta/info.json", features={"action": "float32"})
     refused(root, ValueError, "the feature action is 'float32'; expected an object")
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchpi.data import LeRobotDataset, LeRobotWriter, recording, writer
-from torchpi.data.feature_stats import image_histogram, image_stats, number_stats, summed
+from torchpi.data.metadata_writer import image_histogram, image_stats, number_stats
 
 BASE, WRIST = "observation.images.base", "observation.images.wrist"
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -204,7 +204,7 @@ def test_statistics_are_exact(tmp_path):
 def test_large_images_are_thinned_for_statistics():
     image = np.random.default_rng(0).integers(0, 256, (256, 300, 3), np.uint8)
     assert image_histogram(image).sum() == 3 * 128 * 150
-    stats = image_stats(summed([image_histogram(image)] * 2), 2)
+    stats = image_stats(2 * image_histogram(image), 2)
     np.testing.assert_allclose(np.ravel(stats["mean"]), 0.5, atol=0.01)
     assert number_stats(np.zeros((3, 1)))["q50"] == [0.0]
 
@@ -323,7 +323,7 @@ def test_no_room_for_the_metadata(tmp_path, monkeypatch):
     writer = new_writer(tmp_path)
     writer.add_episode(EPISODES[0], TASKS[0])
     with monkeypatch.context() as patch:
-        patch.setattr(recording.metadata_writer, "info", _raise(NO_SPACE))
+        patch.setattr(recording.metadata_writer, "finished_info", _raise(NO_SPACE))
         with pytest.raises(OSError, match="No space left") as error:
             writer.finalize()
     assert "saved episodes are safe in" in error.value.__notes__[0]
@@ -332,7 +332,7 @@ def test_no_room_for_the_metadata(tmp_path, monkeypatch):
 
 
 def test_the_first_error_is_what_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(recording.metadata_writer, "info", _raise(NO_SPACE))
+    monkeypatch.setattr(recording.metadata_writer, "finished_info", _raise(NO_SPACE))
     with pytest.raises(KeyboardInterrupt) as error:
         record(tmp_path, 1, then=_raise(KeyboardInterrupt()))
     assert any("No space left" in note for note in error.value.__notes__)

@@ -1,4 +1,4 @@
-"""Statistics of a data set, against every frame taken through the embodiment one by one."""
+"""Statistics of a dataset, against every frame taken through the embodiment one by one."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchpi.cli import main
+from torchpi.cli.stats import checkpoint_stats
 from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats, to_observation
-from torchpi.data.fit import checkpoint_stats, compare_fit
+from torchpi.data.coverage import stats_coverage
 from torchpi.data.stats import distributions
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
 from torchpi.transforms import NormStats, load_norm_stats, save_norm_stats
@@ -20,7 +21,7 @@ H = 6
 
 
 def some_set(lengths, s, a, *, change=lambda state, actions: None):
-    """What is needed of a data set."""
+    """What is needed of a dataset."""
     rng = np.random.default_rng(len(lengths))
     state = rng.normal(size=(sum(lengths), s)).astype(np.float32)
     actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)
@@ -155,19 +156,19 @@ def padded(stats, dims):
 
 
 @pytest.mark.parametrize("robot", ROBOTS)
-def test_the_share_inside_equals_counting_frame_by_frame(robot):
+def test_the_fraction_inside_equals_counting_frame_by_frame(robot):
     embodiment, s, a = ROBOTS[robot]
     dataset = some_set((9, 1, 20, 5), s, a)
     other = compute_norm_stats(some_set((30, 40), s, a), embodiment, action_horizon=H)
-    (fit,) = compare_fit(dataset, embodiment, {"other": other}, action_horizon=H)
-    assert fit.comparable
+    (coverage,) = stats_coverage(dataset, embodiment, {"other": other}, action_horizon=H)
+    assert coverage.comparable
     for what, values in frame_by_frame(dataset, embodiment).items():
         inside = (values >= other[what].q01) & (values <= other[what].q99)
-        assert fit.keys[what].inside == pytest.approx(inside.mean(axis=0).tolist())
-        assert fit.keys[what].overall == pytest.approx(inside.mean())
+        assert coverage.keys[what].inside == pytest.approx(inside.mean(axis=0).tolist())
+        assert coverage.keys[what].overall == pytest.approx(inside.mean())
 
 
-def test_robots_are_sorted_by_fit():
+def test_robots_are_sorted_by_coverage():
     dataset = some_set((300, 200), 4, 4)
     own = compute_norm_stats(dataset, metaworld(), action_horizon=H)
     far = {what: NormStats(s.mean + 9, s.std, s.q01 + 9, s.q99 + 9) for what, s in own.items()}
@@ -181,19 +182,19 @@ def test_robots_are_sorted_by_fit():
         "state only": {"state": own["state"]},
         "no quantiles": {what: NormStats(s.mean, s.std) for what, s in own.items()},
     }
-    fits = {fit.name: fit for fit in compare_fit(dataset, metaworld(), robots, action_horizon=H)}
-    assert list(fits)[:3] in (["padded", "no quantiles", "far"], ["no quantiles", "padded", "far"])
-    assert fits["padded"].overall == pytest.approx(0.98, abs=0.005)
-    assert fits["no quantiles"].overall == pytest.approx(0.98, abs=0.01)
-    assert fits["no quantiles"].keys["state"].range == "mean ± 2.326 std"
-    assert fits["far"].overall == 0
+    found = {entry.name: entry for entry in stats_coverage(dataset, metaworld(), robots, action_horizon=H)}
+    assert list(found)[:3] in (["padded", "no quantiles", "far"], ["no quantiles", "padded", "far"])
+    assert found["padded"].overall == pytest.approx(0.98, abs=0.005)
+    assert found["no quantiles"].overall == pytest.approx(0.98, abs=0.01)
+    assert found["no quantiles"].keys["state"].range == "mean ± 2.326 std"
+    assert found["far"].overall == 0
     for name, dims in (("narrower", 3), ("wider", 5)):
-        key = fits[name].keys["state"]
-        assert not fits[name].comparable
+        key = found[name].keys["state"]
+        assert not found[name].comparable
         assert (key.dims, key.checkpoint_dims, len(key.inside)) == (4, dims, min(4, dims))
-    assert not fits["state only"].comparable
+    assert not found["state only"].comparable
     with pytest.raises(ValueError, match="statistics of hand have neither state nor actions, but velocity"):
-        compare_fit(dataset, metaworld(), {"hand": {"velocity": own["state"]}}, action_horizon=H)
+        stats_coverage(dataset, metaworld(), {"hand": {"velocity": own["state"]}}, action_horizon=H)
 
 
 def test_where_the_statistics_of_a_checkpoint_are(golden_root, tmp_path):
@@ -244,12 +245,12 @@ def test_the_command_compares(golden_root, capsys):
     arguments = (root, "--embodiment", "metaworld", "--compare", "demo", "--episodes", "0,2")
     document = json.loads(run(capsys, *arguments, "--json").out)
     assert document["episodes"] == 2
-    (fit,) = document["compare"]
-    assert fit["name"] == "demo_policy"
-    assert fit["comparable"]
-    assert len(fit["state"]["inside"]) == 4
-    assert 0 <= fit["overall"] <= 1
-    assert "inside of q01..q99 of demo" in run(capsys, *arguments).out
+    (coverage,) = document["compare"]
+    assert coverage["name"] == "demo_policy"
+    assert coverage["comparable"]
+    assert len(coverage["state"]["inside"]) == 4
+    assert 0 <= coverage["overall"] <= 1
+    assert "fraction inside [q01, q99] of demo" in run(capsys, *arguments).out
 
 
 def test_the_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from rich.console import Console
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
 from torchpi.data import LeRobotDataset, camera_keys_of, select_episodes
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import open_metadata
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment

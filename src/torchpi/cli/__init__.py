@@ -7,7 +7,7 @@ from typing import Any
 
 import tyro
 
-from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, training
+from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training
 from torchpi.cli.common import Command, refuse_renamed
 from torchpi.training.config import TrainConfig
 
@@ -18,7 +18,7 @@ COMMANDS: dict[str, type[Command]] = {
     "bench load": bench.BenchLoad,
     "bench data": bench.BenchData,
     "bench serve": bench.BenchServe,
-    "stats": data.Stats,
+    "stats": stats.Stats,
     "infer": policy.Infer,
     "convert": checkpoints.Convert,
     "doctor": checkpoints.Doctor,

@@ -1,48 +1,11 @@
-"""Commands about datasets: stats, sim record."""
+"""The command `torchpi sim record`."""
 
 import dataclasses
 import pathlib
 import shlex
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from torchpi.cli.common import print_json, split_names
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """Show the statistics of a dataset, and write those that a policy normalizes with.
-
-    They are exact, from all frames, in the model's terms: units converted, actions relative to the state where the
-    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there, and
-    idle frames are counted. Images are not read.
-    """
-
-    dataset: Annotated[str, tyro.conf.Positional]
-    """A LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
-    embodiment: str
-    """The robot: metaworld, aloha, … or a JSON file."""
-    out: pathlib.Path | None = None
-    """Where openpi's norm_stats.json goes, a file or an existing folder; by default nothing is written."""
-    action_horizon: int = 50
-    """Actions in a chunk."""
-    episodes: str | None = None
-    """Only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
-    Columns that have to be joined: joint_position+gripper_position=observation.state."""
-    compare: str | None = None
-    """A checkpoint: shows for each of its robots the fraction of the data inside its [q01, q99]."""
-    json: bool = False
-    """Print one JSON document."""
-
-    def run(self) -> None:
-        from torchpi.data.rename import parse_rename
-        from torchpi.data.stats_report import run_stats
-
-        arguments = vars(self) | {"rename": parse_rename(self.rename)}
-        run_stats(arguments.pop("dataset"), as_json=arguments.pop("json"), **arguments)
 
 
 @dataclasses.dataclass(frozen=True)

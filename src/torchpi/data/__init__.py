@@ -1,4 +1,4 @@
-"""Robot data sets in LeRobot's format: reading, writing, statistics."""
+"""Robot datasets in LeRobot's format: reading, writing, statistics."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -12,32 +12,19 @@ if TYPE_CHECKING:
     from torchpi.data.stats import compute_norm_stats as compute_norm_stats
     from torchpi.data.writer import LeRobotWriter as LeRobotWriter
 
-_HOME_OF = {
-    "LeRobotDataset": "torchpi.data.lerobot",
-    "LeRobotWriter": "torchpi.data.writer",
-    "camera_keys_of": "torchpi.data.observations",
-    "compute_norm_stats": "torchpi.data.stats",
-    "idle_frames": "torchpi.data.idle",
-    "select_episodes": "torchpi.data.episodes",
-    "to_observation": "torchpi.data.observations",
+_MODULES = {
+    "LeRobotDataset": "lerobot",
+    "LeRobotWriter": "writer",
+    "camera_keys_of": "observations",
+    "compute_norm_stats": "stats",
+    "idle_frames": "idle",
+    "select_episodes": "episodes",
+    "to_observation": "observations",
 }
-
-__all__ = [
-    "LeRobotDataset",
-    "LeRobotWriter",
-    "camera_keys_of",
-    "compute_norm_stats",
-    "idle_frames",
-    "select_episodes",
-    "to_observation",
-]
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    if name not in _MODULES:
         raise AttributeError(f"module 'torchpi.data' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+    return getattr(importlib.import_module(f"torchpi.data.{_MODULES[name]}"), name)

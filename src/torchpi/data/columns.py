@@ -1,4 +1,4 @@
-"""The numbers of a data set: every numeric column of every frame, as arrays."""
+"""The numbers of a dataset: every numeric column of every frame, as arrays."""
 
 import itertools
 from collections.abc import Collection, Sequence
@@ -15,44 +15,46 @@ from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.extras import require
 
 _REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
+Columns = dict[str, np.ndarray]
 
 
 def check_names(metadata: Metadata) -> None:
-    """Raises a KeyError if a data set names no state or no action: before its files are downloaded or read."""
-    if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in metadata.features]:
-        option = suggested_rename(missing, metadata.features, metadata.sources)
+    """Raise a KeyError if a dataset names no state or no action: before its files are downloaded or read."""
+    features = metadata.info.features
+    if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in features]:
+        option = suggested_rename(missing, features, metadata.sources)
         raise UnknownKeyError(
-            f"The data set {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
-            f"{', '.join(metadata.features)}. If one of them is what is missing, give it LeRobot's name: {option}, "
-            "or rename= in Python."
+            f"The dataset {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
+            f"{', '.join(features)}. If one of them is what is missing, give it LeRobot's name: {option}, or rename= "
+            "in Python."
         )
 
 
 def read_columns(
     metadata: Metadata, episodes: Sequence[Episode], *, tolerance_s: float, others: Collection[str] | None = None
-) -> tuple[dict[str, np.ndarray], Int[np.ndarray, " E"]]:
-    """The numbers of some episodes, and the row of each one's first frame in its data file.
+) -> tuple[Columns, Int[np.ndarray, " E"]]:
+    """Read the numbers of some episodes, and the row of each one's first frame in its data file.
 
     Args:
-        tolerance_s: how far a timestamp may be from what the frame's number and fps make it.
-        others: which columns to read beside state, action and those that every set has; None: all that are numeric.
+        tolerance_s: the greatest distance of a timestamp from what the frame's number and fps make it.
+        others: the columns to read beside state, action and those that every dataset has; None: all that are numeric.
             As everywhere, names are those of the metadata.
 
     Returns:
         Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
     """
-    pieces: list[dict[str, np.ndarray]] = []
+    pieces: list[Columns] = []
     first_rows: list[int] = []
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
         columns = _read_file(metadata, path, others)
         if pieces:
-            _check_alike(columns, pieces[0], path)
+            _check_shapes(columns, pieces[0], path)
         runs = _runs(columns["episode_index"], path)
         rows = []
         for episode in group:
             rows.append(_checked_rows(columns, episode, runs.get(episode.index)))
             _check_finite(columns, episode, rows[-1])
-            _check_clock(columns, episode, rows[-1], metadata.fps, tolerance_s)
+            _check_clock(columns["timestamp"][rows[-1]], episode, metadata.info.fps, tolerance_s)
         first_rows += [part.start for part in rows]
         # One slice where they lie one after the other: no copy of what may be a whole file.
         if all(after.start == before.stop for before, after in itertools.pairwise(rows)):
@@ -79,7 +81,7 @@ def to_numpy(column: Any) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
-def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> dict[str, np.ndarray]:
+def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> Columns:
     """The columns of a data file, under their new names."""
     names: dict[str, tuple[str, ...]] = {}
 
@@ -97,25 +99,20 @@ def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -
 def _wanted_names(
     metadata: Metadata, path: Path, numeric: Sequence[str], others: Collection[str] | None
 ) -> dict[str, tuple[str, ...]]:
-    """The columns to read of a data file, and what it calls each of them or their parts.
-
-    Args:
-        numeric: the file's numeric columns, in its own names.
-        others: see `read_columns`.
-    """
-    parts = {part for of_one in metadata.sources.values() for part in of_one}
+    """The columns to read, each with the file's own names of it or its parts; `numeric` are those of the file."""
+    parts = {part for parts in metadata.sources.values() for part in parts}
     names: dict[str, tuple[str, ...]] = {name: (name,) for name in numeric if name not in parts}
     names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
-    there = f"its numeric columns are {', '.join(numeric)}"
+    found = f"its numeric columns are {', '.join(numeric)}"
     if missing := [name for name in _REQUIRED if name not in names]:
         raise UnknownKeyError(
-            f"{path} has no column {', '.join(missing)}; {there}. A policy is trained on "
-            f"{lerobot.STATE} and {lerobot.ACTION}."
+            f"{path} has no column {', '.join(missing)}; {found}. A policy is trained on {lerobot.STATE} and "
+            f"{lerobot.ACTION}."
         )
     wanted = {name: olds for name, olds in names.items() if others is None or name in (*_REQUIRED, *others)}
     for name, olds in wanted.items():
         if missing := [old for old in olds if old not in numeric]:
-            raise UnknownKeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {there}.")
+            raise UnknownKeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {found}.")
     return wanted
 
 
@@ -149,36 +146,30 @@ def _numeric_names(schema: Any) -> list[str]:
 
 def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
     """The rows of each episode in a file."""
-    if not len(episode_index):
-        return {}
-    starts = [0, *(1 + np.flatnonzero(np.diff(episode_index))).tolist()]
-    runs = {
-        int(episode_index[start]): slice(start, stop)
-        for start, stop in itertools.pairwise([*starts, len(episode_index)])
-    }
-    if len(runs) < len(starts):
+    indices, starts, counts = np.unique(episode_index, return_index=True, return_counts=True)
+    if np.count_nonzero(np.diff(episode_index)) >= max(1, len(indices)):
         raise DatasetError(f"{path}: the frames of an episode are not in one piece; the file is damaged.")
-    return runs
+    spans = zip(indices.tolist(), starts.tolist(), counts.tolist(), strict=True)
+    return {index: slice(start, start + count) for index, start, count in spans}
 
 
-def _check_alike(columns: dict[str, np.ndarray], before: dict[str, np.ndarray], path: Path) -> None:
-    if set(columns) != set(before):
-        raise DatasetError(
-            f"{path} has the columns {', '.join(columns)}, the data files before it {', '.join(before)}."
-        )
-    for name, values in columns.items():
-        found, expected = values.shape[1:], before[name].shape[1:]
-        if found != expected:
+def _check_shapes(columns: Columns, before: Columns, path: Path) -> None:
+    """Refuse a data file whose columns, or their shapes, differ from those of the files before it."""
+
+    def shape(of: Columns, name: str) -> str:
+        return f"the shape {list(of[name].shape[1:])}" if name in of else "no values"
+
+    for name in {**before, **columns}:
+        if (found := shape(columns, name)) != (expected := shape(before, name)):
             raise DatasetError(
-                f"{path}: {name} has the shape {list(found)} per frame, and {list(expected)} in the data files before "
-                f"it; expected the same in all. Repair the file, or {lerobot.LEAVE_OUT}."
+                f"{path}: {name} has {found} per frame, and {expected} in the data files before it; expected the same "
+                f"in all. Repair the file, or {lerobot.LEAVE_OUT}."
             )
 
 
-def _check_tasks(columns: dict[str, np.ndarray], metadata: Metadata) -> None:
+def _check_tasks(columns: Columns, metadata: Metadata) -> None:
     for index in np.unique(columns["task_index"]).tolist():
-        task = metadata.tasks.get(index)
-        if not isinstance(task, str):
+        if not isinstance(metadata.tasks.get(index), str):
             rows = columns["task_index"] == index
             raise DatasetError(
                 f"{rows.sum()} frames, the first in episode {columns['episode_index'][rows][0]}, have the task_index "
@@ -187,19 +178,19 @@ def _check_tasks(columns: dict[str, np.ndarray], metadata: Metadata) -> None:
             )
 
 
-def _checked_rows(columns: dict[str, np.ndarray], episode: Episode, rows: slice | None) -> slice:
+def _checked_rows(columns: Columns, episode: Episode, rows: slice | None) -> slice:
     if rows is None:
-        raise DatasetError(f"{episode.data_file} has no frame of episode {episode.index}; the data set is damaged.")
+        raise DatasetError(f"{episode.data_file} has no frame of episode {episode.index}; the dataset is damaged.")
     frames = columns["frame_index"][rows]
     if len(frames) != episode.length or (frames != np.arange(episode.length)).any():
         raise DatasetError(
             f"{episode.data_file}: episode {episode.index} has {len(frames)} frames, numbered {frames[0]} to "
-            f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The data set is damaged."
+            f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."
         )
     return rows
 
 
-def _check_finite(columns: dict[str, np.ndarray], episode: Episode, rows: slice) -> None:
+def _check_finite(columns: Columns, episode: Episode, rows: slice) -> None:
     for name in (lerobot.STATE, lerobot.ACTION):
         bad = ~np.isfinite(columns[name][rows])  # [T, d]
         if bad.any():
@@ -211,12 +202,12 @@ def _check_finite(columns: dict[str, np.ndarray], episode: Episode, rows: slice)
             )
 
 
-def _check_clock(
-    columns: dict[str, np.ndarray], episode: Episode, rows: slice, fps: float | int, tolerance_s: float
-) -> None:
-    """A chunk's actions are one frame apart: at another rate, the robot would move faster or slower than it was shown.
-    Where an episode's clock begins doesn't matter."""
-    seconds = columns["timestamp"][rows].reshape(-1).astype(np.float64)
+def _check_clock(timestamps: np.ndarray, episode: Episode, fps: float | int, tolerance_s: float) -> None:
+    """Refuse another rate than fps: a chunk's actions, which are one frame apart, would be too fast or too slow.
+
+    The clock of an episode may begin at any time.
+    """
+    seconds = timestamps.reshape(-1).astype(np.float64)
     seconds -= seconds[0]
     expected = np.arange(episode.length) / fps
     off = np.flatnonzero(~(np.abs(seconds - expected) <= tolerance_s))

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from torchpi.data.metadata import Episode
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import Episode, open_metadata
 from torchpi.errors import DatasetError
 
 _TASK = "task:"
@@ -17,7 +16,7 @@ _RANGE = re.compile(r"(?P<number>\d+)|(?P<start>\d*):(?P<stop>\d*)")
 
 
 def select_episodes(dataset: str | Path, expression: str) -> list[int]:
-    """The indices of the episodes that an expression chooses.
+    """Choose episodes by an expression; the result are their indices.
 
         select_episodes("my_set", "0:40, 57, 100:")           # 0 to 39, 57, and from 100 on
         select_episodes("my_set", "task: open the *")         # whose instruction begins so

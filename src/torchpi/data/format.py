@@ -1,4 +1,4 @@
-"""What LeRobot's data sets are made of: the names of files and columns that the reader and the writer share."""
+"""Names of files and columns in LeRobot's datasets, which the reader and the writer share."""
 
 STATE = "observation.state"
 ACTION = "action"
@@ -30,7 +30,7 @@ BOOKKEEPING = {
 }
 
 LEAVE_OUT = "leave the episode out (--episodes, of eval --select, or episodes= in Python)"
-"""How to go on without an episode, for errors."""
+"""The advice to go on without an episode, for errors."""
 
 RECORDING_FOLDER = ".recording"
-"""Where a writer of ours keeps the episodes until it finishes the set; not a part of LeRobot's format."""
+"""The folder of our writer's episodes until the dataset is finished; not a part of LeRobot's format."""

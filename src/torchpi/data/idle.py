@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
 from torchpi.data import format as lerobot
 from torchpi.data.stats import Frames
@@ -20,7 +20,7 @@ IDLE_SECONDS = 1.0
 
 @runtime_checkable
 class TimedFrames(Frames, Protocol):
-    """What is needed of a data set; a `LeRobotDataset` is one."""
+    """The part of a `LeRobotDataset` that is needed here."""
 
     @property
     def fps(self) -> int | float:
@@ -31,10 +31,10 @@ class TimedFrames(Frames, Protocol):
 def idle_frames(
     dataset: TimedFrames, *, threshold: float = IDLE_THRESHOLD, seconds: float = IDLE_SECONDS
 ) -> Bool[np.ndarray, " F"]:
-    """Which frames are idle: from each of them on, neither state nor action changes for a while.
+    """Mark idle frames: from each of them on, neither state nor action changes for a while.
 
     In no dimension of state or action may the smallest and the largest value of the `seconds` that begin with the frame
-    differ by more than `threshold` × (q99 - q01) of that dimension in the data set. So a robot that is commanded a
+    differ by more than `threshold` × (q99 - q01) of that dimension in the dataset. So a robot that is commanded a
     constant velocity is not idle, because its state moves; and the last `seconds` before a movement are not idle,
     because they show how it begins. Near an episode's end its last `seconds` decide; in a shorter episode no frame is
     idle.
@@ -43,7 +43,7 @@ def idle_frames(
 
     Args:
         threshold: in parts of the range of a dimension.
-        seconds: how long.
+        seconds: the duration.
 
     Raises:
         ValueError: a threshold that is negative, or seconds that are not positive.
@@ -52,8 +52,7 @@ def idle_frames(
         raise DatasetError(f"Expected threshold ≥ 0 and seconds > 0, got {threshold} and {seconds}.")
     window = max(2, math.ceil(seconds * dataset.fps))  # within one frame nothing can change
     columns = [dataset.columns[name] for name in (lerobot.STATE, lerobot.ACTION)]  # [F, d]
-    parts = [_still(values, threshold, window, dataset.episode_lengths) for values in columns]
-    return np.logical_and(*parts)
+    return np.logical_and(*(_still(values, threshold, window, dataset.episode_lengths) for values in columns))
 
 
 def _still(values: np.ndarray, threshold: float, window: int, lengths: Sequence[int]) -> Bool[np.ndarray, " F"]:
@@ -62,21 +61,8 @@ def _still(values: np.ndarray, threshold: float, window: int, lengths: Sequence[
     end = 0
     for length in lengths:
         start, end = end, end + length
-        if length < window:
-            continue
-        highest = _largest_of_next(values[start:end], window)
-        lowest = -_largest_of_next(-values[start:end], window)
-        rests = (highest - lowest <= threshold * (q99 - q01)).all(axis=1)  # [T - window + 1]
-        still[start:end] = rests[np.minimum(np.arange(length), length - window)]
+        if length >= window:
+            windows = np.lib.stride_tricks.sliding_window_view(values[start:end], window, axis=0)  # [T - w + 1, d, w]
+            rests = (np.ptp(windows, axis=-1) <= threshold * (q99 - q01)).all(axis=1)  # [T - w + 1]
+            still[start:end] = rests[np.minimum(np.arange(length), length - window)]
     return still
-
-
-def _largest_of_next(values: np.ndarray, window: int) -> Float[np.ndarray, "T d"]:
-    """Of each frame and those behind it, `window` in all: [T - window + 1, d]. Takes log2(window) passes."""
-    width = 1
-    largest = values
-    while 2 * width <= window:
-        largest = np.maximum(largest[:-width], largest[width:])
-        width *= 2
-    rest = window - width
-    return np.maximum(largest[: len(largest) - rest], largest[rest:])

@@ -2,13 +2,13 @@
 
 import collections
 import io
-import os
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from torchpi.data.metadata import read_parquet
 from torchpi.errors import DatasetError, UnknownKeyError
@@ -17,33 +17,17 @@ from torchpi.errors import DatasetError, UnknownKeyError
 class ParquetImages:
     """Single images out of data files, for any number of threads.
 
-    The row groups that were read last stay in memory, compressed, up to a number of bytes.
-
-    Args:
-        cache_bytes: how many.
+    The row groups that were read last stay in memory, compressed, up to `cache_bytes`.
     """
 
     def __init__(self, cache_bytes: int) -> None:
-        self._cache_bytes = cache_bytes
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid, self._lock = os.getpid(), threading.Lock()
-        self._cached_bytes = 0
+        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+        self._lock = threading.Lock()
         self._row_groups: collections.OrderedDict[tuple[Path, str, int], Any] = collections.OrderedDict()
         self._first_rows: dict[Path, np.ndarray] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"cache_bytes": self._cache_bytes}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._cache_bytes = state["cache_bytes"]
-        self._reset()
-
     def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
         """The image in a row of a data file."""
-        from PIL import Image
-
         compressed = self._compressed(path, camera, row)
         if compressed is None:
             raise DatasetError(
@@ -53,11 +37,9 @@ class ParquetImages:
             with Image.open(io.BytesIO(compressed)) as image:
                 return np.array(image if image.mode == "RGB" else image.convert("RGB"))
         except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
-            raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}") from error
+            raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
 
     def _compressed(self, path: Path, camera: str, row: int) -> Any:
-        if self._pid != os.getpid():  # a fork: a thread that isn't here may hold the lock
-            self._pid, self._lock = os.getpid(), threading.Lock()
         first_rows = self._first_rows.get(path)
         if first_rows is None:
             first_rows = self._first_rows[path] = read_parquet(path, _first_rows)

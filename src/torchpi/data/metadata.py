@@ -1,10 +1,10 @@
-"""What a LeRobot data set says of itself: features, tasks, and where each episode lies. Formats v3.0, v2.1, v2.0."""
+"""Metadata of LeRobot datasets: features, tasks, and the files of each episode. Formats v3.0, v2.1 and v2.0."""
 
 import dataclasses
 import json
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,13 +12,44 @@ from torchpi.data import format as lerobot
 from torchpi.data.rename import renamed_features, resolve_rename
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
+from torchpi.schema import parse, read_json
 
 _T = TypeVar("_T")
+_HUB = "hf://"
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """The document meta/info.json. The writer writes every field, in format v3.0."""
+
+    codebase_version: str
+    fps: int | float
+    features: dict[str, Any]
+    data_path: str
+    video_path: str | None = None
+    robot_type: str | None = None
+    total_episodes: int | None = None
+    total_frames: int | None = None
+    total_tasks: int | None = None
+    chunks_size: int = lerobot.CHUNKS_SIZE
+    data_files_size_in_mb: int | float | None = None
+    video_files_size_in_mb: int | float | None = None
+    splits: dict[str, Any] | None = None
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The features that are images or videos, in the dataset's order."""
+        return tuple(key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video"))
+
+    @property
+    def videos(self) -> tuple[str, ...]:
+        """The cameras whose frames are in videos."""
+        return tuple(key for key in self.cameras if self.features[key]["dtype"] == "video")
 
 
 @dataclasses.dataclass(frozen=True)
 class VideoSpan:
-    """Where the frames of an episode are in a video."""
+    """An episode's place in a video file."""
 
     path: Path
     from_timestamp: float
@@ -40,97 +71,74 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """A data set without its frames."""
+    """A dataset without its frames."""
 
     root: Path
-    version: str
-    fps: int | float
-    features: Mapping[str, Any]
-    robot_type: str | None
+    info: Info
     tasks: Mapping[int, str]
     episodes: tuple[Episode, ...]
     """In the order of their indices."""
     sources: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
-    """From names of `features` and videos to those in the files, where they differ: of a column that is joined of
-    several all of them, in order."""
+    """From names of features to those in the files, where they differ: of a joined column all of them, in order."""
 
     @property
     def tasks_file(self) -> Path:
-        """Where the instructions are."""
-        return self.root / (lerobot.TASKS_PARQUET if self.version == "v3.0" else lerobot.TASKS_JSONL)
+        """The file of the instructions."""
+        return self.root / (lerobot.TASKS_PARQUET if _is_v3(self.info) else lerobot.TASKS_JSONL)
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
-        """The features that are images, in the set's order."""
-        return tuple(key for key, feature in self.features.items() if feature.get("dtype") in ("image", "video"))
-
-    @property
-    def video_keys(self) -> tuple[str, ...]:
-        """The cameras whose frames are in videos."""
-        return tuple(key for key in self.camera_keys if self.features[key]["dtype"] == "video")
-
-    def names_in_files(self, key: str) -> tuple[str, ...]:
-        """What the files call a camera or column; of one that is joined, its parts in order."""
-        return self.sources.get(key, (key,))
+        """The features that are images or videos, in the dataset's order."""
+        return self.info.cameras
 
     def with_names(self, rename: Mapping[str, str]) -> "Metadata":
-        """The same data set with other names for some of its features, and with some columns joined.
-
-        Args:
-            rename: from the data set's names to the new ones, see `LeRobotDataset`.
-        """
-        sources = resolve_rename(rename, self.features, self.root)
-        features = renamed_features(self.features, sources, self.root)
+        """The same dataset with other names for some features, and with some columns joined; see `LeRobotDataset`."""
+        sources = resolve_rename(rename, self.info.features, self.root)
+        info = dataclasses.replace(self.info, features=renamed_features(self.info.features, sources, self.root))
         new_names = {olds[0]: new for new, olds in sources.items()}  # a camera is never joined
-
-        def change(videos: Mapping[str, VideoSpan]) -> dict[str, VideoSpan]:
-            return {new_names.get(name, name): span for name, span in videos.items()}
-
-        episodes = tuple(dataclasses.replace(episode, videos=change(episode.videos)) for episode in self.episodes)
-        return dataclasses.replace(self, features=features, episodes=episodes, sources=sources)
-
-
-def read_metadata(root: Path) -> Metadata:
-    """Read the folder `meta`."""
-    info = _read_info(root)
-    where = root / lerobot.INFO
-    version = info.get("codebase_version")
-    if version not in lerobot.VERSIONS:
-        raise DatasetError(
-            f"{where}: the format's version is {version!r}; {', '.join(lerobot.VERSIONS)} are read. "
-            "LeRobot's own scripts convert older sets."
+        episodes = tuple(
+            dataclasses.replace(
+                episode, videos={new_names.get(name, name): span for name, span in episode.videos.items()}
+            )
+            for episode in self.episodes
         )
-    for field, kind in (("fps", (int, float)), ("features", dict), ("data_path", str)):
-        if not isinstance(info.get(field), kind):
-            raise DatasetError(f"{where} has no valid {field!r}, found {info.get(field)!r}; the file is damaged.")
-    _check_features(info, where)
-    if info.get("total_episodes") == 0:  # then LeRobot has not written the other files of meta either
-        raise DatasetError(f"The data set {root} has no episodes; record some first.")
-    read_episodes, read_tasks = (_episodes_v3, _tasks_v3) if version == "v3.0" else (_episodes_v2, _tasks_v2)
-    metadata = Metadata(
-        root=root,
-        version=version,
-        fps=info["fps"],
-        features=info["features"],
-        robot_type=info.get("robot_type"),
-        tasks=read_tasks(root),
-        episodes=(),
-    )
-    if metadata.fps <= 0:
-        raise DatasetError(f"{where}: fps is {metadata.fps}; expected frames per second.")
-    try:
-        episodes = read_episodes(metadata, info)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DatasetError(f"The episodes of {root} lack what {version} has: {error!r}; the set is damaged.") from error
-    _check_episodes(episodes, info, where)
-    return dataclasses.replace(metadata, episodes=tuple(sorted(episodes, key=lambda episode: episode.index)))
+        return dataclasses.replace(self, info=info, episodes=episodes, sources=sources)
+
+
+def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) -> Metadata:
+    """Read a dataset's metadata; of an address, the folder `meta` is downloaded first.
+
+    Args:
+        path: a folder, or hf://org/name[@revision].
+        rename: from names of columns and cameras to LeRobot's, see `LeRobotDataset`.
+    """
+    text = str(path)
+    if text.startswith(_HUB):
+        return _read_metadata(_download(text, ["meta/"])).with_names(rename or {})
+    if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
+        raise DatasetError(f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.")
+    return _read_metadata(Path(path).expanduser()).with_names(rename or {})
+
+
+def download_frames(path: str | Path, root: Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:
+    """Download the files of some episodes and cameras, if the dataset's path is an address."""
+    if str(path).startswith(_HUB):
+        files = {episode.data_file for episode in episodes}
+        files |= {span.path for episode in episodes for key, span in episode.videos.items() if key in cameras}
+        _download(str(path), [file.relative_to(root).as_posix() for file in sorted(files)])
+
+
+def _download(address: str, names: list[str]) -> Path:
+    from torchpi.checkpoints.hub import fetch_dataset  # brings huggingface_hub
+
+    return fetch_dataset(address, names)
 
 
 def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
-    """What `read` takes from the open file."""
+    """Open a Parquet file and return what `read` takes from it."""
     pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     if not path.is_file():
-        raise MissingFileError(f"There is no file {path}; the data set is incomplete. Get it again.")
+        raise MissingFileError(f"There is no file {path}; the dataset is incomplete. Get it again.")
     try:
         with pq.ParquetFile(path) as file:
             return read(file)
@@ -139,119 +147,130 @@ def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
         raise DatasetError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
 
 
-def _read_info(root: Path) -> dict[str, Any]:
+def _read_metadata(root: Path) -> Metadata:
+    info = _read_info(root)
+    if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
+        raise DatasetError(f"The dataset {root} has no episodes; record some first.")
+    rows = _episode_rows_v3(root) if _is_v3(info) else _json_lines(root / lerobot.EPISODES_JSONL)
+    try:
+        tasks = dict(sorted(_tasks_v3(root) if _is_v3(info) else _tasks_v2(root)))
+        episodes = [_episode(row, info, root) for row in rows]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise DatasetError(
+            f"The episodes or tasks of {root} lack what {info.codebase_version} has: {error!r}; the dataset is damaged."
+        ) from error
+    _check_episodes(episodes, info, root)
+    return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
+
+
+def _read_info(root: Path) -> Info:
     if not root.is_dir():
-        raise MissingFileError(f"There is no folder {root}; expected a LeRobot data set.")
+        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.")
     path = root / lerobot.INFO
     if not path.is_file() and (root / lerobot.RECORDING_FOLDER).is_dir():
         raise DatasetError(
             f"The recording of {root} is still going on, or was killed. If it was killed, "
-            f"torchpi.data.LeRobotWriter.recover({str(root)!r}) makes a data set of the episodes that it had saved."
+            f"torchpi.data.LeRobotWriter.recover({str(root)!r}) makes a dataset of the episodes that it had saved."
         )
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
-        raise MissingFileError(f"{root} is no LeRobot data set: it has no {lerobot.INFO}; found {found}.")
-    info = _json(path.read_bytes(), path)
-    if not isinstance(info, dict):
-        raise DatasetError(f"{path} holds a {type(info).__name__}; expected an object.")
+        raise MissingFileError(f"{root} is no LeRobot dataset: it has no {lerobot.INFO}; found {found}.")
+    document = read_json(path, error=DatasetError)
+    version = document.get("codebase_version") if isinstance(document, dict) else None
+    if version not in lerobot.VERSIONS:
+        raise DatasetError(
+            f"{path}: the format's version is {version!r}; {', '.join(lerobot.VERSIONS)} are read. "
+            "LeRobot's own scripts convert older datasets."
+        )
+    info = parse(Info, document, str(path), error=DatasetError, known_only=False)
+    if info.fps <= 0:
+        raise DatasetError(f"{path}: fps is {info.fps}; expected frames per second.")
+    for key, feature in info.features.items():
+        if not isinstance(feature, dict):
+            raise DatasetError(f"{path}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
+        if feature.get("dtype") == "video" and info.video_path is None:
+            raise DatasetError(
+                f"{path}: {key} is a video, but video_path, the place of videos, is None; expected a text. The file is "
+                "damaged."
+            )
     return info
 
 
-def _check_features(info: Mapping[str, Any], where: Path) -> None:
-    for key, feature in info["features"].items():
-        if not isinstance(feature, dict):
-            raise DatasetError(f"{where}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
-        if feature.get("dtype") == "video" and not isinstance(info.get("video_path"), str):
-            raise DatasetError(
-                f"{where}: {key} is a video, but video_path, where videos are, is {info.get('video_path')!r}; expected "
-                "a text. The file is damaged."
-            )
+def _is_v3(info: Info) -> bool:
+    """Version 3.0 has several episodes in a file, v2.1 and v2.0 have one."""
+    return info.codebase_version == "v3.0"
 
 
-def _check_episodes(episodes: Sequence[Episode], info: Mapping[str, Any], where: Path) -> None:
-    if twice := [index for index, count in Counter(episode.index for episode in episodes).items() if count > 1]:
-        raise DatasetError(
-            f"The list of episodes of {where.parents[1]} has the episodes {', '.join(map(str, twice))} more than once; "
-            "the data set is damaged."
-        )
-    found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
-    if differing := [f"{field} {info[field]}" for field in found if info.get(field, found[field]) != found[field]]:
-        raise DatasetError(
-            f"{where} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
-            f"{found['total_frames']} frames; the data set is incomplete or damaged."
-        )
-
-
-def _tasks_v3(root: Path) -> dict[int, str]:
+def _tasks_v3(root: Path) -> Iterable[tuple[int, str]]:
     path = root / lerobot.TASKS_PARQUET
     columns = read_parquet(path, lambda file: file.read().to_pydict())
     # The text is a pandas index, which older files did not name.
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
         raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
-    return dict(sorted(zip(columns["task_index"], columns[text], strict=True)))
+    return zip(columns["task_index"], columns[text], strict=True)
 
 
-def _tasks_v2(root: Path) -> dict[int, str]:
-    rows = _json_lines(root / lerobot.TASKS_JSONL)
-    return dict(sorted((row["task_index"], row["task"]) for row in rows))
+def _tasks_v2(root: Path) -> Iterable[tuple[int, str]]:
+    return [(row["task_index"], row["task"]) for row in _json_lines(root / lerobot.TASKS_JSONL)]
 
 
-def _episodes_v3(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
-    root = metadata.root
+def _episode_rows_v3(root: Path) -> Iterator[dict[str, Any]]:
     files = sorted((root / lerobot.EPISODES_FOLDER).glob("*/*.parquet"))
     if not files:
-        raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the data set is incomplete.")
+        raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the dataset is incomplete.")
 
     def read(file: Any) -> list[dict[str, Any]]:
         names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
         return list(file.read(columns=names).to_pylist())
 
-    def place(row: Mapping[str, Any], of: str) -> dict[str, int]:
-        return {name: row[f"{of}/{name}"] for name in ("chunk_index", "file_index")}
-
-    return [
-        Episode(
-            index=operator.index(row["episode_index"]),
-            length=operator.index(row["length"]),
-            tasks=tuple(row["tasks"]),
-            data_file=root / info["data_path"].format(**place(row, "data")),
-            videos={
-                key: VideoSpan(
-                    path=root / info["video_path"].format(video_key=key, **place(row, f"videos/{key}")),
-                    from_timestamp=row[f"videos/{key}/from_timestamp"],
-                )
-                for key in metadata.video_keys
-            },
-        )
-        for path in files
-        for row in read_parquet(path, read)
-    ]
-
-
-def _episodes_v2(metadata: Metadata, info: Mapping[str, Any]) -> list[Episode]:
-    root = metadata.root
-    episodes = []
-    for row in _json_lines(root / lerobot.EPISODES_JSONL):
-        index = operator.index(row["episode_index"])
-        place = {"episode_index": index, "episode_chunk": index // info.get("chunks_size", lerobot.CHUNKS_SIZE)}
-        videos = {
-            key: VideoSpan(root / info["video_path"].format(video_key=key, **place), from_timestamp=0.0)
-            for key in metadata.video_keys
-        }
-        data_file = root / info["data_path"].format(**place)
-        episodes.append(Episode(index, operator.index(row["length"]), tuple(row["tasks"]), data_file, videos))
-    return episodes
+    for path in files:
+        yield from read_parquet(path, read)
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
-        raise MissingFileError(f"There is no file {path}; the data set is incomplete.")
-    return [_json(line, path) for line in path.read_bytes().splitlines() if line.strip()]
-
-
-def _json(text: bytes, path: Path) -> Any:
+        raise MissingFileError(f"There is no file {path}; the dataset is incomplete.")
     try:
-        return json.loads(text)
+        return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise DatasetError(f"{path} is not valid JSON: {error}; the file is damaged.") from error
+
+
+def _episode(row: Mapping[str, Any], info: Info, root: Path) -> Episode:
+    index = operator.index(row["episode_index"])
+
+    def file(template: str | None, part: str, **names: str) -> Path:
+        place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
+        if _is_v3(info):
+            place = {name: row[f"{part}/{name}"] for name in ("chunk_index", "file_index")}
+        return root / str(template).format(**place, **names)
+
+    return Episode(
+        index=index,
+        length=operator.index(row["length"]),
+        tasks=tuple(row["tasks"]),
+        data_file=file(info.data_path, "data"),
+        videos={
+            key: VideoSpan(
+                file(info.video_path, f"videos/{key}", video_key=key),
+                row[f"videos/{key}/from_timestamp"] if _is_v3(info) else 0.0,
+            )
+            for key in info.videos
+        },
+    )
+
+
+def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:
+    if twice := [index for index, count in Counter(episode.index for episode in episodes).items() if count > 1]:
+        raise DatasetError(
+            f"The list of episodes of {root} has the episodes {', '.join(map(str, twice))} more than once; the dataset "
+            "is damaged."
+        )
+    found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
+    stated = {field: getattr(info, field) for field in found}
+    if differing := [f"{field} {stated[field]}" for field in found if stated[field] not in (None, found[field])]:
+        raise DatasetError(
+            f"{root / lerobot.INFO} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
+            f"{found['total_frames']} frames; the dataset is incomplete or damaged."
+        )

@@ -1,4 +1,7 @@
-"""The metadata of a v3.0 data set, made from its settings and episodes."""
+"""The metadata of a v3.0 dataset, made from its episodes, with statistics per episode and for all, as LeRobot has them.
+
+torchpi itself reads none of these statistics (see `torchpi.data.stats`): other writers' are not always what they say.
+"""
 
 import dataclasses
 import json
@@ -7,34 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int64, Num, UInt8
 
 from torchpi.data import format as lerobot
-from torchpi.data.feature_stats import image_stats, number_stats, summed
+from torchpi.data.metadata import Info
 from torchpi.extras import require
 
-
-@dataclasses.dataclass(frozen=True)
-class RecordingSettings:
-    """What a data set is, as `recording.json` has it."""
-
-    fps: int
-    features: dict[str, Any]
-    """As in meta/info.json."""
-    robot_type: str | None
-    data_file_mb: int | float
-    video_file_mb: int | float
-
-    @property
-    def cameras(self) -> dict[str, str]:
-        """The keys of the cameras, each with "image" or "video"."""
-        return {
-            key: feature["dtype"] for key, feature in self.features.items() if feature["dtype"] in ("image", "video")
-        }
-
-    @property
-    def videos(self) -> tuple[str, ...]:
-        """The keys of the cameras that are written as video."""
-        return tuple(key for key, dtype in self.cameras.items() if dtype == "video")
+_QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+# Images are counted at every n-th row and column, so that a large camera takes no longer than one of this height.
+_COUNTED_HEIGHT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,119 +34,101 @@ class SavedEpisode:
     """Per camera the sum of its images' histograms, [3, 256]; only on disk, not in `Recording.episodes`."""
 
 
-def info(settings: RecordingSettings, episodes: Sequence[SavedEpisode]) -> dict[str, Any]:
-    """meta/info.json."""
+def new_info(
+    *,
+    fps: int,
+    features: dict[str, Any],
+    robot_type: str | None,
+    data_file_mb: int | float,
+    video_file_mb: int | float,
+) -> Info:
+    """The settings of a dataset, as meta/info.json has them, without any episode."""
+    info = Info("v3.0", fps, features, lerobot.DATA_PATH, robot_type=robot_type)
+    return dataclasses.replace(
+        info,
+        video_path=lerobot.VIDEO_PATH if info.videos else None,
+        data_files_size_in_mb=data_file_mb,
+        video_files_size_in_mb=video_file_mb,
+    )
+
+
+def finished_info(info: Info, episodes: Sequence[SavedEpisode]) -> Info:
+    """The settings with the totals of the episodes."""
+    return dataclasses.replace(
+        info,
+        total_episodes=len(episodes),
+        total_frames=sum(episode.length for episode in episodes),
+        total_tasks=len({episode.task for episode in episodes}),
+        splits={"train": f"0:{len(episodes)}"},
+    )
+
+
+def file_path(root: Path, number: int, key: str) -> Path:
+    """The number-th data file (key "data") or video of a camera."""
+    if key == "data":
+        return root / lerobot.DATA_PATH.format(**_place(number))
+    return root / lerobot.VIDEO_PATH.format(video_key=key, **_place(number))
+
+
+def feature_stats(
+    info: Info, histograms: Mapping[str, Any], columns: Mapping[str, np.ndarray], num_frames: int
+) -> dict[str, dict[str, list[Any]]]:
+    """The statistics of each feature, from the cameras' histograms [3, 256] and the numeric columns [F, d]."""
     return {
-        "codebase_version": "v3.0",
-        "fps": settings.fps,
-        "features": settings.features,
-        "total_episodes": len(episodes),
-        "total_frames": sum(episode.length for episode in episodes),
-        "total_tasks": len({episode.task for episode in episodes}),
-        "chunks_size": lerobot.CHUNKS_SIZE,
-        "data_files_size_in_mb": settings.data_file_mb,
-        "video_files_size_in_mb": settings.video_file_mb,
-        "data_path": lerobot.DATA_PATH,
-        "video_path": lerobot.VIDEO_PATH if settings.videos else None,
-        "robot_type": settings.robot_type,
-        "splits": {"train": f"0:{len(episodes)}"},
-    }
-
-
-def stats(
-    settings: RecordingSettings, episodes: Sequence[SavedEpisode], columns: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    """meta/stats.json.
-
-    Args:
-        columns: all frames of each numeric feature, [F, d].
-    """
-    num_frames = sum(episode.length for episode in episodes)
-    return {
-        key: image_stats(summed([episode.histograms[key] for episode in episodes]), num_frames)
-        if key in settings.cameras
+        key: image_stats(np.asarray(histograms[key], np.int64), num_frames)
+        if key in info.cameras
         else number_stats(columns[key])
-        for key in settings.features
+        for key in info.features
     }
 
 
 def episodes_table(
-    settings: RecordingSettings,
-    episodes: Sequence[SavedEpisode],
-    groups: Sequence[Sequence[int]],
-    columns: Mapping[str, np.ndarray],
+    info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
 ) -> Any:
-    """meta/episodes: where each episode lies, and its statistics.
+    """The table meta/episodes: the place of each episode, and its statistics.
 
     Args:
         groups: the episodes of each data file and its videos, in order.
         columns: all frames of each numeric feature, [F, d].
     """
+    starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
     rows = []
-    first = 0  # of the episode's frames in the data set
-    for number, group in enumerate(groups):
-        before = 0  # frames in this file
-        for index in group:
-            episode = episodes[index]
-            last = first + episode.length
-            rows.append(
-                {
-                    "episode_index": index,
-                    "tasks": [episode.task],
-                    "length": episode.length,
-                    **_prefixed("data", _place_of(number)),
-                    "dataset_from_index": first,
-                    "dataset_to_index": last,
-                    **_video_spans(settings, number, before, before + episode.length),
-                    **_episode_stats(settings, episode, {key: values[first:last] for key, values in columns.items()}),
-                    **_prefixed("meta/episodes", _place_of(0)),
-                }
-            )
-            first, before = last, before + episode.length
+    for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:
+        episode, start, stop = episodes[index], starts[index], starts[index + 1]
+        in_file = start - starts[groups[number][0]]
+        span = {
+            **_place(number),
+            "from_timestamp": in_file / info.fps,
+            "to_timestamp": (in_file + episode.length) / info.fps,
+        }
+        row = {
+            "episode_index": index,
+            "tasks": [episode.task],
+            "length": episode.length,
+            **_prefixed("data", _place(number)),
+            "dataset_from_index": start,
+            "dataset_to_index": stop,
+        }
+        for key in info.videos:
+            row |= _prefixed(f"videos/{key}", span)
+        own = {key: values[start:stop] for key, values in columns.items()}
+        for key, stats in feature_stats(info, episode.histograms, own, episode.length).items():
+            row |= _prefixed(f"stats/{key}", stats)
+        rows.append({**row, **_prefixed("meta/episodes", _place(0))})
     return require("pyarrow", "data").Table.from_pylist(rows)
 
 
-def _video_spans(settings: RecordingSettings, number: int, first: int, last: int) -> dict[str, Any]:
-    span = {**_place_of(number), "from_timestamp": first / settings.fps, "to_timestamp": last / settings.fps}
-    return {name: value for key in settings.videos for name, value in _prefixed(f"videos/{key}", span).items()}
-
-
-def _episode_stats(
-    settings: RecordingSettings, episode: SavedEpisode, columns: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {}
-    for key in settings.features:
-        if key in settings.cameras:
-            found = image_stats(np.asarray(episode.histograms[key], np.int64), episode.length)
-        else:
-            found = number_stats(columns[key])
-        row |= _prefixed(f"stats/{key}", found)
-    return row
-
-
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
 def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
-    """meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
+    """The table meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
     pa = require("pyarrow", "data")
     tasks = {episode.task: episode.task_index for episode in episodes}
 
-    def column(name: str, kind: str, dtype: str) -> dict[str, Any]:
-        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": None}
+    def column(name: str | None, kind: str, dtype: str, metadata: Any = None) -> dict[str, Any]:
+        return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": metadata}
 
     pandas = {
         "index_columns": ["task"],
-        "column_indexes": [
-            {
-                "name": None,
-                "field_name": None,
-                "pandas_type": "unicode",
-                "numpy_type": "object",
-                "metadata": {"encoding": "UTF-8"},
-            }
-        ],
+        "column_indexes": [column(None, "unicode", "object", {"encoding": "UTF-8"})],
         "columns": [column("task_index", "int64", "int64"), column("task", "unicode", "object")],
         "attributes": {},
         "creator": {"library": "pyarrow", "version": pa.__version__},
@@ -172,16 +138,55 @@ def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
-def data_file(root: Path, number: int) -> Path:
-    """The number-th data file of a v3.0 set."""
-    return root / lerobot.DATA_PATH.format(**_place_of(number))
+def number_stats(values: Num[np.ndarray, "F d"]) -> dict[str, list[Any]]:
+    """Exact statistics of a numeric feature, one value per dimension."""
+    exact = np.asarray(values, np.float64)
+    quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0)
+    return {
+        "min": exact.min(axis=0).tolist(),
+        "max": exact.max(axis=0).tolist(),
+        "mean": exact.mean(axis=0).tolist(),
+        "std": exact.std(axis=0).tolist(),
+        "count": [len(exact)],
+        **dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
+    }
 
 
-def video_file(root: Path, number: int, key: str) -> Path:
-    """The number-th video of a camera of a v3.0 set."""
-    return root / lerobot.VIDEO_PATH.format(video_key=key, **_place_of(number))
+def image_histogram(image: UInt8[np.ndarray, "h w 3"]) -> Int64[np.ndarray, "3 256"]:
+    """The frequency of each value in each channel; histograms of several images can be added."""
+    step = max(1, image.shape[0] // _COUNTED_HEIGHT)
+    thinned = image[::step, ::step]
+    return np.stack([np.bincount(thinned[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
-def _place_of(number: int) -> dict[str, int]:
+def image_stats(histogram: Int64[np.ndarray, "3 256"], num_frames: int) -> dict[str, list[Any]]:
+    """Statistics of a camera in [0, 1], each [3, 1, 1], from the sum of its images' histograms."""
+    levels = np.arange(256) / 255
+    total, cumulative = histogram.sum(axis=1), np.cumsum(histogram, axis=1)  # [3], [3, 256]
+    mean = histogram @ levels / total  # [3]
+    std = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
+
+    def as_list(channels: np.ndarray) -> list[Any]:
+        return list(channels.reshape(3, 1, 1).tolist())
+
+    def level(rank: np.ndarray) -> list[Any]:
+        """The value that the `rank`-th pixel has, in the order of their values."""
+        return as_list((cumulative < rank[:, None]).sum(axis=1) / 255)
+
+    return {
+        "min": level(np.ones(3)),
+        "max": level(total),
+        "mean": as_list(mean),
+        "std": as_list(std),
+        "count": [num_frames],
+        **{name: level(q * total) for name, q in _QUANTILES.items()},
+    }
+
+
+def _place(number: int) -> dict[str, int]:
     chunk_index, file_index = divmod(number, lerobot.CHUNKS_SIZE)
     return {"chunk_index": chunk_index, "file_index": file_index}
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}/{name}": value for name, value in values.items()}

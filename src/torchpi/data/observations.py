@@ -1,4 +1,4 @@
-"""From a data set's frame to what the robot itself would send."""
+"""From a dataset's frame to the observation that the robot itself would send."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -26,19 +26,11 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         Nested dicts; images in the layout and dtype that the embodiment states.
 
     Raises:
-        KeyError: the data set doesn't have a required camera, or no state.
+        KeyError: the dataset doesn't have a required camera, or no state.
         ValueError: a state or action of another length than the embodiment's; two cameras with the same last part.
     """
-    flat: dict[str, Any] = {}
-    keys = _image_keys(frame)
-    for camera in embodiment.read_cameras:
-        if camera.key is None:
-            continue
-        key = keys.get(_last(camera.key))
-        if key is not None:
-            flat[camera.key] = _in_layout_of(camera, frame[key])
-        elif camera.presence == "required":
-            raise _no_camera(camera, embodiment, keys)
+    images = [key for key, value in frame.items() if _is_image(value)]
+    flat = {str(camera.key): _in_layout_of(camera, frame[key]) for camera, key in _matched(embodiment, images)}
     if lerobot.STATE not in frame:
         raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
@@ -55,65 +47,61 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
 
 
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:
-    """Of a data set's cameras those that the model reads of this embodiment, matched as by `to_observation`.
+    """The cameras of a dataset that the model reads of this embodiment, matched as by `to_observation`.
 
     Args:
-        camera_keys: all cameras of the data set.
+        camera_keys: all cameras of the dataset.
 
     Raises:
         KeyError: a required camera is missing.
+        ValueError: two cameras with the same last part, one of which is read.
     """
-    keys = {_last(key): key for key in camera_keys}
-    cameras = [camera for camera in embodiment.read_cameras if camera.key is not None]
-    for camera in cameras:
-        if camera.presence == "required" and _last(camera.key or "") not in keys:
-            raise _no_camera(camera, embodiment, keys)
-    read = {_last(camera.key or "") for camera in cameras}
-    return [key for key in camera_keys if _last(key) in read]
+    read = {key for _, key in _matched(embodiment, camera_keys)}
+    return [key for key in camera_keys if key in read]
 
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
-    """Raises a ValueError if the data set's state or action has another length than the embodiment's."""
-    if state is not None and state not in embodiment.state_dims:
-        lengths = " or ".join(map(str, embodiment.state_dims))
-        raise DatasetError(
-            f"The data set's {lerobot.STATE} has {state} dimensions; embodiment '{embodiment.name}' has {lengths}: "
-            f"{', '.join(embodiment.state_names)}. Choose the embodiment of the robot that it was recorded with."
-        )
-    if action is not None and action != embodiment.action_size:
-        raise DatasetError(
-            f"The data set's {lerobot.ACTION} has {action} dimensions; embodiment '{embodiment.name}' has "
-            f"{embodiment.action_size}: {', '.join(dim.name for dim in embodiment.actions)}. Choose the embodiment of "
-            "the robot that it was recorded with."
-        )
+    """Raise a ValueError if the dataset's state or action has another length than the embodiment's."""
+    names = {lerobot.STATE: embodiment.state_names, lerobot.ACTION: tuple(dim.name for dim in embodiment.actions)}
+    fitting = {lerobot.STATE: embodiment.state_dims, lerobot.ACTION: (embodiment.action_size,)}
+    for key, found in ((lerobot.STATE, state), (lerobot.ACTION, action)):
+        if found is not None and found not in fitting[key]:
+            raise DatasetError(
+                f"The dataset's {key} has {found} dimensions; embodiment '{embodiment.name}' has "
+                f"{' or '.join(map(str, fitting[key]))}: {', '.join(names[key])}. Choose the embodiment of the robot "
+                "that it was recorded with."
+            )
 
 
-def _no_camera(camera: Camera, embodiment: Embodiment, keys: Mapping[str, str]) -> KeyError:
-    """Of a camera that is not among a data set's keys by their last part."""
-    read = {_last(other.key or "") for other in embodiment.read_cameras}
-    unread = [key for last, key in keys.items() if last not in read]
-    old = unread[0] if len(unread) == 1 else "NAME"
-    option = f"--rename {old}={lerobot.IMAGES}{_last(camera.key or '')}"
-    return KeyError(
-        f"The data set has no camera for {camera.key}, which embodiment '{embodiment.name}' requires; its cameras are "
-        f"{', '.join(keys) or 'none'}. Choose the robot's embodiment"
+def _matched(embodiment: Embodiment, keys: Sequence[str]) -> list[tuple[Camera, str]]:
+    """The cameras that the model reads, each with its key in the dataset; without optional ones that are missing."""
+    matched = []
+    for camera in embodiment.read_cameras:
+        found = [key for key in keys if camera.key is not None and _last(key) == _last(camera.key)]
+        if len(found) > 1:
+            raise DatasetError(
+                f"The dataset has two cameras that end in {_last(found[0])}, {found[0]} and {found[1]}; they can't be "
+                f"told apart. Rename one: --rename {found[1]}={lerobot.IMAGES}NAME, or rename= in Python."
+            )
+        if not found and camera.presence == "required" and camera.key is not None:
+            raise _no_camera(camera.key, embodiment, keys)
+        matched += [(camera, key) for key in found]
+    return matched
+
+
+def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> UnknownKeyError:
+    read = {_last(camera.key or "") for camera in embodiment.read_cameras}
+    unread = [key for key in keys if _last(key) not in read]
+    option = f"--rename {unread[0] if len(unread) == 1 else 'NAME'}={lerobot.IMAGES}{_last(missing)}"
+    return UnknownKeyError(
+        f"The dataset has no camera for {missing}, which embodiment '{embodiment.name}' requires; its cameras are "
+        f"{', '.join(map(_last, keys)) or 'none'}. Choose the robot's embodiment"
         + (f", or if {' or '.join(unread)} is the camera, say so: {option}, or rename= in Python." if unread else ".")
     )
 
 
-def _image_keys(frame: Mapping[str, Any]) -> dict[str, str]:
-    """The keys of the images by their last part."""
-    keys: dict[str, str] = {}
-    for key, value in frame.items():
-        if not (isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8):
-            continue
-        if _last(key) in keys:
-            raise DatasetError(
-                f"The data set has two cameras that end in {_last(key)}, {keys[_last(key)]} and {key}; they can't be "
-                f"told apart. Rename one: --rename {key}={lerobot.IMAGES}NAME, or rename= in Python."
-            )
-        keys[_last(key)] = key
-    return keys
+def _is_image(value: Any) -> bool:
+    return isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8
 
 
 def _last(key: str) -> str:

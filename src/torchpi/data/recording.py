@@ -1,11 +1,11 @@
-"""A data set that is being written: complete episodes on disk from the moment they are saved, the set when it is done.
+"""A dataset that is being written: complete episodes on disk from the moment they are saved, the dataset at the end.
 
 While episodes are recorded, they lie in the folder `.recording` inside the target, one complete file each:
 
-    recording.json                       the features, fps and limits
+    recording.json                       the features, fps and limits, as in meta/info.json
     episode_000003.parquet, .<camera>.mp4    its frames
     episode_000003.json                  length, task; written last: an episode with this file is complete
-    groups.json                          which episodes have been joined into files of the data set already
+    groups.json                          which episodes have been joined into files of the dataset already
 
 When they have reached the size of a file, they are joined into one data file and one video per camera. `finish` joins
 the rest, writes the metadata, `meta/info.json` last, and removes the folder. It reads everything from disk, so that it
@@ -28,21 +28,23 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import to_numpy
-from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
+from torchpi.data.metadata import Info
+from torchpi.data.metadata_writer import SavedEpisode, file_path, new_info
 from torchpi.data.video import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
+from torchpi.schema import parse, read_json
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Kept free for the metadata of a finished set, so that a disk that has run full can still hold it.
+# Kept free for the metadata of a finished dataset, so that a disk that has run full can still hold it.
 _RESERVE, _RESERVE_PER_EPISODE = 256 * 1024, 16 * 1024
 
 
 class Recording:
     """The folder `.recording`; one process holds it at a time."""
 
-    def __init__(self, root: Path, settings: RecordingSettings, *, made_root: bool = False) -> None:
-        self.root, self.settings = root, settings
+    def __init__(self, root: Path, info: Info, *, made_root: bool = False) -> None:
+        self.root, self.info = root, info
         self._made_root = made_root
         self.folder = root / lerobot.RECORDING_FOLDER
         self._lock: int | None = None
@@ -50,18 +52,18 @@ class Recording:
         self._groups: list[list[int]] = []
 
     @classmethod
-    def create(cls, root: Path, settings: RecordingSettings) -> "Recording":
-        """Begin a data set in an empty or new folder."""
+    def create(cls, root: Path, info: Info) -> "Recording":
+        """Begin a dataset in an empty or new folder."""
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             hint = "choose another path"
             if (root / lerobot.RECORDING_FOLDER).is_dir():
                 hint = f"it is a recording that was not finished: LeRobotWriter.recover({str(root)!r}) finishes it"
             raise DatasetError(f"{root} exists already and is not an empty folder; {hint}.")
-        recording = cls(root, settings, made_root=not root.exists())
+        recording = cls(root, info, made_root=not root.exists())
         recording.folder.mkdir(parents=True)
         recording._hold()
         try:
-            recording._write_json("recording.json", dataclasses.asdict(settings))
+            recording._write_json("recording.json", dataclasses.asdict(info))
             recording._grow_reserve()
         except BaseException:
             recording.abandon()
@@ -70,15 +72,14 @@ class Recording:
 
     @classmethod
     def reopen(cls, root: Path) -> "Recording":
-        """A recording that was not finished."""
-        folder = root / lerobot.RECORDING_FOLDER
-        if not (folder / "recording.json").is_file():
+        """Open a recording that was not finished."""
+        file = root / lerobot.RECORDING_FOLDER / "recording.json"
+        if not file.is_file():
             raise MissingFileError(f"There is no unfinished recording in {root}.")
-        try:
-            settings = RecordingSettings(**json.loads((folder / "recording.json").read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise DatasetError(f"{folder / 'recording.json'} is damaged: {error}") from error
-        recording = cls(root, settings)
+        document = read_json(file, error=DatasetError)
+        if "data_file_mb" in document:  # of an earlier version
+            document = dataclasses.asdict(new_info(**document))
+        recording = cls(root, parse(Info, document, str(file), error=DatasetError))
         recording._hold()
         recording.reload()
         return recording
@@ -93,51 +94,48 @@ class Recording:
         tasks = {episode.task: episode.task_index for episode in self.episodes}
         return tasks.get(task, len(tasks))
 
-    def save(self, write: Callable[[Path, Mapping[str, Path]], None], episode: SavedEpisode) -> None:
+    def save(self, write: Callable[[Mapping[str, Path]], None], episode: SavedEpisode) -> None:
         """Add an episode: complete, or not at all.
 
         Args:
-            write: writes the data file, and per camera the video, to the paths that it is given.
-            episode: what is known of it; its sizes are filled in here.
+            write: writes the data file ("data") and the video of each camera to their paths.
+            episode: without the sizes of these files.
         """
-        index = len(self.episodes)
-        data, videos = self._data_part(index), {key: self._video_part(index, key) for key in self.settings.videos}
+        files = self._files(len(self.episodes))
         try:
-            write(data, videos)
-            for path in (data, *videos.values()):
+            write(files)
+            for path in files.values():
                 fsync(path)
-            sizes = {"data": data.stat().st_size, **{key: path.stat().st_size for key, path in videos.items()}}
-            episode = dataclasses.replace(episode, bytes=sizes)
-            if self._pending and self._too_large(sizes):
+            episode = dataclasses.replace(episode, bytes={key: path.stat().st_size for key, path in files.items()})
+            if self._pending and self._too_large(episode.bytes):
                 self._join(self._pending)
             self._grow_reserve()
-            self._write_json(self._json_part(index).name, dataclasses.asdict(episode))
+            self._write_json(self._json_file(len(self.episodes)).name, dataclasses.asdict(episode))
             self.episodes.append(dataclasses.replace(episode, histograms={}))
         except BaseException:
             self.reload()  # an interrupt may come right after the episode was saved
             raise
 
     def reload(self) -> None:
-        """Learn from disk which episodes are complete, and remove what is left of an incomplete one."""
+        """Read from disk which episodes are complete, and remove the rest of an incomplete one."""
         self.episodes = []
-        while self._json_part(len(self.episodes)).is_file():
+        while self._json_file(len(self.episodes)).is_file():
             self.episodes.append(dataclasses.replace(self._read(len(self.episodes)), histograms={}))
         groups = self.folder / "groups.json"
         self._groups = json.loads(groups.read_bytes()) if groups.is_file() else []
-        for path in self.folder.glob("*.part"):
-            path.unlink()
-        for path in self.folder.glob(f"episode_{len(self.episodes):06d}.*"):
-            path.unlink()
+        for pattern in ("*.part", f"episode_{len(self.episodes):06d}.*"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def finish(self) -> None:
-        """Make it a data set. May be called again if it failed."""
+        """Make it a dataset. May be called again if it failed."""
         if self._lock is None:  # released when it failed
             self._hold()
         try:
             self.reload()
             if not self.episodes:
                 self.abandon()
-                raise DatasetError(f"No episode was saved; there is no data set at {self.root}.")
+                raise DatasetError(f"No episode was saved; there is no dataset at {self.root}.")
             (self.folder / "reserve").unlink(missing_ok=True)
             if self._pending:
                 self._join(self._pending)
@@ -147,7 +145,7 @@ class Recording:
         except OSError as error:
             error.add_note(
                 f"The {len(self.episodes)} saved episodes are safe in {self.folder}; "
-                f"LeRobotWriter.recover({str(self.root)!r}) finishes the data set."
+                f"LeRobotWriter.recover({str(self.root)!r}) finishes the dataset."
             )
             raise
         finally:
@@ -166,25 +164,25 @@ class Recording:
 
     @property
     def _pending(self) -> list[int]:
-        """The episodes that are not in a file of the data set yet."""
+        """The episodes that are not in a file of the dataset yet."""
         return list(range(self._groups[-1][-1] + 1 if self._groups else 0, len(self.episodes)))
 
     def _too_large(self, sizes: Mapping[str, int]) -> bool:
-        """Whether a file would exceed its limit with this episode in it."""
+        """True if a file would exceed its limit with this episode in it."""
         for key, size in sizes.items():
-            limit = self.settings.data_file_mb if key == "data" else self.settings.video_file_mb
-            if size + sum(self.episodes[i].bytes[key] for i in self._pending) > limit * 2**20:
+            limit = self.info.data_files_size_in_mb if key == "data" else self.info.video_files_size_in_mb
+            if size + sum(self.episodes[i].bytes[key] for i in self._pending) > (limit or 0) * 2**20:
                 return True
         return False
 
     def _join(self, episodes: Sequence[int]) -> None:
-        """Give episodes their place in the data set, in as few files as the disk has room for."""
-        if not self._data_part(episodes[0]).exists():  # killed while it was moved
-            self._place_alone(episodes[0])
+        """Give episodes their place in the dataset, in as few files as the disk has room for."""
+        if not self._files(episodes[0])["data"].exists():  # killed while it was moved
+            self._place(episodes[:1], self._files(episodes[0]))
             episodes = episodes[1:]
         if len(episodes) > 1:
             try:
-                self._place_joined(episodes)
+                self._place(episodes, self._joined(episodes))
                 return
             except OSError as error:
                 for path in self.folder.glob("*.part"):
@@ -192,38 +190,29 @@ class Recording:
                 if error.errno not in _NO_SPACE:
                     raise
         for index in episodes:  # moving a file takes no space
-            self._place_alone(index)
+            self._place([index], self._files(index))
 
-    def _place_alone(self, index: int) -> None:
-        self._place([index], self._data_part(index), {key: self._video_part(index, key) for key in self._videos})
-
-    @property
-    def _videos(self) -> tuple[str, ...]:
-        return self.settings.videos
-
-    def _place_joined(self, episodes: Sequence[int]) -> None:
-        data = self.folder / "data.parquet.part"
-        join_parquet(data, [self._data_part(i) for i in episodes])
-        videos = {}
-        for key in self._videos:
-            videos[key] = self.folder / f"{key}.mp4.part"
-            parts = [(self._video_part(i, key), self.episodes[i].length) for i in episodes]
-            concatenate_videos(videos[key], parts, fps=self.settings.fps)
-        for path in (data, *videos.values()):
+    def _joined(self, episodes: Sequence[int]) -> dict[str, Path]:
+        joined = {key: self.folder / f"{key}.part" for key in ("data", *self.info.videos)}
+        for key, path in joined.items():
+            parts = [self._files(i)[key] for i in episodes]
+            if key == "data":
+                join_parquet(path, parts)
+            else:
+                lengths = [self.episodes[i].length for i in episodes]
+                concatenate_videos(path, zip(parts, lengths, strict=True), fps=int(self.info.fps))
             fsync(path)
-        self._place(episodes, data, videos)
+        return joined
 
-    def _place(self, episodes: Sequence[int], data: Path, videos: Mapping[str, Path]) -> None:
-        number = len(self._groups)
-        self._move(data, metadata_writer.data_file(self.root, number))
-        for key, path in videos.items():
-            self._move(path, metadata_writer.video_file(self.root, number, key))
+    def _place(self, episodes: Sequence[int], files: Mapping[str, Path]) -> None:
+        """Move files to their place in the dataset, and remove those that they were joined of."""
+        for key, path in files.items():
+            self._move(path, file_path(self.root, len(self._groups), key))
         groups = [*self._groups, list(episodes)]
         self._write_json("groups.json", groups)
         self._groups = groups
-        for index in episodes:
-            for path in (self._data_part(index), *(self._video_part(index, key) for key in self._videos)):
-                path.unlink(missing_ok=True)
+        for path in [path for index in episodes for path in self._files(index).values()]:
+            path.unlink(missing_ok=True)
 
     def _move(self, source: Path, target: Path) -> None:
         if not source.exists() and target.exists():  # killed after this move and before groups.json
@@ -238,10 +227,13 @@ class Recording:
         write_table = require("pyarrow.parquet", "data").write_table
         episodes = [self._read(index) for index in range(len(self.episodes))]
         columns = self._numeric_columns()
+        histograms = {
+            key: np.sum([episode.histograms[key] for episode in episodes], axis=0) for key in self.info.cameras
+        }
         tasks = metadata_writer.tasks_table(episodes)
-        table = metadata_writer.episodes_table(self.settings, episodes, self._groups, columns)
-        stats = metadata_writer.stats(self.settings, episodes, columns)
-        info = metadata_writer.info(self.settings, episodes)
+        table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
+        stats = metadata_writer.feature_stats(self.info, histograms, columns, self.num_frames)
+        info = dataclasses.asdict(metadata_writer.finished_info(self.info, episodes))
         self._put(lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
         self._put(lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0), lambda path: write_table(table, path))
         self._put(lerobot.STATS, lambda path: _write_text(path, json.dumps(stats, indent=4)))
@@ -256,8 +248,8 @@ class Recording:
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]."""
         read = require("pyarrow.parquet", "data").read_table
-        names = [key for key in self.settings.features if key not in self.settings.cameras]
-        tables = [read(metadata_writer.data_file(self.root, i), columns=names) for i in range(len(self._groups))]
+        names = [key for key in self.info.features if key not in self.info.cameras]
+        tables = [read(file_path(self.root, i, "data"), columns=names) for i in range(len(self._groups))]
         return {
             name: np.concatenate([to_numpy(table.column(name)).reshape(len(table), -1) for table in tables])
             for name in names
@@ -265,21 +257,17 @@ class Recording:
 
     # Files of the folder
 
-    def _read(self, index: int) -> SavedEpisode:
-        file = self._json_part(index)
-        try:
-            return SavedEpisode(**json.loads(file.read_bytes()))
-        except (ValueError, TypeError) as error:
-            raise DatasetError(f"{file} is damaged: {error}") from error
+    def _files(self, index: int) -> dict[str, Path]:
+        """The data file ("data") of an episode and its videos, by camera."""
+        videos = {key: self.folder / f"episode_{index:06d}.{key}.mp4" for key in self.info.videos}
+        return {"data": self.folder / f"episode_{index:06d}.parquet", **videos}
 
-    def _json_part(self, index: int) -> Path:
+    def _json_file(self, index: int) -> Path:
         return self.folder / f"episode_{index:06d}.json"
 
-    def _data_part(self, index: int) -> Path:
-        return self.folder / f"episode_{index:06d}.parquet"
-
-    def _video_part(self, index: int, key: str) -> Path:
-        return self.folder / f"episode_{index:06d}.{key}.mp4"
+    def _read(self, index: int) -> SavedEpisode:
+        file = self._json_file(index)
+        return parse(SavedEpisode, read_json(file, error=DatasetError), str(file), error=DatasetError)
 
     def _write_json(self, name: str, content: Any) -> None:
         part = self.folder / f"{name}.part"

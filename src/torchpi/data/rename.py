@@ -1,23 +1,24 @@
-"""LeRobot's names for the columns and cameras of data sets that have others, or that have a column in several parts."""
+"""LeRobot's names for columns and cameras that have others, and columns that are joined of several."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from torchpi.data import format as lerobot
-from torchpi.data.features import joined_feature
 from torchpi.errors import DatasetError, UnknownKeyError
 
 _JOINED = "+"
 _OPENPI_NAMES = {lerobot.STATE: ("state", "joint_position+gripper_position"), lerobot.ACTION: ("actions",)}
-"""Of the columns in the data sets that openpi's converters write."""
+"""Of the columns in the datasets that openpi's converters write."""
 _FRAME_KEYS = ("action_is_pad", "task")
-"""What `LeRobotDataset` adds to each frame."""
+"""Added by `LeRobotDataset` to each frame."""
 
 
 def parse_rename(values: Sequence[str]) -> dict[str, str]:
-    """The `rename` of `LeRobotDataset` as a command line or a recipe says it: texts "OLD=NEW" or "OLD+OLD=NEW"."""
+    """Parse the `rename` of a command line or a recipe: texts "OLD=NEW" or "OLD+OLD=NEW"."""
     rename: dict[str, str] = {}
     for value in values:
         old, _, new = value.partition("=")
@@ -33,13 +34,7 @@ def parse_rename(values: Sequence[str]) -> dict[str, str]:
 
 
 def resolve_rename(rename: Mapping[str, str], names: Iterable[str], root: Path) -> dict[str, tuple[str, ...]]:
-    """Which of a data set's names each new one stands for: one, or several in the order in which they are joined.
-
-    Args:
-        rename: from the data set's names, or several of them joined by "+", to LeRobot's.
-        names: of the data set's features.
-        root: its folder.
-    """
+    """The dataset's names that each new one stands for: one, or several in the order in which they are joined."""
     names = tuple(names)
     olds_of = {old: (old,) if old in names else tuple(old.split(_JOINED)) for old in rename}
     used = Counter(name for olds in olds_of.values() for name in olds)
@@ -49,7 +44,7 @@ def resolve_rename(rename: Mapping[str, str], names: Iterable[str], root: Path) 
         )
     if twice := [name for name, count in used.items() if count > 1]:
         raise DatasetError(f"{', '.join(twice)} of {root} would be used twice; expected each name once in rename.")
-    taken = {name: "the data set has it already" for name in names if name not in used}
+    taken = {name: "the dataset has it already" for name in names if name not in used}
     taken |= dict.fromkeys(_FRAME_KEYS, "every frame gets it from the reader")
     for old, new in rename.items():
         if new in taken:
@@ -59,29 +54,19 @@ def resolve_rename(rename: Mapping[str, str], names: Iterable[str], root: Path) 
 
 
 def renamed_features(features: Mapping[str, Any], sources: Mapping[str, tuple[str, ...]], root: Path) -> dict[str, Any]:
-    """A data set's features under their new names; what is joined has the place of its first part.
-
-    Args:
-        sources: see `resolve_rename`.
-    """
+    """The features under their new names; a joined one has the place of its first part."""
     new_names = {old: new for new, olds in sources.items() for old in olds}
     renamed: dict[str, Any] = {}
     for name, feature in features.items():
         new = new_names.get(name, name)
-        olds = sources.get(new, ())
         if new not in renamed:
-            renamed[new] = joined_feature({old: features[old] for old in olds}, root) if len(olds) > 1 else feature
+            parts = {old: features[old] for old in sources.get(new, ())}
+            renamed[new] = _joined_feature(parts, root) if len(parts) > 1 else feature
     return renamed
 
 
 def suggested_rename(missing: Iterable[str], names: Iterable[str], given: Mapping[str, tuple[str, ...]]) -> str:
-    """The option that names the columns which a data set seems to lack.
-
-    Args:
-        missing: these, in LeRobot's names.
-        names: those that the data set has.
-        given: what is renamed already, see `resolve_rename`.
-    """
+    """The option --rename that names the columns which a dataset seems to lack, beside those already given."""
     names = set(names)
 
     def old_name(new: str) -> str:
@@ -90,3 +75,36 @@ def suggested_rename(missing: Iterable[str], names: Iterable[str], given: Mappin
 
     pairs = [(_JOINED.join(olds), new) for new, olds in given.items()] + [(old_name(new), new) for new in missing]
     return f"--rename {' '.join(f'{old}={new}' for old, new in pairs)}"
+
+
+def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...] | None:
+    """The names of a column's dimensions; None: the dataset doesn't name each of them."""
+    names = feature.get("names")
+    if isinstance(names, Mapping):  # {"motors": ["shoulder", …]}
+        names = next((value for value in names.values() if isinstance(value, list)), None)
+    fits = isinstance(names, list) and len(names) == num_dims
+    return tuple(map(str, names)) if fits and names else None
+
+
+def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, Any]:
+    """The feature of several columns, one behind the other.
+
+    Dimensions without names are called after their column: joint_position_0, …; a single one as the column.
+    """
+    names: list[str] = []
+    for name, feature in parts.items():
+        dtype, shape = feature.get("dtype"), feature.get("shape")
+        if not _is_numeric(dtype) or not isinstance(shape, list) or len(shape) > 1:
+            raise DatasetError(
+                f"{name} of {root} can't be joined with other columns: it is {dtype} of the shape {shape} per frame; "
+                "expected numbers, one of them or one list."
+            )
+        num_dims = int(shape[0]) if shape else 1
+        numbered = (name,) if num_dims == 1 else tuple(f"{name}_{i}" for i in range(num_dims))
+        names += dimension_names(feature, num_dims) or numbered
+    dtype = np.result_type(*(feature["dtype"] for feature in parts.values()))
+    return {"dtype": dtype.name, "shape": [len(names)], "names": names}
+
+
+def _is_numeric(dtype: Any) -> bool:
+    return dtype in np.sctypeDict and np.dtype(dtype).kind in "biuf"

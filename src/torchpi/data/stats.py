@@ -1,4 +1,4 @@
-"""The statistics that a policy normalizes with, exact, from all frames of a data set."""
+"""The statistics that a policy normalizes with, exact, from all frames of a dataset."""
 
 import dataclasses
 import math
@@ -22,7 +22,7 @@ _BLOCK = 1 << 20
 
 @runtime_checkable
 class Frames(Protocol):
-    """What is needed of a data set; a `LeRobotDataset` is one."""
+    """The part of a `LeRobotDataset` that is needed here."""
 
     path: Path
     """For messages."""
@@ -40,7 +40,7 @@ class Frames(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distribution:
-    """How the values of a quantity are distributed: one entry per dimension, float64."""
+    """The distribution of a quantity: one entry per dimension, float64."""
 
     names: tuple[str, ...]
     mean: np.ndarray
@@ -52,7 +52,7 @@ class Distribution:
     max: np.ndarray
 
     def norm_stats(self) -> NormStats:
-        """What normalization needs of it."""
+        """The part that normalization needs."""
         return NormStats(self.mean, self.std, self.q01, self.q99)
 
 
@@ -96,7 +96,7 @@ def distributions(dataset: Frames, embodiment: Embodiment, *, action_horizon: in
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ModelValues:
-    """The numbers of a data set in the model's terms, before differences are taken."""
+    """The numbers of a dataset in the model's terms, before differences are taken."""
 
     names: Mapping[str, tuple[str, ...]]
     """Of the dimensions of "state" and "actions"."""
@@ -105,14 +105,14 @@ class ModelValues:
     is_delta: tuple[bool, ...]
     """Per dimension of the actions."""
     left: Int[np.ndarray, " F"]
-    """For each frame, how many of its episode begin with it."""
+    """For each frame, the number of frames of its episode that begin with it."""
     in_chunks: Int[np.ndarray, " F"]
-    """In how many chunks each frame's action is: in those that begin at it or at most horizon - 1 before."""
+    """The number of chunks with each frame's action: those that begin at it or at most horizon - 1 before."""
     horizon: int
 
     @classmethod
     def of(cls, dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
-        """Raises as `compute_norm_stats`."""
+        """Convert a dataset's state and actions."""
         state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
         check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
         state_names = embodiment.state_names[: state.shape[1]]
@@ -136,25 +136,29 @@ class ModelValues:
             action_horizon,
         )
 
-    def deltas(self, i: int) -> Iterator[np.ndarray]:
-        """Dimension i of all actions of all chunks, less the state at the chunk's beginning; by place in the chunk."""
-        actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
-        for step in range(min(self.horizon, int(self.left.max()))):
-            inside = self.left[: len(self.left) - step] > step
-            yield (actions[step:] - state[: len(state) - step])[inside]
+    def parts(self, what: str, i: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """All values of a dimension of "state" or "actions" in parts [n], and their counts [n]; None: one each."""
+        if what == "state":
+            yield self.state[:, i], None
+        elif not self.is_delta[i]:
+            yield self.actions[:, i], self.in_chunks
+        else:  # of all chunks, less the state at the chunk's beginning; by place in the chunk
+            actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
+            for step in range(min(self.horizon, int(self.left.max()))):
+                inside = self.left[: len(self.left) - step] > step
+                yield (actions[step:] - state[: len(state) - step])[inside], None
 
 
 def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
-    """Of a dimension of "state" or "actions": mean, std, q01, q99, min, max."""
-    if what == "state":
-        return _of_repeated(values.state[:, i], np.ones(len(values.state), np.int64))
-    if values.is_delta[i]:
-        return _of_all(np.concatenate(list(values.deltas(i))))
-    return _of_repeated(values.actions[:, i], values.in_chunks)
+    """Mean, std, q01, q99, min and max of a dimension of "state" or "actions"."""
+    if what == "actions" and values.is_delta[i]:
+        return _of_all(np.concatenate([part for part, _ in values.parts(what, i)]))
+    ((column, counts),) = values.parts(what, i)
+    return _of_repeated(column, np.ones(len(column), np.int64) if counts is None else counts)
 
 
 def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
-    """Of values [F] that occur `counts` [F] times each: as `_of_column`."""
+    """As `_of_column`, of values [F] that occur `counts` [F] times each."""
     exact = values.astype(np.float64)
     total = int(counts.sum())
     mean = float(exact @ counts) / total
@@ -172,7 +176,7 @@ def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
 
 
 def _of_all(values: np.ndarray) -> tuple[float, ...]:
-    """Of values [n], which are reordered: as `_of_column`."""
+    """As `_of_column`, of values [n], which are reordered."""
     total = len(values)
     mean = float(values.mean(dtype=np.float64))
     smallest, largest = float(values.min()), float(values.max())

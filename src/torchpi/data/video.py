@@ -36,7 +36,7 @@ class VideoReader:
         self.path = path
         self._error = av.FFmpegError
         if not path.is_file():
-            raise MissingFileError(f"There is no video {path}; the data set is incomplete.")
+            raise MissingFileError(f"There is no video {path}; the dataset is incomplete.")
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
@@ -51,7 +51,7 @@ class VideoReader:
         self._stride = 0.0
 
     def near(self, seconds: float) -> bool:
-        """Whether that time is reached by decoding on, without a seek."""
+        """True if that time is reached by decoding on, without a seek."""
         return self._frame is not None and 0 <= seconds - self._frame.time <= self._stride
 
     def read(self, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
@@ -68,7 +68,7 @@ class VideoReader:
             self._frame = None
             raise DatasetError(
                 f"{self.path} has no frame at {seconds:.4f} s: {error}. The file is damaged, or is not the one that "
-                "the data set describes."
+                "the dataset describes."
             ) from error
 
     def close(self) -> None:
@@ -110,36 +110,25 @@ class _NoFrameError(Exception):
 
 
 class VideoPool:
-    """Open video files, at most `limit` idle ones, for any number of threads and for forked processes."""
+    """Open video files, at most `limit` idle ones, for any number of threads."""
 
     def __init__(self, limit: int = 32) -> None:
         self._limit = limit
-        self._reset()
-
-    def _reset(self) -> None:
-        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle: collections.OrderedDict[VideoReader, None] = collections.OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_limit": self._limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["_limit"])  # type: ignore[misc]
 
     def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
         """See `VideoReader.read`."""
         reader = self._take(path, seconds)
         image = reader.read(seconds, tolerance)
-        self._give_back(reader)
+        with self._lock:
+            self._idle[reader] = None
+            surplus = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._limit)]
+        for old in surplus:
+            old.close()
         return image
 
     def _take(self, path: Path, seconds: float) -> VideoReader:
-        if self._pid != os.getpid():
-            # A fork: the files' positions are shared with the parent, and a thread that isn't here may hold the lock.
-            # Kept, not closed: closing would join threads that the child doesn't have.
-            _FORKED.append(self._idle)
-            self._reset()
         with self._lock:
             fitting = [reader for reader in self._idle if reader.path == path]
             reader = next((reader for reader in fitting if reader.near(seconds)), fitting[0] if fitting else None)
@@ -147,16 +136,6 @@ class VideoPool:
                 del self._idle[reader]
                 return reader
         return VideoReader(path)
-
-    def _give_back(self, reader: VideoReader) -> None:
-        with self._lock:
-            self._idle[reader] = None
-            surplus = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._limit)]
-        for old in surplus:
-            old.close()
-
-
-_FORKED: list[Any] = []
 
 
 def default_encoder() -> str:
@@ -169,7 +148,7 @@ def default_encoder() -> str:
 
 
 def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, Any]:
-    """What meta/info.json says of a video feature."""
+    """The entry "info" of a video feature in meta/info.json."""
     return {
         "video.height": height,
         "video.width": width,

@@ -1,4 +1,4 @@
-"""Writing data sets in LeRobot's format v3.0."""
+"""Writing datasets in LeRobot's format v3.0."""
 
 import io
 import json
@@ -9,10 +9,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from torchpi.data import format as lerobot
-from torchpi.data.feature_stats import image_histogram, summed
-from torchpi.data.metadata_writer import RecordingSettings, SavedEpisode
+from torchpi.data.metadata_writer import SavedEpisode, image_histogram, new_info
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import default_encoder, encode_video, video_info
 from torchpi.errors import DatasetError, UnknownKeyError
@@ -21,7 +21,7 @@ from torchpi.transforms.normalize import require_finite
 
 
 class LeRobotWriter:
-    """Records episodes into a new data set that LeRobot 0.4 and later and `LeRobotDataset` read.
+    """Records episodes into a new dataset that LeRobot 0.4 and later and `LeRobotDataset` read.
 
         with LeRobotWriter("my_set", fps=30, cameras={"base": (96, 96, 3)}, state_names=…, action_names=…) as writer:
             for observation, action in episode:
@@ -30,8 +30,8 @@ class LeRobotWriter:
 
     A saved episode is complete on disk. Only the frames of the episode in progress are held in memory. The set appears
     when the block ends; if it ends by an exception, an interrupt or a full disk, with the episodes that were saved
-    before. A process that is killed leaves no data set (`LeRobotDataset` says so), but every saved episode:
-    `LeRobotWriter.recover` makes a data set of them. One thread at a time.
+    before. A process that is killed leaves no dataset (`LeRobotDataset` says so), but every saved episode:
+    `LeRobotWriter.recover` makes a dataset of them. One thread at a time.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LeRobotWriter:
     ) -> None:
         """
         Args:
-            path: the data set's folder: new, or empty.
+            path: the dataset's folder: new, or empty.
             fps: frames per second.
             cameras: per camera its images' shape (h, w, 3); "base" becomes the key "observation.images.base".
             state_names, action_names: the dimensions.
@@ -72,10 +72,16 @@ class LeRobotWriter:
             lerobot.ACTION: _numbers_feature("action_names", action_names),
             **{key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in lerobot.BOOKKEEPING.items()},
         }
-        self._settings = RecordingSettings(int(fps), features, robot_type, data_file_mb, video_file_mb)
+        self._info = new_info(
+            fps=int(fps),
+            features=features,
+            robot_type=robot_type,
+            data_file_mb=data_file_mb,
+            video_file_mb=video_file_mb,
+        )
         self._schema = _data_schema(features)
-        self._recording: Recording | None = Recording.create(self.path, self._settings)
-        self._begin_episode()
+        self._recording: Recording | None = Recording.create(self.path, self._info)
+        self.discard_episode()
 
     def add_frame(self, frame: Mapping[str, Any]) -> None:
         """Add a frame to the episode in progress. The arrays are copied.
@@ -113,16 +119,15 @@ class LeRobotWriter:
             raise DatasetError("The episode has no frames; add_frame comes before save_episode.")
         if not isinstance(task, str) or not task.strip():
             raise DatasetError(f"The task of an episode is {task!r}; expected its instruction, a text.")
-        histograms = {key: summed(list_) for key, list_ in self._histograms.items()}
         episode = SavedEpisode(
             length=self.num_frames_in_progress,
             task=task,
             task_index=recording.task_index(task),
             bytes={},
-            histograms={key: histogram.tolist() for key, histogram in histograms.items()},
+            histograms={key: np.sum(counts, axis=0).tolist() for key, counts in self._histograms.items()},
         )
-        recording.save(lambda data, videos: self._write_episode(recording, episode, data, videos), episode)
-        self._begin_episode()
+        recording.save(lambda files: self._write_episode(recording, episode, files), episode)
+        self.discard_episode()
 
     def add_episode(self, frames: Mapping[str, Any], task: str) -> None:
         """Add and save a whole episode, for example one that another process has recorded.
@@ -155,10 +160,12 @@ class LeRobotWriter:
 
     def discard_episode(self) -> None:
         """Forget the frames of the episode in progress."""
-        self._begin_episode()
+        cameras = self._info.cameras
+        self._frames: dict[str, list[Any]] = {key: [] for key in (*cameras, lerobot.STATE, lerobot.ACTION)}
+        self._histograms: dict[str, list[np.ndarray]] = {key: [] for key in cameras}
 
     def finalize(self) -> None:
-        """Make a data set of the saved episodes; called again, it does nothing.
+        """Make a dataset of the saved episodes; called again, it does nothing.
 
         Raises:
             ValueError: no episode was saved; nothing is left at the path.
@@ -183,7 +190,7 @@ class LeRobotWriter:
 
     @classmethod
     def recover(cls, path: str | Path) -> int:
-        """Make a data set of the episodes that a process had saved when it was killed.
+        """Make a dataset of the episodes that a process had saved when it was killed.
 
         Returns:
             How many there are.
@@ -223,17 +230,13 @@ class LeRobotWriter:
         try:
             self.finalize()
         except Exception as second:  # what went wrong first is what the user has to see
-            for note in (f"{type(second).__name__} while finishing {self.path}: {second}", *_notes(second)):
+            error.add_note(f"{type(second).__name__} while finishing {self.path}: {second}")
+            for note in getattr(second, "__notes__", ()):
                 error.add_note(note)
-
-    def _begin_episode(self) -> None:
-        cameras = self._settings.cameras
-        self._frames: dict[str, list[Any]] = {key: [] for key in (*cameras, lerobot.STATE, lerobot.ACTION)}
-        self._histograms: dict[str, list[np.ndarray]] = {key: [] for key in cameras}
 
     def _open_recording(self) -> Recording:
         if self._recording is None:
-            raise DatasetError(f"The data set {self.path} is finished; a new writer needs a new path.")
+            raise DatasetError(f"The dataset {self.path} is finished; a new writer needs a new path.")
         return self._recording
 
     def _camera(self, name: str, shape: Sequence[int], fps: int) -> dict[str, Any]:
@@ -271,7 +274,7 @@ class LeRobotWriter:
             )
 
     def _checked(self, key: str, value: Any) -> np.ndarray:
-        feature = self._settings.features[key]
+        feature = self._info.features[key]
         array = np.asarray(value)
         image = key in self._histograms
         right_dtype = array.dtype == np.uint8 if image else array.dtype.kind in "fiu"
@@ -288,41 +291,31 @@ class LeRobotWriter:
         require_finite(array, key, feature["names"])
         return array
 
-    def _write_episode(
-        self, recording: Recording, episode: SavedEpisode, data: Path, videos: Mapping[str, Path]
-    ) -> None:
-        for key, path in videos.items():
+    def _write_episode(self, recording: Recording, episode: SavedEpisode, files: Mapping[str, Path]) -> None:
+        for key in self._info.videos:
             assert self._encoder is not None
-            encode_video(path, self._frames[key], fps=self._settings.fps, encoder=self._encoder)
+            encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=self._encoder)
         table = self._table(episode, episode_index=len(recording.episodes), first_index=recording.num_frames)
-        with write_parquet(data, self._schema) as writer:
+        with write_parquet(files["data"], self._schema) as writer:
             writer.write_table(table)
 
     def _table(self, episode: SavedEpisode, *, episode_index: int, first_index: int) -> Any:
-        pa = require("pyarrow", "data")
         frame_index = np.arange(episode.length)
         columns: dict[str, Any] = {
-            "timestamp": frame_index / self._settings.fps,
+            "timestamp": frame_index / self._info.fps,
             "frame_index": frame_index,
             "episode_index": np.full(episode.length, episode_index),
             "index": first_index + frame_index,
             "task_index": np.full(episode.length, episode.task_index),
         }
-        arrays = []
-        for field in self._schema:
-            if field.name in self._histograms:
-                paths = [f"frame-{i:06d}.png" for i in range(episode.length)]
-                images = pa.array(self._frames[field.name], pa.binary())
-                array = pa.StructArray.from_arrays([images, pa.array(paths)], fields=list(field.type))
-            elif field.name in self._frames:
-                values = pa.array(np.concatenate(self._frames[field.name]))
-                array = (
-                    values if field.type == values.type else pa.FixedSizeListArray.from_arrays(values, type=field.type)
-                )
-            else:
-                array = pa.array(columns[field.name]).cast(field.type, safe=False)
-            arrays.append(array)
-        return pa.Table.from_arrays(arrays, schema=self._schema)
+        for key, values in self._frames.items():
+            if key in self._histograms:
+                columns[key] = [{"bytes": png, "path": f"frame-{i:06d}.png"} for i, png in enumerate(values)]
+            else:  # a single dimension as plain numbers
+                columns[key] = values if len(values[0]) > 1 else np.concatenate(values)
+        return require("pyarrow", "data").table(
+            {name: columns[name] for name in self._schema.names}, schema=self._schema
+        )
 
 
 def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
@@ -356,13 +349,7 @@ def _data_schema(features: Mapping[str, Any]) -> Any:
 
 
 def _png(image: np.ndarray) -> bytes:
-    from PIL import Image
-
     buffer = io.BytesIO()
     # 1: three times as fast as Pillow's default for files a tenth larger.
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _notes(error: BaseException) -> list[str]:
-    return list(getattr(error, "__notes__", []))

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
+from torchpi.data.metadata import open_metadata
 from torchpi.data.observations import camera_keys_of
-from torchpi.data.place import open_metadata
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors

@@ -23,8 +23,7 @@ from torchpi.data import (
     to_observation,
 )
 from torchpi.data.episodes import hold_out
-from torchpi.data.metadata import Metadata
-from torchpi.data.place import open_metadata
+from torchpi.data.metadata import Metadata, open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.errors import TrainingError

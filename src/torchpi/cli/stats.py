@@ -1,0 +1,201 @@
+"""The command `torchpi stats`."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from torchpi.cli.common import print_json
+
+if TYPE_CHECKING:
+    from torchpi.data.coverage import StatsCoverage
+    from torchpi.data.stats import Distribution
+    from torchpi.transforms import NormStats
+
+_COLUMNS = ("mean", "std", "q01", "q99", "min", "max")
+_EXPECTED = 0.98
+"""The fraction between q01 and q99 of the data that these were computed from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Show the statistics of a dataset, and write those that a policy normalizes with.
+
+    They are exact, from all frames, in the model's terms: units converted, actions relative to the state where the
+    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there, and
+    idle frames are counted. Images are not read.
+    """
+
+    dataset: Annotated[str, tyro.conf.Positional]
+    """A LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
+    embodiment: str
+    """The robot: metaworld, aloha, … or a JSON file."""
+    out: pathlib.Path | None = None
+    """The file for openpi's norm_stats.json, or an existing folder; by default nothing is written."""
+    action_horizon: int = 50
+    """Actions in a chunk."""
+    episodes: str | None = None
+    """Only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
+    Columns that have to be joined: joint_position+gripper_position=observation.state."""
+    compare: str | None = None
+    """A checkpoint: shows for each of its robots the fraction of the data inside its [q01, q99]."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from rich.console import Console
+
+        from torchpi.data import LeRobotDataset, idle_frames, select_episodes
+        from torchpi.data.coverage import stats_coverage
+        from torchpi.data.rename import parse_rename
+        from torchpi.data.stats import distributions
+        from torchpi.robots import get_embodiment
+        from torchpi.transforms.normalize import narrow_dims, save_norm_stats
+
+        robot, horizon = get_embodiment(self.embodiment), self.action_horizon
+        robots = {} if self.compare is None else checkpoint_stats(self.compare)
+        rename = parse_rename(self.rename)
+        episodes = None if self.episodes is None else select_episodes(self.dataset, self.episodes)
+        # Neither images nor other columns are read.
+        dataset = LeRobotDataset(
+            self.dataset, action_horizon=horizon, episodes=episodes, cameras=(), columns=(), rename=rename
+        )
+        with Console(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
+            found = distributions(dataset, robot, action_horizon=horizon)
+            num_idle = int(idle_frames(dataset).sum())
+            coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
+        stats = {what: values.norm_stats() for what, values in found.items()}
+        messages = [
+            f"{what}: {message}" for what, values in found.items() for message in narrow_dims(stats[what], values.names)
+        ]
+        if self.out is not None:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            save_norm_stats(self.out, stats)
+        document = {
+            "dataset": self.dataset,
+            "embodiment": robot.name,
+            "episodes": len(dataset.episode_lengths),
+            "frames": len(dataset),
+            "idle_frames": num_idle,
+            "idle_share": num_idle / len(dataset),
+            "action_horizon": horizon,
+            "out": None if self.out is None else str(self.out),
+            **{
+                what: {"names": list(values.names), **{name: getattr(values, name).tolist() for name in _COLUMNS}}
+                for what, values in found.items()
+            },
+            "warnings": messages,
+            "compare": None if self.compare is None else [entry.to_dict() for entry in coverage],
+        }
+        if self.json:
+            print_json(document)
+        else:
+            _print_statistics(document, found)
+            _print_coverage(coverage, self.compare)
+        for message in messages:
+            print(f"warning: {message}", file=sys.stderr)
+
+
+def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormStats"]]:
+    """Read the statistics of each robot of a checkpoint, by its asset id.
+
+    Args:
+        address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a folder with a
+            norm_stats.json; hf://… or gs://…, of which only `assets` is downloaded if there is one.
+    """
+    from torchpi.checkpoints.lerobot import PREPROCESSOR, read_parts
+    from torchpi.checkpoints.load import norm_stats_files
+    from torchpi.config import read_json_object
+    from torchpi.errors import MissingFileError
+    from torchpi.transforms import load_norm_stats
+
+    root = _folder_with_stats(str(address))
+    if (root / PREPROCESSOR).is_file():
+        return {root.name: dict(read_parts(root, read_json_object(root / "config.json")).norm_stats)}
+    if (root / "norm_stats.json").is_file():
+        return {root.name: load_norm_stats(root)}
+    files = norm_stats_files(root) or {
+        file.parent.relative_to(root).as_posix(): file for file in sorted(root.rglob("norm_stats.json"))
+    }
+    if not files:
+        raise MissingFileError(
+            f"{root} has no statistics; expected norm_stats.json, assets/<id>/norm_stats.json, or LeRobot's "
+            f"{PREPROCESSOR}."
+        )
+    return {asset_id: load_norm_stats(file) for asset_id, file in files.items()}
+
+
+def _folder_with_stats(address: str) -> pathlib.Path:
+    from torchpi.checkpoints.load import existing_folder
+
+    if address.startswith(("hf://", "gs://")):
+        try:
+            return existing_folder(f"{address.rstrip('/')}/assets")
+        except FileNotFoundError as error:
+            if "found nothing" not in str(error):  # of another kind, or not to be reached
+                raise
+    return existing_folder(address)
+
+
+def _print_statistics(document: Mapping[str, Any], found: Mapping[str, "Distribution"]) -> None:
+    from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD
+
+    _print(
+        f"{document['dataset']}: {document['episodes']} episodes, {document['frames']} frames, "
+        f"as {document['embodiment']} sees them; chunks of {document['action_horizon']} actions",
+        f"{document['idle_frames']} frames ({document['idle_share']:.1%}) are idle: for {IDLE_SECONDS:g} s, nothing "
+        f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
+    )
+    for what, values in found.items():
+        numbers = zip(values.names, *(getattr(values, column) for column in _COLUMNS), strict=True)
+        _print_table(
+            {what: "name"} | dict.fromkeys(_COLUMNS, "number"),
+            [(name, *(f"{number:.4g}" for number in row)) for name, *row in numbers],
+        )
+    if document["out"]:
+        _print(f"written to {document['out']}")
+
+
+def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) -> None:
+    if not coverage:
+        return
+    rows, remarks = [], []
+    for entry in coverage:
+        keys = entry.keys
+        overall = [f"{keys[what].overall:.1%}" if what in keys else "none" for what in ("state", "actions")]
+        fractions = [
+            (fraction, f"{what} {name} {fraction:.1%}")
+            for what, key in keys.items()
+            for name, fraction in zip(key.names, key.inside, strict=True)
+        ]
+        worst = ", ".join(text for fraction, text in sorted(fractions)[:3] if fraction < _EXPECTED)
+        rows.append((entry.name, f"{entry.overall:.1%}", *overall, worst))
+        remarks += [
+            f"{entry.name}: {what} has {key.checkpoint_dims} dimensions there and {key.dims} here; compared are the "
+            f"first {len(key.names)}"
+            for what, key in keys.items()
+            if key.dims != key.checkpoint_dims
+        ]
+    _print(f"fraction inside [q01, q99] of {address}:")
+    kinds = {"robot": "name", "all": "number", "state": "number", "actions": "number", "farthest outside": "text"}
+    _print_table(kinds, rows)
+    _print(*remarks)
+
+
+def _print(*lines: str) -> None:
+    for line in lines:
+        print(line)
+
+
+def _print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under columns, given as title and kind."""
+    from rich.console import Console
+
+    from torchpi.ui.tables import Column, Table
+
+    Console(highlight=False).print(Table([Column(title, kind) for title, kind in columns.items()], rows).to_rich())
