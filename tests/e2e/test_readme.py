@@ -1,4 +1,4 @@
-"""What the README says can be typed works."""
+"""The README's commands and code run, and its tree is complete."""
 
 import pathlib
 import re
@@ -26,11 +26,11 @@ def in_simulation(line: str) -> bool:
 
 
 def of_the_guide(line: str) -> bool:
-    """Those of "Training", which are the guide's, and are run as such."""
+    """A command of "Training", which is the guide's and runs there."""
     return bool(re.search(r"my_(test_)?set", line))
 
 
-def test_there_are_commands_and_blocks():
+def test_readme_has_every_command_and_four_blocks():
     assert len(COMMAND_LINES) >= 6
     first_words = [shlex.split(line, comments=True)[0] for line in COMMAND_LINES]
     assert set(first_words) == {command.split()[0] for command in COMMANDS}
@@ -40,7 +40,7 @@ def test_there_are_commands_and_blocks():
 # In so few episodes the gripper stays open.
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
 @pytest.mark.slow
-def test_commands_of_the_simulator(tmp_path, monkeypatch, capsys):
+def test_simulator_commands_run(tmp_path, monkeypatch, capsys):
     """One after the other, on a small setting: later ones read what earlier ones wrote."""
     monkeypatch.chdir(tmp_path)
     for line in filter(in_simulation, COMMAND_LINES):
@@ -52,7 +52,7 @@ def test_commands_of_the_simulator(tmp_path, monkeypatch, capsys):
         assert any(pathlib.Path(folder).iterdir())
 
 
-def test_commands_of_the_guide():
+def test_training_commands_are_those_of_the_guide():
     guide = (ROOT / "docs" / "fine_tune.md").read_text(encoding="utf-8")
     lines = [line for line in COMMAND_LINES if of_the_guide(line)]
     assert [line.split()[0] for line in lines] == ["stats", "train", "eval"]
@@ -65,7 +65,7 @@ def test_commands_of_the_guide():
 
 
 @pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not in_simulation(line) and not of_the_guide(line)])
-def test_commands(line, tmp_path, monkeypatch, capsys):
+def test_command_runs(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("observation.npz", **demo_observation())
     arguments = shlex.split(line, comments=True)
@@ -80,22 +80,30 @@ def test_commands(line, tmp_path, monkeypatch, capsys):
 
 
 SPECIAL = ("paligemma_tokenizer", "ControlLoop")
-"""Blocks that need what is not there: published weights; a server and a robot."""
+"""Blocks that need published weights, or a server and a robot."""
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON_BLOCKS if not any(word in block for word in SPECIAL)])
-def test_python(block, tmp_path, monkeypatch):
+def test_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
 
 
-def test_the_control_loop_block(capsys):
-    """With the embedded policy behind a server and a robot that only looks; a busy machine may take its time."""
+def test_control_loop_block_controls_a_robot(capsys):
+    """With the embedded policy behind a server and a robot that only observes.
+
+    The control loop runs at 2 Hz, so that a chunk lasts 8 s and arrives in time on a busy machine, too.
+    """
     (block,) = (block for block in PYTHON_BLOCKS if "ControlLoop" in block)
     observation, commands = demo_observation(), []
     robot = types.SimpleNamespace(observe=lambda: observation, act=commands.append)
     with running_server({"demo": lambda: torchpi.load_policy("demo")}, ServeSettings(port=0)) as (address, _):
-        for old, new in (("ws://127.0.0.1:8000", address), ("seconds=60", "steps=20"), ("timeout=1.0", "timeout=60.0")):
+        for old, new in (
+            ("ws://127.0.0.1:8000", address),
+            ("seconds=60", "steps=4"),
+            ("timeout=1.0", "timeout=60.0"),
+            ('mode="rtc"', 'mode="rtc", control_hz=2, resample="as_is"'),
+        ):
             assert block.count(old) == 1
             block = block.replace(old, new)
         exec(compile(block, "README.md", "exec"), {"robot": robot})
@@ -104,7 +112,7 @@ def test_the_control_loop_block(capsys):
     assert "chunks" in capsys.readouterr().out
 
 
-def test_the_published_checkpoints_block(golden_root, tmp_path, monkeypatch):
+def test_published_checkpoints_block_names_existing_presets(golden_root, tmp_path, monkeypatch):
     """Its names are right: preset, embodiment, and arguments; a small checkpoint contradicts the preset's sizes."""
     (block,) = (block for block in PYTHON_BLOCKS if "paligemma_tokenizer" in block)
     monkeypatch.chdir(tmp_path)
@@ -115,7 +123,7 @@ def test_the_published_checkpoints_block(golden_root, tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
 
 
-def test_the_tree_names_what_is_there():
+def test_tree_names_every_module():
     package = ROOT / "src" / "torchpi"
     tree = README[README.index("## The tree") : README.index("## Commands")]
     for path in package.rglob("*.py"):
