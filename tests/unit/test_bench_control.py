@@ -93,7 +93,7 @@ def test_rtc_sends_rest_of_chunk_and_delay(policy):
     # The first two are the loop's warm-up, of which the second has a prefix.
     first, second, *_ = policy.requests[2:]
     assert first is None
-    assert (second.delay, second.execution_horizon, second.how) == (3, STEPS, "guidance")
+    assert (second.delay, second.execution_horizon, second.method) == (3, STEPS, "guidance")
     assert second.actions.shape == (HORIZON - STEPS, 4)
 
 
@@ -118,7 +118,7 @@ def test_rtc_trained_runs_only_up_to_the_trained_delay(policy):
         ("rtc-trained", 2),
     ]
     assert benchmark.left_out == ("rtc-trained at delays 4: trained for at most 2",)
-    assert policy.requests[-1].how == "trained"
+    assert policy.requests[-1].method == "trained"
 
 
 @pytest.mark.parametrize(
