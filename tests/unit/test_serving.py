@@ -210,7 +210,7 @@ def test_a_real_policys_batch_has_the_answers_of_single_requests():
     observations = [
         {**example, "state": rng.uniform(-0.1, 0.1, 4), "prompt": "open the drawer" + " now" * i} for i in range(3)
     ]
-    scheduler = Scheduler({"p": lambda: policy}, num_steps=2, max_batch=3, max_queue=3, metrics=Metrics())
+    scheduler = Scheduler({"p": lambda: policy}, ServeSettings(num_steps=2, max_batch=3), Metrics())
 
     async def answered():
         requests = [Request("p", each, noise[i], 2) for i, each in enumerate(observations)]

@@ -133,6 +133,6 @@ def test_options_of_usual_size_arrive():
     noise = np.linspace(-1e6, 1e6, H * A).reshape(H, A)
     _, options = read({"torchpi/noise": noise.astype(">f8"), "torchpi/rtc": PREFIX})
     np.testing.assert_array_equal(options.noise, noise.astype(np.float32))
-    np.testing.assert_array_equal(options.prefix.actions, PREFIX["action_prefix"])
+    np.testing.assert_array_equal(options.previous.actions, PREFIX["action_prefix"])
     # Not a number that any model reads: a client's way to say that it waits for ever.
     assert read({"torchpi/deadline": 1e300})[1].deadline == 1e300

@@ -164,9 +164,9 @@ class Connection:
             observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=settings.max_message_bytes)
         noise = noise if options.noise is None else options.noise
         num_steps = options.num_steps or settings.num_steps
-        self._state.dashboard.asked(robot, options.prefix, time.monotonic())
+        self._state.dashboard.asked(robot, options.previous, time.monotonic())
         deadline = min(settings.deadline, options.deadline or settings.deadline)
-        request = Request(self._policy, observation, noise, num_steps, options.prefix)
+        request = Request(self._policy, observation, noise, num_steps, options.previous)
         return observation, await self._wait_for(request, deadline)
 
     async def _wait_for(self, request: Request, deadline: float) -> Answer:

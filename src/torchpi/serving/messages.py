@@ -26,8 +26,7 @@ from torchpi.serving.settings import MAX_NUM_STEPS
 from torchpi.types import PreviousChunk
 from torchpi_client import pack, unpack
 from torchpi_client.images import decode_images
-from torchpi_client.protocol import JPEG, RTC
-from torchpi_client.protocol import ActionPrefix as SentPrefix
+from torchpi_client.protocol import JPEG, RTC, ActionPrefix
 
 OPTION_PREFIX = "torchpi/"
 OPTIONS = ("torchpi/noise", "torchpi/num_steps", "torchpi/deadline", RTC)
@@ -70,7 +69,7 @@ class RequestOptions:
     noise: np.ndarray | None = None
     num_steps: int | None = None
     deadline: float | None = None
-    prefix: PreviousChunk | None = None
+    previous: PreviousChunk | None = None
 
 
 def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
@@ -88,11 +87,10 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
     try:
         if not isinstance(content, dict):
             raise ServingError(f"A request is a map with the robot's keys; found a {type(content).__name__}.")
-        _check_nesting(content, "the observation", MAX_DEPTH)
-        for where, value in _leaves(content, "the observation"):
+        for where, value in _leaves(content):
             _check_leaf(value, where)
         observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
-        for where, value in _leaves(observation, "the observation"):
+        for where, value in _leaves(observation):  # options have limits of their own
             _check_float32(value, where)
         return observation, _options(content, noise_shape)
     except ValueError as error:
@@ -121,8 +119,8 @@ def answer_frame(chunk: Mapping[str, Any], server_timing: dict[str, float]) -> b
     return pack({**chunk, "server_timing": server_timing})
 
 
-def _check_nesting(value: Any, where: str, depth: int) -> None:
-    """Refuse deep nesting and keys that are not text."""
+def _leaves(value: Any, where: str = "the observation", depth: int = MAX_DEPTH) -> Iterator[tuple[str, Any]]:
+    """The key of every value that is no map or list, and the value; JPEGs are left to their decoder."""
     if isinstance(value, dict | list) and depth == 0:
         raise ServingError(f"{where} is nested more than {MAX_DEPTH} deep.")
     if isinstance(value, dict):
@@ -130,21 +128,10 @@ def _check_nesting(value: Any, where: str, depth: int) -> None:
             if not isinstance(key, str):
                 raise ServingError(f"{where} has the key {key!r:.80}; expected text.")
             if key != JPEG:
-                _check_nesting(item, key[:80], depth - 1)
+                yield from _leaves(item, key[:80], depth - 1)
     elif isinstance(value, list):
         for item in value:
-            _check_nesting(item, where, depth - 1)
-
-
-def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:
-    """The key of every value that is no map or list, and the value; JPEGs are left to their decoder."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            if key != JPEG:
-                yield from _leaves(item, key[:80])
-    elif isinstance(value, list):
-        for item in value:
-            yield from _leaves(item, where)
+            yield from _leaves(item, where, depth - 1)
     else:
         yield where, value
 
@@ -191,12 +178,12 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> Reques
         raise ServingError(
             f"The request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}."
         )
-    noise, num_steps, deadline, prefix = (content.get(name) for name in OPTIONS)
+    noise, num_steps, deadline, previous = (content.get(name) for name in OPTIONS)
     return RequestOptions(
         noise=None if noise is None else _noise(noise, noise_shape),
         num_steps=None if num_steps is None else _num_steps(num_steps),
         deadline=None if deadline is None else _deadline(deadline),
-        prefix=None if prefix is None else _prefix(prefix, noise_shape[0]),
+        previous=None if previous is None else _previous(previous, noise_shape[0]),
     )
 
 
@@ -223,12 +210,12 @@ def _deadline(value: Any) -> float:
     return float(value)
 
 
-def _prefix(value: Any, horizon: int) -> PreviousChunk:
-    sent = SentPrefix.from_wire(value)
+def _previous(value: Any, horizon: int) -> PreviousChunk:
+    sent = ActionPrefix.from_wire(value)
     _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
-    prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
-    prefix.steps_executed(horizon)
-    return prefix
+    previous = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
+    previous.steps_executed(horizon)  # raises
+    return previous
 
 
 def _check_magnitude(array: np.ndarray, where: str, limit: float, reason: str) -> None:

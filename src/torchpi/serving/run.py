@@ -100,22 +100,20 @@ async def _serve(
     loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, recorder: Recorder | None
 ) -> bool:
     """Serve until a signal; False: the model's thread has not ended."""
-    stop = asyncio.Event()
+    server = PolicyServer(loaders, settings, recorder=recorder)
     loop = asyncio.get_running_loop()
 
-    def stop_once(signum: int) -> None:
+    def stop(signum: int) -> None:
         _log.info("%s: answering what has been received; once more ends at once", signal.Signals(signum).name)
-        stop.set()
+        server.stop()
         for each in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(each)  # the second one acts as if there were no handler
-
-    for each in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(each, stop_once, each)
 
     def listening(address: str) -> None:
         dashboard = f"http{address.removeprefix('ws')}"
         _log.info("listening at %s, warming up; dashboard at %s", address, dashboard)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(each, stop, each)
 
-    server = PolicyServer(loaders, settings, recorder=recorder)
-    await server.run(stop, listening)
+    await server.run(listening)
     return server.scheduler.join(1.0)

@@ -13,13 +13,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
+from torchpi.serving.settings import ServeSettings
 from torchpi.types import ActionChunk, PreviousChunk
 
 _log = logging.getLogger(__name__)
@@ -33,24 +34,13 @@ class ServedPolicy(Protocol):
     embodiment: Any
 
     @property
-    def metadata(self) -> dict[str, Any]:
-        """Facts for clients."""
+    def metadata(self) -> dict[str, Any]: ...
 
-    def example_observation(self) -> dict[str, Any]:
-        """A valid request."""
+    def example_observation(self) -> dict[str, Any]: ...
 
-    def prepare(self, observation: Mapping[str, Any]) -> Any:
-        """Raise a KeyError or ValueError if an observation is wrong."""
+    def prepare(self, observation: Mapping[str, Any]) -> Any: ...
 
-    def infer_batch(
-        self,
-        observations: Sequence[Mapping[str, Any]],
-        *,
-        noise: np.ndarray,
-        num_steps: int,
-        prefixes: Sequence[PreviousChunk | None] | None = None,
-    ) -> list[ActionChunk]:
-        """One chunk per observation, independent of each other; noise [B, H, action_dim]."""
+    def infer_batch(self, *args: Any, **kwargs: Any) -> list[ActionChunk]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +55,14 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One observation for the model; created in the event loop, where its answer arrives."""
+    """One observation for the policy of this name; created in the event loop, where its answer arrives."""
 
     policy: str
-    """The policy's name."""
     observation: dict[str, Any]
     noise: np.ndarray
     """[H, action_dim]."""
     num_steps: int
-    prefix: PreviousChunk | None = None
+    previous: PreviousChunk | None = None
     """For real-time chunking."""
     answer: "asyncio.Future[Answer]" = dataclasses.field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -83,8 +72,8 @@ class Request:
 
     @property
     def kind(self) -> tuple[str, int, bool]:
-        """Common to the requests of one forward pass; guidance by a prefix takes longer, for all of them."""
-        return self.policy, self.num_steps, self.prefix is not None
+        """Common to the requests of one forward pass; guidance by a previous chunk takes longer, for all of them."""
+        return self.policy, self.num_steps, self.previous is not None
 
     def settle(self, result: Answer | RequestError) -> None:
         """Set the answer, in the event loop's thread; an answer that is set already stays."""
@@ -105,23 +94,9 @@ class Scheduler:
     """Loads policies, warms them up, and answers requests, all in one thread of its own."""
 
     def __init__(
-        self,
-        load: Mapping[str, Callable[[], ServedPolicy]],
-        *,
-        num_steps: int,
-        max_batch: int,
-        max_queue: int,
-        metrics: Metrics,
+        self, load: Mapping[str, Callable[[], ServedPolicy]], settings: ServeSettings, metrics: Metrics
     ) -> None:
-        """
-        Args:
-            load: a function per name that returns the policy; called in the thread.
-            num_steps: Euler steps of the warm-up.
-            max_batch: requests in one forward pass.
-            max_queue: requests that may wait.
-        """
-        self._load, self._num_steps, self._metrics = dict(load), num_steps, metrics
-        self._max_batch, self._max_queue = max_batch, max_queue
+        self._load, self._settings, self._metrics = dict(load), settings, metrics
         self._policies: dict[str, ServedPolicy] = {}
         self._waiting: list[Request] = []
         self._lock = threading.Lock()
@@ -148,7 +123,7 @@ class Scheduler:
         with self._lock:
             if self._closed:
                 raise RequestError("shutting_down", "The server is shutting down; connect again later.")
-            if (num_waiting := len(self._waiting)) >= self._max_queue:
+            if (num_waiting := len(self._waiting)) >= self._settings.max_queue:
                 raise RequestError(
                     "queue_full", f"{num_waiting} requests are waiting for the model already; try again later."
                 )
@@ -191,10 +166,10 @@ class Scheduler:
     def _warm_up(self, name: str) -> None:
         """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
         policy = self._policies[name]
-        for size in sorted({1, self._max_batch}):
+        for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
             noise = np.zeros((size, *noise_shape(policy)), np.float32)
-            policy.infer_batch([policy.example_observation()] * size, noise=noise, num_steps=self._num_steps)
+            policy.infer_batch([policy.example_observation()] * size, noise=noise, num_steps=self._settings.num_steps)
             _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
 
     def _next_batch(self) -> list[Request]:
@@ -203,7 +178,7 @@ class Scheduler:
             with self._lock:
                 if self._waiting:
                     kind = self._waiting[0].kind
-                    batch = [request for request in self._waiting if request.kind == kind][: self._max_batch]
+                    batch = [request for request in self._waiting if request.kind == kind][: self._settings.max_batch]
                     self._waiting = [request for request in self._waiting if request not in batch]
                     return batch
                 if self._closed:
@@ -219,7 +194,7 @@ class Scheduler:
                 [request.observation for request in batch],
                 noise=np.stack([request.noise for request in batch]),
                 num_steps=batch[0].num_steps,
-                prefixes=[request.prefix for request in batch],
+                prefixes=[request.previous for request in batch],
             )
             assert len(chunks) == len(batch)
         except Exception as error:
@@ -247,8 +222,8 @@ def _failure(policy: ServedPolicy, request: Request, error: Exception) -> Reques
     """The error for the client: its own mistakes in full, of the server's only that there was one."""
     if isinstance(error, KeyError | ValueError):
         try:
-            prefix = {} if request.prefix is None else {"actions": request.prefix.actions}
-            policy.prepare({**request.observation, **prefix})
+            previous = {} if request.previous is None else {"actions": request.previous.actions}
+            policy.prepare({**request.observation, **previous})
         except (KeyError, ValueError) as mistake:
             return RequestError("bad_observation", str(mistake))
     _log.error("policy %s failed on a request", request.policy, exc_info=error)

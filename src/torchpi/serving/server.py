@@ -10,7 +10,6 @@ import errno
 import itertools
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -40,33 +39,28 @@ class PolicyServer:
         *,
         recorder: Recorder | None = None,
     ) -> None:
-        """Within a running event loop.
-
+        """
         Args:
             load: a function per name that returns the policy; called in the model's thread, while connections are
                 accepted.
             recorder: keeps requests and answers; it is closed by its owner.
         """
         metrics = recorder.metrics if recorder else Metrics()
-        self.scheduler = Scheduler(
-            load,
-            num_steps=settings.num_steps,
-            max_batch=settings.max_batch,
-            max_queue=settings.max_queue,
-            metrics=metrics,
-        )
+        self.scheduler = Scheduler(load, settings, metrics)
         self._state = ServerState(settings, list(load), metrics, self.scheduler, recorder)
-        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._numbers = itertools.count()
+        self._stopped = asyncio.Event()
 
-    async def run(self, stop: asyncio.Event, listening: Callable[[str], None] = lambda address: None) -> None:
-        """Serve until `stop` is set; then answer the requests that were received, and close.
+    async def run(self, listening: Callable[[str], None] = lambda address: None) -> None:
+        """Serve until `stop` is called; then answer the requests that were received, and close.
 
         Args:
             listening: is called with the address, ws://HOST:PORT, as soon as connections are accepted.
         """
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
         server = await self._listen()
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(self._stopped.wait())
         try:
             host, port = next(iter(server.sockets)).getsockname()[:2]
             listening(f"ws://{f'[{host}]' if ':' in host else host}:{port}")
@@ -81,7 +75,12 @@ class PolicyServer:
             await stopped
         finally:
             stopped.cancel()
-            await self._stop(server)
+            await self._close(server)
+
+    def stop(self) -> None:
+        """End `run`, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended already
+            self._loop.call_soon_threadsafe(self._stopped.set)
 
     async def _listen(self) -> Server:
         """Accept connections from now on."""
@@ -118,7 +117,7 @@ class PolicyServer:
         connection = Connection(websocket, self._state, number=next(self._numbers), policy=policy)
         await connection.run(self._ready)
 
-    async def _stop(self, server: Server) -> None:
+    async def _close(self, server: Server) -> None:
         """Refuse connections, answer the requests that were received within the grace period, and close."""
         state = self._state
         state.stopping = True
@@ -159,32 +158,17 @@ def running_server(
 
     It listens from the beginning on, but its policies may not be warm yet. It is stopped when the block ends.
     """
-    started: concurrent.futures.Future[tuple[str, PolicyServer, asyncio.AbstractEventLoop, asyncio.Event]]
-    started = concurrent.futures.Future()
-    ended: concurrent.futures.Future[None] = concurrent.futures.Future()
-
-    async def run() -> None:
-        stop = asyncio.Event()
-        server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder)
-        loop = asyncio.get_running_loop()
-        await server.run(stop, lambda address: started.set_result((address, server, loop, stop)))
-
-    def run_in_thread() -> None:
+    server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder)
+    started: concurrent.futures.Future[str] = concurrent.futures.Future()
+    with concurrent.futures.ThreadPoolExecutor(1, "torchpi-server") as thread:
+        ended = thread.submit(asyncio.run, server.run(started.set_result))
+        first: list[concurrent.futures.Future[Any]] = [started, ended]
+        concurrent.futures.wait(first, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not started.done():
+            ended.result()  # raises
         try:
-            asyncio.run(run())
-        except BaseException as error:
-            ended.set_exception(error)
-            if not started.done():
-                started.set_exception(error)
-        else:
-            ended.set_result(None)
-
-    threading.Thread(target=run_in_thread, name="torchpi-server", daemon=True).start()
-    address, server, loop, stop = started.result()
-    try:
-        yield address, server
-    finally:
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
-            loop.call_soon_threadsafe(stop.set)
-        ended.result()
-        server.scheduler.join(1.0)
+            yield started.result(), server
+        finally:
+            server.stop()
+            ended.result()
+            server.scheduler.join(1.0)
