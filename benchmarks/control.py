@@ -156,11 +156,11 @@ def bench_control(
     start = time.perf_counter()
     loaded = load_policy(policy, device="cpu") if isinstance(policy, str) else policy
     check_tasks(env, tasks)
-    max_given = int(loaded.metadata.get(MAX_GIVEN, 0))
-    modes = list(modes) if modes is not None else [mode for mode in MODES if mode != TRAINED or max_given]
-    _check(modes, delays, episodes, max_given)
+    max_prefix = int(loaded.metadata.get(MAX_GIVEN, 0))
+    modes = list(modes) if modes is not None else [mode for mode in MODES if mode != TRAINED or max_prefix]
+    _check(modes, delays, episodes, max_prefix)
     rollout = checked_rollout(loaded, env, Rollout(execute_steps=execute_steps))
-    runs = [(mode, delay) for mode in modes for delay in delays if mode != TRAINED or delay <= max_given]
+    runs = [(mode, delay) for mode in modes for delay in delays if mode != TRAINED or delay <= max_prefix]
     jobs = [Job(*run, task, index) for task in tasks for run in runs for index in range(episodes)]
     workers = _num_workers(policy, loaded, workers, len(jobs))
     make_work = partial(Episodes, policy if workers > 1 else loaded, env, seed, rollout.execute_steps, late)
@@ -169,7 +169,7 @@ def bench_control(
         for number, outcome in run_jobs(make_work, jobs, workers=workers, label=Job.label):
             outcomes[jobs[number].mode, jobs[number].delay].append(outcome)
             advance(f"{jobs[number].mode} at delay {jobs[number].delay}")
-    too_long = [str(delay) for delay in delays if delay > max_given]
+    too_long = [str(delay) for delay in delays if delay > max_prefix]
     return ControlBenchmark(
         policy=policy if isinstance(policy, str) else type(policy).__name__,
         env=env,
@@ -180,14 +180,14 @@ def bench_control(
         execute_steps=rollout.execute_steps,
         late=late,
         results=tuple(_result(*run, found, loaded) for run, found in outcomes.items()),
-        left_out=(f"{TRAINED} at delays {', '.join(too_long)}: trained for at most {max_given}",)
+        left_out=(f"{TRAINED} at delays {', '.join(too_long)}: trained for at most {max_prefix}",)
         if too_long and TRAINED in modes
         else (),
         seconds=time.perf_counter() - start,
     )
 
 
-def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_given: int) -> None:
+def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_prefix: int) -> None:
     if unknown := [mode for mode in modes if mode not in MODES]:
         raise UsageError(f"There is no mode {', '.join(unknown)}; there are {', '.join(MODES)}.")
     if not modes or len(set(modes)) < len(modes):
@@ -196,9 +196,9 @@ def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_given
         raise UsageError(f"Expected delays of 0 or more steps, each once, got {', '.join(map(str, delays)) or 'none'}.")
     if episodes < 1:
         raise UsageError(f"Expected at least one episode per task, got {episodes}.")
-    if TRAINED in modes and not max_given:
+    if TRAINED in modes and not max_prefix:
         raise UsageError(
-            f"Mode {TRAINED} needs a policy that was trained to go on from given actions (max_given of a training); "
+            f"Mode {TRAINED} needs a policy that was trained with an action prefix (max_action_prefix of a training); "
             f"this one's metadata have no {MAX_GIVEN}. Use rtc."
         )
 

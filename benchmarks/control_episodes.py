@@ -62,25 +62,25 @@ class DelayedPolicy:
         *,
         delay: int,
         noise: Callable[[int], np.ndarray],
-        how: Literal["trained", "guidance"] | None = None,
+        method: Literal["trained", "guidance"] | None = None,
     ) -> None:
         """A policy behind a delay.
 
         Args:
             delay: in control steps.
             noise: the number of a chunk to the noise [H, action_dim] that it begins from.
-            how: it goes on from the old chunk, see `PreviousChunk.method`.
+            method: of continuing the old chunk, see `PreviousChunk.method`.
         """
-        self._policy, self._clock, self._delay, self._noise, self._how = policy, clock, delay, noise, how
+        self._policy, self._clock, self._delay, self._noise, self._method = policy, clock, delay, noise, method
         self.metadata = {**policy.metadata, RTC: True}
         self._chunks = 0
         self._answer: Answer | None = None
 
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
-        """A chunk that goes on from the rest that the loop sent along, where it did."""
+        """A chunk that continues the rest of the old one, where the loop sent it along."""
         observation = dict(observation)
         sent = SentPrefix.from_wire(observation.pop(RTC)) if RTC in observation else None
-        prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon, self._how) if sent else None
+        prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon, self._method) if sent else None
         noise = self._noise(self._chunks)
         self._chunks += 1
         return dict(self._policy.infer_batch([observation], noise=noise[None], prefixes=[prefix])[0])
@@ -138,7 +138,7 @@ class SimulatedRobot:
 
 
 class _WatchedSchedule:
-    """The loop's schedule, with notes of how it goes from chunk to chunk."""
+    """The loop's schedule, with notes of the borders of chunks."""
 
     def __init__(self, schedule: ActionQueue | Ensemble) -> None:
         self._schedule = schedule
@@ -260,10 +260,10 @@ class Episodes:
         """Run one episode."""
         environment = self._latest.of(job.task)
         environment.reset(environment_seed("eval", self._seed, job.task, job.index))
-        mode, how = MODES[job.mode]
+        mode, method = MODES[job.mode]
         clock = VirtualClock()
         noise = episode_noise(self._seed, job.task, job.index, _noise_shape(self._policy))
-        policy = DelayedPolicy(self._policy, clock, delay=job.delay, noise=noise, how=how)
+        policy = DelayedPolicy(self._policy, clock, delay=job.delay, noise=noise, method=method)
         settings = ControlSettings(
             mode=mode,
             execute_steps=None if mode == "ensemble" else self._execute_steps,
