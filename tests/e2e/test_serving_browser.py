@@ -92,7 +92,7 @@ def test_a_browser_shows_robots_their_frames_and_their_chunks(server, tmp_path):
         assert f"/{policy}<" in robot
         assert re.findall(r'<img alt="camera (\w+)" src="blob:', robot) == ["base", "wrist"]
         assert re.findall(r'aria-label="(\w+)"><', robot) == ["delta_x", "delta_y", "delta_z", "gripper"]
-        assert re.search(r"\d+ of 16 actions executed, (as the robot says|estimated from the time at 80 Hz)", robot)
+        assert re.search(r"\d+ of 16 actions executed, (reported by the robot|estimated from the time at 80 Hz)", robot)
         assert robot.count('<rect class="infer"') >= 1
     assert "robots connected" in page
     assert TOKEN not in page

@@ -45,8 +45,8 @@ def answer(seconds=0.1, chunk=None):
     return Answer({"actions": actions, "policy_timing": {}}, seconds, 2 * seconds, 1)
 
 
-def asked_and_answered(dashboard, robot, at, until, prefix=None):
-    dashboard.asked(robot, prefix, at)
+def asked_and_answered(dashboard, robot, at, until, previous=None):
+    dashboard.asked(robot, previous, at)
     dashboard.answered(robot, observation(), answer(), until)
 
 
@@ -71,7 +71,7 @@ def test_each_robot_with_what_it_sees_and_was_answered():
         assert other["answered"]["prompt"] == "go"  # the policy's own
         assert one["answered"]["state"] == [{"name": "x", "value": 5.0}, {"name": "y", "value": 2.0}]
         assert one["answered"]["cameras"] == [{"name": "base_0_rgb", "key": "camera", "sent": True}]
-        assert one["answered"]["executed"]["how"] == "estimated"
+        assert one["answered"]["executed"]["source"] == "estimated"
         [second_of_requests] = one["timeline"]
         assert second_of_requests["requests"] == 1
         dimensions = json.loads(read(url, f"/chunk/{one['number']}.json")[2])["dimensions"]
@@ -127,7 +127,7 @@ def test_the_robot_says_how_much_it_has_executed():
         client.send({**observation(), "torchpi/rtc": {"action_prefix": rest, "delay": 1, "execution_horizon": 3}})
         policy.wait_until_begun()
         [robot] = summary(url)["robots"]
-        assert robot["answered"]["executed"] == {"steps": 3, "how": "reported"}
+        assert robot["answered"]["executed"] == {"steps": 3, "source": "reported"}
         assert robot["waits_seconds"] >= 0
         policy.release()
         client.receive()
@@ -194,15 +194,15 @@ def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
     # 10 Hz, 4 actions, from the answer on
     assert [robot.executed(10.5 + after)["steps"] for after in (0.0, 0.15, 0.25, 99.0)] == [0, 1, 2, H]
     dashboard.asked(robot, None, 10.75)
-    assert robot.executed(99.0) == {"steps": 2, "how": "estimated"}  # it may wait for its answer
+    assert robot.executed(99.0) == {"steps": 2, "source": "estimated"}  # it may wait for its answer
     dashboard.leave(robot, 10.7)
     assert robot.executed(99.0)["steps"] == 1
 
 
 def test_of_a_chunk_that_continues_another_the_steps_begin_at_its_request(dashboard, robot):
-    prefix = PreviousChunk(np.ones((2, 2), np.float32), 1, 2)
-    asked_and_answered(dashboard, robot, at=10.0, until=10.15, prefix=prefix)
-    assert robot.executed(10.15) == {"steps": 1, "how": "estimated"}
+    previous = PreviousChunk(np.ones((2, 2), np.float32), 1, 2)
+    asked_and_answered(dashboard, robot, at=10.0, until=10.15, previous=previous)
+    assert robot.executed(10.15) == {"steps": 1, "source": "estimated"}
 
 
 def test_without_a_control_rate_nothing_is_said(dashboard):

@@ -1,5 +1,5 @@
 "use strict";
-// Asks the server what the robots do, and shows it. What comes from clients becomes text or numbers, never HTML.
+// Polls the server for the state of the robots and shows it. Data of clients becomes text or numbers, never HTML.
 
 const PAUSE_MS = 400, SECONDS = 60;
 const SVG = "http://www.w3.org/2000/svg";
@@ -73,12 +73,12 @@ const key = (...entries) => el("p", { class: "key" },
   ...entries.map(([css, shape, text]) => el("span", {}, el("i", { class: `${css} ${shape}` }), text)));
 const latencyKey = () => key(["prefix", "", "inference"], ["suffix", "", "queue"], ["plain", "line", "slowest request"]);
 
-// One dimension of a chunk over its steps; the first `executed` of them are done, null: nobody knows.
+// One dimension of a chunk over its steps; the first `executed` of them are done, null: unknown.
 function jointPlot({ name, unit, span: trained, values }, executed) {
   const width = 200, height = 70, left = 50, right = width - 5, top = 7, bottom = height - 7;
   const known = values.filter((value) => value !== null);
   const low = Math.min(...known), high = Math.max(...known);
-  // Neither rounding nor the trembling of a joint at rest shall look like motion.
+  // Neither rounding nor the jitter of a joint at rest shall look like motion.
   const span = Math.max(high - low, 0.01 * Math.max(Math.abs(low), Math.abs(high)), 0.1 * (trained ?? 0));
   const x = (i) => left + ((right - left) * i) / Math.max(1, values.length - 1);
   const y = (value) => (top + bottom) / 2 - (span > 0 ? ((bottom - top) * (value - (low + high) / 2)) / span : 0);
@@ -99,8 +99,8 @@ function jointPlot({ name, unit, span: trained, values }, executed) {
     plot.append(svg("text", at(high), short(high)));
     if (y(low) - y(high) > 12) plot.append(svg("text", at(low), short(low)));
   }
-  const caption = el("figcaption", {}, el("span", {}, ...breakable(name)), el("small", {}, short(values[at])));
-  if (unit) caption.title = unit;
+  const value = unit ? `${short(values[at])} ${unit}` : short(values[at]);
+  const caption = el("figcaption", {}, el("span", {}, ...breakable(name)), el("small", {}, value));
   return el("figure", {}, caption, plot);
 }
 
@@ -114,7 +114,7 @@ const watcher = new IntersectionObserver((entries) => {
 function cardOf(robot) {
   if (cards.has(robot.number)) return cards.get(robot.number);
   const part = {};
-  for (const name of ["header", "error", "prompt", "cameras", "state", "latency", "said", "joints"]) part[name] = el("div");
+  for (const name of ["header", "error", "prompt", "cameras", "state", "latency", "executed", "joints"]) part[name] = el("div");
   part.header = el("header");
   part.error.className = "error";
   part.prompt.className = "prompt";
@@ -124,7 +124,7 @@ function cardOf(robot) {
   part.joints.className = "multiples";
   part.body = el("div", { class: "body", hidden: "" },
     el("div", {}, part.cameras, el("h4", {}, "State"), part.state),
-    el("div", {}, el("h4", {}, "Action chunk"), part.said, part.joints, el("h4", {}, "Latency"), part.latency));
+    el("div", {}, el("h4", {}, "Action chunk"), part.executed, part.joints, el("h4", {}, "Latency"), part.latency));
   const card = { root: el("article", { class: "panel robot", id: `robot-${robot.number}` }, part.header, part.error, part.prompt, part.body),
     part, figures: new Map(), chunk: null, shown: 0 };
   watcher.observe(card.root);
@@ -142,15 +142,15 @@ function dropCard(number) {
 }
 
 function statusOf(robot) {
-  if (robot.left) return "has left";
-  if (robot.waits_seconds !== null) return `waits for its answer since ${seconds(robot.waits_seconds)}`;
-  return robot.answered ? `answered ${seconds(robot.answered.seconds_ago)} ago` : "has not asked yet";
+  if (robot.left) return "left";
+  if (robot.waits_seconds !== null) return `waiting for an answer for ${seconds(robot.waits_seconds)}`;
+  return robot.answered ? `answered ${seconds(robot.answered.seconds_ago)} ago` : "no request yet";
 }
 
 function executedText({ executed, horizon, control_hz }) {
-  if (executed === null) return `${horizon} actions; how many are executed is not known without a control rate`;
-  return executed.how === "reported"
-    ? `${executed.steps} of ${horizon} actions executed, as the robot says`
+  if (executed === null) return `${horizon} actions; the number of executed ones is unknown without a control rate`;
+  return executed.source === "reported"
+    ? `${executed.steps} of ${horizon} actions executed, reported by the robot`
     : `about ${executed.steps} of ${horizon} actions executed, estimated from the time at ${short(control_hz)} Hz`;
 }
 
@@ -171,7 +171,7 @@ function drawCard(card, robot) {
     el("div", {}, el("span", {}, ...breakable(name)), short(value))));
   part.latency.replaceChildren(latencyPlot(robot.timeline, isWide() ? 720 : 360, 110));
   if (card.chunk === null) return;
-  part.said.replaceChildren(el("p", { class: "executed" }, executedText(answered)),
+  part.executed.replaceChildren(el("p", { class: "executed" }, executedText(answered)),
     key(["prefix", "line", "executed"], ["suffix", "line dash", "predicted"]));
   part.joints.replaceChildren(...card.chunk.dimensions.map((dimension) =>
     jointPlot(dimension, answered.executed && answered.executed.steps)));
@@ -214,7 +214,7 @@ function drawServer(server) {
   const facts = [
     [server.connections, server.connections === 1 ? "robot connected" : "robots connected"],
     [rate(server.requests_per_second), "requests answered"],
-    [`${server.waiting} of ${server.max_queue}`, "wait for the model"],
+    [`${server.waiting} of ${server.max_queue}`, "waiting for the model"],
     [mean("queue_ms"), "in the queue, mean of 10 s"],
     [mean("infer_ms"), "inference, mean of 10 s"],
   ];
@@ -243,7 +243,7 @@ function note(text, bad) {
   byId("note").classList.toggle("bad", bad);
 }
 
-async function look() {
+async function refresh() {
   const server = await (await ask("dashboard.json")).json();
   drawServer(server);
   for (const number of [...cards.keys()]) if (!server.robots.some((robot) => robot.number === number)) dropCard(number);
@@ -253,7 +253,7 @@ async function look() {
   // A robot that leaves in between is no failure of the page.
   await Promise.all(shown.map(([card, robot]) => readAnswer(card, robot).catch((error) => { if (error.status !== 404) throw error; })));
   for (const [card, robot] of shown) drawCard(card, robot);
-  note(server.ready ? "" : "the policies are being loaded and warmed up, or the server stops", false);
+  note(server.ready ? "" : "the policies are being loaded and warmed up, or the server is stopping", false);
 }
 
 let running = false;
@@ -262,7 +262,7 @@ async function run() {
   running = true;
   while (!document.hidden) {
     try {
-      await look();
+      await refresh();
     } catch (error) {
       if (error.status === 401) {
         note("the server asks for a token: open /?token=TOKEN", true);
