@@ -24,8 +24,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX
 from torchpi.errors import UsageError
-from torchpi.policy import MAX_GIVEN, Policy, load_policy
+from torchpi.policy import Policy, load_policy
 from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
 from torchpi.sim.result import wilson_interval
@@ -156,7 +157,7 @@ def bench_control(
     start = time.perf_counter()
     loaded = load_policy(policy, device="cpu") if isinstance(policy, str) else policy
     check_tasks(env, tasks)
-    max_prefix = int(loaded.metadata.get(MAX_GIVEN, 0))
+    max_prefix = int(loaded.metadata.get(MAX_ACTION_PREFIX, 0))
     modes = list(modes) if modes is not None else [mode for mode in MODES if mode != TRAINED or max_prefix]
     _check(modes, delays, episodes, max_prefix)
     rollout = checked_rollout(loaded, env, Rollout(execute_steps=execute_steps))
@@ -199,7 +200,7 @@ def _check(modes: Sequence[str], delays: Sequence[int], episodes: int, max_prefi
     if TRAINED in modes and not max_prefix:
         raise UsageError(
             f"Mode {TRAINED} needs a policy that was trained with an action prefix (max_action_prefix of a training); "
-            f"this one's metadata have no {MAX_GIVEN}. Use rtc."
+            f"this one's metadata have no {MAX_ACTION_PREFIX}. Use rtc."
         )
 
 

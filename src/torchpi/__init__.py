@@ -7,6 +7,8 @@ The public names are resolved on first use, so that `import torchpi` costs nothi
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from torchpi.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from torchpi.checkpoints import load_model as load_model
     from torchpi.config import GemmaConfig as GemmaConfig
@@ -18,8 +20,6 @@ if TYPE_CHECKING:
     from torchpi.robots import Embodiment as Embodiment
     from torchpi.types import ActionChunk as ActionChunk
     from torchpi.types import Observation as Observation
-
-__version__ = "0.1.0.dev0"
 
 _HOME_OF = {
     "ActionChunk": "torchpi.types",

@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from torchpi.arrays import read_npz
+from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.folder import is_policy_folder
-from torchpi.checkpoints.load import existing_folder
+from torchpi.collate import collate
 from torchpi.doctor.observation import prompt_text
 from torchpi.doctor.result import json_values
 from torchpi.errors import UsageError
-from torchpi.policy import Policy, collate, load_policy
+from torchpi.policy import Policy, load_policy
 from torchpi.randomness import generator_at
 from torchpi.trace.record import calls_of
 from torchpi.ui.format import format_shape

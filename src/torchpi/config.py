@@ -4,13 +4,15 @@ Sizes of the published models: the variants of openpi's `gemma.get_config` and S
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from torchpi.errors import ConfigError, MissingFileError
+import msgspec
+
+from torchpi.errors import ConfigError
+from torchpi.schema import parse, read_json_object
 
 # The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
 # __post_init__, so that nobody ever reads it; None is taken: it means "not known" (see Pi0Config).
@@ -207,39 +209,41 @@ class Pi0Config:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], base: "Pi0Config | None" = None) -> "Pi0Config":
+    def from_dict(cls, values: Any, base: "Pi0Config | None" = None, *, where: str = "model config") -> "Pi0Config":
         """Build a config from (part of) the schema of `to_dict`.
 
         Args:
             values: the JSON object. paligemma, action_expert and siglip may be partial too, or a variant's name.
             base: where absent fields come from; without it, this class's defaults.
+            where: the document's name, in front of messages.
 
         Raises:
             ValueError: unknown field, wrong type, or sizes that do not fit together; the message names the field.
         """
         if not isinstance(values, Mapping):
-            raise ConfigError(f"A model config must be an object, got {values!r}.")
-        unknown = set(values) - _JSON_FIELDS - _JSON_NOT_SIZES
-        if unknown:
-            raise ConfigError(
-                f"model config has unknown fields {sorted(unknown)}; known are {sorted(_JSON_FIELDS)} "
-                f"(and {sorted(_JSON_NOT_SIZES)}, which are not read)."
-            )
-        for part in sorted(_JSON_PARTS - set(values)):
+            raise ConfigError(f"{where} must be an object, found {type(values).__name__}.")
+        given = {name: value for name, value in values.items() if name not in _NOT_SIZES}
+        base = base or cls(pi05=given.get("pi05") is True)
+        document = base.to_dict()
+        for name, value in given.items():
+            if name in _PARTS and isinstance(value, Mapping):
+                document[name] = {**document[name], **value}
+            elif name in _PARTS and isinstance(value, str):
+                document[name] = dataclasses.asdict(_variant(value, _PARTS[name], f"{where}: {name}"))
+            else:
+                document[name] = value
+        for part in _PARTS.keys() - given.keys():
             if f"{part}_variant" in values:  # beside the sizes it is a note; alone it is meant to be read
                 raise ConfigError(
-                    f"model config field '{part}_variant' is not read; write {part!r} instead, with a variant's name "
-                    "or an object of sizes."
+                    f"{where}: '{part}_variant' is not read; write {part!r} instead, with a variant's name or an "
+                    "object of sizes."
                 )
-        _require_types(cls, values)  # before anything is built with them
-        base = base or cls(pi05=values.get("pi05", cls.pi05))
-        fields: dict[str, Any] = {}
-        for name in _JSON_FIELDS & set(values):
-            if name in _JSON_PARTS:
-                fields[f"{name}_variant"] = _part_from_json(name, values[name], getattr(base, name))
-            else:
-                fields[name] = values[name]
-        return dataclasses.replace(base, **fields)
+        parsed = vars(parse(_Document, document, where))
+        fields = {f"{name}_variant" if name in _PARTS else name: parsed[name] for name in given}
+        try:
+            return dataclasses.replace(base, **fields)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from error
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path, base: "Pi0Config | None" = None) -> "Pi0Config":
@@ -249,21 +253,35 @@ class Pi0Config:
             FileNotFoundError: there is no such file.
             ValueError: it is not a JSON object in the schema; the message names file and field.
         """
-        values = read_json_object(path)
-        try:
-            return cls.from_dict(values, base)
-        except ValueError as error:
-            raise ConfigError(f"model config file {path}: {error}") from error
+        return cls.from_dict(read_json_object(path), base, where=str(path))
 
 
-_JSON_PARTS = frozenset({"paligemma", "action_expert", "siglip"})
-_JSON_FIELDS = _JSON_PARTS | {
-    "pi05", "action_dim", "action_horizon", "max_token_len", "discrete_state_input", "vocab_size", "image_size",
-}  # fmt: skip
+_Size = Annotated[int, msgspec.Meta(ge=1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Document:
+    """The schema of `Pi0Config.to_dict`."""
+
+    pi05: bool
+    action_dim: _Size
+    action_horizon: _Size | None
+    max_token_len: _Size | None
+    discrete_state_input: bool | None
+    vocab_size: _Size
+    image_size: _Size
+    paligemma: GemmaConfig
+    action_expert: GemmaConfig
+    siglip: VisionConfig
+
+
+_PARTS: Mapping[str, Mapping[str, Any]] = {
+    "paligemma": GEMMA_VARIANTS,
+    "action_expert": GEMMA_VARIANTS,
+    "siglip": VISION_VARIANTS,
+}
 # Written beside the sizes by the tools that make such files; the weights say all of it better.
-_JSON_NOT_SIZES = frozenset(
-    {"dtype", "num_params", "paligemma_variant", "action_expert_variant", "lora", "num_lora_params"}
-)
+_NOT_SIZES = frozenset({"dtype", "num_params", "paligemma_variant", "action_expert_variant", "lora", "num_lora_params"})
 
 _PI0, _PI05 = Pi0Config(), Pi0Config(pi05=True)
 # Small enough to be trained on a laptop's CPU within an hour: the embedded policy.
@@ -301,37 +319,6 @@ def preset(name: str) -> Pi0Config:
     if name not in PRESETS:
         raise ConfigError(f"Unknown preset {name!r}; presets are {', '.join(PRESETS)}.")
     return PRESETS[name]
-
-
-def read_json_object(path: str | pathlib.Path) -> dict[str, Any]:
-    """The object in a JSON file about a model."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"model config file {path} does not exist.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"model config file {path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"model config file {path} must hold a JSON object, found {type(values).__name__}.")
-    return values
-
-
-def _part_from_json(name: str, value: Any, base: _Part) -> str | _Part:
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"model config field {name!r} must be an object or a variant's name, got {value!r}.")
-    known = {field.name for field in dataclasses.fields(base)}
-    if set(value) - known:
-        raise ConfigError(
-            f"model config field {name!r} has unknown fields {sorted(set(value) - known)}; known are {sorted(known)}."
-        )
-    try:
-        _require_types(type(base), value)
-        return dataclasses.replace(base, **value)
-    except ValueError as error:
-        raise ConfigError(f"model config field {name!r}: {error}") from error
 
 
 Trained = Literal["all", "frozen_vision", "expert", "lora", "lora_strict"]

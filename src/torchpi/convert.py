@@ -6,6 +6,7 @@ import gc
 import hashlib
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
@@ -14,25 +15,17 @@ import torch
 
 from torchpi.checkpoints import lerobot, openpi
 from torchpi.checkpoints.adapt import FIELDS, adapt
-from torchpi.checkpoints.folder import atomic_folder
-from torchpi.checkpoints.layout import Leaf, leaf_array
-from torchpi.checkpoints.load import (
-    Checkpoint,
-    Format,
-    existing_folder,
-    format_of,
-    norm_stats_files,
-    open_checkpoint,
-    published_name,
-    resolve_config,
-)
-from torchpi.checkpoints.openpi_layout import jax_leaves
-from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_leaves
+from torchpi.checkpoints.address import existing_folder
+from torchpi.checkpoints.atomic import atomic_folder
+from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
+from torchpi.checkpoints.layout import stored_array
+from torchpi.checkpoints.openpi_layout import jax_table
+from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import Policy, from_parts, read_parts, with_tokenizer
+from torchpi.policy import Policy, policy_of
 from torchpi.transforms.normalize import save_norm_stats
 from torchpi.types import Observation
 
@@ -113,10 +106,11 @@ def convert(
         raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
     path = pathlib.Path(target).expanduser()
     _check_target(path, overwrite=overwrite)
-    config = published_name(source) if config is None else config
-    checkpoint = open_checkpoint(existing_folder(source), config=config, lora_alpha=lora_alpha)
+    checkpoint = open_checkpoint(source, config=config)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
     dtype = dtype or checkpoint.dtype
-    model = checkpoint.load(resolve_config(checkpoint, config), dtype=dtype, device="cpu")
+    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha)
     adapted = []
     if sizes:
         if unknown := sorted(set(sizes) - set(FIELDS)):
@@ -124,14 +118,14 @@ def convert(
         adapted = adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            parts = with_tokenizer(read_parts(source, asset_id=asset_id, **policy))
-            parts = dataclasses.replace(parts, provenance=_provenance(source, checkpoint, parts.provenance))
-            notes = _write_policy(beside, from_parts(model, parts), to, dtype, max_shard_bytes)
+            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer()
+            spec = dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
+            notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
         else:
             if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
                 raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
             notes = _write_openpi(beside, model, to, dtype)
-            notes += _write_assets(beside, source, checkpoint, asset_id, policy)
+            notes += _write_assets(beside, checkpoint, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
         files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
         differences = _check(beside, model, dtype) if check else (None, None)
@@ -142,7 +136,7 @@ def convert(
         target_format=to,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
-        mapped=len(checkpoint.arrays.shapes),
+        mapped=len(checkpoint.table(checkpoint.stored_config)),
         folded={name: list(pair) for name, pair in checkpoint.folded.items()},
         tied=checkpoint.tied,
         dropped=dict(checkpoint.dropped),
@@ -213,9 +207,9 @@ def _write_policy(root: pathlib.Path, policy: Policy, to: str, dtype: torch.dtyp
     return notes
 
 
-def _provenance(source: str | pathlib.Path, checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
+def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
     converted = {
-        "source": str(source),
+        "source": checkpoint.address,
         "format": checkpoint.format,
         "sha256": _sha256(checkpoint),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -239,9 +233,10 @@ def _sha256(checkpoint: Checkpoint) -> str:
 def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -> list[str]:
     config = model.config
     if to == "openpi-jax":
-        leaves = jax_leaves(config)
+        table = jax_table(config)
+        shapes = {name: array.shape for name, array in table.items()}
         (root / "params").mkdir()
-        openpi.write_params(root / "params", leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)
+        openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)
         unsaid = ["action_horizon", "max_token_len", "discrete_state_input"]
     else:
         _write_torch(root, model, dtype, prefix="", embeddings=1)
@@ -266,48 +261,43 @@ def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: 
         embeddings: 1: under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays; 2:
             under both names.
     """
-    leaves = torch_leaves(model.config)
-    vocab, width = model.config.vocab_size, model.config.action_expert.width
-    embedding = leaves.pop(EMBEDDING)
-    leaves[TIED_EMBEDDING] = embedding
+    table = torch_table(model.config)
+    embedding = table.pop(EMBEDDING)
+    table[TIED_EMBEDDING] = embedding
     if embeddings == 2:
-        leaves[EMBEDDING] = embedding
-    head = Leaf((vocab, width), ())
-    written = {f"{prefix}{name}": leaf for name, leaf in {**leaves, EXPERT_LM_HEAD: head}.items()}
+        table[EMBEDDING] = embedding
+    head = (model.config.vocab_size, model.config.action_expert.width)  # nobody reads the expert's
+    shapes = {f"{prefix}{name}": array.shape for name, array in table.items()} | {f"{prefix}{EXPERT_LM_HEAD}": head}
 
     def read(name: str) -> torch.Tensor:
-        leaf = written[name]
-        if leaf is head:  # nobody reads the expert's
-            return torch.zeros(leaf.shape, dtype=dtype)
-        return leaf_array(model, leaf, dtype)
+        entry = table.get(name.removeprefix(prefix))
+        return torch.zeros(head, dtype=dtype) if entry is None else stored_array(model, entry, dtype)
 
     alias = {EMBEDDING: TIED_EMBEDDING} if embeddings == 1 else {}
-    write_safetensors(root, written, read, dtype=dtype, metadata=alias)
+    write_safetensors(root, shapes, read, dtype=dtype, metadata=alias)
 
 
 def _write_assets(
-    root: pathlib.Path,
-    source: str | pathlib.Path,
-    checkpoint: Checkpoint,
-    asset_id: str | None,
-    policy: Mapping[str, Any],
+    root: pathlib.Path, checkpoint: Checkpoint, asset_id: str | None, policy: Mapping[str, Any]
 ) -> list[str]:
     """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one."""
-    if checkpoint.format in ("openpi-jax", "openpi-pytorch") and not policy:
-        files = norm_stats_files(checkpoint.root)
-        chosen = {asset_id: files[asset_id]} if asset_id in files else files
-        if asset_id is not None and asset_id not in files:
+    spec = checkpoint.spec()
+    if spec.norm_stats is None and not policy:
+        if asset_id is not None and asset_id not in spec.assets:
             raise CheckpointError(
-                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(files) or 'none'}."
+                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(spec.assets) or 'none'}."
             )
+        chosen = spec.assets if asset_id is None else {asset_id: spec.assets[asset_id]}
         for name, file in chosen.items():
             (root / "assets" / name).mkdir(parents=True)
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
         return [] if chosen else ["there are no statistics in the source, and so none in the target"]
-    said = read_parts(source, **policy)
-    name = asset_id or said.embodiment.asset_id or said.embodiment.name
+    spec = spec.requested(**policy)
+    assert spec.embodiment is not None
+    assert spec.norm_stats is not None
+    name = asset_id or spec.embodiment.asset_id or spec.embodiment.name
     (root / "assets" / name).mkdir(parents=True)
-    save_norm_stats(root / "assets" / name, said.norm_stats)
+    save_norm_stats(root / "assets" / name, spec.norm_stats)
     return [f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
 
 
@@ -315,15 +305,15 @@ def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> tuple[float, f
     """Read back what was written, and compare it with what was meant: arrays, and actions sampled from them."""
     written = open_checkpoint(root, config=model.config)
     difference = 0.0
-    for name, leaf in written.leaves(model.config).items():
-        meant, found = leaf_array(model, leaf, dtype), written.arrays.read(name)
+    for name, entry in written.table(model.config).items():
+        meant, found = stored_array(model, entry, dtype), written.arrays.read(name)
         if not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):  # bits: NaN equals itself
             off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)
             difference = max(difference, float(off.max()))
     observation, noise = _sample_inputs(model.config)
     with torch.no_grad():
         expected = model.sample_actions(observation, noise=noise, num_steps=2)
-        again = written.load(model.config, dtype=dtype, device="cpu")
+        again = written.model(dtype=dtype)
         found = again.sample_actions(observation, noise=noise, num_steps=2)
     del again
     gc.collect()

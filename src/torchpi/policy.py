@@ -1,8 +1,8 @@
 """A policy: a robot's observation in, a chunk of the robot's actions out."""
 
-import dataclasses
 import pathlib
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -10,32 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import torchpi
-from torchpi.checkpoints import folder, lerobot
-from torchpi.checkpoints.load import (
-    existing_file,
-    existing_folder,
-    format_of,
-    load_model,
-    norm_stats_files,
-    published_name,
-)
-from torchpi.checkpoints.parts import PolicyParts
-from torchpi.config import PRESETS, Pi0Config, read_json_object
+from torchpi.checkpoints import folder
+from torchpi.checkpoints.atomic import atomic_folder
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
+from torchpi.collate import collate
+from torchpi.config import Pi0Config
 from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
-from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.robots import Embodiment
 from torchpi.robots.holding import action_kinds
-from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, save_norm_stats
+from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
-from torchpi.types import ActionChunk, Observation, PreviousChunk
-
-TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
-"""The published models' tokenizer, which is public."""
-MAX_GIVEN = "max_given_actions"
-"""In a policy's metadata: from how many given actions it was trained to go on (`TrainConfig.max_given`)."""
+from torchpi.types import ActionChunk, PreviousChunk
 
 
 class Policy:
@@ -170,8 +159,8 @@ class Policy:
             raise PolicyError("infer_batch got no observations; it needs at least one.")
         start = time.perf_counter()
         prefixes = prefixes or [None] * len(observations)
-        asked = zip(observations, prefixes, strict=True)
-        states, samples = zip(*(self._prepare_with(*one) for one in asked), strict=True)
+        requests = zip(observations, prefixes, strict=True)
+        states, samples = zip(*(self._prepare_with(*request) for request in requests), strict=True)
         batch = collate(samples).to(self.model.device)
         noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
         noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
@@ -209,7 +198,7 @@ class Policy:
     def _rtc_inputs(
         self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[PreviousChunk | None], horizon: int | None
     ) -> dict[str, Any]:
-        """What `sample_actions` needs to go on from the prefixes: guidance, actions that are given, or nothing."""
+        """Arguments of `sample_actions` that condition it on the previous chunks."""
         if not any(prefixes):
             return {}
         horizon, width = horizon or self.model.config.require("action_horizon"), self.model.config.action_dim
@@ -222,29 +211,29 @@ class Policy:
             steps = prefix.steps_executed(horizon)
             rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
             actions[i, : len(rest)] = rest
-            if self._is_trained_prefix(prefix):
+            if self._uses_action_prefix(prefix):
                 given[i, : min(prefix.delay, len(rest))] = True
             else:
                 delays[i], executed[i] = prefix.delay, steps
                 present[i, : len(rest), : self.embodiment.action_size] = 1
         device = self.model.device
-        rtc: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
         if given.any():
-            rtc["action_prefix"] = ActionPrefix(actions.to(device), given.to(device))
+            inputs["action_prefix"] = ActionPrefix(actions.to(device), given.to(device))
         weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
         if weight.any():
-            rtc["guidance"] = Guidance(actions.to(device), weight.to(device))
-        return rtc
+            inputs["guidance"] = Guidance(actions.to(device), weight.to(device))
+        return inputs
 
-    def _is_trained_prefix(self, prefix: PreviousChunk) -> bool:
-        """Whether the policy was trained to go on from so many actions, and is to do so."""
-        most = int(self._metadata.get(MAX_GIVEN, 0))
-        if prefix.method == "trained" and prefix.delay > most:
+    def _uses_action_prefix(self, prefix: PreviousChunk) -> bool:
+        """The policy was trained to continue so long an action prefix, and is to do so."""
+        longest = int(self._metadata.get(MAX_ACTION_PREFIX, 0))
+        if prefix.method == "trained" and prefix.delay > longest:
             raise PolicyError(
-                f"The policy was trained to go on from at most {most} given actions, not {prefix.delay}; use guidance, "
-                "or train with a larger max_given."
+                f"The policy was trained to continue at most {longest} actions, not {prefix.delay}; use guidance, or "
+                f"train with a larger {MAX_ACTION_PREFIX}."
             )
-        return prefix.method == "trained" or (prefix.method is None and 0 < prefix.delay <= most)
+        return prefix.method == "trained" or (prefix.method is None and 0 < prefix.delay <= longest)
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
@@ -318,7 +307,12 @@ class Policy:
         Raises:
             ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
         """
-        with folder.new_folder(path, overwrite=overwrite) as root:
+        target = pathlib.Path(path).expanduser()
+        if target.exists() and not overwrite:
+            raise PolicyError(f"{target} exists already; choose another path, or pass overwrite=True.")
+        if target.exists() and not folder.is_policy_folder(target):
+            raise PolicyError(f"{target} exists and is no policy folder; it is not overwritten.")
+        with atomic_folder(target) as root:
             self.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def write(
@@ -334,26 +328,30 @@ class Policy:
         Args:
             read: gives the weights by their names; by default they are the model's.
         """
-        self.write_parts(root)
+        self.write_spec(root)
         folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
 
-    def write_parts(self, root: pathlib.Path) -> None:
+    def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder without the weights."""
-        file = folder.PolicyFile(
-            model=self.model.config,
-            embodiment=self.embodiment.to_dict(),
-            normalization={key: dataclasses.asdict(rule) for key, rule in self.transforms.normalization.items()},
-            prompt={
-                "default": self.default_prompt,
-                "format": self.transforms.prompt_format,
-                "truncation": self.transforms.truncation,
-            },
-            metadata=self._metadata,
-            provenance={"torchpi": torchpi.__version__, **self.provenance},
-        )
-        (root / "policy.json").write_text(file.to_json(), encoding="utf-8")
+        folder.write_policy_file(root, self.model.config, self.spec)
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)
+
+    @property
+    def spec(self) -> PolicySpec:
+        """Everything but the weights."""
+        return PolicySpec(
+            source=f"a policy of {self.embodiment.name}",
+            embodiment=self.embodiment,
+            norm_stats=self.transforms.norm_stats,
+            normalization=self.transforms.normalization,
+            tokenizer=self._tokenizer_path,
+            prompt_format=self.transforms.prompt_format,
+            truncation=self.transforms.truncation,
+            default_prompt=self.default_prompt,
+            metadata=self._metadata,
+            provenance=self.provenance,
+        )
 
     def write_tokenizer(self, root: pathlib.Path) -> None:
         """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""
@@ -379,29 +377,6 @@ def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
             f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less."
         )
     return fitting[-1]
-
-
-def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack the inputs of several samples, as `Observation.from_dict` takes them; shorter prompts are padded."""
-    length = max(len(sample["tokenized_prompt"]) for sample in samples)
-
-    def padded(key: str) -> Tensor:
-        rows = [np.pad(sample[key], (0, length - len(sample[key]))) for sample in samples]
-        return torch.from_numpy(np.stack(rows))
-
-    cameras = list(samples[0]["image"])
-    return {
-        "image": {name: torch.from_numpy(np.stack([s["image"][name] for s in samples])) for name in cameras},
-        "image_mask": {name: torch.tensor([bool(s["image_mask"][name]) for s in samples]) for name in cameras},
-        "state": torch.from_numpy(np.stack([s["state"] for s in samples])),
-        "tokenized_prompt": padded("tokenized_prompt"),
-        "tokenized_prompt_mask": padded("tokenized_prompt_mask"),
-    }
-
-
-def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
-    """The inputs of several samples as one batch."""
-    return Observation.from_dict(stack_inputs(samples))
 
 
 def load_policy(
@@ -447,120 +422,39 @@ def load_policy(
     """
     device = usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
-    parts = with_tokenizer(
-        read_parts(
-            path,
-            embodiment=embodiment,
-            normalization=normalization,
-            norm_stats=norm_stats,
-            asset_id=asset_id,
-            tokenizer=tokenizer,
-            default_prompt=default_prompt,
-            truncation=truncation,
-        )
+    checkpoint = open_checkpoint(path, config=config)
+    spec = checkpoint.spec().requested(
+        embodiment=embodiment,
+        normalization=normalization,
+        norm_stats=norm_stats,
+        asset_id=asset_id,
+        tokenizer=tokenizer,
+        default_prompt=default_prompt,
+        truncation=truncation,
     )
-    model = load_model(path, config=config, device=device, dtype=dtype, lora_alpha=lora_alpha)
-    return from_parts(model, parts)
+    spec = spec.with_tokenizer()
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
+    return policy_of(checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha), spec)
 
 
-def from_parts(model: Pi0, parts: PolicyParts) -> Policy:
+def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     """A policy of a model and everything around it."""
-    assert parts.tokenizer is not None
+    assert spec.embodiment is not None
+    assert spec.norm_stats is not None
+    assert spec.tokenizer is not None
     by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
     return Policy(
         model,
-        parts.embodiment,
-        norm_stats=parts.norm_stats,
-        normalization=parts.normalization or dict.fromkeys(("state", "actions"), by_variant),
-        tokenizer=parts.tokenizer,
-        default_prompt=parts.default_prompt,
-        prompt_format=parts.prompt_format,
-        truncation=parts.truncation,
-        metadata=parts.metadata,
-        provenance=parts.provenance,
-    )
-
-
-def with_tokenizer(parts: PolicyParts) -> PolicyParts:
-    """The parts with the published models' tokenizer, fetched into the cache, where they have none."""
-    return parts if parts.tokenizer else dataclasses.replace(parts, tokenizer=existing_file(TOKENIZER))
-
-
-def read_parts(
-    path: str | pathlib.Path,
-    *,
-    embodiment: str | pathlib.Path | Embodiment | None = None,
-    normalization: Literal["z_score", "quantile"] | None = None,
-    norm_stats: str | pathlib.Path | None = None,
-    asset_id: str | None = None,
-    tokenizer: str | pathlib.Path | None = None,
-    default_prompt: str | None = None,
-    truncation: Literal["instruction", "original"] | None = None,
-) -> PolicyParts:
-    """Everything of a policy but its model; arguments and errors as of `load_policy`.
-
-    The published models' tokenizer is not fetched: without one `tokenizer` is None, see `with_tokenizer`.
-    """
-    root = existing_folder(path)
-    said = _said(root)
-    if embodiment is None and published_name(path) in EMBODIMENTS:
-        embodiment = published_name(path)
-    if embodiment is None and said is None:
-        raise PolicyError(
-            f"{root} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, a JSON "
-            f"file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)."
-        )
-    robot = said.embodiment if said and embodiment is None else get_embodiment(embodiment)
-    if asset_id is not None and (said or norm_stats):
-        has_other = "norm_stats= gives a file" if norm_stats else f"{root} has statistics of its own"
-        raise PolicyError(
-            f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {has_other}; "
-            "leave it out."
-        )
-    # What the checkpoint says, or what is known of openpi's.
-    said = said or PolicyParts(robot, {}, {}, folder.tokenizer_file(root), provenance={"source": str(path)})
-    if norm_stats is not None or not said.norm_stats:
-        stats: Mapping[str, NormStats] = load_norm_stats(
-            norm_stats or _stats_of_checkpoint(root, asset_id, robot.asset_id)
-        )
-    else:
-        stats = said.norm_stats
-    rules = said.normalization
-    if normalization is not None:
-        rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
-    if default_prompt is None and embodiment is None:
-        default_prompt = said.default_prompt
-    return dataclasses.replace(
-        said,
-        embodiment=robot,
-        norm_stats=stats,
-        normalization=rules,
-        tokenizer=said.tokenizer if tokenizer is None else existing_file(tokenizer),
-        default_prompt=default_prompt,
-        truncation=truncation or said.truncation,
-    )
-
-
-def _said(root: pathlib.Path) -> PolicyParts | None:
-    """What a checkpoint says of itself; None: openpi's do not."""
-    kind = format_of(root)
-    if kind == "lerobot":
-        return dataclasses.replace(
-            lerobot.read_parts(root, read_json_object(root / "config.json")), provenance={"source": str(root)}
-        )
-    if kind != "torchpi":
-        return None
-    own = folder.read_policy_json(root)
-    return PolicyParts(
-        embodiment=_own_embodiment(root, own),
-        norm_stats=load_norm_stats(root),
-        normalization=_own_normalization(root, own),
-        tokenizer=folder.tokenizer_file(root),
-        prompt_format=own.prompt["format"],
-        truncation=own.prompt["truncation"],
-        default_prompt=own.prompt["default"],
-        metadata=own.metadata,
-        provenance=own.provenance,
+        spec.embodiment,
+        norm_stats=spec.norm_stats,
+        normalization=spec.normalization or dict.fromkeys(("state", "actions"), by_variant),
+        tokenizer=spec.tokenizer,
+        default_prompt=spec.default_prompt,
+        prompt_format=spec.prompt_format,
+        truncation=spec.truncation,
+        metadata=spec.metadata,
+        provenance=spec.provenance,
     )
 
 
@@ -575,48 +469,3 @@ def usable_device(device: str | torch.device | None) -> torch.device:
             f"There is no device {found}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu."
         )
     return found
-
-
-def _own_embodiment(root: pathlib.Path, own: folder.PolicyFile) -> Embodiment:
-    try:
-        robot = Embodiment.from_dict(dict(own.embodiment))
-    except ValueError as error:
-        raise PolicyError(f"{root / 'policy.json'}: {error}") from error
-    # A file that a user writes may leave out what has a default; what a policy was trained with is stated.
-    complete = robot.to_dict()
-    if incomplete := [name for name in complete if not _states(own.embodiment.get(name, ...), complete[name])]:
-        raise PolicyError(
-            f"{root / 'policy.json'}: embodiment: {', '.join(incomplete)} must be there with every field, as "
-            "Embodiment.to_dict writes them."
-        )
-    return robot
-
-
-def _states(found: Any, complete: Any) -> bool:
-    """Whether a value of a JSON file has every field of the complete one."""
-    if isinstance(complete, dict):
-        return isinstance(found, dict) and all(key in found and _states(found[key], complete[key]) for key in complete)
-    if isinstance(complete, list):
-        return isinstance(found, list) and all(map(_states, found, complete))
-    return bool(found == complete)
-
-
-def _own_normalization(root: pathlib.Path, own: folder.PolicyFile) -> dict[str, Normalization]:
-    try:
-        return {key: Normalization(**rule) for key, rule in own.normalization.items()}
-    except ValueError as error:
-        raise PolicyError(f"{root / 'policy.json'}: normalization: {error}") from error
-
-
-def _stats_of_checkpoint(root: pathlib.Path, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
-    files = norm_stats_files(root)
-    if asset_id is None and robots_asset_id in files:
-        asset_id = robots_asset_id
-    if asset_id is None and len(files) == 1:
-        return next(iter(files.values()))
-    if asset_id is None:
-        found = f"several: {', '.join(files)}; choose with asset_id=" if files else "none; pass norm_stats= with a path"
-        raise PolicyError(f"Which normalization statistics belong to {root}? In its assets there are {found}.")
-    if asset_id not in files:
-        raise PolicyError(f"{root} has no statistics for asset_id {asset_id!r}; it has {', '.join(files) or 'none'}.")
-    return files[asset_id]

@@ -29,6 +29,14 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
         raise error(f"{path} is not valid JSON: {problem}.") from problem
 
 
+def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> dict[str, Any]:
+    """The object in a JSON file; errors as of `read_json`."""
+    value = read_json(path, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
 def parse(
     kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError, known_only: bool = True
 ) -> T:
@@ -71,3 +79,21 @@ def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[
     elif isinstance(kind, schema.DictType) and isinstance(value, Mapping):
         for name, item in value.items():
             yield from _unknown_fields(kind.value_type, item, f"{path}{name}.")
+
+
+def require_stated(found: Any, complete: Any, where: str, *, error: type[TorchpiError] = ConfigError) -> None:
+    """Raise an error unless a JSON value states every field of the complete one: no default stands in for it."""
+    if missing := list(_unstated_fields(found, complete, "")):
+        raise error(f"{where} lacks {', '.join(missing)}; every field must be stated.")
+
+
+def _unstated_fields(found: Any, complete: Any, path: str) -> Iterator[str]:
+    if isinstance(complete, Mapping):
+        for name, value in complete.items():
+            if not isinstance(found, Mapping) or name not in found:
+                yield f"{path}{name}"
+            else:
+                yield from _unstated_fields(found[name], value, f"{path}{name}.")
+    elif isinstance(complete, list | tuple):
+        for number, (ours, theirs) in enumerate(zip(found, complete, strict=True)):
+            yield from _unstated_fields(ours, theirs, f"{path}{number}.")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from torchpi.checkpoints import hub
-from torchpi.checkpoints.load import PUBLISHED
+from torchpi.checkpoints.address import PUBLISHED
 from torchpi.cli import main
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.convert import convert

@@ -11,7 +11,7 @@ from commands import SMALL_TRAINING, use_small_weights
 from droid_set import RENAME, write_droid_set
 
 import torchpi
-from torchpi.checkpoints.load import PUBLISHED, published_name
+from torchpi.checkpoints.address import PUBLISHED, published_name
 from torchpi.cli import main
 from torchpi.config import preset
 from torchpi.data import LeRobotWriter

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import torchpi
-from torchpi.checkpoints.layout import Leaf, leaf_array
-from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.checkpoints.layout import CheckpointArray, stored_array
+from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import LoraConfig, add_lora, lora_config, trainable_parameters
 
 ALPHA = (8.0, 3.0)
@@ -43,10 +43,10 @@ class LoraGolden:
         config = self.root / "model_config.json"
         return torchpi.load_model(self.root / "jax_ckpt", config=config, lora_alpha=ALPHA, lora="keep")
 
-    def leaves(self, model: torchpi.Pi0) -> dict[str, Leaf]:
+    def leaves(self, model: torchpi.Pi0) -> dict[str, CheckpointArray]:
         config = lora_config(model)
         assert config is not None
-        return jax_leaves(model.config) | lora_leaves(model.config, config)
+        return jax_table(model.config) | lora_table(model.config, config)
 
     def batch(self, index: int) -> tuple[torchpi.Observation, Tensor]:
         prefix = f"batch{index}."
@@ -85,7 +85,7 @@ def test_loss_and_gradients(lora, model):
     leaves = lora.leaves(model)
     for parameter in model.parameters():  # where the loss does not reach, the original has zeros
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    gradients = {name: leaf_array(model, leaf) for name, leaf in leaves.items()}
+    gradients = {name: stored_array(model, leaf) for name, leaf in leaves.items()}
     for name, theirs in lora.arrays("grads").items():
         error = (gradients[name] - theirs).abs().max() / theirs.abs().max()
         assert error <= 2e-4, (name, float(error))
@@ -117,7 +117,7 @@ def test_what_is_frozen(lora, ranks, case):
     trained = trainable_parameters(model, "lora")
     found: dict[bool, set[str]] = {True: set(), False: set()}
     for name, leaf in lora.leaves(model).items():
-        found[trained[leaf.pieces[0].param]].add(name.replace(".", "/"))
+        found[trained[leaf.slices[0].param]].add(name.replace(".", "/"))
     expected = lora.document("freeze_filter")[case]
     assert found[True] == set(expected["trainable"])
     assert found[False] == set(expected["frozen"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchpi.checkpoints.openpi_layout import jax_leaves
+from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.model.flow import euler_times, interpolate, posemb_sincos
 from torchpi.model.gemma import rope_table
 from torchpi.model.masks import make_attn_mask, token_positions
@@ -163,7 +163,7 @@ def test_gradients(golden, observation):
     loss = model.compute_loss(observation, given["actions"], noise=given["noise"], time=given["time"]).mean()
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    rules = jax_leaves(model.config)
+    rules = jax_table(model.config)
     norms = json.loads((golden.root / "grad_norms.json").read_text())
     assert {name.replace("/", ".") for name in norms} == set(rules)
     with np.load(golden.root / "grads.npz") as arrays:
@@ -184,7 +184,7 @@ def test_gradients(golden, observation):
 def gather_leaf(leaf, gradients):
     """A leaf of the original's checkpoint put together from our parameters' gradients."""
     parts = []
-    for piece in leaf.pieces:
+    for piece in leaf.slices:
         gradient = gradients[piece.param]
         shape = leaf.shape if piece.layer is None else leaf.shape[1:]
         if gradient is None:  # unused behind the last prefix layer
@@ -194,7 +194,7 @@ def gather_leaf(leaf, gradients):
         axes = piece.axes or tuple(range(len(shape)))
         inverse = [axes.index(i) for i in range(len(shape))]
         parts.append(rows.reshape([shape[axis] for axis in axes]).permute(inverse))
-    return parts[0] if leaf.pieces[0].layer is None else torch.stack(parts)
+    return parts[0] if leaf.slices[0].layer is None else torch.stack(parts)
 
 
 def test_bfloat16_stays_near_float32(golden, observation):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import torchpi
-from torchpi.checkpoints.layout import Leaf, leaf_array
-from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.checkpoints.layout import CheckpointArray, stored_array
+from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import lora_config, trainable_parameters
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import alone
@@ -71,15 +71,15 @@ class Trajectory:
         noise, time = self.draws["noise"][step][:, None], self.draws["time"][step][:, None]
         return Batch(torchpi.Observation.from_dict(nested), actions, is_real, noise, time, places=())
 
-    def leaves(self, state: TrainState) -> dict[str, Leaf]:
+    def leaves(self, state: TrainState) -> dict[str, CheckpointArray]:
         config = lora_config(state.model)
-        return jax_leaves(state.model.config) | (lora_leaves(state.model.config, config) if config else {})
+        return jax_table(state.model.config) | (lora_table(state.model.config, config) if config else {})
 
     def check_weights(self, state: TrainState, file: str) -> None:
         leaves = self.leaves(state)
         for name, theirs in self.arrays(self.root / file).items():
             if NO_GRADIENT not in name:
-                error = (leaf_array(state.model, leaves[name]) - theirs).abs().max()
+                error = (stored_array(state.model, leaves[name]) - theirs).abs().max()
                 assert error <= 1e-4, (name, float(error))
 
 

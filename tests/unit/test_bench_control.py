@@ -108,7 +108,7 @@ def test_robot_is_held_or_stopped_where_old_chunk_ends_too_early(policy):
 def test_rtc_trained_runs_only_up_to_the_trained_delay(policy):
     with pytest.raises(ValueError, match="needs a policy that was trained"):
         result(policy, "rtc-trained", 1)
-    policy._metadata["max_given_actions"] = 2
+    policy._metadata["max_action_prefix"] = 2
     benchmark = control.bench_control(
         policy, env="corridor", tasks=["short"], delays=[2, 4], episodes=1, execute_steps=STEPS, progress=False
     )

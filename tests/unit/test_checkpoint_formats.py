@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 import torchpi
-from torchpi.checkpoints.load import format_of, open_checkpoint
-from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, TIED_EMBEDDING, torch_leaves
+from torchpi.checkpoints.checkpoint import format_of, open_checkpoint
+from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, TIED_EMBEDDING, torch_table
 from torchpi.cli import main
 from torchpi.config import preset
 from torchpi.convert import convert
@@ -97,9 +97,9 @@ def test_what_no_computation_reads_is_named_and_not_loaded(golden):
 
 def test_config_beside_the_weights_says_what_no_array_has(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
-    opened = open_checkpoint(golden.root / "openpi_pytorch", config=golden.config).config
+    opened = open_checkpoint(golden.root / "openpi_pytorch", config=golden.config).stored_config
     assert (opened.action_horizon, opened.max_token_len) == (explicit.action_horizon, None)
-    opened = open_checkpoint(golden.root / "lerobot", config=golden.config).config
+    opened = open_checkpoint(golden.root / "lerobot", config=golden.config).stored_config
     assert (opened.action_horizon, opened.max_token_len) == (explicit.action_horizon, explicit.max_token_len)
     assert opened.discrete_state_input == (golden.kind == "pi05")
 
@@ -114,7 +114,7 @@ def test_the_table_has_every_array_of_the_full_size_port(golden_root, kind):
     embedding = stored.pop(EMBEDDING, None) or stored[TIED_EMBEDDING]
     stored.pop(TIED_EMBEDDING, None)
     stored.pop(EXPERT_LM_HEAD, None)
-    table = {name: leaf.shape for name, leaf in torch_leaves(preset(kind)).items()}
+    table = {name: leaf.shape for name, leaf in torch_table(preset(kind)).items()}
     assert table.pop(EMBEDDING) == embedding
     assert table.keys() == stored.keys()
     assert {name: shape for name, shape in table.items() if shape != stored[name] and "action_" not in name} == {}
@@ -436,7 +436,7 @@ def test_a_missing_shard_is_named(shards, golden_pi05):
 
 
 def test_lora_arrays_without_their_pair_are_an_error(golden_pi05, tmp_path):
-    from torchpi.checkpoints.lora import FoldedArrays
+    from torchpi.checkpoints.lora import lora_pairs
     from torchpi.checkpoints.openpi import JaxArrays
 
     root = golden_pi05.root.parent / "lora" / "pi05"
@@ -445,7 +445,7 @@ def test_lora_arrays_without_their_pair_are_an_error(golden_pi05, tmp_path):
         name: shape for name, shape in arrays.shapes.items() if name != "PaliGemma.llm.layers.attn.q_einsum.lora_b"
     }
     with pytest.raises(ValueError, match=r"has .*q_einsum.lora_a, but not .*q_einsum.lora_b"):
-        FoldedArrays(arrays)
+        lora_pairs(arrays)
     with pytest.raises(ValueError, match="belongs to a checkpoint with LoRA weights"):
         torchpi.load_model(golden_pi05.checkpoint, lora_alpha=(16.0, 32.0))
 

@@ -267,7 +267,7 @@ def test_an_unknown_preset_is_an_error_that_lists_them(golden_pi05):
 
 
 def test_a_missing_config_file_is_an_error(golden_pi05, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"sizes\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*sizes\.json"):
         torchpi.load_model(golden_pi05.checkpoint, config=tmp_path / "sizes.json")
 
 

@@ -350,7 +350,7 @@ def test_an_unset_horizon_comes_from_the_noise_and_is_an_error_without(make_poli
 
 @pytest.mark.parametrize("pi05", [True, False])
 def test_a_state_that_is_wider_than_the_model_is_an_error(make_policy, pi05):
-    with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*The model's action_dim is 7"):
+    with pytest.raises(ValueError, match=r"'droid' has a state of 8 dimensions, but.*the model's action_dim is 7"):
         make_policy(small_config(pi05, action_dim=7), "droid")
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import torchpi
-from torchpi.checkpoints.load import PUBLISHED
+from torchpi.checkpoints.address import PUBLISHED
 from torchpi.config import PRESETS
 from torchpi.convert import convert
 from torchpi.robots import EMBODIMENTS

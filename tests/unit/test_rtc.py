@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import torchpi
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX
 from torchpi.model.rtc import ActionPrefix, Guidance, guidance_strength, prefix_weights
 from torchpi.model.suffix import TimeConditioning
-from torchpi.policy import MAX_GIVEN
 
 
 def guidance(target: torch.Tensor, weight: torch.Tensor | None = None, maximum: float = 5.0) -> Guidance:
@@ -263,9 +263,9 @@ def test_policy_trained_with_prefixes_keeps_the_prefix(policy, request_):
     observation, (first, second) = request_
     old = policy.infer(observation, noise=first)["actions"]
     trained = torchpi.load_policy("demo", device="cpu")
-    trained._metadata[MAX_GIVEN] = 4
+    trained._metadata[MAX_ACTION_PREFIX] = 4
     chunk = trained.infer(observation, noise=second, action_prefix=old[4:], delay=4)["actions"]
     np.testing.assert_allclose(chunk[:4], old[4:8], atol=1e-5)
     beyond = torchpi.types.PreviousChunk(old[4:], delay=5, method="trained")
-    with pytest.raises(ValueError, match="at most 4 given actions, not 5"):
+    with pytest.raises(ValueError, match="at most 4 actions, not 5"):
         trained.infer_batch([observation], prefixes=[beyond])

@@ -184,7 +184,7 @@ def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what
         for name, parameter in model.named_parameters():
             if f"ema.{name}" in saved:
                 parameter.copy_(saved[f"ema.{name}"])
-    inputs = torchpi.policy.collate([policy.prepare(observation)[1]])
+    inputs = torchpi.collate.collate([policy.prepare(observation)[1]])
     trained_chunk = model.sample_actions(inputs, noise=torch.from_numpy(noise)[None])
     torch.testing.assert_close(trained_chunk, policy.model.sample_actions(inputs, noise=torch.from_numpy(noise)[None]),
                                atol=5e-5, rtol=0)  # fmt: skip
@@ -473,7 +473,7 @@ def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path)
     assert terms.sum(dim=(2, 3)).tolist() == ((4 - batch.num_given) * 6).tolist()
     assert num_terms(batch, "all") == int(terms.sum())
     result = loop.train(config, tmp_path / "run")
-    assert torchpi.load_policy(result.policy).metadata["max_given_actions"] == 2
+    assert torchpi.load_policy(result.policy).metadata["max_action_prefix"] == 2
 
 
 def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):

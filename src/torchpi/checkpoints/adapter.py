@@ -1,6 +1,6 @@
 """What a LoRA training has changed, as a small folder beside the base checkpoint that it belongs to.
 
-adapter.json           the LoRA, the other trained parameters, and which base they belong to
+adapter.json           the LoRA, the other trained parameters, and the base
 adapter.safetensors    the low-rank matrices and the other trained parameters, in float32
 """
 
@@ -10,19 +10,31 @@ import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Literal
 
 import torch
 
-from torchpi.checkpoints.folder import atomic_folder, require_fields
-from torchpi.checkpoints.layout import Leaf, Piece, Shapes, refuse_mismatch
+from torchpi.checkpoints.atomic import atomic_folder
+from torchpi.checkpoints.layout import Shapes, require_shapes
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safetensors
 from torchpi.errors import CheckpointError, MissingFileError
-from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config
+from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config, merge_lora
 from torchpi.model.pi0 import Pi0
+from torchpi.schema import parse, read_json_object, require_stated
 
 FORMAT_VERSION = 1
 DOCUMENT, WEIGHTS = "adapter.json", "adapter.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint that was trained from."""
+
+    address: str
+    dtype: Literal["float32", "bfloat16"]
+    """To which its frozen weights were rounded."""
+    sha256: str | None = None
+    """The `digest` of these, where it is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,27 +44,13 @@ class Adapter:
     lora: LoraConfig
     trained: tuple[str, ...]
     """Names of the parameters that were trained beside the low-rank matrices."""
-    base: Mapping[str, str]
-    """Which checkpoint it belongs to: "address", the "dtype" to which its frozen weights were rounded, and where it is
-    known "sha256", the `digest` of these."""
+    base: Base
 
     def to_json(self) -> str:
         """The file's text."""
         document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        document["base"] = {name: value for name, value in document["base"].items() if value is not None}
         return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n"
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> "Adapter":
-        """Parse the file's JSON object."""
-        require_fields(document, ["format_version", *(field.name for field in dataclasses.fields(cls))], "the document")
-        if document["format_version"] != FORMAT_VERSION:
-            raise CheckpointError(
-                f"format_version is {document['format_version']!r}; this torchpi reads {FORMAT_VERSION}."
-            )
-        trained, base = document["trained"], document["base"]
-        if not isinstance(trained, list) or not all(isinstance(name, str) for name in trained):
-            raise CheckpointError(f"Trained must be a list of parameters' names, found {trained!r}.")
-        return cls(_lora_from_json(document["lora"]), tuple(trained), _checked_base(base))
 
 
 def save_adapter(
@@ -79,17 +77,18 @@ def save_adapter(
     target, config = pathlib.Path(path).expanduser(), lora_config(model)
     if config is None:
         raise CheckpointError("The model has no LoRA, and so there is no adapter to save.")
-    parameters = dict(model.named_parameters())
-    if unknown := sorted(set(trained) - set(parameters)):
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if unknown := sorted(set(trained) - set(shapes)):
         raise CheckpointError(f"Trained names what the model does not have: {', '.join(unknown[:8])}.")
-    if target.exists() and not (overwrite and (target / DOCUMENT).is_file()):
+    if target.exists() and not (overwrite and is_adapter(target)):
         raise CheckpointError(
             f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter."
         )
-    names = [name for name in parameters if is_lora(name) or name in set(trained)]
-    adapter = Adapter(config, tuple(name for name in names if not is_lora(name)), _checked_base(base))
+    names = [name for name in shapes if is_lora(name) or name in set(trained)]
+    others = tuple(name for name in names if not is_lora(name))
+    adapter = Adapter(config, others, parse(Base, dict(base), "base", error=CheckpointError))
     with atomic_folder(target) as beside:
-        write_adapter(beside, adapter, {name: tuple(parameters[name].shape) for name in names}, model.get_parameter)
+        write_adapter(beside, adapter, {name: shapes[name] for name in names}, model.get_parameter)
 
 
 def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Callable[[str], torch.Tensor]) -> None:
@@ -97,18 +96,17 @@ def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Ca
 
     Args:
         shapes: of the low-rank matrices and the other trained parameters, by name.
-        read: gives them.
+        read: returns them.
     """
     (root / DOCUMENT).write_text(adapter.to_json(), encoding="utf-8")
-    leaves = {name: Leaf(shape, (Piece(name),)) for name, shape in shapes.items()}
-    write_safetensors(root, leaves, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
+    write_safetensors(root, shapes, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
 
 
 def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
     """SHA-256 over the names and numbers of parameters, in the order of their names.
 
     Args:
-        read: gives them, in CPU memory; called in several threads.
+        read: returns them, in CPU memory; called in several threads.
     """
 
     def of_one(name: str) -> bytes:
@@ -117,7 +115,7 @@ def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
         return f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + numbers
 
     whole = hashlib.sha256()
-    with ThreadPoolExecutor() as threads:  # a hash of much data leaves the interpreter to others
+    with ThreadPoolExecutor() as threads:  # hashing much data releases the interpreter
         for part in threads.map(of_one, sorted(names)):
             whole.update(part)
     return whole.hexdigest()
@@ -133,19 +131,21 @@ def read_adapter(path: str | pathlib.Path) -> Adapter:
     file = pathlib.Path(path).expanduser() / DOCUMENT
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; expected the folder of an adapter.")
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-        return Adapter.from_dict(document)
-    except ValueError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+    document = read_json_object(file, error=CheckpointError)
+    version = document.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file}: format_version is {version!r}; this torchpi reads {FORMAT_VERSION}.")
+    adapter = parse(Adapter, document, str(file), error=CheckpointError)
+    require_stated(document["lora"], dataclasses.asdict(adapter.lora), f"{file}: lora", error=CheckpointError)
+    return adapter
 
 
 def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
     """Attach an adapter to the base model that it belongs to, in place; nothing is changed if something is wrong.
 
     Args:
-        model: the base, without LoRA or with the adapter's own, whose values are replaced. It is the caller's to see
-            that it is the base that `Adapter.base` names: another model of the same sizes can't be told from it.
+        model: the base, without LoRA or with the adapter's own, whose values are replaced. The caller sees to it that
+            it is the base that `Adapter.base` names: another model of the same sizes can't be told from it.
 
     Raises:
         FileNotFoundError: there is no adapter at the path.
@@ -158,16 +158,8 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
         raise CheckpointError(
             f"{root} has {adapter.lora}, the model has {present} already; load the base without LoRA."
         )
-    arrays = SafetensorsArrays(root, WEIGHTS)
-    expected = _expected_shapes(model, adapter)
-    misshapen = [
-        f"{name} is {list(arrays.shapes[name])}, expected {list(shape)}"
-        for name, shape in expected.items()
-        if arrays.shapes.get(name, shape) != shape
-    ]
-    refuse_mismatch(
-        root, sorted(set(expected) - set(arrays.shapes)), sorted(set(arrays.shapes) - set(expected)), misshapen
-    )
+    arrays, expected = SafetensorsArrays(root, WEIGHTS), _expected_shapes(model, adapter)
+    require_shapes(arrays, expected)
     if present is None:
         attach_lora(model, adapter.lora)
     with torch.no_grad():
@@ -188,24 +180,18 @@ def _expected_shapes(model: Pi0, adapter: Adapter) -> Shapes:
     return {name: shape for name, shape in shapes.items() if is_lora(name) or name in set(adapter.trained)}
 
 
-def _checked_base(base: Any) -> dict[str, str]:
-    if not isinstance(base, Mapping) or not all(isinstance(value, str) for value in base.values()):
-        raise CheckpointError(f"base must be an object of texts with address and perhaps sha256, found {base!r}.")
-    require_fields(base, ["address", "dtype", *(["sha256"] if "sha256" in base else [])], "base")
-    if base["dtype"] not in ("float32", "bfloat16"):
-        raise CheckpointError(f"base.dtype must be float32 or bfloat16, found {base['dtype']!r}.")
-    return dict(base)
-
-
-def _lora_from_json(found: Any) -> LoraConfig:
-    require_fields(found, [field.name for field in dataclasses.fields(LoraConfig)], "lora")
-    # JSON does not tell 16 from 16.0.
-    alphas = {
-        name: float(value)
-        for name, value in found.items()
-        if name.endswith("_alpha") and isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    try:
-        return LoraConfig(**{**found, **alphas})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"lora: {error}") from error
+@torch.no_grad()
+def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0) -> None:
+    """Merge an adapter into its base, in place; weights that differ from the base's in training are an error."""
+    dtype = getattr(torch, adapter.base.dtype)  # what was trained beside them saw them rounded
+    frozen = {name: p for name, p in model.named_parameters() if name not in adapter.trained and not is_lora(name)}
+    for parameter in frozen.values():
+        parameter.copy_(parameter.to(dtype))
+    expected = adapter.base.sha256
+    if expected is not None and expected != digest(frozen, lambda name: frozen[name].to("cpu", dtype)):
+        raise CheckpointError(
+            f"{root} holds what a LoRA training has changed in {adapter.base.address}, but what is there now has "
+            "other weights than it was trained with; bring the base back."
+        )
+    load_adapter(root, model)
+    merge_lora(model)

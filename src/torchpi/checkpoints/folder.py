@@ -6,128 +6,70 @@ tokenizer.model     or tokenizer.json
 model.safetensors   the weights, or shards of them with model.safetensors.index.json
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import pathlib
-import shutil
-import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import leaf_array, own_leaves
+from torchpi.checkpoints.layout import own_table, stored_array
 from torchpi.checkpoints.safetensors_files import write_safetensors
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
+from torchpi.robots import Embodiment
+from torchpi.schema import parse, read_json_object, require_stated
+from torchpi.transforms.normalize import Normalization, load_norm_stats
+from torchpi.version import __version__
 
 FORMAT_VERSION = 2
-# The one resize there is (transforms.images); written down, so that a policy stays right should there be another.
-IMAGE_TRANSFORM = {"resize": "pad", "filter": "bilinear_antialiased"}
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRules:
+    """How a prompt becomes tokens; the model's discrete_state_input decides whether the state is in it."""
+
+    default: str | None
+    format: str
+    truncation: str
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizationRules:
+    """How state and actions are normalized."""
+
+    state: Normalization
+    actions: Normalization
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """The one resize there is (transforms.images), stated so that a policy stays right should there be another."""
+
+    resize: Literal["pad"] = "pad"
+    filter: Literal["bilinear_antialiased"] = "bilinear_antialiased"
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFile:
-    """The contents of policy.json. `docs/policy_folder.md` describes the fields."""
+    """The document policy.json. `docs/policy_folder.md` describes the fields."""
 
-    model: Pi0Config
-    embodiment: Mapping[str, Any]
-    """`Embodiment.to_dict`: cameras in order, named dimensions, control rate, actions to execute, default prompt."""
-    normalization: Mapping[str, Mapping[str, str]]
-    """Per key ("state", "actions"): kind and eps_rule."""
-    prompt: Mapping[str, Any]
-    """"default" (a text or null), "format" and "truncation"; whether the state is in it follows the model's
-    discrete_state_input."""
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: dict[str, Any]
+    """`Pi0Config.to_dict`."""
+    embodiment: dict[str, Any]
+    """`Embodiment.to_dict`."""
+    normalization: NormalizationRules
+    prompt: PromptRules
+    metadata: dict[str, Any]
     """Free, for clients."""
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: dict[str, Any]
     """Where the weights come from."""
-
-    def to_json(self) -> str:
-        """The file's text."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        document = {"format_version": FORMAT_VERSION, **fields, "model": self.model.to_dict()}
-        try:
-            text = json.dumps(
-                {**document, "image_transform": IMAGE_TRANSFORM}, indent=2, ensure_ascii=False, allow_nan=False
-            )
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}") from error
-        return f"{text}\n"
-
-    @classmethod
-    def from_json(cls, text: str, source: pathlib.Path) -> "PolicyFile":
-        """Parse the file's text."""
-        try:
-            document = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{source} is not valid JSON: {error}") from error
-        if not isinstance(document, dict):
-            raise CheckpointError(f"{source} must hold a JSON object, found {type(document).__name__}.")
-        version = document.pop("format_version", None)
-        if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
-            document["prompt"].setdefault("format", "openpi")
-        elif version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source}: format_version is {version!r}; this torchpi reads 1 and {FORMAT_VERSION}. A newer file "
-                "needs a newer torchpi."
-            )
-        try:
-            return cls._from_document(document)
-        except ValueError as error:
-            raise CheckpointError(f"{source}: {error}") from error
-
-    @classmethod
-    def _from_document(cls, document: dict[str, Any]) -> "PolicyFile":
-        names = [*(field.name for field in dataclasses.fields(cls)), "image_transform"]
-        require_fields(document, names, "the document")
-        for name in names:
-            if not isinstance(document[name], dict):
-                raise CheckpointError(f"{name} must be an object, found {document[name]!r}.")
-        if document.pop("image_transform") != IMAGE_TRANSFORM:
-            raise CheckpointError(f"image_transform must be {IMAGE_TRANSFORM}, the only one this torchpi has.")
-        require_fields(document["normalization"], ("state", "actions"), "normalization")
-        for key, rule in document["normalization"].items():
-            require_fields(rule, ("kind", "eps_rule"), f"normalization.{key}")
-            if not all(isinstance(value, str) for value in rule.values()):
-                raise CheckpointError(f"normalization.{key} must have texts as its values, found {rule!r}.")
-        prompt = document["prompt"]
-        require_fields(prompt, ("default", "format", "truncation"), "prompt")
-        if not isinstance(prompt["default"], str | None):
-            raise CheckpointError(f"prompt.default must be a text or null, found {prompt['default']!r}.")
-        for field in ("format", "truncation"):
-            if not isinstance(prompt[field], str):
-                raise CheckpointError(f"prompt.{field} must be a text, found {prompt[field]!r}.")
-        model = document["model"]
-        try:
-            config = Pi0Config.from_dict(model)
-        except ValueError as error:
-            raise CheckpointError(f"model: {error}") from error
-        # Complete: a default in place of what is missing would be a guess about the weights.
-        for name, value in {"model": config.to_dict(), **config.to_dict()}.items():
-            if isinstance(value, dict):
-                require_fields(model if name == "model" else model[name], value, name)
-        return cls(**{**document, "model": config})
-
-
-def require_fields(found: Any, names: Collection[str], where: str) -> None:
-    """Raise a ValueError unless `found` is a JSON object with these fields and no others."""
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{where} must be an object with {', '.join(names)}, found {found!r}.")
-    missing, unknown = [name for name in names if name not in found], sorted(set(found) - set(names))
-    if missing or unknown:
-        raise CheckpointError(
-            f"{where} has"
-            + (f" no {', '.join(missing)}" if missing else "")
-            + (" and" if missing and unknown else "")
-            + (f" unknown fields {', '.join(unknown)}" if unknown else "")
-            + f"; expected {', '.join(names)}"
-        )
+    image_transform: ImageTransform
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
@@ -135,18 +77,72 @@ def is_policy_folder(root: pathlib.Path) -> bool:
     return (root / "policy.json").is_file()
 
 
-def read_policy_json(root: pathlib.Path) -> PolicyFile:
-    """Read and check policy.json; see `PolicyFile.from_json`."""
-    path = root / "policy.json"
+def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
+    """Read and check policy.json, but for the embodiment."""
+    file = root / "policy.json"
+    document = read_json_object(file, error=CheckpointError)
+    version = document.pop("format_version", None)
+    if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
+        document["prompt"].setdefault("format", "openpi")
+    elif version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{file}: format_version is {version!r}; this torchpi reads 1 and {FORMAT_VERSION}. A newer file needs a "
+            "newer torchpi."
+        )
+    policy = parse(PolicyFile, document, str(file), error=CheckpointError)
+    config = Pi0Config.from_dict(policy.model, where=f"{file}: model")
+    stated = {**dataclasses.asdict(policy), "model": config.to_dict()}
+    require_stated(document, stated, str(file), error=CheckpointError)
+    if "max_given_actions" in policy.metadata:  # its name until 0.1
+        policy.metadata[MAX_ACTION_PREFIX] = policy.metadata.pop("max_given_actions")
+    return policy, config
+
+
+def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
+    """Everything of the policy in a folder but its weights."""
+    where = f"{root / 'policy.json'}: embodiment"
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from error
-    return PolicyFile.from_json(text, path)
+        robot = Embodiment.from_dict(policy.embodiment)
+    except ValueError as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    require_stated(policy.embodiment, robot.to_dict(), where, error=CheckpointError)
+    return PolicySpec(
+        source=str(root),
+        embodiment=robot,
+        norm_stats=load_norm_stats(root),
+        normalization=vars(policy.normalization),
+        tokenizer=tokenizer_file(root),
+        prompt_format=policy.prompt.format,
+        truncation=policy.prompt.truncation,
+        default_prompt=policy.prompt.default,
+        metadata=policy.metadata,
+        provenance=policy.provenance,
+    )
+
+
+def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -> None:
+    """Write policy.json."""
+    assert spec.embodiment is not None
+    assert spec.normalization is not None
+    policy = PolicyFile(
+        model=config.to_dict(),
+        embodiment=spec.embodiment.to_dict(),
+        normalization=NormalizationRules(**spec.normalization),
+        prompt=PromptRules(spec.default_prompt, spec.prompt_format, spec.truncation),
+        metadata=dict(spec.metadata),
+        provenance={"torchpi": __version__, **spec.provenance},
+        image_transform=ImageTransform(),
+    )
+    document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(policy)}
+    try:
+        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}.") from error
+    (root / "policy.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer in the folder, if there is one."""
+    """The tokenizer in a folder, if there is one."""
     files = (root / "tokenizer.model", root / "tokenizer.json")
     return next((file for file in files if file.is_file()), None)
 
@@ -164,85 +160,15 @@ def write_weights(
     Args:
         dtype: on disk; by default the model's.
         max_shard_bytes: above it they are written in shards; None: never.
-        read: gives the weights by their names; by default they are the model's.
+        read: returns a weight by its name; by default it is the model's.
     """
     if read is None and lora_config(model) is not None:
         raise CheckpointError(
             "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
             "save_adapter writes it on its own."
         )
-    leaves, dtype = own_leaves(model.config), dtype or model.embedding.dtype
+    table, dtype = own_table(model.config), dtype or model.embedding.dtype
+    read = read or (lambda name: stored_array(model, table[name], dtype))
     write_safetensors(
-        root,
-        leaves,
-        read or (lambda name: leaf_array(model, leaves[name], dtype)),
-        dtype=dtype,
-        max_shard_bytes=max_shard_bytes,
+        root, {name: array.shape for name, array in table.items()}, read, dtype=dtype, max_shard_bytes=max_shard_bytes
     )
-
-
-@contextlib.contextmanager
-def new_folder(path: str | pathlib.Path, *, overwrite: bool = False) -> Iterator[pathlib.Path]:
-    """A folder to write a policy folder's files into: complete under its name when the context ends, or not there.
-
-    It is written beside its place and moved there. A process killed while it writes leaves a `.<name>.….tmp` behind. A
-    folder cannot be exchanged in one step: one killed between the two renames of an overwrite leaves nothing under the
-    name, the old folder as `.<name>.….old` and the new one as `.<name>.….tmp`, both whole.
-
-    Args:
-        overwrite: replace a policy folder that is there; without it, that is an error.
-    """
-    target = pathlib.Path(path).expanduser()
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{target} exists already; choose another path, or pass overwrite=True.")
-    if target.exists() and not is_policy_folder(target):
-        raise CheckpointError(f"{target} exists and is no policy folder; it is not overwritten.")
-    with atomic_folder(target) as beside:
-        yield beside
-
-
-@contextlib.contextmanager
-def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A new folder beside `target` to write into, which takes its place when the context ends without an error.
-
-    See `new_folder` for what a killed process leaves behind.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
-    beside.mkdir()
-    try:
-        yield beside
-        make_durable(beside)
-        _move_into_place(beside, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
-def make_durable(folder: pathlib.Path) -> None:
-    """Wait until everything in a folder is on the disk."""
-    for entry in (*folder.rglob("*"), folder):
-        fsync(entry)
-
-
-def _move_into_place(beside: pathlib.Path, target: pathlib.Path) -> None:
-    if target.exists():
-        old = target.parent / f".{target.name}.{uuid.uuid4().hex}.old"
-        os.rename(target, old)
-        try:
-            os.rename(beside, target)
-        except OSError:
-            os.rename(old, target)
-            raise
-        shutil.rmtree(old)
-    else:
-        os.rename(beside, target)
-    fsync(target.parent)
-
-
-def fsync(path: pathlib.Path) -> None:
-    """Wait until a file, or the list of a folder's entries, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,19 +1,19 @@
-"""How the arrays of a format become a model's parameters and back: which part of which array goes where.
+"""Tables of a format's arrays: for each array, the parameters that its parts fill.
 
-A format is a table of leaves. Reading and writing follow from it, so that both are total: what the table does not name
-is an error, and what it names is filled.
+Reading and writing follow from the table, so that both are total: an array that it does not name is an error, and every
+parameter is filled.
 """
 
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from torchpi.config import Pi0Config
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, attach_lora
 from torchpi.model.pi0 import Pi0
@@ -24,30 +24,47 @@ _MOST_NAMED = 24
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One part of a leaf, and the rows of a parameter that it fills."""
+class ParamSlice:
+    """One part of a stored array, and the rows of the parameter that it fills."""
 
     param: str
     """Name in `Pi0.state_dict()`."""
     layer: int | None = None
-    """Index on the leaf's first axis, None: the whole leaf."""
+    """Index on the stored array's first axis; None: the whole array."""
     axes: tuple[int, ...] | None = None
     """Order of the part's axes in the parameter, where rows (outputs) come first; None: unchanged."""
     rows: tuple[int, int] | None = None
     """First row and end of the parameter's rows; None: all."""
 
+    def of_array(self, array: Tensor) -> Tensor:
+        """The part of the stored array, in the parameter's order of axes; a view."""
+        part = array if self.layer is None else array[self.layer]
+        return part if self.axes is None else part.permute(self.axes)
+
+    def of_parameter(self, parameter: Tensor) -> Tensor:
+        """The parameter's rows; a view."""
+        return parameter.detach() if self.rows is None else parameter.detach()[slice(*self.rows)]
+
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class CheckpointArray:
     """One array of a checkpoint."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    """Where its parts go; together they fill all that they touch."""
+    slices: tuple[ParamSlice, ...]
+    """Together they fill all that they touch."""
+
+    @property
+    def is_parameter(self) -> bool:
+        """The array is a whole parameter, in its order of axes."""
+        return self.slices[0] == ParamSlice(self.slices[0].param)
+
+
+Table = Mapping[str, CheckpointArray]
 
 
 @runtime_checkable
-class Arrays(Protocol):
+class StoredArrays(Protocol):
     """The arrays of a checkpoint on disk, none of which is read yet."""
 
     source: pathlib.Path
@@ -58,9 +75,9 @@ class Arrays(Protocol):
         ...
 
 
-def load_leaves(
-    arrays: Arrays,
-    leaves: Mapping[str, Leaf],
+def load_arrays(
+    arrays: StoredArrays,
+    table: Table,
     config: Pi0Config,
     *,
     dtype: torch.dtype,
@@ -69,90 +86,126 @@ def load_leaves(
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
-    The largest leaf is read first, when little else is allocated, so that the peak stays near the model's own size.
+    The largest array is read first, when little else is allocated, so that the peak stays near the model's own size.
 
     Args:
-        lora: the low-rank matrices that the model gets and `leaves` fills, in float32.
+        lora: the low-rank matrices that the model gets and `table` fills, in float32.
     """
-    misshapen = [
-        f"{name} is {list(arrays.shapes[name])}, expected {list(leaf.shape)}"
-        for name, leaf in leaves.items()
-        if name in arrays.shapes and arrays.shapes[name] != leaf.shape
-    ]
-    missing, extra = sorted(set(leaves) - set(arrays.shapes)), sorted(set(arrays.shapes) - set(leaves))
-    refuse_mismatch(arrays.source, missing, extra, misshapen)
+    require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = Pi0(config, device="meta", dtype=dtype)
     if lora is not None:
         attach_lora(model, lora)
-    for name, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].shape)):
-        parameter = _parameter(model, leaf.pieces[0].param)[2]
-        _fill(model, leaf, arrays.read(name, parameter.dtype), device)
+    for name, entry in sorted(table.items(), key=lambda item: -math.prod(item[1].shape)):
+        dtype = model.get_parameter(entry.slices[0].param).dtype
+        _fill(model, entry, arrays.read(name, dtype), device)
     return model
 
 
-def _fill(model: Pi0, leaf: Leaf, array: Tensor, device: str | torch.device) -> None:
-    for piece in leaf.pieces:
-        if piece == Piece(piece.param):  # the array is the parameter: no copy
-            owner, attribute, parameter = _parameter(model, piece.param)
-            setattr(owner, attribute, nn.Parameter(array.to(device).view(parameter.shape)))
-            continue
-        part = array if piece.layer is None else array[piece.layer]
-        part = part if piece.axes is None else part.permute(piece.axes)
-        rows = _rows(_materialized(model, piece.param, device), piece)
-        rows.view(part.shape).copy_(part)
+def _fill(model: Pi0, entry: CheckpointArray, array: Tensor, device: str | torch.device) -> None:
+    if entry.is_parameter:  # no copy
+        name = entry.slices[0].param
+        _set_parameter(model, name, array.to(device).view(model.get_parameter(name).shape))
+        return
+    for part in entry.slices:
+        parameter = model.get_parameter(part.param)
+        if parameter.is_meta:
+            parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
+        source = part.of_array(array)
+        part.of_parameter(parameter).view(source.shape).copy_(source)
 
 
-def leaf_array(model: Pi0, leaf: Leaf, dtype: torch.dtype | None = None) -> Tensor:
-    """The array of a leaf, on the CPU, out of the parameters: the way back of `load_leaves`."""
-    parameters = [_parameter(model, piece.param)[2] for piece in leaf.pieces]
-    dtype = dtype or parameters[0].dtype
-    if leaf.pieces[0] == Piece(leaf.pieces[0].param):
-        return parameters[0].detach().to("cpu", dtype).reshape(leaf.shape)
-    array = torch.empty(leaf.shape, dtype=dtype)
-    for piece, parameter in zip(leaf.pieces, parameters, strict=True):
-        part = array if piece.layer is None else array[piece.layer]
-        part = part if piece.axes is None else part.permute(piece.axes)
-        part.copy_(_rows(parameter, piece).reshape(part.shape))
-    return array
-
-
-def own_leaves(config: Pi0Config) -> dict[str, Leaf]:
-    """The table of our own format: every parameter by its name."""
-    model = Pi0(config, device="meta")
-    return {name: Leaf(tuple(parameter.shape), (Piece(name),)) for name, parameter in model.named_parameters()}
-
-
-def refuse_mismatch(
-    source: pathlib.Path, missing: Sequence[str], extra: Sequence[str], misshapen: Sequence[str]
-) -> None:
-    """Raise a ValueError that names the arrays that a checkpoint lacks, has too many, or has in another shape."""
-    if missing or extra or misshapen:
-        raise CheckpointError(
-            f"{source} does not fit the model:"
-            + (f"\n  missing: {_listed(missing, ', ')}" if missing else "")
-            + (f"\n  left over: {_listed(extra, ', ')}" if extra else "")
-            + (f"\n  misshapen: {_listed(misshapen, '; ')}" if misshapen else "")
-        )
-
-
-def _listed(texts: Sequence[str], separator: str) -> str:
-    more = len(texts) - _MOST_NAMED
-    return separator.join(texts[:_MOST_NAMED]) + (f"{separator}and {more} more" if more > 0 else "")
-
-
-def _parameter(model: nn.Module, name: str) -> tuple[nn.Module, str, nn.Parameter]:
-    owner_name, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    return owner, attribute, getattr(owner, attribute)
-
-
-def _materialized(model: nn.Module, name: str, device: str | torch.device) -> nn.Parameter:
-    owner, attribute, parameter = _parameter(model, name)
-    if parameter.is_meta:
-        parameter = nn.Parameter(torch.empty_like(parameter, device=device))
-        setattr(owner, attribute, parameter)
+def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:
+    owner, _, attribute = name.rpartition(".")
+    parameter = nn.Parameter(value)
+    setattr(model.get_submodule(owner), attribute, parameter)
     return parameter
 
 
-def _rows(parameter: nn.Parameter, piece: Piece) -> Tensor:
-    return parameter.data if piece.rows is None else parameter.data[slice(*piece.rows)]
+def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None = None) -> Tensor:
+    """The array that a checkpoint holds of the model's parameters, on the CPU: the inverse of `load_arrays`."""
+    parameters = [model.get_parameter(part.param) for part in entry.slices]
+    dtype = dtype or parameters[0].dtype
+    if entry.is_parameter:
+        return parameters[0].detach().to("cpu", dtype).reshape(entry.shape)
+    array = torch.empty(entry.shape, dtype=dtype)
+    for part, parameter in zip(entry.slices, parameters, strict=True):
+        target = part.of_array(array)
+        target.copy_(part.of_parameter(parameter).reshape(target.shape))
+    return array
+
+
+def own_table(config: Pi0Config) -> dict[str, CheckpointArray]:
+    """Table of the policy folder: every parameter by its name."""
+    model = Pi0(config, device="meta")
+    return {name: CheckpointArray(tuple(p.shape), (ParamSlice(name),)) for name, p in model.named_parameters()}
+
+
+def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
+    """Raise an error that names the arrays that are missing, left over or of another shape."""
+    found = arrays.shapes
+    problems = {
+        "missing": sorted(set(expected) - set(found)),
+        "left over": sorted(set(found) - set(expected)),
+        "misshapen": [
+            f"{name} is {list(found[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    if any(problems.values()):
+        message = f"{arrays.source} does not fit the model:"
+        for problem, names in problems.items():
+            more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+            separator = "; " if problem == "misshapen" else ", "
+            message += f"\n  {problem}: {separator.join(names[:_MOST_NAMED] + more)}" if names else ""
+        raise CheckpointError(message)
+
+
+def sizes_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
+    """The shape of an array that every checkpoint of a format has."""
+    if name not in shapes:
+        raise CheckpointError(
+            f"There is no array {name!r}, which every π₀ and π₀.₅ checkpoint has; found {sorted(shapes)[:8] or 'none'}."
+        )
+    if len(shapes[name]) != ndim:
+        raise CheckpointError(f"Array {name!r} must have {ndim} dimensions, its shape is {list(shapes[name])}.")
+    return shapes[name]
+
+
+def projections(config: Pi0Config) -> list[tuple[str, str, int, int]]:
+    """The linear layers around the action expert: openpi's name, ours, inputs and outputs."""
+    width, action_dim = config.action_expert.width, config.action_dim
+    found = [
+        ("action_in_proj", "suffix.action_in_proj", action_dim, width),
+        ("action_out_proj", "action_out_proj", width, action_dim),
+    ]
+    if config.pi05:
+        inside = {"time_mlp_in": width, "time_mlp_out": width}
+    else:
+        inside = {"state_proj": action_dim, "action_time_mlp_in": 2 * width, "action_time_mlp_out": width}
+    return found + [(name, f"suffix.{name}", num_in, width) for name, num_in in inside.items()]
+
+
+def config_of_arrays(
+    *,
+    pi05: bool,
+    backbone: GemmaConfig,
+    expert: GemmaConfig,
+    vision: VisionConfig,
+    action_dim: int,
+    vocab_size: int,
+    num_patches: int,
+) -> Pi0Config:
+    """A config of the sizes that arrays have; those that are in none stay unset."""
+    return Pi0Config(
+        pi05=pi05,
+        paligemma_variant=backbone,
+        action_expert_variant=expert,
+        siglip_variant=vision,
+        action_dim=action_dim,
+        action_horizon=None,
+        max_token_len=None,
+        discrete_state_input=None,
+        vocab_size=vocab_size,
+        image_size=vision.patch * round(num_patches**0.5),
+    )

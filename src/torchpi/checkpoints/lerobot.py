@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 import torch
 
-from torchpi.checkpoints.parts import PolicyParts
+from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.robots.embodiment import ActionDim, Camera, Embodiment, StateKey
@@ -39,8 +39,8 @@ _NEUTRAL = {
 _BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
 
 
-def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
-    """What a LeRobot policy says of everything around the model.
+def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
+    """Everything around the model of a LeRobot policy.
 
     Args:
         root: the policy's folder.
@@ -67,7 +67,8 @@ def read_parts(root: pathlib.Path, document: Mapping[str, Any]) -> PolicyParts:
             f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "
             f"{document.get('tokenizer_max_length')}; correct one of them."
         )
-    return PolicyParts(
+    return PolicySpec(
+        source=str(root),
         embodiment=embodiment,
         norm_stats=stats,
         normalization=rules,

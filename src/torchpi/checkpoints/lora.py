@@ -1,16 +1,17 @@
 """LoRA weights of an openpi JAX checkpoint: folded into the weights that they change, kept beside them, or written.
 
-What they mean is said in `torchpi.model.lora`.
+Their meaning stands in `torchpi.model.lora`.
 """
 
 import pathlib
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Arrays, Shapes, leaf_array
+from torchpi.checkpoints.layout import Shapes, StoredArrays, stored_array
 from torchpi.checkpoints.openpi import write_params
-from torchpi.checkpoints.openpi_layout import jax_leaves, lora_leaves
+from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, lora_config
 from torchpi.model.pi0 import Pi0
@@ -19,50 +20,53 @@ DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
 """Of the backbone and of the action expert: openpi's variants gemma_2b_lora and gemma_300m_lora."""
 
 
-class FoldedArrays:
-    """The arrays of a LoRA checkpoint as those of a plain one; see `Arrays`."""
-
-    def __init__(self, arrays: Arrays, alpha: tuple[float, float] = DEFAULT_ALPHA) -> None:
-        """
-        Args:
-            alpha: of the backbone and of the action expert.
-        """
-        self.source: pathlib.Path = arrays.source
-        self._arrays, self._alpha = arrays, alpha
-        self.pairs: dict[str, tuple[str, str]] = {}
-        """By the array that is changed, its A and B."""
-        lora = {name for name in arrays.shapes if "lora_" in name}
-        for a in sorted(name for name in lora if name.endswith("lora_a")):
-            b = f"{a.removesuffix('a')}b"
-            # attn.q_einsum.lora_a changes attn.q_einsum.w, mlp.linear_lora_a changes mlp.linear.
-            base = f"{a.removesuffix('lora_a')}w" if a.endswith(".lora_a") else a.removesuffix("_lora_a")
-            if b not in lora or base not in arrays.shapes:
-                raise CheckpointError(f"{arrays.source} has {a}, but not {b if b not in lora else base}.")
-            self._check(base, a, b)
-            self.pairs[base] = (a, b)
-        if alone := sorted(lora - {name for pair in self.pairs.values() for name in pair}):
-            raise CheckpointError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}.")
-        self.shapes: Shapes = {name: shape for name, shape in arrays.shapes.items() if name not in lora}
-
-    def _check(self, base: str, a: str, b: str) -> None:
-        shapes = self._arrays.shapes
-        base_shape, a_shape, b_shape = shapes[base], shapes[a], shapes[b]
+def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
+    """By the array that they change, A and B; empty without LoRA. All of them are complete and fit."""
+    lora, pairs = {name for name in arrays.shapes if "lora_" in name}, {}
+    for a in sorted(name for name in lora if name.endswith("lora_a")):
+        b = f"{a.removesuffix('a')}b"
+        # attn.q_einsum.lora_a changes attn.q_einsum.w, mlp.linear_lora_a changes mlp.linear.
+        base = f"{a.removesuffix('lora_a')}w" if a.endswith(".lora_a") else a.removesuffix("_lora_a")
+        if b not in lora or base not in arrays.shapes:
+            raise CheckpointError(f"{arrays.source} has {a}, but not {b if b not in lora else base}.")
+        a_shape, b_shape, base_shape = (arrays.shapes[name] for name in (a, b, base))
         rank = a_shape[-1]
         if a_shape != (*base_shape[:-1], rank) or b_shape != (*base_shape[:-2], rank, base_shape[-1]):
             raise CheckpointError(
-                f"{self.source}: the LoRA arrays {a} {list(a_shape)} and {b} {list(b_shape)} do not fit {base} "
+                f"{arrays.source}: the LoRA arrays {a} {list(a_shape)} and {b} {list(b_shape)} do not fit {base} "
                 f"{list(base_shape)}."
             )
+        pairs[base] = (a, b)
+    if alone := sorted(lora - {name for pair in pairs.values() for name in pair}):
+        raise CheckpointError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}.")
+    return pairs
+
+
+class FoldedArrays:
+    """The arrays of a LoRA checkpoint as those of a plain one; see `StoredArrays`."""
+
+    def __init__(
+        self,
+        arrays: StoredArrays,
+        pairs: Mapping[str, tuple[str, str]],
+        alpha: tuple[float, float] = DEFAULT_ALPHA,
+    ) -> None:
+        """
+        Args:
+            pairs: see `lora_pairs`.
+            alpha: of the backbone and of the action expert.
+        """
+        self.source: pathlib.Path = arrays.source
+        self.shapes: Shapes = {name: shape for name, shape in arrays.shapes.items() if "lora_" not in name}
+        self._arrays, self._pairs, self._alpha = arrays, pairs, alpha
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array in `dtype`, with its LoRA product added in float32 before any cast."""
-        if name not in self.pairs:
+        if name not in self._pairs:
             return self._arrays.read(name, dtype)
         weight = self._arrays.read(name, torch.float32)
-        a, b = (self._arrays.read(part, torch.float32) for part in self.pairs[name])
-        scale = 1.0
-        if ".attn." in name:
-            scale = self._alpha[_is_experts(name)] / a.shape[-1]
+        a, b = (self._arrays.read(part, torch.float32) for part in self._pairs[name])
+        scale = self._alpha[_is_experts(name)] / a.shape[-1] if ".attn." in name else 1.0
         if "attn_vec_einsum" in name:
             b = b.sum(dim=1, keepdim=True)  # over the heads
         for layer in range(len(weight)):  # one by one: the whole product may be as large as the model
@@ -75,11 +79,7 @@ def _is_experts(name: str) -> bool:
 
 
 def stored_lora(shapes: Shapes, alpha: tuple[float, float] = DEFAULT_ALPHA) -> LoraConfig:
-    """The LoRA of a checkpoint whose arrays have these shapes.
-
-    Args:
-        alpha: of the backbone and of the action expert, which is in no array.
-    """
+    """The LoRA of a checkpoint whose arrays have these shapes; alpha is in none of them."""
     ranks = {_is_experts(name): shape[-1] for name, shape in shapes.items() if name.endswith("lora_a")}
     return LoraConfig(
         backbone_rank=ranks.get(False, 0),
@@ -103,5 +103,6 @@ def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = 
     config = lora_config(model)
     if config is None:
         raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
-    leaves = jax_leaves(model.config) | lora_leaves(model.config, config)
-    write_params(params, leaves, lambda name: leaf_array(model, leaves[name], dtype), dtype=dtype)
+    table = jax_table(model.config) | lora_table(model.config, config)
+    shapes = {name: array.shape for name, array in table.items()}
+    write_params(params, shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchpi.checkpoints.layout import Leaf, Shapes
+from torchpi.checkpoints.layout import Shapes
 from torchpi.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16")
@@ -29,6 +29,13 @@ def find_params(root: pathlib.Path) -> pathlib.Path | None:
     return find_params(steps[0]) if steps else None
 
 
+def norm_stats_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+    """By asset ID (which may contain '/'), the norm_stats.json files in the folder `assets` of an openpi checkpoint."""
+    assets = folder / "assets"
+    files = sorted(assets.rglob("norm_stats.json"))
+    return {file.parent.relative_to(assets).as_posix(): file for file in files}
+
+
 class JaxArrays:
     """The arrays of one `params` folder, by key path without the leading 'params' and the trailing 'value'."""
 
@@ -41,7 +48,7 @@ class JaxArrays:
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()
             ]
-            names = [_leaf_name(path) for path in paths]
+            names = [_array_name(path) for path in paths]
             spec = {
                 "driver": "zarr3" if metadata.get("use_zarr3", False) else "zarr",
                 # A chunk that is not there is zeros, unless the writer says that it wrote zeros as well.
@@ -86,8 +93,8 @@ class JaxArrays:
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The array as a tensor in `dtype`, by default its stored one.
 
-        tensorstore casts while it copies out of the decoded chunk, so that a float32 leaf (4.8 GB of a full-size model,
-        which is 6.7 GB in bfloat16) is never here twice.
+        tensorstore casts while it copies out of the decoded chunk, so that a float32 array (4.8 GB of a full-size
+        model, which is 6.7 GB in bfloat16) is never here twice.
         """
         import tensorstore
 
@@ -100,13 +107,13 @@ class JaxArrays:
         return torch.from_numpy(array)
 
 
-def _leaf_name(path: tuple[str, ...]) -> str:
+def _array_name(path: tuple[str, ...]) -> str:
     inner = path[1:] if path[0] == "params" else path
     return ".".join(inner[:-1] if inner[-1] == "value" else inner)
 
 
 def write_params(
-    params: pathlib.Path, leaves: Mapping[str, Leaf], read: Callable[[str], torch.Tensor], *, dtype: torch.dtype
+    params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor], *, dtype: torch.dtype
 ) -> None:
     """Write a `params` folder that orbax restores: key paths without 'value', as openpi's published checkpoints.
 
@@ -114,7 +121,7 @@ def write_params(
 
     Args:
         params: the folder, which exists and is empty.
-        leaves: what is written, and its shapes.
+        shapes: of what is written.
         read: an array by its name.
         dtype: of all arrays.
     """
@@ -124,9 +131,9 @@ def write_params(
     name_of_dtype = "bfloat16" if dtype is torch.bfloat16 else "<f4"
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
-    for name, leaf in leaves.items():
+    for name, stored_shape in shapes.items():
         keys = ("params", *name.split("."))
-        path, shape = ".".join(keys), list(leaf.shape)
+        path, shape = ".".join(keys), list(stored_shape)
         metadata = {
             "shape": shape,
             "chunks": shape,

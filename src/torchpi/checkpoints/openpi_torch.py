@@ -3,13 +3,21 @@
 Its modules are those of `transformers`: PaliGemma, and a second Gemma as the action expert.
 """
 
-import dataclasses
 import pathlib
 
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Arrays, Leaf, Piece, Shapes
+from torchpi.checkpoints.layout import (
+    CheckpointArray,
+    ParamSlice,
+    Shapes,
+    StoredArrays,
+    config_of_arrays,
+    projections,
+    sizes_of,
+)
+from torchpi.checkpoints.sizes import Heads
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
 
@@ -20,19 +28,10 @@ EMBEDDING, TIED_EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight", f"{_PALIGEMMA}.l
 EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
 
 
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """What the shapes of the matrices do not say: how many heads share their rows."""
-
-    siglip: int
-    paligemma: int
-    paligemma_kv: int
-
-
 class TorchArrays:
-    """The arrays of either port by openpi's names, without those that no computation reads; see `Arrays`."""
+    """The arrays of either port by openpi's names, without those that no computation reads; see `StoredArrays`."""
 
-    def __init__(self, arrays: Arrays) -> None:
+    def __init__(self, arrays: StoredArrays) -> None:
         """"""
         self.source: pathlib.Path = arrays.source
         self._arrays = arrays
@@ -61,53 +60,51 @@ class TorchArrays:
         return self._arrays.read(self._stored[name], dtype)
 
 
-def torch_leaves(config: Pi0Config) -> dict[str, Leaf]:
+def torch_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     """Every array of openpi's PyTorch port that a computation reads, by its name."""
-    width, action_dim = config.action_expert.width, config.action_dim
-    found = {EMBEDDING: Leaf((config.vocab_size, config.paligemma.width), (Piece("embedding"),))}
-    found |= _vision_leaves(config)
-    found |= _gemma_leaves(config.paligemma, _LANGUAGE, "backbone", adaptive_norm=False)
-    found |= _gemma_leaves(config.action_expert, f"{_EXPERT}.model", "expert", adaptive_norm=config.pi05)
-    found |= _linear("action_in_proj", "suffix.action_in_proj", action_dim, width)
-    found |= _linear("action_out_proj", "action_out_proj", width, action_dim)
-    if config.pi05:
-        found |= _linear("time_mlp_in", "suffix.time_mlp_in", width, width)
-        found |= _linear("time_mlp_out", "suffix.time_mlp_out", width, width)
-    else:
-        found |= _linear("state_proj", "suffix.state_proj", action_dim, width)
-        found |= _linear("action_time_mlp_in", "suffix.action_time_mlp_in", 2 * width, width)
-        found |= _linear("action_time_mlp_out", "suffix.action_time_mlp_out", width, width)
+    found = {EMBEDDING: CheckpointArray((config.vocab_size, config.paligemma.width), (ParamSlice("embedding"),))}
+    found |= _vision_table(config)
+    found |= _gemma_table(config.paligemma, _LANGUAGE, "backbone", adaptive_norm=False)
+    found |= _gemma_table(config.action_expert, f"{_EXPERT}.model", "expert", adaptive_norm=config.pi05)
+    for name, module, num_in, num_out in projections(config):
+        found |= _linear(name, module, num_in, num_out)
     return found
 
 
 def _linear(
     stored: str, module: str, num_in: int, num_out: int, rows: tuple[int, int] | None = None
-) -> dict[str, Leaf]:
+) -> dict[str, CheckpointArray]:
     return {
-        f"{stored}.weight": Leaf((num_out, num_in), (Piece(f"{module}.weight", rows=rows),)),
-        f"{stored}.bias": Leaf((num_out,), (Piece(f"{module}.bias", rows=rows),)),
+        f"{stored}.weight": CheckpointArray((num_out, num_in), (ParamSlice(f"{module}.weight", rows=rows),)),
+        f"{stored}.bias": CheckpointArray((num_out,), (ParamSlice(f"{module}.bias", rows=rows),)),
     }
 
 
-def _vision_leaves(config: Pi0Config) -> dict[str, Leaf]:
+def _vision_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     vit = config.siglip
     width, patch = vit.width, vit.patch
     found = {
-        f"{_VISION}.embeddings.patch_embedding.weight": Leaf(
-            (width, 3, patch, patch), (Piece("vision.patch_embed.weight", axes=(0, 2, 3, 1)),)
+        f"{_VISION}.embeddings.patch_embedding.weight": CheckpointArray(
+            (width, 3, patch, patch), (ParamSlice("vision.patch_embed.weight", axes=(0, 2, 3, 1)),)
         ),
-        f"{_VISION}.embeddings.patch_embedding.bias": Leaf((width,), (Piece("vision.patch_embed.bias"),)),
-        f"{_VISION}.post_layernorm.weight": Leaf((width,), (Piece("vision.norm.weight"),)),
-        f"{_VISION}.post_layernorm.bias": Leaf((width,), (Piece("vision.norm.bias"),)),
+        f"{_VISION}.embeddings.patch_embedding.bias": CheckpointArray(
+            (width,), (ParamSlice("vision.patch_embed.bias"),)
+        ),
+        f"{_VISION}.post_layernorm.weight": CheckpointArray((width,), (ParamSlice("vision.norm.weight"),)),
+        f"{_VISION}.post_layernorm.bias": CheckpointArray((width,), (ParamSlice("vision.norm.bias"),)),
     }
     if vit.position == "learned":
         shape = (config.num_patches, width)
-        found[f"{_VISION}.embeddings.position_embedding.weight"] = Leaf(shape, (Piece("vision.pos_embed"),))
+        found[f"{_VISION}.embeddings.position_embedding.weight"] = CheckpointArray(
+            shape, (ParamSlice("vision.pos_embed"),)
+        )
     for i in range(vit.depth):
         stored, block = f"{_VISION}.encoder.layers.{i}", f"vision.blocks.{i}"
         for norm in (1, 2):
             for part in ("weight", "bias"):
-                found[f"{stored}.layer_norm{norm}.{part}"] = Leaf((width,), (Piece(f"{block}.norm{norm}.{part}"),))
+                found[f"{stored}.layer_norm{norm}.{part}"] = CheckpointArray(
+                    (width,), (ParamSlice(f"{block}.norm{norm}.{part}"),)
+                )
         for j, part in enumerate(("q", "k", "v")):
             rows = (j * width, (j + 1) * width)
             found |= _linear(f"{stored}.self_attn.{part}_proj", f"{block}.qkv", width, width, rows)
@@ -119,19 +116,19 @@ def _vision_leaves(config: Pi0Config) -> dict[str, Leaf]:
     )
 
 
-def _gemma_leaves(gemma: GemmaConfig, stored: str, stack: str, *, adaptive_norm: bool) -> dict[str, Leaf]:
+def _gemma_table(gemma: GemmaConfig, stored: str, stack: str, *, adaptive_norm: bool) -> dict[str, CheckpointArray]:
     width, mlp = gemma.width, gemma.mlp_dim
     q, kv = gemma.num_heads * gemma.head_dim, gemma.num_kv_heads * gemma.head_dim
-    found: dict[str, Leaf] = {}
+    found: dict[str, CheckpointArray] = {}
 
     def add(name: str, param: str, num_out: int, num_in: int, rows: tuple[int, int] | None = None) -> None:
-        found[f"{name}.weight"] = Leaf((num_out, num_in), (Piece(f"{param}.weight", rows=rows),))
+        found[f"{name}.weight"] = CheckpointArray((num_out, num_in), (ParamSlice(f"{param}.weight", rows=rows),))
 
     def add_norm(name: str, param: str) -> None:
         if adaptive_norm:
             found.update(_linear(f"{name}.dense", f"{param}.dense", width, 3 * width))
         else:
-            found[f"{name}.weight"] = Leaf((width,), (Piece(f"{param}.scale"),))
+            found[f"{name}.weight"] = CheckpointArray((width,), (ParamSlice(f"{param}.scale"),))
 
     for i in range(gemma.depth):
         layer, ours = f"{stored}.layers.{i}", f"{stack}.layers.{i}"
@@ -149,60 +146,49 @@ def _gemma_leaves(gemma: GemmaConfig, stored: str, stack: str, *, adaptive_norm:
     return found
 
 
-def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
+def torch_config(arrays: StoredArrays, heads: Heads | None) -> Pi0Config:
     """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset.
 
     Args:
         heads: the numbers of heads, which the shapes do not say; None: those of the published models.
     """
+    try:
+        return _config(arrays.shapes, heads)
+    except ValueError as error:
+        raise CheckpointError(f"{arrays.source.parent}: {error}") from error
 
-    def shape(name: str, ndim: int) -> tuple[int, ...]:
-        if name not in shapes:
-            raise CheckpointError(
-                f"There is no array {name!r}, which every π₀ and π₀.₅ checkpoint of PyTorch has; "
-                f"found {sorted(shapes)[:8] or 'none'}."
-            )
-        if len(shapes[name]) != ndim:
-            raise CheckpointError(f"Array {name!r} must have {ndim} dimensions, its shape is {list(shapes[name])}.")
-        return shapes[name]
 
-    vit_width, _, patch, _ = shape(f"{_VISION}.embeddings.patch_embedding.weight", 4)
-    backbone_width = shape(f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
-    heads = heads or _published_heads(vit_width, backbone_width)
+def _config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
+    width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
+    heads = heads or _published_heads(width, sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1])
 
     def depth(layers: str) -> int:
         return 1 + max(int(name[len(layers) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{layers}."))
 
     def gemma(stored: str) -> GemmaConfig:
-        q_width, width = shape(f"{stored}.layers.0.self_attn.q_proj.weight", 2)
-        kv_width = shape(f"{stored}.layers.0.self_attn.k_proj.weight", 2)[0]
+        q_width, width = sizes_of(shapes, f"{stored}.layers.0.self_attn.q_proj.weight", 2)
+        kv_width = sizes_of(shapes, f"{stored}.layers.0.self_attn.k_proj.weight", 2)[0]
         head_dim = q_width // heads.paligemma
         if q_width % heads.paligemma or kv_width != heads.paligemma_kv * head_dim:
             raise CheckpointError(
                 f"{stored} has {q_width} rows of queries and {kv_width} of keys, which are not {heads.paligemma} and "
                 f"{heads.paligemma_kv} heads."
             )
-        mlp = shape(f"{stored}.layers.0.mlp.gate_proj.weight", 2)[0]
+        mlp = sizes_of(shapes, f"{stored}.layers.0.mlp.gate_proj.weight", 2)[0]
         return GemmaConfig(width, depth(f"{stored}.layers"), mlp, heads.paligemma, heads.paligemma_kv, head_dim)
 
     position = f"{_VISION}.embeddings.position_embedding.weight"
     learned = position in shapes
-    num_patches = shape(position, 2)[0] if learned else (224 // patch) ** 2
-    vit_mlp = shape(f"{_VISION}.encoder.layers.0.mlp.fc1.weight", 2)[0]
-    vit_depth = depth(f"{_VISION}.encoder.layers")
-    return Pi0Config(
+    layers = f"{_VISION}.encoder.layers"
+    mlp_dim = sizes_of(shapes, f"{layers}.0.mlp.fc1.weight", 2)[0]
+    return config_of_arrays(
         pi05="time_mlp_in.weight" in shapes,
-        paligemma_variant=gemma(_LANGUAGE),
-        action_expert_variant=gemma(f"{_EXPERT}.model"),
-        siglip_variant=VisionConfig(
-            vit_width, vit_depth, vit_mlp, heads.siglip, patch, "learned" if learned else "sincos2d"
-        ),
-        action_dim=shape("action_in_proj.weight", 2)[1],
-        action_horizon=None,
-        max_token_len=None,
-        discrete_state_input=None,
-        vocab_size=shape(EMBEDDING, 2)[0],
-        image_size=patch * round(num_patches**0.5),
+        backbone=gemma(_LANGUAGE),
+        expert=gemma(f"{_EXPERT}.model"),
+        vision=VisionConfig(width, depth(layers), mlp_dim, heads.siglip, patch, "learned" if learned else "sincos2d"),
+        action_dim=sizes_of(shapes, "action_in_proj.weight", 2)[1],
+        vocab_size=sizes_of(shapes, EMBEDDING, 2)[0],
+        num_patches=sizes_of(shapes, position, 2)[0] if learned else (224 // patch) ** 2,
     )
 
 

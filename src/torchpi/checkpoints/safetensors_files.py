@@ -9,7 +9,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Leaf, Shapes
+from torchpi.checkpoints.layout import Shapes
 from torchpi.errors import CheckpointError, MissingFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -24,7 +24,7 @@ def has_weights(root: pathlib.Path) -> bool:
 
 
 class SafetensorsArrays:
-    """The arrays of a folder's safetensors files; see `Arrays`."""
+    """The arrays of a folder's safetensors files; see `StoredArrays`."""
 
     def __init__(self, root: pathlib.Path, single: str = SINGLE) -> None:
         """Read the headers.
@@ -97,8 +97,8 @@ def _opened(file: pathlib.Path) -> Any:
         raise _corrupt(file, error) from error
 
 
-def _corrupt(file: pathlib.Path, error: Exception) -> ValueError:
-    return ValueError(f"{file} is truncated or corrupt: {error}; get the file again")
+def _corrupt(file: pathlib.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.")
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
@@ -123,7 +123,7 @@ def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mappin
 
 def write_safetensors(
     root: pathlib.Path,
-    leaves: Mapping[str, Leaf],
+    shapes: Shapes,
     read: Callable[[str], Tensor],
     *,
     dtype: torch.dtype,
@@ -134,16 +134,16 @@ def write_safetensors(
     """Write arrays into one file, or into shards with an index where they are more than `max_shard_bytes`.
 
     Args:
-        leaves: what is written, in this order, and its shapes.
+        shapes: of what is written, in this order.
         read: an array by its name.
         dtype: of all arrays.
         metadata: of the files' headers.
         single: the name of the one file.
     """
-    size = {name: dtype.itemsize * torch.Size(leaf.shape).numel() for name, leaf in leaves.items()}
+    size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     room = max_shard_bytes or sum(size.values())
-    for name in leaves:
+    for name in shapes:
         if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > room:
             shards.append([])
         shards[-1].append(name)
@@ -151,8 +151,8 @@ def write_safetensors(
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, names in zip(files, shards, strict=True):
-        shapes = {name: leaves[name].shape for name in names}
-        _write_file(root / file, shapes, read, dtype, {"format": "pt", **(metadata or {})})
+        of_file = {name: shapes[name] for name in names}
+        _write_file(root / file, of_file, read, dtype, {"format": "pt", **(metadata or {})})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}

@@ -108,18 +108,19 @@ def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormSt
         address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a folder with a
             norm_stats.json; hf://… or gs://…, of which only `assets` is downloaded if there is one.
     """
-    from torchpi.checkpoints.lerobot import PREPROCESSOR, read_parts
-    from torchpi.checkpoints.load import norm_stats_files
-    from torchpi.config import read_json_object
+    from torchpi.checkpoints.lerobot import PREPROCESSOR, read_spec
+    from torchpi.checkpoints.openpi import find_params, norm_stats_files
+    from torchpi.schema import read_json_object
     from torchpi.errors import MissingFileError
     from torchpi.transforms import load_norm_stats
 
     root = _folder_with_stats(str(address))
     if (root / PREPROCESSOR).is_file():
-        return {root.name: dict(read_parts(root, read_json_object(root / "config.json")).norm_stats)}
+        return {root.name: dict(read_spec(root, read_json_object(root / "config.json")).norm_stats or {})}
     if (root / "norm_stats.json").is_file():
         return {root.name: load_norm_stats(root)}
-    files = norm_stats_files(root) or {
+    params = find_params(root)
+    files = norm_stats_files(params.parent if params else root) or {
         file.parent.relative_to(root).as_posix(): file for file in sorted(root.rglob("norm_stats.json"))
     }
     if not files:
@@ -131,7 +132,7 @@ def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormSt
 
 
 def _folder_with_stats(address: str) -> pathlib.Path:
-    from torchpi.checkpoints.load import existing_folder
+    from torchpi.checkpoints.address import existing_folder
 
     if address.startswith(("hf://", "gs://")):
         try:

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from torchpi.collate import collate
 from torchpi.doctor.description import state_input
 from torchpi.doctor.result import Finding, Sensitivity
 from torchpi.model import flow
-from torchpi.policy import Policy, collate
+from torchpi.policy import Policy
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchpi.checkpoints.load import existing_folder
+from torchpi.checkpoints.address import existing_folder
 from torchpi.errors import ServingError
 from torchpi.policy import Policy, load_policy
 from torchpi.serving.metrics import Metrics

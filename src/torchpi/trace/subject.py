@@ -134,8 +134,9 @@ def from_path(
 
     Without `inputs`, a policy sees its embodiment's example and a bare checkpoint random numbers; the notes say so.
     """
+    from torchpi.checkpoints import load_model
+    from torchpi.checkpoints.address import existing_folder
     from torchpi.checkpoints.folder import is_policy_folder
-    from torchpi.checkpoints.load import existing_folder, load_model
     from torchpi.policy import load_policy
 
     arrays = None if inputs is None else read_npz(inputs)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.adapter import Adapter, digest, write_adapter
+from torchpi.checkpoints.adapter import Adapter, Base, digest, write_adapter
 from torchpi.model.lora import LoraConfig, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
@@ -54,7 +54,7 @@ class Exporter:
         if self._adapter is None:
             policy.write(root, dtype=torch.float32, max_shard_bytes=_MAX_SHARD_BYTES, read=read)
         else:
-            policy.write_parts(root)
+            policy.write_spec(root)
             write_adapter(root, self._adapter, self._adapter_shapes, read)
         names = robot_names([policy.embodiment for policy in self.policies])
         for other, name in zip(self.policies[1:], names[1:], strict=True):
@@ -75,5 +75,5 @@ def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
     changed = trainable_parameters(model, config.trained)
     trained = [name for name, is_trained in changed.items() if is_trained]
     sha256 = digest([name for name, is_trained in changed.items() if not is_trained], model.get_parameter)
-    base = {"address": address, "dtype": config.frozen_dtype, "sha256": sha256}
+    base = Base(address, config.frozen_dtype, sha256)
     return Adapter(lora, tuple(name for name in trained if not is_lora(name)), base)

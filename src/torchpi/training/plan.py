@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from torchpi.checkpoints.load import published_name
+from torchpi.checkpoints.address import published_name
 from torchpi.config import Pi0Config
 from torchpi.errors import TrainingError
 from torchpi.robots import get_embodiment

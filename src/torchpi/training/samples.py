@@ -10,10 +10,10 @@ from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from torchpi.collate import stack_inputs
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import to_observation
 from torchpi.errors import TrainingError
-from torchpi.policy import stack_inputs
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.sim.workers import interrupts_held

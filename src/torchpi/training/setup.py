@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-import torchpi
 from torchpi.assets import assets
-from torchpi.checkpoints.load import existing_file, existing_folder, format_of, norm_stats_files
+from torchpi.checkpoints.address import existing_file
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, TOKENIZER, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.data import (
     LeRobotDataset,
@@ -28,12 +29,13 @@ from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import MAX_GIVEN, TOKENIZER, Policy, read_parts
+from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import Source, TrainConfig
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, normalize
 from torchpi.transforms.prompt import digitize_state, load_tokenizer, tokenize_prompt
+from torchpi.version import __version__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,22 @@ def open_data(
             default they are chosen, see `hold_out`.
     """
     recorded = [None] * len(config.sources) if held_out is None else held_out
-    horizon = sizes.require("action_horizon")
-    return [_open_source(source, config, horizon, held) for source, held in zip(config.sources, recorded, strict=True)]
+    horizon, spec = sizes.require("action_horizon"), _init_spec(config, sizes)
+    return [
+        _open_source(source, config, spec, horizon, held) for source, held in zip(config.sources, recorded, strict=True)
+    ]
 
 
-def _open_source(source: Source, config: TrainConfig, horizon: int, recorded: Sequence[int] | None) -> SourceData:
+def _init_spec(config: TrainConfig, sizes: Pi0Config) -> PolicySpec:
+    """Everything around the model that the run begins with."""
+    if config.init is None:
+        return PolicySpec(source="no checkpoint")
+    return open_checkpoint(config.init, config=sizes, adapt=config.adapt).spec()
+
+
+def _open_source(
+    source: Source, config: TrainConfig, spec: PolicySpec, horizon: int, recorded: Sequence[int] | None
+) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
     rename = parse_rename(source.rename)
     metadata = open_metadata(source.dataset, rename=rename)
@@ -108,7 +121,7 @@ def _open_source(source: Source, config: TrainConfig, horizon: int, recorded: Se
             f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
             "more, or take a smaller batch_size."
         )
-    stats = _norm_stats(source, config, train, embodiment, horizon)
+    stats = _norm_stats(source, config, spec, train, embodiment, horizon)
     return SourceData(source, embodiment, train, frames, holdout, stats)
 
 
@@ -128,7 +141,12 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
 
 
 def _norm_stats(
-    source: Source, config: TrainConfig, train: LeRobotDataset, embodiment: Embodiment, horizon: int
+    source: Source,
+    config: TrainConfig,
+    spec: PolicySpec,
+    train: LeRobotDataset,
+    embodiment: Embodiment,
+    horizon: int,
 ) -> Mapping[str, NormStats]:
     where, _, asset_id = source.norm_stats.partition(":")
     if source.norm_stats == "dataset":
@@ -137,14 +155,13 @@ def _norm_stats(
         return load_norm_stats(source.norm_stats)
     if config.init is None:
         raise TrainingError(f"norm_stats {source.norm_stats!r} are those of init, and there is no init.")
-    root = existing_folder(config.init)
-    if format_of(root) in ("torchpi", "lerobot"):
+    if spec.norm_stats is not None:
         if asset_id:
             raise TrainingError(
                 f"{config.init} has statistics of its own: norm_stats must be init, without {asset_id!r}."
             )
-        return read_parts(config.init).norm_stats
-    files = norm_stats_files(root)
+        return spec.norm_stats
+    files = spec.assets
     asset_id = asset_id or (embodiment.asset_id if embodiment.asset_id in files else "")
     if asset_id not in files:
         raise TrainingError(
@@ -156,11 +173,12 @@ def _norm_stats(
 
 def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) -> list[Policy]:
     """A policy for each dataset's robot, around one model."""
-    said = _said(config)
-    tokenizer = said.get("tokenizer") or _default_tokenizer(model.config)
-    tokenizer = config.tokenizer or tokenizer
+    spec = _init_spec(config, model.config)
+    if spec.norm_stats is None:  # openpi's checkpoints say nothing of their preprocessing
+        spec = PolicySpec(spec.source)
+    tokenizer = config.tokenizer or spec.tokenizer or _default_tokenizer(model.config)
     by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
-    normalization = said.get("normalization") or dict.fromkeys(("state", "actions"), by_variant)
+    normalization = spec.normalization or dict.fromkeys(("state", "actions"), by_variant)
     return [
         Policy(
             model,
@@ -168,21 +186,14 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
             norm_stats=source.norm_stats,
             normalization=normalization,
             tokenizer=existing_file(tokenizer),
-            prompt_format=said.get("prompt_format", "openpi"),
-            truncation=said.get("truncation", "instruction"),
+            prompt_format=spec.prompt_format,
+            truncation=spec.truncation,
             default_prompt=source.source.prompt,
-            metadata={MAX_GIVEN: config.max_given} if config.max_given else {},
+            metadata={MAX_ACTION_PREFIX: config.max_given} if config.max_given else {},
             provenance=_provenance(config, source),
         )
         for source in data
     ]
-
-
-def _said(config: TrainConfig) -> dict[str, Any]:
-    """What a policy that the run begins with says of its own preprocessing."""
-    if config.init is None or format_of(existing_folder(config.init)) not in ("torchpi", "lerobot"):
-        return {}
-    return vars(read_parts(config.init))
 
 
 def _default_tokenizer(sizes: Pi0Config) -> str:
@@ -232,4 +243,4 @@ def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
         frames = sum(episode["length"] for episode in episodes)
         provenance["dataset"] = {**recorded, "num_episodes": len(episodes), "num_frames": frames}
         provenance["tasks"] = list(recorded["tasks"])
-    return {**provenance, "torchpi": torchpi.__version__}
+    return {**provenance, "torchpi": __version__}

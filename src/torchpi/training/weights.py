@@ -2,14 +2,13 @@
 
 import dataclasses
 import pathlib
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from torchpi.checkpoints.adapter import digest
-from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint, published_name, resolve_config
+from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.config import PRESETS, Pi0Config, preset
 from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
@@ -46,13 +45,7 @@ def model_config(config: TrainConfig) -> Pi0Config:
                 f"the sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)."
             )
         return given
-    name = published_name(config.init)
-    checkpoint = open_checkpoint(existing_folder(config.init), config=given or name)
-    if config.adapt and given is not None:
-        return given
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is overruled is said where the weights are loaded
-        return resolve_config(checkpoint, given or name)
+    return open_checkpoint(config.init, config=given, adapt=config.adapt and given is not None).config
 
 
 def _given_sizes(config: TrainConfig) -> Pi0Config | None:
@@ -95,32 +88,26 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
 
 def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
     assert config.init is not None
-    alpha = (config.lora.backbone_alpha, config.lora.expert_alpha)
-    checkpoint = open_checkpoint(existing_folder(config.init), config=sizes)
+    try:
+        checkpoint = open_checkpoint(config.init, config=sizes, adapt=config.adapt)
+    except ValueError as error:
+        if not config.adapt and config.model is not None:
+            error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
+        raise
     # LoRA that is there is trained on where LoRA is trained, and is a part of the weights elsewhere.
-    keep = bool(checkpoint.folded) and config.trained in ("lora", "lora_strict")
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            model = load_model(
-                config.init,
-                config=sizes,
-                adapt=config.adapt,
-                lora_alpha=alpha if checkpoint.folded else None,
-                lora="keep" if keep else "fold",
+    if checkpoint.folded:
+        alpha = (config.lora.backbone_alpha, config.lora.expert_alpha)
+        keep = config.trained in ("lora", "lora_strict")
+        model = checkpoint.model(lora_alpha=alpha, lora="keep" if keep else "fold")
+        if keep and lora_config(model) != config.lora:
+            raise TrainingError(
+                f"{config.init} has {lora_config(model)}, the recipe {config.lora}: go on with the same, or fold it "
+                "into the weights first with torchpi convert."
             )
-        except ValueError as error:
-            if not config.adapt and config.model is not None:
-                error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
-            raise
-    if keep and lora_config(model) != config.lora:
-        raise TrainingError(
-            f"{config.init} has {lora_config(model)}, the recipe {config.lora}: go on with the same, or fold it into "
-            "the weights first with torchpi convert."
-        )
+    else:
+        model = checkpoint.model()
     loaded = tuple(name for name, _ in model.named_parameters())
-    adapted = "; ".join(str(warning.message) for warning in caught)
-    return model, Beginning(config.init, loaded, (), checkpoint.dropped, adapted)
+    return model, Beginning(config.init, loaded, (), checkpoint.dropped, "; ".join(checkpoint.notes))
 
 
 def freeze(model: Pi0, config: TrainConfig) -> None:

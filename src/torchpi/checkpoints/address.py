@@ -1,0 +1,57 @@
+"""Addresses of checkpoints: a folder or one of its files, hf://…, gs://…, or "demo", the embedded policy."""
+
+import pathlib
+
+from torchpi.assets import assets
+from torchpi.config import PRESETS
+from torchpi.errors import CheckpointError, MissingFileError
+
+PUBLISHED = "gs://openpi-assets/checkpoints/"
+REMOTE = ("hf://", "gs://")
+
+# A path may name one of these files instead of its folder.
+_FILES_OF_FORMATS = (
+    "policy.json",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "_METADATA",
+    "manifest.ocdbt",
+)
+UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".npz", ".msgpack")
+"""Of files that may run code when they are loaded, or have another format."""
+
+
+def existing_file(path: str | pathlib.Path) -> pathlib.Path:
+    """The path; a remote address is downloaded into the cache first."""
+    if not str(path).startswith(REMOTE):
+        return pathlib.Path(path).expanduser()
+    from torchpi.checkpoints import hub  # imports huggingface_hub
+
+    return hub.fetch(str(path))
+
+
+def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
+    """The folder of the checkpoint at a path or address."""
+    root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
+    if not root.exists():
+        hint = f"; the published one is {PUBLISHED}{path}" if str(path) in PRESETS else ""
+        raise MissingFileError(f"There is no checkpoint at {root}{hint}.")
+    if root.is_dir():
+        return root
+    if root.name in _FILES_OF_FORMATS:
+        return root.parent
+    if root.suffix in UNREAD_SUFFIXES:
+        raise CheckpointError(
+            f"{root} is not read: a zip or pickle can run code, and nothing is ever unpickled. Give the folder of a "
+            "checkpoint with safetensors or OCDBT files."
+        )
+    raise CheckpointError(
+        f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}."
+    )
+
+
+def published_name(path: str | pathlib.Path) -> str | None:
+    """The preset of a published openpi checkpoint, whose address says what is in none of its arrays."""
+    name = str(path).rstrip("/").removeprefix(PUBLISHED)
+    return name if name in PRESETS and str(path).startswith(PUBLISHED) else None

@@ -1,0 +1,253 @@
+"""A checkpoint, opened once: its format, the sizes of its model, everything around the model, and the weights.
+
+The format is recognised by what is in the folder, never by its name.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+
+from torchpi.checkpoints import folder, lerobot, openpi
+from torchpi.checkpoints.adapt import adapt as adapt_model
+from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
+from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
+from torchpi.checkpoints.layout import CheckpointArray, StoredArrays, load_arrays, own_table
+from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, lora_pairs, stored_lora
+from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table
+from torchpi.checkpoints.openpi_torch import TorchArrays, torch_config, torch_table
+from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
+from torchpi.checkpoints.sizes import ConfigLike, RequestedConfig, add_stated, overrule, stated_sizes
+from torchpi.checkpoints.spec import PolicySpec
+from torchpi.config import Pi0Config
+from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.model.pi0 import Pi0
+from torchpi.robots import EMBODIMENTS, get_embodiment
+from torchpi.schema import read_json_object
+
+Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
+LoraChoice = Literal["fold", "keep"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers are read, and whose arrays are not."""
+
+    address: str
+    """As it was given."""
+    root: pathlib.Path
+    format: Format
+    stored_config: Pi0Config
+    """The sizes that the arrays have and the files beside them state; the rest is unset."""
+    arrays: StoredArrays
+    table: Callable[[Pi0Config], dict[str, CheckpointArray]]
+    """By the sizes, the arrays without LoRA's."""
+    dtype: torch.dtype
+    """As stored."""
+    folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+    """By the array that they change, the LoRA arrays of an openpi JAX checkpoint."""
+    tied: str = ""
+    """The array that is read as the embedding, where it has another name."""
+    dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Arrays that no computation reads, which are not loaded, and why."""
+    document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The config.json of the PyTorch formats."""
+    policy_file: folder.PolicyFile | None = None
+    """The policy.json of a policy folder."""
+    adapter: Adapter | None = None
+    """What a LoRA training has changed, to be merged into the weights of `base`, whose arrays these are."""
+    base: "Checkpoint | None" = None
+    requested_config: Pi0Config | None = None
+    """What `config=` makes of the stored sizes; None: nothing."""
+    adapted: tuple[str, ...] = ()
+    """What is cut or extended, see `adapt`."""
+    overruled: tuple[str, ...] = ()
+    """What `config=`, or the arrays where it is given, overrule in a file beside the arrays."""
+
+    @property
+    def config(self) -> Pi0Config:
+        """The sizes of `model`."""
+        return self.requested_config or self.stored_config
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should be told of."""
+        adapted = [f"{self.root} was adapted: {'; '.join(self.adapted)}"] if self.adapted else []
+        return [*self.overruled, *adapted]
+
+    def spec(self) -> PolicySpec:
+        """Everything of a policy but the weights, as far as the checkpoint says it."""
+        if self.policy_file is not None:
+            return folder.read_spec(self.root, self.policy_file)
+        if self.format == "lerobot":
+            spec = lerobot.read_spec(self.root, self.document)
+        else:
+            name = published_name(self.address)
+            spec = PolicySpec(
+                source=str(self.root),
+                embodiment=get_embodiment(name) if name in EMBODIMENTS else None,
+                tokenizer=folder.tokenizer_file(self.root),
+                assets=openpi.norm_stats_files(self.arrays.source.parent if self.format == "openpi-jax" else self.root),
+            )
+        return dataclasses.replace(spec, provenance={"source": self.address})
+
+    def model(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        lora_alpha: tuple[float, float] | None = None,
+        lora: LoraChoice = "fold",
+    ) -> Pi0:
+        """The model in eval mode, with gradients enabled; arguments as of `load_model`."""
+        if (lora_alpha is not None or lora == "keep") and (self.adapter is not None or not self.folded):
+            option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
+            raise CheckpointError(
+                f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; "
+                f"{self.root} ({self.format}) has none."
+            )
+        config = self.stored_config if self.adapted else self.config
+        if self.adapter is not None and self.base is not None:
+            model = _merged(
+                self.root, self.adapter, dataclasses.replace(self.base, requested_config=config), dtype, device
+            )
+        else:
+            model = self._load(config, dtype, device, lora_alpha or DEFAULT_ALPHA, lora)
+        if self.adapted:
+            adapt_model(model, self.config)
+        return model.eval()
+
+    def _load(
+        self,
+        config: Pi0Config,
+        dtype: torch.dtype,
+        device: str | torch.device,
+        alpha: tuple[float, float],
+        lora: LoraChoice,
+    ) -> Pi0:
+        arrays, table, kept = self.arrays, self.table(config), None
+        if self.folded and lora == "keep":
+            kept = stored_lora(self.arrays.shapes, alpha)
+            table |= lora_table(config, kept)
+        elif self.folded:
+            arrays = FoldedArrays(self.arrays, self.folded, alpha)
+        return load_arrays(arrays, table, config, dtype=dtype, device=device, lora=kept)
+
+
+def _merged(
+    root: pathlib.Path, adapter: Adapter, base: Checkpoint, dtype: torch.dtype, device: str | torch.device
+) -> Pi0:
+    # What was learned belongs to weights as they were in training; those are compared, too.
+    wide = torch.float32 if adapter.base.dtype == "float32" else dtype
+    if base.folded and base.adapter is None:  # LoRA that the adapter has gone on to train
+        alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
+        model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep")
+    else:
+        model = base.model(dtype=wide, device=device)
+    merge_adapter(root, adapter, model)
+    return model.to(dtype)
+
+
+def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = None, adapt: bool = False) -> Checkpoint:
+    """Read the headers of a checkpoint.
+
+    Args:
+        path: see `load_model`.
+        config: sizes that the checkpoint does not say, or that overrule what it says; by default those of the published
+            checkpoint whose address it is. It is asked for the numbers of heads, which PyTorch's arrays do not say.
+        adapt: cut or extend the weights to `config` when the model is loaded.
+    """
+    root = existing_folder(path)
+    config = published_name(path) if config is None else config
+    requested = None if config is None else RequestedConfig.read(config)
+    checkpoint = _read_headers(str(path), root, requested)
+    if requested is None:
+        if adapt:
+            raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
+        return checkpoint
+    stored, explicit = checkpoint.stored_config, requested.over(checkpoint.stored_config)
+    if adapt:
+        adapted = adapt_model(Pi0(stored, device="meta"), explicit)
+        return dataclasses.replace(checkpoint, requested_config=explicit, adapted=tuple(adapted))
+    in_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
+    overruled = overrule(root, stored, explicit, in_file=in_file)
+    return dataclasses.replace(checkpoint, requested_config=explicit, overruled=(*checkpoint.overruled, *overruled))
+
+
+def format_of(root: pathlib.Path) -> Format:
+    """The format of the checkpoint in a folder."""
+    return _probe(root)[0]
+
+
+def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
+    """The format of the checkpoint in a folder, the folder of its arrays, and the PyTorch formats' config.json."""
+    found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
+    if folder.is_policy_folder(root):
+        found.append(("torchpi", root, {}))
+    if (root / "config.json").is_file() and has_weights(root):
+        document = read_json_object(root / "config.json")
+        found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
+    elif has_weights(root) and not found:
+        found.append(("openpi-pytorch", root, {}))
+    if (params := openpi.find_params(root)) is not None:
+        found.append(("openpi-jax", params, {}))
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{root} holds checkpoints in two formats, {' and '.join(kind for kind, *_ in found)}; move one to a "
+            "folder of its own."
+        )
+    if not found:
+        raise CheckpointError(_unknown_format(root))
+    return found[0]
+
+
+def _read_headers(address: str, root: pathlib.Path, requested: RequestedConfig | None) -> Checkpoint:
+    kind, weights, document = _probe(root)
+    if kind == "torchpi":
+        return _open_policy_folder(address, root)
+    if kind == "openpi-jax":
+        arrays = openpi.JaxArrays(weights)
+        folded = lora_pairs(arrays)
+        return Checkpoint(address, root, kind, jax_config(arrays), arrays, jax_table, arrays.dtype, folded=folded)
+    stored = SafetensorsArrays(root)
+    ported = TorchArrays(stored)
+    from_arrays = torch_config(ported, None if requested is None else requested.heads)
+    file = root / "config.json"
+    stated = stated_sizes(file, document, is_lerobot=kind == "lerobot")
+    config, contradicted = add_stated(from_arrays, stated, file, may_contradict=requested is not None)
+    return Checkpoint(
+        address, root, kind, config, ported, torch_table, stored.dtype, tied=ported.tied, dropped=ported.dropped,
+        document=document, overruled=tuple(contradicted),
+    )  # fmt: skip
+
+
+def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
+    policy_file, config = folder.read_policy_file(root)
+    if not is_adapter(root):
+        arrays = SafetensorsArrays(root)
+        return Checkpoint(address, root, "torchpi", config, arrays, own_table, arrays.dtype, policy_file=policy_file)
+    adapter = read_adapter(root)
+    try:
+        base = open_checkpoint(adapter.base.address, config=config)
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"{root} holds what a LoRA training has changed in {adapter.base.address}: {error}"
+        ) from error
+    # What was learned is float32, whatever the base is stored in.
+    return dataclasses.replace(
+        base, address=address, root=root, format="torchpi", stored_config=config, requested_config=None,
+        dtype=torch.float32, document={}, policy_file=policy_file, adapter=adapter, base=base, overruled=(),
+    )  # fmt: skip
+
+
+def _unknown_format(root: pathlib.Path) -> str:
+    names = sorted(entry.name for entry in root.iterdir())
+    unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
+    return (
+        f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
+        "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
+        f"has; found {names[:12] or 'an empty folder'}"
+        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
+    )

@@ -1,0 +1,102 @@
+"""Everything of a policy but its weights: what a checkpoint says, and what the arguments of `load_policy` add."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torchpi.checkpoints.address import existing_file
+from torchpi.config import PRESETS
+from torchpi.errors import PolicyError
+from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
+
+TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
+"""The published models' tokenizer, which is public."""
+MAX_ACTION_PREFIX = "max_action_prefix"
+"""Key of a policy's metadata: the longest action prefix that it was trained to continue (training-time RTC)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicySpec:
+    """Everything of a policy but its weights. None: the checkpoint does not say."""
+
+    source: str
+    """The checkpoint, for messages."""
+    embodiment: Embodiment | None = None
+    norm_stats: Mapping[str, NormStats] | None = None
+    """Of "state" and "actions"."""
+    normalization: Mapping[str, Normalization] | None = None
+    """The rule for "state" and for "actions"; None: openpi's, which follows the variant."""
+    tokenizer: pathlib.Path | None = None
+    prompt_format: str = "openpi"
+    truncation: str = "instruction"
+    default_prompt: str | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    assets: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
+    """Of an openpi checkpoint: the norm_stats.json of each robot, by asset ID."""
+
+    def requested(
+        self,
+        *,
+        embodiment: str | pathlib.Path | Embodiment | None = None,
+        normalization: Literal["z_score", "quantile"] | None = None,
+        norm_stats: str | pathlib.Path | None = None,
+        asset_id: str | None = None,
+        tokenizer: str | pathlib.Path | None = None,
+        default_prompt: str | None = None,
+        truncation: Literal["instruction", "original"] | None = None,
+    ) -> "PolicySpec":
+        """The spec with what the arguments of `load_policy` add and overrule; embodiment and statistics are known then.
+
+        The published models' tokenizer is not downloaded, see `with_tokenizer`.
+        """
+        robot = self.embodiment if embodiment is None else get_embodiment(embodiment)
+        if robot is None:
+            raise PolicyError(
+                f"{self.source} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, "
+                f"a JSON file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)."
+            )
+        if asset_id is not None and (self.norm_stats or norm_stats):
+            other = "norm_stats= gives a file" if norm_stats else f"{self.source} has statistics of its own"
+            raise PolicyError(
+                f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {other}; "
+                "leave it out."
+            )
+        stats = self.norm_stats
+        if norm_stats is not None or stats is None:
+            stats = load_norm_stats(norm_stats or self._asset(asset_id, robot.asset_id))
+        rules = self.normalization
+        if normalization is not None:
+            rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
+        return dataclasses.replace(
+            self,
+            embodiment=robot,
+            norm_stats=stats,
+            normalization=rules,
+            tokenizer=self.tokenizer if tokenizer is None else existing_file(tokenizer),
+            # Another robot has its own default.
+            default_prompt=self.default_prompt if default_prompt is None and embodiment is None else default_prompt,
+            truncation=truncation or self.truncation,
+        )
+
+    def with_tokenizer(self) -> "PolicySpec":
+        """The spec with the published models' tokenizer, downloaded into the cache, where it has none."""
+        return self if self.tokenizer else dataclasses.replace(self, tokenizer=existing_file(TOKENIZER))
+
+    def _asset(self, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
+        """The norm_stats.json of a robot in an openpi checkpoint."""
+        if asset_id is None and robots_asset_id in self.assets:
+            asset_id = robots_asset_id
+        if asset_id is None and len(self.assets) == 1:
+            return next(iter(self.assets.values()))
+        names = ", ".join(self.assets)
+        if asset_id is None:
+            found = f"several: {names}; choose with asset_id=" if names else "none; pass norm_stats= with a path"
+            raise PolicyError(
+                f"Which normalization statistics belong to {self.source}? In its assets there are {found}."
+            )
+        if asset_id not in self.assets:
+            raise PolicyError(f"{self.source} has no statistics for asset_id {asset_id!r}; it has {names or 'none'}.")
+        return self.assets[asset_id]
