@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 import torchpi
-from torchpi.checkpoints.adapter import load_adapter, read_adapter, save_adapter
+from torchpi.checkpoints.adapter import Base, load_adapter, read_adapter, save_adapter
 from torchpi.checkpoints.folder import write_weights
 from torchpi.checkpoints.lora import write_lora_params
 from torchpi.checkpoints.openpi import JaxArrays, find_params
@@ -320,7 +320,7 @@ def test_an_adapter_makes_the_trained_model_of_its_base(saved):
     adapter = load_adapter(path, model)
     assert_same(state(model), state(trained))
     assert adapter == read_adapter(path)
-    assert (adapter.lora, dict(adapter.base)) == (LORA, BASE)
+    assert (adapter.lora, adapter.base) == (LORA, Base(**BASE))
     with torch.no_grad():
         next(model.parameters()).zero_()
         model.expert.layers[0].attention.qkv.lora_a.zero_()

@@ -10,7 +10,7 @@ import torch
 
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
-from torchpi.policy import collate
+from torchpi.collate import collate
 from torchpi.robots import EMBODIMENTS, Camera, get_embodiment
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
 

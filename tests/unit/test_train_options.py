@@ -12,7 +12,7 @@ import torch
 from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
-from torchpi.checkpoints.adapter import Adapter, write_adapter
+from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
 from torchpi.model.lora import LoraConfig, trainable_parameters
@@ -498,9 +498,9 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
         normalization=dict.fromkeys(("state", "actions"), Normalization("quantile", "openpi")),
     )  # fmt: skip
     (tmp_path / "policy").mkdir()
-    policy.write_parts(tmp_path / "policy")
+    policy.write_spec(tmp_path / "policy")
     trained = [n for n, is_trained in trainable_parameters(model, "lora").items() if is_trained and "lora_" not in n]
-    adapter = Adapter(lora, tuple(trained), {"address": config.init, "dtype": "float32"})
+    adapter = Adapter(lora, tuple(trained), Base(config.init, "float32"))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" in n or n in trained}
     write_adapter(tmp_path / "policy", adapter, shapes, model.get_parameter)
     again = torchpi.load_policy(tmp_path / "policy")

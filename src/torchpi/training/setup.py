@@ -162,7 +162,7 @@ def _norm_stats(
             )
         return spec.norm_stats
     files = spec.assets
-    asset_id = asset_id or (embodiment.asset_id if embodiment.asset_id in files else "")
+    asset_id = asset_id or embodiment.asset_id or ""
     if asset_id not in files:
         raise TrainingError(
             f"norm_stats {source.norm_stats!r}: {config.init} has statistics for {', '.join(files) or 'no robot'}; "
