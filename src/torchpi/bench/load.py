@@ -13,8 +13,10 @@ from collections.abc import Callable
 import psutil
 import torch
 
+from torchpi.checkpoints import load_model
+from torchpi.checkpoints.address import existing_folder
+from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.folder import write_weights
-from torchpi.checkpoints.load import existing_folder, load_model, open_checkpoint
 from torchpi.model.pi0 import Pi0
 
 _BLOCK = 1 << 26
@@ -98,7 +100,7 @@ def _load(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path |
 
 def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path | None) -> int:
     """Read the arrays that `_load` reads, as their library does it fastest, and write as many bytes as it writes."""
-    checkpoint = open_checkpoint(existing_folder(path), config=config)
+    checkpoint = open_checkpoint(path, config=config)
     files = sorted(checkpoint.root.glob("*.safetensors"))
     buffer = bytearray(_BLOCK)
     for file in files:
