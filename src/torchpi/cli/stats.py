@@ -110,8 +110,8 @@ def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormSt
     """
     from torchpi.checkpoints.lerobot import PREPROCESSOR, read_spec
     from torchpi.checkpoints.openpi import find_params, norm_stats_files
-    from torchpi.schema import read_json_object
     from torchpi.errors import MissingFileError
+    from torchpi.schema import read_json_object
     from torchpi.transforms import load_norm_stats
 
     root = _folder_with_stats(str(address))
