@@ -321,8 +321,8 @@ def preset(name: str) -> Pi0Config:
     return PRESETS[name]
 
 
-Trained = Literal["all", "frozen_vision", "expert", "lora", "lora_strict"]
-"""What a training changes, see `model.lora.trainable_parameters`."""
+Finetune = Literal["full", "frozen_vision", "expert", "lora", "lora_strict"]
+"""Parameters that a training changes, see `model.lora.trainable_parameters`."""
 
 
 @dataclasses.dataclass(frozen=True)

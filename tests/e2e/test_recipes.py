@@ -39,12 +39,12 @@ def recipe_of(name: str) -> TrainConfig:
 def rate(recipe: TrainConfig, step: int) -> float:
     return learning_rate(
         step,
-        peak=recipe.learning_rate,
-        warmup_steps=recipe.warmup_steps,
-        decay_steps=recipe.decay_steps or recipe.num_steps,
-        final=recipe.final_learning_rate,
-        schedule=recipe.schedule,
-        timescale=recipe.timescale,
+        peak=recipe.optim.lr,
+        warmup_steps=recipe.optim.warmup_steps,
+        decay_steps=recipe.optim.decay_steps or recipe.num_steps,
+        final=recipe.optim.min_lr,
+        schedule=recipe.optim.lr_schedule,
+        timescale=recipe.optim.timescale,
     )
 
 
@@ -52,22 +52,22 @@ def rate(recipe: TrainConfig, step: int) -> float:
 def test_hyper_parameters_are_openpis(name):
     recipe = recipe_of(name)
     steps, batch, ema, first, peak, last = OPENPI[name]
-    assert (recipe.num_steps, recipe.batch_size, recipe.ema_decay) == (steps, batch, ema)
-    rates = [rate(recipe, step) for step in (0, recipe.warmup_steps, steps)]
+    assert (recipe.num_steps, recipe.batch_size, recipe.optim.ema_decay) == (steps, batch, ema)
+    rates = [rate(recipe, step) for step in (0, recipe.optim.warmup_steps, steps)]
     np.testing.assert_allclose(rates, [first, peak, last], rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_model_and_robot_belong_together(name):
     recipe = recipe_of(name)
-    base = published_name(recipe.init)
+    base = published_name(recipe.model.init)
     assert base is not None
     for field in ("pi05", "action_dim", "paligemma", "action_expert", "siglip", "vocab_size"):
-        assert getattr(preset(recipe.model or base), field) == getattr(preset(base), field)
-    if recipe.embodiment:
-        robot = get_embodiment(recipe.embodiment)
+        assert getattr(preset(recipe.model.config or base), field) == getattr(preset(base), field)
+    if recipe.data.embodiment:
+        robot = get_embodiment(recipe.data.embodiment)
         assert robot.action_size <= preset(base).action_dim
-        assert recipe.norm_stats in ("dataset", f"init:{robot.asset_id}")
+        assert recipe.data.norm_stats in ("dataset", f"init:{robot.asset_id}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -77,7 +77,7 @@ def test_help_shows_the_recipes_values(name, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
     shown = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
-    for value in (recipe.num_steps, recipe.init, recipe.learning_rate, recipe.ema_decay):
+    for value in (recipe.num_steps, recipe.model.init, recipe.optim.lr, recipe.optim.ema_decay):
         assert f"(default: {value})" in shown
 
 
@@ -97,7 +97,7 @@ def test_what_the_docstring_tells_to_type_is_understood(name, monkeypatch):
     for line in (*lines, f"{lines[0]} {options}"):
         with pytest.raises(SystemExit, match="1"):  # 2: It is not understood
             main(["train", *line.split()], recipe_of(name))
-    assert [config.dataset for config in begun] == ["DATASET"] * (len(lines) + 1)
+    assert [config.data.dataset for config in begun] == ["DATASET"] * (len(lines) + 1)
     assert bool(options) == (begun[0] != begun[-1])
 
 
@@ -138,7 +138,7 @@ def test_droids_recipe_trains_what_openpis_converter_writes(tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", ["droid.py", *arguments, *SMALL_TRAINING.split(), "--num-steps", "2"])
     runpy.run_path(str(FOLDER / "droid.py"), run_name="__main__")
     policy = torchpi.load_policy(tmp_path / "run" / "checkpoints" / "00000002" / "policy")
-    assert policy.provenance["recipe"]["rename"] == list(RENAME)
+    assert policy.provenance["recipe"]["data"]["rename"] == list(RENAME)
     observation = policy.example_observation()
     observation |= {"observation/joint_position": states[0, :7], "observation/gripper_position": states[0, 7:]}
     assert policy.infer(observation, num_steps=1)["actions"].shape == (15, 8)

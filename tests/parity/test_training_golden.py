@@ -21,9 +21,7 @@ from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.training.weights import freeze
 
-RECIPE = TrainConfig(
-    batch_size=2, learning_rate=1e-3, final_learning_rate=1e-4, ema_decay=0.9, dtype="float32", frozen_dtype="float32"
-)
+RECIPE = TrainConfig(batch_size=2, lr=1e-3, min_lr=1e-4, ema_decay=0.9, dtype="float32", frozen_dtype="float32")
 # A key's bias shifts all logits of a query alike: its gradient is rounding noise, which Adam makes as large as any.
 NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
 
@@ -39,8 +37,8 @@ class Trajectory:
         self.draws = self.arrays(self.root / "draws.npz")
         self.expected = json.loads((self.root / "training.json").read_text())
         schedule = {"warmup_steps": 3, "num_steps": 10} if lora else {"warmup_steps": 5, "num_steps": 20}
-        what = {"trained": "lora", "init": str(self.start)} if lora else {}
-        self.recipe = TrainConfig(**{**vars(RECIPE), **schedule, **what})
+        what = {"finetune": "lora", "init": str(self.start)} if lora else {}
+        self.recipe = RECIPE.replace(**schedule, **what)
 
     @staticmethod
     def arrays(path: pathlib.Path) -> dict[str, Tensor]:
@@ -53,8 +51,8 @@ class Trajectory:
         model = torchpi.load_model(checkpoint, config=self.start / "model_config.json", **options)
         model.compute_dtype_override = torch.float32
         freeze(model, recipe)
-        checkpoint_activations(model, recipe.checkpointing)
-        return TrainState.begin(model, weight_decay=recipe.weight_decay, ema=True)
+        checkpoint_activations(model, recipe.model.activation_checkpointing)
+        return TrainState.begin(model, weight_decay=recipe.optim.weight_decay, ema=True)
 
     def batch(self, step: int) -> Batch:
         prefix = f"batch{int(self.draws['batch_index'][step])}."
@@ -118,18 +116,18 @@ def test_twenty_updates(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_activations_that_are_computed_again_change_nothing(whole, checkpointing):
-    recipe = TrainConfig(**{**vars(whole.recipe), "checkpointing": checkpointing})
+    recipe = whole.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
     for name, part in plain.parts.items():
         assert torch.equal(part, again.parts[name]), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_with_lora_as_well(with_lora, checkpointing):
-    recipe = TrainConfig(**{**vars(with_lora.recipe), "checkpointing": checkpointing})
+    recipe = with_lora.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(with_lora, with_lora.recipe, 2), follow(with_lora, recipe, 2)
     for name, part in plain.parts.items():
         assert torch.equal(part, again.parts[name]), name
@@ -145,7 +143,7 @@ def test_ten_updates_with_lora(with_lora):
 
 @pytest.mark.slow
 def test_ten_updates_with_lora_and_frozen_weights_in_bfloat16(with_lora):
-    recipe = TrainConfig(**{**vars(with_lora.recipe), "frozen_dtype": "bfloat16"})
+    recipe = with_lora.recipe.replace(frozen_dtype="bfloat16")
     with_lora.expected = {**with_lora.expected, **with_lora.expected["frozen_bfloat16"]}
     state = follow(with_lora, recipe, 10)
     dtypes: Mapping[bool, set] = {True: set(), False: set()}

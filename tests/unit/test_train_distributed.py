@@ -44,8 +44,8 @@ def recipe(tmp_path_factory):
         num_steps=STEPS,
         decay_steps=STEPS,
         batch_size=4,
-        num_draws=2,
-        learning_rate=1e-3,
+        flow_samples_per_obs=2,
+        lr=1e-3,
         warmup_steps=2,
         ema_decay=0.5,
         dtype="float32",
@@ -91,9 +91,9 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 def test_shards_in_one_process_give_the_same_run(recipe, tmp_path, dtype):
     """With what changes the weights while FSDP has put some of them together: measuring with the average. In bfloat16
     it gathers in bfloat16, but for what is used in float32."""
-    plain = dataclasses.replace(recipe, dtype=dtype)
+    plain = recipe.replace(dtype=dtype)
     loop.train(plain, tmp_path / "plain")
-    loop.train(dataclasses.replace(plain, parallel="fsdp"), tmp_path / "fsdp")
+    loop.train(plain.replace(parallel="fsdp"), tmp_path / "fsdp")
     assert_same_run(tmp_path / "fsdp", tmp_path / "plain")
 
 
@@ -133,17 +133,22 @@ def test_passes_add_up_in_the_buckets_of_ddp():
 PARTS = {
     "all": {},
     "real": {"loss": "real"},
-    "lora": {"trained": "lora"},
-    "expert": {"trained": "expert"},
+    "lora": {"finetune": "lora"},
+    "expert": {"finetune": "expert"},
     "bfloat16": {"dtype": "bfloat16"},
 }
 """What is trained and measured."""
 SPREAD = {
     "ddp": {},
-    "ddp, two passes": {"accumulate": 2},
+    "ddp, two passes": {"grad_accum_steps": 2},
     "fsdp": {"parallel": "fsdp", "chunk_samples": 2},
-    "fsdp, two passes, layers": {"parallel": "fsdp", "accumulate": 2, "checkpointing": "layers"},
-    "hybrid of one": {"parallel": "hybrid", "shard_size": 1, "accumulate": 2, "checkpointing": "selective"},
+    "fsdp, two passes, layers": {"parallel": "fsdp", "grad_accum_steps": 2, "activation_checkpointing": "full"},
+    "hybrid of one": {
+        "parallel": "hybrid",
+        "shard_size": 1,
+        "grad_accum_steps": 2,
+        "activation_checkpointing": "selective",
+    },
     "hybrid of two": {"parallel": "hybrid", "shard_size": 2},
 }
 """How it is spread over two processes."""
@@ -160,19 +165,16 @@ BFLOAT16 = [("bfloat16", how) for how in ("ddp", "fsdp", "fsdp, two passes, laye
 def runs(recipe, tmp_path_factory):
     """Folders: of each part a run in one process, and of each case one in two; and halves of a run."""
     root = tmp_path_factory.mktemp("runs")
-    init = loop.train(dataclasses.replace(recipe, num_steps=1), root / "init").policy
-    of_weights = dataclasses.replace(recipe, init=str(init), model=None)
+    init = loop.train(recipe.replace(num_steps=1), root / "init").policy
+    of_weights = recipe.replace(init=str(init), model=None)
     parts = {
-        name: dataclasses.replace(of_weights if "trained" in changes else recipe, **changes)
-        for name, changes in PARTS.items()
+        name: (of_weights if "finetune" in changes else recipe).replace(**changes) for name, changes in PARTS.items()
     }
     for name, config in parts.items():
         loop.train(config, root / name)
-    jobs = [
-        Job(dataclasses.replace(parts[part], **SPREAD[how]), root / f"{part} {how}") for part, how in CASES + BFLOAT16
-    ]
-    half = dataclasses.replace(recipe, num_steps=STEPS // 2)
-    jobs.append(Job(dataclasses.replace(half, parallel="fsdp"), root / "half of two"))
+    jobs = [Job(parts[part].replace(**SPREAD[how]), root / f"{part} {how}") for part, how in CASES + BFLOAT16]
+    half = recipe.replace(num_steps=STEPS // 2)
+    jobs.append(Job(half.replace(parallel="fsdp"), root / "half of two"))
     loop.train(half, root / "half of one")
     train_together(2, jobs, root / "jobs")
     return root
@@ -201,7 +203,7 @@ def test_a_run_is_resumed_on_another_number_of_processes_and_spread_otherwise(ru
         copies[name] = shutil.copytree(runs / f"half of {half}", tmp_path / name)
 
     def job(name: str, parallel: str) -> Job:
-        config = dataclasses.replace(resume_config(copies[name]), num_steps=STEPS, parallel=parallel)
+        config = resume_config(copies[name]).replace(num_steps=STEPS, parallel=parallel)
         return Job(config, copies[name], resume=True)
 
     train_together(2, [job("same", "fsdp"), job("ddp", "ddp"), job("together", "fsdp")], tmp_path / "jobs")
@@ -217,7 +219,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
     run = shutil.copytree(runs / "half of two", tmp_path / "run")
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
     file.unlink()
-    config = dataclasses.replace(resume_config(run), num_steps=STEPS, parallel="ddp")
+    config = resume_config(run).replace(num_steps=STEPS, parallel="ddp")
     with pytest.raises(ValueError, match=r"can't be taken up: A file is missing .*; take an older checkpoint"):
         loop.train(config, run, resume=True)
 
@@ -225,7 +227,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe, tmp_path):
     """As a terminal sends it: to torchrun and to all that it has started."""
-    config = dataclasses.replace(recipe, num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")
+    config = recipe.replace(num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")
     (tmp_path / "recipe.json").write_text(config.to_json())
     run = tmp_path / "run"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -241,7 +243,7 @@ def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe,
     (checkpoint,) = state.checkpoints(run)
     assert figures(run)[-1]["step"] == int(checkpoint.name)
     said = re.findall(
-        r"interrupted after (\d+) steps; go on with: torchpi train --resume", (tmp_path / "log").read_text()
+        r"interrupted after (\d+) steps; continue with: torchpi train --resume", (tmp_path / "log").read_text()
     )
     assert set(said) == {str(int(checkpoint.name))}
 
@@ -321,7 +323,7 @@ def test_large_states_are_written_in_several_files(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same_bits(recipe, tmp_path):
-    config = dataclasses.replace(recipe, num_steps=100_000, save_every=2, eval_every=100_000, keep=2, keep_every=10)
+    config = recipe.replace(num_steps=100_000, save_every=2, eval_every=100_000, keep=2, keep_every=10)
     run, rng = tmp_path / "run", random.Random(0)
     # Torch is imported once; each process is a fork of one that has computed nothing yet.
     context = multiprocessing.get_context("forkserver")
@@ -339,11 +341,11 @@ def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same
             assert all(arrays.read(name).isfinite().all() for name in arrays.names)
         # None is gone but by rule, and no more steps than since the last two saves, of which one may be under way.
         assert set(seen) - set(found) == {step for step in seen if step not in found[-2:] and step % 10}
-        assert max(line["step"] for line in figures_before_a_kill(run)) <= found[-1] + 2 * config.save_every
+        assert max(line["step"] for line in figures_before_a_kill(run)) <= found[-1] + 2 * config.checkpoint.save_every
         seen = found
-    ending = dataclasses.replace(config, num_steps=seen[-1] + 3)
+    ending = config.replace(num_steps=seen[-1] + 3)
     loop.train(ending, run, resume=True)
-    loop.train(dataclasses.replace(ending, save_every=100_000), tmp_path / "whole")
+    loop.train(ending.replace(save_every=100_000), tmp_path / "whole")
     assert_same_bits(weights(run), weights(tmp_path / "whole"))
     assert [line["step"] for line in figures(run) if "loss" in line] == list(range(1, ending.num_steps + 1))
     saved = [*range(2, ending.num_steps, 2), ending.num_steps]

@@ -39,7 +39,7 @@ def recipe(dataset, tmp_path_factory):
     sizes = tmp_path_factory.mktemp("sizes") / "model.json"
     sizes.write_text(json.dumps(SIZES.to_dict()))
     return TrainConfig(
-        dataset=str(dataset), embodiment="metaworld", model=str(sizes), num_steps=3, batch_size=4, learning_rate=1e-2,
+        dataset=str(dataset), embodiment="metaworld", model=str(sizes), num_steps=3, batch_size=4, lr=1e-2,
         warmup_steps=1, ema_decay=0.5, dtype="float32", eval_every=100, save_every=100, log_every=1, chunk_samples=0,
         trackers=(), workers=0,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def trained(recipe, tmp_path_factory):
 @pytest.fixture(scope="module")
 def further(recipe, trained):
     """A recipe that begins with it."""
-    return dataclasses.replace(recipe, init=trained, model=None, frozen_dtype="float32")
+    return recipe.replace(init=trained, model=None, frozen_dtype="float32")
 
 
 def begin(config: TrainConfig):
@@ -76,10 +76,10 @@ def test_a_run_begins_with_the_weights_of_init(further, trained):
 def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path):
     sizes = tmp_path / "wider.json"
     sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
-    other = dataclasses.replace(further, model=str(sizes))
+    other = further.replace(model=str(sizes))
     with pytest.raises(ValueError, match=r"action_out_proj\.bias is \[6\], expected \[8\]"):
         begin(other)
-    (model, beginning), _ = begin(dataclasses.replace(other, adapt=True))
+    (model, beginning), _ = begin(other.replace(adapt=True))
     assert model.config.action_dim == 8
     assert "suffix.action_in_proj.weight" in beginning.adapted
 
@@ -92,19 +92,19 @@ def test_whose_statistics_are_used_is_said(further, dataset, trained, tmp_path):
     shifted.write_text(json.dumps(own))
     q01 = {}
     for norm_stats in ("dataset", "init", str(shifted)):
-        config = dataclasses.replace(further, norm_stats=norm_stats)
+        config = further.replace(norm_stats=norm_stats)
         q01[norm_stats] = open_data(config, model_config(config))[0].norm_stats["state"].q01
     np.testing.assert_allclose(q01[str(shifted)], q01["init"] - 5)
     np.testing.assert_allclose(q01["dataset"], q01["init"])  # of the same episodes
     with pytest.raises(ValueError, match="has statistics of its own"):
-        open_data(dataclasses.replace(further, norm_stats="init:trossen"), SIZES)
-    with pytest.raises(ValueError, match="There is no init"):
-        open_data(dataclasses.replace(further, init=None, norm_stats="init"), SIZES)
+        open_data(further.replace(norm_stats="init:trossen"), SIZES)
+    with pytest.raises(ValueError, match="needs initial weights: set init"):
+        open_data(further.replace(init=None, norm_stats="init"), SIZES)
 
 
 def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, golden_pi05):
-    config = dataclasses.replace(
-        recipe, init=str(golden_pi05.root / "jax_ckpt"), model=str(golden_pi05.config), norm_stats="init:nobody"
+    config = recipe.replace(
+        init=str(golden_pi05.root / "jax_ckpt"), model=str(golden_pi05.config), norm_stats="init:nobody"
     )
     with pytest.raises(ValueError, match=r"has statistics for .*; choose one as init:ASSET_ID"):
         open_data(config, model_config(config))
@@ -117,7 +117,7 @@ def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tm
     with pytest.raises(
         ValueError, match=r"prompts longer than the model's max_token_len 17; the longest has 18 tokens"
     ):
-        loop.train(dataclasses.replace(recipe, model=str(sizes)), run)
+        loop.train(recipe.replace(model=str(sizes)), run)
     assert not run.exists()
 
 
@@ -136,13 +136,13 @@ def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
 @pytest.mark.parametrize(
     ("what", "moves"),
     [
-        ("all", {"embedding", "vision", "backbone", "expert", "suffix", "action_out_proj"}),
+        ("full", {"embedding", "vision", "backbone", "expert", "suffix", "action_out_proj"}),
         ("frozen_vision", {"embedding", "backbone", "expert", "suffix", "action_out_proj"}),
         ("expert", {"expert", "suffix", "action_out_proj"}),
     ],
 )
 def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
-    result = loop.train(dataclasses.replace(further, trained=what), tmp_path / "run")
+    result = loop.train(further.replace(finetune=what), tmp_path / "run")
     before, after = torchpi.load_model(trained), torchpi.load_model(result.policy)
     changed = {
         name.split(".")[0] for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))
@@ -151,7 +151,7 @@ def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
 
 
 def test_the_table_says_what_is_trained(further):
-    config = dataclasses.replace(further, trained="expert", frozen_dtype="bfloat16")
+    config = further.replace(finetune="expert", frozen_dtype="bfloat16")
     (model, _), _ = begin(config)
     rows = {row.part: row for row in table(model, config)}
     assert rows["vision"].trainable == 0
@@ -165,7 +165,7 @@ def test_the_table_says_what_is_trained(further):
 
 @pytest.mark.parametrize("what", ["lora", "lora_strict"])
 def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what):
-    config = dataclasses.replace(further, trained=what, frozen_dtype="bfloat16")
+    config = further.replace(finetune=what, frozen_dtype="bfloat16")
     result = loop.train(config, tmp_path / "run")
     files = {file.name for file in result.policy.iterdir()}
     assert "adapter.safetensors" in files
@@ -191,14 +191,14 @@ def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what
 
 
 def test_lora_without_trained_weights_is_refused():
-    with pytest.raises(ValueError, match="Say which with init"):
-        TrainConfig(trained="lora")
+    with pytest.raises(ValueError, match="needs initial weights: set init"):
+        TrainConfig(finetune="lora")
 
 
 def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(further.init, base)
-    result = loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), tmp_path / "run")
+    shutil.copytree(further.model.config.init, base)
+    result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     shutil.rmtree(base)
     with pytest.raises(FileNotFoundError, match=r"holds what a LoRA training has changed in .*base"):
         torchpi.load_policy(result.policy)
@@ -206,8 +206,8 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
 
 def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(further.init, base)
-    result = loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), tmp_path / "run")
+    shutil.copytree(further.model.config.init, base)
+    result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     whole = torchpi.load_policy(result.policy).model
     half = torchpi.load_policy(result.policy, dtype=torch.bfloat16).model  # compared and merged in float32 before
     for (name, parameter), rounded in zip(whole.named_parameters(), half.parameters(), strict=True):
@@ -222,9 +222,9 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
 def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
     """They are read from `init` again, which may have changed since."""
     base, run = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(further.init, base)
-    loop.train(dataclasses.replace(further, init=str(base), trained="lora_strict"), run)
-    longer = dataclasses.replace(resume_config(run), num_steps=4)
+    shutil.copytree(further.model.config.init, base)
+    loop.train(further.replace(init=str(base), finetune="lora_strict"), run)
+    longer = resume_config(run).replace(num_steps=4)
     file = base / "model.safetensors"
     before = safetensors.torch.load_file(file)
     trained = {name: value + 1 if name.startswith("suffix.") else value for name, value in before.items()}
@@ -244,7 +244,7 @@ def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
 
 def test_accumulated_passes_are_one_large_one(recipe, tmp_path):
     for number in (1, 4):
-        loop.train(dataclasses.replace(recipe, accumulate=number), tmp_path / str(number))
+        loop.train(recipe.replace(grad_accum_steps=number), tmp_path / str(number))
     one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
     for name, value in one.items():
         if not name.startswith("exp_avg_sq"):
@@ -290,27 +290,27 @@ def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(rec
     assert theirs["augmentation"]["base_0_rgb"][5] == 0
 
 
-@pytest.mark.parametrize("checkpointing", ["layers", "selective"])
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
 def test_computing_activations_again_changes_no_bit(recipe, tmp_path, checkpointing):
     loop.train(recipe, tmp_path / "plain")
-    loop.train(dataclasses.replace(recipe, checkpointing=checkpointing), tmp_path / "again")
+    loop.train(recipe.replace(activation_checkpointing=checkpointing), tmp_path / "again")
     assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "again"))
 
 
 def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
-    config = dataclasses.replace(recipe, optimizer="adamw8bit", num_steps=4)
+    config = recipe.replace(optimizer="adamw8bit", num_steps=4)
     loop.train(config, tmp_path / "whole")
     saved = weights(tmp_path / "whole")
     large = {name: value for name, value in saved.items() if name.startswith("state1.") and value.dtype == torch.uint8}
     assert "state1.embedding" in large
-    loop.train(dataclasses.replace(config, num_steps=2, decay_steps=4), tmp_path / "run")
-    longer = dataclasses.replace(resume_config(tmp_path / "run"), num_steps=4)
+    loop.train(config.replace(num_steps=2, decay_steps=4), tmp_path / "run")
+    longer = resume_config(tmp_path / "run").replace(num_steps=4)
     loop.train(longer, tmp_path / "run", resume=True)
     assert_same_bits(weights(tmp_path / "run"), saved)
 
 
 def test_no_average_means_the_weights_themselves(recipe, tmp_path):
-    result = loop.train(dataclasses.replace(recipe, ema_decay=0.0), tmp_path / "run")
+    result = loop.train(recipe.replace(ema_decay=0.0), tmp_path / "run")
     saved, policy = weights(tmp_path / "run"), torchpi.load_model(result.policy)
     assert not any(name.startswith("ema.") for name in saved)
     assert torch.equal(policy.action_out_proj.weight, saved["weights.action_out_proj.weight"])
@@ -346,7 +346,7 @@ def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_
         Source(str(dataset), "metaworld", weight=3.0),
         Source(str(other_robot / "set"), str(other_robot / "arm.json"), weight=1.0, episodes="0:2"),
     )
-    config = dataclasses.replace(recipe, dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2)
+    config = recipe.replace(dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2)
     result = loop.train(config, tmp_path / "run")
     robot = result.policy / "robots" / "arm"
     first = torchpi.load_policy(result.policy)
@@ -368,9 +368,7 @@ def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path
         Source(str(other_robot / "set"), str(other_robot / "arm.json"), episodes="0:2"),
         Source(str(copy), str(other_robot / "arm.json"), episodes="1:3"),
     )
-    config = dataclasses.replace(
-        recipe, dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2, num_steps=2
-    )
+    config = recipe.replace(dataset="", embodiment="", mixture=sources, chunk_samples=2, holdout=0.2, num_steps=2)
     run = tmp_path / "run"
     robots = loop.train(config, run).policy / "robots"
     assert {path.name for path in robots.iterdir()} == {"arm", "arm_2"}
@@ -381,12 +379,12 @@ def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path
     document["norm_stats"]["state"]["q99"][0] += 1
     (robots / "arm_2/norm_stats.json").write_text(json.dumps(document))
     with pytest.raises(ValueError, match=r"copy: the dataset is another one than when .* its statistics of state"):
-        loop.train(dataclasses.replace(resume_config(run), num_steps=4), run, resume=True)
+        loop.train(resume_config(run).replace(num_steps=4), run, resume=True)
 
 
 def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
     sources = (Source(str(dataset), "metaworld"), Source(str(other_robot / "set"), str(other_robot / "arm.json")))
-    config = dataclasses.replace(recipe, dataset="", embodiment="", mixture=sources)
+    config = recipe.replace(dataset="", embodiment="", mixture=sources)
     (model, _), data = begin(config)
     policies = build_policies(config, model, data)
     frames = [Frames(d.train, d.embodiment, p.transforms) for d, p in zip(data, policies, strict=True)]
@@ -399,15 +397,13 @@ def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
 
 
 def test_a_mixture_survives_its_file(recipe, tmp_path):
-    config = dataclasses.replace(
-        recipe, dataset="", embodiment="", mixture=(Source("a", "aloha", 2.0), Source("b", "droid"))
-    )
+    config = recipe.replace(dataset="", embodiment="", mixture=(Source("a", "aloha", 2.0), Source("b", "droid")))
     (tmp_path / "recipe.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "recipe.json") == config
 
 
 def test_chosen_episodes_and_frames_alone_are_trained_on(recipe):
-    config = dataclasses.replace(recipe, episodes="0:3", holdout=0.0)
+    config = recipe.replace(episodes="0:3", holdout=0.0)
     (data,) = open_data(config, SIZES)
     assert data.train.episode_indices == (0, 1, 2)
     assert data.holdout is None
@@ -426,9 +422,9 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
                 images = {"observation.images.base": black, "observation.images.wrist": black}
                 writer.add_frame({**images, "observation.state": value, "action": value})
             writer.save_episode("go")
-    config = dataclasses.replace(recipe, dataset=str(path), holdout=0.0)
+    config = recipe.replace(dataset=str(path), holdout=0.0)
     (everything,) = open_data(config, SIZES)
-    (moving,) = open_data(dataclasses.replace(config, skip_idle=True), SIZES)
+    (moving,) = open_data(config.replace(skip_idle=True), SIZES)
     assert len(everything.frames) == 120
     assert 60 <= len(moving.frames) <= 84
     assert not set(range(15)) & set(moving.frames.tolist())
@@ -438,7 +434,7 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
     ("fields", "message"),
     [
         ({"optimizer": "adamw8bit", "parallel": "fsdp"}, "can't be sharded"),
-        ({"accumulate": 0}, "accumulate must be a positive integer"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be a positive integer"),
         ({"dataset": "a", "mixture": (Source("b", "aloha"),)}, "either dataset"),
         ({"timescale": 0.0}, "timescale must be positive"),
         ({"keep_every": 0}, "keep_every must be"),
@@ -451,7 +447,7 @@ def test_recipes_that_can_not_be_are_errors(fields, message):
 
 def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
     with pytest.raises(ValueError, match="18 frames to train on, fewer than a batch of 64"):
-        open_data(dataclasses.replace(recipe, batch_size=64), SIZES)
+        open_data(recipe.replace(batch_size=64), SIZES)
 
 
 def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
@@ -463,10 +459,10 @@ def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
 
 
 def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path):
-    config = dataclasses.replace(recipe, max_given=2)
+    config = recipe.replace(max_action_prefix=2)
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)
-    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 8, max_given=2))
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 8, max_action_prefix=2))
     batch = samples.finish(samples.collate([samples[0, i, 0, i] for i in range(4)]), "cpu")
     assert set(batch.num_given.flatten().tolist()) == {0, 1, 2}
     terms = batch.terms("all")
@@ -481,7 +477,7 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     lora = LoraConfig(backbone_rank=4, backbone_alpha=8.0, expert_rank=6, expert_alpha=3.0)
     root = golden_root / "lora" / "pi05"
     config = TrainConfig(
-        init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), trained="lora", lora=lora, dtype="float32",
+        init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune="lora", lora=lora, dtype="float32",
         frozen_dtype="float32",
     )  # fmt: skip
     model, beginning = begin_model(config, model_config(config), skeleton=False)
@@ -500,20 +496,20 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     (tmp_path / "policy").mkdir()
     policy.write_spec(tmp_path / "policy")
     trained = [n for n, is_trained in trainable_parameters(model, "lora").items() if is_trained and "lora_" not in n]
-    adapter = Adapter(lora, tuple(trained), Base(config.init, "float32"))
+    adapter = Adapter(lora, tuple(trained), Base(config.model.init, "float32"))
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters() if "lora_" in n or n in trained}
     write_adapter(tmp_path / "policy", adapter, shapes, model.get_parameter)
     again = torchpi.load_policy(tmp_path / "policy")
     observation, noise = policy.example_observation(), np.ones((50, 32), np.float32)
     chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, again)]
     np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
-    with pytest.raises(ValueError, match="go on with the same, or fold it"):
-        begin_model(dataclasses.replace(config, lora=LoraConfig()), model_config(config), skeleton=False)
+    with pytest.raises(ValueError, match="use the same, or fold it"):
+        begin_model(config.replace(lora=LoraConfig()), model_config(config), skeleton=False)
 
 
 def test_one_instruction_for_all_episodes(recipe, tmp_path):
     """As the policy is asked later, where its client sends none."""
-    config = dataclasses.replace(recipe, prompt="transfer the cube")
+    config = recipe.replace(prompt="transfer the cube")
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)
     assert list(check_prompts(policy, data[0])) == ["transfer the cube"]
@@ -527,13 +523,13 @@ def test_one_instruction_for_all_episodes(recipe, tmp_path):
         ({"model": None}, r"Say which weights to begin with \(--init.*or the sizes"),
         ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
         ({"trackers": ("paper",)}, "There is no tracker paper"),
-        ({"batch_size": 5, "accumulate": 2}, "batch_size 5 can't be divided"),
+        ({"batch_size": 5, "grad_accum_steps": 2}, "batch_size 5 can't be divided"),
         ({"device": "cuda:7"}, "There is no device cuda:7"),
     ],
 )
 def test_mistakes_are_found_before_the_runs_folder_is_made(recipe, tmp_path, fields, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        loop.train(dataclasses.replace(recipe, **fields), tmp_path / "run")
+        loop.train(recipe.replace(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -542,8 +538,8 @@ def test_names_of_another_robot_are_translated(recipe, tmp_path):
     path = tmp_path / "set"
     write_dataset(path, cameras=("top", "wrist"))
     with pytest.raises(KeyError, match="--rename"):
-        open_data(dataclasses.replace(recipe, dataset=str(path)), SIZES)
-    config = dataclasses.replace(recipe, dataset=str(path), rename=("observation.images.top=observation.images.base",))
+        open_data(recipe.replace(dataset=str(path)), SIZES)
+    config = recipe.replace(dataset=str(path), rename=("observation.images.top=observation.images.base",))
     (tmp_path / "recipe.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "recipe.json") == config
     (data,) = open_data(config, SIZES)
@@ -560,6 +556,6 @@ def test_held_out_chunks_are_sampled_with_the_instruction_that_is_trained(recipe
         "tokenize_prompt",
         lambda tokenizer, text, *a, **k: asked.append(text) or tokenize(tokenizer, text, *a, **k),
     )
-    config = dataclasses.replace(recipe, prompt="transfer the cube", num_steps=1, chunk_samples=2)
+    config = recipe.replace(prompt="transfer the cube", num_steps=1, chunk_samples=2)
     loop.train(config, tmp_path / "run")
     assert set(asked) == {"transfer the cube"}

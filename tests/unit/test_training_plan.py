@@ -72,17 +72,20 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
         with torch.no_grad():
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
-        checkpoint_activations(model, config.checkpointing)
-        state = TrainState.begin(model, weight_decay=0.0, ema=config.ema_decay > 0, optimizer=config.optimizer)
-        samples, cameras = config.batch_size // config.accumulate, ("base", "wrist")
-        waiting = held_out_images(sizes, cameras, config.holdout_samples)
+        checkpoint_activations(model, config.model.activation_checkpointing)
+        state = TrainState.begin(
+            model, weight_decay=0.0, ema=config.optim.ema_decay > 0, optimizer=config.optim.optimizer
+        )
+        samples, cameras = config.batch_size // config.grad_accum_steps, ("base", "wrist")
+        waiting = held_out_images(sizes, cameras, config.eval.holdout_samples)
         for _ in range(2):
             batches = [
-                example_batch(sizes, cameras, samples, config.num_draws, device) for _ in range(config.accumulate)
+                example_batch(sizes, cameras, samples, config.optim.flow_samples_per_obs, device)
+                for _ in range(config.grad_accum_steps)
             ]
             update(state, config, batches, alone(model))
         with state.averaged_weights() as averaged, torch.no_grad():
-            loss_sum(averaged.forward, example_batch(sizes, cameras, samples, 4, device), config.loss)
+            loss_sum(averaged.forward, example_batch(sizes, cameras, samples, 4, device), config.optim.loss)
         del waiting
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     live = most = 0
@@ -97,17 +100,19 @@ needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes: torchpi[adamw8bit]"
 )
 VARIANTS = [
-    pytest.param({"checkpointing": "layers"}, id="layers"),
+    pytest.param({"activation_checkpointing": "full"}, id="layers"),
     pytest.param({}, id="full", marks=pytest.mark.slow),
     pytest.param({"dtype": "float32"}, id="float32", marks=pytest.mark.slow),
-    pytest.param({"checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
-    pytest.param({"accumulate": 2}, id="accumulate 2", marks=pytest.mark.slow),
-    pytest.param({"accumulate": 4}, id="accumulate 4", marks=pytest.mark.slow),
-    pytest.param({"num_draws": 2}, id="draws", marks=pytest.mark.slow),
-    pytest.param({"trained": "expert", "ema_decay": 0.0}, id="expert", marks=pytest.mark.slow),
-    pytest.param({"init": BASE, "trained": "lora", "ema_decay": 0.0}, id="lora", marks=pytest.mark.slow),
+    pytest.param({"activation_checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
+    pytest.param({"grad_accum_steps": 2}, id="accumulate 2", marks=pytest.mark.slow),
+    pytest.param({"grad_accum_steps": 4}, id="accumulate 4", marks=pytest.mark.slow),
+    pytest.param({"flow_samples_per_obs": 2}, id="draws", marks=pytest.mark.slow),
+    pytest.param({"finetune": "expert", "ema_decay": 0.0}, id="expert", marks=pytest.mark.slow),
+    pytest.param({"init": BASE, "finetune": "lora", "ema_decay": 0.0}, id="lora", marks=pytest.mark.slow),
     pytest.param(
-        {"init": BASE, "trained": "lora_strict", "checkpointing": "layers"}, id="lora_strict", marks=pytest.mark.slow
+        {"init": BASE, "finetune": "lora_strict", "activation_checkpointing": "full"},
+        id="lora_strict",
+        marks=pytest.mark.slow,
     ),
     pytest.param({"optimizer": "adamw8bit"}, id="8 bits", marks=[pytest.mark.slow, needs_bitsandbytes]),
 ]
@@ -115,25 +120,25 @@ VARIANTS = [
 
 @pytest.mark.parametrize("fields", VARIANTS)
 def test_a_plan_is_what_training_takes(fields, base):
-    config = dataclasses.replace(base, **fields)
+    config = base.replace(**fields)
     planned = plan(config, world_size=1, local_world_size=1)
     assert planned.peak.total == pytest.approx(measured(config, SIZES), rel=0.03)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["none", "layers"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_a_plan_is_what_training_of_pi0_takes(checkpointing, tmp_path):
     sizes = dataclasses.replace(SIZES, pi05=False)
-    config = dataclasses.replace(recipe(tmp_path, sizes), checkpointing=checkpointing)
+    config = recipe(tmp_path, sizes).replace(activation_checkpointing=checkpointing)
     planned = plan(config, world_size=1, local_world_size=1)
     assert planned.peak.total == pytest.approx(measured(config, sizes), rel=0.03)
 
 
 def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
-    on_cuda = dataclasses.replace(tiny, device="cuda", holdout=0.0)
+    on_cuda = tiny.replace(device="cuda", holdout=0.0)
     one = plan(on_cuda, world_size=1, local_world_size=1)
     ddp = plan(on_cuda, world_size=4, local_world_size=4)
-    fsdp = plan(dataclasses.replace(on_cuda, parallel="fsdp"), world_size=4, local_world_size=4)
+    fsdp = plan(on_cuda.replace(parallel="fsdp"), world_size=4, local_world_size=4)
     assert (one.samples, ddp.samples, fsdp.samples) == (8, 2, 2)
     assert ddp.peak.weights == one.peak.weights
     assert ddp.peak.activations < one.peak.activations
@@ -144,13 +149,13 @@ def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
 
 
 def test_passes_do_not_add_gradients(tiny):
-    on_cuda = dataclasses.replace(tiny, device="cuda", holdout=0.0)
-    one, two = (plan(dataclasses.replace(on_cuda, accumulate=n), world_size=2, local_world_size=2) for n in (1, 2))
+    on_cuda = tiny.replace(device="cuda", holdout=0.0)
+    one, two = (plan(on_cuda.replace(grad_accum_steps=n), world_size=2, local_world_size=2) for n in (1, 2))
     assert one.peak.gradients == two.peak.gradients
 
 
 def test_what_does_not_fit_is_told_what_would(tiny, capsys):
-    arguments = ["train", "--plan", "--embodiment", "metaworld", "--model", tiny.model, "--batch-size", "8"]
+    arguments = ["train", "--plan", "--embodiment", "metaworld", "--model", tiny.model.config, "--batch-size", "8"]
     arguments += ["--holdout", "0", "--device", "cuda"]
     main([*arguments, "--plan-memory", "1", "--json"])  # returns: it fits
     needed = json.loads(capsys.readouterr().out)["needed"]
@@ -158,13 +163,13 @@ def test_what_does_not_fit_is_told_what_would(tiny, capsys):
         main([*arguments, "--plan-memory", str(needed / 1e9), "--json"])  # none is left for what is not counted
     document = json.loads(capsys.readouterr().out)
     assert document["fits"] is False
-    assert {"accumulate": 2} in [other["fields"] for other in document["alternatives"] if other["fits"]]
+    assert {"grad_accum_steps": 2} in [other["fields"] for other in document["alternatives"] if other["fits"]]
 
 
 def test_a_plan_says_what_it_assumes(tiny, capsys):
-    main(["train", "--plan", "--embodiment", "aloha", "--model", tiny.model, "--device", "cuda"])
+    main(["train", "--plan", "--embodiment", "aloha", "--model", tiny.model.config, "--device", "cuda"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "32 samples × 1 draw, 3 cameras and 40 prompt tokens" in printed
+    assert "32 samples × 1 noise, 3 cameras and 40 prompt tokens" in printed
     assert "--plan-memory" in printed
 
 

@@ -82,7 +82,7 @@ def write_picture(path, size=(40, 30)):
 def full(tmp_path_factory):
     """A finished run and its page; not to be changed."""
     lines = [metrics_line(step, **(evaluation(2 / step) if step % 20 == 0 else {})) for step in range(10, 101, 10)]
-    run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, learning_rate=1e-3)
+    run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, lr=1e-3)
     (run / "run.json").write_text(json.dumps(ABOUT))
     for step in (20, 100):
         write_picture(run / "plots" / f"{step:08d}_chunks.png")

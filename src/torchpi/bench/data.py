@@ -104,7 +104,7 @@ def _frame_seconds(dataset: LeRobotDataset) -> float:
 
 def _batch_seconds(samples: Samples, num_frames: int, batch: int, workers: int, num_batches: int) -> float:
     frames, last_step = [np.arange(num_frames)], num_batches + 1
-    order = TrainingOrder(frames, [1.0], batch, accumulate=1, seed=0, first_step=0, last_step=last_step)
+    order = TrainingOrder(frames, [1.0], batch, grad_accum_steps=1, seed=0, first_step=0, last_step=last_step)
     batches = iter(samples.batches(order, workers))
     next(batches)  # the processes start
     start = time.perf_counter()
@@ -125,7 +125,7 @@ def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> S
         action_dim=config.action_dim,
         image_size=(config.image_size, config.image_size),
     )
-    return Samples([Frames(dataset, robot, transforms)], Draws(seed=0, num_draws=1))
+    return Samples([Frames(dataset, robot, transforms)], Draws(seed=0, flow_samples_per_obs=1))
 
 
 def _robot_of(dataset: LeRobotDataset) -> Embodiment:

@@ -93,8 +93,8 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     if compiled:
         for layer in layers(model):
             layer.compile()
-    config = TrainConfig(num_draws=work.flow_samples_per_obs, batch_size=work.batch)
-    state = TrainState.begin(model, weight_decay=config.weight_decay, ema=True)
+    config = TrainConfig(flow_samples_per_obs=work.flow_samples_per_obs, batch_size=work.batch)
+    state = TrainState.begin(model, weight_decay=config.optim.weight_decay, ema=True)
     device = torch.device(work.device)
     shape = (work.batch, work.flow_samples_per_obs, work.config.require("action_horizon"), work.config.action_dim)
     generator = torch.Generator(device).manual_seed(0)

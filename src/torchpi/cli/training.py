@@ -3,13 +3,25 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
 
 import tyro
 
+from torchpi.config import LoraConfig
 from torchpi.errors import UsageError
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import RENAMED, Augmentation, TrainConfig, renamed_values
+
+
+def _renamed() -> dict[str, str]:
+    """The options that replace former ones, with the values that have other names."""
+    found = {}
+    for old, new in RENAMED.items():
+        values = "".join(f", and {before} is {now}" for before, now in renamed_values(old).items())
+        found[f"--{old}".replace("_", "-")] = f"--{new}{values}".replace("_", "-")
+    nested = {"augmentation": Augmentation, "lora": LoraConfig}
+    names = [(group, field.name) for group, kind in nested.items() for field in dataclasses.fields(kind)]
+    return found | {f"--{group}.{name}".replace("_", "-"): f"--{name}".replace("_", "-") for group, name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +41,16 @@ class Train:
     """The folder of a run to continue, by default with its own recipe; more steps, another number of processes and
     other options that do not change its updates may be given."""
     plan: bool = False
-    """Do not train, but print the memory that it would take, and what to change where it does not fit; the exit status
-    is 1 then. Of the dataset only the embodiment is needed."""
+    """Print the estimated peak memory of the run instead of training, and what to change where it does not fit; the exit
+    status is 1 then. Of the dataset only the embodiment is needed."""
     plan_world: int | None = None
     """With --plan: processes that will share the run, by default those that torchrun has started."""
     plan_memory: float | None = None
     """With --plan: each device's memory in GB, by default this machine's."""
     json: bool = False
     """With --plan: print one JSON document."""
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = TrainConfig()
+    config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = TrainConfig()
+    renamed: ClassVar[Mapping[str, str]] = _renamed()
 
     def run(self) -> int | None:
         config = self.config
@@ -52,7 +65,9 @@ class Train:
         if self.resume is not None and (self.out is not None or self.recipe is not None):
             raise UsageError("--resume continues a run with its recipe and its folder; leave --out and --recipe out.")
         out = self.out or self.resume
-        needed = {"out": out} | ({} if config.mixture else {"dataset": config.dataset, "embodiment": config.embodiment})
+        needed = {"out": out}
+        if not config.data.mixture:
+            needed |= {"dataset": config.data.dataset, "embodiment": config.data.embodiment}
         for name, value in needed.items():
             if not value:
                 raise UsageError(

@@ -17,6 +17,7 @@ from typing import Any
 from torchpi.errors import SimulationError
 from torchpi.policy import Policy
 from torchpi.sim.result import wilson_interval
+from torchpi.training.config import flat_options
 from torchpi.ui.format import format_count
 
 
@@ -88,7 +89,7 @@ def _training(said: Mapping[str, Any]) -> str:
     parts = [str(said["source"])] if "source" in said else []
     recipe, dataset = said.get("recipe"), said.get("dataset")
     if isinstance(recipe, Mapping) and "batch_size" in recipe and "step" in said:
-        begun = recipe.get("init") or "random weights"
+        begun = flat_options(recipe).get("init") or "random weights"
         parts.append(f"{said['step']} steps of {recipe['batch_size']} samples, from {begun}")
     if "machine" in said:
         parts.append(f"on {said['machine']}")

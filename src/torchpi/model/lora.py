@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchpi.config import LoraConfig, Trained
+from torchpi.config import Finetune, LoraConfig
 from torchpi.errors import ModelError
 from torchpi.model.gemma import Gemma
 from torchpi.model.layers import Linear
@@ -177,22 +177,22 @@ _PROJECTIONS = ("suffix.", "action_out_proj.")
 _BACKBONE = ("backbone.", "embedding")
 
 
-def trainable_parameters(model: Pi0, what: Trained) -> dict[str, bool]:
+def trainable_parameters(model: Pi0, what: Finetune) -> dict[str, bool]:
     """Which parameters a training changes, by name: True for those.
 
     Args:
-        what: "all"; "frozen_vision": all but the vision tower with its head; "expert": the action expert and the
+        what: "full"; "frozen_vision": all but the vision tower with its head; "expert": the action expert and the
             projections of actions, time and state; "lora": openpi's rule, which freezes of each stack with LoRA
             everything else (of the backbone also the embedding), and trains the rest: vision tower, projections, and a
             stack without LoRA; "lora_strict": the low-rank matrices and the projections alone.
     """
     config = lora_config(model)
-    if what not in get_args(Trained):
-        raise ModelError(f"What is trained must be one of {', '.join(get_args(Trained))}, got {what!r}.")
+    if what not in get_args(Finetune):
+        raise ModelError(f"finetune must be one of {', '.join(get_args(Finetune))}, got {what!r}.")
     if what in ("lora", "lora_strict") and config is None:
         raise ModelError(f"{what!r} trains low-rank matrices, and the model has none; add_lora adds them.")
     names = [name for name, _ in model.named_parameters()]
-    if what == "all":
+    if what == "full":
         return dict.fromkeys(names, True)
     if what == "frozen_vision":
         return {name: not name.startswith("vision.") for name in names}

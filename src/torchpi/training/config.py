@@ -1,40 +1,61 @@
-"""A training recipe: everything that decides a run, as one JSON document."""
+"""A training recipe: everything that decides a run, in groups, as one JSON document."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import tyro
 
 from torchpi.assets import assets
-from torchpi.config import LoraConfig, Trained
+from torchpi.config import Finetune, LoraConfig
 from torchpi.errors import MissingFileError, TrainingError
+from torchpi.schema import parse, read_json
 
 Schedule = Literal["cosine", "rsqrt", "constant"]
-Kind = Literal["adamw", "adamw8bit"]
-Checkpointing = Literal["none", "layers", "selective"]
+Optimizer = Literal["adamw", "adamw8bit"]
+Checkpointing = Literal["none", "full", "selective"]
+
+
+def _check(
+    config: Any, *, counts: Iterable[str] = (), positive: Iterable[str] = (), not_negative: Iterable[str] = ()
+) -> None:
+    """Check a group's numbers (None is not checked) and all its choices."""
+    for names, is_valid, rule in (
+        (counts, lambda value: value >= 1, "a positive integer"),
+        (positive, lambda value: value > 0, "positive"),
+        (not_negative, lambda value: value >= 0, "0 or more"),
+    ):
+        for name in names:
+            if (value := getattr(config, name)) is not None and not is_valid(value):
+                raise TrainingError(f"{name} must be {rule}, got {value}.")
+    for name, kind in get_type_hints(type(config)).items():
+        if get_origin(kind) is Literal and (value := getattr(config, name)) not in get_args(kind):
+            raise TrainingError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """How far images are changed; 0 switches a change off."""
+    """Random changes of the images; 0 switches a change off."""
 
     crop: float = 0.95
-    """Share of the image's side that a crop keeps; 1 switches it off."""
+    """Fraction of the image's side that a crop keeps; 1 switches it off."""
     degrees: float = 5.0
     """Rotation in ±degrees."""
     brightness: float = 0.3
-    """Change of the value in ±shares."""
+    """Change of the value in ±fractions."""
     contrast: float = 0.4
     """Steepness of the value's curve, in (-1, 1)."""
     saturation: float = 0.5
-    """Change of the saturation in ±shares."""
+    """Change of the saturation in ±fractions."""
     hue: float = 0.1
     """Change of the hue in ±turns."""
     color_probability: float = 0.5
-    """Share of the images whose colours are changed."""
+    """Fraction of the images whose colours are changed."""
     like_openpi: bool = False
-    """As openpi's code does it, against what is meant: one draw for all cameras of a sample, and no saturation."""
+    """Follow openpi's code where it differs from its intent: one random draw for all cameras of a sample, and no
+    saturation."""
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
@@ -55,17 +76,17 @@ class Source:
     dataset: str
     """A LeRobot dataset: a folder, or hf://ORG/NAME."""
     embodiment: str
-    """Whose cameras, state and actions these are: a name (metaworld, aloha, …) or a JSON file."""
+    """The robot, which says what cameras, state and actions are: a name (metaworld, aloha, …) or a JSON file."""
     weight: float = 1.0
-    """Its share of the samples, in parts of the sum of all weights."""
+    """Its share of the samples, relative to the sum of all weights."""
     episodes: str | None = None
-    """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
+    """Episodes to use, for example "0:40,57" or "task:open *"; by default all."""
     prompt: str | None = None
-    """The instruction of all episodes, instead of their tasks."""
+    """The instruction of all episodes, in place of their tasks."""
     rename: tuple[str, ...] = ()
-    """As the recipe's field."""
+    """As `DataConfig.rename`."""
     norm_stats: str = "dataset"
-    """As the recipe's field."""
+    """As `DataConfig.norm_stats`."""
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
@@ -73,177 +94,246 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A recipe. The defaults are openpi's; RUN/train.json holds a run's own, and is a recipe like any other."""
+class DataConfig:
+    """Samples: the dataset, its statistics and its augmentation."""
 
     dataset: str = ""
     """A LeRobot dataset: a folder, or hf://ORG/NAME[@REVISION]."""
     embodiment: str = ""
-    """Whose cameras, state and actions these are: a name (metaworld, aloha, …) or a JSON file."""
+    """The robot, which says what cameras, state and actions are: a name (metaworld, aloha, …) or a JSON file."""
     episodes: str | None = None
-    """Which episodes, for example "0:40,57" or "task:open *"; by default all."""
+    """Episodes to use, for example "0:40,57" or "task:open *"; by default all."""
     prompt: str | None = None
-    """The instruction of all episodes, instead of their tasks."""
+    """The instruction of all episodes, in place of their tasks."""
     rename: tuple[str, ...] = ()
-    """The dataset's names that LeRobot and the robot have others for: OLD=NEW, for example actions=action; columns that
-    have to be joined: joint_position+gripper_position=observation.state."""
+    """Names of the dataset that differ from LeRobot's and the robot's: OLD=NEW, for example actions=action; columns
+    that have to be joined: joint_position+gripper_position=observation.state."""
     mixture: tuple[Source, ...] = ()
-    """Several datasets instead of one, mixed by their weights; in a recipe's file, as a list of objects. The policy is
+    """Several datasets in place of one, mixed by their weights; in a recipe's file, a list of objects. The policy is
     saved for the first one's robot."""
     norm_stats: str = "dataset"
-    """Whose statistics: "dataset" (of the episodes that are trained on), "init" or "init:ASSET_ID" (of the weights that
-    the run begins with), or a norm_stats.json."""
+    """Normalization statistics: "dataset" (of the episodes that are trained on), "init" or "init:ASSET_ID" (of the
+    initial weights), or a norm_stats.json."""
     skip_idle: bool = False
     """Leave out frames at which the robot rests."""
-
-    init: str | None = None
-    """The weights that the run begins with: a policy folder, a checkpoint, hf://… or gs://…; by default random."""
-    model: str | None = None
-    """The model's sizes, a preset's name or a JSON file; by default those of `init`. Without `init` a model of these
-    sizes is trained from scratch."""
-    adapt: bool = False
-    """Cut or extend the weights of `init` where `model` has other sizes; without it that is an error."""
-    tokenizer: str | None = None
-    """A SentencePiece model or tokenizer.json; by default that of `init`, or from scratch the published models', for a
-    small vocabulary the packaged one."""
-
-    trained: Trained = "all"
-    """What is trained: "all"; "frozen_vision" (all but SigLIP); "expert" (the action expert and the projections);
-    "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""
-    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    """Where `trained` is "lora" or "lora_strict"."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights that are not trained, in memory."""
-
-    num_steps: int = 30_000
-    """Updates of the weights."""
-    batch_size: int = 32
-    """Samples per update, over all processes."""
-    accumulate: int = 1
-    """Passes per update: each process computes batch_size / processes / accumulate samples at once."""
-    num_draws: int = 1
-    """Draws of noise and time per sample; they share the pass over images and prompt, which is most of the work."""
-    loss: Literal["all", "real"] = "all"
-    """What the loss is the mean of: "all" numbers of a chunk, padding included, as openpi; or "real" ones only, without
-    padded dimensions and steps past the end of the episode."""
-    learning_rate: float = 2.5e-5
-    """Peak of the schedule."""
-    schedule: Schedule = "cosine"
-    """After the warm-up: "cosine" to final_learning_rate at decay_steps, "rsqrt" or "constant"."""
-    warmup_steps: int = 1000
-    """Updates until the peak."""
-    decay_steps: int | None = None
-    """Update at which the cosine reaches `final_learning_rate`; by default num_steps."""
-    final_learning_rate: float = 2.5e-6
-    """Where the cosine ends."""
-    timescale: float = 10_000.0
-    """Of "rsqrt": peak/√(1 + (step − warm-up)/timescale)."""
-    optimizer: Kind = "adamw"
-    """"adamw", or "adamw8bit": moments in 8 bits (bitsandbytes)."""
-    weight_decay: float = 1e-10
-    """AdamW's, on all weights."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled to at most this global norm."""
-    ema_decay: float = 0.99
-    """Of the moving average of the weights, which is what the policy is saved with; 0: the weights themselves."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
-    """Of the images."""
-    max_given: int = 0
-    """For real-time chunking: up to so many of a chunk's first actions are given without noise, as of a chunk that is
-    being executed; how many is drawn for each draw of noise, and the loss is of the others. 0: none."""
+    """Random changes of the images."""
     state_noise: float = 0.0
     """Standard deviation of noise on the normalized state, whose range is [-1, 1]."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the matmuls; weights, gradients' sums and the optimizer are float32."""
-    checkpointing: Checkpointing = "none"
-    """Which activations are computed a second time instead of kept: "none", "layers" (all but each layer's input) or
-    "selective" (all but the results of matmuls with weights)."""
-    compile: bool = False
-    """Compile the layers (torch.compile); takes minutes at the beginning."""
-    parallel: Literal["ddp", "fsdp", "hybrid"] = "ddp"
-    """How several processes (torchrun) share the work: each has the whole model, a shard of it, or a shard within its
-    group of `shard_size`."""
-    shard_size: int = 0
-    """Processes that share one copy of the model, for "hybrid"; 0: those of a node."""
-
-    seed: int = 0
-    """Of everything that is drawn."""
-    holdout: float = 0.02
-    """Share of the episodes that are not trained on but measured; at least one, unless it is 0."""
-    holdout_samples: int = 256
-    """Samples of the held-out episodes whose loss is measured."""
-    chunk_samples: int = 32
-    """Samples of the held-out episodes for which chunks are sampled and compared with the recorded ones; 0: none."""
-    eval_every: int = 1000
-    """Updates between measurements on the held-out episodes."""
-    env: str | None = None
-    """A simulator (metaworld) in which each saved policy is tried; by default none."""
-    env_tasks: str | None = None
-    """Its tasks, separated by commas; by default those of the dataset."""
-    env_episodes: int = 10
-    """Episodes per task."""
-    save_every: int = 1000
-    """Updates between checkpoints."""
-    keep: int = 2
-    """Checkpoints that are kept, the newest ones."""
-    keep_every: int | None = None
-    """Checkpoints at multiples of this step are kept as well."""
-    log_every: int = 50
-    """Updates between lines in metrics.jsonl."""
-    trackers: tuple[str, ...] = ("tensorboard",)
-    """Where the metrics go besides metrics.jsonl: tensorboard, wandb."""
     workers: int = 1
-    """Processes that prepare samples, of each process that trains; 0: it does so itself."""
+    """Processes that prepare samples for each training process; 0: it prepares them itself."""
     image_cache_gb: float = 4.0
     """Compressed images that each of these processes keeps in memory, in GB (10⁹ bytes)."""
-    device: str | None = None
-    """Where the model is trained, cpu or cuda; by default cuda where there is one."""
 
     def __post_init__(self) -> None:
-        positive = "num_steps batch_size accumulate num_draws holdout_samples eval_every save_every keep log_every"
-        for name in (*positive.split(), "env_episodes"):
-            if getattr(self, name) < 1:
-                raise TrainingError(f"{name} must be a positive integer, got {getattr(self, name)}.")
-        if self.keep_every is not None and self.keep_every < 1:
-            raise TrainingError(f"keep_every must be a positive integer, got {self.keep_every}.")
-        not_negative = "warmup_steps state_noise weight_decay workers seed chunk_samples shard_size image_cache_gb"
-        for name in (*not_negative.split(), "max_given"):
-            if getattr(self, name) < 0:
-                raise TrainingError(f"{name} must not be negative, got {getattr(self, name)}.")
-        for name in ("max_grad_norm", "learning_rate", "timescale"):
-            if not getattr(self, name) > 0:
-                raise TrainingError(f"{name} must be positive, got {getattr(self, name)}.")
-        if not 0 <= self.ema_decay < 1 or not 0 <= self.holdout < 1:
-            raise TrainingError(f"ema_decay and holdout must be in [0, 1), got {self.ema_decay}, {self.holdout}.")
-        for name, kind in _CHOICES.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise TrainingError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+        _check(self, not_negative=("state_noise", "workers", "image_cache_gb"))
         if self.mixture and (self.dataset or self.embodiment or self.episodes):
             raise TrainingError(
                 "A recipe has either dataset, embodiment and episodes, or a mixture of several datasets."
-            )
-        if self.trained in ("lora", "lora_strict") and self.init is None:
-            raise TrainingError(
-                f"Trained {self.trained!r} learns beside trained weights: say which with init (--init)."
-            )
-        if self.optimizer == "adamw8bit" and self.parallel != "ddp":
-            raise TrainingError(
-                "adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp."
             )
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The datasets of the run."""
-        return self.mixture or (
-            Source(
-                self.dataset,
-                self.embodiment,
-                episodes=self.episodes,
-                prompt=self.prompt,
-                rename=self.rename,
-                norm_stats=self.norm_stats,
-            ),
+        names = ("dataset", "embodiment", "episodes", "prompt", "rename", "norm_stats")
+        return self.mixture or (Source(**{name: getattr(self, name) for name in names}),)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The initial weights, and how much of the model is trained in which precision."""
+
+    init: str | None = None
+    """Initial weights: a policy folder, a checkpoint, hf://… or gs://…; by default random."""
+    config: Annotated[str | None, tyro.conf.arg(name="model")] = None
+    """The model's sizes, a preset's name or a JSON file; by default those of the initial weights. Without these, a
+    model of these sizes is trained from scratch."""
+    adapt: bool = False
+    """Cut or extend the initial weights where the model has other sizes; without it that is an error."""
+    tokenizer: str | None = None
+    """A SentencePiece model or tokenizer.json; by default that of the initial weights, or from scratch the published
+    models', for a small vocabulary the packaged one."""
+    finetune: Finetune = "full"
+    """Trained parameters: "full"; "frozen_vision" (all but SigLIP); "expert" (the action expert and the projections);
+    "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    """Rank and alpha of "lora" and "lora_strict"."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the frozen weights in memory."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Dtype of the matmuls; weights, accumulated gradients and the optimizer are float32."""
+    activation_checkpointing: Checkpointing = "none"
+    """Activations that are recomputed in the backward pass instead of kept: "none", "full" (all but each layer's input)
+    or "selective" (all but the results of matmuls with weights)."""
+    compile: bool = False
+    """Compile the layers (torch.compile); takes minutes at the start."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.trains_lora and self.init is None:
+            raise TrainingError(f"finetune {self.finetune!r} needs initial weights: set init (--init).")
+
+    @property
+    def trains_lora(self) -> bool:
+        """Low-rank matrices are trained in place of the weights that they are added to."""
+        return self.finetune in ("lora", "lora_strict")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The loss, the learning-rate schedule and the optimizer."""
+
+    flow_samples_per_obs: int = 1
+    """Pairs of noise and time per observation; they share the pass over images and prompt, which is most of the
+    work."""
+    loss: Literal["all", "real"] = "all"
+    """Elements in the mean of the loss: "all" of a chunk, padding included, as openpi; or only "real" ones, without
+    padded dimensions and steps past the end of the episode."""
+    max_action_prefix: int = 0
+    """Training-time real-time chunking: up to so many first actions of a chunk are given without noise, like those of
+    the chunk that is being executed; the number is drawn per noise sample, and the loss is of the others. 0: none."""
+    lr: float = 2.5e-5
+    """Peak learning rate."""
+    lr_schedule: Schedule = "cosine"
+    """Learning rate after the warm-up: "cosine" to min_lr at decay_steps, "rsqrt" or "constant"."""
+    warmup_steps: int = 1000
+    """Updates until the peak."""
+    decay_steps: int | None = None
+    """Update at which the cosine reaches min_lr; by default num_steps."""
+    min_lr: float = 2.5e-6
+    """Final learning rate of the cosine."""
+    timescale: float = 10_000.0
+    """Timescale of "rsqrt": lr/√(1 + (step − warmup_steps)/timescale)."""
+    optimizer: Optimizer = "adamw"
+    """"adamw", or "adamw8bit": moments in 8 bits (bitsandbytes)."""
+    weight_decay: float = 1e-10
+    """AdamW's weight decay, on all weights."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled to at most this global norm."""
+    ema_decay: float = 0.99
+    """Decay of the exponential moving average (EMA) of the weights, with which the policy is saved; 0: no average."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            counts=("flow_samples_per_obs",),
+            positive=("max_grad_norm", "lr", "timescale"),
+            not_negative=("warmup_steps", "weight_decay", "max_action_prefix"),
         )
+        if not 0 <= self.ema_decay < 1:
+            raise TrainingError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Several processes (torchrun)."""
+
+    strategy: Annotated[Literal["ddp", "fsdp", "hybrid"], tyro.conf.arg(name="parallel")] = "ddp"
+    """Each process has the whole model ("ddp"), a shard of it ("fsdp"), or a shard within its group of shard_size
+    ("hybrid")."""
+    shard_size: int = 0
+    """Processes that share one copy of the model, for "hybrid"; 0: those of a node."""
+
+    def __post_init__(self) -> None:
+        _check(self, not_negative=("shard_size",))
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Saved checkpoints."""
+
+    save_every: int = 1000
+    """Updates between checkpoints."""
+    keep: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are kept as well."""
+
+    def __post_init__(self) -> None:
+        _check(self, counts=("save_every", "keep", "keep_every"))
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation during the run: held-out episodes and simulation."""
+
+    holdout: float = 0.02
+    """Fraction of the episodes that are held out for evaluation; at least one episode, unless it is 0."""
+    holdout_samples: int = 256
+    """Held-out samples whose loss is evaluated."""
+    chunk_samples: int = 32
+    """Held-out samples for which chunks are sampled and compared with the recorded ones; 0: none."""
+    eval_every: int = 1000
+    """Updates between evaluations on the held-out episodes."""
+    env: str | None = None
+    """A simulator (metaworld) in which each saved policy is evaluated; by default none."""
+    env_tasks: str | None = None
+    """Its tasks, separated by commas; by default those of the dataset."""
+    env_episodes: int = 10
+    """Episodes per task."""
+
+    def __post_init__(self) -> None:
+        _check(self, counts=("holdout_samples", "eval_every", "env_episodes"), not_negative=("chunk_samples",))
+        if not 0 <= self.holdout < 1:
+            raise TrainingError(f"holdout must be in [0, 1), got {self.holdout}.")
+
+
+class _FlatFields(type):
+    """Lets a recipe be written without its groups as well, by options and their old names: TrainConfig(lr=1e-4)."""
+
+    def __call__(cls, **fields: Any) -> Any:
+        if any(isinstance(fields.get(name), group) for name, group in _GROUPS.items()):
+            assert not any(name in _GROUPS and _is_option(value) for name, value in fields.items()), "use replace()"
+        found = group_fields(fields)
+        return super().__call__(
+            **{name: _GROUPS[name](**value) if isinstance(value, Mapping) else value for name, value in found.items()}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(metaclass=_FlatFields):
+    """A recipe. The defaults are openpi's; RUN/train.json holds a run's own, and is a recipe like any other."""
+
+    num_steps: int = 30_000
+    """Updates of the weights."""
+    batch_size: int = 32
+    """Samples per update, over all processes."""
+    grad_accum_steps: int = 1
+    """Micro-batches per update: each process computes batch_size / processes / grad_accum_steps samples at once."""
+    seed: int = 0
+    """Seed of all random numbers."""
+    device: str | None = None
+    """Device of the model, cpu or cuda; by default cuda where there is one."""
+    log_every: int = 50
+    """Updates between lines in metrics.jsonl."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where the metrics go besides metrics.jsonl: tensorboard, wandb."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        _check(self, counts=("num_steps", "batch_size", "grad_accum_steps", "log_every"), not_negative=("seed",))
+        if self.optim.optimizer == "adamw8bit" and self.parallel.strategy != "ddp":
+            raise TrainingError(
+                "adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp."
+            )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """All fields without their groups, by the names of their options."""
+        return flat_options(dataclasses.asdict(self))
+
+    def replace(self, **options: Any) -> "TrainConfig":
+        """A copy with other values of options: `config.replace(lr=1e-4, model="tiny")`."""
+        changes = group_fields(options)
+        for name, value in changes.items():
+            if isinstance(value, Mapping):
+                changes[name] = dataclasses.replace(getattr(self, name), **value)
+        return dataclasses.replace(self, **changes)
 
     def to_json(self) -> str:
         """The document that `from_json` reads."""
@@ -251,7 +341,7 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path) -> "TrainConfig":
-        """Read a recipe; fields that it leaves out have their defaults.
+        """Read a recipe, in groups or flat as earlier versions wrote it; missing fields have their defaults.
 
         Args:
             path: a JSON file, or the name of a packaged recipe.
@@ -260,45 +350,84 @@ class TrainConfig:
         file = packaged.get(str(path), pathlib.Path(path))
         if not file.is_file():
             raise MissingFileError(f"There is no recipe {path}; packaged recipes are {', '.join(packaged)}.")
-        try:
-            return cls._from_dict(json.loads(file.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-            raise TrainingError(f"recipe {file}: {error}") from error
-
-    @classmethod
-    def _from_dict(cls, values: Any) -> "TrainConfig":
-        values = dict(_known(values, cls, "a recipe"))
-        for name, kind in (("augmentation", Augmentation), ("lora", LoraConfig)):
-            if name in values:
-                values[name] = kind(**_known(values[name], kind, name))
-        sources = [_known(source, Source, "mixture") for source in values.get("mixture", ())]
-        values["mixture"] = tuple(Source(**{**one, "rename": tuple(one.get("rename", ()))}) for one in sources)
-        for name in ("trackers", "rename"):
-            if name in values:
-                values[name] = tuple(values[name])
-        return cls(**values)
+        document = read_json(file, error=TrainingError)
+        fields = group_fields(document) if isinstance(document, Mapping) else document
+        return parse(cls, fields, f"The recipe {file}", error=TrainingError)
 
 
-_CHOICES: dict[str, Any] = {
-    "trained": Trained,
-    "frozen_dtype": Literal["float32", "bfloat16"],
-    "loss": Literal["all", "real"],
-    "schedule": Schedule,
-    "optimizer": Kind,
-    "dtype": Literal["float32", "bfloat16"],
-    "checkpointing": Checkpointing,
-    "parallel": Literal["ddp", "fsdp", "hybrid"],
+_GROUPS: dict[str, Any] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optim": OptimConfig,
+    "parallel": ParallelConfig,
+    "checkpoint": CheckpointConfig,
+    "eval": EvalConfig,
 }
+_OPTIONS = {("model", "config"): "model", ("parallel", "strategy"): "parallel"}
+"""Options whose names differ from their fields'."""
+_PLACES = {
+    _OPTIONS.get((group, field.name), field.name): (group, field.name)
+    for group, kind in _GROUPS.items()
+    for field in dataclasses.fields(kind)
+}
+"""Group and field of each option that has a group."""
+
+RENAMED = {
+    "accumulate": "grad_accum_steps",
+    "num_draws": "flow_samples_per_obs",
+    "learning_rate": "lr",
+    "final_learning_rate": "min_lr",
+    "schedule": "lr_schedule",
+    "trained": "finetune",
+    "checkpointing": "activation_checkpointing",
+    "max_given": "max_action_prefix",
+}
+"""Options by the names of earlier versions."""
+_OLD_VALUES = {"trained": {"all": "full"}, "checkpointing": {"layers": "full"}}
 
 
-def _known(values: Any, kind: type, what: str) -> dict[str, Any]:
-    """The fields of a dataclass out of a JSON object, integers as floats where the field is one: JSON has a single kind
-    of number."""
-    if not isinstance(values, Mapping):
-        raise TrainingError(f"{what} must be a JSON object, found {values!r}.")
-    types = {field.name: field.type for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - set(types)):
-        raise TrainingError(f"{what} has unknown fields {', '.join(unknown)}; known are {', '.join(sorted(types))}.")
-    return {
-        name: float(value) if types[name] is float and type(value) is int else value for name, value in values.items()
-    }
+def renamed_values(name: str) -> Mapping[str, str]:
+    """Present values of an old option by its old ones, as far as they differ."""
+    return _OLD_VALUES.get(name, {})
+
+
+def group_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Move fields that stand outside of their groups, by their options' names or the old ones, to their places.
+
+    Args:
+        fields: of a recipe: groups (a mapping or their class), options, or both.
+
+    Returns:
+        Groups and the fields that have none, unknown names among them.
+    """
+    groups = {name: value for name, value in fields.items() if name in _GROUPS and not _is_option(value)}
+    found: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name in groups:
+            continue
+        value = renamed_values(name).get(value, value) if isinstance(value, str) else value
+        name = RENAMED.get(name, name)
+        group, field = _PLACES.get(name, ("", name))
+        (found.setdefault(group, {}) if group else found)[field] = value
+    for name, value in groups.items():
+        options = found.get(name, {})
+        if isinstance(value, Mapping):
+            found[name] = {**value, **options}
+        else:
+            found[name] = dataclasses.replace(value, **options) if options else value
+    return found
+
+
+def flat_options(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The options in a recipe's document by their names, whichever version wrote it."""
+    fields = group_fields(document)
+    flat = {name: value for name, value in fields.items() if name not in _GROUPS}
+    for group in _GROUPS:
+        if isinstance(values := fields.get(group), Mapping):
+            flat |= {_OPTIONS.get((group, name), name): value for name, value in values.items()}
+    return flat
+
+
+def _is_option(value: Any) -> bool:
+    """Whether a value under a group's name, "model" or "parallel", is that of the option of this name."""
+    return value is None or isinstance(value, str)

@@ -43,7 +43,7 @@ class Exporter:
     def write(self, checkpoint: pathlib.Path, step: int) -> None:
         """Write `checkpoint`/policy, and for the other robots of a mixture policy/robots."""
         arrays = StateArrays(checkpoint / STATE)
-        averaged = "ema" if self.config.ema_decay else "weights"
+        averaged = "ema" if self.config.optim.ema_decay else "weights"
 
         def read(name: str) -> Tensor:
             return self._constant[name] if name in self._constant else arrays.read(f"{averaged}.{name}")
@@ -69,11 +69,11 @@ class Exporter:
 
 
 def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
-    assert config.init is not None
-    is_address = config.init == "demo" or "://" in config.init
-    address = config.init if is_address else str(pathlib.Path(config.init).expanduser().resolve())
-    changed = trainable_parameters(model, config.trained)
+    assert config.model.init is not None
+    is_address = config.model.init == "demo" or "://" in config.model.init
+    address = config.model.init if is_address else str(pathlib.Path(config.model.init).expanduser().resolve())
+    changed = trainable_parameters(model, config.model.finetune)
     trained = [name for name, is_trained in changed.items() if is_trained]
     sha256 = digest([name for name, is_trained in changed.items() if not is_trained], model.get_parameter)
-    base = Base(address, config.frozen_dtype, sha256)
+    base = Base(address, config.model.frozen_dtype, sha256)
     return Adapter(lora, tuple(name for name in trained if not is_lora(name)), base)

@@ -30,7 +30,7 @@ class Holdout:
         self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
     ) -> None:
         self.config, self.world, self.policies, self.data = config, world, policies, data
-        self.batch_size = max(1, config.batch_size // (world.size * config.accumulate))
+        self.batch_size = max(1, config.batch_size // (world.size * config.grad_accum_steps))
         """Of this process, as in training: what fits there fits here."""
         self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
         frames = [
@@ -50,7 +50,7 @@ class Holdout:
 
     def _places(self, frames: Sequence[Frames]) -> list[Place]:
         found = []
-        count = self.config.holdout_samples // len(frames)
+        count = self.config.eval.holdout_samples // len(frames)
         for source, part in enumerate(frames):
             rng = generator_at(self.config.seed, "holdout frames", source)
             found += [(source, int(frame)) for frame in rng.permutation(len(part.dataset))[:count]]
@@ -64,10 +64,10 @@ class Holdout:
         total = {"loss": 0.0, "terms": 0.0}
         for stacked, counts in self._batches:
             batch = self._samples.finish(stacked, self.world.device)
-            part = loss_sum(forward, batch, self.config.loss)
+            part = loss_sum(forward, batch, self.config.optim.loss)
             if counts:
                 total["loss"] += float(part)
-                total["terms"] += num_terms(batch, self.config.loss)
+                total["terms"] += num_terms(batch, self.config.optim.loss)
         total = sum_over_processes(total)
         return {"holdout_loss": total["loss"] / total["terms"]}
 
@@ -79,12 +79,12 @@ class Holdout:
         """
         numbers: dict[str, Any] = {}
         plots: dict[str, pathlib.Path] = {}
-        if not self.config.chunk_samples:
+        if not self.config.eval.chunk_samples:
             return numbers, plots
         names = robot_names([policy.embodiment for policy in self.policies])
         for number, dataset in self.sources:
             policy = self.policies[number]
-            frames = sample_frames(dataset.episode_lengths, self.config.chunk_samples, seed=self.config.seed)
+            frames = sample_frames(dataset.episode_lengths, self.config.eval.chunk_samples, seed=self.config.seed)
             chunks = predict_chunks(
                 policy,
                 dataset,

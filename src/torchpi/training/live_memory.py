@@ -21,12 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import Optimizer, TrainConfig
 from torchpi.training.distributed import alone, shard_groups
 from torchpi.training.holdout import DRAWS as HOLDOUT_DRAWS
 from torchpi.training.loop import update
 from torchpi.training.memory import checkpoint_activations
-from torchpi.training.optim import Kind
 from torchpi.training.samples import Batch, loss_sum
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
@@ -80,8 +79,8 @@ def peak_memory(
         shards: processes that share what belongs to a weight.
         device: "cpu" or "cuda", which need not be here.
     """
-    live = _Live(shards, gradients_always=config.parallel == "ddp" and world_size > 1)
-    groups = [] if config.parallel == "ddp" else _groups(model)
+    live = _Live(shards, gradients_always=config.parallel.strategy == "ddp" and world_size > 1)
+    groups = [] if config.parallel.strategy == "ddp" else _groups(model)
     with _without_numbers(device) as stand_in, live:
         peak = _run(model, config, sizes, cameras, world_size, live, torch.device(stand_in), groups)
     return max(peak, _end_of_backward(peak, model, live, groups[-1]), key=lambda m: m.total) if groups else peak
@@ -223,12 +222,12 @@ def _run(
     groups: Sequence["_Group"],
 ) -> Memory:
     """An update, which finds the moments as those behind the first one do, and a measurement."""
-    config = dataclasses.replace(config, loss="all")  # how many terms are real is a number
+    config = config.replace(loss="all")  # how many terms are real is a number
     model.to_empty(device=device)
-    checkpoint_activations(model, config.checkpointing)
+    checkpoint_activations(model, config.model.activation_checkpointing)
     parallel = alone(model)
-    state = TrainState.begin(model, weight_decay=config.weight_decay, ema=config.ema_decay > 0)
-    state.optimizer = _Moments(state.parts, config.optimizer, live)
+    state = TrainState.begin(model, weight_decay=config.optim.weight_decay, ema=config.optim.ema_decay > 0)
+    state.optimizer = _Moments(state.parts, config.optim.optimizer, live)
     for parameter in model.parameters():
         live.count_part(parameter, "weights")
     if groups:
@@ -244,22 +243,22 @@ def _run(
             live.count(tensor, "data", num_bytes(tensor))
         return made
 
-    samples = config.batch_size // (world_size * config.accumulate)
-    if config.holdout and device.type == "cpu":  # elsewhere they wait in the host's memory
-        passes = math.ceil(config.holdout_samples / (samples * world_size))
+    samples = config.batch_size // (world_size * config.grad_accum_steps)
+    if config.eval.holdout and device.type == "cpu":  # elsewhere they wait in the host's memory
+        passes = math.ceil(config.eval.holdout_samples / (samples * world_size))
         waiting = held_out_images(sizes, cameras, passes * samples)
         live.count(waiting, "data", num_bytes(waiting))
-    batches = [batch(samples, config.num_draws) for _ in range(config.accumulate)]
+    batches = [batch(samples, config.optim.flow_samples_per_obs) for _ in range(config.grad_accum_steps)]
     update(state, config, batches[:2], parallel)  # all passes behind the first one find its gradients
     live.moment = "measurement"
-    if config.holdout:
+    if config.eval.holdout:
         with contextlib.ExitStack() as stack, torch.no_grad():
             live.of_parts = True
             stack.enter_context(state.averaged_weights())
             live.of_parts = False
-            loss_sum(parallel.forward, batch(samples, HOLDOUT_DRAWS), config.loss)
-            if config.chunk_samples:  # sampling: the same passes, without several draws
-                loss_sum(parallel.forward, batch(min(samples, config.chunk_samples), 1), config.loss)
+            loss_sum(parallel.forward, batch(samples, HOLDOUT_DRAWS), config.optim.loss)
+            if config.eval.chunk_samples:  # sampling: the same passes, without several draws
+                loss_sum(parallel.forward, batch(min(samples, config.eval.chunk_samples), 1), config.optim.loss)
             live.of_parts = True  # while the averages go back
     return live.result()
 
@@ -304,7 +303,7 @@ def example_batch(
 class _Moments(torch.optim.Optimizer):
     """The memory of the recipe's optimizer: its moments. The updates themselves are computed in place."""
 
-    def __init__(self, parts: Mapping[str, nn.Parameter], kind: Kind, live: _Live) -> None:
+    def __init__(self, parts: Mapping[str, nn.Parameter], kind: Optimizer, live: _Live) -> None:
         super().__init__(parts.values(), {})
         self.kind, self.live = kind, live
         for part in parts.values():

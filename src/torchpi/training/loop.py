@@ -91,7 +91,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         require_trackers(config.trackers)
         if last is not None:
             check_data(last, data)
-            if world.first and not check_constant(run, beginning.constant, config.init):
+            if world.first and not check_constant(run, beginning.constant, config.model.init):
                 console.print(f"{run / RUN} does not tell which weights the run does not change: they are not compared")
             complete = ", the last one: nothing to do" if int(last.name) == config.num_steps else ""
             console.print(f"going on from step {int(last.name)}{complete}")
@@ -107,7 +107,11 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         if last is not None:
             state.load(last / STATE, int(last.name))
         checkpointer = Checkpointer(
-            run, world, keep=config.keep, keep_every=config.keep_every, finish=exporter.write if exporter else None
+            run,
+            world,
+            keep=config.checkpoint.keep,
+            keep_every=config.checkpoint.keep_every,
+            finish=exporter.write if exporter else None,
         )
         trainer = _Trainer(config, run, world, policies, state, parallel, data, checkpointer)
         try:
@@ -139,7 +143,7 @@ def training_order(config: TrainConfig, data: Sequence[SourceData], world: World
         [source.frames for source in data],
         [source.source.weight for source in data],
         config.batch_size,
-        config.accumulate,
+        config.grad_accum_steps,
         config.seed,
         first_step,
         config.num_steps,
@@ -150,14 +154,14 @@ def training_order(config: TrainConfig, data: Sequence[SourceData], world: World
 
 def spread(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:
     """A model, prepared for training as the recipe says and spread over the processes, and its state."""
-    checkpoint_activations(model, config.checkpointing)
-    if config.compile:
+    checkpoint_activations(model, config.model.activation_checkpointing)
+    if config.model.compile:
         for layer in layers(model):
             layer.compile()
-    shard_size = config.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    parallel = parallelize(model, config.parallel, world, shard_size=shard_size)
+    shard_size = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    parallel = parallelize(model, config.parallel.strategy, world, shard_size=shard_size)
     state = TrainState.begin(
-        model, weight_decay=config.weight_decay, ema=config.ema_decay > 0, optimizer=config.optimizer
+        model, weight_decay=config.optim.weight_decay, ema=config.optim.ema_decay > 0, optimizer=config.optim.optimizer
     )
     return state, parallel
 
@@ -187,22 +191,22 @@ def update(
     """
     rate = learning_rate(
         state.step,
-        peak=config.learning_rate,
-        warmup_steps=config.warmup_steps,
-        decay_steps=config.decay_steps or config.num_steps,
-        final=config.final_learning_rate,
-        schedule=config.schedule,
-        timescale=config.timescale,
+        peak=config.optim.lr,
+        warmup_steps=config.optim.warmup_steps,
+        decay_steps=config.optim.decay_steps or config.num_steps,
+        final=config.optim.min_lr,
+        schedule=config.optim.lr_schedule,
+        timescale=config.optim.timescale,
     )
     total = _num_terms(config, batches, world_size)
     loss = torch.zeros((), device=batches[0].actions.device)
     for number, batch in enumerate(batches):
         with parallel.last_of_update(number == len(batches) - 1):
-            part = loss_sum(parallel.forward, batch, config.loss) / total
+            part = loss_sum(parallel.forward, batch, config.optim.loss) / total
             (part * world_size).backward()  # the gradients of the processes are averaged
         loss += part.detach()
     state.take_gradients()
-    grad_norm = clip_gradients(list(state.trained.values()), config.max_grad_norm)
+    grad_norm = clip_gradients(list(state.trained.values()), config.optim.max_grad_norm)
     if not math.isfinite(grad_norm):
         state.drop_gradients()
         raise FloatingPointError(f"The gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g}).")
@@ -210,7 +214,7 @@ def update(
         group["lr"] = rate
     state.optimizer.step()
     if state.ema:
-        update_ema(list(state.ema.values()), list(state.parts.values()), config.ema_decay)
+        update_ema(list(state.ema.values()), list(state.parts.values()), config.optim.ema_decay)
     state.drop_gradients()  # whatever follows, a measurement or the next forward pass, has their memory
     state.step += 1
     return loss, {"grad_norm": grad_norm, "lr": rate}
@@ -218,8 +222,8 @@ def update(
 
 def _num_terms(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float:
     """Of the whole batch, over all passes and processes."""
-    own = sum(num_terms(batch, config.loss) for batch in batches)
-    if config.loss == "all" and not config.max_given:  # the same in each
+    own = sum(num_terms(batch, config.optim.loss) for batch in batches)
+    if config.optim.loss == "all" and not config.optim.max_action_prefix:  # the same in each
         return float(own * world_size)
     return sum_over_processes({"terms": float(own)})["terms"]
 
@@ -240,13 +244,19 @@ class _Trainer:
     ) -> None:
         self.config, self.run_folder, self.world = config, run, world
         self.state, self.parallel, self.checkpointer = state, parallel, checkpointer
-        draws = Draws(config.seed, config.num_draws, config.state_noise, config.augmentation, config.max_given)
+        draws = Draws(
+            config.seed,
+            config.optim.flow_samples_per_obs,
+            config.data.state_noise,
+            config.data.augmentation,
+            config.optim.max_action_prefix,
+        )
         frames = [
             Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)
         ]
         self.samples = Samples(frames, draws)
-        self.batches = self.samples.batches(training_order(config, data, world, state.step), config.workers)
+        self.batches = self.samples.batches(training_order(config, data, world, state.step), config.data.workers)
         self.holdout = Holdout(config, world, data, policies)
         self.resumed = state.step > 0
         self.epoch_frames = sum(len(source.frames) for source in data)
@@ -267,7 +277,7 @@ class _Trainer:
             bar = progress.add_task("", total=config.num_steps, completed=state.step)
             while state.step < config.num_steps and not meter.stopped:
                 with meter.waiting():
-                    prepared = [next(self.batches) for _ in range(config.accumulate)]
+                    prepared = [next(self.batches) for _ in range(config.grad_accum_steps)]
                 batches = [self.samples.finish(batch, self.world.device) for batch in prepared]
                 numbers = self._update(batches, meter, stop)
                 complete = state.step == config.num_steps
@@ -277,11 +287,11 @@ class _Trainer:
                     progress.update(bar, description=_description(line))
                     self._log(line)  # before the checkpoint behind which a run may be gone on with
                 with meter.paused():
-                    if state.step % config.save_every == 0 or last:
+                    if state.step % config.checkpoint.save_every == 0 or last:
                         self._log(self._save(last=last, simulate=not meter.stopped))
-                    if state.step % config.eval_every == 0 or complete:  # not where somebody waits for the end
+                    if state.step % config.eval.eval_every == 0 or complete:  # not where somebody waits for the end
                         self._log(self._measure())
-                    if self.world.first and state.step % config.save_every == 0:
+                    if self.world.first and state.step % config.checkpoint.save_every == 0:
                         plot_curves(self.run_folder / METRICS, self.run_folder / CURVES)
                 progress.update(bar, completed=state.step)
         if self.world.first:
@@ -329,7 +339,7 @@ class _Trainer:
 
     def _save(self, *, last: bool, simulate: bool) -> dict[str, Any]:
         target = self.checkpointer.save(self.state)
-        simulate = simulate and self.config.env is not None
+        simulate = simulate and self.config.eval.env is not None
         if last or simulate:
             self.checkpointer.wait()
         if not simulate:
@@ -341,10 +351,14 @@ class _Trainer:
     def _try_in_simulator(self, policy: pathlib.Path) -> dict[str, Any]:
         from torchpi.sim.evaluate import evaluate  # brings the simulator
 
-        assert self.config.env is not None
-        tasks = None if self.config.env_tasks is None else self.config.env_tasks.split(",")
+        assert self.config.eval.env is not None
+        tasks = None if self.config.eval.env_tasks is None else self.config.eval.env_tasks.split(",")
         result = evaluate(
-            str(policy), self.config.env, tasks=tasks, episodes=self.config.env_episodes, seed=self.config.seed
+            str(policy),
+            self.config.eval.env,
+            tasks=tasks,
+            episodes=self.config.eval.env_episodes,
+            seed=self.config.seed,
         ).to_dict()
         return {"success_rate": result["success_rate"], "success": result["tasks"]}
 

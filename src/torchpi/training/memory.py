@@ -25,11 +25,13 @@ def checkpoint_activations(model: Pi0, how: Checkpointing) -> None:
     """Let the layers keep less for the backward pass, in place.
 
     Args:
-        how: "layers" keeps the layers' inputs only and runs each layer's forward a second time, a third more work;
+        how: "full" keeps the layers' inputs only and runs each layer's forward a second time, a third more work;
             "selective" keeps the products with weights and computes what is cheap again.
     """
     if how not in get_args(Checkpointing):
-        raise TrainingError(f"checkpointing must be one of {', '.join(get_args(Checkpointing))}, got {how!r}.")
+        raise TrainingError(
+            f"activation_checkpointing must be one of {', '.join(get_args(Checkpointing))}, got {how!r}."
+        )
     if how == "none":
         return
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn in a layer

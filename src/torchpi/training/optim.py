@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchpi.errors import TrainingError
 from torchpi.extras import require
-from torchpi.training.config import Kind, Schedule
+from torchpi.training.config import Optimizer, Schedule
 from torchpi.training.distributed import is_sharded, local, sum_over_shards
 
 BETAS = (0.9, 0.95)
@@ -44,7 +44,9 @@ def learning_rate(
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float, kind: Kind = "adamw") -> torch.optim.Optimizer:
+def make_optimizer(
+    parameters: Iterable[Tensor], *, weight_decay: float, kind: Optimizer = "adamw"
+) -> torch.optim.Optimizer:
     """AdamW; its learning rate is set before each step.
 
     Args:
@@ -55,7 +57,7 @@ def make_optimizer(parameters: Iterable[Tensor], *, weight_decay: float, kind: K
         found: torch.optim.Optimizer = optimizer(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
         return found
     if kind != "adamw":
-        raise TrainingError(f"Unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Kind))}.")
+        raise TrainingError(f"Unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Optimizer))}.")
     return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
 
 

@@ -92,7 +92,7 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
     def looked_at(series: Iterable[Mapping[str, Any]]) -> Iterator[Alternative]:
         """Each goes further than the one before; the first one that fits is enough."""
         for fields in series:
-            other = _plan(dataclasses.replace(config, **fields), world_size, local_world_size, device_memory)
+            other = _plan(config.replace(**fields), world_size, local_world_size, device_memory)
             yield Alternative(fields, other.needed, bool(other.fits))
             if other.fits:
                 return
@@ -104,36 +104,38 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
 
 
 def _single_changes(config: TrainConfig, world_size: int) -> Iterator[list[dict[str, Any]]]:
-    kinds = ("none", "selective", "layers")  # each keeps less
-    yield [{"checkpointing": kind} for kind in kinds[kinds.index(config.checkpointing) + 1 :]]
-    yield [{"accumulate": count} for count in _more_passes(config, world_size)]
-    if config.ema_decay:
+    kinds = ("none", "selective", "full")  # each keeps less
+    yield [
+        {"activation_checkpointing": kind} for kind in kinds[kinds.index(config.model.activation_checkpointing) + 1 :]
+    ]
+    yield [{"grad_accum_steps": count} for count in _more_passes(config, world_size)]
+    if config.optim.ema_decay:
         yield [{"ema_decay": 0.0}]
-    if config.parallel == "ddp" and config.optimizer == "adamw":
+    if config.parallel.strategy == "ddp" and config.optim.optimizer == "adamw":
         yield [{"optimizer": "adamw8bit"}]
-    if config.parallel != "fsdp" and config.optimizer == "adamw" and world_size > 1:
+    if config.parallel.strategy != "fsdp" and config.optim.optimizer == "adamw" and world_size > 1:
         yield [{"parallel": "fsdp"}]
-    yield [{"trained": kind} for kind in _less_trained(config)]
+    yield [{"finetune": kind} for kind in _less_trained(config)]
 
 
 def _together(config: TrainConfig, world_size: int) -> Iterator[dict[str, Any]]:
-    fields: dict[str, Any] = {"checkpointing": "layers"}
+    fields: dict[str, Any] = {"activation_checkpointing": "full"}
     if passes := _more_passes(config, world_size):
-        fields["accumulate"] = passes[-1]
+        fields["grad_accum_steps"] = passes[-1]
     yield dict(fields)
-    if world_size > 1 and config.optimizer == "adamw":
+    if world_size > 1 and config.optim.optimizer == "adamw":
         yield {**fields, "parallel": "fsdp"}
     fields["ema_decay"] = 0.0
-    if config.parallel == "ddp":
+    if config.parallel.strategy == "ddp":
         fields["optimizer"] = "adamw8bit"
     yield dict(fields)
     for kind in _less_trained(config):
-        yield {**fields, "trained": kind}
+        yield {**fields, "finetune": kind}
 
 
 def _more_passes(config: TrainConfig, world_size: int) -> list[int]:
     """Twice as many, and so on, while the samples can be divided."""
-    counts, passes = [], 2 * config.accumulate
+    counts, passes = [], 2 * config.grad_accum_steps
     while config.batch_size % (world_size * passes) == 0:
         counts.append(passes)
         passes *= 2
@@ -141,19 +143,22 @@ def _more_passes(config: TrainConfig, world_size: int) -> list[int]:
 
 
 def _less_trained(config: TrainConfig) -> list[str]:
-    if config.init is None or config.trained == "lora_strict":
+    if config.model.init is None or config.model.finetune == "lora_strict":
         return []  # low-rank matrices learn beside trained weights
-    return ["lora_strict"] if config.trained == "lora" else ["lora", "lora_strict"]
+    return ["lora_strict"] if config.model.finetune == "lora" else ["lora", "lora_strict"]
 
 
 def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_memory: int | None) -> Plan:
-    parts = world_size * config.accumulate
+    parts = world_size * config.grad_accum_steps
     if config.batch_size % parts:
         raise TrainingError(
-            f"batch_size {config.batch_size} can't be divided by {world_size} processes × {config.accumulate} passes."
+            f"batch_size {config.batch_size} can't be divided by {world_size} processes × {config.grad_accum_steps} "
+            "micro-batches."
         )
     sizes, cameras = _sizes(config), _cameras(config)
-    shards = {"ddp": 1, "fsdp": world_size, "hybrid": config.shard_size or local_world_size}[config.parallel]
+    shards = {"ddp": 1, "fsdp": world_size, "hybrid": config.parallel.shard_size or local_world_size}[
+        config.parallel.strategy
+    ]
     model, _ = begin_model(config, sizes, skeleton=True)
     device = _device_type(config)
     frozen = sum(num_bytes(p) for p in model.parameters() if not p.requires_grad)
@@ -174,15 +179,15 @@ def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_me
 
 def _sizes(config: TrainConfig) -> Pi0Config:
     """Of a published checkpoint they are known by its name, so that nothing is downloaded."""
-    if config.init is not None and (name := published_name(config.init)) is not None:
-        config = dataclasses.replace(config, init=None, trained="all", model=config.model or name)
+    if config.model.init is not None and (name := published_name(config.model.init)) is not None:
+        config = config.replace(init=None, finetune="full", model=config.model.config or name)
     return model_config(config)
 
 
 def _cameras(config: TrainConfig) -> tuple[str, ...]:
-    if not all(source.embodiment for source in config.sources):
+    if not all(source.embodiment for source in config.data.sources):
         raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
-    names = (name for source in config.sources for name in get_embodiment(source.embodiment).camera_names)
+    names = (name for source in config.data.sources for name in get_embodiment(source.embodiment).camera_names)
     return tuple(dict.fromkeys(names))
 
 
@@ -229,8 +234,8 @@ def print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     """Print a plan as a table, in 10⁹ bytes."""
     processes = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
     console.print(
-        f"{processes} ({config.parallel}) on {found.device}; at once {found.samples} samples × {config.num_draws} "
-        f"draw{'s' if config.num_draws > 1 else ''}, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
+        f"{processes} ({config.parallel.strategy}) on {found.device}; at once {found.samples} samples × "
+        f"{config.optim.flow_samples_per_obs} noise, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
         "tokens, the most that the model takes"
     )
     table = Table("per process, at the peak", "GB", box=None, header_style="dim")

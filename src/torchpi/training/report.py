@@ -1,7 +1,6 @@
 """The report of a training run, finished or not: RUN/report.html."""
 
 import base64
-import dataclasses
 import io
 import json
 import math
@@ -322,7 +321,7 @@ def _data(run: Run) -> list[tuple[str, Any]]:
 def _recipe(run: Run) -> str:
     if not run.recipe:
         return lede("The run has no train.json.")
-    defaults = _flat(json.loads(json.dumps(dataclasses.asdict(TrainConfig()))))
+    defaults = _flat(json.loads(json.dumps(TrainConfig().options)))
     recipe = _flat(run.recipe)
     changed = {name: defaults[name] for name, value in recipe.items() if defaults.get(name, value) != value}
     rows = [(name, _text(value), _text(changed[name]) if name in changed else "") for name, value in recipe.items()]

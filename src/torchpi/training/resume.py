@@ -1,6 +1,5 @@
 """The folder of a run: begun new, or gone on with."""
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -18,22 +17,12 @@ RECIPE, RUN = "train.json", "run.json"
 
 CHANGEABLE = frozenset(
     {
-        *(
-            "num_steps",
-            "accumulate",
-            "checkpointing",
-            "compile",
-            "parallel",
-            "shard_size",
-            "workers",
-            "image_cache_gb",
-            "device",
-        ),
-        *("holdout_samples", "chunk_samples", "eval_every", "env", "env_tasks", "env_episodes"),
-        *("save_every", "keep", "keep_every", "log_every", "trackers"),
+        *("num_steps", "grad_accum_steps", "activation_checkpointing", "compile", "parallel", "shard_size", "workers"),
+        *("image_cache_gb", "device", "holdout_samples", "chunk_samples", "eval_every", "env", "env_tasks"),
+        *("env_episodes", "save_every", "keep", "keep_every", "log_every", "trackers"),
     }
 )
-"""Fields of a recipe that may be others when a run is gone on with: they do not change what its updates compute."""
+"""Options that may change when a run is resumed: they do not change what its updates compute."""
 
 
 def resume_config(run: pathlib.Path) -> TrainConfig:
@@ -105,7 +94,7 @@ def write_recipe(config: TrainConfig, run: pathlib.Path) -> None:
     """Make the run's folder, and write its recipe."""
     run.mkdir(parents=True, exist_ok=True)
     # With the end of the schedule as a number: more steps later must not change the steps before.
-    recipe = dataclasses.replace(config, decay_steps=config.decay_steps or config.num_steps)
+    recipe = config.replace(decay_steps=config.optim.decay_steps or config.num_steps)
     replace_text(run / RECIPE, recipe.to_json())
 
 
@@ -126,9 +115,7 @@ def _check_new(run: pathlib.Path) -> None:
 def _check_resume(config: TrainConfig, run: pathlib.Path) -> pathlib.Path | None:
     before, found = resume_config(run), checkpoints(run)
     changed = {
-        field.name: (getattr(before, field.name), getattr(config, field.name))
-        for field in dataclasses.fields(TrainConfig)
-        if getattr(before, field.name) != getattr(config, field.name)
+        name: (value, config.options[name]) for name, value in before.options.items() if value != config.options[name]
     }
     if refused := sorted(set(changed) - CHANGEABLE):
         listed = "; ".join(f"{name} was {changed[name][0]!r}, now {changed[name][1]!r}" for name in refused)

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchpi.errors import MissingFileError
+from torchpi.training.config import flat_options
 from torchpi.training.metrics import METRICS, Line, parse_metrics, without_overtaken
 from torchpi.training.state import checkpoints
 from torchpi.ui.format import format_duration
@@ -30,7 +31,7 @@ class Run:
 
     folder: pathlib.Path
     recipe: Mapping[str, Any]
-    """train.json; empty: not there."""
+    """Options in train.json, by name; empty: not there."""
     about: Mapping[str, Any]
     """run.json; empty: not there."""
     lines: Sequence[Line]
@@ -109,7 +110,7 @@ def read_run(run: pathlib.Path) -> Run:
     went_back = [line["step"] for before, line in itertools.pairwise(lines) if line["step"] < before["step"]]
     lines = without_overtaken(lines)
     resumes = sorted({*went_back, *(line["step"] for line in lines if line.get("resumed"))})
-    return Run(run, recipe, about, lines, resumes, checkpoints(run), notes)
+    return Run(run, flat_options(recipe), about, lines, resumes, checkpoints(run), notes)
 
 
 def _read_json(path: pathlib.Path, notes: list[str]) -> Mapping[str, Any]:

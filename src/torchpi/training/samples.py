@@ -27,13 +27,13 @@ class Draws:
     """What is drawn for each sample."""
 
     seed: int
-    num_draws: int
+    flow_samples_per_obs: int
     """R: draws of noise and time."""
     state_noise: float = 0.0
     """Standard deviation, in the units of the normalized state."""
     augmentation: Augmentation | None = None
     """Of the images."""
-    max_given: int = 0
+    max_action_prefix: int = 0
     """At most so many first actions are given without noise."""
 
 
@@ -136,11 +136,11 @@ class Samples(Dataset):
             "tokenized_prompt": inputs["tokenized_prompt"][real],
             "tokenized_prompt_mask": real[real],
             "is_real": is_real,
-            "noise": rng.standard_normal((self.draws.num_draws, *inputs["actions"].shape), np.float32),
+            "noise": rng.standard_normal((self.draws.flow_samples_per_obs, *inputs["actions"].shape), np.float32),
             # Beta(1.5, 1)·0.999 + 0.001, as `flow.sample_time`.
-            "time": rng.random(self.draws.num_draws) ** (1 / 1.5) * 0.999 + 0.001,
+            "time": rng.random(self.draws.flow_samples_per_obs) ** (1 / 1.5) * 0.999 + 0.001,
             "augmentation": self._draw_augmentation(rng, inputs["image"]),
-            "num_given": rng.integers(0, self.draws.max_given, self.draws.num_draws, endpoint=True),
+            "num_given": rng.integers(0, self.draws.max_action_prefix, self.draws.flow_samples_per_obs, endpoint=True),
             "place": place,
         }
 
@@ -188,7 +188,7 @@ class Samples(Dataset):
         if self.draws.augmentation is not None:
             observation = augment(observation, self.draws.augmentation, stacked["augmentation"])
         numbers = {key: stacked[key].to(device) for key in ("actions", "is_real", "noise", "time")}
-        num_given = stacked["num_given"].to(device) if self.draws.max_given else None
+        num_given = stacked["num_given"].to(device) if self.draws.max_action_prefix else None
         return Batch(observation, **numbers, places=stacked["places"], num_given=num_given)
 
     def batches(self, places: Iterable[list[Place]], workers: int) -> Iterator[dict[str, Any]]:
@@ -250,7 +250,7 @@ class TrainingOrder:
     """Of each dataset."""
     batch_size: int
     """Over all processes and passes."""
-    accumulate: int
+    grad_accum_steps: int
     """Passes per update."""
     seed: int
     first_step: int
@@ -260,22 +260,22 @@ class TrainingOrder:
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        parts = self.world_size * self.accumulate
+        parts = self.world_size * self.grad_accum_steps
         if self.batch_size % parts:
             raise TrainingError(
-                f"batch_size {self.batch_size} can't be divided by {self.world_size} processes × {self.accumulate} "
-                f"passes; choose a multiple of {parts}."
+                f"batch_size {self.batch_size} can't be divided by {self.world_size} processes × "
+                f"{self.grad_accum_steps} micro-batches; choose a multiple of {parts}."
             )
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.accumulate
+        return (self.last_step - self.first_step) * self.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[Place]]:
-        size = self.batch_size // (self.world_size * self.accumulate)
+        size = self.batch_size // (self.world_size * self.grad_accum_steps)
         sources = _Mixture(self.weights, self.seed)
         orders = [_Shuffled(frames, self.seed, number) for number, frames in enumerate(self.frames)]
         for step in range(self.first_step, self.last_step):
-            for turn in range(self.accumulate):
+            for turn in range(self.grad_accum_steps):
                 start = (turn * self.world_size + self.rank) * size
                 places = []
                 for position in range(start, start + size):

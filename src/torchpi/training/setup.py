@@ -76,18 +76,19 @@ def open_data(
         held_out: for each dataset the indices of the episodes to hold out, where a run has chosen them before; by
             default they are chosen, see `hold_out`.
     """
-    recorded = [None] * len(config.sources) if held_out is None else held_out
+    recorded = [None] * len(config.data.sources) if held_out is None else held_out
     horizon, spec = sizes.require("action_horizon"), _init_spec(config, sizes)
     return [
-        _open_source(source, config, spec, horizon, held) for source, held in zip(config.sources, recorded, strict=True)
+        _open_source(source, config, spec, horizon, held)
+        for source, held in zip(config.data.sources, recorded, strict=True)
     ]
 
 
 def _init_spec(config: TrainConfig, sizes: Pi0Config) -> PolicySpec:
     """Everything around the model that the run begins with."""
-    if config.init is None:
+    if config.model.init is None:
         return PolicySpec(source="no checkpoint")
-    return open_checkpoint(config.init, config=sizes, adapt=config.adapt).spec()
+    return open_checkpoint(config.model.init, config=sizes, adapt=config.model.adapt).spec()
 
 
 def _open_source(
@@ -102,7 +103,7 @@ def _open_source(
         action_horizon=horizon,
         cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
         columns=(),
-        image_cache_bytes=int(config.image_cache_gb * 1e9),
+        image_cache_bytes=int(config.data.image_cache_gb * 1e9),
         rename=rename,
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
@@ -114,7 +115,7 @@ def _open_source(
     train = open_episodes(episodes=kept) if held else whole
     holdout = open_episodes(episodes=held) if held else None
     frames = np.arange(len(train))
-    if config.skip_idle:
+    if config.data.skip_idle:
         frames = frames[~idle_frames(train)]
     if len(frames) < config.batch_size:
         raise TrainingError(
@@ -127,7 +128,7 @@ def _open_source(
 
 def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, indices: Sequence[int]) -> list[int]:
     """Which of the episodes that a new run may use it does not train on."""
-    if not config.holdout:
+    if not config.eval.holdout:
         return []
     if len(indices) < 2:
         raise TrainingError(
@@ -137,7 +138,7 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
     # Where one instruction takes the place of all, the episodes have one task.
     tasks = {episode.index: episode.tasks if source.prompt is None else () for episode in metadata.episodes}
     rng = generator_at(config.seed, "holdout")
-    return [indices[i] for i in hold_out([tasks[index] for index in indices], config.holdout, rng)]
+    return [indices[i] for i in hold_out([tasks[index] for index in indices], config.eval.holdout, rng)]
 
 
 def _norm_stats(
@@ -153,20 +154,21 @@ def _norm_stats(
         return compute_norm_stats(train, embodiment, action_horizon=horizon)
     if where != "init":
         return load_norm_stats(source.norm_stats)
-    if config.init is None:
-        raise TrainingError(f"norm_stats {source.norm_stats!r} are those of init, and there is no init.")
+    if config.model.init is None:
+        raise TrainingError(f"norm_stats {source.norm_stats!r} needs initial weights: set init (--init).")
     if spec.norm_stats is not None:
         if asset_id:
             raise TrainingError(
-                f"{config.init} has statistics of its own: norm_stats must be init, without {asset_id!r}."
+                f"{config.model.init} has statistics of its own: norm_stats must be init, without {asset_id!r}."
             )
         return spec.norm_stats
     files = spec.assets
     asset_id = asset_id or embodiment.asset_id or ""
     if asset_id not in files:
         raise TrainingError(
-            f"norm_stats {source.norm_stats!r}: {config.init} has statistics for {', '.join(files) or 'no robot'}; "
-            "choose one as init:ASSET_ID (torchpi stats --compare shows which fit), or take those of the dataset."
+            f"norm_stats {source.norm_stats!r}: {config.model.init} has statistics for "
+            f"{', '.join(files) or 'no robot'}; choose one as init:ASSET_ID "
+            "(torchpi stats --compare shows which fit), or take those of the dataset."
         )
     return load_norm_stats(files[asset_id])
 
@@ -176,7 +178,7 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
     spec = _init_spec(config, model.config)
     if spec.norm_stats is None:  # openpi's checkpoints say nothing of their preprocessing
         spec = PolicySpec(spec.source)
-    tokenizer = config.tokenizer or spec.tokenizer or _default_tokenizer(model.config)
+    tokenizer = config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config)
     by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
     normalization = spec.normalization or dict.fromkeys(("state", "actions"), by_variant)
     return [
@@ -189,7 +191,7 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
             prompt_format=spec.prompt_format,
             truncation=spec.truncation,
             default_prompt=source.source.prompt,
-            metadata={MAX_ACTION_PREFIX: config.max_given} if config.max_given else {},
+            metadata={MAX_ACTION_PREFIX: config.optim.max_action_prefix} if config.optim.max_action_prefix else {},
             provenance=_provenance(config, source),
         )
         for source in data

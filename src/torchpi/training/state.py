@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchpi.checkpoints.atomic import fsync, make_durable
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
+from torchpi.training.config import Optimizer
 from torchpi.training.distributed import (
     PATIENCE,
     World,
@@ -37,7 +38,7 @@ from torchpi.training.distributed import (
     own_share,
     release_gathered,
 )
-from torchpi.training.optim import Kind, make_optimizer
+from torchpi.training.optim import make_optimizer
 
 STATE, CHECKPOINTS = "state", "checkpoints"
 
@@ -60,7 +61,7 @@ class TrainState:
     step: int = 0
 
     @classmethod
-    def begin(cls, model: Pi0, *, weight_decay: float, ema: bool, optimizer: Kind = "adamw") -> "TrainState":
+    def begin(cls, model: Pi0, *, weight_decay: float, ema: bool, optimizer: Optimizer = "adamw") -> "TrainState":
         """The state before the first update; the moving average begins at the weights."""
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         parts = {

@@ -42,7 +42,7 @@ def describe(
     trained = sum(row.trainable for row in rows)
     console.print(
         f"{'π₀.₅' if model.config.pi05 else 'π₀'}, {_millions(total)} M parameters, {_millions(trained)} M trained "
-        f"({config.trained}):"
+        f"({config.model.finetune}):"
     )
     shown = Table("part", "trained, M", "frozen, M", "no gradient, M", "dtype", box=None, header_style="dim")
     for row in rows:
@@ -73,11 +73,11 @@ def describe(
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
-    draws = f"{config.num_draws} draw{'s' if config.num_draws > 1 else ''}"
+    draws = f"{config.optim.flow_samples_per_obs} draw{'s' if config.optim.flow_samples_per_obs > 1 else ''}"
     console.print(
         f"{config.num_steps} steps of {config.batch_size} samples × {draws}, in {world.size} "
-        f"process{'es' if world.size > 1 else ''} ({config.parallel}) and {config.accumulate} "
-        f"pass{'es' if config.accumulate > 1 else ''}"
+        f"process{'es' if world.size > 1 else ''} ({config.parallel.strategy}) and {config.grad_accum_steps} "
+        f"pass{'es' if config.grad_accum_steps > 1 else ''}"
     )
 
 

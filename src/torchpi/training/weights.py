@@ -38,24 +38,26 @@ class Beginning:
 def model_config(config: TrainConfig) -> Pi0Config:
     """The model's sizes, without reading any weights."""
     given = _given_sizes(config)
-    if config.init is None:
+    if config.model.init is None:
         if given is None:
             raise TrainingError(
                 "Say which weights to begin with (--init, for example gs://openpi-assets/checkpoints/pi05_base), or "
                 f"the sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)."
             )
         return given
-    return open_checkpoint(config.init, config=given, adapt=config.adapt and given is not None).config
+    return open_checkpoint(config.model.init, config=given, adapt=config.model.adapt and given is not None).config
 
 
 def _given_sizes(config: TrainConfig) -> Pi0Config | None:
-    if config.model is None:
+    if config.model.config is None:
         return None
-    if config.model in PRESETS:
-        return preset(config.model)
-    if not pathlib.Path(config.model).is_file():
-        raise TrainingError(f"model {config.model!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}.")
-    return Pi0Config.from_json(config.model)
+    if config.model.config in PRESETS:
+        return preset(config.model.config)
+    if not pathlib.Path(config.model.config).is_file():
+        raise TrainingError(
+            f"model {config.model.config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}."
+        )
+    return Pi0Config.from_json(config.model.config)
 
 
 def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tuple[Pi0, Beginning]:
@@ -67,7 +69,7 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
         skeleton: leave the weights on "meta".
     """
     device = "meta" if skeleton else "cpu"
-    if config.init is None or skeleton:
+    if config.model.init is None or skeleton:
         model = Pi0(sizes, device="meta")
         if not skeleton:
             model.to_empty(device="cpu")
@@ -75,9 +77,9 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
         beginning = Beginning("random", (), (), {}, "")
     else:
         model, beginning = _load(config, sizes)
-    if config.trained in ("lora", "lora_strict") and lora_config(model) is None:
-        add_lora(model, config.lora, torch.Generator(device).manual_seed(config.seed) if not skeleton else None)
-    model.compute_dtype_override = getattr(torch, config.dtype)
+    if config.model.trains_lora and lora_config(model) is None:
+        add_lora(model, config.model.lora, torch.Generator(device).manual_seed(config.seed) if not skeleton else None)
+    model.compute_dtype_override = getattr(torch, config.model.dtype)
     model.requires_grad_(True).train()
     freeze(model, config)
     fresh = tuple(name for name, _ in model.named_parameters() if name not in beginning.loaded)
@@ -87,33 +89,33 @@ def begin_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
 
 
 def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, Beginning]:
-    assert config.init is not None
+    assert config.model.init is not None
     try:
-        checkpoint = open_checkpoint(config.init, config=sizes, adapt=config.adapt)
+        checkpoint = open_checkpoint(config.model.init, config=sizes, adapt=config.model.adapt)
     except ValueError as error:
-        if not config.adapt and config.model is not None:
+        if not config.model.adapt and config.model.config is not None:
             error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
         raise
     # LoRA that is there is trained on where LoRA is trained, and is a part of the weights elsewhere.
     if checkpoint.folded:
-        alpha = (config.lora.backbone_alpha, config.lora.expert_alpha)
-        keep = config.trained in ("lora", "lora_strict")
+        alpha = (config.model.lora.backbone_alpha, config.model.lora.expert_alpha)
+        keep = config.model.trains_lora
         model = checkpoint.model(lora_alpha=alpha, lora="keep" if keep else "fold")
-        if keep and lora_config(model) != config.lora:
+        if keep and lora_config(model) != config.model.lora:
             raise TrainingError(
-                f"{config.init} has {lora_config(model)}, the recipe {config.lora}: go on with the same, or fold it "
-                "into the weights first with torchpi convert."
+                f"{config.model.init} has {lora_config(model)}, the recipe {config.model.lora}: use the same, or "
+                "fold it into the weights first with torchpi convert."
             )
     else:
         model = checkpoint.model()
     loaded = tuple(name for name, _ in model.named_parameters())
-    return model, Beginning(config.init, loaded, (), checkpoint.dropped, "; ".join(checkpoint.notes))
+    return model, Beginning(config.model.init, loaded, (), checkpoint.dropped, "; ".join(checkpoint.notes))
 
 
 def freeze(model: Pi0, config: TrainConfig) -> None:
     """Say of every parameter whether it is trained, and bring those that are not to their dtype."""
-    changed, unused = trainable_parameters(model, config.trained), without_gradient(model, config)
-    frozen_dtype = getattr(torch, config.frozen_dtype)
+    changed, unused = trainable_parameters(model, config.model.finetune), without_gradient(model, config)
+    frozen_dtype = getattr(torch, config.model.frozen_dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(changed[name] and name not in unused)
         if not changed[name]:
@@ -125,8 +127,8 @@ def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     and its final norm. They are found by a backward pass without numbers.
     """
     twin = Pi0(model.config, device="meta")
-    if config.trained in ("lora", "lora_strict"):
-        add_lora(twin, config.lora, None)
+    if config.model.trains_lora:
+        add_lora(twin, config.model.lora, None)
     sizes = model.config
     horizon = sizes.action_horizon or 1
     observation = Observation.from_dict(
@@ -159,7 +161,7 @@ class Part:
 
 def table(model: Pi0, config: TrainConfig) -> list[Part]:
     """What is trained of each part of the model."""
-    changed = trainable_parameters(model, config.trained)
+    changed = trainable_parameters(model, config.model.finetune)
     rows: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         part = f"{name.split('.')[0]}{' LoRA' if is_lora(name) else ''}"
