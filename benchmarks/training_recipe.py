@@ -16,7 +16,6 @@ a peak of 2.5e-5 and have weights of about 2048^-0.5: with the 128 columns of th
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -73,8 +72,7 @@ def train(variant: str, seed: int, run: pathlib.Path, arguments: argparse.Namesp
     """A training; its policy."""
     without = VARIANTS[variant]
     base = TrainConfig.from_json("metaworld")
-    config = dataclasses.replace(
-        base,
+    config = base.replace(
         dataset=arguments.dataset,
         episodes=arguments.select,
         init=arguments.init,

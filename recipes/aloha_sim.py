@@ -7,27 +7,22 @@ DATASET: LeRobot's format, a camera whose name ends in `cam_high`, observation.s
 positions). The wrist cameras are optional, and the simulator has none. For lerobot/aloha_sim_transfer_cube_human, whose
 camera is `top`: --rename observation.images.top=observation.images.cam_high
 
-Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are computed a
-second time (--checkpointing), which changes no number.
+Differences from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are recomputed
+(--activation-checkpointing), which changes no number.
 """
 
 from torchpi.cli import train_recipe
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 RECIPE = TrainConfig(
-    embodiment="pi0_aloha_sim",
-    prompt="Transfer cube",
-    init="gs://openpi-assets/checkpoints/pi0_base",
-    model="pi0_aloha_sim",
     num_steps=20_000,
     batch_size=32,
-    learning_rate=2.5e-5,
-    warmup_steps=1000,
-    decay_steps=30_000,
-    final_learning_rate=2.5e-6,
-    ema_decay=0.99,
-    checkpointing="layers",
-    keep_every=5000,
+    data=DataConfig(embodiment="pi0_aloha_sim", prompt="Transfer cube"),
+    model=ModelConfig(
+        init="gs://openpi-assets/checkpoints/pi0_base", config="pi0_aloha_sim", activation_checkpointing="full"
+    ),
+    optim=OptimConfig(lr=2.5e-5, warmup_steps=1000, decay_steps=30_000, min_lr=2.5e-6, ema_decay=0.99),
+    checkpoint=CheckpointConfig(keep_every=5000),
 )
 
 if __name__ == "__main__":

@@ -6,27 +6,23 @@ DATASET: LeRobot's format. EMBODIMENT: a JSON file that says what the robot's ca
 docs/fine_tune.md shows one, and how to choose the statistics (--norm-stats). Copy this file for a recipe of your own.
 
 To train all weights instead, as the config `pi05_aloha_pen_uncap` does:
-    --trained all --ema-decay 0.99 --batch-size 64 --num-steps 20000
+    --finetune full --ema-decay 0.99 --batch-size 64 --num-steps 20000
 
-Where it differs from the config: π₀.₅ instead of π₀, 2 % of the episodes are held out (--holdout 0: none), and
-activations are computed a second time (--checkpointing), which changes no number.
+Differences from the config: π₀.₅ instead of π₀, 2 % of the episodes are held out (--holdout 0: none), and activations
+are recomputed (--activation-checkpointing), which changes no number.
 """
 
 from torchpi.cli import train_recipe
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import CheckpointConfig, ModelConfig, OptimConfig, TrainConfig
 
 RECIPE = TrainConfig(
-    init="gs://openpi-assets/checkpoints/pi05_base",
-    trained="lora",
     num_steps=30_000,
     batch_size=32,
-    learning_rate=2.5e-5,
-    warmup_steps=1000,
-    decay_steps=30_000,
-    final_learning_rate=2.5e-6,
-    ema_decay=0.0,
-    checkpointing="layers",
-    keep_every=5000,
+    model=ModelConfig(
+        init="gs://openpi-assets/checkpoints/pi05_base", finetune="lora", activation_checkpointing="full"
+    ),
+    optim=OptimConfig(lr=2.5e-5, warmup_steps=1000, decay_steps=30_000, min_lr=2.5e-6, ema_decay=0.0),
+    checkpoint=CheckpointConfig(keep_every=5000),
 )
 
 if __name__ == "__main__":

@@ -7,28 +7,25 @@ DATASET: LeRobot's format, cameras whose names end in `image` and `wrist_image`,
 actions are LIBERO's own increments, and the state is in no prompt (discrete_state_input is false), as in the published
 pi05_libero. For openpi's own set, physical-intelligence/libero: --rename state=observation.state actions=action
 
-Where it differs from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are computed a
-second time (--checkpointing), which changes no number.
+Differences from the config: 2 % of the episodes are held out (--holdout 0: none), and activations are recomputed
+(--activation-checkpointing), which changes no number.
 
 Its LoRA variant has the flags of `pi0_libero_low_mem_finetune` (that one trains π₀):
-    --trained lora --ema-decay 0 --batch-size 32 --schedule cosine --learning-rate 2.5e-5 --warmup-steps 1000
+    --finetune lora --ema-decay 0 --batch-size 32 --lr-schedule cosine --lr 2.5e-5 --warmup-steps 1000
 """
 
 from torchpi.cli import train_recipe
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 RECIPE = TrainConfig(
-    embodiment="pi05_libero",
-    init="gs://openpi-assets/checkpoints/pi05_base",
-    model="pi05_libero",
     num_steps=30_000,
     batch_size=256,
-    schedule="constant",
-    learning_rate=5e-5,
-    warmup_steps=10_000,
-    ema_decay=0.999,
-    checkpointing="layers",
-    keep_every=5000,
+    data=DataConfig(embodiment="pi05_libero"),
+    model=ModelConfig(
+        init="gs://openpi-assets/checkpoints/pi05_base", config="pi05_libero", activation_checkpointing="full"
+    ),
+    optim=OptimConfig(lr=5e-5, lr_schedule="constant", warmup_steps=10_000, ema_decay=0.999),
+    checkpoint=CheckpointConfig(keep_every=5000),
 )
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from torchpi.convert import convert
 from torchpi_client import WebsocketPolicy
 
 SMALL_TRAINING = (
-    "--num-steps 20 --batch-size 4 --num-draws 1 --warmup-steps 2 --holdout 0.3 --holdout-samples 4 --chunk-samples 4 "
-    "--eval-every 20 --save-every 10 --log-every 5 --workers 0"
+    "--num-steps 20 --batch-size 4 --flow-samples-per-obs 1 --warmup-steps 2 --holdout 0.3 --holdout-samples 4 "
+    "--chunk-samples 4 --eval-every 20 --save-every 10 --log-every 5 --workers 0"
 )
 
 

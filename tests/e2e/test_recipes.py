@@ -126,7 +126,7 @@ def test_a_recipe_runs(tmp_path, monkeypatch, golden_root):
     policy = torchpi.load_policy(tmp_path / "run" / "checkpoints" / "00000002" / "policy")
     assert policy.embodiment.name == "pi05_libero"
     assert (policy.model.config.action_horizon, policy.model.config.discrete_state_input) == (10, False)
-    assert policy.provenance["recipe"]["init"] == f"{PUBLISHED}pi05_base"
+    assert policy.provenance["recipe"]["model"]["init"] == f"{PUBLISHED}pi05_base"
     assert policy.infer(policy.example_observation(), num_steps=1)["actions"].shape == (10, 7)
 
 

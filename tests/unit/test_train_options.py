@@ -197,7 +197,7 @@ def test_lora_without_trained_weights_is_refused():
 
 def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(further.model.config.init, base)
+    shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     shutil.rmtree(base)
     with pytest.raises(FileNotFoundError, match=r"holds what a LoRA training has changed in .*base"):
@@ -206,7 +206,7 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
 
 def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
     base = tmp_path / "base"
-    shutil.copytree(further.model.config.init, base)
+    shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     whole = torchpi.load_policy(result.policy).model
     half = torchpi.load_policy(result.policy, dtype=torch.bfloat16).model  # compared and merged in float32 before
@@ -222,7 +222,7 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
 def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
     """They are read from `init` again, which may have changed since."""
     base, run = tmp_path / "base", tmp_path / "run"
-    shutil.copytree(further.model.config.init, base)
+    shutil.copytree(further.model.init, base)
     loop.train(further.replace(init=str(base), finetune="lora_strict"), run)
     longer = resume_config(run).replace(num_steps=4)
     file = base / "model.safetensors"

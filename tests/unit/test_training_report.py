@@ -229,8 +229,8 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
 def test_what_differs_from_the_default_recipe_is_marked(full):
     text = (full / "report.html").read_text(encoding="utf-8")
     changed = re.findall(r'<tr class="marked"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
-    assert ("learning_rate", "0.001", f"{TrainConfig().learning_rate:g}") in changed
-    assert {name for name, _, _ in changed} == {"dataset", "embodiment", "learning_rate", "num_steps"}
+    assert ("lr", "0.001", f"{TrainConfig().optim.lr:g}") in changed
+    assert {name for name, _, _ in changed} == {"dataset", "embodiment", "lr", "num_steps"}
     fields = re.findall(r'<td class="name">[a-z_.]+</td><td class="wide">', text)
     assert f"4 of {len(fields)} fields differ" in text
 

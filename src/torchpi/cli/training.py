@@ -41,8 +41,8 @@ class Train:
     """The folder of a run to continue, by default with its own recipe; more steps, another number of processes and
     other options that do not change its updates may be given."""
     plan: bool = False
-    """Print the estimated peak memory of the run instead of training, and what to change where it does not fit; the exit
-    status is 1 then. Of the dataset only the embodiment is needed."""
+    """Print the estimated peak memory of the run in place of training, and what to change where it does not fit; the
+    exit status is 1 then. Of the dataset only the embodiment is needed."""
     plan_world: int | None = None
     """With --plan: processes that will share the run, by default those that torchrun has started."""
     plan_memory: float | None = None
