@@ -11,7 +11,7 @@ from torchpi.bench.floor import Result, Workload, measure, sampling_ops, trainin
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import OptimConfig, TrainConfig
 from torchpi.training.distributed import alone
 from torchpi.training.loop import update
 from torchpi.training.memory import layers
@@ -93,7 +93,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     if compiled:
         for layer in layers(model):
             layer.compile()
-    config = TrainConfig(flow_samples_per_obs=work.flow_samples_per_obs, batch_size=work.batch)
+    config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))
     state = TrainState.begin(model, weight_decay=config.optim.weight_decay, ema=True)
     device = torch.device(work.device)
     shape = (work.batch, work.flow_samples_per_obs, work.config.require("action_horizon"), work.config.action_dim)

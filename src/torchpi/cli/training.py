@@ -4,7 +4,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -65,7 +65,7 @@ class Train:
         if self.resume is not None and (self.out is not None or self.recipe is not None):
             raise UsageError("--resume continues a run with its recipe and its folder; leave --out and --recipe out.")
         out = self.out or self.resume
-        needed = {"out": out}
+        needed: dict[str, Any] = {"out": out}
         if not config.data.mixture:
             needed |= {"dataset": config.data.dataset, "embodiment": config.data.embodiment}
         for name, value in needed.items():
