@@ -424,7 +424,7 @@ def flat_options(document: Mapping[str, Any]) -> dict[str, Any]:
     flat = {name: value for name, value in fields.items() if name not in _GROUPS}
     for group in _GROUPS:
         if isinstance(values := fields.get(group), Mapping):
-            flat |= {_OPTIONS.get((group, field), field): value for field, value in values.items()}
+            flat |= {_OPTIONS.get((group, field)) or field: value for field, value in values.items()}
     return flat
 
 

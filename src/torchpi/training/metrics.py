@@ -33,7 +33,7 @@ def parse_metrics(text: str) -> tuple[list[Line], list[int]]:
         except json.JSONDecodeError:
             found = None
         if isinstance(found, dict) and type(found.get("step")) is int:
-            lines.append({OLD_KEYS.get(key, key): value for key, value in found.items()})
+            lines.append({OLD_KEYS.get(key) or key: value for key, value in found.items()})
         elif i <= len(complete):
             broken.append(i)
     return lines, broken
