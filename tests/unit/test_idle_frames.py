@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from torchpi.data import LeRobotDataset, idle_frames
-from torchpi.data.idle import TimedFrames
+from torchpi.data.stats import Frames
 
 FPS = 10
 ONE_SECOND = FPS
@@ -87,5 +87,5 @@ def test_what_cannot_be(arguments):
 
 def test_a_data_set(golden_root):
     dataset = LeRobotDataset(golden_root / "datasets/lerobot_v21", action_horizon=1)
-    assert isinstance(dataset, TimedFrames)
+    assert isinstance(dataset, Frames)
     assert idle_frames(dataset).shape == (len(dataset),)

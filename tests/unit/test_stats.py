@@ -27,7 +27,7 @@ def some_set(lengths, s, a, *, change=lambda state, actions: None):
     actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)
     change(state, actions)
     columns = {"observation.state": state, "action": actions}
-    return types.SimpleNamespace(columns=columns, episode_lengths=tuple(lengths), path="some_set")
+    return types.SimpleNamespace(columns=columns, episode_lengths=tuple(lengths), path="some_set", fps=10)
 
 
 def frame_by_frame(dataset, embodiment):
@@ -164,8 +164,8 @@ def test_the_fraction_inside_equals_counting_frame_by_frame(robot):
     assert coverage.comparable
     for what, values in frame_by_frame(dataset, embodiment).items():
         inside = (values >= other[what].q01) & (values <= other[what].q99)
-        assert coverage.keys[what].inside == pytest.approx(inside.mean(axis=0).tolist())
-        assert coverage.keys[what].overall == pytest.approx(inside.mean())
+        assert getattr(coverage, what).inside == pytest.approx(inside.mean(axis=0).tolist())
+        assert getattr(coverage, what).overall == pytest.approx(inside.mean())
 
 
 def test_robots_are_sorted_by_coverage():
@@ -186,10 +186,10 @@ def test_robots_are_sorted_by_coverage():
     assert list(found)[:3] in (["padded", "no quantiles", "far"], ["no quantiles", "padded", "far"])
     assert found["padded"].overall == pytest.approx(0.98, abs=0.005)
     assert found["no quantiles"].overall == pytest.approx(0.98, abs=0.01)
-    assert found["no quantiles"].keys["state"].range == "mean ± 2.326 std"
+    assert found["no quantiles"].state.range == "mean ± 2.326 std"
     assert found["far"].overall == 0
     for name, dims in (("narrower", 3), ("wider", 5)):
-        key = found[name].keys["state"]
+        key = found[name].state
         assert not found[name].comparable
         assert (key.dims, key.checkpoint_dims, len(key.inside)) == (4, dims, min(4, dims))
     assert not found["state only"].comparable

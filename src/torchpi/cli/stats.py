@@ -90,7 +90,7 @@ class Stats:
                 for what, values in found.items()
             },
             "warnings": messages,
-            "compare": None if self.compare is None else [entry.to_dict() for entry in coverage],
+            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in coverage],
         }
         if self.json:
             print_json(document)
@@ -167,15 +167,15 @@ def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) ->
         return
     rows, remarks = [], []
     for entry in coverage:
-        keys = entry.keys
-        overall = [f"{keys[what].overall:.1%}" if what in keys else "none" for what in ("state", "actions")]
+        keys = {what: key for what in ("state", "actions") if (key := getattr(entry, what)) is not None}
         fractions = [
             (fraction, f"{what} {name} {fraction:.1%}")
             for what, key in keys.items()
             for name, fraction in zip(key.names, key.inside, strict=True)
         ]
-        worst = ", ".join(text for fraction, text in sorted(fractions)[:3] if fraction < _EXPECTED)
-        rows.append((entry.name, f"{entry.overall:.1%}", *overall, worst))
+        farthest = ", ".join(text for fraction, text in sorted(fractions)[:3] if fraction < _EXPECTED)
+        overall = [f"{keys[what].overall:.1%}" if what in keys else "none" for what in ("state", "actions")]
+        rows.append((entry.name, f"{entry.overall:.1%}", *overall, farthest))
         remarks += [
             f"{entry.name}: {what} has {key.checkpoint_dims} dimensions there and {key.dims} here; compared are the "
             f"first {len(key.names)}"

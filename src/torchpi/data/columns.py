@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from torchpi.data import format as lerobot
-from torchpi.data.metadata import Episode, Metadata, read_parquet
+from torchpi.data.metadata import Episode, Metadata, open_parquet
 from torchpi.data.rename import suggested_rename
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.extras import require
@@ -83,13 +83,9 @@ def to_numpy(column: Any) -> np.ndarray:
 
 def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> Columns:
     """The columns of a data file, under their new names."""
-    names: dict[str, tuple[str, ...]] = {}
-
-    def read(file: Any) -> Any:
-        names.update(_wanted_names(metadata, path, _numeric_names(file.schema_arrow), others))
-        return file.read(columns=[part for parts in names.values() for part in parts])
-
-    table = read_parquet(path, read)
+    with open_parquet(path) as file:
+        names = _wanted_names(metadata, path, _numeric_names(file.schema_arrow), others)
+        table = file.read(columns=[part for parts in names.values() for part in parts])
     columns = {name: _column(table, parts, path) for name, parts in names.items()}
     for name in (lerobot.STATE, lerobot.ACTION):  # a single dimension is stored as plain numbers
         columns[name] = columns[name].reshape(len(table), -1).astype(np.float32, copy=False)

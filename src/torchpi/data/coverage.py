@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from torchpi.transforms.normalize import DEVIATIONS, NormStats
 
 @dataclasses.dataclass(frozen=True)
 class KeyCoverage:
-    """A quantity ("state" or "actions") of a dataset, compared with a robot's statistics of it."""
+    """State or actions of a dataset, compared with a robot's statistics of them."""
 
     dims: int
     """Of the dataset."""
@@ -26,11 +25,8 @@ class KeyCoverage:
     """Of the dimensions that both have."""
     inside: tuple[float, ...]
     """Fraction of the dataset's values inside the range, for each of these."""
-
-    @property
-    def overall(self) -> float:
-        """Fraction over these dimensions."""
-        return sum(self.inside) / len(self.inside)
+    overall: float
+    """Fraction over these dimensions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,24 +35,13 @@ class StatsCoverage:
 
     name: str
     """The asset id; of a checkpoint with one robot, its folder."""
-    keys: Mapping[str, KeyCoverage]
-    """"state" and "actions", as far as the checkpoint has them."""
-
-    @property
-    def comparable(self) -> bool:
-        """True if state and actions have the same number of dimensions."""
-        return len(self.keys) == 2 and all(key.dims == key.checkpoint_dims for key in self.keys.values())
-
-    @property
-    def overall(self) -> float:
-        """Fraction over all dimensions of state and actions that both have. A perfect match has 0.98."""
-        inside = [fraction for key in self.keys.values() for fraction in key.inside]
-        return sum(inside) / len(inside)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As a JSON document."""
-        keys = {name: {**dataclasses.asdict(key), "overall": key.overall} for name, key in self.keys.items()}
-        return {"name": self.name, "comparable": self.comparable, "overall": self.overall, **keys}
+    comparable: bool
+    """True if state and actions have the same number of dimensions."""
+    overall: float
+    """Fraction over all dimensions of state and actions that both have. A perfect match has 0.98."""
+    state: KeyCoverage | None
+    """None: the checkpoint has no statistics of it."""
+    actions: KeyCoverage | None
 
 
 def stats_coverage(
@@ -72,13 +57,17 @@ def stats_coverage(
         action_horizon: H, the chunk's length.
     """
     values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
-    found = []
-    for name, stats in robots.items():
-        keys = {what: _key_coverage(values, what, stats[what]) for what in values.names if what in stats}
-        if not keys:
-            raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
-        found.append(StatsCoverage(name, keys))
-    return sorted(found, key=lambda coverage: (not coverage.comparable, -coverage.overall))
+    coverage = [_coverage(values, name, stats) for name, stats in robots.items()]
+    return sorted(coverage, key=lambda entry: (not entry.comparable, -entry.overall))
+
+
+def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) -> StatsCoverage:
+    keys = {what: _key_coverage(values, what, stats[what]) for what in values.names if what in stats}
+    if not keys:
+        raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
+    comparable = len(keys) == 2 and all(key.dims == key.checkpoint_dims for key in keys.values())
+    overall = float(np.mean([fraction for key in keys.values() for fraction in key.inside]))
+    return StatsCoverage(name, comparable, overall, keys.get("state"), keys.get("actions"))
 
 
 def _key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverage:
@@ -90,7 +79,7 @@ def _key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCovera
     kind = f"mean ± {DEVIATIONS} std" if stats.q01 is None else "q01..q99"
     low, high = stats.training_range()
     inside = tuple(_fraction_inside(values, what, i, low[i], high[i]) for i in range(common))
-    return KeyCoverage(dims, checkpoint_dims, kind, values.names[what][:common], inside)
+    return KeyCoverage(dims, checkpoint_dims, kind, values.names[what][:common], inside, float(np.mean(inside)))
 
 
 def _fraction_inside(values: ModelValues, what: str, i: int, low: float, high: float) -> float:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,18 +17,8 @@ IDLE_THRESHOLD = 0.01
 IDLE_SECONDS = 1.0
 
 
-@runtime_checkable
-class TimedFrames(Frames, Protocol):
-    """The part of a `LeRobotDataset` that is needed here."""
-
-    @property
-    def fps(self) -> int | float:
-        """Frames per second."""
-        ...
-
-
 def idle_frames(
-    dataset: TimedFrames, *, threshold: float = IDLE_THRESHOLD, seconds: float = IDLE_SECONDS
+    dataset: Frames, *, threshold: float = IDLE_THRESHOLD, seconds: float = IDLE_SECONDS
 ) -> Bool[np.ndarray, " F"]:
     """Mark idle frames: from each of them on, neither state nor action changes for a while.
 

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from torchpi.data.metadata import read_parquet
+from torchpi.data.metadata import open_parquet
 from torchpi.errors import DatasetError, UnknownKeyError
 
 
@@ -42,7 +42,9 @@ class ParquetImages:
     def _compressed(self, path: Path, camera: str, row: int) -> Any:
         first_rows = self._first_rows.get(path)
         if first_rows is None:
-            first_rows = self._first_rows[path] = read_parquet(path, _first_rows)
+            with open_parquet(path) as file:
+                counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            first_rows = self._first_rows[path] = np.cumsum([0, *counts[:-1]])
         row_group = int(np.searchsorted(first_rows, row, side="right")) - 1
         key = (path, camera, row_group)
         with self._lock:
@@ -50,7 +52,7 @@ class ParquetImages:
             if images is not None:
                 self._row_groups.move_to_end(key)
         if images is None:
-            images = read_parquet(path, lambda file: _read_row_group(file, camera, row_group, path))
+            images = _read_row_group(path, camera, row_group)
             self._keep(key, images)
         return images[row - int(first_rows[row_group])].as_buffer()
 
@@ -63,16 +65,11 @@ class ParquetImages:
                 self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
 
 
-def _first_rows(file: Any) -> np.ndarray:
-    counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    return np.concatenate([[0], np.cumsum(counts)[:-1]])
-
-
-def _read_row_group(file: Any, camera: str, row_group: int, path: Path) -> Any:
+def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
     column = f"{camera}.bytes"
-    table = file.read_row_group(row_group, columns=[column]).flatten()
+    with open_parquet(path) as file:
+        table = file.read_row_group(row_group, columns=[column]).flatten()
+        columns = ", ".join(file.schema_arrow.names)
     if table.column_names != [column]:
-        raise UnknownKeyError(
-            f"{path} has no images of {camera}; its columns are {', '.join(file.schema_arrow.names)}."
-        )
+        raise UnknownKeyError(f"{path} has no images of {camera}; its columns are {columns}.")
     return table.column(0)

@@ -1,12 +1,13 @@
 """Metadata of LeRobot datasets: features, tasks, and the files of each episode. Formats v3.0, v2.1 and v2.0."""
 
+import contextlib
 import dataclasses
 import json
 import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torchpi.data import format as lerobot
 from torchpi.data.rename import renamed_features, resolve_rename
@@ -14,7 +15,6 @@ from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
 from torchpi.schema import parse, read_json
 
-_T = TypeVar("_T")
 _HUB = "hf://"
 
 
@@ -35,6 +35,11 @@ class Info:
     data_files_size_in_mb: int | float | None = None
     video_files_size_in_mb: int | float | None = None
     splits: dict[str, Any] | None = None
+
+    @property
+    def is_v3(self) -> bool:
+        """True for several episodes per file, as in v3.0; v2.1 and v2.0 have one."""
+        return self.codebase_version == "v3.0"
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -84,7 +89,7 @@ class Metadata:
     @property
     def tasks_file(self) -> Path:
         """The file of the instructions."""
-        return self.root / (lerobot.TASKS_PARQUET if _is_v3(self.info) else lerobot.TASKS_JSONL)
+        return self.root / (lerobot.TASKS_PARQUET if self.info.is_v3 else lerobot.TASKS_JSONL)
 
     @property
     def camera_keys(self) -> tuple[str, ...]:
@@ -134,14 +139,15 @@ def _download(address: str, names: list[str]) -> Path:
     return fetch_dataset(address, names)
 
 
-def read_parquet(path: Path, read: Callable[[Any], _T]) -> _T:
-    """Open a Parquet file and return what `read` takes from it."""
+@contextlib.contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file; an error of reading it names it."""
     pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}; the dataset is incomplete. Get it again.")
     try:
         with pq.ParquetFile(path) as file:
-            return read(file)
+            yield file
     except (pa.ArrowException, OSError) as error:
         cause = " ".join(str(error).split()).rstrip(".")
         raise DatasetError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
@@ -151,9 +157,9 @@ def _read_metadata(root: Path) -> Metadata:
     info = _read_info(root)
     if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
         raise DatasetError(f"The dataset {root} has no episodes; record some first.")
-    rows = _episode_rows_v3(root) if _is_v3(info) else _json_lines(root / lerobot.EPISODES_JSONL)
+    rows = _episode_rows_v3(root) if info.is_v3 else _json_lines(root / lerobot.EPISODES_JSONL)
     try:
-        tasks = dict(sorted(_tasks_v3(root) if _is_v3(info) else _tasks_v2(root)))
+        tasks = dict(sorted(_tasks_v3(root) if info.is_v3 else _tasks_v2(root)))
         episodes = [_episode(row, info, root) for row in rows]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DatasetError(
@@ -196,14 +202,10 @@ def _read_info(root: Path) -> Info:
     return info
 
 
-def _is_v3(info: Info) -> bool:
-    """Version 3.0 has several episodes in a file, v2.1 and v2.0 have one."""
-    return info.codebase_version == "v3.0"
-
-
 def _tasks_v3(root: Path) -> Iterable[tuple[int, str]]:
     path = root / lerobot.TASKS_PARQUET
-    columns = read_parquet(path, lambda file: file.read().to_pydict())
+    with open_parquet(path) as file:
+        columns = file.read().to_pydict()
     # The text is a pandas index, which older files did not name.
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
@@ -219,13 +221,11 @@ def _episode_rows_v3(root: Path) -> Iterator[dict[str, Any]]:
     files = sorted((root / lerobot.EPISODES_FOLDER).glob("*/*.parquet"))
     if not files:
         raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the dataset is incomplete.")
-
-    def read(file: Any) -> list[dict[str, Any]]:
-        names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
-        return list(file.read(columns=names).to_pylist())
-
     for path in files:
-        yield from read_parquet(path, read)
+        with open_parquet(path) as file:
+            names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
+            rows = file.read(columns=names).to_pylist()
+        yield from rows
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
@@ -242,7 +242,7 @@ def _episode(row: Mapping[str, Any], info: Info, root: Path) -> Episode:
 
     def file(template: str | None, part: str, **names: str) -> Path:
         place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
-        if _is_v3(info):
+        if info.is_v3:
             place = {name: row[f"{part}/{name}"] for name in ("chunk_index", "file_index")}
         return root / str(template).format(**place, **names)
 
@@ -254,7 +254,7 @@ def _episode(row: Mapping[str, Any], info: Info, root: Path) -> Episode:
         videos={
             key: VideoSpan(
                 file(info.video_path, f"videos/{key}", video_key=key),
-                row[f"videos/{key}/from_timestamp"] if _is_v3(info) else 0.0,
+                row[f"videos/{key}/from_timestamp"] if info.is_v3 else 0.0,
             )
             for key in info.videos
         },

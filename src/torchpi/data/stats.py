@@ -26,6 +26,8 @@ class Frames(Protocol):
 
     path: Path
     """For messages."""
+    fps: int | float
+    """Frames per second."""
 
     @property
     def columns(self) -> Mapping[str, np.ndarray]:
