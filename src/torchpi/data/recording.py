@@ -63,7 +63,7 @@ class Recording:
         recording.folder.mkdir(parents=True)
         recording._hold()
         try:
-            recording._write_json("recording.json", dataclasses.asdict(info))
+            recording._put_json(recording.folder / "recording.json", dataclasses.asdict(info))
             recording._grow_reserve()
         except BaseException:
             recording.abandon()
@@ -95,11 +95,9 @@ class Recording:
         return tasks.get(task, len(tasks))
 
     def save(self, write: Callable[[Mapping[str, Path]], None], episode: SavedEpisode) -> None:
-        """Add an episode: complete, or not at all.
+        """Add an episode, complete or not at all.
 
-        Args:
-            write: writes the data file ("data") and the video of each camera to their paths.
-            episode: without the sizes of these files.
+        `write` writes the data file ("data") and the video of each camera to their paths; their sizes are added here.
         """
         files = self._files(len(self.episodes))
         try:
@@ -110,7 +108,7 @@ class Recording:
             if self._pending and self._too_large(episode.bytes):
                 self._join(self._pending)
             self._grow_reserve()
-            self._write_json(self._json_file(len(self.episodes)).name, dataclasses.asdict(episode))
+            self._put_json(self._json_file(len(self.episodes)), dataclasses.asdict(episode))
             self.episodes.append(dataclasses.replace(episode, histograms={}))
         except BaseException:
             self.reload()  # an interrupt may come right after the episode was saved
@@ -168,12 +166,11 @@ class Recording:
         return list(range(self._groups[-1][-1] + 1 if self._groups else 0, len(self.episodes)))
 
     def _too_large(self, sizes: Mapping[str, int]) -> bool:
-        """True if a file would exceed its limit with this episode in it."""
-        for key, size in sizes.items():
-            limit = self.info.data_files_size_in_mb if key == "data" else self.info.video_files_size_in_mb
-            if size + sum(self.episodes[i].bytes[key] for i in self._pending) > (limit or 0) * 2**20:
-                return True
-        return False
+        """True if a file would exceed its limit with an episode of these sizes in it."""
+        limits = {"data": self.info.data_files_size_in_mb or 0}
+        limits |= dict.fromkeys(self.info.videos, self.info.video_files_size_in_mb or 0)
+        waiting = {key: sum(self.episodes[i].bytes[key] for i in self._pending) for key in sizes}
+        return any(waiting[key] + size > limits[key] * 2**20 for key, size in sizes.items())
 
     def _join(self, episodes: Sequence[int]) -> None:
         """Give episodes their place in the dataset, in as few files as the disk has room for."""
@@ -209,7 +206,7 @@ class Recording:
         for key, path in files.items():
             self._move(path, file_path(self.root, len(self._groups), key))
         groups = [*self._groups, list(episodes)]
-        self._write_json("groups.json", groups)
+        self._put_json(self.folder / "groups.json", groups)
         self._groups = groups
         for path in [path for index in episodes for path in self._files(index).values()]:
             path.unlink(missing_ok=True)
@@ -234,16 +231,11 @@ class Recording:
         table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
         stats = metadata_writer.feature_stats(self.info, histograms, columns, self.num_frames)
         info = dataclasses.asdict(metadata_writer.finished_info(self.info, episodes))
-        self._put(lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
-        self._put(lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0), lambda path: write_table(table, path))
-        self._put(lerobot.STATS, lambda path: _write_text(path, json.dumps(stats, indent=4)))
-        self._put(lerobot.INFO, lambda path: _write_text(path, json.dumps(info, indent=4)))  # last: now it is complete
-
-    def _put(self, name: str, write: Callable[[Path], None]) -> None:
-        part = self.folder / "metadata.part"
-        write(part)
-        fsync(part)
-        self._move(part, self.root / name)
+        episodes_file = lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0)
+        self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
+        self._put(self.root / episodes_file, lambda path: write_table(table, path))
+        self._put_json(self.root / lerobot.STATS, stats, indent=4)
+        self._put_json(self.root / lerobot.INFO, info, indent=4)  # last: now it is complete
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]."""
@@ -269,12 +261,15 @@ class Recording:
         file = self._json_file(index)
         return parse(SavedEpisode, read_json(file, error=DatasetError), str(file), error=DatasetError)
 
-    def _write_json(self, name: str, content: Any) -> None:
-        part = self.folder / f"{name}.part"
-        _write_text(part, json.dumps(content))
+    def _put_json(self, target: Path, content: Any, *, indent: int | None = None) -> None:
+        self._put(target, lambda path: path.write_text(json.dumps(content, indent=indent), encoding="utf-8"))
+
+    def _put(self, target: Path, write: Callable[[Path], Any]) -> None:
+        """Write a file, whole or not at all."""
+        part = self.folder / f"{target.name}.part"
+        write(part)
         fsync(part)
-        os.replace(part, self.folder / name)
-        fsync(self.folder)
+        self._move(part, target)
 
     def _grow_reserve(self) -> None:
         with (self.folder / "reserve").open("ab") as file:
@@ -313,10 +308,6 @@ def write_parquet(path: Path, schema: Any) -> Iterator[Any]:
     plain = [field.name for field in schema if not field.name.startswith(lerobot.IMAGES)]
     with require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain) as writer:
         yield writer
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def fsync(path: Path) -> None:

@@ -50,21 +50,19 @@ class VideoReader:
         # The longest distance from a keyframe that was seen: within it, decoding on is not slower than a seek.
         self._stride = 0.0
 
-    def near(self, seconds: float) -> bool:
+    def near(self, seconds: float, tolerance: float) -> bool:
         """True if that time is reached by decoding on, without a seek."""
-        return self._frame is not None and 0 <= seconds - self._frame.time <= self._stride
+        return self._frame is not None and -tolerance <= seconds - self._frame.time <= self._stride + tolerance
 
     def read(self, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame at a time, RGB as PyAV converts it.
+        """The frame at a time of the file, RGB as PyAV converts it.
 
-        Args:
-            seconds: its time in the file.
-            tolerance: how far the nearest frame's time may be from it, in seconds; less than half of a frame.
+        The nearest frame's time may differ by `tolerance`, less than half of a frame.
         """
         try:
             frame = self._find(seconds, tolerance)
             return np.asarray(frame.to_ndarray(format="rgb24"))
-        except (self._error, _NoFrameError) as error:
+        except (self._error, EOFError) as error:
             self._frame = None
             raise DatasetError(
                 f"{self.path} has no frame at {seconds:.4f} s: {error}. The file is damaged, or is not the one that "
@@ -77,14 +75,14 @@ class VideoReader:
         self._container.close()
 
     def _find(self, seconds: float, tolerance: float) -> Any:
-        if self._frame is None or not -tolerance <= seconds - self._frame.time <= self._stride + tolerance:
+        if not self.near(seconds, tolerance):
             self._seek(seconds + tolerance)
             if self._frame.time > seconds + tolerance:  # an index that is off: from the beginning, then
                 self._seek(0.0)
         while self._frame.time < seconds - tolerance:
             self._next()
         if self._frame.time > seconds + tolerance:
-            raise _NoFrameError(f"the nearest one is at {self._frame.time:.4f} s")
+            raise EOFError(f"the nearest one is at {self._frame.time:.4f} s")
         return self._frame
 
     def _seek(self, seconds: float) -> None:
@@ -98,15 +96,11 @@ class VideoReader:
         self._frame = next(self._frames, None)
         if self._frame is None:
             end = "it has none" if previous is None else f"it ends with the one at {previous.time:.4f} s"
-            raise _NoFrameError(end)
+            raise EOFError(end)
         if self._frame.key_frame or previous is None:
             self._keyframe_time = self._frame.time
         step = self._frame.time - previous.time if previous is not None else 0.0
         self._stride = max(self._stride, self._frame.time - self._keyframe_time + step)
-
-
-class _NoFrameError(Exception):
-    pass
 
 
 class VideoPool:
@@ -119,7 +113,7 @@ class VideoPool:
 
     def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
         """See `VideoReader.read`."""
-        reader = self._take(path, seconds)
+        reader = self._take(path, seconds, tolerance)
         image = reader.read(seconds, tolerance)
         with self._lock:
             self._idle[reader] = None
@@ -128,13 +122,13 @@ class VideoPool:
             old.close()
         return image
 
-    def _take(self, path: Path, seconds: float) -> VideoReader:
+    def _take(self, path: Path, seconds: float, tolerance: float) -> VideoReader:
         with self._lock:
-            fitting = [reader for reader in self._idle if reader.path == path]
-            reader = next((reader for reader in fitting if reader.near(seconds)), fitting[0] if fitting else None)
-            if reader is not None:
-                del self._idle[reader]
-                return reader
+            readers = [reader for reader in self._idle if reader.path == path]
+            readers.sort(key=lambda reader: not reader.near(seconds, tolerance))  # stable: otherwise the oldest
+            if readers:
+                del self._idle[readers[0]]
+                return readers[0]
         return VideoReader(path)
 
 
