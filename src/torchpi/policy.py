@@ -20,7 +20,6 @@ from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
 from torchpi.robots import Embodiment
-from torchpi.robots.holding import action_kinds
 from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
@@ -266,7 +265,7 @@ class Policy:
             "observation": self.embodiment.observation_format,
             "action_horizon": config.action_horizon,
             "action_names": [action.name for action in self.embodiment.actions],
-            "action_kinds": list(action_kinds(self.embodiment)),
+            "action_commands": [action.command for action in self.embodiment.actions],
             "action_limits": self.embodiment.action_limits,
             "action_range": self._action_range(),
             "control_hz": self.embodiment.control_hz,

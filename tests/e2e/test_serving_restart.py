@@ -43,7 +43,7 @@ class CountingPolicy:
             control_hz=HZ,
             execute_steps=EXECUTE_STEPS,
         )
-        self.metadata = {"control_hz": HZ, "execute_steps": EXECUTE_STEPS, "action_kinds": ["velocity"] * 2}
+        self.metadata = {"control_hz": HZ, "execute_steps": EXECUTE_STEPS, "action_commands": ["velocity"] * 2}
 
     def example_observation(self):
         return self.embodiment.example_observation()

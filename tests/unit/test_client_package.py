@@ -147,7 +147,7 @@ def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
     assert run(python, "-W", "error", "-c", code).startswith("[] <module")
     chunk = np.ones((3, 2), np.float32)
     np.savez(tmp_path / "observation.npz", state=np.ones(2))
-    metadata = {"action_names": ["arm", "hand"], "action_kinds": ["position"] * 2, "control_hz": 50}
+    metadata = {"action_names": ["arm", "hand"], "action_commands": ["position"] * 2, "control_hz": 50}
     with policy_server(metadata, pack({"actions": chunk})) as (url, _):
         out = run(python, "-m", "torchpi_client", url, "--dry-run", "--observation", str(tmp_path / "observation.npz"))
         controlled = run(python, "-W", "error", "-c", CONTROL, url)

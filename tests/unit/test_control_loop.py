@@ -66,10 +66,10 @@ class ScriptedPolicy:
     """Chunk number n, of dimension 0: 100·n + 0, 1, 2, …; the two of the warm-up are -2 and -1 in rtc, else -1."""
 
     def __init__(self, chunks=None, **metadata):
-        kinds = metadata.pop("action_kinds", ["position"])
+        kinds = metadata.pop("action_commands", ["position"])
         self.metadata = {
             "control_hz": HZ,
-            "action_kinds": kinds,
+            "action_commands": kinds,
             "action_names": list("abcdefg")[: len(kinds)],
             **metadata,
         }
@@ -118,7 +118,7 @@ class VirtualInference:
 def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, on_chunk=None, **settings):
     """The robot and the report of a run."""
     clock = VirtualClock()
-    robot = ToyRobot(clock, len(policy.metadata["action_kinds"] or "?"), busy)
+    robot = ToyRobot(clock, len(policy.metadata["action_commands"] or "?"), busy)
     loop = ControlLoop(
         robot,
         policy,
@@ -371,7 +371,7 @@ def test_the_latency_is_a_quantile_of_the_last_in_steps_rounded_up():
 
 def late_once(**settings):
     """Chunk 1 comes after 0.95 s, when 4 actions are left."""
-    policy = ScriptedPolicy(execute_steps=4, action_kinds=settings.pop("action_kinds", ["position"]))
+    policy = ScriptedPolicy(execute_steps=4, action_commands=settings.pop("action_commands", ["position"]))
     return controlled(policy, mode="async", latencies=(0.0, 0.1, 0.95, 0.1), max_age=10, steps=17, **settings)
 
 
@@ -382,7 +382,7 @@ def test_a_late_chunk_holds_the_robot():
 
 
 def test_a_late_chunk_stops_a_robot_that_moves_by_velocity():
-    robot, report = late_once(action_kinds=["velocity"])
+    robot, report = late_once(action_commands=["velocity"])
     assert robot.positions[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert report.holds == 6
 
@@ -403,7 +403,7 @@ def test_slowed_actions_keep_the_limits():
 
 
 def test_a_late_chunk_stops_the_run():
-    robot, report = late_once(late="stop", action_kinds=["velocity"])
+    robot, report = late_once(late="stop", action_commands=["velocity"])
     assert "a chunk is late" in report.stopped
     assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 7, 0]  # and stands still at the end
     assert "stopped: a chunk is late" in report.summary()
@@ -432,7 +432,7 @@ def test_a_request_without_an_answer_is_repeated_with_a_new_observation():
 
 def test_a_lost_connection_ends_the_run_with_the_robot_at_rest():
     policy = ScriptedPolicy(
-        lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_kinds=["increment"]
+        lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_commands=["increment"]
     )
     robot, report = controlled(policy, latencies=(0.0, 0.1), steps=20)
     assert report.stopped == "The policy is gone: gone"
@@ -451,7 +451,7 @@ def test_reconnects_are_those_of_the_run():
 
 @pytest.mark.parametrize("error", [KeyError("camera"), ServerError("camera", "bad_observation")])
 def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error):
-    policy = ScriptedPolicy(lambda number: error if number == 1 else np.ones((8, 1)), action_kinds=["velocity"])
+    policy = ScriptedPolicy(lambda number: error if number == 1 else np.ones((8, 1)), action_commands=["velocity"])
     clock = VirtualClock()
     robot = ToyRobot(clock)
     loop = ControlLoop(robot, policy, clock=clock, inference=VirtualInference(policy, clock, (0.0,)))
@@ -463,7 +463,7 @@ def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error)
 
 @pytest.mark.parametrize("error", [OSError("the camera is unplugged"), KeyboardInterrupt()])
 def test_what_the_robot_raises_is_raised_after_it_is_at_rest(error):
-    policy = ScriptedPolicy(lambda number: np.ones((8, 1)), action_kinds=["velocity"])
+    policy = ScriptedPolicy(lambda number: np.ones((8, 1)), action_commands=["velocity"])
     clock = VirtualClock()
     robot = ToyRobot(clock)
 
@@ -490,7 +490,7 @@ def with_bad_action(value):
             chunk[2, 1] = value
         return chunk
 
-    return ScriptedPolicy(chunks, execute_steps=4, action_kinds=["position", "velocity"])
+    return ScriptedPolicy(chunks, execute_steps=4, action_commands=["position", "velocity"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -516,7 +516,7 @@ def test_no_mode_lets_nan_pass(mode):
 
 def test_commands_keep_range_and_largest_step():
     chunk = np.array([[0.0, 5.0], [9.0, 5.0], [9.0, -5.0], [0.3, 0.0]])
-    policy = ScriptedPolicy(lambda number: chunk, execute_steps=4, action_kinds=["position", "velocity"])
+    policy = ScriptedPolicy(lambda number: chunk, execute_steps=4, action_commands=["position", "velocity"])
     limits = ActionLimits.of([-1, None], [1, 2], max_step=[0.5, None])
     robot, report = controlled(policy, limits=limits, start=np.array([0.2, 0.0]), steps=5)
     np.testing.assert_allclose(robot.commands[1:5], [[0.0, 2], [0.5, 2], [1.0, -5], [0.5, 0]], atol=1e-6)
@@ -584,7 +584,7 @@ def test_limits_in_an_embodiments_file_reach_the_robot(tmp_path):
 
 def test_holding_may_leave_the_range_and_the_end_is_a_stop():
     """Velocities from 0.5 to 1: the robot stands still nevertheless, by and by, and at the end of the run at once."""
-    policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0), execute_steps=4, action_kinds=["velocity"])
+    policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0), execute_steps=4, action_commands=["velocity"])
     limits = ActionLimits.of([0.5], [1], max_step=[0.25])
     robot, _ = controlled(policy, limits=limits, latencies=(0.0, 0.0, 0.45), steps=9)
     assert robot.positions == [1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0]
@@ -597,7 +597,7 @@ def test_limits_are_those_of_the_policys_rate():
     policy = ScriptedPolicy(
         lambda number: np.array([[0.0, 0.4]] + [[9.0, 0.4]] * 7),
         execute_steps=8,
-        action_kinds=["position", "increment"],
+        action_commands=["position", "increment"],
     )
     limits = ActionLimits.of([None, -0.1], [None, 0.1], max_step=[1, None])
     for control_hz, step, increment in ((10.0, 1, 0.1), (20.0, 0.5, 0.05), (5.0, 2, 0.2)):
@@ -743,18 +743,37 @@ def test_a_stretched_action_leads_where_it_would_lead():
 # ---- settings and the rest ----
 
 
-def test_the_kinds_of_the_actions_must_be_known():
-    for kinds in (None, ["position", None], ["joint"]):
-        with pytest.raises(ValueError, match=r"pass action_kinds="):
-            controlled(ScriptedPolicy(action_kinds=kinds) if kinds else unkind_policy())
-    robot, _ = controlled(unkind_policy(), action_kinds=("position",))
+@pytest.mark.parametrize(
+    ("commands", "names", "missing"),
+    [
+        (None, ["elbow"], "elbow"),
+        (None, None, "all of them"),
+        (["position", None], ["elbow", "gripper"], "gripper"),
+        (["joint"], None, "0"),
+    ],
+)
+def test_unstated_commands_are_refused_with_what_to_write(commands, names, missing):
+    policy = ScriptedPolicy()
+    policy.metadata.update(action_commands=commands, action_names=names)
+    message = (
+        rf'an action command: {missing}\. .*one of position, velocity, .*action_commands= in ControlSettings.*"command"'
+    )
+    with pytest.raises(ValueError, match=message):
+        controlled(policy)
+
+
+def test_settings_state_the_commands_of_a_server_that_does_not():
+    policy = ScriptedPolicy()
+    policy.metadata["action_commands"] = None
+    robot, _ = controlled(policy, action_commands=("position",))
     assert robot.commands
 
 
-def unkind_policy():
+def test_commands_of_an_older_server_are_read():
     policy = ScriptedPolicy()
-    policy.metadata["action_kinds"] = None
-    return policy
+    policy.metadata["action_kinds"] = policy.metadata.pop("action_commands")
+    robot = controlled(policy)[0]
+    assert robot.commands
 
 
 @pytest.mark.parametrize(

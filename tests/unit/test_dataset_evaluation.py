@@ -20,7 +20,7 @@ from torchpi.evaluation import Chunks, chunk_errors, errors_of, plot_chunks, plo
 from torchpi.evaluation.chunks import Frame
 from torchpi.evaluation.report import evaluate_on_dataset
 from torchpi.robots import ActionDim, StateKey, aloha, droid, libero, metaworld
-from torchpi.robots.holding import holds
+from torchpi.robots.commands import hold_commands
 from torchpi.transforms import Normalization, NormStats
 
 HORIZON = 4
@@ -259,7 +259,7 @@ def test_a_step_that_no_episode_reaches_is_null():
 
 
 def texts(robot):
-    return [hold.text if hold else None for hold in holds(robot)]
+    return [hold.text if hold else None for hold in hold_commands(robot)]
 
 
 def test_holding_is_what_the_embodiment_says_of_an_action():
@@ -274,12 +274,16 @@ def test_holding_needs_the_same_unit_and_a_dimension_that_is_always_there():
     def robot(state, actions):
         return dataclasses.replace(ARM, state=(state,), actions=actions)
 
-    degrees = robot(StateKey("state", ("a",), units=("deg",)), (ActionDim("a", "rad"),))
+    def position(name, unit="", kind="absolute"):
+        return ActionDim(name, unit, kind, "position")
+
+    degrees = robot(StateKey("state", ("a",), units=("deg",)), (position("a", "rad"),))
     assert texts(degrees) == [None]
-    assert texts(robot(StateKey("state", ("b", "a")), (ActionDim("a"), ActionDim("c")))) == ["state a", None]
-    assert texts(robot(StateKey("state", ("b", "a"), min_dim=1), (ActionDim("a"),))) == [None]
-    assert texts(robot(StateKey("state", ("a",)), (ActionDim("x", "m/s"),))) == ["no motion"]
-    assert texts(robot(StateKey("state", ("here",)), (ActionDim("there", kind="delta"),))) == ["state here"]
+    assert texts(robot(StateKey("state", ("b", "a")), (position("a"), position("c")))) == ["state a", None]
+    assert texts(robot(StateKey("state", ("b", "a"), min_dim=1), (position("a"),))) == [None]
+    assert texts(robot(StateKey("state", ("here",)), (position("there", kind="delta"),))) == ["state here"]
+    assert texts(robot(StateKey("state", ("a",)), (ActionDim("a", command="velocity"),))) == ["no motion"]
+    assert texts(robot(StateKey("state", ("a",)), (ActionDim("a"),))) == [None]  # not stated: nothing is guessed
 
 
 # Plots

@@ -22,6 +22,7 @@ from torchpi.robots import (
     libero,
 )
 from torchpi.robots.aloha import gripper_command_to_angular, gripper_from_angular
+from torchpi.robots.commands import with_guessed_commands
 
 JOINTS = ["shoulder", "elbow", "wrist"]
 
@@ -262,6 +263,48 @@ def test_refused_chunks():
         my_arm().from_model(np.zeros((2, 32)), np.zeros(4))
 
 
+# Commands of actions
+
+
+@pytest.mark.parametrize("name", EMBODIMENTS)
+def test_every_preset_states_the_command_of_each_action(name):
+    """As it was guessed before embodiments stated it."""
+    robot = get_embodiment(name)
+    commands = [action.command for action in robot.actions]
+    expected = {
+        "aloha": ["position"] * 14,
+        "droid": ["velocity"] * 7 + ["position"],
+        "libero": ["increment"] * 6 + ["effort"],
+        "metaworld": ["increment"] * 3 + ["effort"],
+    }
+    assert commands == next(value for key, value in expected.items() if key in name)
+    unstated = tuple(dataclasses.replace(action, command=None) for action in robot.actions)
+    assert with_guessed_commands(dataclasses.replace(robot, actions=unstated)) == robot
+
+
+def test_generic_robots_state_one_command_for_all_actions_or_each_its_own():
+    assert {action.command for action in my_arm().actions} == {None}
+    assert {action.command for action in my_arm(command="position").actions} == {"position"}
+    mixed = my_arm(command={"gripper": "effort"})
+    assert [action.command for action in mixed.actions] == [None, None, None, "effort"]
+    assert Embodiment.from_dict(mixed.to_dict()) == mixed
+
+
+@pytest.mark.parametrize(
+    ("actions", "commands"),
+    [
+        ((ActionDim("a"), ActionDim("b")), ["position", "effort"]),  # the state has no b
+        ((ActionDim("a"), ActionDim("speed")), ["effort", "velocity"]),  # no units, and another action is a motion
+        ((ActionDim("a", "rad"), ActionDim("speed")), ["position", "velocity"]),
+        ((ActionDim("a", "deg"), ActionDim("x", "m/s")), ["effort", "velocity"]),
+        ((ActionDim("x", kind="delta"), ActionDim("delta_a")), ["position", "increment"]),
+    ],
+)
+def test_commands_of_older_files_are_guessed_from_names_and_units(actions, commands):
+    robot = dataclasses.replace(my_arm(), state=(StateKey("state", ("a", "c"), units=("rad", "")),), actions=actions)
+    assert [action.command for action in with_guessed_commands(robot).actions] == commands
+
+
 # Presets, and robots as JSON
 
 
@@ -337,20 +380,21 @@ def changed(path: list, value) -> dict:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "embodiment is a list"),
-        (changed(["colour"], "red"), r"embodiment has unknown fields \['colour'\]"),
-        (changed(["actions"], None), r"embodiment lacks the fields \['actions'\]"),
-        (changed(["name"], 3), r"embodiment\.name is 3; expected str"),
-        (changed(["control_hz"], "fast"), r"embodiment\.control_hz is 'fast'; expected float or int or null"),
+        ([], "Expected `object`, got `array`"),
+        (changed(["colour"], "red"), "has unknown fields colour; known are name, cameras"),
+        (changed(["actions"], None), "missing required field `actions`"),
+        (changed(["name"], 3), "Expected `str`, got `int` at `name`"),
+        (changed(["control_hz"], "fast"), r"Expected `.*float.*`, got `str` at `control_hz`"),
         (changed(["control_hz"], -1), "control_hz is -1; expected a positive"),
-        (changed(["metadata"], [1]), r"embodiment\.metadata is \[1\]; expected an object"),
-        (changed(["cameras"], "front"), r"embodiment\.cameras is 'front'; expected a list"),
+        (changed(["metadata"], [1]), "Expected `object`, got `array` at `metadata`"),
+        (changed(["cameras"], "front"), "Expected `array`, got `str` at `cameras`"),
         (changed(["cameras", 1, "presence"], "maybe"), "'left_wrist_0_rgb': presence is 'maybe'.*required, optional"),
-        (changed(["cameras", 1, "fps"], 30), r"embodiment\.cameras\[1\] has unknown fields \['fps'\]"),
-        (changed(["cameras", 0], "front"), r"embodiment\.cameras\[0\] is a str"),
-        (changed(["state", 0, "names"], [1, 2]), r"embodiment\.state\[0\]\.names is \[1, 2\]; expected a list of str"),
+        (changed(["cameras", 1, "fps"], 30), r"has unknown fields cameras\.1\.fps; known are name, key"),
+        (changed(["cameras", 0], "front"), r"Expected `object`, got `str` at `cameras\[0\]`"),
+        (changed(["state", 0, "names"], [1, 2]), r"Expected `str`, got `int` at `state\[0\]\.names\[0\]`"),
         (changed(["actions", 2, "kind"], "relative"), "Action 'wrist': kind is 'relative'.*absolute, delta"),
-        (changed(["actions", 2, "low"], "0"), r"embodiment\.actions\[2\]\.low is '0'; expected float or int or null"),
+        (changed(["actions", 2, "low"], "0"), r"got `str` at `actions\[2\]\.low`"),
+        (changed(["actions", 2, "command"], "torque"), "command is 'torque'; expected one of position, velocity, incr"),
         (changed(["actions", 2, "max_step"], -1), "Action 'wrist': max_step is -1"),
         (changed(["hook"], "nobody"), r"no hook 'nobody'; known are \['aloha_pi'\]"),
     ],
@@ -374,7 +418,7 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
         "max_step": [None, None, None, 0.1],
     }
     # What is not stated is not in the file, as in those that were written before there were limits.
-    assert robot.to_dict()["actions"][1] == {"name": "elbow", "unit": "", "kind": "delta"}
+    assert robot.to_dict()["actions"][1] == {"name": "elbow", "unit": "", "kind": "delta", "command": None}
     assert my_arm().action_limits is None
 
 
@@ -407,6 +451,8 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
         ),
         (lambda: get_embodiment(3), "found a int"),
         (lambda: ActionDim("a", kind="velocity"), "kind is 'velocity'"),
+        (lambda: my_arm(command={"ankle": "effort"}), r"command names \['ankle'\]"),
+        (lambda: my_arm(command="torque"), "Action 'shoulder': command is 'torque'"),
         (lambda: ActionDim("a", low=1, high=1), "low is 1 and high 1; low must be below high"),
         (lambda: ActionDim("a", high=float("nan")), "high is nan; expected a finite number"),
         (lambda: ActionDim("a", max_step=0.0), "max_step is 0.0; expected a positive number"),

@@ -558,14 +558,14 @@ def test_a_folder_of_the_demos_name_has_a_path_with_a_slash(tmp_path, monkeypatc
 def test_metadata_say_what_the_actions_command_and_between_which_values_they_lie(golden_root):
     """For a client that keeps the robot still and within what the policy has seen."""
     demo = torchpi.load_policy("demo", device="cpu").metadata
-    assert demo["action_kinds"] == ["increment", "increment", "increment", "effort"]
+    assert demo["action_commands"] == ["increment", "increment", "increment", "effort"]
     assert demo["action_range"] == {"low": [-1.0] * 4, "high": [1.0] * 4}
     robot = torchpi.Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c", "speed"],
-        delta=["a"],
+        delta=["a"], command={"a": "position", "speed": "velocity"},
     )  # fmt: skip
     arm = torchpi.load_policy("demo", embodiment=robot, device="cpu")
     state = arm.transforms.norm_stats["state"]
-    assert arm.metadata["action_kinds"] == ["position", "effort", "effort", "velocity"]
+    assert arm.metadata["action_commands"] == ["position", None, None, "velocity"]
     assert arm.metadata["action_range"]["high"][0] == pytest.approx(1.0 + state.q99[0])
     assert arm.metadata["action_range"]["low"][1] == -1.0

@@ -394,10 +394,11 @@ def drop(*path):
         (drop("normalization", "actions", "kind"), "Object missing required field `kind` at `normalization.actions`"),
         (put("normalization", "actions", "kind", value=1), "Expected `str`, got `int` at `normalization.actions.kind`"),
         (put("normalization", "actions", "kind", value="min_max"), "Unknown normalization kind 'min_max'"),
-        (drop("embodiment", "cameras"), "embodiment lacks the fields ['cameras']"),
+        (drop("embodiment", "cameras"), "embodiment: Object missing required field `cameras`"),
         (drop("embodiment", "hook"), "embodiment lacks hook; every field must be stated"),
         (drop("embodiment", "actions", 0, "kind"), "embodiment lacks actions.0.kind"),
-        (put("embodiment", "colour", value="red"), "embodiment has unknown fields ['colour']"),
+        (drop("embodiment", "actions", 0, "command"), "embodiment lacks actions.0.command"),
+        (put("embodiment", "colour", value="red"), "embodiment has unknown fields colour; known are"),
         (put("embodiment", "cameras", 0, "layout", value="whc"), "layout is 'whc'; expected one of hwc, chw"),
         (put("embodiment", "hook", value="my_robot"), "no hook 'my_robot'; known are ['aloha_pi']"),
     ],
@@ -406,6 +407,19 @@ def test_a_wrong_field_of_policy_json_is_an_error_that_names_it(folder, change, 
     edit(folder, change)
     with pytest.raises(ValueError, match=rf"(?s){re.escape(str(folder / 'policy.json'))}.*{re.escape(message)}"):
         load(folder)
+
+
+def test_commands_of_an_older_folder_are_guessed_with_one_warning(folder):
+    for action in (0, 1):
+        edit(folder, drop("embodiment", "actions", action, "command"))
+    with pytest.warns(UserWarning, match="shoulder position, elbow position. State .command.") as caught:
+        policy = load(folder)
+    assert len(caught) == 1
+    assert policy.metadata["action_commands"] == ["position", "position"]
+
+
+def test_commands_that_are_not_stated_stay_so(folder):
+    assert load(folder).metadata["action_commands"] == [None, None]
 
 
 def test_an_unknown_truncation_is_an_error_that_lists_the_known_ones(folder):

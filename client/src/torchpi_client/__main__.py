@@ -82,11 +82,11 @@ def load_observation(path: str) -> dict[str, Any]:
     try:
         loaded = np.load(path)  # refuses Python objects by default
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no .npz file; np.savez('observation.npz', **observation) makes one") from error
+        raise ValueError(f"{path} is no .npz file; np.savez('observation.npz', **observation) makes one.") from error
     if isinstance(loaded, np.ndarray):
-        raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys")
+        raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys.")
     observation: dict[str, Any] = {}
     with loaded as arrays:
         for name in arrays.files:

@@ -110,7 +110,7 @@ class AsyncWebsocketPolicy:
 
     def _connected(self) -> WebsocketPolicy:
         if self._policy is None:
-            raise ConnectionError(f"not connected to {self.url} yet; call connect() first")
+            raise ConnectionError(f"Not connected to {self.url} yet; call connect() first.")
         return self._policy
 
     def _check_open(self) -> None:

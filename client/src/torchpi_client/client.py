@@ -118,7 +118,7 @@ class WebsocketPolicy:
         """
         if not isinstance(observation, dict):
             raise ValueError(
-                f"the observation is a {type(observation).__name__}; expected a dict with the robot's keys"
+                f"The observation is a {type(observation).__name__}; expected a dict with the robot's keys."
             )
         interrupt = interrupt or Interrupt()
         seconds = self.answer_timeout if timeout is None else timeout
@@ -169,14 +169,14 @@ class WebsocketPolicy:
                 self._check_wanted(interrupt)
                 if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
                     raise ValueError(
-                        f"the request has {len(request)} bytes, more than {self.url} takes ({error.rcvd.reason}); send "
-                        "smaller images, or JPEG (jpeg_quality=), or start the server with a larger --max-message-mb"
+                        f"The request has {len(request)} bytes, more than {self.url} takes ({error.rcvd.reason}); send "
+                        "smaller images, or JPEG (jpeg_quality=), or start the server with a larger --max-message-mb."
                     ) from error
                 if attempt == 2:  # it may be this request that ends it
                     raise ConnectionError(
-                        f"the connection to {self.url} was closed twice during one request ({error})"
+                        f"The connection to {self.url} was closed twice during one request ({error})."
                     ) from error
-                _log.warning("the connection to %s is lost (%s); connecting again", self.url, error)
+                _log.warning("The connection to %s is lost (%s); connecting again", self.url, error)
             except BaseException:  # interrupted, or too late: the answer may still come
                 self._drop(link)
                 raise
@@ -187,7 +187,7 @@ class WebsocketPolicy:
         if deadline is None or self.metadata.get(DEADLINE) is not True:
             return pack(observation)
         if not (left := _left(deadline)):
-            raise TimeoutError("the deadline passed before the request was sent")
+            raise TimeoutError("The deadline passed before the request was sent.")
         return pack({DEADLINE: SERVERS_PART * left, **observation})
 
     def _connected(self, deadline: float | None, interrupt: Interrupt) -> _Link:
@@ -205,8 +205,8 @@ class WebsocketPolicy:
             if changed := _changes(self.metadata, link.metadata):
                 self._waiting = None
                 link.abort()
-                raise ServerError(f"{self.url} came back with another policy: {changed}; make a new client for it")
-            _log.info("connected to %s again after %.1f s", self.url, self._waiting.seconds)
+                raise ServerError(f"{self.url} came back with another policy: {changed}; make a new client for it.")
+            _log.info("Connected to %s again after %.1f s", self.url, self._waiting.seconds)
             self._waiting = None
             self._link = link
             self.reconnects += 1
@@ -229,7 +229,7 @@ class WebsocketPolicy:
             interrupt.wait(max(pause if deadline is None else min(pause, _left(deadline)), 0.0))
             self._check_wanted(interrupt)
             if deadline is not None and not _left(deadline):
-                raise TimeoutError("no connection before the deadline")
+                raise TimeoutError("No connection before the deadline.")
             waiting.begin_attempt()
             link = _Link(self.url)
             try:
@@ -240,7 +240,7 @@ class WebsocketPolicy:
                     raise self._no_connection(error) from error
                 if not waiting.has_failed:
                     waiting.has_failed = True
-                    _log.warning("no connection to %s (%s); trying for %g s", self.url, error, self._timeout)
+                    _log.warning("No connection to %s (%s); trying for %g s", self.url, error, self._timeout)
             else:
                 return link
 
@@ -249,7 +249,7 @@ class WebsocketPolicy:
         if self._closed:
             raise is_closed(self.url)
         if interrupt.is_set:
-            raise ConnectionError("the request was interrupted")
+            raise ConnectionError("The request was interrupted.")
 
     def _no_connection(self, error: Exception) -> ConnectionError:
         if isinstance(error, ConnectionRefusedError):
@@ -266,9 +266,9 @@ class WebsocketPolicy:
             said = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
             todo = {401: "; pass its token as api_key", 404: "; what follows the port in the URL names the policy"}
             return ConnectionError(
-                f"{self.url} refuses the connection, HTTP {status}{said and f': {said}'}{todo.get(status, '')}"
+                f"{self.url} refuses the connection, HTTP {status}{said and f': {said}'}{todo.get(status, '')}."
             )
-        return ConnectionError(f"cannot connect to {self.url} ({error}); expected a policy server there")
+        return ConnectionError(f"Cannot connect to {self.url} ({error}); expected a policy server there.")
 
 
 class Interrupt:
@@ -360,7 +360,7 @@ class _Link:
                 raise ConnectionError(str(error)) from error
             self._socket.settimeout(None)
             if interrupt.is_set:
-                raise ConnectionError("interrupted")
+                raise ConnectionError("Interrupted.")
             self._connection = _connect(stack, self._url, self._socket, headers, seconds)
             self._socket = self._connection.socket
             stack.callback(self.shut)  # if there are no metadata: the closing handshake would wait for them, too
@@ -383,7 +383,7 @@ class _Link:
         except ConnectionClosed as error:
             if _left(deadline) > 0:
                 raise
-            raise TimeoutError("the server doesn't read") from error
+            raise TimeoutError("The server doesn't read.") from error
         return self._connection.recv(timeout=_left(deadline))
 
     def close(self) -> None:
@@ -437,12 +437,12 @@ def _may_pass(error: Exception, again: bool) -> bool:
 
 def no_answer(url: str, seconds: float | None) -> TimeoutError:
     """The error of a request with this deadline."""
-    return TimeoutError(f"no answer from {url} in {seconds} s")
+    return TimeoutError(f"No answer from {url} in {seconds} s.")
 
 
 def is_closed(url: str) -> ConnectionError:
     """The error of a request after `close`."""
-    return ConnectionError(f"the connection to {url} is closed; make a new client")
+    return ConnectionError(f"The connection to {url} is closed; make a new client.")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
@@ -466,4 +466,4 @@ def _check_url(url: str) -> None:
     try:
         parse_uri(url)
     except (InvalidURI, ValueError) as error:
-        raise ValueError(f"cannot connect to {url!r} ({error}); expected ws://HOST:PORT or wss://HOST:PORT") from error
+        raise ValueError(f"Cannot connect to {url!r} ({error}); expected ws://HOST:PORT or wss://HOST:PORT.") from error

@@ -55,7 +55,7 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
         ValueError: an array of three axes is something else, or there is none; a side has more than `MAX_SIDE` pixels.
     """
     if not 1 <= quality <= 95:
-        raise ValueError(f"the JPEG quality is {quality}; expected 1 to 95")
+        raise ValueError(f"The JPEG quality is {quality}; expected 1 to 95.")
     count = 0
 
     def encode(key: str, image: np.ndarray) -> dict[str, Any]:
@@ -66,8 +66,8 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
         height, width = pixels.shape[:2]
         if max(height, width) > MAX_SIDE:
             raise ValueError(
-                f"cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
-                "send it as it is, or smaller"
+                f"Cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
+                "send it as it is, or smaller."
             )
         buffer = io.BytesIO()
         # 4:2:0, Pillow's default, would halve the resolution of colours.
@@ -77,7 +77,7 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
     encoded = _map_images(observation, encode)
     if not count:
         raise ValueError(
-            f"there is no image to send as JPEG in the observation with {', '.join(map(str, observation))}"
+            f"There is no image to send as JPEG in the observation with {', '.join(map(str, observation))}."
         )
     return encoded
 
@@ -139,7 +139,7 @@ def _layout(key: str, image: np.ndarray) -> str:
         if image.shape[0] == 3:
             return "chw"
     raise ValueError(
-        f"cannot send {key} as JPEG: it is {image.dtype} {list(image.shape)}; expected uint8 [h, w, 3] or [3, h, w]"
+        f"Cannot send {key} as JPEG: it is {image.dtype} {list(image.shape)}; expected uint8 [h, w, 3] or [3, h, w]."
     )
 
 
@@ -147,16 +147,16 @@ def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarra
     pillow = _pillow()
     data, layout = value[JPEG], value.get("layout")
     if set(value) != {JPEG, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
-        raise ValueError(f"{key} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone")
+        raise ValueError(f"{key} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
     try:
         with pillow.open(io.BytesIO(data), formats=["JPEG"]) as image:
             width, height = image.size
             if width * height > max_pixels or image.mode != "RGB":
-                raise ValueError(f"{width}×{height} pixels in mode {image.mode}; expected at most {max_pixels} in RGB")
+                raise ValueError(f"{width}×{height} pixels in mode {image.mode}; expected at most {max_pixels} in RGB.")
             pixels = np.array(image)
     # Pillow's errors of damaged files are of many kinds: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
-        raise ValueError(f"cannot decode the JPEG of {key} ({len(data)} bytes): {error}") from error
+        raise ValueError(f"Cannot decode the JPEG of {key} ({len(data)} bytes): {str(error).rstrip('.')}.") from error
     return pixels if layout == "hwc" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
@@ -164,5 +164,5 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"JPEG needs Pillow: pip install 'torchpi-client[jpeg]' ({error})") from error
+        raise ModuleNotFoundError(f"JPEG needs Pillow: pip install 'torchpi-client[jpeg]' ({error}).") from error
     return Image

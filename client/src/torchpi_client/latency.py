@@ -21,7 +21,7 @@ class LatencyEstimate:
             ValueError: one is out of range.
         """
         if window < 1 or not 0 < quantile <= 1:
-            raise ValueError(f"window is {window} and quantile {quantile}; expected at least 1, and above 0 up to 1")
+            raise ValueError(f"window is {window} and quantile {quantile}; expected at least 1, and above 0 up to 1.")
         self._last: collections.deque[float] = collections.deque(maxlen=window)
         self._quantile = quantile
 

@@ -39,13 +39,13 @@ class ActionLimits:
             object.__setattr__(self, name, np.array(getattr(self, name), np.float64, ndmin=1))
         shapes = {name: getattr(self, name).shape for name in ("low", "high", "max_step")}
         if len(set(shapes.values())) != 1 or self.low.ndim != 1:
-            raise ValueError(f"action limits have the shapes {shapes}; expected [a] each")
+            raise ValueError(f"Action limits have the shapes {shapes}; expected [a] each.")
         for wrong, what in (
             (~(self.low <= self.high), "low is above high, or NaN"),
             (~(self.max_step > 0), "the largest step is not positive, or NaN"),
         ):
             if wrong.any():
-                raise ValueError(f"action limits of the dimensions {np.flatnonzero(wrong).tolist()}: {what}")
+                raise ValueError(f"Action limits of the dimensions {np.flatnonzero(wrong).tolist()}: {what}.")
 
     @classmethod
     def of(
@@ -93,23 +93,23 @@ class ActionLimits:
         ]
         if not said:
             raise ValueError(
-                f"the server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
-                "state the robot's limits with ActionLimits.of(low, high, max_step=…)"
+                f"The server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
+                "state the robot's limits with ActionLimits.of(low, high, max_step=…)."
             )
         first, last = said[0], said[-1]
         unstated = np.isinf(first.low) & np.isinf(first.high)
         return cls(np.where(unstated, last.low, first.low), np.where(unstated, last.high, first.high), first.max_step)
 
-    def at_rate(self, kinds: Sequence[str], *, policy_hz: float, control_hz: float) -> ActionLimits:
+    def at_rate(self, commands: Sequence[str], *, policy_hz: float, control_hz: float) -> ActionLimits:
         """The same limits of speed and acceleration for steps of another length.
 
         Args:
-            kinds: of the dimensions, see `robot.ACTION_KINDS`. An increment's range is the way of one step.
+            commands: of the dimensions, see `robot.COMMANDS`. An increment's range is the way of one step.
             policy_hz: the rate that these limits are for.
             control_hz: the rate of the commands.
         """
         ratio = policy_hz / control_hz
-        per_step = np.where([kind == "increment" for kind in kinds], ratio, 1.0)
+        per_step = np.where([command == "increment" for command in commands], ratio, 1.0)
         return ActionLimits(self.low * per_step, self.high * per_step, self.max_step * per_step * ratio)
 
     def apply(self, action: np.ndarray, last: np.ndarray | None) -> Limited:

@@ -56,16 +56,16 @@ class ActionPrefix:
     def __post_init__(self) -> None:
         actions = np.asarray(self.actions)
         if actions.ndim != 2 or not actions.size or actions.dtype.kind != "f":
-            raise ValueError(f"action_prefix is {actions.dtype} {list(actions.shape)}; expected floats [k, a]")
+            raise ValueError(f"action_prefix is {actions.dtype} {list(actions.shape)}; expected floats [k, a].")
         if not np.isfinite(actions).all():
-            raise ValueError("there is NaN or infinity in action_prefix; it must be finite")
+            raise ValueError("There is NaN or infinity in action_prefix; it must be finite.")
         for name, value, low, high in (
             ("delay", self.delay, 0, len(actions)),
             ("execution_horizon", self.execution_horizon, 1, None),
         ):
             if type(value) is not int or value < low or (high is not None and value > high):
                 limit = f"at least {low}" if high is None else f"{low} to {high}, the length of action_prefix"
-                raise ValueError(f"{name} is {value!r}; expected an integer, {limit}")
+                raise ValueError(f"{name} is {value!r}; expected an integer, {limit}.")
 
     def to_wire(self) -> dict[str, Any]:
         """The value of the field `RTC`: {"action_prefix": float32 [k, a], "delay": d, "execution_horizon": s}."""
@@ -82,10 +82,10 @@ class ActionPrefix:
         keys = {"action_prefix", "delay", "execution_horizon"}
         if not isinstance(value, dict) or set(value) != keys:
             found = sorted(map(str, value)) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{RTC} is {found}; expected a dict of {', '.join(sorted(keys))}")
+            raise ValueError(f"{RTC} is {found}; expected a dict of {', '.join(sorted(keys))}.")
         actions = value["action_prefix"]
         if not isinstance(actions, np.ndarray):
-            raise ValueError(f"action_prefix is a {type(actions).__name__}; expected an array [k, a]")
+            raise ValueError(f"action_prefix is a {type(actions).__name__}; expected an array [k, a].")
         return cls(actions, value["delay"], value["execution_horizon"])
 
 
@@ -97,7 +97,7 @@ def require_support(metadata: dict[str, Any], feature: str, instead: str) -> Non
     """
     if metadata.get(feature) is not True:
         raise ValueError(
-            f"the server doesn't support {feature}: its metadata have {feature}={metadata.get(feature)!r}; "
+            f"The server doesn't support {feature}: its metadata have {feature}={metadata.get(feature)!r}; "
             f"expected True. {instead}"
         )
 
@@ -111,7 +111,7 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
     """
     if isinstance(frame, str):
         code, message = _read_error(frame)
-        raise ServerError(f"the server at {url} reports an error:\n{message}", code)
+        raise ServerError(f"The server at {url} reports an error:\n{message}", code)
     value = unpack(frame)
     if not isinstance(value, dict):
         raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")

@@ -7,14 +7,14 @@ from typing import Sequence
 import numpy as np
 
 
-def resample(actions: np.ndarray, kinds: Sequence[str], *, from_hz: float, to_hz: float) -> np.ndarray:
+def resample(actions: np.ndarray, commands: Sequence[str], *, from_hz: float, to_hz: float) -> np.ndarray:
     """The same motion, at the same speed, in steps of another length.
 
     Positions are interpolated, increments keep their sum, velocities their time average; an effort is the moment's.
 
     Args:
         actions: [k, a]; action i is for the time from i/from_hz on.
-        kinds: of the dimensions, see `robot.ACTION_KINDS`.
+        commands: of the dimensions, see `robot.COMMANDS`.
         from_hz, to_hz: actions per second, before and after.
 
     Returns:
@@ -25,32 +25,32 @@ def resample(actions: np.ndarray, kinds: Sequence[str], *, from_hz: float, to_hz
     times = np.arange(steps + 1) * ratio  # in the old steps
     source = np.arange(len(actions))
     out = np.empty((steps, actions.shape[1]), np.float32)
-    for dim, kind in enumerate(kinds):
-        if kind == "position":
+    for dim, command in enumerate(commands):
+        if command == "position":
             out[:, dim] = np.interp(times[:-1], source, actions[:, dim])
-        elif kind == "effort":
+        elif command == "effort":
             out[:, dim] = actions[(times[:-1] + 1e-9).astype(int), dim]
         else:
             travelled = np.concatenate([[0.0], np.cumsum(actions[:, dim], dtype=np.float64)])
             moved = np.diff(np.interp(times, np.arange(len(travelled)), travelled))
-            out[:, dim] = moved if kind == "increment" else moved / ratio
+            out[:, dim] = moved if command == "increment" else moved / ratio
     return out
 
 
-def stretch(last: np.ndarray, action: np.ndarray, kinds: Sequence[str], times: int) -> np.ndarray:
+def stretch(last: np.ndarray, action: np.ndarray, commands: Sequence[str], times: int) -> np.ndarray:
     """One action in several steps, which together lead where it leads.
 
     Args:
         last: [a], the command before.
         action: [a].
-        kinds: of the dimensions.
+        commands: of the dimensions.
         times: n, the number of steps.
 
     Returns:
         float32 [n, a].
     """
     parts = np.arange(1, times + 1)[:, None] / times
-    is_position = np.array([kind == "position" for kind in kinds])
-    is_effort = np.array([kind == "effort" for kind in kinds])
+    is_position = np.array([command == "position" for command in commands])
+    is_effort = np.array([command == "effort" for command in commands])
     moving = np.where(is_position, last + parts * (action - last), action / times)
     return np.where(is_effort, action, moving).astype(np.float32)

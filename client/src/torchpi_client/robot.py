@@ -6,7 +6,7 @@ from typing import Any, Mapping, Protocol, Sequence, runtime_checkable
 
 import numpy as np
 
-ACTION_KINDS = ("position", "velocity", "increment", "effort")
+COMMANDS = ("position", "velocity", "increment", "effort")
 """What one dimension of an action is to the robot: where to be (joint angles, a gripper's opening), how fast to move,
 how far to move in this step, how strongly to push (a gripper's force). It decides what holding still and slowing down
 mean."""
@@ -35,7 +35,7 @@ class InferringPolicy(Protocol):
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Read are "control_hz", "execute_steps", "action_names", "action_kinds" and "torchpi/rtc"; any may be
+        """Read are "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc"; any may be
         missing."""
         ...
 
@@ -44,22 +44,28 @@ class InferringPolicy(Protocol):
         ...
 
 
-def check_kinds(kinds: Sequence[Any] | None) -> tuple[str, ...]:
-    """One of `ACTION_KINDS` per dimension.
+def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """One of `COMMANDS` per dimension: what the settings state, or else the server's metadata.
 
     Raises:
-        ValueError: something else, or nothing.
+        ValueError: a dimension has none, or something else.
     """
-    if kinds is None or any(kind not in ACTION_KINDS for kind in kinds):
-        raise ValueError(
-            f"the kinds of the actions are {kinds}; to hold the robot still the loop needs one of "
-            f"{', '.join(ACTION_KINDS)} for each dimension. The server's metadata don't say them all: pass "
-            'action_kinds=, such as ("position",) * 7'
-        )
-    return tuple(kinds)
+    # Servers before "action_commands" say the same as "action_kinds".
+    commands = stated or metadata.get("action_commands") or metadata.get("action_kinds")
+    if commands is not None and all(command in COMMANDS for command in commands):
+        return tuple(commands)
+    names = list(metadata.get("action_names") or ())
+    missing = [i for i, command in enumerate(commands or ()) if command not in COMMANDS]
+    dims = ", ".join(names[i] if i < len(names) else str(i) for i in missing) or ", ".join(names) or "all of them"
+    raise ValueError(
+        f"The action_commands are {commands}: they do not say what these dimensions of an action command: {dims}. "
+        f"To hold the robot still the loop needs one of {', '.join(COMMANDS)} for each dimension. Pass "
+        'action_commands= in ControlSettings, such as ["position"] * 7, or state "command" of each action in the '
+        "policy's embodiment (policy.json) on the server."
+    )
 
 
-def hold_command(last: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+def hold_command(last: np.ndarray, commands: Sequence[str]) -> np.ndarray:
     """The command [a] with which the robot stays where the last one brought it: the same position and effort again, no
     velocity, no increment."""
-    return np.where([kind in ("position", "effort") for kind in kinds], last, 0).astype(np.float32)
+    return np.where([command in ("position", "effort") for command in commands], last, 0).astype(np.float32)

@@ -16,7 +16,7 @@ from torchpi_client.limits import Limited
 from torchpi_client.protocol import BUSY, RTC, ActionPrefix, require_support
 from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
-from torchpi_client.robot import InferringPolicy, Robot, check_kinds, hold_command
+from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 from torchpi_client.settings import ControlSettings, check_positive
 
@@ -73,12 +73,12 @@ class ControlLoop:
         self._on_chunk = on_chunk
         metadata = policy.metadata
         self._policy_hz, self.control_hz = settings.rates(metadata.get("control_hz"))
-        self._kinds = check_kinds(settings.action_kinds or metadata.get("action_kinds"))
+        self._commands = check_commands(settings.action_commands, metadata)
         if settings.mode == "rtc":
             require_support(dict(metadata), RTC, 'Use mode "async", which switches from chunk to chunk as it is.')
         self._check_length("limits", None if settings.limits is None else settings.limits.low)
         self._check_length("start", settings.start)
-        zeros = np.zeros(len(self._kinds), np.int64)
+        zeros = np.zeros(len(self._commands), np.int64)
         self.report = ControlReport(
             names=list(metadata.get("action_names") or ()),
             invalid=zeros.copy(),
@@ -90,9 +90,9 @@ class ControlLoop:
         self._latency = LatencyEstimate(window=settings.latency_window, quantile=settings.latency_quantile)
         self._limits = settings.limits
         if self._limits is not None and self._resamples:
-            self._limits = self._limits.at_rate(self._kinds, policy_hz=self._policy_hz, control_hz=self.control_hz)
+            self._limits = self._limits.at_rate(self._commands, policy_hz=self._policy_hz, control_hz=self.control_hz)
         self._last = None if settings.start is None else np.asarray(settings.start, np.float32)
-        self._commands: list[np.ndarray] = []  # the other steps of a slowed action
+        self._queued: list[np.ndarray] = []  # the other steps of a slowed action
         self._request: _Pending | None = None
         self._stale_in_a_row = 0
         self._unanswered_in_a_row = 0
@@ -116,7 +116,7 @@ class ControlLoop:
                 and the errors of a busy server.
         """
         if self.report.steps:
-            raise ValueError("this ControlLoop has run already; make a new one")
+            raise ValueError("This ControlLoop has run already; make a new one.")
         limit = min(math.inf if steps is None else steps, math.inf if seconds is None else seconds * self.control_hz)
         schedule = self._warm_up()
         if schedule is None:
@@ -170,8 +170,8 @@ class ControlLoop:
             if not told:
                 told = True
                 _log.warning(
-                    "before the robot moves: %s. Asking again for up to %g s, because a first inference may include a "
-                    "compilation; a model that always takes longer needs a longer answer_timeout",
+                    "Before the robot moves there was no answer (%s). Asking again for up to %g s, because a first "
+                    "inference may include a compilation; a model that always takes longer needs a longer answer_timeout",
                     answer.error,
                     WARM_UP_SECONDS,
                 )
@@ -182,20 +182,20 @@ class ControlLoop:
         """For chunks of so many actions at the loop's rate."""
         if not length:
             raise ValueError(
-                f"a chunk of {self._horizon} actions at {self._policy_hz:g} Hz is shorter than one step at "
-                f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / self._horizon:g}"
+                f"A chunk of {self._horizon} actions at {self._policy_hz:g} Hz is shorter than one step at "
+                f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / self._horizon:g}."
             )
         recommended = self._policy.metadata.get("execute_steps") if self._settings.mode != "ensemble" else 1
-        check_positive("the server's execute_steps", recommended, whole=True)
+        check_positive("The server's execute_steps", recommended, whole=True)
         steps = self._settings.execute_steps or min(recommended or max(self._horizon // 2, 1), self._horizon)
         if steps > self._horizon:
-            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {self._horizon} actions")
+            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {self._horizon} actions.")
         if self._resamples:
             steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
         if self._settings.mode == "rtc" and steps == length:
             raise ValueError(
-                f"of each chunk {steps} of {length} steps at {self.control_hz:g} Hz are executed (execute_steps); "
-                "in rtc a rest must be left to go on from"
+                f"Of each chunk {steps} of {length} steps at {self.control_hz:g} Hz are executed (execute_steps); "
+                "in rtc a rest must be left to go on from."
             )
         if self._settings.mode == "ensemble":
             return Ensemble(steps, decay=self._settings.ensemble_decay)
@@ -206,7 +206,7 @@ class ControlLoop:
         return self._settings.resample == "interpolate" and self.control_hz != self._policy_hz
 
     def _resampled(self, actions: np.ndarray, from_hz: float, to_hz: float) -> np.ndarray:
-        return resample(actions, self._kinds, from_hz=from_hz, to_hz=to_hz) if self._resamples else actions
+        return resample(actions, self._commands, from_hz=from_hz, to_hz=to_hz) if self._resamples else actions
 
     # ---- one step ----
 
@@ -230,13 +230,13 @@ class ControlLoop:
             self.report.failed_requests += 1  # the next request shows the robot as it is then
             self._unanswered_in_a_row += 1
             if self._unanswered_in_a_row == 1:
-                _log.warning("%s; asking again", answer.error)
+                _log.warning("No answer (%s); asking again", answer.error)
             return
         if isinstance(answer.error, ConnectionError):
-            raise _Stop(f"the policy is gone: {answer.error}")
+            raise _Stop(f"The policy is gone: {answer.error}")
         chunk = self._checked_chunk(answer)
         if self._unanswered_in_a_row:
-            _log.info("the policy answers again, after %d requests without an answer", self._unanswered_in_a_row)
+            _log.info("The policy answers again, after %d requests without an answer", self._unanswered_in_a_row)
         self._unanswered_in_a_row = 0
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)
@@ -299,13 +299,13 @@ class ControlLoop:
 
     def _next_command(self) -> np.ndarray | None:
         """What this step sends; None: nothing."""
-        if self._commands:
-            return self._limited(self._commands.pop(0))
+        if self._queued:
+            return self._limited(self._queued.pop(0))
         action = self._schedule.next()
         if action is None:
             return self._without_action()
         if self._held_in_a_row >= HELD_SECONDS * self.control_hz:
-            _log.info("the robot goes on, after %.1f s", self._held_in_a_row / self.control_hz)
+            _log.info("The robot goes on, after %.1f s", self._held_in_a_row / self.control_hz)
         self._held_in_a_row = 0
         invalid = ~np.isfinite(action)
         if invalid.any():
@@ -316,8 +316,8 @@ class ControlLoop:
         self.report.actions += 1
         if self._settings.late == "slow" and self._last is not None and self._is_overdue():
             self.report.slowed += 1
-            self._commands = list(stretch(self._last, action, self._kinds, SLOW))
-            return self._limited(self._commands.pop(0))
+            self._queued = list(stretch(self._last, action, self._commands, SLOW))
+            return self._limited(self._queued.pop(0))
         return self._limited(action)
 
     def _without_action(self) -> np.ndarray | None:
@@ -327,12 +327,12 @@ class ControlLoop:
         self.report.holds += 1
         self._held_in_a_row += 1
         if self._held_in_a_row == math.ceil(HELD_SECONDS * self.control_hz):
-            _log.warning("no chunk for %g s: the robot is held until one comes", HELD_SECONDS)
+            _log.warning("No chunk for %g s: the robot is held until one comes", HELD_SECONDS)
         if self._request is not None and not self._request.late:
             self._request.late = True
             self.report.late_chunks += 1
         if self._settings.late == "stop":
-            raise _Stop("a chunk is late: the actions ran out before it came")
+            raise _Stop("A chunk is late: the actions ran out before it came")
         return self._hold()
 
     def _is_overdue(self) -> bool:
@@ -343,7 +343,7 @@ class ControlLoop:
     def _hold(self) -> np.ndarray | None:
         if self._last is None:
             return None
-        command = hold_command(self._last, self._kinds)
+        command = hold_command(self._last, self._commands)
         return command if self._limits is None else self._counted(self._limits.hold(command, self._last))
 
     def _limited(self, command: np.ndarray) -> np.ndarray:
@@ -369,16 +369,16 @@ class ControlLoop:
         self._behind += tick.missed / self.control_hz
         if max(tick.overrun, self._behind) > self._stale_after:
             self._schedule.clear()
-            self._commands.clear()
+            self._queued.clear()
             self._stale_after = math.inf
             self.report.stale_chunks += 1
 
     def _halt(self) -> None:
         """Hold the robot, whatever the limits are: nobody sends the next step. One that is told positions does so by
         itself."""
-        moves = any(kind in ("velocity", "increment") for kind in self._kinds)
+        moves = any(command in ("velocity", "increment") for command in self._commands)
         if self.report.actions and moves and self._last is not None:
-            self._act(hold_command(self._last, self._kinds))
+            self._act(hold_command(self._last, self._commands))
 
     @property
     def _reconnects(self) -> int:
@@ -392,20 +392,20 @@ class ControlLoop:
             raise answer.error
         assert answer.content is not None
         if "actions" not in answer.content:
-            raise ValueError(f"the policy's answer has {', '.join(answer.content)}; expected actions")
+            raise ValueError(f"The policy's answer has {', '.join(answer.content)}; expected actions.")
         chunk = np.asarray(answer.content["actions"])
-        if chunk.ndim != 2 or not len(chunk) or chunk.dtype.kind != "f" or chunk.shape[1] != len(self._kinds):
+        if chunk.ndim != 2 or not len(chunk) or chunk.dtype.kind != "f" or chunk.shape[1] != len(self._commands):
             raise ValueError(
-                f"the policy returned actions {chunk.dtype} {list(chunk.shape)}; "
-                f"expected floats [H, {len(self._kinds)}], as many dimensions as there are action_kinds"
+                f"The policy returned actions {chunk.dtype} {list(chunk.shape)}; "
+                f"expected floats [H, {len(self._commands)}], as many dimensions as there are action_commands."
             )
         if self._on_chunk is not None:
             self._on_chunk(chunk)
         return chunk.astype(np.float32)
 
     def _check_length(self, name: str, value: np.ndarray | None) -> None:
-        if value is not None and len(value) != len(self._kinds):
-            raise ValueError(f"{name}: {len(value)} dimensions; the actions have {len(self._kinds)}")
+        if value is not None and len(value) != len(self._commands):
+            raise ValueError(f"{name}: {len(value)} dimensions; the actions have {len(self._commands)}.")
 
 
 def _is_unanswered(answer: Answer) -> bool:

@@ -44,8 +44,8 @@ class ControlSettings:
     max_age: float | None = None
     """Seconds from an observation to its chunk, above which the chunk is refused as stale. None: as long as the chunk
     lasts; in "sync" any, as the robot stands still."""
-    action_kinds: Sequence[str] | None = None
-    """Of the dimensions, see `robot.ACTION_KINDS`; None: what the server says."""
+    action_commands: Sequence[str] | None = None
+    """Of the dimensions, see `robot.COMMANDS`; None: what the server says."""
     limits: ActionLimits | None = None
     """That every command keeps; None: none. See `ActionLimits.from_metadata`."""
     start: np.ndarray | None = None
@@ -68,13 +68,13 @@ class ControlSettings:
             ("resample", (None, *RESAMPLE)),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}")
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}.")
         for name in ("execute_steps", "control_hz", "max_age"):
             check_positive(name, getattr(self, name), whole=name == "execute_steps")
         if not math.isfinite(self.ensemble_decay):
-            raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number")
+            raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number.")
         if self.start is not None and not np.isfinite(self.start).all():
-            raise ValueError(f"there is NaN or infinity in start, {self.start}; it must be finite")
+            raise ValueError(f"There is NaN or infinity in start, {self.start}; it must be finite.")
 
     def rates(self, policy_hz: float | None) -> tuple[float, float]:
         """The policy's rate and the loop's.
@@ -85,16 +85,16 @@ class ControlSettings:
         Raises:
             ValueError: nobody says the rate, or they differ and `resample` is not set.
         """
-        check_positive("the server's control_hz", policy_hz)
+        check_positive("The server's control_hz", policy_hz)
         control_hz = self.control_hz if self.control_hz is not None else policy_hz
         if control_hz is None:
-            raise ValueError("neither the server nor the settings say how many steps a second has: pass control_hz=")
+            raise ValueError("Neither the server nor the settings say how many steps a second has: pass control_hz=.")
         policy_hz = control_hz if policy_hz is None else policy_hz
         if policy_hz != control_hz and self.resample is None:
             raise ValueError(
                 f"control_hz is {control_hz:g}, but the policy's actions are for {policy_hz:g} Hz: leave control_hz "
                 'out, or say how to resample: "interpolate" (the same motion at the same speed) or "as_is" (the same '
-                "actions, faster or slower)"
+                "actions, faster or slower)."
             )
         return policy_hz, control_hz
 
@@ -104,4 +104,4 @@ def check_positive(name: str, value: Any, *, whole: bool = False) -> None:
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf):
         return
-    raise ValueError(f"{name} is {value!r:.80}; expected a positive {'whole ' if whole else ''}number")
+    raise ValueError(f"{name} is {value!r:.80}; expected a positive {'whole ' if whole else ''}number.")

@@ -53,9 +53,8 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
         return msgpack.unpackb(data, **_hooks(max_items))
     # UnpackException: some versions of msgpack have errors of their own that are no ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
-        raise ValueError(
-            f"cannot unpack {len(data)} bytes: {error or type(error).__name__}; expected msgpack as openpi writes it"
-        ) from error
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise ValueError(f"Cannot unpack {len(data)} bytes: {reason}; expected msgpack as openpi writes it.") from error
 
 
 def _hooks(max_items: int | None) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _hooks(max_items: int | None) -> dict[str, Any]:
         nonlocal left
         left -= len(container)
         if left < 0:
-            raise ValueError(f"its lists and maps have more than {max_items} entries")
+            raise ValueError(f"Its lists and maps have more than {max_items} entries.")
         return container
 
     return {
@@ -88,13 +87,13 @@ def _encode(value: Any) -> dict[bytes, Any]:
         if isinstance(number, (bool, int, float)):  # np.longdouble stays one
             return {SCALAR: True, b"data": number, b"dtype": value.dtype.str}
     if isinstance(value, int):  # msgpack asks here only for those that it cannot write
-        raise ValueError(f"cannot pack an integer of {value.bit_length()} bits; expected at most 64")
+        raise ValueError(f"Cannot pack an integer of {value.bit_length()} bits; expected at most 64.")
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (np.ndarray, np.generic)):
         kind += f" of dtype {value.dtype}"
     raise ValueError(
-        f"cannot pack a {kind}; expected dicts, lists, str, bytes, numbers, bool, None, and NumPy arrays and scalars of"
-        " integers, floats, bool or text: convert it first"
+        f"Cannot pack a {kind}; expected dicts, lists, str, bytes, numbers, bool, None, and NumPy arrays and scalars of"
+        " integers, floats, bool or text: convert it first."
     )
 
 
@@ -117,15 +116,15 @@ def _array(value: dict[Any, Any]) -> np.ndarray[Any, Any]:
     dtype = _dtype(value[b"dtype"], ARRAY_KINDS)
     shape, data = value[b"shape"], value[b"data"]
     if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
-        raise ValueError(f"an array's shape is {shape!r:.80}; expected a list of sizes")
+        raise ValueError(f"An array's shape is {shape!r:.80}; expected a list of sizes.")
     if not isinstance(data, bytes):
-        raise ValueError(f"an array's data is of type {type(data).__name__}; expected bytes")
+        raise ValueError(f"An array's data is of type {type(data).__name__}; expected bytes.")
     # Python's integers don't overflow.
     expected = dtype.itemsize
     for size in shape:
         expected *= size
     if len(data) != expected:
-        raise ValueError(f"an array of shape {shape} and dtype {dtype} has {len(data)} bytes; expected {expected}")
+        raise ValueError(f"An array of shape {shape} and dtype {dtype} has {len(data)} bytes; expected {expected}.")
     # A copy: the buffer is read-only. NumPy itself refuses sizes and numbers of dimensions beyond its limits.
     return np.ndarray(tuple(shape), dtype, buffer=data).copy()
 
@@ -135,9 +134,9 @@ def _scalar(value: dict[Any, Any]) -> np.generic:
     dtype, number = _dtype(value[b"dtype"], SCALAR_KINDS), value[b"data"]
     allowed = {"b": (bool,), "i": (int,), "u": (int,), "f": (int, float)}[dtype.kind]
     if type(number) not in allowed:
-        raise ValueError(f"a scalar of dtype {dtype} has {number!r:.80} as its data")
+        raise ValueError(f"A scalar of dtype {dtype} has {number!r:.80} as its data.")
     if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
-        raise ValueError(f"a scalar of dtype {dtype} is {number}, which exceeds it")
+        raise ValueError(f"A scalar of dtype {dtype} is {number}, which exceeds it.")
     with np.errstate(over="ignore"):  # beyond float32 is inf, as in every cast
         return dtype.type(number)
 
@@ -151,9 +150,9 @@ def _dtype(name: Any, kinds: str) -> np.dtype[Any]:
         else:
             if dtype.itemsize > 0 and _has_bytes(dtype, kinds):
                 return dtype
-    raise ValueError(f"the dtype is {name!r:.80}; expected one of integers, floats, bool or text, such as '<f4'")
+    raise ValueError(f"The dtype is {name!r:.80}; expected one of integers, floats, bool or text, such as '<f4'.")
 
 
 def _require_keys(value: dict[Any, Any], keys: set[bytes], what: str) -> None:
     if set(value) != keys:
-        raise ValueError(f"{what} has the keys {sorted(map(str, value))}; expected {sorted(map(str, keys))}")
+        raise ValueError(f"{what} has the keys {sorted(map(str, value))}; expected {sorted(map(str, keys))}.")

@@ -9,6 +9,7 @@ model.safetensors   the weights, or shards of them with model.safetensors.index.
 import dataclasses
 import json
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from torchpi.errors import CheckpointError
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
+from torchpi.robots.commands import with_guessed_commands
 from torchpi.schema import parse, read_json_object, require_stated
 from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
@@ -101,11 +103,21 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
 def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
     """Everything of the policy in a folder but its weights."""
     where = f"{root / 'policy.json'}: embodiment"
-    try:
-        robot = Embodiment.from_dict(policy.embodiment)
-    except ValueError as error:
-        raise CheckpointError(f"{where}: {error}") from error
-    require_stated(policy.embodiment, robot.to_dict(), where, error=CheckpointError)
+    robot = Embodiment.from_dict(policy.embodiment, where=where)
+    stated = robot.to_dict()
+    if not any("command" in action for action in policy.embodiment["actions"]):
+        robot = with_guessed_commands(robot)
+        guessed = ", ".join(f"{action.name} {action.command}" for action in robot.actions)
+        warnings.warn(
+            f"{where} is of an older torchpi and does not say what its actions command, by which a robot is held "
+            f"still; guessed from their names: {guessed}. "
+            'State "command" (position, velocity, increment or effort) of each action.',
+            UserWarning,
+            stacklevel=2,
+        )
+        for action in stated["actions"]:
+            del action["command"]
+    require_stated(policy.embodiment, stated, where, error=CheckpointError)
     return PolicySpec(
         source=str(root),
         embodiment=robot,

@@ -19,7 +19,7 @@ import torch
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
-from torchpi.robots.embodiment import ActionDim, Camera, Embodiment, StateKey
+from torchpi.robots import ActionDim, Camera, Embodiment, StateKey
 from torchpi.transforms.normalize import Normalization, NormStats
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"

@@ -9,7 +9,7 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Camera, Embodiment
-from torchpi.robots.embodiment import nested
+from torchpi.robots.keys import nest
 
 
 def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         flat["actions"] = frame[lerobot.ACTION]
     if "task" in frame:
         flat["prompt"] = frame["task"]
-    return nested(flat)
+    return nest(flat)
 
 
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:

@@ -14,7 +14,7 @@ from torchpi.doctor.sensitivity import check_sensitivities, sample_chunks, sensi
 from torchpi.doctor.statistics import excess
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
-from torchpi.robots.embodiment import value_at
+from torchpi.robots.keys import flatten
 from torchpi.transforms.normalize import constant_dims, normalize
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text, pi05_prompt_text, tokenize_prompt
@@ -84,7 +84,7 @@ def check_observation(
 
 def _cameras(policy: Policy, observation: Mapping[str, Any]) -> tuple[CameraCheck, ...]:
     return tuple(
-        CameraCheck(str(c.name), c.key, c.presence, c.key is not None and value_at(observation, c.key) is not None)
+        CameraCheck(str(c.name), c.key, c.presence, c.key is not None and flatten(observation).get(c.key) is not None)
         for c in policy.embodiment.read_cameras
     )
 

@@ -13,7 +13,7 @@ from torchpi.data import format as lerobot
 from torchpi.evaluation.chunks import Chunks, predict_chunks
 from torchpi.policy import Policy
 from torchpi.robots import Embodiment
-from torchpi.robots.holding import holds
+from torchpi.robots.commands import hold_commands
 from torchpi.transforms import NormStats, constant_dims
 
 POLICY, HOLD, MEAN_ACTION = "policy", "hold", "mean_action"
@@ -176,7 +176,11 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     dimensions = tuple(
         Dimension(action.name, action.unit, *values, hold.text if hold else None, width)
         for action, hold, values, width in zip(
-            robot.actions, holds(robot), np.stack([low, high, mean], axis=1).tolist(), ranges.tolist(), strict=True
+            robot.actions,
+            hold_commands(robot),
+            np.stack([low, high, mean], axis=1).tolist(),
+            ranges.tolist(),
+            strict=True,
         )
     )
     predictions = {

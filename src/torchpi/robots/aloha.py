@@ -1,21 +1,18 @@
-"""ALOHA: two ViperX arms with parallel grippers and up to four cameras, as openpi's clients send them.
+"""Conversion between ALOHA's units and π₀'s, the hook "aloha_pi".
 
 π₀ was trained with another convention than ALOHA's software: some joints turn the other way, and the gripper is
-measured as an angle, not as an opening. `adapt_to_pi` converts; the numbers are openpi's.
+measured as an angle, not as an opening. The numbers are openpi's.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.robots.embodiment import HOOKS, ActionDim, Camera, Embodiment, Hook, StateKey
+from torchpi.robots.parts import HOOKS, Hook
 
-_ARM = ("waist", "shoulder", "elbow", "forearm_roll", "wrist_angle", "wrist_rotate")
-_NAMES = tuple(f"{side}_{joint}" for side in ("left", "right") for joint in (*_ARM, "gripper"))
-_UNITS = tuple("opening, 0 to 1" if name.endswith("gripper") else "rad" for name in _NAMES)
-_GRIPPERS = [6, 13]
+_GRIPPERS = [6, 13]  # of 14: per arm six joints, then the gripper
 
 # +1 where the two conventions turn a joint alike. The grippers' are converted below.
 _SIGN = np.array([1, -1, -1, 1, 1, 1, 1] * 2, np.float64)
@@ -51,64 +48,14 @@ def gripper_command_to_angular(command: np.ndarray) -> Float[np.ndarray, "..."]:
     return command * (_COMMAND_OPEN - _COMMAND_CLOSED) + _COMMAND_CLOSED - _ANGLE_CLOSED
 
 
-def _state_to_model(state: np.ndarray) -> np.ndarray:
-    out = _SIGN * state
-    out[..., _GRIPPERS] = gripper_to_angular(out[..., _GRIPPERS])
+def _converted(values: np.ndarray, gripper: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    out = _SIGN * values
+    out[..., _GRIPPERS] = gripper(out[..., _GRIPPERS])
     return out
 
 
-def _actions_to_model(actions: np.ndarray) -> np.ndarray:
-    out = _SIGN * actions
-    out[..., _GRIPPERS] = gripper_command_to_angular(out[..., _GRIPPERS])
-    return out
-
-
-def _actions_to_robot(actions: np.ndarray) -> np.ndarray:
-    out = _SIGN * actions
-    out[..., _GRIPPERS] = gripper_from_angular(out[..., _GRIPPERS])
-    return out
-
-
-HOOKS["aloha_pi"] = Hook(_state_to_model, _actions_to_model, _actions_to_robot)
-
-
-def aloha(
-    *,
-    adapt_to_pi: bool = True,
-    delta_actions: bool = True,
-    name: str = "aloha",
-    execute_steps: int = 25,
-    default_prompt: str | None = None,
-    asset_id: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> Embodiment:
-    """ALOHA. Observation: "state" [14], "images" {cam_high, cam_left_wrist, cam_right_wrist, cam_low: [3, h, w]},
-    "prompt".
-
-    Args:
-        adapt_to_pi: convert joints and grippers to the convention of π₀'s pre-training; False if a policy was trained
-            on ALOHA's own numbers.
-        delta_actions: the model predicts the twelve joints relative to the state; the grippers are always absolute.
-        name, execute_steps, default_prompt, asset_id, metadata: see `Embodiment`.
-    """
-    return Embodiment(
-        name,
-        cameras=(
-            # dtype "any": the robot sends uint8, simulators and data sets floats in [0, 1].
-            Camera("base_0_rgb", "images.cam_high", layout="chw", dtype="any"),
-            Camera("left_wrist_0_rgb", "images.cam_left_wrist", "optional", layout="chw", dtype="any"),
-            Camera("right_wrist_0_rgb", "images.cam_right_wrist", "optional", layout="chw", dtype="any"),
-            Camera(None, "images.cam_low", "ignored", layout="chw", dtype="any"),
-        ),
-        state=(StateKey("state", _NAMES, units=_UNITS),),
-        actions=tuple(
-            ActionDim(dim, unit, "delta" if delta_actions and i not in _GRIPPERS else "absolute")
-            for i, (dim, unit) in enumerate(zip(_NAMES, _UNITS, strict=True))
-        ),
-        hook="aloha_pi" if adapt_to_pi else None,
-        control_hz=50,  # ALOHA's usual rate, as in its data sets
-        execute_steps=execute_steps,  # 25: openpi's client for the robot
-        default_prompt=default_prompt,
-        asset_id=asset_id,
-        metadata=metadata or {},
-    )
+HOOKS["aloha_pi"] = Hook(
+    state_to_model=partial(_converted, gripper=gripper_to_angular),
+    actions_to_model=partial(_converted, gripper=gripper_command_to_angular),
+    actions_to_robot=partial(_converted, gripper=gripper_from_angular),
+)

@@ -22,7 +22,7 @@ from PIL import Image
 from torchpi.assets import assets
 from torchpi.errors import UnknownKeyError
 from torchpi.robots import Embodiment
-from torchpi.robots.embodiment import value_at
+from torchpi.robots.keys import flatten
 from torchpi.serving.recorder import camera_image
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
@@ -156,7 +156,7 @@ class Robot:
         }
 
     def _last_dict(self, last: Exchange, now: float) -> dict[str, Any]:
-        prompt, sent = last.observation.get("prompt"), functools.partial(value_at, last.observation)
+        prompt, sent = last.observation.get("prompt"), flatten(last.observation).get
         return {
             "seconds_ago": _rounded(now - last.answered_at),
             "prompt": as_text(self.default_prompt if prompt is None else prompt),

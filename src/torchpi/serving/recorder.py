@@ -25,7 +25,7 @@ from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
 from torchpi.errors import ServingError
 from torchpi.robots import Camera, Embodiment
-from torchpi.robots.embodiment import value_at
+from torchpi.robots.keys import flatten
 from torchpi.serving.metrics import Metrics
 from torchpi.transforms.images import to_uint8_hwc
 from torchpi.transforms.prompt import as_text
@@ -247,7 +247,7 @@ def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], action
         for camera in embodiment.read_cameras
         if camera.key is not None and (image := camera_image(camera, observation)) is not None
     }
-    state = np.concatenate([np.atleast_1d(value_at(observation, part.key)) for part in embodiment.state])
+    state = np.concatenate([np.atleast_1d(flatten(observation).get(part.key)) for part in embodiment.state])
     with np.errstate(over="ignore"):  # infinity is a frame that does not fit
         frame[STATE], frame[ACTION] = state.astype(np.float32), actions.reshape(-1).astype(np.float32)
     return frame
@@ -273,7 +273,7 @@ def camera_fields(embodiment: Embodiment) -> dict[str, str]:
 
 def camera_image(camera: Camera, observation: Mapping[str, Any]) -> np.ndarray | None:
     """uint8 [h, w, 3] of one camera in a request; None: it was not sent."""
-    value = None if camera.key is None else value_at(observation, camera.key)
+    value = None if camera.key is None else flatten(observation).get(camera.key)
     if value is None:
         return None
     return to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))

@@ -24,7 +24,7 @@ EMBODIMENT = Embodiment(
     "aloha_sim",
     cameras=(Camera("base_0_rgb", "images.cam_high", layout="chw"),),
     state=_ROBOT.state,
-    actions=tuple(ActionDim(action.name, action.unit) for action in _ROBOT.actions),
+    actions=tuple(ActionDim(action.name, action.unit, command=action.command) for action in _ROBOT.actions),
     control_hz=50,
     execute_steps=10,  # openpi's client for the simulator
 )

@@ -12,7 +12,7 @@ import numpy as np
 
 from torchpi.errors import UnknownKeyError
 from torchpi.extras import require
-from torchpi.robots.metaworld import metaworld
+from torchpi.robots import metaworld
 from torchpi.sim.environment import check_action
 from torchpi.sim.gl import Cameras, import_mujoco
 
