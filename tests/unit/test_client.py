@@ -157,7 +157,7 @@ class Custom:
     ],
 )
 def test_pack_refuses(value, message):
-    with pytest.raises(ValueError, match=rf"cannot pack an? .*({message})"):
+    with pytest.raises(ValueError, match=rf"Cannot pack an? .*({message})"):
         pack(value)
 
 
@@ -211,7 +211,7 @@ MALFORMED = [
 
 @pytest.mark.parametrize("value", MALFORMED, ids=lambda value: f"{value!r:.60}")
 def test_malformed_tags_are_refused(value):
-    with pytest.raises(ValueError, match="cannot unpack"):
+    with pytest.raises(ValueError, match="Cannot unpack"):
         unpack(msgpack.packb({"a": [value]}))
 
 
@@ -222,9 +222,9 @@ def test_names_of_dtypes_are_read():
 def test_every_cut_is_refused(wire_cases):
     for data, _, _ in wire_cases.values():
         for end in range(0, len(data), max(1, len(data) // 60)):
-            with pytest.raises(ValueError, match="cannot unpack"):
+            with pytest.raises(ValueError, match="Cannot unpack"):
                 unpack(data[:end])
-        with pytest.raises(ValueError, match="cannot unpack"):
+        with pytest.raises(ValueError, match="Cannot unpack"):
             unpack(data + b"\x00")
 
 
@@ -254,9 +254,9 @@ def test_nesting_is_limited():
         value = [value]
     with pytest.raises(ValueError, match="recursion limit"):
         pack(value)
-    with pytest.raises(ValueError, match="cannot unpack"):
+    with pytest.raises(ValueError, match="Cannot unpack"):
         unpack(b"\x91" * 100_000 + b"\xc0")
-    with pytest.raises(ValueError, match="cannot unpack"):
+    with pytest.raises(ValueError, match="Cannot unpack"):
         unpack(b"\xdd\xff\xff\xff\xff")  # a list of 2³² values in five bytes
 
 
@@ -364,7 +364,7 @@ def test_errors_of_torchpis_server_have_a_code():
 
 def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
     with running(echo) as url, WebsocketPolicy(url) as policy:
-        with pytest.raises(ValueError, match="cannot pack"):
+        with pytest.raises(ValueError, match="Cannot pack"):
             policy.infer({"state": object()})
         assert policy.infer({"state": np.ones(1)})["actions"][0] == 2
 
@@ -374,7 +374,7 @@ def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
     [
         ("not today", ServerError, "not today"),
         (pack([1]), ValueError, "sent a list"),
-        (b"\xc1", ValueError, "cannot unpack"),
+        (b"\xc1", ValueError, "Cannot unpack"),
         (None, ConnectionError, "sent no metadata"),
     ],
 )
@@ -400,7 +400,7 @@ def test_an_answer_after_the_deadline_is_never_taken_for_the_next_one():
                 connection.send(request)
 
     with running(first_answer_is_late) as url, WebsocketPolicy(url, answer_timeout=0.1) as policy:
-        with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
+        with pytest.raises(TimeoutError, match=r"No answer from ws://.* in 0.1 s"):
             policy.infer({"number": 1})
         late.set()
         assert policy.infer({"number": 2}, timeout=30.0) == {"number": 2}
@@ -730,7 +730,7 @@ def test_asyncio_asks_several_at_once():
         async with AsyncWebsocketPolicy(url) as policy:
             assert policy.metadata == METADATA
             answers = await asyncio.gather(*(policy.infer({"state": np.full(1, i)}) for i in range(5)))
-            with pytest.raises(ValueError, match="cannot pack"):
+            with pytest.raises(ValueError, match="Cannot pack"):
                 await policy.infer({"state": object()})
         with pytest.raises(ConnectionError, match="is closed"):
             await policy.infer({"state": np.ones(1)})
@@ -757,7 +757,7 @@ def test_asyncio_keeps_deadlines_behind_other_requests_and_ends_what_is_cancelle
         async with AsyncWebsocketPolicy(url) as policy:
             under_way = asyncio.ensure_future(policy.infer({"number": 1}))
             await asyncio.get_running_loop().run_in_executor(None, wait_until, lambda: asked)
-            with pytest.raises(TimeoutError, match=r"no answer from ws://.* in 0.1 s"):
+            with pytest.raises(TimeoutError, match=r"No answer from ws://.* in 0.1 s"):
                 await policy.infer({"number": 2}, timeout=0.1)
             assert not under_way.done()
             under_way.cancel()
@@ -829,7 +829,7 @@ def test_jpeg_says_what_it_costs():
 @pytest.mark.parametrize(
     ("observation", "message"),
     [
-        ({"top": np.zeros((8, 8, 3), np.float32)}, r"top as JPEG: It is float32 \[8, 8, 3\]; expected uint8"),
+        ({"top": np.zeros((8, 8, 3), np.float32)}, r"top as JPEG: it is float32 \[8, 8, 3\]; expected uint8"),
         ({"top": np.zeros((8, 8, 4), np.uint8)}, r"uint8 \[8, 8, 4\]"),
         ({"state": np.zeros(3)}, "no image to send as JPEG"),
     ],
@@ -846,7 +846,7 @@ def test_what_is_no_jpeg_is_refused():
         with pytest.raises(ValueError, match="top is no image"):
             decode_images({"top": bad})
     for data in (b"", b"\x89PNG\r\n\x1a\n", cut):
-        with pytest.raises(ValueError, match="cannot decode the JPEG of top"):
+        with pytest.raises(ValueError, match="Cannot decode the JPEG of top"):
             decode_images({"top": {JPEG: data, "layout": "hwc"}})
     with pytest.raises(ValueError, match=r"120×90 pixels.*at most 100"):
         decode_images({"top": good}, max_pixels=100)
@@ -933,7 +933,7 @@ def test_a_server_that_rejects():
     with running(echo, process_request=forbid) as url:
         with pytest.raises(ConnectionError, match=r"HTTP 401: who are you\?; pass its token as api_key"):
             WebsocketPolicy(url)
-        answers = [(404, "There is no policy at /arm; this server has /default\n")]
+        answers = [(404, "there is no policy at /arm; this server has /default\n")]
         with pytest.raises(ConnectionError, match=r"HTTP 404: .* has /default; what follows the port in the URL names"):
             WebsocketPolicy(url)
 
@@ -961,5 +961,5 @@ def test_what_is_no_url(url):
 
 def test_a_host_that_does_not_exist():
     url = f"ws://{'a' * 64}.example:8000"  # a label too long to be looked up anywhere
-    with pytest.raises(ConnectionError, match=f"cannot connect to {url}"):
+    with pytest.raises(ConnectionError, match=f"Cannot connect to {url}"):
         WebsocketPolicy(url)

@@ -9,7 +9,7 @@ from torchpi_client.images import decode_images, encode_images
 @pytest.mark.parametrize("shape", [(65501, 1, 3), (1, 70000, 3), (3, 65501, 2), (3, 2, 65501)])
 def test_an_image_with_a_side_that_no_jpeg_has_is_refused_with_its_key(shape):
     with pytest.raises(
-        ValueError, match=r"cannot send cams\.top as JPEG: .* pixels; the largest side of a JPEG is 65500"
+        ValueError, match=r"Cannot send cams\.top as JPEG: .* pixels; the largest side of a JPEG is 65500"
     ):
         encode_images({"cams": {"top": np.zeros(shape, np.uint8)}})
 

@@ -170,9 +170,10 @@ class ControlLoop:
             if not told:
                 told = True
                 _log.warning(
-                    "Before the robot moves there was no answer (%s). Asking again for up to %g s, because a first "
-                    "inference may include a compilation; a model that always takes longer needs a longer answer_timeout",
-                    answer.error,
+                    "Before the robot moves: %s. Asking again for up to %g s, because a first "
+                    "inference may include a compilation; a model that always takes longer needs a longer "
+                    "answer_timeout",
+                    str(answer.error).rstrip("."),
                     WARM_UP_SECONDS,
                 )
             self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses at once
@@ -230,7 +231,7 @@ class ControlLoop:
             self.report.failed_requests += 1  # the next request shows the robot as it is then
             self._unanswered_in_a_row += 1
             if self._unanswered_in_a_row == 1:
-                _log.warning("No answer (%s); asking again", answer.error)
+                _log.warning("%s; asking again", str(answer.error).rstrip("."))
             return
         if isinstance(answer.error, ConnectionError):
             raise _Stop(f"The policy is gone: {answer.error}")

@@ -173,14 +173,11 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     robot = chunks.embodiment
     ranges = high - low
     ranges[constant_dims(NormStats(mean, actions.std(axis=0), low, high), "quantile")] = math.nan
+    columns = np.stack([low, high, mean], axis=1).tolist()
     dimensions = tuple(
         Dimension(action.name, action.unit, *values, hold.text if hold else None, width)
         for action, hold, values, width in zip(
-            robot.actions,
-            hold_commands(robot),
-            np.stack([low, high, mean], axis=1).tolist(),
-            ranges.tolist(),
-            strict=True,
+            robot.actions, hold_commands(robot), columns, ranges.tolist(), strict=True
         )
     )
     predictions = {
@@ -195,7 +192,7 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
 def _hold_actions(embodiment: Embodiment, state: np.ndarray) -> Float[np.ndarray, "F a"]:
     """Actions that keep the robot still in states [F, s]; NaN where the embodiment doesn't say."""
     actions = np.full((len(state), embodiment.action_size), np.nan)
-    for i, hold in enumerate(holds(embodiment)):
+    for i, hold in enumerate(hold_commands(embodiment)):
         if hold is not None:
             actions[:, i] = 0.0 if hold.index is None else state[:, hold.index]
     return actions
