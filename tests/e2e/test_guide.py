@@ -25,7 +25,7 @@ def commands(text: str) -> list[str]:
 # In so few episodes the gripper stays open.
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
 @pytest.mark.slow
-def test_from_nothing_to_a_policy(tmp_path, monkeypatch, capsys):
+def test_commands_of_training_from_scratch_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = commands((DOCS / "from_nothing_to_a_policy.md").read_text(encoding="utf-8"))
     tasks = "drawer-open,faucet-open,faucet-close"
@@ -65,7 +65,7 @@ def record(path: str, *, episodes: int) -> None:
 
 
 @pytest.mark.slow
-def test_fine_tune(tmp_path, monkeypatch, capsys, golden_root):
+def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root):
     """With small weights in place of the published ones, and a few recordings of the robot in the guide's file."""
     monkeypatch.chdir(tmp_path)
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
@@ -101,7 +101,7 @@ def test_fine_tune(tmp_path, monkeypatch, capsys, golden_root):
 
 
 @pytest.mark.slow
-def test_fine_tune_with_the_statistics_of_the_weights(tmp_path, monkeypatch, golden_root):
+def test_fine_tuning_with_statistics_of_the_weights(tmp_path, monkeypatch, golden_root):
     """`--norm-stats` as the guide's table has it: of a robot of the weights, and of a policy that is trained on."""
     monkeypatch.chdir(tmp_path)
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
@@ -125,7 +125,7 @@ def test_training_md_names_every_option():
     assert set(TrainConfig().options) - named == set()
 
 
-def test_training_md_names_what_may_change_when_a_run_is_gone_on_with():
+def test_training_md_names_fields_that_may_change_on_resume():
     section = (DOCS / "training.md").read_text(encoding="utf-8").split("## Going on")[1].split("##")[0]
     named = set(re.findall(r"`([a-z_]+)`", section))
     assert {name for name in CHANGEABLE if not name.startswith("env")} - named == set()

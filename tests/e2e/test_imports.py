@@ -1,4 +1,4 @@
-"""What is imported, and what is not."""
+"""Imports: names resolve lazily, and nothing heavy comes along."""
 
 import subprocess
 import sys
@@ -17,11 +17,11 @@ def imported_by(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "statement", ["import torchpi", "import torchpi.transforms", "import torchpi.robots", "import torchpi.cli"]
 )
-def test_no_torch_is_needed(statement):
+def test_import_without_torch(statement):
     assert "torch" not in imported_by(statement)
 
 
-def test_the_model_brings_nothing_heavy():
+def test_model_imports_nothing_heavy():
     heavy = {"tensorstore", "matplotlib", "sentencepiece", "tokenizers", "PIL", "rich", "tyro", "pyarrow"}
     assert not heavy & imported_by("import torchpi.model.pi0")
 
@@ -40,11 +40,11 @@ def test_the_model_brings_nothing_heavy():
         "torchpi.checkpoints.load_model",
     ],
 )
-def test_public_names_are_there_behind_a_bare_import(name):
+def test_public_names_resolve_after_bare_import(name):
     program = f"import torchpi\nassert callable({name})"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_an_unknown_name_is_an_attribute_error():
+def test_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing_such"):
         torchpi.nothing_such  # noqa: B018

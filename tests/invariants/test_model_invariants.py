@@ -50,7 +50,7 @@ def test_dropping_padding_leaves_exactly_the_valid_tokens(golden, model):
         assert (kept[row][kept_mask[row]] - tokens[row][mask[row]]).abs().max() <= 5e-6
 
 
-def test_a_row_of_a_batch_is_that_row_alone(golden, model):
+def test_batch_rows_are_independent(golden, model):
     together = sample(golden, model, golden.observation())
     for i in range(2):
         alone = golden.observation_dict()
@@ -74,7 +74,7 @@ def test_a_masked_cameras_pixels_change_nothing(golden, model, garbage):
     assert torch.equal(model.compute_loss(observation, golden.inputs["actions"], **loss_inputs), loss)
 
 
-def test_what_stands_at_padding_changes_nothing(golden, model):
+def test_values_at_padding_change_nothing(golden, model):
     data = golden.observation_dict()
     tokens = data["tokenized_prompt"].clone()
     tokens[~data["tokenized_prompt_mask"]] = 17
@@ -106,7 +106,7 @@ def test_a_camera_absent_everywhere_equals_a_model_without_it(golden, model):
     assert (sample(golden, model, observe(golden, **fewer)) - masked).abs().max() <= 5e-6
 
 
-def test_no_camera_present_at_all_still_samples(golden, model):
+def test_sampling_without_any_camera_is_finite(golden, model):
     data = golden.observation_dict()
     none = {camera: torch.zeros(2, dtype=torch.bool) for camera in data["image_mask"]}
     observation = observe(golden, image_mask=none)
@@ -141,12 +141,12 @@ def test_num_steps_must_be_a_positive_integer(golden, model, num_steps):
         model.sample_actions(golden.observation(), noise=golden.inputs["noise"], num_steps=num_steps)
 
 
-def test_a_horizon_that_is_not_the_models_is_an_error(golden, model):
+def test_another_horizon_is_refused(golden, model):
     with pytest.raises(ValueError, match="Noise must be"):
         model.sample_actions(golden.observation(), noise=golden.inputs["noise"][:, 1:])
 
 
-def test_images_of_another_size_are_an_error(golden, model):
+def test_images_of_another_size_are_refused(golden, model):
     data = golden.observation_dict()
     small = {camera: image[:, :112, :112] for camera, image in data["image"].items()}
     with pytest.raises(ValueError, match="resize_with_pad"):
@@ -171,7 +171,7 @@ def test_grouped_queries_equal_repeated_keys(masked, heads):
     assert (attend(q, k, v, mask) - plain).abs().max() <= 1e-6
 
 
-def test_the_model_runs_at_other_sizes():
+def test_model_runs_at_other_sizes():
     """Two cameras of 56 pixels, several key/value heads, a sinusoidal position embedding."""
     config = Pi0Config(
         pi05=True,
@@ -205,7 +205,7 @@ def test_the_model_runs_at_other_sizes():
     assert difference.abs().max() <= 5e-6
 
 
-def test_the_fast_gelu_is_the_plain_one():
+def test_fast_gelu_equals_plain_gelu():
     x = torch.cat([torch.linspace(-12, 12, 10_001), torch.tensor([0.0, -1e30, 1e30, 1e-30])])
     plain = torch.nn.functional.gelu(x.double(), approximate="tanh").float()
     with torch.no_grad():

@@ -110,7 +110,7 @@ def test_sampled_actions(lora):
         ((0, 6), "paligemma_variant=gemma_2b, action_expert_variant=gemma_300m_lora"),
     ],
 )
-def test_what_is_frozen(lora, ranks, case):
+def test_frozen_parameters_equal_openpis_filter(lora, ranks, case):
     config = torchpi.Pi0Config.from_json(lora.root / "model_config.json")
     model = torchpi.Pi0(config, device="meta")
     add_lora(model, LoraConfig(backbone_rank=ranks[0], expert_rank=ranks[1]), None)

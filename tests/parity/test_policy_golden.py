@@ -27,7 +27,7 @@ def policy(name, golden_root, policy_cases):
     )
 
 
-def test_every_case_is_here(policy_cases):
+def test_all_golden_cases_are_tested(policy_cases):
     assert set(policy_cases) == set(EMBODIMENTS)
 
 
@@ -44,7 +44,7 @@ def test_actions_equal_openpis(name, policy, policy_case, policy_cases):
 
 
 @pytest.mark.parametrize("name", ["pi05.aloha", "pi0.libero7"])
-def test_a_saved_policy_gives_the_same_actions(name, policy, policy_case, tmp_path):
+def test_saved_policy_gives_same_actions(name, policy, policy_case, tmp_path):
     """The folder alone says everything that the test above said."""
     request, case = policy_case(name)
     policy.save(tmp_path / "policy")

@@ -255,7 +255,7 @@ def test_policy_inputs(name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_policy_outputs_are_undone_by_the_training_transforms(name):
+def test_training_transforms_invert_policy_outputs(name):
     """The model's chunk is what training would make of the golden actions: the whole way back, then forth."""
     robot, transforms = policy(name)
     arrays = load(f"policy/{name}/case.npz")
