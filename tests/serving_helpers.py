@@ -172,3 +172,13 @@ def metric(url, line, authorization=None):
     _, text = http(url, "/metrics", authorization)
     values = [float(each.rpartition(" ")[2]) for each in text.splitlines() if each.rpartition(" ")[0] == line]
     return values[0] if values else 0.0
+
+
+def until(condition):
+    """Wait for what another thread is about to do; the tests have no other way to see it."""
+    pause = threading.Event()
+    for _ in range(int(SECONDS / 0.005)):
+        if condition():
+            return
+        pause.wait(0.005)
+    raise AssertionError("it did not happen")

@@ -143,7 +143,7 @@ def test_the_seed_decides_the_actions(arguments, tmp_path):
     assert not np.array_equal(results[0], results[1])
 
 
-def test_the_written_name_is_the_given_one(arguments, tmp_path):
+def test_output_name_is_kept_without_npz(arguments, tmp_path):
     run([*arguments, "--out", tmp_path / "result"])
     assert actions(tmp_path / "result").shape == (4, 2)
 
@@ -221,14 +221,14 @@ def write_compressed(path):
 
 
 @pytest.mark.parametrize("write", [write_text, write_nothing, write_npy, write_objects, write_truncated, write_flipped])
-def test_inputs_that_are_no_npz_of_arrays_are_an_error(arguments, observation, capsys, write):
+def test_invalid_npz_inputs_are_an_error(arguments, observation, capsys, write):
     write(observation)
     error = fails(arguments, capsys)
     assert f"{observation} is not an .npz file of plain arrays, or is damaged: " in error
 
 
 @pytest.mark.parametrize("write", [write_text, write_nothing, write_objects, write_compressed])
-def test_noise_that_is_no_array_is_an_error(arguments, tmp_path, capsys, write):
+def test_invalid_noise_file_is_an_error(arguments, tmp_path, capsys, write):
     write(tmp_path / "noise.npy")
     error = fails([*arguments, "--noise", tmp_path / "noise.npy"], capsys)
     assert "noise.npy is not an .npy file of a plain array, or is damaged: " in error

@@ -109,7 +109,7 @@ def bombard(url, count, seed):
 LIMITS = {"max_rate": 1e6, "max_message_mb": 1.0}
 
 
-def test_hostile_messages():
+def test_hostile_messages_harm_no_other_client():
     with served(FakePolicy(), **LIMITS) as (url, _):
         bombard(url, 150, seed=0)
 
@@ -125,7 +125,7 @@ def test_ten_thousand_hostile_messages_leave_the_memory_flat():
         assert growth < 0.1 * before
 
 
-def test_half_open_and_slow_connections_hold_up_nobody():
+def test_half_open_and_slow_connections_delay_nobody():
     with served(FakePolicy()) as (url, _), sockets(url) as connected, clients(url) as [good]:
         for _ in range(20):
             stall(connected)
@@ -137,7 +137,7 @@ def test_half_open_and_slow_connections_hold_up_nobody():
             assert "actions" in good.ask(observation())
 
 
-def test_a_frame_that_claims_to_be_huge_is_refused_before_it_comes():
+def test_frame_header_with_a_huge_length_is_refused_at_once():
     with served(FakePolicy()) as (url, _), sockets(url) as connected, clients(url) as [good]:
         liar = connected(HANDSHAKE)
         received = liar.recv(1)
@@ -148,7 +148,7 @@ def test_a_frame_that_claims_to_be_huge_is_refused_before_it_comes():
         assert "actions" in good.ask(observation())
 
 
-def test_a_client_that_does_not_read_its_answers_holds_up_nobody():
+def test_client_that_does_not_read_delays_nobody():
     with served(FakePolicy()) as (url, _), clients(url, 2, close_timeout=0.1) as [deaf, good]:
         for _ in range(20):
             deaf.send(observation())

@@ -32,7 +32,7 @@ def connect():
 
 
 @one_thread()
-def test_websocket_client_policy(connect):
+def test_openpi_websocket_client_gets_metadata_and_chunks(connect):
     policy = load_policy("demo", device="cpu")
     request = {**policy.example_observation(), "state": np.array([0.0, 0.6, 0.2, 1.0])}
     with served(policy_of(policy), num_steps=2, seed=5, max_batch=1) as (url, _):
@@ -54,7 +54,7 @@ def policy_of(policy):
     return policy
 
 
-def test_host_and_port_and_an_api_key(connect):
+def test_openpi_client_connects_with_host_port_and_api_key(connect):
     with served(FakePolicy(), token="s3cret") as (url, _):
         host, port = url.removeprefix("ws://").split(":")
         client = connect(host, port=int(port), api_key="s3cret")
@@ -64,7 +64,7 @@ def test_host_and_port_and_an_api_key(connect):
             connect(url, api_key="wrong")
 
 
-def test_action_chunk_broker(connect):
+def test_openpi_action_chunk_broker_steps_through_chunks(connect):
     policy = FakePolicy()
     with served(policy) as (url, _):
         actions = broker.ActionChunkBroker(connect(url), action_horizon=3)
@@ -74,7 +74,7 @@ def test_action_chunk_broker(connect):
         assert len({step.tobytes() for step in steps}) == 5
 
 
-def test_it_waits_for_the_warm_up(connect):
+def test_openpi_client_waits_for_the_warm_up(connect):
     policy = FakePolicy(held=True)
     with served(policy) as (url, _):
         found = []
@@ -96,7 +96,7 @@ def test_an_error_is_raised_with_its_message_and_the_connection_stays(connect):
 
 
 @pytest.mark.slow
-def test_the_command_serves_until_it_is_told_to_end(connect, tmp_path):
+def test_serve_command_ends_on_sigterm_and_keeps_the_recording(connect, tmp_path):
     command = [sys.executable, "-m", "torchpi.cli", "serve", "demo", "--port", "0", "--max-batch", "1"]
     command += ["--device", "cpu", "--default-prompt", "open the drawer", "--record", str(tmp_path / "set")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:

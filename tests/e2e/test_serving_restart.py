@@ -205,7 +205,7 @@ def test_a_server_that_is_killed_and_restarted_costs_time_and_no_wrong_action(se
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["async", "rtc"])
-def test_a_chunk_of_a_server_that_stood_still_is_refused(server, mode):
+def test_stale_chunk_of_a_stopped_server_is_refused(server, mode):
     with running(server, mode, answer_timeout=PATIENCE) as run:
         robot, report = run.robot, run.report
         run.until_a_request_is_under_way()

@@ -2,11 +2,8 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
-import logging
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -15,16 +12,26 @@ import threading
 import msgpack
 import numpy as np
 import pytest
-from serving_helpers import SECONDS, A, Client, FakePolicy, H, clients, http, metric, observation, one_thread, served
+from serving_helpers import (
+    SECONDS,
+    A,
+    Client,
+    FakePolicy,
+    H,
+    clients,
+    http,
+    metric,
+    observation,
+    one_thread,
+    served,
+    until,
+)
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from torchpi.data import LeRobotDataset
 from torchpi.policy import load_policy
-from torchpi.robots import Camera, StateKey
 from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
 from torchpi.serving.metrics import Metrics
-from torchpi.serving.recorder import Recorder, camera_fields, request_frame
 from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler, noise_shape
 from torchpi.serving.server import running_server
@@ -45,20 +52,10 @@ def close_code(client):
     return caught.value.rcvd.code
 
 
-def until(condition):
-    """Wait for what another thread is about to do; the tests have no other way to see it."""
-    pause = threading.Event()
-    for _ in range(int(SECONDS / 0.005)):
-        if condition():
-            return
-        pause.wait(0.005)
-    raise AssertionError("it did not happen")
-
-
 # ---- the protocol ----
 
 
-def test_metadata_first_then_a_chunk_per_observation():
+def test_server_sends_metadata_then_a_chunk_per_observation():
     with served(FakePolicy(), seed=3) as (url, _), contextlib.ExitStack() as stack:
         client = Client(url, stack)
         metadata = client.metadata()
@@ -72,7 +69,7 @@ def test_metadata_first_then_a_chunk_per_observation():
         assert client.ask(observation())["server_timing"]["prev_total_ms"] > 0
 
 
-def test_the_path_chooses_the_policy():
+def test_path_chooses_the_policy():
     with served(FakePolicy(name="a"), FakePolicy(name="b")) as (url, _), contextlib.ExitStack() as stack:
         names = [Client(url + path, stack).metadata()["name"] for path in ("/", "/p0", "/p1", "/p1?x=1")]
         assert names == ["a", "a", "b", "b"]
@@ -81,14 +78,14 @@ def test_the_path_chooses_the_policy():
         assert http(url, "/p2") == (404, "There is no policy at /p2; this server has /p0, /p1.\n")
 
 
-def test_noise_and_steps_may_come_with_the_request():
+def test_request_may_bring_noise_and_num_steps():
     noise = np.random.default_rng(0).standard_normal((H, A))
     with served(FakePolicy()) as (url, _), clients(url) as [client]:
         answer = client.ask({**observation(5.0), "torchpi/noise": noise, "torchpi/num_steps": 2})
         np.testing.assert_allclose(answer["actions"], 2 * noise[:, :2].astype(np.float32) + [5, 2], rtol=1e-6)
 
 
-def test_real_time_chunking_goes_with_the_request_in_a_batch_of_its_own():
+def test_real_time_chunking_request_has_a_batch_of_its_own():
     policy, rest = FakePolicy(), np.ones((2, 2), np.float32)
     with served(policy) as (url, _), clients(url) as [client]:
         rtc = {"action_prefix": rest, "delay": 1, "execution_horizon": 2}
@@ -101,18 +98,18 @@ def test_real_time_chunking_goes_with_the_request_in_a_batch_of_its_own():
             assert code(client.ask({**observation(), "torchpi/rtc": wrong})) == "bad_observation"
 
 
-def test_images_may_be_jpegs():
-    picture = np.full((6, 8, 3), 77, np.uint8)
+def test_jpeg_images_are_decoded():
+    image = np.full((6, 8, 3), 77, np.uint8)
     policy = FakePolicy()
     with served(policy, max_message_mb=0.01) as (url, _), clients(url) as [client]:
-        assert client.ask(encode_images({**observation(), "camera": picture}))["actions"].shape == (H, 2)
+        assert client.ask(encode_images({**observation(), "camera": image}))["actions"].shape == (H, 2)
         for wrong in ({"torchpi/jpeg": b"x", "layout": "hwc"}, {"torchpi/jpeg": "x" * 9}):
             assert code(client.ask({**observation(), "camera": wrong})) == "bad_observation"
         large = encode_images({**observation(), "camera": np.zeros((100, 100, 3), np.uint8)})
         assert code(client.ask(large)) == "bad_observation"
 
 
-def test_the_same_requests_in_the_same_order_get_the_same_noise():
+def test_same_requests_in_the_same_order_get_the_same_noise():
     def actions():
         with served(FakePolicy(), seed=7) as (url, _), clients(url, 2) as both:
             return [client.ask(observation())["actions"] for client in (*both, *both)]
@@ -122,7 +119,7 @@ def test_the_same_requests_in_the_same_order_get_the_same_noise():
     assert len({chunk.tobytes() for chunk in first}) == 4
 
 
-def test_no_web_page_may_connect():
+def test_connection_with_an_origin_is_refused():
     with (
         served(FakePolicy()) as (url, _),
         contextlib.ExitStack() as stack,
@@ -168,7 +165,7 @@ def test_a_policy_that_cannot_be_loaded_ends_the_server():
         pass
 
 
-def test_of_several_policies_the_one_that_cannot_be_loaded_is_named():
+def test_error_names_the_policy_that_cannot_be_loaded():
     def fails():
         raise ValueError("There is nothing")
 
@@ -181,7 +178,7 @@ def test_of_several_policies_the_one_that_cannot_be_loaded_is_named():
 # ---- several clients ----
 
 
-def test_requests_that_wait_together_are_one_batch_with_the_answers_that_each_gets_alone():
+def test_waiting_requests_are_one_batch_with_the_answers_of_single_requests():
     policy = FakePolicy()
     noise = np.random.default_rng(0).standard_normal((4, H, A))
     with served(policy) as (url, server), clients(url, 4) as four:
@@ -202,7 +199,7 @@ def test_requests_that_wait_together_are_one_batch_with_the_answers_that_each_ge
 
 
 @one_thread()
-def test_a_real_policys_batch_has_the_answers_of_single_requests():
+def test_batch_of_a_real_policy_has_the_answers_of_single_requests():
     policy = load_policy("demo", device="cpu")
     rng = np.random.default_rng(0)
     noise = rng.standard_normal((3, *noise_shape(policy)), np.float32)
@@ -227,7 +224,7 @@ def test_a_real_policys_batch_has_the_answers_of_single_requests():
         np.testing.assert_allclose(answer.chunk["actions"], alone["actions"], atol=1e-5)
 
 
-def test_requests_with_other_steps_are_another_batch():
+def test_requests_with_other_num_steps_are_another_batch():
     policy = FakePolicy()
     with served(policy) as (url, server), clients(url, 3) as three:
         policy.hold()
@@ -277,7 +274,7 @@ def test_a_bad_observation_fails_alone_and_its_connection_stays():
         assert "actions" in four[2].ask(observation())
 
 
-def test_what_fails_in_the_policy_is_in_the_log_and_not_in_the_answer(caplog):
+def test_policy_failure_is_logged_and_not_sent(caplog):
     policy = FakePolicy()
     with served(policy) as (url, _), clients(url) as [client]:
         policy.failure = ValueError("a secret of the server")
@@ -289,7 +286,7 @@ def test_what_fails_in_the_policy_is_in_the_log_and_not_in_the_answer(caplog):
         assert "actions" in client.ask(observation())
 
 
-def test_the_queue_is_bounded_and_has_deadlines(caplog):
+def test_queue_is_bounded_and_has_deadlines(caplog):
     policy = FakePolicy()
     with served(policy, max_queue=1) as (url, server), clients(url, 3) as [first, late, surplus]:
         policy.hold()
@@ -307,7 +304,7 @@ def test_the_queue_is_bounded_and_has_deadlines(caplog):
     assert not [record for record in caplog.records if record.name == "asyncio"]  # where lost exceptions end
 
 
-def test_the_client_hears_of_its_deadline_before_it_gives_the_connection_up():
+def test_deadline_error_arrives_before_the_client_gives_up():
     policy = FakePolicy()
     with served(policy) as (url, _), clients(url) as [first], WebsocketPolicy(url) as late:
         policy.hold()
@@ -340,7 +337,7 @@ def test_a_request_whose_client_leaves_is_dropped():
 # ---- what is refused ----
 
 
-def test_a_token_as_bearer_or_api_key():
+def test_token_is_accepted_as_bearer_or_api_key():
     with served(FakePolicy(), token="s3cret") as (url, _), contextlib.ExitStack() as stack:
         for wrong in ({}, {"Authorization": "Bearer no"}, {"Authorization": "Basic s3cret"}):
             with pytest.raises(InvalidStatus, match="401"):
@@ -357,7 +354,7 @@ def refusals(caplog):
     return [record.getMessage() for record in caplog.records if record.getMessage().startswith("refused ")]
 
 
-def test_the_first_refused_connection_of_a_kind_is_in_the_log_and_those_right_after_it_are_only_counted(caplog):
+def test_refused_connections_are_logged_once_per_reason_and_counted(caplog):
     with served(FakePolicy(), token="s3cret") as (url, _):
         for _ in range(3):
             assert http(url, "/")[0] == 401
@@ -368,7 +365,7 @@ def test_the_first_refused_connection_of_a_kind_is_in_the_log_and_those_right_af
         assert "There is no policy at /nothing" in refusals(caplog)[1]
 
 
-def test_a_path_of_a_refused_connection_cannot_control_the_terminal_that_shows_the_log(caplog):
+def test_logged_path_has_no_control_characters(caplog):
     with served(FakePolicy()) as (url, _):
         address = url.removeprefix("ws://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=SECONDS) as raw:
@@ -379,7 +376,7 @@ def test_a_path_of_a_refused_connection_cannot_control_the_terminal_that_shows_t
         assert len(line) < 600
 
 
-def test_a_taken_port_is_said_with_the_option_that_chooses_another():
+def test_taken_port_error_names_the_option_port():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(OSError, match="is taken") as caught, served(FakePolicy(), port=port):
@@ -387,13 +384,13 @@ def test_a_taken_port_is_said_with_the_option_that_chooses_another():
     assert str(caught.value) == f"Port {port} of 127.0.0.1 is taken; choose another one with --port (0: a free one)."
 
 
-def test_a_host_that_is_another_machine_is_said():
+def test_host_of_another_machine_is_an_error():
     # 192.0.2.1 is for documentation, no machine has it.
     with pytest.raises(OSError, match=r"^192\.0\.2\.1 is no address of this machine\.$"), served(host="192.0.2.1"):
         pass
 
 
-def test_connections_are_limited_and_come_free_again():
+def test_connections_are_limited_and_freed():
     with served(FakePolicy(), max_connections=1) as (url, _), contextlib.ExitStack() as stack:
         with clients(url), pytest.raises(InvalidStatus, match="503"):
             Client(url, stack)
@@ -401,14 +398,14 @@ def test_connections_are_limited_and_come_free_again():
         assert Client(url, stack).metadata()
 
 
-def test_the_rate_of_requests_is_limited():
+def test_request_rate_is_limited_per_connection():
     with served(FakePolicy(), max_rate=1.0) as (url, _), clients(url, 2) as [eager, other]:
         answers = [eager.ask(observation()) for _ in range(5)]
         assert "rate_limited" in {code(answer) for answer in answers if isinstance(answer, str)}
         assert "actions" in other.ask(observation())
 
 
-def test_a_rate_limit_fills_up_with_time():
+def test_rate_limit_refills_with_time():
     limit = RateLimit(2.0, now=0.0)
     assert [limit.allows(now) for now in (0.0, 0.0, 0.0, 0.4, 0.5, 0.6, 9.0, 9.0, 9.0)] == [
         *(True, True, False),
@@ -417,7 +414,7 @@ def test_a_rate_limit_fills_up_with_time():
     ]
 
 
-def test_a_message_that_is_too_large_ends_its_connection_alone():
+def test_oversized_message_ends_its_connection_alone():
     with served(FakePolicy(), max_message_mb=0.01) as (url, _), clients(url, 2) as [client, other]:
         client.send(bytes(20_000))
         assert close_code(client) == 1009
@@ -440,7 +437,7 @@ def test_a_message_that_is_too_large_ends_its_connection_alone():
     ],
     ids=["text", "empty", "reserved", "truncated", "surplus", "ext", "huge", "object", "length", "deep"],
 )
-def test_a_malformed_frame_is_told_and_ends_its_connection_alone(frame):
+def test_malformed_frame_gets_an_error_and_ends_its_connection_alone(frame):
     with served(FakePolicy()) as (url, _), clients(url, 2) as [client, other]:
         if frame != msgpack.packb(msgpack.ExtType(1, b"x")):
             assert code(client.ask(frame)) == "malformed_message"
@@ -470,13 +467,13 @@ def nested(depth):
         ({"torchpi/deadline": float("nan")}, "expected a positive number"),
     ],
 )
-def test_what_is_no_request(request_, message):
+def test_invalid_request_is_refused(request_, message):
     with pytest.raises(RequestError, match=message) as caught:
         read_request(pack(request_), noise_shape=(H, A))
     assert caught.value.code == "bad_observation"
 
 
-def test_a_message_has_a_limited_number_of_entries():
+def test_number_of_entries_in_a_message_is_limited():
     many = {"a": [0] * 100, "b": {str(i): i for i in range(10)}}
     assert unpack(pack(many), max_items=112) == many
     with pytest.raises(ValueError, match="more than 111 entries"):
@@ -498,7 +495,7 @@ def test_a_message_has_a_limited_number_of_entries():
         ({"grace": -1.0}, "grace is -1.0"),
     ],
 )
-def test_settings_that_make_no_sense(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ServeSettings(**settings)
 
@@ -516,7 +513,7 @@ def stopping(stack):
     assert not thread.is_alive()
 
 
-def test_shutting_down_answers_what_has_been_received():
+def test_shutdown_answers_received_requests():
     policy = FakePolicy()
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as connections:
         url, server = stack.enter_context(running_server({"p": lambda: policy}, ServeSettings(port=0, max_batch=1)))
@@ -536,7 +533,7 @@ def test_shutting_down_answers_what_has_been_received():
                 assert close_code(client) == 1001
 
 
-def test_after_the_grace_period_clients_are_told():
+def test_waiting_clients_get_an_error_after_the_grace_period():
     policy = FakePolicy()
     with contextlib.ExitStack() as stack, contextlib.ExitStack() as connections:
         settings = ServeSettings(port=0, max_batch=1, grace=0.0)
@@ -555,10 +552,10 @@ def test_after_the_grace_period_clients_are_told():
     assert policy.batches == [[1.0]]
 
 
-# ---- metrics and recordings ----
+# ---- metrics ----
 
 
-def test_metrics():
+def test_metrics_count_requests_passes_and_connections():
     with served(FakePolicy()) as (url, _), clients(url, 2) as [client, _other]:
         client.ask(observation())
         client.ask({"state": 1})
@@ -572,187 +569,16 @@ def test_metrics():
         assert metric(url, "torchpi_queue_length") == 0
 
 
-def test_requests_and_chunks_are_kept_as_a_data_set(tmp_path):
-    pytest.importorskip("pyarrow")
-    metrics = Metrics()
-    with (
-        Recorder({"p0": tmp_path / "set"}, metrics) as recorder,
-        served(FakePolicy(), recorder=recorder) as (url, _),
-        clients(url, 2) as [client, other],
-    ):
-        picture = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
-        sent = [client.ask({**observation(float(i)), "camera": picture, "prompt": "push"}) for i in (1, 2)]
-        sent.append(client.ask(observation(3.0, prompt="pull")))
-        sent.append(other.ask(observation(4.0)))
-        assert isinstance(other.ask({"state": 0}), str)
-    kept = LeRobotDataset(tmp_path / "set", action_horizon=1)
-    frames = sorted((kept[i] for i in range(len(kept))), key=lambda frame: frame["observation.state"][0])
-    assert [frame["task"] for frame in frames] == ["push", "push", "pull", "go"]
-    np.testing.assert_array_equal(frames[0]["observation.images.camera"], picture)
-    for frame, answer in zip(frames, sent, strict=True):
-        np.testing.assert_array_equal(frame["action"].reshape(H, 2), answer["actions"])
-    assert b'torchpi_recorded_total{result="kept"} 4.0' in metrics.text()
-
-
-def test_the_memory_of_a_recording_is_shared_by_its_clients_and_the_largest_episode_makes_room(tmp_path, monkeypatch):
-    pytest.importorskip("pyarrow")
-    policy = FakePolicy()
-    actions = np.zeros((H, 2), np.float32)
-    size = sum(value.nbytes for value in request_frame(policy.embodiment, observation(), actions).values())
-    monkeypatch.setattr("torchpi.serving.recorder.EPISODE_MB", 4 * size / 2**20)
-    with Recorder({"p0": tmp_path / "set"}, Metrics()) as recorder:
-        # At the fifth request client 0 has three in memory, at the eighth client 2 has; at the end the rest is saved.
-        for i, client in enumerate((0, 0, 1, 0, 2, 2, 2, 1, 0)):
-            recorder.keep("p0", client, policy, observation(float(i)), actions)
-    kept = LeRobotDataset(tmp_path / "set", action_horizon=1)
-    episodes = {}
-    for i in range(len(kept)):
-        episodes.setdefault(int(kept[i]["episode_index"]), []).append(int(kept[i]["observation.state"][0]))
-    assert list(episodes.values()) == [[0, 1, 3], [4, 5, 6], [2, 7], [8]]
-
-
-def test_the_log_says_at_the_end_how_much_was_recorded_and_where(tmp_path, caplog):
-    pytest.importorskip("pyarrow")
-    caplog.set_level(logging.INFO, logger="torchpi.serving.recorder")
-    policy, actions = FakePolicy(), np.zeros((H, 2), np.float32)
-    with Recorder({name: tmp_path / name for name in ("arm", "hand", "unused")}, Metrics()) as recorder:
-        for name, prompt in (("arm", "push"), ("arm", "push"), ("arm", "pull"), ("hand", "push")):
-            recorder.keep(name, 0, policy, observation(prompt=prompt), actions)
-    assert [record.getMessage() for record in caplog.records] == [
-        f"recorded 3 requests in 2 episodes: {tmp_path / 'arm'}",
-        f"recorded 1 requests in 1 episodes: {tmp_path / 'hand'}",
-    ]
-
-
-def test_a_recording_that_fails_does_not_stop_the_robot(tmp_path, caplog):
-    pytest.importorskip("pyarrow")
-    metrics = Metrics()
-    caplog.set_level(logging.CRITICAL, logger="torchpi.serving.recorder")
-    with (
-        Recorder({"p0": tmp_path / "set"}, metrics) as recorder,
-        served(FakePolicy(), recorder=recorder) as (url, _),
-        clients(url) as [client],
-    ):
-        client.ask(observation(1.0))
-        client.ask(observation(2.0, prompt="another"))
-        until((tmp_path / "set" / ".recording" / "reserve").is_file)
-        shutil.move(tmp_path / "set" / ".recording", tmp_path / "gone")
-        assert "actions" in client.ask(observation(3.0))
-        assert "actions" in client.ask(observation(4.0, prompt="another"))
-    assert b'torchpi_recorded_total{result="lost"}' in metrics.text()
-
-
-def two_cameras(base="base", wrist="wrist"):
-    """A policy of a robot whose camera at the wrist is optional."""
-    policy = FakePolicy()
-    cameras = (Camera("base_0_rgb", base), Camera("left_wrist_0_rgb", wrist, presence="optional"))
-    policy.embodiment = dataclasses.replace(policy.embodiment, cameras=cameras)
-    return policy
-
-
-def picture(height, width, value=9):
-    return np.full((height, width, 3), value, np.uint8)
-
-
-def recorded(path, policy, requests, *, metrics=None):
-    """The frames of a data set of these requests, each of (client, its fields)."""
-    pytest.importorskip("pyarrow")
-    with Recorder({"p0": path}, metrics or Metrics()) as recorder:
-        for i, (client, fields) in enumerate(requests):
-            sent = {"state": np.array([i, 0.0], np.float32), "prompt": "push", **fields}
-            recorder.keep("p0", client, policy, sent, np.zeros((H, 2), np.float32))
-    kept = LeRobotDataset(path, action_horizon=1)
-    return [kept[i] for i in range(len(kept))]
-
-
-@pytest.mark.parametrize("order", [(0, 1, 1), (1, 1, 0), (1, 0, 1)])
-def test_an_optional_camera_is_black_in_its_own_size_where_it_was_not_sent(tmp_path, order):
-    sent = [{"base": picture(12, 16)}, {"base": picture(12, 16), "wrist": picture(6, 6)}]
-    frames = recorded(tmp_path / "set", two_cameras(), [(0, sent[i]) for i in order])
-    found = [frame["observation.images.wrist"] for frame in frames]
-    np.testing.assert_array_equal(found, [picture(6, 6, 9 * i) for i in order])
-
-
-def test_an_optional_camera_that_has_sent_nothing_when_the_first_episode_is_saved_has_anothers_size(tmp_path):
-    alone, both = {"base": picture(12, 16)}, {"base": picture(12, 16), "wrist": picture(12, 16)}
-    requests = [(0, alone), (0, {**alone, "prompt": "pull"}), (0, {**both, "wrist": picture(6, 6)}), (0, both)]
-    frames = recorded(tmp_path / "set", two_cameras(), requests)
-    assert [int(frame["observation.state"][0]) for frame in frames] == [0, 1, 3]
-    found = [frame["observation.images.wrist"] for frame in frames]
-    np.testing.assert_array_equal(found, [picture(12, 16, value) for value in (0, 0, 9)])
-
-
-def test_of_requests_that_do_not_fit_the_data_set_they_alone_are_lost_and_said_once_per_client(tmp_path, caplog):
-    metrics = Metrics()
-    good, large, huge = {"base": picture(6, 8)}, {"base": picture(12, 16)}, np.array([1e300, 0.0])
-    requests = [(0, good), (0, large), (1, large), (0, large), (1, good), (0, {**good, "state": huge}), (0, good)]
-    frames = recorded(tmp_path / "set", two_cameras(), requests, metrics=metrics)
-    assert sorted(int(frame["observation.state"][0]) for frame in frames) == [0, 4, 6]
-    assert b'torchpi_recorded_total{result="lost"} 4.0' in metrics.text()
-    assert b'torchpi_recorded_total{result="kept"} 3.0' in metrics.text()
-    said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
-    assert [re.search(r"client (\d)", line)[1] for line in said] == ["0", "1"]
-    assert "observation.images.base has the shape [12, 16, 3], and that of the dataset [6, 8, 3]" in said[0]
-
-
-def test_cameras_whose_keys_end_alike_are_recorded_under_their_whole_keys(tmp_path):
-    policy = two_cameras("base.rgb", "wrist/rgb")
-    [frame] = recorded(tmp_path / "set", policy, [(0, {"base.rgb": picture(6, 8), "wrist/rgb": picture(4, 4, 5)})])
-    np.testing.assert_array_equal(frame["observation.images.base_rgb"], picture(6, 8))
-    np.testing.assert_array_equal(frame["observation.images.wrist_rgb"], picture(4, 4, 5))
-
-
-def test_no_cameras_name_in_a_recording_is_anothers():
-    cameras = [Camera(f"c{i}", key) for i, key in enumerate(("base.rgb", "base/rgb", "base_rgb", "images.top"))]
-    embodiment = dataclasses.replace(FakePolicy().embodiment, cameras=tuple(cameras))
-    fields = camera_fields(embodiment)
-    assert len(set(fields.values())) == 4
-    assert fields["images.top"] == "observation.images.top"
-
-
-@pytest.mark.parametrize("prompt", ["", " \n"])
-def test_requests_with_an_empty_prompt_are_recorded_with_a_task_that_says_so(tmp_path, prompt):
-    [frame] = recorded(tmp_path / "set", two_cameras(), [(0, {"base": picture(6, 8), "prompt": prompt})])
-    assert frame["task"] == "(no instruction)"
-
-
-@pytest.mark.parametrize(
-    "sent",
-    [
-        {"robot.arm.state": [1.0, 2.0]},
-        {"robot": {"arm": {"state": [1.0, 2.0]}}},
-        {"robot.arm": {"state": [1.0, 2.0]}},
-        {"robot": {"arm.state": [1.0, 2.0]}},
-        {"robot": {}, "robot.arm": {"state": [1.0, 2.0]}},
-    ],
-)
-def test_what_the_embodiment_takes_nested_flat_or_mixed_is_recorded(tmp_path, sent):
-    policy = two_cameras("images.front.rgb", "images.wrist")
-    state = (StateKey("robot.arm.state", ("x", "y")),)
-    policy.embodiment = dataclasses.replace(policy.embodiment, state=state)
-    request = {"prompt": "push", "images.front": {"rgb": picture(6, 8)}, **sent}
-    policy.embodiment.to_model(request)  # it is taken
-    [frame] = recorded(tmp_path / "set", policy, [(0, request)])
-    np.testing.assert_array_equal(frame["observation.state"], [1, 2])
-    np.testing.assert_array_equal(frame["observation.images.rgb"], picture(6, 8))
-
-
-def test_a_recording_needs_an_empty_folder(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="not an empty folder"):
-        Recorder({"p0": tmp_path}, Metrics())
-
-
 # ---- the command ----
 
 
-def test_without_the_extra_serve_the_error_says_a_command_that_installs_it():
+def test_missing_extra_error_has_the_install_command():
     program = "import sys; sys.modules['msgpack'] = None; from torchpi.cli import main; main(['serve', 'demo'])"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS)
     assert "pip install ./client '.[serve]' in torchpi's repository" in done.stderr.splitlines()[-1]
 
 
-def test_policies_by_name():
+def test_policies_are_parsed_by_name():
     assert policy_paths("a", []) == {"default": "a"}
     assert policy_paths("a", ["b=c", "d=hf://x/y=z"]) == {"default": "a", "b": "c", "d": "hf://x/y=z"}
     for wrong in (["b"], ["=c"], ["b="], ["b/c=d"], ["metrics=d"], ["b=c", "b=d"], ["default=c"]):
@@ -770,9 +596,7 @@ def test_policies_by_name():
         (None, ["default=nowhere"], r"^--policies default: There is no checkpoint at nowhere\.$"),
     ],
 )
-def test_a_checkpoint_that_does_not_exist_is_found_before_anything_is_loaded(
-    policy, named, message, tmp_path, monkeypatch
-):
+def test_missing_checkpoint_is_an_error_before_any_policy_is_loaded(policy, named, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("A policy was loaded"))
     with pytest.raises(FileNotFoundError, match=message):

@@ -54,7 +54,7 @@ def test_nan_and_infinity_are_left_to_the_embodiment_that_names_the_joint(bad, o
 
 
 @pytest.mark.parametrize("dtype", ["<f2", "<f4", ">f4", "<f8", ">f8", "<i8", "<u8", "|b1"])
-def test_numbers_that_a_model_can_read_arrive_as_they_are(dtype):
+def test_readable_numbers_arrive_unchanged(dtype):
     state = np.array([0, 1, 1], dtype)
     observation, _ = read({"state": state, "none": np.zeros((0, 3), dtype), "list": [1, 2.5, True, None]})
     np.testing.assert_array_equal(observation["state"], state)
@@ -68,7 +68,7 @@ def test_the_largest_float32_arrives():
 
 
 @pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is float64 here")
-def test_floats_that_pytorch_has_not_are_refused():
+def test_floats_without_a_pytorch_dtype_are_refused():
     assert "state is float128; expected" in refusal({"state": np.zeros(4, np.longdouble)})
     assert "torchpi/noise is float128" in refusal({"torchpi/noise": np.zeros((H, A), np.longdouble)})
     assert "action_prefix is float128" in refusal(
@@ -80,7 +80,7 @@ def test_floats_that_pytorch_has_not_are_refused():
     assert "x is float128" in refusal({"x": scalar})
 
 
-def test_what_stands_for_a_jpeg_is_left_to_its_decoding():
+def test_jpeg_entry_is_left_to_its_decoder():
     deep = 0.0
     for _ in range(900):
         deep = [deep]
@@ -93,20 +93,20 @@ def test_what_stands_for_a_jpeg_is_left_to_its_decoding():
 
 @pytest.mark.parametrize("dtype", ["<U", ">U"])
 @pytest.mark.parametrize("code", [0xD800, 0xDFFF, 0x110000, 0xFFFFFFFF])
-def test_text_of_what_are_no_characters_is_refused(code, dtype):
+def test_text_that_is_not_unicode_is_refused(code, dtype):
     text = as_text_array(ord("g"), code, dtype=dtype)
     assert refusal({"prompt": text}) == f"prompt is text with the code point {code:#x}; expected Unicode characters."
     assert "torchpi/num_steps is text" in refusal({"torchpi/num_steps": text})
 
 
-def test_surrogates_in_the_text_of_msgpack_are_malformed():
+def test_surrogates_in_msgpack_text_are_malformed():
     with pytest.raises(RequestError, match="can't decode") as caught:
         read_request(b"\x81\xa6prompt\xa3\xed\xa0\x80", noise_shape=(H, A))
     assert caught.value.code == "malformed_message"
 
 
 @pytest.mark.parametrize("text", ["go", "größer 机器人", "\ud7ff\ue000\U0010ffff", ""])
-def test_text_arrives_as_it_is(text):
+def test_unicode_text_arrives_unchanged(text):
     observation, _ = read({"prompt": np.array(text), "big": np.array(text, ">U12"), "str": text})
     assert observation["prompt"].item() == observation["big"].item() == observation["str"] == text
     assert read({"names": np.array(["a", "b"])})[0]["names"].tolist() == ["a", "b"]
@@ -116,20 +116,20 @@ def test_text_arrives_as_it_is(text):
 
 
 @pytest.mark.parametrize("value", [np.float64(1e300), np.float32(3e38), np.float64(-1.1e6)])
-def test_noise_that_a_model_would_overflow_with_is_refused(value):
+def test_overflowing_noise_is_refused(value):
     message = refusal({"torchpi/noise": np.full((H, A), value)})
     assert message.startswith("torchpi/noise reaches a magnitude of")
     assert message.endswith("expected at most 1e+06: it is drawn from N(0, 1).")
 
 
 @pytest.mark.parametrize("value", [np.float64(1e300), np.float32(3e38), np.float64(-1.1e12)])
-def test_a_prefix_that_a_model_would_overflow_with_is_refused(value):
+def test_overflowing_action_prefix_is_refused(value):
     message = refusal({"torchpi/rtc": {**PREFIX, "action_prefix": np.full((2, 2), value)}})
     assert message.startswith("action_prefix of torchpi/rtc reaches a magnitude of")
     assert message.endswith("expected at most 1e+12: no robot's actions are as large.")
 
 
-def test_options_of_usual_size_arrive():
+def test_options_within_their_limits_arrive():
     noise = np.linspace(-1e6, 1e6, H * A).reshape(H, A)
     _, options = read({"torchpi/noise": noise.astype(">f8"), "torchpi/rtc": PREFIX})
     np.testing.assert_array_equal(options.noise, noise.astype(np.float32))
