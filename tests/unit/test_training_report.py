@@ -105,7 +105,7 @@ def bare(tmp_path):
 
 
 class Page(html.parser.HTMLParser):
-    """What a page consists of; checks that tags are closed in order."""
+    """A parsed page, whose tags are closed in order."""
 
     VOID = ("meta", "img", "br")
 

@@ -106,9 +106,8 @@ def predict_chunks(
 
     Args:
         dataset: with chunks as long as the policy's.
-        frames: numbers of the dataset's frames, as `sample_frames` gives them.
+        frames: numbers of frames, see `sample_frames`.
         seed: a chunk's noise depends on it, on the frame's place in its episode and on the number of the noise sample.
-        num_steps: Euler steps.
         batch_size: chunks at once; all noise samples of a frame are in one batch.
         noise_samples: chunks per frame.
         prompt: the instruction of all frames, instead of their tasks.

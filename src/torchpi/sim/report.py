@@ -1,46 +1,49 @@
-"""An evaluation for people, and the swap of instructions that shows whether a policy reads them."""
+"""Tables of an evaluation, and the swap of instructions that shows whether a policy reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.table import Column, Table
 
 from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.sim import simulator
+from torchpi.ui.tables import Column, Rate, Table
 
 if TYPE_CHECKING:
     from torchpi.sim.result import Evaluation
 
 
+def success_table(
+    evaluation: "Evaluation", measured: Mapping[str, Rate] | None = None, overall: Rate | None = None
+) -> Table:
+    """Success per task, and over several.
+
+    Args:
+        measured: rates by task from an earlier evaluation, for a column of their own.
+        overall: of these, over all tasks.
+    """
+    columns = [
+        Column("task", "name"),
+        Column("instruction"),
+        Column("success, 95 % interval"),
+        Column("steps", "number"),
+    ]
+    columns += [Column("measured after training")] if measured else []
+    rows = []
+    for name, task in evaluation.tasks.items():
+        rate = Rate(task.success_rate, task.interval, task.episodes)
+        steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
+        rows.append([name, task.instruction, rate, steps, *([str(measured.get(name, "–"))] if measured else [])])
+    if len(rows) == 1:
+        return Table(columns, rows)
+    rate = Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes))
+    return Table(columns, rows, ["all", "", rate, "", *([str(overall)] if measured else [])])
+
+
 def print_evaluation(evaluation: "Evaluation") -> None:
     """Print the table of a result."""
-    table = Table(
-        Column("task", no_wrap=True),
-        "instruction",
-        "success",
-        "95 % interval",
-        "episodes",
-        "steps",
-        box=box.SIMPLE_HEAD,
-    )
-    for name, task in evaluation.tasks.items():
-        steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
-        table.add_row(
-            name,
-            task.instruction,
-            f"{task.success_rate:.0%}",
-            _interval(task.interval),
-            str(task.episodes),
-            steps,
-        )
-    if len(evaluation.tasks) > 1:
-        table.add_section()
-        overall = f"{evaluation.success_rate:.0%}", _interval(evaluation.interval), str(len(evaluation.episodes))
-        table.add_row("all", "", *overall, "")
     console = Console(highlight=False)
-    console.print(table)
+    console.print(success_table(evaluation).to_rich())
     console.print(
         f"steps: mean of the successful episodes. {evaluation.chunk_ms:.0f} ms per chunk, "
         f"{evaluation.steps_per_second:.0f} steps/s, {evaluation.seconds:.0f} s altogether."
@@ -49,10 +52,6 @@ def print_evaluation(evaluation: "Evaluation") -> None:
         console.print(f"{unstable} of the episodes failed because an action broke the simulation.")
     for video in evaluation.videos:
         console.print(f"video: {video}", soft_wrap=True)
-
-
-def _interval(interval: tuple[float, float]) -> str:
-    return f"{interval[0]:.0%} – {interval[1]:.0%}"
 
 
 def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:

@@ -155,12 +155,8 @@ def draw_panel(axes: "Axes", lines: Sequence[Line], panel: Panel, *, title: str 
         axes.legend(ncols=2 if len(panel.curves) > 4 else 1)
 
 
-def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> bool:
-    """Draw a robot's error over the steps of a chunk at up to six evaluations; the later, the stronger the line.
-
-    Returns:
-        Whether there is an evaluation.
-    """
+def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> None:
+    """Draw a robot's error over the steps of a chunk at up to six evaluations; the later, the stronger the line."""
     key = f"{_STEPS}{ending}"
     evaluations = [line for line in lines if isinstance(line.get(key), list)]
     count = min(_MAX_EVALUATIONS, len(evaluations))
@@ -179,11 +175,10 @@ def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> bool:
     scale_values(axes, np.empty(0), from_zero=True)
     if chosen:
         axes.legend(ncols=2 if len(chosen) > 3 else 1)
-    return bool(chosen)
 
 
 def is_drawable(lines: Sequence[Line], panel: Panel) -> bool:
-    """Whether the panel has a finite value."""
+    """True if the panel has a finite value."""
     return any(np.isfinite(values).any() for _, values in panel.series(lines).values())
 
 

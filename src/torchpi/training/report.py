@@ -28,7 +28,7 @@ from torchpi.training.curves import (
 )
 from torchpi.training.metrics import number
 from torchpi.training.run_folder import Run, read_run
-from torchpi.ui.format import format_count, format_gib, format_interval, large_count
+from torchpi.ui.format import format_count, format_gib, large_count
 from torchpi.ui.page import bars, commands, definitions, figure, html_page, lede, page_header
 from torchpi.ui.plots import draw_figure, to_svg
 from torchpi.ui.tables import Column, Rate, Table
@@ -247,22 +247,20 @@ def _success(run: Run) -> str:
     if not tasks:
         return ""
     step = next(line["step"] for line in reversed(run.lines) if line.get("success") is not None)
-    columns = [Column("task", "name"), *map(Column, ("success", "", "95 % interval", "episodes"))]
+    columns = [Column("task", "name"), Column("success, 95 % interval")]
     text = (
         f"The simulator's definition of success, in episodes with the EMA weights, at step {format_count(step)}. The "
         "interval is where the true rate is likely to be."
     )
-    return lede(text) + Table(columns, [_success_row(task, result) for task, result in tasks.items()]).to_html()
+    return lede(text) + Table(columns, [(task, _rate(result)) for task, result in tasks.items()]).to_html()
 
 
-def _success_row(task: str, result: Mapping[str, Any]) -> Sequence[str | Rate]:
-    rate, interval = number(result.get("success_rate")), result.get("interval")
-    shown = "–" if rate is None else f"{rate:.0%}"
-    episodes = _text(result.get("episodes", "–"))
-    if rate is None or not isinstance(interval, list) or len(interval) != 2 or None in map(number, interval):
-        return task, shown, "", "–", episodes
-    low, high = map(float, interval)
-    return task, shown, Rate(rate, (low, high), 0), format_interval((low, high)), episodes
+def _rate(result: Mapping[str, Any]) -> str | Rate:
+    try:
+        low, high = map(float, result["interval"])
+        return Rate(float(result["success_rate"]), (low, high), int(result["episodes"]))
+    except (KeyError, TypeError, ValueError):  # a line of another version
+        return _text(result.get("success_rate"))
 
 
 def _parameters(run: Run) -> str:

@@ -34,7 +34,8 @@ class Rate:
     episodes: int
 
     def __str__(self) -> str:
-        return f"{self.success_rate:.0%} ({format_interval(self.interval)}) of {self.episodes} episodes"
+        successes = round(self.success_rate * self.episodes)
+        return f"{self.success_rate:.0%} ({format_interval(self.interval)}): {successes} of {self.episodes} episodes"
 
 
 Cell = str | Text | Rate
@@ -110,5 +111,5 @@ def _html_cell(cell: Cell) -> str:
     low, high = cell.interval
     return (
         f'<span class="rate"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
-        f'<u style="left:{100 * cell.success_rate:.1f}%"></u></span>'
+        f'<u style="left:{100 * cell.success_rate:.1f}%"></u></span><small>{escape(str(cell))}</small>'
     )
