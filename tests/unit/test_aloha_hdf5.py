@@ -89,7 +89,7 @@ def test_episodes_are_read_back_as_aloha(compressed, video, script, tmp_path):
     assert all(sample["image_mask"].values())
 
 
-def test_the_command(script, tmp_path, capsys, monkeypatch):
+def test_command_converts_a_folder(script, tmp_path, capsys, monkeypatch):
     write_episode(tmp_path / "episode_0.hdf5")
     monkeypatch.setattr(sys, "argv", ["aloha", str(tmp_path), str(tmp_path / "out"), "--task", "t", "--no-video"])
     import tyro
@@ -108,7 +108,7 @@ def refused(script, folder, match, error=ValueError):
     assert not (folder / "out" / "meta").exists()
 
 
-def test_no_episodes(script, tmp_path):
+def test_folder_without_episodes_is_an_error(script, tmp_path):
     refused(script, tmp_path, r"no episode_\*\.hdf5 in .*expected the folder of an ALOHA recording", FileNotFoundError)
 
 
@@ -125,7 +125,7 @@ def test_no_episodes(script, tmp_path):
         (lambda f: replace(f, "observations/images/cam_low", np.ones((5, 99), np.uint8)), "JPEG of cam_low in frame 0"),
     ],
 )
-def test_an_episode_that_is_not_like_the_first(damage, message, script, tmp_path):
+def test_episode_unlike_the_first_is_an_error(damage, message, script, tmp_path):
     for n in range(2):
         write_episode(tmp_path / f"episode_{n}.hdf5", seed=n)
     with h5py.File(tmp_path / "episode_1.hdf5", "r+") as file:
@@ -138,14 +138,14 @@ def replace(file, key, values):
     file[key] = values
 
 
-def test_a_truncated_file(script, tmp_path):
+def test_truncated_file_is_an_error(script, tmp_path):
     write_episode(tmp_path / "episode_0.hdf5")
     content = (tmp_path / "episode_0.hdf5").read_bytes()
     (tmp_path / "episode_0.hdf5").write_bytes(content[: len(content) // 2])
     refused(script, tmp_path, r"episode_0\.hdf5 is truncated, or no HDF5 file")
 
 
-def test_a_damaged_image_in_the_middle(script, tmp_path):
+def test_damaged_image_ends_the_conversion_and_keeps_the_rest(script, tmp_path):
     """The episodes before it are kept, as the error is about the others."""
     write_episode(tmp_path / "episode_0.hdf5")
     write_episode(tmp_path / "episode_1.hdf5", compressed=True)
@@ -156,7 +156,7 @@ def test_a_damaged_image_in_the_middle(script, tmp_path):
     assert LeRobotDataset(tmp_path / "out", action_horizon=1).episode_lengths == (5,)
 
 
-def test_without_the_extra(script, tmp_path, monkeypatch):
+def test_missing_extra_is_an_error_with_the_install_command(script, tmp_path, monkeypatch):
     (tmp_path / "episode_0.hdf5").touch()
     monkeypatch.setitem(sys.modules, "h5py", None)
     refused(script, tmp_path, r"HDF5 needs the extra 'hdf5': pip install 'torchpi\[hdf5\]'", ModuleNotFoundError)

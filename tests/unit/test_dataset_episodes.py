@@ -69,12 +69,12 @@ def test_every_format_has_tasks(name, golden_root):
         ("2; task:open*", r"No episode of .* meets all conditions of '2; task:open\*'"),
     ],
 )
-def test_what_chooses_nothing(expression, message, some_set):
+def test_expressions_that_choose_nothing_are_errors(expression, message, some_set):
     with pytest.raises(ValueError, match=message):
         select_episodes(some_set, expression)
 
 
-def test_numbers_that_are_left_out(some_set, tmp_path):
+def test_ranges_skip_missing_numbers(some_set, tmp_path):
     """A set from which somebody has removed an episode keeps the others' numbers."""
     root = tmp_path / "old"
     shutil.copytree(some_set.parents[0] / some_set.name, root)
@@ -115,7 +115,7 @@ def test_all_tasks_stay_in_the_training(tasks, share, seed):
     assert kept
 
 
-def test_tasks_that_are_all_different_are_not_looked_at():
+def test_tasks_that_are_all_different_are_ignored():
     assert len(held([f"task {i}" for i in range(100)], 0.1)) == 10
     with pytest.raises(ValueError, match="two episodes or more"):
         held(["a"], 0.1)

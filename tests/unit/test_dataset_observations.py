@@ -30,7 +30,7 @@ ROBOTS = [
 
 
 @pytest.mark.parametrize(("name", "cameras", "s", "a"), ROBOTS)
-def test_the_embodiment_reads_it(name, cameras, s, a):
+def test_observation_is_read_by_the_embodiment(name, cameras, s, a):
     embodiment, frame = get_embodiment(name), some_frame(cameras, s, a)
     sample = embodiment.to_model(to_observation(frame, embodiment))
     for camera in embodiment.read_cameras:
@@ -47,7 +47,7 @@ def test_the_embodiment_reads_it(name, cameras, s, a):
         assert np.array_equal(sample["actions"], frame["action"])
 
 
-def test_keys_layouts_and_parts():
+def test_observation_has_the_keys_and_layouts_of_the_robot():
     embodiment = Embodiment(
         "arm",
         cameras=(
@@ -71,7 +71,7 @@ def test_keys_layouts_and_parts():
     assert np.array_equal(observation["actions"], frame["action"])
 
 
-def test_frames_of_a_data_set(golden_root):
+def test_frames_of_a_dataset_become_observations(golden_root):
     dataset = LeRobotDataset(golden_root / "datasets/lerobot_v3_image", action_horizon=3)
     embodiment = get_embodiment("metaworld")
     sample = embodiment.to_model(to_observation(dataset[15], embodiment))
@@ -90,12 +90,12 @@ def test_frames_of_a_data_set(golden_root):
         (["base", "wrist", "left.base"], 4, 4, ValueError, "two cameras that end in base"),
     ],
 )
-def test_a_data_set_of_another_robot(cameras, s, a, error, message):
+def test_dataset_of_another_robot_is_an_error(cameras, s, a, error, message):
     with pytest.raises(error, match=message):
         to_observation(some_frame(cameras, s, a), get_embodiment("metaworld"))
 
 
-def test_no_state():
+def test_missing_state_is_an_error():
     frame = some_frame(["base", "wrist"], 4, 4)
     del frame["observation.state"]
     with pytest.raises(KeyError, match=r"no observation\.state; it has .*action"):

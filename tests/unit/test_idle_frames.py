@@ -80,12 +80,12 @@ def test_episodes_are_apart_and_their_ends_count():
 
 
 @pytest.mark.parametrize("arguments", [{"threshold": -0.1}, {"seconds": 0.0}])
-def test_what_cannot_be(arguments):
+def test_impossible_arguments_are_errors(arguments):
     with pytest.raises(ValueError, match="Expected threshold ≥ 0 and seconds > 0"):
         idle_frames(frames(np.zeros(3), np.zeros(3)), **arguments)
 
 
-def test_a_data_set(golden_root):
+def test_lerobot_dataset_has_idle_frames(golden_root):
     dataset = LeRobotDataset(golden_root / "datasets/lerobot_v21", action_horizon=1)
     assert isinstance(dataset, Frames)
     assert idle_frames(dataset).shape == (len(dataset),)

@@ -49,7 +49,7 @@ def damaged(one_set, tmp_path):
     return change
 
 
-def test_the_state_is_made_of_its_columns_in_the_given_order(droid_set):
+def test_columns_are_joined_in_the_given_order(droid_set):
     path, states = droid_set
     dataset = LeRobotDataset(path, action_horizon=4, rename=JOINED)
     assert np.array_equal(dataset.columns["observation.state"], states)
@@ -75,7 +75,7 @@ def test_dimensions_keep_their_names(one_set, tmp_path):
     assert named.state_names == (*"abcdefg", "gripper_position")
 
 
-def test_a_part_may_have_the_name_of_the_whole(one_set):
+def test_part_may_have_the_name_of_the_whole(one_set):
     rename = {"joint_position": "observation.state", "actions+gripper_position": "action"}
     whole = LeRobotDataset(one_set, action_horizon=1, cameras=(), rename=rename)
     assert whole.columns["observation.state"].shape == (4, 7)
@@ -92,7 +92,7 @@ def test_only_the_columns_that_are_needed_are_read(damaged):
         LeRobotDataset(path, action_horizon=1, rename=JOINED)
 
 
-def test_every_command_joins_them(droid_set, capsys):
+def test_every_command_joins_columns(droid_set, capsys):
     path = str(droid_set[0])
     cli.main(["stats", path, "--embodiment", "droid", "--action-horizon", "4", "--json", "--rename", *RENAME])
     found = json.loads(capsys.readouterr().out)
@@ -103,7 +103,7 @@ def test_every_command_joins_them(droid_set, capsys):
     assert json.loads(capsys.readouterr().out)["cameras"] == ["exterior_image_1_left", "wrist_image_left"]
 
 
-def test_the_option_is_suggested(one_set):
+def test_option_that_joins_columns_is_suggested(one_set):
     both = re.escape(f"--rename {' '.join(RENAME)}, or")
     for given in ({}, {"joint_position+gripper_position": "observation.state"}):
         with pytest.raises(KeyError, match=both):
@@ -121,12 +121,12 @@ def test_the_option_is_suggested(one_set):
         ("joint_position+=x", ValueError, r"expected OLD=NEW, .* or OLD\+OLD=NEW"),
     ],
 )
-def test_columns_that_cannot_be_joined(rename, error, message, one_set):
+def test_columns_that_cannot_be_joined_are_errors(rename, error, message, one_set):
     with pytest.raises(error, match=message):
         LeRobotDataset(one_set, action_horizon=1, rename=parse_rename(rename.split()))
 
 
-def test_files_that_do_not_have_what_is_to_be_joined(damaged):
+def test_files_without_a_part_are_errors(damaged):
     table = [[[0.0, 1.0]]] * 4
     for column, error, message in (
         (None, KeyError, r"no column gripper_position, of which observation.state is joined; its numeric columns are"),

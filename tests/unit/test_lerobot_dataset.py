@@ -80,7 +80,7 @@ def test_videos_equal_pyavs_decoding(name, golden_sets):
         assert np.array_equal(dataset[i][BASE], frames[i])
 
 
-def test_what_a_set_says_of_itself(golden_sets):
+def test_attributes_are_those_of_the_dataset(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
     assert len(dataset) == 36
     assert dataset.fps == 80
@@ -94,7 +94,7 @@ def test_what_a_set_says_of_itself(golden_sets):
     assert dataset.columns["episode_index"].tolist() == [0] * 12 + [1] * 9 + [2] * 15
 
 
-def test_past_the_end_comes_the_last_action(golden_sets):
+def test_actions_past_the_end_repeat_the_last_one(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=4)
     item, actions = dataset.numbers(10), dataset.columns["action"]  # episode 0 has 12 frames
     assert np.array_equal(item["action"], actions[[10, 11, 11, 11]])
@@ -109,7 +109,7 @@ def test_numbers_are_the_item_without_images(golden_sets):
     assert all(np.array_equal(item[key], value) for key, value in numbers.items())
 
 
-def test_items_may_be_changed(golden_sets):
+def test_changing_an_item_leaves_the_dataset_unchanged(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=2)
     before = dataset[0]
     for value in dataset[0].values():
@@ -118,7 +118,7 @@ def test_items_may_be_changed(golden_sets):
     assert all(np.array_equal(dataset[0][key], value) for key, value in before.items())
 
 
-def test_a_sequence(golden_sets):
+def test_dataset_is_a_sequence(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=2)
     assert dataset[-1]["index"] == dataset[np.int64(35)]["index"] == 35
     for index in (36, -37):
@@ -130,7 +130,7 @@ def test_a_sequence(golden_sets):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_chosen_episodes(name, golden_sets):
+def test_only_chosen_episodes_are_read(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=3)
     part = LeRobotDataset(golden_sets / name, action_horizon=3, episodes=[1])
     first = dataset.episode_lengths[0]
@@ -141,14 +141,14 @@ def test_chosen_episodes(name, golden_sets):
         assert all(np.array_equal(found[key], value) for key, value in expected.items())
 
 
-def test_episodes_that_are_not_neighbours(golden_sets):
+def test_chosen_episodes_come_in_the_order_of_the_dataset(golden_sets):
     part = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, episodes=(2, 0))  # in the set's order
     assert part.columns["index"].tolist() == [*range(12), *range(21, 36)]
     assert part[12]["index"] == 21
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_several_threads(name, golden_sets):
+def test_threads_read_the_same_images(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=1)
     indices = np.random.default_rng(0).integers(0, len(dataset), 60).tolist()
     expected = [dataset[i][BASE] for i in indices]
@@ -163,7 +163,7 @@ def test_several_threads(name, golden_sets):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_pickling(name, golden_sets):
+def test_pickled_dataset_reads_the_same_items(name, golden_sets):
     dataset = LeRobotDataset(golden_sets / name, action_horizon=2)
     item = dataset[5]  # files are open now
     copy = pickle.loads(pickle.dumps(dataset))
@@ -172,7 +172,7 @@ def test_pickling(name, golden_sets):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="There is no fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_process(golden_sets):
+def test_forked_process_reads_the_same_images(golden_sets):
     """Its files' positions are shared with the parent, but not what has been read of them."""
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_video", action_horizon=1)
     expected = [dataset[i][BASE] for i in range(36)]
@@ -197,7 +197,7 @@ def test_frames_in_order_are_decoded_without_seeking(golden_sets, monkeypatch):
     assert len(seeks) <= 2 * 2  # per camera: The first frame, and once until the distance of keyframes is known
 
 
-def test_keyframes_that_are_far_apart(tmp_path):
+def test_any_frame_is_found_between_distant_keyframes(tmp_path):
     """Other encoders have one every few seconds, and frames that refer to later ones."""
     frames = np.random.default_rng(0).integers(0, 256, (40, 1, 1, 3), np.uint8) * np.ones((1, 32, 32, 1), np.uint8)
     with av.open(str(tmp_path / "video.mp4"), "w") as container:
@@ -214,7 +214,7 @@ def test_keyframes_that_are_far_apart(tmp_path):
         assert np.array_equal(pool.read(tmp_path / "video.mp4", i / 30, 0.25 / 30), expected[i])
 
 
-def test_the_cache_of_images_is_bounded(golden_sets):
+def test_image_cache_is_bounded(golden_sets):
     dataset = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1, image_cache_bytes=1)
     unbounded = LeRobotDataset(golden_sets / "lerobot_v3_image", action_horizon=1)
     for i in (0, 30, 15, 1):
@@ -230,7 +230,7 @@ def test_open_videos_are_bounded(golden_sets):
     assert len(dataset._videos._idle) == 1
 
 
-def test_an_older_name_of_the_tasks_index(copy_of):
+def test_older_name_of_the_tasks_index_is_read(copy_of):
     root = copy_of("lerobot_v3_image")
     change_columns(
         root / "meta/tasks.parquet",
@@ -239,7 +239,7 @@ def test_an_older_name_of_the_tasks_index(copy_of):
     assert LeRobotDataset(root, action_horizon=1)[15]["task"] == "Press a button from the top"
 
 
-def test_lists_of_any_kind(copy_of):
+def test_lists_of_any_kind_become_float32(copy_of):
     """Older sets have lists without a fixed length, and float64."""
     root = copy_of("lerobot_v3_video")
     expected = LeRobotDataset(root, action_horizon=2)[3]
@@ -255,7 +255,7 @@ def test_lists_of_any_kind(copy_of):
         assert found[key].dtype == np.float32
 
 
-def test_names_inside_of_a_group(copy_of):
+def test_dimension_names_are_found_in_a_group(copy_of):
     root = copy_of("lerobot_v3_video")
     features = json.loads((root / "meta/info.json").read_text())["features"]
     features["action"]["names"] = {"motors": ["a", "b", "c", "d"]}
@@ -266,7 +266,7 @@ def test_names_inside_of_a_group(copy_of):
     assert dataset.state_names is None
 
 
-def test_version_2_0(copy_of):
+def test_version_2_0_is_read_like_2_1(copy_of):
     """It has statistics of the whole set instead of one per episode, and both are not read."""
     root = copy_of("lerobot_v21")
     expected = LeRobotDataset(root, action_horizon=4)
@@ -295,7 +295,7 @@ def test_only_the_chosen_cameras_are_decoded(copy_of, monkeypatch):
     assert LeRobotDataset(root, action_horizon=1, cameras=()).camera_keys == ()
 
 
-def test_the_cameras_of_a_robot():
+def test_camera_keys_of_are_those_that_the_robot_reads():
     cameras = (Camera("a", "images.front"), Camera("b", "side", "optional"), Camera(None, "top", "ignored"))
     robot = Embodiment.generic("arm", cameras={"a": "x"}, state=["x"], actions=["x"])
     robot = Embodiment("arm", cameras, robot.state, robot.actions)
@@ -356,7 +356,7 @@ def otherwise_named(copy_of):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_set_under_other_names_is_the_same_set(name, golden_sets, otherwise_named):
+def test_renamed_dataset_equals_the_original(name, golden_sets, otherwise_named):
     expected = LeRobotDataset(golden_sets / name, action_horizon=3)
     found = LeRobotDataset(otherwise_named(name), action_horizon=3, rename=RENAME)
     assert found.camera_keys == expected.camera_keys
@@ -369,7 +369,7 @@ def test_a_set_under_other_names_is_the_same_set(name, golden_sets, otherwise_na
             assert all(np.array_equal(dataset[i][key], value) for key, value in expected[i].items())
 
 
-def test_arguments_speak_of_the_new_names(otherwise_named):
+def test_arguments_take_the_new_names(otherwise_named):
     root = otherwise_named("lerobot_v3_image")
     part = LeRobotDataset(root, action_horizon=1, cameras=[WRIST], columns=(), rename=RENAME)
     assert part.camera_keys == open_metadata(root, rename={"wrist_image": WRIST}).camera_keys[1:] == (WRIST,)
@@ -386,7 +386,7 @@ def test_cameras_may_swap_their_names(golden_sets):
     assert not np.array_equal(plain[BASE], plain[WRIST])
 
 
-def test_names_that_nobody_gave_are_suggested(otherwise_named):
+def test_missing_names_are_suggested(otherwise_named):
     root = otherwise_named("lerobot_v3_image")
     both = "--rename state=observation.state actions=action, or"
     refused(root, KeyError, f"no column observation.state, action; its columns and cameras are .*wrist_image.*{both}")
@@ -395,7 +395,7 @@ def test_names_that_nobody_gave_are_suggested(otherwise_named):
     refused(root, KeyError, "--rename NAME=observation.state actions=action, or")
 
 
-def test_a_camera_that_may_be_the_one_is_suggested():
+def test_unread_camera_is_suggested_for_a_missing_one():
     option = r"--rename observation\.images\.top=observation\.images\.cam_high, or"
     with pytest.raises(KeyError, match=rf"no camera for images\.cam_high.*its cameras are top\. .*{option}"):
         camera_keys_of(get_embodiment("aloha"), ["observation.images.top"])
@@ -413,11 +413,11 @@ def test_a_camera_that_may_be_the_one_is_suggested():
         ({"action": "task"}, ValueError, "can't be renamed to task: every frame gets it"),
     ],
 )
-def test_renaming_that_fits_no_set(rename, error, message, golden_sets):
+def test_impossible_renames_are_errors(rename, error, message, golden_sets):
     refused(golden_sets / "lerobot_v3_image", error, message, rename=rename)
 
 
-def test_renaming_as_text():
+def test_parse_rename():
     assert parse_rename(["state=observation.state", "actions=action"]) == {
         "state": "observation.state", "actions": "action"
     }  # fmt: skip
@@ -429,7 +429,7 @@ def test_renaming_as_text():
         parse_rename(["a=b", "a=c"])
 
 
-def test_the_frames_of_an_address_are_fetched_under_the_names_of_its_files(otherwise_named, monkeypatch):
+def test_files_of_an_address_are_fetched_under_their_own_names(otherwise_named, monkeypatch):
     root, fetched = otherwise_named("lerobot_v3_video"), []
     monkeypatch.setattr(
         "torchpi.checkpoints.hub.fetch_dataset", lambda address, files: (fetched.append((address, files)), root)[1]
@@ -441,7 +441,7 @@ def test_the_frames_of_an_address_are_fetched_under_the_names_of_its_files(other
     assert fetched[-1] == ("hf://org/name", files)
 
 
-def test_openpis_libero_set(tmp_path):
+def test_openpi_libero_dataset_is_read(tmp_path):
     """Its columns and cameras, see openpi's examples/libero/convert_libero_data_to_lerobot.py."""
     state, action = np.arange(8, dtype=np.float32), np.ones(7, np.float32)
     images = {f"observation.images.{name}": np.full((8, 8, 3), i, np.uint8) for i, name in enumerate(("base", "wrist"))}
@@ -462,7 +462,7 @@ def test_openpis_libero_set(tmp_path):
     assert found["prompt"] == "put the bowl on the plate"
 
 
-def test_a_policy_judged_on_a_set_under_other_names(golden_sets, otherwise_named, capsys):
+def test_eval_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
     common = ["--select", "task: press*", "--samples", "2", "--num-steps", "1", "--device", "cpu", "--json"]
     cli.main(["eval", "demo", "--dataset", str(golden_sets / "lerobot_v3_image"), *common])
     expected = json.loads(capsys.readouterr().out)
@@ -476,7 +476,7 @@ def test_a_policy_judged_on_a_set_under_other_names(golden_sets, otherwise_named
     assert "--select, --rename can only be given with --dataset" in capsys.readouterr().err
 
 
-def test_statistics_of_a_set_under_other_names(golden_sets, otherwise_named, capsys):
+def test_stats_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
     common = ["--embodiment", "metaworld", "--action-horizon", "4", "--json"]
     cli.main(["stats", str(golden_sets / "lerobot_v3_image"), *common])
     expected = json.loads(capsys.readouterr().out)
@@ -493,22 +493,22 @@ def refused(root, error, match, **arguments):
         LeRobotDataset(root, **{"action_horizon": 2, **arguments})
 
 
-def test_no_such_folder(tmp_path):
+def test_missing_folder_is_an_error(tmp_path):
     refused(tmp_path / "nothing", FileNotFoundError, r"no folder .*nothing")
 
 
-def test_not_a_data_set(tmp_path):
+def test_folder_without_info_is_an_error(tmp_path):
     (tmp_path / "model.safetensors").touch()
     refused(tmp_path, FileNotFoundError, r"no LeRobot dataset.*meta/info\.json; found model\.safetensors")
 
 
-def test_another_version(copy_of):
+def test_unsupported_version_is_an_error(copy_of):
     root = copy_of("lerobot_v21")
     change_json(root / "meta/info.json", codebase_version="v1.6")
     refused(root, ValueError, r"version is 'v1\.6'; v3\.0, v2\.1, v2\.0 are read")
 
 
-def test_an_empty_set(copy_of):
+def test_dataset_without_episodes_is_an_error(copy_of):
     """As LeRobot leaves it before the first episode is saved."""
     root = copy_of("lerobot_v3_image")
     change_json(root / "meta/info.json", total_episodes=0, total_frames=0)
@@ -517,13 +517,13 @@ def test_an_empty_set(copy_of):
     refused(root, ValueError, "has no episodes")
 
 
-def test_a_camera_that_is_not_there(golden_sets):
+def test_unknown_camera_is_an_error(golden_sets):
     refused(golden_sets / "lerobot_v3_video", KeyError, f"no camera top; its cameras are {BASE}", cameras=["top", BASE])
 
 
 @pytest.mark.parametrize("column", ["observation.state", "action"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_numbers_that_are_none(column, value, copy_of):
+def test_nan_and_infinity_are_errors(column, value, copy_of):
     root = copy_of("lerobot_v3_video")
 
     def change(columns):
@@ -546,7 +546,7 @@ def test_numbers_that_are_none(column, value, copy_of):
         (lambda t: np.where(t > 0.05, np.nan, t), "frame 5 of episode 0"),
     ],
 )
-def test_timestamps_that_do_not_fit_fps(clock, message, copy_of):
+def test_timestamps_that_do_not_fit_fps_are_errors(clock, message, copy_of):
     root = copy_of("lerobot_v3_image")
 
     def change(columns):
@@ -570,14 +570,14 @@ def test_a_clock_may_begin_anywhere(copy_of):
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"codebase_version": "v3.0"}'])
-def test_a_damaged_info(text, copy_of):
+def test_damaged_info_is_an_error(text, copy_of):
     root = copy_of("lerobot_v3_image")
     (root / "meta/info.json").write_text(text)
     refused(root, ValueError, r"info\.json")
 
 
 @pytest.mark.parametrize("column", ["observation.state", "action"])
-def test_a_missing_column(column, copy_of):
+def test_missing_column_is_an_error(column, copy_of):
     root = copy_of("lerobot_v3_video")
     change_columns(
         root / "data/chunk-000/file-000.parquet",
@@ -599,14 +599,14 @@ MISSING = [
 
 
 @pytest.mark.parametrize(("name", "file"), MISSING)
-def test_a_missing_file(name, file, copy_of):
+def test_missing_file_is_an_error(name, file, copy_of):
     root = copy_of(name)
     (root / file).unlink()
     refused(root, FileNotFoundError, file.removesuffix("/chunk-000/file-000.parquet").replace(".", r"\."))
 
 
 @pytest.mark.parametrize(("name", "file"), [entry for entry in MISSING if "videos" not in entry[1]])
-def test_a_truncated_file(name, file, copy_of):
+def test_truncated_file_is_an_error(name, file, copy_of):
     root = copy_of(name)
     content = (root / file).read_bytes()
     (root / file).write_bytes(content[: len(content) // 2])
@@ -621,7 +621,7 @@ def test_a_truncated_file(name, file, copy_of):
         ("lerobot_v21", "videos/chunk-000/observation.images.base/episode_000001.mp4"),
     ],
 )
-def test_a_file_that_is_damaged_inside(name, file, copy_of):
+def test_file_with_a_hole_is_an_error(name, file, copy_of):
     """Its ends are right, as after a download with holes."""
     root = copy_of(name)
     content = bytearray((root / file).read_bytes())
@@ -635,7 +635,7 @@ def test_a_file_that_is_damaged_inside(name, file, copy_of):
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.95])
-def test_a_truncated_video(keep, copy_of):
+def test_truncated_video_is_an_error(keep, copy_of):
     root = copy_of("lerobot_v3_video")
     file = root / "videos/observation.images.base/chunk-000/file-000.mp4"
     content = file.read_bytes()
@@ -645,7 +645,7 @@ def test_a_truncated_video(keep, copy_of):
         [dataset[i] for i in range(len(dataset))]
 
 
-def test_a_video_without_the_frame(copy_of):
+def test_missing_video_frame_is_an_error(copy_of):
     """Between two frames there is none, and past the end neither."""
     root = copy_of("lerobot_v3_video")
     path = root / "meta/episodes/chunk-000/file-000.parquet"
@@ -658,7 +658,7 @@ def test_a_video_without_the_frame(copy_of):
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21", "lerobot_v3_image"])
-def test_videos_can_be_checked_before_they_are_needed(name, copy_of):
+def test_check_videos_reads_every_video(name, copy_of):
     root = copy_of(name)
     seen = []
     LeRobotDataset(root, action_horizon=1).check_videos(lambda done, total: seen.append((done, total)))
@@ -666,7 +666,7 @@ def test_videos_can_be_checked_before_they_are_needed(name, copy_of):
     assert seen == [(done, count) for done in range(1, count + 1)]
 
 
-def test_a_video_that_is_one_frame_too_short(copy_of):
+def test_check_videos_finds_a_video_that_is_too_short(copy_of):
     root = copy_of("lerobot_v3_video")
     late = [0.0, 0.0, 1 / 80]
     change_columns(
@@ -687,7 +687,7 @@ def later(column, seconds):
     return pa.array(np.add(column.to_numpy(zero_copy_only=False), seconds))
 
 
-def test_a_damaged_image(copy_of):
+def test_damaged_image_is_an_error(copy_of):
     root = copy_of("lerobot_v3_image")
 
     def change(columns):
@@ -715,7 +715,7 @@ def test_a_damaged_image(copy_of):
         (lambda table: pa.concat_tables([table, table.slice(0, 3)]), "not in one piece"),
     ],
 )
-def test_data_that_contradict_the_metadata(change, message, copy_of):
+def test_data_that_contradict_the_metadata_are_errors(change, message, copy_of):
     root = copy_of("lerobot_v3_video")
     path = root / "data/chunk-000/file-000.parquet"
     pq.write_table(change(pq.read_table(path)), path)
@@ -729,7 +729,7 @@ def test_data_that_contradict_the_metadata(change, message, copy_of):
         lambda columns: {**columns, "task": pa.array([columns["task"][0], None])},
     ],
 )
-def test_a_task_without_an_instruction(change, copy_of):
+def test_task_without_an_instruction_is_an_error(change, copy_of):
     root = copy_of("lerobot_v3_image")
     change_columns(root / "meta/tasks.parquet", change)
     message = r"9 frames, the first in episode 1, have the task_index 1, for which .*tasks\.parquet has no text"
@@ -744,14 +744,14 @@ def test_a_task_without_an_instruction(change, copy_of):
         ("length", [12, None, 15], r"lack what v3\.0 has: .*'NoneType' object cannot be interpreted as an integer"),
     ],
 )
-def test_episodes_that_can_not_be(column, values, message, copy_of):
+def test_impossible_list_of_episodes_is_an_error(column, values, message, copy_of):
     root = copy_of("lerobot_v3_image")
     path = root / "meta/episodes/chunk-000/file-000.parquet"
     change_columns(path, lambda columns: {**columns, column: pa.array(values)})
     refused(root, ValueError, message)
 
 
-def test_data_files_with_other_dimensions(copy_of):
+def test_data_files_with_other_dimensions_are_errors(copy_of):
     root = copy_of("lerobot_v3_image")
     path = root / "data/chunk-000/file-000.parquet"
     table = pq.read_table(path)
@@ -771,7 +771,7 @@ def test_data_files_with_other_dimensions(copy_of):
     assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 1])) == 21
 
 
-def test_features_that_can_not_be(copy_of):
+def test_impossible_features_are_errors(copy_of):
     root = copy_of("lerobot_v3_video")
     change_json(root / "meta/info.json", video_path=None)
     refused(root, ValueError, r"observation\.images\.base is a video, but video_path, the place of videos, is None")
@@ -783,14 +783,14 @@ def test_features_that_can_not_be(copy_of):
     ("episodes", "message"),
     [([0, 3], "no episode 3; its episodes are 0 to 2"), ([-1], "no episode -1"), ([], "episodes= is empty")],
 )
-def test_episodes_that_are_not_there(episodes, message, golden_sets):
+def test_unknown_episodes_are_errors(episodes, message, golden_sets):
     refused(golden_sets / "lerobot_v3_image", ValueError, message, episodes=episodes)
 
 
-def test_no_horizon(golden_sets):
+def test_horizon_of_zero_is_an_error(golden_sets):
     refused(golden_sets / "lerobot_v3_image", ValueError, "action_horizon is 0", action_horizon=0)
 
 
-def test_a_missing_library(golden_sets, monkeypatch):
+def test_missing_library_is_an_error_with_the_install_command(golden_sets, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused(golden_sets / "lerobot_v3_image", ModuleNotFoundError, r"pip install 'torchpi\[data\]'")

@@ -89,7 +89,7 @@ METADATA = ["meta/episodes/chunk-000/file-000.parquet", "meta/info.json", "meta/
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_a_round_trip(video, tmp_path):
+def test_written_episodes_are_read_back(video, tmp_path):
     with new_writer(tmp_path / "set", video=video) as writer:
         for episode, task in zip(EPISODES, TASKS, strict=True):
             for t in range(len(episode["action"])):
@@ -101,7 +101,7 @@ def test_a_round_trip(video, tmp_path):
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_several_files(video, tmp_path, monkeypatch):
+def test_large_datasets_are_split_into_files(video, tmp_path, monkeypatch):
     monkeypatch.setattr(recording.metadata_writer.lerobot, "CHUNKS_SIZE", 2)  # files in a folder
     record(tmp_path, video=video, data_file_mb=0.006, video_file_mb=0.003)
     require_episodes(tmp_path, 4, exact_images=not video)
@@ -110,7 +110,7 @@ def test_several_files(video, tmp_path, monkeypatch):
     assert (f"videos/{BASE}/chunk-001/file-000.mp4" in files) == video
 
 
-def test_what_info_says(tmp_path):
+def test_info_describes_the_dataset(tmp_path):
     record(tmp_path, video=True)
     dataset = LeRobotDataset(tmp_path, action_horizon=1)
     assert (dataset.fps, dataset.robot_type) == (30, "my_arm")
@@ -209,7 +209,7 @@ def test_large_images_are_thinned_for_statistics():
     assert number_stats(np.zeros((3, 1)))["q50"] == [0.0]
 
 
-def test_a_single_dimension(tmp_path):
+def test_single_dimension_is_stored_as_plain_numbers(tmp_path):
     """LeRobot stores it as plain numbers."""
     with new_writer(tmp_path, state_names=["x"], action_names=["dx"]) as writer:
         frames = {**EPISODES[0], "observation.state": np.ones((3, 1)), "action": np.arange(3.0).reshape(3, 1)}
@@ -220,7 +220,7 @@ def test_a_single_dimension(tmp_path):
     assert item["action"].tolist() == [[1], [2]]
 
 
-def test_the_caller_may_reuse_its_arrays(tmp_path):
+def test_frames_are_copied(tmp_path):
     for video in (False, True):
         with new_writer(tmp_path / str(video), video=video) as writer:
             frame = {key: values[0].copy() for key, values in EPISODES[0].items()}
@@ -232,7 +232,7 @@ def test_the_caller_may_reuse_its_arrays(tmp_path):
         require_episodes(tmp_path / str(video), 1, exact_images=not video)
 
 
-def test_a_discarded_episode(tmp_path):
+def test_discarded_episode_is_not_written(tmp_path):
     with new_writer(tmp_path) as writer:
         writer.add_frame(frame_of(EPISODES[1]))
         assert writer.num_frames_in_progress == 1
@@ -243,7 +243,7 @@ def test_a_discarded_episode(tmp_path):
     require_episodes(tmp_path, 1)
 
 
-def test_frames_that_were_not_saved(tmp_path):
+def test_unsaved_frames_are_dropped_with_a_warning(tmp_path):
     writer = new_writer(tmp_path)
     writer.add_episode(EPISODES[0], TASKS[0])
     writer.add_frame(frame_of(EPISODES[1]))
@@ -255,7 +255,7 @@ def test_frames_that_were_not_saved(tmp_path):
         writer.add_frame({})
 
 
-def test_no_episode(tmp_path):
+def test_without_episodes_nothing_is_left(tmp_path):
     with pytest.raises(ValueError, match="No episode was saved"), new_writer(tmp_path / "set"):
         pass
     assert not (tmp_path / "set").exists()
@@ -265,7 +265,7 @@ def test_no_episode(tmp_path):
 
 
 @pytest.mark.parametrize("num_episodes", [0, 2])
-def test_an_interrupt(num_episodes, tmp_path):
+def test_interrupt_keeps_the_saved_episodes(num_episodes, tmp_path):
     def then(writer):
         writer.add_frame(frame_of(EPISODES[2]))
         raise KeyboardInterrupt
@@ -281,7 +281,7 @@ def test_an_interrupt(num_episodes, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), NO_SPACE])
 @pytest.mark.parametrize("part", ["encode_video", "write_parquet"])
-def test_stopped_while_an_episode_is_written(error, part, tmp_path, monkeypatch):
+def test_error_while_writing_an_episode_keeps_the_others(error, part, tmp_path, monkeypatch):
     writing = getattr(writer, part)
 
     def fails_later(path, *arguments, **options):
@@ -297,7 +297,7 @@ def test_stopped_while_an_episode_is_written(error, part, tmp_path, monkeypatch)
     assert not [name for name in files_of(tmp_path) if name.startswith(".")]
 
 
-def test_room_was_made_on_a_full_disk(tmp_path, monkeypatch):
+def test_episode_can_be_saved_again_after_a_full_disk(tmp_path, monkeypatch):
     """The frames are still there."""
     with new_writer(tmp_path) as recorder:
         recorder.add_episode(EPISODES[0], TASKS[0])
@@ -311,7 +311,7 @@ def test_room_was_made_on_a_full_disk(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_no_room_to_join_episodes(video, tmp_path, monkeypatch):
+def test_full_disk_leaves_episodes_in_files_of_their_own(video, tmp_path, monkeypatch):
     """They then get a file each, which only has to be moved."""
     monkeypatch.setattr(recording, "concatenate_videos" if video else "join_parquet", _raise(NO_SPACE))
     record(tmp_path, video=video)
@@ -319,7 +319,7 @@ def test_no_room_to_join_episodes(video, tmp_path, monkeypatch):
     assert "data/chunk-000/file-003.parquet" in files_of(tmp_path)
 
 
-def test_no_room_for_the_metadata(tmp_path, monkeypatch):
+def test_finalize_can_be_called_again_after_a_full_disk(tmp_path, monkeypatch):
     writer = new_writer(tmp_path)
     writer.add_episode(EPISODES[0], TASKS[0])
     with monkeypatch.context() as patch:
@@ -331,7 +331,7 @@ def test_no_room_for_the_metadata(tmp_path, monkeypatch):
     require_episodes(tmp_path, 1)
 
 
-def test_the_first_error_is_what_counts(tmp_path, monkeypatch):
+def test_first_error_is_raised_with_the_second_as_a_note(tmp_path, monkeypatch):
     monkeypatch.setattr(recording.metadata_writer, "finished_info", _raise(NO_SPACE))
     with pytest.raises(KeyboardInterrupt) as error:
         record(tmp_path, 1, then=_raise(KeyboardInterrupt()))
@@ -342,7 +342,7 @@ def test_the_first_error_is_what_counts(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("video", "full"), [(False, False), (True, False), (True, True)])
-def test_killed_at_any_moment(video, full, tmp_path, monkeypatch):
+def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
     """Snapshots of the disk before every rename: a reader sees a complete set or an error, and nothing is lost."""
     snapshots, num_saved = [], []
     rename = os.replace
@@ -376,7 +376,7 @@ def test_killed_at_any_moment(video, full, tmp_path, monkeypatch):
     assert num_recovered > 10
 
 
-def test_a_recording_that_goes_on(tmp_path):
+def test_running_recording_is_neither_read_nor_recovered(tmp_path):
     with new_writer(tmp_path) as writer:
         writer.add_episode(EPISODES[0], TASKS[0])
         with pytest.raises(ValueError, match="still going on"):
@@ -386,6 +386,28 @@ def test_a_recording_that_goes_on(tmp_path):
         with pytest.raises(ValueError, match=r"not an empty folder; it is a recording.*recover"):
             new_writer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no unfinished recording"):
+        LeRobotWriter.recover(tmp_path)
+
+
+def test_recording_of_an_earlier_version_is_recovered(tmp_path, monkeypatch):
+    """Its recording.json had settings of its own instead of those of meta/info.json."""
+    monkeypatch.setattr(recording.metadata_writer, "finished_info", _raise(NO_SPACE))
+    with pytest.raises(OSError, match="No space left"):
+        record(tmp_path, 2)
+    monkeypatch.undo()
+    file = tmp_path / ".recording/recording.json"
+    info = json.loads(file.read_text())
+    kept = {name: info[name] for name in ("fps", "features", "robot_type")}
+    file.write_text(json.dumps({**kept, "data_file_mb": 100, "video_file_mb": 200}))
+    assert LeRobotWriter.recover(tmp_path) == 2
+    require_episodes(tmp_path, 2)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"fps": 30}', "[]"])
+def test_damaged_recording_is_an_error(text, tmp_path, monkeypatch):
+    (tmp_path / ".recording").mkdir()
+    (tmp_path / ".recording/recording.json").write_text(text)
+    with pytest.raises(ValueError, match=r"recording\.json"):
         LeRobotWriter.recover(tmp_path)
 
 
@@ -399,7 +421,7 @@ def _raise(error):
 # What is refused
 
 
-def test_a_folder_with_something_in_it(tmp_path):
+def test_folder_that_is_not_empty_is_refused(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ValueError, match="exists already and is not an empty folder; choose another path"):
         new_writer(tmp_path)
@@ -421,7 +443,7 @@ def test_a_folder_with_something_in_it(tmp_path):
         ({"action_names": "xyz"}, "action_names is 'xyz'"),
     ],
 )
-def test_refused_settings(arguments, message, tmp_path):
+def test_impossible_settings_are_refused(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         new_writer(tmp_path / "set", **arguments)
     assert not (tmp_path / "set").exists()
@@ -445,7 +467,7 @@ def test_refused_settings(arguments, message, tmp_path):
         ("observation.state", [0, 0, 1e39], ValueError, r"NaN or infinity in observation\.state, dimension 2 \(z\)"),
     ],
 )
-def test_refused_frames(key, value, error, message, tmp_path):
+def test_frames_that_do_not_fit_are_refused(key, value, error, message, tmp_path):
     frame = {name: values[0] for name, values in EPISODES[0].items()}
     with new_writer(tmp_path) as writer:
         writer.add_episode(EPISODES[0], TASKS[0])
@@ -456,7 +478,7 @@ def test_refused_frames(key, value, error, message, tmp_path):
     require_episodes(tmp_path, 1)
 
 
-def test_refused_episodes(tmp_path):
+def test_episodes_that_do_not_fit_are_refused(tmp_path):
     with new_writer(tmp_path) as writer:
         with pytest.raises(ValueError, match="no frames"):
             writer.save_episode("t")
@@ -474,7 +496,7 @@ def test_refused_episodes(tmp_path):
     require_episodes(tmp_path, 1)
 
 
-def test_a_missing_library(tmp_path, monkeypatch):
+def test_missing_library_is_an_error_with_the_install_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[data\]'"):
         new_writer(tmp_path / "set", video=True)

@@ -63,7 +63,7 @@ ROBOTS = {
 @pytest.mark.parametrize("robot", ROBOTS)
 @pytest.mark.parametrize("lengths", [(9, 1, 20, 5), (1,), (3, 3, 3)])
 @pytest.mark.filterwarnings("ignore:In some_set, the .* never change")
-def test_equal_to_all_frames_one_by_one(robot, lengths):
+def test_statistics_equal_those_of_frames_one_by_one(robot, lengths):
     embodiment, s, a = ROBOTS[robot]
     dataset = some_set(lengths, s, a)
     stats = compute_norm_stats(dataset, embodiment, action_horizon=H)
@@ -95,14 +95,14 @@ def test_only_the_chosen_episodes_count(golden_root):
     assert not np.allclose(stats["state"].mean, values.mean(axis=0))
 
 
-def test_a_set_of_another_robot():
+def test_dataset_of_another_robot_is_an_error():
     with pytest.raises(ValueError, match=r"observation\.state has 5 dimensions; embodiment 'metaworld' has 4"):
         compute_norm_stats(some_set((3,), 5, 4), metaworld(), action_horizon=H)
     with pytest.raises(ValueError, match=r"action has 7 dimensions; embodiment 'metaworld' has 4"):
         compute_norm_stats(some_set((3,), 4, 7), metaworld(), action_horizon=H)
 
 
-def test_nan():
+def test_nan_is_an_error():
     def change(state, actions):
         actions[1, 2] = np.nan
 
@@ -110,7 +110,7 @@ def test_nan():
         compute_norm_stats(some_set((3,), 4, 4, change=change), metaworld(), action_horizon=H)
 
 
-def test_what_never_changes_is_named():
+def test_constant_dimensions_are_named_in_a_warning():
     def change(state, actions):
         state[:, 3] = 0.3  # whose mean in float64 is not 0.3
         actions[:, 3] = 0.1
@@ -131,7 +131,7 @@ def hard(values):
     return narrow_dims(stats, ["gripper"])
 
 
-def test_dimensions_that_hardly_move():
+def test_narrow_dimensions_are_named():
     rng = np.random.default_rng(0)
     assert hard(rng.normal(size=1000)) == []
     assert hard(np.repeat([0.0, 1.0], 500)) == []
@@ -197,7 +197,7 @@ def test_robots_are_sorted_by_coverage():
         stats_coverage(dataset, metaworld(), {"hand": {"velocity": own["state"]}}, action_horizon=H)
 
 
-def test_where_the_statistics_of_a_checkpoint_are(golden_root, tmp_path):
+def test_checkpoint_stats_are_found_in_every_layout(golden_root, tmp_path):
     stats = NormStats(np.zeros(2), np.ones(2))
     for name in ("trossen", "lab/arm"):
         folder = tmp_path / "checkpoint" / "assets" / name
@@ -222,7 +222,7 @@ def run(capsys, *arguments):
     return capsys.readouterr()
 
 
-def test_the_command_as_json(golden_root, tmp_path, capsys):
+def test_command_prints_json(golden_root, tmp_path, capsys):
     root, out = golden_root / "datasets/lerobot_v3_video", tmp_path / "new" / "stats.json"
     shown = run(capsys, root, "--embodiment", "metaworld", "--action-horizon", "4", "--out", out, "--json")
     document = json.loads(shown.out)
@@ -240,7 +240,7 @@ def test_the_command_as_json(golden_root, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_command_compares(golden_root, capsys):
+def test_command_compares_with_a_checkpoint(golden_root, capsys):
     root = golden_root / "datasets/lerobot_v3_video"
     arguments = (root, "--embodiment", "metaworld", "--compare", "demo", "--episodes", "0,2")
     document = json.loads(run(capsys, *arguments, "--json").out)
@@ -253,7 +253,7 @@ def test_the_command_compares(golden_root, capsys):
     assert "fraction inside [q01, q99] of demo" in run(capsys, *arguments).out
 
 
-def test_the_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, capsys, monkeypatch):
+def test_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, capsys, monkeypatch):
     root = tmp_path / "set"
     shutil.copytree(golden_root / "datasets/lerobot_v3_image", root)
     columns = []
@@ -274,7 +274,7 @@ def test_the_command_reads_neither_images_nor_other_columns(golden_root, tmp_pat
     assert json.loads(run(capsys, root, "--embodiment", "metaworld", "--json").out)["frames"] > 0
 
 
-def test_the_command_for_people(tmp_path, capsys):
+def test_command_prints_tables_and_warnings(tmp_path, capsys):
     """A gripper that is used in few frames, and a state that never changes."""
     rng = np.random.default_rng(0)
     embodiment = Embodiment.generic(
@@ -302,7 +302,7 @@ def test_the_command_for_people(tmp_path, capsys):
     ("name", "embodiment", "message"),
     [("nothing", "metaworld", "no folder"), ("lerobot_v21", "droid", "droid"), ("lerobot_v21", "r2d2", "Unknown")],
 )
-def test_errors_of_the_command(name, embodiment, message, golden_root, capsys):
+def test_command_reports_errors(name, embodiment, message, golden_root, capsys):
     with pytest.raises(SystemExit):
         main(["stats", str(golden_root / "datasets" / name), "--embodiment", embodiment, "--json"])
     shown = capsys.readouterr()

@@ -157,10 +157,9 @@ def _read_metadata(root: Path) -> Metadata:
     info = _read_info(root)
     if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
         raise DatasetError(f"The dataset {root} has no episodes; record some first.")
-    rows = _episode_rows_v3(root) if info.is_v3 else _json_lines(root / lerobot.EPISODES_JSONL)
     try:
-        tasks = dict(sorted(_tasks_v3(root) if info.is_v3 else _tasks_v2(root)))
-        episodes = [_episode(row, info, root) for row in rows]
+        tasks = dict(sorted(_tasks(root, info).items()))
+        episodes = [_episode(row, info, root) for row in _episode_rows(root, info)]
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DatasetError(
             f"The episodes or tasks of {root} lack what {info.codebase_version} has: {error!r}; the dataset is damaged."
@@ -202,7 +201,9 @@ def _read_info(root: Path) -> Info:
     return info
 
 
-def _tasks_v3(root: Path) -> Iterable[tuple[int, str]]:
+def _tasks(root: Path, info: Info) -> dict[int, str]:
+    if not info.is_v3:
+        return {row["task_index"]: row["task"] for row in _json_lines(root / lerobot.TASKS_JSONL)}
     path = root / lerobot.TASKS_PARQUET
     with open_parquet(path) as file:
         columns = file.read().to_pydict()
@@ -210,14 +211,13 @@ def _tasks_v3(root: Path) -> Iterable[tuple[int, str]]:
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
         raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
-    return zip(columns["task_index"], columns[text], strict=True)
+    return dict(zip(columns["task_index"], columns[text], strict=True))
 
 
-def _tasks_v2(root: Path) -> Iterable[tuple[int, str]]:
-    return [(row["task_index"], row["task"]) for row in _json_lines(root / lerobot.TASKS_JSONL)]
-
-
-def _episode_rows_v3(root: Path) -> Iterator[dict[str, Any]]:
+def _episode_rows(root: Path, info: Info) -> Iterator[dict[str, Any]]:
+    if not info.is_v3:
+        yield from _json_lines(root / lerobot.EPISODES_JSONL)
+        return
     files = sorted((root / lerobot.EPISODES_FOLDER).glob("*/*.parquet"))
     if not files:
         raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the dataset is incomplete.")

@@ -28,9 +28,9 @@ class LeRobotWriter:
                 writer.add_frame({"observation.images.base": …, "observation.state": …, "action": …})
             writer.save_episode("open the drawer")
 
-    A saved episode is complete on disk. Only the frames of the episode in progress are held in memory. The set appears
-    when the block ends; if it ends by an exception, an interrupt or a full disk, with the episodes that were saved
-    before. A process that is killed leaves no dataset (`LeRobotDataset` says so), but every saved episode:
+    A saved episode is complete on disk; only the frames of the episode in progress are held in memory. The dataset
+    appears when the block ends, and with the saved episodes also if an exception, an interrupt or a full disk ends it.
+    A process that is killed leaves no dataset (`LeRobotDataset` says so), but every saved episode:
     `LeRobotWriter.recover` makes a dataset of them. One thread at a time.
     """
 
@@ -92,7 +92,7 @@ class LeRobotWriter:
 
         Raises:
             KeyError: a key is missing or unknown.
-            ValueError: another shape or dtype; NaN or infinity; the set is finished.
+            ValueError: another shape or dtype; NaN or infinity; the dataset is finished.
         """
         self._open_recording()
         self._check_keys(frame)
@@ -137,8 +137,8 @@ class LeRobotWriter:
             task: the instruction.
 
         Raises:
-            ValueError: arrays of several lengths; an episode is in progress; what `add_frame` and `save_episode` raise.
-            KeyError, OSError: what they raise.
+            ValueError: arrays of several lengths; an episode is in progress.
+            ValueError, KeyError, OSError: as `add_frame` and `save_episode`.
         """
         if self.num_frames_in_progress:
             raise DatasetError(
@@ -193,7 +193,7 @@ class LeRobotWriter:
         """Make a dataset of the episodes that a process had saved when it was killed.
 
         Returns:
-            How many there are.
+            Their number.
 
         Raises:
             FileNotFoundError: there is no unfinished recording.
@@ -206,7 +206,7 @@ class LeRobotWriter:
 
     @property
     def num_episodes(self) -> int:
-        """Episodes saved so far; 0 when the set is finished."""
+        """Episodes saved so far; 0 when the dataset is finished."""
         return len(self._recording.episodes) if self._recording else 0
 
     @property
@@ -245,45 +245,34 @@ class LeRobotWriter:
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             raise DatasetError(f"Camera {name!r} has the shape {list(shape)}; expected (height, width, 3).")
         height, width = (int(size) for size in shape[:2])
-        feature: dict[str, Any] = {
-            "dtype": "image",
-            "shape": [height, width, 3],
-            "names": ["height", "width", "channels"],
-        }
-        if self._encoder:
-            if height % 2 or width % 2:
-                raise DatasetError(
-                    f"Camera {name!r} is {height} x {width}; video needs an even height and width. Crop or resize it, "
-                    "or record images (video=False)."
-                )
-            feature |= {
-                "dtype": "video",
-                "info": video_info(self._encoder, height=height, width=width, fps=fps),
-            }
-        return feature
+        feature = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+        if self._encoder is None:
+            return feature
+        if height % 2 or width % 2:
+            raise DatasetError(
+                f"Camera {name!r} is {height} x {width}; video needs an even height and width. Crop or resize it, or "
+                "record images (video=False)."
+            )
+        info = video_info(self._encoder, height=height, width=width, fps=fps)
+        return {**feature, "dtype": "video", "info": info}
 
     def _check_keys(self, frame: Mapping[str, Any]) -> None:
         missing, unknown = [key for key in self._frames if key not in frame], sorted(set(frame) - set(self._frames))
-        if missing or unknown:
-            raise UnknownKeyError(
-                "A frame"
-                + (f" has no {', '.join(missing)}" if missing else "")
-                + (" and" if missing and unknown else "")
-                + (f" has the unknown keys {', '.join(unknown)}" if unknown else "")
-                + f"; expected {', '.join(self._frames)}."
-            )
+        found = [f"has no {', '.join(missing)}"] if missing else []
+        found += [f"has the unknown keys {', '.join(unknown)}"] if unknown else []
+        if found:
+            raise UnknownKeyError(f"A frame {' and '.join(found)}; expected {', '.join(self._frames)}.")
 
     def _checked(self, key: str, value: Any) -> np.ndarray:
         feature = self._info.features[key]
         array = np.asarray(value)
         image = key in self._histograms
+        expected = (
+            f"uint8 {feature['shape']}" if image else f"numbers {feature['shape']}: {', '.join(feature['names'])}"
+        )
         right_dtype = array.dtype == np.uint8 if image else array.dtype.kind in "fiu"
         if not right_dtype or list(array.shape) != feature["shape"]:
-            names = "" if image else f": {', '.join(feature['names'])}"
-            raise DatasetError(
-                f"{key} is {array.dtype} {list(array.shape)}; "
-                f"expected {'uint8' if image else 'numbers'} {feature['shape']}{names}."
-            )
+            raise DatasetError(f"{key} is {array.dtype} {list(array.shape)}; expected {expected}.")
         if image:
             return array
         with np.errstate(over="ignore"):
@@ -293,8 +282,7 @@ class LeRobotWriter:
 
     def _write_episode(self, recording: Recording, episode: SavedEpisode, files: Mapping[str, Path]) -> None:
         for key in self._info.videos:
-            assert self._encoder is not None
-            encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=self._encoder)
+            encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=str(self._encoder))
         table = self._table(episode, episode_index=len(recording.episodes), first_index=recording.num_frames)
         with write_parquet(files["data"], self._schema) as writer:
             writer.write_table(table)
@@ -308,14 +296,13 @@ class LeRobotWriter:
             "index": first_index + frame_index,
             "task_index": np.full(episode.length, episode.task_index),
         }
-        for key, values in self._frames.items():
+        for key in self._frames.keys() - set(self._info.videos):
+            values = self._frames[key]
             if key in self._histograms:
                 columns[key] = [{"bytes": png, "path": f"frame-{i:06d}.png"} for i, png in enumerate(values)]
             else:  # a single dimension as plain numbers
                 columns[key] = values if len(values[0]) > 1 else np.concatenate(values)
-        return require("pyarrow", "data").table(
-            {name: columns[name] for name in self._schema.names}, schema=self._schema
-        )
+        return require("pyarrow", "data").table(columns, schema=self._schema)
 
 
 def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
