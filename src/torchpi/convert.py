@@ -13,10 +13,10 @@ from typing import Any, cast, get_args
 import numpy as np
 import torch
 
+from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import lerobot, openpi
 from torchpi.checkpoints.adapt import FIELDS, adapt
 from torchpi.checkpoints.address import existing_folder
-from torchpi.checkpoints.atomic import atomic_folder
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
 from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table

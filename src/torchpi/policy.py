@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
-from torchpi.checkpoints.atomic import atomic_folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.collate import collate

@@ -312,7 +312,7 @@ def test_a_disk_that_becomes_full_leaves_the_old_folder_whole(make_policy, folde
 
 
 def test_a_failure_of_the_last_rename_brings_the_old_folder_back(make_policy, folder, tmp_path, monkeypatch):
-    from torchpi.checkpoints import atomic as module
+    from torchpi import atomic as module
 
     before, rename = contents(tmp_path), module.os.rename
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from torchpi.checkpoints.atomic import atomic_folder
+from torchpi.atomic import atomic_folder
 from torchpi.checkpoints.layout import Shapes, require_shapes
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safetensors
 from torchpi.errors import CheckpointError, MissingFileError

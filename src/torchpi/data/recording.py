@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.atomic import fsync
 from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import to_numpy
@@ -308,14 +309,3 @@ def write_parquet(path: Path, schema: Any) -> Iterator[Any]:
     plain = [field.name for field in schema if not field.name.startswith(lerobot.IMAGES)]
     with require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain) as writer:
         yield writer
-
-
-def fsync(path: Path) -> None:
-    """Have the disk keep a file or a folder's entries."""
-    if sys.platform == "win32" and path.is_dir():
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

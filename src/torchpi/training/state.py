@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from torchpi.checkpoints.atomic import fsync, make_durable
+from torchpi.atomic import fsync, make_durable
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import Optimizer

@@ -1,9 +1,10 @@
-"""Folders that appear complete under their name, or not at all."""
+"""Files and folders that appear complete under their name, or not at all."""
 
 import contextlib
 import os
 import pathlib
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 
@@ -35,6 +36,8 @@ def make_durable(folder: pathlib.Path) -> None:
 
 def fsync(path: pathlib.Path) -> None:
     """Wait until a file, or the list of a folder's entries, is on the disk."""
+    if sys.platform == "win32" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
