@@ -309,8 +309,11 @@ def documented_fields(arguments):
     for field in dataclasses.fields(arguments):
         if dataclasses.is_dataclass(field.default):
             yield from documented_fields(type(field.default))
+        elif dataclasses.is_dataclass(field.default_factory):
+            yield from documented_fields(field.default_factory)
         elif field.name in docstrings:
-            yield field.name, docstrings[field.name]
+            names = [getattr(annotation, "name", None) for annotation in getattr(field.type, "__metadata__", ())]
+            yield next(filter(None, names), field.name), docstrings[field.name]
         else:
             assert any(hasattr(base, field.name) for base in arguments.__bases__), f"{field.name} is not documented"
 
