@@ -1,4 +1,4 @@
-"""Turn a folder of ALOHA's HDF5 episodes into a LeRobot data set, format v3.0.
+"""Turn a folder of ALOHA's HDF5 episodes into a LeRobot dataset, format v3.0.
 
     python scripts/aloha_hdf5_to_lerobot.py EPISODES OUT --task "put the pen into the cup"
 
@@ -22,12 +22,11 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 
 from torchpi.data import LeRobotWriter
 from torchpi.extras import require
 from torchpi.robots import aloha
+from torchpi.ui.progress import progress_bar
 
 STATE, ACTION, IMAGES = "observations/qpos", "action", "observations/images"
 DIMS = 14
@@ -48,11 +47,11 @@ def convert(folder: Path, out: Path, *, task: str, fps: int = 50, video: bool = 
 
     Args:
         folder: with episode_*.hdf5.
-        out: the data set's folder, new or empty.
+        out: the dataset's folder, new or empty.
         task: the instruction, the same for all episodes.
         fps: frames per second, at which they were recorded.
         video: cameras as video (small, lossy), otherwise as PNG (exact).
-        robot_type: what the data set says of its robot.
+        robot_type: what the dataset says of its robot.
 
     Returns:
         The number of episodes.
@@ -73,11 +72,12 @@ def convert(folder: Path, out: Path, *, task: str, fps: int = 50, video: bool = 
     writer = LeRobotWriter(
         out, fps=fps, cameras=first.cameras, state_names=names, action_names=names, robot_type=robot_type, video=video
     )
-    with writer:
-        for episode in track(episodes, "converting", console=Console(stderr=True)):
+    with writer, progress_bar("converting", len(episodes)) as advance:
+        for episode in episodes:
             for frame in frames(episode):
                 writer.add_frame(frame)
             writer.save_episode(task)
+            advance()
     return len(episodes)
 
 
@@ -173,11 +173,11 @@ def main(
     fps: int = 50,
     video: bool = True,
 ) -> None:
-    """Turn a folder of ALOHA's HDF5 episodes into a LeRobot data set.
+    """Turn a folder of ALOHA's HDF5 episodes into a LeRobot dataset.
 
     Args:
         folder: with episode_0.hdf5, episode_1.hdf5, …
-        out: the data set's folder, new or empty.
+        out: the dataset's folder, new or empty.
         task: the instruction, the same for all episodes.
         fps: frames per second, at which they were recorded.
         video: cameras as video (small, lossy); --no-video: as PNG (exact).

@@ -146,9 +146,9 @@ def _folder_with_stats(address: str) -> pathlib.Path:
 def _print_statistics(document: Mapping[str, Any], found: Mapping[str, "Distribution"]) -> None:
     from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD
 
-    _print(
+    print(
         f"{document['dataset']}: {document['episodes']} episodes, {document['frames']} frames, "
-        f"as {document['embodiment']} sees them; chunks of {document['action_horizon']} actions",
+        f"as {document['embodiment']} sees them; chunks of {document['action_horizon']} actions\n"
         f"{document['idle_frames']} frames ({document['idle_share']:.1%}) are idle: for {IDLE_SECONDS:g} s, nothing "
         f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
@@ -159,7 +159,7 @@ def _print_statistics(document: Mapping[str, Any], found: Mapping[str, "Distribu
             [(name, *(f"{number:.4g}" for number in row)) for name, *row in numbers],
         )
     if document["out"]:
-        _print(f"written to {document['out']}")
+        print(f"written to {document['out']}")
 
 
 def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) -> None:
@@ -182,15 +182,11 @@ def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) ->
             for what, key in keys.items()
             if key.dims != key.checkpoint_dims
         ]
-    _print(f"fraction inside [q01, q99] of {address}:")
+    print(f"fraction inside [q01, q99] of {address}:")
     kinds = {"robot": "name", "all": "number", "state": "number", "actions": "number", "farthest outside": "text"}
     _print_table(kinds, rows)
-    _print(*remarks)
-
-
-def _print(*lines: str) -> None:
-    for line in lines:
-        print(line)
+    for remark in remarks:
+        print(remark)
 
 
 def _print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:

@@ -106,8 +106,10 @@ class LeRobotDataset:
         self.columns, self._first_rows = read_columns(
             metadata, self._episodes, tolerance_s=self._tolerance, others=columns
         )
-        self.state_names = self._names(lerobot.STATE)
-        self.action_names = self._names(lerobot.ACTION)
+        self.state_names, self.action_names = (
+            dimension_names(self.features.get(key, {}), self.columns[key].shape[1])
+            for key in (lerobot.STATE, lerobot.ACTION)
+        )
         self.episode_indices = tuple(episode.index for episode in self._episodes)
         self.episode_lengths = tuple(episode.length for episode in self._episodes)
         self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
@@ -182,9 +184,6 @@ class LeRobotDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._open_files()
-
-    def _names(self, key: str) -> tuple[str, ...] | None:
-        return dimension_names(self.features.get(key, {}), self.columns[key].shape[1])
 
     def _frame_number(self, index: SupportsIndex) -> int:
         i = operator.index(index)

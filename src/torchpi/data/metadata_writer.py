@@ -163,8 +163,8 @@ def image_stats(histogram: Int64[np.ndarray, "3 256"], num_frames: int) -> dict[
     """Statistics of a camera in [0, 1], each [3, 1, 1], from the sum of its images' histograms."""
     levels = np.arange(256) / 255
     total, cumulative = histogram.sum(axis=1), np.cumsum(histogram, axis=1)  # [3], [3, 256]
-    mean = histogram @ levels / total  # [3]
-    std = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
+    mean = np.array([counts @ levels for counts in histogram]) / total  # [3]
+    std = np.sqrt([counts @ (levels - centre) ** 2 for counts, centre in zip(histogram, mean, strict=True)] / total)
 
     def as_list(channels: np.ndarray) -> list[Any]:
         return list(channels.reshape(3, 1, 1).tolist())
