@@ -80,7 +80,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_WAITS", ())
+    monkeypatch.setattr(hub, "_RETRIES", 0)
 
 
 @pytest.fixture(scope="session")

@@ -43,35 +43,40 @@ BASE_ASSETS = (
 
 
 class Bucket(http.server.BaseHTTPRequestHandler):
-    """What a bucket's JSON interface answers: lists and media."""
+    """Answers of the XML interface of buckets: lists and objects."""
 
     root: pathlib.Path
 
     def do_GET(self):
         url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query).items()}
-        bucket, _, name = url.path.split("/b/", 1)[1].partition("/o")
+        bucket, _, name = unquote(url.path).removeprefix("/").partition("/")
         folder = self.root / bucket
-        if not name.strip("/"):
+        if not name:
+            prefix = parse_qs(url.query).get("prefix", [""])[0]
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             names = [file.relative_to(folder).as_posix() for file in files]
-            found = [self.item(folder, name) for name in names if name.startswith(query.get("prefix", ""))]
-            return self.answer(json.dumps({"items": found}).encode())
-        file = folder / unquote(name.strip("/"))
-        if not file.is_file():
-            return self.send_error(404)
-        if query.get("alt") == "media" or url.path.startswith("/download"):
-            return self.answer(file.read_bytes())
-        return self.answer(json.dumps(self.item(folder, file.relative_to(folder).as_posix())).encode())
+            items = "".join(self.item(folder, name) for name in names if name.startswith(prefix))
+            return self.answer(f"<ListBucketResult><IsTruncated>false</IsTruncated>{items}</ListBucketResult>".encode())
+        file = folder / name
+        return self.answer(file.read_bytes()) if file.is_file() else self.send_error(404)
+
+    do_HEAD = do_GET
 
     def item(self, folder, name):
-        return {"name": name, "size": str((folder / name).stat().st_size), "generation": "1"}
+        size = (folder / name).stat().st_size
+        fields = f"<Key>{name}</Key><Size>{size}</Size><ETag>1</ETag>"
+        return f"<Contents>{fields}<LastModified>2025-01-01T00:00:00.000Z</LastModified></Contents>"
 
     def answer(self, content):
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").partition("-")[0])
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.send_header("Last-Modified", "Wed, 01 Jan 2025 00:00:00 GMT")
+        self.send_header("ETag", "1")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command == "GET":
+            self.wfile.write(content[start:])
 
     def log_message(self, *_):
         pass

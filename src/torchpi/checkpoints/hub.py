@@ -1,22 +1,19 @@
-"""Checkpoints from public buckets (gs://), checkpoints and data sets from the Hugging Face Hub (hf://), through a cache
-on disk.
+"""Downloads into a cache on disk: checkpoints from public buckets (gs://), and repositories of the Hugging Face Hub (hf://).
 
 The cache is the folder TORCHPI_HOME, by default ~/.cache/torchpi:
 
     gs/<bucket>/<path>                       a file or a folder of a bucket
-    hf/<org>/<name>/<revision>/<path>        a model repository, or a part of it; the revision is main if none is named
-    hf-datasets/<org>/<name>/<revision>/     a data set, of which only some files may be there
-    <file or folder>.download.json           beside each that was downloaded: its files, with size and version
+    hf/<org>/<name>/<revision>/<path>        a model repository, or a part of it; by default the revision main
+    hf-datasets/<org>/<name>/<revision>/     a dataset, of which only some files may be there
+    <file or folder>.download.json           all files of the address or repository: sizes, checksums, version
     <file>.part                              what has arrived of a file; the next download continues it
     gs/<bucket>.lock, hf/<org>/<name>/<revision>.lock        held by the one process that downloads there
 
-A download writes its .download.json first, and gives a file its name last, when size and checksum are right: what is
-listed there and has its size is complete. What no .download.json tells of was placed by hand, and is taken as it is.
-A data set's lists all of its files, and the commit from which further ones come: all are of one version.
+The .download.json comes first, and all later downloads there are of its version. A file gets its name last, when size
+and checksum are right: a listed file of the listed size is complete. A file or folder without a .download.json was
+placed by hand, and is used as it is.
 """
 
-import base64
-import contextlib
 import dataclasses
 import errno
 import fnmatch
@@ -26,505 +23,390 @@ import os
 import pathlib
 import re
 import sys
-import time
-import types
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Collection
+from datetime import timedelta
 from urllib.parse import quote
 
 import filelock
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.extras import require
+from torchpi.schema import parse, read_json
 
-T = TypeVar("T")
-
-# What a policy needs; and what is never downloaded: pickles, which can run code, and states of optimizers.
+# The files of a policy; and what is never downloaded: pickles, which can run code, and states of optimizers.
 _WANTED = ("*.json", "*.safetensors", "*tokenizer*", "*.model", "*/params/*", "*/assets/*")
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*/train_state/*", "*/training_state/*")
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt in a row of failures
-_TIMEOUT = 60.0  # seconds without a byte
+_RETRIES = 5
+_CHUNK_BYTES = 1 << 20
+_GS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]+)/(?P<path>.+?)/?")
+_HF = re.compile(r"hf://(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*))?(/(?P<path>.+?))?/?", re.ASCII)
 
 
-def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
+def fetch(address: str) -> pathlib.Path:
     """The folder or file of an address, from the cache, or downloaded into it first.
 
-    Of a folder comes what a policy needs: JSON, safetensors and tokenizer files, `params` and `assets`; never pickles,
-    never `train_state`. What is complete in the cache is used without a request, also if the address has something
-    newer by now: delete the folder and its .download.json to get that. Without a connection files can be placed by
-    hand, where the error says: if nothing was ever downloaded there, they are used as they are; if a download has
-    begun, as soon as all that its .download.json lists are there in their sizes.
+    Of a folder, the files of a policy are downloaded: JSON, safetensors and tokenizer files, `params` and `assets`;
+    never pickles, never `train_state`. What is complete in the cache is used without a request, also if the address has
+    something newer by now: delete the folder and its .download.json to get that. Without a connection files can be
+    placed by hand, where the error says.
 
     Args:
         address: gs://bucket/path, of a public bucket, or hf://org/name[@revision][/path]; private repositories need
             HF_TOKEN or `hf auth login`. STORAGE_EMULATOR_HOST and HF_ENDPOINT name other servers.
-        sleep: waits before a failed request is repeated.
     """
-    for service in (_Bucket, _Repository):
-        match = service.form.fullmatch(address)
-        if match and (not match["path"] or _is_plain(match["path"])):
-            return _completed(service(address, _home(), **match.groupdict(default="")), sleep)
+    if (match := _GS.fullmatch(address)) and _stays_inside(match["path"]):
+        return _complete(_Bucket(address, match["bucket"], match["path"]))
+    if (match := _HF.fullmatch(address)) and (not match["path"] or _stays_inside(match["path"])):
+        return _complete(_Repository(address, match["name"], match["revision"], path=match["path"] or ""))
     raise CheckpointError(
         f"Malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]."
     )
 
 
-def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
-    """The folder of a data set of the Hugging Face Hub in the cache, with some of its files; as `fetch` gets them.
-
-    All files come from the commit that the revision had at the first download.
+def fetch_dataset(address: str, names: Collection[str]) -> pathlib.Path:
+    """The folder of a dataset of the Hugging Face Hub in the cache, with some of its files; see `fetch`.
 
     Args:
         address: hf://org/name[@revision].
-        names: of the files, or of folders with a '/' behind.
+        names: of the files, or of folders with a '/' at the end.
     """
-    match = _Dataset.form.fullmatch(address)
+    match = _HF.fullmatch(address)
     if match is None or match["path"]:
-        raise CheckpointError(f"Malformed address {address!r} of a data set; expected hf://org/name[@revision].")
-    if outside := [name for name in names if not _is_plain(name.removesuffix("/"))]:
-        raise CheckpointError(f"{address}: the data set names the file {outside[0]!r}, which would be outside of it.")
-    return _completed(_Dataset(address, _home(), match["name"], match["revision"] or "", names), sleep)
+        raise CheckpointError(f"Malformed address {address!r} of a dataset; expected hf://org/name[@revision].")
+    if outside := [name for name in names if not _stays_inside(name.removesuffix("/"))]:
+        raise CheckpointError(f"{address}: the dataset names the file {outside[0]!r}, which would be outside of it.")
+    return _complete(_Repository(address, match["name"], match["revision"], names=frozenset(names)))
 
 
-def _home() -> pathlib.Path:
-    return pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
-
-
-def _completed(source: "_Bucket | _Repository", sleep: Callable[[float], None]) -> pathlib.Path:
-    """The address's place in the cache, with everything there."""
-    if not source.is_complete():
-        with _only_one_process(source):
-            if not source.is_complete():
-                _download(source, sleep)
-    return source.root
-
-
-def _is_plain(name: str) -> bool:
-    """Whether a name in a bucket or repository stays in its folder when it is a path."""
+def _stays_inside(name: str) -> bool:
+    """A name in a bucket or repository stays in its folder when it is a path."""
     return not {"", ".", ".."} & set(name.split("/")) and not set("\\\0") & set(name)
-
-
-@contextlib.contextmanager
-def _only_one_process(source: "_Source") -> Iterator[None]:
-    """Of those that download from one bucket or repository: several addresses may have files in common."""
-    source.top.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(_beside(source.top, ".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        print(f"waiting for another process, which downloads into {source.top}", file=sys.stderr)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _beside(path: pathlib.Path, suffix: str) -> pathlib.Path:
     return path.with_name(path.name + suffix)
 
 
-def _size(file: pathlib.Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+def _size(file: pathlib.Path) -> int:
+    return file.stat().st_size if file.is_file() else -1
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """What a server says of a file."""
-
-    name: str
     size: int
     version: str
-    """Its generation in a bucket, or the repository's commit."""
-    new_hash: Callable[[], Any] | None = None
-    """None: of this file only the size is known."""
-    digest: bytes = b""
+    """ETag of an object, commit of a repository."""
+    checksum: str = ""
+    """"md5:…" or "sha256:…"; "": only the size is known."""
 
     def fits(self, path: pathlib.Path) -> bool:
-        """Whether what is there has the size and the checksum."""
-        if _size(path) != self.size or self.new_hash is None:
+        """True if a local file has the size and the checksum."""
+        if _size(path) != self.size or not self.checksum:
             return _size(path) == self.size
-        digest = self.new_hash()
-        with path.open("rb") as data:
-            while chunk := data.read(1 << 20):
-                digest.update(chunk)
-        return bool(digest.digest() == self.digest)
+        algorithm, _, expected = self.checksum.partition(":")
+        with path.open("rb") as content:
+            return hashlib.file_digest(content, algorithm).hexdigest() == expected
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """A .download.json."""
+
+    address: str
+    files: dict[str, _File]
 
 
 class _Source:
     """An address, and its place in the cache."""
 
-    form: ClassVar[re.Pattern[str]]
-    errors: tuple[type[Exception], ...]
-    """What requests raise."""
+    def __init__(self, address: str, top: str, path: str, names: frozenset[str] = frozenset()) -> None:
+        home = pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
+        self.address, self.path, self.names = address, path, names
+        self.top, self.root = home / top, home / top / path
+        """Places of the bucket or repository, and of the address."""
+        self.listing = self.root
+        """What a record of this address lists."""
 
-    def __init__(self, address: str, top: pathlib.Path, path: str) -> None:
-        self.address, self.path = address, path
-        self.top, self.root = top, top / path
-        """Where the bucket or repository is in the cache, and where the address."""
-
-    def listed(self) -> dict[pathlib.Path, int] | None:
-        """The files, with sizes, that a download here or of a folder above has listed; None: there was none."""
+    def record(self) -> _Record | None:
+        """The record of a download here or of a folder above, that has files of this address."""
         for folder in (self.root, *self.root.parents):
-            record = _beside(folder, ".download.json")
-            if record.is_file():
-                sizes = {self.top / file.name: file.size for file in _read_list(record)}
-                if here := {file: size for file, size in sizes.items() if file.is_relative_to(self.root)}:
-                    return here
+            file = _beside(folder, ".download.json")
+            if file.is_file():
+                try:
+                    record = parse(_Record, read_json(file, error=CheckpointError), "The file", error=CheckpointError)
+                except CheckpointError as error:
+                    raise CheckpointError(f"{file} is damaged ({error}); delete it, and fetch again.") from error
+                if self.wanted(record):
+                    return record
             if folder == self.top:
                 break
         return None
 
+    def write_record(self, record: _Record) -> None:
+        path = _beside(self.listing, ".download.json")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = _beside(path, ".new")
+        new.write_text(json.dumps(dataclasses.asdict(record), indent=1), encoding="utf-8")
+        new.replace(path)
+
+    def wanted(self, record: _Record) -> dict[str, _File]:
+        """The files of the address that are needed: those of a policy, or the named ones."""
+        return {name: file for name, file in record.files.items() if self._is_wanted(name)}
+
+    def _is_wanted(self, name: str) -> bool:
+        if _matches(name, _NEVER):
+            return False
+        if self.names:
+            return name in self.names or name.startswith(tuple(name for name in self.names if name.endswith("/")))
+        return name == self.path or ((self.top / name).is_relative_to(self.root) and _matches(name, _WANTED))
+
+    def missing(self, record: _Record) -> dict[str, _File]:
+        """The wanted files that are not in the cache."""
+        return {name: file for name, file in self.wanted(record).items() if _size(self.top / name) != file.size}
+
     def is_complete(self) -> bool:
-        if (listed := self.listed()) is not None:
-            return all(_size(file) == size for file, size in listed.items())
+        if (record := self.record()) is not None:
+            return not self.missing(record) and not self.absent(record)
+        if self.names:
+            return all((self.top / name).exists() for name in self.names)
         if self.root.is_dir():
             return any(self.root.iterdir()) and not any(self.root.rglob("*.download.json"))
         return self.root.is_file()
 
-    def wanted(self, files: list[_File]) -> list[_File]:
-        """Of the files here, those that a policy needs."""
-        wanted = [file for file in files if file.name == self.path or _matches(file, _WANTED)]
-        if wanted := [file for file in wanted if not _matches(file, _NEVER)]:
-            return wanted
-        found = ", ".join([file.name for file in files[:5]] + ["…"] * (len(files) > 5)) or "nothing"
-        raise MissingFileError(
-            f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never downloaded "
-            f"are {', '.join(_NEVER)}: pickles can run code."
-        )
+    def absent(self, record: _Record) -> list[str]:
+        """The names that are not on the server."""
+        files = self.wanted(record)
+        folders = {f"{folder.as_posix()}/" for name in files for folder in pathlib.PurePosixPath(name).parents}
+        return sorted(self.names - set(files) - folders)
 
-    def is_current(self, file: _File) -> bool:
-        """Whether it is there. Without a checksum it may be another version of the same size."""
-        return file.new_hash is not None and file.fits(self.top / file.name)
-
-    def write_list(self, files: list[_File]) -> None:
-        record = _beside(self.root, ".download.json")
-        record.parent.mkdir(parents=True, exist_ok=True)
-        new = _beside(record, ".new")
-        listed = {file.name: {"size": file.size, "version": file.version} for file in files}
-        new.write_text(json.dumps({"address": self.address, "files": listed}, indent=1), encoding="utf-8")
-        new.replace(record)
-
-
-def _read_list(record: pathlib.Path) -> list[_File]:
-    """The files that a .download.json lists."""
-    try:
-        files = json.loads(record.read_text(encoding="utf-8"))["files"]
-        return [_File(name, int(file["size"]), str(file["version"])) for name, file in files.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{record} is damaged ({error!r}); delete it, and fetch again.") from error
+    def require_files(self, record: _Record) -> None:
+        """Raise an error where the server lacks what is needed, or names a place outside of the cache."""
+        if outside := [name for name in record.files if not _stays_inside(name)]:
+            raise CheckpointError(
+                f"{self.address}: the server lists {outside[0]!r}, which would be outside of {self.top}."
+            )
+        if absent := self.absent(record):
+            tops = ", ".join(sorted({name.split("/")[0] for name in record.files})) or "nothing"
+            raise MissingFileError(
+                f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
+                "Expected a complete LeRobot dataset."
+            )
+        if not self.names and not self.wanted(record):
+            here = [name for name in record.files if (self.top / name).is_relative_to(self.root)]
+            found = ", ".join(here[:5] + ["…"] * (len(here) > 5)) or "nothing"
+            raise MissingFileError(
+                f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never "
+                f"downloaded are {', '.join(_NEVER)}: pickles can run code."
+            )
 
 
-def _matches(file: _File, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(f"/{file.name.lower()}", pattern) for pattern in patterns)
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(f"/{name.lower()}", pattern) for pattern in patterns)
 
 
 class _Bucket(_Source):
     """A bucket of Google Cloud Storage, read without an account."""
 
-    form = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]+)/(?P<path>.+?)/?")
-
-    def __init__(self, address: str, home: pathlib.Path, bucket: str, path: str) -> None:
-        super().__init__(address, home / "gs" / bucket, path)
+    def __init__(self, address: str, bucket: str, path: str) -> None:
+        super().__init__(address, f"gs/{bucket}", path)
         self.bucket = bucket
+        self.files_url = f"https://storage.googleapis.com/{bucket}/"
+        self.page = f"{self.files_url}{quote(path)}"
         self.tool = f"gcloud storage cp -r gs://{bucket}/{path} {self.root.parent}"
         self.if_private = f"only public buckets are read; with an account: {self.tool}"
 
-    def url(self, name: str) -> str:
-        return f"https://storage.googleapis.com/{self.bucket}/{quote(name)}"
+    def connect(self) -> None:
+        obstore = require("obstore", "gcs")
+        from obstore.store import GCSStore
 
-    @contextlib.contextmanager
-    def connected(self) -> Iterator[None]:
-        storage = require("google.cloud.storage", "gcs")
-        import requests
-        import urllib3
-        from google.api_core.exceptions import GoogleAPICallError
-        from google.auth.exceptions import GoogleAuthError
-
-        self.errors = (GoogleAPICallError, GoogleAuthError, requests.RequestException, urllib3.exceptions.HTTPError)
-        self._no_access = GoogleAuthError  # the library answers a 401 by renewing the credentials, and there are none
-        with storage.Client.create_anonymous_client() as client:
-            self._bucket = client.bucket(self.bucket)
-            yield
+        server = os.environ.get("STORAGE_EMULATOR_HOST")
+        self.errors: tuple[type[Exception], ...] = (obstore.exceptions.BaseError, FileNotFoundError)
+        self.store = GCSStore(
+            self.bucket,
+            config={"skip_signature": True, **({"base_url": server} if server else {})},
+            # The library's limit of 30 s is for a whole file.
+            client_options={"allow_http": bool(server), "timeout": timedelta(days=1), "read_timeout": "60s"},
+            retry_config={"max_retries": _RETRIES},
+        )
 
     def status(self, error: Exception) -> int | None:
-        return 401 if isinstance(error, self._no_access) else getattr(error, "code", None)
+        """The HTTP status of a failed request, which obstore has in its message only; None: no answer."""
+        found = re.search(r"status code: (\d{3})", str(error))
+        return int(found[1]) if found else None
 
-    def files(self) -> list[_File]:
-        blob = self._bucket.get_blob(self.path, retry=None, timeout=_TIMEOUT)
-        folder = self._bucket.list_blobs(prefix=self.path + "/", retry=None, timeout=_TIMEOUT)
-        return [self._file(blob) for blob in ([blob] if blob else folder) if not blob.name.endswith("/")]
+    def files(self) -> dict[str, _File]:
+        import obstore
 
-    @staticmethod
-    def _file(blob: Any) -> _File:
-        import google_crc32c
+        try:
+            try:
+                entries = [obstore.head(self.store, self.path)]
+            except FileNotFoundError:
+                entries = self.store.list(self.path).collect()
+        except obstore.exceptions.InvalidPathError as error:
+            raise CheckpointError(
+                f"{self.address}: the server lists a name which would be outside of {self.top} ({error})."
+            ) from error
+        found = {}
+        for entry in entries:
+            tag = (entry["e_tag"] or "").strip('"')
+            # The ETag of an object is its MD5, unless it was put together from parts.
+            checksum = f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else ""
+            found[entry["path"]] = _File(entry["size"], tag, checksum)
+        return found
 
-        file = _File(blob.name, blob.size, str(blob.generation or ""))
-        if blob.crc32c:
-            return dataclasses.replace(file, new_hash=google_crc32c.Checksum, digest=base64.b64decode(blob.crc32c))
-        if blob.md5_hash:
-            return dataclasses.replace(file, new_hash=hashlib.md5, digest=base64.b64decode(blob.md5_hash))
-        return file
+    def read(self, name: str, file: _File, part: pathlib.Path) -> None:
+        """Append what is missing of a file."""
+        import obstore
+        from huggingface_hub.utils import tqdm
 
-    def read(self, file: _File, start: int, write: Callable[[bytes], object]) -> None:
-        """Write the bytes from `start` on as they arrive."""
-        blob = self._bucket.blob(file.name, generation=int(file.version) if file.version else None)
-        out = types.SimpleNamespace(write=write)
-        blob.download_to_file(out, start=start or None, raw_download=True, checksum=None, retry=None, timeout=_TIMEOUT)
+        arrived, before = part.stat().st_size, -1
+        with tqdm(total=file.size, initial=arrived, desc=name, unit="B", unit_scale=True) as bar:
+            while before < arrived < file.size:
+                try:
+                    with part.open("ab") as out:
+                        found = obstore.get(self.store, name, options={"range": {"offset": arrived}})
+                        for chunk in found.stream(_CHUNK_BYTES):
+                            out.write(chunk)
+                            bar.update(len(chunk))
+                except obstore.exceptions.BaseError as error:
+                    if self.status(error) == 416:  # the file ends before
+                        return
+                    if part.stat().st_size == arrived:  # else ask again: obstore's own retries end after some minutes
+                        raise
+                before, arrived = arrived, part.stat().st_size
 
 
 class _Repository(_Source):
-    """A model repository of the Hugging Face Hub, read with the user's token if there is one."""
+    """A model or dataset on the Hugging Face Hub, read with the user's token if there is one."""
 
-    kind: ClassVar[str] = "model"
-    place: ClassVar[str] = "hf"
-    """In the cache."""
-    page: ClassVar[str] = "https://huggingface.co/"
-    form = re.compile(r"hf://(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*))?(/(?P<path>.+?))?/?", re.ASCII)
-
-    def __init__(self, address: str, home: pathlib.Path, name: str, revision: str, path: str) -> None:
+    def __init__(
+        self, address: str, name: str, revision: str | None, *, path: str = "", names: frozenset[str] = frozenset()
+    ) -> None:
         self.name, self.revision = name, revision or "main"
-        super().__init__(address, home / self.place / name / self.revision, path)
+        self.kind, folder, pages = ("dataset", "hf-datasets", "datasets/") if names else ("model", "hf", "")
+        super().__init__(address, f"{folder}/{name}/{self.revision}", path, names)
+        self.listing = self.top
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
+        page = f"https://huggingface.co/{pages}{name}"
+        self.files_url = f"{page}/resolve/{self.revision}/"
+        self.page = f"{page}/tree/{self.revision}/{quote(path)}"
         self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
-        self.if_private = f"ask for access on {self.page}{name}, and set HF_TOKEN or run `hf auth login`"
+        self.if_private = f"ask for access on {page}, and set HF_TOKEN or run `hf auth login`"
 
-    def url(self, name: str) -> str:
-        return f"{self.page}{self.name}/{'resolve' if name else 'tree'}/{self.revision}/{quote(name)}"
-
-    @contextlib.contextmanager
-    def connected(self) -> Iterator[None]:
+    def connect(self) -> None:
         # HTTPError is the base of what the HTTP library raises, which is another library in other versions.
-        from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
-        self.errors, self._answered = (HTTPError, OfflineModeIsEnabled), HfHubHTTPError
-        yield
+        self.errors = (HTTPError, OfflineModeIsEnabled)
 
     def status(self, error: Exception) -> int | None:
-        return error.response.status_code if isinstance(error, self._answered) else None
+        """The HTTP status of a failed request; None: no answer."""
+        return getattr(getattr(error, "response", None), "status_code", None)
 
-    def first_revision(self) -> str:
-        """From which the files come."""
-        return self.revision
-
-    def files(self) -> list[_File]:
+    def files(self) -> dict[str, _File]:
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
         api = HfApi(endpoint=self.endpoint)
-        revision = self.first_revision()
-        commit = api.repo_info(self.name, repo_type=self.kind, revision=revision, timeout=_TIMEOUT).sha
+        commit = api.repo_info(self.name, repo_type=self.kind, revision=self.revision, timeout=60).sha or ""
         tree = api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
-        return [
-            _File(file.path, file.size, str(commit), hashlib.sha256, bytes.fromhex(file.lfs.sha256))
-            if file.lfs
-            else _File(file.path, file.size, str(commit))
+        return {
+            file.path: _File(file.size, commit, f"sha256:{file.lfs.sha256}" if file.lfs else "")
             for file in tree
             if isinstance(file, RepoFile)
-        ]
+        }
 
-    def read(self, file: _File, start: int, write: Callable[[bytes], object]) -> None:
-        """Write the bytes from `start` on as they arrive. (hf_hub_download doesn't continue what was interrupted.)"""
-        from huggingface_hub import get_session, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+    def read(self, name: str, file: _File, part: pathlib.Path) -> None:
+        """Append what is missing of a file. (`hf_hub_download` begins anew in each process.)"""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers
 
-        url = hf_hub_url(self.name, file.name, repo_type=self.kind, revision=file.version, endpoint=self.endpoint)
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity", "Range": f"bytes={start}-"}
-        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT, follow_redirects=True) as response:
-            hf_raise_for_status(response)
-            for chunk in response.iter_raw():
-                write(chunk)
-
-
-class _Dataset(_Repository):
-    """Some of the files of a data set on the Hugging Face Hub."""
-
-    kind = "dataset"
-    place = "hf-datasets"
-    page = "https://huggingface.co/datasets/"
-
-    def __init__(self, address: str, home: pathlib.Path, name: str, revision: str, names: Collection[str]) -> None:
-        super().__init__(address, home, name, revision, "")
-        self.names = frozenset(names)
-
-    def is_chosen(self, file: _File) -> bool:
-        folders = [name for name in self.names if name.endswith("/")]
-        here = file.name in self.names or any(file.name.startswith(folder) for folder in folders)
-        return here and not _matches(file, _NEVER)
-
-    def everything_listed(self) -> list[_File] | None:
-        """By the first download; None: there was none."""
-        record = _beside(self.root, ".download.json")
-        return _read_list(record) if record.is_file() else None
-
-    def listed(self) -> dict[pathlib.Path, int] | None:
-        if (everything := self.everything_listed()) is None:
-            return None
-        return {self.top / file.name: file.size for file in everything if self.is_chosen(file)}
-
-    def is_complete(self) -> bool:
-        listed = self.listed()
-        if listed is None:
-            return all((self.top / name).exists() for name in self.names)
-        return not self.absent(listed) and all(_size(file) == size for file, size in listed.items())
-
-    def absent(self, files: Collection[pathlib.Path]) -> list[str]:
-        """The names of which the data set has nothing."""
-        found = {file.relative_to(self.top).as_posix() for file in files}
-        folders = {f"{folder.as_posix()}/" for name in found for folder in pathlib.PurePosixPath(name).parents}
-        return sorted(self.names - found - folders)
-
-    def first_revision(self) -> str:
-        everything = self.everything_listed()
-        return everything[0].version if everything else self.revision
-
-    def wanted(self, files: list[_File]) -> list[_File]:
-        wanted = [file for file in files if self.is_chosen(file)]
-        if absent := self.absent([self.top / file.name for file in wanted]):
-            tops = ", ".join(sorted({file.name.split("/")[0] for file in files})) or "nothing"
-            raise MissingFileError(
-                f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
-                "Expected a LeRobot data set, complete."
-            )
-        return wanted
-
-    def is_current(self, file: _File) -> bool:
-        """What was listed of this commit is what has its size, or what was placed by hand."""
-        return _size(self.top / file.name) == file.size
-
-    def write_list(self, files: list[_File]) -> None:
-        """Once, of all files."""
-        if self.everything_listed() is None:
-            super().write_list(self.all_files)
-
-    def files(self) -> list[_File]:
-        self.all_files = super().files()
-        return self.all_files
+        url = hf_hub_url(self.name, name, repo_type=self.kind, revision=file.version, endpoint=self.endpoint)
+        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
+        with part.open("ab") as out:
+            start = out.tell()
+            http_get(url, out, resume_size=start, headers=headers, expected_size=file.size, displayed_filename=name)
 
 
-def _download(source: _Bucket | _Repository, sleep: Callable[[float], None]) -> None:
-    with source.connected():
-        try:
-            listed = source.wanted(_here(source, _retried(source, source.files, sleep)))
-            files = [file for file in listed if not source.is_current(file)]
-            for file in files:
-                (source.top / file.name).unlink(missing_ok=True)
-            source.write_list(listed)
-            with _progress_bar(source, files) as advance:
-                for file in files:
-                    _download_file(source, file, advance, sleep)
-        except source.errors as error:
-            raise _explained(source, error) from error
+def _complete(source: _Bucket | _Repository) -> pathlib.Path:
+    """The address's place in the cache, with everything there."""
+    if source.is_complete():
+        return source.root
+    source.top.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(_beside(source.top, ".lock"))  # several addresses may have files in common
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"waiting for another process, which downloads into {source.top}", file=sys.stderr)
+        lock.acquire()
+    try:
+        if not source.is_complete():
+            _download(source)
+    finally:
+        lock.release()
+    return source.root
 
 
-def _retried(
-    source: _Bucket | _Repository,
-    action: Callable[[], T],
-    sleep: Callable[[float], None],
-    position: Callable[[], int] = lambda: 0,
-) -> T:
-    """`action`, again after failures that may pass, until several in a row brought `position` no further."""
-    waits, reached = iter(_WAITS), position()
-    while True:
-        try:
-            return action()
-        except source.errors as error:
-            if position() > reached:
-                waits, reached = iter(_WAITS), position()
-            wait = next(waits, None)
-            if wait is None or not _may_pass(source.status(error)):
-                raise
-        sleep(wait)
+def _download(source: _Bucket | _Repository) -> None:
+    source.connect()
+    try:
+        record = source.record()
+        if record is None or source.absent(record):
+            record = _Record(source.address, source.files())
+            source.require_files(record)
+            source.write_record(record)
+        for name, file in source.missing(record).items():
+            _download_file(source, name, file)
+    except source.errors as error:
+        raise _explained(source, error) from error
 
 
-def _may_pass(status: int | None) -> bool:
-    return status is None or status in (408, 429) or status >= 500
-
-
-def _here(source: _Source, files: list[_File]) -> list[_File]:
-    """Those at the address."""
-    if outside := [file.name for file in files if not _is_plain(file.name)]:
-        raise CheckpointError(
-            f"{source.address}: the server lists {outside[0]!r}, which would be outside of {source.top}."
-        )
-    return [file for file in files if (source.top / file.name).is_relative_to(source.root)]
-
-
-@contextlib.contextmanager
-def _progress_bar(source: _Source, files: list[_File]) -> Iterator[Callable[[int], None]]:
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        arrived = sum(_size(_beside(source.top / file.name, ".part")) or 0 for file in files)
-        task = progress.add_task(source.address, total=sum(file.size for file in files), completed=arrived)
-        yield lambda num_bytes: progress.advance(task, num_bytes)
-
-
-def _download_file(
-    source: _Bucket | _Repository, file: _File, advance: Callable[[int], None], sleep: Callable[[float], None]
-) -> None:
-    """Into the .part, from where that ends, which gets the file's name when size and checksum are right."""
-    path = source.top / file.name
+def _download_file(source: _Bucket | _Repository, name: str, file: _File) -> None:
+    path = source.top / name
     part = _beside(path, ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if file.new_hash is None:
+    if not file.checksum or _size(part) > file.size:
         part.unlink(missing_ok=True)  # it may be of another version, and nothing would tell
     part.touch()
-
-    def read() -> None:
-        with part.open("ab") as out:
-
-            def write(chunk: bytes) -> None:
-                out.write(chunk)
-                advance(len(chunk))
-
-            source.read(file, out.tell(), write)
-
-    def arrived() -> int:
-        return part.stat().st_size
-
-    start = -1
-    while start < arrived() < file.size:
-        start = arrived()
-        try:
-            _retried(source, read, sleep, arrived)
-        except source.errors as error:
-            if source.status(error) != 416:  # the file ends before `start`
-                raise
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                error.add_note(
-                    f"{part} has {arrived()} of {file.size} bytes: make room, or set TORCHPI_HOME to a folder on "
-                    "another disk, and try again; what has arrived is kept, and continued"
-                )
-            raise
+    try:
+        if part.stat().st_size < file.size:
+            source.read(name, file, part)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            error.add_note(
+                f"{part} has {part.stat().st_size} of {file.size} bytes: make room, or set TORCHPI_HOME to a folder on "
+                "another disk, and try again; what has arrived is kept, and continued"
+            )
+        if error.errno is not None or isinstance(error, source.errors):
+            raise  # else the library found another size than expected, as is found here
     if not file.fits(part):
-        found = f"{arrived()} bytes" if arrived() != file.size else "another checksum"
+        found = f"{_size(part)} bytes" if _size(part) != file.size else "another checksum"
         part.unlink()
         raise CheckpointError(
-            f"{source.url(file.name)}: got {found}; expected {file.size} bytes"
-            f"{' with checksum ' + file.digest.hex() if file.digest else ''}. They are deleted; try again."
+            f"{source.files_url}{quote(name)}: got {found}; expected {file.size} bytes"
+            f"{' with ' + file.checksum if file.checksum else ''}. They are deleted; try again, or delete "
+            f"{_beside(source.listing, '.download.json')} if the address has a newer version."
         )
     part.replace(path)
 
 
 def _explained(source: _Bucket | _Repository, error: Exception) -> Exception:
-    """What the user should know of a failed request."""
+    """The error that tells a user what to do after a failed request."""
     status = source.status(error)
-    cause = " ".join(f"{type(error).__name__}: {error}".split())
+    cause = " ".join(f"{type(error).__name__}: {error}".partition("\n\nDebug source")[0].split())
     if status in (401, 403):
-        return FileNotFoundError(f"{source.address} is private or does not exist: {source.if_private} ({cause})")
+        return MissingFileError(f"{source.address} is private or does not exist: {source.if_private} ({cause}).")
     if status == 404:
-        return FileNotFoundError(f"{source.address} does not exist; check its parts ({cause})")
-    if not _may_pass(status):
-        return ValueError(f"{source.address}: the server refuses the request ({cause})")
-    missing = [file for file, size in (source.listed() or {}).items() if _size(file) != size]
-    names = [file.relative_to(source.top).as_posix() for file in missing[:10]] or [source.path]
-    by_hand = "".join(f"\n  {source.url(name)}\n    to {source.top / name}" for name in names)
-    if len(missing) > len(names):
-        by_hand += f"\n  and {len(missing) - len(names)} more, listed in {_beside(source.root, '.download.json')}"
-    return FileNotFoundError(
+        return MissingFileError(f"{source.address} does not exist; check its parts ({cause}).")
+    if status is not None and status not in (408, 429) and status < 500:
+        return CheckpointError(f"{source.address}: the server refuses the request ({cause}).")
+    missing = list(source.missing(record)) if (record := source.record()) else []
+    places = [(f"{source.files_url}{quote(name)}", source.top / name) for name in missing[:10]]
+    by_hand = "".join(f"\n  {url}\n    to {place}" for url, place in places or [(source.page, source.root)])
+    if len(missing) > 10:
+        by_hand += f"\n  and {len(missing) - 10} more, listed in {_beside(source.listing, '.download.json')}"
+    return MissingFileError(
         f"{source.address} is not complete in the cache, and cannot be downloaded now ({cause}). Try again when there "
         f"is a connection, or place what is missing by hand:{by_hand}\nA whole folder comes with: {source.tool}"
     )
