@@ -23,7 +23,6 @@ from torchpi.assets import assets
 from torchpi.errors import UnknownKeyError
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
-from torchpi.serving.recorder import camera_image
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
 from torchpi.types import PreviousChunk
@@ -273,9 +272,10 @@ class Dashboard:
         sends it in this form.
         """
         robot, last = self._answered_robot(number)
+        sent = flatten(last.observation)
         for each in robot.embodiment.read_cameras:
-            if each.name == camera and (image := camera_image(each, last.observation)) is not None:
-                return image
+            if each.name == camera and each.key is not None and sent.get(each.key) is not None:
+                return each.read(sent[each.key])
         raise UnknownKeyError(f"Robot {number} has sent no image of a camera {camera!r:.80}.")
 
     def _answered_robot(self, number: int) -> tuple[Robot, Exchange]:

@@ -24,10 +24,9 @@ import numpy as np
 from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
 from torchpi.errors import ServingError
-from torchpi.robots import Camera, Embodiment
+from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.serving.metrics import Metrics
-from torchpi.transforms.images import to_uint8_hwc
 from torchpi.transforms.prompt import as_text
 
 _log = logging.getLogger(__name__)
@@ -241,13 +240,13 @@ def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], action
         by `camera_fields` uint8 [h, w, 3], nothing where an optional camera is absent; "observation.state" [s] in the
         robot's units and "action" [H·a], float32.
     """
-    fields = camera_fields(embodiment)
+    found, fields = flatten(observation), camera_fields(embodiment)
     frame = {
-        fields[camera.key]: image
+        fields[camera.key]: camera.read(found[camera.key])
         for camera in embodiment.read_cameras
-        if camera.key is not None and (image := camera_image(camera, observation)) is not None
+        if camera.key is not None and found.get(camera.key) is not None
     }
-    state = np.concatenate([np.atleast_1d(flatten(observation).get(part.key)) for part in embodiment.state])
+    state = np.concatenate([np.atleast_1d(found[part.key]) for part in embodiment.state])
     with np.errstate(over="ignore"):  # infinity is a frame that does not fit
         frame[STATE], frame[ACTION] = state.astype(np.float32), actions.reshape(-1).astype(np.float32)
     return frame
@@ -269,11 +268,3 @@ def camera_fields(embodiment: Embodiment) -> dict[str, str]:
             name += "_"
         names[key] = name
     return {key: f"{IMAGES}{name}" for key, name in names.items()}
-
-
-def camera_image(camera: Camera, observation: Mapping[str, Any]) -> np.ndarray | None:
-    """uint8 [h, w, 3] of one camera in a request; None: it was not sent."""
-    value = None if camera.key is None else flatten(observation).get(camera.key)
-    if value is None:
-        return None
-    return to_uint8_hwc(value, layout=camera.layout, dtype=camera.dtype, camera=str(camera.name))
