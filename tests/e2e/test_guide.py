@@ -126,6 +126,6 @@ def test_training_md_names_every_option():
 
 
 def test_training_md_names_fields_that_may_change_on_resume():
-    section = (DOCS / "training.md").read_text(encoding="utf-8").split("## Going on")[1].split("##")[0]
+    section = (DOCS / "training.md").read_text(encoding="utf-8").split("## Resuming")[1].split("##")[0]
     named = set(re.findall(r"`([a-z_]+)`", section))
     assert {name for name in CHANGEABLE if not name.startswith("env")} - named == set()
