@@ -185,7 +185,8 @@ def rms_norm(w, name, x, cond, step, part, layer, show):
         out, gate = normed * (1 + w[f"{name}.scale"].float()), None  # [B, S, D]
     else:
         where = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")
-        modulation = show("8", f"modulation/{where}", linear(w, f"{name}.dense", cond.to(x.dtype)), layer)  # [B, 3·d]
+        modulation = linear(w, f"{name}.dense", cond.to(x.dtype))  # [B, 3·d]
+        show("9" if step == "9" else "8", f"modulation/{where}", modulation, layer)  # [B, 3·d]
         scale, shift, gate = modulation[:, None].chunk(3, dim=-1)  # 3 × [B, 1, d]
         for parameter, value in (("scale", scale), ("shift", shift), ("gate", gate)):
             show(step, f"{part}/{parameter}", value, layer)  # [B, 1, d]
@@ -303,6 +304,7 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
     prefix_tokens, prefix_mask, prefix_ar_mask = prefix  # [B, S, D], [B, S], [S]
     mask, positions = make_attn_mask(prefix_mask, prefix_ar_mask), token_positions(prefix_mask)  # [B, S, S], [B, S]
     _, cache = transformer(w, config, {"prefix": prefix_tokens}, positions, mask, None, None, silent)
+    show("inference", "prefix_tokens", prefix_tokens)  # [B, S, D]
     for i, (k, v) in enumerate(cache):
         show("inference", f"cache/layer_{i}/k", k, i)  # [B, S, G, K]
         show("inference", f"cache/layer_{i}/v", v, i)  # [B, S, G, K]
@@ -319,6 +321,8 @@ def sample_actions(w, config, prefix, state, noise, show, num_steps=10):
             show("inference", "attn_mask", mask)  # [B, T, J]
             show("inference", "positions", positions)  # [B, T]
             show("inference", "suffix_tokens", suffix_tokens)  # [B, T, d]
+            if cond is not None:
+                show("inference", "adarms_cond", cond)  # [B, d]
         stream = {"suffix": suffix_tokens.to(prefix_tokens.dtype)}  # [B, T, d]
         outputs, _ = transformer(w, config, stream, positions, mask, cond, cache, silent)
         v_t = show("inference", f"v_t/{at}", velocity(w, outputs["suffix"], noise.shape[1], silent))  # [B, H, A]

@@ -50,6 +50,7 @@ __all__ = [
 # What `torchpi.model.masks.make_attn_mask` needs behind a bare `import torchpi`: the module that brings the others in.
 _SUBPACKAGES = {
     "checkpoints": "torchpi.checkpoints",
+    "inspect": "torchpi.inspect",
     "model": "torchpi.model.pi0",
     "robots": "torchpi.robots",
     "transforms": "torchpi.transforms.pipeline",

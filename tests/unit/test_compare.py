@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from test_policy import ACTION_DIM, QUANTILE, TWO_JOINTS, random_model, request, small_config, stats
 
-from torchpi.compare import compare_policies, run_compare
+from torchpi.inspect import compare_policies
+from torchpi.inspect.commands import run_compare
 from torchpi.policy import Policy, load_policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Camera, Embodiment, get_embodiment
@@ -47,12 +48,12 @@ def test_a_policy_is_the_same_as_itself(make_policy, pi05):
     assert comparison.status == 0
     assert [entry.name for entry in comparison.stages] == [
         "cameras",
-        f"image {BASE}",
-        "image left_wrist_0_rgb",
         "state",
         "normalized state",
         "prompt text",
         "token ids",
+        f"image {BASE}",
+        "image left_wrist_0_rgb",
         f"image tokens {BASE}",
         "image tokens left_wrist_0_rgb",
         "prefix tokens",
@@ -154,7 +155,7 @@ def test_a_number_that_is_not_finite_differs_and_ends_the_walk(make_policy):
     assert comparison.first_difference == "v_t at t = 1"
     assert stage(comparison, "v_t at t = 1").message == "NaN or infinity in B"
     assert stage(comparison, "actions, robot's units").message == "only A has it"
-    assert comparison.stopped[0].startswith("B could not go on: NaN or infinity in the model's action chunk")
+    assert comparison.stopped[0].startswith("B stopped: NaN or infinity in the model's action chunk")
     document = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert document["first_difference"] == "v_t at t = 1"
 
@@ -216,7 +217,7 @@ def test_a_policy_that_cannot_read_the_observation_is_named(make_policy):
     robot = Embodiment.generic("other", cameras={BASE: "top"}, state=["x"], actions=["x"])
     comparison = compare(make_policy(), make_policy(embodiment=robot))
     assert comparison.status == 1
-    assert "B could not go on" in comparison.stopped[0]
+    assert "B stopped" in comparison.stopped[0]
     assert comparison.first_difference == "cameras"
     assert stage(comparison, "cameras").message == "only A has it"
     with pytest.raises(ValueError, match=r"Neither policy can read the observation\. A: .*front.*B: .*front"):

@@ -1,4 +1,4 @@
-"""`torchpi doctor`: a healthy policy has no problem, and each illness is named."""
+"""`torchpi doctor`: a healthy policy has no problem, and each defect is named."""
 
 import copy
 import dataclasses
@@ -13,9 +13,10 @@ from test_policy import ACTION_DIM, TWO_JOINTS, random_model, request, small_con
 
 from torchpi.config import GemmaConfig
 from torchpi.demo.frames import demo_observation, demo_tasks
-from torchpi.doctor import diagnose, run_doctor
-from torchpi.doctor.sensitivity import IGNORED_BELOW, OTHER_INSTRUCTION, sample_chunks
-from torchpi.doctor.statistics import excess
+from torchpi.inspect import diagnose
+from torchpi.inspect.commands import run_doctor
+from torchpi.inspect.sensitivity import IGNORED_BELOW, OTHER_INSTRUCTION, sample_chunks
+from torchpi.inspect.statistics import excess
 from torchpi.policy import Policy, load_policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Camera, Embodiment, get_embodiment
@@ -32,8 +33,8 @@ def demo():
 
 
 @pytest.fixture
-def ill(demo):
-    """A copy of the embedded policy to make ill."""
+def damaged(demo):
+    """A copy of the embedded policy to damage."""
     return copy.deepcopy(demo)
 
 
@@ -122,8 +123,8 @@ def test_the_same_seed_finds_the_same(demo):
     assert moves(one) != moves(other)
 
 
-def test_nothing_is_changed_and_warnings_are_still_to_come(ill):
-    policy = with_stats(ill, "state", q01={3: 1.0}, q99={3: 1.0})
+def test_nothing_is_changed_and_warnings_are_still_to_come(damaged):
+    policy = with_stats(damaged, "state", q01={3: 1.0}, q99={3: 1.0})
     observation = demo_observation() | {"joint_temperature": np.zeros(3)}
     diagnosis = diagnose(policy, observation, **QUICK)
     assert any("doesn't read joint_temperature" in message for message in findings(diagnosis, "warning", "observation"))
@@ -174,9 +175,9 @@ def test_the_measure_is_what_it_says(demo):
 # Inputs that are ignored
 
 
-def test_blind_policies_are_named(ill):
-    torch.nn.init.zeros_(ill.model.vision.head.weight)
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+def test_policy_that_ignores_images_is_named(damaged):
+    torch.nn.init.zeros_(damaged.model.vision.head.weight)
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert diagnosis.status == 1
     for camera in (BASE, WRIST):
         (message,) = findings(diagnosis, "problem", f"camera {camera}")
@@ -187,44 +188,44 @@ def test_blind_policies_are_named(ill):
     assert not findings(diagnosis, "problem", "instruction")
 
 
-def test_one_blind_eye_is_named_alone(ill):
-    ill.model.vision.register_forward_hook(lambda module, args, out: out * torch.tensor([1.0, 0.0])[:, None, None])
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+def test_one_ignored_camera_is_named_alone(damaged):
+    damaged.model.vision.register_forward_hook(lambda module, args, out: out * torch.tensor([1.0, 0.0])[:, None, None])
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert [f.about for f in diagnosis.findings if f.level == "problem"] == [f"camera {WRIST}"]
 
 
-def test_cameras_that_are_not_told_apart_are_named(ill):
-    ill.model.vision.register_forward_hook(lambda module, args, out: out.mean(0, keepdim=True).expand_as(out))
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+def test_cameras_that_are_not_told_apart_are_named(damaged):
+    damaged.model.vision.register_forward_hook(lambda module, args, out: out.mean(0, keepdim=True).expand_as(out))
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     assert findings(diagnosis, "warning", "cameras")[0].startswith(
-        f"The policy does not tell the cameras {BASE} and {WRIST} apart"
+        f"the policy does not tell the cameras {BASE} and {WRIST} apart"
     )
     assert diagnosis.status == 0
 
 
-def test_a_deaf_policy_is_named(ill):
+def test_policy_that_ignores_the_prompt_is_named(damaged):
     """Its tokens lose the instruction, as where a tokenizer knows none of the words."""
-    encode = ill.transforms.tokenizer.encode
-    ill.transforms.tokenizer.encode = lambda text, add_bos: encode(
+    encode = damaged.transforms.tokenizer.encode
+    damaged.transforms.tokenizer.encode = lambda text, add_bos: encode(
         re.sub("Task: .*, State", "Task: , State", text), add_bos
     )
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem")
     assert message.startswith("ignores the instruction: the chunk moves by 0.00 of its spread when it is replaced by ")
-    ill.provenance["dataset"] = {"tasks": {"drawer-open": "open the drawer"}}
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
-    assert "One instruction only" in findings(diagnosis, "warning")[0]
+    damaged.provenance["dataset"] = {"tasks": {"drawer-open": "open the drawer"}}
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
+    assert "one instruction only" in findings(diagnosis, "warning")[0]
     assert diagnosis.status == 0
 
 
-def test_a_policy_with_damaged_embeddings_is_named(ill):
-    torch.nn.init.zeros_(ill.model.embedding)
-    diagnosis = diagnose(ill, demo_observation(), other_instruction="open the window", **QUICK)
+def test_a_policy_with_damaged_embeddings_is_named(damaged):
+    torch.nn.init.zeros_(damaged.model.embedding)
+    diagnosis = diagnose(damaged, demo_observation(), other_instruction="open the window", **QUICK)
     assert findings(diagnosis, "problem", "instruction")
     assert not findings(diagnosis, "problem", "camera")
 
 
-def test_a_numb_policy_is_named(make_policy):
+def test_policy_that_ignores_the_state_is_named(make_policy):
     policy = make_policy(small_config(pi05=False))
     policy.model.suffix.state_proj.weight.data *= 10
     healthy = diagnose(policy, request(policy), **QUICK)
@@ -241,16 +242,16 @@ def test_what_cannot_be_tried_is_said(make_policy):
     observation = request(policy, front=black, wrist=black)
     diagnosis = diagnose(policy, observation, **QUICK)
     assert {entry.input: entry.untried for entry in diagnosis.observation.sensitivity if entry.moves is None} == {
-        f"camera {BASE}": "It is black already",
-        f"camera {WRIST}": "It is black already",
+        f"camera {BASE}": "it is black already",
+        f"camera {WRIST}": "it is black already",
         f"cameras {BASE} and {WRIST}": "both images are the same",
-        "state": "The policy is made without it",
+        "state": "the policy is made without it",
     }
     assert "every pixel of the image is 0" in findings(diagnosis, "warning", f"camera {BASE}")[0]
     policy = make_policy()
     at_mean = request(policy, state=policy.transforms.norm_stats["state"].mean[:2])
     (state,) = [e for e in diagnose(policy, at_mean, **QUICK).observation.sensitivity if e.input == "state"]
-    assert state.untried == "It is near its mean already"
+    assert state.untried == "it is near its mean already"
 
 
 def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
@@ -269,30 +270,30 @@ def test_the_other_instruction_is_a_known_one_or_made_up(demo, make_policy):
 # Weights and actions
 
 
-def test_weights_that_are_not_finite_are_named_and_not_run(ill):
+def test_weights_that_are_not_finite_are_named_and_not_run(damaged):
     with torch.no_grad():
-        ill.model.expert.layers[1].attention.out.weight[0, 0] = math.nan
-        ill.model.embedding[5, 5] = math.inf
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+        damaged.model.expert.layers[1].attention.out.weight[0, 0] = math.nan
+        damaged.model.embedding[5, 5] = math.inf
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem")
     assert "NaN or infinity in embedding, expert.layers.1.attention.out.weight; expected finite numbers" in message
-    assert diagnosis.status == diagnose(ill).status == 1
+    assert diagnosis.status == diagnose(damaged).status == 1
     assert diagnosis.observation.state
     assert not diagnosis.observation.actions
 
 
-def test_actions_that_are_not_finite_are_a_problem(ill):
-    ill.model.action_out_proj.weight.data *= 1e38  # finite themselves
-    ill.model.action_out_proj.bias.data.fill_(3.3e38)
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+def test_actions_that_are_not_finite_are_a_problem(damaged):
+    damaged.model.action_out_proj.weight.data *= 1e38  # finite themselves
+    damaged.model.action_out_proj.bias.data.fill_(3.3e38)
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem", "actions")
     assert "of the predicted numbers are NaN or infinite" in message
     assert not diagnosis.observation.sensitivity
 
 
-def test_actions_far_outside_are_a_problem_in_the_robots_units(ill):
-    ill.model.action_out_proj.bias.data[1] += 10
-    diagnosis = diagnose(ill, demo_observation(), **QUICK)
+def test_actions_far_outside_are_a_problem_in_the_robots_units(damaged):
+    damaged.model.action_out_proj.bias.data[1] += 10
+    diagnosis = diagnose(damaged, demo_observation(), **QUICK)
     (message,) = findings(diagnosis, "problem", "actions")
     assert re.search(r"predicted far outside of .* delta_y from -\d.*\(training data: -1 to 1\)", message)
     check = diagnosis.observation.actions[1]
@@ -340,26 +341,26 @@ def test_excess_is_measured_in_widths_of_the_range():
     ("kind", "changes"),
     [("quantile", {"q01": {3: 0.25}, "q99": {3: 0.25}}), ("z_score", {"std": {3: 0.0}, "mean": {3: 0.25}})],
 )
-def test_a_state_off_the_constant_of_its_statistics_is_a_problem(ill, kind, changes):
+def test_a_state_off_the_constant_of_its_statistics_is_a_problem(damaged, kind, changes):
     rules = {key: Normalization(kind) for key in ("state", "actions")}
-    ill.transforms = dataclasses.replace(ill.transforms, normalization=rules)
+    damaged.transforms = dataclasses.replace(damaged.transforms, normalization=rules)
     if kind == "z_score":
-        stats = ill.transforms.norm_stats
+        stats = damaged.transforms.norm_stats
         plain = {key: NormStats(entry.mean, entry.std) for key, entry in stats.items()}
-        ill.transforms = dataclasses.replace(ill.transforms, norm_stats=plain)
+        damaged.transforms = dataclasses.replace(damaged.transforms, norm_stats=plain)
         state = plain["state"]
         mean, std = np.array(state.mean), np.array(state.std)
         mean[3], std[3] = 0.25, 0.0
-        ill.transforms = dataclasses.replace(ill.transforms, norm_stats=plain | {"state": NormStats(mean, std)})
+        damaged.transforms = dataclasses.replace(damaged.transforms, norm_stats=plain | {"state": NormStats(mean, std)})
     else:
-        with_stats(ill, "state", **changes)
-    without = diagnose(ill)
+        with_stats(damaged, "state", **changes)
+    without = diagnose(damaged)
     assert "gripper" in findings(without, "warning", "statistics of state")[0]
     assert without.status == 0
 
     def examined(gripper):
         observation = demo_observation()
-        return diagnose(ill, observation | {"state": np.array([*observation["state"][:3], gripper])}, **QUICK)
+        return diagnose(damaged, observation | {"state": np.array([*observation["state"][:3], gripper])}, **QUICK)
 
     assert not findings(examined(0.25), "problem", "state")
     off = examined(0.3)
@@ -368,15 +369,17 @@ def test_a_state_off_the_constant_of_its_statistics_is_a_problem(ill, kind, chan
     assert off.status == 1
 
 
-def test_constant_padding_of_the_statistics_is_no_finding(ill):
-    entry = ill.transforms.norm_stats["state"]
+def test_constant_padding_of_the_statistics_is_no_finding(damaged):
+    entry = damaged.transforms.norm_stats["state"]
     padded = NormStats(*(np.pad(getattr(entry, name), (0, 28)) for name in ("mean", "std", "q01", "q99")))
-    ill.transforms = dataclasses.replace(ill.transforms, norm_stats={**ill.transforms.norm_stats, "state": padded})
-    assert not diagnose(ill).findings
+    damaged.transforms = dataclasses.replace(
+        damaged.transforms, norm_stats={**damaged.transforms.norm_stats, "state": padded}
+    )
+    assert not diagnose(damaged).findings
 
 
-def test_dimensions_that_hardly_move_are_warned_of(ill):
-    policy = with_stats(ill, "actions", q01={0: 0.5}, q99={0: 0.5001})
+def test_dimensions_that_hardly_move_are_warned_of(damaged):
+    policy = with_stats(damaged, "actions", q01={0: 0.5}, q99={0: 0.5001})
     (message,) = findings(diagnose(policy), "warning", "statistics of actions")
     assert message.startswith("delta_x hardly moves")
     rules = {key: Normalization("z_score") for key in ("state", "actions")}
@@ -434,7 +437,7 @@ def test_targets_far_from_where_the_robot_has_been_are_warned_of(make_policy, ki
 def test_statistics_of_another_width_are_warned_of(make_policy):
     policy = make_policy(small_config(action_dim=7), "libero", norm_stats={"state": stats(7), "actions": stats(7)})
     (message,) = findings(diagnose(policy), "warning", "statistics of state")
-    assert message.startswith("they are narrower than the robot: The policy takes 7 of its 8 dimensions")
+    assert message.startswith("they are narrower than the robot: the policy takes 7 of its 8 dimensions")
     policy = make_policy(norm_stats={"state": stats(2), "actions": stats(3)})
     (message,) = findings(diagnose(policy), "warning")
     assert "they vary beyond the 2 dimensions of two_joints" in message
@@ -477,15 +480,15 @@ def test_a_state_outside_is_named_by_how_far(demo):
     assert examined(0.3, 0.3, -0.5, -0.5).status == 0
 
 
-def test_without_quantiles_the_range_is_that_of_a_normal_distribution(ill):
-    ill.transforms = dataclasses.replace(
-        ill.transforms,
-        norm_stats={key: NormStats(entry.mean, entry.std) for key, entry in ill.transforms.norm_stats.items()},
+def test_without_quantiles_the_range_is_that_of_a_normal_distribution(damaged):
+    damaged.transforms = dataclasses.replace(
+        damaged.transforms,
+        norm_stats={key: NormStats(entry.mean, entry.std) for key, entry in damaged.transforms.norm_stats.items()},
         normalization={key: Normalization("z_score") for key in ("state", "actions")},
     )
-    entry = ill.transforms.norm_stats["state"]
+    entry = damaged.transforms.norm_stats["state"]
     state = entry.mean + entry.std * [2.3, 2.4, -2.3, -2.4]
-    diagnosis = diagnose(ill, demo_observation() | {"state": state}, **QUICK)
+    diagnosis = diagnose(damaged, demo_observation() | {"state": state}, **QUICK)
     assert [check.outside for check in diagnosis.observation.state] == [False, True, False, True]
 
 
@@ -583,7 +586,7 @@ def test_json_is_one_document(file, capsys):
     assert document["observation"]["state"][0]["outside"] is False
 
 
-def test_what_is_printed_names_everything(file, capsys, tmp_path, ill):
+def test_what_is_printed_names_everything(file, capsys, tmp_path, damaged):
     assert run_doctor("demo", observation=file, device="cpu") == 0
     out, err = capsys.readouterr()
     said = [
@@ -597,11 +600,11 @@ def test_what_is_printed_names_everything(file, capsys, tmp_path, ill):
         "set to its mean",
     ]
     assert [text for text in said if text not in out] == []
-    assert "nothing to complain about" in out
+    assert "no findings" in out
     assert not err
-    torch.nn.init.zeros_(ill.model.vision.head.weight)
-    ill.save(tmp_path / "blind")
-    assert run_doctor(str(tmp_path / "blind"), observation=file, device="cpu") == 1
+    torch.nn.init.zeros_(damaged.model.vision.head.weight)
+    damaged.save(tmp_path / "ignores_images")
+    assert run_doctor(str(tmp_path / "ignores_images"), observation=file, device="cpu") == 1
     assert f"ignores the camera {BASE}" in " ".join(capsys.readouterr().out.split())
 
 

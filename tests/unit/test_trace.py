@@ -13,14 +13,15 @@ from rich.console import Console
 
 from torchpi.config import PRESETS
 from torchpi.demo import demo_observation
+from torchpi.inspect.commands import run_trace
+from torchpi.inspect.inputs import Shapes, Source, find_inputs, inputs_of_policy, observation_of
+from torchpi.inspect.page import render_page
+from torchpi.inspect.steps import STEPS as ALL_STEPS
+from torchpi.inspect.steps import formula_of
+from torchpi.inspect.summary import Pair, compare_facts, compare_phases, compare_steps, phases
+from torchpi.inspect.text import print_trace
+from torchpi.inspect.trace import TraceEntry, trace_forward, trace_steps
 from torchpi.policy import load_policy
-from torchpi.trace import TraceEntry, run_trace, trace_steps
-from torchpi.trace.page import render_page
-from torchpi.trace.subject import Sizes, find_subject, from_policy
-from torchpi.trace.summary import compare_facts, compare_steps, phases
-from torchpi.trace.text import print_trace
-from torchpi.trace.walk import walk
-from torchpi.types import Observation
 
 STEPS = ["0", "1", "2", "3", "4", "5", "6", *(f"7-{i}" for i in range(1, 8)), "8", "9", "10", "11", "inference"]
 CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
@@ -36,6 +37,9 @@ BOTH = [
     ("2", "layer_26/out/base_0_rgb", (4, 256, 1152), "float32"),
     *(("2", f"image_tokens/{camera}", (4, 256, 2048), "float32") for camera in CAMERAS),
     ("3", "embedding_table", (257152, 2048), "float32"),
+    ("4", "image_mask/base_0_rgb", (4, 256), "bool"),
+    ("4", "image_tokens", (4, 768, 2048), "float32"),
+    ("5", "sinusoid_input", (4, 512), "float32"),
     ("5", "posemb_sincos", (4, 1024), "float32"),
 ]
 PI05 = [
@@ -57,6 +61,8 @@ PI05 = [
     ("6", "positions", (4, 1018), "int64"),
     ("6", "prefix/attn_mask", (4, 968, 968), "bool"),
     ("6", "suffix/attn_mask", (4, 50, 1018), "bool"),
+    ("7-1", "prefix/variance", (4, 968, 1), "float32"),
+    ("7-1", "suffix/variance", (4, 50, 1), "float32"),
     ("7-1", "prefix/normed", (4, 968, 2048), "float32"),
     ("7-1", "suffix/normed", (4, 50, 1024), "float32"),
     *(("7-1", f"suffix/{part}", (4, 1, 1024), "float32") for part in ("scale", "shift", "gate")),
@@ -65,6 +71,7 @@ PI05 = [
     ("7-2", "prefix/k", (4, 968, 1, 256), "float32"),
     ("7-3", "q", (4, 1018, 8, 256), "float32"),
     ("7-3", "k", (4, 1018, 1, 256), "float32"),
+    ("7-4", "q_grouped", (4, 1018, 1, 8, 256), "float32"),
     ("7-4", "logits", (4, 1, 8, 1018, 1018), "float32"),
     ("7-4", "probs", (4, 1, 8, 1018, 1018), "float32"),
     ("7-4", "prefix/logits", (4, 1, 8, 968, 968), "float32"),
@@ -78,7 +85,7 @@ PI05 = [
     ("7-7", "suffix/gate", (4, 1, 1024), "float32"),
     ("7-7", "prefix/x_out", (4, 968, 2048), "float32"),
     ("8", "suffix/layer_17", (4, 50, 1024), "float32"),
-    ("8", "modulation/layer_17/ffw", (4, 3072), "float32"),
+    ("8", "modulation/layer_17/pre_ffw_norm", (4, 3072), "float32"),
     ("8", "cache/layer_17/v", (4, 968, 1, 256), "float32"),
     ("9", "prefix_out", (4, 968, 2048), "float32"),
     ("9", "suffix_out", (4, 50, 1024), "float32"),
@@ -116,12 +123,12 @@ PI0 = [
 
 @pytest.fixture(scope="module")
 def pi05():
-    return walk(find_subject("pi05", Sizes()))
+    return trace_forward(find_inputs("pi05", Shapes()))
 
 
 @pytest.fixture(scope="module")
 def pi0():
-    return walk(find_subject("pi0", Sizes()))
+    return trace_forward(find_inputs("pi0", Shapes()))
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +138,11 @@ def policy():
 
 @pytest.fixture(scope="module")
 def tiny(policy):
-    return walk(from_policy(policy, Sizes(batch=2), demo_observation(), title="tiny"))
+    return trace_forward(inputs_of_policy(policy, Shapes(batch=2), demo_observation(), title="tiny"))
 
 
 def counts(trace):
-    return {entry.name: entry.value for entry in trace.entries if entry.value is not None}
+    return {entry.name: entry.value for entry in trace.entries if isinstance(entry.value, int)}
 
 
 @pytest.mark.parametrize(("name", "table"), [("pi05", PI05), ("pi0", PI0)])
@@ -159,28 +166,59 @@ def test_views(pi05):
 
 
 def test_counts(pi05, pi0):
-    assert counts(pi05) == {"layers": 18, "time_injections": 36, "prefills": 1, "euler_steps": 10}
-    assert counts(pi0) == {"layers": 18, "time_injections": 0, "prefills": 1, "euler_steps": 10}
-    assert (pi05.time_inputs, pi0.time_inputs) == (37, 1)
+    common = {"layers": 18, "prefills": 1, "euler_steps": 10}
+    assert counts(pi05) == common | {"time_injections": 36, "time_inputs": 37}
+    assert counts(pi0) == common | {"time_injections": 0, "time_inputs": 1}
     assert (pi05.num_groups, pi0.num_groups) == (2, 3)
     assert sum(pi05.parameters.values()) == 3_353_433_872
     assert pi05.cache_bytes == 18 * 2 * 968 * 256 * 4
 
 
-def test_comparison(pi05, pi0):
-    facts = {name: values for name, *values in compare_facts(pi0, pi05)}
-    assert facts["sequence length"] == ["817", "1018"]
-    assert facts["time injections, all"] == ["1", "37"]
-    assert facts["KV cache of one observation"] == ["28.9 MB in float32", "35.7 MB in float32"]
+def test_comparison_keeps_architecture_and_sizes_apart(pi05, pi0):
+    facts = compare_facts(pi0, pi05)
+    assert list(facts) == ["architecture", "sizes"]
+    assert Pair("time injections, all", "1", "37") in facts["architecture"]
+    assert Pair("sequence length", "817", "1018") in facts["sizes"]
+    assert Pair("KV cache of one observation", "28.9 MB in float32", "35.7 MB in float32") in facts["sizes"]
     steps = compare_steps(pi0, pi05)
     assert list(steps) == STEPS
-    assert ("adarms_cond", "—", "[4, 1024]") in steps["5"]
-    assert ("state_proj", "[4, 1024]", "—") in steps["5"]
-    assert ("image_tokens/‹camera›", "3 × [4, 256, 2048]", "3 × [4, 256, 2048]") in steps["2"]
-    when = phases(pi05)
-    assert when["training only"] == ["actions", "u_t", "loss"]
-    assert when["inference only"] == ["action_chunk"]
-    assert "logits" in when["joint view only"]
+    kinds = {pair: pair.kind for step in steps.values() for pair in step}
+    assert kinds[Pair("adarms_cond", "—", "[4, 1024]")] == "architecture"
+    assert kinds[Pair("state_proj", "[4, 1024]", "—")] == "architecture"
+    assert kinds[Pair("suffix_tokens", "[4, 33, 1024]", "[4, 50, 1024]")] == "size"
+    assert kinds[Pair("image_tokens/‹camera›", "3 × [4, 256, 2048]", "3 × [4, 256, 2048]")] == "same"
+    found = phases(pi05)
+    assert found["training only"] == ["actions", "u_t", "loss"]
+    assert found["inference only"] == ["action_chunk"]
+    assert "logits" in found["joint view only"]
+    assert Pair("u_t", "yes", "yes") in compare_phases(pi0, pi05)["training only"]
+
+
+def test_compared_models_can_have_the_same_sizes(capsys):
+    sizes = Shapes(batch=1, max_token_len=48, action_horizon=50, action_dim=32)
+    pi0, pi05 = (trace_forward(find_inputs(name, sizes)) for name in ("pi0", "pi05"))
+    assert {pair.name for pair in compare_facts(pi0, pi05)["sizes"] if pair.kind != "same"} == {
+        "sequence length",
+        "suffix tokens",
+        "parameters",
+    }
+
+
+def test_targets_are_compared_in_the_given_order(capsys):
+    run_trace(["pi0", "pi05"], Shapes(batch=1), Source(), as_json=True)
+    document = json.loads(capsys.readouterr().out)
+    assert (document["left"]["title"], document["right"]["title"]) == ("pi0", "pi05")
+
+
+def test_formulas_of_a_full_trace(pi05, pi0):
+    """Every tensor that is computed has one; inputs have none."""
+    inputs = {"tokenized_prompt_mask", "suffix_mask", "suffix_ar_mask", "embedding_table", "state", "prefix_tokens"}
+    for trace in (pi05, pi0):
+        lacking = {e.name for e in trace.entries if not e.formula and not isinstance(e.value, int)}
+        assert {name for name in lacking - inputs if not name.endswith("/x") and not name.startswith("time/")} == set()
+    assert formula_of("7-6", "suffix/x", pi05=True) == "x + attn_proj · gate"
+    assert formula_of("7-6", "suffix/x", pi05=False) == "x + attn_proj"
+    assert [step.id for step in ALL_STEPS] == STEPS
 
 
 def test_sizes_can_be_changed():
@@ -201,37 +239,39 @@ def test_a_model_of_one_layer_is_traced():
 
 def test_joint_and_cached_agree_on_real_weights(tiny):
     assert tiny.values is not None
-    assert len(tiny.values.agreement) == 4
+    assert len(tiny.values.agreement) == 3
     assert all(pair.max_abs <= 1e-5 and pair.scale > 0.01 for pair in tiny.values.agreement)
 
 
 @torch.no_grad()
-def test_the_walk_computes_what_the_model_computes(policy, tiny):
-    subject = from_policy(policy, Sizes(batch=2), demo_observation())
-    observation = Observation.from_dict(subject.observation)
-    chunk = policy.model.sample_actions(observation, noise=subject.noise[:1].expand(2, -1, -1))
+def test_trace_computes_the_chunk_and_loss_of_the_model(policy, tiny):
+    inputs = inputs_of_policy(policy, Shapes(batch=2), demo_observation())
+    observation = observation_of(inputs.batch)
+    chunk = policy.model.sample_actions(observation, noise=inputs.noise[:1].expand(2, -1, -1))
     assert np.abs(tiny.values.chunk[-1] - chunk[0].numpy()).max() <= 1e-5
-    actions = torch.from_numpy(tiny.values.chunk[-1]).expand_as(subject.noise)
-    loss = policy.model.compute_loss(observation, actions, noise=subject.noise, time=subject.time)
+    actions = torch.from_numpy(tiny.values.chunk[-1]).expand_as(inputs.noise)
+    loss = policy.model.compute_loss(observation, actions, noise=inputs.noise, time=inputs.time)
     stats = {(entry.step, entry.name): entry.stats for entry in tiny.entries}
     assert abs(stats["11", "loss"].mean - loss.mean().item()) <= 1e-5
 
 
-def test_pictures_are_traced_as_the_model_sees_them(policy):
+def test_images_are_traced_with_their_padding(policy):
     wide = demo_observation() | {"base": np.full((48, 96, 3), 255, np.uint8)}
-    trace = walk(from_policy(policy, Sizes(batch=1), wide))
+    trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), wide))
     stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
     assert (stats["1", "image/base_0_rgb"].min, stats["1", "image/base_0_rgb"].max) == (-1.0, 1.0)  # the letterbox
 
 
 def test_golden_batch_and_checkpoint_without_sizes(golden):
     batch = golden.root / "inputs.npz"
-    trace = walk(find_subject(str(golden.checkpoint), Sizes(batch=2), inputs=batch, config=str(golden.config)))
+    trace = trace_forward(
+        find_inputs(str(golden.checkpoint), Shapes(batch=2), Source(batch), config=str(golden.config))
+    )
     stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
     assert abs(stats["10", "v_t"].max - golden.outputs["v_t"].max().item()) <= 2e-5
     assert abs(stats["11", "loss"].mean - golden.outputs["loss"].mean().item()) <= 2e-5
     assert not trace.mask.diagonal().all()  # its padding is in the mask that is drawn
-    bare = walk(find_subject(str(golden.checkpoint), Sizes(batch=1)))
+    bare = trace_forward(find_inputs(str(golden.checkpoint), Shapes(batch=1)))
     assert any("does not say action_horizon 50" in note for note in bare.notes)
     assert any("random numbers" in note for note in bare.notes)
     length = 200 if golden.kind == "pi05" else 48
@@ -240,29 +280,30 @@ def test_golden_batch_and_checkpoint_without_sizes(golden):
 
 def test_policy_folder(policy, tmp_path):
     policy.save(tmp_path / "policy")
-    trace = walk(find_subject(str(tmp_path / "policy"), Sizes(batch=1)))
+    trace = trace_forward(find_inputs(str(tmp_path / "policy"), Shapes(batch=1)))
     assert trace.values is not None
     assert trace.action_names == ("delta_x", "delta_y", "delta_z", "gripper")
     assert any("No observation was given" in note for note in trace.notes)
 
 
 def test_json_is_one_document_on_stdout(capsys, tmp_path):
-    run_trace("tiny", batch=1, as_json=True, html=tmp_path / "page.html")
+    run_trace(["tiny"], Shapes(batch=1), Source(), as_json=True, html=tmp_path / "page.html")
     out, err = capsys.readouterr()
     entries = json.loads(out)
     assert {"step", "name", "shape", "dtype", "view", "phase"} <= set(entries[0])
     assert all(isinstance(size, int) for entry in entries for size in entry["shape"])
     assert "page.html" in err
-    run_trace("tiny", batch=1, as_json=True, compare="tiny")
+    run_trace(["tiny", "tiny"], Shapes(batch=1), Source(), as_json=True)
     document = json.loads(capsys.readouterr().out)
     assert {"facts", "steps", "left", "right"} == set(document)
 
 
-def test_text_fits_a_hundred_columns(capsys, tiny):
-    run_trace("tiny", batch=1, compare="tiny")
-    print_trace(tiny, Console(width=100, markup=False))
+def test_text_fits_its_columns(capsys, tiny):
+    run_trace(["tiny", "tiny"], Shapes(batch=1), Source())
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120
+    print_trace(tiny, Console(width=160, markup=False))
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 100
+    assert max(map(len, lines)) <= 160
     assert any("v_t, joint and cached" in line for line in lines)
 
 
@@ -297,13 +338,13 @@ def test_page_is_well_formed_and_needs_nothing_else(name, request):
     links = [value for key, value in tags.attributes if key in ("src", "href", "data", "action")]
     assert all(value.startswith(("data:image/png;base64,", "#")) for value in links)
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]*", "", page)
-    assert set(re.findall(r"url\((.*?)\)", page)) <= {"#hatch"}
+    assert all(address.startswith("#") for address in re.findall(r"url\((.*?)\)", page))
     assert all(f'id="step-{step}"' in page for step in STEPS)
 
 
 def test_page_escapes_what_comes_from_files(policy):
     observation = demo_observation() | {"prompt": "<script>alert('π')</script>"}
-    trace = walk(from_policy(policy, Sizes(batch=1), observation, title="<b>"))
+    trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, title="<b>"))
     page = render_page(trace)
     assert "<script" not in page
     assert "&lt;script&gt;alert(" in page
@@ -315,35 +356,47 @@ def test_gates_that_are_all_zero_are_drawn(policy):
     for name, parameter in policy.model.named_parameters():
         if ".dense." in name:
             torch.nn.init.zeros_(parameter)
-    trace = walk(from_policy(policy, Sizes(batch=1), demo_observation()))
+    trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), demo_observation()))
     assert "Mean 0 at t = 1, 0 at t = 0" in render_page(trace)
 
 
 @pytest.mark.parametrize(
-    ("target", "arguments", "message"),
+    ("targets", "sizes", "message"),
     [
-        ("pi05", {"batch": 0}, "batch must be at least 1"),
-        ("tiny", {"action_dim": 3}, "action_dim is 8 in the weights"),
-        ("no/such/policy", {}, "no/such/policy"),
+        (["pi05"], {"batch": 0}, "batch must be at least 1"),
+        (["tiny"], {"action_dim": 3}, "action_dim is 8 in the weights"),
+        (["no/such/policy"], {}, "no/such/policy"),
+        ([], {}, "Expected one target, or two with --compare, got 0"),
+        (["pi0", "pi05", "tiny"], {}, "Expected one target, or two with --compare, got 3"),
     ],
 )
-def test_errors(target, arguments, message):
+def test_errors(targets, sizes, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run_trace(target, **arguments)
+        run_trace(targets, Shapes(**sizes), Source())
 
 
-def test_an_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
+def test_observation_for_a_bare_checkpoint_is_an_error(golden, tmp_path):
+    def run(name):
+        run_trace([str(golden.checkpoint)], Shapes(), Source(tmp_path / name))
+
     np.savez(tmp_path / "x.npz", state=np.zeros(3), prompt="go")
     with pytest.raises(ValueError, match="bare checkpoint"):
-        run_trace(str(golden.checkpoint), inputs=tmp_path / "x.npz")
+        run("x.npz")
     with pytest.raises(FileNotFoundError, match=r"missing\.npz"):
-        run_trace(str(golden.checkpoint), inputs=tmp_path / "missing.npz")
+        run("missing.npz")
     (tmp_path / "bad.npz").write_bytes(b"PK\x03\x04 truncated")
     with pytest.raises(ValueError, match="damaged"):
-        run_trace(str(golden.checkpoint), inputs=tmp_path / "bad.npz")
+        run("bad.npz")
     np.savez(tmp_path / "batch.npz", tokenized_prompt=np.zeros((1, 4), np.int64))
     with pytest.raises(ValueError, match="has no state, tokenized_prompt_mask"):
-        run_trace(str(golden.checkpoint), inputs=tmp_path / "batch.npz")
+        run("batch.npz")
+
+
+def test_inputs_of_a_preset_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match="traced by its sizes alone"):
+        run_trace(["pi05"], Shapes(), Source(dataset="some/set"))
+    with pytest.raises(ValueError, match="not from both"):
+        Source(tmp_path / "x.npz", "some/set")
 
 
 def test_entries_are_json():

@@ -82,7 +82,7 @@ class Doctor:
     load: Load = PolicyOptions()
 
     def run(self) -> int:
-        from torchpi.doctor import run_doctor
+        from torchpi.inspect.commands import run_doctor
 
         return run_doctor(self.policy, observation=self.observation, as_json=self.json, **self.load.given())
 
@@ -108,7 +108,7 @@ class Compare:
     load: Load = PolicyOptions()
 
     def run(self) -> int:
-        from torchpi.compare import TOLERANCE, run_compare
+        from torchpi.inspect.commands import TOLERANCE, run_compare
 
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         options = {"device": None} | self.load.given()

@@ -86,14 +86,16 @@ class Infer:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Run the whole forward pass, from the raw input to the loss and to the actions, and print every tensor.
+    """Run the whole forward pass, from the robot's observation to the loss and to the actions, and print every tensor.
 
     A preset (pi05, pi0, …) is traced at its full size without memory for its weights: shapes and dtypes. A policy, or
     "demo", is traced with its weights and an observation: ranges of values as well.
     """
 
-    target: Annotated[str, tyro.conf.Positional]
+    target: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")] = None
     """A preset's name, the path of a policy or checkpoint, or "demo"."""
+    compare: tuple[str, ...] = ()
+    """Another target, or two of them, printed side by side in this order; sizes that are given are those of both."""
     batch: int = 4
     """Samples in the batch."""
     max_token_len: int | None = None
@@ -102,21 +104,30 @@ class Trace:
     """Actions in a chunk; by default the target's."""
     action_dim: int | None = None
     """Width of state and actions inside the model; by default the target's."""
-    compare: str | None = None
-    """A second target, printed side by side."""
     html: pathlib.Path | None = None
     """Write the trace as a page, with diagrams and plots."""
     inputs: pathlib.Path | None = None
     """An .npz file: a robot's observation, or a batch with the model's own keys."""
-    config: str | None = None
-    """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
-    device: str | None = None
-    """Device of a policy."""
+    dataset: str | None = None
+    """A dataset of the policy's robot, of which a frame gives the observation and the actions of the loss."""
+    episode: int = 0
+    """Of the dataset."""
+    frame: int = 0
+    """Of the episode."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
+    load: Load = PolicyOptions()
 
     def run(self) -> None:
-        from torchpi.trace import run_trace
+        from torchpi.demo.frames import demo_observation
+        from torchpi.inspect.commands import run_trace
+        from torchpi.inspect.inputs import Shapes, Source
 
-        arguments = dict(vars(self))
-        run_trace(as_json=arguments.pop("json"), **arguments)
+        run_trace(
+            [*([self.target] if self.target else []), *self.compare],
+            Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim),
+            Source(self.inputs, self.dataset, self.episode, self.frame, demo=demo_observation()),
+            html=self.html,
+            as_json=self.json,
+            **self.load.given(),
+        )

@@ -10,13 +10,13 @@ from urllib.parse import quote
 import numpy as np
 
 from torchpi.demo.figures import loss_figure
-from torchpi.demo.provenance import Rate, describe_policy, losses, measured, overall
 from torchpi.demo.result import Demo, Glance
+from torchpi.inspect.page import flow_section, input_section
+from torchpi.inspect.provenance import Rate, describe_policy, losses, measured, overall
 from torchpi.sim.result import Episode, Evaluation
-from torchpi.trace.page import input_section, way_section
-from torchpi.trace.plots import chunk_figures, data_uri, noise_to_action_css
 from torchpi.ui.format import large_count
 from torchpi.ui.page import html_page, page_header
+from torchpi.ui.plots import data_uri, denoising_figures
 
 EMBEDDED_BYTES = 16 * 2**20
 """Videos that are larger altogether stay beside the page instead of being in it."""
@@ -38,7 +38,7 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
         sections = [("frames", "Camera frames", _frames(demo))]
     sections += [
         ("policy", "The policy", _policy(demo)),
-        ("way", "The way", way_section(demo.way.trace)),
+        ("way", "The way", flow_section(demo.way.trace)),
         ("input", "What it sees", _input(demo)),
         ("chunk", "From noise to actions", _chunk(demo)),
         ("next", "Try next", _commands(demo.commands)),
@@ -221,12 +221,11 @@ def _chunk(demo: Demo) -> str:
     ground = (
         f" The {executed} actions on coloured ground are executed, then the policy looks again." if executed else ""
     )
-    figures = chunk_figures(way.chunk, [action.name for action in robot.actions], num_executed=executed)
+    figures = denoising_figures(way.chunk, [action.name for action in robot.actions], executed=executed)
     return (
         f'<p class="lede">The chunk for those images, the first moment of {escape(demo.task)}: each figure is one '
         f"dimension over the {len(way.actions)} actions, in the robot's units, before the first and behind every one "
-        f"of {len(way.chunk) - 1} Euler steps.{ground}</p>"
-        f'<p class="ramp">noise, t = 1 <i style="background:{noise_to_action_css()}"></i> actions, t = 0</p>{figures}'
+        f"of {len(way.chunk) - 1} Euler steps.{ground}</p>{figures}"
     )
 
 

@@ -14,11 +14,11 @@ from rich.table import Table
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.demo.next_steps import next_steps
 from torchpi.demo.page import EMBEDDED_BYTES, render_demo
-from torchpi.demo.provenance import describe_policy
 from torchpi.demo.rendering import rendering_problem
 from torchpi.demo.result import Demo, Glance
 from torchpi.demo.way import describe, follow
 from torchpi.errors import SimulationError
+from torchpi.inspect.provenance import describe_policy
 from torchpi.policy import Policy, load_policy
 from torchpi.sim.actors import chosen_tasks, noise_shape
 from torchpi.sim.evaluate import evaluate

@@ -5,12 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
+from torchpi.inspect.inputs import Shapes, inputs_of_policy
+from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy
-from torchpi.trace.result import Trace
-from torchpi.trace.subject import Sizes, from_policy
-from torchpi.trace.walk import walk
 from torchpi.ui.format import format_shape
 
 
@@ -36,9 +34,7 @@ def follow(policy: Policy, observation: Mapping[str, Any], noise: np.ndarray) ->
         observation: in the robot's keys.
         noise: [H, action_dim], where the flow begins.
     """
-    subject = from_policy(policy, Sizes(batch=1), observation)
-    subject = dataclasses.replace(subject, noise=torch.from_numpy(noise)[None].to(policy.model.device))
-    trace = walk(subject)
+    trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, noise=noise))
     assert trace.values is not None
     state, _ = policy.prepare(observation)
     size = policy.embodiment.action_size
@@ -54,7 +50,6 @@ def describe(way: Way, policy: Policy) -> list[tuple[str, str]]:
     cameras = [(camera.name, camera.key) for camera in robot.cameras if camera.name in trace.cameras and camera.key]
     first, keys = cameras[0][0], " and ".join(str(key) for _, key in cameras)
     prompt = next(segment for segment in trace.segments if segment.label == "prompt")
-    num_tokens = int(trace.mask.diagonal()[prompt.start : prompt.stop].sum())
     names = ", ".join(action.name for action in robot.actions)
     rate = "" if robot.control_hz is None else f" at {robot.control_hz:g} Hz"
     then = "" if robot.execute_steps is None else f"; after {robot.execute_steps} of them{rate} it looks again"
@@ -62,10 +57,10 @@ def describe(way: Way, policy: Policy) -> list[tuple[str, str]]:
     cache, noise = shapes["inference", "cache/layer_0/k"], shapes["inference", "noise"]
     return [
         ("images", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
-        ("prompt", f"{trace.prompt!r}: {num_tokens} tokens, padded to {prompt.stop - prompt.start}"),
+        ("prompt", f"{trace.prompt!r}: {prompt.stop - prompt.start} tokens, padded to {trace.config.max_token_len}"),
         ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
         ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),
-        ("backbone, once", f"keys and values {cache} of each of {trace.layers} layers"),
+        ("backbone, once", f"keys and values {cache} of each of {trace.count('layers')} layers"),
         ("action expert", f"{len(trace.values.times)} Euler steps from noise {noise}, each of which reads them"),
         ("action chunk", f"float32 {format_shape(way.actions.shape)}: {names}{then}"),
     ]

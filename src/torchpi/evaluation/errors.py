@@ -15,6 +15,7 @@ from torchpi.policy import Policy
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import hold_commands
 from torchpi.transforms import NormStats, constant_dims
+from torchpi.ui.format import without_nan
 
 POLICY, HOLD, MEAN_ACTION = "policy", "hold", "mean_action"
 BASELINES = (HOLD, MEAN_ACTION)
@@ -214,12 +215,3 @@ def _step_errors(chunks: Chunks, predicted: np.ndarray) -> StepErrors:
 def _mean(values: np.ndarray) -> Any:
     """Mean over the last axis; NaN of nothing."""
     return values.mean(axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)
-
-
-def without_nan(value: Any) -> Any:
-    """The document with None in place of NaN and infinity, which JSON doesn't have."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

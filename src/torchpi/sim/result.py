@@ -1,10 +1,11 @@
 """What comes out of an evaluation."""
 
 import dataclasses
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from torchpi.ui.tables import wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +97,3 @@ def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float
     """The part of the episodes that succeeded, with its interval."""
     successes = sum(episode.success for episode in episodes)
     return successes / len(episodes), wilson_interval(successes, len(episodes))
-
-
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a success rate, within 0 and 1.
-
-    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
-    """
-    z = 1.959963984540054  # 97.5 % of the standard normal distribution lie below it
-    rate, spread = successes / episodes, z * z / episodes
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4)
-    # At 0 and 1 the ends are exact, rounding aside.
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)

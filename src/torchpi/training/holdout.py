@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
-from torchpi.evaluation.errors import errors_of, without_nan
+from torchpi.evaluation.errors import errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
@@ -15,6 +15,7 @@ from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import Forward, World, sum_over_processes
 from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
 from torchpi.training.setup import SourceData, robot_names
+from torchpi.ui.format import without_nan
 
 PLOTS = "plots"
 DRAWS = 4

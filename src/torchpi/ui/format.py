@@ -1,6 +1,8 @@
 """Numbers and shapes as text."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 
 def format_shape(shape: tuple[int, ...]) -> str:
@@ -60,3 +62,12 @@ def format_duration(seconds: float | int) -> str:
 def plural(count: int, noun: str) -> str:
     """A count with its noun: `1 episode`, `2 episodes`."""
     return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
+
+
+def without_nan(value: Any) -> Any:
+    """A document with None in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

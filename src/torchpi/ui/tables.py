@@ -1,6 +1,7 @@
 """Tables: the same rows on the terminal and on a page."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from html import escape
 from typing import Literal
@@ -36,6 +37,19 @@ class Rate:
     def __str__(self) -> str:
         successes = round(self.success_rate * self.episodes)
         return f"{self.success_rate:.0%} ({format_interval(self.interval)}): {successes} of {self.episodes} episodes"
+
+
+def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
+    """Wilson's 95 % confidence interval of a success rate, within 0 and 1.
+
+    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
+    """
+    z = 1.959963984540054  # 97.5 % of the standard normal distribution lie below it
+    rate, spread = successes / episodes, z * z / episodes
+    centre = (rate + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4)
+    # At 0 and 1 the ends are exact, rounding aside.
+    return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
 
 
 Cell = str | Text | Rate

@@ -1,19 +1,19 @@
-"""The whole flow as one drawing, in two layouts: wide, and tall for narrow screens."""
+"""Diagram of the forward pass as SVG, in two layouts: wide, and tall for narrow screens."""
 
 import dataclasses
 import re
 from html import escape
 
-from torchpi.trace.result import Trace
+from torchpi.inspect.trace import Trace
 from torchpi.ui.format import format_shape
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-    """A box with a title, a line below it and the shape of what comes out of it (or one more line)."""
+    """A box with a title, a line below it, and the shape of its output (or one more line)."""
 
     kind: str
-    """The part that it belongs to, which decides its colour."""
+    """A name of the palette."""
     title: str
     line: str
     shape: str = ""
@@ -21,7 +21,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where everything stands."""
+    """Positions of everything."""
 
     css_class: str
     size: tuple[int, int]
@@ -34,12 +34,12 @@ class Layout:
     pi0_arrows: tuple[tuple[str, str], ...]
     """From time and state to the suffix's tokens."""
     labels: tuple[tuple[str, int, int, str, str], ...]
-    """Class, x, y, anchor and text of each; "{steps}" stands for the number of Euler steps."""
+    """Class, x, y, anchor and text of each; "{steps}": the number of Euler steps."""
 
 
 _WIDE = Layout(
     "wide",
-    (1140, 520),
+    (1170, 520),
     {
         "images": (0, 10, 190, 84),
         "prompt": (0, 118, 190, 84),
@@ -57,6 +57,8 @@ _WIDE = Layout(
         "state": (474, 190, 190, 74),
         "v_t": (978, 338, 162, 84),
         "actions": (978, 204, 162, 78),
+        "target": (978, 10, 162, 64),
+        "loss": (978, 102, 162, 64),
     },
     (
         ("vision", "M190 52 H228"),
@@ -73,12 +75,15 @@ _WIDE = Layout(
         ("suffix", "M934 380 H970"),
         ("suffix", "M1059 422 V508 H-16 V334 H-8"),
         ("suffix", "M1059 338 V290"),
+        ("noise", "M1059 74 V94"),
+        ("noise", "M1140 380 H1162 V134 H1148"),
     ),
     (("time", "M426 447 H824 V440"),),
     (("time", "M426 447 H569 V384"), ("vision", "M569 264 V284")),
     (
         ("label strong suffix", 620, 500, "middle", "{steps} Euler steps   x ← x + dt · v_t"),
         ("label", 1069, 318, "start", "at t = 0"),
+        ("label", 970, 140, "end", "training"),
         ("label", 836, 184, "start", "once"),
         ("label", 836, 308, "start", "in every step"),
     ),
@@ -86,7 +91,7 @@ _WIDE = Layout(
 
 _TALL = Layout(
     "tall",
-    (380, 1010),
+    (380, 1120),
     {
         "images": (10, 8, 170, 78),
         "prompt": (200, 8, 170, 78),
@@ -102,6 +107,8 @@ _TALL = Layout(
         "expert": (70, 804, 240, 92),
         "v_t": (30, 932, 165, 72),
         "actions": (225, 932, 150, 72),
+        "target": (30, 1044, 165, 72),
+        "loss": (225, 1044, 150, 72),
     },
     (
         ("vision", "M95 86 V108"),
@@ -117,37 +124,40 @@ _TALL = Layout(
         ("suffix", "M112 896 V924"),
         ("suffix", "M195 968 H217"),
         ("suffix", "M30 968 H10 V617 H22"),
+        ("noise", "M195 1080 H217"),
+        ("noise", "M112 1004 V1024 H300 V1036"),
     ),
     (("time", "M272 764 V796"),),
     (("time", "M210 725 H203"),),
     (
         ("label strong suffix", 40, 570, "start", "×{steps}"),
         ("label", 200, 450, "start", "once"),
+        ("label", 310, 1026, "start", "training"),
     ),
 )
 
 
-def flow_diagram(trace: Trace, num_steps: int) -> str:
+def flow_diagram(trace: Trace) -> str:
     """Both layouts as SVG; the page shows the one that fits."""
     nodes = _nodes(trace)
-    return "".join(_draw(layout, nodes, trace, num_steps) for layout in (_WIDE, _TALL))
+    return "".join(_draw(layout, nodes, trace) for layout in (_WIDE, _TALL))
 
 
 def _nodes(trace: Trace) -> dict[str, Node]:
-    pi05 = trace.config.pi05
+    pi05, layers = trace.config.pi05, trace.count("layers")
     cameras = len(trace.cameras)
     shapes = {(entry.step, entry.name): format_shape(entry.shape) for entry in trace.entries}
     camera = trace.cameras[0]
     state = {} if pi05 else {"state": Node("vision", "state", "one token", shapes["5", "state_proj"])}
-    expert = f"{trace.time_inputs} norms modulated by t" if pi05 else "sees prefix and suffix"
+    expert = f"{trace.count('time_inputs')} norms modulated by t" if pi05 else "attends to prefix and suffix"
     return state | {
         "images": Node("vision", "images", f"{cameras} × uint8", shapes["0", f"image/{camera}"]),
         "prompt": Node("vision", "prompt", "text with state" if pi05 else "text", shapes["0", "tokenized_prompt"]),
         "siglip": Node("vision", "SigLIP", f"each of {cameras} cameras", shapes["2", f"image_tokens/{camera}"]),
         "embedder": Node("vision", "embedder", "× √D", shapes["3", "text_tokens"]),
         "prefix": Node("prefix", "prefix", "images, then text", shapes["4", "prefix_tokens"]),
-        "backbone": Node("prefix", "backbone", f"Gemma, {trace.layers} layers", "sees images and prompt"),
-        "cache": Node("cache", "KV cache", f"{trace.layers} × (k, v)", shapes["8", "cache/layer_0/k"]),
+        "backbone": Node("prefix", "backbone", f"Gemma, {layers} layers", "reads images and prompt"),
+        "cache": Node("cache", "KV cache", f"{layers} × (k, v)", shapes["8", "cache/layer_0/k"]),
         "x_t": Node("noise", "noisy actions x_t", "noise at t = 1", shapes["5", "x_t"]),
         "time": Node("time", "time t", "as sines and cosines", shapes["5", "posemb_sincos"]),
         "embed": Node("suffix", "action_in_proj", "one token per action", shapes["5", "action_in_proj"]),
@@ -158,13 +168,15 @@ def _nodes(trace: Trace) -> dict[str, Node]:
             shapes["5", "adarms_cond" if pi05 else "action_and_time"],
         ),
         "suffix": Node("suffix", "suffix", "actions" if pi05 else "state, then actions", shapes["5", "suffix_tokens"]),
-        "expert": Node("suffix", "action expert", f"Gemma, {trace.layers} layers", expert),
+        "expert": Node("suffix", "action expert", f"Gemma, {layers} layers", expert),
         "v_t": Node("suffix", "velocity v_t", "action_out_proj", shapes["10", "v_t"]),
-        "actions": Node("suffix", "action chunk", "x at t = 0", shapes["inference", "action_chunk"]),
+        "actions": Node("suffix", "action chunk", "x_t at t = 0", shapes["inference", "action_chunk"]),
+        "target": Node("noise", "target u_t", "noise − actions"),
+        "loss": Node("noise", "loss", "mean((v_t − u_t)²)", shapes["11", "loss"]),
     }
 
 
-def _draw(layout: Layout, nodes: dict[str, Node], trace: Trace, num_steps: int) -> str:
+def _draw(layout: Layout, nodes: dict[str, Node], trace: Trace) -> str:
     width, height = layout.size
     arrows = layout.arrows + (layout.pi05_arrows if trace.config.pi05 else layout.pi0_arrows)
     title = f"{trace.variant}: from an observation to an action chunk"
@@ -174,10 +186,9 @@ def _draw(layout: Layout, nodes: dict[str, Node], trace: Trace, num_steps: int) 
     ]
     parts += [_arrow(kind, path) for kind, path in arrows]
     parts += [_box(nodes[name], *box) for name, box in layout.boxes.items() if name in nodes]
-    parts += [
-        f'<text class="{css}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text.format(steps=num_steps))}</text>'
-        for css, x, y, anchor, text in layout.labels
-    ]
+    for css, x, y, anchor, label in layout.labels:
+        text = escape(label.format(steps=trace.count("euler_steps")))
+        parts.append(f'<text class="{css}" x="{x}" y="{y}" text-anchor="{anchor}">{text}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -194,25 +205,11 @@ def _box(node: Node, x: int, y: int, width: int, height: int) -> str:
 
 
 def _arrow(kind: str, path: str) -> str:
-    """A path of horizontal and vertical lines; its head is drawn over the 7 units that follow its end."""
-    points = _corners(path)
-    (x0, y0), (x, y) = points[-2:]
-    dx, dy = (x > x0) - (x < x0), (y > y0) - (y < y0)
+    """A path of the SVG commands M, H and V; its head is drawn over the 7 units that follow its end."""
+    (x, y), commands = (0.0, 0.0), re.findall(r"([MHV])([-\d. ]+)", path)
+    for command, numbers in commands:
+        start, values = (x, y), [float(number) for number in numbers.split()]
+        x, y = values if command == "M" else (values[0], y) if command == "H" else (x, values[0])
+    dx, dy = (x > start[0]) - (x < start[0]), (y > start[1]) - (y < start[1])
     tip = f"{x + 7 * dx:g},{y + 7 * dy:g} {x - 4.5 * dy:g},{y + 4.5 * dx:g} {x + 4.5 * dy:g},{y - 4.5 * dx:g}"
     return f'<g class="{kind}"><path class="arrow" d="{path}"/><polygon class="arrowhead" points="{tip}"/></g>'
-
-
-def _corners(path: str) -> list[tuple[float, float]]:
-    """The corners of an SVG path of the commands M, H and V."""
-    x = y = 0.0
-    corners = []
-    for command, numbers in re.findall(r"([MHV])([-\d. ]+)", path):
-        values = [float(number) for number in numbers.split()]
-        if command == "M":
-            x, y = values
-        elif command == "H":
-            x = values[0]
-        else:
-            y = values[0]
-        corners.append((x, y))
-    return corners

@@ -1,9 +1,9 @@
-"""What a policy reads: how far its action chunk moves when one input is changed.
+"""Sensitivity of a policy to its inputs: the movement of its action chunk when one of them is changed.
 
-The measure. For K noises, the model's chunks with the observation as it is are X [K, H, a], those with one input
-changed and the same noises are V; both in normalized units, in which all dimensions have one scale, without padding.
+For K noises, the chunks of the observation are X [K, H, a], those with one input changed and the same noises are V;
+both in normalized units, in which all dimensions have one scale, without padding.
 
-    spread = RMS over K, H, a of X − (mean of X over K)         what noise alone changes
+    spread = RMS over K, H, a of X − (mean of X over K)         effect of noise alone
     moves  = RMS over K, H, a of V − X, divided by the spread   0: the input changes nothing; √2: as another noise
 
 Both have the same noise, so an input that is not read gives 0 and no sampling error hides a small influence.
@@ -18,39 +18,37 @@ import torch
 from jaxtyping import Float32
 
 from torchpi.collate import collate
-from torchpi.doctor.description import state_input
-from torchpi.doctor.result import Finding, Sensitivity
+from torchpi.inspect.diagnosis import Finding, Sensitivity, state_input
 from torchpi.model import flow
 from torchpi.policy import Policy
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
 
-# An input that moves the chunk by less than a fiftieth of what noise alone does cannot steer the robot.
 IGNORED_BELOW = 0.02
-# A policy that is this sure of itself (the range of the training data has length 2) is compared with this instead.
+"""An input that moves the chunk by less than a fiftieth of the effect of noise cannot steer the robot."""
+OTHER_INSTRUCTION = "stop and move back"
+# Least spread, for a policy that is nearly certain; the range of the training data has length 2.
 _LEAST_SPREAD = 1e-3
 # A state that is nearer to its mean in all dimensions (1 in normalized units is half of the range) tells nothing.
 _LEAST_STATE_CHANGE = 0.1
-OTHER_INSTRUCTION = "stop and move back"
 
 Chunks = Float32[np.ndarray, "K H A"]
 
 
 @torch.no_grad()
 def sample_chunks(policy: Policy, inputs: Mapping[str, Any], noise: Chunks, *, num_steps: int) -> Chunks:
-    """One action chunk for each noise: as `Pi0.sample_actions` with the inputs repeated, but they are read only once.
+    """Sample a chunk for each noise, as `Pi0.sample_actions`, with one prefill for all of them.
 
     Args:
-        inputs: what `Transforms.forward` returns.
-        noise: K times where the flow begins.
+        inputs: of one observation, from `Transforms.forward`.
 
     Returns:
         Normalized actions, padded to action_dim.
     """
-    model, count = policy.model, len(noise)
+    model = policy.model
     observation = collate([inputs]).to(model.device)
     prefix = model.embed_prefix(observation, drop_padding=True)
-    cache = model.prefill(observation, prefix, action_horizon=noise.shape[1]).repeat(count)
+    cache = model.prefill(observation, prefix, action_horizon=noise.shape[1]).repeat(len(noise))
     x_t = torch.from_numpy(noise).to(model.device)
     for time in model.time_conditionings(flow.euler_times(num_steps)):
         x_t = x_t - model.denoise_step(cache, x_t, time) / num_steps
@@ -75,7 +73,7 @@ def sensitivities(
 
     Args:
         transforms: the policy's.
-        sample: what `Embodiment.to_model` returned.
+        sample: of the observation, from `Embodiment.to_model`.
         base: the chunks [K, H, a] of the unchanged sample, normalized, without padding.
         sample_variant: the chunks of changed inputs with the same noises.
         other_instruction: by default another one that the policy was trained with, or a made-up one.
@@ -104,30 +102,18 @@ def sensitivities(
     other_text = other_instruction or _other_instruction(policy, sample["prompt"])
     replaced = transforms.forward({**sample, "prompt": other_text})
     yield Sensitivity("instruction", f"replaced by {other_text!r}", moves(replaced))
-    yield _state_sensitivity(policy, transforms, sample, inputs, moves)
-
-
-def _state_sensitivity(
-    policy: Policy,
-    transforms: Transforms,
-    sample: Mapping[str, Any],
-    inputs: Mapping[str, Any],
-    moves: Callable[[Mapping[str, Any]], float],
-) -> Sensitivity:
-    def of_state(moved: float | None, untried: str = "") -> Sensitivity:
-        return Sensitivity("state", "set to its mean", moved, untried)
-
     if state_input(policy) is None:
-        return of_state(None, "the policy is made without it")
-    mean = transforms.norm_stats["state"].mean[: len(sample["state"])]
-    at_mean = transforms.forward({**sample, "state": mean})
+        yield Sensitivity("state", "set to its mean", None, "the policy is made without it")
+        return
+    at_mean = transforms.forward({**sample, "state": transforms.norm_stats["state"].mean[: len(sample["state"])]})
     if abs(at_mean["state"] - inputs["state"]).max() < _LEAST_STATE_CHANGE:
-        return of_state(None, "it is near its mean already")
-    return of_state(moves(at_mean))
+        yield Sensitivity("state", "set to its mean", None, "it is near its mean already")
+    else:
+        yield Sensitivity("state", "set to its mean", moves(at_mean))
 
 
 def _other_instruction(policy: Policy, instruction: str) -> str:
-    """One that the policy was trained with, so that a change of the chunk is about its meaning, not its strangeness."""
+    """A known instruction if possible, so that a change of the chunk is due to its meaning, not its strangeness."""
     texts = [*_known_instructions(policy), OTHER_INSTRUCTION, "wave"]
     return next(text for text in texts if clean_text(text) != clean_text(instruction))
 
@@ -139,45 +125,43 @@ def _known_instructions(policy: Policy) -> list[str]:
 
 
 def check_sensitivities(policy: Policy, found: Mapping[str, Sensitivity]) -> Iterator[Finding]:
-    """Name what the policy ignores.
+    """Name the inputs that the policy ignores.
 
     Args:
         found: by input.
     """
     ignored = {name for name, entry in found.items() if entry.moves is not None and entry.moves < IGNORED_BELOW}
     for name, entry in found.items():
-        moved = f"the chunk moves by {entry.moves or 0.0:.2f} of its spread when it is {entry.change}"
-        expected = f"expected at least {IGNORED_BELOW}, a fiftieth of what noise alone does"
-        if entry.moves is not None and not np.isfinite(entry.moves):
-            yield Finding(
-                "problem", name, f"{name} {entry.change}: the actions become NaN or infinite. Do not run this policy."
-            )
+        if entry.moves is None:
+            continue
+        moved = f"the chunk moves by {entry.moves:.2f} of its spread when it is {entry.change}"
+        expected = f"expected at least {IGNORED_BELOW}, a fiftieth of the effect of noise"
+        if not np.isfinite(entry.moves):
+            message = f"{name} {entry.change}: the actions become NaN or infinite. Do not run this policy."
+            yield Finding("problem", name, message)
         elif name not in ignored:
             continue
         elif entry.change == "swapped":
             if not any(other in ignored and found[other].change == "blanked" for other in found):
-                yield Finding(
-                    "warning",
-                    name,
+                message = (
                     f"the policy does not tell the {name} apart: the chunk moves by {entry.moves:.2f} of its spread "
                     f"when they are swapped; {expected}. Check in the training data that each camera is where it "
-                    "belongs.",
+                    "belongs."
                 )
+                yield Finding("warning", name, message)
         elif name == "instruction" and len(set(_known_instructions(policy))) == 1:
-            yield Finding(
-                "warning",
-                name,
+            message = (
                 f"ignores the instruction: {moved}; {expected}. It was trained with one instruction only, and will do "
-                "that whatever it is told.",
+                "that one whatever the instruction is."
             )
+            yield Finding("warning", name, message)
         else:
-            yield Finding(
-                "problem",
-                name,
+            message = (
                 f"ignores the {name}: {moved}; {expected}. Try an observation in which it matters; if it stays so, the "
                 f"policy has not learned to use the {name.split(' ')[0]}, or its weights are damaged: train it again, "
-                "with data in which the right action depends on it.",
+                "with data in which the right action depends on it."
             )
+            yield Finding("problem", name, message)
 
 
 def _rms(x: np.ndarray) -> float:

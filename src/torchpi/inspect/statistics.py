@@ -1,4 +1,4 @@
-"""Do the statistics fit the robot, and do they say anything about its dimensions?"""
+"""Checks of a policy's statistics, without any observation."""
 
 import math
 import re
@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.doctor.description import state_dim, state_units
-from torchpi.doctor.result import Finding
+from torchpi.inspect.diagnosis import Finding, state_dim, state_units
 from torchpi.policy import Policy
 from torchpi.transforms.normalize import narrow_dims
 
@@ -16,8 +15,8 @@ from torchpi.transforms.normalize import narrow_dims
 # is far above; no manipulator reaches 10 m, and millimetres are above; openings from 0 to 1 never come near 10.
 _LIMITS = {"rad": 4 * math.pi, "m": 10.0, "deg": 1440.0, "mm": 10_000.0}
 _OPENING_LIMIT = 10.0
-# Where no unit is stated: above the degrees of 27 turns, the millimetres of 10 m and a servo's counts of two turns;
-# what is larger is a placeholder, a time stamp or a broken record.
+# For no stated unit: above the degrees of 27 turns, the millimetres of 10 m and a servo's counts of two turns;
+# larger is a placeholder, a time stamp or a broken record.
 _ANY_LIMIT = 10_000.0
 
 # A target that is further from where the robot has ever been than ten times the way that it has ever gone is in other
@@ -28,12 +27,12 @@ _EPS = 1e-6  # the normalization's
 
 
 def excess(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "... d"]:
-    """How far x [..., d] lies outside of low to high [d], in widths of that range (+ 1e-6, as in normalization)."""
+    """Distance of x [..., d] from the range low to high [d], in its widths (+ 1e-6, as in normalization)."""
     return np.maximum(np.maximum(low - x, x - high), 0.0) / (high - low + _EPS)
 
 
 def check_statistics(policy: Policy) -> Iterator[Finding]:
-    """What is odd about the statistics, without any observation."""
+    """Name statistics that do not fit the robot, or that normalization makes huge."""
     robot, used = policy.embodiment, state_dim(policy)
     names = {"state": robot.state_names[:used], "actions": tuple(action.name for action in robot.actions)}
     units = {"state": state_units(policy), "actions": tuple(action.unit for action in robot.actions)}
@@ -56,7 +55,7 @@ def check_statistics(policy: Policy) -> Iterator[Finding]:
                     "warning",
                     about,
                     f"{name} reaches {extreme:.4g}{f' {unit}' if unit in _LIMITS else ''}; a robot's values stay below "
-                    f"{limit:.4g} {f'in {unit}' if unit else 'in any unit'}. Check the units of the data set, and "
+                    f"{limit:.4g} {f'in {unit}' if unit else 'in any unit'}. Check the units of the dataset, and "
                     "whether these statistics belong to this robot.",
                 )
         if (stats.std[count:] > 0).any():
@@ -84,7 +83,7 @@ def _limit(unit: str) -> float:
 
 
 def _check_actions_against_state(policy: Policy, state_names: tuple[str, ...]) -> Iterator[Finding]:
-    """Actions that are named as the state of the same index tell where that is to go."""
+    """Compare actions with the state of the same index, if both have the same name: they are its targets."""
     stats, rules, dim = policy.transforms.norm_stats, policy.transforms.normalization, len(state_names)
     state_low, state_high = (end[:dim] for end in stats["state"].training_range(rules["state"].kind))
     actions = policy.embodiment.actions

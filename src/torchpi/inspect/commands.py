@@ -1,0 +1,172 @@
+"""The commands trace, doctor and compare: one JSON document on stdout, or tables for people."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from torchpi.arrays import read_npz
+from torchpi.checkpoints.address import existing_folder
+from torchpi.checkpoints.folder import is_policy_folder
+from torchpi.errors import UsageError
+from torchpi.inspect.compare import TOLERANCE, compare_policies
+from torchpi.inspect.doctor import diagnose
+from torchpi.inspect.inputs import Shapes, Source, find_inputs
+from torchpi.inspect.reports import print_compared, print_diagnosis
+from torchpi.inspect.summary import Pair, architecture, compare_facts, compare_steps, phases, sizes
+from torchpi.inspect.text import print_comparison, print_trace
+from torchpi.inspect.trace import Trace, trace_forward
+from torchpi.policy import Policy, load_policy
+from torchpi.ui.format import without_nan
+
+
+@contextlib.contextmanager
+def stdout_for(*, as_json: bool) -> Iterator[None]:
+    """With `as_json`, everything that is printed inside goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
+        yield
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(without_nan(document), ensure_ascii=False, allow_nan=False))
+
+
+def plain_console(width: int = 120) -> Console:
+    """A console of plain text: names and prompts come from files, and "[4, 200]" is no markup.
+
+    Args:
+        width: where stdout is no terminal.
+    """
+    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+
+
+def run_trace(
+    targets: Sequence[str],
+    shapes: Shapes,
+    source: Source,
+    *,
+    html: pathlib.Path | None = None,
+    as_json: bool = False,
+    **load: Any,
+) -> None:
+    """Trace one target, or compare two, and print it.
+
+    Args:
+        targets: see `find_inputs`; `source` is the first one's.
+        html: the page's file.
+        load: arguments of `load_policy`.
+    """
+    if len(targets) not in (1, 2):
+        raise UsageError(f"Expected one target, or two with --compare, got {len(targets)}: {', '.join(targets)}.")
+    with stdout_for(as_json=as_json):
+        sources = (source, dataclasses.replace(source, inputs=None, dataset=None))
+        traces = [
+            trace_forward(find_inputs(target, shapes, its_source, **load))
+            for target, its_source in zip(targets, sources, strict=False)
+        ]
+        if html is not None:
+            from torchpi.inspect.page import render_page
+
+            html.parent.mkdir(parents=True, exist_ok=True)
+            html.write_text(render_page(*traces), encoding="utf-8")
+    if as_json:
+        _print_json(_entries(traces[0]) if len(traces) == 1 else _comparison(*traces))
+    elif len(traces) == 1:
+        print_trace(traces[0], plain_console(160 if traces[0].values else 120))
+    else:
+        print_comparison(traces[0], traces[1], plain_console())
+    if html is not None:
+        print(f"wrote {html}", file=sys.stderr if as_json else sys.stdout)
+
+
+def _entries(trace: Trace) -> list[dict[str, Any]]:
+    return [entry.to_json() for entry in trace.entries]
+
+
+def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
+    def rows(tables: Mapping[str, Sequence[Pair]], key: str) -> list[dict[str, str]]:
+        return [{key: title, **dataclasses.asdict(row)} for title, table in tables.items() for row in table]
+
+    sides = {
+        side: {
+            "title": trace.title,
+            "facts": architecture(trace) | sizes(trace),
+            "kv_cache_bytes": trace.cache_bytes,
+            "phases": phases(trace),
+            "agreement": [dataclasses.asdict(pair) for pair in trace.values.agreement] if trace.values else None,
+            "entries": _entries(trace),
+        }
+        for side, trace in (("left", left), ("right", right))
+    }
+    facts, steps = rows(compare_facts(left, right), "kind"), rows(compare_steps(left, right), "step")
+    return {"facts": facts, "steps": steps, **sides}
+
+
+def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: bool = False, **load: Any) -> int:
+    """Examine a policy and print the diagnosis.
+
+    Args:
+        observation: an .npz file with the robot's own keys, nested ones joined with '.', as for `torchpi infer`.
+        load: further arguments of `load_policy`.
+
+    Returns:
+        The exit status: 1 if there is a problem, else 0.
+    """
+    with stdout_for(as_json=as_json):
+        request = None if observation is None else read_npz(observation)
+        policy = load_policy(path, **load)
+        diagnosis = diagnose(policy, request)
+    if as_json:
+        _print_json(diagnosis.to_dict())
+    else:
+        print_diagnosis(policy, diagnosis, plain_console(), title=str(path))
+    return diagnosis.status
+
+
+def run_compare(
+    a: str,
+    b: str,
+    *,
+    observation: pathlib.Path,
+    as_json: bool = False,
+    tolerance: float = TOLERANCE,
+    num_steps: int = 10,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    **load: Any,
+) -> int:
+    """Compare two policies and print the comparison.
+
+    Args:
+        a, b: of the policies, as `load_policy` takes them.
+        observation: as for `run_doctor`.
+        tolerance, num_steps, seed: see `compare_policies`.
+        dtype, device: of both.
+        load: further arguments of `load_policy`, for checkpoints that do not state everything. A policy folder keeps
+            its own.
+
+    Returns:
+        The exit status: 0 if they agree, else 1.
+    """
+
+    def loaded(path: str) -> Policy:
+        states_everything = is_policy_folder(existing_folder(path))
+        return load_policy(path, device=device, dtype=dtype, **({} if states_everything else load))
+
+    with stdout_for(as_json=as_json):
+        request = read_npz(observation)
+        comparison = compare_policies(
+            loaded(a), loaded(b), request, tolerance=tolerance, num_steps=num_steps, seed=seed
+        )
+    if as_json:
+        _print_json({"a": str(a), "b": str(b)} | comparison.to_dict())
+    else:
+        print_compared(comparison, plain_console(), title=f"torchpi compare: A {a}, B {b}")
+    return comparison.status

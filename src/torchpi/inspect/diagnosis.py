@@ -1,0 +1,195 @@
+"""A diagnosis as data: what a policy is, findings, and what an observation shows."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torchpi.policy import Policy
+from torchpi.ui.format import without_nan
+
+Level = Literal["problem", "warning", "note"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A remark on a policy or an observation."""
+
+    level: Level
+    """ "problem": a robot would misbehave, or gets no actions; "warning": look at it before the robot moves; "note":
+    unusual, and harmless by itself."""
+    about: str
+    """Its subject: "weights", "camera base_0_rgb", "statistics of state", …"""
+    message: str
+    """What was found, what was expected and what to do."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraCheck:
+    """A camera that the model reads."""
+
+    name: str
+    key: str | None
+    """In the observation; None: the robot does not have it."""
+    presence: str
+    found: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StateCheck:
+    """A dimension of the state, in the model's units, compared with the range of the statistics."""
+
+    name: str
+    unit: str
+    value: float
+    low: float
+    high: float
+    excess: float
+    """Distance from the range, in its widths; 0: inside."""
+
+    @property
+    def outside(self) -> bool:
+        """True outside of the range."""
+        return self.excess > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptCheck:
+    """The prompt as the model reads it."""
+
+    text: str
+    """Whole, before anything is cut."""
+    num_tokens: int
+    max_token_len: int | None
+    """None: the policy does not state it, and nothing is cut."""
+
+    @property
+    def cut(self) -> bool:
+        """True if there are more tokens than the policy takes."""
+        return self.max_token_len is not None and self.num_tokens > self.max_token_len
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionCheck:
+    """A dimension of the predicted actions, in the robot's units, compared with the range of the statistics."""
+
+    name: str
+    unit: str
+    kind: str
+    min: float
+    """Over all actions of the chunks, and all noise seeds."""
+    max: float
+    low: float
+    """Of the training data; for a delta, added to this observation's state."""
+    high: float
+    outside: float
+    """Share of the actions outside of the range."""
+    excess: float
+    """Distance of the farthest from the range, in its widths; 0: all are inside."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Movement of the chunk when one input is changed."""
+
+    input: str
+    change: str
+    moves: float | None
+    """In units of the chunk's own spread, see `torchpi.inspect.sensitivity`; None: could not be tried."""
+    untried: str = ""
+    """The reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ObservationCheck:
+    """One observation in a policy; what could not be reached is empty or None."""
+
+    cameras: tuple[CameraCheck, ...]
+    state: tuple[StateCheck, ...] = ()
+    prompt: PromptCheck | None = None
+    actions: tuple[ActionCheck, ...] = ()
+    spread: float | None = None
+    """RMS deviation of the chunks over the noise seeds, in normalized units."""
+    sensitivity: tuple[Sensitivity, ...] = ()
+
+    @property
+    def state_outside(self) -> float | None:
+        """Share of the state's dimensions outside of their range."""
+        return sum(check.outside for check in self.state) / len(self.state) if self.state else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """A policy, findings, and what an observation shows."""
+
+    policy: Mapping[str, Any]
+    """See `describe`."""
+    findings: tuple[Finding, ...]
+    """The worst first."""
+    observation: ObservationCheck | None = None
+
+    @property
+    def status(self) -> int:
+        """1 if there is a problem, else 0."""
+        return int(any(finding.level == "problem" for finding in self.findings))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; numbers that are not finite are None."""
+        document = dataclasses.asdict(self) | {"status": self.status}
+        if self.observation is not None:
+            checks, found = self.observation, document["observation"]
+            found["state_outside"] = checks.state_outside
+            for check, entry in zip(checks.state, found["state"], strict=True):
+                entry["outside"] = check.outside
+            if checks.prompt is not None:
+                found["prompt"]["cut"] = checks.prompt.cut
+        return dict(without_nan(document))
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """All that a policy states, as JSON values; None: not stated."""
+    robot, config, transforms = policy.embodiment, policy.model.config, policy.transforms
+    names = robot.state_names[: state_dim(policy)]
+    return {
+        "variant": "π₀.₅" if config.pi05 else "π₀",
+        "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
+        "dtype": str(policy.model.embedding.dtype).removeprefix("torch."),
+        "device": str(policy.model.device),
+        "model": config.to_dict(),
+        "embodiment": robot.name,
+        "hook": robot.hook,
+        "cameras": [{"name": c.name, "key": c.key, "presence": c.presence} for c in robot.cameras],
+        "state": [{"name": name, "unit": unit} for name, unit in zip(names, state_units(policy), strict=True)],
+        "state_input": state_input(policy),
+        "actions": [dataclasses.asdict(action) for action in robot.actions],
+        "normalization": {key: dataclasses.asdict(rule) for key, rule in transforms.normalization.items()},
+        "prompt_format": transforms.prompt_format,
+        "max_token_len": transforms.max_token_len,
+        "truncation": transforms.truncation,
+        "default_prompt": policy.default_prompt,
+        "action_horizon": config.action_horizon,
+        "execute_steps": robot.execute_steps,
+        "control_hz": robot.control_hz,
+        "metadata": policy.metadata,
+        "provenance": policy.provenance,
+    }
+
+
+def state_input(policy: Policy) -> str | None:
+    """The form in which the model reads the state; None: it does not."""
+    forms = []
+    if policy.transforms.discrete_state_input:
+        forms.append("text in the prompt")
+    if not policy.model.config.pi05:
+        forms.append("token of the suffix")
+    return " and ".join(forms) or None
+
+
+def state_dim(policy: Policy) -> int:
+    """Length of the policy's state, of those that its embodiment allows."""
+    return len(policy.embodiment.to_model(policy.example_observation())["state"])
+
+
+def state_units(policy: Policy) -> tuple[str, ...]:
+    """Unit of each dimension of the policy's state; "": not stated."""
+    units = [unit for part in policy.embodiment.state for unit in part.units or ("",) * len(part.names)]
+    return tuple(units[: state_dim(policy)])

@@ -1,0 +1,252 @@
+"""The inputs of a trace: a model and a batch, found from a preset's name, a path, a policy or a dataset."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchpi.arrays import read_npz
+from torchpi.config import PRESETS, Pi0Config
+from torchpi.errors import UsageError
+from torchpi.inspect import nanopi
+from torchpi.inspect.stages import TraceInputs, observation_stages
+from torchpi.model import flow
+from torchpi.model.pi0 import Pi0
+from torchpi.types import Observation
+
+if TYPE_CHECKING:
+    from torchpi.policy import Policy
+
+CLASSIC_PI0 = Pi0Config(action_dim=7, action_horizon=32, max_token_len=16)  # the example that π₀ is explained with
+PROMPT = ("tokenized_prompt", "tokenized_prompt_mask")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """The sizes that a trace can change; None: the target's own."""
+
+    batch: int = 4
+    max_token_len: int | None = None
+    action_horizon: int | None = None
+    action_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, got {value}.")
+
+    def of_config(self) -> dict[str, Any]:
+        """The given ones that are fields of a config."""
+        return {name: value for name, value in vars(self).items() if value is not None and name != "batch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The origin of a policy's observation: a file, or a frame of a dataset."""
+
+    inputs: pathlib.Path | None = None
+    dataset: str | None = None
+    episode: int = 0
+    frame: int = 0
+    """Counted from the episode's first."""
+    demo: Mapping[str, Any] | None = None
+    """For the embedded policy, if neither of them is given."""
+
+    def __post_init__(self) -> None:
+        if self.inputs is not None and self.dataset is not None:
+            raise UsageError("An observation is read from --inputs or from --dataset, not from both.")
+
+
+def find_inputs(target: str, shapes: Shapes, source: Source = Source(), **load: Any) -> TraceInputs:
+    """The inputs of a named target.
+
+    Args:
+        target: a preset's name, "demo" or "tiny" for the embedded policy, or the path of a policy or checkpoint.
+        load: arguments of `load_policy`.
+    """
+    if target in PRESETS and target != "tiny":
+        if source.inputs is not None or source.dataset is not None:
+            raise UsageError(
+                f"{target} is traced by its sizes alone, without weights; inputs and datasets need a policy's path."
+            )
+        return inputs_of_config(CLASSIC_PI0 if target == "pi0" else PRESETS[target], shapes, title=target)
+    return _inputs_of_path("demo" if target == "tiny" else target, shapes, source, title=target, **load)
+
+
+def inputs_of_config(config: Pi0Config, shapes: Shapes, *, title: str = "") -> TraceInputs:
+    """A model of these sizes on the meta device: shapes without values, at any size."""
+    config, notes = _complete(dataclasses.replace(config, **shapes.of_config()))
+    arrays = nanopi.random_inputs(config, 1)
+    batch = {
+        name: torch.from_numpy(array).to("meta").expand(shapes.batch, *array.shape[1:])
+        for name, array in arrays.items()
+    }
+    noise, time, actions = (batch.pop(name) for name in ("noise", "time", "actions"))
+    return TraceInputs(
+        title or _variant(config), Pi0(config, device="meta"), config, batch, noise, time, actions, notes
+    )
+
+
+def _inputs_of_path(path: str, shapes: Shapes, source: Source, *, title: str, **load: Any) -> TraceInputs:
+    """A policy with an observation, or a bare checkpoint with a batch of the model's own keys."""
+    from torchpi.checkpoints.checkpoint import open_checkpoint
+    from torchpi.policy import load_policy
+
+    arrays = None if source.inputs is None else read_npz(source.inputs)
+    of_model = arrays is not None and "tokenized_prompt" in arrays
+    title = title if title == "tiny" else pathlib.Path(path).name
+    checkpoint = open_checkpoint(path, config=load.get("config"))
+    if not of_model and ("embodiment" in load or checkpoint.spec().embodiment is not None):
+        policy = load_policy(path, **load)
+        observation, notes = _observation(policy, source, arrays, is_demo=path == "demo")
+        return inputs_of_policy(policy, shapes, observation, title=title, notes=notes)
+    if source.dataset is not None or (arrays is not None and not of_model):
+        found = f"{source.dataset or source.inputs} has a robot's observations"
+        if arrays is not None:
+            found += f" ({', '.join(sorted(arrays)[:6])})"
+        raise UsageError(
+            f"{path} is a bare checkpoint, which says nothing about a robot, and {found}. Trace a policy folder, name "
+            "the robot with --embodiment, or give a batch in the model's terms: image.<camera>, state, "
+            "tokenized_prompt, tokenized_prompt_mask."
+        )
+    model = checkpoint.model(device=load.get("device") or "cpu", lora_alpha=load.get("lora_alpha"))
+    if arrays is not None:
+        return inputs_of_model(model, shapes, arrays, title=title)
+    note = "The checkpoint says nothing about a robot: images, state and prompt are random numbers."
+    random = nanopi.random_inputs(_complete(dataclasses.replace(model.config, **shapes.of_config()))[0], 1)
+    batch = {name: array for name, array in random.items() if name not in ("noise", "time", "actions")}
+    return inputs_of_model(model, shapes, batch, title=title, notes=(note,))
+
+
+def _observation(
+    policy: "Policy", source: Source, arrays: Mapping[str, np.ndarray] | None, *, is_demo: bool
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    if arrays is not None:
+        return arrays, ()
+    if source.dataset is not None:
+        from torchpi.data import LeRobotDataset
+        from torchpi.data.observations import to_observation
+
+        horizon = policy.model.config.require("action_horizon")
+        frames = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=[source.episode])
+        if not 0 <= source.frame < len(frames):
+            raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
+        note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."
+        return to_observation(frames[source.frame], policy.embodiment), (note,)
+    if source.demo is not None and is_demo:
+        return source.demo, ()
+    note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
+    return policy.example_observation(), (note,)
+
+
+def inputs_of_policy(
+    policy: "Policy",
+    shapes: Shapes,
+    observation: Mapping[str, Any],
+    *,
+    title: str = "",
+    notes: tuple[str, ...] = (),
+    noise: np.ndarray | None = None,
+) -> TraceInputs:
+    """A policy with one observation of its robot, repeated to the batch.
+
+    Args:
+        observation: may have "actions", as a dataset's frame; the loss is then theirs.
+        noise: [H, action_dim]; by default drawn.
+    """
+    state, sample = policy.prepare(observation)
+    arrays = {
+        **{f"image.{name}": image[None] for name, image in sample["image"].items()},
+        **{f"image_mask.{name}": np.asarray(present)[None] for name, present in sample["image_mask"].items()},
+        **{key: sample[key][None] for key in ("state", *PROMPT)},
+        **{key: np.asarray(sample[key], np.float32)[None] for key in ("actions",) if key in sample},
+        **({} if noise is None else {"noise": noise[None]}),
+    }
+    if "source" in policy.provenance:
+        notes = (f"Source of the weights: {policy.provenance['source']}.", *notes)
+    inputs = inputs_of_model(policy.model, shapes, arrays, title=title or policy.embodiment.name, notes=notes)
+    robot = tuple(observation_stages(policy, observation, state, sample))
+    size = policy.embodiment.action_size
+    return dataclasses.replace(
+        inputs,
+        prompt=next(str(stage.value) for stage in robot if stage.name == "prompt_text"),
+        action_names=tuple(action.name for action in policy.embodiment.actions),
+        robot=robot,
+        to_robot=lambda chunk: policy.embodiment.from_model(policy.transforms.inverse(chunk, action_size=size), state),
+    )
+
+
+def inputs_of_model(
+    model: Pi0, shapes: Shapes, arrays: Mapping[str, np.ndarray], *, title: str = "", notes: tuple[str, ...] = ()
+) -> TraceInputs:
+    """A model with a batch of its own keys, whose rows are repeated to the batch size.
+
+    Args:
+        arrays: those of `TraceInputs.batch`; optionally "actions" and "noise" [b, H, A] and "time" [b].
+    """
+    sizes = shapes.of_config()
+    if sizes.pop("action_dim", model.config.action_dim) != model.config.action_dim:
+        raise UsageError(
+            f"action_dim is {model.config.action_dim} in the weights of this model and cannot be {shapes.action_dim}; "
+            "trace a preset instead, or leave --action-dim away."
+        )
+    if missing := [key for key in ("state", *PROMPT) if key not in arrays]:
+        raise UsageError(f"The batch has no {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'nothing'}.")
+    rows = {
+        name: torch.from_numpy(np.resize(array, (shapes.batch, *array.shape[1:]))) for name, array in arrays.items()
+    }
+    chunk = rows.get("noise", rows.get("actions"))
+    if chunk is not None:
+        sizes.setdefault("action_horizon", chunk.shape[1])
+    config, assumed = _complete(dataclasses.replace(model.config, **sizes))
+    generator = torch.Generator().manual_seed(0)
+    shape = (shapes.batch, config.require("action_horizon"), config.action_dim)
+    noise = rows.pop("noise", torch.randn(shape, generator=generator))
+    time = rows.pop("time", flow.sample_time(shapes.batch, generator=generator, device=torch.device("cpu")))
+    actions = rows.pop("actions", None)
+    for name, value in (("noise", noise), ("actions", actions)):
+        if value is not None and value.shape != shape:
+            raise UsageError(f"{name} must be {list(shape)} for this model, got {list(value.shape)}.")
+    if actions is None:
+        assumed = (*assumed, "No recorded actions: the chunk that the model itself samples stands in for them.")
+    length = config.require("max_token_len")
+    rows |= {name: torch.nn.functional.pad(rows[name], (0, length - rows[name].shape[1])) for name in PROMPT}
+    batch = {name: rows[name].to(model.device) for name in (*_of_cameras(rows), "state", *PROMPT)}
+    observation_of(batch)  # refuses what the model does
+    noise, time = noise.to(model.device), time.to(model.device)
+    actions = None if actions is None else actions.to(model.device)
+    return TraceInputs(title or _variant(config), model, config, batch, noise, time, actions, (*notes, *assumed))
+
+
+def observation_of(batch: Mapping[str, Tensor]) -> Observation:
+    """The batch of a trace as the model takes it."""
+    nested: dict[str, Any] = {"image": {}, "image_mask": {}}
+    for name, tensor in batch.items():
+        group, _, camera = name.partition(".")
+        if camera:
+            nested[group][camera] = tensor
+        else:
+            nested[name] = tensor
+    return Observation.from_dict(nested)
+
+
+def _of_cameras(rows: Mapping[str, Tensor]) -> list[str]:
+    return [name for name in rows if name.startswith(("image.", "image_mask."))]
+
+
+def _complete(config: Pi0Config) -> tuple[Pi0Config, tuple[str, ...]]:
+    """The config with every size set, and the assumptions for that."""
+    default = PRESETS["pi05" if config.pi05 else "pi0"]
+    unset = [name for name in ("action_horizon", "max_token_len") if getattr(config, name) is None]
+    values: dict[str, Any] = {name: getattr(default, name) for name in unset}
+    assumed = ", ".join(f"{name} {value}" for name, value in values.items())
+    notes = (f"The checkpoint does not say {assumed}: {_variant(config)}'s default.",) if unset else ()
+    return dataclasses.replace(config, **values), notes
+
+
+def _variant(config: Pi0Config) -> str:
+    return "π₀.₅" if config.pi05 else "π₀"

@@ -1,0 +1,256 @@
+"""A trace as one page that needs nothing else: no script, no request."""
+
+from collections.abc import Iterable
+from html import escape
+
+from torchpi.inspect.diagram import flow_diagram
+from torchpi.inspect.plots import PART_COLORS, RANGE_LIMIT, mask_figure, modulation_figure, range_bar
+from torchpi.inspect.steps import STEPS, Step
+from torchpi.inspect.summary import STATS, Pair, Row, compare_facts, compare_phases, compare_steps, rows_of
+from torchpi.inspect.trace import Modulation, Trace, Values
+from torchpi.ui.format import format_count, format_number, large_count
+from torchpi.ui.page import camera_images, html_page, lede, page_header, panel
+from torchpi.ui.plots import data_uri, denoising_figures
+
+_COLORS = {"0": "vision", "1": "vision", "2": "vision", "3": "vision", "4": "prefix", "5": "suffix", "6": "cache"}
+_COLORS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"
+_ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "cache": "cache"}
+_PART_COLORS = {"SigLIP": "vision", "token embedding": "vision", "backbone": "prefix"}
+_PART_COLORS |= {"the expert's adaptive norms": "time"}  # the others: "suffix"
+
+
+def render_page(trace: Trace, other: Trace | None = None) -> str:
+    """HTML of a trace; with `other`, of a comparison as well."""
+    values = trace.values
+    sections = [("flow", "Data flow", flow_section(trace))]
+    if values is not None:
+        sections.append(("input", "Input", input_section(trace, values)))
+    sections.append(("mask", "Attention mask", _mask_section(trace)))
+    if values is not None:
+        sections.append(("denoising", "Denoising", _denoising_section(trace, values)))
+        if values.modulation is not None:
+            sections.append(("time", "Time in every layer", _time_section(values.modulation)))
+    sections.append(("steps", "Step by step", _steps_section(trace)))
+    if values is not None:
+        sections.append(("agreement", "Numerical agreement", _agreement_section(values)))
+    sections.append(("parameters", "Parameters", _parameters_section(trace)))
+    if other is not None:
+        sections.append(("compare", f"{trace.title} and {other.title}", _comparison_section(trace, other)))
+    title = f"{trace.variant}: from an observation to an action chunk"
+    footer = f"trace {trace.title} · every shape on this page is that of a tensor of the run"
+    return html_page(title, header=_header(trace, title), sections=sections, footer=footer)
+
+
+def _header(trace: Trace, title: str) -> str:
+    horizon, dim, pi05 = trace.config.action_horizon, trace.config.action_dim, trace.config.pi05
+    tiles = [
+        (large_count(sum(trace.parameters.values())), "parameters"),
+        (f"{trace.sequence_length}", f"tokens: {trace.prefix_tokens} prefix, {trace.suffix_tokens} suffix"),
+        (f"{trace.count('layers')}", "layers in each of two experts"),
+        (f"{trace.cache_bytes / 1e6:.1f} MB", f"KV cache of one observation, {trace.dtype}"),
+        (f"{trace.count('time_inputs')}", "norms modulated by the time" if pi05 else "layer that the time enters"),
+        (f"{horizon} × {dim}", "action chunk: horizon × action_dim"),
+    ]
+    summary = "Every step between a robot's cameras and its next actions, with "
+    summary += "the tensors of a run of this model." if trace.values else "the shape of every tensor, without weights."
+    return page_header(f"torchpi trace {trace.title}", title, summary, tiles=tiles, notes=trace.notes)
+
+
+def flow_section(trace: Trace) -> str:
+    """Diagram of the forward pass."""
+    time = (
+        "The time reaches every norm of the action expert as scale, shift and gate."
+        if trace.config.pi05
+        else "The time is mixed into every action token; the robot's state is a token in front of them."
+    )
+    return lede(
+        "The backbone reads images and prompt once and leaves its keys and values behind. The action expert reads them "
+        f"in every Euler step. {time} In training, one step at a random time gives v_t, and the loss compares it with "
+        f"u_t. Shapes are those of a batch of {trace.batch}; the action chunk is one observation's."
+    ) + panel(flow_diagram(trace))
+
+
+def input_section(trace: Trace, values: Values) -> str:
+    """Cameras and prompt as the model reads them."""
+    images = ((name, None if image is None else data_uri(image)) for name, image in values.images.items())
+    prompt = ""
+    if trace.prompt is not None:
+        prompt = f'<div class="prompt"><small>prompt, as it is tokenized</small>{escape(trace.prompt)}</div>'
+    return lede("The cameras at the size and in the order in which the model reads them.") + panel(
+        camera_images(images) + prompt
+    )
+
+
+def _mask_section(trace: Trace) -> str:
+    prefix, total = trace.prefix_tokens, trace.sequence_length
+    items = [("prefix", "Prefix", "images and prompt attend to each other, and not to the suffix")]
+    if trace.num_groups == 3:
+        items.append(("suffix", "State", "attends to the prefix and itself, not to the actions"))
+        items.append(("suffix", "Actions", "attend to prefix, state and each other"))
+    else:
+        items.append(("suffix", "Actions", "attend to the prefix and each other"))
+    if padding := total - int(trace.mask.diagonal().sum()):
+        text = f"{padding} of {total} tokens of the first sample; no token attends to them"
+        items.append(("plain", "Padding", text))
+    legend = "".join(
+        f'<li class="{color}"><i></i><div>{name}<small>{text}</small></div></li>' for color, name, text in items
+    )
+    never = 1 - (prefix * prefix + trace.suffix_tokens * total) / total**2
+    return lede(
+        f"The attention mask over all {total} tokens. The empty block at the upper right decides the design: no token "
+        "of the prefix attends to the actions, so the prefix is computed once."
+    ) + panel(
+        f'<div class="mask scroll">{mask_figure(trace)}</div><div><ul class="legend">{legend}</ul>'
+        f"<p>The model computes {prefix} × {prefix} once and {trace.suffix_tokens} × {total} in every step. The empty "
+        f"block, {never:.1%} of the square, is never computed.</p>"
+        '<p class="aside">Small groups are drawn larger than they are.'
+        + ("" if trace.values is not None else " Without values, every token counts as valid.")
+        + "</p></div>",
+        "two",
+    )
+
+
+def _denoising_section(trace: Trace, values: Values) -> str:
+    _, horizon, dims = values.chunk.shape
+    names = trace.action_names or tuple(f"dimension {i}" for i in range(dims))
+    padding = f" The other {dims - len(names)} of {dims} dimensions are padding." if len(names) < dims else ""
+    return lede(
+        f"Each plot is one dimension of the action chunk over its {horizon} time steps, in normalized units, before "
+        f"the first and after each of {len(values.times)} Euler steps.{padding}"
+    ) + denoising_figures(values.chunk, names)
+
+
+def _time_section(modulation: Modulation) -> str:
+    texts = {
+        "scale": "multiplies the normalized token: x / rms(x) · (1 + scale).",
+        "shift": "is added to the scaled token.",
+        "gate": "multiplies a sublayer's output before it is added to the residual stream.",
+    }
+    panels = []
+    for part, text in texts.items():
+        rms = modulation.rms[part][:-1] if part == "gate" else modulation.rms[part]
+        mean = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
+        html = f'<h3>{part}</h3><p class="sub">{text}<br>{mean}</p>{modulation_figure(modulation, part)}'
+        panels.append(panel(html, PART_COLORS[part]))
+    return (
+        lede(
+            "Root mean square over the width of scale, shift and gate of each adaptive norm, from noise to actions. "
+            "Every layer has two rows, for attention and feed-forward; the last row is the final norm, whose gate acts "
+            "on nothing and is left out. Below, thin lines are norms, the thick one is their mean. Gates are often "
+            "said to be wide open at t = 1 and nearly closed at t = 0; these are the values of these weights."
+        )
+        + f'<div class="heat">{"".join(panels)}</div>'
+    )
+
+
+def _steps_section(trace: Trace) -> str:
+    ranges = ""
+    if trace.values is not None:
+        ranges = (
+            " Ranges: thin from min to max, thick one deviation around the mean, on one axis for all, from "
+            f"−{RANGE_LIMIT} to {RANGE_LIMIT} and logarithmic away from 0."
+        )
+    cards = "".join(_card(trace, step) for step in STEPS)
+    return (
+        lede(
+            '<span class="tag joint">joint</span> marks tensors of the joint forward pass of the papers, over both '
+            'experts at once; <span class="tag cached">cached</span> marks the blocks of them that the model computes. '
+            f"All others are the same in both.{ranges}"
+        )
+        + f'<div class="steps">{cards}</div>'
+    )
+
+
+def _card(trace: Trace, step: Step) -> str:
+    number = "inference" if step.id == "inference" else f"step {step.id}"
+    return (
+        f'<article class="step panel {_COLORS.get(step.id, "prefix")}" id="step-{step.id}"><div>'
+        f'<span class="no">{number}</span><h3>{escape(step.title)}</h3>'
+        f"<p>{escape(step.explanation(trace.config.pi05))}</p></div>"
+        f'<div class="scroll">{_table(rows_of(trace, step.id), with_stats=trace.values is not None)}</div></article>'
+    )
+
+
+def _table(rows: list[Row], *, with_stats: bool) -> str:
+    head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "formula", "dtype"))
+    if with_stats:
+        head += "".join(f'<th class="num">{name}</th>' for name in STATS) + "<th>range</th>"
+    body = "".join(_table_row(row, with_stats=with_stats) for row in rows)
+    return f"<table><tr>{head}<th></th></tr>{body}</table>"
+
+
+def _table_row(row: Row, *, with_stats: bool) -> str:
+    entry, stats = row.entry, row.entry.stats
+    count = f" <small>×{row.count}</small>" if row.count > 1 else ""
+    is_text = entry.dtype == "str"
+    cells = [
+        _cell("name", escape(entry.name) + count),
+        _cell("wide" if is_text else "shape", escape(row.shape)),
+        _cell("formula", escape(entry.formula)),
+        _cell("dtype", escape(entry.dtype)),
+    ]
+    if with_stats:
+        cells += [_cell("num", format_number(getattr(stats, name)) if stats else "") for name in STATS]
+        drawn = stats is not None and entry.dtype.startswith(("float", "bfloat"))  # ids and masks have no useful range
+        cells.append(_cell("range", range_bar(stats) if stats is not None and drawn else ""))
+    cells.append(_cell("where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""))
+    return f'<tr class="{_ROW_COLORS.get(entry.name.partition("/")[0], "")}">{"".join(cells)}</tr>'
+
+
+def _cell(css: str, html: str) -> str:
+    return f'<td class="{css}">{html}</td>'
+
+
+def _agreement_section(values: Values) -> str:
+    rows = "".join(
+        f"<tr>{_cell('what', escape(pair.what))}{_cell('num', f'{pair.max_abs:.1e}')}"
+        f"{_cell('num', format_number(pair.scale))}</tr>"
+        for pair in values.agreement
+    )
+    return lede("The joint forward pass of this page compared with the model's own, on the same batch.") + panel(
+        '<table><tr><th>two computations of the same</th><th class="num">largest difference</th>'
+        f'<th class="num">largest value</th></tr>{rows}</table>',
+        "scroll",
+    )
+
+
+def _parameters_section(trace: Trace) -> str:
+    largest = max(trace.parameters.values())
+    rows = "".join(
+        f'<span>{escape(name)}</span><i class="{_PART_COLORS.get(name, "suffix")}" '
+        f'style="width:{100 * count / largest:.2f}%"></i><span>{format_count(count)}</span>'
+        for name, count in trace.parameters.items()
+    )
+    total = format_count(sum(trace.parameters.values()))
+    return lede(f"{total} in all.") + panel(f'<div class="bars">{rows}</div>')
+
+
+def _comparison_section(left: Trace, right: Trace) -> str:
+    titles = (left.title, right.title)
+    tables = [(title, rows) for title, rows in compare_facts(left, right).items()]
+    drawn = "".join(
+        f"<h3 class='gap'>{escape(trace.title)}: {text}</h3>{draw(trace)}"
+        for text, draw in (("data flow", flow_diagram), ("attention mask", mask_figure))
+        for trace in (left, right)
+    )
+    steps = compare_steps(left, right)
+    tables_below = [(f"{step.id} · {step.title}", steps[step.id]) for step in STEPS]
+    tables_below += [(phase, rows) for phase, rows in compare_phases(left, right).items()]
+    return lede(
+        "<b>Bold</b> rows exist in one of the two models: their architectures differ. Other rows differ in size, and "
+        "grey rows are the same."
+    ) + panel(_pairs(titles, tables) + drawn + _pairs(titles, tables_below))
+
+
+def _pairs(titles: tuple[str, str], tables: Iterable[tuple[str, list[Pair]]]) -> str:
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    return "".join(
+        f"<h3 class='gap'>{escape(title)}</h3><div class='scroll'><table><tr><th></th>{head}</tr>"
+        + "".join(
+            f'<tr class="{row.kind}">{_cell("name", escape(row.name))}{_cell("shape", escape(row.left))}'
+            f"{_cell('shape', escape(row.right))}</tr>"
+            for row in rows
+        )
+        + "</table></div>"
+        for title, rows in tables
+    )

@@ -1,0 +1,105 @@
+"""Plots of a trace: the attention mask, the norms' modulation over time, and ranges of values."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from torchpi.inspect.trace import Modulation, Stats, Trace
+from torchpi.ui.palette import COLORS
+from torchpi.ui.plots import draw_figure, to_svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MASK_PIXELS, _MIN_SEGMENT = 520, 46
+PART_COLORS = {"scale": "prefix", "shift": "vision", "gate": "suffix"}
+
+
+def mask_figure(trace: Trace) -> str:
+    """The joint attention mask of the first sample; short segments are drawn longer than they are."""
+    svg = draw_figure(lambda figure: _draw_mask(figure, trace), size=(7.2, 7.2))
+    return to_svg(svg, f"{trace.title}: attention mask of {trace.sequence_length} tokens. Along: keys. Up: queries.")
+
+
+def _draw_mask(figure: "Figure", trace: Trace) -> None:
+    tokens = np.array([0, *(part.stop for part in trace.segments)])
+    lengths = np.maximum(_MIN_SEGMENT, _MASK_PIXELS * np.diff(tokens) / tokens[-1]).round().astype(int)
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    token = np.minimum(np.interp(np.arange(edges[-1]) + 0.5, edges, tokens).astype(int), tokens[-1] - 1)  # per pixel
+    suffix = (token >= trace.prefix_tokens)[:, None]
+    image = np.where(suffix[..., None], _rgb("suffix"), _rgb("prefix")) * np.ones((1, len(token), 1))
+    alpha = np.where(trace.mask[np.ix_(token, token)], 0.75, 0.0)
+    padding = ~trace.mask.diagonal()[token]
+    alpha[padding[:, None] | padding[None, :]] = 0.12
+    image[padding[:, None] | padding[None, :]] = _rgb("faint")
+    axes = figure.subplots()
+    axes.imshow(np.dstack([image, alpha]), interpolation="nearest")
+    middles = (edges[1:] + edges[:-1]) / 2
+    labels = [(part.label if len(part.label) <= 18 else f"{part.label[:17]}…") for part in trace.segments]
+    counts = np.diff(tokens)
+    axes.set_yticks(middles, [f"{label}\n{count}" for label, count in zip(labels, counts, strict=True)])
+    named = [f"{label} {count}" for label, count in zip(labels, counts, strict=True)]
+    axes.set_xticks(middles, named, rotation=35, ha="left", rotation_mode="anchor")
+    axes.xaxis.tick_top()
+    axes.grid(visible=False)
+    for edge in edges:
+        axes.axhline(edge - 0.5, color=COLORS["line"], linewidth=0.8)
+        axes.axvline(edge - 0.5, color=COLORS["line"], linewidth=0.8)
+    axes.set_xlabel("columns: keys · rows: queries · coloured: may attend")
+
+
+def _rgb(name: str) -> np.ndarray:
+    return np.array([int(COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def modulation_figure(modulation: Modulation, part: str) -> str:
+    """Root mean square of scale, shift or gate of every norm over time: a heat map above, a line per norm below."""
+    rms = modulation.rms[part]
+    if part == "gate":
+        rms = rms[:-1]  # the final norm's gate acts on nothing
+    figure = draw_figure(lambda figure: _draw_modulation(figure, rms, part), size=(3.6, 5.2))
+    return to_svg(figure, f"{part} over time. Along: time from 1 to 0. Up: layer, then root mean square.")
+
+
+def _draw_modulation(figure: "Figure", rms: np.ndarray, part: str) -> None:
+    heat, lines = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
+    strongest = float(rms.max()) or 1.0
+    color = _rgb(PART_COLORS[part])
+    image = np.dstack([np.broadcast_to(color, (*rms.shape, 3)), rms / strongest])
+    num_layers = len(rms) // 2
+    heat.imshow(image, aspect="auto", interpolation="nearest", extent=(1, 0, len(rms) / 2, 0))
+    heat.set_yticks(np.arange(num_layers)[:: max(1, math.ceil(num_layers / 9))] + 0.5)
+    heat.set_yticklabels([f"{tick - 0.5:.0f}" for tick in heat.get_yticks()])
+    heat.set_ylabel("layer")
+    heat.grid(visible=False)
+    times = np.linspace(1, 0, rms.shape[1])
+    lines.plot(times, rms.T, color=tuple(color), linewidth=0.7, alpha=0.35)
+    lines.plot(times, rms.mean(axis=0), color=tuple(color), linewidth=2.4)
+    lines.set_ylim(0, 1.05 * strongest)
+    lines.set_xlim(1, 0)
+    lines.set_xticks([1, 0.5, 0])
+    lines.set_xlabel("time t")
+    lines.set_ylabel("rms")
+
+
+RANGE_LIMIT = 100
+"""Ends of the axis of `range_bar`."""
+
+
+def range_bar(stats: Stats) -> str:
+    """SVG of a range: thin from min to max, thick one deviation around the mean; one axis for all tensors."""
+    low, high = _symlog(stats.min), _symlog(stats.max)
+    inner_low, inner_high = _symlog(stats.mean - stats.std), _symlog(stats.mean + stats.std)
+    return (
+        '<svg viewBox="0 0 100 14" width="100" height="14" aria-hidden="true"><path class="grid" d="M50 0v14"/>'
+        f'<path d="M{low:.1f} 7H{max(high, low + 1):.1f}" style="stroke:var(--c);stroke-width:2;opacity:.45"/>'
+        f'<path d="M{inner_low:.1f} 7H{max(inner_high, inner_low + 1.5):.1f}" style="stroke:var(--c);stroke-width:7"/>'
+        "</svg>"
+    )
+
+
+def _symlog(value: float) -> float:
+    """Position on an axis of 100, linear around 0 and logarithmic outside, up to ±RANGE_LIMIT."""
+    clipped = max(-RANGE_LIMIT, min(RANGE_LIMIT, value))
+    return 50 + math.copysign(48 * math.log1p(10 * abs(clipped)) / math.log1p(10 * RANGE_LIMIT), clipped)

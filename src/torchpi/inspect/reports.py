@@ -1,0 +1,156 @@
+"""A diagnosis and a comparison on the terminal."""
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from torchpi.inspect.compare import Comparison
+from torchpi.inspect.diagnosis import Diagnosis, ObservationCheck
+from torchpi.inspect.provenance import describe_policy
+from torchpi.inspect.sensitivity import IGNORED_BELOW
+from torchpi.inspect.text import Renderable, grid
+from torchpi.policy import Policy
+from torchpi.ui.format import format_shape, large_count
+
+_EPS_RULES = {"openpi": "1e-6 added to the divisor", "lerobot": "1e-8 added to std, or in place of a range of 0"}
+_TRUNCATIONS = {"instruction": "the instruction is shortened", "original": "the end is cut"}
+_STYLES = {"problem": "bold red", "warning": "yellow", "note": "dim"}
+
+
+# ---- doctor ----
+
+
+def print_diagnosis(policy: Policy, diagnosis: Diagnosis, console: Console, *, title: str) -> None:
+    """Description of the policy, tables of the observation, and findings."""
+    console.print(Text(f"torchpi doctor {title}", style="bold"))
+    console.print(grid((), [(Text(name, style="dim"), value) for name, value in _facts(policy, diagnosis)]))
+    if diagnosis.observation is not None:
+        for part in _observation(diagnosis.observation):
+            console.print()
+            console.print(part)
+    console.print()
+    if diagnosis.findings:
+        rows = [(Text(f.level, style=_STYLES[f.level]), f.about, f.message) for f in diagnosis.findings]
+        console.print(grid((), rows))
+    else:
+        console.print(Text("no findings", style="green"))
+
+
+def _facts(policy: Policy, diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
+    stated = diagnosis.policy
+    model, state_input = stated["model"], stated["state_input"]
+    parameters = large_count(stated["parameters"])
+    yield "model", f"{stated['variant']}, {parameters} parameters, {stated['dtype']} on {stated['device']}"
+    for name in ("paligemma", "action_expert", "siglip"):
+        yield name, ", ".join(f"{field} {value}" for field, value in model[name].items())
+    yield "images", f"{model['image_size']}×{model['image_size']} pixels"
+    yield "robot", stated["embodiment"] + (f", units converted by {stated['hook']}" if stated["hook"] else "")
+    for i, camera in enumerate(stated["cameras"]):
+        where = "the robot has none" if camera["key"] is None else f"from {camera['key']}"
+        yield "" if i else "cameras, in order", f"{camera['name'] or '(not read)'} {where}, {camera['presence']}"
+    yield "state", f"{_names(stated['state'])}; read as {state_input}" if state_input else "not read"
+    yield "actions", _names(stated["actions"])
+    for key, rule in stated["normalization"].items():
+        yield f"normalization of {key}", f"{rule['kind']}, eps rule {rule['eps_rule']} ({_EPS_RULES[rule['eps_rule']]})"
+    length = "any number of" if stated["max_token_len"] is None else f"at most {stated['max_token_len']}"
+    with_state = "instruction and state" if policy.transforms.discrete_state_input else "instruction"
+    yield "prompt", f"{with_state} as text ({stated['prompt_format']}'s format), {length} tokens"
+    yield "prompts that are too long", _TRUNCATIONS[stated["truncation"]]
+    yield "default prompt", "none" if stated["default_prompt"] is None else repr(stated["default_prompt"])
+    horizon = stated["action_horizon"]
+    executed = f", of which to execute {stated['execute_steps']}" if stated["execute_steps"] else ""
+    yield "horizon", f"{'not stated' if horizon is None else f'{horizon} actions'}{executed}"
+    yield "control rate", "not stated" if stated["control_hz"] is None else f"{stated['control_hz']} Hz"
+    try:
+        rows = [(name, text) for name, text in describe_policy(policy) if name != "model"]
+    except ValueError as error:
+        rows = [("provenance", str(error))]
+    yield from rows or [("provenance", "not stated")]
+
+
+def _names(dims: Sequence[dict[str, str]]) -> str:
+    def about(dim: dict[str, str]) -> str:
+        more = ", ".join(part for part in (dim["unit"], dim.get("kind"), dim.get("command")) if part)
+        return f"{dim['name']} ({more})" if more else dim["name"]
+
+    return ", ".join(about(dim) for dim in dims)
+
+
+def _observation(checks: ObservationCheck) -> Iterator[Renderable]:
+    rows = [(c.name, c.key or "–", c.presence, "yes" if c.found else "no") for c in checks.cameras]
+    yield grid(("camera", "key", "presence", "in the observation"), rows)
+    if checks.state:
+        outside = [f"{row.excess:.3f} of the range" if row.outside else "" for row in checks.state]
+        states = [
+            (_with_unit(row.name, row.unit), *_numbers(row.value, row.low, row.high), by)
+            for row, by in zip(checks.state, outside, strict=True)
+        ]
+        yield grid(("state", "value", "1 %", "99 %", "outside by"), states)
+        yield Text(f"{checks.state_outside:.0%} of the state's dimensions are outside of their range", style="dim")
+    if checks.prompt is not None:
+        prompt = checks.prompt
+        most = "" if prompt.max_token_len is None else f" of {prompt.max_token_len}"
+        yield Text(f"prompt: {prompt.num_tokens}{most} tokens: {prompt.text!r}")
+    if checks.actions:
+        actions = [
+            (
+                _with_unit(action.name, action.unit),
+                action.kind,
+                *_numbers(action.min, action.max, action.low, action.high),
+                f"{action.outside:.0%}, by up to {action.excess:.3f}" if action.excess else "",
+            )
+            for action in checks.actions
+        ]
+        yield grid(("action", "kind", "min", "max", "1 %", "99 %", "outside"), actions)
+        note = "min, max: of the predicted actions. 1 %, 99 %: of the training data, both in the robot's units."
+        yield Text(note, style="dim")
+    if checks.sensitivity:
+        changes = []
+        for entry in checks.sensitivity:
+            moves = f"not tried: {entry.untried}" if entry.moves is None else f"{entry.moves:.2f} of its spread"
+            ignored = entry.moves is not None and entry.moves < IGNORED_BELOW
+            changes.append((entry.input, entry.change, Text(moves, style="bold" if ignored else "")))
+        yield grid(("input", "change", "the chunk moves by"), changes)
+        yield Text(
+            f"spread: {checks.spread:.3f}, RMS over noise seeds in normalized units (the training range is 2 long). "
+            f"Below {IGNORED_BELOW} an input counts as ignored.",
+            style="dim",
+        )
+
+
+def _with_unit(name: str, unit: str) -> str:
+    return f"{name} ({unit})" if unit else name
+
+
+def _numbers(*values: float) -> list[str]:
+    return [f"{value:.4g}" for value in values]
+
+
+# ---- compare ----
+
+
+def print_compared(comparison: Comparison, console: Console, *, title: str) -> None:
+    """Differing settings, a table of the stages, and the first one that differs."""
+    console.print(Text(title, style="bold"))
+    if comparison.settings:
+        console.print("\n  ".join(["their settings differ:", *comparison.settings]))
+    rows: list[tuple[str | Text, ...]] = []
+    for stage in comparison.stages:
+        numbers = ["" if value is None else f"{value:.3g}" for value in (stage.max_abs, stage.scale)]
+        shape = "" if stage.shape is None else format_shape(stage.shape)
+        verdict = (f"differs: {stage.message}" if stage.message else "differs") if stage.differs else "same"
+        rows.append((stage.name, shape, *numbers, Text(verdict, style="bold red" if stage.differs else "dim")))
+    console.print(grid(("stage", "shape", "largest difference", "scale", ""), rows, right=(2, 3)))
+    for line in comparison.stopped:
+        console.print(Text(line, style="bold red"))
+    console.print(_conclusion(comparison))
+
+
+def _conclusion(comparison: Comparison) -> str:
+    if comparison.first_difference is not None:
+        return f"The first stage that differs is: {comparison.first_difference}."
+    if comparison.stopped:
+        return "Every stage that both reached is the same."
+    same = f"Every stage is the same, within {comparison.tolerance:g} of its scale"
+    return f"{same}; their settings differ." if comparison.settings else f"{same}."

@@ -1,0 +1,174 @@
+"""The stages of a forward pass: every tensor from a robot's observation to the loss and to the robot's actions.
+
+`observation_stages` follows a policy's transforms, `forward_stages` the model, as `torchpi.inspect.nanopi` computes it:
+the joint transformer of the papers, written out. Trace, doctor and compare are views of these stages.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float32
+from torch import Tensor
+
+from torchpi.config import Pi0Config
+from torchpi.inspect import nanopi
+from torchpi.model.pi0 import Pi0
+from torchpi.robots.keys import flatten
+
+if TYPE_CHECKING:
+    from torchpi.policy import Policy
+
+_JOINT = {
+    "6": {"attn_mask", "positions"},
+    "7-3": {"q", "k", "v"},
+    "7-4": {"q_grouped", "logits", "probs", "attn_out"},
+    "9": {"prefix/variance", "prefix/normed", "prefix_out"},
+}
+_TRAINING = {("0", "actions"), ("5", "u_t"), ("11", "loss")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One value of a forward pass."""
+
+    step: str
+    """"0" to "11", with "7-1" to "7-7", and "inference"."""
+    name: str
+    """In the field's terms; parts are separated by "/"."""
+    value: Tensor | np.ndarray | str
+    view: str = "both"
+    """"joint": exists only in the joint forward pass of the papers; "cached": only in the model's own computation,
+    prefill and denoising; "both": in both."""
+
+    @property
+    def phase(self) -> str:
+        """ "training" or "inference", where it exists in one of them only, or "both"."""
+        if self.step == "inference":
+            return "inference"
+        return "training" if (self.step, self.name) in _TRAINING else "both"
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceInputs:
+    """A model and a batch of input for it, on one device; on "meta" neither has values."""
+
+    title: str
+    model: Pi0
+    config: Pi0Config
+    """The model's, with horizon and prompt length set."""
+    batch: Mapping[str, Tensor]
+    """"image.<camera>", "image_mask.<camera>", "state", "tokenized_prompt" and "tokenized_prompt_mask"."""
+    noise: Tensor
+    """[B, H, A]"""
+    time: Tensor
+    """[B]"""
+    actions: Tensor | None = None
+    """[B, H, A]; None: the chunk that the model itself samples stands in for recorded ones."""
+    notes: tuple[str, ...] = ()
+    """Remarks: assumptions, made-up input, untrained weights."""
+    prompt: str | None = None
+    """The text of the token ids."""
+    action_names: tuple[str, ...] = ()
+    """Of the robot's dimensions; the others are padding. Empty: not known."""
+    robot: tuple[Stage, ...] = ()
+    """Stages in front of the batch."""
+    to_robot: Callable[[Float32[np.ndarray, "H A"]], np.ndarray] | None = None
+    """From a chunk of the model to the robot's actions."""
+
+    @property
+    def has_values(self) -> bool:
+        """False: shapes alone."""
+        return self.model.device.type != "meta"
+
+    @property
+    def cameras(self) -> list[str]:
+        """In the prefix's order."""
+        return [name.removeprefix("image.") for name in self.batch if name.startswith("image.")]
+
+
+def observation_stages(
+    policy: "Policy", observation: Mapping[str, Any], state: np.ndarray, sample: Mapping[str, Any]
+) -> Iterator[Stage]:
+    """Step 0, from the robot's observation to token ids.
+
+    Args:
+        state, sample: what `policy.prepare` returns for the observation.
+    """
+    for key, value in flatten(observation).items():
+        yield Stage("0", f"robot/{key}", value if isinstance(value, str) else np.asarray(value))
+    inputs = policy.embodiment.to_model(observation, default_prompt=policy.default_prompt)
+    present = [name for name, is_present in sample["image_mask"].items() if is_present]
+    yield Stage("0", "cameras", ", ".join(present))
+    for name in present:
+        yield Stage("0", f"embodiment/image/{name}", inputs["image"][name])
+    yield Stage("0", "embodiment/state", state)
+    yield Stage("0", "embodiment/prompt", inputs["prompt"])
+    normalized = sample["state"][: len(state)]
+    yield Stage("0", "normalized_state", normalized)
+    yield Stage("0", "prompt_text", prompt_text(policy.transforms, inputs["prompt"], normalized))
+    yield Stage("0", "token_ids", sample["tokenized_prompt"][sample["tokenized_prompt_mask"]])
+
+
+def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int = 10) -> Iterator[Stage]:
+    """All stages of a batch, step 0 first; of inference, the first sample only.
+
+    Args:
+        training: with steps 5 to 11.
+        num_steps: Euler steps.
+    """
+    yield from inputs.robot
+    config, shown = inputs.config, list[Stage]()
+    w = {name: weight.detach() for name, weight in nanopi.weights_of(inputs.model).items()}
+
+    def show(step: str, name: str, tensor: Tensor, layer: int | None = None) -> Tensor:
+        if not layer or step in ("2", "8", "inference"):  # of steps 7-1 to 7-7, layer 0
+            shown.extend(_stages(step, name, tensor, num_prefix=prefix_length))
+        return tensor
+
+    prefix_length = 0
+    prefix = nanopi.embed_prefix(w, config, inputs.batch, show)
+    prefix_length = prefix[0].shape[1]
+    yield from shown
+    shown.clear()
+    first = (prefix[0][:1], prefix[1][:1], prefix[2])
+    chunk = nanopi.sample_actions(w, config, first, inputs.batch["state"][:1], inputs.noise[:1], show, num_steps)
+    inference = list(shown)
+    shown.clear()
+    if training:
+        actions = chunk.expand_as(inputs.noise) if inputs.actions is None else inputs.actions
+        yield Stage("0", "actions", actions)
+        batch = {**inputs.batch, "actions": actions, "noise": inputs.noise, "time": inputs.time}
+        nanopi.training_loss(w, config, prefix, batch, show)
+        yield from shown
+    yield from inference
+    if inputs.to_robot is not None:
+        yield Stage("inference", "robot_actions", inputs.to_robot(chunk[0].cpu().numpy()))
+
+
+def _stages(step: str, name: str, tensor: Tensor, *, num_prefix: int) -> Iterator[Stage]:
+    """A shown tensor; of the joint square also the two blocks that the model computes."""
+    is_joint = name in _JOINT.get(step, ())
+    yield Stage(step, name, tensor, "joint" if is_joint else "both")
+    if not is_joint or step == "9":
+        return
+    rows = -2 if name in ("attn_mask", "logits", "probs") else 1
+    prefix = tensor.narrow(rows, 0, num_prefix)
+    if rows == -2:
+        prefix = prefix[..., :num_prefix]
+    suffix = tensor.narrow(rows, num_prefix, tensor.shape[rows] - num_prefix)
+    for side, block in (("prefix", prefix), ("suffix", suffix)):
+        if name != "attn_out":  # which nanopi shows itself
+            yield Stage(step, f"{side}/{name}", block, "cached")
+
+
+def prompt_text(transforms: Any, instruction: str, normalized_state: np.ndarray) -> str:
+    """The whole text of a policy's prompt."""
+    from torchpi.transforms.prompt import clean_text, pi05_prompt_text
+
+    if transforms.discrete_state_input:
+        return pi05_prompt_text(instruction, normalized_state)
+    if transforms.prompt_format == "lerobot":
+        return instruction if instruction.endswith("\n") else f"{instruction}\n"
+    return f"{clean_text(instruction)}\n"

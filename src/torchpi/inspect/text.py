@@ -1,0 +1,100 @@
+"""A trace on the terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from torchpi.inspect.steps import STEPS, Step
+from torchpi.inspect.summary import (
+    STATS,
+    Pair,
+    Row,
+    architecture,
+    compare_facts,
+    compare_phases,
+    compare_steps,
+    rows_of,
+    sizes,
+)
+from torchpi.inspect.trace import Trace
+from torchpi.ui.format import format_count, format_number
+
+Renderable = Table | Text
+_TAGS = {"joint": "magenta", "cached": "cyan", "training": "yellow", "": ""}
+_STYLES = {"same": "dim", "size": "", "architecture": "bold"}
+
+
+def print_trace(trace: Trace, console: Console) -> None:
+    """Header, a table per step, and the facts of the whole."""
+    console.print(_header(trace))
+    for step in STEPS:
+        console.print()
+        console.print(_title(step))
+        console.print(Text(f"     {step.explanation(trace.config.pi05)}", style="dim"))
+        console.print(_step_table(rows_of(trace, step.id), with_stats=trace.values is not None))
+    facts = architecture(trace) | sizes(trace)
+    facts |= {f"  of these {name}": format_count(count) for name, count in trace.parameters.items()}
+    console.print()
+    console.print(grid((), facts.items()))
+    if trace.values is not None:
+        rows = [(pair.what, f"{pair.max_abs:.1e}", f"{pair.scale:.3g}") for pair in trace.values.agreement]
+        console.print()
+        console.print(grid(("two computations of the same", "largest difference", "largest value"), rows))
+
+
+def print_comparison(left: Trace, right: Trace, console: Console) -> None:
+    """Two models next to each other: architecture, sizes, every step's shapes, and what exists in one phase only."""
+    for trace in (left, right):
+        console.print(_header(trace))
+    tables: list[tuple[Text, Sequence[Pair]]]
+    tables = [(Text(title, style="bold"), rows) for title, rows in compare_facts(left, right).items()]
+    tables += [(_title(step), rows) for step, rows in zip(STEPS, compare_steps(left, right).values(), strict=True)]
+    tables += [(Text(phase, style="bold"), rows) for phase, rows in compare_phases(left, right).items()]
+    for title, rows in tables:
+        console.print()
+        console.print(title)
+        cells = [[Text(cell, style=_STYLES[row.kind]) for cell in (row.name, row.left, row.right)] for row in rows]
+        console.print(grid(("", left.title, right.title), cells))
+    console.print()
+    console.print("bold: one model has it, and the other does not. normal: another size. grey: the same.")
+
+
+def _header(trace: Trace) -> Panel:
+    weights = "with weights" if trace.values is not None else "shapes without values (meta device)"
+    lines = [f"{trace.variant} · batch {trace.batch} · {trace.dtype} · {weights}"]
+    if trace.prompt is not None:
+        lines.append(f"prompt: {trace.prompt!r}")
+    return Panel("\n".join([*lines, *trace.notes]), title=f"torchpi trace {trace.title}", title_align="left")
+
+
+def _title(step: Step) -> Text:
+    number = "" if step.id == "inference" else step.id
+    return Text.assemble((f"{number:>4} ", "bold cyan"), (step.title, "bold"))
+
+
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[int] = ()) -> Table:
+    """A table without lines; `right` are the columns of numbers."""
+    rows = list(rows)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="dim")
+    for i, column in enumerate(columns or [""] * len(rows[0])):
+        table.add_column(column, overflow="fold", no_wrap=i == 0, justify="right" if i in right else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _step_table(rows: list[Row], *, with_stats: bool) -> Table:
+    """One line per row: name, shape, dtype, statistics, formula."""
+    columns = ["     tensor", "shape", "dtype", *(STATS if with_stats else ()), "formula", "view"]
+    cells = []
+    for row in rows:
+        label = Text.assemble(f"     {row.entry.name}", (f" ×{row.count}" if row.count > 1 else "", "dim"))
+        shape = repr(row.entry.value) if row.entry.dtype == "str" else row.shape
+        stats = [format_number(getattr(row.entry.stats, name)) if row.entry.stats else "" for name in STATS]
+        tag = Text(row.tag, style=_TAGS[row.tag])
+        formula = Text(row.entry.formula, style="green")
+        cells.append((label, shape.ljust(22), row.entry.dtype, *(stats if with_stats else ()), formula, tag))
+    return grid(columns, cells, right=range(3, 7) if with_stats else ())

@@ -1,0 +1,335 @@
+"""The trace of a forward pass: every stage by name, shape and dtype, and the values that a page shows."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from torchpi.config import Pi0Config
+from torchpi.inspect import nanopi
+from torchpi.inspect.inputs import Shapes, inputs_of_config, inputs_of_policy, observation_of
+from torchpi.inspect.stages import Stage, TraceInputs, forward_stages
+from torchpi.inspect.steps import STEPS, formula_of
+from torchpi.model.pi0 import Pi0
+
+if TYPE_CHECKING:
+    from torchpi.policy import Policy
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """Range of a tensor's values; of booleans, the mean is the share of True."""
+
+    min: float
+    mean: float
+    max: float
+    std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceEntry:
+    """One stage without its values."""
+
+    step: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: str = "both"
+    """"joint", "cached" or "both", see `Stage`."""
+    phase: str = "both"
+    """"training", "inference" or "both"."""
+    formula: str = ""
+    value: int | str | None = None
+    """Of a count or a text."""
+    stats: Stats | None = None
+    """For a model with weights and an input."""
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values without the empty ones."""
+        entry: dict[str, Any] = dataclasses.asdict(self) | {"shape": list(self.shape)}
+        if self.stats is not None:
+            entry["stats"] = {key: value if math.isfinite(value) else None for key, value in entry["stats"].items()}
+        return {key: value for key, value in entry.items() if value not in (None, "")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Neighbouring tokens of one kind."""
+
+    label: str
+    start: int
+    stop: int
+    group: int
+    """Attention group: its tokens attend to their own group and to those before."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """Difference between two computations of the same value."""
+
+    what: str
+    max_abs: float
+    scale: float
+    """Largest absolute value."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Modulation:
+    """Root mean square of every adaptive norm's scale, shift and gate over time."""
+
+    times: list[float]
+    norms: list[str]
+    rms: dict[str, np.ndarray]
+    """By "scale", "shift", "gate": [norms, times]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """Values of the first sample, of a model with weights and an input."""
+
+    images: dict[str, np.ndarray | None]
+    """Per camera uint8 [h, w, 3] as the model reads it, None if it is masked."""
+    times: list[float]
+    """Times of the Euler steps."""
+    chunk: np.ndarray
+    """x_t before the first Euler step and after each: [steps + 1, H, A]."""
+    modulation: Modulation | None
+    """None for π₀, which has none."""
+    agreement: list[Agreement]
+    """The joint forward pass compared with `Pi0`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A forward pass."""
+
+    title: str
+    config: Pi0Config
+    batch: int
+    dtype: str
+    """Of the computation."""
+    notes: tuple[str, ...]
+    prompt: str | None
+    action_names: tuple[str, ...]
+    cameras: list[str]
+    entries: list[TraceEntry]
+    segments: list[Segment]
+    mask: np.ndarray
+    """Joint attention mask of the first sample, bool [S+T, S+T]."""
+    cache_bytes: int
+    """Of the prefix's keys and values of one observation, all layers."""
+    parameters: dict[str, int]
+    """Per part of the model."""
+    values: Values | None
+
+    @property
+    def variant(self) -> str:
+        """π₀ or π₀.₅."""
+        return "π₀.₅" if self.config.pi05 else "π₀"
+
+    @property
+    def suffix_tokens(self) -> int:
+        """T."""
+        return sum(part.stop - part.start for part in self.segments if part.group > 0)
+
+    @property
+    def prefix_tokens(self) -> int:
+        """S."""
+        return self.sequence_length - self.suffix_tokens
+
+    @property
+    def sequence_length(self) -> int:
+        """S + T."""
+        return self.segments[-1].stop
+
+    @property
+    def num_groups(self) -> int:
+        """Attention groups, over prefix and suffix."""
+        return self.segments[-1].group + 1
+
+    def count(self, name: str) -> int:
+        """One of the counts: layers, time_injections, time_inputs, prefills, euler_steps."""
+        return next(int(entry.value or 0) for entry in self.entries if entry.name == name)
+
+
+def trace_steps(
+    target: "Pi0Config | Policy",
+    *,
+    observation: Mapping[str, Any] | None = None,
+    batch: int = 4,
+    max_token_len: int | None = None,
+    action_horizon: int | None = None,
+    action_dim: int | None = None,
+) -> list[TraceEntry]:
+    """Trace a model, and list every tensor in the order of the steps.
+
+    Args:
+        target: a config, for shapes on the meta device, or a policy, whose tensors have values.
+        observation: of the policy's robot; by default its example.
+        batch: samples; a policy's observation is repeated.
+        max_token_len, action_horizon, action_dim: instead of the target's own.
+    """
+    shapes = Shapes(batch, max_token_len, action_horizon, action_dim)
+    if isinstance(target, Pi0Config):
+        return trace_forward(inputs_of_config(target, shapes)).entries
+    return trace_forward(inputs_of_policy(target, shapes, observation or target.example_observation())).entries
+
+
+@torch.no_grad()
+def trace_forward(inputs: TraceInputs, *, num_steps: int = 10) -> Trace:
+    """Run a forward pass of training and of inference, and describe every stage."""
+    entries: dict[tuple[str, str], TraceEntry] = {}
+    kept: dict[tuple[str, str], Tensor] = {}
+    cache_bytes = 0
+    for stage in forward_stages(inputs, num_steps=num_steps):
+        entries[stage.step, stage.name] = _entry(stage, pi05=inputs.config.pi05)
+        if not isinstance(stage.value, Tensor):
+            continue
+        if stage.step == "inference" and stage.name.startswith("cache/"):
+            cache_bytes += stage.value.nbytes
+        if stage.name in _KEPT or stage.name.startswith(("x_t/", "time/")):
+            kept[stage.step, stage.name] = stage.value
+    segments = _segments(inputs, kept["4", "prefix_mask"][0], kept["6", "attn_mask"].shape[-1])
+    order = {step.id: i for i, step in enumerate(STEPS)}
+    return Trace(
+        title=inputs.title,
+        config=inputs.config,
+        batch=len(inputs.noise),
+        dtype=str(inputs.model.embedding.dtype).removeprefix("torch."),
+        notes=inputs.notes,
+        prompt=inputs.prompt,
+        action_names=inputs.action_names,
+        cameras=inputs.cameras,
+        entries=sorted([*entries.values(), *_counts(entries)], key=lambda entry: order[entry.step]),
+        segments=segments,
+        mask=_joint_mask(segments) if not inputs.has_values else kept["6", "attn_mask"][0].cpu().numpy(),
+        cache_bytes=cache_bytes,
+        parameters=_parameters(inputs.model),
+        values=_values(inputs, kept) if inputs.has_values else None,
+    )
+
+
+_KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "action_chunk"}
+
+
+def _entry(stage: Stage, *, pi05: bool) -> TraceEntry:
+    formula = formula_of(stage.step, stage.name, pi05=pi05)
+    if isinstance(stage.value, str):
+        return TraceEntry(stage.step, stage.name, (), "str", stage.view, stage.phase, formula, stage.value)
+    dtype, shape = str(stage.value.dtype).removeprefix("torch."), tuple(stage.value.shape)
+    return TraceEntry(stage.step, stage.name, shape, dtype, stage.view, stage.phase, formula, stats=_stats(stage.value))
+
+
+def _stats(value: Tensor | np.ndarray) -> Stats | None:
+    """Range of the values; None on the meta device, and for what is no number."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub":
+            return None
+        value = torch.from_numpy(np.array(value))  # a copy, because arrays may be read-only
+    if value.is_meta or value.numel() == 0:
+        return None
+    value = value.detach().float()
+    deviation, mean = torch.std_mean(value, correction=0)
+    return Stats(value.min().item(), mean.item(), value.max().item(), deviation.item())
+
+
+def _counts(entries: Mapping[tuple[str, str], TraceEntry]) -> list[TraceEntry]:
+    names = [name for step, name in entries if step in ("8", "9", "inference") or name == "action_time_mlp_in"]
+    modulations = sum(name.startswith("modulation/") for name in names)
+    counts = {
+        ("8", "layers"): sum(name.startswith("suffix/layer_") for name in names),
+        ("8", "time_injections"): sum(name.startswith("modulation/layer_") for name in names),
+        ("8", "time_inputs"): modulations or names.count("action_time_mlp_in"),
+        ("inference", "prefills"): 1,
+        ("inference", "euler_steps"): sum(name.startswith("time/") for name in names),
+    }
+    return [TraceEntry(step, name, (), "int64", value=value) for (step, name), value in counts.items()]
+
+
+def _segments(inputs: TraceInputs, prefix_mask: Tensor, length: int) -> list[Segment]:
+    """The parts of the joint sequence; of the prompt, the first sample's valid tokens and its padding."""
+    patches, prompt = inputs.config.num_patches, inputs.batch["tokenized_prompt"].shape[1]
+    valid = prompt if prefix_mask.is_meta else int(prefix_mask[-prompt:].sum())
+    state = length - len(prefix_mask) - inputs.noise.shape[1]
+    parts = [(camera, patches, 0) for camera in inputs.cameras]
+    parts += [("prompt", valid, 0), ("padding", prompt - valid, 0), ("state", state, 1)]
+    parts.append(("actions", inputs.noise.shape[1], 1 + state))
+    segments, start = [], 0
+    for label, count, group in parts:
+        if count:
+            segments.append(Segment(label, start, start + count, group))
+        start += count
+    return segments
+
+
+def _joint_mask(segments: list[Segment]) -> np.ndarray:
+    """The joint mask without padding."""
+    group = np.concatenate([np.full(part.stop - part.start, part.group) for part in segments])
+    mask: np.ndarray = group[None, :] <= group[:, None]
+    return mask
+
+
+def _values(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> Values:
+    states = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/")]
+    times = [tensor.item() for (_, name), tensor in kept.items() if name.startswith("time/")]
+    chunk = kept["inference", "action_chunk"]
+    images: dict[str, np.ndarray | None] = dict.fromkeys(inputs.cameras)
+    for name, image in observation_of(inputs.batch).images.items():
+        if inputs.batch.get(f"image_mask.{name}", torch.ones(1))[0]:
+            images[name] = ((image[0] + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return Values(
+        images, times, torch.cat([*states, chunk]).cpu().numpy(), _modulation(inputs), _agreement(inputs, kept)
+    )
+
+
+def _modulation(inputs: TraceInputs, num_times: int = 41) -> Modulation | None:
+    if not inputs.config.pi05:
+        return None
+    w, state = nanopi.weights_of(inputs.model), inputs.batch["state"][:1].expand(num_times, -1)
+    times = torch.linspace(1, 0, num_times, device=state.device)
+    x_t = inputs.noise[:1].expand(num_times, -1, -1)
+    *_, cond = nanopi.embed_suffix(w, inputs.config, state, x_t, times, nanopi.silent)
+    names = [name.removesuffix(".weight") for name in w if name.endswith(".dense.weight")]
+    rms = [
+        nanopi.linear(w, name, cond).unflatten(-1, (3, -1)).square().mean(dim=-1).sqrt().cpu().numpy() for name in names
+    ]  # per norm [times, 3]
+    norms = [name.removeprefix("expert.").removesuffix(".dense") for name in names]
+    parts = {part: np.stack(rms)[:, :, i] for i, part in enumerate(("scale", "shift", "gate"))}
+    return Modulation(times.tolist(), norms, parts)
+
+
+def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> list[Agreement]:
+    """The joint forward pass of `nanopi` compared with the model itself."""
+    model, observation = inputs.model, observation_of(inputs.batch)
+    horizon, valid = inputs.noise.shape[1], kept["4", "prefix_mask"]
+    prefix = model.embed_prefix(observation)
+    cache = model.prefill(observation, prefix, action_horizon=horizon)
+    pairs = [
+        ("prefix_tokens", kept["4", "prefix_tokens"][valid], prefix[0][valid]),
+        ("v_t, joint and cached", kept["10", "v_t"], model.denoise_step(cache, kept["5", "x_t"], inputs.time)),
+    ]
+    if inputs.model.config.action_horizon in (None, horizon):
+        first = observation_of({name: rows[:1] for name, rows in inputs.batch.items()})
+        steps = sum(name.startswith("time/") for _, name in kept)
+        chunk = model.sample_actions(first, noise=inputs.noise[:1], num_steps=steps)
+        pairs.append(("action_chunk, with padding and without", kept["inference", "action_chunk"], chunk))
+    return [
+        Agreement(what, (one.float() - other.float()).abs().max().item(), other.float().abs().max().item())
+        for what, one, other in pairs
+    ]
+
+
+def _parameters(model: Pi0) -> dict[str, int]:
+    """Number of parameters of each part."""
+    parts = {"vision": "SigLIP", "embedding": "token embedding", "backbone": "backbone", "expert": "action expert"}
+    norms, projections = "the expert's adaptive norms", "action, state and time projections"
+    counts = dict.fromkeys([*parts.values(), norms, projections], 0)
+    for name, parameter in model.named_parameters():
+        root = name.partition(".")[0]
+        part = norms if root == "expert" and ".dense." in name else parts.get(root, projections)
+        counts[part] += parameter.numel()
+    return {part: count for part, count in counts.items() if count}
