@@ -123,24 +123,12 @@ def test_published_checkpoints_block_names_existing_presets(golden_root, tmp_pat
         exec(compile(block, "README.md", "exec"), {"torchpi": torchpi})
 
 
-def test_tree_names_every_module():
+def test_repository_tree_is_complete():
+    """Every part of the package is in the tree, and every Python file in the tree exists."""
     package = ROOT / "src" / "torchpi"
-    tree = README[README.index("## The tree") : README.index("## Commands")]
-    for path in package.rglob("*.py"):
-        folder = path.parent.name
-        if folder in (
-            "assets",
-            "bench",
-            "data",
-            "demo",
-            "doctor",
-            "evaluation",
-            "serving",
-            "sim",
-            "trace",
-            "training",
-            "ui",
-        ):  # their important files at most
-            assert f"      {folder}/ " in tree, f"{folder}/ is not in the README's tree"
-        elif path.name != "__init__.py":
-            assert path.name in tree, f"{path.name} is not in the README's tree"
+    tree = README[README.index("## Repository") : README.index("## Commands")]
+    parts = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    parts += [path.name for path in package.glob("[!_]*.py")]
+    assert [part for part in parts if not re.search(rf"(?<![\w/]){re.escape(part)}(?=[\s:])", tree)] == []
+    existing = {path.name for folder in ("src", "examples", "scripts") for path in (ROOT / folder).rglob("*.py")}
+    assert set(re.findall(r"\w+\.py\b", tree)) - existing == set()
