@@ -89,7 +89,7 @@ def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
 def test_an_instruction_reaches_the_policy_without_a_renderer(no_renderer, prompts, policy, tmp_path, capsys):
     demo = run_demo(tmp_path, policy=policy, instruction="wave")
     assert prompts == ["wave"]
-    assert list(demo.glances) == ["faucet-open"]  # the first task
+    assert list(demo.frames) == ["faucet-open"]  # the first task
     assert "'Task: wave, State:" in " ".join(capsys.readouterr().out.split())
     assert "“wave”" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
@@ -128,7 +128,7 @@ def test_episodes_videos_table_and_page(policy, prompts, tmp_path, capsys):
         assert part in printed or part in page
 
 
-def test_the_way_and_the_first_film_begin_alike(policy, tmp_path, monkeypatch):
+def test_the_traced_request_and_the_first_video_begin_alike(policy, tmp_path, monkeypatch):
     """The packaged frames are the first moment of the first episode, and the noise is the same."""
     require_simulator()
     chunks, infer = [], Policy.infer
@@ -137,7 +137,7 @@ def test_the_way_and_the_first_film_begin_alike(policy, tmp_path, monkeypatch):
         tmp_path, policy=policy, tasks=["faucet-open"], episodes=1, workers=1, rollout=Rollout(max_steps=1)
     )  # fmt: skip
     assert demo.task == "faucet-open"
-    np.testing.assert_allclose(demo.way.actions, chunks[0]["actions"], rtol=0, atol=0.05)
+    np.testing.assert_allclose(demo.flow.actions, chunks[0]["actions"], rtol=0, atol=0.05)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Packaged camera frames: the first moment of an episode of each of the embedded policy's tasks."""
+"""Packaged camera frames: the beginning of an episode of each of the embedded policy's tasks."""
 
 import functools
 import json
@@ -13,12 +13,12 @@ from torchpi.errors import UnknownKeyError
 
 
 def demo_tasks() -> tuple[str, ...]:
-    """The tasks of which there are frames, by name."""
+    """Names of the tasks with packaged frames."""
     return tuple(_moments())
 
 
 def demo_observation(task: str | None = None) -> dict[str, Any]:
-    """What the simulated arm sends at the first moment of an episode: a request for `load_policy("demo")`.
+    """Observation of the simulated arm at the beginning of an episode: a request for `load_policy("demo")`.
 
     Args:
         task: one of `demo_tasks()`; by default the first one.

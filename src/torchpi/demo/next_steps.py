@@ -1,4 +1,4 @@
-"""What to try after the demo."""
+"""Commands to try after the demo."""
 
 import os
 import pathlib
@@ -11,34 +11,34 @@ from torchpi.sim import simulator
 
 
 def next_steps(env: str, tasks: Sequence[str], *, can_render: bool) -> list[tuple[str, str]]:
-    """What the other commands do, and how they are called.
+    """Descriptions of other commands, each with the command.
 
     Args:
         tasks: that the policy was trained on.
         can_render: whether there is a renderer, which most of them need.
     """
-    see = ("See every tensor on the way, from the images to the actions.", "trace demo --html trace.html")
+    trace = ("Show every tensor of the forward pass, from the images to the actions.", "trace demo --html trace.html")
     if not can_render:
-        steps = [see, ("With what is missing installed, see it act.", "demo")]
+        steps = [trace, ("With the missing parts installed, run episodes in the simulator.", "demo")]
     else:
         # The same scene with two possible instructions shows best whether the policy reads them.
         faucets = ("faucet-open", "faucet-close")
         task, other = faucets if set(faucets) <= set(tasks) else (tasks[0], tasks[-1])
-        told = shlex.quote(simulator(env).instructions[other])
+        instruction = shlex.quote(simulator(env).instructions[other])
         swap = f"--tasks {task},{other} --swap {task}:{other}"
         steps = [
-            ("Tell it something else.", f"demo --tasks {task} --instruction {told}"),
-            see,
+            ("Give it another instruction.", f"demo --tasks {task} --instruction {instruction}"),
+            trace,
             ("Measure it in more episodes.", f"eval demo --env {env} --episodes 20"),
             ("Swap two instructions; if it reads them, it does the wrong thing.", f"eval demo --env {env} {swap}"),
             ("Record demonstrations by a scripted expert.", f"sim record --tasks {task} --episodes 50 --out recorded"),
             ("Train a policy on them.", "train --recipe metaworld --dataset recorded --out trained"),
         ]
-    return [(what, f"{_program()} {arguments}") for what, arguments in steps]
+    return [(text, f"{_program()} {arguments}") for text, arguments in steps]
 
 
 def _program() -> str:
-    """How this program is called here: by its name where the shell finds it, otherwise by its path."""
+    """The program's name where the shell finds it, otherwise its path."""
     called = pathlib.Path(sys.argv[0])
     if called.name != "torchpi" or shutil.which("torchpi"):
         return "torchpi"

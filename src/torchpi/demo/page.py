@@ -1,234 +1,193 @@
-"""The demo as one page: the videos, the table, and how the policy comes to its actions."""
+"""The demo as one page: videos, success, the policy and its data flow."""
 
 import base64
+import dataclasses
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from urllib.parse import quote
 
 import numpy as np
 
-from torchpi.demo.figures import loss_figure
-from torchpi.demo.result import Demo, Glance
+from torchpi.demo.flow import DataFlow, DemoFrame
 from torchpi.inspect.page import flow_section, input_section
-from torchpi.inspect.provenance import Rate, describe_policy, losses, measured, overall
+from torchpi.inspect.provenance import describe_policy, measured, overall
+from torchpi.policy import Policy
+from torchpi.sim.report import success_table
 from torchpi.sim.result import Episode, Evaluation
+from torchpi.training.curves import PANELS, draw_panel
 from torchpi.ui.format import large_count
-from torchpi.ui.page import html_page, page_header
-from torchpi.ui.plots import data_uri, denoising_figures
+from torchpi.ui.page import Section, commands, definitions, html_page, lede, page_header
+from torchpi.ui.plots import data_uri, denoising_figures, draw_figure, to_svg
 
 EMBEDDED_BYTES = 16 * 2**20
-"""Videos that are larger altogether stay beside the page instead of being in it."""
+"""Videos that are larger altogether stay next to the page instead of being in it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """Results of the demo."""
+
+    policy: Policy
+    task: str
+    """The task of the traced request's camera frames."""
+    flow: DataFlow
+    evaluation: Evaluation | None
+    """The episodes; None: nothing could be rendered."""
+    problem: str | None
+    """The reason why nothing could be rendered."""
+    frames: Mapping[str, DemoFrame]
+    """In place of episodes: per task, the packaged camera frames with a chunk."""
+    commands: Sequence[tuple[str, str]]
+    """Commands to try next: a description, and the command."""
 
 
 def render_demo(demo: Demo, folder: pathlib.Path) -> str:
-    """The page, as HTML.
+    """Render the page as HTML.
 
     Args:
-        folder: where the page will be, for links to the videos.
+        folder: of the page, for links to the videos.
     """
-    evaluation = demo.evaluation
-    if evaluation is not None:
-        sections = [
-            ("episodes", "Episodes", _films(demo, evaluation, folder)),
-            ("success", "Success", _success(demo, evaluation)),
-        ]
-    else:
-        sections = [("frames", "Camera frames", _frames(demo))]
-    sections += [
-        ("policy", "The policy", _policy(demo)),
-        ("way", "The way", flow_section(demo.way.trace)),
-        ("input", "What it sees", _input(demo)),
-        ("chunk", "From noise to actions", _chunk(demo)),
-        ("next", "Try next", _commands(demo.commands)),
-    ]
-    title = f"{demo.variant} in closed loop" if evaluation else f"{demo.variant} on packaged camera frames"
+    variant = demo.flow.trace.variant
+    title = f"{variant} in closed loop" if demo.evaluation else f"{variant} on packaged camera frames"
     return html_page(
         title,
-        header=_top(demo, title),
-        sections=sections,
+        header=_header(demo, title),
+        sections=[
+            *(_episode_sections(demo, demo.evaluation, folder) if demo.evaluation else [_frames_section(demo)]),
+            ("policy", "The policy", _policy(demo.policy)),
+            ("flow", "Data flow", flow_section(demo.flow.trace)),
+            ("input", "Model inputs", input_section(demo.flow.trace, demo.flow.values)),
+            ("denoising", "Denoising", _denoising(demo)),
+            ("next", "Try next", commands(demo.commands)),
+        ],
         footer="this page needs nothing else; the policy ran on this machine's CPU",
     )
 
 
-def _top(demo: Demo, title: str) -> str:
-    robot, (horizon, size) = demo.policy.embodiment, demo.way.actions.shape
-    tiles = [(large_count(sum(demo.way.trace.parameters.values())), "parameters")]
+def _header(demo: Demo, title: str) -> str:
+    robot, (horizon, size), trace = demo.policy.embodiment, demo.flow.actions.shape, demo.flow.trace
+    tiles = [(large_count(sum(trace.parameters.values())), "parameters")]
     if demo.evaluation is not None:
         episodes = demo.evaluation.episodes
-        done = sum(episode.success for episode in episodes)
-        tiles.append((f"{done} of {len(episodes)}", "episodes succeeded here"))
+        tiles.append((f"{sum(e.success for e in episodes)} of {len(episodes)}", "episodes succeeded here"))
     if rates := measured(demo.policy):
         rate = overall(rates)
         tiles.append((f"{rate.success_rate:.0%}", f"measured in {rate.episodes} episodes after training"))
     tiles.append((f"{horizon} × {size}", "action chunk: actions × dimensions"))
     if demo.evaluation is not None:
         tiles.append((f"{demo.evaluation.chunk_ms:.0f} ms", "for one chunk on one core of the CPU"))
-    tiles.append((f"{demo.way.trace.prefix_tokens}", "tokens of images and text"))
-    executed = robot.execute_steps or horizon
-    lede = (
-        f"From {len(demo.way.trace.cameras)} small camera images, the state of an arm and an instruction in words, a "
-        f"vision-language-action model decides the next {horizon} actions; the arm executes {executed} of them, and "
-        "the model looks again. "
+    tiles.append((f"{trace.prefix_tokens}", "tokens of images and text"))
+    summary = (
+        f"From {len(trace.cameras)} small camera images, the state of an arm and an instruction in words, a "
+        f"vision-language-action model predicts the next {horizon} actions; the arm executes "
+        f"{robot.execute_steps or horizon} of them, and the model observes again. "
     )
-    lede += (
+    summary += (
         "Here it acts in a simulator, in episodes that it was not trained on."
         if demo.evaluation is not None
-        else "Here it looks once at the beginning of each task, because nothing could be rendered."
+        else "Here it observes the beginning of each task once, because nothing could be rendered."
     )
     notes = [f"Nothing can be rendered here: {demo.problem}."] if demo.problem else []
-    return page_header("torchpi demo", title, lede, tiles=tiles, notes=notes)
+    return page_header("torchpi demo", title, summary, tiles=tiles, notes=notes)
 
 
-# ---- episodes ----
+# ---- episodes, or the packaged frames ----
 
 
-def _films(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> str:
-    filmed = [(episode, pathlib.Path(episode.video)) for episode in evaluation.episodes if episode.video]
-    embedded = sum(path.stat().st_size for _, path in filmed) <= EMBEDDED_BYTES
+def _episode_sections(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> list[Section]:
+    shown = [(episode, pathlib.Path(episode.video)) for episode in evaluation.episodes if episode.video]
+    embedded = sum(path.stat().st_size for _, path in shown) <= EMBEDDED_BYTES
     figures = "".join(
-        _film(episode, path, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
-        for episode, path in filmed
+        _video(episode, path, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
+        for episode, path in shown
     )
     size = demo.policy.model.config.image_size
-    return (
-        '<p class="lede">The first episode of each task, as its cameras see it; the policy itself gets these views '
-        f"with {size} × {size} pixels. "
-        'The line <i class="swatch executed"></i> is where the hand has been, the dots '
-        '<i class="swatch predicted"></i> are where the current action chunk wants it to go. Below are the actions, '
-        f'executed and predicted.</p><div class="videos">{figures}</div>'
+    videos = lede(
+        "The first episode of each task, as its cameras see it; the policy itself gets these views with "
+        f'{size} × {size} pixels. The line <i class="swatch executed"></i> is the path of the hand, the dots '
+        '<i class="swatch predicted"></i> are the path that the current action chunk predicts. Below are the actions, '
+        "executed and predicted."
     )
+    few = "So few episodes say little: the interval is where the true rate is likely to be. "
+    is_few = max(task.episodes for task in evaluation.tasks.values()) < 20
+    success = lede(
+        "Success is what the simulator defines for the task, whatever the policy was told; an episode has failed after "
+        f"{evaluation.max_steps} steps. {few if is_few else ''}Steps are the mean of the successful episodes."
+    )
+    rates = measured(demo.policy)
+    table = success_table(evaluation, rates, overall(rates) if rates else None)
+    return [
+        ("episodes", "Episodes", f'{videos}<div class="videos">{figures}</div>'),
+        ("success", "Success", success + table.to_html()),
+    ]
 
 
-def _film(episode: Episode, path: pathlib.Path, instruction: str, folder: pathlib.Path, *, embedded: bool) -> str:
+def _video(episode: Episode, path: pathlib.Path, instruction: str, folder: pathlib.Path, *, embedded: bool) -> str:
     link = quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
     source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}" if embedded else link
-    outcome = '<span class="outcome good">✓ done</span>' if episode.success else (
-        '<span class="outcome bad">✗ not done</span>'
-    )  # fmt: skip
+    css, outcome = ("good", "✓ done") if episode.success else ("bad", "✗ not done")
     return (
         f'<figure><video src="{source}" controls autoplay muted loop playsinline '
-        f'aria-label="{escape(episode.task)}"></video><figcaption><b>“{escape(instruction)}”</b>{outcome}'
+        f'aria-label="{escape(episode.task)}"></video><figcaption><b>“{escape(instruction)}”</b>'
+        f'<span class="outcome {css}">{outcome}</span>'
         f'<span class="mono">{escape(episode.task)} · <a href="{link}">{escape(path.name)}</a></span>'
         f'<span class="right">{episode.steps} steps</span></figcaption></figure>'
     )
 
 
-def _success(demo: Demo, evaluation: Evaluation) -> str:
-    rates = measured(demo.policy)
-    here = {
-        task: (result.instruction, Rate(result.success_rate, result.interval, result.episodes), result.mean_steps)
-        for task, result in evaluation.tasks.items()
-    }
-    rows = "".join(
-        _row(task, instruction, rate, steps, rates.get(task) if rates else None, with_measured=bool(rates))
-        for task, (instruction, rate, steps) in here.items()
+def _frames_section(demo: Demo) -> Section:
+    figures = "".join(_frame(demo.policy, task, frame) for task, frame in demo.frames.items())
+    text = (
+        "The packaged frames of each task's beginning, and the mean of the chunk that the policy predicts there. "
+        "Videos and a table of success need a renderer."
     )
-    if len(here) > 1:
-        total = Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes))
-        rows += _row("all", "", total, None, overall(rates) if rates else None, with_measured=bool(rates), css="all")
-    heads = "".join(f"<th>{text}</th>" for text in ("task", "instruction", "done", "", "95 % interval"))
-    heads += '<th class="num">steps</th>' + ("<th>measured after training</th>" if rates else "")
-    few = (
-        "So few episodes say little: the interval is where the true rate is likely to be. "
-        if max(rate.episodes for _, rate, _ in here.values()) < 20
-        else ""
-    )
+    return "frames", "Camera frames", f'{lede(text)}<div class="videos">{figures}</div>'
+
+
+def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:
+    robot = policy.embodiment
+    keys = [camera.key for camera in robot.read_cameras if camera.key and camera.key in frame.observation]
+    images = (f'<img alt="{escape(key)}" src="{data_uri(np.asarray(frame.observation[key]))}">' for key in keys)
+    means = zip(robot.actions, frame.actions.mean(axis=0), strict=True)
+    text = ", ".join(f"{action.name} {mean:+.2f}" for action, mean in means)
     return (
-        '<p class="lede">Success is what the simulator defines for the task, whatever the policy was told; an episode '
-        f"has failed after {evaluation.max_steps} steps. {few}Steps are the mean of the successful episodes.</p>"
-        f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}</table></div>'
+        f'<figure><div class="frames">{"".join(images)}</div>'
+        f"<figcaption><b>“{escape(str(frame.observation['prompt']))}”</b>"
+        f'<span class="right">{escape(task)}</span><span class="mono">{escape(text)}</span><span></span>'
+        "</figcaption></figure>"
     )
-
-
-def _row(
-    task: str,
-    instruction: str,
-    rate: Rate,
-    steps: float | None,
-    measured: Rate | None,
-    *,
-    with_measured: bool,
-    css: str = "",
-) -> str:
-    low, high = rate.interval
-    bar = (
-        f'<span class="rate"><i style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>'
-        f'<u style="left:{100 * rate.success_rate:.1f}%"></u></span>'
-    )
-    cells = [
-        f'<td class="name">{escape(task)}</td>',
-        f'<td class="wide">{escape(instruction)}</td>',
-        f"<td>{round(rate.success_rate * rate.episodes)} of {rate.episodes}</td>",
-        f"<td>{bar}</td>",
-        f"<td>{low:.0%} – {high:.0%}</td>",
-        f'<td class="num">{"–" if steps is None else f"{steps:.0f}"}</td>',
-    ]
-    if with_measured:
-        cells.append(f"<td>{'–' if measured is None else escape(str(measured))}</td>")
-    return f'<tr class="{css}">{"".join(cells)}</tr>'
-
-
-def _frames(demo: Demo) -> str:
-    figures = "".join(_frame(demo, task, glance) for task, glance in demo.glances.items())
-    return (
-        '<p class="lede">The packaged frames of each task\'s first moment, and what the policy wants to do there. '
-        f'Videos and a table of successes need a renderer.</p><div class="videos">{figures}</div>'
-    )
-
-
-def _frame(demo: Demo, task: str, glance: Glance) -> str:
-    keys = [
-        camera.key for camera in demo.policy.embodiment.read_cameras if camera.key and camera.key in glance.observation
-    ]
-    images = "".join(f'<img alt="{escape(key)}" src="{data_uri(np.asarray(glance.observation[key]))}">' for key in keys)
-    return (
-        f'<figure><div class="frames">{images}</div><figcaption><b>“{escape(str(glance.observation["prompt"]))}”</b>'
-        f'<span class="right">{escape(task)}</span><span class="mono">{escape(_mean_actions(demo, glance))}</span>'
-        "<span></span></figcaption></figure>"
-    )
-
-
-def _mean_actions(demo: Demo, glance: Glance) -> str:
-    """The chunk of a glance in one line: the mean of each dimension."""
-    names = [action.name for action in demo.policy.embodiment.actions]
-    return ", ".join(f"{name} {mean:+.2f}" for name, mean in zip(names, glance.actions.mean(axis=0), strict=True))
 
 
 # ---- the policy ----
 
 
-def _policy(demo: Demo) -> str:
-    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in describe_policy(demo.policy))
-    curves = losses(demo.policy)
-    names = {"loss": "flow-matching loss", "holdout_loss": "on held-out episodes"}
-    figure = loss_figure({names[name]: points for name, points in curves.items()}) if curves else ""
+def _policy(policy: Policy) -> str:
+    lines, loss = policy.provenance.get("metrics") or (), PANELS[0]
+    ends = ", ".join(
+        f"{label}: {values[-1]:.3g}"
+        for key, label in loss.curves.items()
+        if len(values := loss.series(lines)[key][1]) > 1
+    )
+    if not ends:
+        return definitions(describe_policy(policy))
+    drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), lines, loss), size=(6.2, 2.7))
+    svg = to_svg(drawing, f"{loss.title} of the training. Along: step. Up: {loss.unit}. Drawn: {ends} at the end.")
+    caption = f"{loss.title} of the training: {ends} at the end"
     return (
-        '<p class="lede">A small model that comes with torchpi; the code is the same as for the published ones.</p>'
-        f'<div class="panel"><dl>{rows}</dl>{f"<div class=curves>{figure}</div>" if figure else ""}</div>'
+        f'{definitions(describe_policy(policy))}<figure class="panel curves">{svg}'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
     )
 
 
-def _input(demo: Demo) -> str:
-    assert demo.way.trace.values is not None
-    return input_section(demo.way.trace, demo.way.trace.values)
-
-
-def _chunk(demo: Demo) -> str:
-    robot, way = demo.policy.embodiment, demo.way
+def _denoising(demo: Demo) -> str:
+    robot, flow = demo.policy.embodiment, demo.flow
     executed = robot.execute_steps
-    ground = (
-        f" The {executed} actions on coloured ground are executed, then the policy looks again." if executed else ""
+    ground = f" The {executed} actions on colored ground are executed, then the policy observes again."
+    text = (
+        f"The chunk for those images, the beginning of {escape(demo.task)}: each figure is one dimension over the "
+        f"{len(flow.actions)} actions, in the robot's units, before the first Euler step and after each of "
+        f"{len(flow.chunks) - 1}.{ground if executed else ''}"
     )
-    figures = denoising_figures(way.chunk, [action.name for action in robot.actions], executed=executed)
-    return (
-        f'<p class="lede">The chunk for those images, the first moment of {escape(demo.task)}: each figure is one '
-        f"dimension over the {len(way.actions)} actions, in the robot's units, before the first and behind every one "
-        f"of {len(way.chunk) - 1} Euler steps.{ground}</p>{figures}"
-    )
-
-
-def _commands(commands: Sequence[tuple[str, str]]) -> str:
-    rows = "".join(f"<div>{escape(what)}<code>{escape(command)}</code></div>" for what, command in commands)
-    return f'<div class="panel commands">{rows}</div>'
+    return lede(text) + denoising_figures(flow.chunks, [action.name for action in robot.actions], executed=executed)

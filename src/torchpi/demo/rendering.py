@@ -1,4 +1,4 @@
-"""Whether this machine can simulate and film."""
+"""A test of the simulator, the renderer and the video encoder."""
 
 from torchpi.extras import require
 from torchpi.sim.gl import Cameras, OpenGLError, import_mujoco
@@ -7,7 +7,7 @@ _SCENE = "<mujoco><worldbody><camera name='view' pos='0 0 1'/></worldbody></mujo
 
 
 def rendering_problem() -> str | None:
-    """What is missing and how to get it, found out by rendering a small picture; None: nothing is missing."""
+    """The missing part and how to install it, found by rendering a small image; None: nothing is missing."""
     try:
         mujoco = import_mujoco()
         require("metaworld", "sim")

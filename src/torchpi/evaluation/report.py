@@ -31,11 +31,10 @@ _NAMES = {POLICY: "policy", HOLD: "hold", MEAN_ACTION: "mean"}
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEvaluation:
-    """The result of `evaluate_on_dataset`."""
+    """The result of `evaluate_on_dataset`: its arguments, and what was found."""
 
     policy: str
     dataset: str
-    """As they were given."""
     embodiment: str
     episodes: tuple[int, ...]
     """The indices of the episodes that frames were sampled from."""
@@ -45,9 +44,7 @@ class DatasetEvaluation:
     """Those at which a chunk was predicted."""
     seed: int
     num_steps: int
-    """Euler steps."""
     noise_samples: int
-    """Chunks per frame."""
     seconds: float
     """Wall-clock time without loading."""
     errors: ChunkErrors
@@ -56,9 +53,7 @@ class DatasetEvaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document, see docs/evaluation.md."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        errors = fields.pop("errors")
-        return {**fields, **errors.to_dict()}
+        return {name: value for name, value in vars(self).items() if name != "errors"} | self.errors.to_dict()
 
 
 def evaluate_on_dataset(

@@ -63,7 +63,7 @@ def describe_policy(policy: Policy) -> list[tuple[str, str]]:
     ):
         if rates := measured(policy, name):
             where = "" if list(rates) == list(stated.get("tasks", ())) else f" of {', '.join(rates)}"
-            rows.append((title, f"{overall(rates)}{where}"))
+            rows.append((title, f"{overall(rates)} episodes{where}"))
     return [(name, text) for name, text in rows if text]
 
 
@@ -81,13 +81,3 @@ def _training(stated: Mapping[str, Any]) -> str:
         frames = format_count(dataset["num_frames"])
         parts.append(f"{dataset['num_episodes']} demonstrations by scripted experts, {frames} frames")
     return "; ".join(parts)
-
-
-def losses(policy: Policy) -> dict[str, list[tuple[int, float]]]:
-    """Curves of the training run as steps and values, by name; empty: not stated."""
-    lines = policy.provenance.get("metrics") or ()
-    curves = {
-        name: [(int(line["step"]), float(line[name])) for line in lines if name in line]
-        for name in ("loss", "holdout_loss")
-    }
-    return {name: points for name, points in curves.items() if len(points) > 1}

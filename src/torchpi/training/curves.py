@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from torchpi.training.metrics import Line, number, read_metrics, without_overtaken
-from torchpi.ui.palette import COLORS, CYCLE
+from torchpi.ui.palette import CYCLE
 from torchpi.ui.plots import draw_figure, label_axes, marker, panel_grid, save_figure, scale_values
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Panel:
     color: str = CYCLE[0]
     """The color of the only curve; several have those of the cycle."""
     percent: bool = False
-    """The values are fractions and are shown in percent."""
+    """The values are fractions and are shown in percent, from 0."""
     from_zero: bool = False
     """The axis of values begins at 0, because only large changes matter."""
 
@@ -54,18 +54,11 @@ PANELS = (
         "mean squared error of the velocity",
     ),
     Panel("Norm of the gradient", {"grad_norm": "gradient"}, "global L2 norm before clipping"),
-    Panel("Norm of the weights", {"param_norm": "weights"}, "global L2 norm", COLORS["vision"]),
-    Panel("Learning rate", {"lr": "learning rate"}, "learning rate", COLORS["vision"], from_zero=True),
-    Panel("Speed", {"samples_per_second": "speed"}, "samples per second", COLORS["vision"], from_zero=True),
-    Panel("Waiting for data", {"data_wait": "waiting"}, "fraction of the time", CYCLE[1], percent=True, from_zero=True),
-    Panel(
-        "Success in simulation",
-        {"success_rate": "success"},
-        "fraction of the episodes",
-        COLORS["vision"],
-        percent=True,
-        from_zero=True,
-    ),
+    Panel("Norm of the weights", {"param_norm": "weights"}, "global L2 norm", CYCLE[2]),
+    Panel("Learning rate", {"lr": "learning rate"}, "learning rate", CYCLE[2], from_zero=True),
+    Panel("Speed", {"samples_per_second": "speed"}, "samples per second", CYCLE[2], from_zero=True),
+    Panel("Waiting for data", {"data_wait": "waiting"}, "fraction of the time", CYCLE[1], percent=True),
+    Panel("Success in simulation", {"success_rate": "success"}, "fraction of the episodes", CYCLE[2], percent=True),
     Panel("Error of sampled chunks", {"chunk_error": "error"}, CHUNK_UNIT, CYCLE[1]),
 )
 
@@ -122,17 +115,12 @@ class Thinned(NamedTuple):
 
 def thin(steps: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Thinned:
     """The series as it is, or in MAX_POINTS groups of neighbours; what is not finite counts as missing."""
-    starts = np.unique(np.linspace(0, len(steps), min(len(steps), MAX_POINTS), endpoint=False).astype(np.int64))
-    if not len(starts):
-        return Thinned(*(np.empty(0) for _ in range(4)))
-    finite = np.isfinite(values)
-    counts = np.add.reduceat(finite.astype(np.float64), starts)
-    counts[counts == 0] = math.nan
-    mean = np.add.reduceat(np.where(finite, values, 0), starts) / counts
-    low = np.minimum.reduceat(np.where(finite, values, math.inf), starts)
-    high = np.maximum.reduceat(np.where(finite, values, -math.inf), starts)
-    sizes = np.diff([*starts, len(steps)])
-    return Thinned(np.add.reduceat(steps, starts) / sizes, mean, low + 0 * counts, high + 0 * counts)
+    points = []
+    for group in np.array_split(np.arange(len(steps)), min(len(steps), MAX_POINTS) or 1):
+        finite = values[group][np.isfinite(values[group])]
+        numbers = (finite.mean(), finite.min(), finite.max()) if len(finite) else (math.nan,) * 3
+        points += [(steps[group].mean(), *numbers)] if len(group) else []
+    return Thinned(*np.array(points, np.float64).reshape(-1, 4).T)
 
 
 def draw_panel(axes: "Axes", lines: Sequence[Line], panel: Panel, *, title: str = "") -> None:
@@ -150,7 +138,7 @@ def draw_panel(axes: "Axes", lines: Sequence[Line], panel: Panel, *, title: str 
         drawn += [points.low, points.high]
     label_axes(axes, x="step", y=panel.unit, title=title)
     values = np.concatenate(drawn)
-    scale_values(axes, values[np.isfinite(values)], percent=panel.percent, from_zero=panel.from_zero)
+    scale_values(axes, values[np.isfinite(values)], percent=panel.percent, from_zero=panel.from_zero or panel.percent)
     if len(panel.curves) > 1 and len(drawn) > 1:
         axes.legend(ncols=2 if len(panel.curves) > 4 else 1)
 

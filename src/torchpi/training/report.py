@@ -247,7 +247,7 @@ def _success(run: Run) -> str:
     if not tasks:
         return ""
     step = next(line["step"] for line in reversed(run.lines) if line.get("success") is not None)
-    columns = [Column("task", "name"), Column("success, 95 % interval")]
+    columns = [Column("task", "name"), Column("success, 95 % interval", "rate")]
     text = (
         f"The simulator's definition of success, in episodes with the EMA weights, at step {format_count(step)}. The "
         "interval is where the true rate is likely to be."

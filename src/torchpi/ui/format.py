@@ -59,11 +59,6 @@ def format_duration(seconds: float | int) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: `1 episode`, `2 episodes`."""
-    return f"{format_count(count)} {noun}{'' if count == 1 else 's'}"
-
-
 def without_nan(value: Any) -> Any:
     """A document with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, Mapping):

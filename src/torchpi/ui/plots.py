@@ -165,7 +165,7 @@ def denoising_figures(chunks: np.ndarray, names: Sequence[str], *, executed: int
             name,
             f"{chunks[-1, :, i].min():.2f} … {chunks[-1, :, i].max():.2f}",
             to_svg(
-                draw_figure(lambda figure, i=i: _draw_denoising(figure, chunks[:, :, i], executed), size=(2.4, 1.3)),
+                draw_figure(lambda figure, i=i: _draw_denoising(figure, chunks[:, :, i], executed), size=(2.8, 1.45)),
                 f"{name} while denoising, from noise to actions. Along: action of the chunk. Up: value. "
                 "Drawn: a curve per Euler step.",
             ),

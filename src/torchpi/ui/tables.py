@@ -20,8 +20,8 @@ class Column:
     """A column of a table."""
 
     title: str
-    kind: Literal["text", "name", "number", "soft"] = "text"
-    """text wraps; name does not and stands out; number is aligned to the right; soft is a text of less weight."""
+    kind: Literal["text", "name", "number", "rate", "soft"] = "text"
+    """text wraps; name and rate don't; number is aligned to the right; soft is a text of less weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Rate:
 
     def __str__(self) -> str:
         successes = round(self.success_rate * self.episodes)
-        return f"{self.success_rate:.0%} ({format_interval(self.interval)}): {successes} of {self.episodes} episodes"
+        return f"{self.success_rate:.0%} ({format_interval(self.interval)}), {successes} of {self.episodes}"
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
@@ -73,7 +73,7 @@ class Table:
             RichColumn(
                 column.title,
                 justify="right" if column.kind == "number" else "left",
-                no_wrap=column.kind in ("name", "number"),
+                no_wrap=column.kind in ("name", "number", "rate"),
                 overflow="fold",
             )
             for column in self.columns
@@ -111,8 +111,8 @@ def name_value_grid(title: str, rows: Sequence[tuple[str, str]]) -> Group:
 
 
 def _css(column: Column) -> str:
-    css = {"text": "wide", "name": "name", "number": "num", "soft": "wide dtype"}[column.kind]
-    return f' class="{css}"'
+    css = {"text": "wide", "name": "name", "number": "num", "rate": "", "soft": "wide dtype"}[column.kind]
+    return f' class="{css}"' if css else ""
 
 
 def _rich_cell(cell: Cell) -> str | Text:
