@@ -1,4 +1,4 @@
-"""What a broken or malicious client may send; another client is served meanwhile, and after it."""
+"""Messages of a broken or malicious client; another client is served meanwhile, and after it."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""What the server reads in a request, and what it refuses before a model sees it."""
+"""Requests that the server reads, and those that it refuses before a model sees them."""
 
 import numpy as np
 import pytest

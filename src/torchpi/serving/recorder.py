@@ -74,83 +74,41 @@ class Recorder:
             actions: [H, a], the chunk that it was sent.
         """
         if self._free.acquire(blocking=False):
-            self._thread.submit(self._add, name, client, policy, observation, actions)
+            self._thread.submit(self._keep, name, client, policy, observation, actions)
         else:
             self.metrics.recorded.labels("lost").inc()
             _log.error("a request is not recorded: %d wait for the disk already", MAX_WAITING)
 
     def end(self, client: int) -> None:
         """End the episode of a client that has left."""
-        self._thread.submit(self._end, client)
+        self._thread.submit(lambda: [recording.end(client) for recording in self._recordings.values()])
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.submit(self._finish)
+        self._thread.submit(lambda: [recording.finish() for recording in self._recordings.values()])
         self._thread.shutdown()
 
-    def _add(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
-        with self._counted_failures(1):
+    def _keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
+        self._free.release()
+        with _counted_failures(1, self.metrics):
             frame = request_frame(policy.embodiment, observation, actions)
             prompt = observation.get("prompt")
             task = as_text(policy.metadata["default_prompt"] if prompt is None else prompt)
             if name not in self._recordings:
-                self._recordings[name] = _Recording(self._paths[name], policy.embodiment, len(actions))
-            self._add_frame(self._recordings[name], client, task if task.strip() else NO_INSTRUCTION, frame)
-        self._free.release()
+                self._recordings[name] = _Recording(self._paths[name], policy.embodiment, len(actions), self.metrics)
+            self._recordings[name].add(client, task if task.strip() else NO_INSTRUCTION, frame)
 
-    def _add_frame(self, recording: "_Recording", client: int, task: str, frame: Mapping[str, np.ndarray]) -> None:
-        if client in recording.episodes and recording.episodes[client].task != task:
-            self._save(recording, client)
-        if misfit := recording.misfit(frame):
-            self.metrics.recorded.labels("lost").inc()
-            if client not in recording.misfits:
-                recording.misfits.add(client)
-                _log.error(
-                    "a request of client %d is not recorded in %s: %s; others of it that do not fit are only counted",
-                    client,
-                    recording.path,
-                    misfit,
-                )
-            return
-        num_bytes = sum(value.nbytes for value in frame.values())
-        while recording.episodes and recording.num_bytes + num_bytes > EPISODE_MB * 2**20:
-            self._save(recording, max(recording.episodes, key=lambda each: recording.episodes[each].num_bytes))
-        recording.add(client, task, frame, num_bytes)
 
-    def _end(self, client: int) -> None:
-        for recording in self._recordings.values():
-            self._save(recording, client)
-            recording.misfits.discard(client)
-
-    def _save(self, recording: "_Recording", client: int) -> None:
-        """Write the client's episode, if it has one."""
-        if (episode := recording.episodes.pop(client, None)) is not None:
-            with self._counted_failures(len(episode.frames)):
-                recording.write(episode)
-                self.metrics.recorded.labels("kept").inc(len(episode.frames))
-
-    def _finish(self) -> None:
-        """Save the last episodes, and complete the datasets."""
-        for recording in self._recordings.values():
-            for client in list(recording.episodes):
-                self._save(recording, client)
-            if (writer := recording.writer) is None:  # not even the first episode could be begun; the log says why
-                continue
-            num_episodes = writer.num_episodes
-            with self._counted_failures(0):
-                writer.finalize()
-                _log.info("recorded %d requests in %d episodes: %s", recording.num_kept, num_episodes, recording.path)
-
-    @contextlib.contextmanager
-    def _counted_failures(self, num_requests: int) -> Iterator[None]:
-        """Log and count what fails, such as a full disk: it must not stop the robots."""
-        try:
-            yield
-        except Exception as error:
-            self.metrics.recorded.labels("lost").inc(num_requests)
-            _log.exception("recording failed, %d requests are lost: %s", num_requests, error)
+@contextlib.contextmanager
+def _counted_failures(num_requests: int, metrics: Metrics) -> Iterator[None]:
+    """Log and count what fails, such as a full disk: it must not stop the robots."""
+    try:
+        yield
+    except Exception as error:
+        metrics.recorded.labels("lost").inc(num_requests)
+        _log.exception("recording failed, %d requests are lost: %s", num_requests, error)
 
 
 @dataclasses.dataclass
@@ -165,28 +123,59 @@ class _Episode:
 class _Recording:
     """The dataset of one policy, and the unfinished episodes of its clients."""
 
-    def __init__(self, path: Path, embodiment: Embodiment, horizon: int) -> None:
+    def __init__(self, path: Path, embodiment: Embodiment, horizon: int, metrics: Metrics) -> None:
         path.mkdir(parents=True, exist_ok=True)  # a folder that can't be written is found out before an episode is over
-        self.path = path
-        self.writer: LeRobotWriter | None = None
+        self._path, self._embodiment, self._horizon, self._metrics = path, embodiment, horizon, metrics
+        self._writer: LeRobotWriter | None = None
         """Comes with the first episode that is saved: until then cameras may send their first image."""
-        self.num_kept = 0
+        self._num_kept = 0
         """Requests in saved episodes."""
-        self.episodes: dict[int, _Episode] = {}
+        self._episodes: dict[int, _Episode] = {}
         """By client; each has a frame."""
-        self.misfits: set[int] = set()
+        self._misfits: set[int] = set()
         """Connected clients of which the log says that a request did not fit."""
-        self._embodiment, self._horizon = embodiment, horizon
         self._cameras = list(camera_fields(embodiment).values())
         self._shapes: dict[str, tuple[int, ...]] = {}
         """Of a frame's values, as far as they are known."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of all unfinished episodes."""
-        return sum(episode.num_bytes for episode in self.episodes.values())
+    def add(self, client: int, task: str, frame: Mapping[str, np.ndarray]) -> None:
+        """Continue the client's episode, or begin it; episodes are saved where the memory requires it."""
+        if client in self._episodes and self._episodes[client].task != task:
+            self._save(client)
+        if misfit := self._misfit(frame):
+            self._metrics.recorded.labels("lost").inc()
+            if client not in self._misfits:
+                self._misfits.add(client)
+                text = "a request of client %d is not recorded in %s: %s; others of it that do not fit are only counted"
+                _log.error(text, client, self._path, misfit)
+            return
+        num_bytes = sum(value.nbytes for value in frame.values())
+        while (
+            self._episodes and num_bytes + sum(each.num_bytes for each in self._episodes.values()) > EPISODE_MB * 2**20
+        ):
+            self._save(max(self._episodes, key=lambda each: self._episodes[each].num_bytes))
+        for key, value in frame.items():
+            self._shapes.setdefault(key, value.shape)
+        episode = self._episodes.setdefault(client, _Episode(task))
+        episode.frames.append(frame)
+        episode.num_bytes += num_bytes
 
-    def misfit(self, frame: Mapping[str, np.ndarray]) -> str | None:
+    def end(self, client: int) -> None:
+        """Save the episode of a client that has left."""
+        self._save(client)
+        self._misfits.discard(client)
+
+    def finish(self) -> None:
+        """Save the last episodes, and complete the dataset."""
+        for client in list(self._episodes):
+            self._save(client)
+        if self._writer is not None:  # else not even the first episode could be begun; the log says why
+            num_episodes = self._writer.num_episodes
+            with _counted_failures(0, self._metrics):
+                self._writer.finalize()
+                _log.info("recorded %d requests in %d episodes: %s", self._num_kept, num_episodes, self._path)
+
+    def _misfit(self, frame: Mapping[str, np.ndarray]) -> str | None:
         """The reason why the dataset can't have this frame; None: it can."""
         for key, value in frame.items():
             if value.shape != (shape := self._shapes.get(key, value.shape)):
@@ -196,24 +185,20 @@ class _Recording:
                 return f"its {key} has NaN or infinity as float32"
         return None
 
-    def add(self, client: int, task: str, frame: Mapping[str, np.ndarray], num_bytes: int) -> None:
-        """Continue the client's episode, or begin it, with a frame that fits."""
-        for key, value in frame.items():
-            self._shapes.setdefault(key, value.shape)
-        episode = self.episodes.setdefault(client, _Episode(task))
-        episode.frames.append(frame)
-        episode.num_bytes += num_bytes
-
-    def write(self, episode: _Episode) -> None:
-        """Save an episode; absent cameras are black."""
-        if self.writer is None:
-            self.writer = self._begin()
-        columns = {key: [frame[key] for frame in episode.frames] for key in (STATE, ACTION)}
-        for key in self._cameras:
-            black = np.zeros(self._shapes[key], np.uint8)
-            columns[key] = [frame.get(key, black) for frame in episode.frames]
-        self.writer.add_episode(columns, episode.task)
-        self.num_kept += len(episode.frames)
+    def _save(self, client: int) -> None:
+        """Write the client's episode, if it has one; absent cameras are black."""
+        if (episode := self._episodes.pop(client, None)) is None:
+            return
+        with _counted_failures(len(episode.frames), self._metrics):
+            if self._writer is None:
+                self._writer = self._begin()
+            columns = {key: [frame[key] for frame in episode.frames] for key in (STATE, ACTION)}
+            for key in self._cameras:
+                black = np.zeros(self._shapes[key], np.uint8)
+                columns[key] = [frame.get(key, black) for frame in episode.frames]
+            self._writer.add_episode(columns, episode.task)
+            self._num_kept += len(episode.frames)
+            self._metrics.recorded.labels("kept").inc(len(episode.frames))
 
     def _begin(self) -> LeRobotWriter:
         """The writer of the shapes that are known now; from now on cameras that have sent nothing have one, too."""
@@ -222,7 +207,7 @@ class _Recording:
         embodiment = self._embodiment
         rate = (embodiment.control_hz or 1) / (embodiment.execute_steps or self._horizon)
         writer = LeRobotWriter(
-            self.path,
+            self._path,
             fps=max(1, round(rate)),  # as if each client asked whenever it had executed what is recommended
             cameras={key.removeprefix(IMAGES): shapes[key] for key in self._cameras},
             state_names=embodiment.state_names[: shapes[STATE][0]],
