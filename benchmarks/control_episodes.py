@@ -87,7 +87,7 @@ class DelayedPolicy:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request whose answer was not taken yet."""
+        """True while there is a request whose answer was not taken yet."""
         return self._answer is not None
 
     def start(self, observation: dict[str, Any]) -> None:
@@ -212,7 +212,7 @@ class _WatchedLoop(ControlLoop):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How an episode went; differences are in the robot's units, absolute."""
+    """Result of an episode; differences are in the robot's units, absolute."""
 
     success: bool
     steps: int

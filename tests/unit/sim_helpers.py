@@ -1,4 +1,4 @@
-"""What the tests of the simulators share."""
+"""Helpers of the simulators' tests."""
 
 import functools
 import os
@@ -22,7 +22,7 @@ HORIZON = 16
 
 @functools.cache
 def _opengl_error() -> str:
-    """Why nothing can be rendered here; tried in a process of its own, because MuJoCo decides once."""
+    """The reason that nothing can be rendered here; tried in a separate process, because MuJoCo decides once."""
     program = "from torchpi.sim import make_environment as m; e = m('metaworld', 'reach'); e.reset(0); e.observe()"
     done = python("-c", program)
     return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]

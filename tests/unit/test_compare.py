@@ -267,7 +267,7 @@ def test_what_is_printed_names_the_first_difference(files, capsys, tmp_path):
 
 
 def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, capsys):
-    """What a checkpoint does not say is given; the folder keeps what it says."""
+    """Options complete a checkpoint that states less; the folder keeps its own."""
     one = NormStats(np.zeros(7), np.ones(7), -np.ones(7), np.ones(7))
     save_norm_stats(tmp_path / "stats.json", {"state": one, "actions": one})
     load = {

@@ -33,7 +33,7 @@ def no_renderer(monkeypatch):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """What any policy of this process is told, as it is asked."""
+    """The observations that any policy of this process gets, as they come."""
     told, infer = [], Policy.infer
 
     def spy(self, observation, **options):

@@ -1,4 +1,4 @@
-"""Which frames are idle."""
+"""Idle frames: found in the middle and at the ends of episodes, by threshold and duration."""
 
 import types
 

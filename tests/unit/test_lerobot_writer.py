@@ -1,4 +1,4 @@
-"""What the writer wrote is what the reader reads, whenever the writer was stopped; the files look like LeRobot's."""
+"""The reader reads what the writer wrote, whenever the writer was stopped; the files look like LeRobot's."""
 
 import errno
 import json

@@ -180,7 +180,7 @@ def test_padded():
 
 
 def longest(text: str, encode, limit: int) -> str:
-    """What shortening should find: whole words, and letters only of the first."""
+    """The expected shortening: whole words, and letters only of the first."""
     words = text.split(" ")
     fitting = [" ".join(words[:n]) for n in range(1, len(words) + 1) if len(encode(" ".join(words[:n]))) <= limit]
     return (

@@ -111,7 +111,7 @@ def request_(policy):
 
 
 def test_a_short_prefix_counts_for_its_steps_only(policy, request_):
-    """What is missing of it is masked: zeros in its place would pull the chunk to zero."""
+    """Missing steps are masked: zeros in their place would pull the chunk to zero."""
     observation, (noise, _) = request_
     old = np.full((2, 4), 0.25, np.float32)
     guided = policy.infer(observation, noise=noise, action_prefix=old, delay=2, execution_horizon=4)["actions"]

@@ -380,7 +380,7 @@ def address(policy):
 
 
 def evaluated(capsys, *arguments):
-    """What `torchpi eval` prints as JSON."""
+    """The JSON document of `torchpi eval`."""
     main(["eval", *arguments, "--episodes", "1", "--max-steps", "2", "--json"])
     return capsys.readouterr().out
 

@@ -38,7 +38,7 @@ def filmed(path, environment, policy, *, seed=0, **rollout):
 
 
 def near(picture, colour):
-    """Where a picture has a colour, roughly: lines have smooth edges, and video is lossy."""
+    """Pixels of a colour, roughly: lines have smooth edges, and video is lossy."""
     return np.abs(picture.astype(int) - colour).sum(axis=-1) < 60
 
 

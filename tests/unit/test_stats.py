@@ -21,7 +21,7 @@ H = 6
 
 
 def some_set(lengths, s, a, *, change=lambda state, actions: None):
-    """What is needed of a dataset."""
+    """The part of a dataset that statistics need."""
     rng = np.random.default_rng(len(lengths))
     state = rng.normal(size=(sum(lengths), s)).astype(np.float32)
     actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)

@@ -113,7 +113,7 @@ def test_a_resumed_run_replaces_what_it_had_beyond_in_tensorboard(tmp_path):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """What is called of the package, in its place."""
+    """A stand-in for the package, which records its calls."""
     calls = []
 
     class Run:

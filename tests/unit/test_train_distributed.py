@@ -60,7 +60,7 @@ def recipe(tmp_path_factory):
 
 
 def figures(run: pathlib.Path) -> list[dict[str, float]]:
-    """What was measured at each step."""
+    """The losses of each step."""
     return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines()]
 
 
@@ -137,7 +137,7 @@ PARTS = {
     "expert": {"finetune": "expert"},
     "bfloat16": {"dtype": "bfloat16"},
 }
-"""What is trained and measured."""
+"""Recipes to compare."""
 SPREAD = {
     "ddp": {},
     "ddp, two passes": {"grad_accum_steps": 2},
@@ -151,7 +151,7 @@ SPREAD = {
     },
     "hybrid of two": {"parallel": "hybrid", "shard_size": 2},
 }
-"""How it is spread over two processes."""
+"""Strategies over two processes."""
 CASES = [
     *(("all", how) for how in SPREAD),
     *((part, how) for part in ("real", "lora", "expert") for how in ("ddp", "fsdp")),

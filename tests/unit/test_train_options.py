@@ -1,4 +1,4 @@
-"""What a run begins with, what it trains, and what its options change."""
+"""Options of a run: its first weights, trained parameters, statistics and mixtures."""
 
 import dataclasses
 import json
