@@ -31,7 +31,7 @@ from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
 from torchpi.sim.result import wilson_interval
 from torchpi.sim.rollout import Rollout
-from torchpi.sim.workers import default_workers, run_jobs
+from torchpi.sim.processes import default_workers, run_jobs
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import draw_figure, label_axes, save_figure
 from torchpi.ui.progress import progress_bar

@@ -21,12 +21,11 @@ from torchpi.cli import main
 from torchpi.robots import Embodiment, aloha, get_embodiment, metaworld
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
-from torchpi.sim import simulator
-from torchpi.sim.compatibility import check_embodiment, check_metadata
+from torchpi.sim import simulator, swapped_instructions
+from torchpi.sim.actors import check_embodiment, check_metadata
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.evaluate import evaluate
-from torchpi.sim.report import print_evaluation, swapped_instructions
-from torchpi.sim.result import wilson_interval
+from torchpi.sim.result import print_evaluation, wilson_interval
 from torchpi.sim.rollout import Rollout, episode_noise
 
 

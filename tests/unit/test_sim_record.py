@@ -146,13 +146,13 @@ def test_failed_episodes_are_replaced_and_counted(corridor, tmp_path, monkeypatc
 
 def test_an_expert_that_fails_too_often_is_an_error(corridor, tmp_path, monkeypatch):  # noqa: F811
     failing(lambda seed: seed % 8 != 0, monkeypatch)
-    with pytest.raises(ValueError, match=r"the expert of short failed in \d+ of \d+ episodes; record with less noise"):
+    with pytest.raises(ValueError, match=r"The expert of short failed in \d+ of \d+ episodes; record with less noise"):
         quiet(tmp_path / "set", episodes=10)
 
 
 def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkeypatch):  # noqa: F811
     failing(lambda seed: True, monkeypatch)
-    with pytest.raises(ValueError, match="episode 0 of short: the expert of short failed in 10 of 10 episodes"):
+    with pytest.raises(ValueError, match="episode 0 of short: The expert of short failed in 10 of 10 episodes"):
         quiet(tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
@@ -194,8 +194,12 @@ def test_a_folder_that_is_not_empty_is_an_error_and_stays_as_it_is(corridor, tmp
 @pytest.mark.parametrize(
     ("error", "kind", "message"),
     [
-        (OSError(28, "No space left on device"), OSError, "No space left on device; the 3 episodes that were complete"),
-        (KeyboardInterrupt(), KeyboardInterrupt, "^the 3 episodes that were complete are in "),
+        (
+            OSError(28, "No space left on device"),
+            OSError,
+            r"No space left on device\. The 3 episodes that were complete",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^The 3 episodes that were complete are in "),
     ],
 )
 def test_complete_episodes_stay_when_something_goes_wrong(
@@ -297,6 +301,6 @@ def test_ctrl_c_keeps_the_complete_episodes(tmp_path, workers):
     assert "Traceback" not in stderr
     episodes = recording(out)["episodes"]
     assert 2 <= len(episodes) < 500
-    assert stderr.strip().endswith(f"interrupted: the {len(episodes)} episodes that were complete are in {out}")
+    assert stderr.strip().endswith(f"interrupted: The {len(episodes)} episodes that were complete are in {out}.")
     assert len(LeRobotDataset(out, action_horizon=16)) == sum(episode["length"] for episode in episodes)
     assert not (out / ".recording").exists()

@@ -108,9 +108,9 @@ def test_noise_belongs_to_seed_task_episode_and_chunk():
     assert len(set(draws.values())) == len(draws)
 
 
-def test_an_onlooker_sees_each_chunk_and_each_step():
+def test_callback_sees_each_chunk_and_each_step():
     moments = []
-    run_episode(forward(8), Corridor(), 0, rollout=Rollout(3), onlooker=moments.append)  # five steps to go
+    run_episode(forward(8), Corridor(), 0, rollout=Rollout(3), callback=moments.append)  # five steps to go
     assert [(m.step, m.executed, m.success, m.last) for m in moments] == [
         (0, 0, False, False),
         (1, 1, False, False),

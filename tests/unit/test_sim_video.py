@@ -12,7 +12,7 @@ from sim_helpers import (
 from torchpi.sim import make_environment
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.rollout import Rollout, run_episode
-from torchpi.sim.video import EVERY, FPS, SINGLE_VIEW, VIEW, film
+from torchpi.sim.video import EVERY, EXECUTED, FAILURE, FPS, PREDICTED, SINGLE_VIEW, SUCCESS, VIEW, record_video
 
 
 class Forward:
@@ -23,18 +23,18 @@ class Forward:
         return {"actions": np.tile(np.asarray(self.action, np.float32), (8, 1))}
 
 
-def pictures(path):
-    """All pictures of a film, [n, h, w, 3]."""
+def frames_of(path):
+    """All frames of a video, [n, h, w, 3]."""
     with av.open(str(path)) as container:
         assert container.streams.video[0].average_rate == FPS
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def filmed(path, environment, policy, *, seed=0, **rollout):
-    """Film an episode: its outcome, and the pictures as they were before they became video."""
-    with film(path, environment, "go a short way") as onlooker:
-        outcome = run_episode(policy, environment, seed, rollout=Rollout(4, **rollout), onlooker=onlooker)
-        return outcome, np.stack(list(onlooker.pictures()))
+    """Film an episode: its outcome, and the frames before they became video."""
+    with record_video(path, environment, "go a short way") as callback:
+        outcome = run_episode(policy, environment, seed, rollout=Rollout(4, **rollout), callback=callback)
+        return outcome, np.stack(list(callback.frames()))
 
 
 def near(picture, colour):
@@ -42,42 +42,39 @@ def near(picture, colour):
     return np.abs(picture.astype(int) - colour).sum(axis=-1) < 60
 
 
-GREEN, RED, ORANGE, BLUE = (74, 222, 128), (248, 113, 113), (251, 146, 60), (56, 189, 248)
-
-
-def test_a_film_has_a_picture_for_every_second_step_and_stays_at_the_last(tmp_path):
+def test_video_has_a_frame_for_every_second_step_and_stays_at_the_last(tmp_path):
     environment = Corridor()
     outcome, drawn = filmed(tmp_path / "new" / "film.mp4", environment, Forward(), seed=2)
     assert outcome.steps == 7
-    film_ = pictures(tmp_path / "new" / "film.mp4")
-    assert film_.shape == drawn.shape
-    assert np.abs(film_.astype(int) - drawn).mean() < 5
+    video = frames_of(tmp_path / "new" / "film.mp4")
+    assert video.shape == drawn.shape
+    assert np.abs(video.astype(int) - drawn).mean() < 5
     shown = [0, 2, 4, 6, 7]
     assert EVERY == 2
-    assert len(film_) == len(shown) - 1 + FPS
+    assert len(video) == len(shown) - 1 + FPS
     assert environment.log.count("render") == len(shown)
-    assert film_.shape[1] > VIEW
-    assert film_.shape[2] > 2 * VIEW
+    assert video.shape[1] > VIEW
+    assert video.shape[2] > 2 * VIEW
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["film.mp4"]
 
 
 def test_success_and_failure_are_seen(tmp_path):
-    for action, colour, other in (((1, 0, 0, 0), GREEN, RED), ((0.01, 0, 0, 0), RED, GREEN)):
+    for action, colour, other in (((1, 0, 0, 0), SUCCESS, FAILURE), ((0.01, 0, 0, 0), FAILURE, SUCCESS)):
         filmed(tmp_path / "film.mp4", Corridor(), Forward(action))
-        film_ = pictures(tmp_path / "film.mp4")
-        assert near(film_[-1], colour).sum() > 1000
-        assert near(film_[-1], other).sum() == 0
-        assert near(film_[0], colour).sum() == 0
+        video = frames_of(tmp_path / "film.mp4")
+        assert near(video[-1], colour).sum() > 1000
+        assert near(video[-1], other).sum() == 0
+        assert near(video[0], colour).sum() == 0
 
 
 def test_the_actions_are_drawn_as_they_are_executed(tmp_path):
     _, drawn = filmed(tmp_path / "film.mp4", Corridor(), Forward((0.01, 0, 0, 0)))
-    lines = [near(drawn[i, VIEW + 40 :], BLUE).sum() for i in (0, 5, 15)]
+    lines = [near(drawn[i, VIEW + 40 :], EXECUTED).sum() for i in (0, 5, 15)]
     assert lines[0] < lines[1] < lines[2]
-    assert near(drawn[5, VIEW + 40 :], ORANGE).sum() > 20
+    assert near(drawn[5, VIEW + 40 :], PREDICTED).sum() > 20
 
 
-def test_a_film_that_fails_leaves_no_file(tmp_path):
+def test_video_that_fails_leaves_no_file(tmp_path):
     class Failing(Corridor):
         def step(self, action):
             raise ValueError("NaN")
@@ -87,10 +84,10 @@ def test_a_film_that_fails_leaves_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_film_costs_nothing():
+def test_no_video_has_no_callback():
     environment = Corridor()
-    with film(None, environment, "go") as onlooker:
-        assert onlooker is None
+    with record_video(None, environment, "go") as callback:
+        assert callback is None
 
 
 def test_without_an_encoder_the_error_says_so(tmp_path, monkeypatch):
@@ -100,9 +97,9 @@ def test_without_an_encoder_the_error_says_so(tmp_path, monkeypatch):
 
 
 def test_a_long_instruction_is_shortened(tmp_path):
-    with film(tmp_path / "film.mp4", Corridor(), "go a very long way " * 20) as onlooker:
-        run_episode(Forward(), Corridor(), 0, onlooker=onlooker)
-    assert len(pictures(tmp_path / "film.mp4"))
+    with record_video(tmp_path / "film.mp4", Corridor(), "go a very long way " * 20) as callback:
+        run_episode(Forward(), Corridor(), 0, callback=callback)
+    assert len(frames_of(tmp_path / "film.mp4"))
 
 
 def test_the_first_episodes_of_each_task_are_filmed(corridor, tmp_path):  # noqa: F811
@@ -120,7 +117,7 @@ def test_the_first_episodes_of_each_task_are_filmed(corridor, tmp_path):  # noqa
 @pytest.mark.parametrize(
     ("env", "task", "view"), [("metaworld", "drawer-open", VIEW), ("aloha_sim", "insertion", SINGLE_VIEW)]
 )
-def test_paths_of_the_hands_are_in_the_picture(tmp_path, env, task, view):
+def test_paths_of_the_hands_are_drawn(tmp_path, env, task, view):
     """And filming does not change the episode."""
     require_simulator()
     environment = make_environment(env, task)
@@ -129,7 +126,7 @@ def test_paths_of_the_hands_are_in_the_picture(tmp_path, env, task, view):
     outcome, drawn = filmed(tmp_path / "film.mp4", environment, policy, max_steps=24)
     state = environment.observe()["state"]
     assert drawn.shape[2] > drawn.shape[1] * 0.8
-    for colour in (BLUE, ORANGE):
+    for colour in (EXECUTED, PREDICTED):
         assert near(drawn[-1, 40:view], colour).sum() > 10
     assert run_episode(policy, environment, 0, rollout=Rollout(4, max_steps=24)).steps == outcome.steps == 24
     np.testing.assert_array_equal(environment.observe()["state"], state)

@@ -327,7 +327,7 @@ def test_kill_9_at_any_moment_loses_no_checkpoint_and_the_run_ends_with_the_same
     run, rng = tmp_path / "run", random.Random(0)
     # Torch is imported once; each process is a fork of one that has computed nothing yet.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchpi.training.loop", "torchpi.sim.workers", "train_jobs"])
+    context.set_forkserver_preload(["torchpi.training.loop", "torchpi.sim.processes", "train_jobs"])
     seen: list[int] = []
     for number in range(24):
         process = context.Process(target=resume, args=(config, run))

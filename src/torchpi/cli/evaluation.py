@@ -116,12 +116,11 @@ class Eval:
     def _simulate(self) -> None:
         """Evaluate in a simulator."""
         assert self.env is not None
-        from torchpi.sim.remote import is_address
-        from torchpi.sim.report import print_evaluation, swapped_instructions
+        from torchpi.sim import swapped_instructions
+        from torchpi.sim.actors import is_address
+        from torchpi.sim.evaluate import evaluate
+        from torchpi.sim.result import print_evaluation
         from torchpi.sim.rollout import Rollout
-
-        # Last, because it brings torch.
-        from torchpi.sim.evaluate import evaluate  # isort: skip
 
         options = self.simulation
         # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.

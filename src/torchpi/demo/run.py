@@ -19,8 +19,7 @@ from torchpi.inspect.provenance import describe_policy
 from torchpi.policy import Policy, load_policy
 from torchpi.sim.actors import chosen_tasks, noise_shape
 from torchpi.sim.evaluate import evaluate
-from torchpi.sim.report import print_evaluation
-from torchpi.sim.result import Evaluation
+from torchpi.sim.result import Evaluation, print_evaluation
 from torchpi.sim.rollout import Rollout, episode_noise
 from torchpi.ui.tables import Column, Table, name_value_grid
 

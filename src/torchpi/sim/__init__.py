@@ -16,16 +16,17 @@ __all__ = [
     "check_tasks",
     "make_environment",
     "simulator",
+    "swapped_instructions",
     "tasks_of",
 ]
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulator:
-    """What is known of an environment before anything is simulated."""
+    """An environment before anything is simulated."""
 
     instructions: Mapping[str, str]
-    """Its tasks by name, and what a policy is told in each."""
+    """Of its tasks, by name."""
     embodiment: Embodiment
     """Its robot."""
     max_steps: int
@@ -35,7 +36,7 @@ class Simulator:
     make: Callable[..., Environment]
     """Its class: task and image_size to an environment."""
     has_experts: bool
-    """Whether demonstrations can be recorded."""
+    """Demonstrations can be recorded."""
 
 
 _SIMULATORS = {
@@ -71,26 +72,34 @@ def simulator(env: str) -> Simulator:
 
 
 def tasks_of(env: str) -> tuple[str, ...]:
-    """The tasks of an environment, by name.
-
-    Raises:
-        KeyError: there is no such environment.
-    """
+    """The tasks of an environment, by name."""
     return tuple(simulator(env).instructions)
 
 
 def check_tasks(env: str, tasks: Sequence[str]) -> None:
-    """Whether an environment has these tasks, each named once.
+    """Raise an error unless an environment has these tasks, each named once."""
+    _check_known(env, tasks)
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
 
-    Raises:
-        KeyError: there is no such environment or task.
-        ValueError: no task, or one of them twice.
-    """
+
+def _check_known(env: str, tasks: Sequence[str]) -> None:
     known = tasks_of(env)
     if unknown := [task for task in tasks if task not in known]:
         raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}.")
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
+
+
+def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
+    """The instructions of the tasks of each pair, "a:b", exchanged: shows whether a policy reads them."""
+    own, swapped = simulator(env).instructions, dict[str, str]()
+    for pair in pairs:
+        tasks = pair.split(":")
+        if len(tasks) != 2 or not all(tasks):
+            raise SimulationError(f"A swap is two tasks with ':' between them, got {pair!r}.")
+        _check_known(env, tasks)
+        first, second = tasks
+        swapped |= {first: own[second], second: own[first]}
+    return swapped
 
 
 def make_environment(env: str, task: str, *, image_size: int | None = None) -> Environment:
@@ -112,7 +121,7 @@ def make_environment(env: str, task: str, *, image_size: int | None = None) -> E
 
 
 class LatestEnvironment:
-    """Keeps the simulation of the latest task: making one takes a second, and each holds memory."""
+    """The simulation of the latest task: making one takes a second, and each holds memory."""
 
     def __init__(self, env: str, *, image_size: int | None = None) -> None:
         self._env, self._image_size = env, image_size

@@ -1,19 +1,58 @@
-"""What is evaluated: a policy in this process, or one behind a websocket; and whether it fits an environment."""
+"""The policy that is evaluated, in this process or behind a websocket, and whether it fits an environment."""
 
 import dataclasses
+import http
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchpi.errors import SimulationError
+from torchpi.extras import require
 from torchpi.policy import Policy, load_policy
+from torchpi.robots import Embodiment
 from torchpi.sim import check_tasks, simulator, tasks_of
-from torchpi.sim.compatibility import check_embodiment, check_metadata
-from torchpi.sim.remote import RemotePolicy, is_address
 from torchpi.sim.rollout import Actor, Rollout
 
 MANY_TASKS = 10
 """An environment with more tasks than this is evaluated in those that are named, not in all of them."""
+
+
+def is_address(policy: Any) -> bool:
+    """Whether this is the address of a server, not a path."""
+    return isinstance(policy, str) and policy.startswith(("ws://", "wss://"))
+
+
+class RemotePolicy:
+    """Infers like a `Policy`, on a server; the noise and the number of Euler steps are the server's."""
+
+    def __init__(self, address: str, *, token: str | None = None) -> None:
+        client = require("torchpi_client", "client")
+        self._server_error = client.ServerError
+        try:
+            self._client = client.WebsocketPolicy(address, api_key=token)
+        except self._server_error as error:
+            raise ConnectionError(str(error)) from error
+        except ConnectionError as error:
+            response = getattr(error.__cause__, "response", None)
+            if getattr(response, "status_code", None) != http.HTTPStatus.UNAUTHORIZED:
+                raise
+            found = "asks for a token, but none was given" if token is None else "does not accept the token"
+            raise ConnectionError(
+                f"{address} {found} (HTTP 401); expected the one that its server was started with: give it as --token, "
+                "as TORCHPI_TOKEN in the environment, or in Python as token=."
+            ) from error
+        self.metadata: dict[str, Any] = self._client.metadata
+
+    def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
+        """One observation to one chunk."""
+        try:
+            return self._client.infer(observation)
+        except self._server_error as error:
+            raise ConnectionError(str(error)) from error
+
+    def close(self) -> None:
+        """End the connection."""
+        self._client.close()
 
 
 def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, token: str | None = None) -> Actor:
@@ -21,17 +60,18 @@ def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, t
 
     Args:
         load: more arguments for `load_policy`.
-        token: what the server at the address asks for.
+        token: for the server at the address.
     """
+    is_path = isinstance(policy, str | pathlib.Path) and not is_address(policy)
     if token is not None and not is_address(policy):
-        what = f"{policy} is none" if isinstance(policy, str | pathlib.Path) else "this policy is loaded already"
+        found = f"{policy} is none" if is_path else "this policy is loaded already"
         raise SimulationError(
-            f"A token is for the address of a server, ws://HOST:PORT, and {what}; leave the token out."
+            f"A token is for the address of a server, ws://HOST:PORT, and {found}; leave the token out."
         )
-    if isinstance(policy, str | pathlib.Path) and not is_address(policy):
-        return load_policy(policy, **load)
+    if is_path:
+        return load_policy(policy, **load)  # type: ignore[arg-type]
     if load:
-        loaded = "this policy is loaded already" if not isinstance(policy, str) else "this policy's server loads it"
+        loaded = "This policy's server loads it" if is_address(policy) else "This policy is loaded already"
         raise SimulationError(f"{loaded}; it takes no {', '.join(load)}.")
     return RemotePolicy(str(policy), token=token) if is_address(policy) else policy  # type: ignore[return-value]
 
@@ -54,8 +94,8 @@ def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[st
     """The tasks to evaluate: those that are named, or those of the policy's training, or all if they are few."""
     known = tasks_of(env)
     if tasks is None:
-        said = actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
-        trained = list(said.get("tasks") or ())
+        stated = actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
+        trained = list(stated.get("tasks") or ())
         tasks = trained if set(trained) <= set(known) else []
         if not tasks and len(known) > MANY_TASKS:
             raise SimulationError(
@@ -68,7 +108,7 @@ def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[st
 
 
 def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
-    """The way to run episodes, with the policy's recommendation where nothing else is asked for."""
+    """The rollout with the policy's recommendation where nothing else is asked for; an error if they do not fit."""
     robot = simulator(env).embodiment
     recommended = horizon = None
     if isinstance(actor, RemotePolicy):
@@ -81,8 +121,53 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
         recommended, horizon = actor.embodiment.execute_steps, actor.model.config.require("action_horizon")
     execute_steps = rollout.execute_steps or recommended
     if execute_steps and horizon and execute_steps > horizon:
-        source = "execute_steps is" if rollout.execute_steps else "the policy recommends to execute"
+        source = "execute_steps is" if rollout.execute_steps else "The policy recommends to execute"
         raise SimulationError(
             f"{source} {execute_steps}, but its chunk has only {horizon} actions; choose --execute-steps up to that."
         )
     return dataclasses.replace(rollout, execute_steps=execute_steps)
+
+
+def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
+    """Raise an error unless the environment sends what the policy reads, and takes what it returns."""
+    sides = f"The policy's embodiment {policy.name!r} and the environment's {robot.name!r} do not fit: "
+    sent = {camera.key: camera.layout for camera in robot.cameras if camera.key}
+    required = [camera.key for camera in policy.read_cameras if camera.presence == "required" and camera.key]
+    if not set(required) <= set(sent):
+        raise SimulationError(
+            f"{sides}the policy requires the cameras {', '.join(required)}, the environment has {', '.join(sent)}."
+        )
+    for camera in policy.read_cameras:
+        if camera.layout != sent.get(camera.key, camera.layout):
+            raise SimulationError(
+                f"{sides}the policy reads camera {camera.key} as {camera.layout}, the environment sends "
+                f"{sent[camera.key]}."
+            )
+    keys, sent_keys = ([part.key for part in side.state] for side in (policy, robot))
+    if keys != sent_keys or len(robot.state_names) not in policy.state_dims:
+        lengths = " or ".join(map(str, policy.state_dims))
+        raise SimulationError(
+            f"{sides}the policy reads a state of {lengths} numbers in {', '.join(keys)}, the environment sends "
+            f"{len(robot.state_names)} ({', '.join(robot.state_names)}) in {', '.join(sent_keys)}."
+        )
+    _check_actions([action.name for action in policy.actions], policy.control_hz, robot, sides)
+
+
+def check_metadata(metadata: Mapping[str, Any], robot: Embodiment) -> None:
+    """As `check_embodiment`, for a served policy, as far as its metadata say something."""
+    name = metadata.get("embodiment", "no name")
+    sides = f"The served policy ({name}) and the environment {robot.name!r} do not fit: "
+    _check_actions(metadata.get("action_names"), metadata.get("control_hz"), robot, sides)
+
+
+def _check_actions(names: Sequence[str] | None, control_hz: float | int | None, robot: Embodiment, sides: str) -> None:
+    if names is not None and len(names) != robot.action_size:
+        raise SimulationError(
+            f"{sides}the policy's actions have {len(names)} dimensions ({', '.join(names)}), the environment takes "
+            f"{robot.action_size} ({', '.join(action.name for action in robot.actions)})."
+        )
+    if control_hz is not None and robot.control_hz is not None and control_hz != robot.control_hz:
+        raise SimulationError(
+            f"{sides}the policy acts at {control_hz:g} Hz, the environment at {robot.control_hz:g} Hz, so that its "
+            "actions would be executed too fast or too slowly."
+        )

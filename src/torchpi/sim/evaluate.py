@@ -16,10 +16,10 @@ from torchpi.policy import Policy
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor
 from torchpi.sim.environment import environment_seed
+from torchpi.sim.processes import default_workers, run_jobs
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
-from torchpi.sim.video import film
-from torchpi.sim.workers import default_workers, run_jobs
+from torchpi.sim.video import record_video
 from torchpi.ui.progress import progress_bar
 
 
@@ -32,6 +32,9 @@ class _Job:
     seed: int
     instruction: str
     video: str | None
+
+    def __str__(self) -> str:
+        return f"episode {self.index} of {self.task} (seed {self.seed})"
 
 
 def evaluate(
@@ -59,74 +62,41 @@ def evaluate(
         policy: a path or "demo", see `load_policy`; the address of a server, ws://…; or a `Policy`.
         env: one of `ENVIRONMENTS`.
         tasks: by name; None: those that the policy was trained on, as its provenance says, or all if they are few.
-        episodes: per task.
-        seed: of the evaluation.
-        rollout: how the episodes are run; execute_steps None: what the policy recommends, or half of its chunk.
-        instructions: task to what the policy is told there, in place of the environment's instruction.
+        episodes: per task; the first `videos` of each are filmed into the folder `out`.
+        rollout: the settings of each episode; execute_steps None: what the policy recommends, or half of its chunk.
+        instructions: task to the policy's instruction there, in place of the environment's.
         workers: processes, each with the policy and one thread; None: as many as the CPU's cores and the memory allow,
-            1 on a GPU. 1: this process alone, the only possibility for a `Policy`. More than one need the usual
+            1 on a GPU. 1: this process alone, the only possibility for a `Policy`. More need the usual
             `if __name__ == "__main__"` in a script.
-        videos: the first so many episodes of each task are filmed.
-        out: folder of the videos.
         load: more arguments for `load_policy`.
-        token: of a served policy: what its server asks for. It is in no result.
+        token: for the server of a served policy. It is in no result.
         progress: show a progress bar on stderr.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: something is wrong with an argument, or the policy does not fit the
-            environment.
-        ConnectionError: there is no server at the address, or it asks for another token.
-        ChildProcessError: a process was killed; the message names its episode.
-        ModuleNotFoundError: the extra "sim" is not installed; the message says how.
-        OpenGLError: no OpenGL that renders without a screen.
     """
     start = time.perf_counter()
+    folder = _checked_folder(episodes, videos, out)
+    open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
+    actor = open_policy()
+    rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(actor, env, tasks)
+    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, folder, videos)
+    workers = min(len(jobs), _num_workers(policy, actor, workers, len(jobs)))
+    if workers > 1:  # each worker has its own; this one's memory or connection is not needed
+        close_actor(actor)
+    else:
+        open_policy = partial(_itself, actor)
+    del actor
+    outcomes = _run(partial(_Evaluator, open_policy, env, seed, rollout), jobs, workers, progress)
+    name = str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__
+    return _summary(name, env, seed, rollout, jobs, outcomes, workers, time.perf_counter() - start)
+
+
+def _checked_folder(episodes: int, videos: int, out: str | pathlib.Path | None) -> pathlib.Path | None:
     if episodes < 1 or not 0 <= videos <= episodes:
         raise SimulationError(
             f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
         )
     if videos and out is None:
-        raise SimulationError("videos need a folder, out=.")
-    open_policy = partial(open_actor, policy, load or {}, token=token)
-    actor = open_policy()
-    tasks = chosen_tasks(actor, env, tasks)
-    rollout = checked_rollout(actor, env, rollout or Rollout())
-    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, None if out is None else pathlib.Path(out), videos)
-    workers = min(len(jobs), _num_workers(policy, actor, workers, len(jobs)))
-    if workers > 1:  # each worker has its own; this one's memory or connection is not needed
-        close_actor(actor)
-        del actor
-        make_work = partial(_Evaluator, open_policy, env, seed, rollout)
-    else:
-        make_work = partial(_Evaluator, partial(_itself, actor), env, seed, rollout)
-    outcomes: dict[int, EpisodeOutcome] = {}
-    with progress_bar("evaluating", len(jobs), shown=progress) as advance:
-        for number, outcome in run_jobs(make_work, jobs, workers=workers, label=_label):
-            outcomes[number] = outcome
-            advance(f"{sum(o.success for o in outcomes.values()) / len(outcomes):.0%} success")
-    ordered = [outcomes[number] for number in range(len(jobs))]
-    done = tuple(_episode(job, outcome) for job, outcome in zip(jobs, ordered, strict=True))
-    rate, interval = success_rate(done)
-    return Evaluation(
-        env=env,
-        policy=str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__,
-        seed=seed,
-        success_rate=rate,
-        interval=interval,
-        tasks={
-            task: task_result(told, [episode for episode in done if episode.task == task])
-            for task, told in {job.task: job.instruction for job in jobs}.items()
-        },
-        num_steps=rollout.num_steps,
-        execute_steps=rollout.execute_steps,
-        max_steps=rollout.max_steps or simulator(env).max_steps,
-        blank_images=rollout.blank_images,
-        steps_per_second=workers * sum(o.steps for o in ordered) / sum(o.seconds for o in ordered),
-        chunk_ms=statistics.median(ms for o in ordered for ms in o.chunk_ms),
-        seconds=time.perf_counter() - start,
-        episodes=done,
-        videos=tuple(job.video for job in jobs if job.video),
-    )
+        raise SimulationError("Videos need a folder, out=.")
+    return None if out is None else pathlib.Path(out)
 
 
 def _itself(actor: Actor) -> Actor:
@@ -146,18 +116,13 @@ def _jobs(
         raise UnknownKeyError(
             f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
         )
-    own = simulator(env).instructions
-    return [
-        _Job(
-            task,
-            index,
-            environment_seed("eval", seed, task, index),
-            instructions.get(task, own[task]),
-            str(out / f"{task}_{index}.mp4") if out is not None and index < videos else None,
-        )
-        for task in tasks
-        for index in range(episodes)
-    ]
+    told = {**simulator(env).instructions, **instructions}
+    jobs = []
+    for task in tasks:
+        for index in range(episodes):
+            video = str(out / f"{task}_{index}.mp4") if out is not None and index < videos else None
+            jobs.append(_Job(task, index, environment_seed("eval", seed, task, index), told[task], video))
+    return jobs
 
 
 def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, workers: int | None, jobs: int) -> int:
@@ -172,15 +137,23 @@ def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, workers: int 
     return workers
 
 
-def _label(job: _Job) -> str:
-    return f"episode {job.index} of {job.task} (seed {job.seed})"
+def _run(
+    make_work: Callable[[], Callable[[_Job], EpisodeOutcome]], jobs: Sequence[_Job], workers: int, progress: bool
+) -> list[EpisodeOutcome]:
+    """The outcomes of the jobs, in their order."""
+    outcomes: dict[int, EpisodeOutcome] = {}
+    with progress_bar("evaluating", len(jobs), shown=progress) as advance:
+        for number, outcome in run_jobs(make_work, jobs, workers=workers, label=str):
+            outcomes[number] = outcome
+            advance(f"{sum(o.success for o in outcomes.values()) / len(outcomes):.0%} success")
+    return [outcomes[number] for number in range(len(jobs))]
 
 
 class _Evaluator:
     """Runs episodes in one process; keeps the policy, and the simulation of the latest task."""
 
-    def __init__(self, open_actor: Callable[[], Actor], env: str, seed: int, rollout: Rollout) -> None:
-        self._actor, self._latest = open_actor(), LatestEnvironment(env)
+    def __init__(self, open_policy: Callable[[], Actor], env: str, seed: int, rollout: Rollout) -> None:
+        self._actor, self._latest = open_policy(), LatestEnvironment(env)
         self._seed, self._rollout = seed, rollout
         self._noise_shape = noise_shape(self._actor)
 
@@ -191,8 +164,8 @@ class _Evaluator:
         noise = None
         if self._noise_shape is not None:
             noise = episode_noise(self._seed, job.task, job.index, self._noise_shape)
-        with _one_thread(), film(job.video, environment, job.instruction) as onlooker:
-            return run_episode(self._actor, environment, job.seed, rollout=rollout, noise=noise, onlooker=onlooker)
+        with _one_thread(), record_video(job.video, environment, job.instruction) as callback:
+            return run_episode(self._actor, environment, job.seed, rollout=rollout, noise=noise, callback=callback)
 
     def close(self) -> None:
         """Free simulation and connection."""
@@ -211,14 +184,39 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _episode(job: _Job, outcome: EpisodeOutcome) -> Episode:
-    return Episode(
-        job.task,
-        job.index,
-        job.seed,
-        outcome.success,
-        outcome.steps,
-        len(outcome.chunk_ms),
-        unstable=outcome.unstable,
-        video=job.video,
+def _summary(
+    policy: str,
+    env: str,
+    seed: int,
+    rollout: Rollout,
+    jobs: Sequence[_Job],
+    outcomes: Sequence[EpisodeOutcome],
+    workers: int,
+    seconds: float,
+) -> Evaluation:
+    episodes = tuple(
+        Episode(job.task, job.index, job.seed, each.success, each.steps, len(each.chunk_ms), each.unstable, job.video)
+        for job, each in zip(jobs, outcomes, strict=True)
+    )
+    rate, interval = success_rate(episodes)
+    instructions = {job.task: job.instruction for job in jobs}
+    return Evaluation(
+        env=env,
+        policy=policy,
+        seed=seed,
+        success_rate=rate,
+        interval=interval,
+        tasks={
+            task: task_result(instruction, [episode for episode in episodes if episode.task == task])
+            for task, instruction in instructions.items()
+        },
+        num_steps=rollout.num_steps,
+        execute_steps=rollout.execute_steps,
+        max_steps=rollout.max_steps or simulator(env).max_steps,
+        blank_images=rollout.blank_images,
+        steps_per_second=workers * sum(each.steps for each in outcomes) / sum(each.seconds for each in outcomes),
+        chunk_ms=statistics.median(ms for each in outcomes for ms in each.chunk_ms),
+        seconds=seconds,
+        episodes=episodes,
+        videos=tuple(job.video for job in jobs if job.video),
     )

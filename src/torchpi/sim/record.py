@@ -1,4 +1,4 @@
-"""Demonstrations of scripted experts, as a LeRobot data set."""
+"""Demonstrations of scripted experts, as a LeRobot dataset."""
 
 import contextlib
 import dataclasses
@@ -19,23 +19,23 @@ from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.sim import LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
+from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
 from torchpi.sim.rollout import camera_keys
-from torchpi.sim.workers import default_workers, message_of, rephrased, run_jobs
 from torchpi.ui.progress import progress_bar
 
 RECORDING_FILE = "meta/torchpi_recording.json"
-"""Where a data set says how it was recorded."""
+"""The file of a dataset that says how it was recorded."""
 TAIL = 5
 """Frames after success, so that the last chunks before it have actions to the end."""
 MAX_ATTEMPTS = 10
 """Seeds that are tried for one episode."""
 _MIN_ATTEMPTS = 8  # before it is judged that an expert fails too often
-_PUSH_STEPS = (5, 20)  # how long a push lasts; at one centimetre per step Meta-World's hand is then beside its goal
+_PUSH_STEPS = (5, 20)  # the duration of a push; at one centimetre per step Meta-World's hand is then beside its goal
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
-    """What `record` has written."""
+    """The result of `record`."""
 
     path: str
     episodes: int
@@ -55,11 +55,22 @@ class _Settings:
     push_rate: float | int
     image_size: int
 
+    def __post_init__(self) -> None:
+        fractions = 0 <= self.noisy_fraction <= 1 and 0 <= self.push_rate <= 1
+        if not self.noise >= 0 or not fractions or self.image_size < 1:
+            raise SimulationError(
+                "Expected noise of at least 0, a noisy_fraction and a push_rate from 0 to 1 and a positive image_size, "
+                f"got {self.noise:g}, {self.noisy_fraction:g}, {self.push_rate:g} and {self.image_size}."
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
     task: str
     index: int
+
+    def __str__(self) -> str:
+        return f"episode {self.index} of {self.task}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +78,7 @@ class _Demonstration:
     """One successful episode."""
 
     frames: dict[str, np.ndarray]
-    """By the keys of the data set, [T, …]."""
+    """By the keys of the dataset, [T, …]."""
     seed: int
     noisy: bool
     failures: int
@@ -92,97 +103,115 @@ def record(
 ) -> Recording:
     """Record episodes in which the scripted expert succeeds.
 
-    In some of them its actions are disturbed as they are executed, and the data set has the undisturbed ones: it shows
-    how to come back from where the expert alone would not go. The same arguments give the same data set, whatever the
-    number of workers.
+    In some of them its actions are disturbed as they are executed, and the dataset has the undisturbed ones: it shows
+    how to come back from where the expert alone would not go. The same arguments give the same dataset, whatever the
+    number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many.
 
     Args:
-        env: one of `ENVIRONMENTS` that has experts.
-        tasks: by name.
-        episodes: per task.
-        out: the data set's folder, new or empty.
+        env: one of `ENVIRONMENTS` that has experts; tasks: by name; episodes: per task.
+        out: the dataset's folder, new or empty.
         seed: of the whole recording. No evaluation has the same episodes, whatever its seed.
-        noise: standard deviation of what is added to each dimension of an executed action; actions are ±1.
+        noise: standard deviation of the noise on each dimension of an executed action; actions are ±1.
         noisy_fraction: the part of each task's episodes that is disturbed.
         push_rate: how probable it is at each step of a disturbed episode that a push begins: for 5 to 20 steps the arm
-            goes somewhere else, whatever the expert says. Noise alone never leads far enough away to show how to begin
-            again after a miss.
+            goes somewhere else. Noise alone never leads far enough away to show how to begin again after a miss.
         video: cameras as video (small, lossy), otherwise as PNG (exact).
         image_size: height and width of the cameras; None: the environment's.
         workers: processes; None: as many as the CPU's cores and the memory allow; 1: this process alone. More than one
             need the usual `if __name__ == "__main__"` in a script.
         progress: show a progress bar on stderr.
-        command: how this was called, to be written down.
-
-    Raises:
-        KeyError, ValueError: something is wrong with an argument; an expert fails too often.
-        OSError: the disk is full.
-        KeyboardInterrupt: Ctrl-C.
-        ModuleNotFoundError: the extra "sim" is not installed; the message says how.
-        OpenGLError: no OpenGL that renders without a screen.
-
-        After any of these the episodes that were complete are a data set; the message says how many. Without any there
-        is none.
+        command: the command line to note in the dataset.
     """
     start = time.perf_counter()
     check_tasks(env, tasks)
-    image_size = simulator(env).image_size if image_size is None else image_size
-    fractions = 0 <= noisy_fraction <= 1 and 0 <= push_rate <= 1
-    if episodes < 1 or not noise >= 0 or not fractions or image_size < 1:
-        raise SimulationError(
-            "Expected at least one episode, noise of at least 0, a noisy_fraction and a push_rate from 0 to 1 and a "
-            f"positive image_size, got {episodes}, {noise:g}, {noisy_fraction:g}, {push_rate:g} and {image_size}."
-        )
+    if episodes < 1:
+        raise SimulationError(f"Expected at least one episode, got {episodes}.")
     if not simulator(env).has_experts:
         raise SimulationError(f"{env} has no scripted experts to record; metaworld has.")
-    settings = _Settings(env, seed, noise, noisy_fraction, push_rate, image_size)
+    size = simulator(env).image_size if image_size is None else image_size
+    settings = _Settings(env, seed, noise, noisy_fraction, push_rate, size)
     jobs = [_Job(task, index) for task in tasks for index in range(episodes)]
     workers = default_workers(len(jobs)) if workers is None else workers
-    root, done = pathlib.Path(out), _Done()
-    try:
-        with (
-            _writer(root, settings, video) as writer,
-            progress_bar("recording", len(jobs), shown=progress) as advance,
-            contextlib.closing(_in_order(partial(_Recorder, settings), jobs, workers)) as demonstrations,
-        ):
-            for job, demonstration in demonstrations:
-                done.add(job, demonstration)
-                writer.add_episode(demonstration.frames, simulator(env).instructions[job.task])
-                advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
-    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
-        complete = _num_complete(root) if done.episodes else 0
-        if not complete:
-            raise
-        try:
-            _describe(root, settings, done, command, complete)
-        except OSError as second:
-            error.add_note(f"{second} while writing {root / RECORDING_FILE}, which the data set lacks")
-        kept = f"the {complete} episodes that were complete are in {root}"
-        raise rephrased(error, "; ".join(filter(None, [message_of(error), kept]))) from error
-    _describe(root, settings, done, command, len(done.episodes))
-    return Recording(str(root), len(done.episodes), done.frames, dict(done.failures), time.perf_counter() - start)
+    done = _Done(pathlib.Path(out), settings, command)
+    with done.kept_after_errors():
+        _record(done, jobs, workers, video, progress)
+    return Recording(str(out), len(done.episodes), done.frames, dict(done.failures), time.perf_counter() - start)
+
+
+def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, progress: bool) -> None:
+    start = time.perf_counter()
+    instructions = simulator(done.settings.env).instructions
+    with (
+        _writer(done.root, done.settings, video) as writer,
+        progress_bar("recording", len(jobs), shown=progress) as advance,
+        contextlib.closing(_in_order(partial(_Recorder, done.settings), jobs, workers)) as demonstrations,
+    ):
+        for job, demonstration in demonstrations:
+            done.add(job, demonstration)
+            writer.add_episode(demonstration.frames, instructions[job.task])
+            advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
 
 
 class _Done:
-    """What has been recorded so far."""
+    """The episodes that have been recorded so far, and their description beside the dataset."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: pathlib.Path, settings: _Settings, command: str | None) -> None:
+        self.root, self.settings, self._command = root, settings, command
         self.episodes: list[dict[str, Any]] = []
         self.failures: Counter[str] = Counter()
-        self._successes: Counter[str] = Counter()
         self.frames = 0
 
     def add(self, job: _Job, demonstration: _Demonstration) -> None:
         """Note an episode."""
-        length = len(demonstration.frames[ACTION])
-        noisy, seed = demonstration.noisy, demonstration.seed
         self.failures[job.task] += demonstration.failures
-        self._successes[job.task] += 1
-        failures, attempts = self.failures[job.task], self.failures[job.task] + self._successes[job.task]
+        successes = 1 + sum(episode["task"] == job.task for episode in self.episodes)
+        failures, attempts = self.failures[job.task], self.failures[job.task] + successes
         if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
             raise SimulationError(_fails_too_often(job.task, failures, attempts))
-        self.episodes.append({"task": job.task, "seed": seed, "noisy": noisy, "length": length})
+        length = len(demonstration.frames[ACTION])
+        noted = {"task": job.task, "seed": demonstration.seed, "noisy": demonstration.noisy, "length": length}
+        self.episodes.append(noted)
         self.frames += length
+
+    @contextlib.contextmanager
+    def kept_after_errors(self) -> Generator[None, None, None]:
+        """Describe the dataset at the end; after an error, of the complete episodes, which its message then counts."""
+        try:
+            yield
+        except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
+            complete = self._num_complete() if self.episodes else 0
+            if not complete:
+                raise
+            try:
+                self._describe(complete)
+            except OSError as second:
+                error.add_note(f"{second} while writing {self.root / RECORDING_FILE}, which the dataset lacks.")
+            problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
+            kept = f"{problem}The {complete} episodes that were complete are in {self.root}."
+            raise rephrased(error, kept) from error
+        self._describe(len(self.episodes))
+
+    def _num_complete(self) -> int:
+        """The episodes in the dataset; 0: not even its metadata had room, and the writer's error says what to do."""
+        info = self.root / INFO
+        return int(json.loads(info.read_text(encoding="utf-8"))["total_episodes"]) if info.exists() else 0
+
+    def _describe(self, complete: int) -> None:
+        """Write beside the dataset's metadata how it was recorded."""
+        episodes = self.episodes[:complete]  # an interrupt may come before the last one was saved
+        instructions = simulator(self.settings.env).instructions
+        tasks = {episode["task"]: instructions[episode["task"]] for episode in episodes}
+        packages = ("torchpi", "metaworld", "mujoco")
+        document = {
+            **dataclasses.asdict(self.settings),
+            "tasks": tasks,
+            "failures": {task: self.failures[task] for task in tasks},
+            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "command": self._command,
+            "episodes": episodes,
+        }
+        text = json.dumps(document, indent=1, ensure_ascii=False)
+        (self.root / RECORDING_FILE).write_text(f"{text}\n", encoding="utf-8")
 
 
 class _Recorder:
@@ -195,7 +224,7 @@ class _Recorder:
     def __call__(self, job: _Job) -> _Demonstration:
         """Record one episode."""
         settings, environment = self._settings, self._latest.of(job.task)
-        # Spread evenly, so that a part of the data set has its part of noisy episodes.
+        # Spread evenly, so that a part of the dataset has its part of noisy episodes.
         noisy = int((job.index + 1) * settings.noisy_fraction) > int(job.index * settings.noisy_fraction)
         for attempt in range(MAX_ATTEMPTS):
             seed = environment_seed("record", settings.seed, job.task, job.index, attempt)
@@ -212,7 +241,7 @@ class _Recorder:
 
 
 class _Disturbance:
-    """What the arm does in place of what the expert says."""
+    """The arm's actions in place of the expert's."""
 
     def __init__(self, noise: float | int, push_rate: float | int, generator: np.random.Generator) -> None:
         self._noise, self._push_rate, self._generator = noise, push_rate, generator
@@ -233,7 +262,7 @@ class _Disturbance:
 def _demonstrate(
     environment: Environment, seed: int, disturbance: Callable[[np.ndarray], np.ndarray] | None
 ) -> dict[str, np.ndarray] | None:
-    """An episode of the expert by the keys of the data set, [T, …]; None if it does not succeed."""
+    """An episode of the expert by the keys of the dataset, [T, …]; None if it does not succeed."""
     environment.reset(seed)
     frames: dict[str, list[Any]] = defaultdict(list)
     success_at: int | None = None
@@ -259,8 +288,7 @@ def _in_order(
 ) -> Generator[tuple[_Job, _Demonstration], None, None]:
     """The jobs with their demonstrations, in the order of the jobs."""
     waiting: dict[int, _Demonstration] = {}
-    results = run_jobs(make_work, jobs, workers=workers, label=_label, window=4 * workers)
-    with contextlib.closing(results):
+    with contextlib.closing(run_jobs(make_work, jobs, workers=workers, label=str, window=4 * workers)) as results:
         for number, job in enumerate(jobs):
             while number not in waiting:
                 done, demonstration = next(results)
@@ -268,14 +296,10 @@ def _in_order(
             yield job, waiting.pop(number)
 
 
-def _label(job: _Job) -> str:
-    return f"episode {job.index} of {job.task}"
-
-
 def _fails_too_often(task: str, failures: int, attempts: int) -> str:
     return (
-        f"the expert of {task} failed in {failures} of {attempts} episodes; record with less noise, or with a smaller "
-        "fraction of noisy episodes"
+        f"The expert of {task} failed in {failures} of {attempts} episodes; record with less noise, or with a smaller "
+        "fraction of noisy episodes."
     )
 
 
@@ -291,25 +315,3 @@ def _writer(root: pathlib.Path, settings: _Settings, video: bool) -> LeRobotWrit
         robot_type=robot.name,
         video=video,
     )
-
-
-def _num_complete(root: pathlib.Path) -> int:
-    """How many episodes the data set has; 0: not even its metadata had room, and the writer's error says what to do."""
-    info = root / INFO
-    return int(json.loads(info.read_text(encoding="utf-8"))["total_episodes"]) if info.exists() else 0
-
-
-def _describe(root: pathlib.Path, settings: _Settings, done: _Done, command: str | None, complete: int) -> None:
-    """Write beside the data set's metadata how it was recorded."""
-    episodes = done.episodes[:complete]  # an interrupt may come before the last one was saved
-    tasks = {episode["task"]: simulator(settings.env).instructions[episode["task"]] for episode in episodes}
-    document = {
-        **dataclasses.asdict(settings),
-        "tasks": tasks,
-        "failures": {task: done.failures[task] for task in tasks},
-        "versions": {package: importlib.metadata.version(package) for package in ("torchpi", "metaworld", "mujoco")},
-        "command": command,
-        "episodes": episodes,
-    }
-    text = json.dumps(document, indent=1, ensure_ascii=False)
-    (root / RECORDING_FILE).write_text(f"{text}\n", encoding="utf-8")

@@ -1,11 +1,13 @@
-"""What comes out of an evaluation."""
+"""The result of an evaluation, and its table."""
 
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchpi.ui.tables import wilson_interval
+from rich.console import Console
+
+from torchpi.ui.tables import Column, Rate, Table, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Episode:
 
 @dataclasses.dataclass(frozen=True)
 class TaskResult:
-    """What came out for one task."""
+    """The result of one task."""
 
     instruction: str
-    """What the policy was told."""
+    """The policy's."""
     success_rate: float
     """0 to 1."""
     interval: tuple[float, float]
@@ -94,6 +96,47 @@ def task_result(instruction: str, episodes: Sequence[Episode]) -> TaskResult:
 
 
 def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float]]:
-    """The part of the episodes that succeeded, with its interval."""
+    """The success rate of episodes, with its interval."""
     successes = sum(episode.success for episode in episodes)
     return successes / len(episodes), wilson_interval(successes, len(episodes))
+
+
+def success_table(
+    evaluation: Evaluation, measured: Mapping[str, Rate] | None = None, overall: Rate | None = None
+) -> Table:
+    """Success per task, and over several.
+
+    Args:
+        measured: rates by task from an earlier evaluation, for a column of their own.
+        overall: of these, over all tasks.
+    """
+    columns = [
+        Column("task", "name"),
+        Column("instruction"),
+        Column("success, 95 % interval"),
+        Column("steps", "number"),
+    ]
+    columns += [Column("measured after training")] if measured else []
+    rows = []
+    for name, task in evaluation.tasks.items():
+        rate = Rate(task.success_rate, task.interval, task.episodes)
+        steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
+        rows.append([name, task.instruction, rate, steps, *([str(measured.get(name, "–"))] if measured else [])])
+    if len(rows) == 1:
+        return Table(columns, rows)
+    rate = Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes))
+    return Table(columns, rows, ["all", "", rate, "", *([str(overall)] if measured else [])])
+
+
+def print_evaluation(evaluation: Evaluation) -> None:
+    """Print the table of a result."""
+    console = Console(highlight=False)
+    console.print(success_table(evaluation).to_rich())
+    console.print(
+        f"steps: mean of the successful episodes. {evaluation.chunk_ms:.0f} ms per chunk, "
+        f"{evaluation.steps_per_second:.0f} steps/s, {evaluation.seconds:.0f} s altogether."
+    )
+    if unstable := sum(episode.unstable for episode in evaluation.episodes):
+        console.print(f"{unstable} of the episodes failed because an action broke the simulation.")
+    for video in evaluation.videos:
+        console.print(f"video: {video}", soft_wrap=True)

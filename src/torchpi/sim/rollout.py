@@ -10,12 +10,13 @@ import numpy as np
 from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
+from torchpi.robots.keys import flatten, nest
 from torchpi.sim.environment import Environment, UnstableError
 
 
 @runtime_checkable
 class Actor(Protocol):
-    """What is evaluated: a `Policy`, or anything else that infers like one."""
+    """A `Policy`, or anything else that infers like one."""
 
     @property
     def infer(self) -> Callable[..., Mapping[str, Any]]:
@@ -25,7 +26,7 @@ class Actor(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """How an episode is run."""
+    """The settings of an episode."""
 
     execute_steps: int | None = None
     """Actions of each chunk that are executed before the next is asked for; None: half of the chunk."""
@@ -34,7 +35,7 @@ class Rollout:
     max_steps: int | None = None
     """Actions after which the episode has failed; None: the environment's."""
     instruction: str | None = None
-    """What the policy is told; None: the environment's instruction."""
+    """The policy's prompt; None: the environment's instruction."""
     blank_images: bool = False
     """Every camera is black: what remains possible without seeing."""
 
@@ -45,27 +46,27 @@ class Rollout:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
-    """What an onlooker is shown: each chunk before its first action, and what follows from each action."""
+class RolloutStep:
+    """The state of an episode for its callback: each chunk before its first action, and after each action."""
 
     step: int
     """Actions executed so far."""
     chunk: np.ndarray
-    """[H, a], that of which the actions are."""
+    """[H, a], the chunk under execution."""
     executed: int
-    """How many of this chunk's actions have been executed; 0: it is new."""
+    """Actions of this chunk that have been executed; 0: it is new."""
     success: bool
     """The task is done."""
     last: bool
     """The episode is over."""
 
 
-Onlooker = Callable[[Moment], None]
+Callback = Callable[[RolloutStep], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeOutcome:
-    """How an episode went."""
+    """The outcome of an episode."""
 
     success: bool
     steps: int
@@ -85,19 +86,16 @@ def run_episode(
     *,
     rollout: Rollout | None = None,
     noise: Callable[[int], np.ndarray] | None = None,
-    onlooker: Onlooker | None = None,
+    callback: Callback | None = None,
 ) -> EpisodeOutcome:
     """One episode, until the task is done or the steps are used up.
 
     The cameras are rendered when a new chunk is asked for, not between.
 
     Args:
-        policy: a `Policy`, or what infers like one.
-        environment: which is reset here.
         seed: of the environment's reset.
-        rollout: how it is run.
         noise: the number of a chunk to the noise [H, action_dim] that it begins from; None: the policy draws its own.
-        onlooker: called with each new chunk, and after each step.
+        callback: called with each new chunk, and after each step.
     """
     rollout = rollout or Rollout()
     start = time.perf_counter()
@@ -110,16 +108,19 @@ def run_episode(
         if rollout.num_steps is not None:
             options["num_steps"] = rollout.num_steps
         asked = time.perf_counter()
-        chunk = _checked_chunk(policy.infer(observation, **options), environment)
+        chunk = _checked_chunk(policy.infer(observation, **options), environment.embodiment)
         times.append(1e3 * (time.perf_counter() - asked))
-        if onlooker:
-            onlooker(Moment(steps, chunk, 0, success=False, last=False))
+        if callback:
+            callback(RolloutStep(steps, chunk, 0, success=False, last=False))
         for executed, action in enumerate(_executed_part(chunk, rollout.execute_steps), start=1):
-            success, unstable = _step(environment, action)
+            try:
+                success = environment.step(action)
+            except UnstableError:
+                unstable = True
             steps += 1
             last = success or unstable or steps == limit
-            if onlooker:
-                onlooker(Moment(steps, chunk, executed, success=success, last=last))
+            if callback:
+                callback(RolloutStep(steps, chunk, executed, success=success, last=last))
             if last:
                 break
     return EpisodeOutcome(success, steps, tuple(times), time.perf_counter() - start, unstable)
@@ -134,12 +135,9 @@ def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, int]) ->
     return draw
 
 
-def _step(environment: Environment, action: np.ndarray) -> tuple[bool, bool]:
-    """Execute an action: whether the task is done, and whether the simulation broke."""
-    try:
-        return environment.step(action), False
-    except UnstableError:
-        return False, True
+def camera_keys(embodiment: Embodiment) -> list[str]:
+    """The cameras that a robot sends, nested keys joined by '.'."""
+    return [camera.key for camera in embodiment.cameras if camera.key is not None]
 
 
 def _observe(environment: Environment, rollout: Rollout) -> dict[str, Any]:
@@ -147,26 +145,16 @@ def _observe(environment: Environment, rollout: Rollout) -> dict[str, Any]:
     if rollout.instruction is not None:
         observation["prompt"] = rollout.instruction
     if rollout.blank_images:
-        for key in camera_keys(environment.embodiment):
-            *folders, last = key.split(".")
-            place = observation
-            for folder in folders:
-                place = place[folder]
-            place[last] = np.zeros_like(place[last])
+        flat = flatten(observation)
+        observation = nest(flat | {key: np.zeros_like(flat[key]) for key in camera_keys(environment.embodiment)})
     return observation
 
 
-def camera_keys(embodiment: Embodiment) -> list[str]:
-    """The cameras that a robot sends, nested keys joined by '.'."""
-    return [camera.key for camera in embodiment.cameras if camera.key is not None]
-
-
-def _checked_chunk(answer: Mapping[str, Any], environment: Environment) -> np.ndarray:
+def _checked_chunk(answer: Mapping[str, Any], robot: Embodiment) -> np.ndarray:
     chunk = np.asarray(answer["actions"])
-    size = environment.embodiment.action_size
-    if chunk.ndim != 2 or chunk.shape[1] != size or not len(chunk):
+    if chunk.ndim != 2 or chunk.shape[1] != robot.action_size or not len(chunk):
         raise SimulationError(
-            f"The policy returned actions {list(chunk.shape)}; {environment.embodiment.name} takes [H, {size}]."
+            f"The policy returned actions {list(chunk.shape)}; {robot.name} takes [H, {robot.action_size}]."
         )
     if not np.isfinite(chunk).all():
         raise SimulationError("There is NaN or infinity in the actions that the policy returned.")

@@ -16,7 +16,7 @@ from torchpi.data.observations import to_observation
 from torchpi.errors import TrainingError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
-from torchpi.sim.workers import interrupts_held
+from torchpi.sim.processes import interrupts_held
 from torchpi.training.augment import OFF, Augmentation, augment, draw
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation

@@ -10,7 +10,7 @@ import time
 import pytest
 from sim_jobs import Work, interruptible, no_work
 
-from torchpi.sim.workers import default_workers, run_jobs
+from torchpi.sim.processes import default_workers, run_jobs
 
 
 def run(jobs, *, workers, make_work=Work, window=None):
@@ -81,8 +81,8 @@ def test_what_can_not_be_set_up_is_an_error_of_the_first_job():
 @pytest.mark.parametrize(
     ("job", "message"),
     [
-        ("die", r"job 'die': its process has ended unexpectedly \(signal 9\); .* out of memory: try fewer workers"),
-        ("exit", r"job 'exit': its process has ended unexpectedly \(exit status 3\)$"),
+        ("die", r"job 'die'.*: its process has ended unexpectedly \(signal 9\)\. .* out of memory: try fewer workers"),
+        ("exit", r"job 'exit'.*: its process has ended unexpectedly \(exit status 3\)\.$"),
     ],
 )
 def test_a_process_that_is_killed_is_an_error_that_names_its_job(job, message):
@@ -127,7 +127,7 @@ def test_default_workers_are_as_many_as_cores_jobs_and_memory_allow():
 
 INTERRUPTED = """
 from sim_jobs import Work
-from torchpi.sim.workers import run_jobs
+from torchpi.sim.processes import run_jobs
 
 if __name__ == "__main__":
     for _, (_, pid, *_) in run_jobs(Work, ["print", "print", 60.0, 60.0], workers=2, label=str):
@@ -160,7 +160,7 @@ def test_processes_started_while_interrupts_are_held_never_see_them(tmp_path):
     program.write_text(
         """
 import multiprocessing, signal
-from torchpi.sim.workers import interrupts_held
+from torchpi.sim.processes import interrupts_held
 
 def held(queue):
     queue.put(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, set()))

@@ -1,0 +1,205 @@
+"""Jobs in parallel processes, whose errors name the job."""
+
+import atexit
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import psutil
+
+from torchpi.errors import SimulationError, TorchpiError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+# A user can do something about these, so they are shown as one line; any other is our mistake, with its traceback.
+_FOR_USERS = (KeyboardInterrupt, ModuleNotFoundError, FileNotFoundError, KeyError, ValueError, OSError)
+# One thread each: the processes are as many as the cores.
+_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+
+
+def run_jobs(
+    make_work: Callable[[], Callable[[Job], Result]],
+    jobs: Sequence[Job],
+    *,
+    workers: int,
+    label: Callable[[Job], str],
+    window: int | None = None,
+) -> Generator[tuple[int, Result], None, None]:
+    """Do the jobs, and yield (number, result) of each as it is done, in whatever order.
+
+    Ending the generator early, also by Ctrl-C, ends the processes.
+
+    Args:
+        make_work: makes what does a job; called once in each process. With several workers it and the jobs are pickled.
+            Its product is closed when all is done, where it has a `close`.
+        jobs: begun in order.
+        workers: processes; 1: no other than this one.
+        label: a job's name in errors.
+        window: how far a job may be ahead of the first unfinished one; None: any distance.
+    """
+    if workers < 1:
+        raise SimulationError(f"workers must be at least 1, got {workers}.")
+    if workers > 1:
+        yield from _run_in_processes(make_work, jobs, min(workers, len(jobs)), label, window or len(jobs))
+        return
+    worker = _Worker(make_work)
+    try:
+        for number, job in enumerate(jobs):
+            yield number, worker(job, label(job))
+    finally:
+        worker.close()
+
+
+def default_workers(jobs: int, *, bytes_each: int = 0) -> int:
+    """The number of processes worth starting: one per core, as far as there are jobs and memory for them.
+
+    Args:
+        bytes_each: memory of one process beside the simulator's.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, jobs, psutil.virtual_memory().available // (bytes_each + 2**30)))
+
+
+def rephrased(error: BaseException, text: str) -> BaseException:
+    """An exception of the same kind with another message, as far as it is one for users; otherwise a RuntimeError."""
+    kinds = (type(error),) if isinstance(error, TorchpiError) else _FOR_USERS
+    other = next((kind(text) for kind in kinds if isinstance(error, kind)), RuntimeError(text))
+    for note in getattr(error, "__notes__", ()):
+        other.add_note(note)
+    return other
+
+
+def message_of(error: BaseException) -> str:
+    """Its message; str() of a KeyError quotes it."""
+    return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+
+
+class _Worker:
+    """Does jobs in one process; what it works with is made for the first one."""
+
+    def __init__(self, make_work: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make_work = make_work
+        self._work: Callable[[Any], Any] | None = None
+
+    def __call__(self, job: Any, label: str) -> Any:
+        try:
+            if self._work is None:
+                self._work = self._make_work()
+            return self._work(job)
+        except Exception as error:
+            if isinstance(error, _FOR_USERS):
+                raise rephrased(error, f"{label}: {message_of(error)}") from error
+            raise RuntimeError(f"{label} failed:\n{traceback.format_exc()}") from error
+
+    def close(self) -> None:
+        close = getattr(self._work, "close", None)
+        if close is not None:
+            close()
+
+
+def _run_in_processes(
+    make_work: Callable[[], Callable[[Any], Any]],
+    jobs: Sequence[Any],
+    workers: int,
+    label: Callable[[Any], str],
+    window: int,
+) -> Iterator[tuple[int, Any]]:
+    before = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # forks of a process with OpenGL or threads in it may hang
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(make_work,))
+    running: dict[Future[Any], int] = {}
+    unfinished, begun, processes = set(range(len(jobs))), 0, set[BaseProcess]()
+    try:
+        while unfinished:
+            while len(running) < workers and begun < min(len(jobs), min(unfinished) + window):
+                with _single_threaded(), interrupts_held():
+                    running[pool.submit(_do, jobs[begun], label(jobs[begun]))] = begun
+                begun += 1
+            processes |= set(multiprocessing.active_children()) - before
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                result = future.result()
+                number = running.pop(future)
+                unfinished.discard(number)
+                yield number, result
+    except BrokenProcessPool as error:
+        raise _ended(processes, [label(jobs[number]) for number in running.values()]) from error
+    finally:
+        if unfinished:  # ended early: nobody waits for the jobs that run
+            for process in processes:
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessError:
+    for process in processes:
+        process.join(timeout=10)
+    codes = [process.exitcode for process in processes if process.exitcode]
+    # The pool terminates the others.
+    code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
+    reason = f"signal {-code}" if code < 0 else f"exit status {code}"
+    hint = " The machine may have run out of memory: try fewer workers." if code == -signal.SIGKILL else ""
+    return ChildProcessError(f"{' or '.join(labels)}: its process has ended unexpectedly ({reason}).{hint}")
+
+
+@contextlib.contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Processes started meanwhile have one thread each, unless the environment says otherwise."""
+    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C; this process sees it afterwards, and ends them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    # Started with the first process, it would let the signal through again before that one is there.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# In a worker process:
+
+_worker: _Worker | None = None
+
+
+def _begin(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)  # standard output is the command's, libraries may print to it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = _Worker(make_work)
+    atexit.register(_worker.close)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed ends nothing itself."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do(job: Any, label: str) -> Any:
+    assert _worker is not None
+    return _worker(job, label)
