@@ -327,7 +327,7 @@ def test_without_opengl_the_error_says_what_to_install(variables):
     pytest.importorskip("metaworld", exc_type=ImportError)
     done = python("-c", RENDER.format("metaworld", "reach"), **variables)
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("torchpi.sim.gl.OpenGLError: no OpenGL that renders without a screen (MUJOCO_GL=")
+    assert last.startswith("torchpi.sim.gl.OpenGLError: No OpenGL that renders without a screen (MUJOCO_GL=")
     assert "apt-get install libegl1 libgl1-mesa-dri" in last
     assert issubclass(__import__("torchpi.sim.gl", fromlist=["OpenGLError"]).OpenGLError, OSError)
 

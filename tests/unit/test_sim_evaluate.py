@@ -205,10 +205,10 @@ def robot(**changes):
                 state=metaworld().state_names,
                 actions=["x", "y", "z", "g"],
             ),
-            "'three_eyes' and the environment's 'metaworld' do not fit: The policy requires the cameras base, left, "
+            "'three_eyes' and the environment's 'metaworld' do not fit: the policy requires the cameras base, left, "
             "wrist, the environment has base, wrist",
         ),
-        (robot(state=metaworld().state[:0] + get_embodiment("libero").state), "The policy reads a state of"),
+        (robot(state=metaworld().state[:0] + get_embodiment("libero").state), "the policy reads a state of"),
         (
             robot(actions=metaworld().actions[:3]),
             r"actions have 3 dimensions \(delta_x, delta_y, delta_z\), the environment takes 4 \(delta_x",
@@ -218,7 +218,7 @@ def robot(**changes):
             robot(cameras=tuple(dataclasses.replace(camera, layout="chw") for camera in metaworld().cameras)),
             "reads camera base as chw, the environment sends hwc",
         ),
-        (aloha(), "The policy requires the cameras images.cam_high, the environment has base, wrist"),
+        (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_both_sides(embodiment, message):
@@ -265,9 +265,9 @@ def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa
         ({"tasks": ["long", "long"]}, ValueError, "each once, got long, long"),
         ({"episodes": 0}, ValueError, "at least one episode"),
         ({"episodes": 2, "videos": 3, "out": "videos"}, ValueError, "at most as many videos, got 2 and 3"),
-        ({"videos": 1}, ValueError, "videos need a folder"),
+        ({"videos": 1}, ValueError, "Videos need a folder"),
         ({"seed": -1}, ValueError, "must not be negative"),
-        ({"workers": 2}, ValueError, "a Policy object can't be shared by 2 processes"),
+        ({"workers": 2}, ValueError, "A Policy object can't be shared by 2 processes"),
         ({"workers": 0}, ValueError, "workers"),
         ({"load": {"device": "cpu"}}, ValueError, "loaded already; it takes no device"),
         ({"tasks": ["long"], "instructions": {"short": "x"}}, KeyError, "instruction for short, which is not among"),
@@ -355,7 +355,7 @@ def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
 def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: F811
     with pytest.raises(ValueError, match="is its server's; leave num_steps out"):
         quiet("ws://robot:8000", rollout=Rollout(num_steps=5))
-    with pytest.raises(ValueError, match="this policy's server loads it; it takes no device"):
+    with pytest.raises(ValueError, match="This policy's server loads it; it takes no device"):
         quiet("ws://robot:8000", load={"device": "cpu"})
     with pytest.raises(ConnectionError, match="no policy here"):
         quiet("ws://nowhere")
@@ -495,8 +495,8 @@ def test_the_command_prints_a_table(folder, capsys):
         (["nowhere", "--env", "metaworld"], "There is no checkpoint at nowhere"),
         (["FOLDER", "--env", "libero"], "There is no environment 'libero'"),
         (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
-        (["FOLDER", "--env", "aloha_sim"], "do not fit: The policy requires the cameras base, wrist"),
-        (["FOLDER", "--env", "metaworld", "--videos", "1"], "videos need a folder"),
+        (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
+        (["FOLDER", "--env", "metaworld", "--videos", "1"], "Videos need a folder"),
     ],
 )
 def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys, arguments, message):
@@ -520,7 +520,7 @@ def test_without_opengl_the_command_says_what_to_install(folder, workers):
     assert (done.returncode, done.stdout) == (1, "")
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: episode ")
-    assert "no OpenGL that renders without a screen (MUJOCO_GL=off: This turns rendering off)" in last
+    assert "No OpenGL that renders without a screen (MUJOCO_GL=off: This turns rendering off)" in last
     if workers == "1":  # GLFW, which MuJoCo then imports, may complain as the other process is ended
         assert "Traceback" not in done.stderr
 

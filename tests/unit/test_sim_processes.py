@@ -178,3 +178,14 @@ if __name__ == "__main__":
         encoding="utf-8",
     )
     subprocess.run([sys.executable, str(program)], check=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_processes_end_with_a_parent_that_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(INTERRUPTED)
+    with interruptible(program) as process:
+        for _ in range(2):
+            assert int(process.stdout.readline())
+        process.kill()
+        process.communicate(timeout=50)  # until the last process has closed the pipes; the jobs would take longer

@@ -15,13 +15,13 @@ from torchpi.errors import MissingExtraError
 from torchpi.extras import require
 
 NO_OPENGL = (
-    "no OpenGL that renders without a screen ({reason}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. "
-    "Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6"
+    "No OpenGL that renders without a screen ({reason}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. "
+    "Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
 )
 
 
 def _no_opengl(error: Exception) -> str:
-    return NO_OPENGL.format(reason=f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {error}")
+    return NO_OPENGL.format(reason=f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {str(error).rstrip('.')}")
 
 
 class OpenGLError(OSError):
