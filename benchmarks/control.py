@@ -29,9 +29,9 @@ from torchpi.errors import UsageError
 from torchpi.policy import Policy, load_policy
 from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
+from torchpi.sim.processes import default_workers, run_jobs
 from torchpi.sim.result import wilson_interval
 from torchpi.sim.rollout import Rollout
-from torchpi.sim.processes import default_workers, run_jobs
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import draw_figure, label_axes, save_figure
 from torchpi.ui.progress import progress_bar

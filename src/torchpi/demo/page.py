@@ -14,8 +14,7 @@ from torchpi.demo.flow import DataFlow, DemoFrame
 from torchpi.inspect.page import flow_section, input_section
 from torchpi.inspect.provenance import describe_policy, measured, overall
 from torchpi.policy import Policy
-from torchpi.sim.report import success_table
-from torchpi.sim.result import Episode, Evaluation
+from torchpi.sim.result import Episode, Evaluation, success_table
 from torchpi.training.curves import PANELS, draw_panel
 from torchpi.ui.format import large_count
 from torchpi.ui.page import Section, commands, definitions, html_page, lede, page_header

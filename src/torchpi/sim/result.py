@@ -116,7 +116,7 @@ def success_table(
         Column("success, 95 % interval"),
         Column("steps", "number"),
     ]
-    columns += [Column("measured after training")] if measured else []
+    columns += [Column("measured after training", "rate")] if measured else []
     rows = []
     for name, task in evaluation.tasks.items():
         rate = Rate(task.success_rate, task.interval, task.episodes)
