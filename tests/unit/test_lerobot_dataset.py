@@ -372,7 +372,7 @@ def test_renamed_dataset_equals_the_original(name, golden_sets, otherwise_named)
 def test_arguments_take_the_new_names(otherwise_named):
     root = otherwise_named("lerobot_v3_image")
     part = LeRobotDataset(root, action_horizon=1, cameras=[WRIST], columns=(), rename=RENAME)
-    assert part.camera_keys == open_metadata(root, rename={"wrist_image": WRIST}).camera_keys[1:] == (WRIST,)
+    assert part.camera_keys == open_metadata(root, rename={"wrist_image": WRIST}).info.cameras[1:] == (WRIST,)
     refused(root, KeyError, f"no camera wrist_image; its cameras are {BASE}", cameras=["wrist_image"], rename=RENAME)
 
 
@@ -452,7 +452,7 @@ def test_openpi_libero_dataset_is_read(tmp_path):
     rename_files(tmp_path / "set", OPENPI)
     rename = parse_rename(["state=observation.state", "actions=action"])
     robot = get_embodiment("libero")
-    cameras = camera_keys_of(robot, open_metadata(tmp_path / "set", rename=rename).camera_keys)
+    cameras = camera_keys_of(robot, open_metadata(tmp_path / "set", rename=rename).info.cameras)
     dataset = LeRobotDataset(tmp_path / "set", action_horizon=2, cameras=cameras, rename=rename)
     found = to_observation(dataset[0], robot)
     assert np.array_equal(found["observation/state"], state)

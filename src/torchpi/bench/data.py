@@ -51,7 +51,7 @@ def run_bench_data(
         )
     robot = None if embodiment is None else get_embodiment(embodiment)
     with Console(stderr=True).status(f"reading {path}"):  # shown on a terminal only
-        all_cameras = open_metadata(path, rename=rename).camera_keys
+        all_cameras = open_metadata(path, rename=rename).info.cameras
         dataset = LeRobotDataset(
             path,
             action_horizon=config.require("action_horizon"),

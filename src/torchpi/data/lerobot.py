@@ -100,7 +100,7 @@ class LeRobotDataset:
         self.path, self.action_horizon, self.tasks = metadata.root, action_horizon, metadata.tasks
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)
-        self.camera_keys = _chosen_cameras(metadata.camera_keys, cameras, self.path)
+        self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, self.path)
         download_frames(path, self.path, self._episodes, self.camera_keys)
         self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
         self.columns, self._first_rows = read_columns(

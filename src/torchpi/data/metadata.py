@@ -91,11 +91,6 @@ class Metadata:
         """The file of the instructions."""
         return self.root / (lerobot.TASKS_PARQUET if self.info.is_v3 else lerobot.TASKS_JSONL)
 
-    @property
-    def camera_keys(self) -> tuple[str, ...]:
-        """The features that are images or videos, in the dataset's order."""
-        return self.info.cameras
-
     def with_names(self, rename: Mapping[str, str]) -> "Metadata":
         """The same dataset with other names for some features, and with some columns joined; see `LeRobotDataset`."""
         sources = resolve_rename(rename, self.info.features, self.root)

@@ -84,7 +84,7 @@ def evaluate_on_dataset(
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")
-    cameras = camera_keys_of(loaded.embodiment, open_metadata(dataset, rename=rename).camera_keys)
+    cameras = camera_keys_of(loaded.embodiment, open_metadata(dataset, rename=rename).info.cameras)
     data = LeRobotDataset(
         dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=(), rename=rename
     )

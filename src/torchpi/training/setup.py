@@ -101,7 +101,7 @@ def _open_source(
         LeRobotDataset,
         source.dataset,
         action_horizon=horizon,
-        cameras=camera_keys_of(embodiment, metadata.camera_keys),  # others are not decoded
+        cameras=camera_keys_of(embodiment, metadata.info.cameras),  # others are not decoded
         columns=(),
         image_cache_bytes=int(config.data.image_cache_gb * 1e9),
         rename=rename,

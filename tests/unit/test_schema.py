@@ -1,0 +1,66 @@
+"""JSON documents become dataclasses, or one error that names the field."""
+
+import dataclasses
+
+import pytest
+
+from torchpi.errors import DatasetError
+from torchpi.schema import parse, read_json
+
+
+@dataclasses.dataclass(frozen=True)
+class Camera:
+    name: str
+    size: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Robot:
+    fps: int | float
+    cameras: tuple[Camera, ...]
+    by_name: dict[str, Camera] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.fps <= 0:
+            raise ValueError(f"fps is {self.fps}; expected more than 0.")
+
+
+DOCUMENT = {"fps": 30, "cameras": [{"name": "base", "size": [4, 6]}]}
+
+
+def test_document_becomes_a_dataclass():
+    robot = parse(Robot, DOCUMENT, "robot.json")
+    assert robot == Robot(30, (Camera("base", (4, 6)),))
+    assert isinstance(robot.fps, int)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": "30"}, r"robot\.json: Expected .*got `str` at `fps`"),
+        ({"cameras": [{}]}, r"robot\.json: .*missing required field `name`.* at `cameras"),
+        ({"cameras": [{"name": "base", "sizes": []}]}, r"robot\.json has unknown fields cameras\.0\.sizes; known are"),
+        ({"by_name": {"a": {"name": "a", "b": 1}}}, r"unknown fields by_name\.a\.b"),
+        ({"colour": 1}, r"unknown fields colour; known are fps, cameras, by_name"),
+        ({"fps": 0}, r"robot\.json: fps is 0; expected more than 0\.$"),
+    ],
+)
+def test_field_that_does_not_fit_is_named(changes, message):
+    with pytest.raises(DatasetError, match=message):
+        parse(Robot, DOCUMENT | changes, "robot.json", error=DatasetError)
+
+
+def test_unknown_fields_are_left_out_of_documents_of_other_programs():
+    document = DOCUMENT | {"colour": "red"}
+    assert parse(Robot, document, "robot.json", known_only=False) == parse(Robot, DOCUMENT, "robot.json")
+
+
+def test_read_json(tmp_path):
+    file = tmp_path / "robot.json"
+    with pytest.raises(FileNotFoundError, match=r"no file .*robot\.json"):
+        read_json(file)
+    file.write_bytes(b"{\xff")
+    with pytest.raises(DatasetError, match=r"robot\.json is not valid JSON"):
+        read_json(file, error=DatasetError)
+    file.write_text('{"fps": 1}')
+    assert read_json(file) == {"fps": 1}
