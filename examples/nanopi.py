@@ -66,7 +66,7 @@ def observe(inputs, show):
         image = inputs[f"image.{camera}"]  # [B, 224, 224, 3]
         image = image.float() / 255 * 2 - 1 if image.dtype is torch.uint8 else image  # [B, 224, 224, 3]
         images[camera] = show("1", f"image/{camera}", image)  # [B, 224, 224, 3]
-    show("1", "state", inputs["state"])  # [B, A]
+    show("1", "state", inputs["state"].float())  # [B, A]
     return images
 
 
@@ -146,7 +146,7 @@ def embed_suffix(w, config, state, x_t, t, show):
         cond = show("5", "adarms_cond", F.silu(hidden))  # [B, d]
         tokens, ar_mask = actions, new_group  # [B, H, d], [H]
     else:
-        state_token = show("5", "state_proj", linear(w, "suffix.state_proj", state))  # [B, d]
+        state_token = show("5", "state_proj", linear(w, "suffix.state_proj", state.float()))  # [B, d]
         both = torch.cat([actions, time[:, None].expand_as(actions)], dim=-1)  # [B, H, 2·d]
         both = show("5", "action_and_time", both)  # [B, H, 2·d]
         hidden = show("5", "action_time_mlp_in", linear(w, "suffix.action_time_mlp_in", both))  # [B, H, d]

@@ -126,6 +126,30 @@ def test_gradients_of_pi0_equal_those_of_the_joint_forward(golden, model):
     assert all((joint[name] - cached[name]).abs().max() <= 1e-5 * (1 + joint[name].abs().max()) for name in joint)
 
 
+@torch.no_grad()
+def test_expert_equals_the_joint_forward_to_the_last_digits_in_float64(golden, monkeypatch):
+    model, observation, given = golden.model(torch.float64), golden.observation(), golden.inputs
+    w, prefix = nanopi.weights_of(model), model.embed_prefix(observation)
+    conditioning = model.time_conditioning(given["time"])
+    tokens, *_ = model.embed_suffix(observation, golden.outputs["x_t"], given["time"])
+    found = []
+
+    def show(step, name, tensor, layer=None):
+        found.extend([tensor] if name == "suffix_out" else [])
+        return tensor
+
+    # Norms and rotations go through float32, whose rounding would hide everything below 1e-7.
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    nanopi.training_loss(w, model.config, prefix, given, show)
+    cache = model.prefill(observation, prefix)
+    attention, modulations = cache.suffix, conditioning.modulations
+    out, _ = model.expert(
+        tokens.double(), attention.rope, attention.mask, past=cache.key_values, modulations=modulations
+    )
+    assert out.dtype is torch.float64
+    assert (out - found[0]).abs().max() <= 1e-12
+
+
 def test_a_query_without_keys_attends_to_all_keys_alike():
     q, k, v = torch.randn(1, 2, 2, 4), torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 4)
     mask = torch.tensor([[[True, False, False], [False, False, False]]])

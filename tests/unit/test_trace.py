@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from torchpi.config import PRESETS
+from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.demo import demo_observation
 from torchpi.inspect.commands import run_trace
 from torchpi.inspect.inputs import Shapes, Source, find_inputs, inputs_of_policy, observation_of
@@ -284,6 +285,62 @@ def test_policy_folder(policy, tmp_path):
     assert trace.values is not None
     assert trace.action_names == ("delta_x", "delta_y", "delta_z", "gripper")
     assert any("No observation was given" in note for note in trace.notes)
+
+
+def test_dataset_gives_observation_and_actions(policy, tmp_path):
+    robot, observation = policy.embodiment, demo_observation()
+    names = [action.name for action in robot.actions]
+    rng = np.random.default_rng(0)
+    with LeRobotWriter(
+        tmp_path / "set",
+        fps=80,
+        cameras={"base": (96, 96, 3), "wrist": (96, 96, 3)},
+        state_names=list(robot.state_names),
+        action_names=names,
+    ) as writer:
+        for _ in range(2):
+            for _ in range(20):
+                frame = {f"observation.images.{key}": observation[key] for key in ("base", "wrist")}
+                writer.add_frame(
+                    frame | {"observation.state": observation["state"], "action": rng.uniform(-1, 1, len(names))}
+                )
+            writer.save_episode("open the drawer")
+    source = Source(dataset=str(tmp_path / "set"), episode=1, frame=3)
+    inputs = find_inputs("demo", Shapes(batch=1), source)
+    trace = trace_forward(inputs)
+    assert any("frame 3 of episode 1" in note for note in trace.notes)
+    assert not any("No recorded actions" in note for note in trace.notes)
+    frames = LeRobotDataset(tmp_path / "set", action_horizon=16, episodes=[1])
+    chunk = policy.transforms.inverse(inputs.actions[0].numpy(), action_size=len(names))
+    np.testing.assert_allclose(chunk, frames[3]["action"], atol=1e-5)
+    loss = policy.model.compute_loss(
+        observation_of(inputs.batch), inputs.actions, noise=inputs.noise, time=inputs.time
+    ).mean()
+    stats = {(entry.step, entry.name): entry.stats for entry in trace.entries}
+    assert stats["11", "loss"].mean == pytest.approx(loss.item(), abs=1e-5)
+    assert ("0", "robot/actions") in stats
+    with pytest.raises(ValueError, match="Episode 1 has the frames 0 to 19, got 20"):
+        find_inputs("demo", Shapes(), dataclasses.replace(source, frame=20))
+
+
+def test_step_0_begins_at_the_robots_observation(tiny, policy):
+    texts = {entry.name: entry.value for entry in tiny.entries if entry.dtype == "str"}
+    assert texts["robot/prompt"] == texts["embodiment/prompt"] == "open the drawer"
+    assert texts["prompt_text"] == tiny.prompt
+    assert texts["prompt_text"].startswith("Task: open the drawer, State: ")
+    names = [entry.name for entry in tiny.entries if entry.step == "0"]
+    order = ["robot/base", "embodiment/state", "normalized_state", "prompt_text", "token_ids", "tokenized_prompt"]
+    assert [name for name in names if name in order] == order
+    actions = next(entry for entry in tiny.entries if entry.name == "robot_actions")
+    assert actions.shape == (16, policy.embodiment.action_size)
+
+
+def test_mask_labels_stand_over_their_tokens(tiny):
+    parts = {segment.label: segment.stop - segment.start for segment in tiny.segments}
+    valid = tiny.mask.diagonal()
+    assert parts["prompt"] + parts["padding"] == 64
+    for segment in tiny.segments:
+        assert valid[segment.start : segment.stop].all() == (segment.label != "padding")
 
 
 def test_json_is_one_document_on_stdout(capsys, tmp_path):

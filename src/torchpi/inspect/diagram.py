@@ -83,7 +83,7 @@ _WIDE = Layout(
     (
         ("label strong suffix", 620, 500, "middle", "{steps} Euler steps   x ← x + dt · v_t"),
         ("label", 1069, 318, "start", "at t = 0"),
-        ("label", 970, 140, "end", "training"),
+        ("label", 1067, 92, "start", "training"),
         ("label", 836, 184, "start", "once"),
         ("label", 836, 308, "start", "in every step"),
     ),

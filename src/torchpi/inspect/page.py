@@ -172,7 +172,7 @@ def _card(trace: Trace, step: Step) -> str:
 
 
 def _table(rows: list[Row], *, with_stats: bool) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "formula", "dtype"))
+    head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "dtype"))
     if with_stats:
         head += "".join(f'<th class="num">{name}</th>' for name in STATS) + "<th>range</th>"
     body = "".join(_table_row(row, with_stats=with_stats) for row in rows)
@@ -182,11 +182,11 @@ def _table(rows: list[Row], *, with_stats: bool) -> str:
 def _table_row(row: Row, *, with_stats: bool) -> str:
     entry, stats = row.entry, row.entry.stats
     count = f" <small>×{row.count}</small>" if row.count > 1 else ""
+    formula = f'<span class="formula">{escape(entry.formula)}</span>' if entry.formula else ""
     is_text = entry.dtype == "str"
     cells = [
-        _cell("name", escape(entry.name) + count),
+        _cell("name", escape(entry.name) + count + formula),
         _cell("wide" if is_text else "shape", escape(row.shape)),
-        _cell("formula", escape(entry.formula)),
         _cell("dtype", escape(entry.dtype)),
     ]
     if with_stats:

@@ -82,9 +82,10 @@ STEPS = (
 
 _FORMULAS = {
     "0 embodiment/image": "to_uint8_hwc(robot's image)",
-    "0 embodiment/state": "the robot's parts, its units → the model's",
-    "0 embodiment/prompt": "robot's prompt, or the default one",
+    "0 embodiment/state": "parts joined, in the model's units",
+    "0 embodiment/prompt": "robot/prompt, or the default",
     "0 prompt_text": "prompt format of the policy",
+    "0 normalized_state": "normalize(embodiment/state)",
     "0 token_ids": "tokenizer(prompt_text)",
     "0 image": "resize_with_pad(image)",
     "0 image_mask": "True: the robot has the camera",
@@ -92,7 +93,7 @@ _FORMULAS = {
     "0 tokenized_prompt": "pad(token_ids)",
     "0 actions": "normalize(actions − state), padded",
     "1 image": "image / 255 · 2 − 1",
-    "2 patches": "14 × 14 pixels × RGB each",
+    "2 patches": "patch × patch pixels of RGB",
     "2 patch_embedding": "patches · W + b",
     "2 with_position_embedding": "+ position",
     "2 layer_#/q": "norm(x) · Wq + b",
