@@ -22,10 +22,11 @@ from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
+from torchpi.collate import collate
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import Policy, policy_of
+from torchpi.policy import policy_of
 from torchpi.transforms.normalize import save_norm_stats
 from torchpi.types import Observation
 
@@ -34,7 +35,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What `convert` has done."""
+    """Report of `convert`."""
 
     source: str
     source_format: Format
@@ -61,9 +62,26 @@ class Conversion:
     action_difference: float | None = None
     """The same of sampled actions."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return dataclasses.asdict(self)
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source} ({self.source_format}) to {self.target} ({self.target_format}, {self.dtype}), "
+            f"{self.num_parameters / 1e6:.1f} M parameters",
+            f"mapped: {self.mapped} arrays, every one that a computation reads",
+        ]
+        if self.folded:
+            lines.append(f"folded: LoRA weights into {len(self.folded)} arrays: {', '.join(self.folded)}")
+        if self.tied:
+            lines.append(f"tied: the embedding is {self.tied}")
+        lines += [f"dropped: {name} ({reason})" for name, reason in self.dropped.items()]
+        lines += [f"adapted: {line}" for line in self.adapted]
+        lines += [f"note: {line}" for line in self.notes]
+        lines.append(f"files: {', '.join(self.files)}")
+        if self.array_difference is not None:
+            lines.append(
+                f"read back: arrays differ by at most {self.array_difference:g}, sampled actions by "
+                f"{self.action_difference:g}"
+            )
+        return "\n".join(lines)
 
 
 def convert(
@@ -111,28 +129,32 @@ def convert(
         warnings.warn(note, stacklevel=2)
     dtype = dtype or checkpoint.dtype
     model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha)
-    adapted = []
-    if sizes:
-        if unknown := sorted(set(sizes) - set(FIELDS)):
-            raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can.")
-        adapted = adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
+    adapted = _adapt(model, sizes or {})
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer()
-            spec = dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
-            notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
+            notes = _write_policy(beside, checkpoint, model, to, dtype, max_shard_bytes, asset_id, policy)
         else:
-            if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
-                raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
-            notes = _write_openpi(beside, model, to, dtype)
-            notes += _write_assets(beside, checkpoint, asset_id, policy)
+            notes = _write_openpi(beside, checkpoint, model, to, dtype, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
-        files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
         differences = _check(beside, model, dtype) if check else (None, None)
+    return _report(checkpoint, path, to, model, dtype, adapted, notes, files, differences)
+
+
+def _report(
+    checkpoint: Checkpoint,
+    target: pathlib.Path,
+    to: Format,
+    model: Pi0,
+    dtype: torch.dtype,
+    adapted: list[str],
+    notes: list[str],
+    files: list[str],
+    differences: tuple[float | None, float | None],
+) -> Conversion:
     return Conversion(
-        source=str(source),
+        source=checkpoint.address,
         source_format=checkpoint.format,
-        target=str(path),
+        target=str(target),
         target_format=to,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -142,10 +164,16 @@ def convert(
         dropped=dict(checkpoint.dropped),
         adapted=adapted,
         notes=notes,
-        files=files,
+        files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
         array_difference=differences[0],
         action_difference=differences[1],
     )
+
+
+def _adapt(model: Pi0, sizes: Mapping[str, int]) -> list[str]:
+    if unknown := sorted(set(sizes) - set(FIELDS)):
+        raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can.")
+    return adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
 
 
 def _check_target(path: pathlib.Path, *, overwrite: bool) -> None:
@@ -160,45 +188,23 @@ def _check_target(path: pathlib.Path, *, overwrite: bool) -> None:
         raise CheckpointError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
 
 
-def print_conversion(result: Conversion) -> None:
-    """Tell people what `convert` has done."""
-    print(
-        f"{result.source} ({result.source_format}) to {result.target} ({result.target_format}, {result.dtype}), "
-        f"{result.num_parameters / 1e6:.1f} M parameters"
-    )
-    print(f"mapped: {result.mapped} arrays, every one that a computation reads")
-    if result.folded:
-        print(f"folded: LoRA weights into {len(result.folded)} arrays: {', '.join(result.folded)}")
-    if result.tied:
-        print(f"tied: the embedding is {result.tied}")
-    for name, reason in result.dropped.items():
-        print(f"dropped: {name} ({reason})")
-    for line in result.adapted:
-        print(f"adapted: {line}")
-    for line in result.notes:
-        print(f"note: {line}")
-    print(f"files: {', '.join(result.files)}")
-    if result.array_difference is not None and result.action_difference is not None:
-        print(
-            f"read back: arrays differ by at most {result.array_difference:g}, sampled actions by "
-            f"{result.action_difference:g}"
-        )
-
-
-def _write_policy(root: pathlib.Path, policy: Policy, to: str, dtype: torch.dtype, max_shard_bytes: int) -> list[str]:
+def _write_policy(
+    root: pathlib.Path,
+    checkpoint: Checkpoint,
+    model: Pi0,
+    to: Format,
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    asset_id: str | None,
+    requested: Mapping[str, Any],
+) -> list[str]:
+    spec = checkpoint.spec().requested(asset_id=asset_id, **requested).with_tokenizer()
+    policy = policy_of(model, dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance)))
     if to == "torchpi":
         policy.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return []
-    _write_torch(root, policy.model, dtype, prefix=LEROBOT_PREFIX, embeddings=2)
-    notes = lerobot.write_parts(
-        root,
-        policy.model.config,
-        policy.embodiment,
-        norm_stats=policy.transforms.norm_stats,
-        normalization=policy.transforms.normalization,
-        prompt_format=policy.transforms.prompt_format,
-        dtype=dtype,
-    )
+    _write_torch(root, model, dtype, prefix=LEROBOT_PREFIX, embeddings=2)
+    notes = lerobot.write_spec(root, model.config, policy.spec, dtype)
     (root / lerobot.TOKENIZER).mkdir()
     policy.write_tokenizer(root / lerobot.TOKENIZER)
     lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
@@ -230,14 +236,25 @@ def _sha256(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -> list[str]:
+def _write_openpi(
+    root: pathlib.Path,
+    checkpoint: Checkpoint,
+    model: Pi0,
+    to: Format,
+    dtype: torch.dtype,
+    asset_id: str | None,
+    requested: Mapping[str, Any],
+) -> list[str]:
+    if unknown := sorted(set(requested) - {"norm_stats", "embodiment"}):
+        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
     config = model.config
+    unsaid = ["max_token_len", "discrete_state_input"]
     if to == "openpi-jax":
         table = jax_table(config)
         shapes = {name: array.shape for name, array in table.items()}
         (root / "params").mkdir()
         openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)
-        unsaid = ["action_horizon", "max_token_len", "discrete_state_input"]
+        unsaid.insert(0, "action_horizon")
     else:
         _write_torch(root, model, dtype, prefix="", embeddings=1)
         document = {
@@ -248,9 +265,9 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: str, dtype: torch.dtype) -
             "precision": str(dtype).removeprefix("torch."),
         }
         (root / "config.json").write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
-        unsaid = ["max_token_len", "discrete_state_input"]
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
-    return [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+    notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+    return notes + _write_assets(root, checkpoint, asset_id, requested)
 
 
 def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: int) -> None:
@@ -322,15 +339,12 @@ def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> tuple[float, f
 
 def _sample_inputs(config: Pi0Config) -> tuple[Observation, torch.Tensor]:
     rng = np.random.default_rng(0)
-    image = torch.from_numpy(rng.integers(0, 256, (1, config.image_size, config.image_size, 3), np.uint8))
-    observation = Observation.from_dict(
-        {
-            "image": {"base_0_rgb": image},
-            "image_mask": {"base_0_rgb": torch.tensor([True])},
-            "state": torch.from_numpy(rng.standard_normal((1, config.action_dim), np.float32)),
-            "tokenized_prompt": torch.from_numpy(rng.integers(0, config.vocab_size, (1, 12))),
-            "tokenized_prompt_mask": torch.ones(1, 12, dtype=torch.bool),
-        }
-    )
-    horizon = config.action_horizon or 10
-    return observation, torch.from_numpy(rng.standard_normal((1, horizon, config.action_dim), np.float32))
+    sample = {
+        "image": {"base_0_rgb": rng.integers(0, 256, (config.image_size, config.image_size, 3), np.uint8)},
+        "image_mask": {"base_0_rgb": True},
+        "state": rng.standard_normal(config.action_dim, np.float32),
+        "tokenized_prompt": rng.integers(0, config.vocab_size, 12),
+        "tokenized_prompt_mask": np.ones(12, bool),
+    }
+    noise = rng.standard_normal((1, config.action_horizon or 10, config.action_dim), np.float32)
+    return collate([sample]), torch.from_numpy(noise)

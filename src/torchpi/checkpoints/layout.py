@@ -60,6 +60,13 @@ class CheckpointArray:
         return self.slices[0] == ParamSlice(self.slices[0].param)
 
 
+def whole(
+    param: str, *shape: int, axes: tuple[int, ...] | None = None, rows: tuple[int, int] | None = None
+) -> CheckpointArray:
+    """An array that fills one parameter, or rows of it; see `ParamSlice`."""
+    return CheckpointArray(shape, (ParamSlice(param, axes=axes, rows=rows),))
+
+
 Table = Mapping[str, CheckpointArray]
 
 

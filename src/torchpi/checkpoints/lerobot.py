@@ -183,16 +183,7 @@ def _tokenizer(root: pathlib.Path, step: Mapping[str, Any]) -> pathlib.Path | No
 # ---- writing ----
 
 
-def write_parts(
-    root: pathlib.Path,
-    config: Pi0Config,
-    robot: Embodiment,
-    *,
-    norm_stats: Mapping[str, NormStats],
-    normalization: Mapping[str, Normalization],
-    prompt_format: str,
-    dtype: torch.dtype,
-) -> list[str]:
+def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: torch.dtype) -> list[str]:
     """Write config.json and both processors with their statistics, as LeRobot 0.6 does.
 
     The tokenizer's step expects the tokenizer in the folder `TOKENIZER` beside them.
@@ -200,6 +191,10 @@ def write_parts(
     Returns:
         Notes: what LeRobot does differently with this policy.
     """
+    robot, stats, rules = spec.embodiment, spec.norm_stats, spec.normalization
+    assert robot is not None
+    assert stats is not None
+    assert rules is not None
     if robot.hook is not None:
         raise CheckpointError(
             f"embodiment {robot.name!r} converts units by the code {robot.hook!r}, which no step of LeRobot does; "
@@ -210,55 +205,66 @@ def write_parts(
             f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "
             "never in π₀'s, so the policy would read another prompt there."
         )
-    notes = []
-    features, renamed = _features(robot, config, norm_stats["state"].dim)
+    features, renamed = _features(robot, config, stats["state"].dim)
+    modes = {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}
+    norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
+    relative = _relative(robot)
+    _write_processors(root, config, features, renamed, norm_map, relative, _state_dict(robot, stats))
+    _write(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
+    return _notes(config, spec, renamed)
+
+
+def _notes(config: Pi0Config, spec: PolicySpec, renamed: Mapping[str, str]) -> list[str]:
+    assert spec.embodiment is not None
+    notes, state = [], spec.embodiment.state
     if robots_own := [key for key in renamed if not key.startswith("observation.")]:
         notes.append(
             f"send LeRobot its own names ({IMAGES}…, {STATE}): it drops {', '.join(robots_own)} before it renames"
         )
-    if len(robot.state) > 1:
-        keys = ", ".join(part.key for part in robot.state)
+    if len(state) > 1:
+        keys = ", ".join(part.key for part in state)
         notes.append(f"the state is one vector there: send {keys} one behind the other as {STATE}")
-    modes = {key: _mode(rule) for key, rule in normalization.items()}
-    norm_map = {"VISUAL": "IDENTITY", "STATE": modes["state"], "ACTION": modes["actions"]}
-    if any(rule.eps_rule != "lerobot" and rule.kind != "identity" for rule in normalization.values()):
+    if any(rule.eps_rule != "lerobot" and rule.kind != "identity" for rule in (spec.normalization or {}).values()):
         notes.append("normalization has LeRobot's eps there: about 1e-6 of a deviation or range less")
-    relative = _relative(robot)
-    state_dict = _state_dict(robot, norm_stats)
-    stats_file = "policy_{}_step_{}_{}_processor.safetensors"
+    if not config.pi05 and spec.prompt_format != "lerobot":
+        notes.append("the prompt is not cleaned there, and its newline is tokenized with it")
+    return notes
+
+
+def _write_processors(
+    root: pathlib.Path,
+    config: Pi0Config,
+    features: Mapping[str, Any],
+    renamed: Mapping[str, str],
+    norm_map: Mapping[str, str],
+    relative: Mapping[str, Any],
+    state_dict: Mapping[str, np.ndarray],
+) -> None:
     settings = {"eps": EPS, "features": features, "norm_map": norm_map}
-    rename = {"registry_name": "rename_observations_processor", "config": {"rename_map": renamed}}
-    to_batch = {"registry_name": "to_batch_processor", "config": {}}
-    device = {"registry_name": "device_processor", "config": {"device": "cpu", "float_dtype": None}}
+    rename = _step("rename_observations_processor", rename_map=renamed)
+    to_batch = _step("to_batch_processor")
+    device = _step("device_processor", device="cpu", float_dtype=None)
     tokens = _tokenizer_step(config)
-    relative_step = {"registry_name": "relative_actions_processor", "config": relative}
-    pi05 = config.pi05
-    index = 3 if pi05 else 6
-    normalizer = {
-        "registry_name": "normalizer_processor",
-        "config": settings,
-        "state_file": stats_file.format("preprocessor", index, "normalizer"),
-    }
-    if pi05:
-        text = {"registry_name": "pi05_prepare_state_tokenizer_processor_step", "config": {}}
+    relative_step = _step("relative_actions_processor", **relative)
+    normalizer = _step("normalizer_processor", **settings)
+    if config.pi05:
+        text = _step("pi05_prepare_state_tokenizer_processor_step")
         before = [rename, to_batch, relative_step, normalizer, text, tokens, device]
     else:
-        text = {"registry_name": "pi0_new_line_processor", "config": {}}
+        text = _step("pi0_new_line_processor")
         before = [rename, to_batch, text, tokens, device, relative_step, normalizer]
-        if prompt_format != "lerobot":
-            notes.append("the prompt is not cleaned there, and its newline is tokenized with it")
-    unnormalizer = {
-        "registry_name": "unnormalizer_processor",
-        "config": {**settings, "features": {ACTION: features[ACTION]}},
-        "state_file": stats_file.format("postprocessor", 0, "unnormalizer"),
-    }
-    absolute = {"registry_name": "absolute_actions_processor", "config": {"enabled": relative["enabled"]}}
+    unnormalizer = _step("unnormalizer_processor", **{**settings, "features": {ACTION: features[ACTION]}})
+    after = [unnormalizer, _step("absolute_actions_processor", enabled=relative["enabled"]), device]
+    normalizer["state_file"] = f"policy_preprocessor_step_{before.index(normalizer)}_normalizer_processor.safetensors"
+    unnormalizer["state_file"] = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
     for step in (normalizer, unnormalizer):
-        safetensors.numpy.save_file(state_dict, root / str(step["state_file"]))
+        safetensors.numpy.save_file(dict(state_dict), root / step["state_file"])
     _write(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
-    _write(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": [unnormalizer, absolute, device]})
-    _write(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
-    return notes
+    _write(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": after})
+
+
+def _step(name: str, **config: Any) -> dict[str, Any]:
+    return {"registry_name": name, "config": config}
 
 
 def _features(robot: Embodiment, config: Pi0Config, state_dim: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -280,10 +286,6 @@ def _features(robot: Embodiment, config: Pi0Config, state_dim: int) -> tuple[dic
         renamed[robot.state[0].key] = STATE
     features[ACTION] = {"type": "ACTION", "shape": [robot.action_size]}
     return features, renamed
-
-
-def _mode(rule: Normalization) -> str:
-    return {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}[rule.kind]
 
 
 def _relative(robot: Embodiment) -> dict[str, Any]:
@@ -313,15 +315,15 @@ def _state_dict(robot: Embodiment, norm_stats: Mapping[str, NormStats]) -> dict[
 
 
 def _tokenizer_step(config: Pi0Config) -> dict[str, Any]:
-    settings = {
-        "max_length": config.require("max_token_len"),
-        "task_key": "task",
-        "padding_side": "right",
-        "padding": "max_length",
-        "truncation": True,
-        "tokenizer_name": TOKENIZER,
-    }
-    step = {"registry_name": "tokenizer_processor", "config": settings}
+    step = _step(
+        "tokenizer_processor",
+        max_length=config.require("max_token_len"),
+        task_key="task",
+        padding_side="right",
+        padding="max_length",
+        truncation=True,
+        tokenizer_name=TOKENIZER,
+    )
     return {**step, "artifacts": {"tokenizer_name": TOKENIZER}}
 
 

@@ -125,62 +125,28 @@ def write_params(
         read: an array by its name.
         dtype: of all arrays.
     """
-    import ml_dtypes
-    import tensorstore
-
-    name_of_dtype = "bfloat16" if dtype is torch.bfloat16 else "<f4"
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
-    for name, stored_shape in shapes.items():
+    single = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "TFRT_CPU_0"})
+    for name, shape in shapes.items():
         keys = ("params", *name.split("."))
-        path, shape = ".".join(keys), list(stored_shape)
-        metadata = {
-            "shape": shape,
-            "chunks": shape,
-            "dtype": name_of_dtype,
-            "compressor": {"id": "zstd", "level": 1},
-            "fill_value": None,
-        }
-        base = {"driver": "file", "path": f"{params.resolve()}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-        # Orbax reads no chunk as an error, not as zeros.
-        spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
-        tensor = read(name).to(dtype).contiguous()
-        array: Any = (
-            tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if dtype.itemsize == 2 else tensor.numpy()
-        )
-        tensorstore.open(spec, create=True).result().write(array).result()
-        del tensor, array  # before the next one is read
-        value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": shape}
+        path, size = ".".join(keys), list(shape)
+        _write_array(params, path, read(name).to(dtype).contiguous())
+        value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": size}
         tree[str(keys)] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
-        sharding[base64.b64encode(path.encode()).decode()] = json.dumps(
-            {"sharding_type": "SingleDeviceSharding", "device_str": "TFRT_CPU_0"}
-        )
-        array_metadatas.append(
-            {
-                "array_metadata": {
-                    "param_name": path,
-                    "write_shape": shape,
-                    "chunk_shape": shape,
-                    "ext_metadata": None,
-                }
-            }
-        )
-    _write_json(
-        params / "_METADATA",
-        {
+        sharding[base64.b64encode(path.encode()).decode()] = single
+        chunk = {"param_name": path, "write_shape": size, "chunk_shape": size, "ext_metadata": None}
+        array_metadatas.append({"array_metadata": chunk})
+    documents = {
+        "_METADATA": {
             "tree_metadata": tree,
             "use_zarr3": False,
             "store_array_data_equal_to_fill_value": True,
             "custom_metadata": None,
         },
-    )
-    _write_json(params / "_sharding", sharding)
-    (params / "array_metadatas").mkdir()
-    _write_json(params / "array_metadatas" / "process_0", {"array_metadatas": array_metadatas})
-    _write_json(
-        params / "_CHECKPOINT_METADATA",
-        {
+        "_sharding": sharding,
+        "array_metadatas/process_0": {"array_metadatas": array_metadatas},
+        "_CHECKPOINT_METADATA": {
             "item_handlers": "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler",
             "metrics": {},
             "performance_metrics": {},
@@ -188,8 +154,27 @@ def write_params(
             "commit_timestamp_nsecs": time.time_ns(),
             "custom_metadata": {},
         },
-    )
+    }
+    (params / "array_metadatas").mkdir()
+    for file, document in documents.items():
+        (params / file).write_text(json.dumps(document), encoding="utf-8")
 
 
-def _write_json(path: pathlib.Path, document: Any) -> None:
-    path.write_text(json.dumps(document), encoding="utf-8")
+def _write_array(params: pathlib.Path, path: str, tensor: torch.Tensor) -> None:
+    import ml_dtypes
+    import tensorstore
+
+    is_half = tensor.dtype is torch.bfloat16
+    array: Any = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16) if is_half else tensor.numpy()
+    metadata = {
+        "shape": list(array.shape),
+        "chunks": list(array.shape),
+        "dtype": "bfloat16" if is_half else "<f4",
+        "compressor": {"id": "zstd", "level": 1},
+        "fill_value": None,
+    }
+    base = {"driver": "file", "path": f"{params.resolve()}/"}
+    kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
+    # Orbax reads no chunk as an error, not as zeros.
+    spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
+    tensorstore.open(spec, create=True).result().write(array).result()

@@ -13,6 +13,7 @@ from torchpi.checkpoints.layout import (
     config_of_arrays,
     projections,
     sizes_of,
+    whole,
 )
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
@@ -21,11 +22,7 @@ from torchpi.model.lora import LoraConfig
 
 def jax_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     """Every array of an openpi checkpoint of these sizes, by its key path joined with '.'."""
-    found = {
-        "PaliGemma.llm.embedder.input_embedding": CheckpointArray(
-            (config.vocab_size, config.paligemma.width), (ParamSlice("embedding"),)
-        )
-    }
+    found = {"PaliGemma.llm.embedder.input_embedding": whole("embedding", config.vocab_size, config.paligemma.width)}
     found |= _siglip_table(config)
     found |= _gemma_table(config.paligemma, "backbone", "", adaptive_norm=False)
     found |= _gemma_table(config.action_expert, "expert", "_1", adaptive_norm=config.pi05)
@@ -36,8 +33,8 @@ def jax_table(config: Pi0Config) -> dict[str, CheckpointArray]:
 
 def _dense(stored: str, module: str, num_in: int, num_out: int) -> dict[str, CheckpointArray]:
     return {
-        f"{stored}.kernel": CheckpointArray((num_in, num_out), (ParamSlice(f"{module}.weight", axes=(1, 0)),)),
-        f"{stored}.bias": CheckpointArray((num_out,), (ParamSlice(f"{module}.bias"),)),
+        f"{stored}.kernel": whole(f"{module}.weight", num_in, num_out, axes=(1, 0)),
+        f"{stored}.bias": whole(f"{module}.bias", num_out),
     }
 
 
@@ -66,12 +63,10 @@ def _siglip_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     attention = f"{block}.MultiHeadDotProductAttention_0"
     blocks = _Stack("vision.blocks", vit.depth)
     found = {
-        f"{img}.embedding.kernel": CheckpointArray(
-            (patch, patch, 3, width), (ParamSlice("vision.patch_embed.weight", axes=(3, 0, 1, 2)),)
-        ),
-        f"{img}.embedding.bias": CheckpointArray((width,), (ParamSlice("vision.patch_embed.bias"),)),
-        f"{img}.Transformer.encoder_norm.scale": CheckpointArray((width,), (ParamSlice("vision.norm.weight"),)),
-        f"{img}.Transformer.encoder_norm.bias": CheckpointArray((width,), (ParamSlice("vision.norm.bias"),)),
+        f"{img}.embedding.kernel": whole("vision.patch_embed.weight", patch, patch, 3, width, axes=(3, 0, 1, 2)),
+        f"{img}.embedding.bias": whole("vision.patch_embed.bias", width),
+        f"{img}.Transformer.encoder_norm.scale": whole("vision.norm.weight", width),
+        f"{img}.Transformer.encoder_norm.bias": whole("vision.norm.bias", width),
         f"{attention}.out.kernel": blocks.array("out.weight", heads, width // heads, width, axes=(2, 0, 1)),
         f"{attention}.out.bias": blocks.array("out.bias", width),
         f"{block}.MlpBlock_0.Dense_0.kernel": blocks.array("fc1.weight", width, mlp, axes=(1, 0)),
@@ -80,9 +75,7 @@ def _siglip_table(config: Pi0Config) -> dict[str, CheckpointArray]:
         f"{block}.MlpBlock_0.Dense_1.bias": blocks.array("fc2.bias", width),
     }
     if vit.position == "learned":
-        found[f"{img}.pos_embedding"] = CheckpointArray(
-            (1, config.num_patches, width), (ParamSlice("vision.pos_embed"),)
-        )
+        found[f"{img}.pos_embedding"] = whole("vision.pos_embed", 1, config.num_patches, width)
     for i, part in enumerate(("query", "key", "value")):
         rows, shape = (i * width, (i + 1) * width), (heads, width // heads)
         found[f"{attention}.{part}.kernel"] = blocks.array("qkv.weight", width, *shape, axes=(1, 2, 0), rows=rows)
@@ -125,7 +118,7 @@ def _gemma_table(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm: 
     final = f"{llm}.final_norm{suffix}"
     if adaptive_norm:
         return found | _dense(f"{final}.Dense_0", f"{stack}.final_norm.dense", width, 3 * width)
-    return found | {f"{final}.scale": CheckpointArray((width,), (ParamSlice(f"{stack}.final_norm.scale"),))}
+    return found | {f"{final}.scale": whole(f"{stack}.final_norm.scale", width)}
 
 
 def lora_table(config: Pi0Config, lora: LoraConfig) -> dict[str, CheckpointArray]:

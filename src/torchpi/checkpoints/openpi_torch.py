@@ -10,12 +10,12 @@ from torch import Tensor
 
 from torchpi.checkpoints.layout import (
     CheckpointArray,
-    ParamSlice,
     Shapes,
     StoredArrays,
     config_of_arrays,
     projections,
     sizes_of,
+    whole,
 )
 from torchpi.checkpoints.sizes import Heads
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
@@ -62,7 +62,7 @@ class TorchArrays:
 
 def torch_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     """Every array of openpi's PyTorch port that a computation reads, by its name."""
-    found = {EMBEDDING: CheckpointArray((config.vocab_size, config.paligemma.width), (ParamSlice("embedding"),))}
+    found = {EMBEDDING: whole("embedding", config.vocab_size, config.paligemma.width)}
     found |= _vision_table(config)
     found |= _gemma_table(config.paligemma, _LANGUAGE, "backbone", adaptive_norm=False)
     found |= _gemma_table(config.action_expert, f"{_EXPERT}.model", "expert", adaptive_norm=config.pi05)
@@ -75,8 +75,8 @@ def _linear(
     stored: str, module: str, num_in: int, num_out: int, rows: tuple[int, int] | None = None
 ) -> dict[str, CheckpointArray]:
     return {
-        f"{stored}.weight": CheckpointArray((num_out, num_in), (ParamSlice(f"{module}.weight", rows=rows),)),
-        f"{stored}.bias": CheckpointArray((num_out,), (ParamSlice(f"{module}.bias", rows=rows),)),
+        f"{stored}.weight": whole(f"{module}.weight", num_out, num_in, rows=rows),
+        f"{stored}.bias": whole(f"{module}.bias", num_out, rows=rows),
     }
 
 
@@ -84,27 +84,21 @@ def _vision_table(config: Pi0Config) -> dict[str, CheckpointArray]:
     vit = config.siglip
     width, patch = vit.width, vit.patch
     found = {
-        f"{_VISION}.embeddings.patch_embedding.weight": CheckpointArray(
-            (width, 3, patch, patch), (ParamSlice("vision.patch_embed.weight", axes=(0, 2, 3, 1)),)
+        f"{_VISION}.embeddings.patch_embedding.weight": whole(
+            "vision.patch_embed.weight", width, 3, patch, patch, axes=(0, 2, 3, 1)
         ),
-        f"{_VISION}.embeddings.patch_embedding.bias": CheckpointArray(
-            (width,), (ParamSlice("vision.patch_embed.bias"),)
-        ),
-        f"{_VISION}.post_layernorm.weight": CheckpointArray((width,), (ParamSlice("vision.norm.weight"),)),
-        f"{_VISION}.post_layernorm.bias": CheckpointArray((width,), (ParamSlice("vision.norm.bias"),)),
+        f"{_VISION}.embeddings.patch_embedding.bias": whole("vision.patch_embed.bias", width),
+        f"{_VISION}.post_layernorm.weight": whole("vision.norm.weight", width),
+        f"{_VISION}.post_layernorm.bias": whole("vision.norm.bias", width),
     }
     if vit.position == "learned":
-        shape = (config.num_patches, width)
-        found[f"{_VISION}.embeddings.position_embedding.weight"] = CheckpointArray(
-            shape, (ParamSlice("vision.pos_embed"),)
-        )
+        position = whole("vision.pos_embed", config.num_patches, width)
+        found[f"{_VISION}.embeddings.position_embedding.weight"] = position
     for i in range(vit.depth):
         stored, block = f"{_VISION}.encoder.layers.{i}", f"vision.blocks.{i}"
         for norm in (1, 2):
             for part in ("weight", "bias"):
-                found[f"{stored}.layer_norm{norm}.{part}"] = CheckpointArray(
-                    (width,), (ParamSlice(f"{block}.norm{norm}.{part}"),)
-                )
+                found[f"{stored}.layer_norm{norm}.{part}"] = whole(f"{block}.norm{norm}.{part}", width)
         for j, part in enumerate(("q", "k", "v")):
             rows = (j * width, (j + 1) * width)
             found |= _linear(f"{stored}.self_attn.{part}_proj", f"{block}.qkv", width, width, rows)
@@ -122,13 +116,13 @@ def _gemma_table(gemma: GemmaConfig, stored: str, stack: str, *, adaptive_norm: 
     found: dict[str, CheckpointArray] = {}
 
     def add(name: str, param: str, num_out: int, num_in: int, rows: tuple[int, int] | None = None) -> None:
-        found[f"{name}.weight"] = CheckpointArray((num_out, num_in), (ParamSlice(f"{param}.weight", rows=rows),))
+        found[f"{name}.weight"] = whole(f"{param}.weight", num_out, num_in, rows=rows)
 
     def add_norm(name: str, param: str) -> None:
         if adaptive_norm:
             found.update(_linear(f"{name}.dense", f"{param}.dense", width, 3 * width))
         else:
-            found[f"{name}.weight"] = CheckpointArray((width,), (ParamSlice(f"{param}.scale"),))
+            found[f"{name}.weight"] = whole(f"{param}.scale", width)
 
     for i in range(gemma.depth):
         layer, ours = f"{stored}.layers.{i}", f"{stack}.layers.{i}"

@@ -44,7 +44,7 @@ class Convert:
     def run(self) -> None:
         import torch
 
-        from torchpi.convert import convert, print_conversion
+        from torchpi.convert import convert
 
         sizes = {name: getattr(self, name) for name in ("action_dim", "action_horizon", "max_token_len")}
         result = convert(
@@ -59,9 +59,9 @@ class Convert:
             **self.checkpoint.given(),
         )
         if self.json:
-            print_json(result.to_dict())
+            print_json(dataclasses.asdict(result))
         else:
-            print_conversion(result)
+            print(result)
 
 
 @dataclasses.dataclass(frozen=True)
