@@ -35,7 +35,7 @@ LAYERS: Mapping[str, str] = {
     "types": "errors",
     "config": "schema assets",
     "model": "types config",
-    "collate": "types",
+    "collate": "model",
     "engine": "model",
     "checkpoints": "model extras atomic transforms robots version",
     "transforms": "types schema arrays",

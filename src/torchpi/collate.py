@@ -1,4 +1,4 @@
-"""Samples → a batch."""
+"""Samples → inputs of the model: a batch, and the previous chunks that its actions continue."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchpi.types import Observation
+from torchpi.errors import PolicyError
+from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
+from torchpi.types import Observation, PreviousChunk
 
 
 def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -31,3 +33,53 @@ def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def collate(samples: Sequence[Mapping[str, Any]]) -> Observation:
     """The inputs of several samples as one batch."""
     return Observation.from_dict(stack_inputs(samples))
+
+
+def rtc_inputs(
+    samples: Sequence[Mapping[str, Any]],
+    previous: Sequence[PreviousChunk | None],
+    *,
+    horizon: int,
+    action_size: int,
+    max_action_prefix: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Arguments of `Pi0.sample_actions` that condition it on the previous chunks.
+
+    Args:
+        samples: with "actions" [k, A], what is left of the previous chunk, normalized, where there is one.
+        action_size: a, the robot's dimensions of an action.
+        max_action_prefix: the longest action prefix that the model was trained with; 0: none.
+    """
+    width = next(sample["actions"].shape[-1] for sample in samples if "actions" in sample)
+    actions, present = torch.zeros(2, len(samples), horizon, width)
+    delays, executed = torch.zeros(len(samples), dtype=torch.int64), torch.full((len(samples),), horizon)
+    is_prefix = torch.zeros(len(samples), horizon, dtype=torch.bool)
+    for i, (sample, chunk) in enumerate(zip(samples, previous, strict=True)):
+        if chunk is None:
+            continue
+        steps = chunk.steps_executed(horizon)
+        rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
+        actions[i, : len(rest)] = rest
+        if _is_prefix(chunk, max_action_prefix):
+            is_prefix[i, : min(chunk.delay, len(rest))] = True
+        else:
+            delays[i], executed[i] = chunk.delay, steps
+            present[i, : len(rest), :action_size] = 1
+    inputs: dict[str, Any] = {}
+    if is_prefix.any():
+        inputs["action_prefix"] = ActionPrefix(actions.to(device), is_prefix.to(device))
+    weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
+    if weight.any():
+        inputs["guidance"] = Guidance(actions.to(device), weight.to(device))
+    return inputs
+
+
+def _is_prefix(chunk: PreviousChunk, longest: int) -> bool:
+    """The model was trained to continue so long an action prefix, and is to do so."""
+    if chunk.method == "trained" and chunk.delay > longest:
+        raise PolicyError(
+            f"The policy was trained to continue at most {longest} actions, not {chunk.delay}; use guidance, or train "
+            "with a larger max_action_prefix."
+        )
+    return chunk.method == "trained" or (chunk.method is None and 0 < chunk.delay <= longest)

@@ -132,7 +132,7 @@ class Pi0Config:
     max_token_len: int | None = _FOLLOWS_VARIANT
     """L: prompt tokens, padded or cut to this length; by default 200 for π₀.₅, 48 for π₀."""
     discrete_state_input: bool | None = _FOLLOWS_VARIANT
-    """Whether the prompt carries the state as text; by default only π₀.₅'s does (pi05_libero is the exception)."""
+    """The prompt carries the state as text; by default only π₀.₅'s does (pi05_libero is the exception)."""
     siglip_variant: str | VisionConfig = "so400m/14"
     """The vision tower, by name or as sizes."""
     vocab_size: int = 257_152
@@ -327,7 +327,7 @@ Finetune = Literal["full", "frozen_vision", "expert", "lora", "lora_strict"]
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Where the low-rank matrices are, and how strong. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
+    """Places and strength of the low-rank matrices. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
 
     backbone_rank: int = 16
     """Of the matrices in the backbone; 0: none there."""

@@ -53,9 +53,9 @@ class Conversion:
     dropped: dict[str, str]
     """Arrays of the source that no computation reads, and why."""
     adapted: list[str]
-    """What was cut or extended."""
+    """Arrays and settings that were cut or extended."""
     notes: list[str]
-    """What the target can't say, or says otherwise."""
+    """Facts that the target can't say, or says otherwise."""
     files: list[str]
     array_difference: float | None = None
     """The largest difference between an array that was meant and the one read back; None: not checked."""

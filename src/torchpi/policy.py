@@ -14,11 +14,10 @@ from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
-from torchpi.collate import collate
+from torchpi.collate import collate, rtc_inputs
 from torchpi.config import Pi0Config
 from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.pi0 import Pi0
-from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
 from torchpi.robots import Embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
@@ -118,8 +117,8 @@ class Policy:
             noise: [H, action_dim], where the flow begins; by default drawn with `generator`.
             num_steps: Euler steps.
             action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
-                observation's moment on: the new chunk goes on from it (real-time chunking, see `model.rtc`). Its
-                differences to the state are taken anew.
+                observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Its
+                differences to the state are computed again.
             delay: how many of these will have been executed when the new chunk arrives; it agrees with them.
             execution_horizon: how many steps have been executed since the inference of that chunk; by default what is
                 missing of it, H − k.
@@ -149,7 +148,7 @@ class Policy:
         """Several observations, independent of each other, in one pass; `noise` is [B, H, action_dim].
 
         Args:
-            prefixes: for each observation the chunk that it goes on from, or None.
+            prefixes: for each observation the previous chunk that it continues, or None.
 
         Raises:
             As `infer`.
@@ -158,13 +157,29 @@ class Policy:
             raise PolicyError("infer_batch got no observations; it needs at least one.")
         start = time.perf_counter()
         prefixes = prefixes or [None] * len(observations)
-        requests = zip(observations, prefixes, strict=True)
-        states, samples = zip(*(self._prepare_with(*request) for request in requests), strict=True)
+        requests = [
+            # In the model's terms, as in training: relative to the new state, and normalized.
+            observation if prefix is None else {**observation, "actions": prefix.actions}
+            for observation, prefix in zip(observations, prefixes, strict=True)
+        ]
+        states, samples = zip(*map(self.prepare, requests), strict=True)
         batch = collate(samples).to(self.model.device)
-        noises = None if noise is None else self._finite_noise(noise, batch=(len(samples),))
-        noise_tensor = None if noises is None else torch.from_numpy(noises).to(self.model.device)
+        noise_tensor = None
+        if noise is not None:
+            noise_tensor = torch.from_numpy(self._finite_noise(noise, batch=(len(samples),))).to(self.model.device)
         prepared = time.perf_counter()
-        rtc = self._rtc_inputs(samples, prefixes, None if noise_tensor is None else noise_tensor.shape[1])
+        rtc = (
+            {}
+            if not any(prefixes)
+            else rtc_inputs(
+                samples,
+                prefixes,
+                horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[1],
+                action_size=self.embodiment.action_size,
+                max_action_prefix=int(self._metadata.get(MAX_ACTION_PREFIX, 0)),
+                device=self.model.device,
+            )
+        )
         sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
@@ -185,54 +200,6 @@ class Policy:
         """
         sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
         return sample["state"], self.transforms.forward(sample)
-
-    def _prepare_with(
-        self, observation: Mapping[str, Any], prefix: PreviousChunk | None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """`prepare`, with the prefix as "actions": relative to the new state and normalized, as in training."""
-        if prefix is None:
-            return self.prepare(observation)
-        return self.prepare({**observation, "actions": prefix.actions})
-
-    def _rtc_inputs(
-        self, samples: Sequence[Mapping[str, Any]], prefixes: Sequence[PreviousChunk | None], horizon: int | None
-    ) -> dict[str, Any]:
-        """Arguments of `sample_actions` that condition it on the previous chunks."""
-        if not any(prefixes):
-            return {}
-        horizon, width = horizon or self.model.config.require("action_horizon"), self.model.config.action_dim
-        actions, present = torch.zeros(len(samples), horizon, width), torch.zeros(len(samples), horizon, width)
-        delays, executed = torch.zeros(len(samples), dtype=torch.int64), torch.full((len(samples),), horizon)
-        given = torch.zeros(len(samples), horizon, dtype=torch.bool)
-        for i, (sample, prefix) in enumerate(zip(samples, prefixes, strict=True)):
-            if prefix is None:
-                continue
-            steps = prefix.steps_executed(horizon)
-            rest = torch.from_numpy(sample["actions"][:horizon].astype(np.float32))
-            actions[i, : len(rest)] = rest
-            if self._uses_action_prefix(prefix):
-                given[i, : min(prefix.delay, len(rest))] = True
-            else:
-                delays[i], executed[i] = prefix.delay, steps
-                present[i, : len(rest), : self.embodiment.action_size] = 1
-        device = self.model.device
-        inputs: dict[str, Any] = {}
-        if given.any():
-            inputs["action_prefix"] = ActionPrefix(actions.to(device), given.to(device))
-        weight = prefix_weights(horizon, delays, executed)[:, :, None] * present
-        if weight.any():
-            inputs["guidance"] = Guidance(actions.to(device), weight.to(device))
-        return inputs
-
-    def _uses_action_prefix(self, prefix: PreviousChunk) -> bool:
-        """The policy was trained to continue so long an action prefix, and is to do so."""
-        longest = int(self._metadata.get(MAX_ACTION_PREFIX, 0))
-        if prefix.method == "trained" and prefix.delay > longest:
-            raise PolicyError(
-                f"The policy was trained to continue at most {longest} actions, not {prefix.delay}; use guidance, or "
-                f"train with a larger {MAX_ACTION_PREFIX}."
-            )
-        return prefix.method == "trained" or (prefix.method is None and 0 < prefix.delay <= longest)
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
@@ -258,7 +225,7 @@ class Policy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What clients may want to know."""
+        """Facts for clients: the format of observations, names, limits and ranges of actions, rates."""
         config = self.model.config
         return {
             "embodiment": self.embodiment.name,
@@ -276,8 +243,7 @@ class Policy:
         }
 
     def _action_range(self) -> dict[str, list[float]]:
-        """Between which values the actions of the training data lie, in the robot's units: 98 % of them, or about so
-        many where the statistics have no quantiles. A delta's are those of the state and its own together."""
+        """Training range of the actions, in the robot's units; a delta's is that of the state and its own together."""
         stats, size = self.transforms.norm_stats, self.embodiment.action_size
         low, high = (end[:size].copy() for end in stats["actions"].training_range())
         state_low, state_high = stats["state"].training_range()

@@ -143,7 +143,7 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     observation = arm.example_observation()
     moved = {**observation, "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
     prefix = torchpi.types.PreviousChunk(np.full((3, 4), 0.3, np.float32), delay=3, execution_horizon=0)
-    (here,), (there,) = ([arm._prepare_with(o, prefix)[1]["actions"]] for o in (observation, moved))
+    (here,), (there,) = ([arm.prepare({**o, "actions": prefix.actions})[1]["actions"]] for o in (observation, moved))
     back = [arm._to_robot(chunk, o["state"]) for chunk, o in ((here, observation), (there, moved))]
     assert np.abs(here - there)[:, :3].max() > 0.01
     np.testing.assert_allclose(back[0], back[1], atol=1e-6)

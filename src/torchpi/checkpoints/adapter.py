@@ -1,4 +1,4 @@
-"""What a LoRA training has changed, as a small folder beside the base checkpoint that it belongs to.
+"""The changes of a LoRA training, as a small folder beside the base checkpoint that it belongs to.
 
 adapter.json           the LoRA, the other trained parameters, and the base
 adapter.safetensors    the low-rank matrices and the other trained parameters, in float32
@@ -122,7 +122,7 @@ def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
 
 
 def is_adapter(root: pathlib.Path) -> bool:
-    """Whether a folder has an adapter."""
+    """True if a folder has an adapter."""
     return (root / DOCUMENT).is_file()
 
 

@@ -57,14 +57,14 @@ class Checkpoint:
     policy_file: folder.PolicyFile | None = None
     """The policy.json of a policy folder."""
     adapter: Adapter | None = None
-    """What a LoRA training has changed, to be merged into the weights of `base`, whose arrays these are."""
+    """The changes of a LoRA training, to be merged into the weights of `base`, whose arrays these are."""
     base: "Checkpoint | None" = None
     requested_config: Pi0Config | None = None
-    """What `config=` makes of the stored sizes; None: nothing."""
+    """The sizes that `config=` asks for; None: the stored ones."""
     adapted: tuple[str, ...] = ()
-    """What is cut or extended, see `adapt`."""
+    """Changes of sizes when the model is loaded, see `adapt`."""
     overruled: tuple[str, ...] = ()
-    """What `config=`, or the arrays where it is given, overrule in a file beside the arrays."""
+    """Statements of a file beside the arrays that `config=`, or the arrays where it is given, overrule."""
 
     @property
     def config(self) -> Pi0Config:
@@ -73,7 +73,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should be told of."""
+        """Messages on what is overruled and adapted."""
         adapted = [f"{self.root} was adapted: {'; '.join(self.adapted)}"] if self.adapted else []
         return [*self.overruled, *adapted]
 

@@ -34,7 +34,7 @@ FORMAT_VERSION = 2
 
 @dataclasses.dataclass(frozen=True)
 class PromptRules:
-    """How a prompt becomes tokens; the model's discrete_state_input decides whether the state is in it."""
+    """Rules of a prompt's tokens; the model's discrete_state_input decides whether the state is in it."""
 
     default: str | None
     format: str
@@ -43,7 +43,7 @@ class PromptRules:
 
 @dataclasses.dataclass(frozen=True)
 class NormalizationRules:
-    """How state and actions are normalized."""
+    """Normalization of state and actions."""
 
     state: Normalization
     actions: Normalization
@@ -70,12 +70,12 @@ class PolicyFile:
     metadata: dict[str, Any]
     """Free, for clients."""
     provenance: dict[str, Any]
-    """Where the weights come from."""
+    """Origin of the weights."""
     image_transform: ImageTransform
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
-    """Whether a folder is in our own format."""
+    """True if a folder is in our own format."""
     return (root / "policy.json").is_file()
 
 

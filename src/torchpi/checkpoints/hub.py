@@ -25,6 +25,7 @@ import re
 import sys
 from collections.abc import Collection
 from datetime import timedelta
+from typing import Any
 from urllib.parse import quote
 
 import filelock
@@ -125,7 +126,7 @@ class _Source:
         self.top, self.root = home / top, home / top / path
         """Places of the bucket or repository, and of the address."""
         self.listing = self.root
-        """What a record of this address lists."""
+        """The file or folder that a record of this address lists."""
 
     def record(self) -> _Record | None:
         """The record of a download here or of a folder above, that has files of this address."""
@@ -239,7 +240,7 @@ class _Bucket(_Source):
 
         try:
             try:
-                entries = [obstore.head(self.store, self.path)]
+                entries: Any = [obstore.head(self.store, self.path)]
             except FileNotFoundError:
                 entries = self.store.list(self.path).collect()
         except obstore.exceptions.InvalidPathError as error:

@@ -361,7 +361,7 @@ def _document(
 
 
 def write_tokenizer_config(root: pathlib.Path, special_tokens: Mapping[str, str]) -> None:
-    """What transformers needs beside a tokenizer's file to make π₀'s tokens of a text.
+    """Write the settings that transformers needs beside a tokenizer's file to make π₀'s tokens of a text.
 
     Args:
         special_tokens: the texts of bos, eos, pad and unk.

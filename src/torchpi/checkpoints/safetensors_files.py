@@ -19,7 +19,7 @@ _ALIGNMENT = 64
 
 
 def has_weights(root: pathlib.Path) -> bool:
-    """Whether a folder has weights in safetensors files."""
+    """True if a folder has weights in safetensors files."""
     return (root / SINGLE).is_file() or (root / INDEX).is_file()
 
 
