@@ -155,19 +155,19 @@ class Robot:
         }
 
     def _last_dict(self, last: Exchange, now: float) -> dict[str, Any]:
-        prompt, sent = last.observation.get("prompt"), flatten(last.observation).get
+        prompt, sent = last.observation.get("prompt"), flatten(last.observation)
         return {
             "seconds_ago": _rounded(now - last.answered_at),
             "prompt": as_text(self.default_prompt if prompt is None else prompt),
             "cameras": [
-                {"name": each.name, "key": each.key, "sent": each.key is not None and sent(each.key) is not None}
+                {"name": each.name, "key": each.key, "sent": each.key is not None and sent.get(each.key) is not None}
                 for each in self.embodiment.read_cameras
             ],
             # The last dimensions of a state may not have been sent.
             "state": [
                 {"name": name, "value": _rounded(value)}
                 for part in self.embodiment.state
-                for name, value in zip(part.names, np.atleast_1d(sent(part.key)).tolist(), strict=False)
+                for name, value in zip(part.names, np.atleast_1d(sent[part.key]).tolist(), strict=False)
             ],
             "executed": self.executed(now),
             "horizon": len(last.chunk),

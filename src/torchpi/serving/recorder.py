@@ -15,7 +15,7 @@ import logging
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,18 @@ class Recorder:
 
     def end(self, client: int) -> None:
         """End the episode of a client that has left."""
-        self._thread.submit(lambda: [recording.end(client) for recording in self._recordings.values()])
+        self._thread.submit(self._for_each, lambda recording: recording.end(client))
 
     def __enter__(self) -> "Recorder":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._thread.submit(lambda: [recording.finish() for recording in self._recordings.values()])
+        self._thread.submit(self._for_each, lambda recording: recording.finish())
         self._thread.shutdown()
+
+    def _for_each(self, action: Callable[["_Recording"], None]) -> None:
+        for recording in self._recordings.values():
+            action(recording)
 
     def _keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         self._free.release()
