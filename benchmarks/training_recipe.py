@@ -1,107 +1,117 @@
 """Effect of the recipe's parts: closed-loop success of trainings that leave them out, with several seeds each.
 
     python benchmarks/training_recipe.py DATASET OUT [--init POLICY] [--select EPISODES] [--tasks A,B]
-        [--learning-rate 1e-3] [--steps 600] [--seeds 0,1,2] [--episodes 20]
+        [--lr 1e-3] [--steps 600] [--seeds 0,1,2] [--episodes 20]
 
-Variants: ours; weights, moments and updates in pure bfloat16 (as PyTorch ports do it) instead of float32 masters, the
-average in float32; no moving average; one draw of the augmentation for a whole batch; and all three together.
+Variants: ours; weights, moments and updates in pure bfloat16 (as in PyTorch ports) instead of float32 master weights,
+EMA weights in float32; no EMA weights; one augmentation for a whole batch; and all three together.
 Everything else is the recipe metaworld.
 
 Each run has a folder in OUT with its result.json; those that are there are left alone, so that several processes may
 share the work (delete what was interrupted). OUT/results.json and results.png have all that are done.
 
-What bfloat16 loses depends on the size of an update beside that of a weight. The published models are fine-tuned with
-a peak of 2.5e-5 and have weights of about 2048^-0.5: with the 128 columns of the small model 1e-4 is the same share.
+The loss by bfloat16 depends on the size of an update relative to that of a weight. The published models are fine-tuned
+with a peak of 2.5e-5 and have weights of about 2048^-0.5: with the 128 columns of the small model 1e-4 is the same
+share.
 """
 
 import argparse
 import contextlib
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import numpy as np
 import torch
 
+from torchpi.model.pi0 import Pi0
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.result import wilson_interval
-from torchpi.training import loop, optim, weights
+from torchpi.training import loop, optim
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import Samples
 from torchpi.training.state import TrainState
+from torchpi.ui.palette import COLORS
+from torchpi.ui.plots import draw_figure, save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VARIANTS = {
     "ours": frozenset[str](),
     "bfloat16 weights": frozenset({"bfloat16"}),
-    "no average": frozenset({"no average"}),
+    "no EMA weights": frozenset({"no EMA"}),
     "one augmentation per batch": frozenset({"one augmentation"}),
-    "all three": frozenset({"bfloat16", "no average", "one augmentation"}),
+    "all three": frozenset({"bfloat16", "no EMA", "one augmentation"}),
 }
 
 
-def bfloat16_model(*args: Any, **kwargs: Any) -> Any:
-    """`begin_model` with everything in bfloat16: AdamW's moments follow."""
-    model, beginning = weights.begin_model(*args, **kwargs)
-    return model.to(torch.bfloat16), beginning
-
-
-def float32_average(*args: Any, **kwargs: Any) -> TrainState:
-    """`TrainState.begin` whose average is in float32 even if the weights are not."""
-    state = TrainState.begin(*args, **kwargs)
-    state.ema.update({name: average.float() for name, average in state.ema.items()})
-    return state
-
-
-def update_float32_average(ema: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], decay: float) -> None:
-    """`update_ema` for weights of another dtype."""
-    optim.update_ema(ema, [parameter.float() for parameter in parameters], decay)
-
-
-class OneAugmentation(Samples):
-    """Every sample of a batch gets the first one's augmentation, camera by camera."""
-
-    @staticmethod
-    def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        first = samples[0]["augmentation"]
-        return Samples.collate([{**sample, "augmentation": first} for sample in samples])
-
-
-def train(variant: str, seed: int, run: pathlib.Path, arguments: argparse.Namespace) -> pathlib.Path:
-    """A training; its policy."""
-    without = VARIANTS[variant]
+def recipe(variant: str, seed: int, arguments: argparse.Namespace) -> TrainConfig:
+    """The recipe metaworld with the study's steps, and without EMA weights where the variant has none."""
     base = TrainConfig.from_json("metaworld")
-    config = base.replace(
+    return base.replace(
         dataset=arguments.dataset,
         episodes=arguments.select,
         init=arguments.init,
-        model=None if arguments.init else base.model.config,
+        model=None if arguments.init else base.options["model"],
         norm_stats="init" if arguments.init else "dataset",
-        lr=arguments.learning_rate,
-        min_lr=arguments.learning_rate / 10,
+        lr=arguments.lr,
+        min_lr=arguments.lr / 10,
         num_steps=arguments.steps,
         seed=seed,
-        ema_decay=0.0 if "no average" in without else 0.99,
+        ema_decay=0.0 if "no EMA" in VARIANTS[variant] else 0.99,
         eval_every=arguments.steps,
         save_every=arguments.steps,
         chunk_samples=0,
         trackers=(),
     )
-    replaced: dict[str, Any] = {}
-    if "one augmentation" in without:
-        replaced["Samples"] = OneAugmentation
-    if "bfloat16" in without:
-        average = mock.Mock(begin=float32_average)
-        replaced |= {"begin_model": bfloat16_model, "TrainState": average, "update_ema": update_float32_average}
+
+
+def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
+    """Train a variant; its policy."""
     with contextlib.ExitStack() as stack:
-        for name, replacement in replaced.items():
-            stack.enter_context(mock.patch.object(loop, name, replacement))
+        if "one augmentation" in VARIANTS[variant]:
+            stack.enter_context(mock.patch.object(Samples, "collate", staticmethod(_one_augmentation(Samples.collate))))
+        if "bfloat16" in VARIANTS[variant]:
+            stack.enter_context(mock.patch.object(TrainState, "begin", _bfloat16_state(TrainState.begin)))
+            update = optim.update_ema
+            users = [m for name, m in sys.modules.items() if name.startswith("torchpi.") and hasattr(m, "update_ema")]
+            for module in users:
+                stack.enter_context(mock.patch.object(module, "update_ema", _update_float32_ema(update)))
         return loop.train(config, run).policy
 
 
+def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
+    """`Samples.collate` that gives every sample of a batch the first one's augmentation, camera by camera."""
+
+    def one(samples: Sequence[dict[str, Any]]) -> Any:
+        return collate([{**sample, "augmentation": samples[0]["augmentation"]} for sample in samples])
+
+    return one
+
+
+def _bfloat16_state(begin: Callable[..., TrainState]) -> Callable[..., TrainState]:
+    """`TrainState.begin` with weights and moments in bfloat16, and EMA weights in float32."""
+
+    def begin_bfloat16(model: Pi0, **options: Any) -> TrainState:
+        state = begin(model.to(torch.bfloat16), **options)
+        state.ema.update({name: average.float() for name, average in state.ema.items()})
+        return state
+
+    return begin_bfloat16
+
+
+def _update_float32_ema(update: Callable[..., None]) -> Callable[..., None]:
+    def update_ema(ema: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor], decay: float) -> None:
+        update(ema, [parameter.float() for parameter in parameters], decay)
+
+    return update_ema
+
+
 def holdout_loss(run: pathlib.Path) -> float:
-    """The latest that the run has measured."""
+    """The run's latest held-out loss."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return float([line["holdout_loss"] for line in lines if "holdout_loss" in line][-1])
 
@@ -114,10 +124,11 @@ def runs(seeds: Sequence[int]) -> Iterator[tuple[int, str]]:
 
 
 def plot(results: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
-    """A point per run, a bar for the mean of a variant's runs with its interval."""
-    from matplotlib.figure import Figure
+    """Draw a point per run, and a bar for the mean of a variant's runs with its interval."""
+    save_figure(draw_figure(lambda figure: _draw(figure, results), size=(8.0, 3.2)), out)
 
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
+
+def _draw(figure: "Figure", results: Sequence[dict[str, Any]]) -> None:
     axes = figure.subplots()
     for row, variant in enumerate(VARIANTS):
         found = [result for result in results if result["variant"] == variant]
@@ -126,14 +137,13 @@ def plot(results: Sequence[dict[str, Any]], out: pathlib.Path) -> None:
         episodes = sum(result["episodes"] for result in found)
         rate = sum(result["success_rate"] * result["episodes"] for result in found) / episodes
         low, high = wilson_interval(round(rate * episodes), episodes)
-        axes.barh(row, rate, color="#c6d6ea")
-        axes.plot([low, high], [row, row], color="#1f4e8c", linewidth=2)
-        axes.scatter([result["success_rate"] for result in found], np.full(len(found), row), color="#1f4e8c", s=18)
+        axes.barh(row, rate, color=COLORS["line"])
+        axes.plot([low, high], [row, row], color=COLORS["prefix"], linewidth=2)
+        axes.scatter([result["success_rate"] for result in found], [row] * len(found), color=COLORS["prefix"], s=18)
     axes.set_yticks(range(len(VARIANTS)), list(VARIANTS))
     axes.invert_yaxis()
     axes.set_xlim(0, 1)
     axes.set_xlabel("success; line: 95 % interval over all episodes, points: single trainings")
-    figure.savefig(out, dpi=110)
 
 
 def main() -> None:
@@ -144,7 +154,7 @@ def main() -> None:
     parser.add_argument("--init", help="the policy that all begin with; its statistics are kept")
     parser.add_argument("--select", help="the dataset's episodes, as of torchpi train's --episodes")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="that are evaluated; by default all")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="the peak; a tenth of it in the end")
+    parser.add_argument("--lr", type=float, default=1e-3, help="the peak; a tenth of it in the end")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--episodes", type=int, default=20)
@@ -156,7 +166,7 @@ def main() -> None:
             folder.mkdir()
         except FileExistsError:
             continue
-        policy = train(variant, seed, folder / "run", arguments)
+        policy = train(variant, recipe(variant, seed, arguments), folder / "run")
         result = evaluate(
             str(policy), "metaworld", tasks=arguments.tasks, episodes=arguments.episodes, seed=1000 + seed
         ).to_dict()
