@@ -75,7 +75,7 @@ def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
         if "one augmentation" in VARIANTS[variant]:
             stack.enter_context(mock.patch.object(Samples, "collate", staticmethod(_one_augmentation(Samples.collate))))
         if "bfloat16" in VARIANTS[variant]:
-            stack.enter_context(mock.patch.object(TrainState, "begin", _bfloat16_state(TrainState.begin)))
+            stack.enter_context(mock.patch.object(TrainState, "create", _bfloat16_state(TrainState.create)))
             update = optim.update_ema
             users = [m for name, m in sys.modules.items() if name.startswith("torchpi.") and hasattr(m, "update_ema")]
             for module in users:
@@ -93,7 +93,7 @@ def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _bfloat16_state(begin: Callable[..., TrainState]) -> Callable[..., TrainState]:
-    """`TrainState.begin` with weights and moments in bfloat16, and EMA weights in float32."""
+    """`TrainState.create` with weights and moments in bfloat16, and EMA weights in float32."""
 
     def begin_bfloat16(model: Pi0, **options: Any) -> TrainState:
         state = begin(model.to(torch.bfloat16), **options)

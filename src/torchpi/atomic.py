@@ -28,6 +28,13 @@ def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Write a text file; a process that is killed leaves the old text or the new one."""
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def make_durable(folder: pathlib.Path) -> None:
     """Wait until everything in a folder is on the disk."""
     for entry in (*folder.rglob("*"), folder):

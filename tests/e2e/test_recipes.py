@@ -37,15 +37,7 @@ def recipe_of(name: str) -> TrainConfig:
 
 
 def rate(recipe: TrainConfig, step: int) -> float:
-    return learning_rate(
-        step,
-        peak=recipe.optim.lr,
-        warmup_steps=recipe.optim.warmup_steps,
-        decay_steps=recipe.optim.decay_steps or recipe.num_steps,
-        final=recipe.optim.min_lr,
-        schedule=recipe.optim.lr_schedule,
-        timescale=recipe.optim.timescale,
-    )
+    return learning_rate(step, recipe.optim, recipe.num_steps)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,10 +13,10 @@ import torchpi
 from torchpi.checkpoints.layout import CheckpointArray, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.model.lora import lora_config, trainable_parameters
+from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
-from torchpi.training.distributed import alone
+from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.memory import checkpoint_activations
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.training.weights import freeze
@@ -52,7 +52,7 @@ class Trajectory:
         model.compute_dtype_override = torch.float32
         freeze(model, recipe)
         checkpoint_activations(model, recipe.model.activation_checkpointing)
-        return TrainState.begin(model, weight_decay=recipe.optim.weight_decay, ema=True)
+        return TrainState.create(model, weight_decay=recipe.optim.weight_decay, ema=True)
 
     def batch(self, step: int) -> Batch:
         prefix = f"batch{int(self.draws['batch_index'][step])}."
@@ -67,7 +67,7 @@ class Trajectory:
         actions = nested.pop("actions")
         is_real = torch.ones_like(actions, dtype=torch.bool)
         noise, time = self.draws["noise"][step][:, None], self.draws["time"][step][:, None]
-        return Batch(torchpi.Observation.from_dict(nested), actions, is_real, noise, time, places=())
+        return Batch(torchpi.Observation.from_dict(nested), actions, is_real, noise, time, indices=())
 
     def leaves(self, state: TrainState) -> dict[str, CheckpointArray]:
         config = lora_config(state.model)
@@ -84,7 +84,7 @@ class Trajectory:
 def follow(trajectory: Trajectory, recipe: TrainConfig, steps: int) -> TrainState:
     """Run updates, and compare losses, gradients' norms and rates with the original's."""
     state = trajectory.begin(recipe)
-    parallel, expected = alone(state.model), trajectory.expected
+    parallel, expected = single_process(state.model), trajectory.expected
     for step in range(steps):
         loss, numbers = update(state, recipe, [trajectory.batch(step)], parallel)
         assert float(loss) == pytest.approx(expected["loss"][step], abs=2e-5), step
@@ -111,7 +111,7 @@ def test_the_first_updates(whole):
 def test_twenty_updates(whole):
     state = follow(whole, whole.recipe, 20)
     whole.check_weights(state, "final_params.npz")
-    with state.averaged_weights():
+    with state.ema_weights():
         whole.check_weights(state, "final_ema_params.npz")
 
 
@@ -120,8 +120,8 @@ def test_twenty_updates(whole):
 def test_activations_that_are_computed_again_change_nothing(whole, checkpointing):
     recipe = whole.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
-    for name, part in plain.parts.items():
-        assert torch.equal(part, again.parts[name]), name
+    for name, part in plain.local_shards.items():
+        assert torch.equal(part, again.local_shards[name]), name
 
 
 @pytest.mark.slow
@@ -129,15 +129,15 @@ def test_activations_that_are_computed_again_change_nothing(whole, checkpointing
 def test_with_lora_as_well(with_lora, checkpointing):
     recipe = with_lora.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(with_lora, with_lora.recipe, 2), follow(with_lora, recipe, 2)
-    for name, part in plain.parts.items():
-        assert torch.equal(part, again.parts[name]), name
+    for name, part in plain.local_shards.items():
+        assert torch.equal(part, again.local_shards[name]), name
 
 
 @pytest.mark.slow
 def test_ten_updates_with_lora(with_lora):
     state = follow(with_lora, with_lora.recipe, 10)
     with_lora.check_weights(state, "final_trainable_params.npz")
-    with state.averaged_weights():
+    with state.ema_weights():
         with_lora.check_weights(state, "final_trainable_ema_params.npz")
 
 

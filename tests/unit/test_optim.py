@@ -5,24 +5,25 @@ import math
 import pytest
 import torch
 
+from torchpi.training.config import OptimConfig
 from torchpi.training.optim import clip_gradients, learning_rate, make_optimizer, update_ema
 
-SCHEDULE = {"peak": 1e-3, "warmup_steps": 5, "decay_steps": 20, "final": 1e-4}
+SCHEDULE = OptimConfig(lr=1e-3, warmup_steps=5, decay_steps=20, min_lr=1e-4)
 # golden/training of the original: its schedule at steps 0, 5 and 20.
 ORIGINAL = {0: 1e-3 / 6, 5: 1e-3, 20: 1e-4}
 
 
 def test_schedule_is_the_originals():
     for step, expected in ORIGINAL.items():
-        assert learning_rate(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
-    assert learning_rate(3, **SCHEDULE) == pytest.approx(1e-3 / 6 + 3 / 5 * (1e-3 - 1e-3 / 6))
+        assert learning_rate(step, SCHEDULE, 1000) == pytest.approx(expected, rel=1e-12)
+    assert learning_rate(3, SCHEDULE, 1000) == pytest.approx(1e-3 / 6 + 3 / 5 * (1e-3 - 1e-3 / 6))
     middle = 1e-4 + 9e-4 * (1 + math.cos(math.pi * 7 / 15)) / 2
-    assert learning_rate(12, **SCHEDULE) == pytest.approx(middle)
-    assert learning_rate(500, **SCHEDULE) == pytest.approx(1e-4)
+    assert learning_rate(12, SCHEDULE, 1000) == pytest.approx(middle)
+    assert learning_rate(500, SCHEDULE, 1000) == pytest.approx(1e-4)
 
 
 def test_schedule_without_warm_up_begins_at_the_peak():
-    assert learning_rate(0, peak=1.0, warmup_steps=0, decay_steps=10, final=0.0) == 1.0
+    assert learning_rate(0, OptimConfig(lr=1.0, warmup_steps=0, decay_steps=10, min_lr=0.0), 1000) == 1.0
 
 
 def parameters(*gradients: list[float]) -> list[torch.Tensor]:

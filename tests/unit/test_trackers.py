@@ -45,7 +45,7 @@ def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
 def test_without_names_nothing_is_written(tmp_path, picture):
     tracker = open_trackers([], tmp_path / "run", {}, 0)
     tracker.log(1, {"loss": 1.0})
-    tracker.picture(1, "chunks", picture)
+    tracker.image(1, "chunks", picture)
     tracker.close()
     assert not (tmp_path / "run").exists()
 
@@ -84,7 +84,7 @@ def test_tensorboard_has_what_was_logged(tmp_path, picture):
     tracker = open_trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
     tracker.log(10, {"loss": 0.5, "group/error": 0.125})
     tracker.log(20, {"loss": math.nan, "group/error": 7})
-    tracker.picture(20, "chunks", picture)
+    tracker.image(20, "chunks", picture)
     events = read_events(tmp_path)  # before it is closed, as after a kill
     tracker.close()
     assert points(events, "group/error") == [(10, 0.125), (20, 7.0)]
@@ -144,7 +144,7 @@ def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, picture):
     """Its own step cannot go back, which that of a resumed run does."""
     tracker = open_trackers(["wandb"], tmp_path, {"seed": 1}, 0)
     tracker.log(10, {"loss": 0.5})
-    tracker.picture(10, "chunks", picture)
+    tracker.image(10, "chunks", picture)
     tracker.close()
     (_, options), *calls = wandb.calls
     assert (options["project"], options["name"], options["config"]) == ("torchpi", tmp_path.name, {"seed": 1})
@@ -196,7 +196,7 @@ def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, pict
     tracker = open_trackers(["wandb"], pathlib.Path("run"), {"learning_rate": 0.0625}, 0)
     tracker.log(10, {"loss": 0.40625, "success/reach": 1.0})
     tracker.log(5, {"loss": 0.15625})
-    tracker.picture(10, "chunks", picture)
+    tracker.image(10, "chunks", picture)
     tracker.close()
     importlib.import_module("wandb").teardown()  # its process has written everything
     (written,) = pathlib.Path("run").glob("wandb/offline-run-*/run-*.wandb")

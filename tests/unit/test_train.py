@@ -28,11 +28,12 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
 from torchpi.training.config import TrainConfig
-from torchpi.training.distributed import alone
+from torchpi.training.distributed import single_process
+from torchpi.training.order import TrainingOrder
 from torchpi.training.resume import resume_config
-from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
+from torchpi.training.samples import Frames, SampleRng, Samples
 from torchpi.training.setup import build_policies, open_data
-from torchpi.training.weights import begin_model, model_config
+from torchpi.training.weights import build_model, model_config
 from torchpi.transforms.normalize import save_norm_stats
 
 
@@ -158,19 +159,19 @@ def begin(recipe: TrainConfig):
     """Data, policy and state of a recipe, as `train` makes them in one process."""
     sizes = model_config(recipe)
     data = open_data(recipe, sizes)
-    model, _ = begin_model(recipe, sizes, skeleton=False)
+    model, _ = build_model(recipe, sizes, skeleton=False)
     (policy,) = build_policies(recipe, model, data)
-    return data[0], policy, state.TrainState.begin(model, weight_decay=0.0, ema=True)
+    return data[0], policy, state.TrainState.create(model, weight_decay=0.0, ema=True)
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe):
     data, policy, begun = begin(recipe)
-    some = Samples([Frames(data.train, data.embodiment, policy.transforms)], Draws(0, 1))
+    some = Samples([Frames(data.train, data.embodiment, policy.transforms)], SampleRng(0, 1))
     batch = some.finish(some.collate([some[0, 0, 0, 0], some[0, 1, 0, 1]]), "cpu")
     before = {name: value.clone() for name, value in begun.tensors().items()}
     batch.noise[0] = torch.nan
     with pytest.raises(FloatingPointError, match="The gradient at step 0 has the norm nan"):
-        loop.update(begun, recipe, [batch], alone(policy.model))
+        loop.update(begun, recipe, [batch], single_process(policy.model))
     assert_same_bits(begun.tensors(), before)
 
 
@@ -182,7 +183,7 @@ def test_what_a_failed_step_was_computed_from_is_kept_for_a_look(recipe, tmp_pat
     (file,) = run.glob("failed_step_*.safetensors")
     kept = safetensors.torch.load_file(file)
     assert kept["image.base_0_rgb"].shape == (4, 32, 32, 3)
-    assert kept["places"].shape == (4, 4)
+    assert kept["indices"].shape == (4, 4)
 
 
 def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
@@ -273,7 +274,7 @@ def test_a_run_is_not_gone_on_with_under_another_recipe(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     changed = resume_config(run).replace(lr=0.5, batch_size=8, num_steps=6, workers=1)
-    with pytest.raises(ValueError, match=r"batch_size was 4, now 8; lr was 0\.01, now 0\.5\. What may change"):
+    with pytest.raises(ValueError, match=r"batch_size was 4, now 8; lr was 0\.01, now 0\.5\. Options that may change"):
         loop.train(changed, run, resume=True)
     with pytest.raises(ValueError, match="has 3 steps already"):
         loop.train(resume_config(run).replace(num_steps=2), run, resume=True)
@@ -328,7 +329,7 @@ def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
 def samples(recipe: TrainConfig, **draws) -> Samples:
     data, policy, _ = begin(recipe)
     frames = Frames(data.train, data.embodiment, policy.transforms)
-    return Samples([frames], Draws(**{"seed": 0, "flow_samples_per_obs": 2, **draws}))
+    return Samples([frames], SampleRng(**{"seed": 0, "flow_samples_per_obs": 2, **draws}))
 
 
 def test_a_samples_draws_belong_to_its_place(recipe):
@@ -431,7 +432,7 @@ def test_a_run_is_not_overwritten(whole_run, recipe):
 
 
 def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="There is no run to go on with"):
+    with pytest.raises(FileNotFoundError, match="There is no run to resume"):
         resume_config(tmp_path)
 
 
@@ -450,7 +451,7 @@ def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
     loop.train(recipe.replace(num_steps=3), run)
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"can't be taken up: .*; take an older checkpoint"):
+    with pytest.raises(ValueError, match=r"can't be loaded: .*; take an older checkpoint"):
         loop.train(resume_config(run), run, resume=True)
 
 

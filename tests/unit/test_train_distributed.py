@@ -23,8 +23,9 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 from train_jobs import Job, free_port, resume, train_together
 
 from torchpi.model.pi0 import Pi0
+from torchpi.training import checkpointer as checkpointer_module
 from torchpi.training import distributed, loop, state
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import CheckpointConfig, TrainConfig
 from torchpi.training.resume import resume_config
 
 STEPS = 4
@@ -119,7 +120,7 @@ def test_passes_add_up_in_the_buckets_of_ddp():
         for update in range(3):
             places = set()
             for factor, last in ((1.0, False), (2.0, False), (4.0, True)):
-                with spread.last_of_update(last):
+                with spread.sync_gradients(last):
                     spread.forward(factor).backward()
                 places.add(parameter.grad.data_ptr())
             assert len(places) == 1, f"update {update}"
@@ -220,7 +221,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
     file.unlink()
     config = resume_config(run).replace(num_steps=STEPS, parallel="ddp")
-    with pytest.raises(ValueError, match=r"can't be taken up: A file is missing .*; take an older checkpoint"):
+    with pytest.raises(ValueError, match=r"can't be loaded: A file is missing .*; take an older checkpoint"):
         loop.train(config, run, resume=True)
 
 
@@ -253,20 +254,20 @@ def begin(value: float = 0.0) -> state.TrainState:
     model = Pi0(SIZES)
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, value)
-    return state.TrainState.begin(model, weight_decay=0.0, ema=True)
+    return state.TrainState.create(model, weight_decay=0.0, ema=True)
 
 
 def test_moments_that_are_taken_up_are_where_the_optimizer_makes_its_own():
     """All of them, the step included: the fused kernel does not look where it is. "meta" stands for a GPU."""
     model = Pi0(SIZES, device="meta")
-    some = state.TrainState.begin(model, weight_decay=0.0, ema=False)
+    some = state.TrainState.create(model, weight_decay=0.0, ema=False)
     some._make_moments(3)
     devices = {value.device.type for moments in some.optimizer.state.values() for value in moments.values()}
     assert devices == {"meta"}
 
 
 def checkpointer(run: pathlib.Path, world: distributed.World, finish: Callable[[pathlib.Path, int], None]):
-    return state.Checkpointer(run, world, keep=2, keep_every=None, finish=finish)
+    return checkpointer_module.Checkpointer(run, world, CheckpointConfig(), finish=finish)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(tmp_path):
@@ -276,7 +277,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_
         writing = checkpointer(tmp_path, world, lambda folder, step: goes_on.wait(60) and None)
         first = writing.save(some)  # comes back, although the disk has taken nothing yet
         assert not first.exists()
-        for part in some.parts.values():
+        for part in some.local_shards.values():
             part.data.fill_(2.0)
         some.step = 1
         goes_on.set()
@@ -309,7 +310,7 @@ def test_a_full_disk_is_an_error_at_the_next_save_and_nothing_is_left(where, tmp
 
 
 def test_large_states_are_written_in_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(state, "_FILE_BYTES", 50_000)
+    monkeypatch.setattr(checkpointer_module, "_FILE_BYTES", 50_000)
     with distributed.process_group("cpu") as world:
         some = begin(3.0)
         writing = checkpointer(tmp_path, world, lambda folder, step: None)

@@ -19,11 +19,11 @@ from torchpi.model.lora import LoraConfig, trainable_parameters
 from torchpi.robots import Embodiment
 from torchpi.training import loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
-from torchpi.training.distributed import alone
+from torchpi.training.distributed import single_process
 from torchpi.training.resume import resume_config
-from torchpi.training.samples import Draws, Frames, Samples, loss_sum, num_terms
+from torchpi.training.samples import Frames, SampleRng, Samples, loss_sum, num_loss_elements
 from torchpi.training.setup import build_policies, check_prompts, open_data
-from torchpi.training.weights import begin_model, model_config, table
+from torchpi.training.weights import build_model, model_config, parameter_table
 from torchpi.transforms import Normalization, NormStats
 
 
@@ -59,7 +59,7 @@ def further(recipe, trained):
 
 def begin(config: TrainConfig):
     sizes = model_config(config)
-    return begin_model(config, sizes, skeleton=False), open_data(config, sizes)
+    return build_model(config, sizes, skeleton=False), open_data(config, sizes)
 
 
 # ---- beginning ----
@@ -124,8 +124,8 @@ def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tm
 def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
-    longest = check_prompts(policy, data[0])
-    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 1))
+    longest = check_prompts([policy], data)
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], SampleRng(0, 1))
     found = [len(samples[0, frame, 0, 0]["tokenized_prompt"]) for frame in range(len(data[0].train))]
     assert max(longest.values()) == max(found)
 
@@ -153,7 +153,7 @@ def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
 def test_the_table_says_what_is_trained(further):
     config = further.replace(finetune="expert", frozen_dtype="bfloat16")
     (model, _), _ = begin(config)
-    rows = {row.part: row for row in table(model, config)}
+    rows = {row.part: row for row in parameter_table(model, config)}
     assert rows["vision"].trainable == 0
     assert rows["vision"].dtype == "bfloat16"
     assert rows["expert"].frozen == 0
@@ -229,7 +229,7 @@ def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
     before = safetensors.torch.load_file(file)
     trained = {name: value + 1 if name.startswith("suffix.") else value for name, value in before.items()}
     safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
-    with pytest.raises(ValueError, match=r"does not change are others than when it was begun: those of .*base have"):
+    with pytest.raises(ValueError, match=r"frozen weights are others than when the run started: those of .*base have"):
         loop.train(longer, run, resume=True)
     shutil.move(base, tmp_path / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint at .*base"):
@@ -256,7 +256,7 @@ def test_accumulated_passes_are_one_large_one(recipe, tmp_path):
 def test_the_real_loss_leaves_out_padding(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
-    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 2))
+    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], SampleRng(0, 2))
     batch = samples.finish(
         samples.collate([samples[0, 5, 0, 0], samples[0, 0, 0, 1]]), "cpu"
     )  # the last of its episode
@@ -271,9 +271,11 @@ def test_the_real_loss_leaves_out_padding(recipe):
     error = torch.stack(elements, dim=-1)
     assert error.shape == (2, 2, 4, 6)
     real = torch.cat([error[0, :, :1, :4].flatten(), error[1, :, :, :4].flatten()])
-    found = loss_sum(alone(model).forward, batch, "real") / num_terms(batch, "real")
+    found = loss_sum(single_process(model).forward, batch, "real") / num_loss_elements(batch, "real")
     torch.testing.assert_close(found, real.mean())
-    torch.testing.assert_close(loss_sum(alone(model).forward, batch, "all") / num_terms(batch, "all"), error.mean())
+    torch.testing.assert_close(
+        loss_sum(single_process(model).forward, batch, "all") / num_loss_elements(batch, "all"), error.mean()
+    )
 
 
 def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(recipe):
@@ -281,8 +283,8 @@ def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(rec
     (policy,) = build_policies(recipe, model, data)
     frames = [Frames(data[0].train, data[0].embodiment, policy.transforms)]
     always = Augmentation(color_probability=1.0)
-    own = Samples(frames, Draws(0, 1, augmentation=always))[0, 0, 0, 0]["augmentation"]
-    theirs = Samples(frames, Draws(0, 1, augmentation=dataclasses.replace(always, like_openpi=True)))[0, 0, 0, 0]
+    own = Samples(frames, SampleRng(0, 1, augmentation=always))[0, 0, 0, 0]["augmentation"]
+    theirs = Samples(frames, SampleRng(0, 1, augmentation=dataclasses.replace(always, like_openpi=True)))[0, 0, 0, 0]
     base, wrist = own["base_0_rgb"], own["left_wrist_0_rgb"]
     assert (base != wrist).all()
     assert base[5] != 0
@@ -388,7 +390,7 @@ def test_a_robot_without_a_camera_has_it_masked(recipe, dataset, other_robot):
     (model, _), data = begin(config)
     policies = build_policies(config, model, data)
     frames = [Frames(d.train, d.embodiment, p.transforms) for d, p in zip(data, policies, strict=True)]
-    samples = Samples(frames, Draws(0, 1, augmentation=Augmentation()))
+    samples = Samples(frames, SampleRng(0, 1, augmentation=Augmentation()))
     batch = samples.finish(samples.collate([samples[0, 0, 0, 0], samples[1, 0, 0, 1]]), "cpu")
     assert {name: mask.tolist() for name, mask in batch.observation.image_masks.items()} == {
         "base_0_rgb": [True, True], "left_wrist_0_rgb": [True, False],
@@ -453,7 +455,7 @@ def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
 def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
     loop.train(recipe, tmp_path / "run")
     (model, _), _ = begin(recipe)
-    other = state.TrainState.begin(model, weight_decay=0.0, ema=False)
+    other = state.TrainState.create(model, weight_decay=0.0, ema=False)
     with pytest.raises(ValueError, match="belongs to another model, recipe or optimizer"):
         other.load(state.checkpoints(tmp_path / "run")[-1] / state.STATE, 3)
 
@@ -462,12 +464,14 @@ def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path)
     config = recipe.replace(max_action_prefix=2)
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)
-    samples = Samples([Frames(data[0].train, data[0].embodiment, policy.transforms)], Draws(0, 8, max_action_prefix=2))
+    samples = Samples(
+        [Frames(data[0].train, data[0].embodiment, policy.transforms)], SampleRng(0, 8, max_action_prefix=2)
+    )
     batch = samples.finish(samples.collate([samples[0, i, 0, i] for i in range(4)]), "cpu")
-    assert set(batch.num_given.flatten().tolist()) == {0, 1, 2}
-    terms = batch.terms("all")
-    assert terms.sum(dim=(2, 3)).tolist() == ((4 - batch.num_given) * 6).tolist()
-    assert num_terms(batch, "all") == int(terms.sum())
+    assert set(batch.prefix_len.flatten().tolist()) == {0, 1, 2}
+    elements = batch.loss_mask("all")
+    assert elements.sum(dim=(2, 3)).tolist() == ((4 - batch.prefix_len) * 6).tolist()
+    assert num_loss_elements(batch, "all") == int(elements.sum())
     result = loop.train(config, tmp_path / "run")
     assert torchpi.load_policy(result.policy).metadata["max_action_prefix"] == 2
 
@@ -480,7 +484,7 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
         init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune="lora", lora=lora, dtype="float32",
         frozen_dtype="float32",
     )  # fmt: skip
-    model, beginning = begin_model(config, model_config(config), skeleton=False)
+    model, beginning = build_model(config, model_config(config), skeleton=False)
     assert beginning.fresh == ()
     assert any(name.endswith("lora_a") for name in beginning.loaded)
     with torch.no_grad():
@@ -504,7 +508,7 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, again)]
     np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
     with pytest.raises(ValueError, match="use the same, or fold it"):
-        begin_model(config.replace(lora=LoraConfig()), model_config(config), skeleton=False)
+        build_model(config.replace(lora=LoraConfig()), model_config(config), skeleton=False)
 
 
 def test_one_instruction_for_all_episodes(recipe, tmp_path):
@@ -512,7 +516,7 @@ def test_one_instruction_for_all_episodes(recipe, tmp_path):
     config = recipe.replace(prompt="transfer the cube")
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)
-    assert list(check_prompts(policy, data[0])) == ["transfer the cube"]
+    assert list(check_prompts([policy], data)) == ["transfer the cube"]
     result = loop.train(config, tmp_path / "run")
     assert torchpi.load_policy(result.policy).default_prompt == "transfer the cube"
 
@@ -520,7 +524,7 @@ def test_one_instruction_for_all_episodes(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model": None}, r"Say which weights to begin with \(--init.*or the sizes"),
+        ({"model": None}, r"Say which weights to start from \(--init.*or the sizes"),
         ({"model": None, "init": "pi05_base"}, "the published one is gs://openpi-assets/checkpoints/pi05_base"),
         ({"trackers": ("paper",)}, "There is no tracker paper"),
         ({"batch_size": 5, "grad_accum_steps": 2}, "batch_size 5 can't be divided"),

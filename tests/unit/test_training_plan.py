@@ -12,15 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from torchpi.cli import main
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
-from torchpi.training.distributed import alone
-from torchpi.training.live_memory import example_batch, held_out_images
+from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.memory import checkpoint_activations
+from torchpi.training.memory import example_batch, held_out_images
 from torchpi.training.plan import plan
 from torchpi.training.samples import loss_sum
 from torchpi.training.state import TrainState
-from torchpi.training.weights import begin_model
+from torchpi.training.weights import build_model
 
 BASE = "gs://openpi-assets/checkpoints/pi05_base"  # named only: the sizes are the recipe's, and nothing is read
 GEMMA = GemmaConfig(width=128, depth=2, mlp_dim=512, num_heads=4, num_kv_heads=1, head_dim=32)
@@ -67,13 +67,13 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
     device = torch.device("cpu")
     gc.collect()  # what other tests have left must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        model, _ = begin_model(config, sizes, skeleton=True)
+        model, _ = build_model(config, sizes, skeleton=True)
         model.to_empty(device=device)
         with torch.no_grad():
             for parameter in model.parameters():
                 torch.nn.init.normal_(parameter, std=0.02)
         checkpoint_activations(model, config.model.activation_checkpointing)
-        state = TrainState.begin(
+        state = TrainState.create(
             model, weight_decay=0.0, ema=config.optim.ema_decay > 0, optimizer=config.optim.optimizer
         )
         samples, cameras = config.batch_size // config.grad_accum_steps, ("base", "wrist")
@@ -83,8 +83,8 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
                 example_batch(sizes, cameras, samples, config.optim.flow_samples_per_obs, device)
                 for _ in range(config.grad_accum_steps)
             ]
-            update(state, config, batches, alone(model))
-        with state.averaged_weights() as averaged, torch.no_grad():
+            update(state, config, batches, single_process(model))
+        with state.ema_weights() as averaged, torch.no_grad():
             loss_sum(averaged.forward, example_batch(sizes, cameras, samples, 4, device), config.optim.loss)
         del waiting
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())

@@ -16,7 +16,8 @@ from torchpi.data.metadata import open_metadata
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
-from torchpi.training.samples import Draws, Frames, Samples, TrainingOrder
+from torchpi.training.order import TrainingOrder
+from torchpi.training.samples import Frames, SampleRng, Samples
 from torchpi.transforms.normalize import Normalization, NormStats
 from torchpi.transforms.pipeline import QUANTITIES, Transforms
 from torchpi.transforms.prompt import load_tokenizer
@@ -125,7 +126,7 @@ def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> S
         action_dim=config.action_dim,
         image_size=(config.image_size, config.image_size),
     )
-    return Samples([Frames(dataset, robot, transforms)], Draws(seed=0, flow_samples_per_obs=1))
+    return Samples([Frames(dataset, robot, transforms)], SampleRng(seed=0, flow_samples_per_obs=1))
 
 
 def _robot_of(dataset: LeRobotDataset) -> Embodiment:

@@ -11,10 +11,10 @@ from torchpi.bench.floor import Result, Workload, measure, sampling_ops, trainin
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
+from torchpi.training.activation_checkpointing import layers
 from torchpi.training.config import OptimConfig, TrainConfig
-from torchpi.training.distributed import alone
+from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.memory import layers
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
@@ -94,7 +94,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
         for layer in layers(model):
             layer.compile()
     config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))
-    state = TrainState.begin(model, weight_decay=config.optim.weight_decay, ema=True)
+    state = TrainState.create(model, weight_decay=config.optim.weight_decay, ema=True)
     device = torch.device(work.device)
     shape = (work.batch, work.flow_samples_per_obs, work.config.require("action_horizon"), work.config.action_dim)
     generator = torch.Generator(device).manual_seed(0)
@@ -102,8 +102,8 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     time = torch.rand(shape[:2], generator=generator, device=device)
     # The trainer drops padding that all samples of a batch have.
     observation = make_observation(work, device, padded=False)
-    batch = Batch(observation, noise[:, 0], torch.ones_like(noise[:, 0], dtype=torch.bool), noise, time, places=())
-    parallel = alone(model)
+    batch = Batch(observation, noise[:, 0], torch.ones_like(noise[:, 0], dtype=torch.bool), noise, time, indices=())
+    parallel = single_process(model)
     return measure("training step", lambda: update(state, config, [batch], parallel), training_ops(work), work, repeats)
 
 

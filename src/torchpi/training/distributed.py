@@ -1,8 +1,8 @@
-"""Training in several processes: who they are, and how model and gradients are spread over them.
+"""Training in several processes.
 
 Every process computes its part of each batch. "ddp" keeps the whole model in each and averages the gradients; "fsdp"
-keeps a part of every weight, gradient and moment in each (FSDP2, `fully_shard`); "hybrid" does so within groups of
-processes, usually those of a node, and averages over the groups. What is computed is the same in all three.
+keeps a shard of every weight, gradient and moment in each (FSDP2, `fully_shard`); "hybrid" does so within groups of
+processes, usually those of a node, and averages over the groups. All three compute the same.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from torchpi.model.gemma import AdaRMSNorm, RMSNorm
 from torchpi.model.lora import LoraLinear
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import usable_device
-from torchpi.training.memory import layers
+from torchpi.training.activation_checkpointing import layers
 
 PATIENCE = datetime.timedelta(days=1)
-"""For how long processes wait for one that writes, downloads or simulates. One that has ended is noticed at once."""
+"""Timeout for a process that writes, downloads or simulates. One that has ended is noticed at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this one is."""
+    """The processes of a run, as one of them sees them."""
 
     rank: int
     size: int
@@ -43,18 +43,18 @@ class World:
     """A process group on the CPU, with `PATIENCE`."""
 
     @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
+    def is_main(self) -> bool:
+        """This process writes and prints."""
         return self.rank == 0
 
-    def wait_for_all(self) -> None:
-        """Until all processes are here, however long one of them takes."""
+    def barrier(self) -> None:
+        """Wait for all processes, however long one of them takes."""
         dist.barrier(group=self.group)
 
 
 @contextlib.contextmanager
 def process_group(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun has started; without torchrun this one is alone.
+    """Join the processes that torchrun has started; without torchrun there is one.
 
     Args:
         device: "cpu", or "cuda": then each process has the GPU of its local rank; None: cuda where there is one.
@@ -81,125 +81,119 @@ def process_group(device: str | None) -> Iterator[World]:
 
 @runtime_checkable
 class Forward(Protocol):
-    """`Pi0.forward`, spread over the processes."""
+    """`Pi0.forward` of a parallelized model."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """See `Pi0.forward`."""
         ...
 
 
-class _WithForward(nn.Module):
-    """What DistributedDataParallel needs: a forward."""
-
-    def __init__(self, model: Pi0) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model(*args, **kwargs) if args else self._zero()
-
-    def _zero(self) -> Tensor:
-        """A zero that depends on all trained parameters, whose gradients are zero."""
-        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
-
-
 @dataclasses.dataclass(frozen=True)
 class Parallel:
-    """A model, spread over the processes."""
+    """A parallelized model."""
 
     forward: Forward
-    last_of_update: Callable[[bool], Any]
-    """Says of each forward and backward pass whether it is the last one of its update: a context in which it runs."""
+    sync_gradients: Callable[[bool], Any]
+    """A context for the forward and backward pass of a micro-batch: True for the last one of an update, which sums the
+    gradients over the processes."""
 
 
-def parallelize(model: Pi0, how: str, world: World, *, shard_size: int) -> Parallel:
-    """Spread a model over the processes. The first one's weights count; the others' may be on "meta".
+def single_process(model: Pi0) -> Parallel:
+    """A model in one process."""
+    return Parallel(model, lambda sync: contextlib.nullcontext())
+
+
+def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> Parallel:
+    """Distribute a model over the processes. The main one's weights count; the others' may be on "meta".
 
     Args:
         model: changed in place: on the world's device, with DTensors as weights where they are sharded.
-        how: "ddp", "fsdp" or "hybrid".
+        strategy: "ddp", "fsdp" or "hybrid".
         shard_size: processes that share one copy of the model, for "hybrid".
     """
-    if how == "ddp":
+    if strategy == "ddp":
         return _replicate(model, world)
-    mesh = _mesh(how, world, shard_size)
-    full = _weights_of_the_first(model, world)
+    mesh = _mesh(strategy, world, shard_size)
+    full = {name: value.detach() for name, value in model.state_dict().items()} if world.is_main else {}
     model.to("meta")
     sharded = _shard(model, mesh)
     model.to_empty(device=world.device)
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
     @contextlib.contextmanager
-    def last_of_update(last: bool) -> Iterator[None]:
-        # Gradients are reduced to shards after each pass and add up there, so that whole ones are never kept; over the
-        # groups of "hybrid", whose connections are slower, they are summed once.
-        sharded.set_requires_all_reduce(last)
+    def sync_gradients(sync: bool) -> Iterator[None]:
+        # Gradients are reduced to shards after each micro-batch and add up there, so that whole ones are never kept;
+        # over the groups of "hybrid", whose connections are slower, they are summed once.
+        sharded.set_requires_all_reduce(sync)
         yield
 
-    return Parallel(model, last_of_update)
+    return Parallel(model, sync_gradients)
 
 
-def alone(model: Pi0) -> Parallel:
-    """A model in one process."""
-    return Parallel(model, lambda last: contextlib.nullcontext())
+class _ForDDP(nn.Module):
+    """A model for DistributedDataParallel, which without arguments returns a zero that depends on all parameters."""
+
+    def __init__(self, model: Pi0) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        if args:
+            return self.model(*args, **kwargs)
+        return torch.stack([p.sum() * 0 for p in self.parameters() if p.requires_grad]).sum()
 
 
 def _replicate(model: Pi0, world: World) -> Parallel:
     if world.size == 1:
-        return alone(model.to(world.device))
-    if world.first:
+        return single_process(model.to(world.device))
+    if world.is_main:
         model.to(world.device)
     else:
         model.to_empty(device=world.device)
     for parameter in model.parameters():
         dist.broadcast(parameter.data, src=0)
-    spread = nn.parallel.DistributedDataParallel(_WithForward(model), init_sync=False, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(_ForDDP(model), init_sync=False, gradient_as_bucket_view=True)
     buckets = dict[nn.Parameter, Tensor]()
 
     @contextlib.contextmanager
-    def last_of_update(last: bool) -> Iterator[None]:
-        if last:
+    def sync_gradients(sync: bool) -> Iterator[None]:
+        if sync:
             yield
             return
-        # Gradients add up in the buckets: of their own they would be a second set beside them.
+        # Gradients add up in the buckets: of their own they would be a second set.
         if not buckets:
-            buckets.update(_gradients_in_buckets(spread))
+            buckets.update(_gradients_in_buckets(ddp))
         for parameter, gradient in buckets.items():
             if parameter.grad is None:
                 parameter.grad = gradient.zero_()
-        with spread.no_sync():
+        with ddp.no_sync():
             yield
 
-    return Parallel(spread, last_of_update)
+    return Parallel(ddp, sync_gradients)
 
 
-def _gradients_in_buckets(spread: nn.parallel.DistributedDataParallel) -> dict[nn.Parameter, Tensor]:
-    """The place of each trained parameter's gradient in the buckets that are summed over the processes."""
-    parameters = [parameter for parameter in spread.parameters() if parameter.requires_grad]
-    for _ in range(2):  # behind the first backward pass the buckets are laid out anew
+def _gradients_in_buckets(ddp: nn.parallel.DistributedDataParallel) -> dict[nn.Parameter, Tensor]:
+    """Each trainable parameter's gradient in the buckets that are summed over the processes."""
+    parameters = [parameter for parameter in ddp.parameters() if parameter.requires_grad]
+    found: dict[nn.Parameter, Tensor] = {}
+    for _ in range(2):  # after the first backward pass the buckets are laid out anew
+        ddp().backward()
+        found = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         for parameter in parameters:
             parameter.grad = None
-        spread().backward()
-    found = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
-    for parameter in parameters:
-        parameter.grad = None
     return found
 
 
-def _mesh(how: str, world: World, shard_size: int) -> DeviceMesh:
-    if how == "fsdp":
+def _mesh(strategy: str, world: World, shard_size: int) -> DeviceMesh:
+    if strategy == "fsdp":
         return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     if shard_size < 1 or world.size % shard_size:
         raise TrainingError(
-            f"parallel 'hybrid' divides the {world.size} processes into groups of shard_size {shard_size}, which does "
-            "not work out; choose a shard_size that divides their number."
+            f"parallel 'hybrid' can't divide the {world.size} processes into groups of shard_size {shard_size}; choose "
+            "a shard_size that divides their number."
         )
     shape = (world.size // shard_size, shard_size)
     return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-
-
-def _weights_of_the_first(model: Pi0, world: World) -> dict[str, Any]:
-    return {name: value.detach() for name, value in model.state_dict().items()} if world.first else {}
 
 
 def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
@@ -213,11 +207,11 @@ def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
 
 
 def shard_groups(model: Pi0) -> Iterator[tuple[list[nn.Module], torch.dtype | None]]:
-    """What FSDP gathers at once, the inner before the outer, and in which dtype; None: each weight in its own.
+    """Modules that FSDP gathers at once, inner ones first, and the dtype in which; None: each weight's own.
 
-    A group for each layer. What is in none is the root's, which is gathered during the whole pass: all that is read
-    outside of its layer's forward, and norms, whose weights are used in float32. The others are brought to the dtype of
-    the products where they are used, so they can be gathered in it. Not so LoRA matrices: some are added up before.
+    A group per layer. The rest is the root's, which is gathered during the whole forward pass: all that is read outside
+    of its layer's forward, and norms, whose weights are used in float32. The others are cast to the dtype of the
+    matmuls where they are used, so they can be gathered in it. Not so LoRA matrices: some are added up before.
     """
     compute = None if model.compute_dtype is torch.float32 else model.compute_dtype
     for norm in model.modules():
@@ -230,7 +224,7 @@ def shard_groups(model: Pi0) -> Iterator[tuple[list[nn.Module], torch.dtype | No
 
 
 def release_gathered(model: nn.Module) -> None:
-    """Drop the whole weights that FSDP has put together, so that the next pass sees its shards as they are then.
+    """Drop the whole weights that FSDP has gathered, so that the next forward pass sees its shards as they are then.
 
     The root keeps its own, the embedding among them, from a forward pass to the backward pass, and from one without
     gradients for good.
@@ -241,18 +235,18 @@ def release_gathered(model: nn.Module) -> None:
 
 
 def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    """What this process saves: where several have the same, each saves some of it, the large ones spread evenly."""
+    """The tensors that this process saves: of copies each process saves some, the large ones spread evenly."""
     by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))
     share = set()
-    for place, name in enumerate(by_size):
+    for position, name in enumerate(by_size):
         number, count = copy_number(tensors[name], world)
-        if place % count == number:
+        if position % count == number:
             share.add(name)
     return {name: tensor for name, tensor in tensors.items() if name in share}
 
 
 def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
-    """Which copy of the tensor (or of its shard) this process has, and how many there are."""
+    """The number of this process' copy of a tensor (or of its shard), and the number of copies."""
     if not isinstance(tensor, DTensor):
         return world.rank, world.size
     number, count = 0, 1
@@ -264,21 +258,21 @@ def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only."""
+    """This process has a shard of the tensor only."""
     return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor, in the same memory; all of it where it is not sharded."""
+    """This process' shard of a tensor, in the same memory; the whole where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def like(part: Tensor, whole: Tensor) -> Tensor:
-    """A part of this process as one of a tensor that is sharded as `whole` is."""
+def like(shard: Tensor, whole: Tensor) -> Tensor:
+    """A local shard as a tensor that is sharded as `whole` is."""
     if not isinstance(whole, DTensor):
-        return part
+        return shard
     return DTensor.from_local(
-        part, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        shard, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
 
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's state to policy folders. What LoRA has learned is written without its base, as an adapter."""
+"""From a checkpoint's state to policy folders. Trained LoRA is written without its base, as an adapter."""
 
 import json
 import pathlib
@@ -20,9 +20,9 @@ _MAX_SHARD_BYTES = 5 * 10**9
 
 
 class Exporter:
-    """Writes the policy of a checkpoint: the averaged weights out of its state, and those that the run does not change.
+    """Writes the policy of a checkpoint: the EMA weights out of its state, and the frozen ones.
 
-    It works beside the training and in one process, and so reads what was saved instead of asking the model.
+    It works beside the training and in one process, and so reads the saved state instead of the model.
     """
 
     def __init__(self, config: TrainConfig, policies: Sequence[Policy]) -> None:
@@ -32,7 +32,7 @@ class Exporter:
         """
         self.config, self.policies = config, policies
         model = policies[0].model
-        self._constant = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        self._frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
         self._adapter = None if (lora := lora_config(model)) is None else _adapter(config, model, lora)
         self._adapter_shapes = {
             name: tuple(parameter.shape)
@@ -41,12 +41,12 @@ class Exporter:
         }
 
     def write(self, checkpoint: pathlib.Path, step: int) -> None:
-        """Write `checkpoint`/policy, and for the other robots of a mixture policy/robots."""
+        """Write `checkpoint`/policy, and policy/robots for the other robots of a mixture."""
         arrays = StateArrays(checkpoint / STATE)
-        averaged = "ema" if self.config.optim.ema_decay else "weights"
+        kind = "ema" if self.config.optim.ema_decay else "weights"
 
         def read(name: str) -> Tensor:
-            return self._constant[name] if name in self._constant else arrays.read(f"{averaged}.{name}")
+            return self._frozen[name] if name in self._frozen else arrays.read(f"{kind}.{name}")
 
         policy, root = self.policies[0], checkpoint / "policy"
         root.mkdir()
@@ -58,22 +58,19 @@ class Exporter:
             write_adapter(root, self._adapter, self._adapter_shapes, read)
         names = robot_names([policy.embodiment for policy in self.policies])
         for other, name in zip(self.policies[1:], names[1:], strict=True):
-            self._write_robot(root / ROBOTS / name, other)
-
-    def _write_robot(self, own: pathlib.Path, policy: Policy) -> None:
-        """What `load_policy` needs to run the policy on another robot: embodiment= and norm_stats=."""
-        own.mkdir(parents=True)
-        document = json.dumps(policy.embodiment.to_dict(), indent=2, ensure_ascii=False)
-        (own / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
-        save_norm_stats(own / "norm_stats.json", policy.transforms.norm_stats)
+            # What load_policy takes for another robot: embodiment= and norm_stats=.
+            own = root / ROBOTS / name
+            own.mkdir(parents=True)
+            document = json.dumps(other.embodiment.to_dict(), indent=2, ensure_ascii=False)
+            (own / "embodiment.json").write_text(f"{document}\n", encoding="utf-8")
+            save_norm_stats(own / "norm_stats.json", other.transforms.norm_stats)
 
 
 def _adapter(config: TrainConfig, model: Pi0, lora: LoraConfig) -> Adapter:
-    assert config.model.init is not None
-    is_address = config.model.init == "demo" or "://" in config.model.init
-    address = config.model.init if is_address else str(pathlib.Path(config.model.init).expanduser().resolve())
+    init = config.model.init
+    assert init is not None
+    address = init if init == "demo" or "://" in init else str(pathlib.Path(init).expanduser().resolve())
     changed = trainable_parameters(model, config.model.finetune)
-    trained = [name for name, is_trained in changed.items() if is_trained]
     sha256 = digest([name for name, is_trained in changed.items() if not is_trained], model.get_parameter)
-    base = Base(address, config.model.frozen_dtype, sha256)
-    return Adapter(lora, tuple(name for name in trained if not is_lora(name)), base)
+    trained = tuple(name for name, is_trained in changed.items() if is_trained and not is_lora(name))
+    return Adapter(lora, trained, Base(address, config.model.frozen_dtype, sha256))

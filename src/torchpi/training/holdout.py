@@ -1,7 +1,7 @@
-"""What a run measures on the episodes that it does not train on."""
+"""Evaluation on held-out episodes."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,19 +13,24 @@ from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import Forward, World, sum_over_processes
-from torchpi.training.samples import Draws, Frames, Place, Samples, loss_sum, num_terms
+from torchpi.training.hooks import LiveRun
+from torchpi.training.order import SampleIndex
+from torchpi.training.samples import Frames, SampleRng, Samples, loss_sum, num_loss_elements
 from torchpi.training.setup import SourceData, robot_names
 from torchpi.ui.format import without_nan
 
 PLOTS = "plots"
-DRAWS = 4
-"""Of noise and time, per held-out sample."""
-# No step of training has this number, so none has these draws.
+FLOW_SAMPLES = 4
+"""Pairs of noise and time per held-out sample."""
+# No training step has this number, so none has these random numbers.
 _STEP = 1 << 40
 
 
 class Holdout:
-    """Held-out samples, the same ones with the same draws at each measurement, without augmentation."""
+    """The hook that evaluates the EMA weights on held-out samples: loss and chunk errors.
+
+    The samples and their noise are always the same, without augmentation.
+    """
 
     def __init__(
         self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
@@ -33,68 +38,75 @@ class Holdout:
         self.config, self.world, self.policies, self.data = config, world, policies, data
         self.batch_size = max(1, config.batch_size // (world.size * config.grad_accum_steps))
         """Of this process, as in training: what fits there fits here."""
-        self.sources = [(i, source.holdout) for i, source in enumerate(data) if source.holdout is not None]
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)
             if source.holdout is not None
         ]
-        self._samples = Samples(frames, Draws(config.seed, DRAWS))
+        self._samples = Samples(frames, SampleRng(config.seed, FLOW_SAMPLES))
         self._batches = list(self._prepare(frames)) if frames else []
 
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """This process' part of each batch, with images as bytes, and whether it counts: all pass as many batches."""
-        places = self._places(frames)
-        for at in range(0, len(places), self.batch_size * self.world.size):
-            own = places[at + self.world.rank * self.batch_size :][: self.batch_size]
-            yield self._samples.collate([self._samples[place] for place in own or places[:1]]), bool(own)
-
-    def _places(self, frames: Sequence[Frames]) -> list[Place]:
-        found = []
-        count = self.config.eval.holdout_samples // len(frames)
+        """This process' part of each batch, images as bytes, and whether it counts: all processes have as many."""
+        indices: list[SampleIndex] = []
         for source, part in enumerate(frames):
             rng = generator_at(self.config.seed, "holdout frames", source)
-            found += [(source, int(frame)) for frame in rng.permutation(len(part.dataset))[:count]]
-        return [(source, frame, _STEP, i) for i, (source, frame) in enumerate(found)]
+            chosen = rng.permutation(len(part.dataset))[: self.config.eval.holdout_samples // len(frames)]
+            indices += [(source, int(frame), _STEP, len(indices) + i) for i, frame in enumerate(chosen)]
+        for at in range(0, len(indices), self.batch_size * self.world.size):
+            own = indices[at + self.world.rank * self.batch_size :][: self.batch_size]
+            yield self._samples.collate([self._samples[index] for index in own or indices[:1]]), bool(own)
+
+    def after_step(self, run: LiveRun) -> Mapping[str, Any]:
+        """Evaluate where it is due."""
+        if not run.is_due(run.config.eval.eval_every, at_stop=False):  # at a stop somebody waits for the end
+            return {}
+        with run.state.ema_weights() as model:
+            model.eval()
+            numbers: dict[str, Any] = self.loss(run.parallel.forward)
+            chunks, plots = self.chunks(run.folder, run.state.step)
+            model.train()
+        for name, path in plots.items():
+            run.tracker.image(run.state.step, name, path)
+        return numbers | chunks
 
     @torch.no_grad()
     def loss(self, forward: Forward) -> dict[str, float]:
         """The mean flow-matching loss."""
         if not self._batches:
             return {}
-        total = {"loss": 0.0, "terms": 0.0}
+        total = {"loss": 0.0, "elements": 0.0}
         for stacked, counts in self._batches:
             batch = self._samples.finish(stacked, self.world.device)
             part = loss_sum(forward, batch, self.config.optim.loss)
             if counts:
                 total["loss"] += float(part)
-                total["terms"] += num_terms(batch, self.config.optim.loss)
+                total["elements"] += num_loss_elements(batch, self.config.optim.loss)
         total = sum_over_processes(total)
-        return {"holdout_loss": total["loss"] / total["terms"]}
+        return {"holdout_loss": total["loss"] / total["elements"]}
 
     def chunks(self, run: pathlib.Path, step: int) -> tuple[dict[str, Any], dict[str, pathlib.Path]]:
         """Sample chunks and compare them with the recorded ones.
 
         Returns:
-            The numbers, and the plots that the first process has drawn.
+            The numbers, and the plots that the main process has drawn.
         """
         numbers: dict[str, Any] = {}
         plots: dict[str, pathlib.Path] = {}
-        if not self.config.eval.chunk_samples:
-            return numbers, plots
         names = robot_names([policy.embodiment for policy in self.policies])
-        for number, dataset in self.sources:
-            policy = self.policies[number]
-            frames = sample_frames(dataset.episode_lengths, self.config.eval.chunk_samples, seed=self.config.seed)
+        for number, (policy, source) in enumerate(zip(self.policies, self.data, strict=True)):
+            if source.holdout is None or not self.config.eval.chunk_samples:
+                continue
+            seed, count = self.config.seed, self.config.eval.chunk_samples
             chunks = predict_chunks(
                 policy,
-                dataset,
-                frames,
-                seed=self.config.seed,
+                source.holdout,
+                sample_frames(source.holdout.episode_lengths, count, seed=seed),
+                seed=seed,
                 batch_size=self.batch_size,
-                prompt=self.data[number].source.prompt,
+                prompt=source.source.prompt,
             )
-            errors = errors_of(chunks, dataset.columns["action"])
+            errors = errors_of(chunks, source.holdout.columns["action"])
             name = f"_{names[number]}" if number else ""
             scaled = errors.mae() / errors.ranges
             numbers |= {
@@ -104,7 +116,7 @@ class Holdout:
                 },
                 f"chunk_error_steps{name}": [float(value) for value in errors.scaled_per_step()],
             }
-            if self.world.first:
+            if self.world.is_main:
                 (run / PLOTS).mkdir(exist_ok=True)
                 for kind, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
                     plots[f"{kind}{name}"] = run / PLOTS / f"{step:08d}_{kind}{name}.png"

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchpi.atomic import replace_text
 from torchpi.errors import TrainingError
 
 METRICS = "metrics.jsonl"
@@ -46,9 +47,16 @@ def read_metrics(path: pathlib.Path) -> list[Line]:
     lines, broken = parse_metrics(path.read_text(encoding="utf-8", errors="replace"))
     if broken:
         raise TrainingError(
-            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to go on.'
+            f'{path}: line {broken[0]} is no JSON object with a "step" ({len(broken)} such lines); remove it to '
+            "continue."
         )
     return lines
+
+
+def drop_metrics_after(path: pathlib.Path, step: int) -> None:
+    """Drop the lines of an interrupted run behind the checkpoint that it is resumed from."""
+    kept = [line for line in read_metrics(path) if line["step"] <= step]
+    replace_text(path, "".join(f"{json.dumps(line)}\n" for line in kept))
 
 
 def without_overtaken(lines: Sequence[Line]) -> list[Line]:

@@ -1,47 +1,37 @@
-"""The optimizer: schedule, clipping, AdamW and the moving average of the weights, in openpi's order and formulas."""
+"""Learning-rate schedule, gradient clipping, AdamW and EMA, in openpi's formulas."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchpi.errors import TrainingError
 from torchpi.extras import require
-from torchpi.training.config import Optimizer, Schedule
+from torchpi.training.config import OptimConfig, Optimizer
 from torchpi.training.distributed import is_sharded, local, sum_over_shards
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
 
 
-def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    warmup_steps: int,
-    decay_steps: int,
-    final: float,
-    schedule: Schedule = "cosine",
-    timescale: float = 10_000.0,
-) -> float:
-    """The rate of an update, as optax's schedules have it.
+def learning_rate(step: int, optim: OptimConfig, num_steps: int) -> float:
+    """The learning rate of an update, as optax's schedules have it.
 
-    Linear from peak/(warmup + 1) at step 0 to peak at `warmup_steps`; then a cosine to `final` at `decay_steps`, or
-    "rsqrt": peak/√(1 + (step − warmup)/timescale), or "constant".
+    Linear from lr/(warmup_steps + 1) at step 0 to lr at warmup_steps; then a cosine to min_lr at decay_steps, or
+    "rsqrt": lr/√(1 + (step − warmup_steps)/timescale), or "constant".
     """
-    if schedule not in get_args(Schedule):
-        raise TrainingError(f"Unknown schedule {schedule!r}; schedules are {', '.join(get_args(Schedule))}.")
-    if step < warmup_steps:
-        first = peak / (warmup_steps + 1)
-        return first + (peak - first) * step / warmup_steps
-    if schedule == "constant":
+    peak, after_warmup = optim.lr, step - optim.warmup_steps
+    if after_warmup < 0:
+        first = peak / (optim.warmup_steps + 1)
+        return first + (peak - first) * step / optim.warmup_steps
+    if optim.lr_schedule == "constant":
         return peak
-    if schedule == "rsqrt":
-        return peak / math.sqrt(1 + (step - warmup_steps) / timescale)
-    progress = min(1.0, (step - warmup_steps) / max(decay_steps - warmup_steps, 1))
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    if optim.lr_schedule == "rsqrt":
+        return peak / math.sqrt(1 + after_warmup / optim.timescale)
+    decay_steps = (optim.decay_steps or num_steps) - optim.warmup_steps
+    progress = min(1.0, after_warmup / max(decay_steps, 1))
+    return optim.min_lr + (peak - optim.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(
@@ -52,19 +42,17 @@ def make_optimizer(
     Args:
         kind: "adamw8bit" keeps the moments of large arrays in 8 bits, by blocks (arXiv:2110.02861, bitsandbytes).
     """
+    options: dict[str, Any] = {"lr": 0.0, "betas": BETAS, "eps": EPS, "weight_decay": weight_decay}
     if kind == "adamw8bit":
-        optimizer = require("bitsandbytes.optim", "adamw8bit").AdamW8bit
-        found: torch.optim.Optimizer = optimizer(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay)
-        return found
-    if kind != "adamw":
-        raise TrainingError(f"Unknown optimizer {kind!r}; optimizers are {', '.join(get_args(Optimizer))}.")
-    return torch.optim.AdamW(parameters, lr=0.0, betas=BETAS, eps=EPS, weight_decay=weight_decay, fused=True)
+        optimizer: torch.optim.Optimizer = require("bitsandbytes.optim", "adamw8bit").AdamW8bit(parameters, **options)
+        return optimizer
+    return torch.optim.AdamW(parameters, fused=True, **options)
 
 
 def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
     """Scale the gradients in place to a global L2 norm of at most `max_norm`; the norm that they had.
 
-    Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, gradients that are cut have exactly `max_norm`.
+    Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, clipped gradients have exactly `max_norm`.
     """
     whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
     gradients = [local(gradient) for gradient in whole]

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
@@ -40,7 +42,7 @@ from torchpi.version import __version__
 
 @dataclasses.dataclass(frozen=True)
 class SourceData:
-    """A dataset of the run, cut into what is trained on and what is measured."""
+    """A dataset of the run: training and held-out episodes."""
 
     source: Source
     embodiment: Embodiment
@@ -52,11 +54,11 @@ class SourceData:
 
 
 ROBOTS = "robots"
-"""In the folder of a mixture's policy, what the other datasets' robots need, by `robot_names`."""
+"""Folder of the other robots in the policy of a mixture, by `robot_names`."""
 
 
 def robot_names(embodiments: Sequence[Embodiment]) -> list[str]:
-    """A name of its own for each dataset of a mixture: the robot's, and if it had that before, with a number."""
+    """A unique name for each dataset of a mixture: the robot's, if need be with a number."""
     counts = Counter[str]()
     names = []
     for embodiment in embodiments:
@@ -73,8 +75,7 @@ def open_data(
 
     Args:
         sizes: of the model.
-        held_out: for each dataset the indices of the episodes to hold out, where a run has chosen them before; by
-            default they are chosen, see `hold_out`.
+        held_out: the episodes that a resumed run holds out, per dataset; by default they are chosen, see `hold_out`.
     """
     recorded = [None] * len(config.data.sources) if held_out is None else held_out
     horizon, spec = sizes.require("action_horizon"), _init_spec(config, sizes)
@@ -85,7 +86,7 @@ def open_data(
 
 
 def _init_spec(config: TrainConfig, sizes: Pi0Config) -> PolicySpec:
-    """Everything around the model that the run begins with."""
+    """The preprocessing of the initial policy."""
     if config.model.init is None:
         return PolicySpec(source="no checkpoint")
     return open_checkpoint(config.model.init, config=sizes, adapt=config.model.adapt).spec()
@@ -127,7 +128,7 @@ def _open_source(
 
 
 def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, indices: Sequence[int]) -> list[int]:
-    """Which of the episodes that a new run may use it does not train on."""
+    """The episodes that a new run holds out."""
     if not config.eval.holdout:
         return []
     if len(indices) < 2:
@@ -135,7 +136,7 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
             f"{source.dataset} has {len(indices)} episode, of which none can be held out; record more, or train with "
             "holdout 0."
         )
-    # Where one instruction takes the place of all, the episodes have one task.
+    # With one instruction for all, the episodes have one task.
     tasks = {episode.index: episode.tasks if source.prompt is None else () for episode in metadata.episodes}
     rng = generator_at(config.seed, "holdout")
     return [indices[i] for i in hold_out([tasks[index] for index in indices], config.eval.holdout, rng)]
@@ -176,7 +177,7 @@ def _norm_stats(
 def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) -> list[Policy]:
     """A policy for each dataset's robot, around one model."""
     spec = _init_spec(config, model.config)
-    if spec.norm_stats is None:  # openpi's checkpoints say nothing of their preprocessing
+    if spec.norm_stats is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
     tokenizer = config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config)
     by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
@@ -203,8 +204,28 @@ def _default_tokenizer(sizes: Pi0Config) -> str:
     return str(packaged) if load_tokenizer(packaged).vocab_size == sizes.vocab_size else TOKENIZER
 
 
-def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
-    """The number of tokens of each task's longest prompt."""
+def check_videos(data: Sequence[SourceData], console: Console) -> None:
+    """Find a video that is too short now, and not hours later."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for dataset in (part for source in data for part in (source.train, source.holdout) if part is not None):
+            task = progress.add_task(f"videos of {dataset.path.name}", total=None)
+
+            def show(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
+
+            dataset.check_videos(show)
+
+
+def check_prompts(policies: Sequence[Policy], data: Sequence[SourceData]) -> dict[str, int]:
+    """The number of tokens of each task's longest prompt, or an error if one does not fit."""
+    longest = dict[str, int]()
+    for policy, source in zip(policies, data, strict=True):
+        longest |= _longest_prompts(policy, source)
+    return longest
+
+
+def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     transforms = policy.transforms
     values = ModelValues.of(data.train, data.embodiment, action_horizon=1)
     stats, rule = transforms.norm_stats["state"], transforms.normalization["state"]
@@ -236,7 +257,7 @@ def check_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
 
 
 def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
-    """The recipe, and what the dataset says of its own making."""
+    """The recipe, and the dataset's own provenance."""
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
     recording = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
     if recording.is_file():

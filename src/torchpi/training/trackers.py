@@ -1,7 +1,7 @@
-"""Where a run can be watched beside its own folder: TensorBoard, and Weights & Biases.
+"""Trackers of a run: TensorBoard, and Weights & Biases.
 
-Both follow a run over its interruptions: TensorBoard forgets what lies behind the step that is gone on from; Weights &
-Biases keeps it, as points at steps that come twice, because its servers take nothing back.
+Both follow a run over its interruptions: TensorBoard forgets the steps behind the one that is resumed; Weights & Biases
+keeps them, as points at steps that come twice, because its servers take nothing back.
 """
 
 import json
@@ -9,7 +9,7 @@ import os
 import pathlib
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,38 +20,46 @@ from torchpi.extras import require
 Number = float | int
 
 
-@runtime_checkable
-class Tracker(Protocol):
-    """Takes the numbers and pictures of a run."""
+class Tracker:
+    """Takes the numbers and plots of a run; this one passes them on to others."""
+
+    def __init__(self, members: Sequence["Tracker"] = ()) -> None:
+        self.members = list(members)
 
     def log(self, step: int, values: Mapping[str, Number]) -> None:
-        """Numbers at a step, by name; "/" in a name makes groups."""
+        """Log numbers at a step, by name; "/" in a name makes groups."""
+        for member in self.members:
+            member.log(step, values)
 
-    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
-        """An image file at a step."""
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Log an image file at a step."""
+        for member in self.members:
+            member.image(step, name, path)
 
     def close(self) -> None:
-        """Write what is still held; nothing can be logged behind it."""
+        """Write what is pending; nothing can be logged afterwards."""
+        while self.members:
+            self.members.pop().close()
 
 
 def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
-    """The trackers of these names as one; without names it does nothing.
+    """Open trackers as one; without names it does nothing.
 
     Args:
         names: of `TRACKERS`.
         run: the run's folder, in which they keep their files.
-        config: the recipe, which is shown beside the numbers.
-        resume_step: the last step that holds in a run that is gone on with; 0: a new run.
+        config: the recipe, which is shown with the numbers.
+        resume_step: the last step that is kept of a resumed run; 0: a new run.
     """
     require_trackers(names)
-    trackers = _Trackers()
+    tracker = Tracker()
     try:
         for name in dict.fromkeys(names):
-            trackers.members.append(TRACKERS[name](run, config, resume_step))
+            tracker.members.append(TRACKERS[name](run, config, resume_step))
     except BaseException:
-        trackers.close()
+        tracker.close()
         raise
-    return trackers
+    return tracker
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -66,26 +74,7 @@ def _import(tracker: str) -> Any:
     return require(*{"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker])
 
 
-class _Trackers:
-    """Several trackers as one."""
-
-    def __init__(self) -> None:
-        self.members: list[Tracker] = []
-
-    def log(self, step: int, values: Mapping[str, Number]) -> None:
-        for member in self.members:
-            member.log(step, values)
-
-    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
-        for member in self.members:
-            member.picture(step, name, path)
-
-    def close(self) -> None:
-        while self.members:
-            self.members.pop().close()
-
-
-class _TensorBoard:
+class _TensorBoard(Tracker):
     """Event files in RUN/tensorboard: `tensorboard --logdir RUN/tensorboard`."""
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
@@ -100,16 +89,16 @@ class _TensorBoard:
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # so that a run that is killed leaves what it has logged
 
-    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
-        with Image.open(path) as image:
-            self._writer.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        with Image.open(path) as opened:
+            self._writer.add_image(name, np.asarray(opened.convert("RGB")), step, dataformats="HWC")
         self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
-class _WandB:
+class _WandB(Tracker):
     """A run of Weights & Biases; its files are in RUN/wandb, its settings come from WANDB_PROJECT, WANDB_MODE, ….
 
     With WANDB_MODE=offline nothing leaves the machine until `wandb sync RUN/wandb/offline-run-*`.
@@ -125,7 +114,7 @@ class _WandB:
                 resume="allow",
                 dir=str(run),
                 config=dict(config),
-                # What is printed stays here: it is drawn over and over by the progress bar.
+                # What is printed stays here: the progress bar is drawn over and over.
                 settings=self._wandb.Settings(console="off"),
             )
         except self._wandb.errors.Error as error:
@@ -133,13 +122,13 @@ class _WandB:
                 f"Weights & Biases does not start: {error} Log in with: wandb login; or work without the network: "
                 "WANDB_MODE=offline."
             ) from error
-        # wandb's own step only grows, and it would drop what a run that has gone back logs.
+        # wandb's own step only grows, and it would drop the lines of a run that has gone back.
         self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, Number]) -> None:
         self._run.log({"step": step, **values})
 
-    def picture(self, step: int, name: str, path: pathlib.Path) -> None:
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
         self._run.log({"step": step, name: self._wandb.Image(str(path))})
 
     def close(self) -> None:
@@ -149,7 +138,7 @@ class _WandB:
 def _wandb_id(run: pathlib.Path, *, new: bool) -> str:
     """The run's name at Weights & Biases, which a resumed run needs again."""
     file = run / "wandb" / "run_id"
-    if new or not file.is_file():  # a run may be watched from its middle on
+    if new or not file.is_file():  # a tracker may be added in the middle of a run
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
     return file.read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def progress_bar(
-    title: str, total: int, *, shown: bool = True, transient: bool = False
+    title: str, total: int, *, completed: int = 0, shown: bool = True, transient: bool = False
 ) -> Iterator[Callable[..., None]]:
     """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
     columns = (
@@ -22,7 +22,7 @@ def progress_bar(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=transient) as progress:
-        task = progress.add_task(title, total=total, note="")
+        task = progress.add_task(title, total=total, completed=completed, note="")
 
         def advance(note: str = "", by: int = 1) -> None:
             progress.update(task, advance=by, note=note)

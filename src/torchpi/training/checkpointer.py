@@ -1,0 +1,151 @@
+"""Checkpoints that are written while the training continues."""
+
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+from torchpi.atomic import fsync, make_durable
+from torchpi.errors import TrainingError
+from torchpi.training.config import CheckpointConfig
+from torchpi.training.distributed import PATIENCE, World, copy_number, local, own_share
+from torchpi.training.state import CHECKPOINTS, STATE, TrainState, checkpoints
+
+# A file is put together in memory before it is written: the smaller, the less memory that takes.
+_FILE_BYTES = 10**9
+
+
+class Checkpointer:
+    """Writes checkpoints beside the training, one at a time.
+
+    A checkpoint is complete under its name or not there. Training goes on as soon as the tensors are copied, so the CPU
+    needs memory for one copy of what this process saves, and for a file of it at a time.
+    """
+
+    def __init__(
+        self,
+        run: pathlib.Path,
+        world: World,
+        config: CheckpointConfig,
+        *,
+        finish: Callable[[pathlib.Path, int], None] | None,
+    ) -> None:
+        """
+        Args:
+            finish: called in the main process, writes the rest of a checkpoint into the folder in which "state" is
+                complete; its second argument is the step.
+        """
+        self.folder, self.world, self.config, self.finish = run / CHECKPOINTS, world, config, finish
+        # A group of its own: the messages of the writing threads must not meet those of the training.
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        # The memory for copies from a GPU is pinned, which makes them faster, and kept, because pinning is slow.
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=world.device.type == "cuda")
+        self._pending: Future[None] | None = None
+        self._open_folder()
+
+    def _open_folder(self) -> None:
+        """Make the folder, check that all processes see it, and remove the remains of a run that was killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / f".process_{self.world.rank}.tmp").touch()
+        self.world.barrier()
+        missing = self.world.size - len(list(self.folder.glob(".process_*.tmp")))
+        self.world.barrier()
+        if missing:
+            raise TrainingError(
+                f"{missing} of the {self.world.size} processes have another folder {self.folder} than process "
+                f"{self.world.rank}; put the run where all nodes see the same files."
+            )
+        if self.world.is_main:
+            for rest in self.folder.glob(".*.tmp"):
+                shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+        self.world.barrier()
+
+    def save(self, state: TrainState) -> pathlib.Path:
+        """Start to write a checkpoint of the state as it is now, after the one before is complete; returns its path."""
+        self.wait()
+        whole = state.tensors()
+        copies = self._stager.stage(own_share(whole, self.world))
+        self._pending = self._thread.submit(self._write, copies, _file_numbers(whole, self.world), state.step)
+        return self.folder / f"{state.step:08d}"
+
+    def wait(self) -> None:
+        """Wait until the checkpoint that is being written is complete, or has failed, in all processes."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Wait, and end the thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _write(self, copies: dict[str, Any], file_numbers: dict[str, int], step: int) -> None:
+        beside = self.folder / f".{step:08d}.tmp"
+        try:
+            self._write_state(copies, file_numbers, beside / STATE)
+            self._in_main(lambda: self._complete(beside, step))
+        finally:
+            if self.world.is_main:
+                shutil.rmtree(beside, ignore_errors=True)
+
+    def _write_state(self, copies: dict[str, Any], file_numbers: dict[str, int], folder: pathlib.Path) -> None:
+        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
+        try:
+            dcp.save(copies, storage_writer=writer, process_group=self._group)
+        except dcp.api.CheckpointException as failed:
+            rank, (error, _) = next(iter(failed.failures.items()))
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, error.filename or str(folder)) from failed
+            raise RuntimeError(f"{folder} was not written: in process {rank}, {error!r}") from failed
+
+    def _in_main(self, work: Callable[[], None]) -> None:
+        """Run something in the main process; an error there is one in all."""
+        outcome = [""]
+        try:
+            if self.world.is_main:
+                work()
+        except BaseException as error:
+            outcome = [str(error)]
+            raise
+        finally:
+            dist.broadcast_object_list(outcome, src=0, group=self._group)
+        if outcome[0]:
+            raise OSError(f"The main process has failed to write a checkpoint: {outcome[0]}.")
+
+    def _complete(self, beside: pathlib.Path, step: int) -> None:
+        if self.finish is not None:
+            self.finish(beside, step)
+        make_durable(beside)
+        os.rename(beside, self.folder / f"{step:08d}")
+        fsync(self.folder)  # before an older one is removed
+        self._remove_old()
+
+    def _remove_old(self) -> None:
+        for old in checkpoints(self.folder.parent)[: -self.config.keep]:
+            if not (self.config.keep_every and int(old.name) % self.config.keep_every == 0):
+                # Out of the way first: a kill in the middle must not leave a part under the name.
+                out_of_the_way = self.folder / f".{old.name}.tmp"
+                os.rename(old, out_of_the_way)
+                shutil.rmtree(out_of_the_way)
+
+
+def _file_numbers(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
+    """The number of the file of its process that each tensor goes to, from 1."""
+    numbers, size = dict[str, int](), 0
+    for name, tensor in tensors.items():
+        size += local(tensor).nbytes // copy_number(tensor, world)[1]
+        numbers[name] = 1 + size // _FILE_BYTES
+    # Without gaps, because a tensor may be larger than a file.
+    order = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
+    return {name: order[number] for name, number in numbers.items()}
