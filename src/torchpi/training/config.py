@@ -307,7 +307,7 @@ class TrainConfig(metaclass=_FlatFields):
     log_every: int = 50
     """Updates between lines in metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Where the metrics go besides metrics.jsonl: tensorboard, wandb."""
+    """Trackers of the metrics besides metrics.jsonl: tensorboard, wandb."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
@@ -429,5 +429,5 @@ def flat_options(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_option(value: Any) -> bool:
-    """Whether a value under a group's name, "model" or "parallel", is that of the option of this name."""
+    """True where a value under a group's name, "model" or "parallel", is that of the option of this name."""
     return value is None or isinstance(value, str)

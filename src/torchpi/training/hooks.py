@@ -52,7 +52,7 @@ class LiveRun:
         return self.state.step >= self.config.num_steps
 
     def is_due(self, every: int, *, at_stop: bool = True) -> bool:
-        """Whether this step is a multiple of `every`, or the last one."""
+        """True at multiples of `every`, and at the last step."""
         return self.state.step % every == 0 or self.complete or (self.stopped and at_stop)
 
     def log(self, values: Mapping[str, Any]) -> None:
