@@ -175,8 +175,8 @@ class LeRobotDataset:
 
     def _open_files(self) -> None:
         """Begin without any open file and cached image."""
-        self._pid = os.getpid()
         self._images, self._videos = ParquetImages(self._cache_bytes), VideoPool()
+        self._pid = os.getpid()  # last: other threads may wait for it
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("_images", "_videos")}

@@ -34,7 +34,7 @@ class Info:
     chunks_size: int = lerobot.CHUNKS_SIZE
     data_files_size_in_mb: int | float | None = None
     video_files_size_in_mb: int | float | None = None
-    splits: dict[str, Any] | None = None
+    splits: Any = None
 
     @property
     def is_v3(self) -> bool:
