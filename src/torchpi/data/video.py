@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +134,16 @@ class VideoPool:
 
 def default_encoder() -> str:
     """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
+    return find_encoder(_ENCODERS, advice="; or record images (video=False)")
+
+
+def find_encoder(encoders: Collection[str], *, advice: str = "") -> str:
+    """The first of these encoders that this build of FFmpeg has."""
     available = require("av", "data").codec.codecs_available
-    for encoder in _ENCODERS:
-        if encoder in available:
-            return encoder
-    raise DatasetError(f"PyAV has none of the encoders {', '.join(_ENCODERS)}; record images instead (video=False).")
+    if found := next((encoder for encoder in encoders if encoder in available), None):
+        return found
+    names = ", ".join(encoders)
+    raise DatasetError(f"This build of PyAV has no encoder for videos; expected one of {names}{advice}.")
 
 
 def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, Any]:
@@ -157,15 +162,33 @@ def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, 
     }
 
 
-def encode_video(path: Path, frames: Sequence[np.ndarray], *, fps: int, encoder: str) -> None:
-    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file."""
+def encode_video(path: Path, frames: Iterable[np.ndarray], *, fps: int, encoder: str) -> None:
+    """Write a dataset's frames as an .mp4 file, see `write_mp4`."""
+    write_mp4(path, frames, fps=fps, encoder=encoder, options={"g": _GOP, **_ENCODERS[encoder]})
+
+
+def write_mp4(
+    path: Path,
+    frames: Iterable[np.ndarray],
+    *,
+    fps: int,
+    encoder: str,
+    options: Mapping[str, int | str],
+    threads: int = 0,
+    fast_start: bool = False,
+) -> None:
+    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; with its index in front for a fast start."""
     av = require("av", "data")
-    height, width = frames[0].shape[:2]
-    options = {"g": str(_GOP), **{name: str(value) for name, value in _ENCODERS[encoder].items()}}
-    with _quiet_svt(), av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream(encoder, rate=fps, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for image in frames:
+    flags = {"movflags": "faststart"} if fast_start else {}
+    with _quiet_svt(), av.open(str(path), "w", format="mp4", options=flags) as container:
+        texts = {name: str(value) for name, value in options.items()}
+        stream = container.add_stream(encoder, rate=fps, options=texts)
+        stream.pix_fmt = "yuv420p"
+        if threads:
+            stream.codec_context.thread_count = threads
+        for number, image in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width = image.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
 

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from torchpi.errors import SimulationError
-from torchpi.extras import require
+from torchpi.data.video import find_encoder, write_mp4
 from torchpi.sim.environment import Environment, ShowsHands
 from torchpi.sim.rollout import Callback, RolloutStep, camera_keys
 from torchpi.ui.palette import PALETTE
@@ -51,11 +50,11 @@ def record_video(path: str | pathlib.Path | None, environment: Environment, inst
     if path is None:
         yield None
         return
-    encoder = _encoder()
+    encoder = find_encoder(_ENCODERS)
     recorder = _Recorder(environment, instruction)
     callback: Callback = recorder
     yield callback
-    _encode(pathlib.Path(path), recorder.frames(), encoder)
+    _write(pathlib.Path(path), recorder.frames(), encoder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,29 +236,13 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
 
 
-def _encoder() -> str:
-    available = require("av", "data").codec.codecs_available
-    if encoder := next((encoder for encoder in _ENCODERS if encoder in available), None):
-        return encoder
-    raise SimulationError(f"This build of PyAV has no encoder for videos; expected one of {', '.join(_ENCODERS)}.")
-
-
-def _encode(path: pathlib.Path, frames: Iterator[np.ndarray], encoder: str) -> None:
+def _write(path: pathlib.Path, frames: Iterator[np.ndarray], encoder: str) -> None:
     """Write an .mp4 file, whole or not at all."""
-    av: Any = require("av", "data")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    options = {"crf": "20", "preset": "medium"} if encoder == "libx264" else {}
     try:
-        with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
-            stream = container.add_stream(encoder, rate=FPS)
-            stream.pix_fmt, stream.codec_context.thread_count = "yuv420p", 1
-            if encoder == "libx264":
-                stream.options = {"crf": "20", "preset": "medium"}
-            for number, frame in enumerate(frames):
-                if number == 0:
-                    stream.height, stream.width = frame.shape[:2]
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode(None))
+        write_mp4(part, frames, fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
