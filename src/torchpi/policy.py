@@ -34,7 +34,7 @@ class Policy:
         embodiment: Embodiment,
         *,
         norm_stats: Mapping[str, NormStats],
-        normalization: Mapping[str, Normalization],
+        normalization: Mapping[str, Normalization] | None = None,
         tokenizer: str | pathlib.Path,
         default_prompt: str | None = None,
         prompt_format: str = "openpi",
@@ -46,7 +46,7 @@ class Policy:
 
         Args:
             norm_stats: of "state" and "actions".
-            normalization: the rule for "state" and for "actions".
+            normalization: the rule for "state" and for "actions"; by default openpi's, which follows the variant.
             tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
             default_prompt: for requests without a prompt; by default the embodiment's.
             prompt_format, truncation: of the prompt, see `transforms.prompt.tokenize_prompt`.
@@ -65,9 +65,10 @@ class Policy:
         self._metadata = dict(metadata or {})
         self._tokenizer_path = _tokenizer_file(pathlib.Path(tokenizer))
         config = model.config
+        by_variant = Normalization("quantile" if config.pi05 else "z_score", "openpi")
         self.transforms = Transforms(
             norm_stats=norm_stats,
-            normalization=normalization,
+            normalization=normalization or dict.fromkeys(("state", "actions"), by_variant),
             tokenizer=load_tokenizer(self._tokenizer_path),
             # What a checkpoint does not say follows the variant; its prompt is then not cut (None).
             discrete_state_input=config.pi05 if config.discrete_state_input is None else config.discrete_state_input,
@@ -408,12 +409,11 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None
-    by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
     return Policy(
         model,
         spec.embodiment,
         norm_stats=spec.norm_stats,
-        normalization=spec.normalization or dict.fromkeys(("state", "actions"), by_variant),
+        normalization=spec.normalization,
         tokenizer=spec.tokenizer,
         default_prompt=spec.default_prompt,
         prompt_format=spec.prompt_format,

@@ -123,6 +123,7 @@ class _Source:
     def __init__(self, address: str, top: str, path: str, names: frozenset[str] = frozenset()) -> None:
         home = pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
         self.address, self.path, self.names = address, path, names
+        self._folders = tuple(name for name in names if name.endswith("/"))
         self.top, self.root = home / top, home / top / path
         """Places of the bucket or repository, and of the address."""
         self.listing = self.root
@@ -158,7 +159,7 @@ class _Source:
         if _matches(name, _NEVER):
             return False
         if self.names:
-            return name in self.names or name.startswith(tuple(name for name in self.names if name.endswith("/")))
+            return name in self.names or name.startswith(self._folders)
         return name == self.path or ((self.top / name).is_relative_to(self.root) and _matches(name, _WANTED))
 
     def missing(self, record: _Record) -> dict[str, _File]:
@@ -353,9 +354,11 @@ def _download(source: _Bucket | _Repository) -> None:
     source.connect()
     try:
         record = source.record()
-        if record is None or source.absent(record):
+        is_new = record is None or bool(source.absent(record))
+        if record is None or is_new:
             record = _Record(source.address, source.files())
-            source.require_files(record)
+        source.require_files(record)
+        if is_new:
             source.write_record(record)
         for name, file in source.missing(record).items():
             _download_file(source, name, file)

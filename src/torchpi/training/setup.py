@@ -31,11 +31,11 @@ from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import Policy
+from torchpi.policy import Policy, policy_of
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import Source, TrainConfig
-from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, normalize
+from torchpi.transforms.normalize import NormStats, load_norm_stats, normalize
 from torchpi.transforms.prompt import digitize_state, load_tokenizer, tokenize_prompt
 from torchpi.version import __version__
 
@@ -179,21 +179,20 @@ def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) 
     spec = _init_spec(config, model.config)
     if spec.norm_stats is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
-    tokenizer = config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config)
-    by_variant = Normalization("quantile" if model.config.pi05 else "z_score", "openpi")
-    normalization = spec.normalization or dict.fromkeys(("state", "actions"), by_variant)
+    tokenizer = existing_file(config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config))
+    max_prefix = config.optim.max_action_prefix
     return [
-        Policy(
+        policy_of(
             model,
-            source.embodiment,
-            norm_stats=source.norm_stats,
-            normalization=normalization,
-            tokenizer=existing_file(tokenizer),
-            prompt_format=spec.prompt_format,
-            truncation=spec.truncation,
-            default_prompt=source.source.prompt,
-            metadata={MAX_ACTION_PREFIX: config.optim.max_action_prefix} if config.optim.max_action_prefix else {},
-            provenance=_provenance(config, source),
+            dataclasses.replace(
+                spec,
+                embodiment=source.embodiment,
+                norm_stats=source.norm_stats,
+                tokenizer=tokenizer,
+                default_prompt=source.source.prompt,
+                metadata={MAX_ACTION_PREFIX: max_prefix} if max_prefix else {},
+                provenance=_provenance(config, source),
+            ),
         )
         for source in data
     ]
