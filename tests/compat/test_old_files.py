@@ -150,3 +150,18 @@ def test_old_flag_is_read_or_its_error_names_the_new_one(arguments, tmp_path, ca
         main([*arguments.split(), *rest])
     if end.value.code != 1:  # 1: the flag is read, and the dataset missing
         assert re.search(rf"--([\w-]+\.)?{OLD_FLAGS[arguments]}\b", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "new"),
+    [
+        ("bench --draws 2", "--flow-samples-per-obs"),
+        ("bench control --episodes 5", "python benchmarks/control.py"),
+        ("bench sim", "python benchmarks/simulation.py"),
+        ("bench serve --guided mid", "python benchmarks/guidance.py"),
+    ],
+)
+def test_old_benchmark_names_the_new_one(arguments, new, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(arguments.split())
+    assert new in capsys.readouterr().err
