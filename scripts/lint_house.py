@@ -61,6 +61,7 @@ MODEL_IMPORTS = {"model", "types", "config", "errors"}
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
     ("torchpi.inspect.nanopi", "torchpi"): "it is examples/nanopi.py, a user's program",
     ("torchpi.data.metadata", "checkpoints"): "datasets are downloaded as checkpoints are, through checkpoints/hub.py",
+    ("torchpi.inspect.nanopi", "torchpi"): "examples/nanopi.py reads its weights with torchpi.load_model",
 }
 """Imports against the layers (importing module, imported part), each with its reason."""
 

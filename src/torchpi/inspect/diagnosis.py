@@ -20,7 +20,7 @@ class Finding:
     about: str
     """Its subject: "weights", "camera base_0_rgb", "statistics of state", …"""
     message: str
-    """What was found, what was expected and what to do."""
+    """The finding, the expectation and the advice."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,14 +23,13 @@ from torchpi.inspect.diagnosis import (
     state_units,
 )
 from torchpi.inspect.sensitivity import check_sensitivities, sample_chunks, sensitivities, spread_of
-from torchpi.inspect.stages import prompt_text
 from torchpi.inspect.statistics import check_statistics, excess
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots.keys import flatten
 from torchpi.transforms.normalize import constant_dims, normalize
 from torchpi.transforms.pipeline import Transforms
-from torchpi.transforms.prompt import tokenize_prompt
+from torchpi.transforms.prompt import prompt_text, tokenize_prompt
 
 _LEVELS = ("problem", "warning", "note")
 
@@ -219,15 +218,12 @@ def _check_state(policy: Policy, checks: Sequence[StateCheck]) -> Iterator[Findi
 def _prompt(transforms: Transforms, sample: Mapping[str, Any]) -> PromptCheck:
     rule = transforms.norm_stats["state"], transforms.normalization["state"]
     normalized = normalize(sample["state"], *rule, what="state")
-    ids, _ = tokenize_prompt(
-        transforms.tokenizer,
-        sample["prompt"],
-        normalized,
-        discrete_state_input=transforms.discrete_state_input,
-        max_token_len=None,
-        prompt_format=transforms.prompt_format,
-    )
-    return PromptCheck(prompt_text(transforms, sample["prompt"], normalized), len(ids), transforms.max_token_len)
+    form: Any = {
+        "discrete_state_input": transforms.discrete_state_input,
+        "prompt_format": transforms.prompt_format,
+    }
+    ids, _ = tokenize_prompt(transforms.tokenizer, sample["prompt"], normalized, max_token_len=None, **form)
+    return PromptCheck(prompt_text(sample["prompt"], normalized, **form), len(ids), transforms.max_token_len)
 
 
 def _check_prompt(transforms: Transforms, prompt: PromptCheck) -> Iterator[Finding]:

@@ -16,6 +16,7 @@ from torchpi.config import Pi0Config
 from torchpi.inspect import nanopi
 from torchpi.model.pi0 import Pi0
 from torchpi.robots.keys import flatten
+from torchpi.transforms.prompt import prompt_text
 
 if TYPE_CHECKING:
     from torchpi.policy import Policy
@@ -107,7 +108,13 @@ def observation_stages(
     yield Stage("0", "embodiment/prompt", inputs["prompt"])
     normalized = sample["state"][: len(state)]
     yield Stage("0", "normalized_state", normalized)
-    yield Stage("0", "prompt_text", prompt_text(policy.transforms, inputs["prompt"], normalized))
+    text = prompt_text(
+        inputs["prompt"],
+        normalized,
+        discrete_state_input=policy.transforms.discrete_state_input,
+        prompt_format=policy.transforms.prompt_format,
+    )
+    yield Stage("0", "prompt_text", text)
     yield Stage("0", "token_ids", sample["tokenized_prompt"][sample["tokenized_prompt_mask"]])
 
 
@@ -161,14 +168,3 @@ def _stages(step: str, name: str, tensor: Tensor, *, num_prefix: int) -> Iterato
     for side, block in (("prefix", prefix), ("suffix", suffix)):
         if name != "attn_out":  # which nanopi shows itself
             yield Stage(step, f"{side}/{name}", block, "cached")
-
-
-def prompt_text(transforms: Any, instruction: str, normalized_state: np.ndarray) -> str:
-    """The whole text of a policy's prompt."""
-    from torchpi.transforms.prompt import clean_text, pi05_prompt_text
-
-    if transforms.discrete_state_input:
-        return pi05_prompt_text(instruction, normalized_state)
-    if transforms.prompt_format == "lerobot":
-        return instruction if instruction.endswith("\n") else f"{instruction}\n"
-    return f"{clean_text(instruction)}\n"

@@ -5,6 +5,7 @@ Which of the two a policy uses follows its `discrete_state_input`, not its varia
 """
 
 import bisect
+import functools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -207,6 +208,22 @@ def _read(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
+def prompt_text(
+    prompt: Any, state: np.ndarray | None, *, discrete_state_input: bool, prompt_format: str = "openpi"
+) -> str:
+    """The whole text of a prompt; arguments as of `tokenize_prompt`."""
+    if discrete_state_input:
+        if state is None:
+            raise TransformError(
+                "This policy's prompt contains the state (discrete_state_input), but there is no state."
+            )
+        return pi05_prompt_text(as_text(prompt), state)
+    text = as_text(prompt)
+    if prompt_format == "lerobot":
+        return text if text.endswith("\n") else f"{text}\n"
+    return f"{clean_text(text)}\n"
+
+
 def tokenize_prompt(
     tokenizer: Tokenizer,
     prompt: Any,
@@ -240,26 +257,19 @@ def tokenize_prompt(
         raise TransformError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
     if prompt_format not in FORMATS:
         raise TransformError(f"Unknown prompt format {prompt_format!r}; expected one of {', '.join(FORMATS)}.")
-    text = clean_text(as_text(prompt))
-    if discrete_state_input:
-        if state is None:
-            raise TransformError(
-                "This policy's prompt contains the state (discrete_state_input), but there is no state."
-            )
-        ending = _state_ending(state)
+    whole_text = functools.partial(
+        prompt_text, state=state, discrete_state_input=discrete_state_input, prompt_format=prompt_format
+    )
+    newline_apart = prompt_format == "openpi" and not discrete_state_input
 
-        def encode(instruction: str) -> list[int]:
-            return tokenizer.encode(f"Task: {instruction}{ending}", add_bos=True)
-    elif prompt_format == "lerobot":
-        text = as_text(prompt)
+    def encode(instruction: str) -> list[int]:
+        text = whole_text(instruction)
+        if newline_apart:
+            return tokenizer.encode(text[:-1], add_bos=True) + tokenizer.encode("\n", add_bos=False)
+        return tokenizer.encode(text, add_bos=True)
 
-        def encode(instruction: str) -> list[int]:
-            return tokenizer.encode(instruction if instruction.endswith("\n") else f"{instruction}\n", add_bos=True)
-    else:
-
-        def encode(instruction: str) -> list[int]:
-            return tokenizer.encode(instruction, add_bos=True) + tokenizer.encode("\n", add_bos=False)
-
+    is_raw = prompt_format == "lerobot" and not discrete_state_input
+    text = as_text(prompt) if is_raw else clean_text(as_text(prompt))
     ids = encode(text)
     if max_token_len is None:
         return np.array(ids, np.int64), np.ones(len(ids), bool)
