@@ -109,7 +109,7 @@ def test_refused_samples(changes, message):
 
 
 def test_refused_chunks():
-    with pytest.raises(ValueError, match="The model's action chunk, dimension 4"):
+    with pytest.raises(ValueError, match="the model's action chunk, dimension 4"):
         transforms().inverse(np.array([[0, 0, 0, 0, np.nan]]), action_size=3)
     with pytest.raises(ValueError, match="5 dimensions to 6"):
         transforms().inverse(np.zeros((1, 5)), action_size=6)

@@ -29,7 +29,6 @@ from torchpi.randomness import generator_at
 from torchpi.robots.keys import flatten
 from torchpi.transforms.normalize import constant_dims, normalize
 from torchpi.transforms.pipeline import Transforms
-from torchpi.transforms.prompt import prompt_text, tokenize_prompt
 
 _LEVELS = ("problem", "warning", "note")
 
@@ -218,12 +217,8 @@ def _check_state(policy: Policy, checks: Sequence[StateCheck]) -> Iterator[Findi
 def _prompt(transforms: Transforms, sample: Mapping[str, Any]) -> PromptCheck:
     rule = transforms.norm_stats["state"], transforms.normalization["state"]
     normalized = normalize(sample["state"], *rule, what="state")
-    form: Any = {
-        "discrete_state_input": transforms.discrete_state_input,
-        "prompt_format": transforms.prompt_format,
-    }
-    ids, _ = tokenize_prompt(transforms.tokenizer, sample["prompt"], normalized, max_token_len=None, **form)
-    return PromptCheck(prompt_text(sample["prompt"], normalized, **form), len(ids), transforms.max_token_len)
+    text = transforms.prompt_text(sample["prompt"], normalized)
+    return PromptCheck(text, transforms.num_prompt_tokens(sample["prompt"], normalized), transforms.max_token_len)
 
 
 def _check_prompt(transforms: Transforms, prompt: PromptCheck) -> Iterator[Finding]:

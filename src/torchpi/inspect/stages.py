@@ -16,7 +16,6 @@ from torchpi.config import Pi0Config
 from torchpi.inspect import nanopi
 from torchpi.model.pi0 import Pi0
 from torchpi.robots.keys import flatten
-from torchpi.transforms.prompt import prompt_text
 
 if TYPE_CHECKING:
     from torchpi.policy import Policy
@@ -108,13 +107,7 @@ def observation_stages(
     yield Stage("0", "embodiment/prompt", inputs["prompt"])
     normalized = sample["state"][: len(state)]
     yield Stage("0", "normalized_state", normalized)
-    text = prompt_text(
-        inputs["prompt"],
-        normalized,
-        discrete_state_input=policy.transforms.discrete_state_input,
-        prompt_format=policy.transforms.prompt_format,
-    )
-    yield Stage("0", "prompt_text", text)
+    yield Stage("0", "prompt_text", policy.transforms.prompt_text(inputs["prompt"], normalized))
     yield Stage("0", "token_ids", sample["tokenized_prompt"][sample["tokenized_prompt_mask"]])
 
 

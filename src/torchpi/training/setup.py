@@ -36,7 +36,7 @@ from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import Source, TrainConfig
 from torchpi.transforms.normalize import NormStats, load_norm_stats, normalize
-from torchpi.transforms.prompt import digitize_state, load_tokenizer, tokenize_prompt
+from torchpi.transforms.prompt import digitize_state, load_tokenizer
 from torchpi.version import __version__
 
 
@@ -235,15 +235,8 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     for index in np.unique(tasks).tolist():
         rows = np.flatnonzero(tasks == index)
         text = data.train.tasks[index] if data.source.prompt is None else data.source.prompt
-        tokens, _ = tokenize_prompt(
-            transforms.tokenizer,
-            text,
-            states[rows[np.argmax(digits[rows])]],
-            discrete_state_input=transforms.discrete_state_input,
-            max_token_len=None,
-            prompt_format=transforms.prompt_format,
-        )
-        longest[text] = max(longest.get(text, 0), len(tokens))
+        count = transforms.num_prompt_tokens(text, states[rows[np.argmax(digits[rows])]])
+        longest[text] = max(longest.get(text, 0), count)
     limit = transforms.max_token_len
     if limit is not None and (too_long := {text: count for text, count in longest.items() if count > limit}):
         text, count = max(too_long.items(), key=lambda item: item[1])

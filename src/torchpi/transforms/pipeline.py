@@ -19,7 +19,7 @@ from torchpi.transforms.normalize import (
     require_finite,
     unnormalize,
 )
-from torchpi.transforms.prompt import FORMATS, TRUNCATIONS, Tokenizer, tokenize_prompt
+from torchpi.transforms.prompt import Tokenizer, check_prompt_settings, prompt_text, tokenize_prompt
 
 QUANTITIES = ("state", "actions")
 
@@ -57,10 +57,7 @@ class Transforms:
     _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise TransformError(f"Unknown truncation {self.truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
-        if self.prompt_format not in FORMATS:
-            raise TransformError(f"Unknown prompt format {self.prompt_format!r}; expected one of {', '.join(FORMATS)}.")
+        check_prompt_settings(self.prompt_format, self.truncation)
         for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
             if missing := [key for key in QUANTITIES if key not in given]:
                 raise UnknownKeyError(
@@ -92,16 +89,7 @@ class Transforms:
         if state_noise is not None:
             state = state + state_noise
         # Before padding and casting: the text describes the state as the robot sent it.
-        tokens, mask = tokenize_prompt(
-            self.tokenizer,
-            sample["prompt"],
-            state,
-            discrete_state_input=self.discrete_state_input,
-            max_token_len=self.max_token_len,
-            prompt_format=self.prompt_format,
-            truncation=self.truncation,
-            warn=lambda message: self._warn_once("prompt", f"{message} Further prompts may be too long as well."),
-        )
+        tokens, mask = self._tokenize(sample["prompt"], state, self.max_token_len)
         black = np.zeros((*self.image_size, 3), np.uint8)
         out: dict[str, Any] = {
             "image": {
@@ -116,6 +104,28 @@ class Transforms:
         if "actions" in sample:
             out["actions"] = pad_to_dim(self._normalize(sample["actions"], "actions"), self.action_dim)
         return out
+
+    def prompt_text(self, prompt: Any, state: np.ndarray) -> str:
+        """The whole text of a prompt, from a normalized state [s] without padding."""
+        return prompt_text(
+            prompt, state, discrete_state_input=self.discrete_state_input, prompt_format=self.prompt_format
+        )
+
+    def num_prompt_tokens(self, prompt: Any, state: np.ndarray) -> int:
+        """The number of a prompt's tokens before anything is cut."""
+        return len(self._tokenize(prompt, state, None)[0])
+
+    def _tokenize(self, prompt: Any, state: np.ndarray, max_token_len: int | None) -> tuple[np.ndarray, np.ndarray]:
+        return tokenize_prompt(
+            self.tokenizer,
+            prompt,
+            state,
+            discrete_state_input=self.discrete_state_input,
+            max_token_len=max_token_len,
+            prompt_format=self.prompt_format,
+            truncation=self.truncation,
+            warn=lambda message: self._warn_once("prompt", f"{message} Further prompts may be too long as well."),
+        )
 
     def inverse(self, actions: np.ndarray, *, action_size: int) -> Float[np.ndarray, "H {action_size}"]:
         """The model's action chunk [H, action_dim] in the units of the embodiment's model space, the padding removed.

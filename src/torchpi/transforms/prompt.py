@@ -5,7 +5,6 @@ Which of the two a policy uses follows its `discrete_state_input`, not its varia
 """
 
 import bisect
-import functools
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -67,13 +66,44 @@ def digitize_state(state: np.ndarray) -> Int[np.ndarray, " s"]:
     return np.digitize(state, _BIN_EDGES) - 1
 
 
+def prompt_text(
+    prompt: Any, state: np.ndarray | None, *, discrete_state_input: bool, prompt_format: str = "openpi"
+) -> str:
+    """The whole text of a prompt; arguments as of `tokenize_prompt`."""
+    ending = _state_ending(state) if discrete_state_input else None
+    return "".join(_pieces(_instruction(prompt, ending, prompt_format), ending, prompt_format))
+
+
 def pi05_prompt_text(text: str, state: np.ndarray) -> str:
     """π₀.₅'s prompt, as openpi writes it, from a raw instruction and a normalized state [s]."""
-    return f"Task: {clean_text(text)}{_state_ending(state)}"
+    return prompt_text(text, state, discrete_state_input=True)
 
 
-def _state_ending(state: np.ndarray) -> str:
+def _instruction(prompt: Any, ending: str | None, prompt_format: str) -> str:
+    text = as_text(prompt)
+    return text if ending is None and prompt_format == "lerobot" else clean_text(text)
+
+
+def _state_ending(state: np.ndarray | None) -> str:
+    if state is None:
+        raise TransformError("This policy's prompt contains the state (discrete_state_input), but there is no state.")
     return f", State: {' '.join(map(str, digitize_state(state)))};\nAction: "
+
+
+def _pieces(instruction: str, ending: str | None, prompt_format: str) -> list[str]:
+    """The parts of the text that are tokenized by themselves."""
+    if ending is not None:
+        return [f"Task: {instruction}{ending}"]
+    if prompt_format == "lerobot":
+        return [instruction if instruction.endswith("\n") else f"{instruction}\n"]
+    return [instruction, "\n"]
+
+
+def check_prompt_settings(prompt_format: str, truncation: str) -> None:
+    """Raise an error about an unknown prompt format or truncation."""
+    for label, value, known in (("truncation", truncation, TRUNCATIONS), ("prompt format", prompt_format, FORMATS)):
+        if value not in known:
+            raise TransformError(f"Unknown {label} {value!r}; expected one of {', '.join(known)}.")
 
 
 @runtime_checkable
@@ -208,22 +238,6 @@ def _read(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
-def prompt_text(
-    prompt: Any, state: np.ndarray | None, *, discrete_state_input: bool, prompt_format: str = "openpi"
-) -> str:
-    """The whole text of a prompt; arguments as of `tokenize_prompt`."""
-    if discrete_state_input:
-        if state is None:
-            raise TransformError(
-                "This policy's prompt contains the state (discrete_state_input), but there is no state."
-            )
-        return pi05_prompt_text(as_text(prompt), state)
-    text = as_text(prompt)
-    if prompt_format == "lerobot":
-        return text if text.endswith("\n") else f"{text}\n"
-    return f"{clean_text(text)}\n"
-
-
 def tokenize_prompt(
     tokenizer: Tokenizer,
     prompt: Any,
@@ -253,23 +267,15 @@ def tokenize_prompt(
     Raises:
         ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
     """
-    if truncation not in TRUNCATIONS:
-        raise TransformError(f"Unknown truncation {truncation!r}; expected one of {', '.join(TRUNCATIONS)}.")
-    if prompt_format not in FORMATS:
-        raise TransformError(f"Unknown prompt format {prompt_format!r}; expected one of {', '.join(FORMATS)}.")
-    whole_text = functools.partial(
-        prompt_text, state=state, discrete_state_input=discrete_state_input, prompt_format=prompt_format
-    )
-    newline_apart = prompt_format == "openpi" and not discrete_state_input
+    check_prompt_settings(prompt_format, truncation)
+    ending = _state_ending(state) if discrete_state_input else None
+    text = _instruction(prompt, ending, prompt_format)
 
     def encode(instruction: str) -> list[int]:
-        text = whole_text(instruction)
-        if newline_apart:
-            return tokenizer.encode(text[:-1], add_bos=True) + tokenizer.encode("\n", add_bos=False)
-        return tokenizer.encode(text, add_bos=True)
+        first, *others = _pieces(instruction, ending, prompt_format)
+        ids = tokenizer.encode(first, add_bos=True)
+        return ids + [i for piece in others for i in tokenizer.encode(piece, add_bos=False)]
 
-    is_raw = prompt_format == "lerobot" and not discrete_state_input
-    text = as_text(prompt) if is_raw else clean_text(as_text(prompt))
     ids = encode(text)
     if max_token_len is None:
         return np.array(ids, np.int64), np.ones(len(ids), bool)
