@@ -56,11 +56,6 @@ class Connection:
     """One client, from the metadata to the last answer."""
 
     def __init__(self, websocket: ServerConnection, state: ServerState, *, number: int, policy: str) -> None:
-        """
-        Args:
-            number: from 0, in the order of the connections.
-            policy: the policy's name.
-        """
         self.websocket = websocket
         self.answering = False
         """A request has been received, and its answer not been sent."""
@@ -74,11 +69,7 @@ class Connection:
         """From the last request's arrival to its answer being sent."""
 
     async def run(self, ready: "asyncio.Future[Any]") -> None:
-        """Serve the client until it leaves, sends a malformed message, or the server stops.
-
-        Args:
-            ready: done when the policies are warm.
-        """
+        """Serve the client until it leaves, sends a malformed message, or the server stops; from `ready` on."""
         state = self._state
         left = RequestError("client_left", "The client closed the connection before its answer.")
         self._closed.add_done_callback(lambda _: self.give_up(left))
@@ -170,8 +161,7 @@ class Connection:
         return observation, await self._wait_for(request, deadline)
 
     async def _wait_for(self, request: Request, deadline: float) -> Answer:
-        """The model's answer. The request is withdrawn if the model has not begun with it by the deadline (seconds from
-        now), or if nobody waits for it any more."""
+        """The model's answer; the request is withdrawn if it has not begun in `deadline` seconds, or nobody waits."""
         if self._closed.done():
             raise RequestError("client_left", "The client closed the connection before its answer.")
         scheduler = self._state.scheduler

@@ -73,11 +73,7 @@ class RequestOptions:
 
 
 def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
-    """The observation and the options in one message.
-
-    Args:
-        noise_shape: [H, action_dim] of the policy.
-    """
+    """The observation and the options in one message; `noise_shape` is the policy's [H, action_dim]."""
     if isinstance(message, str):
         raise RequestError("malformed_message", "A request came as a text frame; expected a binary one with msgpack.")
     try:
@@ -98,11 +94,7 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
 
 
 def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, Any]:
-    """The observation with arrays in place of JPEGs.
-
-    Args:
-        max_bytes: limit of all of them together when they are decoded.
-    """
+    """The observation with arrays in place of JPEGs, which have at most `max_bytes` together."""
     try:
         return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_jpegs(observation)))
     except ValueError as error:

@@ -35,14 +35,11 @@ def run_serve(
     load: Mapping[str, Any],
     device: str | None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM.
+    """Serve until SIGINT or SIGTERM; the arguments are those of the command.
 
     Args:
-        policy: served at "/".
-        named: "name=path" of further ones; without `policy` the first of them is served at "/" as well.
-        record: the folder of the dataset, or, of several policies, of one per name.
+        named: "name=path" of further policies; without `policy` the first of them is served at "/" as well.
         load: arguments of `load_policy` for `policy`.
-        device: of all of them.
     """
     paths = policy_paths(policy, named)
     if load and policy is None:

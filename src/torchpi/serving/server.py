@@ -41,9 +41,8 @@ class PolicyServer:
     ) -> None:
         """
         Args:
-            load: a function per name that returns the policy; called in the model's thread, while connections are
-                accepted.
-            recorder: keeps requests and answers; it is closed by its owner.
+            load: a function per name that returns the policy; called in the model's thread.
+            recorder: is closed by its owner.
         """
         metrics = recorder.metrics if recorder else Metrics()
         self.scheduler = Scheduler(load, settings, metrics)
@@ -54,8 +53,7 @@ class PolicyServer:
     async def run(self, listening: Callable[[str], None] = lambda address: None) -> None:
         """Serve until `stop` is called; then answer the requests that were received, and close.
 
-        Args:
-            listening: is called with the address, ws://HOST:PORT, as soon as connections are accepted.
+        `listening` is called with the address, ws://HOST:PORT, as soon as connections are accepted.
         """
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
