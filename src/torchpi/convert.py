@@ -4,7 +4,6 @@ import dataclasses
 import datetime
 import gc
 import hashlib
-import json
 import pathlib
 import warnings
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import policy_of
+from torchpi.schema import write_json
 from torchpi.transforms.normalize import save_norm_stats
 from torchpi.types import Observation
 
@@ -264,7 +264,7 @@ def _write_openpi(
             "action_expert_variant": "gemma_300m",
             "precision": str(dtype).removeprefix("torch."),
         }
-        (root / "config.json").write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
+        write_json(root / "config.json", document)
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
     notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
     return notes + _write_assets(root, checkpoint, asset_id, requested)

@@ -37,6 +37,12 @@ def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = Co
     return value
 
 
+def write_json(path: pathlib.Path, document: Any) -> None:
+    """Write a document as JSON that people can read; NaN is a ValueError."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
 def parse(
     kind: type[T], value: Any, where: str, *, error: type[TorchpiError] = ConfigError, known_only: bool = True
 ) -> T:

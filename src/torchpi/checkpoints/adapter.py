@@ -6,7 +6,6 @@ adapter.safetensors    the low-rank matrices and the other trained parameters, i
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safet
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config, merge_lora
 from torchpi.model.pi0 import Pi0
-from torchpi.schema import parse, read_json_object, require_stated
+from torchpi.schema import parse, read_json_object, require_stated, write_json
 
 FORMAT_VERSION = 1
 DOCUMENT, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -45,12 +44,6 @@ class Adapter:
     trained: tuple[str, ...]
     """Names of the parameters that were trained beside the low-rank matrices."""
     base: Base
-
-    def to_json(self) -> str:
-        """The file's text."""
-        document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        document["base"] = {name: value for name, value in document["base"].items() if value is not None}
-        return f"{json.dumps(document, indent=2, ensure_ascii=False)}\n"
 
 
 def save_adapter(
@@ -98,7 +91,9 @@ def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Ca
         shapes: of the low-rank matrices and the other trained parameters, by name.
         read: returns them.
     """
-    (root / DOCUMENT).write_text(adapter.to_json(), encoding="utf-8")
+    document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(adapter)}
+    document["base"] = {name: value for name, value in document["base"].items() if value is not None}
+    write_json(root / DOCUMENT, document)
     write_safetensors(root, shapes, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
 
 

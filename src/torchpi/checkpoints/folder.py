@@ -7,7 +7,6 @@ model.safetensors   the weights, or shards of them with model.safetensors.index.
 """
 
 import dataclasses
-import json
 import pathlib
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import with_guessed_commands
-from torchpi.schema import parse, read_json_object, require_stated
+from torchpi.schema import parse, read_json_object, require_stated, write_json
 from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
@@ -147,10 +146,9 @@ def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -
     )
     document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(policy)}
     try:
-        text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+        write_json(root / "policy.json", document)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}.") from error
-    (root / "policy.json").write_text(f"{text}\n", encoding="utf-8")
 
 
 def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:

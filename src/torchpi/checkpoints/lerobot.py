@@ -6,7 +6,7 @@ model, each with its settings; the statistics lie in safetensors files that the 
 Source: LeRobot 0.6's processors.
 """
 
-import json
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,12 @@ import safetensors
 import safetensors.numpy
 import torch
 
+from torchpi.checkpoints.folder import tokenizer_file
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.robots import ActionDim, Camera, Embodiment, StateKey
+from torchpi.schema import parse, read_json, write_json
 from torchpi.transforms.normalize import Normalization, NormStats
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -36,7 +38,28 @@ _NEUTRAL = {
     "pi0_new_line_processor",
     "pi05_prepare_state_tokenizer_processor_step",
 }
+_BEFORE = {
+    *_NEUTRAL,
+    "rename_observations_processor",
+    "relative_actions_processor",
+    "normalizer_processor",
+    "tokenizer_processor",
+}
+_AFTER = {*_NEUTRAL, "unnormalizer_processor", "absolute_actions_processor"}
 _BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Step:
+    registry_name: str
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    state_file: str | None = None
+    artifacts: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Processor:
+    steps: list[_Step]
 
 
 def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
@@ -46,20 +69,18 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         root: the policy's folder.
         document: its config.json.
     """
-    before, after = (_steps(root / name) for name in (PREPROCESSOR, POSTPROCESSOR))
-    known = {*_NEUTRAL, "rename_observations_processor", "relative_actions_processor", "normalizer_processor"}
-    _refuse_unknown(root / PREPROCESSOR, before, {*known, "tokenizer_processor"})
-    _refuse_unknown(root / POSTPROCESSOR, after, {*_NEUTRAL, "unnormalizer_processor", "absolute_actions_processor"})
+    before, after = _steps(root / PREPROCESSOR, _BEFORE), _steps(root / POSTPROCESSOR, _AFTER)
+    absent = _Step("")
     try:
         normalizer, unnormalizer = before["normalizer_processor"], after["unnormalizer_processor"]
         tokens = before["tokenizer_processor"]
-        relative = before.get("relative_actions_processor", {}).get("config", {})
-        renamed = before.get("rename_observations_processor", {}).get("config", {}).get("rename_map", {})
+        relative = before.get("relative_actions_processor", absent).config
+        renamed = before.get("rename_observations_processor", absent).config.get("rename_map", {})
         embodiment = _embodiment(document, relative, renamed)
         stats, rules = {}, {}
         for key, feature, step in (("state", STATE, normalizer), ("actions", ACTION, unnormalizer)):
             stats[key], rules[key] = _normalization(root, step, feature)
-        length = int(tokens["config"]["max_length"])
+        length = int(tokens.config["max_length"])
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The processors of {root} are not as LeRobot writes them: no {error}") from error
     if length != document.get("tokenizer_max_length"):
@@ -77,24 +98,20 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
     )
 
 
-def _steps(file: pathlib.Path) -> dict[str, dict[str, Any]]:
+def _steps(file: pathlib.Path, known: set[str]) -> dict[str, _Step]:
     if not file.is_file():
         raise MissingFileError(
             f"{file} does not exist; a LeRobot policy since version 0.4 has it. Migrate an older one with LeRobot's "
             "own script."
         )
-    try:
-        steps = json.loads(file.read_text(encoding="utf-8"))["steps"]
-        return {step["registry_name"]: step for step in steps}
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file} is not as LeRobot writes it: {type(error).__name__}: {error}") from error
-
-
-def _refuse_unknown(file: pathlib.Path, steps: Mapping[str, Any], known: set[str]) -> None:
-    if unknown := sorted(set(steps) - known):
+    document = read_json(file, error=CheckpointError)
+    where = f"{file} is not as LeRobot writes it"
+    processor = parse(_Processor, document, where, error=CheckpointError, known_only=False)
+    if unknown := sorted({step.registry_name for step in processor.steps} - known):
         raise CheckpointError(
             f"{file} has steps that are not known here: {', '.join(unknown)}; known are {sorted(known)}."
         )
+    return {step.registry_name: step for step in processor.steps}
 
 
 def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str]) -> Embodiment:
@@ -129,8 +146,8 @@ def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], rename
     )
 
 
-def _normalization(root: pathlib.Path, step: Mapping[str, Any], feature: str) -> tuple[NormStats, Normalization]:
-    config = step["config"]
+def _normalization(root: pathlib.Path, step: _Step, feature: str) -> tuple[NormStats, Normalization]:
+    config = step.config
     if config["eps"] != EPS:
         raise CheckpointError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here.")
     kind = config["features"][feature]["type"]
@@ -155,8 +172,8 @@ def _normalization(root: pathlib.Path, step: Mapping[str, Any], feature: str) ->
     return stats, Normalization("quantile" if mode in _BOUNDS else "z_score", "lerobot")
 
 
-def _statistics(root: pathlib.Path, step: Mapping[str, Any]) -> dict[str, Any]:
-    name = step.get("state_file")
+def _statistics(root: pathlib.Path, step: _Step) -> dict[str, Any]:
+    name = step.state_file
     if name is None:
         return {}
     if pathlib.PurePath(name).name != name:
@@ -170,14 +187,10 @@ def _statistics(root: pathlib.Path, step: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error
 
 
-def _tokenizer(root: pathlib.Path, step: Mapping[str, Any]) -> pathlib.Path | None:
+def _tokenizer(root: pathlib.Path, step: _Step) -> pathlib.Path | None:
     """The tokenizer in the folder; None: the policy names PaliGemma's on a hub."""
-    name = step.get("artifacts", {}).get("tokenizer_name") or step["config"].get("tokenizer_name", "")
-    beside = root / str(name)
-    if root.resolve() not in beside.resolve().parents:
-        return None
-    files = (beside / "tokenizer.model", beside / "tokenizer.json")
-    return next((file for file in files if file.is_file()), None)
+    beside = root / str(step.artifacts.get("tokenizer_name") or step.config.get("tokenizer_name", ""))
+    return tokenizer_file(beside) if root.resolve() in beside.resolve().parents else None
 
 
 # ---- writing ----
@@ -210,7 +223,7 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
     norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
     relative = _relative(robot)
     _write_processors(root, config, features, renamed, norm_map, relative, _state_dict(robot, stats))
-    _write(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
+    write_json(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
     return _notes(config, spec, renamed)
 
 
@@ -259,8 +272,8 @@ def _write_processors(
     unnormalizer["state_file"] = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
     for step in (normalizer, unnormalizer):
         safetensors.numpy.save_file(dict(state_dict), root / step["state_file"])
-    _write(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
-    _write(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": after})
+    write_json(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
+    write_json(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": after})
 
 
 def _step(name: str, **config: Any) -> dict[str, Any]:
@@ -368,8 +381,4 @@ def write_tokenizer_config(root: pathlib.Path, special_tokens: Mapping[str, str]
     """
     names = {f"{name}_token": text for name, text in special_tokens.items()}
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
-    _write(root / "tokenizer_config.json", settings)
-
-
-def _write(path: pathlib.Path, document: Mapping[str, Any]) -> None:
-    path.write_text(f"{json.dumps(document, indent=2, ensure_ascii=False)}\n", encoding="utf-8")
+    write_json(root / "tokenizer_config.json", settings)

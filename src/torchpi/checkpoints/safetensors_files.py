@@ -1,5 +1,6 @@
 """Arrays in safetensors files: one model.safetensors, or shards with an index."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from torchpi.checkpoints.layout import Shapes
 from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.schema import parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -101,17 +103,21 @@ def _corrupt(file: pathlib.Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.")
 
 
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
+    """Names of arrays to names of files."""
+
+
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(part, str) for item in weight_map.items() for part in item):
-            raise CheckpointError("weight_map must map names of arrays to names of files.")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a valid index: {type(error).__name__}: {error}") from error
+    document = read_json(index, error=CheckpointError)
+    weight_map = parse(_Index, document, f"{index} is no index", error=CheckpointError, known_only=False).weight_map
+    if not weight_map:
+        raise CheckpointError(f"{index} is no index: weight_map is empty.")
     for file in set(weight_map.values()):
         if pathlib.PurePath(file).name != file or "\\" in file or file in ("", ".", ".."):
             raise CheckpointError(f"{index} names the file {file!r}; only files beside the index are read.")
-    return dict(weight_map)
+    return weight_map
 
 
 def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mapping[str, pathlib.Path]) -> None:
@@ -156,7 +162,7 @@ def write_safetensors(
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
-        (root / INDEX).write_text(f"{json.dumps(document, indent=2)}\n", encoding="utf-8")
+        write_json(root / INDEX, document)
 
 
 def _write_file(
