@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from sim_helpers import HORIZON, corridor, random_policy  # noqa: F401  (corridor is a fixture)
 
-from torchpi import cli
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.rollout import Rollout, run_episode
@@ -147,9 +146,3 @@ def test_script_prints_one_document_and_draws(corridor, tmp_path, capsys):  # no
     assert json.loads((tmp_path / "new" / "control.json").read_text()) == document
     assert (tmp_path / "new" / "control.png").stat().st_size > 10_000
     assert "rtc" in printed.err
-
-
-def test_command_of_earlier_versions_names_the_script(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["bench", "control", "--delays", "0,1"])
-    assert "python benchmarks/control.py" in capsys.readouterr().err

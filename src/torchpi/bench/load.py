@@ -29,31 +29,21 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
     """
     results = {}
     for what in ("load", "convert"):
-        found = results[what] = bench_load(path, getattr(torch, dtype), config=config, convert=what == "convert")
+        parent = existing_folder(path).resolve().parent if what == "convert" else None  # on the checkpoint's disk
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".torchpi_bench_") as scratch:
+            arguments = (path, getattr(torch, dtype), config, pathlib.Path(scratch) if what == "convert" else None)
+            _measure(_floor, *arguments)  # warms the disk's cache
+            floor = _measure(_floor, *arguments)["seconds"]
+            found = results[what] = {**_measure(_load, *arguments), "floor": floor}
         size = found["model_bytes"]
         print(
-            f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / found['floor']:.2f} × its floor of "
-            f"{found['floor']:.2f} s; model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} "
-            f"× that in memory of its own, {found['peak_rss'] / size:.2f} × with mapped files",
+            f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / floor:.2f} × its floor of {floor:.2f} s; "
+            f"model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} × that in memory of its own, "
+            f"{found['peak_rss'] / size:.2f} × with mapped files",
             file=sys.stderr if as_json else sys.stdout,
         )
     if as_json:
         print(json.dumps(results))
-
-
-def bench_load(
-    path: str, dtype: torch.dtype, *, config: str | None = None, convert: bool = False
-) -> dict[str, int | float]:
-    """Measure the floor twice, of which the first time warms the disk's cache, then load and watch the memory.
-
-    Args:
-        convert: write the weights into a policy folder as well, in a temporary folder beside the checkpoint.
-    """
-    parent = existing_folder(path).resolve().parent if convert else None
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".torchpi_bench_") as scratch:
-        out = pathlib.Path(scratch) if convert else None
-        floor, _, load = (_measure(work, path, dtype, config, out) for work in (_floor, _floor, _load))
-    return {**load, "floor": floor["seconds"]}
 
 
 def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
@@ -102,7 +92,7 @@ def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path 
     """Read the arrays that `_load` reads, as their library does it fastest, and write as many bytes as it writes."""
     checkpoint = open_checkpoint(path, config=config)
     files = sorted(checkpoint.root.glob("*.safetensors"))
-    buffer = bytearray(_BLOCK)
+    buffer = memoryview(bytearray(_BLOCK))
     for file in files:
         with file.open("rb", buffering=0) as content:
             while content.readinto(buffer):
@@ -114,6 +104,6 @@ def _floor(path: str, dtype: torch.dtype, config: str | None, out: pathlib.Path 
         with (out / "floor").open("wb", buffering=0) as target:
             left = size
             while left > 0:
-                left -= target.write(buffer[: min(left, _BLOCK)])
+                left -= target.write(buffer[:left])
         (out / "floor").unlink()
     return size
