@@ -125,7 +125,6 @@ class LeRobotDataset:
         """A frame: that of `numbers`, with "observation.images.<camera>" uint8 [h, w, 3] for each camera.
 
         Raises:
-            IndexError: there is no such frame.
             FileNotFoundError, ValueError: a video or image is missing or damaged.
         """
         i = self._frame_number(index)
@@ -134,9 +133,6 @@ class LeRobotDataset:
     def numbers(self, index: SupportsIndex) -> dict[str, Any]:
         """A frame without its images: "observation.state" float32 [s], "action" float32 [H, a] with the episode's last
         action where it is past the end, "action_is_pad" bool [H], "task" str, and the other numeric columns.
-
-        Raises:
-            IndexError: there is no such frame.
         """
         i = self._frame_number(index)
         chunk = np.arange(i, i + self.action_horizon)  # [H]

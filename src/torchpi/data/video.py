@@ -206,11 +206,7 @@ def _quiet_svt() -> Iterator[None]:
 
 
 def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: int) -> None:
-    """Join .mp4 files that were encoded alike, without decoding them.
-
-    Args:
-        parts: each file and its number of frames; its first frame comes right behind the last one before.
-    """
+    """Join .mp4 files that were encoded alike, each given with its number of frames, without decoding them."""
     av = require("av", "data")
     with av.open(str(path), "w", format="mp4") as container:
         out: Any = None

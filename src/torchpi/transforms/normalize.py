@@ -1,4 +1,4 @@
-"""Normalization of state and actions by a data set's statistics, and its inverse."""
+"""Normalization of state and actions by a dataset's statistics, and its inverse."""
 
 import dataclasses
 import json
@@ -82,7 +82,7 @@ class NormStats:
 
 @dataclasses.dataclass(frozen=True)
 class Normalization:
-    """How a quantity is normalized.
+    """The normalization of a quantity.
 
     Raises:
         ValueError: an unknown kind or eps rule.
