@@ -101,9 +101,9 @@ def test_a_browser_shows_robots_their_frames_and_their_chunks(server, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 420])
 def test_a_browser_paints_plots_and_frames(server, tmp_path, width):
-    picture = tmp_path / "page.png"
-    browse(f"{server}/?token={TOKEN}", tmp_path, f"--screenshot={picture}", width=width)
-    with Image.open(picture) as image:
+    screenshot = tmp_path / "page.png"
+    browse(f"{server}/?token={TOKEN}", tmp_path, f"--screenshot={screenshot}", width=width)
+    with Image.open(screenshot) as image:
         assert image.width == width
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert (0x2F, 0x66, 0xD0) in colors  # bars and curves, in the style sheet's colour

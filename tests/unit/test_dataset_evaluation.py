@@ -390,7 +390,7 @@ def test_a_dataset_of_another_robot_is_an_error_that_says_so(policy, folder, tmp
         evaluate_on_dataset(folder, tmp_path / "cameras")
 
 
-def test_what_the_caller_gets_wrong(policy, make_policy, dataset, path):
+def test_wrong_arguments_are_errors(policy, make_policy, dataset, path):
     with pytest.raises(ValueError, match="The model's action_horizon is not set"):
         chunk_errors(make_policy(action_horizon=None), dataset, [0])
     with pytest.raises(ValueError, match=r"predicts 4 actions, but .* chunks of 7. Open it with action_horizon=4"):

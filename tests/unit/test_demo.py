@@ -103,7 +103,7 @@ def results(**rates):
     }
 
 
-def test_provenance_may_say_nothing(policy):
+def test_missing_provenance_leaves_the_model_alone(policy):
     silent = random_policy()
     silent.provenance = {}
     assert [name for name, _ in describe_policy(silent)] == ["model"]
@@ -187,7 +187,7 @@ def _evaluation(folder, instructions):
     episodes = []
     for task in instructions:
         video = folder / f"{task}_0.mp4"
-        video.write_bytes(b"film of " + task.encode())
+        video.write_bytes(b"video of " + task.encode())
         episodes += [_episode(task, 0, True, str(video)), _episode(task, 1, False)]
     rate, interval = success_rate(episodes)
     of_tasks = {
@@ -223,7 +223,7 @@ class Tags(html.parser.HTMLParser):
 
 
 def check_page(page, *, files=()):
-    """Well-formed, and nothing is asked for but what is in it and the files beside it."""
+    """Well-formed, and nothing is asked for but what is in it and the files next to it."""
     tags = Tags(page)
     assert not {"script", "link", "iframe"} & tags.names
     links = {value for key, value in tags.attributes if key in ("src", "href", "data", "action", "poster")}
@@ -252,7 +252,7 @@ def test_the_page_has_all_tasks_and_videos_in_it(policy, flow, tmp_path):
     assert "torchpi demo --instruction &#x27;a &amp; b&#x27;" in page
 
 
-def test_large_videos_stay_beside_the_page(policy, flow, tmp_path, monkeypatch):
+def test_large_videos_are_linked_instead_of_embedded(policy, flow, tmp_path, monkeypatch):
     monkeypatch.setattr(demo_page, "EMBEDDED_BYTES", 10)
     evaluation = _evaluation(tmp_path, {"faucet-open": "open the faucet"})
     page = render_demo(make_demo(policy, flow, evaluation=evaluation), tmp_path)
@@ -260,7 +260,7 @@ def test_large_videos_stay_beside_the_page(policy, flow, tmp_path, monkeypatch):
     assert "data:video" not in page
 
 
-def test_the_page_has_what_the_policy_says_of_itself(flow, tmp_path):
+def test_the_page_shows_the_provenance_of_the_policy(flow, tmp_path):
     policy = random_policy()
     policy.provenance = {
         "results": results(faucet_open=0.9),
@@ -274,7 +274,7 @@ def test_the_page_has_what_the_policy_says_of_itself(flow, tmp_path):
     assert "held-out episodes, EMA weights: 0.01 at the end" in page
 
 
-def test_the_page_escapes_what_comes_from_outside(policy, flow, tmp_path):
+def test_the_page_escapes_foreign_texts(policy, flow, tmp_path):
     instruction = "<script>alert('π')</script>"
     evaluation = _evaluation(tmp_path, {"faucet-open": instruction})
     page = render_demo(make_demo(policy, flow, evaluation=evaluation, problem="<b>"), tmp_path)

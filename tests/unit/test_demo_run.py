@@ -33,15 +33,15 @@ def no_renderer(monkeypatch):
 
 @pytest.fixture
 def prompts(monkeypatch):
-    """The observations that any policy of this process gets, as they come."""
-    told, infer = [], Policy.infer
+    """Prompts of all requests to policies of this process."""
+    prompts, infer = [], Policy.infer
 
     def spy(self, observation, **options):
-        told.append(observation["prompt"])
+        prompts.append(observation["prompt"])
         return infer(self, observation, **options)
 
     monkeypatch.setattr(Policy, "infer", spy)
-    return told
+    return prompts
 
 
 # Without a renderer
@@ -160,19 +160,19 @@ def test_a_browser_shows_the_page(policy, tmp_path, width):
     if not (chromium := shutil.which("chromium")):
         pytest.skip("no chromium")
     run_demo(tmp_path, policy=policy, tasks=["faucet-open"], episodes=1, workers=1, rollout=Rollout(max_steps=24))
-    picture = tmp_path / "page.png"
+    screenshot = tmp_path / "page.png"
     arguments = [
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--virtual-time-budget=2000", f"--window-size={width},1600",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", (tmp_path / "index.html").as_uri(),
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}", (tmp_path / "index.html").as_uri(),
     ]  # fmt: skip
     subprocess.run([chromium, *arguments], check=True, capture_output=True, timeout=120)
-    with Image.open(picture) as image:
+    with Image.open(screenshot) as image:
         pixels = np.asarray(image.convert("RGB"))
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the film is in it
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the video is in it
 
 
-# What a user gets wrong
+# Wrong arguments
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,10 @@ def asked_and_answered(dashboard, robot, at, until, previous=None):
 # ---- over HTTP ----
 
 
-def test_each_robot_with_what_it_sees_and_was_answered():
+def test_the_summary_has_each_robot_with_its_images_state_and_chunk():
     with served(FakePolicy(), FakePolicy()) as (url, _), clients(url) as [first], clients(url + "/p1") as [second]:
-        picture = np.full((6, 8, 3), 200, np.uint8)
-        chunk = first.ask({**observation(5.0), "camera": picture, "prompt": HOSTILE})["actions"]
+        image = np.full((6, 8, 3), 200, np.uint8)
+        chunk = first.ask({**observation(5.0), "camera": image, "prompt": HOSTILE})["actions"]
         second.ask(observation(6.0))
         found = summary(url)
         assert (found["ready"], found["connections"], found["waiting"]) == (True, 2, 0)
@@ -79,18 +79,18 @@ def test_each_robot_with_what_it_sees_and_was_answered():
         np.testing.assert_allclose([dimension["values"] for dimension in dimensions], chunk.T, rtol=1e-3)
         status, headers, body = read(url, f"/frame/{one['number']}/base_0_rgb.jpg")
         assert (status, headers["Content-Type"]) == (200, "image/jpeg")
-        np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(body))), picture, atol=3)
+        np.testing.assert_allclose(np.asarray(Image.open(io.BytesIO(body))), image, atol=3)
 
 
-def test_what_a_robot_sends_partly_flat_and_partly_nested_is_shown():
+def test_partly_flat_and_partly_nested_keys_are_shown():
     policy = FakePolicy()
     policy.embodiment = dataclasses.replace(
         policy.embodiment,
         cameras=(Camera("base_0_rgb", "images.front.rgb"),),
         state=(StateKey("robot.arm.state", ("x", "y")),),
     )
-    picture = np.full((6, 8, 3), 200, np.uint8)
-    sent = {"images": {"front.rgb": picture}, "robot.arm": {"state": np.array([5.0, 2.0])}}
+    image = np.full((6, 8, 3), 200, np.uint8)
+    sent = {"images": {"front.rgb": image}, "robot.arm": {"state": np.array([5.0, 2.0])}}
     policy.example_observation = lambda: sent
     with served(policy) as (url, _), clients(url) as [client]:
         assert "actions" in client.ask(sent)
@@ -100,7 +100,7 @@ def test_what_a_robot_sends_partly_flat_and_partly_nested_is_shown():
         assert read(url, f"/frame/{robot['number']}/base_0_rgb.jpg")[0] == 200
 
 
-def test_what_is_not_there_is_not_found():
+def test_missing_paths_are_not_found():
     with served(FakePolicy()) as (url, _), clients(url) as [client]:
         paths = ["/chunk/0.json", "/frame/0/base_0_rgb.jpg", "/chunk/x.json", "/frame/0/..%2f.jpg", "/dashboard.jsonx"]
         assert [read(url, path)[0] for path in paths] == [404] * 5  # the robot has not asked yet
@@ -118,7 +118,7 @@ def test_errors_are_shown_until_the_next_answer():
         assert summary(url)["robots"][0]["error"] is None
 
 
-def test_the_robot_says_how_much_it_has_executed():
+def test_executed_steps_are_reported_by_the_robot():
     policy = FakePolicy()
     with served(policy) as (url, _), clients(url) as [client]:
         client.ask(observation())
@@ -199,13 +199,13 @@ def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
     assert robot.executed(99.0)["steps"] == 1
 
 
-def test_of_a_chunk_that_continues_another_the_steps_begin_at_its_request(dashboard, robot):
+def test_steps_of_a_chunk_conditioned_on_the_previous_one_begin_at_its_request(dashboard, robot):
     previous = PreviousChunk(np.ones((2, 2), np.float32), 1, 2)
     asked_and_answered(dashboard, robot, at=10.0, until=10.15, previous=previous)
     assert robot.executed(10.15) == {"steps": 1, "source": "estimated"}
 
 
-def test_without_a_control_rate_nothing_is_said(dashboard):
+def test_executed_steps_are_unknown_without_a_control_rate(dashboard):
     policy = FakePolicy()
     policy.embodiment = Embodiment.generic("still", cameras={"base_0_rgb": "camera"}, state=["x"], actions=["x", "y"])
     robot = dashboard.join(0, "p0", policy, "")
@@ -222,7 +222,7 @@ def test_only_the_last_observation_is_kept_and_not_copied(dashboard, robot):
     assert robot.last.observation is sent
 
 
-def test_numbers_that_are_none_are_still_json(dashboard, robot):
+def test_numbers_that_are_not_finite_are_null(dashboard, robot):
     dashboard.asked(robot, None, 1.0)
     chunk = np.array([[np.nan, np.inf], [0.123456, 1e-9]], np.float32)
     dashboard.answered(robot, observation(), answer(chunk=chunk), 2.0)

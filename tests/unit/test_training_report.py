@@ -72,7 +72,7 @@ def write_run(run, lines, *, tail="", **recipe):
     return run
 
 
-def write_picture(path, size=(40, 30)):
+def write_image(path, size=(40, 30)):
     path.parent.mkdir(exist_ok=True)
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
     Image.fromarray(pixels).save(path)
@@ -85,8 +85,8 @@ def full(tmp_path_factory):
     run = write_run(tmp_path_factory.mktemp("runs") / "run", lines, num_steps=100, lr=1e-3)
     (run / "run.json").write_text(json.dumps(ABOUT))
     for step in (20, 100):
-        write_picture(run / "plots" / f"{step:08d}_chunks.png")
-        write_picture(run / "plots" / f"{step:08d}_errors.png")
+        write_image(run / "plots" / f"{step:08d}_chunks.png")
+        write_image(run / "plots" / f"{step:08d}_errors.png")
     (run / "checkpoints" / "00000100" / "policy").mkdir(parents=True)
     (run / "report.html").write_text("an older page")
     write_report(run)
@@ -173,7 +173,7 @@ def test_the_page_has_everything_of_the_run(page):
         "Data and initial weights", "Recipe", "Commands",
     )  # fmt: skip
     assert all(page.text.count(title) >= 2 for title in titles)  # in the navigation too
-    # 8 panels and the two drawings of chunk errors; the last pictures
+    # 8 panels and the two drawings of chunk errors; the last plots
     assert [tag for tag, _ in page.tags].count("svg") == 10
     assert [tag for tag, _ in page.tags].count("img") == 2
     assert "After 100 steps." in page.text
@@ -196,7 +196,7 @@ def test_parameters_are_counted_by_part(page):
     assert "all 1 000 000 2 000 000 500" in text
 
 
-def test_data_and_first_weights_are_told(page):
+def test_data_and_initial_weights_are_listed(page):
     for part in (
         "weights from pi05_base",
         "parameters loaded 810",
@@ -209,12 +209,12 @@ def test_data_and_first_weights_are_told(page):
         assert part in page.text
 
 
-def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
+def test_the_robots_of_a_mixture_have_their_own_errors_and_plots(tmp_path):
     mixture = [{"dataset": "hf://org/first", "embodiment": "metaworld"}, {"dataset": "second", "embodiment": "droid"}]
     more = {"chunk_error_droid": 0.5, "chunk_error_dims_droid": {"x": 0.5}, "chunk_error_steps_droid": [0.5, None]}
     run = write_run(tmp_path / "run", [metrics_line(10, **evaluation(0.2), **more)], dataset="", mixture=mixture)
     for name in ("00000010_chunks", "00000005_chunks_droid", "00000010_chunks_droid"):
-        write_picture(run / "plots" / f"{name}.png")
+        write_image(run / "plots" / f"{name}.png")
     (run / "checkpoints" / "00000010" / "policy").mkdir(parents=True)
     page = page_of(run)
     assert "From random weights, on first: step 10 of" in page.text
@@ -226,7 +226,7 @@ def test_the_robots_of_a_mixture_have_their_own_errors_and_pictures(tmp_path):
     assert "eval checkpoints/00000010/policy --dataset hf://org/first" in page.text
 
 
-def test_what_differs_from_the_default_recipe_is_marked(full):
+def test_fields_that_differ_from_the_default_recipe_are_marked(full):
     text = (full / "report.html").read_text(encoding="utf-8")
     changed = re.findall(r'<tr class="marked"><td class="name">(.*?)</td><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>', text)
     assert ("lr", "0.001", f"{TrainConfig().optim.lr:g}") in changed
@@ -250,16 +250,16 @@ def test_the_dataset_is_named_from_the_folder_of_the_run(bare, monkeypatch):
     assert "torchpi eval checkpoints/00000100/policy --dataset ../recorded" in page_of(bare).text
 
 
-def test_a_large_picture_is_made_smaller(bare):
+def test_a_large_plot_is_made_smaller(bare):
     path = bare / "plots" / "00000100_chunks.png"
-    write_picture(path, (1200, 800))
+    write_image(path, (1200, 800))
     assert path.stat().st_size > IMAGE_BYTES
     assert [source[:15] for source in page_of(bare).attributes("src")] == ["data:image/jpeg"]
 
 
-def test_a_picture_that_is_cut_short_is_named(bare):
+def test_a_truncated_plot_is_named(bare):
     path = bare / "plots" / "00000100_errors.png"
-    write_picture(path)
+    write_image(path)
     path.write_bytes(path.read_bytes()[:100])
     assert "00000100_errors.png cannot be shown" in page_of(bare).text
 
@@ -285,7 +285,7 @@ def test_a_run_that_has_hardly_begun(tmp_path, lines):
     assert [tag for tag, _ in page.tags].count("svg") == (6 if lines else 0)
 
 
-def test_a_run_with_a_checkpoint_can_be_gone_on_with(tmp_path):
+def test_a_stopped_run_with_a_checkpoint_can_be_resumed(tmp_path):
     run = write_run(tmp_path / "run", [metrics_line(10)], num_steps=100)
     (run / "checkpoints" / "00000012" / "policy").mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"finished": "2026-01-02T10:05:00+00:00", "parameters": 3}))
@@ -295,7 +295,7 @@ def test_a_run_with_a_checkpoint_can_be_gone_on_with(tmp_path):
     assert "torchpi train --resume ." in text
 
 
-def test_values_that_are_no_numbers_are_named_and_not_drawn(tmp_path):
+def test_values_that_are_not_finite_are_named_and_not_drawn(tmp_path):
     lines = [metrics_line(step, loss=math.nan if step > 3 else 1.0, grad_norm=math.inf) for step in range(1, 7)]
     text = page_of(write_run(tmp_path / "run", [*lines, metrics_line(7, **evaluation(math.nan))])).text
     assert "loss is not finite in 3 of 7 lines, first at step 4." in text
@@ -311,7 +311,7 @@ def test_damaged_files_are_named(tmp_path):
     assert "2 steps of" in text
 
 
-def test_interruptions_are_told(tmp_path):
+def test_interruptions_are_noted(tmp_path):
     lines = [metrics_line(step) for step in (10, 20, 30)] + [metrics_line(20), metrics_line(25, resumed=True)]
     text = page_of(write_run(tmp_path / "run", lines)).text
     assert "The run was interrupted and resumed; the first lines after that are of step 20, 25." in text
@@ -336,14 +336,14 @@ def test_constant_dimensions_are_named(tmp_path):
 
 
 def test_plots_of_earlier_versions_are_shown(bare):
-    write_picture(bare / "pictures" / "00000100_chunks.png")
+    write_image(bare / "pictures" / "00000100_chunks.png")
     assert len(page_of(bare).attributes("src")) == 1
 
 
 # Curves
 
 
-def test_what_is_behind_a_resume_is_dropped():
+def test_lines_behind_a_resume_are_dropped():
     lines = [{"step": step, "run": run} for run, step in ((1, 10), (1, 20), (1, 30), (2, 20), (2, 20), (2, 40))]
     assert [(line["run"], line["step"]) for line in without_overtaken(lines)] == [
         (1, 10), (1, 20), (2, 20), (2, 20), (2, 40),
@@ -379,7 +379,7 @@ def test_a_thinned_series_keeps_its_range():
 
 
 @pytest.mark.parametrize("lines", [[], [metrics_line(10)], [metrics_line(s, **evaluation(1 / s)) for s in (1, 2, 30)]])
-def test_the_curves_are_a_picture(tmp_path, lines):
+def test_curves_are_drawn_into_an_image(tmp_path, lines):
     run = write_run(tmp_path / "run", lines)
     plot_curves(run / "metrics.jsonl", run / "curves.png")
     with Image.open(run / "curves.png") as image:
@@ -401,14 +401,14 @@ def test_a_very_long_run_makes_a_page_of_usual_size(tmp_path):
 def test_a_browser_shows_the_page(full, tmp_path, width):
     if not (chromium := shutil.which("chromium")):
         pytest.skip("no chromium")
-    picture = tmp_path / "page.png"
+    screenshot = tmp_path / "page.png"
     arguments = [
         "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--virtual-time-budget=2000", f"--window-size={width},3000",
-        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={picture}", (full / "report.html").as_uri(),
+        f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={screenshot}", (full / "report.html").as_uri(),
     ]  # fmt: skip
     subprocess.run([chromium, *arguments], check=True, capture_output=True, timeout=120)
-    with Image.open(picture) as image:
+    with Image.open(screenshot) as image:
         assert image.width == width
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert {(0x2F, 0x66, 0xD0), (0x0D, 0x85, 0x77)} <= colors  # curves, in the colours of the style sheet
