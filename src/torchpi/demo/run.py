@@ -119,7 +119,7 @@ def _first_noise(policy: Policy, task: str, seed: int) -> np.ndarray:
     return episode_noise(seed, task, 0, shape)(0)
 
 
-def _packaged_frame(policy: Policy, task: str, other: Mapping[str, Any], seed: int) -> DemoFrame:
+def _packaged_frame(policy: Policy, task: str, other: dict[str, Any], seed: int) -> DemoFrame:
     observation = demo_observation(task) | other
     return DemoFrame(observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"])
 

@@ -174,12 +174,10 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     robot = chunks.embodiment
     ranges = high - low
     ranges[constant_dims(NormStats(mean, actions.std(axis=0), low, high), "quantile")] = math.nan
-    columns = np.stack([low, high, mean], axis=1).tolist()
+    hold = [None if command is None else command.text for command in hold_commands(robot)]
     dimensions = tuple(
-        Dimension(action.name, action.unit, *values, hold.text if hold else None, width)
-        for action, hold, values, width in zip(
-            robot.actions, hold_commands(robot), columns, ranges.tolist(), strict=True
-        )
+        Dimension(action.name, action.unit, float(low[i]), float(high[i]), float(mean[i]), hold[i], float(ranges[i]))
+        for i, action in enumerate(robot.actions)
     )
     predictions = {
         POLICY: chunks.predicted,  # [F, R, H, a]

@@ -23,7 +23,7 @@ from torchpi.policy import Policy, load_policy
 from torchpi.ui.format import format_number, format_percent
 from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
-from torchpi.ui.tables import Column, Table
+from torchpi.ui.tables import Cell, Column, Table
 
 _PLOTTED_FRAMES, _PLOTTED_NOISE_SAMPLES = 4, 8
 _NAMES = {POLICY: "policy", HOLD: "hold", MEAN_ACTION: "mean"}
@@ -89,7 +89,7 @@ def evaluate_on_dataset(
         dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=(), rename=rename
     )
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
-    options = {"seed": seed, "num_steps": num_steps, "batch_size": batch_size}
+    options: dict[str, Any] = {"seed": seed, "num_steps": num_steps, "batch_size": batch_size}
     start = time.perf_counter()
     with progress_bar("chunks", len(frames)) as advance:
         chunks = predict_chunks(
@@ -172,7 +172,7 @@ def _dimension_table(errors: ChunkErrors) -> Table:
     columns = [Column("action"), *([Column("unit", "name")] if has_units else [])]
     columns += [Column(title, "number") for title in ("MAE", "RMSE", "MAE,\nof range", "MAE of\nhold", "MAE of\nmean")]
     scaled = errors.mae() / errors.ranges
-    rows = []
+    rows: list[Sequence[Cell]] = []
     for i, dimension in enumerate(errors.dimensions):
         baselines = [
             Text(_number(errors.mae(of)[i]), style="yellow" if errors.is_worse_than(of)[i] else "") for of in BASELINES
@@ -197,7 +197,7 @@ def _overall_table(errors: ChunkErrors) -> Table:
 def _horizon_table(errors: ChunkErrors) -> Table:
     """A few steps: the first, the last, and some between them."""
     steps = np.unique(np.linspace(0, np.flatnonzero(errors.counts)[-1], 6).round().astype(int))
-    rows = []
+    rows: list[Sequence[Cell]] = []
     for of in (POLICY, *BASELINES):
         if dimensions := errors.overall(of).dimensions:
             note = f" ({dimensions} dimensions)" if dimensions < errors.overall().dimensions else ""

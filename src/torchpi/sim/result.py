@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from torchpi.ui.tables import Column, Rate, Table, wilson_interval
+from torchpi.ui.tables import Cell, Column, Rate, Table, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +110,9 @@ def success_table(
         measured: rates by task from an earlier evaluation, for a column of their own.
         overall: of these, over all tasks.
     """
-    columns = [
-        Column("task", "name"),
-        Column("instruction"),
-        Column("success, 95 % interval"),
-        Column("steps", "number"),
-    ]
-    columns += [Column("measured after training", "rate")] if measured else []
-    rows = []
+    columns = [Column("task", "name"), Column("instruction"), Column("success, 95 % interval", "rate")]
+    columns += [Column("steps", "number"), *([Column("measured after training", "rate")] if measured else [])]
+    rows: list[list[Cell]] = []
     for name, task in evaluation.tasks.items():
         rate = Rate(task.success_rate, task.interval, task.episodes)
         steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"

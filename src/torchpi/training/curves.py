@@ -82,7 +82,8 @@ def robots(lines: Sequence[Line]) -> dict[str, str]:
 def dimension_panel(lines: Sequence[Line], ending: str, title: str) -> Panel | None:
     """Chunk errors per dimension of a robot, the ten that are the largest at the end; None: there are none."""
     key = f"{_DIMS}{ending}"
-    last = next((line[key] for line in reversed(lines) if isinstance(line.get(key), Mapping)), {})
+    found = (line[key] for line in reversed(lines) if isinstance(line.get(key), Mapping))
+    last: Mapping[str, Any] = next(found, {})
     values = {name: value for name in last if (value := number(last[name])) is not None}
     largest = sorted(values, key=lambda name: np.nan_to_num(values[name], nan=-1), reverse=True)[:_MAX_DIMS]
     curves = {f"{key}/{name}": name for name in values if name in largest}

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from html import escape
 from typing import Any
 
@@ -162,7 +163,7 @@ def _panel_figure(run: Run, panel: Panel) -> str:
     texts = {label: f"{value:.1%}" if panel.percent else f"{value:.4g}" for label, value in ends.items()}
     end = ", ".join(f"{label}: {text}" if len(panel.curves) > 1 else text for label, text in texts.items())
     drawn = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {' and '.join(texts)}."
-    return _figure(panel.title, f"{end} at the end", lambda axes: draw_panel(axes, run.lines, panel), drawn)
+    return _figure(panel.title, f"{end} at the end", partial(draw_panel, lines=run.lines, panel=panel), drawn)
 
 
 def _figure(title: str, note: str, draw: Callable[[Any], object], description: str) -> str:
@@ -185,14 +186,12 @@ def _chunks(run: Run) -> Iterator[str]:
         if panel := dimension_panel(run.lines, ending, f"Error per dimension{of}"):
             shown = "" if len(dims) <= len(panel.curves) else f"{len(panel.curves)} of {len(dims)}, the largest"
             description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
-            figures += _figure(
-                panel.title, shown, lambda axes, panel=panel: draw_panel(axes, run.lines, panel), description
-            )
+            figures += _figure(panel.title, shown, partial(draw_panel, lines=run.lines, panel=panel), description)
         if isinstance(run.last(f"chunk_error_steps{ending}"), list):
             figures += _figure(
                 f"Error over the chunk{of}",
                 "the later the evaluation, the stronger",
-                lambda axes, ending=ending: draw_chunk_steps(axes, run.lines, ending),
+                partial(draw_chunk_steps, lines=run.lines, ending=ending),
                 f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
             )
         if figures:

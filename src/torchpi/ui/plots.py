@@ -7,6 +7,7 @@ import pathlib
 import re
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": "none",
     "axes.labelcolor": COLORS["soft"],
@@ -45,9 +46,7 @@ _NOISE_RGB, _ACTIONS_RGB = (150, 157, 168), (224, 98, 34)  # both readable on li
 # ---- drawing ----
 
 
-def draw_figure(
-    draw: Callable[["Figure"], Any], *, size: tuple[float | int, float | int], layout: str | None = "constrained"
-) -> "Figure":
+def draw_figure(draw: Callable[["Figure"], Any], *, size: tuple[float | int, float | int]) -> "Figure":
     """Draw a figure in the common style.
 
     Args:
@@ -58,7 +57,7 @@ def draw_figure(
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE):
-        figure = Figure(figsize=size, layout=layout)
+        figure = Figure(figsize=size, layout="constrained")
         draw(figure)
     return figure
 
@@ -165,7 +164,7 @@ def denoising_figures(chunks: np.ndarray, names: Sequence[str], *, executed: int
             name,
             f"{chunks[-1, :, i].min():.2f} … {chunks[-1, :, i].max():.2f}",
             to_svg(
-                draw_figure(lambda figure, i=i: _draw_denoising(figure, chunks[:, :, i], executed), size=(2.8, 1.45)),
+                draw_figure(partial(_draw_denoising, chunks=chunks[:, :, i], executed=executed), size=(2.8, 1.45)),
                 f"{name} while denoising, from noise to actions. Along: action of the chunk. Up: value. "
                 "Drawn: a curve per Euler step.",
             ),
