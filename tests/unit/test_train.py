@@ -524,7 +524,7 @@ def test_the_command_says_what_is_missing_or_too_much(whole_run, capsys):
         (["--resume", str(whole_run[0]), "--num-steps", "3"], "has 6 steps already"),
         (["--resume", str(whole_run[0]), "--seed", "3"], "seed was 0, now 3"),
         (["--out", "x", "--dataset", "nowhere", "--embodiment", "metaworld", "--model", "tiny"], "nowhere"),
-        (["--batch-size", "0"], "batch_size must be a positive integer"),
+        (["--batch-size", "0"], "batch_size must be `int` >= 1"),
     ):
         assert run_command(*arguments) != 0
         captured = capsys.readouterr()

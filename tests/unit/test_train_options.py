@@ -436,9 +436,9 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
     ("fields", "message"),
     [
         ({"optimizer": "adamw8bit", "parallel": "fsdp"}, "can't be sharded"),
-        ({"grad_accum_steps": 0}, "grad_accum_steps must be a positive integer"),
+        ({"grad_accum_steps": 0}, "grad_accum_steps must be `int` >= 1"),
         ({"dataset": "a", "mixture": (Source("b", "aloha"),)}, "either dataset"),
-        ({"timescale": 0.0}, "timescale must be positive"),
+        ({"timescale": 0.0}, "timescale must be `float` > 0"),
         ({"keep_every": 0}, "keep_every must be"),
     ],
 )

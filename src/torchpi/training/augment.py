@@ -1,11 +1,8 @@
-"""Image augmentation, drawn for each sample and applied on the device.
+"""Image augmentation, drawn per sample and applied on the device.
 
-Geometry (crop, resize, rotation) is one bilinear resampling, for cameras that stand still only: a wrist camera's image
-moves with the hand anyway. Colour changes happen in HSV.
-
-Source: openpi's `preprocess_observation`, which uses augmax; the formulas are those that were measured of it. There the
-saturation has no effect and all cameras of a sample share one draw, which looks unintended; here it has, and each
-camera has its own.
+Geometry (crop, resize, rotation) is one bilinear resampling, not for wrist cameras, whose images move with the hand.
+Colours change in HSV. Source: openpi's `preprocess_observation` and the formulas of augmax, which it uses. There the
+saturation has no effect and all cameras of a sample share one draw, which looks unintended.
 """
 
 import dataclasses
@@ -23,13 +20,13 @@ from torchpi.types import Observation
 
 NUM_PARAMETERS = 7
 OFF = np.zeros(NUM_PARAMETERS, np.float32)
-"""A draw that changes nothing but the crop's scale."""
+"""Parameters that change nothing but the crop's scale."""
 
 
 def draw(config: Augmentation, rng: np.random.Generator, image_size: int) -> Float32[np.ndarray, "7"]:
-    """One image's parameters: crop offset (row, column) in pixels, angle in rad, brightness, contrast, saturation, hue.
+    """Draw crop offset (row, column) in pixels, angle in rad, brightness, contrast, saturation and hue of one image.
 
-    An image whose colours stay has zeros for the last four.
+    The last four are 0 for an image whose colours stay.
     """
     room = (image_size - _cropped(config, image_size)) / 2
     scale = [room, room, math.radians(config.degrees)]
@@ -47,10 +44,10 @@ def _cropped(config: Augmentation, image_size: int) -> int:
 
 
 def augment(observation: Observation, config: Augmentation, draws: Mapping[str, Float32[Tensor, "B 7"]]) -> Observation:
-    """The observation with its images changed.
+    """Augment the images of an observation.
 
     Args:
-        draws: per camera, what `draw` gave for each sample.
+        draws: per camera, the parameters that `draw` gave for each sample.
     """
     images = {}
     for camera, image in observation.images.items():
@@ -90,7 +87,7 @@ def jitter(
     saturation: Float32[Tensor, " B"],
     hue: Float32[Tensor, " B"],
 ) -> Float32[Tensor, "B h w 3"]:
-    """Change the colours of images in [0, 1]; an image whose four parameters are 0 stays as it is."""
+    """Change the colours of images in [0, 1]; those whose four parameters are 0 stay as they are."""
     changed = torch.stack([brightness, contrast, saturation, hue]).any(dim=0)
     if not changed.any():
         return images
@@ -108,7 +105,7 @@ def jitter(
 
 
 def _toward_one(x: Tensor, amount: Tensor) -> Tensor:
-    """Down by a share of itself where the amount is negative, up by a share of what is missing to 1 elsewhere."""
+    """Scale x to 0 by -amount where it is negative, and 1 - x to 0 by amount elsewhere."""
     return torch.where(amount < 0, x * (1 + amount), x * (1 - amount) + amount)
 
 

@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+import msgspec
 import tyro
 
 from torchpi.assets import assets
@@ -18,66 +19,61 @@ Optimizer = Literal["adamw", "adamw8bit"]
 Checkpointing = Literal["none", "full", "selective"]
 
 
-def _check(
-    config: Any, *, counts: Iterable[str] = (), positive: Iterable[str] = (), not_negative: Iterable[str] = ()
-) -> None:
-    """Check a group's numbers (None is not checked) and all its choices."""
-    for names, is_valid, rule in (
-        (counts, lambda value: value >= 1, "a positive integer"),
-        (positive, lambda value: value > 0, "positive"),
-        (not_negative, lambda value: value >= 0, "0 or more"),
-    ):
-        for name in names:
-            if (value := getattr(config, name)) is not None and not is_valid(value):
-                raise TrainingError(f"{name} must be {rule}, got {value}.")
-    for name, kind in get_type_hints(type(config)).items():
-        if get_origin(kind) is Literal and (value := getattr(config, name)) not in get_args(kind):
-            raise TrainingError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+Count = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+NotNegativeFloat = Annotated[float, msgspec.Meta(ge=0)]
+Share = Annotated[float, msgspec.Meta(ge=0, lt=1)]
+Fraction = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class _Checked:
+    """Checks the fields of a dataclass against the ranges and choices in their types."""
+
+    def __post_init__(self) -> None:
+        plain = get_type_hints(type(self))
+        for name, kind in get_type_hints(type(self), include_extras=True).items():
+            try:
+                msgspec.convert(getattr(self, name), kind)
+            except msgspec.ValidationError as problem:
+                rule = str(problem).removeprefix("Expected ")
+                if get_origin(plain[name]) is Literal:
+                    rule = f"one of {', '.join(get_args(plain[name]))}"
+                raise TrainingError(f"{name} must be {rule}, got {getattr(self, name)!r}.") from problem
 
 
 @dataclasses.dataclass(frozen=True)
-class Augmentation:
+class Augmentation(_Checked):
     """Random changes of the images; 0 switches a change off."""
 
-    crop: float = 0.95
+    crop: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.95
     """Fraction of the image's side that a crop keeps; 1 switches it off."""
-    degrees: float = 5.0
+    degrees: Annotated[float, msgspec.Meta(ge=0, le=180)] = 5.0
     """Rotation in ±degrees."""
-    brightness: float = 0.3
+    brightness: Fraction = 0.3
     """Change of the value in ±fractions."""
-    contrast: float = 0.4
+    contrast: Share = 0.4
     """Steepness of the value's curve, in (-1, 1)."""
-    saturation: float = 0.5
+    saturation: Fraction = 0.5
     """Change of the saturation in ±fractions."""
-    hue: float = 0.1
+    hue: Fraction = 0.1
     """Change of the hue in ±turns."""
-    color_probability: float = 0.5
+    color_probability: Fraction = 0.5
     """Fraction of the images whose colours are changed."""
     like_openpi: bool = False
     """Follow openpi's code where it differs from its intent: one random draw for all cameras of a sample, and no
     saturation."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.crop <= 1:
-            raise TrainingError(f"augmentation.crop must be in (0, 1], got {self.crop}.")
-        for name in ("brightness", "contrast", "saturation", "hue", "color_probability"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise TrainingError(f"augmentation.{name} must be in [0, 1], got {getattr(self, name)}.")
-        if self.contrast == 1 or not 0 <= self.degrees <= 180:
-            raise TrainingError(
-                f"augmentation.contrast must be below 1 and degrees in [0, 180], got {self.contrast}, {self.degrees}."
-            )
-
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class Source(_Checked):
     """One dataset of a mixture."""
 
     dataset: str
     """A LeRobot dataset: a folder, or hf://ORG/NAME."""
     embodiment: str
     """The robot, which says what cameras, state and actions are: a name (metaworld, aloha, …) or a JSON file."""
-    weight: float = 1.0
+    weight: Positive = 1.0
     """Its share of the samples, relative to the sum of all weights."""
     episodes: str | None = None
     """Episodes to use, for example "0:40,57" or "task:open *"; by default all."""
@@ -88,13 +84,9 @@ class Source:
     norm_stats: str = "dataset"
     """As `DataConfig.norm_stats`."""
 
-    def __post_init__(self) -> None:
-        if not self.weight > 0:
-            raise TrainingError(f"The weight of {self.dataset} must be positive, got {self.weight}.")
-
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Checked):
     """Samples: the dataset, its statistics and its augmentation."""
 
     dataset: str = ""
@@ -118,15 +110,15 @@ class DataConfig:
     """Leave out frames at which the robot rests."""
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     """Random changes of the images."""
-    state_noise: float = 0.0
+    state_noise: NotNegativeFloat = 0.0
     """Standard deviation of noise on the normalized state, whose range is [-1, 1]."""
-    workers: int = 1
+    workers: NotNegative = 1
     """Processes that prepare samples for each training process; 0: it prepares them itself."""
-    image_cache_gb: float = 4.0
+    image_cache_gb: NotNegativeFloat = 4.0
     """Compressed images that each of these processes keeps in memory, in GB (10⁹ bytes)."""
 
     def __post_init__(self) -> None:
-        _check(self, not_negative=("state_noise", "workers", "image_cache_gb"))
+        super().__post_init__()
         if self.mixture and (self.dataset or self.embodiment or self.episodes):
             raise TrainingError(
                 "A recipe has either dataset, embodiment and episodes, or a mixture of several datasets."
@@ -140,7 +132,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The initial weights, and how much of the model is trained in which precision."""
 
     init: str | None = None
@@ -169,7 +161,7 @@ class ModelConfig:
     """Compile the layers (torch.compile); takes minutes at the start."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        super().__post_init__()
         if self.trains_lora and self.init is None:
             raise TrainingError(f"finetune {self.finetune!r} needs initial weights: set init (--init).")
 
@@ -180,102 +172,81 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Checked):
     """The loss, the learning-rate schedule and the optimizer."""
 
-    flow_samples_per_obs: int = 1
+    flow_samples_per_obs: Count = 1
     """Pairs of noise and time per observation; they share the pass over images and prompt, which is most of the
     work."""
     loss: Literal["all", "real"] = "all"
     """Elements in the mean of the loss: "all" of a chunk, padding included, as openpi; or only "real" ones, without
     padded dimensions and steps past the end of the episode."""
-    max_action_prefix: int = 0
+    max_action_prefix: NotNegative = 0
     """Training-time real-time chunking: up to so many first actions of a chunk are given without noise, like those of
     the chunk that is being executed; the number is drawn per noise sample, and the loss is of the others. 0: none."""
-    lr: float = 2.5e-5
+    lr: Positive = 2.5e-5
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"
     """Learning rate after the warm-up: "cosine" to min_lr at decay_steps, "rsqrt" or "constant"."""
-    warmup_steps: int = 1000
+    warmup_steps: NotNegative = 1000
     """Updates until the peak."""
     decay_steps: int | None = None
     """Update at which the cosine reaches min_lr; by default num_steps."""
     min_lr: float = 2.5e-6
     """Final learning rate of the cosine."""
-    timescale: float = 10_000.0
+    timescale: Positive = 10_000.0
     """Timescale of "rsqrt": lr/√(1 + (step − warmup_steps)/timescale)."""
     optimizer: Optimizer = "adamw"
     """"adamw", or "adamw8bit": moments in 8 bits (bitsandbytes)."""
-    weight_decay: float = 1e-10
+    weight_decay: NotNegativeFloat = 1e-10
     """AdamW's weight decay, on all weights."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled to at most this global norm."""
-    ema_decay: float = 0.99
+    ema_decay: Share = 0.99
     """Decay of the exponential moving average (EMA) of the weights, with which the policy is saved; 0: no average."""
-
-    def __post_init__(self) -> None:
-        _check(
-            self,
-            counts=("flow_samples_per_obs",),
-            positive=("max_grad_norm", "lr", "timescale"),
-            not_negative=("warmup_steps", "weight_decay", "max_action_prefix"),
-        )
-        if not 0 <= self.ema_decay < 1:
-            raise TrainingError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class ParallelConfig:
+class ParallelConfig(_Checked):
     """Several processes (torchrun)."""
 
     strategy: Annotated[Literal["ddp", "fsdp", "hybrid"], tyro.conf.arg(name="parallel")] = "ddp"
     """Each process has the whole model ("ddp"), a shard of it ("fsdp"), or a shard within its group of shard_size
     ("hybrid")."""
-    shard_size: int = 0
+    shard_size: NotNegative = 0
     """Processes that share one copy of the model, for "hybrid"; 0: those of a node."""
 
-    def __post_init__(self) -> None:
-        _check(self, not_negative=("shard_size",))
-
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(_Checked):
     """Saved checkpoints."""
 
-    save_every: int = 1000
+    save_every: Count = 1000
     """Updates between checkpoints."""
-    keep: int = 2
+    keep: Count = 2
     """Newest checkpoints that are kept."""
-    keep_every: int | None = None
+    keep_every: Count | None = None
     """Checkpoints at multiples of this step are kept as well."""
-
-    def __post_init__(self) -> None:
-        _check(self, counts=("save_every", "keep", "keep_every"))
 
 
 @dataclasses.dataclass(frozen=True)
-class EvalConfig:
+class EvalConfig(_Checked):
     """Evaluation during the run: held-out episodes and simulation."""
 
-    holdout: float = 0.02
+    holdout: Share = 0.02
     """Fraction of the episodes that are held out for evaluation; at least one episode, unless it is 0."""
-    holdout_samples: int = 256
+    holdout_samples: Count = 256
     """Held-out samples whose loss is evaluated."""
-    chunk_samples: int = 32
+    chunk_samples: NotNegative = 32
     """Held-out samples for which chunks are sampled and compared with the recorded ones; 0: none."""
-    eval_every: int = 1000
+    eval_every: Count = 1000
     """Updates between evaluations on the held-out episodes."""
     env: str | None = None
     """A simulator (metaworld) in which each saved policy is evaluated; by default none."""
     env_tasks: str | None = None
     """Its tasks, separated by commas; by default those of the dataset."""
-    env_episodes: int = 10
+    env_episodes: Count = 10
     """Episodes per task."""
-
-    def __post_init__(self) -> None:
-        _check(self, counts=("holdout_samples", "eval_every", "env_episodes"), not_negative=("chunk_samples",))
-        if not 0 <= self.holdout < 1:
-            raise TrainingError(f"holdout must be in [0, 1), got {self.holdout}.")
 
 
 class _FlatFields(type):
@@ -291,20 +262,20 @@ class _FlatFields(type):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig(metaclass=_FlatFields):
+class TrainConfig(_Checked, metaclass=_FlatFields):
     """A recipe. The defaults are openpi's; RUN/train.json holds a run's own, and is a recipe like any other."""
 
-    num_steps: int = 30_000
+    num_steps: Count = 30_000
     """Updates of the weights."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Samples per update, over all processes."""
-    grad_accum_steps: int = 1
+    grad_accum_steps: Count = 1
     """Micro-batches per update: each process computes batch_size / processes / grad_accum_steps samples at once."""
-    seed: int = 0
+    seed: NotNegative = 0
     """Seed of all random numbers."""
     device: str | None = None
     """Device of the model, cpu or cuda; by default cuda where there is one."""
-    log_every: int = 50
+    log_every: Count = 50
     """Updates between lines in metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of the metrics besides metrics.jsonl: tensorboard, wandb."""
@@ -316,7 +287,7 @@ class TrainConfig(metaclass=_FlatFields):
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
-        _check(self, counts=("num_steps", "batch_size", "grad_accum_steps", "log_every"), not_negative=("seed",))
+        super().__post_init__()
         if self.optim.optimizer == "adamw8bit" and self.parallel.strategy != "ddp":
             raise TrainingError(
                 "adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp."

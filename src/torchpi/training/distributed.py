@@ -11,7 +11,7 @@ import datetime
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -79,13 +79,8 @@ def process_group(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-@runtime_checkable
-class Forward(Protocol):
-    """`Pi0.forward` of a parallelized model."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """See `Pi0.forward`."""
-        ...
+Forward = Callable[..., Tensor]
+"""`Pi0.forward` of a parallelized model."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +103,6 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
 
     Args:
         model: changed in place: on the world's device, with DTensors as weights where they are sharded.
-        strategy: "ddp", "fsdp" or "hybrid".
         shard_size: processes that share one copy of the model, for "hybrid".
     """
     if strategy == "ddp":

@@ -112,7 +112,11 @@ def run_steps(
 ) -> None:
     """Update the weights until the last step or a signal, and call the hooks after each update."""
     config, state, world = run.config, run.state, run.world
-    samples = Samples(training_frames(data, policies), SampleRng.of(config))
+    frames = [
+        Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
+        for source, policy in zip(data, policies, strict=True)
+    ]
+    samples = Samples(frames, SampleRng.of(config))
     batches = samples.batches(order, config.data.workers)
     hooks: list[Hook] = [
         LogMetrics(sum(len(source.frames) for source in data)),
@@ -150,14 +154,6 @@ def training_order(config: TrainConfig, data: Sequence[SourceData], world: World
         world.rank,
         world.size,
     )
-
-
-def training_frames(data: Sequence[SourceData], policies: Sequence[Policy]) -> list[Frames]:
-    """The datasets that are trained on, each with its policy's transforms."""
-    return [
-        Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
-        for source, policy in zip(data, policies, strict=True)
-    ]
 
 
 def build_state(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,13 +58,9 @@ ROBOTS = "robots"
 
 def robot_names(embodiments: Sequence[Embodiment]) -> list[str]:
     """A unique name for each dataset of a mixture: the robot's, if need be with a number."""
-    counts = Counter[str]()
-    names = []
-    for embodiment in embodiments:
-        counts[embodiment.name] += 1
-        number = counts[embodiment.name]
-        names.append(embodiment.name if number == 1 else f"{embodiment.name}_{number}")
-    return names
+    names = [embodiment.name for embodiment in embodiments]
+    numbers = [names[: i + 1].count(name) for i, name in enumerate(names)]
+    return [name if number == 1 else f"{name}_{number}" for name, number in zip(names, numbers, strict=True)]
 
 
 def open_data(
