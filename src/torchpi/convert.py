@@ -224,7 +224,7 @@ def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, 
 
 
 def _sha256(checkpoint: Checkpoint) -> str:
-    """Of all files of weights, by their names and contents."""
+    """SHA-256 of all files of weights, by their names and contents."""
     in_params = checkpoint.format == "openpi-jax"
     root = checkpoint.arrays.source if in_params else checkpoint.root
     digest = hashlib.sha256()
@@ -271,8 +271,8 @@ def _write_openpi(
 
 
 def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: int) -> None:
-    """The arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
-    openpi nor LeRobot reads shards (LeRobot 0.6 then goes on with random weights).
+    """Write the arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
+    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights).
 
     Args:
         embeddings: 1: under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays; 2:

@@ -384,7 +384,7 @@ def load_policy(
     Raises:
         FileNotFoundError: there is nothing at one of the paths.
         KeyError: unknown embodiment.
-        ValueError: something is neither in the checkpoint nor given, contradictory, or corrupt.
+        ValueError: something is neither in the checkpoint nor among the arguments, contradictory, or corrupt.
     """
     device = usable_device(device)
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)

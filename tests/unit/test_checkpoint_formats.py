@@ -86,7 +86,7 @@ def test_a_policy_has_folded_weights(golden_pi05, golden_root, robot_file):
     assert_same_weights(policy.model, torchpi.load_model(root / "jax_ckpt", **options))
 
 
-def test_what_no_computation_reads_is_named_and_not_loaded(golden):
+def test_unused_arrays_are_named_and_not_loaded(golden):
     opened = open_checkpoint(golden.root / "openpi_pytorch", config=str(golden.config))
     assert list(opened.dropped) == [EXPERT_LM_HEAD]
     assert opened.tied == TIED_EMBEDDING

@@ -208,7 +208,7 @@ class Hub(Server):
 
 
 class DatasetHub(Hub):
-    """The same for data sets."""
+    """The same for datasets."""
 
     api, files_at = "/api/datasets/org/name", "/datasets/org/name"
 
@@ -279,7 +279,7 @@ def complete(server):
     return {name: POLICY[f"{BASE}/{name}"] for name in WANTED}
 
 
-def note_a_beginning(server):
+def write_record(server):
     """As a download does."""
     is_hub = isinstance(server, Hub)
     note = (server.top if is_hub else server.root).with_name(f"{'main' if is_hub else server.root.name}.download.json")
@@ -291,7 +291,7 @@ def note_a_beginning(server):
 # What comes, and where it goes
 
 
-def test_of_a_folder_comes_what_a_policy_needs(server):
+def test_a_folder_downloads_the_files_of_a_policy(server):
     assert fetch(server.address) == server.root
     assert contents(server.root) == complete(server)
     assert sorted(server.reads()) == sorted(
@@ -301,7 +301,7 @@ def test_of_a_folder_comes_what_a_policy_needs(server):
     )
 
 
-def test_what_is_complete_is_used_without_a_request(server):
+def test_a_complete_download_needs_no_request(server):
     fetch(server.address)
     server.stop()
     assert contents(fetch(server.address)) == complete(server)
@@ -324,7 +324,7 @@ def test_one_file_and_one_folder_of_a_repository(repository, home):
     assert sorted(repository.reads()) == ["README.md", "sub/policy.json", "tokenizer.model"]
 
 
-def test_a_revision_has_its_own_folder_and_the_commit_is_noted(repository, home):
+def test_a_revision_has_its_own_folder_and_the_commit_is_recorded(repository, home):
     assert fetch(f"hf://org/name@{COMMIT}/config.json") == home / f"hf/org/name/{COMMIT}/config.json"
     fetch("hf://org/name")
     note = json.loads((home / "hf/org/name/main.download.json").read_text())
@@ -444,7 +444,7 @@ def test_two_processes_download_once(server):
     assert {len(ranges) for ranges in server.reads().values()} == {1}
 
 
-def test_who_waits_for_another_process_says_so(bucket, home, capfd):
+def test_waiting_for_another_process_prints_a_message(bucket, home, capfd):
     (home / "gs").mkdir(parents=True)
     thread = threading.Thread(target=fetch, args=(bucket.address,))
     with filelock.FileLock(home / "gs/bucket.lock"):
@@ -464,7 +464,7 @@ def test_who_waits_for_another_process_says_so(bucket, home, capfd):
     [(BIG[:-1], "299999 bytes"), (BIG + b"x", "300001 bytes"), (BIG[:-1] + b"x", "another checksum")],
     ids=["short", "long", "other"],
 )
-def test_what_does_not_fit_is_an_error_and_not_kept(server, waits, sent, found):
+def test_a_file_of_wrong_size_or_checksum_is_an_error_and_deleted(server, waits, sent, found):
     server.sends[server.big] = sent
     with pytest.raises(
         ValueError, match=rf"{found}; expected 300000 bytes with (md5|sha256):\w+\. They are deleted; try"
@@ -488,7 +488,7 @@ def test_an_object_that_was_put_together_from_parts_has_a_size_to_fit(bucket, wa
     assert contents(fetch(bucket.address)) == complete(bucket)
 
 
-def test_a_file_of_another_size_than_noted_is_fetched_again(server):
+def test_a_file_of_another_size_than_recorded_is_downloaded_again(server):
     fetch(server.address)
     (server.top / server.big).write_bytes(BIG[:1000])
     server.requests.clear()
@@ -501,7 +501,7 @@ def test_the_beginning_of_another_version_is_an_error_once(server):
     part = server.top / f"{server.big}.part"
     part.parent.mkdir(parents=True)
     part.write_bytes(b"another version")
-    note_a_beginning(server)
+    write_record(server)
     with pytest.raises(ValueError, match="another checksum; expected"):
         fetch(server.address)
     assert fetch(server.address) == server.root
@@ -519,7 +519,7 @@ def test_a_download_that_is_continued_does_not_mix_versions(server, monkeypatch)
     assert (server.top / server.big).read_bytes() == BIG[::-1]
 
 
-def test_a_damaged_note_is_an_error(server):
+def test_a_damaged_record_is_an_error(server):
     fetch(server.address)
     note = server.root.with_name(server.root.name + ".download.json")
     note.write_text("{")
@@ -544,7 +544,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(server):
     part = server.top / f"{server.big}.part"
     part.parent.mkdir(parents=True)
     part.symlink_to("/dev/full")
-    note_a_beginning(server)
+    write_record(server)
     with pytest.raises(OSError, match="No space left on device") as caught:
         fetch(server.address)
     assert caught.value.errno == errno.ENOSPC
@@ -586,7 +586,7 @@ def test_one_file_without_a_connection(bucket, home, waits):
     assert fetch("gs://bucket/paligemma_tokenizer.model") == path
 
 
-def test_what_is_missing_of_an_interrupted_download_may_be_placed_by_hand(server, waits, monkeypatch):
+def test_missing_files_of_an_interrupted_download_may_be_placed_by_hand(server, waits, monkeypatch):
     interrupt(server, monkeypatch)
     server.stop()
     with pytest.raises(FileNotFoundError) as caught:
@@ -621,7 +621,7 @@ def test_many_missing_files_are_counted(bucket, waits):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_private_ones(server, status, waits):
+def test_a_private_repository_names_the_way_in(server, status, waits):
     server.status = {"/bucket": status, "/api/models": status}
     hint = "set HF_TOKEN or run" if isinstance(server, Hub) else "only public buckets are read; with an account: gcloud"
     with pytest.raises(FileNotFoundError, match=rf"is private or does not exist: .*{hint}"):
@@ -699,7 +699,7 @@ def test_a_checkpoint_without_assets_is_downloaded_for_its_statistics(repository
 
 @pytest.fixture
 def datasets(monkeypatch, home, golden_root):
-    """A data set in format v2.1, with a file per episode and camera."""
+    """A dataset in format v2.1, with a file per episode and camera."""
     root = golden_root / "datasets/lerobot_v21"
     files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
     with DatasetHub(files | {"README.md": b"# card", "meta/old.pkl": b"pickle"}) as server:
@@ -719,7 +719,7 @@ def of_episode(number):
 META = {f"meta/{name}" for name in ("info.json", "tasks.jsonl", "episodes.jsonl", "episodes_stats.jsonl")}
 
 
-def test_of_a_data_set_comes_what_its_episodes_need(datasets):
+def test_a_dataset_downloads_the_files_of_its_episodes(datasets):
     dataset = LeRobotDataset("hf://org/name", action_horizon=4, episodes=[1])
     assert set(contents(datasets.top)) == META | of_episode(1)
     original = LeRobotDataset(datasets.root_of_originals, action_horizon=4, episodes=[1])
@@ -734,7 +734,7 @@ def test_of_a_data_set_comes_what_its_episodes_need(datasets):
     )
 
 
-def test_of_a_data_set_without_images_come_the_numbers(datasets):
+def test_a_dataset_without_images_downloads_the_numbers(datasets):
     LeRobotDataset("hf://org/name", action_horizon=4, cameras=["observation.images.wrist"], episodes=[0])
     assert [name for name in datasets.reads() if "images.base" in name] == []
     datasets.requests.clear()
@@ -742,7 +742,7 @@ def test_of_a_data_set_without_images_come_the_numbers(datasets):
     assert set(datasets.reads()) == {"data/chunk-000/episode_000001.parquet"}
 
 
-def test_the_statistics_of_a_data_set_need_no_video(datasets, capsys):
+def test_statistics_of_a_dataset_need_no_video(datasets, capsys):
     main(["stats", "hf://org/name", "--embodiment", "metaworld", "--episodes", "1", "--json"])
     assert json.loads(capsys.readouterr().out)["frames"] == 106
     assert set(datasets.reads()) == META | {"data/chunk-000/episode_000001.parquet"}
@@ -753,7 +753,7 @@ def test_the_metadata_alone_choose_episodes(datasets):
     assert set(contents(datasets.top)) == META
 
 
-def test_a_data_sets_files_are_of_one_commit(datasets):
+def test_files_of_a_dataset_are_of_one_commit(datasets):
     fetch_dataset("hf://org/name", ["meta/"])
     datasets.commit = "f" * 40  # somebody has pushed
     name = "data/chunk-000/episode_000000.parquet"
@@ -762,7 +762,7 @@ def test_a_data_sets_files_are_of_one_commit(datasets):
     assert all(f"/{COMMIT}" in path for path, _, _ in datasets.requests[2:])
 
 
-def test_a_data_sets_download_is_continued(datasets, waits):
+def test_download_of_a_dataset_is_continued(datasets, waits):
     name = "data/chunk-000/episode_000000.parquet"
     datasets.drops[name] = [1000, *[0] * 6]
     with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
@@ -772,7 +772,7 @@ def test_a_data_sets_download_is_continued(datasets, waits):
     assert contents(datasets.top)[name] == datasets.files[name]
 
 
-def test_a_data_sets_file_that_is_damaged_on_the_way(datasets, waits):
+def test_a_damaged_file_of_a_dataset_is_an_error_and_deleted(datasets, waits):
     name = "data/chunk-000/episode_000000.parquet"
     datasets.sends[name] = datasets.files[name][:-1] + b"x"
     with pytest.raises(ValueError, match=rf"datasets/org/name/resolve/main/{name}: got another checksum"):
@@ -780,7 +780,7 @@ def test_a_data_sets_file_that_is_damaged_on_the_way(datasets, waits):
     assert name not in contents(datasets.top)
 
 
-def test_a_data_set_without_a_connection(datasets, waits, monkeypatch):
+def test_a_dataset_without_a_connection(datasets, waits, monkeypatch):
     fetch_dataset("hf://org/name", ["meta/"])
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     datasets.requests.clear()
@@ -797,7 +797,7 @@ def test_a_data_set_without_a_connection(datasets, waits, monkeypatch):
     assert fetch_dataset("hf://org/name", [name]) == datasets.top
 
 
-def test_a_data_set_that_was_placed_by_hand(datasets):
+def test_a_dataset_may_be_placed_by_hand(datasets):
     datasets.stop()
     for name, data in datasets.files.items():
         (datasets.top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -805,7 +805,7 @@ def test_a_data_set_that_was_placed_by_hand(datasets):
     assert len(LeRobotDataset("hf://org/name", action_horizon=1).episode_lengths) == 2
 
 
-def test_what_a_data_set_does_not_have(datasets, waits):
+def test_missing_files_of_a_dataset_are_named(datasets, waits):
     with pytest.raises(FileNotFoundError, match=r"has no data/nope\.parquet; it has README\.md, data, meta, videos"):
         fetch_dataset("hf://org/name", ["data/nope.parquet"])
     del datasets.files["data/chunk-000/episode_000001.parquet"]
@@ -818,12 +818,12 @@ def test_what_a_data_set_does_not_have(datasets, waits):
 
 
 @pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@"])
-def test_malformed_addresses_of_data_sets(address):
+def test_malformed_addresses_of_datasets(address):
     with pytest.raises(ValueError, match=r"Malformed address .* of a dataset; expected hf://org/name\[@revision\]"):
         LeRobotDataset(address, action_horizon=1)
 
 
 @pytest.mark.parametrize("path", [pathlib.Path("hf://org/name"), "gs://bucket/set"])
-def test_what_is_no_address_of_a_data_set(path):
+def test_other_addresses_of_a_dataset_are_errors(path):
     with pytest.raises(ValueError, match=r"hf://org/name\[@revision\], as a text; found"):
         LeRobotDataset(path, action_horizon=1)

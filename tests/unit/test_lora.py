@@ -352,7 +352,7 @@ def test_an_existing_folder_is_replaced_only_on_request(saved, tmp_path):
         save_adapter(model, tmp_path / "other", base=BASE, trained=[], overwrite=True)
 
 
-def test_what_cannot_be_saved_is_an_error(tmp_path):
+def test_saving_without_lora_or_over_a_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no LoRA"):
         save_adapter(plain_model(), tmp_path / "a", base=BASE, trained=[])
     with pytest.raises(ValueError, match=r"does not have: backbone\.nothing"):

@@ -424,7 +424,7 @@ def test_the_only_statistics_are_taken(checkpoint, tokenizer):
     assert policy.provenance == {"source": str(checkpoint)}
 
 
-def test_of_several_statistics_the_chosen_or_the_robots_are_taken(checkpoint, tokenizer):
+def test_several_statistics_are_chosen_by_asset_id_or_robot(checkpoint, tokenizer):
     add_stats(checkpoint, "droid", 0.25)
     add_stats(checkpoint, "physical-intelligence/libero", 0.75)
 

@@ -119,7 +119,7 @@ def infer(policy):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("pi05", [True, False])
-def test_what_is_saved_is_loaded_bit_for_bit(make_policy, tmp_path, pi05, dtype):
+def test_a_saved_policy_is_loaded_bit_for_bit(make_policy, tmp_path, pi05, dtype):
     saved = make_policy(small_config(pi05), dtype)
     saved.save(tmp_path / "policy")
     loaded = load(tmp_path / "policy", dtype=dtype)

@@ -200,7 +200,7 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
     shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     shutil.rmtree(base)
-    with pytest.raises(FileNotFoundError, match=r"holds what a LoRA training has changed in .*base"):
+    with pytest.raises(FileNotFoundError, match=r"holds the changes of a LoRA training to .*base"):
         torchpi.load_policy(result.policy)
 
 
@@ -215,7 +215,7 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
     file = base / "model.safetensors"
     before = safetensors.torch.load_file(file)
     safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
-    with pytest.raises(ValueError, match=r"has changed in .*base, but what is there now has other weights"):
+    with pytest.raises(ValueError, match=r"LoRA training to .*base, whose weights differ now"):
         torchpi.load_policy(result.policy)
 
 

@@ -164,7 +164,7 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
 
 
 def _expected_shapes(model: Pi0, adapter: Adapter) -> Shapes:
-    """Of all arrays that the adapter must have for this model."""
+    """Shapes of all arrays that the adapter must have for this model."""
     planned = Pi0(model.config, device="meta")
     attach_lora(planned, adapter.lora)
     shapes = {name: tuple(parameter.shape) for name, parameter in planned.named_parameters()}
@@ -185,8 +185,8 @@ def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0) -> None:
     expected = adapter.base.sha256
     if expected is not None and expected != digest(frozen, lambda name: frozen[name].to("cpu", dtype)):
         raise CheckpointError(
-            f"{root} holds what a LoRA training has changed in {adapter.base.address}, but what is there now has "
-            "other weights than it was trained with; bring the base back."
+            f"{root} holds the changes of a LoRA training to {adapter.base.address}, whose weights differ now from "
+            "those that it was trained with; restore that checkpoint."
         )
     load_adapter(root, model)
     merge_lora(model)

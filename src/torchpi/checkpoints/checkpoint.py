@@ -36,7 +36,7 @@ class Checkpoint:
     """A checkpoint whose headers are read, and whose arrays are not."""
 
     address: str
-    """As it was given."""
+    """The argument `path`."""
     root: pathlib.Path
     format: Format
     stored_config: Pi0Config
@@ -141,7 +141,7 @@ def _merged(
 ) -> Pi0:
     # What was learned belongs to weights as they were in training; those are compared, too.
     wide = torch.float32 if adapter.base.dtype == "float32" else dtype
-    if base.folded and base.adapter is None:  # LoRA that the adapter has gone on to train
+    if base.folded and base.adapter is None:  # LoRA that the adapter's training continued
         alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
         model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep")
     else:
@@ -156,7 +156,7 @@ def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = Non
     Args:
         path: see `load_model`.
         config: sizes that the checkpoint does not say, or that overrule what it says; by default those of the published
-            checkpoint whose address it is. It is asked for the numbers of heads, which PyTorch's arrays do not say.
+            checkpoint whose address it is. It states the numbers of heads, which PyTorch's arrays do not.
         adapt: cut or extend the weights to `config` when the model is loaded.
     """
     root = existing_folder(path)
@@ -233,7 +233,7 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
         base = open_checkpoint(adapter.base.address, config=config)
     except FileNotFoundError as error:
         raise MissingFileError(
-            f"{root} holds what a LoRA training has changed in {adapter.base.address}: {error}"
+            f"{root} holds the changes of a LoRA training to {adapter.base.address}: {error}"
         ) from error
     # What was learned is float32, whatever the base is stored in.
     return dataclasses.replace(

@@ -319,7 +319,7 @@ class _Repository(_Source):
         }
 
     def read(self, name: str, file: _File, part: pathlib.Path) -> None:
-        """Append what is missing of a file. (`hf_hub_download` begins anew in each process.)"""
+        """Append what is missing of a file. (`hf_hub_download` starts over in each process.)"""
         from huggingface_hub import hf_hub_url
         from huggingface_hub.file_download import http_get
         from huggingface_hub.utils import build_hf_headers
