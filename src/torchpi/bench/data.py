@@ -1,7 +1,6 @@
 """`bench data`: samples per second of the training loader on a dataset, and whether a training step would wait."""
 
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ from torchpi.training.samples import Frames, SampleRng, Samples
 from torchpi.transforms.normalize import Normalization, NormStats
 from torchpi.transforms.pipeline import QUANTITIES, Transforms
 from torchpi.transforms.prompt import load_tokenizer
+from torchpi.ui.format import print_json
 
 _NUM_FRAMES = 200
 """Timed one by one, in random order."""
@@ -75,7 +75,7 @@ def run_bench_data(
     if as_json:
         document = {"samples_per_second": batch / seconds, "frame_ms": frame_ms, "cameras": dataset.camera_keys}
         document |= {"batch": batch, "workers": workers, "batch_seconds": seconds}
-        print(json.dumps({**document, "step_seconds": step_seconds, "wait_share": share}))
+        print_json({**document, "step_seconds": step_seconds, "wait_share": share})
 
 
 def wait_share(batch_seconds: float, step_seconds: float, workers: int) -> float:

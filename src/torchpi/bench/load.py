@@ -1,7 +1,6 @@
 """`bench load`: time and memory of loading and converting a checkpoint, each in a fresh process."""
 
 import concurrent.futures
-import json
 import multiprocessing
 import pathlib
 import sys
@@ -18,6 +17,7 @@ from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.folder import write_weights
 from torchpi.model.pi0 import Pi0
+from torchpi.ui.format import print_json
 
 _BLOCK = 1 << 26
 
@@ -43,7 +43,7 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
             file=sys.stderr if as_json else sys.stdout,
         )
     if as_json:
-        print(json.dumps(results))
+        print_json(results)
 
 
 def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:

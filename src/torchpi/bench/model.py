@@ -1,6 +1,5 @@
 """`bench model` and `bench train`: sampling and a training step, each next to its floor."""
 
-import json
 import platform
 from collections.abc import Sequence
 
@@ -18,6 +17,7 @@ from torchpi.training.loop import update
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
+from torchpi.ui.format import print_json
 
 # A model that two CPU cores run in a second: big enough that matmuls dominate, as they do at full size.
 MID = Pi0Config(
@@ -51,7 +51,7 @@ def run_bench(what: Sequence[str], work: Workload, *, compiled: bool, repeats: i
     for result in results:
         result.print(console)
     if as_json:
-        print(json.dumps([result.to_json() for result in results]))
+        print_json([result.to_json() for result in results])
 
 
 def describe_machine(device: torch.device) -> str:

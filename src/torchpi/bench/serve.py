@@ -6,7 +6,6 @@ to both servers in turn, so that other work of the machine hits both alike: thei
 
 import asyncio
 import contextlib
-import json
 import multiprocessing
 import signal
 import statistics
@@ -28,6 +27,7 @@ from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
 from torchpi.types import ActionChunk
+from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 from torchpi_client import WebsocketPolicy, pack, unpack
 
@@ -163,7 +163,7 @@ def run_bench_serving(
     }
     document = {"model_ms": model_ms, "requests": requests, "overhead": overhead, "runs": found, "load": load}
     if as_json:
-        print(json.dumps(document))
+        print_json(document)
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(

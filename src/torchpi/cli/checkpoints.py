@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, Load, PolicyOptions, print_json
+from torchpi.cli.common import Checkpoint, CheckpointOptions, Load, PolicyOptions
+from torchpi.ui.format import print_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
-"""Parts that several commands share: options of a checkpoint, renamed options, lists of names, JSON on stdout."""
+"""Parts that several commands share: options of a checkpoint, renamed options, lists of names."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
@@ -75,7 +74,3 @@ def refuse_renamed(args: Sequence[str], renamed: Mapping[str, str]) -> None:
 def split_names(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def print_json(document: Any) -> None:
-    print(json.dumps(document))

@@ -5,7 +5,8 @@ import pathlib
 import shlex
 from typing import Any
 
-from torchpi.cli.common import print_json, split_names
+from torchpi.cli.common import split_names
+from torchpi.ui.format import print_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import tyro
 
-from torchpi.cli.common import Load, PolicyOptions, print_json, split_names
+from torchpi.cli.common import Load, PolicyOptions, split_names
 from torchpi.errors import UsageError
+from torchpi.ui.format import print_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
-from torchpi.cli.common import Load, PolicyOptions, print_json, split_names
+from torchpi.cli.common import Load, PolicyOptions, split_names
+from torchpi.ui.format import print_json
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from torchpi.cli.common import print_json
+from torchpi.ui.format import print_json
 
 if TYPE_CHECKING:
     from torchpi.data.coverage import StatsCoverage

@@ -1,7 +1,6 @@
 """`torchpi eval POLICY --dataset PATH`: from the addresses of a policy and a dataset to tables and plots."""
 
 import dataclasses
-import json
 import pathlib
 import textwrap
 import time
@@ -20,7 +19,7 @@ from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors
 from torchpi.policy import Policy, load_policy
-from torchpi.ui.format import format_number, format_percent
+from torchpi.ui.format import format_number, format_percent, print_json
 from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
 from torchpi.ui.tables import Cell, Column, Table
@@ -137,7 +136,7 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
         note = f"{dataset} has only {result.frames} frames to sample {samples} from; all of them were used."
         Console(stderr=True, highlight=False).print(Text(note), soft_wrap=True)
     if as_json:
-        print(json.dumps(result.to_dict(), allow_nan=False))
+        print_json(result.to_dict())
     else:
         print_dataset_evaluation(result, Console(highlight=False))
 

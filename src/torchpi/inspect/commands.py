@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from torchpi.inspect.summary import Pair, architecture, compare_facts, compare_s
 from torchpi.inspect.text import print_comparison, print_trace
 from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy, load_policy
-from torchpi.ui.format import without_nan
+from torchpi.ui.format import print_json
 
 
 @contextlib.contextmanager
@@ -31,10 +30,6 @@ def stdout_for(*, as_json: bool) -> Iterator[None]:
     """With `as_json`, everything that is printed inside goes to stderr."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         yield
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(without_nan(document), ensure_ascii=False, allow_nan=False))
 
 
 def plain_console(width: int = 120) -> Console:
@@ -76,7 +71,7 @@ def run_trace(
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(render_page(*traces), encoding="utf-8")
     if as_json:
-        _print_json(_entries(traces[0]) if len(traces) == 1 else _comparison(*traces))
+        print_json(_entries(traces[0]) if len(traces) == 1 else _comparison(*traces))
     elif len(traces) == 1:
         print_trace(traces[0], plain_console(160 if traces[0].values else 120))
     else:
@@ -123,7 +118,7 @@ def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: b
         policy = load_policy(path, **load)
         diagnosis = diagnose(policy, request)
     if as_json:
-        _print_json(diagnosis.to_dict())
+        print_json(diagnosis.to_dict())
     else:
         print_diagnosis(policy, diagnosis, plain_console(), title=str(path))
     return diagnosis.status
@@ -166,7 +161,7 @@ def run_compare(
             loaded(a), loaded(b), request, tolerance=tolerance, num_steps=num_steps, seed=seed
         )
     if as_json:
-        _print_json({"a": str(a), "b": str(b)} | comparison.to_dict())
+        print_json({"a": str(a), "b": str(b)} | comparison.to_dict())
     else:
         print_compared(comparison, plain_console(), title=f"torchpi compare: A {a}, B {b}")
     return comparison.status

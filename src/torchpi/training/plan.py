@@ -5,7 +5,6 @@ and with `compile` what the compiler saves or takes.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.memory import KINDS, PeakMemory, num_bytes, peak_memory, shard_bytes
 from torchpi.training.weights import build_model, model_config
+from torchpi.ui.format import print_json
 
 USABLE = 0.93
 """Fraction of a device's memory that tensors may take; a rule of thumb for what is not counted."""
@@ -206,7 +206,7 @@ def run_plan(config: TrainConfig, *, world_size: int | None, memory_gb: float | 
     with Console(stderr=True, highlight=False).status("estimating the memory"):
         found = plan(config, world_size=size, local_world_size=local, device_memory=memory)
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print_json(found.to_dict())
     else:
         _print_plan(found, config, Console(highlight=False))
     return 1 if found.fits is False else 0

@@ -1,5 +1,6 @@
-"""Numbers and shapes as text."""
+"""Numbers, shapes and JSON documents as text."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -66,3 +67,8 @@ def without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_json(document: Any) -> None:
+    """Print one JSON document on stdout: the output of a command's --json."""
+    print(json.dumps(without_nan(document), allow_nan=False))
