@@ -1,7 +1,7 @@
 # make demo      a trained policy acts in a simulator: videos, a table of successes, a page with everything
 # make test      the tests but for those marked slow
 # make test-all  all tests
-# make lint      ruff and mypy
+# make lint      ruff, mypy and the rules of this house
 # make format    let ruff fix and format the code
 # make clean     remove caches and build results; make distclean: the environment too
 #
@@ -54,6 +54,7 @@ lint: $(ENV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python scripts/lint_house.py
 
 format: $(ENV)
 	$(BIN)/ruff check --fix
@@ -84,7 +85,7 @@ $(ENV): pyproject.toml client/pyproject.toml constraints.txt
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache client/.ruff_cache .hypothesis
-	find src client tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	find src client tests scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

@@ -92,15 +92,15 @@ def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
     return one
 
 
-def _bfloat16_state(begin: Callable[..., TrainState]) -> Callable[..., TrainState]:
+def _bfloat16_state(create: Callable[..., TrainState]) -> Callable[..., TrainState]:
     """`TrainState.create` with weights and moments in bfloat16, and EMA weights in float32."""
 
-    def begin_bfloat16(model: Pi0, **options: Any) -> TrainState:
-        state = begin(model.to(torch.bfloat16), **options)
+    def create_bfloat16(model: Pi0, **options: Any) -> TrainState:
+        state = create(model.to(torch.bfloat16), **options)
         state.ema.update({name: average.float() for name, average in state.ema.items()})
         return state
 
-    return begin_bfloat16
+    return create_bfloat16
 
 
 def _update_float32_ema(update: Callable[..., None]) -> Callable[..., None]:

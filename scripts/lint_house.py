@@ -59,7 +59,6 @@ LAYERS: Mapping[str, str] = {
 MODEL_IMPORTS = {"model", "types", "config", "errors"}
 
 EXCEPTIONS: Mapping[tuple[str, str], str] = {
-    ("torchpi.inspect.nanopi", "torchpi"): "it is examples/nanopi.py, a user's program",
     ("torchpi.data.metadata", "checkpoints"): "datasets are downloaded as checkpoints are, through checkpoints/hub.py",
     ("torchpi.inspect.nanopi", "torchpi"): "examples/nanopi.py reads its weights with torchpi.load_model",
 }

@@ -17,7 +17,7 @@ from torchpi.training.state import TrainState
 def test_variants_train_and_leave_no_patch(tmp_path):
     write_dataset(tmp_path / "set")
     (tmp_path / "sizes.json").write_text(json.dumps(SIZES.to_dict()))
-    originals = (Samples.collate, TrainState.begin, optim.update_ema)
+    originals = (Samples.collate, TrainState.create, optim.update_ema)
     arguments = argparse.Namespace(dataset=str(tmp_path / "set"), select=None, init=None, lr=1e-3, steps=2)
     states = {}
     for variant in training_recipe.VARIANTS:
@@ -34,7 +34,7 @@ def test_variants_train_and_leave_no_patch(tmp_path):
         averages = {name: value.dtype for name, value in state.items() if name.startswith("ema.")}
         assert bool(averages) == ("no EMA" not in training_recipe.VARIANTS[variant])
         assert set(averages.values()) <= {torch.float32}
-    assert (Samples.collate, TrainState.begin, optim.update_ema) == originals
+    assert (Samples.collate, TrainState.create, optim.update_ema) == originals
 
 
 def test_plot_shows_every_variant(tmp_path):

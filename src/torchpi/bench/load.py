@@ -38,7 +38,7 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
         size = found["model_bytes"]
         print(
             f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / floor:.2f} × its floor of {floor:.2f} s; "
-            f"model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} × that in memory of its own, "
+            f"model {size / 1e9:.3f} GB in {dtype}; peak {found['peak_anonymous'] / size:.2f} × that of its own, "
             f"{found['peak_rss'] / size:.2f} × with mapped files",
             file=sys.stderr if as_json else sys.stdout,
         )
