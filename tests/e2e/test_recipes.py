@@ -74,7 +74,7 @@ def test_help_shows_the_recipes_values(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_docstring_tells_to_type_is_understood(name, monkeypatch):
+def test_commands_of_the_docstring_are_valid(name, monkeypatch):
     begun = []
 
     def train(config, *_, **__):

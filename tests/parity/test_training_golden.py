@@ -117,7 +117,7 @@ def test_twenty_updates(whole):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_activations_that_are_computed_again_change_nothing(whole, checkpointing):
+def test_activation_checkpointing_changes_nothing(whole, checkpointing):
     recipe = whole.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
     for name, part in plain.local_shards.items():
@@ -126,7 +126,7 @@ def test_activations_that_are_computed_again_change_nothing(whole, checkpointing
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_with_lora_as_well(with_lora, checkpointing):
+def test_activation_checkpointing_with_lora_changes_nothing(with_lora, checkpointing):
     recipe = with_lora.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(with_lora, with_lora.recipe, 2), follow(with_lora, recipe, 2)
     for name, part in plain.local_shards.items():

@@ -102,7 +102,7 @@ def test_wrist_cameras_are_not_moved_and_samples_have_their_own_draws():
     torch.testing.assert_close(alone.images["base_0_rgb"], after.images["base_0_rgb"])
 
 
-def test_draws_stay_in_their_ranges():
+def test_drawn_parameters_stay_in_their_ranges():
     config = Augmentation(crop=0.9, degrees=3.0, brightness=0.1, contrast=0.2, saturation=0.3, hue=0.05)
     values = np.stack([draw(config, generator_at(0, "range", i), 100) for i in range(400)])
     limits = [5, 5, np.radians(3), 0.1, 0.2, 0.3, 0.05]

@@ -22,7 +22,7 @@ def test_schedule_is_the_originals():
     assert learning_rate(500, SCHEDULE, 1000) == pytest.approx(1e-4)
 
 
-def test_schedule_without_warm_up_begins_at_the_peak():
+def test_schedule_without_warmup_starts_at_the_peak():
     assert learning_rate(0, OptimConfig(lr=1.0, warmup_steps=0, decay_steps=10, min_lr=0.0), 1000) == 1.0
 
 
@@ -65,7 +65,7 @@ def test_an_update_is_adamw_written_out():
     torch.testing.assert_close(parameter.detach().double(), expected, atol=1e-6, rtol=0)
 
 
-def test_average_moves_by_its_share():
+def test_ema_moves_by_one_minus_decay():
     average, parameter = [torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])]
     update_ema(average, parameter, 0.9)
     assert average[0].tolist() == pytest.approx([1.2, 2.0])

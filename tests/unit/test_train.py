@@ -27,7 +27,7 @@ from torchpi.data.video import default_encoder, encode_video
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
-from torchpi.training.config import TrainConfig
+from torchpi.training.config import EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.order import TrainingOrder
 from torchpi.training.resume import resume_config
@@ -94,7 +94,7 @@ def test_a_run_leaves_recipe_metrics_curves_and_a_policy(whole_run, recipe):
     assert chunk.shape == (4, 4)
 
 
-def test_the_policy_has_the_averaged_weights(whole_run):
+def test_policy_has_ema_weights(whole_run):
     run, result = whole_run
     saved = weights(run)
     policy = dict(torchpi.load_policy(result.policy).model.named_parameters())
@@ -175,7 +175,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(
     assert_same_bits(begun.tensors(), before)
 
 
-def test_what_a_failed_step_was_computed_from_is_kept_for_a_look(recipe, tmp_path):
+def test_batch_of_a_failed_step_is_saved(recipe, tmp_path):
     """A learning rate at which the weights explode."""
     run = tmp_path / "run"
     with pytest.raises(ValueError, match=r"nothing of this step is kept.*failed_step_.*torchpi stats"):
@@ -191,7 +191,7 @@ def test_worker_processes_change_nothing(whole_run, recipe, tmp_path):
     assert_same_bits(weights(tmp_path / "run"), weights(whole_run[0]))
 
 
-def test_the_loss_falls_on_what_is_seen_again_and_again(recipe, tmp_path):
+def test_loss_falls_on_repeated_data(recipe, tmp_path):
     config = recipe.replace(num_steps=40, batch_size=8, eval_every=100, save_every=100, log_every=5)
     loop.train(config, tmp_path / "run")
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -210,7 +210,7 @@ def test_checkpoints_at_round_numbers_can_be_kept(recipe, tmp_path):
     assert kept == ["00000002", "00000004", "00000006"]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path):
+def test_full_disk_leaves_the_last_checkpoint_and_no_remains(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     longer = resume_config(run).replace(num_steps=6)
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_no_rubble(recipe, tmp_path):
     assert loop.train(longer, run, resume=True).step == 6
 
 
-def test_a_run_goes_on_for_more_steps_as_if_they_had_been_asked_for_at_once(recipe, tmp_path):
+def test_resuming_for_more_steps_equals_one_long_run(recipe, tmp_path):
     """But for the end of the schedule, which stays where it was."""
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
@@ -235,7 +235,7 @@ def test_a_run_goes_on_for_more_steps_as_if_they_had_been_asked_for_at_once(reci
     assert_same_bits(weights(run), weights(at_once))
 
 
-def test_a_run_is_not_gone_on_with_on_other_data(recipe, tmp_path):
+def test_resuming_on_other_data_is_an_error(recipe, tmp_path):
     config = recipe.replace(dataset=str(tmp_path / "set"), num_steps=3)
     write_dataset(tmp_path / "set")
     loop.train(config, tmp_path / "run")
@@ -270,7 +270,7 @@ def stats_file(recipe: TrainConfig, folder: pathlib.Path) -> pathlib.Path:
     return folder / "norm_stats.json"
 
 
-def test_a_run_is_not_gone_on_with_under_another_recipe(recipe, tmp_path):
+def test_resuming_with_another_recipe_is_an_error(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
     changed = resume_config(run).replace(lr=0.5, batch_size=8, num_steps=6, workers=1)
@@ -298,7 +298,7 @@ def test_each_frame_is_seen_once_per_epoch_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize(("world_size", "accumulate"), [(2, 1), (1, 2), (2, 2)])
-def test_processes_and_passes_share_a_batch(world_size, accumulate):
+def test_processes_and_micro_batches_share_a_batch(world_size, accumulate):
     parts = [order(world_size=world_size, rank=rank, grad_accum_steps=accumulate) for rank in range(world_size)]
     together = [
         sorted(place for part in parts for batch in part[step * accumulate :][:accumulate] for place in batch)
@@ -332,7 +332,7 @@ def samples(recipe: TrainConfig, **draws) -> Samples:
     return Samples([frames], SampleRng(**{"seed": 0, "flow_samples_per_obs": 2, **draws}))
 
 
-def test_a_samples_draws_belong_to_its_place(recipe):
+def test_random_numbers_of_a_sample_follow_from_its_index(recipe):
     some = samples(recipe, state_noise=0.1, augmentation=recipe.data.augmentation)
     one, again, elsewhere = some[0, 3, 7, 1], some[0, 3, 7, 1], some[0, 3, 7, 2]
     for key in ("noise", "time", "tokenized_prompt"):
@@ -359,7 +359,7 @@ def test_held_out_episodes_are_not_trained_on(recipe, dataset):
     assert len(LeRobotDataset(dataset, action_horizon=4)) == 24
 
 
-def test_several_draws_are_the_mean_of_single_ones():
+def test_loss_of_several_flow_samples_is_the_mean_of_single_ones():
     model = Pi0(SIZES)
     torch.nn.init.normal_(model.expert.final_norm.dense.weight, std=0.2, generator=torch.Generator().manual_seed(1))
     rng = np.random.default_rng(0)
@@ -403,7 +403,7 @@ def test_a_dataset_without_the_robots_camera_is_an_error(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_frames_without_an_instruction_are_pointed_out(recipe, tmp_path, capsys):
+def test_frames_without_an_instruction_are_warned_about(recipe, tmp_path, capsys):
     write_dataset(tmp_path / "set")
     tasks = tmp_path / "set" / "meta" / "tasks.parquet"
     table = pq.read_table(tasks)
@@ -436,7 +436,7 @@ def test_nothing_to_resume_is_an_error(tmp_path):
         resume_config(tmp_path)
 
 
-def test_a_run_that_was_ended_before_its_first_checkpoint_begins_anew(whole_run, recipe, tmp_path):
+def test_run_without_a_checkpoint_restarts(whole_run, recipe, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "train.json").write_text(recipe.to_json())
@@ -496,6 +496,27 @@ def test_a_recipe_survives_its_file(recipe, tmp_path):
     assert TrainConfig.from_json(tmp_path / "recipe.json") == recipe
 
 
+def test_flat_recipes_and_old_names_move_into_their_groups(tmp_path):
+    file = tmp_path / "recipe.json"
+    flat = {"learning_rate": 1, "model": "tiny", "trained": "all", "parallel": "fsdp", "eval": {"env": "metaworld"}}
+    file.write_text(json.dumps(flat))
+    expected = TrainConfig(
+        model=ModelConfig(config="tiny", finetune="full"),
+        optim=OptimConfig(lr=1.0),
+        parallel=ParallelConfig("fsdp"),
+        eval=EvalConfig(env="metaworld"),
+    )
+    assert TrainConfig.from_json(file) == expected
+    assert TrainConfig(lr=1.0, model="tiny", parallel="fsdp", env="metaworld") == expected
+
+
+def test_replace_changes_options_and_keeps_the_rest():
+    config = TrainConfig(init="pi05_base", lr=1e-3)
+    changed = config.replace(model="tiny", num_steps=3)
+    assert (changed.model.init, changed.model.config, changed.optim.lr) == ("pi05_base", "tiny", 1e-3)
+    assert changed.options == {**config.options, "model": "tiny", "num_steps": 3}
+
+
 def test_metaworlds_robot_fits_its_dataset(dataset):
     assert metaworld().action_size == LeRobotDataset(dataset, action_horizon=2)[0]["action"].shape[1]
 
@@ -515,7 +536,7 @@ def test_the_recipe_gives_the_options_their_defaults(capsys):
     assert "packaged recipes are metaworld" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_missing_or_too_much(whole_run, capsys):
+def test_missing_or_contradicting_options_are_errors(whole_run, capsys):
     for arguments, message in (
         ([], "train needs --out"),
         (["--out", "x"], "train needs --dataset"),

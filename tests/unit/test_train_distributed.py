@@ -109,7 +109,7 @@ def test_bfloat16_is_gathered_where_it_is_multiplied_and_nowhere_else(pi05):
     assert not [name for name in names if any(part in name for part in (*in_float32, "action_out_proj"))]
 
 
-def test_passes_add_up_in_the_buckets_of_ddp():
+def test_micro_batches_add_up_in_the_buckets_of_ddp():
     """One set of gradients, from the first pass on: those that are summed over the processes."""
     with distributed.process_group("cpu") as alone:
         model = Pi0(SIZES)
@@ -198,7 +198,7 @@ def test_shards_in_bfloat16_give_the_same_run_as_whole_weights(passes, runs):
 
 
 @pytest.mark.slow
-def test_a_run_is_resumed_on_another_number_of_processes_and_spread_otherwise(runs, recipe, tmp_path):
+def test_run_resumes_on_another_number_of_processes_and_strategy(runs, recipe, tmp_path):
     copies = {}
     for name, half in (("same", "two"), ("ddp", "two"), ("alone", "two"), ("together", "one")):
         copies[name] = shutil.copytree(runs / f"half of {half}", tmp_path / name)
@@ -257,7 +257,7 @@ def begin(value: float = 0.0) -> state.TrainState:
     return state.TrainState.create(model, weight_decay=0.0, ema=True)
 
 
-def test_moments_that_are_taken_up_are_where_the_optimizer_makes_its_own():
+def test_loaded_moments_are_on_the_optimizers_device():
     """All of them, the step included: the fused kernel does not look where it is. "meta" stands for a GPU."""
     model = Pi0(SIZES, device="meta")
     some = state.TrainState.create(model, weight_decay=0.0, ema=False)

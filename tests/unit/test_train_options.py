@@ -84,7 +84,7 @@ def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path)
     assert "suffix.action_in_proj.weight" in beginning.adapted
 
 
-def test_whose_statistics_are_used_is_said(further, dataset, trained, tmp_path):
+def test_norm_stats_option_selects_the_statistics(further, dataset, trained, tmp_path):
     own = json.loads((pathlib.Path(trained) / "norm_stats.json").read_text())
     shifted = tmp_path / "norm_stats.json"
     for key in ("state", "actions"):
@@ -141,7 +141,7 @@ def test_the_longest_prompt_is_that_of_the_states_that_occur(recipe):
         ("expert", {"expert", "suffix", "action_out_proj"}),
     ],
 )
-def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
+def test_only_trained_parameters_change(further, trained, tmp_path, what, moves):
     result = loop.train(further.replace(finetune=what), tmp_path / "run")
     before, after = torchpi.load_model(trained), torchpi.load_model(result.policy)
     changed = {
@@ -150,7 +150,7 @@ def test_only_what_is_trained_changes(further, trained, tmp_path, what, moves):
     assert changed == moves
 
 
-def test_the_table_says_what_is_trained(further):
+def test_table_counts_trained_and_frozen_parameters(further):
     config = further.replace(finetune="expert", frozen_dtype="bfloat16")
     (model, _), _ = begin(config)
     rows = {row.part: row for row in parameter_table(model, config)}
@@ -219,7 +219,7 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
         torchpi.load_policy(result.policy)
 
 
-def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
+def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path):
     """They are read from `init` again, which may have changed since."""
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(further.model.init, base)
@@ -242,7 +242,7 @@ def test_a_run_is_not_gone_on_with_on_other_frozen_weights(further, tmp_path):
 # ---- options ----
 
 
-def test_accumulated_passes_are_one_large_one(recipe, tmp_path):
+def test_gradient_accumulation_equals_one_large_batch(recipe, tmp_path):
     for number in (1, 4):
         loop.train(recipe.replace(grad_accum_steps=number), tmp_path / str(number))
     one, four = weights(tmp_path / "1"), weights(tmp_path / "4")
@@ -278,7 +278,7 @@ def test_the_real_loss_leaves_out_padding(recipe):
     )
 
 
-def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(recipe):
+def test_openpis_augmentation_is_the_same_for_all_cameras_without_saturation(recipe):
     (model, _), data = begin(recipe)
     (policy,) = build_policies(recipe, model, data)
     frames = [Frames(data[0].train, data[0].embodiment, policy.transforms)]
@@ -293,7 +293,7 @@ def test_openpis_augmentation_has_one_draw_for_all_cameras_and_no_saturation(rec
 
 
 @pytest.mark.parametrize("checkpointing", ["full", "selective"])
-def test_computing_activations_again_changes_no_bit(recipe, tmp_path, checkpointing):
+def test_activation_checkpointing_changes_no_bit(recipe, tmp_path, checkpointing):
     loop.train(recipe, tmp_path / "plain")
     loop.train(recipe.replace(activation_checkpointing=checkpointing), tmp_path / "again")
     assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "again"))
@@ -311,7 +311,7 @@ def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
     assert_same_bits(weights(tmp_path / "run"), saved)
 
 
-def test_no_average_means_the_weights_themselves(recipe, tmp_path):
+def test_policy_without_ema_has_the_weights(recipe, tmp_path):
     result = loop.train(recipe.replace(ema_decay=0.0), tmp_path / "run")
     saved, policy = weights(tmp_path / "run"), torchpi.load_model(result.policy)
     assert not any(name.startswith("ema.") for name in saved)
@@ -442,7 +442,7 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
         ({"keep_every": 0}, "keep_every must be"),
     ],
 )
-def test_recipes_that_can_not_be_are_errors(fields, message):
+def test_invalid_recipes_are_errors(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**fields)
 
@@ -452,7 +452,7 @@ def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
         open_data(recipe.replace(batch_size=64), SIZES)
 
 
-def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
+def test_checkpoint_of_another_optimizer_is_an_error(recipe, tmp_path):
     loop.train(recipe, tmp_path / "run")
     (model, _), _ = begin(recipe)
     other = state.TrainState.create(model, weight_decay=0.0, ema=False)
@@ -460,7 +460,7 @@ def test_checkpoints_of_another_optimizer_are_not_taken_up(recipe, tmp_path):
         other.load(state.checkpoints(tmp_path / "run")[-1] / state.STATE, 3)
 
 
-def test_given_actions_are_drawn_and_their_errors_do_not_count(recipe, tmp_path):
+def test_action_prefix_is_drawn_and_masked_in_the_loss(recipe, tmp_path):
     config = recipe.replace(max_action_prefix=2)
     (model, _), data = begin(config)
     (policy,) = build_policies(config, model, data)

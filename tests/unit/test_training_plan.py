@@ -119,7 +119,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("fields", VARIANTS)
-def test_a_plan_is_what_training_takes(fields, base):
+def test_planned_memory_equals_measured_memory(fields, base):
     config = base.replace(**fields)
     planned = plan(config, world_size=1, local_world_size=1)
     assert planned.peak.total == pytest.approx(measured(config, SIZES), rel=0.03)
@@ -127,7 +127,7 @@ def test_a_plan_is_what_training_takes(fields, base):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_plan_is_what_training_of_pi0_takes(checkpointing, tmp_path):
+def test_planned_memory_of_pi0_equals_measured_memory(checkpointing, tmp_path):
     sizes = dataclasses.replace(SIZES, pi05=False)
     config = recipe(tmp_path, sizes).replace(activation_checkpointing=checkpointing)
     planned = plan(config, world_size=1, local_world_size=1)
@@ -148,13 +148,13 @@ def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
     assert fsdp.peak.activations < ddp.peak.activations
 
 
-def test_passes_do_not_add_gradients(tiny):
+def test_micro_batches_do_not_add_gradients(tiny):
     on_cuda = tiny.replace(device="cuda", holdout=0.0)
     one, two = (plan(on_cuda.replace(grad_accum_steps=n), world_size=2, local_world_size=2) for n in (1, 2))
     assert one.peak.gradients == two.peak.gradients
 
 
-def test_what_does_not_fit_is_told_what_would(tiny, capsys):
+def test_plan_that_does_not_fit_lists_alternatives(tiny, capsys):
     arguments = ["train", "--plan", "--embodiment", "metaworld", "--model", tiny.model.config, "--batch-size", "8"]
     arguments += ["--holdout", "0", "--device", "cuda"]
     main([*arguments, "--plan-memory", "1", "--json"])  # returns: it fits
@@ -166,7 +166,7 @@ def test_what_does_not_fit_is_told_what_would(tiny, capsys):
     assert {"grad_accum_steps": 2} in [other["fields"] for other in document["alternatives"] if other["fits"]]
 
 
-def test_a_plan_says_what_it_assumes(tiny, capsys):
+def test_plan_prints_its_assumptions(tiny, capsys):
     main(["train", "--plan", "--embodiment", "aloha", "--model", tiny.model.config, "--device", "cuda"])
     printed = " ".join(capsys.readouterr().out.split())
     assert "32 samples × 1 noise, 3 cameras and 40 prompt tokens" in printed
