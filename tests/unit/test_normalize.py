@@ -143,7 +143,7 @@ def test_a_folder_stands_for_its_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ("[]", 'no object "norm_stats"'),
         ('{"state": {"mean": [0], "std": [1]}}', 'no object "norm_stats"'),
         ('{"norm_stats": {"state": [1]}}', '"state" has list.*mean and std'),

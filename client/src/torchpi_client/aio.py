@@ -45,7 +45,7 @@ class AsyncWebsocketPolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the server says about its policy."""
+        """The server's statements about its policy."""
         return self._connected().metadata
 
     @property
@@ -88,7 +88,7 @@ class AsyncWebsocketPolicy:
         self._executor.shutdown(wait=False)
 
     async def _in_thread(self, call: Callable[[Interrupt], _T]) -> _T:
-        """What the call returns. Whoever cancels this ends the call as well."""
+        """The result of the call. Whoever cancels this ends the call as well."""
         interrupt = Interrupt()
         self._under_way.add(interrupt)
         try:

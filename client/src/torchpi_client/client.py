@@ -88,7 +88,7 @@ class WebsocketPolicy:
         self._waiting: _Waiting | None = None  # while there is no connection
         self._link: _Link | None = self._open(_Waiting(timeout), None, self._interrupt, again=False)
         self.metadata: dict[str, Any] = self._link.metadata
-        """What the server says about its policy."""
+        """The server's statements about its policy."""
         if jpeg_quality is not None:
             try:
                 require_support(self.metadata, JPEG, "Send the images as they are: leave jpeg_quality out.")
@@ -263,10 +263,10 @@ class WebsocketPolicy:
             )
         if isinstance(error, InvalidStatus):
             status, body = error.response.status_code, error.response.body
-            said = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
+            reply = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
             todo = {401: "; pass its token as api_key", 404: "; what follows the port in the URL names the policy"}
             return ConnectionError(
-                f"{self.url} refuses the connection, HTTP {status}{said and f': {said}'}{todo.get(status, '')}."
+                f"{self.url} refuses the connection, HTTP {status}{reply and f': {reply}'}{todo.get(status, '')}."
             )
         return ConnectionError(f"Cannot connect to {self.url} ({error}); expected a policy server there.")
 
@@ -280,7 +280,7 @@ class Interrupt:
 
     @property
     def is_set(self) -> bool:
-        """Whether it was used."""
+        """True once it was used."""
         return self._event.is_set()
 
     def set(self) -> None:
@@ -294,7 +294,7 @@ class Interrupt:
         self._event.wait(seconds)
 
     def watch(self, shut: Callable[[], None]) -> None:
-        """What ends the present wait at a connection; look at `is_set` after that."""
+        """The end of the present wait at a connection; look at `is_set` after that."""
         self._shut = shut
 
 
@@ -316,7 +316,7 @@ class _Waiting:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody has tried for so long that the next attempt is the first of another waiting."""
+        """True if nobody has tried for so long that the next attempt is the first of another waiting."""
         return time.monotonic() > self.next_attempt + self._timeout
 
     def begin_attempt(self) -> None:
@@ -429,7 +429,7 @@ def _connect(
 
 
 def _may_pass(error: Exception, again: bool) -> bool:
-    """Whether the next attempt may succeed."""
+    """True if the next attempt may succeed."""
     if isinstance(error, InvalidStatus):
         return bool(error.response.status_code >= 500)  # a proxy, before its server
     return isinstance(error, ConnectionRefusedError) or again
@@ -446,7 +446,7 @@ def is_closed(url: str) -> ConnectionError:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What differs in the metadata; empty: nothing."""
+    """The differences of the metadata; empty: none."""
     missing = "absent"
     # Packed, because arrays have no single truth value, and NaN is not equal to itself.
     changed = [

@@ -34,7 +34,7 @@ class MonotonicClock:
 
 
 class Tick(NamedTuple):
-    """How a step kept its time."""
+    """The timing of a step."""
 
     overrun: float
     """Seconds by which it was longer than a period; 0: it was not."""

@@ -1,7 +1,7 @@
 """Images of a request as JPEG: a few percent of the bytes, for a few milliseconds and a small error.
 
 Over a cable raw images are faster: 450 kB take 4 ms at 1 Gbit/s. Over a radio link of 50 Mbit/s they take 72 ms. JPEG
-is lossy, and the policy was trained on whatever its data set holds; `jpeg_cost` measures both sides on your images.
+is lossy, and the policy was trained on whatever its dataset holds; `jpeg_cost` measures both sides on your images.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_SIDE = 65500
 
 @dataclasses.dataclass(frozen=True)
 class ImageCost:
-    """What JPEG does to one image."""
+    """The cost of JPEG for one image."""
 
     key: str
     """Its place in the observation, nested keys joined by '.'."""
@@ -101,7 +101,7 @@ def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) 
 def jpeg_cost(
     observation: dict[str, Any], *, quality: int = QUALITY, timer: Callable[[], float] = time.perf_counter
 ) -> list[ImageCost]:
-    """What `encode_images` costs for each image of an observation, in bytes, time and error; errors as there."""
+    """The cost of `encode_images` for each image of an observation, in bytes, time and error; errors as there."""
     costs: list[ImageCost] = []
 
     def measure(key: str, image: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from torchpi_client.robot import InferringPolicy
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of a request."""
+    """The outcome of a request."""
 
     content: Mapping[str, Any] | None
     """The policy's answer; None: there is an error."""
@@ -27,7 +27,7 @@ class Inference(Protocol):
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request whose answer was not taken yet."""
+        """True while there is a request whose answer was not taken yet."""
         ...
 
     def start(self, observation: dict[str, Any]) -> None:
@@ -54,7 +54,7 @@ class BackgroundInference:
 
     @property
     def busy(self) -> bool:
-        """Whether there is a request whose answer was not taken yet."""
+        """True while there is a request whose answer was not taken yet."""
         return self._thread is not None
 
     def start(self, observation: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How many control steps pass until a chunk is there."""
+"""Estimate of the control steps that pass until a chunk is there."""
 
 from __future__ import annotations
 

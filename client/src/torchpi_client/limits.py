@@ -73,7 +73,7 @@ class ActionLimits:
     def from_metadata(
         cls, metadata: Mapping[str, Any], *, margin: float = 0.1, max_step: Sequence[float | None] | None = None
     ) -> ActionLimits:
-        """What a server says about its robot: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
+        """The limits that a server states: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
         embodiment's own and hold as they are; "action_range", {"low": […], "high": […]}, is what the policy was trained
         with, gets a margin, and holds for each dimension whose range the embodiment does not state.
 
@@ -86,17 +86,17 @@ class ActionLimits:
         """
         own, trained = (metadata.get(name) for name in ("action_limits", "action_range"))
         steps = own.get("max_step") if max_step is None and own is not None else max_step
-        said = [
+        stated = [
             cls.of(limits["low"], limits["high"], max_step=steps, margin=extra)
             for limits, extra in ((own, 0.0), (trained, margin))
             if limits is not None
         ]
-        if not said:
+        if not stated:
             raise ValueError(
                 f"The server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
                 "state the robot's limits with ActionLimits.of(low, high, max_step=…)."
             )
-        first, last = said[0], said[-1]
+        first, last = stated[0], stated[-1]
         unstated = np.isinf(first.low) & np.isinf(first.high)
         return cls(np.where(unstated, last.low, first.low), np.where(unstated, last.high, first.high), first.max_step)
 

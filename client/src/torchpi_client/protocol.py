@@ -1,4 +1,4 @@
-"""What torchpi's client and server agree on beyond openpi's protocol. A client uses a field only where the server's
+"""The agreement of torchpi's client and server beyond openpi's protocol. A client uses a field only where the server's
 metadata have its name with the value True, so that other servers never see it."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ServerError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class ActionPrefix:
-    """What the robot executes while a chunk is inferred, which the chunk has to continue (real-time chunking,
+    """The actions under execution while a chunk is inferred, which the chunk has to continue (real-time chunking,
     https://arxiv.org/abs/2506.07339).
 
     With H the horizon, s = `execution_horizon`, d = `delay` and k = len(actions): k ≤ H − s and d ≤ k. The new chunk's

@@ -1,4 +1,4 @@
-"""What happened while a robot was controlled."""
+"""The report of a control loop's run."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class ControlReport:
     step_clipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
     """[a]: commands that were too far from the one before."""
     limited: bool = False
-    """Whether there were limits."""
+    """There were limits."""
     dry_run: bool = False
     """Nothing was sent to the robot."""
     stopped: str | None = None
-    """Why the run ended early; None: it did not."""
+    """The reason of an early end; None: it did not."""
 
     def summary(self) -> str:
         """For people, in a few lines."""

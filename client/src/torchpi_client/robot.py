@@ -1,4 +1,4 @@
-"""What the control loop asks of a robot and of a policy, and how a robot stays where it is."""
+"""The control loop's interfaces of a robot and of a policy, and the command that holds a robot still."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any, Mapping, Protocol, Sequence, runtime_checkable
 import numpy as np
 
 COMMANDS = ("position", "velocity", "increment", "effort")
-"""What one dimension of an action is to the robot: where to be (joint angles, a gripper's opening), how fast to move,
-how far to move in this step, how strongly to push (a gripper's force). It decides what holding still and slowing down
-mean."""
+"""The meaning of one dimension of an action to the robot: where to be (joint angles, a gripper's opening), how fast to
+move, how far to move in this step, how strongly to push (a gripper's force). It decides what holding still and slowing
+down mean."""
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class Robot(Protocol):
 
 @runtime_checkable
 class InferringPolicy(Protocol):
-    """What answers: a `WebsocketPolicy`, or anything else with its metadata."""
+    """A source of chunks: a `WebsocketPolicy`, or anything else with its metadata."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:

@@ -141,7 +141,7 @@ class ControlLoop:
     # ---- before the robot moves ----
 
     def _warm_up(self) -> ActionQueue | Ensemble | None:
-        """What decides on the actions, for chunks as the first one; None: `stop` was called."""
+        """The schedule of actions, for chunks as the first one; None: `stop` was called."""
         chunk = self._asked_chunk({})
         if chunk is None:
             return None
@@ -158,7 +158,7 @@ class ControlLoop:
         """The first answer to an observation with these fields, also where it takes longer than a request may; None:
         `stop` was called."""
         until = self._clock.now() + WARM_UP_SECONDS
-        told = False
+        warned = False
         while not self._stopping:
             asked = self._clock.now()
             self._inference.start({**self._robot.observe(), **fields})
@@ -167,8 +167,8 @@ class ControlLoop:
                     return None
             if not _is_unanswered(answer) or self._clock.now() > until:
                 return self._checked_chunk(answer)
-            if not told:
-                told = True
+            if not warned:
+                warned = True
                 _log.warning(
                     "Before the robot moves: %s. Asking again for up to %g s, because a first "
                     "inference may include a compilation; a model that always takes longer needs a longer "
@@ -299,7 +299,7 @@ class ControlLoop:
         return {RTC: ActionPrefix(rest, delay, executed).to_wire()}
 
     def _next_command(self) -> np.ndarray | None:
-        """What this step sends; None: nothing."""
+        """The command of this step; None: nothing."""
         if self._queued:
             return self._limited(self._queued.pop(0))
         action = self._schedule.next()
@@ -337,7 +337,7 @@ class ControlLoop:
         return self._hold()
 
     def _is_overdue(self) -> bool:
-        """Whether the chunk should have come by now."""
+        """True if the chunk should have come by now."""
         delay = self._latency.steps(self.control_hz)
         return self._request is not None and delay is not None and self.report.steps - self._request.step >= delay
 
@@ -410,7 +410,7 @@ class ControlLoop:
 
 
 def _is_unanswered(answer: Answer) -> bool:
-    """Whether the request had no answer in time, or a busy server refused it: the next one may be answered."""
+    """True if the request had no answer in time, or a busy server refused it: the next one may be answered."""
     return isinstance(answer.error, TimeoutError) or getattr(answer.error, "code", None) in BUSY
 
 
@@ -424,7 +424,7 @@ class _Pending:
 
     request: Request
     since: float
-    """When the robot observed, on the loop's clock."""
+    """The time of the observation, on the loop's clock."""
     step: int
     late: bool = False
     """The actions ran out meanwhile."""

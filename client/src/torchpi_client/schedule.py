@@ -1,4 +1,4 @@
-"""Which action comes next. No clock and no thread: only actions that were really executed count.
+"""The choice of the next action. No clock and no thread: only actions that were really executed count.
 
 Everything is counted on one axis, the actions that were executed since the beginning. A request remembers where on it
 the robot was when it observed; the chunk that comes back belongs there. While the robot holds, nothing is executed, and
@@ -42,7 +42,7 @@ class ActionQueue:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to ask for a chunk."""
+        """True when it is time to ask for a chunk."""
         return self._chunk is None or self._at >= min(self._execute_steps, len(self._chunk))
 
     def request(self) -> Request:
@@ -97,7 +97,7 @@ class Ensemble:
 
     @property
     def due(self) -> bool:
-        """Whether it is time to ask for a chunk."""
+        """True when it is time to ask for a chunk."""
         return self._asked is None or self._consumed >= self._asked + self._execute_steps or not self._covering()
 
     def request(self) -> Request:
@@ -122,10 +122,10 @@ class Ensemble:
         self._chunks = self._covering()
         if not self._chunks:
             return None
-        said = np.stack([chunk[self._consumed - start] for start, chunk in self._chunks])
-        weights = np.exp(-self._decay * np.arange(len(said)))
+        overlapping = np.stack([chunk[self._consumed - start] for start, chunk in self._chunks])
+        weights = np.exp(-self._decay * np.arange(len(overlapping)))
         self._consumed += 1
-        average: np.ndarray = (weights / weights.sum()) @ said
+        average: np.ndarray = (weights / weights.sum()) @ overlapping
         return average.astype(np.float32)
 
     def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""How a robot is controlled."""
+"""The settings of the control loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RESAMPLE = ("interpolate", "as_is")
 
 @dataclasses.dataclass(frozen=True)
 class ControlSettings:
-    """How a robot is controlled.
+    """The settings of the control loop.
 
     Raises:
         ValueError: a field has none of its values.
@@ -37,7 +37,7 @@ class ControlSettings:
     """At another rate than the policy's: "interpolate": the same motion at the same speed; "as_is": the same actions,
     faster or slower. None: another rate is refused."""
     late: str = "hold"
-    """When the actions run out before the next chunk is there: "hold" the robot still; "slow": as hold, but from the
+    """The reaction if the actions run out before the next chunk is there: "hold" the robot still; "slow": as hold, but from the
     moment at which the chunk should have come, what is left takes twice the time; "stop" the run."""
     on_invalid: str = "stop"
     """At an action with NaN or infinity: "hold" the robot for its step, or "stop" the run."""

@@ -23,7 +23,7 @@ class Watchdog:
         self._deadline = math.inf
         """Of the block that runs."""
         self._wakes_at = math.inf
-        """When the thread looks again."""
+        """The time at which the thread looks again."""
         self._closed = False
 
     @contextlib.contextmanager

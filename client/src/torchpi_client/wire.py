@@ -58,7 +58,7 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
 
 
 def _hooks(max_items: int | None) -> dict[str, Any]:
-    """What msgpack calls for each list and map that is complete; until then its own limits hold."""
+    """The hooks that msgpack calls for each list and map that is complete; until then its own limits hold."""
     if max_items is None:
         return {"object_hook": _decode}
     left = max_items
@@ -98,7 +98,7 @@ def _encode(value: Any) -> dict[bytes, Any]:
 
 
 def _has_bytes(dtype: np.dtype[Any], kinds: str) -> bool:
-    """Whether the array's bytes and `dtype.str` say all of it."""
+    """True if the array's bytes and `dtype.str` say all of it."""
     return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: from another library, unknown to np.dtype(dtype.str)
 
 

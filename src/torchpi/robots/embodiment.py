@@ -60,7 +60,7 @@ class Embodiment:
     default_prompt: str | None = None
     """The instruction of a request that has none."""
     asset_id: str | None = None
-    """Which of a checkpoint's statistics belong to this robot: assets/<asset_id>."""
+    """The name of the checkpoint's statistics for this robot: assets/<asset_id>."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     """Whatever clients want to know; JSON."""
 
@@ -172,7 +172,7 @@ class Embodiment:
 
     @property
     def action_mask(self) -> tuple[bool, ...]:
-        """Which action dimensions are relative to the state for the model."""
+        """The action dimensions that are relative to the state for the model."""
         return tuple(action.kind == "delta" for action in self.actions)
 
     @property
@@ -210,10 +210,7 @@ class Embodiment:
 
         Raises:
             KeyError: a required camera or a part of the state is missing, or there is an unknown camera.
-            ValueError: an image of another layout or dtype; a state or action of another length; NaN or infinity; no
-                prompt.
-
-        Warns, once per object: about keys that are neither cameras nor known.
+            ValueError: a value of another form, NaN or infinity; no prompt. Other unknown keys warn once per object.
         """
         if not isinstance(observation, Mapping):
             raise EmbodimentError(
@@ -235,9 +232,8 @@ class Embodiment:
             self._check_actions(actions)
             require_finite(actions, "actions", [action.name for action in self.actions])
             actions = hook.actions_to_model(actions) if hook else actions
-            sample["actions"] = (
-                delta_actions(actions, sample["state"], self.action_mask) if any(self.action_mask) else actions
-            )
+            is_delta = any(self.action_mask)
+            sample["actions"] = delta_actions(actions, sample["state"], self.action_mask) if is_delta else actions
         return sample
 
     def from_model(self, actions: np.ndarray, state: np.ndarray) -> Float[np.ndarray, "H a"]:
@@ -246,9 +242,6 @@ class Embodiment:
         Args:
             actions: [H, a], unnormalized, without padding.
             state: [s], the "state" that `to_model` returned.
-
-        Raises:
-            ValueError: actions of another length.
         """
         self._check_actions(actions)
         if any(self.action_mask):
@@ -256,11 +249,8 @@ class Embodiment:
         return HOOKS[self.hook].actions_to_robot(actions) if self.hook else actions
 
     def example_observation(self, *, state_dim: int | None = None) -> dict[str, Any]:
-        """A request that `to_model` takes: the same noise images at every call, a state of zeros, a prompt.
-
-        Args:
-            state_dim: length of the state, of those that the embodiment allows; by default the longest.
-        """
+        """A request that `to_model` takes: the same noise images at every call, zeros as the state, by default of its
+        largest length, a prompt."""
         rng = np.random.default_rng(0)
         flat: dict[str, Any] = {camera.key: camera.example(rng) for camera in self.read_cameras if camera.key}
         flat |= {part.key: np.zeros(len(part.names)) for part in self.state}
@@ -271,11 +261,7 @@ class Embodiment:
         return nest(flat)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values, but for limits that are not stated; `from_dict` reads it.
-
-        Raises:
-            ValueError: metadata that JSON can't hold.
-        """
+        """Everything as JSON values, but for limits that are not stated; `from_dict` reads it."""
         fields = dataclasses.asdict(dataclasses.replace(self, metadata=dict(self.metadata)))
         for action in fields["actions"]:
             for limit in LIMITS:
@@ -288,11 +274,7 @@ class Embodiment:
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str = "embodiment") -> "Embodiment":
-        """Read what `to_dict` wrote; `where` is the document's name for messages.
-
-        Raises:
-            ValueError: a field is missing, unknown or of a wrong type; the message names it.
-        """
+        """Read what `to_dict` wrote; `where` is the document's name for messages."""
         return schema.parse(cls, data, where, error=EmbodimentError)
 
     def _check_keys(self, found: Mapping[str, Any]) -> None:
@@ -339,10 +321,8 @@ class Embodiment:
                 f"at least one of {self._cameras_text()}."
             )
         black = np.zeros_like(next(iter(present.values())))
-        return (
-            {name: present.get(name, black) for name in self.camera_names},
-            {name: name in present for name in self.camera_names},
-        )
+        images = {name: present.get(name, black) for name in self.camera_names}
+        return images, {name: name in present for name in self.camera_names}
 
     def _state(self, found: Mapping[str, Any], state_dim: int | None) -> np.ndarray:
         if missing := [part.key for part in self.state if found.get(part.key) is None]:

@@ -129,9 +129,9 @@ class ActionDim:
     """"delta": the model predicts the difference to the state of the same index at the beginning of the chunk;
     "absolute": it predicts what the robot takes, even if the robot reads that as an increment."""
     command: str | None = None
-    """What the robot takes: "position" (where to be), "velocity" (how fast to move), "increment" (how far to move in
-    this step) or "effort" (how strongly to push, as a gripper's force). It decides which action keeps the robot still;
-    None: not stated, and the control loop asks for it."""
+    """The meaning of the value to the robot: "position" (where to be), "velocity" (how fast to move), "increment" (how
+    far to move in this step) or "effort" (how strongly to push, as a gripper's force). It decides which action keeps
+    the robot still; None: not stated, and the control loop asks for it."""
     low: float | int | None = None
     """The least that the robot may be sent, in its units; None: not stated."""
     high: float | int | None = None

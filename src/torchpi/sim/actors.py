@@ -18,7 +18,7 @@ MANY_TASKS = 10
 
 
 def is_address(policy: Any) -> bool:
-    """Whether this is the address of a server, not a path."""
+    """True for the address of a server, not a path."""
     return isinstance(policy, str) and policy.startswith(("ws://", "wss://"))
 
 

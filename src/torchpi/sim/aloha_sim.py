@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import UnknownKeyError
 from torchpi.extras import require
 from torchpi.robots import ActionDim, Camera, Embodiment, aloha
 from torchpi.sim.environment import UnstableError, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
-# What the arms are told: for the cube what openpi's policy was trained with.
+# The cube's is the one that openpi's policy was trained with.
 INSTRUCTIONS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
 TASKS = tuple(INSTRUCTIONS)
 IMAGE_SIZE = 224  # that of openpi's client, and of its models
@@ -34,18 +33,10 @@ _SUCCESS = 4  # the reward of a task that is done
 class AlohaSimEnvironment:
     """One ALOHA task, in the observations of openpi's client: the top camera alone. See `Environment` for the methods.
 
-    The policy gets the picture that the package renders, with shadows and smooth edges; a policy may depend on them.
+    The policy gets the image that the package renders, with shadows and smooth edges; a policy may depend on them.
     """
 
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
-        """Build the simulation.
-
-        Args:
-            task: one of `TASKS`.
-            image_size: height and width of the observation's picture, black bars included.
-        """
-        if task not in INSTRUCTIONS:
-            raise UnknownKeyError(f"ALOHA's simulator has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         import_mujoco()  # before gym_aloha imports it with a choice of its own
         self.task = task
         self.instruction = INSTRUCTIONS[task]
@@ -55,17 +46,11 @@ class AlohaSimEnvironment:
         # Its own step and reset render three cameras each time; physics and task are driven here without them.
         env = require("gym_aloha.env", "sim").AlohaEnv(task)._env
         self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
-        self._fingers = [
-            [
-                self._physics.model.name2id(f"vx300s_{arm}/10_{side}_gripper_finger", "geom")
-                for side in ("left", "right")
-            ]
-            for arm in ("left", "right")
-        ]
+        sides, name2id = ("left", "right"), self._physics.model.name2id
+        self._fingers = [[name2id(f"vx300s_{arm}/10_{side}_gripper_finger", "geom") for side in sides] for arm in sides]
         self._cameras = Cameras(self._physics.model.ptr, {"cam_high": "top"}, effects=True)
 
     def reset(self, seed: int) -> None:
-        """Begin the episode of a seed, which is below 2³²."""
         from gym_aloha.tasks.sim import BOX_POSE
         from gym_aloha.utils import sample_box_pose, sample_insertion_pose
 
@@ -87,7 +72,6 @@ class AlohaSimEnvironment:
         }
 
     def step(self, action: np.ndarray) -> bool:
-        """Execute one action [14]: the joints' target angles, and the grippers' openings."""
         from dm_control.rl.control import PhysicsError
 
         self._task.before_step(check_action(action, self.embodiment), self._physics)
@@ -99,7 +83,6 @@ class AlohaSimEnvironment:
         return bool(self._task.get_reward(self._physics) == _SUCCESS)
 
     def expert_action(self) -> np.ndarray:
-        """There is none."""
         raise NotImplementedError("ALOHA's simulator has no scripted expert")
 
     def render(self, size: int) -> dict[str, np.ndarray]:
@@ -107,11 +90,10 @@ class AlohaSimEnvironment:
         return self._cameras.render(self._physics.data.ptr, size, size * 4 // 3)
 
     def hands(self) -> np.ndarray:
-        """The point between the fingers of each arm, [2, 3]."""
         return _hands(self._physics.data.ptr, self._fingers)
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
-        """Where the hands would be if the joints were where each action wants them, [H, 2, 3]."""
+        """Positions of the hands if the joints were where each action wants them, [H, 2, 3]."""
         mujoco, model = import_mujoco(), self._physics.model.ptr
         data = mujoco.MjData(model)
         path = []
@@ -123,11 +105,9 @@ class AlohaSimEnvironment:
         return np.stack(path)
 
     def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
-        """Points in the top camera's view."""
         return "cam_high", self._cameras.project(self._physics.data.ptr, "cam_high", points, size, size * 4 // 3)
 
     def close(self) -> None:
-        """Free the renderer."""
         self._cameras.close()
 
 

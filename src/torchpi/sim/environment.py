@@ -1,4 +1,4 @@
-"""What a simulator has to offer, so that policies can be run in it and episodes recorded from it."""
+"""The interface of a simulator, so that policies can be run in it and episodes recorded from it."""
 
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,7 +18,7 @@ class Environment(Protocol):
     instruction: str
     """The text that tells a policy what to do; part of every observation."""
     embodiment: Embodiment
-    """What the simulated robot sends and takes: the keys of `observe`, the dimensions of an action, the rate."""
+    """The simulated robot: the keys of `observe`, the dimensions of an action, the rate."""
     max_steps: int
     """Actions after which an episode has failed."""
 
@@ -40,7 +40,7 @@ class Environment(Protocol):
         ...
 
     def expert_action(self) -> np.ndarray:
-        """What the scripted expert does now, [a]; NotImplementedError where there is none."""
+        """The scripted expert's action now, [a]; NotImplementedError where there is none."""
         ...
 
     def render(self, size: int) -> dict[str, np.ndarray]:
@@ -58,14 +58,14 @@ class UnstableError(Exception):
 
 @runtime_checkable
 class ShowsHands(Protocol):
-    """An environment that knows where its robot's hands are and would go: films then draw their paths."""
+    """An environment that knows where its robot's hands are and would go: videos then draw their paths."""
 
     def hands(self) -> np.ndarray:
-        """Where the tip of each hand is, [n, 3], in metres."""
+        """The tip of each hand, [n, 3], in metres."""
         ...
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
-        """Where each action of a chunk [H, a] would take them from here, [H, n, 3]; for the eye, not exact."""
+        """The hands' positions after each action of a chunk [H, a] from here, [H, n, 3]; for the eye, not exact."""
         ...
 
     def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:

@@ -116,12 +116,12 @@ def _jobs(
         raise UnknownKeyError(
             f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
         )
-    told = {**simulator(env).instructions, **instructions}
+    instruction_of = {**simulator(env).instructions, **instructions}
     jobs = []
     for task in tasks:
         for index in range(episodes):
             video = str(out / f"{task}_{index}.mp4") if out is not None and index < videos else None
-            jobs.append(_Job(task, index, environment_seed("eval", seed, task, index), told[task], video))
+            jobs.append(_Job(task, index, environment_seed("eval", seed, task, index), instruction_of[task], video))
     return jobs
 
 

@@ -68,14 +68,14 @@ class Cameras:
         return {name: context.render(data, camera, height, width) for name, camera in self._cameras.items()}
 
     def project(self, data: Any, camera: str, points: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
-        """Where points [k, 3] of the simulation are in a view of that size: x and y in pixels, [k, 2].
+        """The pixels of points [k, 3] of the simulation in a view of that size: x and y, [k, 2].
 
         Points behind the camera come out as NaN.
         """
         mujoco = import_mujoco()
         scene = mujoco.MjvScene(self._model, maxgeom=1)
         mujoco.mjv_updateCamera(self._model, data, self._cameras[camera], scene)
-        eyes = scene.camera  # two, for stereo; a plain picture is taken from between them
+        eyes = scene.camera  # two, for stereo; a plain image is taken from between them
         position = np.mean([eye.pos for eye in eyes], axis=0)
         forward, up, near = eyes[0].forward, eyes[0].up, eyes[0].frustum_near
         offset = np.asarray(points, np.float64) - position

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import UnknownKeyError
 from torchpi.extras import require
 from torchpi.robots import metaworld
 from torchpi.sim.environment import check_action
@@ -19,12 +18,12 @@ from torchpi.sim.gl import Cameras, import_mujoco
 IMAGE_SIZE = 96
 MAX_STEPS = 500
 EMBODIMENT = metaworld()
-# For films: the point between the fingers as seen from the target that the hand is pulled to, in metres, and the part
+# For videos: the point between the fingers as seen from the target that the hand is pulled to, in metres, and the part
 # of the way there that it makes in a step; fitted to disturbed episodes of the expert.
 _TIP = np.array([0.004, 0.001, -0.05])
 _FOLLOWS = 0.13
 
-# What the arm is told. Meta-World names its tasks, it does not word them.
+# Meta-World names its tasks, it does not word them.
 INSTRUCTIONS: dict[str, str] = {
     "assembly": "put the ring on the peg",
     "basketball": "put the ball into the basket",
@@ -84,14 +83,6 @@ class MetaworldEnvironment:
     """One Meta-World task. The markers of its goals are hidden; see `Environment` for the methods."""
 
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
-        """Build the simulation.
-
-        Args:
-            task: one of `TASKS`.
-            image_size: height and width of the observation's cameras.
-        """
-        if task not in INSTRUCTIONS:
-            raise UnknownKeyError(f"Meta-World has no task {task!r}; its tasks are {', '.join(TASKS)}.")
         mujoco = import_mujoco()
         require("metaworld", "sim")
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -122,7 +113,6 @@ class MetaworldEnvironment:
         self._full_observation = np.zeros(39)
 
     def reset(self, seed: int) -> None:
-        """Begin the episode of a seed."""
         self._env.seed(seed)
         self._full_observation, _ = self._env.reset()
 
@@ -145,15 +135,13 @@ class MetaworldEnvironment:
         return np.clip(action, -1, 1).astype(np.float32)
 
     def render(self, size: int) -> dict[str, np.ndarray]:
-        """Both cameras, uint8 [size, size, 3]."""
         return self._cameras.render(self._env.data, size)
 
     def hands(self) -> np.ndarray:
-        """The point between the fingers, [1, 3]."""
         return np.array(self._env.tcp_center)[None]
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
-        """Where the hand would be after each action, [H, 1, 3]: it follows the target that the actions move."""
+        """The hand's position after each action, [H, 1, 3]: it follows the target that the actions move."""
         low, high, target = self._env.mocap_low, self._env.mocap_high, self._env.data.mocap_pos[0].copy()
         hand, path = self.hands()[0], []
         for action in np.asarray(chunk, np.float64):
@@ -163,10 +151,8 @@ class MetaworldEnvironment:
         return np.stack(path)[:, None]
 
     def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
-        """Points in the base camera's view."""
         return "base", self._cameras.project(self._env.data, "base", points, size)
 
     def close(self) -> None:
-        """Free the renderers."""
         self._cameras.close()
         self._env.close()

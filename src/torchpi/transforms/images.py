@@ -87,7 +87,7 @@ def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[n
 
 
 def _describe(value: Any) -> str:
-    """What a message says of a value that should have been an image."""
+    """A value that should have been an image, for messages."""
     if isinstance(value, np.ndarray):
         return f"{value.dtype} {list(value.shape)}"
     return f"a {type(value).__name__}"

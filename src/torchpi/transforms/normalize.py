@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from torchpi.errors import MissingFileError, TransformError
+from torchpi.schema import read_json
 
 KINDS = ("z_score", "quantile", "identity")
 EPS_RULES = ("openpi", "lerobot")
@@ -225,10 +226,7 @@ def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
         raise MissingFileError(
             f"No normalization statistics at {file}; expected a file or folder with norm_stats.json."
         )
-    try:
-        content = json.loads(file.read_bytes())
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise TransformError(f"{file} is not JSON: {error}. Expected openpi's norm_stats.json.") from error
+    content = read_json(file, error=TransformError)
     if not isinstance(content, dict) or not isinstance(content.get("norm_stats"), dict):
         raise TransformError(
             f'{file} has no object "norm_stats"; expected {{"norm_stats": {{"state": …, "actions": …}}}}.'

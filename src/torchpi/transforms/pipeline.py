@@ -26,7 +26,7 @@ QUANTITIES = ("state", "actions")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Transforms:
-    """What lies between an embodiment and the model, in both directions; holds no state of the robot.
+    """The transforms between an embodiment and the model, in both directions; holds no state of the robot.
 
     Raises:
         KeyError: statistics or normalization lack "state" or "actions".
@@ -50,9 +50,9 @@ class Transforms:
     image_size: tuple[int, int] = (224, 224)
     """Height and width of the model's images in pixels."""
     prompt_format: str = "openpi"
-    """How π₀'s text becomes tokens, see `tokenize_prompt`."""
+    """The format of π₀'s text, see `tokenize_prompt`."""
     truncation: str = "instruction"
-    """What happens to a prompt that is too long, see `tokenize_prompt`."""
+    """The treatment of a prompt that is too long, see `tokenize_prompt`."""
     _constant: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 

@@ -108,7 +108,7 @@ def check_prompt_settings(prompt_format: str, truncation: str) -> None:
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What a policy needs of a tokenizer."""
+    """A tokenizer as a policy needs it."""
 
     @property
     def vocab_size(self) -> int:
@@ -152,17 +152,14 @@ class SentencePieceTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of pieces."""
         return int(self._processor.vocab_size())
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
         ids = {name: getattr(self._processor, f"{name}_id")() for name in SPECIAL_TOKENS}
         return {name: self._processor.id_to_piece(i) for name, i in ids.items() if i >= 0}
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """The ids of a text."""
         return list(self._processor.encode(text, add_bos=add_bos))
 
 
@@ -195,12 +192,10 @@ class HFTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, added tokens included."""
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     @property
     def special_tokens(self) -> dict[str, str]:
-        """The texts of bos, eos, pad and unk, as far as there are such tokens."""
         known = {
             name: [text for text in texts if self._tokenizer.token_to_id(text) is not None]
             for name, texts in SPECIAL_TOKENS.items()
@@ -208,7 +203,6 @@ class HFTokenizer:
         return {name: found[0] for name, found in known.items() if found}
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        """The ids of a text."""
         ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         return [self._bos, *ids] if add_bos else ids  # type: ignore[list-item]
 
@@ -262,7 +256,7 @@ def tokenize_prompt(
         truncation: what happens to a prompt that is too long. "instruction": the instruction loses words at its end
             (the last one letters) until state and ending fit behind it. "original": the tokens are cut at
             max_token_len as openpi does, which takes the state's end and "Action: " away from the model.
-        warn: is told when something was cut; None: a UserWarning.
+        warn: called with a message when something was cut; None: a UserWarning.
 
     Raises:
         ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
