@@ -37,8 +37,8 @@ class ControlSettings:
     """At another rate than the policy's: "interpolate": the same motion at the same speed; "as_is": the same actions,
     faster or slower. None: another rate is refused."""
     late: str = "hold"
-    """The reaction if the actions run out before the next chunk is there: "hold" the robot still; "slow": as hold, but from the
-    moment at which the chunk should have come, what is left takes twice the time; "stop" the run."""
+    """The reaction if the actions run out before the next chunk is there: "hold" the robot still; "slow": as hold, but
+    from the moment at which the chunk should have come, what is left takes twice the time; "stop" the run."""
     on_invalid: str = "stop"
     """At an action with NaN or infinity: "hold" the robot for its step, or "stop" the run."""
     max_age: float | None = None

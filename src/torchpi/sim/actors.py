@@ -138,7 +138,7 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
             f"{sides}the policy requires the cameras {', '.join(required)}, the environment has {', '.join(sent)}."
         )
     for camera in policy.read_cameras:
-        if camera.layout != sent.get(camera.key, camera.layout):
+        if camera.key and camera.layout != sent.get(camera.key, camera.layout):
             raise SimulationError(
                 f"{sides}the policy reads camera {camera.key} as {camera.layout}, the environment sends "
                 f"{sent[camera.key]}."
