@@ -8,7 +8,7 @@ from torchpi.sim.evaluate import evaluate
 TASKS = ("drawer-open", "button-press-topdown", "window-close", "door-open", "faucet-open", "faucet-close")
 
 
-def test_it_is_a_small_pi05_that_says_where_it_comes_from():
+def test_embedded_policy_is_a_small_pi05_with_provenance():
     policy = torchpi.load_policy("demo")
     config = policy.model.config
     assert config.pi05

@@ -47,7 +47,7 @@ def test_unpad_is_the_inverse_of_pad(x, more):
     np.testing.assert_array_equal(unpad(padded, x.shape[-1]), x)
 
 
-def test_what_is_wider_stays():
+def test_wider_array_is_not_padded():
     x = np.ones((2, 5))
     assert pad_to_dim(x, 3) is x
 

@@ -95,7 +95,7 @@ def test_unused_arrays_are_named_and_not_loaded(golden):
     assert opened.tied == ""
 
 
-def test_config_beside_the_weights_says_what_no_array_has(golden):
+def test_config_file_gives_settings_that_no_array_has(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
     opened = open_checkpoint(golden.root / "openpi_pytorch", config=golden.config).stored_config
     assert (opened.action_horizon, opened.max_token_len) == (explicit.action_horizon, None)
@@ -261,7 +261,7 @@ def test_lerobots_other_normalizations(lerobot, golden_pi05, mode, kind, bounds)
         ("config.json", lambda d: d["input_features"].pop("observation.state"), "not as LeRobot writes them"),
     ],
 )  # fmt: skip
-def test_a_lerobot_policy_that_says_something_else_is_refused(lerobot, golden_pi05, name, change, message):
+def test_lerobot_policy_with_contradicting_settings_is_refused(lerobot, golden_pi05, name, change, message):
     root, edit = lerobot
     edit(name, change)
     with pytest.raises(ValueError, match=message):
@@ -608,7 +608,7 @@ def test_a_config_file_that_is_no_json_is_named(port, tmp_path):
         torchpi.load_model(port)
 
 
-def test_lerobot_cannot_say_what_needs_code(tmp_path, golden_pi05, golden_root):
+def test_robot_with_hook_cannot_be_converted_to_lerobot(tmp_path, golden_pi05, golden_root):
     with pytest.raises(ValueError, match="converts units by the code 'aloha_pi', which no step of LeRobot does"):
         convert(
             golden_pi05.checkpoint,

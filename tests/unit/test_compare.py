@@ -127,7 +127,7 @@ def other_weight(name):
         (other_statistics("actions"), "actions, robot's units"),
     ],
 )
-def test_the_first_stage_that_differs_is_where_they_part(make_policy, change, first):
+def test_first_differing_stage_is_reported(make_policy, change, first):
     one, other = make_policy(), make_policy()
     change(other)
     for comparison in (compare(one, other), compare(other, one)):
@@ -254,7 +254,7 @@ def test_json_is_one_document(files, capsys):
     assert {entry["name"] for entry in document["stages"]} >= {"prompt text", "v_t at t = 1"}
 
 
-def test_what_is_printed_names_the_first_difference(files, capsys, tmp_path):
+def test_report_names_the_first_difference(files, capsys, tmp_path):
     assert run_compare(**files, device="cpu") == 0
     assert "Every stage is the same, within 0.0001 of its scale." in capsys.readouterr().out
     policy = load_policy(files["b"], device="cpu", default_prompt="wave")
@@ -287,7 +287,7 @@ def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, 
     assert 'normalization.state.kind: "quantile" in A, "z_score" in B' in capsys.readouterr().out
 
 
-def test_what_is_not_there_is_an_error(files):
+def test_missing_input_is_an_error(files):
     with pytest.raises(FileNotFoundError):
         run_compare(files["a"], files["b"] + "x", observation=files["observation"])
     with pytest.raises(FileNotFoundError, match="There is no file"):

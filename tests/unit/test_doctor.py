@@ -153,7 +153,7 @@ def test_chunks_that_share_the_prefix_are_those_of_the_policy(make_policy, pi05)
         np.testing.assert_allclose(actions, theirs["actions"], rtol=0, atol=1e-5)
 
 
-def test_the_measure_is_what_it_says(demo):
+def test_measure_equals_its_definition(demo):
     observation = demo_observation()
     noise = generator_at(0, "doctor").standard_normal((3, 16, 8)).astype(np.float32)
     diagnosis = diagnose(demo, observation, **QUICK)
@@ -236,7 +236,7 @@ def test_policy_that_ignores_the_state_is_named(make_policy):
     assert diagnosis.status == 1
 
 
-def test_what_cannot_be_tried_is_said(make_policy):
+def test_untested_inputs_are_listed(make_policy):
     policy = make_policy(small_config(discrete_state_input=False))
     black = np.zeros((28, 28, 3), np.uint8)
     observation = request(policy, front=black, wrist=black)
@@ -426,7 +426,7 @@ def test_values_that_cannot_be_the_robots_are_warned_of(make_policy, unit, range
         ("delta", [(-0.1, 0.1), (100, 101)], True),
     ],
 )
-def test_targets_far_from_where_the_robot_has_been_are_warned_of(make_policy, kind, ranges, is_named):
+def test_targets_far_from_recorded_states_are_warned_of(make_policy, kind, ranges, is_named):
     policy = make_policy(
         embodiment=arm("", kind), norm_stats={"state": of((-1, 1), (-1, 1.05)), "actions": of(*ranges)}
     )
@@ -586,7 +586,7 @@ def test_json_is_one_document(file, capsys):
     assert document["observation"]["state"][0]["outside"] is False
 
 
-def test_what_is_printed_names_everything(file, capsys, tmp_path, damaged):
+def test_report_names_every_part(file, capsys, tmp_path, damaged):
     assert run_doctor("demo", observation=file, device="cpu") == 0
     out, err = capsys.readouterr()
     said = [
@@ -608,7 +608,7 @@ def test_what_is_printed_names_everything(file, capsys, tmp_path, damaged):
     assert f"ignores the camera {BASE}" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_policy_that_says_little_is_printed_too(capsys, tmp_path, make_policy):
+def test_policy_with_little_metadata_is_printed(capsys, tmp_path, make_policy):
     robot = Embodiment.generic("hand", cameras={BASE: "top"}, state=["x"], actions=["x"])
     config = small_config(
         pi05=False,
@@ -630,7 +630,7 @@ def test_a_policy_that_says_little_is_printed_too(capsys, tmp_path, make_policy)
         assert text in out
 
 
-def test_what_is_not_there_is_an_error(tmp_path):
+def test_missing_input_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no file"):
         run_doctor("demo", observation=tmp_path / "none.npz")
     with pytest.raises(FileNotFoundError):

@@ -320,7 +320,7 @@ def test_presets(name):
     assert len(sample["state"]) == len(robot.state_names)
 
 
-def test_what_the_published_policies_say():
+def test_settings_of_published_policies():
     described = {
         name: (
             robot.hook,

@@ -333,7 +333,7 @@ def test_a_revision_has_its_own_folder_and_the_commit_is_recorded(repository, ho
     assert note["files"]["model.safetensors"] == {"size": len(BIG), "version": COMMIT, "checksum": checksum}
 
 
-def test_a_part_of_what_is_complete_needs_no_request_but_the_whole_of_a_part_does(bucket):
+def test_complete_folder_serves_a_part_without_request(bucket):
     assert contents(fetch(f"gs://bucket/{BASE}/assets")) == {"trossen/norm_stats.json": b'{"norm_stats": {}}'}
     assert complete(bucket).items() <= contents(fetch(bucket.address)).items()
     assert len(bucket.reads()[f"{BASE}/assets/trossen/norm_stats.json"]) == 1
@@ -557,7 +557,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(server):
 # Without a connection
 
 
-def test_without_a_connection_the_error_says_what_goes_where(server, waits):
+def test_error_without_connection_names_the_cache_folder(server, waits):
     server.stop()
     with pytest.raises(FileNotFoundError, match="is not complete in the cache, and cannot be downloaded now") as caught:
         fetch(server.address)

@@ -170,7 +170,7 @@ def test_products_are_in_the_activations_dtype():
     torch.testing.assert_close(half.float(), layer(x), atol=0.1, rtol=0.05)
 
 
-def test_gradients_reach_all_but_what_nobody_reads():
+def test_gradients_reach_every_parameter_that_is_read():
     model = lora_model()
     for name, trained in trainable_parameters(model, "lora").items():
         model.get_parameter(name).requires_grad_(trained)
@@ -225,7 +225,7 @@ def test_full_size_is_the_originals(golden_root, name, num_parameters, num_train
     assert found == listed
 
 
-def test_choices_of_what_is_trained():
+def test_finetune_choices_select_parameters():
     model = lora_model()
     groups = {"all": set(), "frozen_vision": set(), "expert": set(), "lora": set(), "lora_strict": set()}
     for choice, found in groups.items():
@@ -254,7 +254,7 @@ def jax_lora(request, golden_root):
     return root / "jax_ckpt", {"config": root / "model_config.json", "lora_alpha": ALPHA}
 
 
-def test_merging_is_what_folding_gives(jax_lora):
+def test_merging_equals_folding(jax_lora):
     path, options = jax_lora
     kept, folded = torchpi.load_model(path, **options, lora="keep"), torchpi.load_model(path, **options)
     assert lora_config(kept) == LoraConfig(4, 8.0, 6, 3.0)
@@ -328,7 +328,7 @@ def test_an_adapter_makes_the_trained_model_of_its_base(saved):
     assert torch.equal(model.expert.layers[0].attention.qkv.lora_a, trained.expert.layers[0].attention.qkv.lora_a)
 
 
-def test_an_adapter_holds_what_was_trained_and_no_more(saved, tmp_path):
+def test_adapter_holds_only_trained_parameters(saved, tmp_path):
     path, model = saved
     assert {file.name for file in path.iterdir()} == {"adapter.json", "adapter.safetensors"}
     with safe_open(path / "adapter.safetensors", framework="pt") as arrays:

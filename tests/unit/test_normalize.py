@@ -38,7 +38,7 @@ def test_unnormalize_is_the_inverse(rule, x):
     np.testing.assert_allclose(unnormalize(normalize(x, stats, rule), stats, rule), x, rtol=0, atol=1e-10)
 
 
-def test_what_normalized_means():
+def test_normalized_values_follow_the_definition():
     stats = some_stats(3)
     z_score, quantile = RULES
     assert normalize(stats.mean, stats, z_score).tolist() == [0, 0, 0]

@@ -501,7 +501,7 @@ def test_a_device_that_is_not_there_is_an_error(device, message):
         torchpi.load_policy("demo", device=device)
 
 
-def test_config_says_what_the_checkpoint_does_not(checkpoint, tokenizer, tmp_path):
+def test_config_completes_the_checkpoint(checkpoint, tokenizer, tmp_path):
     add_stats(checkpoint, "tiny_robot")
     (tmp_path / "horizon.json").write_text('{"action_horizon": 3, "max_token_len": 20}')
     policy = load(checkpoint, tokenizer, config=tmp_path / "horizon.json")

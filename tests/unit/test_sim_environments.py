@@ -222,7 +222,7 @@ def test_a_projected_point_is_where_it_is_rendered(drawer):
     assert abs(rows.mean() - y) < 2
 
 
-def test_where_a_chunk_would_take_the_hand_is_near_where_it_does(drawer):
+def test_predicted_path_is_near_the_executed_one(drawer):
     """The prediction is for the eye: much nearer than staying where it was."""
     drawer.reset(1)
     for _ in range(10):

@@ -221,7 +221,7 @@ def robot(**changes):
         (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
     ],
 )
-def test_what_does_not_fit_is_an_error_that_names_both_sides(embodiment, message):
+def test_mismatch_is_an_error_that_names_both_sides(embodiment, message):
     with pytest.raises(ValueError, match=message):
         check_embodiment(embodiment, metaworld())
     check_embodiment(metaworld(), metaworld())

@@ -73,7 +73,7 @@ def test_a_mistake_of_ours_comes_with_its_traceback(workers):
         run([0.0, ZeroDivisionError("x")], workers=workers, make_work=functools.partial(Work, []))
 
 
-def test_what_can_not_be_set_up_is_an_error_of_the_first_job():
+def test_failed_setup_is_an_error_of_the_first_job():
     with pytest.raises(FileNotFoundError, match=r"job 0\.0: There is no policy"):
         run([0.0, 0.0], workers=2, make_work=no_work)
 
@@ -90,7 +90,7 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_job(job, message):
         run([0.0, job, 0.0], workers=2)
 
 
-def test_with_one_worker_what_does_the_jobs_is_closed():
+def test_single_worker_closes_its_work():
     closed = []
     run([0.0], workers=1, make_work=functools.partial(Work, closed))
     with pytest.raises(ValueError, match="no camera"):
@@ -98,7 +98,7 @@ def test_with_one_worker_what_does_the_jobs_is_closed():
     assert closed == [True, True]
 
 
-def test_so_is_what_other_processes_have(tmp_path):
+def test_several_workers_close_their_work(tmp_path):
     results = run([0.0] * 6, workers=2, make_work=functools.partial(Work, tmp_path / "closed"))
     assert {str(result[1]) for result in results.values()} <= {path.name for path in tmp_path.iterdir()}
 

@@ -139,7 +139,7 @@ def test_a_rollouts_numbers_must_be_positive(field):
         Rollout(**{field: 0})
 
 
-def test_what_is_asked_for_is_a_protocol():
+def test_actor_and_environment_are_protocols():
     assert isinstance(forward(1), Actor)
     assert isinstance(Corridor(), Environment)
     assert not isinstance(Corridor(), ShowsHands)
