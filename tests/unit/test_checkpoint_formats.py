@@ -95,6 +95,26 @@ def test_unused_arrays_are_named_and_not_loaded(golden):
     assert opened.tied == ""
 
 
+def test_a_spec_has_what_the_checkpoint_says(golden):
+    spec = open_checkpoint(golden.checkpoint).spec()
+    assert (spec.embodiment, spec.norm_stats, spec.normalization) == (None, None, None)
+    assert list(spec.assets) == ["tiny_robot"]
+    assert spec.provenance == {"source": str(golden.checkpoint)}
+    spec = open_checkpoint(golden.root / "lerobot", config=golden.config).spec()
+    assert (spec.embodiment.name, spec.prompt_format) == ("lerobot", "lerobot")
+    assert set(spec.norm_stats) == set(spec.normalization) == {"state", "actions"}
+
+
+def test_overruled_and_adapted_settings_are_notes(golden):
+    explicit = torchpi.Pi0Config.from_json(golden.config)
+    assert open_checkpoint(golden.root / "lerobot", config=explicit).notes == []
+    shorter = dataclasses.replace(explicit, action_horizon=3)
+    (note,) = open_checkpoint(golden.root / "lerobot", config=shorter).notes
+    assert f"config= overrides action_horizon {explicit.action_horizon} with 3" in note
+    (note,) = open_checkpoint(golden.root / "lerobot", config=shorter, adapt=True).notes
+    assert f"was adapted: action_horizon: {explicit.action_horizon} to 3" in note
+
+
 def test_config_file_gives_settings_that_no_array_has(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
     opened = open_checkpoint(golden.root / "openpi_pytorch", config=golden.config).stored_config

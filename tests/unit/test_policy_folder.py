@@ -174,6 +174,21 @@ def test_version_1_without_the_prompts_format_is_read(folder):
     assert load(folder).transforms.prompt_format == "openpi"
 
 
+def test_the_earlier_name_of_max_action_prefix_is_read(folder):
+    edit(folder, put("metadata", value={"max_given_actions": 4}))
+    assert load(folder).metadata["max_action_prefix"] == 4
+    assert "max_given_actions" not in load(folder).metadata
+
+
+def test_headers_are_read_once(folder, monkeypatch):
+    from torchpi.checkpoints import checkpoint
+
+    opened, read = [], checkpoint.SafetensorsArrays
+    monkeypatch.setattr(checkpoint, "SafetensorsArrays", lambda root: opened.append(root) or read(root))
+    load(folder)
+    assert opened == [folder]
+
+
 def test_policy_json_has_the_documented_fields(folder):
     document = json.loads((folder / "policy.json").read_text())
     assert sorted(document) == [

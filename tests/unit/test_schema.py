@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from torchpi.errors import DatasetError
-from torchpi.schema import parse, read_json
+from torchpi.schema import parse, read_json, read_json_object, require_stated, write_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,3 +64,18 @@ def test_read_json(tmp_path):
         read_json(file, error=DatasetError)
     file.write_text('{"fps": 1}')
     assert read_json(file) == {"fps": 1}
+
+
+def test_a_field_that_only_has_a_default_is_named_where_all_must_be_stated():
+    complete = {"fps": 30, "cameras": [{"name": "base", "size": [4]}], "by_name": {}}
+    require_stated(complete, complete, "robot.json", error=DatasetError)
+    with pytest.raises(DatasetError, match=r"robot\.json lacks cameras\.0\.size, by_name; every field must be stated"):
+        require_stated({"fps": 30, "cameras": [{"name": "base"}]}, complete, "robot.json", error=DatasetError)
+
+
+def test_a_written_document_is_read_again_and_nan_is_an_error(tmp_path):
+    write_json(tmp_path / "robot.json", {"name": "ü", "size": [1, 2]})
+    assert read_json_object(tmp_path / "robot.json") == {"name": "ü", "size": [1, 2]}
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "nan.json", {"x": float("nan")})
+    assert not (tmp_path / "nan.json").exists()

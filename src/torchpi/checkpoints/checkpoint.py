@@ -102,7 +102,7 @@ class Checkpoint:
         lora: LoraChoice = "fold",
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model`."""
-        if (lora_alpha is not None or lora == "keep") and (self.adapter is not None or not self.folded):
+        if (lora_alpha is not None or lora == "keep") and not self.folded:
             option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
             raise CheckpointError(
                 f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; "
@@ -141,7 +141,7 @@ def _merged(
 ) -> Pi0:
     # What was learned belongs to weights as they were in training; those are compared, too.
     wide = torch.float32 if adapter.base.dtype == "float32" else dtype
-    if base.folded and base.adapter is None:  # LoRA that the adapter's training continued
+    if base.folded:  # LoRA that the adapter's training continued
         alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
         model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep")
     else:
@@ -238,7 +238,7 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
     # What was learned is float32, whatever the base is stored in.
     return dataclasses.replace(
         base, address=address, root=root, format="torchpi", stored_config=config, requested_config=None,
-        dtype=torch.float32, document={}, policy_file=policy_file, adapter=adapter, base=base, overruled=(),
+        dtype=torch.float32, folded={}, document={}, policy_file=policy_file, adapter=adapter, base=base, overruled=(),
     )  # fmt: skip
 
 
