@@ -50,13 +50,7 @@ def run_trace(
     as_json: bool = False,
     **load: Any,
 ) -> None:
-    """Trace one target, or compare two, and print it.
-
-    Args:
-        targets: see `find_inputs`; `source` is the first one's.
-        html: the page's file.
-        load: arguments of `load_policy`.
-    """
+    """Trace one target, or compare two, and print it; `source` is the first one's."""
     if len(targets) not in (1, 2):
         raise UsageError(f"Expected one target, or two with --compare, got {len(targets)}: {', '.join(targets)}.")
     with stdout_for(as_json=as_json):
@@ -104,15 +98,7 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
 
 
 def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: bool = False, **load: Any) -> int:
-    """Examine a policy and print the diagnosis.
-
-    Args:
-        observation: an .npz file with the robot's own keys, nested ones joined with '.', as for `torchpi infer`.
-        load: further arguments of `load_policy`.
-
-    Returns:
-        The exit status: 1 if there is a problem, else 0.
-    """
+    """Examine a policy and print the diagnosis; the exit status is 1 if there is a problem."""
     with stdout_for(as_json=as_json):
         request = None if observation is None else read_npz(observation)
         policy = load_policy(path, **load)
@@ -137,18 +123,9 @@ def run_compare(
     device: str | None = None,
     **load: Any,
 ) -> int:
-    """Compare two policies and print the comparison.
+    """Compare two policies and print the comparison; the exit status is 1 if they differ.
 
-    Args:
-        a, b: of the policies, as `load_policy` takes them.
-        observation: as for `run_doctor`.
-        tolerance, num_steps, seed: see `compare_policies`.
-        dtype, device: of both.
-        load: further arguments of `load_policy`, for checkpoints that do not state everything. A policy folder keeps
-            its own.
-
-    Returns:
-        The exit status: 0 if they agree, else 1.
+    A policy folder states everything, and does not take the options of `load`.
     """
 
     def loaded(path: str) -> Policy:

@@ -45,11 +45,7 @@ class StateCheck:
     high: float
     excess: float
     """Distance from the range, in its widths; 0: inside."""
-
-    @property
-    def outside(self) -> bool:
-        """True outside of the range."""
-        return self.excess > 0
+    outside: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +57,8 @@ class PromptCheck:
     num_tokens: int
     max_token_len: int | None
     """None: the policy does not state it, and nothing is cut."""
-
-    @property
-    def cut(self) -> bool:
-        """True if there are more tokens than the policy takes."""
-        return self.max_token_len is not None and self.num_tokens > self.max_token_len
+    cut: bool
+    """There are more tokens than the policy takes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,16 +98,13 @@ class ObservationCheck:
 
     cameras: tuple[CameraCheck, ...]
     state: tuple[StateCheck, ...] = ()
+    state_outside: float | None = None
+    """Share of the state's dimensions outside of their range."""
     prompt: PromptCheck | None = None
     actions: tuple[ActionCheck, ...] = ()
     spread: float | None = None
     """RMS deviation of the chunks over the noise seeds, in normalized units."""
     sensitivity: tuple[Sensitivity, ...] = ()
-
-    @property
-    def state_outside(self) -> float | None:
-        """Share of the state's dimensions outside of their range."""
-        return sum(check.outside for check in self.state) / len(self.state) if self.state else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,15 +124,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; numbers that are not finite are None."""
-        document = dataclasses.asdict(self) | {"status": self.status}
-        if self.observation is not None:
-            checks, found = self.observation, document["observation"]
-            found["state_outside"] = checks.state_outside
-            for check, entry in zip(checks.state, found["state"], strict=True):
-                entry["outside"] = check.outside
-            if checks.prompt is not None:
-                found["prompt"]["cut"] = checks.prompt.cut
-        return dict(without_nan(document))
+        return dict(without_nan(dataclasses.asdict(self) | {"status": self.status}))
 
 
 def describe(policy: Policy) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def _check_observation(
     findings += [Finding("warning", "observation", str(warning.message)) for warning in caught]
     state, prompt = _state(policy, sample["state"]), _prompt(transforms, sample)
     findings += [*_check_pixels(sample), *_check_state(policy, state), *_check_prompt(transforms, prompt)]
-    checks = dataclasses.replace(checks, state=state, prompt=prompt)
+    outside = sum(check.outside for check in state) / len(state)
+    checks = dataclasses.replace(checks, state=state, state_outside=outside, prompt=prompt)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # found above, in more detail
@@ -166,7 +167,7 @@ def _state(policy: Policy, state: np.ndarray) -> tuple[StateCheck, ...]:
     rows = zip(state, low, high, excess(state, low, high), strict=True)
     names = policy.embodiment.state_names[: len(state)]
     return tuple(
-        StateCheck(name, unit, *map(float, row))
+        StateCheck(name, unit, *map(float, row), outside=bool(row[-1] > 0))
         for name, unit, row in zip(names, state_units(policy), rows, strict=True)
     )
 
@@ -217,8 +218,9 @@ def _check_state(policy: Policy, checks: Sequence[StateCheck]) -> Iterator[Findi
 def _prompt(transforms: Transforms, sample: Mapping[str, Any]) -> PromptCheck:
     rule = transforms.norm_stats["state"], transforms.normalization["state"]
     normalized = normalize(sample["state"], *rule, what="state")
-    text = transforms.prompt_text(sample["prompt"], normalized)
-    return PromptCheck(text, transforms.num_prompt_tokens(sample["prompt"], normalized), transforms.max_token_len)
+    text, most = transforms.prompt_text(sample["prompt"], normalized), transforms.max_token_len
+    count = transforms.num_prompt_tokens(sample["prompt"], normalized)
+    return PromptCheck(text, count, most, cut=most is not None and count > most)
 
 
 def _check_prompt(transforms: Transforms, prompt: PromptCheck) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchpi.arrays import read_npz
 from torchpi.config import PRESETS, Pi0Config
-from torchpi.errors import UsageError
+from torchpi.errors import MissingFileError, UsageError
 from torchpi.inspect import nanopi
 from torchpi.inspect.stages import TraceInputs, observation_stages
 from torchpi.model import flow
@@ -74,6 +74,10 @@ def find_inputs(target: str, shapes: Shapes, source: Source = Source(), **load: 
                 f"{target} is traced by its sizes alone, without weights; inputs and datasets need a policy's path."
             )
         return inputs_of_config(CLASSIC_PI0 if target == "pi0" else PRESETS[target], shapes, title=target)
+    if target not in ("demo", "tiny") and "/" not in target and not pathlib.Path(target).exists():
+        raise MissingFileError(
+            f"There is neither a checkpoint nor a preset {target}; presets are {', '.join(PRESETS)}."
+        )
     return _inputs_of_path("demo" if target == "tiny" else target, shapes, source, title=target, **load)
 
 

@@ -6,17 +6,16 @@ from html import escape
 from torchpi.inspect.diagram import flow_diagram
 from torchpi.inspect.plots import PART_COLORS, RANGE_LIMIT, mask_figure, modulation_figure, range_bar
 from torchpi.inspect.steps import STEPS, Step
-from torchpi.inspect.summary import STATS, Pair, Row, compare_facts, compare_phases, compare_steps, rows_of
+from torchpi.inspect.summary import STATS, Pair, Row, compare_facts, compare_steps, rows_of
 from torchpi.inspect.trace import Modulation, Trace, Values
 from torchpi.ui.format import format_count, format_number, large_count
-from torchpi.ui.page import camera_images, html_page, lede, page_header, panel
+from torchpi.ui.page import bars, camera_images, html_page, lede, page_header, panel
 from torchpi.ui.plots import data_uri, denoising_figures
+from torchpi.ui.tables import Column, Table
 
 _COLORS = {"0": "vision", "1": "vision", "2": "vision", "3": "vision", "4": "prefix", "5": "suffix", "6": "cache"}
 _COLORS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"
 _ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "cache": "cache"}
-_PART_COLORS = {"SigLIP": "vision", "token embedding": "vision", "backbone": "prefix"}
-_PART_COLORS |= {"the expert's adaptive norms": "time"}  # the others: "suffix"
 
 
 def render_page(trace: Trace, other: Trace | None = None) -> str:
@@ -202,27 +201,18 @@ def _cell(css: str, html: str) -> str:
 
 
 def _agreement_section(values: Values) -> str:
-    rows = "".join(
-        f"<tr>{_cell('what', escape(pair.what))}{_cell('num', f'{pair.max_abs:.1e}')}"
-        f"{_cell('num', format_number(pair.scale))}</tr>"
-        for pair in values.agreement
-    )
-    return lede("The joint forward pass of this page compared with the model's own, on the same batch.") + panel(
-        '<table><tr><th>two computations of the same</th><th class="num">largest difference</th>'
-        f'<th class="num">largest value</th></tr>{rows}</table>',
-        "scroll",
+    columns = [Column("two computations of the same", "name"), Column("largest difference", "number")]
+    rows = [(pair.what, f"{pair.max_abs:.1e}", format_number(pair.scale)) for pair in values.agreement]
+    return (
+        lede("The joint forward pass of this page compared with the model's own, on the same batch.")
+        + Table([*columns, Column("largest value", "number")], rows).to_html()
     )
 
 
 def _parameters_section(trace: Trace) -> str:
-    largest = max(trace.parameters.values())
-    rows = "".join(
-        f'<span>{escape(name)}</span><i class="{_PART_COLORS.get(name, "suffix")}" '
-        f'style="width:{100 * count / largest:.2f}%"></i><span>{format_count(count)}</span>'
-        for name, count in trace.parameters.items()
-    )
-    total = format_count(sum(trace.parameters.values()))
-    return lede(f"{total} in all.") + panel(f'<div class="bars">{rows}</div>')
+    total, largest = sum(trace.parameters.values()), max(trace.parameters.values())
+    rows = [(name, count / largest, format_count(count)) for name, count in trace.parameters.items()]
+    return lede(f"{format_count(total)} in all.") + bars(rows, "prefix")
 
 
 def _comparison_section(left: Trace, right: Trace) -> str:
@@ -235,7 +225,6 @@ def _comparison_section(left: Trace, right: Trace) -> str:
     )
     steps = compare_steps(left, right)
     tables_below = [(f"{step.id} · {step.title}", steps[step.id]) for step in STEPS]
-    tables_below += [(phase, rows) for phase, rows in compare_phases(left, right).items()]
     return lede(
         "<b>Bold</b> rows exist in one of the two models: their architectures differ. Other rows differ in size, and "
         "grey rows are the same."

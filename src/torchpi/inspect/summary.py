@@ -154,21 +154,8 @@ def compare_steps(left: Trace, right: Trace) -> dict[str, list[Pair]]:
     return compared
 
 
-def compare_phases(left: Trace, right: Trace) -> dict[str, list[Pair]]:
-    """Names that are in one phase only, of both models."""
-    one, other = phases(left), phases(right)
-    return {
-        phase: [
-            Pair(name, *("yes" if name in side[phase] else ABSENT for side in (one, other)))
-            for name in dict.fromkeys([*one[phase], *other[phase]])
-        ]
-        for phase in one
-        if phase != "both"
-    }
-
-
 def _label(row: Row) -> str:
-    return f"{row.entry.name} ({row.tag})" if row.tag in ("joint", "cached") else row.entry.name
+    return f"{row.entry.name} ({row.tag})" if row.tag else row.entry.name
 
 
 def _shape(row: Row | None) -> str:

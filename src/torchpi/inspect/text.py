@@ -14,7 +14,6 @@ from torchpi.inspect.summary import (
     Row,
     architecture,
     compare_facts,
-    compare_phases,
     compare_steps,
     rows_of,
     sizes,
@@ -46,13 +45,12 @@ def print_trace(trace: Trace, console: Console) -> None:
 
 
 def print_comparison(left: Trace, right: Trace, console: Console) -> None:
-    """Two models next to each other: architecture, sizes, every step's shapes, and what exists in one phase only."""
+    """Two models next to each other: architecture, sizes, and every step's shapes."""
     for trace in (left, right):
         console.print(_header(trace))
     tables: list[tuple[Text, Sequence[Pair]]]
     tables = [(Text(title, style="bold"), rows) for title, rows in compare_facts(left, right).items()]
     tables += [(_title(step), rows) for step, rows in zip(STEPS, compare_steps(left, right).values(), strict=True)]
-    tables += [(Text(phase, style="bold"), rows) for phase, rows in compare_phases(left, right).items()]
     for title, rows in tables:
         console.print()
         console.print(title)
