@@ -53,7 +53,7 @@ def run_serve(
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
     if not settings.local and settings.token is None:
-        _log.warning("everybody in the network of %s can use this server: give it a --token", settings.host)
+        _log.warning("everybody in the network of %s can use this server; protect it with --token", settings.host)
     if record is None:
         ended = asyncio.run(_serve(loaders, settings, None))
     else:
@@ -61,7 +61,7 @@ def run_serve(
         with Recorder(folders, Metrics()) as recorder:
             ended = asyncio.run(_serve(loaders, settings, recorder))
     if not ended:  # the model's thread is inside PyTorch, which the interpreter's end would tear down under it
-        _log.warning("the model is still at work; ending without it")
+        _log.warning("the model is still running; ending without it")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
@@ -101,7 +101,7 @@ async def _serve(
     loop = asyncio.get_running_loop()
 
     def stop(signum: int) -> None:
-        _log.info("%s: answering what has been received; once more ends at once", signal.Signals(signum).name)
+        _log.info("%s: answering the requests that were received; a second signal ends at once", signal.Signals(signum).name)
         server.stop()
         for each in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(each)  # the second one acts as if there were no handler
