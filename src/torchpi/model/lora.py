@@ -178,7 +178,7 @@ _BACKBONE = ("backbone.", "embedding")
 
 
 def trainable_parameters(model: Pi0, what: Finetune) -> dict[str, bool]:
-    """Which parameters a training changes, by name: True for those.
+    """Parameters by name, True for those that a training changes.
 
     Args:
         what: "full"; "frozen_vision": all but the vision tower with its head; "expert": the action expert and the
