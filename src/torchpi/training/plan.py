@@ -6,7 +6,6 @@ and with `compile` what the compiler saves or takes.
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import psutil
@@ -33,16 +32,6 @@ _ROWS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Alternative:
-    """A recipe with a few other options."""
-
-    fields: Mapping[str, Any]
-    total: int
-    """Bytes per device."""
-    fits: bool
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """The memory of a run."""
 
@@ -61,8 +50,8 @@ class Plan:
     on the CPU."""
     device_memory: int | None
     """Bytes that a process can have on its device; None: unknown."""
-    alternatives: tuple[Alternative, ...] = ()
-    """Recipes that were tried because this one does not fit."""
+    alternatives: tuple[dict[str, Any], ...] = ()
+    """Recipes that were tried because this one does not fit: other options ("fields"), "total" bytes, and "fits"."""
 
     @property
     def needed(self) -> int:
@@ -93,62 +82,43 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
     if found.fits is not False:
         return found
 
-    def tried(series: Iterable[Mapping[str, Any]]) -> Iterator[Alternative]:
-        """Each goes further than the one before; the first one that fits is enough."""
-        for fields in series:
+    single, joint = _changes(config, world_size)
+    others: list[dict[str, Any]] = []
+    for series in (*single, joint):
+        if series is joint and any(other["fits"] for other in others):
+            break
+        for fields in series:  # each goes further than the one before; the first one that fits is enough
             other = _plan(config.replace(**fields), world_size, local_world_size, device_memory)
-            yield Alternative(fields, other.needed, bool(other.fits))
+            others.append({"fields": fields, "total": other.needed, "fits": bool(other.fits)})
             if other.fits:
-                return
-
-    others = [other for series in _single_changes(config, world_size) for other in tried(series)]
-    if not any(other.fits for other in others):
-        others += tried(_joint_changes(config, world_size))
+                break
     return dataclasses.replace(found, alternatives=tuple(others))
 
 
-def _single_changes(config: TrainConfig, world_size: int) -> Iterator[list[dict[str, Any]]]:
-    kinds = ("none", "selective", "full")  # each keeps less
-    less_kept = kinds[kinds.index(config.model.activation_checkpointing) + 1 :]
-    yield [{"activation_checkpointing": kind} for kind in less_kept]
-    yield [{"grad_accum_steps": count} for count in _more_micro_batches(config, world_size)]
-    if config.optim.ema_decay:
-        yield [{"ema_decay": 0.0}]
-    if config.parallel.strategy == "ddp" and config.optim.optimizer == "adamw":
-        yield [{"optimizer": "adamw8bit"}]
-    if config.parallel.strategy != "fsdp" and config.optim.optimizer == "adamw" and world_size > 1:
-        yield [{"parallel": "fsdp"}]
-    yield [{"finetune": kind} for kind in _less_trained(config)]
-
-
-def _joint_changes(config: TrainConfig, world_size: int) -> Iterator[dict[str, Any]]:
-    fields: dict[str, Any] = {"activation_checkpointing": "full"}
-    if counts := _more_micro_batches(config, world_size):
-        fields["grad_accum_steps"] = counts[-1]
-    yield dict(fields)
-    if world_size > 1 and config.optim.optimizer == "adamw":
-        yield {**fields, "parallel": "fsdp"}
-    fields["ema_decay"] = 0.0
-    if config.parallel.strategy == "ddp":
-        fields["optimizer"] = "adamw8bit"
-    yield dict(fields)
-    for kind in _less_trained(config):
-        yield {**fields, "finetune": kind}
-
-
-def _more_micro_batches(config: TrainConfig, world_size: int) -> list[int]:
-    """Twice as many, and so on, while the samples can be divided."""
+def _changes(config: TrainConfig, world_size: int) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Series of single options that take less memory, and a series of several together."""
+    strategy, can_shard = config.parallel.strategy, world_size > 1 and config.optim.optimizer == "adamw"
+    kinds = ["none", "selective", "full"]  # each keeps less
+    kinds = kinds[kinds.index(config.model.activation_checkpointing) + 1 :]
     counts, count = [], 2 * config.grad_accum_steps
     while config.batch_size % (world_size * count) == 0:
         counts.append(count)
         count *= 2
-    return counts
-
-
-def _less_trained(config: TrainConfig) -> list[str]:
+    finetune = ["lora", "lora_strict"][config.model.finetune == "lora" :]
     if config.model.init is None or config.model.finetune == "lora_strict":
-        return []  # low-rank matrices need trained weights
-    return ["lora_strict"] if config.model.finetune == "lora" else ["lora", "lora_strict"]
+        finetune = []  # low-rank matrices need trained weights
+    single: list[list[dict[str, Any]]] = [
+        [{"activation_checkpointing": kind} for kind in kinds],
+        [{"grad_accum_steps": count} for count in counts],
+        [{"ema_decay": 0.0}] if config.optim.ema_decay else [],
+        [{"optimizer": "adamw8bit"}] if strategy == "ddp" and config.optim.optimizer == "adamw" else [],
+        [{"parallel": "fsdp"}] if strategy != "fsdp" and can_shard else [],
+        [{"finetune": kind} for kind in finetune],
+    ]
+    less: dict[str, Any] = {"activation_checkpointing": "full"} | ({"grad_accum_steps": counts[-1]} if counts else {})
+    least = less | {"ema_decay": 0.0} | ({"optimizer": "adamw8bit"} if strategy == "ddp" else {})
+    joint: list[dict[str, Any]] = [less, *([{**less, "parallel": "fsdp"}] if can_shard else []), least]
+    return single, joint + [{**least, "finetune": kind} for kind in finetune]
 
 
 def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_memory: int | None) -> Plan:
@@ -248,5 +218,5 @@ def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     of = f"{found.needed / 1e9:.2f} of {found.device_memory / 1e9:.2f} GB, of which {USABLE:.0%} can be planned with"
     console.print(f"{'fits' if found.fits else 'DOES NOT FIT'}: {of}")
     for other in found.alternatives:
-        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in other.fields.items())
-        console.print(f"  {'fits' if other.fits else 'does not fit'}, {other.total / 1e9:.2f} GB: {options}")
+        options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in other["fields"].items())
+        console.print(f"  {'fits' if other['fits'] else 'does not fit'}, {other['total'] / 1e9:.2f} GB: {options}")
