@@ -101,7 +101,8 @@ async def _serve(
     loop = asyncio.get_running_loop()
 
     def stop(signum: int) -> None:
-        _log.info("%s: answering the requests that were received; a second signal ends at once", signal.Signals(signum).name)
+        name = signal.Signals(signum).name
+        _log.info("%s: answering the requests that were received; a second signal ends at once", name)
         server.stop()
         for each in (signal.SIGINT, signal.SIGTERM):
             loop.remove_signal_handler(each)  # the second one acts as if there were no handler
