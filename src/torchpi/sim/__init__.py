@@ -1,12 +1,10 @@
 """Simulated robots: to record demonstrations from, and to evaluate policies in."""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from torchpi.errors import SimulationError, UnknownKeyError
-from torchpi.robots import Embodiment
 from torchpi.sim import aloha_sim, metaworld
-from torchpi.sim.environment import Environment
+from torchpi.sim.environment import Environment, Simulator
 
 __all__ = [
     "ENVIRONMENTS",
@@ -21,42 +19,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Simulator:
-    """An environment before anything is simulated."""
-
-    instructions: Mapping[str, str]
-    """Of its tasks, by name."""
-    embodiment: Embodiment
-    """Its robot."""
-    max_steps: int
-    """Actions after which an episode has failed."""
-    image_size: int
-    """Height and width of the robot's cameras, unless another is asked for."""
-    make: Callable[..., Environment]
-    """Its class: task and image_size to an environment."""
-    has_experts: bool
-    """Demonstrations can be recorded."""
-
-
-_SIMULATORS = {
-    "metaworld": Simulator(
-        metaworld.INSTRUCTIONS,
-        metaworld.EMBODIMENT,
-        metaworld.MAX_STEPS,
-        metaworld.IMAGE_SIZE,
-        metaworld.MetaworldEnvironment,
-        has_experts=True,
-    ),
-    "aloha_sim": Simulator(
-        aloha_sim.INSTRUCTIONS,
-        aloha_sim.EMBODIMENT,
-        aloha_sim.MAX_STEPS,
-        aloha_sim.IMAGE_SIZE,
-        aloha_sim.AlohaSimEnvironment,
-        has_experts=False,
-    ),
-}
+_SIMULATORS = {"metaworld": metaworld.SIMULATOR, "aloha_sim": aloha_sim.SIMULATOR}
 ENVIRONMENTS = tuple(_SIMULATORS)
 
 

@@ -9,13 +9,12 @@ import numpy as np
 
 from torchpi.extras import require
 from torchpi.robots import ActionDim, Camera, Embodiment, aloha
-from torchpi.sim.environment import UnstableError, check_action
+from torchpi.sim.environment import Simulator, UnstableError, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
 # The cube's is the one that openpi's policy was trained with.
 INSTRUCTIONS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
-TASKS = tuple(INSTRUCTIONS)
 IMAGE_SIZE = 224  # that of openpi's client, and of its models
 MAX_STEPS = 300
 _ROBOT = aloha()
@@ -114,3 +113,6 @@ class AlohaSimEnvironment:
 def _hands(data: Any, fingers: list[list[int]]) -> np.ndarray:
     """The middle of each arm's two fingers, [2, 3]."""
     return np.stack([data.geom_xpos[pair].mean(axis=0) for pair in fingers])
+
+
+SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, AlohaSimEnvironment, has_experts=False)

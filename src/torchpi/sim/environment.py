@@ -1,5 +1,7 @@
 """The interface of a simulator, so that policies can be run in it and episodes recorded from it."""
 
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,11 +26,9 @@ class Environment(Protocol):
 
     def reset(self, seed: int) -> None:
         """Begin an episode. The same seed gives the same episode, whatever happened before."""
-        ...
 
     def observe(self) -> dict[str, Any]:
         """The robot's observation now, in the embodiment's keys; renders its cameras."""
-        ...
 
     def step(self, action: np.ndarray) -> bool:
         """Execute one action [a]; whether the task is done, as the simulator defines success.
@@ -37,19 +37,33 @@ class Environment(Protocol):
             ValueError: the action is not [a], or not finite.
             UnstableError: the simulation can't go on from here.
         """
-        ...
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action now, [a]; NotImplementedError where there is none."""
-        ...
 
     def render(self, size: int) -> dict[str, np.ndarray]:
         """Each camera's view, uint8 [h, w, 3] with a height of `size`, for people to look at."""
-        ...
 
     def close(self) -> None:
         """Free what the simulator holds."""
-        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulator:
+    """An environment before anything is simulated."""
+
+    instructions: Mapping[str, str]
+    """Of its tasks, by name."""
+    embodiment: Embodiment
+    """Its robot."""
+    max_steps: int
+    """Actions after which an episode has failed."""
+    image_size: int
+    """Height and width of the robot's cameras, unless another is asked for."""
+    make: Callable[..., Environment]
+    """Its class: task and image_size to an environment."""
+    has_experts: bool
+    """Demonstrations can be recorded."""
 
 
 class UnstableError(Exception):
@@ -62,15 +76,12 @@ class ShowsHands(Protocol):
 
     def hands(self) -> np.ndarray:
         """The tip of each hand, [n, 3], in metres."""
-        ...
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
         """The hands' positions after each action of a chunk [H, a] from here, [H, n, 3]; for the eye, not exact."""
-        ...
 
     def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
         """The view of `render(size)` to draw in, and the points [k, 3] as its pixels (x, y), [k, 2]."""
-        ...
 
 
 def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, episode: int, attempt: int = 0) -> int:

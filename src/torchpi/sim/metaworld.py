@@ -12,7 +12,7 @@ import numpy as np
 
 from torchpi.extras import require
 from torchpi.robots import metaworld
-from torchpi.sim.environment import check_action
+from torchpi.sim.environment import Simulator, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
 
 IMAGE_SIZE = 96
@@ -76,7 +76,6 @@ INSTRUCTIONS: dict[str, str] = {
     "window-close": "close the window",
     "window-open": "open the window",
 }
-TASKS = tuple(INSTRUCTIONS)
 
 
 class MetaworldEnvironment:
@@ -156,3 +155,6 @@ class MetaworldEnvironment:
     def close(self) -> None:
         self._cameras.close()
         self._env.close()
+
+
+SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, MetaworldEnvironment, has_experts=True)

@@ -21,7 +21,6 @@ class Actor(Protocol):
     @property
     def infer(self) -> Callable[..., Mapping[str, Any]]:
         """A method: one observation to {"actions": [H, a], …}; `noise` and `num_steps` as in `Policy.infer`."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

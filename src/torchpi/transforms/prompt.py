@@ -113,16 +113,13 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """The number of ids; all ids are below."""
-        ...
 
     @property
     def special_tokens(self) -> dict[str, str]:
         """The texts of bos, eos, pad and unk, as far as there are such tokens."""
-        ...
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
         """The ids of a text, after the beginning-of-sequence id if asked for; never an end-of-sequence id."""
-        ...
 
 
 class SentencePieceTokenizer:
