@@ -21,7 +21,7 @@ class Bench:
     what: Annotated[Literal["all", "model", "train"], tyro.conf.Positional] = "all"
     """model (sample_actions), train (one step), or all: both."""
     config: str = "mid"
-    """Mid (47 M parameters), a preset's name, or a JSON file. The weights are random."""
+    """Sizes of the model: mid (47 M parameters), a preset's name, or a JSON file. The weights are random."""
     batch: int = 1
     """Samples at once."""
     cameras: int = 3
@@ -35,7 +35,7 @@ class Bench:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the matmuls; weights follow it in sampling, and stay float32 in training."""
     device: str = "cpu"
-    """Cpu or cuda."""
+    """Device: cpu or cuda."""
     compile: bool = False
     """Run the three stacks, or in training each layer, through torch.compile."""
     repeats: int = 5
