@@ -1,4 +1,4 @@
-"""`torchpi compare`: two policies that are the same, and where others part."""
+"""`torchpi compare`: two policies that are the same, and the first difference of others."""
 
 import copy
 import dataclasses
@@ -69,7 +69,7 @@ def test_a_policy_is_the_same_as_itself(make_policy, pi05):
     assert stage(comparison, "cache layer 0 keys").shape[1:] == (1, 8)
 
 
-def test_the_last_stage_is_what_the_policy_returns(make_policy):
+def test_last_stage_equals_the_actions_of_infer(make_policy):
     """The two walks end with the actions of `Policy.infer`; the noise is the seed's."""
     policy = make_policy(embodiment="aloha")
     other = copy.deepcopy(policy)
@@ -178,12 +178,12 @@ def test_a_masked_camera_changes_no_stage(make_policy):
     assert comparison.settings == ("embodiment.cameras: 2 entries in A, 3 entries in B",)
 
 
-def test_names_are_no_difference(make_policy):
+def test_names_of_robots_make_no_difference(make_policy):
     robot = dataclasses.replace(TWO_JOINTS, name="another", asset_id="two", metadata={"a": 1})
     assert compare(make_policy(), make_policy(embodiment=robot)).same
 
 
-def test_other_sizes_are_said_and_all_that_can_be_compared_is(make_policy):
+def test_other_sizes_are_listed_and_equal_shapes_are_compared(make_policy):
     one, other = make_policy(), make_policy(small_config(action_horizon=6))
     comparison = compare(one, other)
     assert comparison.settings == ("model.action_horizon: 4 in A, 6 in B",)
@@ -197,7 +197,7 @@ def test_other_sizes_are_said_and_all_that_can_be_compared_is(make_policy):
     assert "model.paligemma.width: 16 in A, 24 in B" in comparison.settings
 
 
-def test_pi0_and_pi05_part_at_the_prompt(make_policy):
+def test_pi0_and_pi05_differ_first_in_the_prompt(make_policy):
     comparison = compare(make_policy(), make_policy(small_config(pi05=False)))
     assert comparison.first_difference == "prompt text"
     assert "A 'Task: " in stage(comparison, "prompt text").message

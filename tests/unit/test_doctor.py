@@ -123,7 +123,7 @@ def test_the_same_seed_finds_the_same(demo):
     assert moves(one) != moves(other)
 
 
-def test_nothing_is_changed_and_warnings_are_still_to_come(damaged):
+def test_diagnosis_changes_nothing_and_keeps_later_warnings(damaged):
     policy = with_stats(damaged, "state", q01={3: 1.0}, q99={3: 1.0})
     observation = demo_observation() | {"joint_temperature": np.zeros(3)}
     diagnosis = diagnose(policy, observation, **QUICK)
@@ -458,7 +458,7 @@ def test_without_normalization_there_is_nothing_to_compare_with(make_policy):
 # What the robot sends
 
 
-def test_a_state_outside_is_named_by_how_far(demo):
+def test_level_of_a_state_outside_follows_its_distance(demo):
     low, high = (demo.transforms.norm_stats["state"].q01, demo.transforms.norm_stats["state"].q99)
 
     def examined(*beyond):

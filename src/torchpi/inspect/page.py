@@ -218,11 +218,9 @@ def _parameters_section(trace: Trace) -> str:
 def _comparison_section(left: Trace, right: Trace) -> str:
     titles = (left.title, right.title)
     tables = [(title, rows) for title, rows in compare_facts(left, right).items()]
-    drawn = "".join(
-        f"<h3 class='gap'>{escape(trace.title)}: {text}</h3>{draw(trace)}"
-        for text, draw in (("data flow", flow_diagram), ("attention mask", mask_figure))
-        for trace in (left, right)
-    )
+    drawn = "".join(f"<h3 class='gap'>{escape(t.title)}: data flow</h3>{flow_diagram(t)}" for t in (left, right))
+    masks = (f"<div><h3>{escape(t.title)}: attention mask</h3>{mask_figure(t)}</div>" for t in (left, right))
+    drawn += f'<div class="two gap">{"".join(masks)}</div>'
     steps = compare_steps(left, right)
     tables_below = [(f"{step.id} · {step.title}", steps[step.id]) for step in STEPS]
     return lede(

@@ -46,7 +46,7 @@ def _draw_mask(figure: "Figure", trace: Trace) -> None:
     for edge in edges:
         axes.axhline(edge - 0.5, color=COLORS["line"], linewidth=0.8)
         axes.axvline(edge - 0.5, color=COLORS["line"], linewidth=0.8)
-    axes.set_xlabel("columns: keys · rows: queries · coloured: may attend")
+    axes.set_xlabel("columns: keys · rows: queries · colored: may attend")
 
 
 def _rgb(name: str) -> np.ndarray:
