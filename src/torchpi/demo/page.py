@@ -112,7 +112,7 @@ def _episode_sections(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) 
     few = "So few episodes say little: the interval is where the true rate is likely to be. "
     is_few = max(task.episodes for task in evaluation.tasks.values()) < 20
     success = lede(
-        "Success is what the simulator defines for the task, whatever the policy was told; an episode has failed after "
+        "Success is defined by the simulator for the task, whatever the instruction; an episode has failed after "
         f"{evaluation.max_steps} steps. {few if is_few else ''}Steps are the mean of the successful episodes."
     )
     rates = measured(demo.policy)

@@ -45,10 +45,8 @@ def run_demo(
         episodes: per task.
         tasks: by name; None: those that the policy was trained on.
         instruction: another instruction for the policy, in one task, by default the first.
-        seed: of episodes and noise.
-        workers: processes, see `evaluate`.
+        seed, workers, rollout: see `evaluate`.
         policy: a path or "demo"; of a policy for Meta-World's arm.
-        rollout: options of the episodes.
     """
     if episodes < 1:
         raise SimulationError(f"The demo needs at least one episode per task, got {episodes}.")
@@ -81,14 +79,13 @@ def run_demo(
         )
         print_evaluation(evaluation)
         if instruction is not None:
-            console.print("Success is what the simulator defines for the task, whatever the policy was told.")
+            console.print("Success is defined by the simulator for the task, whatever the instruction.")
     else:
         frames = {name: _packaged_frame(loaded, name, other, seed) for name in chosen}
         _print_frames(console, problem, frames, flow, task, [action.name for action in loaded.embodiment.actions])
     steps = next_steps(ENV, chosen_tasks(loaded, ENV, None), can_render=problem is None)
     demo = Demo(loaded, task, flow, evaluation, problem, frames, steps)
-    (out / PAGE).write_text(render_demo(demo, out), encoding="utf-8")
-    _print_end(console, demo, out / PAGE)
+    _write_page(console, demo, out / PAGE)
     return demo
 
 
@@ -139,7 +136,8 @@ def _print_frames(
     console.print(Table([Column("", "number"), *numbers], actions).to_rich())
 
 
-def _print_end(console: Console, demo: Demo, page: pathlib.Path) -> None:
+def _write_page(console: Console, demo: Demo, page: pathlib.Path) -> None:
+    page.write_text(render_demo(demo, page.parent), encoding="utf-8")
     content = "the plot of a chunk, and all of this, as a page"
     if demo.evaluation is not None:
         content = "the videos and all of this as one page"
