@@ -83,7 +83,8 @@ def main(
     if execute_steps is not None:
         policy.embodiment = dataclasses.replace(policy.embodiment, execute_steps=execute_steps)
     said = policy.provenance
-    said["recipe"]["dataset"] = pathlib.Path(said["recipe"]["dataset"]).name
+    data = said["recipe"]["data"]
+    data["dataset"] = pathlib.Path(data["dataset"]).name
     said["dataset"]["command"] = _without_folders(said["dataset"]["command"])
     policy.provenance = {
         **said,

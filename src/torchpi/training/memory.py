@@ -87,17 +87,15 @@ def peak_memory(
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that live, by kind, and their values at the peak."""
+    """Bytes of the tensors that live, by kind, and their values at the peak.
+
+    With `buckets`, gradients are in buckets that stay, as DistributedDataParallel has them. While `in_shards` is set,
+    the tensors that are made belong to shards.
+    """
 
     def __init__(self, shards: int, *, buckets: bool) -> None:
-        """
-        Args:
-            buckets: gradients are in buckets that stay, as DistributedDataParallel has them.
-        """
         super().__init__()
-        self.shards, self.buckets = shards, buckets
-        self.in_shards = False
-        """The tensors that are made now belong to shards."""
+        self.shards, self.buckets, self.in_shards = shards, buckets, False
         self.moment: Any = "update"
         self.now = dict.fromkeys(KINDS, 0)
         self.peak: tuple[Any, dict[str, int]] = (self.moment, dict(self.now))
@@ -125,7 +123,6 @@ class _LiveTensors(TorchDispatchMode):
             self._gathered_dtypes[parameter.untyped_storage()._cdata] = dtype
 
     def set_gathered(self, nbytes: int) -> None:
-        """Set the bytes of gathered weights and gradients."""
         self.now["gathered"] = nbytes
         self._note_peak()
 

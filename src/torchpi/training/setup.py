@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TaskID
 
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
@@ -200,8 +200,7 @@ def _default_tokenizer(sizes: Pi0Config) -> str:
 
 def check_videos(data: Sequence[SourceData], console: Console) -> None:
     """Find a video that is too short now, and not hours later."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress:
         for dataset in (part for source in data for part in (source.train, source.holdout) if part is not None):
             task = progress.add_task(f"videos of {dataset.path.name}", total=None)
 
