@@ -5,6 +5,7 @@
 The code runs in the order of the computation, steps 0 to 11 and then inference, and every line ends with its shape. π₀
 is in here too: it differs in step 5 (how state and time come in) and in 7-1 (which norms the action expert has).
 
+Every function gets the weights by name (`w`) and `show(step, name, tensor)`, which prints a shape and returns the tensor.
 Nothing is fast. Both experts run side by side, as in the papers' figures: one sequence, one attention mask, explicit
 logits. `torchpi.model` computes the same numbers with a cache in place of the joint sequence; a test holds them equal.
 
@@ -184,7 +185,7 @@ def rms_norm(w, name, x, cond, step, part, layer, show):
     if f"{name}.scale" in w:
         out, gate = normed * (1 + w[f"{name}.scale"].float()), None  # [B, S, D]
     else:
-        where = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")
+        where = name.removeprefix("expert.").replace("layers.", "layer_").replace(".", "/")  # layer_0/pre_ffw_norm
         modulation = linear(w, f"{name}.dense", cond.to(x.dtype))  # [B, 3·d]
         show("9" if step == "9" else "8", f"modulation/{where}", modulation, layer)  # [B, 3·d]
         scale, shift, gate = modulation[:, None].chunk(3, dim=-1)  # 3 × [B, 1, d]
@@ -269,9 +270,9 @@ def transformer(w, config, streams, positions, mask, cond, past, show):
 # ---- steps 5 to 11: training ----
 
 
-def velocity(w, x, suffix_tokens, show):
+def velocity(w, x, horizon, show):
     """Step 10: the action tokens become v_t, the direction from actions to noise."""
-    action_out = show("10", "action_out", x[:, -suffix_tokens:].float())  # [B, H, d]
+    action_out = show("10", "action_out", x[:, -horizon:].float())  # [B, H, d]
     return show("10", "v_t", linear(w, "action_out_proj", action_out))  # [B, H, A]
 
 

@@ -167,8 +167,8 @@ def _state(policy: Policy, state: np.ndarray) -> tuple[StateCheck, ...]:
     rows = zip(state, low, high, excess(state, low, high), strict=True)
     names = policy.embodiment.state_names[: len(state)]
     return tuple(
-        StateCheck(name, unit, *map(float, row), outside=bool(row[-1] > 0))
-        for name, unit, row in zip(names, state_units(policy), rows, strict=True)
+        StateCheck(name, unit, float(value), float(least), float(most), float(far), bool(far > 0))
+        for name, unit, (value, least, most, far) in zip(names, state_units(policy), rows, strict=True)
     )
 
 
