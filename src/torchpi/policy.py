@@ -137,6 +137,7 @@ class Policy:
             [observation], noise=noises, num_steps=num_steps, generator=generator, prefixes=[prefix]
         )[0]
 
+    @torch.inference_mode(False)  # guidance needs gradients, also for callers in inference mode
     def infer_batch(
         self,
         observations: Sequence[Mapping[str, Any]],

@@ -133,6 +133,15 @@ def test_requests_with_and_without_a_prefix_share_a_batch(policy, request_):
     np.testing.assert_allclose(together[1]["actions"], alone, atol=1e-4)
 
 
+def test_guidance_works_in_inference_mode(policy, request_):
+    observation, noise = request_
+    previous = policy.infer(observation, noise=noise[0])["actions"]
+    expected = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    with torch.inference_mode():
+        found = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_delta_actions_are_anchored_at_the_new_state(policy):
     """Absolute actions stay where they are when the state moves; as differences they have to be taken anew."""
     robot = torchpi.Embodiment.generic(
