@@ -5,7 +5,7 @@
 The code runs in the order of the computation, steps 0 to 11 and then inference, and every line ends with its shape. π₀
 is in here too: it differs in step 5 (how state and time come in) and in 7-1 (which norms the action expert has).
 
-Every function gets the weights by name (`w`) and `show(step, name, tensor)`, which prints a shape and returns the tensor.
+Functions get the weights by name, `w`, and `show(step, name, tensor)`, which prints a shape and returns the tensor.
 Nothing is fast. Both experts run side by side, as in the papers' figures: one sequence, one attention mask, explicit
 logits. `torchpi.model` computes the same numbers with a cache in place of the joint sequence; a test holds them equal.
 
