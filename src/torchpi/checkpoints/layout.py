@@ -13,13 +13,15 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, attach_lora
 from torchpi.model.pi0 import Pi0
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+UNSET = Pi0Config(action_horizon=None, max_token_len=None, discrete_state_input=None)
+"""A config without the settings that are in no array."""
 _MOST_NAMED = 24
 
 
@@ -191,28 +193,3 @@ def projections(config: Pi0Config) -> list[tuple[str, str, int, int]]:
     else:
         inside = {"state_proj": action_dim, "action_time_mlp_in": 2 * width, "action_time_mlp_out": width}
     return found + [(name, f"suffix.{name}", num_in, width) for name, num_in in inside.items()]
-
-
-def config_of_arrays(
-    *,
-    pi05: bool,
-    backbone: GemmaConfig,
-    expert: GemmaConfig,
-    vision: VisionConfig,
-    action_dim: int,
-    vocab_size: int,
-    num_patches: int,
-) -> Pi0Config:
-    """A config of the sizes that arrays have; those that are in none stay unset."""
-    return Pi0Config(
-        pi05=pi05,
-        paligemma_variant=backbone,
-        action_expert_variant=expert,
-        siglip_variant=vision,
-        action_dim=action_dim,
-        action_horizon=None,
-        max_token_len=None,
-        discrete_state_input=None,
-        vocab_size=vocab_size,
-        image_size=vision.patch * round(num_patches**0.5),
-    )

@@ -6,11 +6,11 @@ Sources: openpi's modules, and the key listings of its published checkpoints.
 import dataclasses
 
 from torchpi.checkpoints.layout import (
+    UNSET,
     CheckpointArray,
     ParamSlice,
     Shapes,
     StoredArrays,
-    config_of_arrays,
     projections,
     sizes_of,
     whole,
@@ -197,12 +197,13 @@ def _config(shapes: Shapes) -> Pi0Config:
     mlp_dim = sizes_of(shapes, f"{block}.MlpBlock_0.Dense_0.kernel", 3)[2]
     learned = f"{img}.pos_embedding" in shapes
     num_patches = sizes_of(shapes, f"{img}.pos_embedding", 3)[1] if learned else (224 // patch) ** 2
-    return config_of_arrays(
+    return dataclasses.replace(
+        UNSET,
         pi05="time_mlp_in.kernel" in shapes,
-        backbone=gemma(""),
-        expert=gemma("_1"),
-        vision=VisionConfig(width, depth, mlp_dim, heads, patch, "learned" if learned else "sincos2d"),
+        paligemma_variant=gemma(""),
+        action_expert_variant=gemma("_1"),
+        siglip_variant=VisionConfig(width, depth, mlp_dim, heads, patch, "learned" if learned else "sincos2d"),
         action_dim=sizes_of(shapes, "action_in_proj.kernel", 2)[0],
         vocab_size=sizes_of(shapes, "PaliGemma.llm.embedder.input_embedding", 2)[0],
-        num_patches=num_patches,
+        image_size=patch * round(num_patches**0.5),
     )

@@ -3,16 +3,17 @@
 Its modules are those of `transformers`: PaliGemma, and a second Gemma as the action expert.
 """
 
+import dataclasses
 import pathlib
 
 import torch
 from torch import Tensor
 
 from torchpi.checkpoints.layout import (
+    UNSET,
     CheckpointArray,
     Shapes,
     StoredArrays,
-    config_of_arrays,
     projections,
     sizes_of,
     whole,
@@ -173,16 +174,20 @@ def _config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
 
     position = f"{_VISION}.embeddings.position_embedding.weight"
     learned = position in shapes
+    num_patches = sizes_of(shapes, position, 2)[0] if learned else (224 // patch) ** 2
     layers = f"{_VISION}.encoder.layers"
     mlp_dim = sizes_of(shapes, f"{layers}.0.mlp.fc1.weight", 2)[0]
-    return config_of_arrays(
+    return dataclasses.replace(
+        UNSET,
         pi05="time_mlp_in.weight" in shapes,
-        backbone=gemma(_LANGUAGE),
-        expert=gemma(f"{_EXPERT}.model"),
-        vision=VisionConfig(width, depth(layers), mlp_dim, heads.siglip, patch, "learned" if learned else "sincos2d"),
+        paligemma_variant=gemma(_LANGUAGE),
+        action_expert_variant=gemma(f"{_EXPERT}.model"),
+        siglip_variant=VisionConfig(
+            width, depth(layers), mlp_dim, heads.siglip, patch, "learned" if learned else "sincos2d"
+        ),
         action_dim=sizes_of(shapes, "action_in_proj.weight", 2)[1],
         vocab_size=sizes_of(shapes, EMBEDDING, 2)[0],
-        num_patches=sizes_of(shapes, position, 2)[0] if learned else (224 // patch) ** 2,
+        image_size=patch * round(num_patches**0.5),
     )
 
 
