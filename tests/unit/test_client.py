@@ -378,7 +378,7 @@ def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
         (None, ConnectionError, "sent no metadata"),
     ],
 )
-def test_what_is_no_metadata(first, error, message):
+def test_first_message_without_metadata_is_an_error(first, error, message):
     def handler(connection):
         if first is not None:
             connection.send(first)
@@ -834,12 +834,12 @@ def test_jpeg_says_what_it_costs():
         ({"state": np.zeros(3)}, "no image to send as JPEG"),
     ],
 )
-def test_what_is_no_image_is_not_sent_as_jpeg(observation, message):
+def test_only_images_are_sent_as_jpeg(observation, message):
     with pytest.raises(ValueError, match=message):
         encode_images(observation)
 
 
-def test_what_is_no_jpeg_is_refused():
+def test_damaged_jpeg_is_refused():
     good = encode_images({"top": picture()})["top"]
     cut = good[JPEG][: len(good[JPEG]) // 2]
     for bad in ({**good, "more": 1}, {**good, "layout": "hw"}, {JPEG: "text", "layout": "hwc"}):
@@ -890,7 +890,7 @@ def test_the_prefix_keeps_its_length_on_the_way():
         ({"more": 1}, "expected a dict of action_prefix, delay, execution_horizon"),
     ],
 )
-def test_what_is_no_prefix(change, message):
+def test_invalid_action_prefix_is_refused(change, message):
     wire = ActionPrefix(np.ones((3, 2), np.float32), delay=2, execution_horizon=5).to_wire()
     with pytest.raises(ValueError, match=message):
         ActionPrefix.from_wire({**wire, **change})
@@ -954,7 +954,7 @@ def test_another_kind_of_server(greeting):
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "http://127.0.0.1:8000", "ws://", "ws://127.0.0.1:80000", "demo"])
-def test_what_is_no_url(url):
+def test_invalid_url_is_refused(url):
     with pytest.raises(ValueError, match="expected ws://HOST:PORT"):
         WebsocketPolicy(url)
 

@@ -462,7 +462,7 @@ def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error)
 
 
 @pytest.mark.parametrize("error", [OSError("the camera is unplugged"), KeyboardInterrupt()])
-def test_what_the_robot_raises_is_raised_after_it_is_at_rest(error):
+def test_robots_error_is_raised_after_it_is_at_rest(error):
     policy = ScriptedPolicy(lambda number: np.ones((8, 1)), action_commands=["velocity"])
     clock = VirtualClock()
     robot = ToyRobot(clock)
@@ -494,7 +494,7 @@ def with_bad_action(value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_holds_the_robot_or_stops_the_run(value):
+def test_action_that_is_not_finite_holds_the_robot_or_stops_the_run(value):
     robot, report = controlled(with_bad_action(value), on_invalid="hold", steps=6)
     assert robot.positions == [0, 1, 1, 3, 3, 3]  # at last without velocity
     assert report.invalid.tolist() == [0, 1]
@@ -616,7 +616,7 @@ def test_limits_are_those_of_the_policys_rate():
         ([0], [1, 2], None, "shapes"),
     ],
 )
-def test_what_are_no_limits(low, high, max_step, message):
+def test_invalid_limits_are_refused(low, high, max_step, message):
     with pytest.raises(ValueError, match=message):
         ActionLimits.of(low, high, max_step=max_step)
 
@@ -654,7 +654,7 @@ def test_overruns_are_measured_and_never_caught_up_in_a_burst():
 
 
 @pytest.mark.parametrize("mode", ["async", "ensemble"])
-def test_what_is_left_of_a_chunk_is_stale_after_a_long_overrun(mode):
+def test_rest_of_a_chunk_is_stale_after_a_long_overrun(mode):
     """The robot's command takes 2 s, and the chunk lasts 0.8 s."""
     settings = {"mode": mode, "latencies": (0.0, 0.05), "steps": 30}
     robot, report = controlled(ScriptedPolicy(execute_steps=7), busy={3: 2.0}, **settings)
@@ -670,7 +670,7 @@ def test_what_is_left_of_a_chunk_is_stale_after_a_long_overrun(mode):
         assert robot.positions[:7] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_what_is_left_of_a_chunk_is_stale_after_many_short_overruns():
+def test_rest_of_a_chunk_is_stale_after_many_short_overruns():
     """Each command takes 0.3 s, so that each step leaves two out; no second chunk comes."""
     policy = ScriptedPolicy(lambda number: TimeoutError("away") if number > 0 else np.arange(8.0)[:, None])
     busy = dict.fromkeys(range(100), 0.3)
@@ -806,7 +806,7 @@ def test_settings_that_cannot_be(settings, message):
         ({"execute_steps": 2.5}, "The server's execute_steps is 2.5; expected a positive whole number"),
     ],
 )
-def test_what_a_server_cannot_mean(said, message):
+def test_invalid_metadata_of_a_server_are_refused(said, message):
     with pytest.raises(ValueError, match=message):
         controlled(ScriptedPolicy(**said))
 
