@@ -167,9 +167,9 @@ def bench_control(
     make_work = partial(Episodes, policy if workers > 1 else loaded, env, seed, rollout.execute_steps, late)
     outcomes: dict[tuple[str, int], list[Outcome]] = {run: [] for run in runs}
     with progress_bar("episodes", len(jobs), shown=progress) as advance:
-        for number, outcome in run_jobs(make_work, jobs, workers=workers, label=Job.label):
-            outcomes[jobs[number].mode, jobs[number].delay].append(outcome)
-            advance(f"{jobs[number].mode} at delay {jobs[number].delay}")
+        for job, outcome in zip(jobs, run_jobs(make_work, jobs, workers=workers, label=Job.label), strict=True):
+            outcomes[job.mode, job.delay].append(outcome)
+            advance(f"{job.mode} at delay {job.delay}")
     too_long = [str(delay) for delay in delays if delay > max_prefix]
     return ControlBenchmark(
         policy=policy if isinstance(policy, str) else type(policy).__name__,

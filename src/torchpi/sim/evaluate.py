@@ -140,13 +140,12 @@ def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, workers: int 
 def _run(
     make_work: Callable[[], Callable[[_Job], EpisodeOutcome]], jobs: Sequence[_Job], workers: int, progress: bool
 ) -> list[EpisodeOutcome]:
-    """The outcomes of the jobs, in their order."""
-    outcomes: dict[int, EpisodeOutcome] = {}
+    outcomes: list[EpisodeOutcome] = []
     with progress_bar("evaluating", len(jobs), shown=progress) as advance:
-        for number, outcome in run_jobs(make_work, jobs, workers=workers, label=str):
-            outcomes[number] = outcome
-            advance(f"{sum(o.success for o in outcomes.values()) / len(outcomes):.0%} success")
-    return [outcomes[number] for number in range(len(jobs))]
+        for outcome in run_jobs(make_work, jobs, workers=workers, label=str):
+            outcomes.append(outcome)
+            advance(f"{sum(each.success for each in outcomes) / len(outcomes):.0%} success")
+    return outcomes
 
 
 class _Evaluator:

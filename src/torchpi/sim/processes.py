@@ -34,8 +34,8 @@ def run_jobs(
     workers: int,
     label: Callable[[Job], str],
     window: int | None = None,
-) -> Generator[tuple[int, Result], None, None]:
-    """Do the jobs, and yield (number, result) of each as it is done, in whatever order.
+) -> Generator[Result, None, None]:
+    """Do the jobs, and yield their results in the order of the jobs.
 
     Ending the generator early, also by Ctrl-C, ends the processes.
 
@@ -45,7 +45,7 @@ def run_jobs(
         jobs: begun in order.
         workers: processes; 1: no other than this one.
         label: a job's name in errors.
-        window: how far a job may be ahead of the first unfinished one; None: any distance.
+        window: how far a job may be ahead of the first unfinished one; None: any distance. Results wait that long.
     """
     if workers < 1:
         raise SimulationError(f"workers must be at least 1, got {workers}.")
@@ -54,8 +54,8 @@ def run_jobs(
         return
     worker = _Worker(make_work)
     try:
-        for number, job in enumerate(jobs):
-            yield number, worker(job, label(job))
+        for job in jobs:
+            yield worker(job, label(job))
     finally:
         worker.close()
 
@@ -113,28 +113,33 @@ def _run_in_processes(
     workers: int,
     label: Callable[[Any], str],
     window: int,
-) -> Iterator[tuple[int, Any]]:
+) -> Iterator[Any]:
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forks of a process with OpenGL or threads in it may hang
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(make_work,))
     running: dict[Future[Any], int] = {}
-    unfinished, begun, processes = set(range(len(jobs))), 0, set[BaseProcess]()
+    finished: dict[int, Any] = {}
+    begun, yielded, processes = 0, 0, set[BaseProcess]()
     try:
-        while unfinished:
-            while len(running) < workers and begun < min(len(jobs), min(unfinished) + window):
+        while yielded < len(jobs):
+            while len(running) < workers and begun < min(len(jobs), yielded + window):
                 with _single_threaded(), interrupts_held():
                     running[pool.submit(_do, jobs[begun], label(jobs[begun]))] = begun
                 begun += 1
             processes |= set(multiprocessing.active_children()) - before
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                result = future.result()
-                number = running.pop(future)
-                unfinished.discard(number)
-                yield number, result
+            done = wait(running, return_when=FIRST_COMPLETED).done
+            for future in done:
+                if not future.exception():
+                    finished[running.pop(future)] = future.result()
+            while yielded in finished:
+                yielded += 1
+                yield finished.pop(yielded - 1)
+            for future in done:
+                future.result()  # raises the error of a job
     except BrokenProcessPool as error:
         raise _ended(processes, [label(jobs[number]) for number in running.values()]) from error
     finally:
-        if unfinished:  # ended early: nobody waits for the jobs that run
+        if yielded < len(jobs):  # ended early: nobody waits for the jobs that run
             for process in processes:
                 process.terminate()
         pool.shutdown(cancel_futures=True)

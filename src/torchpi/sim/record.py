@@ -144,9 +144,11 @@ def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, prog
     with (
         _writer(done.root, done.settings, video) as writer,
         progress_bar("recording", len(jobs), shown=progress) as advance,
-        contextlib.closing(_in_order(partial(_Recorder, done.settings), jobs, workers)) as demonstrations,
+        contextlib.closing(
+            run_jobs(partial(_Recorder, done.settings), jobs, workers=workers, label=str, window=4 * workers)
+        ) as demonstrations,
     ):
-        for job, demonstration in demonstrations:
+        for job, demonstration in zip(jobs, demonstrations, strict=True):
             done.add(job, demonstration)
             writer.add_episode(demonstration.frames, instructions[job.task])
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
@@ -281,19 +283,6 @@ def _demonstrate(
         if success_at is not None and step >= success_at + TAIL:
             break
     return None if success_at is None else {key: np.stack(values) for key, values in frames.items()}
-
-
-def _in_order(
-    make_work: Callable[[], Callable[[_Job], _Demonstration]], jobs: Sequence[_Job], workers: int
-) -> Generator[tuple[_Job, _Demonstration], None, None]:
-    """The jobs with their demonstrations, in the order of the jobs."""
-    waiting: dict[int, _Demonstration] = {}
-    with contextlib.closing(run_jobs(make_work, jobs, workers=workers, label=str, window=4 * workers)) as results:
-        for number, job in enumerate(jobs):
-            while number not in waiting:
-                done, demonstration = next(results)
-                waiting[done] = demonstration
-            yield job, waiting.pop(number)
 
 
 def _fails_too_often(task: str, failures: int, attempts: int) -> str:
