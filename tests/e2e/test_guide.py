@@ -91,9 +91,9 @@ def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root)
         else:
             main(shortened(line))
     assert "error" not in capsys.readouterr().err
-    for run, trained in (("run", "lora"), ("run_full", "all")):
+    for run, finetune in (("run", "lora"), ("run_full", "full")):
         policy = torchpi.load_policy(f"{run}/checkpoints/00000020/policy")
-        assert policy.provenance["recipe"]["trained"] == trained
+        assert policy.provenance["recipe"]["model"]["finetune"] == finetune
         assert policy.embodiment.name == "my_arm"
         assert pathlib.Path(run, "report.html").stat().st_size > 0
     with np.load("actions.npz") as actions:
