@@ -227,14 +227,14 @@ def test_full_size_is_the_originals(golden_root, name, num_parameters, num_train
 
 def test_finetune_choices_select_parameters():
     model = lora_model()
-    groups = {"all": set(), "frozen_vision": set(), "expert": set(), "lora": set(), "lora_strict": set()}
+    groups = {"full": set(), "frozen_vision": set(), "expert": set(), "lora": set(), "lora_strict": set()}
     for choice, found in groups.items():
         trained = trainable_parameters(model, choice)
         assert list(trained) == [name for name, _ in model.named_parameters()]
         found |= {name.split(".")[0] if not is_lora(name) else "lora" for name in trained if trained[name]}
     projections = {"suffix", "action_out_proj"}
-    assert groups["all"] == {"vision", "embedding", "backbone", "expert", "lora"} | projections
-    assert groups["frozen_vision"] == groups["all"] - {"vision"}
+    assert groups["full"] == {"vision", "embedding", "backbone", "expert", "lora"} | projections
+    assert groups["frozen_vision"] == groups["full"] - {"vision"}
     assert groups["lora"] == {"vision", "lora"} | projections
     assert groups["lora_strict"] == {"lora"} | projections
     assert set(trainable_parameters(plain_model(), "expert").values()) == {True, False}
