@@ -344,6 +344,27 @@ def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, p
             image.verify()
 
 
+def test_missing_hold_commands_are_named_with_the_reason(folder, path, tmp_path, capsys):
+    stated = {"unstated": (None, None), "effort": ("position", "effort"), "stated": ("position", "position")}
+    for name, commands in stated.items():
+        actions = (dataclasses.replace(action, command=c) for action, c in zip(ARM.actions, commands, strict=True))
+        robot = dataclasses.replace(ARM, actions=tuple(actions))
+        (tmp_path / f"{name}.json").write_text(json.dumps(robot.to_dict()))
+    options = [folder, "--dataset", path, "--num-steps", 1, "--samples", 3, "--embodiment"]
+    unstated = "No baseline hold for elbow, gripper: the embodiment arm does not state the command of these actions."
+    captured = run([*options, tmp_path / "unstated.json"], capsys)
+    assert f'{unstated} Write "command" for each, one of position, velocity, increment, effort, in policy.json' in (
+        captured.out
+    )
+    document = json.loads(run([*options, tmp_path / "unstated.json", "--json"], capsys).out)
+    assert len(document["notes"]) == 1
+    assert document["notes"][0].startswith(unstated)
+    assert [row["baselines"]["hold"] for row in document["dimensions"]] == [None, None]
+    captured = run([*options, tmp_path / "effort.json"], capsys)
+    assert "No baseline hold for gripper (effort): the state does not have the value" in captured.out
+    assert "No baseline hold" not in run([*options, tmp_path / "stated.json"], capsys).out
+
+
 def test_episodes_can_be_chosen(folder, path, capsys):
     result = evaluate_on_dataset(folder, path, episodes=[2, 0], num_steps=1, load={"device": "cpu"})
     assert (result.episodes, result.frames, result.samples) == ((0, 2), 15, 15)

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,9 @@ from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors
 from torchpi.policy import Policy, load_policy
+from torchpi.robots import Embodiment
+from torchpi.robots.commands import hold_commands
+from torchpi.robots.parts import COMMANDS
 from torchpi.ui.format import format_number, format_percent, print_json
 from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
@@ -47,6 +50,8 @@ class DatasetEvaluation:
     seconds: float
     """Wall-clock time without loading."""
     errors: ChunkErrors
+    notes: tuple[str, ...]
+    """Dimensions without the baseline "hold", with the reasons."""
     plots: tuple[str, ...]
     """Paths."""
 
@@ -108,8 +113,21 @@ def evaluate_on_dataset(
         noise_samples,
         time.perf_counter() - start,
         errors,
+        tuple(_notes_on_hold(loaded.embodiment)),
         tuple(map(str, plots)),
     )
+
+
+def _notes_on_hold(robot: Embodiment) -> Iterator[str]:
+    missing = [action for action, hold in zip(robot.actions, hold_commands(robot), strict=True) if hold is None]
+    if unstated := ", ".join(action.name for action in missing if action.command is None):
+        yield (
+            f"No baseline hold for {unstated}: the embodiment {robot.name} does not state the command of these "
+            f'actions. Write "command" for each, one of {", ".join(COMMANDS)}, in policy.json or in the file of '
+            "--embodiment (in Python: command= of Embodiment.generic)."
+        )
+    if others := ", ".join(f"{action.name} ({action.command})" for action in missing if action.command is not None):
+        yield f"No baseline hold for {others}: the state does not have the value, always and in the same unit."
 
 
 def _write_plots(
@@ -155,13 +173,15 @@ def print_dataset_evaluation(result: DatasetEvaluation, console: Console) -> Non
         console.print(table.to_rich())
     console.print(
         "hold: the robot stays where it is. mean: the dataset's mean action. Range: 1 % to 99 % quantile of the "
-        "dataset's actions. n/a: the embodiment doesn't say how to stay, or the action hardly ever changes.",
+        "dataset's actions. n/a: no hold command is known, or the action hardly ever changes.",
         style="dim",
     )
     for baseline in BASELINES:
         worse = errors.is_worse_than(baseline)
         if names := ", ".join(dim.name for dim, is_worse in zip(errors.dimensions, worse, strict=True) if is_worse):
             console.print(Text(f"worse than the baseline {_NAMES[baseline]}: {names}", style="yellow"))
+    for note in result.notes:
+        console.print(note, soft_wrap=True, markup=False)
     for path in result.plots:
         console.print(f"plot: {path}", soft_wrap=True, markup=False)
 
