@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import torchpi
-from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig
 from torchpi.model.layers import attend, gelu_tanh
 
 
@@ -212,3 +212,44 @@ def test_fast_gelu_equals_plain_gelu():
         fast = gelu_tanh(x)
     assert (fast - plain).abs().max() <= 1e-6
     assert (gelu_tanh(x) - plain).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_prefill_and_denoise_step_read_no_value_on_the_host(pi05):
+    """Tensors on "meta" have no values: reading one raises, as dropping the padding does."""
+    config = Pi0Config.from_dict({"pi05": pi05}, base=PRESETS["tiny" if pi05 else "tiny_pi0"])
+    model = torchpi.Pi0(config, device="meta")
+    with torch.device("meta"):
+        observation = torchpi.Observation.from_dict(
+            {
+                "image": {name: torch.empty(2, 96, 96, 3) for name in "ab"},
+                "image_mask": {name: torch.empty(2, dtype=torch.bool) for name in "ab"},
+                "state": torch.empty(2, 8),
+                "tokenized_prompt": torch.empty(2, 64, dtype=torch.int64),
+                "tokenized_prompt_mask": torch.empty(2, 64, dtype=torch.bool),
+            }
+        )
+        noise, time = torch.empty(2, 16, 8), torch.empty(2)
+    with torch.no_grad():
+        cache = model.prefill(observation)
+        assert model.denoise_step(cache, noise, time).shape == noise.shape
+        for conditioning in model.time_conditionings([1.0, 0.5]):
+            assert model.denoise_step(cache, noise, conditioning).shape == noise.shape
+    assert model(observation, noise, noise=noise, time=time).shape == (2, 16)
+    with pytest.raises((RuntimeError, NotImplementedError)), torch.no_grad():
+        model.embed_prefix(observation, drop_padding=True)
+
+
+@torch.no_grad()
+def test_suffix_is_written_behind_the_prefix_in_one_buffer(golden, model):
+    """Every step uses the same buffers, and leaves the prefix in them as it is."""
+    cache = model.prefill(golden.observation())
+    prefix = [keys[:, :length].clone() for keys, _, length in cache.key_values]
+    places = [keys.data_ptr() for keys, _, _ in cache.key_values]
+    first = model.denoise_step(cache, golden.inputs["noise"], golden.inputs["time"])
+    model.denoise_step(cache, golden.outputs["x_t"], golden.inputs["time"])
+    assert torch.equal(model.denoise_step(cache, golden.inputs["noise"], golden.inputs["time"]), first)
+    for (keys, _, length), before, place in zip(cache.key_values, prefix, places, strict=True):
+        assert keys.data_ptr() == place
+        assert keys.shape[1] > length
+        assert torch.equal(keys[:, :length], before)
