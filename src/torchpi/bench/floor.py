@@ -8,6 +8,7 @@ A training step is three times the forward pass, and the optimizer's bytes.
 """
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from torchpi.config import GemmaConfig, Pi0Config
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.model.pi0 import Pi0
 from torchpi.ui.tables import Column, Table
 
@@ -81,41 +82,36 @@ class _Counter:
     def elementwise(self, name: str, elements: int) -> Op:
         return Op(f"{self.part} {name}", 0, 2 * self.element_bytes * elements)
 
-    def attention(self, batch: int, queries: int, keys: int, heads: int, kv_heads: int, dim: int) -> Iterator[Op]:
-        elements = 2 * batch * queries * heads * dim + 2 * batch * keys * kv_heads * dim
-        yield Op(f"{self.part} attention", 4 * batch * queries * keys * heads * dim, self.element_bytes * elements)
-        yield self.elementwise("softmax", batch * heads * queries * keys)
-
-    def mlp(self, rows: int, width: int, hidden: int, *, gated: bool) -> Iterator[Op]:
-        yield self.matmul("mlp", rows, width, 2 * hidden if gated else hidden)
+    def layer(self, sizes: GemmaConfig | VisionConfig, batch: int, tokens: int, past: int = 0) -> Iterator[Op]:
+        """A transformer layer; `past` keys and values are cached."""
+        heads, width, hidden = sizes.num_heads, sizes.width, sizes.mlp_dim
+        if isinstance(sizes, GemmaConfig):
+            kv_heads, dim, mlp_inputs = sizes.num_kv_heads, sizes.head_dim, 2 * hidden  # gate and value
+        else:
+            kv_heads, dim, mlp_inputs = heads, width // heads, hidden
+        rows, keys = batch * tokens, past + tokens
+        yield self.elementwise("norm", 2 * rows * width)
+        yield self.matmul("qkv", rows, width, (heads + 2 * kv_heads) * dim)
+        elements = 2 * rows * heads * dim + 2 * batch * keys * kv_heads * dim
+        yield Op(f"{self.part} attention", 4 * rows * keys * heads * dim, self.element_bytes * elements)
+        yield self.elementwise("softmax", rows * heads * keys)
+        yield self.matmul("attention out", rows, heads * dim, width)
+        yield self.matmul("mlp", rows, width, mlp_inputs)
         yield self.elementwise("activation", rows * hidden)
         yield self.matmul("mlp", rows, hidden, width)
         yield self.elementwise("residual", 2 * rows * width)
-
-    def gemma_layer(self, gemma: GemmaConfig, batch: int, tokens: int, past: int) -> Iterator[Op]:
-        rows, heads, kv_heads = batch * tokens, gemma.num_heads, gemma.num_kv_heads
-        yield self.elementwise("norm", 2 * rows * gemma.width)
-        yield self.matmul("qkv", rows, gemma.width, (heads + 2 * kv_heads) * gemma.head_dim)
-        yield from self.attention(batch, tokens, past + tokens, heads, kv_heads, gemma.head_dim)
-        yield self.matmul("attention out", rows, heads * gemma.head_dim, gemma.width)
-        yield from self.mlp(rows, gemma.width, gemma.mlp_dim, gated=True)
 
 
 def vision_ops(work: Workload) -> Iterator[Op]:
     """SigLIP over all cameras."""
     vit, patches = work.config.siglip, work.config.num_patches
     images = work.batch * work.num_cameras
-    rows, width = images * patches, vit.width
     count = _Counter("vision", work.dtype.itemsize)
-    yield _Counter("vision", 4).matmul("patch embedding", rows, 3 * vit.patch**2, width)
+    yield _Counter("vision", 4).matmul("patch embedding", images * patches, 3 * vit.patch**2, vit.width)
     for _ in range(vit.depth):
-        yield count.elementwise("norm", 2 * rows * width)
-        yield count.matmul("qkv", rows, width, 3 * width)
-        yield from count.attention(images, patches, patches, vit.num_heads, vit.num_heads, width // vit.num_heads)
-        yield count.matmul("attention out", rows, width, width)
-        yield from count.mlp(rows, width, vit.mlp_dim, gated=False)
-    yield count.elementwise("norm", rows * width)
-    yield count.matmul("head", rows, width, work.config.paligemma.width)
+        yield from count.layer(vit, images, patches)
+    yield count.elementwise("norm", images * patches * vit.width)
+    yield count.matmul("head", images * patches, vit.width, work.config.paligemma.width)
 
 
 def prefix_ops(work: Workload) -> Iterator[Op]:
@@ -123,7 +119,7 @@ def prefix_ops(work: Workload) -> Iterator[Op]:
     gemma, rows = work.config.paligemma, work.batch * work.prefix_tokens
     count = _Counter("prefix", work.dtype.itemsize)
     for _ in range(gemma.depth - 1):
-        yield from count.gemma_layer(gemma, work.batch, work.prefix_tokens, 0)
+        yield from count.layer(gemma, work.batch, work.prefix_tokens)
     yield count.elementwise("norm", rows * gemma.width)
     yield count.matmul("qkv", rows, gemma.width, 2 * gemma.num_kv_heads * gemma.head_dim)
 
@@ -147,7 +143,7 @@ def expert_ops(work: Workload, num_steps: int) -> Iterator[Op]:
             yield exact.matmul("projections", work.batch * horizon, 2 * width, width)
             yield exact.matmul("projections", work.batch * horizon, width, width)
         for _ in range(expert.depth):
-            yield from count.gemma_layer(expert, work.batch, tokens, work.prefix_tokens)
+            yield from count.layer(expert, work.batch, tokens, work.prefix_tokens)
         yield count.elementwise("norm", rows * width)
         yield exact.matmul("projections", work.batch * horizon, width, config.action_dim)
 
@@ -241,13 +237,9 @@ def measure_machine(dtype: torch.dtype, device: torch.device) -> Callable[[], Ma
 
 def timed(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one run."""
-    _synchronize(device)
+    synchronize = functools.partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
+    synchronize()
     start = time.perf_counter()
     run()
-    _synchronize(device)
+    synchronize()
     return time.perf_counter() - start
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -34,10 +34,10 @@ class SimRecord:
     push_rate: float = 0.02
     """Probability per step of a disturbed episode that the arm is pushed somewhere else, for 5 to 20 steps: shows how
     to recover from a miss."""
-    video: bool = False
-    """Write the cameras as video (small, lossy) instead of PNG (exact)."""
     image_size: int | None = None
     """Height and width of the images; by default the simulator's."""
+    video: bool = False
+    """Write the cameras as video (small, lossy) instead of PNG (exact)."""
     workers: int | None = None
     """Processes; by default as many as the CPU's cores and the memory allow."""
     json: bool = False
@@ -46,15 +46,9 @@ class SimRecord:
     def run(self) -> None:
         from torchpi.sim.record import record
 
-        options = {name: getattr(self, name) for name in ("seed", "noise", "noisy_fraction", "push_rate")}
-        options |= {"image_size": self.image_size, "video": self.video}
-        recorded = {name: getattr(self, name) for name in ("env", "tasks", "episodes", "out")}
-        result = record(
-            **recorded | {"tasks": split_names(self.tasks)},
-            workers=self.workers,
-            command=_as_command("sim record", recorded | options),
-            **options,
-        )
+        options = {name: value for name, value in vars(self).items() if name not in ("workers", "json")}
+        command = _as_command("sim record", options)
+        result = record(**options | {"tasks": split_names(self.tasks)}, workers=self.workers, command=command)
         if self.json:
             print_json(dataclasses.asdict(result))
             return

@@ -1,5 +1,6 @@
 """The command train, and the recipe that its defaults come from."""
 
+import argparse
 import dataclasses
 import os
 import pathlib
@@ -85,16 +86,14 @@ class Train:
 
 def recipe_of(args: Sequence[str], default: TrainConfig) -> TrainConfig:
     """The recipe that --recipe or --resume name, which decides the defaults of the other options."""
-    for option, read in (("--recipe", TrainConfig.from_json), ("--resume", _resumed)):
-        for i, argument in enumerate(args):
-            if argument == option and i + 1 < len(args):
-                return read(args[i + 1])
-            if argument.startswith(f"{option}="):
-                return read(argument.removeprefix(f"{option}="))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--recipe", "--resume"):
+        parser.add_argument(option, nargs="?")
+    named, _ = parser.parse_known_args(args)
+    if named.recipe:
+        return TrainConfig.from_json(named.recipe)
+    if named.resume:
+        from torchpi.training.resume import resume_config
+
+        return resume_config(pathlib.Path(named.resume))
     return default
-
-
-def _resumed(run: str) -> TrainConfig:
-    from torchpi.training.resume import resume_config
-
-    return resume_config(pathlib.Path(run))

@@ -18,7 +18,7 @@ from websockets.frames import CloseCode
 
 from torchpi.randomness import generator_at
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
-from torchpi.serving.messages import SUPPORTED, RequestError, answer_frame, count_jpegs, decode_jpegs, read_request
+from torchpi.serving.messages import SUPPORTED, RequestError, count_jpegs, decode_jpegs, read_request
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy, noise_shape
@@ -28,6 +28,7 @@ from torchpi_client import pack
 _log = logging.getLogger(__name__)
 
 GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
+_CLIENT_LEFT = "client_left", "The client closed the connection before its answer."
 
 
 @dataclasses.dataclass
@@ -71,8 +72,7 @@ class Connection:
     async def run(self, ready: "asyncio.Future[Any]") -> None:
         """Serve the client until it leaves, sends a malformed message, or the server stops; from `ready` on."""
         state = self._state
-        left = RequestError("client_left", "The client closed the connection before its answer.")
-        self._closed.add_done_callback(lambda _: self.give_up(left))
+        self._closed.add_done_callback(lambda _: self.give_up(RequestError(*_CLIENT_LEFT)))
         state.connections.add(self)
         state.metrics.connections.inc()
         _log.info("client %d from %s for %s", self._number, address_of(self.websocket), self._policy)
@@ -121,28 +121,32 @@ class Connection:
 
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
         """Answer one message, by a chunk or an error."""
-        began = time.perf_counter()
-        observation: dict[str, Any] = {}
-        answer: Answer | None = None
+        state, began = self._state, time.perf_counter()
+        answered: tuple[dict[str, Any], Answer] | None = None
         frame: str | bytes
         try:
-            observation, answer = await self._infer(message, noise, robot)
-            outcome, frame = "answered", self._answer_frame(answer)
+            answered = await self._infer(message, noise, robot)
+            outcome, frame = "answered", self._answer_frame(answered[1])
         except Exception as error:
             failure = self._failure(error)
-            self._state.dashboard.failed(robot, f"{failure.code}: {failure}")
+            state.dashboard.failed(robot, f"{failure.code}: {failure}")
             outcome, frame = failure.code, failure.frame()
         try:
             await self.websocket.send(frame)
         finally:  # not before: until then the client waits
             self._num_requests += 1
             self._last_seconds = time.perf_counter() - began
-            self._state.metrics.requests.labels(self._policy, outcome).inc()
-            if answer is not None:
-                self._keep(observation, answer, robot)
+            state.metrics.requests.labels(self._policy, outcome).inc()
+            if answered is not None:
+                observation, answer = answered
+                state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
+                state.dashboard.answered(robot, observation, answer, time.monotonic())
+                if state.recorder is not None:
+                    policy, actions = state.policies[self._policy], answer.chunk["actions"]
+                    state.recorder.keep(self._policy, self._number, policy, observation, actions)
         if outcome == "malformed_message":
             await self.websocket.close(CloseCode.INVALID_DATA, "malformed message")
-        elif self._state.stopping:
+        elif state.stopping:
             await self.websocket.close(*GOODBYE)
 
     async def _infer(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> tuple[dict[str, Any], Answer]:
@@ -163,7 +167,7 @@ class Connection:
     async def _wait_for(self, request: Request, deadline: float) -> Answer:
         """The model's answer; the request is withdrawn if it has not begun in `deadline` seconds, or nobody waits."""
         if self._closed.done():
-            raise RequestError("client_left", "The client closed the connection before its answer.")
+            raise RequestError(*_CLIENT_LEFT)
         scheduler = self._state.scheduler
 
         def expire() -> None:
@@ -189,7 +193,7 @@ class Connection:
         }
         if self._last_seconds is not None:
             timing["prev_total_ms"] = 1e3 * self._last_seconds
-        return answer_frame(answer.chunk, timing)
+        return pack({**answer.chunk, "server_timing": timing})
 
     def _failure(self, error: Exception) -> RequestError:
         """Log an error, and return the one for the client."""
@@ -200,15 +204,6 @@ class Connection:
             return error
         _log.error("client %d: the server failed on a request", self._number, exc_info=error)
         return RequestError("internal", "The server failed on this request; its log says why.")
-
-    def _keep(self, observation: dict[str, Any], answer: Answer, robot: Robot) -> None:
-        """Count, show and record an answered request."""
-        state = self._state
-        state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
-        state.dashboard.answered(robot, observation, answer, time.monotonic())
-        if state.recorder is not None:
-            policy, actions = state.policies[self._policy], answer.chunk["actions"]
-            state.recorder.keep(self._policy, self._number, policy, observation, actions)
 
 
 def address_of(websocket: ServerConnection) -> str:

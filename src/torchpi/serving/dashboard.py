@@ -21,7 +21,6 @@ from PIL import Image
 
 from torchpi.assets import assets
 from torchpi.errors import UnknownKeyError
-from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
@@ -101,13 +100,9 @@ class Robot:
     """A connection as the page shows it."""
 
     number: int
-    policy: str
-    """The policy's name."""
+    policy_name: str
+    policy: ServedPolicy
     address: str
-    embodiment: Embodiment
-    default_prompt: str | None
-    action_range: Mapping[str, list[float]] | None
-    """ "low" and "high" of each dimension of an action in the training data; None: unknown."""
     left_at: float | None = None
     requests: int = 0
     """Answered ones."""
@@ -132,18 +127,18 @@ class Robot:
         horizon = len(self.last.chunk)
         if self.previous is not None:
             return {"steps": self.previous.steps_executed(horizon), "source": "reported"}
-        if self.embodiment.control_hz is None:
+        if (control_hz := self.policy.embodiment.control_hz) is None:
             return None
         # A client without real-time chunking may wait for its answer, so the time after its request is left out.
         ends = [time for time in (now, self.asked_at, self.left_at) if time is not None]
-        steps = math.floor((min(ends) - self.last.begin) * self.embodiment.control_hz)
+        steps = math.floor((min(ends) - self.last.begin) * control_hz)
         return {"steps": min(horizon, max(0, steps)), "source": "estimated"}
 
     def to_dict(self, now: float) -> dict[str, Any]:
         """JSON document without images and chunk."""
         return {
             "number": self.number,
-            "policy": self.policy,
+            "policy": self.policy_name,
             "address": self.address,
             "requests": self.requests,
             "requests_per_second": _rounded(self.timeline.rate(now)),
@@ -155,23 +150,24 @@ class Robot:
         }
 
     def _last_dict(self, last: Exchange, now: float) -> dict[str, Any]:
-        prompt, sent = last.observation.get("prompt"), flatten(last.observation)
+        embodiment, sent = self.policy.embodiment, flatten(last.observation)
+        prompt = last.observation.get("prompt")
         return {
             "seconds_ago": _rounded(now - last.answered_at),
-            "prompt": as_text(self.default_prompt if prompt is None else prompt),
+            "prompt": as_text(self.policy.metadata.get("default_prompt") if prompt is None else prompt),
             "cameras": [
                 {"name": each.name, "key": each.key, "sent": each.key is not None and sent.get(each.key) is not None}
-                for each in self.embodiment.read_cameras
+                for each in embodiment.read_cameras
             ],
             # The last dimensions of a state may not have been sent.
             "state": [
                 {"name": name, "value": _rounded(value)}
-                for part in self.embodiment.state
+                for part in embodiment.state
                 for name, value in zip(part.names, np.atleast_1d(sent[part.key]).tolist(), strict=False)
             ],
             "executed": self.executed(now),
             "horizon": len(last.chunk),
-            "control_hz": self.embodiment.control_hz,
+            "control_hz": embodiment.control_hz,
         }
 
 
@@ -186,9 +182,7 @@ class Dashboard:
 
     def join(self, number: int, name: str, policy: ServedPolicy, address: str) -> Robot:
         """Record a client of the policy of this name."""
-        facts = policy.metadata
-        prompt, action_range = facts.get("default_prompt"), facts.get("action_range")
-        robot = self._robots[number] = Robot(number, name, address, policy.embodiment, prompt, action_range)
+        robot = self._robots[number] = Robot(number, name, policy, address)
         return robot
 
     def asked(self, robot: Robot, previous: PreviousChunk | None, now: float) -> None:
@@ -240,7 +234,7 @@ class Dashboard:
         }
 
     def _policy(self, name: str, policy: ServedPolicy, now: float) -> dict[str, Any]:
-        robots = [robot for robot in self._robots.values() if robot.policy == name and robot.left_at is None]
+        robots = [robot for robot in self._robots.values() if robot.policy_name == name and robot.left_at is None]
         return {
             "name": name,
             "embodiment": policy.embodiment.name,
@@ -256,9 +250,9 @@ class Dashboard:
         the training data (0: unknown).
         """
         robot, last = self._answered_robot(number)
-        trained = robot.action_range
+        trained = robot.policy.metadata.get("action_range")
         spans = np.zeros(last.chunk.shape[1]) if trained is None else np.subtract(trained["high"], trained["low"])
-        dimensions = zip(robot.embodiment.actions, spans.tolist(), last.chunk.T.tolist(), strict=True)
+        dimensions = zip(robot.policy.embodiment.actions, spans.tolist(), last.chunk.T.tolist(), strict=True)
         return {
             "request": robot.requests,
             "dimensions": [
@@ -273,7 +267,7 @@ class Dashboard:
         """
         robot, last = self._answered_robot(number)
         sent = flatten(last.observation)
-        for each in robot.embodiment.read_cameras:
+        for each in robot.policy.embodiment.read_cameras:
             if each.name == camera and each.key is not None and sent.get(each.key) is not None:
                 return each.read(sent[each.key])
         raise UnknownKeyError(f"Robot {number} has sent no image of a camera {camera!r:.80}.")

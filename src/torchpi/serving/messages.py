@@ -24,7 +24,7 @@ import numpy as np
 from torchpi.errors import ServingError
 from torchpi.serving.settings import MAX_NUM_STEPS
 from torchpi.types import PreviousChunk
-from torchpi_client import pack, unpack
+from torchpi_client import unpack
 from torchpi_client.images import decode_images
 from torchpi_client.protocol import JPEG, RTC, ActionPrefix
 
@@ -104,11 +104,6 @@ def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, An
 def count_jpegs(value: Any) -> int:
     """Number of images in an observation that are JPEGs."""
     return sum(key == JPEG or count_jpegs(item) for key, item in value.items()) if isinstance(value, dict) else 0
-
-
-def answer_frame(chunk: Mapping[str, Any], server_timing: dict[str, float]) -> bytes:
-    """The binary frame of an action chunk."""
-    return pack({**chunk, "server_timing": server_timing})
 
 
 def _leaves(value: Any, where: str = "the observation", depth: int = MAX_DEPTH) -> Iterator[tuple[str, Any]]:

@@ -45,7 +45,12 @@ def run_serve(
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
     for name, path in paths.items():
-        _check_path(path, "" if name == DEFAULT and policy is not None else f"--policies {name}: ")
+        if "://" not in path:  # before any policy is loaded, which takes long
+            try:
+                existing_folder(path)
+            except (FileNotFoundError, ValueError) as error:
+                where = "" if name == DEFAULT and policy is not None else f"--policies {name}: "
+                raise type(error)(f"{where}{error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
         name: functools.partial(load_policy, path, device=device, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
@@ -82,15 +87,6 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
     if not paths:
         raise ServingError("serve needs a policy: torchpi serve POLICY, or --policies name=path ...")
     return paths
-
-
-def _check_path(path: str, where: str) -> None:
-    """Refuse a path that does not exist before any policy is loaded, which takes long."""
-    if "://" not in path:
-        try:
-            existing_folder(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise type(error)(f"{where}{error}") from error
 
 
 async def _serve(

@@ -102,10 +102,10 @@ class PolicyServer:
                 raise OSError(
                     f"Port {settings.port} of {settings.host} is taken; choose another one with --port (0: a free one)."
                 ) from error
-            if isinstance(error, socket.gaierror):
-                raise OSError(f"{settings.host} is no address of this machine: {error.strerror}.") from error
-            if error.errno in (errno.EADDRNOTAVAIL, None):  # asyncio gives no number from Python 3.13 on
-                raise OSError(f"{settings.host} is no address of this machine.") from error
+            unknown = isinstance(error, socket.gaierror)
+            if unknown or error.errno in (errno.EADDRNOTAVAIL, None):  # asyncio gives no number from Python 3.13 on
+                reason = f": {error.strerror}" if unknown else ""
+                raise OSError(f"{settings.host} is no address of this machine{reason}.") from error
             raise
 
     async def _handle(self, websocket: ServerConnection) -> None:
@@ -134,15 +134,9 @@ class PolicyServer:
 
     async def _until_answered(self, timeout: float) -> None:
         """Wait until the clients that were being answered are gone, at most so many seconds."""
-        gone = [
-            asyncio.create_task(connection.websocket.wait_closed())
-            for connection in self._state.connections
-            if connection.answering
-        ]
-        if gone:
-            _, late = await asyncio.wait(gone, timeout=timeout)
-            for task in late:
-                task.cancel()
+        gone = [each.websocket.wait_closed() for each in self._state.connections if each.answering]
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.gather(*gone), timeout)
 
 
 @contextlib.contextmanager
