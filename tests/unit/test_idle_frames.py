@@ -1,12 +1,9 @@
 """Idle frames: found in the middle and at the ends of episodes, by threshold and duration."""
 
-import types
-
 import numpy as np
 import pytest
 
 from torchpi.data import LeRobotDataset, idle_frames
-from torchpi.data.stats import Frames
 
 FPS = 10
 ONE_SECOND = FPS
@@ -18,9 +15,9 @@ def frames(state, action, lengths=None):
         "observation.state": np.asarray(state, np.float32).reshape(len(state), -1),
         "action": np.asarray(action, np.float32).reshape(len(action), -1),
     }
-    return types.SimpleNamespace(
-        columns=columns, episode_lengths=tuple(lengths or [len(state)]), path="some_set", fps=FPS
-    )
+    dataset = object.__new__(LeRobotDataset)
+    vars(dataset).update(columns=columns, episode_lengths=tuple(lengths or [len(state)]), path="some_set", fps=FPS)
+    return dataset
 
 
 def there_and_wait():
@@ -87,5 +84,4 @@ def test_impossible_arguments_are_errors(arguments):
 
 def test_lerobot_dataset_has_idle_frames(golden_root):
     dataset = LeRobotDataset(golden_root / "datasets/lerobot_v21", action_horizon=1)
-    assert isinstance(dataset, Frames)
     assert idle_frames(dataset).shape == (len(dataset),)

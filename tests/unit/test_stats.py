@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -27,7 +26,9 @@ def some_set(lengths, s, a, *, change=lambda state, actions: None):
     actions = rng.normal(size=(sum(lengths), a)).astype(np.float32)
     change(state, actions)
     columns = {"observation.state": state, "action": actions}
-    return types.SimpleNamespace(columns=columns, episode_lengths=tuple(lengths), path="some_set", fps=10)
+    dataset = object.__new__(LeRobotDataset)
+    vars(dataset).update(columns=columns, episode_lengths=tuple(lengths), path="some_set")
+    return dataset
 
 
 def frame_by_frame(dataset, embodiment):

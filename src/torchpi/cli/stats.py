@@ -12,10 +12,8 @@ from torchpi.ui.format import print_json
 
 if TYPE_CHECKING:
     from torchpi.data.coverage import StatsCoverage
-    from torchpi.data.stats import Distribution
     from torchpi.transforms import NormStats
 
-_COLUMNS = ("mean", "std", "q01", "q99", "min", "max")
 _EXPECTED = 0.98
 """The fraction between q01 and q99 of the data that these were computed from."""
 
@@ -69,13 +67,14 @@ class Stats:
             found = distributions(dataset, robot, action_horizon=horizon)
             num_idle = int(idle_frames(dataset).sum())
             coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
-        stats = {what: values.norm_stats() for what, values in found.items()}
         messages = [
-            f"{what}: {message}" for what, values in found.items() for message in narrow_dims(stats[what], values.names)
+            f"{what}: {message}"
+            for what, values in found.items()
+            for message in narrow_dims(values.stats, values.names)
         ]
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            save_norm_stats(self.out, stats)
+            save_norm_stats(self.out, {what: values.stats for what, values in found.items()})
         document = {
             "dataset": self.dataset,
             "embodiment": robot.name,
@@ -85,17 +84,14 @@ class Stats:
             "idle_share": num_idle / len(dataset),
             "action_horizon": horizon,
             "out": None if self.out is None else str(self.out),
-            **{
-                what: {"names": list(values.names), **{name: getattr(values, name).tolist() for name in _COLUMNS}}
-                for what, values in found.items()
-            },
+            **{what: values.to_dict() for what, values in found.items()},
             "warnings": messages,
             "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in coverage],
         }
         if self.json:
             print_json(document)
         else:
-            _print_statistics(document, found)
+            _print_statistics(document)
             _print_coverage(coverage, self.compare)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
@@ -143,7 +139,7 @@ def _folder_with_stats(address: str) -> pathlib.Path:
     return existing_folder(address)
 
 
-def _print_statistics(document: Mapping[str, Any], found: Mapping[str, "Distribution"]) -> None:
+def _print_statistics(document: Mapping[str, Any]) -> None:
     from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD
 
     print(
@@ -152,11 +148,12 @@ def _print_statistics(document: Mapping[str, Any], found: Mapping[str, "Distribu
         f"{document['idle_frames']} frames ({document['idle_share']:.1%}) are idle: for {IDLE_SECONDS:g} s, nothing "
         f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
-    for what, values in found.items():
-        numbers = zip(values.names, *(getattr(values, column) for column in _COLUMNS), strict=True)
+    for what in ("state", "actions"):
+        columns = list(document[what])[1:]
+        rows = zip(*document[what].values(), strict=True)
         _print_table(
-            {what: "name"} | dict.fromkeys(_COLUMNS, "number"),
-            [(name, *(f"{number:.4g}" for number in row)) for name, *row in numbers],
+            {what: "name"} | dict.fromkeys(columns, "number"),
+            [(name, *(f"{number:.4g}" for number in numbers)) for name, *numbers in rows],
         )
     if document["out"]:
         print(f"written to {document['out']}")
@@ -167,7 +164,7 @@ def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) ->
         return
     rows, remarks = [], []
     for entry in coverage:
-        keys = {what: key for what in ("state", "actions") if (key := getattr(entry, what)) is not None}
+        keys = {what: key for what, key in (("state", entry.state), ("actions", entry.actions)) if key is not None}
         fractions = [
             (fraction, f"{what} {name} {fraction:.1%}")
             for what, key in keys.items()

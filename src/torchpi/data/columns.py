@@ -50,16 +50,13 @@ def read_columns(
         if pieces:
             _check_shapes(columns, pieces[0], path)
         runs = _runs(columns["episode_index"], path)
-        rows = []
         for episode in group:
-            rows.append(_checked_rows(columns, episode, runs.get(episode.index)))
-            _check_finite(columns, episode, rows[-1])
-            _check_clock(columns["timestamp"][rows[-1]], episode, metadata.info.fps, tolerance_s)
-        first_rows += [part.start for part in rows]
-        # One slice where they lie one after the other: no copy of what may be a whole file.
-        if all(after.start == before.stop for before, after in itertools.pairwise(rows)):
-            rows = [slice(rows[0].start, rows[-1].stop)]
-        pieces += [{name: values[part] for name, values in columns.items()} for part in rows]
+            rows = runs.get(episode.index, slice(0))
+            frames = {name: values[rows] for name, values in columns.items()}
+            _check_episode(frames, episode)
+            _check_clock(frames["timestamp"], episode, metadata.info.fps, tolerance_s)
+            pieces.append(frames)
+            first_rows.append(rows.start)
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
     _check_tasks(columns, metadata)
     return columns, np.array(first_rows)
@@ -174,21 +171,18 @@ def _check_tasks(columns: Columns, metadata: Metadata) -> None:
             )
 
 
-def _checked_rows(columns: Columns, episode: Episode, rows: slice | None) -> slice:
-    if rows is None:
+def _check_episode(columns: Columns, episode: Episode) -> None:
+    """Refuse an episode that lacks frames, or a number in its state or action."""
+    numbers = columns["frame_index"]
+    if not len(numbers):
         raise DatasetError(f"{episode.data_file} has no frame of episode {episode.index}; the dataset is damaged.")
-    frames = columns["frame_index"][rows]
-    if len(frames) != episode.length or (frames != np.arange(episode.length)).any():
+    if not np.array_equal(numbers, np.arange(episode.length)):
         raise DatasetError(
-            f"{episode.data_file}: episode {episode.index} has {len(frames)} frames, numbered {frames[0]} to "
-            f"{frames[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."
+            f"{episode.data_file}: episode {episode.index} has {len(numbers)} frames, numbered {numbers[0]} to "
+            f"{numbers[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."
         )
-    return rows
-
-
-def _check_finite(columns: Columns, episode: Episode, rows: slice) -> None:
     for name in (lerobot.STATE, lerobot.ACTION):
-        bad = ~np.isfinite(columns[name][rows])  # [T, d]
+        bad = ~np.isfinite(columns[name])  # [T, d]
         if bad.any():
             frames, dims = np.nonzero(bad)
             raise DatasetError(

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from torchpi.data.stats import Frames, ModelValues
+from torchpi.data.lerobot import LeRobotDataset
+from torchpi.data.stats import ModelValues
 from torchpi.errors import DatasetError
 from torchpi.robots import Embodiment
 from torchpi.transforms.normalize import DEVIATIONS, NormStats
@@ -45,7 +46,11 @@ class StatsCoverage:
 
 
 def stats_coverage(
-    dataset: Frames, embodiment: Embodiment, robots: Mapping[str, Mapping[str, NormStats]], *, action_horizon: int
+    dataset: LeRobotDataset,
+    embodiment: Embodiment,
+    robots: Mapping[str, Mapping[str, NormStats]],
+    *,
+    action_horizon: int,
 ) -> list[StatsCoverage]:
     """Compute the fraction of a dataset's values inside each robot's q01 to q99, the best first.
 
@@ -85,7 +90,6 @@ def _key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCovera
 def _fraction_inside(values: ModelValues, what: str, i: int, low: float, high: float) -> float:
     total = inside = 0
     for part, counts in values.parts(what, i):
-        weights = np.ones(len(part), np.int64) if counts is None else counts
-        total += int(weights.sum())
-        inside += int(weights[(part >= low) & (part <= high)].sum())
+        total += int(counts.sum())
+        inside += int(counts[(part >= low) & (part <= high)].sum())
     return inside / total

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from torchpi.data import format as lerobot
-from torchpi.data.stats import Frames
+from torchpi.data.lerobot import LeRobotDataset
 from torchpi.errors import DatasetError
 
 # Encoders' noise is far below a hundredth of a joint's range, and what takes over 100 s for its range is no movement
@@ -18,7 +18,7 @@ IDLE_SECONDS = 1.0
 
 
 def idle_frames(
-    dataset: Frames, *, threshold: float = IDLE_THRESHOLD, seconds: float = IDLE_SECONDS
+    dataset: LeRobotDataset, *, threshold: float = IDLE_THRESHOLD, seconds: float = IDLE_SECONDS
 ) -> Bool[np.ndarray, " F"]:
     """Mark idle frames: from each of them on, neither state nor action changes for a while.
 

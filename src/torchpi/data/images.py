@@ -40,29 +40,23 @@ class ParquetImages:
             raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
 
     def _compressed(self, path: Path, camera: str, row: int) -> Any:
-        first_rows = self._first_rows.get(path)
-        if first_rows is None:
+        if path not in self._first_rows:
             with open_parquet(path) as file:
                 counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first_rows = self._first_rows[path] = np.cumsum([0, *counts[:-1]])
-        row_group = int(np.searchsorted(first_rows, row, side="right")) - 1
+            self._first_rows[path] = np.cumsum([0, *counts[:-1]])
+        row_group = int(np.searchsorted(self._first_rows[path], row, side="right")) - 1
         key = (path, camera, row_group)
-        with self._lock:
-            images = self._row_groups.get(key)
-            if images is not None:
-                self._row_groups.move_to_end(key)
+        images = self._row_groups.get(key)
         if images is None:
             images = _read_row_group(path, camera, row_group)
-            self._keep(key, images)
-        return images[row - int(first_rows[row_group])].as_buffer()
-
-    def _keep(self, key: tuple[Path, str, int], images: Any) -> None:
         with self._lock:
             if key not in self._row_groups:  # another thread may have been as fast
-                self._row_groups[key] = images
                 self._cached_bytes += images.nbytes
+            self._row_groups[key] = images
+            self._row_groups.move_to_end(key)
             while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
                 self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
+        return images[row - int(self._first_rows[path][row_group])].as_buffer()
 
 
 def _read_row_group(path: Path, camera: str, row_group: int) -> Any:

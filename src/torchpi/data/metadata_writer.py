@@ -52,17 +52,6 @@ def new_info(
     )
 
 
-def finished_info(info: Info, episodes: Sequence[SavedEpisode]) -> Info:
-    """The settings with the totals of the episodes."""
-    return dataclasses.replace(
-        info,
-        total_episodes=len(episodes),
-        total_frames=sum(episode.length for episode in episodes),
-        total_tasks=len({episode.task for episode in episodes}),
-        splits={"train": f"0:{len(episodes)}"},
-    )
-
-
 def file_path(root: Path, number: int, key: str) -> Path:
     """The number-th data file (key "data") or video of a camera."""
     if key == "data":

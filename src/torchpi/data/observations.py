@@ -29,7 +29,8 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
         KeyError: the dataset doesn't have a required camera, or no state.
         ValueError: a state or action of another length than the embodiment's; two cameras with the same last part.
     """
-    images = [key for key, value in frame.items() if _is_image(value)]
+    arrays = {key: value for key, value in frame.items() if isinstance(value, np.ndarray)}
+    images = [key for key, value in arrays.items() if value.ndim == 3 and value.dtype == np.uint8]
     flat = {str(camera.key): _in_layout_of(camera, frame[key]) for camera, key in _matched(embodiment, images)}
     if lerobot.STATE not in frame:
         raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
@@ -98,10 +99,6 @@ def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> Unk
         f"{', '.join(map(_last, keys)) or 'none'}. Choose the robot's embodiment"
         + (f", or if {' or '.join(unread)} is the camera, say so: {option}, or rename= in Python." if unread else ".")
     )
-
-
-def _is_image(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.ndim == 3 and value.dtype == np.uint8
 
 
 def _last(key: str) -> str:

@@ -231,12 +231,18 @@ class Recording:
         tasks = metadata_writer.tasks_table(episodes)
         table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
         stats = metadata_writer.feature_stats(self.info, histograms, columns, self.num_frames)
-        info = dataclasses.asdict(metadata_writer.finished_info(self.info, episodes))
+        info = dataclasses.replace(
+            self.info,
+            total_episodes=len(episodes),
+            total_frames=self.num_frames,
+            total_tasks=len(tasks),
+            splits={"train": f"0:{len(episodes)}"},
+        )
         episodes_file = lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0)
         self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
         self._put(self.root / episodes_file, lambda path: write_table(table, path))
         self._put_json(self.root / lerobot.STATS, stats, indent=4)
-        self._put_json(self.root / lerobot.INFO, info, indent=4)  # last: now it is complete
+        self._put_json(self.root / lerobot.INFO, dataclasses.asdict(info), indent=4)  # last: now it is complete
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]."""

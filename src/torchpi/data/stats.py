@@ -1,18 +1,19 @@
 """The statistics that a policy normalizes with, exact, from all frames of a dataset."""
 
 import dataclasses
+import functools
 import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from torchpi.data import format as lerobot
+from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import check_dims
 from torchpi.robots import HOOKS, Embodiment
 from torchpi.transforms.normalize import NormStats, constant_dims, require_finite
@@ -20,45 +21,23 @@ from torchpi.transforms.normalize import NormStats, constant_dims, require_finit
 _BLOCK = 1 << 20
 
 
-@runtime_checkable
-class Frames(Protocol):
-    """The part of a `LeRobotDataset` that is needed here."""
-
-    path: Path
-    """For messages."""
-    fps: int | float
-    """Frames per second."""
-
-    @property
-    def columns(self) -> Mapping[str, np.ndarray]:
-        """ "observation.state" [F, s] and "action" [F, a] of all frames, episode by episode."""
-        ...
-
-    @property
-    def episode_lengths(self) -> tuple[int, ...]:
-        """Frames of each episode."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Distribution:
     """The distribution of a quantity: one entry per dimension, float64."""
 
     names: tuple[str, ...]
-    mean: np.ndarray
-    std: np.ndarray
-    """Of the population, as openpi's."""
-    q01: np.ndarray
-    q99: np.ndarray
+    stats: NormStats
+    """The part that normalization needs; std of the population, as openpi's."""
     min: np.ndarray
     max: np.ndarray
 
-    def norm_stats(self) -> NormStats:
-        """The part that normalization needs."""
-        return NormStats(self.mean, self.std, self.q01, self.q99)
+    def to_dict(self) -> dict[str, list[Any]]:
+        """All of it as lists."""
+        columns = {**vars(self.stats), "min": self.min, "max": self.max}
+        return {"names": list(self.names), **{name: values.tolist() for name, values in columns.items()}}
 
 
-def compute_norm_stats(dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> dict[str, NormStats]:
+def compute_norm_stats(dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> dict[str, NormStats]:
     """Statistics of "state" and "actions" in the model's terms, as `Embodiment.to_model` makes them.
 
     Of every frame its state, and the actions of the chunk that begins at it, relative to its state where they are
@@ -73,26 +52,26 @@ def compute_norm_stats(dataset: Frames, embodiment: Embodiment, *, action_horizo
     Warns: about dimensions that never change.
     """
     found = distributions(dataset, embodiment, action_horizon=action_horizon)
-    stats = {what: values.norm_stats() for what, values in found.items()}
     for what, values in found.items():
-        if constant := [values.names[i] for i in constant_dims(stats[what], "z_score")]:
+        if constant := [values.names[i] for i in constant_dims(values.stats, "z_score")]:
             warnings.warn(
                 f"In {dataset.path}, the {what} {', '.join(constant)} never change: whatever differs from the only "
                 "value seen is divided by 1e-6 when it is normalized.",
                 UserWarning,
                 stacklevel=2,
             )
-    return stats
+    return {what: values.stats for what, values in found.items()}
 
 
-def distributions(dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> dict[str, Distribution]:
+def distributions(dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> dict[str, Distribution]:
     """As `compute_norm_stats`, with the smallest and largest value, and without a warning."""
     values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
     found = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy sorts without holding up other threads
         for what, names in values.names.items():
-            columns = threads.map(lambda i, what=what: _of_column(values, what, i), range(len(names)))
-            found[what] = Distribution(names, *np.array(list(columns)).T)
+            columns = list(threads.map(functools.partial(_of_column, values, what), range(len(names))))
+            mean, std, q01, q99, smallest, largest = np.array(columns).T
+            found[what] = Distribution(names, NormStats(mean, std, q01, q99), smallest, largest)
     return found
 
 
@@ -113,7 +92,7 @@ class ModelValues:
     horizon: int
 
     @classmethod
-    def of(cls, dataset: Frames, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
+    def of(cls, dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
         """Convert a dataset's state and actions."""
         state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
         check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
@@ -138,17 +117,18 @@ class ModelValues:
             action_horizon,
         )
 
-    def parts(self, what: str, i: int) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """All values of a dimension of "state" or "actions" in parts [n], and their counts [n]; None: one each."""
+    def parts(self, what: str, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All values of a dimension of "state" or "actions" in parts [n], and their counts [n]."""
         if what == "state":
-            yield self.state[:, i], None
+            yield self.state[:, i], np.ones(len(self.state), np.int64)
         elif not self.is_delta[i]:
             yield self.actions[:, i], self.in_chunks
         else:  # of all chunks, less the state at the chunk's beginning; by place in the chunk
             actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
             for step in range(min(self.horizon, int(self.left.max()))):
                 inside = self.left[: len(self.left) - step] > step
-                yield (actions[step:] - state[: len(state) - step])[inside], None
+                differences = (actions[step:] - state[: len(state) - step])[inside]
+                yield differences, np.ones(len(differences), np.int64)
 
 
 def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
@@ -156,7 +136,7 @@ def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
     if what == "actions" and values.is_delta[i]:
         return _of_all(np.concatenate([part for part, _ in values.parts(what, i)]))
     ((column, counts),) = values.parts(what, i)
-    return _of_repeated(column, np.ones(len(column), np.int64) if counts is None else counts)
+    return _of_repeated(column, counts)
 
 
 def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
