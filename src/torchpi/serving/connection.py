@@ -96,12 +96,14 @@ class Connection:
 
     async def _converse(self) -> None:
         """Send the metadata, then answer requests; the client is on the dashboard meanwhile, and for some seconds."""
-        state, policy = self._state, self._state.policies[self._policy]
+        state, name, policy = self._state, self._policy, self._state.policies[self._policy]
         await self.websocket.send(pack({**policy.metadata, **SUPPORTED}))
-        robot = state.dashboard.join(self._number, self._policy, policy, address_of(self.websocket))
+        robot = state.dashboard.join(self._number, name, policy, address_of(self.websocket))
         try:
             while not state.stopping:
-                noise = self._draw_noise()  # now: as soon as there is a request, its client waits
+                # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
+                generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
+                noise = generator.standard_normal(noise_shape(policy), np.float32)
                 message = await self.websocket.recv()
                 self.answering = True
                 try:
@@ -112,12 +114,6 @@ class Connection:
             state.dashboard.leave(robot, time.monotonic())
             later = asyncio.get_running_loop().call_later
             later(FORGET_AFTER, lambda: state.dashboard.forget(time.monotonic()))
-
-    def _draw_noise(self) -> np.ndarray:
-        """Noise [H, action_dim] of the next request, from its place alone, whichever others it is batched with."""
-        shape = noise_shape(self._state.policies[self._policy])
-        generator = generator_at(self._state.settings.seed, "serve", self._policy, self._number, self._num_requests)
-        return generator.standard_normal(shape, np.float32)
 
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
         """Answer one message, by a chunk or an error."""
