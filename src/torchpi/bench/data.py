@@ -39,12 +39,7 @@ def run_bench_data(
     rename: Mapping[str, str],
     as_json: bool,
 ) -> None:
-    """Measure and print.
-
-    Args:
-        embodiment: the dataset's robot; None: one that reads all of its cameras.
-        repeats: timed batches, after a first one.
-    """
+    """Measure and print; the arguments are those of the command."""
     if batch < 1 or repeats < 1 or workers < 0 or (step_seconds is not None and step_seconds <= 0):
         raise UsageError(
             f"Expected positive numbers, got batch {batch}, repeats {repeats}, workers {workers}, step_seconds "

@@ -1,6 +1,7 @@
 """`bench load`: time and memory of loading and converting a checkpoint, each in a fresh process."""
 
 import concurrent.futures
+import importlib
 import multiprocessing
 import pathlib
 import sys
@@ -54,10 +55,8 @@ def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | fl
 
 
 def _watched(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
-    import safetensors  # before the clock starts
-    import tensorstore
-
-    del safetensors, tensorstore
+    for module in ("safetensors", "tensorstore"):  # before the clock starts
+        importlib.import_module(module)
     before, found, done = _memory(), [_memory()], threading.Event()
 
     def watch() -> None:

@@ -84,13 +84,9 @@ def compile_stacks(model: Pi0) -> None:
 
 
 def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
-    """Measure one update of `torchpi train`: float32 weights, the workload's dtype in the matmuls, AdamW, EMA weights.
-
-    Args:
-        compiled: compile each layer, as the recipe's `compile` does.
-    """
+    """Measure one update of `torchpi train`: float32 weights, the workload's dtype in the matmuls, AdamW, EMA weights."""
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
-    if compiled:
+    if compiled:  # as the recipe's `compile` does
         for layer in layers(model):
             layer.compile()
     config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))

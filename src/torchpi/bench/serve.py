@@ -136,13 +136,7 @@ def _run_server(target: Callable[..., None], *arguments: Any) -> None:
 def run_bench_serving(
     *, model_ms: float, runs: int, requests: int, clients: int, seconds: float, as_json: bool = False
 ) -> None:
-    """Measure and print; a line per run on stderr.
-
-    Args:
-        runs: of a single client.
-        requests: in each of these, to either server; at least two, for percentiles.
-        clients: clients that ask at once, for so many `seconds`.
-    """
+    """Measure and print, a line per run on stderr; the arguments are those of the command."""
     counts = {"runs": runs, "requests": requests - 1, "clients": clients, "seconds": seconds}
     if wrong := [name for name, value in counts.items() if value <= 0] + ["model_ms"] * (model_ms < 0):
         raise UsageError(f"{wrong[0]} is too small; expected a positive number, and at least two requests.")
