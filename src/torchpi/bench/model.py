@@ -84,7 +84,7 @@ def compile_stacks(model: Pi0) -> None:
 
 
 def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
-    """Measure one update of `torchpi train`: float32 weights, the workload's dtype in the matmuls, AdamW, EMA weights."""
+    """Measure one update of `torchpi train`: float32 weights, matmuls in the workload's dtype, AdamW, EMA weights."""
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
     if compiled:  # as the recipe's `compile` does
         for layer in layers(model):
