@@ -179,12 +179,12 @@ def test_goal_markers_are_hidden():
     environment.reset(3)
     environment.step(np.ones(4))
     hidden = environment.observe()
-    context = environment._cameras._context
-    context._option.sitegroup[:] = 0
+    option = environment._cameras._option
+    option.sitegroup[:] = 0
     without_sites = environment.observe()
     for name in ("base", "wrist"):
         np.testing.assert_array_equal(hidden[name], without_sites[name])
-    context._option.sitegroup[:] = 1
+    option.sitegroup[:] = 1
     environment._env.model.site_rgba[:, 3] = 1
     assert not np.array_equal(environment.observe()["base"], hidden["base"])
     environment.close()

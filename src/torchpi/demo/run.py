@@ -13,12 +13,12 @@ from torchpi.demo.flow import DataFlow, DemoFrame, describe_flow, trace_request
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.demo.next_steps import next_steps
 from torchpi.demo.page import EMBEDDED_BYTES, Demo, render_demo
-from torchpi.demo.rendering import rendering_problem
 from torchpi.errors import SimulationError
 from torchpi.inspect.provenance import describe_policy
 from torchpi.policy import Policy, load_policy
 from torchpi.sim.actors import chosen_tasks, noise_shape
 from torchpi.sim.evaluate import evaluate
+from torchpi.sim.gl import rendering_problem
 from torchpi.sim.result import Evaluation, print_evaluation
 from torchpi.sim.rollout import Rollout, episode_noise
 from torchpi.ui.tables import Column, Table, name_value_grid

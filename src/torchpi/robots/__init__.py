@@ -4,25 +4,18 @@ from pathlib import Path
 from typing import Any
 
 from torchpi.errors import EmbodimentError, MissingFileError, UnknownKeyError
-from torchpi.robots.embodiment import Embodiment
-from torchpi.robots.parts import HOOKS, ActionDim, Camera, Hook, StateKey
-from torchpi.robots.presets import EMBODIMENTS, aloha, droid, libero, metaworld
+from torchpi.robots.embodiment import Embodiment as Embodiment
+from torchpi.robots.parts import HOOKS as HOOKS
+from torchpi.robots.parts import ActionDim as ActionDim
+from torchpi.robots.parts import Camera as Camera
+from torchpi.robots.parts import Hook as Hook
+from torchpi.robots.parts import StateKey as StateKey
+from torchpi.robots.presets import EMBODIMENTS as EMBODIMENTS
+from torchpi.robots.presets import aloha as aloha
+from torchpi.robots.presets import droid as droid
+from torchpi.robots.presets import libero as libero
+from torchpi.robots.presets import metaworld as metaworld
 from torchpi.schema import read_json
-
-__all__ = [
-    "EMBODIMENTS",
-    "HOOKS",
-    "ActionDim",
-    "Camera",
-    "Embodiment",
-    "Hook",
-    "StateKey",
-    "aloha",
-    "droid",
-    "get_embodiment",
-    "libero",
-    "metaworld",
-]
 
 
 def get_embodiment(embodiment: Any) -> Embodiment:

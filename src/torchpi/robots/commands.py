@@ -47,12 +47,11 @@ def with_guessed_commands(embodiment: Embodiment) -> Embodiment:
     units, actions = _state_units(embodiment), []
     holds = hold_commands(dataclasses.replace(embodiment, actions=positions))
     for action, motion, hold in zip(embodiment.actions, motions, holds, strict=True):
-        command = motion or "effort"
-        if motion is None and hold is not None and hold.index is not None:
-            has_units = bool(action.unit and units[hold.index])
-            # A robot that is moved by increments may have a gripper that is moved by effort.
-            if has_units or action.kind == "delta" or not any(motions):
-                command = "position"
+        index = None if hold is None else hold.index
+        has_units = index is not None and bool(action.unit and units[index])
+        # A robot that is moved by increments may have a gripper that is moved by effort.
+        is_position = index is not None and (has_units or action.kind == "delta" or not any(motions))
+        command = motion or ("position" if is_position else "effort")
         actions.append(dataclasses.replace(action, command=command))
     return dataclasses.replace(embodiment, actions=tuple(actions))
 

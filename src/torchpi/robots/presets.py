@@ -1,6 +1,7 @@
 """The robots that torchpi knows, as openpi's clients and the simulators send their observations."""
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,16 +23,7 @@ _DROID_JOINTS = tuple(f"joint_{i}" for i in range(1, 8))
 _LIBERO_POSE = ("x", "y", "z", "axis_angle_x", "axis_angle_y", "axis_angle_z")
 
 
-def aloha(
-    *,
-    adapt_to_pi: bool = True,
-    delta_actions: bool = True,
-    name: str = "aloha",
-    execute_steps: int = 25,
-    default_prompt: str | None = None,
-    asset_id: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> Embodiment:
+def aloha(*, adapt_to_pi: bool = True, delta_actions: bool = True) -> Embodiment:
     """ALOHA: two ViperX arms with parallel grippers and up to four cameras.
 
     Observation: "state" [14], "images" {cam_high, cam_left_wrist, cam_right_wrist, cam_low: [3, h, w]}, "prompt".
@@ -40,39 +32,34 @@ def aloha(
         adapt_to_pi: convert joints and grippers to the convention of π₀'s pre-training; False if a policy was trained
             on ALOHA's own numbers.
         delta_actions: the model predicts the twelve joints relative to the state; the grippers are always absolute.
-        name, execute_steps, default_prompt, asset_id, metadata: see `Embodiment`.
     """
     actions = []
     for dimension, unit in zip(_ALOHA_NAMES, _ALOHA_UNITS, strict=True):
         is_delta = delta_actions and not dimension.endswith("gripper")
         actions.append(ActionDim(dimension, unit, "delta" if is_delta else "absolute", "position"))
     return Embodiment(
-        name,
+        "aloha",
         cameras=_ALOHA_CAMERAS,
         state=(StateKey("state", _ALOHA_NAMES, units=_ALOHA_UNITS),),
         actions=tuple(actions),
         hook="aloha_pi" if adapt_to_pi else None,
         control_hz=50,  # ALOHA's usual rate, as in its datasets
-        execute_steps=execute_steps,  # 25: openpi's client for the robot
-        default_prompt=default_prompt,
-        asset_id=asset_id,
-        metadata=metadata or {},
+        execute_steps=25,  # openpi's client for the robot
     )
 
 
-def droid(*, name: str = "droid", layout: str = "hwc", dtype: str = "uint8", asset_id: str | None = None) -> Embodiment:
+def droid(*, layout: str = "hwc", dtype: str = "uint8") -> Embodiment:
     """DROID: a Franka arm with a Robotiq gripper, one exterior and one wrist camera.
 
     Observation: "observation/exterior_image_1_left", "observation/wrist_image_left", "observation/joint_position" [7],
     "observation/gripper_position" [1] or a number, "prompt"; the '/' belongs to the keys.
 
     Args:
-        name, asset_id: see `Embodiment`.
         layout, dtype: of both images, see `Camera`; LeRobot's datasets have "chw" and "float32".
     """
     velocity = "fraction of the largest velocity, -1 to 1"
     return Embodiment(
-        name,
+        "droid",
         cameras=(
             Camera("base_0_rgb", "observation/exterior_image_1_left", layout=layout, dtype=dtype),
             Camera("left_wrist_0_rgb", "observation/wrist_image_left", layout=layout, dtype=dtype),
@@ -88,18 +75,10 @@ def droid(*, name: str = "droid", layout: str = "hwc", dtype: str = "uint8", ass
         ),
         control_hz=15,  # DROID's rate
         execute_steps=8,  # openpi's client
-        asset_id=asset_id,
     )
 
 
-def libero(
-    *,
-    delta_actions: bool = False,
-    name: str = "libero",
-    layout: str = "hwc",
-    dtype: str = "uint8",
-    asset_id: str | None = None,
-) -> Embodiment:
+def libero(*, delta_actions: bool = False, layout: str = "hwc", dtype: str = "uint8") -> Embodiment:
     """LIBERO: a simulated Franka arm, one fixed and one wrist camera.
 
     Observation: "observation/image", "observation/wrist_image", "observation/state" [8], "prompt"; the '/' belongs to
@@ -108,12 +87,11 @@ def libero(
     Args:
         delta_actions: the first six actions are relative to the state, as in openpi's π₀ configurations, which
             subtract the pose although LIBERO's actions are increments already; π₀.₅'s are not.
-        name, asset_id: see `Embodiment`.
         layout, dtype: of both images, see `Camera`; LeRobot's datasets have "chw" and "float32".
     """
     kind = "delta" if delta_actions else "absolute"
     return Embodiment(
-        name,
+        "libero",
         cameras=(
             Camera("base_0_rgb", "observation/image", layout=layout, dtype=dtype),
             Camera("left_wrist_0_rgb", "observation/wrist_image", layout=layout, dtype=dtype),
@@ -134,7 +112,6 @@ def libero(
         ),
         control_hz=10,  # the rate that openpi's LIBERO dataset states; the simulator itself steps at 20 Hz
         execute_steps=5,  # openpi's client
-        asset_id=asset_id,
     )
 
 
@@ -165,21 +142,30 @@ _ALOHA_PROMPTS = {
 _RESET_POSE = {"reset_pose": [0, -1.5, 1.5, 0, 0, 0]}  # of each arm, in rad; clients move there before an episode
 _LIBERO_ASSET = "physical-intelligence/libero"
 
+
+def _published(make: Callable[[], Embodiment], **fields: Any) -> Embodiment:
+    return dataclasses.replace(make(), **fields)
+
+
 EMBODIMENTS: dict[str, Callable[[], Embodiment]] = {
     "aloha": aloha,
     "droid": droid,
     "libero": libero,
     "metaworld": metaworld,
     **{
-        name: partial(aloha, name=name, default_prompt=prompt, asset_id="trossen", metadata=_RESET_POSE)
+        name: partial(_published, aloha, name=name, default_prompt=prompt, asset_id="trossen", metadata=_RESET_POSE)
         for name, prompt in _ALOHA_PROMPTS.items()
     },
     # 10: openpi's client for the simulator
     "pi0_aloha_sim": partial(
-        aloha, name="pi0_aloha_sim", delta_actions=False, default_prompt="Transfer cube", execute_steps=10
+        _published,
+        partial(aloha, delta_actions=False),
+        name="pi0_aloha_sim",
+        default_prompt="Transfer cube",
+        execute_steps=10,
     ),
-    "pi0_droid": partial(droid, name="pi0_droid", asset_id="droid"),
-    "pi05_droid": partial(droid, name="pi05_droid", asset_id="droid"),
-    "pi0_libero": partial(libero, name="pi0_libero", delta_actions=True, asset_id=_LIBERO_ASSET),
-    "pi05_libero": partial(libero, name="pi05_libero", asset_id=_LIBERO_ASSET),
+    "pi0_droid": partial(_published, droid, name="pi0_droid", asset_id="droid"),
+    "pi05_droid": partial(_published, droid, name="pi05_droid", asset_id="droid"),
+    "pi0_libero": partial(_published, partial(libero, delta_actions=True), name="pi0_libero", asset_id=_LIBERO_ASSET),
+    "pi05_libero": partial(_published, libero, name="pi05_libero", asset_id=_LIBERO_ASSET),
 }

@@ -4,20 +4,8 @@ from collections.abc import Sequence
 
 from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.sim import aloha_sim, metaworld
-from torchpi.sim.environment import Environment, Simulator
-
-__all__ = [
-    "ENVIRONMENTS",
-    "Environment",
-    "LatestEnvironment",
-    "Simulator",
-    "check_tasks",
-    "make_environment",
-    "simulator",
-    "swapped_instructions",
-    "tasks_of",
-]
-
+from torchpi.sim.environment import Environment as Environment
+from torchpi.sim.environment import Simulator as Simulator
 
 _SIMULATORS = {"metaworld": metaworld.SIMULATOR, "aloha_sim": aloha_sim.SIMULATOR}
 ENVIRONMENTS = tuple(_SIMULATORS)
@@ -41,15 +29,11 @@ def tasks_of(env: str) -> tuple[str, ...]:
 
 def check_tasks(env: str, tasks: Sequence[str]) -> None:
     """Raise an error unless an environment has these tasks, each named once."""
-    _check_known(env, tasks)
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
-
-
-def _check_known(env: str, tasks: Sequence[str]) -> None:
     known = tasks_of(env)
     if unknown := [task for task in tasks if task not in known]:
         raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}.")
+    if not tasks or len(set(tasks)) < len(tasks):
+        raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
 
 
 def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
@@ -59,7 +43,7 @@ def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
         tasks = pair.split(":")
         if len(tasks) != 2 or not all(tasks):
             raise SimulationError(f"A swap is two tasks with ':' between them, got {pair!r}.")
-        _check_known(env, tasks)
+        check_tasks(env, tasks)
         first, second = tasks
         swapped |= {first: own[second], second: own[first]}
     return swapped

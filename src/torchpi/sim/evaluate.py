@@ -82,7 +82,7 @@ def evaluate(
     if workers > 1:  # each worker has its own; this one's memory or connection is not needed
         close_actor(actor)
     else:
-        open_policy = partial(_itself, actor)
+        open_policy = partial(open_actor, actor, {})
     del actor
     outcomes = _run(partial(_Evaluator, open_policy, env, seed, rollout), jobs, workers, progress)
     name = str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__
@@ -97,10 +97,6 @@ def _checked_folder(episodes: int, videos: int, out: str | pathlib.Path | None) 
     if videos and out is None:
         raise SimulationError("Videos need a folder, out=.")
     return None if out is None else pathlib.Path(out)
-
-
-def _itself(actor: Actor) -> Actor:
-    return actor
 
 
 def _jobs(

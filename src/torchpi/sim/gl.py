@@ -1,10 +1,10 @@
 """MuJoCo's renderer, set up for a machine without a screen and without a GPU."""
 
 import atexit
+import contextlib
 import importlib
 import os
 import sys
-import types
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -56,16 +56,48 @@ class Cameras:
             effects: shadows, reflections and smooth edges, as the model has them. Without a GPU they take five sixths
                 of the time.
         """
-        self._model, self._effects = model, effects
+        self._model, self._effects, self._size = model, effects, (0, 0)
         self._cameras = {name: _camera(model, camera) for name, camera in cameras.items()}
-        self._context: _Context | None = None
+        self._free: weakref.finalize[..., Any] | None = None  # frees the context; None: there is none
 
     def render(self, data: Any, height: int, width: int | None = None) -> dict[str, np.ndarray]:
         """Each view as uint8 [height, width, 3]; square by default."""
-        if self._context is None:
-            self._context = _Context(self._model, effects=self._effects)
-        context, width = self._context, width or height
-        return {name: context.render(data, camera, height, width) for name, camera in self._cameras.items()}
+        mujoco, width = import_mujoco(), width or height
+        if self._free is None:
+            self._make_context(mujoco)
+        self._gl.make_current()
+        if height > self._size[0] or width > self._size[1]:
+            self._size = (max(height, self._size[0]), max(width, self._size[1]))
+            mujoco.mjr_resizeOffscreen(self._size[1], self._size[0], self._mjr)
+        rectangle, views = mujoco.MjrRect(0, 0, width, height), {}
+        for name, camera in self._cameras.items():
+            category, image = mujoco.mjtCatBit.mjCAT_ALL, np.empty((height, width, 3), np.uint8)
+            mujoco.mjv_updateScene(self._model, data, self._option, None, camera, category, self._scene)
+            mujoco.mjr_render(rectangle, self._scene, self._mjr)
+            mujoco.mjr_readPixels(image, None, rectangle, self._mjr)
+            views[name] = np.ascontiguousarray(image[::-1])  # OpenGL counts rows from below
+        return views
+
+    def _make_context(self, mujoco: Any) -> None:
+        """Make an OpenGL context with the model's meshes and textures in it."""
+        if not self._effects:
+            self._model.vis.quality.offsamples = 0  # read when the context is made
+        try:
+            self._gl = _new_gl(mujoco)
+            self._gl.make_current()
+            self._mjr = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
+            raise OpenGLError(_no_opengl(error)) from error
+        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
+        self._scene, self._option = mujoco.MjvScene(self._model, maxgeom=10_000), mujoco.MjvOption()
+        if not self._effects:
+            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
+                self._scene.flags[flag] = False
+        # At the interpreter's exit EGL ends before objects are deleted, so that freeing a context then prints errors.
+        # Exit functions run in reverse order: this one, registered after EGL's, before it.
+        self._free = weakref.finalize(self, _free, self._gl, self._mjr)
+        self._free.atexit = False
+        atexit.register(self._free)
 
     def project(self, data: Any, camera: str, points: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
         """The pixels of points [k, 3] of the simulation in a view of that size: x and y, [k, 2].
@@ -89,9 +121,10 @@ class Cameras:
 
     def close(self) -> None:
         """Free the renderer."""
-        if self._context is not None:
-            self._context.close()
-            self._context = None
+        if self._free is not None:
+            self._free()
+            atexit.unregister(self._free)
+            self._free, self._size = None, (0, 0)
 
 
 def _camera(model: Any, camera: Any) -> Any:
@@ -104,51 +137,7 @@ def _camera(model: Any, camera: Any) -> Any:
     return fixed
 
 
-class _Context:
-    """An OpenGL context with one model's meshes and textures in it."""
-
-    def __init__(self, model: Any, *, effects: bool) -> None:
-        self._mujoco = mujoco = import_mujoco()
-        self._model, self._size = model, (0, 0)
-        if not effects:
-            model.vis.quality.offsamples = 0  # read when the context is made
-        try:
-            self._gl = _new_gl(mujoco)
-            self._gl.make_current()
-            self._mjr = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
-            raise OpenGLError(_no_opengl(error)) from error
-        mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
-        self._scene = mujoco.MjvScene(model, maxgeom=10_000)
-        self._option = mujoco.MjvOption()
-        if not effects:
-            for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
-                self._scene.flags[flag] = False
-        # At the interpreter's exit EGL ends before objects are deleted, so that freeing a context then prints errors.
-        # Exit functions run in reverse order: this one, registered after EGL's, before it.
-        self._free = weakref.finalize(self, _free, self._gl, self._mjr)
-        self._free.atexit = False
-        atexit.register(self._free)
-
-    def render(self, data: Any, camera: Any, height: int, width: int) -> np.ndarray:
-        mujoco = self._mujoco
-        self._gl.make_current()
-        if height > self._size[0] or width > self._size[1]:
-            self._size = (max(height, self._size[0]), max(width, self._size[1]))
-            mujoco.mjr_resizeOffscreen(self._size[1], self._size[0], self._mjr)
-        category = mujoco.mjtCatBit.mjCAT_ALL
-        mujoco.mjv_updateScene(self._model, data, self._option, None, camera, category, self._scene)
-        rectangle, image = mujoco.MjrRect(0, 0, width, height), np.empty((height, width, 3), np.uint8)
-        mujoco.mjr_render(rectangle, self._scene, self._mjr)
-        mujoco.mjr_readPixels(image, None, rectangle, self._mjr)
-        return np.ascontiguousarray(image[::-1])  # OpenGL counts rows from below
-
-    def close(self) -> None:
-        self._free()
-        atexit.unregister(self._free)
-
-
-def _new_gl(mujoco: types.ModuleType) -> Any:
+def _new_gl(mujoco: Any) -> Any:
     backend: Any = getattr(mujoco, "GLContext", None)
     if os.environ.get("MUJOCO_GL", "").lower() == "egl":  # whatever MuJoCo chose, which may have been imported earlier
         backend = importlib.import_module("mujoco.egl").GLContext
@@ -163,3 +152,22 @@ def _free(gl: Any, mjr: Any) -> None:
     gl.make_current()  # what is freed now is this context's
     mjr.free()
     gl.free()
+
+
+_SCENE = "<mujoco><worldbody><camera name='view' pos='0 0 1'/></worldbody></mujoco>"
+
+
+def rendering_problem() -> str | None:
+    """The missing part and how to install it, found by rendering a small image; None: nothing is missing."""
+    try:
+        mujoco = import_mujoco()
+        require("metaworld", "sim")
+        require("av", "data")
+        model = mujoco.MjModel.from_xml_string(_SCENE)
+        data = mujoco.MjData(model)
+        mujoco.mj_forward(model, data)
+        with contextlib.closing(Cameras(model, {"view": "view"})) as cameras:
+            cameras.render(data, 16)
+    except (ModuleNotFoundError, OpenGLError) as error:
+        return str(error)
+    return None

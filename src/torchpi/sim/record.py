@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import json
 import pathlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ from torchpi.data import LeRobotWriter
 from torchpi.data.format import ACTION, IMAGES, INFO, STATE
 from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
+from torchpi.schema import read_json, write_json
 from torchpi.sim import LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
 from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
@@ -79,8 +79,8 @@ class _Demonstration:
 
     frames: dict[str, np.ndarray]
     """By the keys of the dataset, [T, …]."""
-    seed: int
-    noisy: bool
+    description: dict[str, Any]
+    """Task, seed, noisy and length, for the dataset's description."""
     failures: int
     """Attempts before it."""
 
@@ -133,9 +133,17 @@ def record(
     jobs = [_Job(task, index) for task in tasks for index in range(episodes)]
     workers = default_workers(len(jobs)) if workers is None else workers
     done = _Done(pathlib.Path(out), settings, command)
-    with done.kept_after_errors():
+    try:
         _record(done, jobs, workers, video, progress)
-    return Recording(str(out), len(done.episodes), done.frames, dict(done.failures), time.perf_counter() - start)
+    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
+        if not (complete := done.describe_complete(error)):
+            raise
+        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
+        kept = f"{problem}The {complete} episodes that were complete are in {out}."
+        raise rephrased(error, kept) from error
+    done.describe(len(done.episodes))
+    frames = sum(episode["length"] for episode in done.episodes)
+    return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
 
 
 def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, progress: bool) -> None:
@@ -149,7 +157,7 @@ def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, prog
         ) as demonstrations,
     ):
         for job, demonstration in zip(jobs, demonstrations, strict=True):
-            done.add(job, demonstration)
+            done.add(demonstration)
             writer.add_episode(demonstration.frames, instructions[job.task])
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
 
@@ -161,44 +169,30 @@ class _Done:
         self.root, self.settings, self._command = root, settings, command
         self.episodes: list[dict[str, Any]] = []
         self.failures: Counter[str] = Counter()
-        self.frames = 0
 
-    def add(self, job: _Job, demonstration: _Demonstration) -> None:
+    def add(self, demonstration: _Demonstration) -> None:
         """Note an episode."""
-        self.failures[job.task] += demonstration.failures
-        successes = 1 + sum(episode["task"] == job.task for episode in self.episodes)
-        failures, attempts = self.failures[job.task], self.failures[job.task] + successes
+        task = demonstration.description["task"]
+        self.failures[task] += demonstration.failures
+        successes = 1 + sum(episode["task"] == task for episode in self.episodes)
+        failures, attempts = self.failures[task], self.failures[task] + successes
         if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
-            raise SimulationError(_fails_too_often(job.task, failures, attempts))
-        length = len(demonstration.frames[ACTION])
-        noted = {"task": job.task, "seed": demonstration.seed, "noisy": demonstration.noisy, "length": length}
-        self.episodes.append(noted)
-        self.frames += length
+            raise SimulationError(_fails_too_often(task, failures, attempts))
+        self.episodes.append(demonstration.description)
 
-    @contextlib.contextmanager
-    def kept_after_errors(self) -> Generator[None, None, None]:
-        """Describe the dataset at the end; after an error, of the complete episodes, which its message then counts."""
+    def describe_complete(self, error: BaseException) -> int:
+        """Describe the dataset as an error left it; the number of its episodes, 0 where there is none."""
+        info = self.root / INFO  # not even this had room: the writer's error says what to do
+        if not self.episodes or not info.exists():
+            return 0
+        complete = int(read_json(info)["total_episodes"])
         try:
-            yield
-        except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
-            complete = self._num_complete() if self.episodes else 0
-            if not complete:
-                raise
-            try:
-                self._describe(complete)
-            except OSError as second:
-                error.add_note(f"{second} while writing {self.root / RECORDING_FILE}, which the dataset lacks.")
-            problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
-            kept = f"{problem}The {complete} episodes that were complete are in {self.root}."
-            raise rephrased(error, kept) from error
-        self._describe(len(self.episodes))
+            self.describe(complete)
+        except OSError as second:
+            error.add_note(f"{second} while writing {self.root / RECORDING_FILE}, which the dataset lacks.")
+        return complete
 
-    def _num_complete(self) -> int:
-        """The episodes in the dataset; 0: not even its metadata had room, and the writer's error says what to do."""
-        info = self.root / INFO
-        return int(json.loads(info.read_text(encoding="utf-8"))["total_episodes"]) if info.exists() else 0
-
-    def _describe(self, complete: int) -> None:
+    def describe(self, complete: int) -> None:
         """Write beside the dataset's metadata how it was recorded."""
         episodes = self.episodes[:complete]  # an interrupt may come before the last one was saved
         instructions = simulator(self.settings.env).instructions
@@ -212,8 +206,7 @@ class _Done:
             "command": self._command,
             "episodes": episodes,
         }
-        text = json.dumps(document, indent=1, ensure_ascii=False)
-        (self.root / RECORDING_FILE).write_text(f"{text}\n", encoding="utf-8")
+        write_json(self.root / RECORDING_FILE, document)
 
 
 class _Recorder:
@@ -234,7 +227,9 @@ class _Recorder:
             disturbance = _Disturbance(settings.noise, settings.push_rate, generator) if noisy else None
             frames = _demonstrate(environment, seed, disturbance)
             if frames is not None:
-                return _Demonstration(frames, seed, noisy, failures=attempt)
+                length = len(frames[ACTION])
+                description = {"task": job.task, "seed": seed, "noisy": noisy, "length": length}
+                return _Demonstration(frames, description, failures=attempt)
         raise SimulationError(_fails_too_often(job.task, MAX_ATTEMPTS, MAX_ATTEMPTS))
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -39,7 +38,9 @@ EXECUTED, PREDICTED, SUCCESS, FAILURE = map(_color, ("prefix", "suffix", "vision
 
 
 @contextlib.contextmanager
-def record_video(path: str | pathlib.Path | None, environment: Environment, instruction: str) -> Iterator[Any]:
+def record_video(
+    path: str | pathlib.Path | None, environment: Environment, instruction: str
+) -> Iterator[Callback | None]:
     """A callback for `run_episode` that films the episode; the file is there when the block ends without an error.
 
     Args:
@@ -51,10 +52,17 @@ def record_video(path: str | pathlib.Path | None, environment: Environment, inst
         yield None
         return
     encoder = find_encoder(_ENCODERS)
+    options = {"crf": "20", "preset": "medium"} if encoder == "libx264" else {}
     recorder = _Recorder(environment, instruction)
-    callback: Callback = recorder
-    yield callback
-    _write(pathlib.Path(path), recorder.frames(), encoder)
+    yield recorder
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write_mp4(part, recorder.frames(), fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,15 +242,3 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
-
-
-def _write(path: pathlib.Path, frames: Iterator[np.ndarray], encoder: str) -> None:
-    """Write an .mp4 file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    options = {"crf": "20", "preset": "medium"} if encoder == "libx264" else {}
-    try:
-        write_mp4(part, frames, fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

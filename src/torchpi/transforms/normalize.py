@@ -40,16 +40,12 @@ class NormStats:
     """The 99 % quantile."""
 
     def __post_init__(self) -> None:
-        for name in ("mean", "std", "q01", "q99"):
-            value = getattr(self, name)
-            if value is None and name.startswith("q"):
-                continue
-            object.__setattr__(self, name, _statistic(name, value))
+        given = {name: _statistic(name, value) for name, value in vars(self).items() if value is not None}
+        for name, array in given.items():
+            object.__setattr__(self, name, array)
         if (self.q01 is None) != (self.q99 is None):
             raise TransformError("Statistics have only one of q01 and q99; give both or none.")
-        lengths = {
-            f.name: len(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) is not None
-        }
+        lengths = {name: len(array) for name, array in given.items()}
         if len(set(lengths.values())) != 1:
             raise TransformError(
                 f"Statistics have unequal lengths {lengths}; expected one value per dimension in each."

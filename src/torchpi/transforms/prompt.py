@@ -8,6 +8,7 @@ import bisect
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -279,14 +280,10 @@ def tokenize_prompt(
             kept = f"the instruction is shortened to {shortened!r}"
         shown = text if len(text) <= 200 else f"{text[:200]}…"
         message = f"A prompt has {needed} tokens, but max_token_len is {max_token_len}: {kept}. It began as {shown!r}."
-        (warn or _warn)(message)
+        (warn or partial(warnings.warn, stacklevel=2))(message)
     tokens, mask = np.zeros(max_token_len, np.int64), np.zeros(max_token_len, bool)
     tokens[: len(ids)], mask[: len(ids)] = ids, True
     return tokens, mask
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
