@@ -174,6 +174,11 @@ class Pi0Config:
         return _variant(self.siglip_variant, VISION_VARIANTS, "siglip_variant")
 
     @property
+    def variant(self) -> str:
+        """π₀ or π₀.₅."""
+        return "π₀.₅" if self.pi05 else "π₀"
+
+    @property
     def num_patches(self) -> int:
         """P: tokens of one camera."""
         return (self.image_size // self.siglip.patch) ** 2

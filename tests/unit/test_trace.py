@@ -272,8 +272,8 @@ def test_golden_batch_and_checkpoint_without_sizes(golden):
     assert abs(stats["11", "loss"].mean - golden.outputs["loss"].mean().item()) <= 2e-5
     assert not trace.mask.diagonal().all()  # its padding is in the mask that is drawn
     bare = trace_forward(find_inputs(str(golden.checkpoint), Shapes(batch=1)))
-    assert any("does not say action_horizon 50" in note for note in bare.notes)
-    assert any("random numbers" in note for note in bare.notes)
+    assert any("does not say action_horizon 50" in note for note in bare.inputs.notes)
+    assert any("random numbers" in note for note in bare.inputs.notes)
     length = 200 if golden.kind == "pi05" else 48
     assert next(entry.shape for entry in bare.entries if entry.name == "tokenized_prompt") == (1, length)
 
@@ -282,8 +282,8 @@ def test_policy_folder(policy, tmp_path):
     policy.save(tmp_path / "policy")
     trace = trace_forward(find_inputs(str(tmp_path / "policy"), Shapes(batch=1)))
     assert trace.values is not None
-    assert trace.action_names == ("delta_x", "delta_y", "delta_z", "gripper")
-    assert any("No observation was given" in note for note in trace.notes)
+    assert trace.inputs.action_names == ("delta_x", "delta_y", "delta_z", "gripper")
+    assert any("No observation was given" in note for note in trace.inputs.notes)
 
 
 def test_dataset_gives_observation_and_actions(policy, tmp_path):
@@ -307,8 +307,8 @@ def test_dataset_gives_observation_and_actions(policy, tmp_path):
     source = Source(dataset=str(tmp_path / "set"), episode=1, frame=3)
     inputs = find_inputs("demo", Shapes(batch=1), source)
     trace = trace_forward(inputs)
-    assert any("frame 3 of episode 1" in note for note in trace.notes)
-    assert not any("No recorded actions" in note for note in trace.notes)
+    assert any("frame 3 of episode 1" in note for note in trace.inputs.notes)
+    assert not any("No recorded actions" in note for note in trace.inputs.notes)
     frames = LeRobotDataset(tmp_path / "set", action_horizon=16, episodes=[1])
     chunk = policy.transforms.inverse(inputs.actions[0].numpy(), action_size=len(names))
     np.testing.assert_allclose(chunk, frames[3]["action"], atol=1e-5)
@@ -325,7 +325,7 @@ def test_dataset_gives_observation_and_actions(policy, tmp_path):
 def test_step_0_begins_at_the_robots_observation(tiny, policy):
     texts = {entry.name: entry.value for entry in tiny.entries if entry.dtype == "str"}
     assert texts["robot/prompt"] == texts["embodiment/prompt"] == "open the drawer"
-    assert texts["prompt_text"] == tiny.prompt
+    assert texts["prompt_text"] == tiny.inputs.prompt
     assert texts["prompt_text"].startswith("Task: open the drawer, State: ")
     names = [entry.name for entry in tiny.entries if entry.step == "0"]
     order = ["robot/base", "embodiment/state", "normalized_state", "prompt_text", "token_ids", "tokenized_prompt"]

@@ -61,7 +61,9 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
     """Stages of the forward pass with their shapes, without the batch's axis."""
     trace, robot = flow.trace, policy.embodiment
     shapes = {(entry.step, entry.name): format_shape(entry.shape[1:]) for entry in trace.entries}
-    cameras = [(camera.name, camera.key) for camera in robot.cameras if camera.name in trace.cameras and camera.key]
+    cameras = [
+        (camera.name, camera.key) for camera in robot.cameras if camera.name in trace.inputs.cameras and camera.key
+    ]
     first, keys = cameras[0][0], " and ".join(str(key) for _, key in cameras)
     prompt = next(segment for segment in trace.segments if segment.label == "prompt")
     names = ", ".join(action.name for action in robot.actions)
@@ -71,7 +73,10 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
     cache, noise = shapes["inference", "cache/layer_0/k"], shapes["inference", "noise"]
     return [
         ("images", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
-        ("prompt", f"{trace.prompt!r}: {prompt.stop - prompt.start} tokens, padded to {trace.config.max_token_len}"),
+        (
+            "prompt",
+            f"{trace.inputs.prompt!r}: {prompt.stop - prompt.start} tokens, padded to {trace.inputs.config.max_token_len}",
+        ),
         ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
         ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),
         ("backbone, once", f"keys and values {cache} of each of {trace.count('layers')} layers"),

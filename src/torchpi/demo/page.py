@@ -48,7 +48,7 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
     Args:
         folder: of the page, for links to the videos.
     """
-    variant = demo.flow.trace.variant
+    variant = demo.flow.trace.inputs.config.variant
     title = f"{variant} in closed loop" if demo.evaluation else f"{variant} on packaged camera frames"
     return html_page(
         title,
@@ -79,7 +79,7 @@ def _header(demo: Demo, title: str) -> str:
         tiles.append((f"{demo.evaluation.chunk_ms:.0f} ms", "for one chunk on one core of the CPU"))
     tiles.append((f"{trace.prefix_tokens}", "tokens of images and text"))
     summary = (
-        f"From {len(trace.cameras)} small camera images, the state of an arm and an instruction in words, a "
+        f"From {len(trace.inputs.cameras)} small camera images, the state of an arm and an instruction in words, a "
         f"vision-language-action model predicts the next {horizon} actions; the arm executes "
         f"{robot.execute_steps or horizon} of them, and the model observes again. "
     )

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,19 +25,8 @@ from torchpi.policy import Policy, load_policy
 from torchpi.ui.format import print_json
 
 
-@contextlib.contextmanager
-def stdout_for(*, as_json: bool) -> Iterator[None]:
-    """With `as_json`, everything that is printed inside goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
-        yield
-
-
 def plain_console(width: int = 120) -> Console:
-    """A console of plain text: names and prompts come from files, and "[4, 200]" is no markup.
-
-    Args:
-        width: where stdout is no terminal.
-    """
+    """A console of plain text, so wide where stdout is no terminal; "[4, 200]" in a name or prompt is no markup."""
     return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
 
 
@@ -53,7 +42,7 @@ def run_trace(
     """Trace one target, or compare two, and print it; `source` is the first one's."""
     if len(targets) not in (1, 2):
         raise UsageError(f"Expected one target, or two with --compare, got {len(targets)}: {', '.join(targets)}.")
-    with stdout_for(as_json=as_json):
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         sources = (source, dataclasses.replace(source, inputs=None, dataset=None))
         traces = [
             trace_forward(find_inputs(target, shapes, its_source, **load))
@@ -80,15 +69,15 @@ def _entries(trace: Trace) -> list[dict[str, Any]]:
 
 def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
     def rows(tables: Mapping[str, Sequence[Pair]], key: str) -> list[dict[str, str]]:
-        return [{key: title, **dataclasses.asdict(row)} for title, table in tables.items() for row in table]
+        return [{key: title, **vars(row)} for title, table in tables.items() for row in table]
 
     sides = {
         side: {
-            "title": trace.title,
+            "title": trace.inputs.title,
             "facts": architecture(trace) | sizes(trace),
             "kv_cache_bytes": trace.cache_bytes,
             "phases": phases(trace),
-            "agreement": [dataclasses.asdict(pair) for pair in trace.values.agreement] if trace.values else None,
+            "agreement": [vars(pair) for pair in trace.values.agreement] if trace.values else None,
             "entries": _entries(trace),
         }
         for side, trace in (("left", left), ("right", right))
@@ -99,7 +88,7 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
 
 def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: bool = False, **load: Any) -> int:
     """Examine a policy and print the diagnosis; the exit status is 1 if there is a problem."""
-    with stdout_for(as_json=as_json):
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = None if observation is None else read_npz(observation)
         policy = load_policy(path, **load)
         diagnosis = diagnose(policy, request)
@@ -132,7 +121,7 @@ def run_compare(
         states_everything = is_policy_folder(existing_folder(path))
         return load_policy(path, device=device, dtype=dtype, **({} if states_everything else load))
 
-    with stdout_for(as_json=as_json):
+    with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)
         comparison = compare_policies(
             loaded(a), loaded(b), request, tolerance=tolerance, num_steps=num_steps, seed=seed

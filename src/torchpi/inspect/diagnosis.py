@@ -132,7 +132,7 @@ def describe(policy: Policy) -> dict[str, Any]:
     robot, config, transforms = policy.embodiment, policy.model.config, policy.transforms
     names = robot.state_names[: state_dim(policy)]
     return {
-        "variant": "π₀.₅" if config.pi05 else "π₀",
+        "variant": config.variant,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "dtype": str(policy.model.embedding.dtype).removeprefix("torch."),
         "device": str(policy.model.device),

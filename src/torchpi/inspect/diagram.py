@@ -144,10 +144,10 @@ def flow_diagram(trace: Trace) -> str:
 
 
 def _nodes(trace: Trace) -> dict[str, Node]:
-    pi05, layers = trace.config.pi05, trace.count("layers")
-    cameras = len(trace.cameras)
+    pi05, layers = trace.inputs.config.pi05, trace.count("layers")
+    cameras = len(trace.inputs.cameras)
     shapes = {(entry.step, entry.name): format_shape(entry.shape) for entry in trace.entries}
-    camera = trace.cameras[0]
+    camera = trace.inputs.cameras[0]
     state = {} if pi05 else {"state": Node("vision", "state", "one token", shapes["5", "state_proj"])}
     expert = f"{trace.count('time_inputs')} norms modulated by t" if pi05 else "attends to prefix and suffix"
     return state | {
@@ -178,8 +178,8 @@ def _nodes(trace: Trace) -> dict[str, Node]:
 
 def _draw(layout: Layout, nodes: dict[str, Node], trace: Trace) -> str:
     width, height = layout.size
-    arrows = layout.arrows + (layout.pi05_arrows if trace.config.pi05 else layout.pi0_arrows)
-    title = f"{trace.variant}: from an observation to an action chunk"
+    arrows = layout.arrows + (layout.pi05_arrows if trace.inputs.config.pi05 else layout.pi0_arrows)
+    title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
     parts = [
         f'<svg class="flow {layout.css_class}" viewBox="-22 0 {width + 26} {height + 4}" role="img" '
         f'aria-label="{escape(title)}">'

@@ -16,6 +16,7 @@ from torchpi.inspect import nanopi
 from torchpi.inspect.stages import TraceInputs, observation_stages
 from torchpi.model import flow
 from torchpi.model.pi0 import Pi0
+from torchpi.robots.keys import flatten, nest
 from torchpi.types import Observation
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def find_inputs(target: str, shapes: Shapes, source: Source = Source(), **load: 
         raise MissingFileError(
             f"There is neither a checkpoint nor a preset {target}; presets are {', '.join(PRESETS)}."
         )
-    return _inputs_of_path("demo" if target == "tiny" else target, shapes, source, title=target, **load)
+    return _inputs_of_path("demo" if target == "tiny" else target, pathlib.Path(target).name, shapes, source, **load)
 
 
 def inputs_of_config(config: Pi0Config, shapes: Shapes, *, title: str = "") -> TraceInputs:
@@ -90,23 +91,24 @@ def inputs_of_config(config: Pi0Config, shapes: Shapes, *, title: str = "") -> T
         for name, array in arrays.items()
     }
     noise, time, actions = (batch.pop(name) for name in ("noise", "time", "actions"))
-    return TraceInputs(
-        title or _variant(config), Pi0(config, device="meta"), config, batch, noise, time, actions, notes
-    )
+    model = Pi0(config, device="meta")
+    return TraceInputs(title or config.variant, model, config, batch, noise, time, actions, notes)
 
 
-def _inputs_of_path(path: str, shapes: Shapes, source: Source, *, title: str, **load: Any) -> TraceInputs:
+def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, **load: Any) -> TraceInputs:
     """A policy with an observation, or a bare checkpoint with a batch of the model's own keys."""
     from torchpi.checkpoints.checkpoint import open_checkpoint
     from torchpi.policy import load_policy
 
     arrays = None if source.inputs is None else read_npz(source.inputs)
     of_model = arrays is not None and "tokenized_prompt" in arrays
-    title = title if title == "tiny" else pathlib.Path(path).name
     checkpoint = open_checkpoint(path, config=load.get("config"))
     if not of_model and ("embodiment" in load or checkpoint.spec().embodiment is not None):
         policy = load_policy(path, **load)
-        observation, notes = _observation(policy, source, arrays, is_demo=path == "demo")
+        if arrays is not None:
+            return inputs_of_policy(policy, shapes, arrays, title=title)
+        demo = source.demo if path == "demo" else None
+        observation, notes = (demo, ()) if demo and source.dataset is None else _observation(policy, source)
         return inputs_of_policy(policy, shapes, observation, title=title, notes=notes)
     if source.dataset is not None or (arrays is not None and not of_model):
         found = f"{source.dataset or source.inputs} has a robot's observations"
@@ -126,25 +128,20 @@ def _inputs_of_path(path: str, shapes: Shapes, source: Source, *, title: str, **
     return inputs_of_model(model, shapes, batch, title=title, notes=(note,))
 
 
-def _observation(
-    policy: "Policy", source: Source, arrays: Mapping[str, np.ndarray] | None, *, is_demo: bool
-) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    if arrays is not None:
-        return arrays, ()
-    if source.dataset is not None:
-        from torchpi.data import LeRobotDataset
-        from torchpi.data.observations import to_observation
+def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The frame of the dataset, or the embodiment's example; with a note that says so."""
+    if source.dataset is None:
+        note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
+        return policy.example_observation(), (note,)
+    from torchpi.data import LeRobotDataset
+    from torchpi.data.observations import to_observation
 
-        horizon = policy.model.config.require("action_horizon")
-        frames = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=[source.episode])
-        if not 0 <= source.frame < len(frames):
-            raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
-        note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."
-        return to_observation(frames[source.frame], policy.embodiment), (note,)
-    if source.demo is not None and is_demo:
-        return source.demo, ()
-    note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
-    return policy.example_observation(), (note,)
+    horizon = policy.model.config.require("action_horizon")
+    frames = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=[source.episode])
+    if not 0 <= source.frame < len(frames):
+        raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
+    note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."
+    return to_observation(frames[source.frame], policy.embodiment), (note,)
 
 
 def inputs_of_policy(
@@ -163,13 +160,9 @@ def inputs_of_policy(
         noise: [H, action_dim]; by default drawn.
     """
     state, sample = policy.prepare(observation)
-    arrays = {
-        **{f"image.{name}": image[None] for name, image in sample["image"].items()},
-        **{f"image_mask.{name}": np.asarray(present)[None] for name, present in sample["image_mask"].items()},
-        **{key: sample[key][None] for key in ("state", *PROMPT)},
-        **{key: np.asarray(sample[key], np.float32)[None] for key in ("actions",) if key in sample},
-        **({} if noise is None else {"noise": noise[None]}),
-    }
+    arrays = {key: np.asarray(value)[None] for key, value in flatten(sample).items()}
+    if noise is not None:
+        arrays["noise"] = noise[None]
     if "source" in policy.provenance:
         notes = (f"Source of the weights: {policy.provenance['source']}.", *notes)
     inputs = inputs_of_model(policy.model, shapes, arrays, title=title or policy.embodiment.name, notes=notes)
@@ -211,7 +204,7 @@ def inputs_of_model(
     shape = (shapes.batch, config.require("action_horizon"), config.action_dim)
     noise = rows.pop("noise", torch.randn(shape, generator=generator))
     time = rows.pop("time", flow.sample_time(shapes.batch, generator=generator, device=torch.device("cpu")))
-    actions = rows.pop("actions", None)
+    actions = rows.pop("actions").float() if "actions" in rows else None
     for name, value in (("noise", noise), ("actions", actions)):
         if value is not None and value.shape != shape:
             raise UsageError(f"{name} must be {list(shape)} for this model, got {list(value.shape)}.")
@@ -219,27 +212,17 @@ def inputs_of_model(
         assumed = (*assumed, "No recorded actions: the chunk that the model itself samples stands in for them.")
     length = config.require("max_token_len")
     rows |= {name: torch.nn.functional.pad(rows[name], (0, length - rows[name].shape[1])) for name in PROMPT}
-    batch = {name: rows[name].to(model.device) for name in (*_of_cameras(rows), "state", *PROMPT)}
+    read = ("state", *PROMPT)
+    batch = {name: row.to(model.device) for name, row in rows.items() if name.startswith("image") or name in read}
     observation_of(batch)  # refuses what the model does
     noise, time = noise.to(model.device), time.to(model.device)
     actions = None if actions is None else actions.to(model.device)
-    return TraceInputs(title or _variant(config), model, config, batch, noise, time, actions, (*notes, *assumed))
+    return TraceInputs(title or config.variant, model, config, batch, noise, time, actions, (*notes, *assumed))
 
 
 def observation_of(batch: Mapping[str, Tensor]) -> Observation:
     """The batch of a trace as the model takes it."""
-    nested: dict[str, Any] = {"image": {}, "image_mask": {}}
-    for name, tensor in batch.items():
-        group, _, camera = name.partition(".")
-        if camera:
-            nested[group][camera] = tensor
-        else:
-            nested[name] = tensor
-    return Observation.from_dict(nested)
-
-
-def _of_cameras(rows: Mapping[str, Tensor]) -> list[str]:
-    return [name for name in rows if name.startswith(("image.", "image_mask."))]
+    return Observation.from_dict(nest(batch))
 
 
 def _complete(config: Pi0Config) -> tuple[Pi0Config, tuple[str, ...]]:
@@ -248,9 +231,5 @@ def _complete(config: Pi0Config) -> tuple[Pi0Config, tuple[str, ...]]:
     unset = [name for name in ("action_horizon", "max_token_len") if getattr(config, name) is None]
     values: dict[str, Any] = {name: getattr(default, name) for name in unset}
     assumed = ", ".join(f"{name} {value}" for name, value in values.items())
-    notes = (f"The checkpoint does not say {assumed}: {_variant(config)}'s default.",) if unset else ()
+    notes = (f"The checkpoint does not say {assumed}: {config.variant}'s default.",) if unset else ()
     return dataclasses.replace(config, **values), notes
-
-
-def _variant(config: Pi0Config) -> str:
-    return "π₀.₅" if config.pi05 else "π₀"

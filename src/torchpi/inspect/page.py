@@ -34,14 +34,16 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
         sections.append(("agreement", "Numerical agreement", _agreement_section(values)))
     sections.append(("parameters", "Parameters", _parameters_section(trace)))
     if other is not None:
-        sections.append(("compare", f"{trace.title} and {other.title}", _comparison_section(trace, other)))
-    title = f"{trace.variant}: from an observation to an action chunk"
-    footer = f"trace {trace.title} · every shape on this page is that of a tensor of the run"
+        sections.append(
+            ("compare", f"{trace.inputs.title} and {other.inputs.title}", _comparison_section(trace, other))
+        )
+    title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
+    footer = f"trace {trace.inputs.title} · every shape on this page is that of a tensor of the run"
     return html_page(title, header=_header(trace, title), sections=sections, footer=footer)
 
 
 def _header(trace: Trace, title: str) -> str:
-    horizon, dim, pi05 = trace.config.action_horizon, trace.config.action_dim, trace.config.pi05
+    horizon, dim, pi05 = trace.inputs.config.action_horizon, trace.inputs.config.action_dim, trace.inputs.config.pi05
     tiles = [
         (large_count(sum(trace.parameters.values())), "parameters"),
         (f"{trace.sequence_length}", f"tokens: {trace.prefix_tokens} prefix, {trace.suffix_tokens} suffix"),
@@ -52,20 +54,20 @@ def _header(trace: Trace, title: str) -> str:
     ]
     summary = "Every step between a robot's cameras and its next actions, with "
     summary += "the tensors of a run of this model." if trace.values else "the shape of every tensor, without weights."
-    return page_header(f"torchpi trace {trace.title}", title, summary, tiles=tiles, notes=trace.notes)
+    return page_header(f"torchpi trace {trace.inputs.title}", title, summary, tiles=tiles, notes=trace.inputs.notes)
 
 
 def flow_section(trace: Trace) -> str:
     """Diagram of the forward pass."""
     time = (
         "The time reaches every norm of the action expert as scale, shift and gate."
-        if trace.config.pi05
+        if trace.inputs.config.pi05
         else "The time is mixed into every action token; the robot's state is a token in front of them."
     )
     return lede(
         "The backbone reads images and prompt once and leaves its keys and values behind. The action expert reads them "
         f"in every Euler step. {time} In training, one step at a random time gives v_t, and the loss compares it with "
-        f"u_t. Shapes are those of a batch of {trace.batch}; the action chunk is one observation's."
+        f"u_t. Shapes are those of a batch of {len(trace.inputs.noise)}; the action chunk is one observation's."
     ) + panel(flow_diagram(trace))
 
 
@@ -73,8 +75,8 @@ def input_section(trace: Trace, values: Values) -> str:
     """Cameras and prompt as the model reads them."""
     images = ((name, None if image is None else data_uri(image)) for name, image in values.images.items())
     prompt = ""
-    if trace.prompt is not None:
-        prompt = f'<div class="prompt"><small>prompt, as it is tokenized</small>{escape(trace.prompt)}</div>'
+    if trace.inputs.prompt is not None:
+        prompt = f'<div class="prompt"><small>prompt, as it is tokenized</small>{escape(trace.inputs.prompt)}</div>'
     return lede("The cameras at the size and in the order in which the model reads them.") + panel(
         camera_images(images) + prompt
     )
@@ -111,7 +113,7 @@ def _mask_section(trace: Trace) -> str:
 
 def _denoising_section(trace: Trace, values: Values) -> str:
     _, horizon, dims = values.chunk.shape
-    names = trace.action_names or tuple(f"dimension {i}" for i in range(dims))
+    names = trace.inputs.action_names or tuple(f"dimension {i}" for i in range(dims))
     padding = f" The other {dims - len(names)} of {dims} dimensions are padding." if len(names) < dims else ""
     return lede(
         f"Each plot is one dimension of the action chunk over its {horizon} time steps, in normalized units, before "
@@ -165,7 +167,7 @@ def _card(trace: Trace, step: Step) -> str:
     return (
         f'<article class="step panel {_COLORS.get(step.id, "prefix")}" id="step-{step.id}"><div>'
         f'<span class="no">{number}</span><h3>{escape(step.title)}</h3>'
-        f"<p>{escape(step.explanation(trace.config.pi05))}</p></div>"
+        f"<p>{escape(step.explanation(trace.inputs.config.pi05))}</p></div>"
         f'<div class="scroll">{_table(rows_of(trace, step.id), with_stats=trace.values is not None)}</div></article>'
     )
 
@@ -179,13 +181,12 @@ def _table(rows: list[Row], *, with_stats: bool) -> str:
 
 
 def _table_row(row: Row, *, with_stats: bool) -> str:
-    entry, stats = row.entry, row.entry.stats
+    entry, stats = row.entry, row.stats
     count = f" <small>×{row.count}</small>" if row.count > 1 else ""
     formula = f'<span class="formula">{escape(entry.formula)}</span>' if entry.formula else ""
-    is_text = entry.dtype == "str"
     cells = [
-        _cell("name", escape(entry.name) + count + formula),
-        _cell("wide" if is_text else "shape", escape(row.shape)),
+        _cell("name", escape(row.name) + count + formula),
+        _cell("wide" if entry.dtype == "str" else "shape", escape(row.shape)),
         _cell("dtype", escape(entry.dtype)),
     ]
     if with_stats:
@@ -193,7 +194,7 @@ def _table_row(row: Row, *, with_stats: bool) -> str:
         drawn = stats is not None and entry.dtype.startswith(("float", "bfloat"))  # ids and masks have no useful range
         cells.append(_cell("range", range_bar(stats) if stats is not None and drawn else ""))
     cells.append(_cell("where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""))
-    return f'<tr class="{_ROW_COLORS.get(entry.name.partition("/")[0], "")}">{"".join(cells)}</tr>'
+    return f'<tr class="{_ROW_COLORS.get(row.name.partition("/")[0], "")}">{"".join(cells)}</tr>'
 
 
 def _cell(css: str, html: str) -> str:
@@ -216,10 +217,10 @@ def _parameters_section(trace: Trace) -> str:
 
 
 def _comparison_section(left: Trace, right: Trace) -> str:
-    titles = (left.title, right.title)
+    titles = (left.inputs.title, right.inputs.title)
     tables = [(title, rows) for title, rows in compare_facts(left, right).items()]
-    drawn = "".join(f"<h3 class='gap'>{escape(t.title)}: data flow</h3>{flow_diagram(t)}" for t in (left, right))
-    masks = (f"<div><h3>{escape(t.title)}: attention mask</h3>{mask_figure(t)}</div>" for t in (left, right))
+    drawn = "".join(f"<h3 class='gap'>{escape(t.inputs.title)}: data flow</h3>{flow_diagram(t)}" for t in (left, right))
+    masks = (f"<div><h3>{escape(t.inputs.title)}: attention mask</h3>{mask_figure(t)}</div>" for t in (left, right))
     drawn += f'<div class="two gap">{"".join(masks)}</div>'
     steps = compare_steps(left, right)
     tables_below = [(f"{step.id} · {step.title}", steps[step.id]) for step in STEPS]

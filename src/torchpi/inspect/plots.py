@@ -19,7 +19,9 @@ PART_COLORS = {"scale": "prefix", "shift": "vision", "gate": "suffix"}
 def mask_figure(trace: Trace) -> str:
     """The joint attention mask of the first sample; short segments are drawn longer than they are."""
     svg = draw_figure(lambda figure: _draw_mask(figure, trace), size=(7.2, 7.2))
-    return to_svg(svg, f"{trace.title}: attention mask of {trace.sequence_length} tokens. Along: keys. Up: queries.")
+    return to_svg(
+        svg, f"{trace.inputs.title}: attention mask of {trace.sequence_length} tokens. Along: keys. Up: queries."
+    )
 
 
 def _draw_mask(figure: "Figure", trace: Trace) -> None:

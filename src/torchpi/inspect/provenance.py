@@ -52,7 +52,7 @@ def describe_policy(policy: Policy) -> list[tuple[str, str]]:
     config, stated = policy.model.config, policy.provenance
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     rows = [
-        ("model", f"{'π₀.₅' if config.pi05 else 'π₀'}, {count / 1e6:.2f} million parameters"),
+        ("model", f"{config.variant}, {count / 1e6:.2f} million parameters"),
         ("weights", _training(stated)),
         ("tasks", ", ".join(stated.get("tasks", ()))),
     ]

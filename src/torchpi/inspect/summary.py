@@ -16,9 +16,12 @@ STATS = tuple(field.name for field in dataclasses.fields(Stats))
 class Row:
     """Entries of one step that differ in layer, time or camera only."""
 
+    name: str
     entry: TraceEntry
-    """The first of them, with the name and the stats of all."""
+    """The first of them."""
     count: int
+    stats: Stats | None
+    """Of all of them."""
 
     @property
     def shape(self) -> str:
@@ -38,22 +41,21 @@ def rows_of(trace: Trace, step: str) -> list[Row]:
     groups: dict[tuple[object, ...], list[TraceEntry]] = {}
     for entry in trace.entries:
         if entry.step == step:
-            name = "/".join("‹camera›" if part in trace.cameras else part for part in entry.name.split("/"))
-            key = (_REPEATED.sub(r"\1#", name), entry.shape, entry.dtype, entry.view, entry.phase)
-            groups.setdefault(key, []).append(entry)
-    return [_row(entries, trace.cameras) for entries in groups.values()]
+            name = "/".join("‹camera›" if part in trace.inputs.cameras else part for part in entry.name.split("/"))
+            name = _REPEATED.sub(r"\1#", name)
+            groups.setdefault((name, entry.shape, entry.dtype, entry.view, entry.phase), []).append(entry)
+    return [Row(_range(rows[0], rows[-1], trace), rows[0], len(rows), _merged(rows)) for rows in groups.values()]
 
 
-def _row(entries: list[TraceEntry], cameras: list[str]) -> Row:
-    parts = zip(entries[0].name.split("/"), entries[-1].name.split("/"), strict=True)
-    name = "/".join(one if one == other else _range(one, other, cameras) for one, other in parts)
-    return Row(dataclasses.replace(entries[0], name=name, stats=_merged(entries)), len(entries))
-
-
-def _range(one: str, other: str, cameras: list[str]) -> str:
-    if one in cameras:
-        return "‹camera›"
-    return f"{one}…{_REPEATED.sub(lambda match: match[2], other)}"
+def _range(first: TraceEntry, last: TraceEntry, trace: Trace) -> str:
+    """One name for several entries, as `cache/layer_0…17/k`."""
+    parts = []
+    for one, other in zip(first.name.split("/"), last.name.split("/"), strict=True):
+        if one == other:
+            parts.append(one)
+        else:
+            parts.append("‹camera›" if one in trace.inputs.cameras else f"{one}…" + _REPEATED.sub(r"\2", other))
+    return "/".join(parts)
 
 
 def _merged(entries: list[TraceEntry]) -> Stats | None:
@@ -67,15 +69,12 @@ def _merged(entries: list[TraceEntry]) -> Stats | None:
 
 def architecture(trace: Trace) -> dict[str, str]:
     """The facts that follow from the variant."""
-    pi05 = trace.config.pi05
+    config = trace.inputs.config
+    state = "text in the prompt" if config.discrete_state_input else "not read" if config.pi05 else "a suffix token"
     return {
-        "variant": trace.variant,
-        "time": "modulates the expert's norms" if pi05 else "is mixed into the action tokens",
-        "state": "text in the prompt"
-        if trace.config.discrete_state_input
-        else "not read"
-        if pi05
-        else "a suffix token",
+        "variant": config.variant,
+        "time": "modulates the expert's norms" if config.pi05 else "is mixed into the action tokens",
+        "state": state,
         "attention groups": str(trace.num_groups),
         "time injections, all": str(trace.count("time_inputs")),
         "time injections, in the layers": str(trace.count("time_injections")),
@@ -84,10 +83,11 @@ def architecture(trace: Trace) -> dict[str, str]:
 
 def sizes(trace: Trace) -> dict[str, str]:
     """The facts that a config decides."""
+    config = trace.inputs.config
     return {
-        "cameras": str(len(trace.cameras)),
-        "prompt tokens": str(trace.config.max_token_len),
-        "action horizon × action_dim": f"{trace.config.action_horizon} × {trace.config.action_dim}",
+        "cameras": str(len(trace.inputs.cameras)),
+        "prompt tokens": str(config.max_token_len),
+        "action horizon × action_dim": f"{config.action_horizon} × {config.action_dim}",
         "sequence length": str(trace.sequence_length),
         "prefix tokens": str(trace.prefix_tokens),
         "suffix tokens": str(trace.suffix_tokens),
@@ -99,25 +99,25 @@ def sizes(trace: Trace) -> dict[str, str]:
 
 def phases(trace: Trace) -> dict[str, list[str]]:
     """Names by phase: in training only, in inference only, in the joint view only, and in both."""
-    found: dict[str, dict[str, None]] = {"training only": {}, "inference only": {}, "joint view only": {}, "both": {}}
-    in_training = {_base(entry.name, trace.cameras) for entry in trace.entries if entry.step != "inference"}
-    for entry in trace.entries:
-        name = _base(entry.name, trace.cameras)
-        if entry.value is not None:
-            continue
+    found: dict[str, list[str]] = {"training only": [], "inference only": [], "joint view only": [], "both": []}
+    tensors = [(_base(entry.name, trace), entry) for entry in trace.entries if entry.value is None]
+    in_training = {name for name, entry in tensors if entry.step != "inference"}
+    for name, entry in tensors:
         if entry.view == "joint":
             phase = "joint view only"
         elif entry.phase == "training":
             phase = "training only"
         else:
-            phase = "both" if entry.step != "inference" or name in in_training else "inference only"
-        found[phase][name] = None
-    return {phase: list(names) for phase, names in found.items()}
+            phase = "both" if name in in_training else "inference only"
+        if name not in found[phase]:
+            found[phase].append(name)
+    return found
 
 
-def _base(name: str, cameras: list[str]) -> str:
+def _base(name: str, trace: Trace) -> str:
     """A name without camera, layer and time."""
-    return "/".join(part for part in name.split("/") if part not in cameras and not _REPEATED.fullmatch(part))
+    repeated = [part for part in name.split("/") if part in trace.inputs.cameras or _REPEATED.fullmatch(part)]
+    return "/".join(part for part in name.split("/") if part not in repeated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,27 +138,21 @@ class Pair:
 
 def compare_facts(left: Trace, right: Trace) -> dict[str, list[Pair]]:
     """The facts of two models: their architecture, and their sizes."""
-    return {
-        title: [Pair(name, value, facts(right)[name]) for name, value in facts(left).items()]
-        for title, facts in (("architecture", architecture), ("sizes", sizes))
-    }
+    facts = {"architecture": architecture, "sizes": sizes}
+    return {title: _pairs(of(left), of(right)) for title, of in facts.items()}
 
 
 def compare_steps(left: Trace, right: Trace) -> dict[str, list[Pair]]:
     """Per step, the shapes in both models."""
-    compared = {}
-    for step in STEPS:
-        one, other = ({_label(row): row for row in rows_of(trace, step.id)} for trace in (left, right))
-        names = dict.fromkeys([*one, *other])
-        compared[step.id] = [Pair(name, _shape(one.get(name)), _shape(other.get(name))) for name in names]
-    return compared
+    return {step.id: _pairs(_shapes(left, step.id), _shapes(right, step.id)) for step in STEPS}
 
 
-def _label(row: Row) -> str:
-    return f"{row.entry.name} ({row.tag})" if row.tag else row.entry.name
+def _shapes(trace: Trace, step: str) -> dict[str, str]:
+    return {
+        f"{row.name} ({row.tag})" if row.tag else row.name: f"{row.count} × {row.shape}" if row.count > 1 else row.shape
+        for row in rows_of(trace, step)
+    }
 
 
-def _shape(row: Row | None) -> str:
-    if row is None:
-        return ABSENT
-    return f"{row.count} × {row.shape}" if row.count > 1 else row.shape
+def _pairs(left: dict[str, str], right: dict[str, str]) -> list[Pair]:
+    return [Pair(name, left.get(name, ABSENT), right.get(name, ABSENT)) for name in left | right]

@@ -8,16 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchpi.inspect.steps import STEPS, Step
-from torchpi.inspect.summary import (
-    STATS,
-    Pair,
-    Row,
-    architecture,
-    compare_facts,
-    compare_steps,
-    rows_of,
-    sizes,
-)
+from torchpi.inspect.summary import STATS, Pair, Row, architecture, compare_facts, compare_steps, rows_of, sizes
 from torchpi.inspect.trace import Trace
 from torchpi.ui.format import format_count, format_number
 
@@ -32,7 +23,7 @@ def print_trace(trace: Trace, console: Console) -> None:
     for step in STEPS:
         console.print()
         console.print(_title(step))
-        console.print(Text(f"     {step.explanation(trace.config.pi05)}", style="dim"))
+        console.print(Text(f"     {step.explanation(trace.inputs.config.pi05)}", style="dim"))
         console.print(_step_table(rows_of(trace, step.id), with_stats=trace.values is not None))
     facts = architecture(trace) | sizes(trace)
     facts |= {f"  of these {name}": format_count(count) for name, count in trace.parameters.items()}
@@ -55,17 +46,19 @@ def print_comparison(left: Trace, right: Trace, console: Console) -> None:
         console.print()
         console.print(title)
         cells = [[Text(cell, style=_STYLES[row.kind]) for cell in (row.name, row.left, row.right)] for row in rows]
-        console.print(grid(("", left.title, right.title), cells))
+        console.print(grid(("", left.inputs.title, right.inputs.title), cells))
     console.print()
     console.print("bold: one model has it, and the other does not. normal: another size. grey: the same.")
 
 
 def _header(trace: Trace) -> Panel:
+    inputs = trace.inputs
     weights = "with weights" if trace.values is not None else "shapes without values (meta device)"
-    lines = [f"{trace.variant} · batch {trace.batch} · {trace.dtype} · {weights}"]
-    if trace.prompt is not None:
-        lines.append(f"prompt: {trace.prompt!r}")
-    return Panel("\n".join([*lines, *trace.notes]), title=f"torchpi trace {trace.title}", title_align="left")
+    lines = [f"{inputs.config.variant} · batch {len(inputs.noise)} · {trace.dtype} · {weights}"]
+    if inputs.prompt is not None:
+        lines.append(f"prompt: {inputs.prompt!r}")
+    title = f"torchpi trace {inputs.title}"
+    return Panel("\n".join([*lines, *inputs.notes]), title=title, title_align="left")
 
 
 def _title(step: Step) -> Text:
@@ -89,10 +82,9 @@ def _step_table(rows: list[Row], *, with_stats: bool) -> Table:
     columns = ["     tensor", "shape", "dtype", *(STATS if with_stats else ()), "formula", "view"]
     cells = []
     for row in rows:
-        label = Text.assemble(f"     {row.entry.name}", (f" ×{row.count}" if row.count > 1 else "", "dim"))
+        label = Text.assemble(f"     {row.name}", (f" ×{row.count}" if row.count > 1 else "", "dim"))
         shape = repr(row.entry.value) if row.entry.dtype == "str" else row.shape
-        stats = [format_number(getattr(row.entry.stats, name)) if row.entry.stats else "" for name in STATS]
-        tag = Text(row.tag, style=_TAGS[row.tag])
-        formula = Text(row.entry.formula, style="green")
-        cells.append((label, shape.ljust(22), row.entry.dtype, *(stats if with_stats else ()), formula, tag))
+        stats = [format_number(getattr(row.stats, name)) if row.stats else "" for name in STATS if with_stats]
+        formula, tag = Text(row.entry.formula, style="green"), Text(row.tag, style=_TAGS[row.tag])
+        cells.append((label, shape.ljust(22), row.entry.dtype, *stats, formula, tag))
     return grid(columns, cells, right=range(3, 7) if with_stats else ())

@@ -14,7 +14,6 @@ from torchpi.inspect import nanopi
 from torchpi.inspect.inputs import Shapes, inputs_of_config, inputs_of_policy, observation_of
 from torchpi.inspect.stages import Stage, TraceInputs, forward_stages
 from torchpi.inspect.steps import STEPS, formula_of
-from torchpi.model.pi0 import Pi0
 
 if TYPE_CHECKING:
     from torchpi.policy import Policy
@@ -107,29 +106,17 @@ class Values:
 class Trace:
     """A forward pass."""
 
-    title: str
-    config: Pi0Config
-    batch: int
-    dtype: str
-    """Of the computation."""
-    notes: tuple[str, ...]
-    prompt: str | None
-    action_names: tuple[str, ...]
-    cameras: list[str]
+    inputs: TraceInputs
     entries: list[TraceEntry]
     segments: list[Segment]
     mask: np.ndarray
     """Joint attention mask of the first sample, bool [S+T, S+T]."""
-    cache_bytes: int
-    """Of the prefix's keys and values of one observation, all layers."""
-    parameters: dict[str, int]
-    """Per part of the model."""
     values: Values | None
 
     @property
-    def variant(self) -> str:
-        """π₀ or π₀.₅."""
-        return "π₀.₅" if self.config.pi05 else "π₀"
+    def dtype(self) -> str:
+        """Of the computation."""
+        return str(self.inputs.model.embedding.dtype).removeprefix("torch.")
 
     @property
     def suffix_tokens(self) -> int:
@@ -150,6 +137,24 @@ class Trace:
     def num_groups(self) -> int:
         """Attention groups, over prefix and suffix."""
         return self.segments[-1].group + 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of the prefix's keys and values of one observation, all layers."""
+        cache = [entry for entry in self.entries if entry.step == "inference" and entry.name.startswith("cache/")]
+        return sum(math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize for entry in cache)
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """Number of parameters of each part of the model."""
+        parts = {"vision": "SigLIP", "embedding": "token embedding", "backbone": "backbone", "expert": "action expert"}
+        norms, projections = "the expert's adaptive norms", "action, state and time projections"
+        counts = dict.fromkeys([*parts.values(), norms, projections], 0)
+        for name, parameter in self.inputs.model.named_parameters():
+            root = name.partition(".")[0]
+            part = norms if root == "expert" and ".dense." in name else parts.get(root, projections)
+            counts[part] += parameter.numel()
+        return {part: count for part, count in counts.items() if count}
 
     def count(self, name: str) -> int:
         """One of the counts: layers, time_injections, time_inputs, prefills, euler_steps."""
@@ -184,36 +189,23 @@ def trace_forward(inputs: TraceInputs, *, num_steps: int = 10) -> Trace:
     """Run a forward pass of training and of inference, and describe every stage."""
     entries: dict[tuple[str, str], TraceEntry] = {}
     kept: dict[tuple[str, str], Tensor] = {}
-    cache_bytes = 0
     for stage in forward_stages(inputs, num_steps=num_steps):
         entries[stage.step, stage.name] = _entry(stage, pi05=inputs.config.pi05)
-        if not isinstance(stage.value, Tensor):
-            continue
-        if stage.step == "inference" and stage.name.startswith("cache/"):
-            cache_bytes += stage.value.nbytes
-        if stage.name in _KEPT or stage.name.startswith(("x_t/", "time/")):
+        if isinstance(stage.value, Tensor) and stage.name.partition("/")[0] in _KEPT:
             kept[stage.step, stage.name] = stage.value
     segments = _segments(inputs, kept["4", "prefix_mask"][0], kept["6", "attn_mask"].shape[-1])
+    groups = np.repeat([part.group for part in segments], [part.stop - part.start for part in segments])
     order = {step.id: i for i, step in enumerate(STEPS)}
     return Trace(
-        title=inputs.title,
-        config=inputs.config,
-        batch=len(inputs.noise),
-        dtype=str(inputs.model.embedding.dtype).removeprefix("torch."),
-        notes=inputs.notes,
-        prompt=inputs.prompt,
-        action_names=inputs.action_names,
-        cameras=inputs.cameras,
-        entries=sorted([*entries.values(), *_counts(entries)], key=lambda entry: order[entry.step]),
-        segments=segments,
-        mask=_joint_mask(segments) if not inputs.has_values else kept["6", "attn_mask"][0].cpu().numpy(),
-        cache_bytes=cache_bytes,
-        parameters=_parameters(inputs.model),
-        values=_values(inputs, kept) if inputs.has_values else None,
+        inputs,
+        sorted([*entries.values(), *_counts(entries)], key=lambda entry: order[entry.step]),
+        segments,
+        kept["6", "attn_mask"][0].cpu().numpy() if inputs.has_values else groups[None, :] <= groups[:, None],
+        _values(inputs, kept) if inputs.has_values else None,
     )
 
 
-_KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "action_chunk"}
+_KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "time", "action_chunk"}
 
 
 def _entry(stage: Stage, *, pi05: bool) -> TraceEntry:
@@ -266,13 +258,6 @@ def _segments(inputs: TraceInputs, prefix_mask: Tensor, length: int) -> list[Seg
     return segments
 
 
-def _joint_mask(segments: list[Segment]) -> np.ndarray:
-    """The joint mask without padding."""
-    group = np.concatenate([np.full(part.stop - part.start, part.group) for part in segments])
-    mask: np.ndarray = group[None, :] <= group[:, None]
-    return mask
-
-
 def _values(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> Values:
     states = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/")]
     times = [tensor.item() for (_, name), tensor in kept.items() if name.startswith("time/")]
@@ -321,15 +306,3 @@ def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> l
         Agreement(what, (one.float() - other.float()).abs().max().item(), other.float().abs().max().item())
         for what, one, other in pairs
     ]
-
-
-def _parameters(model: Pi0) -> dict[str, int]:
-    """Number of parameters of each part."""
-    parts = {"vision": "SigLIP", "embedding": "token embedding", "backbone": "backbone", "expert": "action expert"}
-    norms, projections = "the expert's adaptive norms", "action, state and time projections"
-    counts = dict.fromkeys([*parts.values(), norms, projections], 0)
-    for name, parameter in model.named_parameters():
-        root = name.partition(".")[0]
-        part = norms if root == "expert" and ".dense." in name else parts.get(root, projections)
-        counts[part] += parameter.numel()
-    return {part: count for part, count in counts.items() if count}

@@ -41,7 +41,7 @@ def describe(
     total = sum(row.trainable + row.frozen + row.without_gradient for row in rows)
     trained = sum(row.trainable for row in rows)
     console.print(
-        f"{'π₀.₅' if model.config.pi05 else 'π₀'}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained "
+        f"{model.config.variant}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained "
         f"({config.model.finetune}):"
     )
     table = Table("part", "trained, M", "frozen, M", "no gradient, M", "dtype", box=None, header_style="dim")
