@@ -15,7 +15,8 @@ from torchpi.config import GemmaConfig
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.inspect import diagnose
 from torchpi.inspect.commands import run_doctor
-from torchpi.inspect.sensitivity import IGNORED_BELOW, OTHER_INSTRUCTION, sample_chunks
+from torchpi.inspect.diagnosis import IGNORED_BELOW
+from torchpi.inspect.sensitivity import OTHER_INSTRUCTION, sample_chunks
 from torchpi.inspect.statistics import excess
 from torchpi.policy import Policy, load_policy
 from torchpi.randomness import generator_at

@@ -8,6 +8,8 @@ from torchpi.policy import Policy
 from torchpi.ui.format import without_nan
 
 Level = Literal["problem", "warning", "note"]
+IGNORED_BELOW = 0.02
+"""An input that moves the chunk by less than a fiftieth of the effect of noise cannot steer the robot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +92,11 @@ class Sensitivity:
     """In units of the chunk's own spread, see `torchpi.inspect.sensitivity`; None: could not be tried."""
     untried: str = ""
     """The reason."""
+
+    @property
+    def is_ignored(self) -> bool:
+        """The input cannot steer the robot."""
+        return self.moves is not None and self.moves < IGNORED_BELOW
 
 
 @dataclasses.dataclass(frozen=True)

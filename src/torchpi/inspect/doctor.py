@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,25 +31,46 @@ from torchpi.transforms.normalize import constant_dims, normalize
 from torchpi.transforms.pipeline import Transforms
 
 _LEVELS = ("problem", "warning", "note")
+_Levels = tuple[tuple[Level, float, str], ...]
+"""Level, least distance and message. Distances are in widths of the range that holds 98 % of the training data: 2 % of
+the data lie outside themselves, and up to a tenth of the width is no news."""
 
-# In widths of the range that holds 98 % of the training data. 2 % of the data lie outside themselves; up to a tenth of
-# the width is no news.
-_NEAR = 0.1
 # A normal distribution's range is 4.7 deviations wide, so half a width beyond it is 4.7 deviations from the mean: a
 # state that the training data practically never had.
-_FAR_STATE = 0.5
+_STATE_LEVELS: _Levels = (
+    (
+        "problem",
+        0.5,
+        "far outside of the training data's range, by more than half of its width: {}. Check units, order and "
+        "calibration of the state, and whether the statistics belong to this robot (norm_stats=, asset_id=).",
+    ),
+    (
+        "warning",
+        0.1,
+        "outside of the training data's range, by more than a tenth of its width: {}. Check the calibration, and begin "
+        "where the demonstrations begin.",
+    ),
+    ("note", 0.0, "just outside of the training data's range, as 1 % of the data are on either side: {}."),
+)
 # Actions have longer tails than states, because fast motions are rare: a whole width.
-_FAR_ACTION = 1.0
+_ACTION_ADVICE = (
+    "{}. Check the statistics, and whether this observation is like the training data; limit the robot before it moves."
+)
+_ACTION_LEVELS: _Levels = (
+    (
+        "problem",
+        1.0,
+        f"predicted far outside of the training data's range, by more than its whole width: {_ACTION_ADVICE}",
+    ),
+    (
+        "warning",
+        0.1,
+        f"predicted outside of the training data's range, by more than a tenth of its width: {_ACTION_ADVICE}",
+    ),
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """Settings of the predicted actions."""
-
-    num_seeds: int
-    num_steps: int
-    seed: int
-    other_instruction: str | None
+Sample = Callable[[Mapping[str, Any]], np.ndarray]
+"""Chunks [K, H, a] of a policy's inputs, normalized, without padding; the same noises in each call."""
 
 
 def diagnose(
@@ -75,12 +96,17 @@ def diagnose(
         A description of the policy, findings, and what the observation shows. An observation that the policy cannot
         read is a finding, not an error.
     """
-    sampling = Sampling(num_seeds, num_steps, seed, other_instruction)
+
+    def sample(inputs: Mapping[str, Any]) -> np.ndarray:
+        shape = (num_seeds, policy.model.config.require("action_horizon"), policy.model.config.action_dim)
+        noise = generator_at(seed, "doctor").standard_normal(shape).astype(np.float32)
+        return sample_chunks(policy, inputs, noise, num_steps=num_steps)[..., : policy.embodiment.action_size]
+
     of_weights = list(_check_weights(policy))
     findings = [*of_weights, *check_statistics(policy)]
     checks = None
     if observation is not None:
-        checks = _check_observation(policy, observation, sampling, findings, run=not of_weights)
+        checks = _check_observation(policy, observation, findings, None if of_weights else sample, other_instruction)
     findings.sort(key=lambda finding: _LEVELS.index(finding.level))
     return Diagnosis(describe(policy), tuple(findings), checks)
 
@@ -98,7 +124,11 @@ def _check_weights(policy: Policy) -> Iterator[Finding]:
 
 
 def _check_observation(
-    policy: Policy, observation: Mapping[str, Any], sampling: Sampling, findings: list[Finding], *, run: bool
+    policy: Policy,
+    observation: Mapping[str, Any],
+    findings: list[Finding],
+    sample_variant: Sample | None,
+    other_instruction: str | None,
 ) -> ObservationCheck:
     """All that one observation shows, as far as the policy can read it; findings are appended."""
     sent = flatten(observation)
@@ -126,8 +156,8 @@ def _check_observation(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # found above, in more detail
-            if run:
-                return _run(policy, transforms, sample, sampling, checks, findings)
+            if sample_variant is not None:
+                return _run(policy, transforms, sample, sample_variant, other_instruction, checks, findings)
             transforms.forward(sample)
     except ValueError as error:
         findings.append(Finding("problem", "observation", str(error)))
@@ -187,32 +217,21 @@ def _check_state(policy: Policy, checks: Sequence[StateCheck]) -> Iterator[Findi
                 "to 1. Give the statistics of this robot (norm_stats=, asset_id=), widen them in norm_stats.json, or "
                 "send the constant.",
             )
-    levels: tuple[tuple[Level, float, float, str, str], ...] = (
-        (
-            "problem",
-            _FAR_STATE,
-            math.inf,
-            "far outside of the training data's range, by more than half of its width:",
-            " Check units, order and calibration of the state, and whether the statistics belong to this robot "
-            "(norm_stats=, asset_id=).",
-        ),
-        (
-            "warning",
-            _NEAR,
-            _FAR_STATE,
-            "outside of the training data's range, by more than a tenth of its width:",
-            " Check the calibration, and begin where the demonstrations begin.",
-        ),
-        ("note", 0.0, _NEAR, "just outside of the training data's range, as 1 % of the data are on either side:", ""),
-    )
-    for level, least, most, distance, advice in levels:
-        named = ", ".join(
-            f"{check.name} {check.value:.4g} (from {check.low:.4g} to {check.high:.4g})"
-            for i, check in enumerate(checks)
-            if i not in constant and least < check.excess <= most
-        )
-        if named:
-            yield Finding(level, "state", f"{distance} {named}.{advice}")
+    named = [
+        (f"{check.name} {check.value:.4g} (from {check.low:.4g} to {check.high:.4g})", check.excess)
+        for i, check in enumerate(checks)
+        if i not in constant
+    ]
+    yield from _by_distance("state", named, _STATE_LEVELS)
+
+
+def _by_distance(about: str, named: Sequence[tuple[str, float]], levels: _Levels) -> Iterator[Finding]:
+    """A finding per level that names what is outside; `named` are descriptions and distances."""
+    most = math.inf
+    for level, least, message in levels:
+        if outside := ", ".join(text for text, excess in named if least < excess <= most):
+            yield Finding(level, about, message.format(outside))
+        most = least
 
 
 def _prompt(transforms: Transforms, sample: Mapping[str, Any]) -> PromptCheck:
@@ -242,18 +261,12 @@ def _run(
     policy: Policy,
     transforms: Transforms,
     sample: Mapping[str, Any],
-    sampling: Sampling,
+    sample_variant: Sample,
+    other_instruction: str | None,
     checks: ObservationCheck,
     findings: list[Finding],
 ) -> ObservationCheck:
     """Predict actions, and change one input after the other."""
-    config, dims = policy.model.config, policy.embodiment.action_size
-    shape = (sampling.num_seeds, config.require("action_horizon"), config.action_dim)
-    noise = generator_at(sampling.seed, "doctor").standard_normal(shape).astype(np.float32)
-
-    def sample_variant(inputs: Mapping[str, Any]) -> np.ndarray:
-        return sample_chunks(policy, inputs, noise, num_steps=sampling.num_steps)[..., :dims]
-
     chunks = sample_variant(transforms.forward(sample))  # [K, H, a]
     if not np.isfinite(chunks).all():
         share = 1 - np.isfinite(chunks).mean()
@@ -261,10 +274,12 @@ def _run(
         findings.append(Finding("problem", "actions", message))
         return checks
     actions = _actions(policy, transforms, chunks, sample["state"])
-    found = tuple(
-        sensitivities(policy, transforms, sample, chunks, sample_variant, other_instruction=sampling.other_instruction)
-    )
-    findings += [*_check_actions(actions), *check_sensitivities(policy, {entry.input: entry for entry in found})]
+    named = [
+        (f"{a.name} from {a.min:.4g} to {a.max:.4g} (training data: {a.low:.4g} to {a.high:.4g})", a.excess)
+        for a in actions
+    ]
+    found = tuple(sensitivities(policy, transforms, sample, chunks, sample_variant, other_instruction))
+    findings += [*_by_distance("actions", named, _ACTION_LEVELS), *check_sensitivities(policy, found)]
     return dataclasses.replace(checks, actions=actions, spread=spread_of(chunks), sensitivity=found)
 
 
@@ -285,23 +300,3 @@ def _actions(policy: Policy, transforms: Transforms, chunks: np.ndarray, state: 
         ActionCheck(action.name, action.unit, action.kind, *map(float, numbers))
         for action, *numbers in zip(robot.actions, *columns, strict=True)
     )
-
-
-def _check_actions(checks: Sequence[ActionCheck]) -> Iterator[Finding]:
-    levels: tuple[tuple[Level, float, float, str, str], ...] = (
-        ("problem", _FAR_ACTION, math.inf, "far outside of", "its whole width"),
-        ("warning", _NEAR, _FAR_ACTION, "outside of", "a tenth of its width"),
-    )
-    for level, least, most, far, width in levels:
-        named = ", ".join(
-            f"{check.name} from {check.min:.4g} to {check.max:.4g} (training data: {check.low:.4g} to {check.high:.4g})"
-            for check in checks
-            if least < check.excess <= most
-        )
-        if named:
-            yield Finding(
-                level,
-                "actions",
-                f"predicted {far} the training data's range, by more than {width}: {named}. Check the statistics, and "
-                "whether this observation is like the training data; limit the robot before it moves.",
-            )

@@ -6,9 +6,8 @@ from rich.console import Console
 from rich.text import Text
 
 from torchpi.inspect.compare import Comparison
-from torchpi.inspect.diagnosis import Diagnosis, ObservationCheck
+from torchpi.inspect.diagnosis import IGNORED_BELOW, Diagnosis, ObservationCheck
 from torchpi.inspect.provenance import describe_policy
-from torchpi.inspect.sensitivity import IGNORED_BELOW
 from torchpi.inspect.text import Renderable, grid
 from torchpi.policy import Policy
 from torchpi.ui.format import format_shape, large_count
@@ -81,15 +80,17 @@ def _observation(checks: ObservationCheck) -> Iterator[Renderable]:
     rows = [(c.name, c.key or "–", c.presence, "yes" if c.found else "no") for c in checks.cameras]
     yield grid(("camera", "key", "presence", "in the observation"), rows)
     if checks.state:
-        outside = [f"{row.excess:.3f} of the range" if row.outside else "" for row in checks.state]
         states = [
-            (_with_unit(row.name, row.unit), *_numbers(row.value, row.low, row.high), by)
-            for row, by in zip(checks.state, outside, strict=True)
+            (
+                _with_unit(row.name, row.unit),
+                *_numbers(row.value, row.low, row.high),
+                f"{row.excess:.3f} of the range" if row.outside else "",
+            )
+            for row in checks.state
         ]
         yield grid(("state", "value", "1 %", "99 %", "outside by"), states)
         yield Text(f"{checks.state_outside:.0%} of the state's dimensions are outside of their range", style="dim")
-    if checks.prompt is not None:
-        prompt = checks.prompt
+    if prompt := checks.prompt:
         most = "" if prompt.max_token_len is None else f" of {prompt.max_token_len}"
         yield Text(f"prompt: {prompt.num_tokens}{most} tokens: {prompt.text!r}")
     if checks.actions:
@@ -109,8 +110,7 @@ def _observation(checks: ObservationCheck) -> Iterator[Renderable]:
         changes = []
         for entry in checks.sensitivity:
             moves = f"not tried: {entry.untried}" if entry.moves is None else f"{entry.moves:.2f} of its spread"
-            ignored = entry.moves is not None and entry.moves < IGNORED_BELOW
-            changes.append((entry.input, entry.change, Text(moves, style="bold" if ignored else "")))
+            changes.append((entry.input, entry.change, Text(moves, style="bold" if entry.is_ignored else "")))
         yield grid(("input", "change", "the chunk moves by"), changes)
         yield Text(
             f"spread: {checks.spread:.3f}, RMS over noise seeds in normalized units (the training range is 2 long). "

@@ -10,7 +10,7 @@ Both have the same noise, so an input that is not read gives 0 and no sampling e
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,12 @@ import torch
 from jaxtyping import Float32
 
 from torchpi.collate import collate
-from torchpi.inspect.diagnosis import Finding, Sensitivity, state_input
+from torchpi.inspect.diagnosis import IGNORED_BELOW, Finding, Sensitivity, state_input
 from torchpi.model import flow
 from torchpi.policy import Policy
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
 
-IGNORED_BELOW = 0.02
-"""An input that moves the chunk by less than a fiftieth of the effect of noise cannot steer the robot."""
 OTHER_INSTRUCTION = "stop and move back"
 # Least spread, for a policy that is nearly certain; the range of the training data has length 2.
 _LEAST_SPREAD = 1e-3
@@ -66,8 +64,7 @@ def sensitivities(
     sample: Mapping[str, Any],
     base: np.ndarray,
     sample_variant: Callable[[Mapping[str, Any]], np.ndarray],
-    *,
-    other_instruction: str | None = None,
+    other_instruction: str | None,
 ) -> Iterator[Sensitivity]:
     """Change one input after the other.
 
@@ -76,40 +73,35 @@ def sensitivities(
         sample: of the observation, from `Embodiment.to_model`.
         base: the chunks [K, H, a] of the unchanged sample, normalized, without padding.
         sample_variant: the chunks of changed inputs with the same noises.
-        other_instruction: by default another one that the policy was trained with, or a made-up one.
+        other_instruction: None: another one that the policy was trained with, or a made-up one.
     """
     inputs = transforms.forward(sample)
     unit = max(spread_of(base), _LEAST_SPREAD)
 
-    def moves(changed: Mapping[str, Any]) -> float:
-        return _rms(sample_variant(changed) - base) / unit
+    def tried(name: str, change: str, changed: Mapping[str, Any], untried: str = "") -> Sensitivity:
+        moves = None if untried else _rms(sample_variant(changed) - base) / unit
+        return Sensitivity(name, change, moves, untried)
 
     def with_images(**images: np.ndarray) -> dict[str, Any]:
         return {**inputs, "image": {**inputs["image"], **images}}
 
     images = {name: image for name, image in inputs["image"].items() if inputs["image_mask"][name]}
     for name, image in images.items():
-        if image.any():
-            yield Sensitivity(f"camera {name}", "blanked", moves(with_images(**{name: np.zeros_like(image)})))
-        else:
-            yield Sensitivity(f"camera {name}", "blanked", None, "it is black already")
+        blank = with_images(**{name: np.zeros_like(image)})
+        yield tried(f"camera {name}", "blanked", blank, "" if image.any() else "it is black already")
     for one, other in itertools.combinations(images, 2):
-        pair = f"cameras {one} and {other}"
-        if np.array_equal(images[one], images[other]):
-            yield Sensitivity(pair, "swapped", None, "both images are the same")
-        else:
-            yield Sensitivity(pair, "swapped", moves(with_images(**{one: images[other], other: images[one]})))
+        swapped = with_images(**{one: images[other], other: images[one]})
+        are_same = np.array_equal(images[one], images[other])
+        yield tried(f"cameras {one} and {other}", "swapped", swapped, "both images are the same" if are_same else "")
     other_text = other_instruction or _other_instruction(policy, sample["prompt"])
-    replaced = transforms.forward({**sample, "prompt": other_text})
-    yield Sensitivity("instruction", f"replaced by {other_text!r}", moves(replaced))
-    if state_input(policy) is None:
-        yield Sensitivity("state", "set to its mean", None, "the policy is made without it")
-        return
+    yield tried("instruction", f"replaced by {other_text!r}", transforms.forward({**sample, "prompt": other_text}))
     at_mean = transforms.forward({**sample, "state": transforms.norm_stats["state"].mean[: len(sample["state"])]})
-    if abs(at_mean["state"] - inputs["state"]).max() < _LEAST_STATE_CHANGE:
-        yield Sensitivity("state", "set to its mean", None, "it is near its mean already")
-    else:
-        yield Sensitivity("state", "set to its mean", moves(at_mean))
+    untried = ""
+    if state_input(policy) is None:
+        untried = "the policy is made without it"
+    elif abs(at_mean["state"] - inputs["state"]).max() < _LEAST_STATE_CHANGE:
+        untried = "it is near its mean already"
+    yield tried("state", "set to its mean", at_mean, untried)
 
 
 def _other_instruction(policy: Policy, instruction: str) -> str:
@@ -124,42 +116,38 @@ def _known_instructions(policy: Policy) -> list[str]:
     return [text for text in tasks.values() if isinstance(text, str)] if isinstance(tasks, Mapping) else []
 
 
-def check_sensitivities(policy: Policy, found: Mapping[str, Sensitivity]) -> Iterator[Finding]:
-    """Name the inputs that the policy ignores.
-
-    Args:
-        found: by input.
-    """
-    ignored = {name for name, entry in found.items() if entry.moves is not None and entry.moves < IGNORED_BELOW}
-    for name, entry in found.items():
-        if entry.moves is None:
+def check_sensitivities(policy: Policy, found: Sequence[Sensitivity]) -> Iterator[Finding]:
+    """Name the inputs that the policy ignores."""
+    for entry in found:
+        name, moves = entry.input, entry.moves
+        if moves is None:
             continue
-        moved = f"the chunk moves by {entry.moves:.2f} of its spread when it is {entry.change}"
+        moved = f"the chunk moves by {moves:.2f} of its spread when"
         expected = f"expected at least {IGNORED_BELOW}, a fiftieth of the effect of noise"
-        if not np.isfinite(entry.moves):
+        if not np.isfinite(moves):
             message = f"{name} {entry.change}: the actions become NaN or infinite. Do not run this policy."
             yield Finding("problem", name, message)
-        elif name not in ignored:
+        elif not entry.is_ignored:
             continue
         elif entry.change == "swapped":
-            if not any(other in ignored and found[other].change == "blanked" for other in found):
-                message = (
-                    f"the policy does not tell the {name} apart: the chunk moves by {entry.moves:.2f} of its spread "
-                    f"when they are swapped; {expected}. Check in the training data that each camera is where it "
-                    "belongs."
-                )
-                yield Finding("warning", name, message)
+            if any(other.is_ignored and other.change == "blanked" for other in found):
+                continue
+            message = (
+                f"the policy does not tell the {name} apart: {moved} they are swapped; {expected}. Check in the "
+                "training data that each camera is where it belongs."
+            )
+            yield Finding("warning", name, message)
         elif name == "instruction" and len(set(_known_instructions(policy))) == 1:
             message = (
-                f"ignores the instruction: {moved}; {expected}. It was trained with one instruction only, and will do "
-                "that one whatever the instruction is."
+                f"ignores the instruction: {moved} it is {entry.change}; {expected}. It was trained with one "
+                "instruction only, and will do that one whatever the instruction is."
             )
             yield Finding("warning", name, message)
         else:
             message = (
-                f"ignores the {name}: {moved}; {expected}. Try an observation in which it matters; if it stays so, the "
-                f"policy has not learned to use the {name.split(' ')[0]}, or its weights are damaged: train it again, "
-                "with data in which the right action depends on it."
+                f"ignores the {name}: {moved} it is {entry.change}; {expected}. Try an observation in which it "
+                f"matters; if it stays so, the policy has not learned to use the {name.split(' ')[0]}, or its weights "
+                "are damaged: train it again, with data in which the right action depends on it."
             )
             yield Finding("problem", name, message)
 
