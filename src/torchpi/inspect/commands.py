@@ -106,8 +106,6 @@ def run_compare(
     observation: pathlib.Path,
     as_json: bool = False,
     tolerance: float = TOLERANCE,
-    num_steps: int = 10,
-    seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     **load: Any,
@@ -123,9 +121,7 @@ def run_compare(
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)
-        comparison = compare_policies(
-            loaded(a), loaded(b), request, tolerance=tolerance, num_steps=num_steps, seed=seed
-        )
+        comparison = compare_policies(loaded(a), loaded(b), request, tolerance=tolerance)
     if as_json:
         print_json({"a": str(a), "b": str(b)} | comparison.to_dict())
     else:

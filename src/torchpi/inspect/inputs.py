@@ -166,13 +166,11 @@ def inputs_of_policy(
     if "source" in policy.provenance:
         notes = (f"Source of the weights: {policy.provenance['source']}.", *notes)
     inputs = inputs_of_model(policy.model, shapes, arrays, title=title or policy.embodiment.name, notes=notes)
-    robot = tuple(observation_stages(policy, observation, state, sample))
     size = policy.embodiment.action_size
     return dataclasses.replace(
         inputs,
-        prompt=next(str(stage.value) for stage in robot if stage.name == "prompt_text"),
         action_names=tuple(action.name for action in policy.embodiment.actions),
-        robot=robot,
+        robot=tuple(observation_stages(policy, observation, state, sample)),
         to_robot=lambda chunk: policy.embodiment.from_model(policy.transforms.inverse(chunk, action_size=size), state),
     )
 

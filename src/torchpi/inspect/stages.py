@@ -68,8 +68,6 @@ class TraceInputs:
     """[B, H, A]; None: the chunk that the model itself samples stands in for recorded ones."""
     notes: tuple[str, ...] = ()
     """Remarks: assumptions, made-up input, untrained weights."""
-    prompt: str | None = None
-    """The text of the token ids."""
     action_names: tuple[str, ...] = ()
     """Of the robot's dimensions; the others are padding. Empty: not known."""
     robot: tuple[Stage, ...] = ()
@@ -81,6 +79,11 @@ class TraceInputs:
     def has_values(self) -> bool:
         """False: shapes alone."""
         return self.model.device.type != "meta"
+
+    @property
+    def prompt(self) -> str | None:
+        """The text of the token ids, where it is known."""
+        return next((str(stage.value) for stage in self.robot if stage.name == "prompt_text"), None)
 
     @property
     def cameras(self) -> list[str]:

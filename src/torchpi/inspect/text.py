@@ -80,7 +80,7 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right:
 def _step_table(rows: list[Row], *, with_stats: bool) -> Table:
     """One line per row: name, shape, dtype, statistics, formula."""
     columns = ["     tensor", "shape", "dtype", *(STATS if with_stats else ()), "formula", "view"]
-    cells = []
+    cells: list[tuple[str | Text, ...]] = []
     for row in rows:
         label = Text.assemble(f"     {row.name}", (f" ×{row.count}" if row.count > 1 else "", "dim"))
         shape = repr(row.entry.value) if row.entry.dtype == "str" else row.shape
