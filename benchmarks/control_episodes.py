@@ -19,7 +19,7 @@ from torchpi.types import PreviousChunk
 from torchpi_client import ControlLoop, ControlSettings
 from torchpi_client.inference import Answer
 from torchpi_client.protocol import RTC
-from torchpi_client.protocol import ActionPrefix as SentPrefix
+from torchpi_client.protocol import PreviousChunk as WirePreviousChunk
 from torchpi_client.report import ControlReport
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 
@@ -79,7 +79,7 @@ class DelayedPolicy:
     def infer(self, observation: dict[str, Any]) -> dict[str, Any]:
         """A chunk that continues the rest of the old one, where the loop sent it along."""
         observation = dict(observation)
-        sent = SentPrefix.from_wire(observation.pop(RTC)) if RTC in observation else None
+        sent = WirePreviousChunk.from_wire(observation.pop(RTC)) if RTC in observation else None
         prefix = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon, self._method) if sent else None
         noise = self._noise(self._chunks)
         self._chunks += 1

@@ -21,7 +21,7 @@ from websockets.sync.server import serve
 
 from torchpi_client import AsyncWebsocketPolicy, ServerError, WebsocketPolicy, pack, unpack
 from torchpi_client.images import decode_images, encode_images, jpeg_cost
-from torchpi_client.protocol import DEADLINE, JPEG, RTC, ActionPrefix
+from torchpi_client.protocol import DEADLINE, JPEG, RTC, PreviousChunk
 from torchpi_client.watchdog import Watchdog
 
 METADATA = {"reset_pose": [0.0, -1.5], "name": "loopback"}
@@ -45,7 +45,7 @@ def same(a, b):
 
 @pytest.fixture(scope="session")
 def wire_cases(golden_root):
-    """Per case: the bytes, the object, and the name of the type that it arrives as."""
+    """Bytes, object and name of the unpacked type, per case."""
     folder = golden_root / "msgpack"
     with np.load(folder / "expected.npz") as arrays:
         table = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ def arriving(value):
     return float(value) if isinstance(value, np.float64) else value
 
 
-def test_golden_bytes_both_ways(wire_cases):
+def test_golden_bytes_pack_and_unpack(wire_cases):
     assert len(wire_cases) == 20
     for name, (data, value, kind) in wire_cases.items():
         assert pack(value) == data, name
@@ -87,7 +87,7 @@ def test_golden_bytes_both_ways(wire_cases):
         assert pack(unpack(data)) == data, name
 
 
-def test_any_memory_layout_packs_alike():
+def test_pack_is_independent_of_memory_layout():
     array = np.arange(24, dtype=np.float32).reshape(4, 6)
     for view in (array.T, array[::2, 1::3], array[::-1], np.asfortranarray(array), np.broadcast_to(array[0], (3, 6))):
         assert pack(view) == pack(np.ascontiguousarray(view))
@@ -219,7 +219,7 @@ def test_names_of_dtypes_are_read():
     assert same(unpack(msgpack.packb(array_map(dtype="float32"))), np.zeros(2, np.float32))
 
 
-def test_every_cut_is_refused(wire_cases):
+def test_truncated_bytes_are_refused(wire_cases):
     for data, _, _ in wire_cases.values():
         for end in range(0, len(data), max(1, len(data) // 60)):
             with pytest.raises(ValueError, match="Cannot unpack"):
@@ -245,7 +245,7 @@ def test_any_bytes_are_read_or_refused(data):
         unpack(data)
 
 
-def test_nesting_is_limited():
+def test_nesting_depth_is_limited():
     value = []
     for _ in range(100):
         value = [value]
@@ -264,8 +264,8 @@ def test_nesting_is_limited():
 
 
 @pytest.fixture(autouse=True)
-def proxy_of_the_environment(monkeypatch):
-    """Nothing of what follows goes through it: The server is beside the robot."""
+def environment_proxy(monkeypatch):
+    """A proxy in the environment, which no connection of these tests may use: server and robot share a network."""
     for name in ("http_proxy", "https_proxy", "all_proxy", "socks_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     monkeypatch.delenv("no_proxy", raising=False)
@@ -273,7 +273,7 @@ def proxy_of_the_environment(monkeypatch):
 
 @contextlib.contextmanager
 def running(handler, port=0, **settings):
-    """A server in a thread; its URL."""
+    """Run a server in a thread; yield its URL."""
     with serve(handler, "127.0.0.1", port, compression=None, max_size=None, **settings) as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -285,7 +285,7 @@ def running(handler, port=0, **settings):
 
 
 def echo(connection):
-    """Sends metadata, then answers with what it was asked and with the headers it saw."""
+    """Send metadata, then answer each request with the request and the headers."""
     connection.send(pack(METADATA))
     for request in connection:
         observation = unpack(request)
@@ -299,7 +299,7 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def test_metadata_and_answers():
+def test_metadata_and_answers_arrive():
     image = np.random.default_rng(0).integers(
         0, 256, (3, 720, 1280, 3), np.uint8
     )  # beyond websockets' default of 1 MiB
@@ -313,7 +313,7 @@ def test_metadata_and_answers():
             assert answer["key"] is None
 
 
-def test_the_api_key_is_sent():
+def test_api_key_is_sent():
     with running(echo) as url, WebsocketPolicy(url, api_key="secret") as policy:
         assert policy.infer({"state": np.zeros(1)})["key"] == "Api-Key secret"
 
@@ -333,7 +333,7 @@ def test_threads_get_their_own_answers():
         assert answers == {i: [2 * i] * 20 for i in range(4)}
 
 
-def test_a_text_frame_is_the_servers_error_and_the_next_request_connects_again():
+def test_text_frame_raises_server_error_and_next_request_reconnects():
     def failing(connection):  # as openpi's server does
         connection.send(pack(METADATA))
         connection.recv()
@@ -348,7 +348,7 @@ def test_a_text_frame_is_the_servers_error_and_the_next_request_connects_again()
             assert policy.reconnects == reconnects
 
 
-def test_errors_of_torchpis_server_have_a_code():
+def test_torchpi_server_errors_have_code():
     def failing(connection):
         connection.send(pack(METADATA))
         for _ in connection:
@@ -362,7 +362,7 @@ def test_errors_of_torchpis_server_have_a_code():
         assert policy.reconnects == 0
 
 
-def test_an_observation_that_cannot_be_packed_leaves_the_connection_usable():
+def test_unpackable_observation_keeps_connection():
     with running(echo) as url, WebsocketPolicy(url) as policy:
         with pytest.raises(ValueError, match="Cannot pack"):
             policy.infer({"state": object()})
@@ -387,7 +387,7 @@ def test_first_message_without_metadata_is_an_error(first, error, message):
         WebsocketPolicy(url)
 
 
-def test_an_answer_after_the_deadline_is_never_taken_for_the_next_one():
+def test_late_answer_is_never_taken_for_next_one():
     asked, late = threading.Event(), threading.Event()
 
     def first_answer_is_late(connection):
@@ -418,7 +418,7 @@ def telling_servers(*, knows_deadlines):
     return running(handler)
 
 
-def test_a_server_that_knows_deadlines_is_told_what_is_left():
+def test_request_carries_time_left_if_server_supports_deadlines():
     with telling_servers(knows_deadlines=True) as url, WebsocketPolicy(url, answer_timeout=50.0) as policy:
         assert 40 < policy.infer({})[DEADLINE] <= 50
         assert 20 < policy.infer({}, timeout=30.0)[DEADLINE] <= 30
@@ -431,7 +431,7 @@ def test_a_server_that_knows_deadlines_is_told_what_is_left():
         assert policy.infer({}) == {}
 
 
-def test_asyncio_tells_what_is_left_after_the_tasks_before():
+def test_asyncio_request_carries_time_left_after_earlier_tasks():
     async def ask(url):
         async with AsyncWebsocketPolicy(url, answer_timeout=50.0) as policy:
             first, second = await asyncio.gather(policy.infer({}), policy.infer({}, timeout=30.0))
@@ -443,8 +443,8 @@ def test_asyncio_tells_what_is_left_after_the_tasks_before():
     assert 20 < second <= 30
 
 
-def test_the_deadline_covers_a_server_that_comes_back_and_still_loads():
-    """Requests end at their deadlines, and the one that comes when it is ready is answered."""
+def test_deadline_includes_waiting_for_restarted_server_to_load():
+    """Requests end at their deadlines until the server is ready and answers."""
     ready, connections = threading.Event(), []
 
     def loading(connection):
@@ -466,7 +466,7 @@ def test_the_deadline_covers_a_server_that_comes_back_and_still_loads():
         assert policy.reconnects == 1
 
 
-def test_requests_with_short_deadlines_share_the_patience_for_a_server_that_is_away():
+def test_requests_with_short_deadlines_share_the_connection_timeout():
     def gone(connection):
         connection.send(pack(METADATA))
 
@@ -489,8 +489,8 @@ def test_requests_with_short_deadlines_share_the_patience_for_a_server_that_is_a
 
 
 @contextlib.contextmanager
-def deaf_server(greeting):
-    """Reads nothing after the handshakes; the first connection gets the greeting, the others get nothing."""
+def non_reading_server(greeting):
+    """A server that reads nothing after the handshakes; the first connection gets the greeting, the others nothing."""
     connections = []
 
     def shake_hands():
@@ -522,14 +522,14 @@ LARGE = {"image": np.zeros((4000, 4000, 3), np.uint8)}
 """More than the sockets' buffers hold."""
 
 
-def test_the_deadline_covers_sending():
-    with deaf_server(pack(METADATA)) as (url, _), WebsocketPolicy(url) as policy, pytest.raises(TimeoutError):
+def test_deadline_includes_sending():
+    with non_reading_server(pack(METADATA)) as (url, _), WebsocketPolicy(url) as policy, pytest.raises(TimeoutError):
         policy.infer(LARGE, timeout=0.2)
 
 
 @contextlib.contextmanager
 def asking(policy, observation):
-    """Asks in a thread, whose request is ended by a ConnectionError."""
+    """Send a request in a thread, which ends with a ConnectionError."""
     caught = []
 
     def ask():
@@ -545,15 +545,15 @@ def asking(policy, observation):
 
 
 def wait_until(condition):
-    """Poll; a minute is a failure."""
+    """Poll a condition for up to a minute."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
 
 
-def test_closing_ends_a_request_that_is_being_sent():
-    """Although nobody reads it, and it may take forever."""
-    with deaf_server(pack(METADATA)) as (url, _):
+def test_close_ends_request_while_sending():
+    """The server reads nothing, and the request has no deadline."""
+    with non_reading_server(pack(METADATA)) as (url, _):
         policy = WebsocketPolicy(url, answer_timeout=None)
         with asking(policy, LARGE):
             wait_until(policy._one_at_a_time.locked)
@@ -561,8 +561,8 @@ def test_closing_ends_a_request_that_is_being_sent():
         policy.close()
 
 
-def test_closing_ends_a_request_that_connects_again():
-    with deaf_server(pack(METADATA)) as (url, connections):
+def test_close_ends_request_while_reconnecting():
+    with non_reading_server(pack(METADATA)) as (url, connections):
         policy = WebsocketPolicy(url, answer_timeout=None)
         connections[0].shutdown(socket.SHUT_RDWR)
         with asking(policy, {}):
@@ -570,8 +570,8 @@ def test_closing_ends_a_request_that_connects_again():
             policy.close()
 
 
-def test_a_connection_without_metadata_is_given_up_at_the_deadline_without_a_farewell():
-    with deaf_server(pack(METADATA)) as (url, connections), WebsocketPolicy(url) as policy:
+def test_connection_without_metadata_is_aborted_at_deadline_without_closing_handshake():
+    with non_reading_server(pack(METADATA)) as (url, connections), WebsocketPolicy(url) as policy:
         connections[0].shutdown(socket.SHUT_RDWR)
         for count in (2, 3):
             with pytest.raises(TimeoutError):
@@ -584,18 +584,18 @@ def test_a_connection_without_metadata_is_given_up_at_the_deadline_without_a_far
 
 
 @pytest.mark.parametrize("seconds", [float("inf"), 1e15])
-def test_patience_without_an_end(seconds):
+def test_infinite_timeouts_are_accepted(seconds):
     with running(echo) as url, WebsocketPolicy(url, timeout=seconds, answer_timeout=seconds) as policy:
         assert policy.infer({"state": np.ones(1)})["actions"] == [2]
         assert policy.infer({"state": np.ones(1)}, timeout=seconds)["actions"] == [2]
 
 
-def test_an_observation_is_a_dict():
+def test_observation_must_be_dict():
     with running(echo) as url, WebsocketPolicy(url) as policy, pytest.raises(ValueError, match="is a list; expected a"):
         policy.infer([1, 2, 3])
 
 
-def test_a_request_that_is_larger_than_the_server_takes_is_sent_once():
+def test_request_above_server_size_limit_is_sent_once():
     requests = []
 
     def small(connection):
@@ -610,7 +610,7 @@ def test_a_request_that_is_larger_than_the_server_takes_is_sent_once():
         assert (policy.reconnects, requests) == (0, [])
 
 
-def test_a_watchdog_acts_at_the_deadline_of_the_block_that_runs():
+def test_watchdog_acts_at_deadline_of_current_block():
     acted_at = queue.Queue()
     watchdog = Watchdog(lambda: acted_at.put(time.monotonic()))
     with watchdog.until(time.monotonic() + 300):  # its thread sleeps until then
@@ -625,7 +625,7 @@ def test_a_watchdog_acts_at_the_deadline_of_the_block_that_runs():
     watchdog.close()
 
 
-def test_a_request_whose_connection_is_lost_is_sent_again():
+def test_request_is_resent_after_lost_connection():
     connections = []
 
     def breaks_once(connection):
@@ -643,7 +643,7 @@ def test_a_request_whose_connection_is_lost_is_sent_again():
         assert (policy.reconnects, len(connections)) == (1, 2)
 
 
-def test_a_request_that_ends_every_connection_is_given_up():
+def test_request_that_closes_connection_twice_fails():
     connections = []
 
     def poisoned(connection):
@@ -657,7 +657,7 @@ def test_a_request_that_ends_every_connection_is_given_up():
         assert len(connections) == 2
 
 
-def test_a_server_that_restarts_is_waited_for():
+def test_client_waits_for_restarting_server():
     def one_answer(connection):
         connection.send(pack(METADATA))
         connection.recv()
@@ -675,7 +675,7 @@ def test_a_server_that_restarts_is_waited_for():
         timer.join()
 
 
-def test_a_server_that_comes_back_with_another_policy_is_refused():
+def test_server_with_other_policy_after_reconnecting_is_refused():
     connections = []
 
     def changing(connection):
@@ -683,12 +683,12 @@ def test_a_server_that_comes_back_with_another_policy_is_refused():
         connection.send(pack({"action_horizon": len(connections)}))
         connection.recv()
 
-    message = r"came back with another policy: its action_horizon was 1, and is 2;"
+    message = r"serves another policy after reconnecting: its action_horizon was 1, and is 2;"
     with running(changing) as url, WebsocketPolicy(url) as policy, pytest.raises(ServerError, match=message):
         policy.infer({})
 
 
-def test_metadata_with_arrays_and_nan_are_compared():
+def test_metadata_with_arrays_and_nan_are_compared_after_reconnecting():
     def closes(connection):
         connection.send(pack({"low": np.array([0.0, np.nan]), "scale": float("nan")}))
         connection.send(connection.recv())
@@ -698,7 +698,7 @@ def test_metadata_with_arrays_and_nan_are_compared():
         assert policy.reconnects == 2
 
 
-def test_closing_ends_a_request_that_is_under_way():
+def test_close_ends_request_in_progress():
     asked = threading.Event()
     caught = []
 
@@ -725,7 +725,7 @@ def test_closing_ends_a_request_that_is_under_way():
     assert len(caught) == 1
 
 
-def test_asyncio_asks_several_at_once():
+def test_asyncio_answers_concurrent_requests():
     async def ask_all(url):
         async with AsyncWebsocketPolicy(url) as policy:
             assert policy.metadata == METADATA
@@ -740,7 +740,7 @@ def test_asyncio_asks_several_at_once():
         assert asyncio.run(ask_all(url)) == [[0], [2], [4], [6], [8]]
 
 
-def test_asyncio_keeps_deadlines_behind_other_requests_and_ends_what_is_cancelled():
+def test_asyncio_deadline_includes_queueing_and_cancelled_request_ends():
     def silent_first(connection):
         connection.send(pack(METADATA))
         if not connections:
@@ -770,7 +770,7 @@ def test_asyncio_keeps_deadlines_behind_other_requests_and_ends_what_is_cancelle
         assert asyncio.run(ask(url)) == {"number": 3}
 
 
-def test_asyncio_closes_while_it_connects():
+def test_asyncio_close_ends_connecting():
     async def close(url):
         policy = AsyncWebsocketPolicy(url)
         connecting = asyncio.ensure_future(policy.connect())
@@ -796,7 +796,7 @@ def test_asyncio_must_be_connected_first():
 # ---- images as JPEG ----
 
 
-def picture(height=90, width=120):
+def smooth_image(height=90, width=120):
     """A smooth image with an edge, uint8 [h, w, 3]."""
     y, x = np.mgrid[0:height, 0:width]
     image = np.stack([x * 2, y * 2, (x + y)], axis=-1) % 256
@@ -804,8 +804,8 @@ def picture(height=90, width=120):
     return image.astype(np.uint8)
 
 
-def test_jpeg_keeps_layout_keys_and_nearly_the_pixels():
-    image = picture()
+def test_jpeg_keeps_layout_and_keys_and_approximates_pixels():
+    image = smooth_image()
     observation = {"images": {"top": np.moveaxis(image, -1, 0), "wrist": image}, "state": np.ones(3), "prompt": "go"}
     encoded = unpack(pack(encode_images(observation)))
     assert len(pack(encoded)) < len(pack(observation)) / 4
@@ -818,8 +818,8 @@ def test_jpeg_keeps_layout_keys_and_nearly_the_pixels():
     assert observation["images"]["wrist"] is image
 
 
-def test_jpeg_says_what_it_costs():
-    high, low = (jpeg_cost({"cam": {"top": picture()}}, quality=quality)[0] for quality in (95, 30))
+def test_jpeg_cost_reports_bytes_time_and_error():
+    high, low = (jpeg_cost({"cam": {"top": smooth_image()}}, quality=quality)[0] for quality in (95, 30))
     assert (high.key, high.raw_bytes) == ("cam.top", 90 * 120 * 3)
     assert low.jpeg_bytes < high.jpeg_bytes < high.raw_bytes
     assert 0 < high.mean_error < low.mean_error
@@ -834,13 +834,13 @@ def test_jpeg_says_what_it_costs():
         ({"state": np.zeros(3)}, "no image to send as JPEG"),
     ],
 )
-def test_only_images_are_sent_as_jpeg(observation, message):
+def test_observations_without_valid_images_are_refused_as_jpeg(observation, message):
     with pytest.raises(ValueError, match=message):
         encode_images(observation)
 
 
 def test_damaged_jpeg_is_refused():
-    good = encode_images({"top": picture()})["top"]
+    good = encode_images({"top": smooth_image()})["top"]
     cut = good[JPEG][: len(good[JPEG]) // 2]
     for bad in ({**good, "more": 1}, {**good, "layout": "hw"}, {JPEG: "text", "layout": "hwc"}):
         with pytest.raises(ValueError, match="top is no image"):
@@ -852,16 +852,16 @@ def test_damaged_jpeg_is_refused():
         decode_images({"top": good}, max_pixels=100)
 
 
-def test_jpeg_is_sent_only_to_servers_that_read_it():
+def test_jpeg_is_sent_only_to_servers_that_support_it():
     def server(connection):
         connection.send(pack({JPEG: True}))
         for request in connection:
             connection.send(pack(decode_images(unpack(request))))
 
     with running(server) as url, WebsocketPolicy(url, jpeg_quality=90) as policy:
-        answer = policy.infer({"top": picture()})
+        answer = policy.infer({"top": smooth_image()})
         assert answer["top"].shape == (90, 120, 3)
-        assert not np.array_equal(answer["top"], picture())
+        assert not np.array_equal(answer["top"], smooth_image())
     with running(echo) as url, pytest.raises(ValueError, match=r"doesn't support torchpi/jpeg.*leave jpeg_quality out"):
         WebsocketPolicy(url, jpeg_quality=90)
 
@@ -869,11 +869,11 @@ def test_jpeg_is_sent_only_to_servers_that_read_it():
 # ---- the prefix of real-time chunking ----
 
 
-def test_the_prefix_keeps_its_length_on_the_way():
-    sent = ActionPrefix(np.ones((3, 2), np.float32), delay=2, execution_horizon=5)
+def test_previous_chunk_survives_wire_format():
+    sent = PreviousChunk(np.ones((3, 2), np.float32), delay=2, execution_horizon=5)
     wire = unpack(pack({RTC: sent.to_wire()}))[RTC]
     assert wire["action_prefix"].shape == (3, 2)  # not padded to the horizon
-    read = ActionPrefix.from_wire(wire)
+    read = PreviousChunk.from_wire(wire)
     assert same(read.actions, sent.actions)
     assert (read.delay, read.execution_horizon) == (2, 5)
 
@@ -890,13 +890,13 @@ def test_the_prefix_keeps_its_length_on_the_way():
         ({"more": 1}, "expected a dict of action_prefix, delay, execution_horizon"),
     ],
 )
-def test_invalid_action_prefix_is_refused(change, message):
-    wire = ActionPrefix(np.ones((3, 2), np.float32), delay=2, execution_horizon=5).to_wire()
+def test_invalid_previous_chunk_is_refused(change, message):
+    wire = PreviousChunk(np.ones((3, 2), np.float32), delay=2, execution_horizon=5).to_wire()
     with pytest.raises(ValueError, match=message):
-        ActionPrefix.from_wire({**wire, **change})
+        PreviousChunk.from_wire({**wire, **change})
 
 
-def test_after_closing():
+def test_closed_client_refuses_requests():
     with running(echo) as url:
         policy = WebsocketPolicy(url)
         policy.close()
@@ -905,7 +905,7 @@ def test_after_closing():
             policy.infer({"state": np.ones(1)})
 
 
-def test_a_refused_connection():
+def test_refused_connection_raises_after_timeout():
     url = f"ws://127.0.0.1:{free_port()}"
     start = time.monotonic()
     with pytest.raises(
@@ -915,7 +915,7 @@ def test_a_refused_connection():
     assert time.monotonic() - start < 30
 
 
-def test_a_server_that_is_still_loading_is_waited_for():
+def test_client_waits_for_loading_server():
     port = free_port()
     with contextlib.ExitStack() as stack:
         timer = threading.Timer(0.3, lambda: stack.enter_context(running(echo, port)))
@@ -925,7 +925,7 @@ def test_a_server_that_is_still_loading_is_waited_for():
         timer.join()
 
 
-def test_a_server_that_rejects():
+def test_http_rejection_raises_connection_error_with_remedy():
     def forbid(connection, request):
         return connection.respond(*answers[0])
 
@@ -939,7 +939,7 @@ def test_a_server_that_rejects():
 
 
 @pytest.mark.parametrize("greeting", [b"", b"SSH-2.0-OpenSSH_9.6\r\n"])
-def test_another_kind_of_server(greeting):
+def test_server_of_other_protocol_raises_connection_error(greeting):
     def answer():
         with listener.accept()[0] as sock:
             sock.recv(4096)
@@ -959,7 +959,7 @@ def test_invalid_url_is_refused(url):
         WebsocketPolicy(url)
 
 
-def test_a_host_that_does_not_exist():
+def test_unknown_host_raises_connection_error():
     url = f"ws://{'a' * 64}.example:8000"  # a label too long to be looked up anywhere
     with pytest.raises(ConnectionError, match=f"Cannot connect to {url}"):
         WebsocketPolicy(url)

@@ -47,7 +47,7 @@ def observation_file(tmp_path):
     return path
 
 
-def test_an_observation_file_is_a_request(observation_file, tmp_path):
+def test_load_observation_reads_nested_keys(observation_file, tmp_path):
     observation = load_observation(str(observation_file))
     assert observation["images"]["top"].shape == (8, 10, 3)
     assert observation["prompt"] == "pick up the fork"
@@ -60,7 +60,7 @@ def test_an_observation_file_is_a_request(observation_file, tmp_path):
         load_observation(str(tmp_path / "arm.py"))
 
 
-def test_the_command_sends_the_token_of_the_environment(observation_file, monkeypatch, capsys):
+def test_command_sends_token_of_environment(observation_file, monkeypatch, capsys):
     def handler(connection):
         seen.append(connection.request.headers["Authorization"])
         connection.send(pack({}))
@@ -81,7 +81,7 @@ def test_the_command_sends_the_token_of_the_environment(observation_file, monkey
     assert "of the environment" not in capsys.readouterr().out
 
 
-def test_the_command_prints_chunks(observation_file, capsys):
+def test_command_prints_chunks(observation_file, capsys):
     chunk = np.array([[0.25, 5], [0.5, np.nan]], np.float32)
     metadata = {"action_names": ["arm", "hand"], "action_limits": {"low": [0, 0], "high": [1, 1]}, JPEG: True}
     with policy_server(metadata, pack({"actions": chunk})) as (url, requests):
@@ -96,7 +96,7 @@ def test_the_command_prints_chunks(observation_file, capsys):
         assert set(requests[2]["images"]["top"]) == {JPEG, "layout"}
 
 
-def test_the_commands_errors_are_one_line(observation_file, capsys):
+def test_command_errors_are_one_line(observation_file, capsys):
     with policy_server({}, "no camera 'top'") as (url, _):
         assert main([url, "--dry-run", "--observation", str(observation_file)]) == 1
     assert "no camera 'top'" in capsys.readouterr().err
@@ -130,7 +130,7 @@ with WebsocketPolicy(sys.argv[1]) as policy:
 
 
 @pytest.mark.slow
-def test_the_wheel_works_where_nothing_else_is_installed(tmp_path):
+def test_wheel_works_in_empty_environment(tmp_path):
     """Installs from the package index, as a robot's computer would; TORCHPI_CLIENT_PYTHON names another Python."""
 
     def run(*command):

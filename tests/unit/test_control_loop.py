@@ -1,4 +1,4 @@
-"""The control loop of torchpi-client: a toy robot, a scripted policy, and a clock that moves when it is told to."""
+"""The control loop of torchpi-client: a toy robot, a scripted policy and a virtual clock."""
 
 import collections
 import json
@@ -37,7 +37,7 @@ class VirtualClock:
 
 
 class ToyRobot:
-    """Moves to where it is told to be; its observation says where it is and which one it is."""
+    """A robot that moves to each command at once and observes it as its state."""
 
     def __init__(self, clock, dims=1, busy=None):
         self.clock = clock
@@ -63,7 +63,7 @@ class ToyRobot:
 
 
 class ScriptedPolicy:
-    """Chunk number n, of dimension 0: 100·n + 0, 1, 2, …; the two of the warm-up are -2 and -1 in rtc, else -1."""
+    """Chunk n is 100·n + 0, 1, 2, … in dimension 0; the warm-up's chunks have the numbers -2 and -1 in rtc, else -1."""
 
     def __init__(self, chunks=None, **metadata):
         kinds = metadata.pop("action_commands", ["position"])
@@ -86,7 +86,7 @@ class ScriptedPolicy:
 
 
 class VirtualInference:
-    """Answers after the next of `latencies`, in seconds; the last one stays."""
+    """Answers after the next of `latencies`, in seconds; the last one repeats."""
 
     def __init__(self, policy, clock, latencies):
         self.policy, self.clock, self.latencies = policy, clock, list(latencies)
@@ -116,7 +116,7 @@ class VirtualInference:
 
 
 def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, on_chunk=None, **settings):
-    """The robot and the report of a run."""
+    """Run the loop; return the robot and the report."""
     clock = VirtualClock()
     robot = ToyRobot(clock, len(policy.metadata["action_commands"] or "?"), busy)
     loop = ControlLoop(
@@ -134,7 +134,7 @@ def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, o
 # ---- modes ----
 
 
-def test_sync_executes_a_part_of_each_chunk_and_holds_between():
+def test_sync_executes_execute_steps_and_holds_between_chunks():
     policy = ScriptedPolicy(execute_steps=3)
     robot, report = controlled(policy, latencies=(5.0, 0.15), steps=16)
     # Before the first chunk nothing is sent; between chunks the last command is repeated.
@@ -144,7 +144,7 @@ def test_sync_executes_a_part_of_each_chunk_and_holds_between():
     assert isinstance(robot, Robot)
 
 
-def test_async_goes_on_while_the_next_chunk_is_inferred():
+def test_async_executes_the_chunk_during_inference():
     robot, report = controlled(ScriptedPolicy(execute_steps=4), mode="async", latencies=(5.0, 0.25), steps=17)
     # 4 was observed before action 4 was executed; three steps later actions 4, 5 and 6 of chunk 0 are gone.
     assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 103, 104, 105, 106, 203, 204, 205]
@@ -152,13 +152,13 @@ def test_async_goes_on_while_the_next_chunk_is_inferred():
     assert (report.holds, report.late_chunks, report.actions) == (0, 0, 14)
 
 
-def test_the_first_chunk_loses_no_action():
+def test_first_chunk_discards_no_action():
     robot, report = controlled(ScriptedPolicy(execute_steps=4), mode="async", latencies=(0.0, 0.7), steps=9)
     assert robot.positions == [0, 1]
     assert (report.waits, report.discarded.total) == (7, 0)
 
 
-def test_discarded_is_what_was_consumed_and_not_what_the_time_suggests():
+def test_discarded_counts_executed_actions_not_elapsed_time():
     # Seven steps pass, but only the four actions that were left could be executed.
     policy = ScriptedPolicy(execute_steps=4)
     robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.65), steps=14, max_age=10)
@@ -167,7 +167,7 @@ def test_discarded_is_what_was_consumed_and_not_what_the_time_suggests():
     assert (report.discarded.largest, report.holds, report.late_chunks) == (4, 3, 1)
 
 
-def test_a_chunk_whose_places_are_all_taken_leaves_the_queue_alone():
+def test_chunk_with_only_past_steps_keeps_the_current_chunk():
     queue = ActionQueue(2)
     queue.arrive(queue.request(), np.arange(8.0)[:, None])
     for _ in range(2):
@@ -182,7 +182,7 @@ def test_a_chunk_whose_places_are_all_taken_leaves_the_queue_alone():
     assert queue.next() == [104]
 
 
-def test_ensembling_averages_what_overlapping_chunks_say_for_the_same_step():
+def test_ensemble_averages_overlapping_chunks_per_step():
     decay = 0.5
     robot, report = controlled(
         ScriptedPolicy(lambda number: np.full((4, 1), number, np.float32)),
@@ -203,7 +203,7 @@ def test_ensembling_averages_what_overlapping_chunks_say_for_the_same_step():
     assert report.discarded.largest == 1
 
 
-def test_ensembling_refuses_a_chunk_of_the_past():
+def test_ensemble_refuses_chunk_with_only_past_steps():
     ensemble = Ensemble()
     first = ensemble.request()
     ensemble.arrive(first, np.zeros((4, 1)))
@@ -221,13 +221,13 @@ def rtc_policy(**metadata):
     return ScriptedPolicy(**{"execute_steps": 4, RTC: True, **metadata})
 
 
-def test_rtc_sends_what_is_left_when_inference_starts():
+def test_rtc_sends_rest_of_chunk_at_start_of_inference():
     policy = rtc_policy()
     robot, report = controlled(policy, mode="rtc", latencies=(9.0, 9.0, 0.25), steps=17)
     warm_up, guided_warm_up, first, second, third = (request.get(RTC) for request in policy.requests[:5])
     assert warm_up is None
     assert guided_warm_up["action_prefix"].shape == (HORIZON - 1, 1)
-    assert first is None  # there is nothing to go on from
+    assert first is None  # there is no previous chunk
     # Cut at the moment of the observation: action 4 is still to be executed. No padding up to the horizon.
     assert second["action_prefix"].tolist() == [[4], [5], [6], [7]]
     assert (second["delay"], second["execution_horizon"]) == (3, 4)
@@ -241,17 +241,17 @@ def test_rtc_sends_what_is_left_when_inference_starts():
     assert report.late_chunks == 0
 
 
-def test_rtc_never_promises_more_delay_than_is_left():
+def test_rtc_delay_is_at_most_the_rest_of_the_chunk():
     policy = rtc_policy(execute_steps=6)
     robot, report = controlled(policy, mode="rtc", latencies=(0.0, 0.0, 0.5), steps=20, max_age=10)
     second = policy.requests[3][RTC]
     assert (second["delay"], len(second["action_prefix"]), second["execution_horizon"]) == (2, 2, 6)
-    # All that was left is executed, then the robot is held; the new chunk goes on behind, it is not drained.
+    # All that was left is executed, then the robot is held; the new chunk continues after them.
     assert robot.positions[6:13] == [6, 7, 7, 7, 7, 102, 103]
     assert report.discarded.largest == 2
 
 
-def test_the_prefix_ends_before_what_is_not_finite():
+def test_rtc_prefix_ends_before_nan():
     def chunks(number):
         chunk = 100.0 * number + np.arange(HORIZON)[:, None]
         chunk[6] = np.nan
@@ -263,7 +263,7 @@ def test_the_prefix_ends_before_what_is_not_finite():
     assert report.invalid.tolist() == [1]
 
 
-def test_rtc_is_refused_where_the_server_does_not_support_it():
+def test_rtc_without_server_support_is_refused():
     with pytest.raises(ValueError, match=r'doesn\'t support torchpi/rtc.*mode "async"'):
         controlled(ScriptedPolicy(), mode="rtc")
     policy = ScriptedPolicy(execute_steps=4)
@@ -271,14 +271,14 @@ def test_rtc_is_refused_where_the_server_does_not_support_it():
     assert all(RTC not in request for request in policy.requests)
 
 
-def test_the_warm_up_is_left_out_of_the_latency():
+def test_latency_excludes_warm_up():
     policy = rtc_policy()
     _, report = controlled(policy, mode="rtc", latencies=(30.0, 20.0, 0.1), steps=12)
     assert policy.requests[3][RTC]["delay"] == 1
     assert report.latency.largest == pytest.approx(0.1)
 
 
-def test_a_warm_up_that_misses_its_deadline_is_repeated(caplog):
+def test_warm_up_is_repeated_after_missed_deadline(caplog):
     policy = ScriptedPolicy(lambda number: TimeoutError("compiling") if number < 2 else np.full((8, 1), number))
     robot, report = controlled(policy, latencies=(1.0, 1.0, 1.0, 0.0), steps=3)
     assert robot.positions[0] == 3  # of the first chunk after the warm-up
@@ -291,8 +291,8 @@ def test_a_warm_up_that_misses_its_deadline_is_repeated(caplog):
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_the_loop_can_be_stopped_before_the_robot_moves(answers):
-    """While the first inference hangs, and while it misses its deadline again and again."""
+def test_stop_during_warm_up_ends_run_without_command(answers):
+    """Stop while the first inference hangs, and while it misses its deadline repeatedly."""
     asked, free = threading.Event(), threading.Event()
 
     def chunk(number):
@@ -315,7 +315,7 @@ def test_the_loop_can_be_stopped_before_the_robot_moves(answers):
     assert robot.commands == []
 
 
-def test_the_log_says_why_the_robot_stands_still(caplog):
+def test_log_states_why_robot_is_held(caplog):
     caplog.set_level("INFO")
 
     def chunks(number):
@@ -324,14 +324,14 @@ def test_the_log_says_why_the_robot_stands_still(caplog):
     _, report = controlled(ScriptedPolicy(chunks, execute_steps=4), mode="async", latencies=(0.0, 0.0, 0.6), steps=33)
     assert (report.failed_requests, report.holds > 10) == (3, True)
     assert [record.message for record in caplog.records] == [
-        "no answer in 1 s; asking again",
-        "No chunk for 1 s: the robot is held until one comes",
+        "no answer in 1 s; sending a new request",
+        "No chunk for 1 s: the robot is held until one arrives",
         "The policy answers again, after 3 requests without an answer",
-        f"The robot goes on, after {report.holds / HZ:.1f} s",
+        f"The robot moves again, after {report.holds / HZ:.1f} s",
     ]
 
 
-def test_the_log_counts_each_time_without_answers_and_a_policy_that_is_gone_does_not_answer(caplog):
+def test_log_counts_unanswered_requests_until_next_answer_but_not_before_lost_connection(caplog):
     caplog.set_level("INFO")
 
     def chunks(number):
@@ -339,14 +339,14 @@ def test_the_log_counts_each_time_without_answers_and_a_policy_that_is_gone_does
         return failures.get(number, ConnectionError("away") if number == 7 else np.zeros((8, 1)))
 
     _, report = controlled(ScriptedPolicy(chunks, execute_steps=4), mode="async", latencies=(0.0, 0.0, 0.1), steps=60)
-    assert report.stopped == "The policy is gone: away"
+    assert report.stopped == "The connection to the policy is lost: away"
     assert [re.sub("[^0-9]", "", record.message) for record in caplog.records if "answers again" in record.message] == [
         "1",
         "2",
     ]
 
 
-def test_a_busy_server_is_asked_again_during_the_warm_up():
+def test_warm_up_retries_busy_server_at_control_rate():
     policy = ScriptedPolicy(lambda number: ServerError("busy", "queue_full") if number < 2 else np.full((8, 1), number))
     robot, _ = controlled(policy, steps=3)
     assert robot.positions[0] == 3
@@ -354,7 +354,7 @@ def test_a_busy_server_is_asked_again_during_the_warm_up():
     assert robot.times[0] == pytest.approx(4 / HZ)
 
 
-def test_the_latency_is_a_quantile_of_the_last_in_steps_rounded_up():
+def test_latency_is_quantile_of_last_measurements_rounded_up_to_steps():
     largest, median = LatencyEstimate(window=3), LatencyEstimate(window=3, quantile=0.5)
     assert largest.steps(10) is None
     for seconds in (9.0, 0.11, 0.31, 0.2):
@@ -370,24 +370,24 @@ def test_the_latency_is_a_quantile_of_the_last_in_steps_rounded_up():
 
 
 def late_once(**settings):
-    """Chunk 1 comes after 0.95 s, when 4 actions are left."""
+    """A run in which chunk 1 arrives after 0.95 s, when 4 actions are left."""
     policy = ScriptedPolicy(execute_steps=4, action_commands=settings.pop("action_commands", ["position"]))
     return controlled(policy, mode="async", latencies=(0.0, 0.1, 0.95, 0.1), max_age=10, steps=17, **settings)
 
 
-def test_a_late_chunk_holds_the_robot():
+def test_late_chunk_holds_robot():
     robot, report = late_once()
     assert robot.positions == [*range(8), *[7] * 6, 104, 201]
     assert (report.holds, report.late_chunks, report.stopped) == (6, 1, None)
 
 
-def test_a_late_chunk_stops_a_robot_that_moves_by_velocity():
+def test_late_chunk_holds_velocity_robot_at_zero():
     robot, report = late_once(action_commands=["velocity"])
     assert robot.positions[:9] == [0, 1, 2, 3, 4, 5, 6, 7, 0]
     assert report.holds == 6
 
 
-def test_a_late_chunk_slows_the_robot():
+def test_late_chunk_slows_robot():
     robot, report = late_once(late="slow")
     # The chunk should have come one step after the request; from then on an action takes two steps.
     assert robot.positions[:12] == [0, 1, 2, 3, 4, 4.5, 5, 5.5, 6, 6.5, 7, 7]
@@ -395,21 +395,21 @@ def test_a_late_chunk_slows_the_robot():
     assert report.holds < 6
 
 
-def test_slowed_actions_keep_the_limits():
+def test_slowed_actions_are_limited():
     limits = ActionLimits.of([None], [None], max_step=[0.4])
     robot, report = late_once(late="slow", limits=limits)
     assert report.slowed > 0
     assert np.abs(np.diff(robot.positions)).max() <= 0.4 + 1e-6
 
 
-def test_a_late_chunk_stops_the_run():
+def test_late_chunk_stops_run():
     robot, report = late_once(late="stop", action_commands=["velocity"])
     assert "A chunk is late" in report.stopped
     assert robot.positions == [0, 1, 2, 3, 4, 5, 6, 7, 0]  # and stands still at the end
     assert "stopped: A chunk is late" in report.summary()
 
 
-def test_a_chunk_that_is_older_than_it_lasts_is_refused():
+def test_chunk_older_than_its_duration_is_refused():
     policy = ScriptedPolicy(execute_steps=4)
     robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1, 0.85, 0.1), steps=18)
     assert report.stale_chunks == 1
@@ -417,29 +417,29 @@ def test_a_chunk_that_is_older_than_it_lasts_is_refused():
     assert robot.positions[-4:] == [7, 200, 201, 202]  # observed with the robot held at the end of chunk 0
 
 
-def test_a_policy_that_is_always_too_slow_ends_the_run():
+def test_three_stale_chunks_in_a_row_end_run():
     _, report = controlled(ScriptedPolicy(), mode="async", latencies=(0.0, 1.0), steps=100)
     assert "3 chunks in a row were stale" in report.stopped
     assert report.actions == 0
 
 
-def test_a_request_without_an_answer_is_repeated_with_a_new_observation():
+def test_unanswered_request_is_followed_by_new_one():
     policy = ScriptedPolicy(lambda number: TimeoutError("no answer") if number == 1 else np.full((8, 1), number))
     robot, report = controlled(policy, mode="async", latencies=(0.0, 0.1), steps=8)
     assert report.failed_requests == 1
     assert 2 in robot.positions
 
 
-def test_a_lost_connection_ends_the_run_with_the_robot_at_rest():
+def test_lost_connection_holds_robot_and_ends_run():
     policy = ScriptedPolicy(
         lambda number: ConnectionError("gone") if number == 1 else np.ones((8, 1)), action_commands=["increment"]
     )
     robot, report = controlled(policy, latencies=(0.0, 0.1), steps=20)
-    assert report.stopped == "The policy is gone: gone"
+    assert report.stopped == "The connection to the policy is lost: gone"
     assert robot.positions[-1] == 0
 
 
-def test_reconnects_are_those_of_the_run():
+def test_report_counts_reconnects_during_run():
     def chunks(number):
         policy.reconnects += number == 1
         return np.ones((8, 1))
@@ -450,7 +450,7 @@ def test_reconnects_are_those_of_the_run():
 
 
 @pytest.mark.parametrize("error", [KeyError("camera"), ServerError("camera", "bad_observation")])
-def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error):
+def test_other_policy_errors_are_raised_after_holding_robot(error):
     policy = ScriptedPolicy(lambda number: error if number == 1 else np.ones((8, 1)), action_commands=["velocity"])
     clock = VirtualClock()
     robot = ToyRobot(clock)
@@ -462,7 +462,7 @@ def test_other_errors_of_the_policy_are_raised_after_the_robot_is_at_rest(error)
 
 
 @pytest.mark.parametrize("error", [OSError("the camera is unplugged"), KeyboardInterrupt()])
-def test_robots_error_is_raised_after_it_is_at_rest(error):
+def test_robot_error_is_raised_after_holding_robot(error):
     policy = ScriptedPolicy(lambda number: np.ones((8, 1)), action_commands=["velocity"])
     clock = VirtualClock()
     robot = ToyRobot(clock)
@@ -494,7 +494,7 @@ def with_bad_action(value):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_action_that_is_not_finite_holds_the_robot_or_stops_the_run(value):
+def test_nan_or_infinity_holds_robot_or_stops_run(value):
     robot, report = controlled(with_bad_action(value), on_invalid="hold", steps=6)
     assert robot.positions == [0, 1, 1, 3, 3, 3]  # at last without velocity
     assert report.invalid.tolist() == [0, 1]
@@ -506,7 +506,7 @@ def test_action_that_is_not_finite_holds_the_robot_or_stops_the_run(value):
 
 
 @pytest.mark.parametrize("mode", ["sync", "async", "rtc", "ensemble"])
-def test_no_mode_lets_nan_pass(mode):
+def test_nan_never_reaches_robot_in_any_mode(mode):
     policy = ScriptedPolicy(lambda number: np.full((HORIZON, 1), np.nan), execute_steps=4, **{RTC: True})
     robot, report = controlled(policy, mode=mode, on_invalid="hold", steps=12)
     assert robot.commands == []
@@ -514,7 +514,7 @@ def test_no_mode_lets_nan_pass(mode):
     assert report.actions == 0
 
 
-def test_commands_keep_range_and_largest_step():
+def test_commands_are_clipped_to_range_and_largest_step():
     chunk = np.array([[0.0, 5.0], [9.0, 5.0], [9.0, -5.0], [0.3, 0.0]])
     policy = ScriptedPolicy(lambda number: chunk, execute_steps=4, action_commands=["position", "velocity"])
     limits = ActionLimits.of([-1, None], [1, 2], max_step=[0.5, None])
@@ -525,7 +525,7 @@ def test_commands_keep_range_and_largest_step():
     assert "outside the range: a 2, b 2\ntoo large a step: a 2" in report.summary()
 
 
-def test_the_first_step_is_limited_from_where_the_robot_stands():
+def test_first_command_is_step_limited_from_start():
     policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0))
     limits = ActionLimits.of([-1], [1], max_step=[0.25])
     robot, _ = controlled(policy, limits=limits, start=np.zeros(1), steps=3)
@@ -533,7 +533,7 @@ def test_the_first_step_is_limited_from_where_the_robot_stands():
     assert robot.positions[1] == 0.25
 
 
-def test_limits_of_the_server():
+def test_limits_from_metadata():
     own = {"low": [-1, None, 0], "high": [1, None, None], "max_step": [0.1, 2, None]}
     trained = {"low": [0, -2, 3], "high": [10, 2, 4]}
     limits = ActionLimits.from_metadata({"action_limits": own})
@@ -550,8 +550,8 @@ def test_limits_of_the_server():
         ActionLimits.from_metadata({"embodiment": "aloha"})
 
 
-def test_limits_in_an_embodiments_file_reach_the_robot(tmp_path):
-    """From the file through policy folder, server and client to the command."""
+def test_limits_in_embodiment_file_limit_commands(tmp_path):
+    """Embodiment file, policy folder, server and client, to the command."""
     demo = load_policy("demo", device="cpu")
     robot = demo.embodiment.to_dict()
     robot["actions"][0] |= {"low": -0.001, "high": 0.001}
@@ -582,8 +582,8 @@ def test_limits_in_an_embodiments_file_reach_the_robot(tmp_path):
     np.testing.assert_allclose(limits.low[1], trained["low"][1] - 0.1 * (trained["high"][1] - trained["low"][1]))
 
 
-def test_holding_may_leave_the_range_and_the_end_is_a_stop():
-    """Velocities from 0.5 to 1: the robot stands still nevertheless, by and by, and at the end of the run at once."""
+def test_hold_ignores_range_and_end_of_run_ignores_step_limit():
+    """Velocities from 0.5 to 1: a held robot slows to 0 step by step, and at the end of the run at once."""
     policy = ScriptedPolicy(lambda number: np.full((4, 1), 1.0), execute_steps=4, action_commands=["velocity"])
     limits = ActionLimits.of([0.5], [1], max_step=[0.25])
     robot, _ = controlled(policy, limits=limits, latencies=(0.0, 0.0, 0.45), steps=9)
@@ -592,8 +592,8 @@ def test_holding_may_leave_the_range_and_the_end_is_a_stop():
     assert robot.positions == [1, 1, 0]
 
 
-def test_limits_are_those_of_the_policys_rate():
-    """At twice the rate a step may be half as long: the speed is the same."""
+def test_limits_are_scaled_to_control_rate():
+    """At twice the rate the largest step is half as long: the speed is the same."""
     policy = ScriptedPolicy(
         lambda number: np.array([[0.0, 0.4]] + [[9.0, 0.4]] * 7),
         execute_steps=8,
@@ -624,7 +624,7 @@ def test_invalid_limits_are_refused(low, high, max_step, message):
 # ---- the rate ----
 
 
-def test_steps_keep_their_time_without_drift():
+def test_steps_have_no_drift():
     robot, report = controlled(
         ScriptedPolicy(lambda number: np.zeros((500, 1)), execute_steps=500),
         mode="async",
@@ -636,7 +636,7 @@ def test_steps_keep_their_time_without_drift():
     assert (report.overruns.count, report.missed_steps) == (0, 0)
 
 
-def test_overruns_are_measured_and_never_caught_up_in_a_burst():
+def test_overruns_are_counted_without_catching_up_in_burst():
     busy = {2: 0.104, 5: 0.17, 8: 0.45}
     robot, report = controlled(
         ScriptedPolicy(lambda number: np.arange(50.0)[:, None], execute_steps=50), mode="async", busy=busy, steps=20
@@ -654,7 +654,7 @@ def test_overruns_are_measured_and_never_caught_up_in_a_burst():
 
 
 @pytest.mark.parametrize("mode", ["async", "ensemble"])
-def test_rest_of_a_chunk_is_stale_after_a_long_overrun(mode):
+def test_rest_of_chunk_is_stale_after_long_overrun(mode):
     """The robot's command takes 2 s, and the chunk lasts 0.8 s."""
     settings = {"mode": mode, "latencies": (0.0, 0.05), "steps": 30}
     robot, report = controlled(ScriptedPolicy(execute_steps=7), busy={3: 2.0}, **settings)
@@ -670,8 +670,8 @@ def test_rest_of_a_chunk_is_stale_after_a_long_overrun(mode):
         assert robot.positions[:7] == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_rest_of_a_chunk_is_stale_after_many_short_overruns():
-    """Each command takes 0.3 s, so that each step leaves two out; no second chunk comes."""
+def test_rest_of_chunk_is_stale_after_many_short_overruns():
+    """Each command takes 0.3 s, so each step skips two; no second chunk arrives."""
     policy = ScriptedPolicy(lambda number: TimeoutError("away") if number > 0 else np.arange(8.0)[:, None])
     busy = dict.fromkeys(range(100), 0.3)
     robot, report = controlled(policy, mode="async", busy=busy, latencies=(0.0, 0.05), max_age=0.45, steps=60)
@@ -680,7 +680,7 @@ def test_rest_of_a_chunk_is_stale_after_many_short_overruns():
     assert report.stale_chunks == 1
 
 
-def test_another_rate_is_refused_unless_told_how():
+def test_other_rate_without_resample_is_refused():
     with pytest.raises(ValueError, match=r"control_hz is 20, but the policy's actions are for 10 Hz.*how to resample"):
         controlled(ScriptedPolicy(), control_hz=20.0)
     with pytest.raises(ValueError, match="pass control_hz="):
@@ -691,7 +691,7 @@ def test_another_rate_is_refused_unless_told_how():
     np.testing.assert_allclose(np.diff(robot.times), 0.2)
 
 
-def test_another_rate_keeps_the_motion_or_the_actions():
+def test_resample_keeps_motion_or_actions():
     robot, _ = controlled(ScriptedPolicy(execute_steps=3), control_hz=20.0, resample="interpolate", steps=7)
     assert robot.positions == [0, 0.5, 1, 1.5, 2, 2.5]
     np.testing.assert_allclose(np.diff(robot.times), 0.05)
@@ -699,7 +699,7 @@ def test_another_rate_keeps_the_motion_or_the_actions():
     assert robot.positions == [0, 1, 2]
 
 
-def test_at_another_rate_rtc_sends_what_is_left_in_steps_of_the_policy():
+def test_rtc_at_other_rate_sends_rest_at_policy_rate():
     policy = rtc_policy()
     robot, _ = controlled(
         policy, mode="rtc", latencies=(9.0, 9.0, 0.25), steps=24, control_hz=20.0, resample="interpolate"
@@ -720,7 +720,7 @@ def test_at_another_rate_rtc_sends_what_is_left_in_steps_of_the_policy():
 
 
 @pytest.mark.parametrize("control_hz", [20.0, 25.0, 5.0, 4.0, 10.0])
-def test_resampling_keeps_sums_and_averages(control_hz):
+def test_resampling_keeps_sum_of_increments_and_average_velocity(control_hz):
     chunk = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
     chunk[:, 0] = np.linspace(0, 1.9, 20)
     out = resample(chunk, ("position", "increment", "velocity", "effort"), from_hz=10.0, to_hz=control_hz)
@@ -733,7 +733,7 @@ def test_resampling_keeps_sums_and_averages(control_hz):
         np.testing.assert_allclose(out, chunk, atol=1e-6)
 
 
-def test_a_stretched_action_leads_where_it_would_lead():
+def test_stretched_action_has_same_end_result():
     parts = stretch(
         np.array([1.0, 9, 9, 9]), np.array([2.0, 4, 4, 4]), ("position", "velocity", "increment", "effort"), 2
     )
@@ -752,7 +752,7 @@ def test_a_stretched_action_leads_where_it_would_lead():
         (["joint"], None, "0"),
     ],
 )
-def test_unstated_commands_are_refused_with_what_to_write(commands, names, missing):
+def test_missing_action_commands_are_refused_with_remedy(commands, names, missing):
     policy = ScriptedPolicy()
     policy.metadata.update(action_commands=commands, action_names=names)
     message = (
@@ -762,14 +762,14 @@ def test_unstated_commands_are_refused_with_what_to_write(commands, names, missi
         controlled(policy)
 
 
-def test_settings_state_the_commands_of_a_server_that_does_not():
+def test_action_commands_from_settings():
     policy = ScriptedPolicy()
     policy.metadata["action_commands"] = None
     robot, _ = controlled(policy, action_commands=("position",))
     assert robot.commands
 
 
-def test_commands_of_an_older_server_are_read():
+def test_action_kinds_of_older_server_are_read():
     policy = ScriptedPolicy()
     policy.metadata.update(action_commands=None, action_kinds=["velocity"])
     robot, _ = controlled(policy)
@@ -785,15 +785,15 @@ def test_commands_of_an_older_server_are_read():
         ({"resample": "linear"}, "resample is 'linear'"),
         ({"control_hz": 0.0}, "control_hz is 0.0"),
         ({"execute_steps": 9}, "execute_steps is 9, but the policy's chunk has only 8"),
-        ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits: 2 dimensions; the actions have 1"),
-        ({"start": np.zeros(3)}, "start: 3 dimensions"),
+        ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits has 2 dimensions; the actions have 1"),
+        ({"start": np.zeros(3)}, "start has 3 dimensions"),
         ({"start": np.array([np.nan])}, "NaN or infinity in start"),
         ({"execute_steps": 2.5}, "execute_steps is 2.5; expected a positive whole number"),
         ({"control_hz": "50"}, "control_hz is '50'; expected a positive number"),
         ({"ensemble_decay": math.nan}, "ensemble_decay is nan; expected a finite number"),
     ],
 )
-def test_settings_that_cannot_be(settings, message):
+def test_invalid_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         controlled(ScriptedPolicy(), **settings)
 
@@ -806,15 +806,13 @@ def test_settings_that_cannot_be(settings, message):
         ({"execute_steps": 2.5}, "The server's execute_steps is 2.5; expected a positive whole number"),
     ],
 )
-def test_invalid_metadata_of_a_server_are_refused(said, message):
+def test_invalid_server_metadata_are_refused(said, message):
     with pytest.raises(ValueError, match=message):
         controlled(ScriptedPolicy(**said))
 
 
-def test_in_rtc_a_rest_must_be_left():
-    with pytest.raises(
-        ValueError, match=r"Of each chunk 8 of 8 steps at 10 Hz are executed.*in rtc a rest must be left"
-    ):
+def test_rtc_refuses_execute_steps_of_whole_chunk():
+    with pytest.raises(ValueError, match=r'8 of 8 steps at 10 Hz are executed.*mode "rtc" needs at least one left'):
         controlled(rtc_policy(), mode="rtc", execute_steps=HORIZON)
     policy = rtc_policy()
     for control_hz, steps in ((5.0, 4), (1.25, 1)):  # 7 of 8 actions, rounded
@@ -826,7 +824,7 @@ def test_in_rtc_a_rest_must_be_left():
 @pytest.mark.parametrize(
     "answer", [{"chunk": 1}, {"actions": np.zeros((8, 2), np.float32)}, {"actions": np.zeros(8)}, {"actions": [[1]]}]
 )
-def test_answers_that_are_no_chunk_of_this_robot(answer):
+def test_malformed_chunks_are_refused_before_robot_moves(answer):
     policy = ScriptedPolicy()
     policy.infer = lambda observation: answer
     clock = VirtualClock()
@@ -836,7 +834,7 @@ def test_answers_that_are_no_chunk_of_this_robot(answer):
     assert robot.commands == []
 
 
-def test_a_dry_run_shows_chunks_and_moves_nothing():
+def test_dry_run_shows_chunks_and_sends_nothing():
     seen = []
     robot, report = controlled(ScriptedPolicy(), dry_run=True, on_chunk=seen.append, steps=12)
     assert robot.commands == []
@@ -851,7 +849,7 @@ def test_a_dry_run_shows_chunks_and_moves_nothing():
     ]
 
 
-def test_a_run_ends_when_it_is_told_to():
+def test_stop_ends_run_and_loop_runs_once():
     policy = ScriptedPolicy()
     clock = VirtualClock()
     robot = ToyRobot(clock)
@@ -869,12 +867,12 @@ def test_a_run_ends_when_it_is_told_to():
         loop.run()
 
 
-def test_seconds_are_steps_of_the_rate():
+def test_seconds_are_converted_to_steps():
     assert controlled(ScriptedPolicy(), seconds=1.2)[1].steps == 12
 
 
-def test_with_the_machines_clock_and_a_thread():
-    """The parts that the other tests replace."""
+def test_monotonic_clock_and_background_inference():
+    """The real clock and thread, which the other tests replace."""
     clock = MonotonicClock()
     policy = ScriptedPolicy(control_hz=1000.0, execute_steps=4)
     robot = ToyRobot(VirtualClock())
@@ -897,7 +895,7 @@ def test_with_the_machines_clock_and_a_thread():
     assert not inference.busy
 
 
-def test_a_pacer_sleeps_until_the_grid():
+def test_pacer_sleeps_until_next_period():
     clock = VirtualClock()
     pacer = Pacer(clock, 0.1)
     clock.time = 0.03

@@ -1,5 +1,4 @@
-"""Ask a π₀ or π₀.₅ policy server for actions, and control a robot with them: torchpi's and openpi's protocol, without
-torch."""
+"""Client and robot control loop for π₀ and π₀.₅ policy servers of torchpi or openpi, without torch."""
 
 from torchpi_client.aio import AsyncWebsocketPolicy
 from torchpi_client.client import Interrupt, WebsocketPolicy

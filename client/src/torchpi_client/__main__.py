@@ -1,4 +1,4 @@
-"""python -m torchpi_client ws://HOST:PORT --dry-run --observation X.npz: show what a served policy would do."""
+"""python -m torchpi_client ws://HOST:PORT --dry-run --observation X.npz: print the chunks of a served policy."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torchpi_client.report import format_chunk
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Ask, print, and return the exit status."""
+    """Run the command and return its exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the client waits for, on stderr
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # connection messages, on stderr
     try:
         _show_chunks(options)
     except (OSError, ValueError, ServerError, ModuleNotFoundError) as error:
@@ -41,17 +41,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--observation",
         required=True,
-        help="an .npz with the robot's own keys, nested ones joined by '.', the prompt a 0-d string",
+        help="an .npz file with the robot's own keys, nested keys joined by '.', the prompt as a 0-d string",
     )
-    parser.add_argument("--chunks", type=int, default=1, help="how many times to ask; default 1")
+    parser.add_argument("--chunks", type=int, default=1, help="number of requests; default 1")
     parser.add_argument(
-        "--jpeg", type=int, metavar="QUALITY", help="send images as JPEG, 1 to 95, and print what it costs"
+        "--jpeg", type=int, metavar="QUALITY", help="send images as JPEG, 1 to 95, and print its size, time and error"
     )
     parser.add_argument(
         "--api-key",
         default=os.environ.get("TORCHPI_TOKEN"),
-        help="the server's token, sent as Authorization: Api-Key …; by default TORCHPI_TOKEN of the environment, which "
-        "other users of the machine cannot see",
+        help="the server's token, sent as Authorization: Api-Key …; by default the environment variable TORCHPI_TOKEN, "
+        "which other users of the machine cannot see",
     )
     return parser
 
@@ -73,11 +73,11 @@ def _show_chunks(options: argparse.Namespace) -> None:
 
 
 def load_observation(path: str) -> dict[str, Any]:
-    """An observation from an .npz file, whose keys join nested ones by '.'.
+    """An observation from an .npz file, in which nested keys are joined by '.'.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no .npz, or holds Python objects.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not an .npz, or contains Python objects.
     """
     try:
         loaded = np.load(path)  # refuses Python objects by default

@@ -1,4 +1,4 @@
-"""A policy behind a websocket, for asyncio."""
+"""The client of a policy server for asyncio."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _T = TypeVar("_T")
 
 
 class AsyncWebsocketPolicy:
-    """`WebsocketPolicy` in a thread of its own, so that the event loop is free for the robot: neither packing nor
-    encoding images holds it up. Use it as an asynchronous context, or `connect` and `close` it.
+    """`WebsocketPolicy` in a separate thread: packing and encoding images do not block the event loop. Use it as an
+    asynchronous context manager, or call `connect` and `close`.
 
     Args:
-        url: as of `WebsocketPolicy`.
+        url: as in `WebsocketPolicy`.
         options: the other arguments of `WebsocketPolicy`.
     """
 
@@ -31,9 +31,9 @@ class AsyncWebsocketPolicy:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"torchpi_client {url}")
 
     async def connect(self) -> AsyncWebsocketPolicy:
-        """Connect and read the metadata; errors as of `WebsocketPolicy`."""
+        """Connect and read the metadata; errors as in `WebsocketPolicy`."""
         self._check_open()
-        self._one_at_a_time = asyncio.Lock()  # here, because before Python 3.10 it belongs to the loop that runs now
+        self._one_at_a_time = asyncio.Lock()  # here, because before Python 3.10 it is bound to the running loop
         policy = await self._in_thread(
             lambda interrupt: WebsocketPolicy(self.url, interrupt=interrupt, **self._options)
         )
@@ -45,17 +45,17 @@ class AsyncWebsocketPolicy:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The server's statements about its policy."""
+        """The server's metadata of its policy."""
         return self._connected().metadata
 
     @property
     def reconnects(self) -> int:
-        """Connections that were made after the first."""
+        """Number of reconnections."""
         return self._connected().reconnects
 
     async def infer(self, observation: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
-        """Ask for actions; arguments, answer and errors as of `WebsocketPolicy.infer`. Requests of several tasks wait
-        for each other, which their deadlines include."""
+        """Infer actions; arguments, answer and errors as in `WebsocketPolicy.infer`. Requests of several tasks run one
+        after another, and their deadlines include that wait."""
         policy = self._connected()
         self._check_open()
         assert self._one_at_a_time is not None
@@ -78,17 +78,17 @@ class AsyncWebsocketPolicy:
             self._one_at_a_time.release()
 
     async def close(self) -> None:
-        """Close the connection; a second time does nothing. A request that is under way fails."""
+        """Close the connection, if it is open. A request in progress fails."""
         self._closed = True
         for interrupt in self._under_way:
             interrupt.set()
         if self._policy is not None:
-            # In another thread: this one's may be waiting for an answer.
+            # In another thread, because the client's own may be waiting for an answer.
             await asyncio.get_running_loop().run_in_executor(None, self._policy.close)
         self._executor.shutdown(wait=False)
 
     async def _in_thread(self, call: Callable[[Interrupt], _T]) -> _T:
-        """The result of the call. Whoever cancels this ends the call as well."""
+        """The result of the call. Cancelling this coroutine ends the call as well."""
         interrupt = Interrupt()
         self._under_way.add(interrupt)
         try:

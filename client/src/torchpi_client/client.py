@@ -1,4 +1,4 @@
-"""A policy behind a websocket: one observation goes out, one action chunk comes back."""
+"""The client of a policy server: one observation per request, one action chunk per answer."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ from torchpi_client.wire import pack
 _log = logging.getLogger(__name__)
 
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
-"""Seconds from one attempt to connect to the next: from the one to the other, doubled each time."""
+"""First and largest delay in seconds between attempts to connect; it doubles each time."""
 
 SERVERS_PART = 0.9
-"""Of what is left until a request's deadline, how much the server may let it wait. Its refusal has to arrive before the
-deadline passes here, which costs the connection."""
+"""Fraction of the time left until a request's deadline that the server may let it wait. Its refusal must arrive before
+the deadline passes here, which would cost the connection."""
 CLOSE_TIMEOUT = 2.0
-"""Seconds that closing may take."""
+"""Time limit for closing, in seconds."""
 LONGEST = 1e6
-"""Seconds, eleven days: some platforms cannot wait longer at a socket."""
+"""Eleven days in seconds: the longest wait for a socket on some platforms."""
 
-# From version 15 on websockets pings the server, and gives it up if 20 s pass without a pong; one that compiles, or
-# infers in its event loop as openpi's does, is busy for longer. Older versions don't know the argument.
+# From version 15 on websockets pings the server and closes the connection after 20 s without a pong; a server that
+# compiles, or infers in its event loop as openpi's does, is busy for longer. Older versions lack the argument.
 NO_PINGS: dict[str, Any] = {"ping_interval": None} if "ping_interval" in inspect.signature(connect).parameters else {}
 
 
 class WebsocketPolicy:
     """A policy on a server: torchpi's (`torchpi serve`) or openpi's.
 
-    A connection that is lost is made again by the next request, or by the one that is under way, which is then sent
-    once more: inferring has no effects. A request whose deadline passes takes its connection with it, so that a late
-    answer is never taken for the next one. Several threads may ask; their requests wait for each other. A server that
-    knows `torchpi/deadline` is told what is left of it, so that its model doesn't begin with what nobody waits for.
+    A lost connection is re-established by the next request, or by the one in progress, which is then sent once more:
+    inference has no side effects. When a request's deadline passes its connection is closed, so that a late answer is
+    never taken for the next one. Requests of several threads run one after another. A server that supports
+    `torchpi/deadline` receives the time left, so that its model does not start on expired requests.
 
     Args:
         url: "ws://HOST:PORT", or "wss://…" with TLS.
         api_key: sent as `Authorization: Api-Key …`.
-        timeout: seconds to wait for a connection, and then for the metadata, the first time and again; requests whose
-            deadlines are shorter share it. While the server refuses connections, for example because it is still
-            loading, it is tried again.
-        answer_timeout: the deadline of each request in seconds: reconnecting, sending and waiting together (a server's
-            first answer may include a compilation); None: forever.
-        jpeg_quality: send images as JPEG of this quality, 1 to 95, see `images`; None: as they are.
-        interrupt: ends the connecting from another thread.
+        timeout: seconds to wait for a connection, and then for the metadata, at each (re)connection; requests with
+            shorter deadlines share it. While the server refuses connections, for example because it is still loading,
+            the client retries.
+        answer_timeout: the deadline of each request in seconds, including reconnecting, sending and waiting (a server's
+            first answer may include a compilation); None: no deadline.
+        jpeg_quality: send images as JPEG of this quality, 1 to 95, see `images`; None: uncompressed.
+        interrupt: ends connecting, from another thread.
 
     Raises:
-        ValueError: the URL is none, the metadata are not in the wire format, or the server doesn't read JPEG.
-        ConnectionError: there is no policy server, or it doesn't let this client in (ConnectionRefusedError: it still
-            refused after `timeout`).
+        ValueError: the URL is invalid, the metadata are not in the wire format, or the server does not read JPEG.
+        ConnectionError: there is no policy server, or it rejects this client (ConnectionRefusedError: it still refused
+            after `timeout`).
         ServerError: the server sent an error in place of its metadata.
     """
 
@@ -77,21 +77,21 @@ class WebsocketPolicy:
         _check_url(url)
         self.url = url
         self.reconnects = 0
-        """Connections that were made after the first."""
+        """Number of reconnections."""
         self.answer_timeout = answer_timeout
         self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
         self._timeout = timeout
         self._jpeg_quality = jpeg_quality
         self._one_at_a_time = threading.Lock()
         self._closed = False
-        self._interrupt = interrupt or Interrupt()  # of the request that has the lock
+        self._interrupt = interrupt or Interrupt()  # of the request that holds the lock
         self._waiting: _Waiting | None = None  # while there is no connection
         self._link: _Link | None = self._open(_Waiting(timeout), None, self._interrupt, again=False)
         self.metadata: dict[str, Any] = self._link.metadata
-        """The server's statements about its policy."""
+        """The server's metadata of its policy."""
         if jpeg_quality is not None:
             try:
-                require_support(self.metadata, JPEG, "Send the images as they are: leave jpeg_quality out.")
+                require_support(self.metadata, JPEG, "Send uncompressed images: leave jpeg_quality out.")
             except ValueError:
                 self.close()
                 raise
@@ -99,7 +99,7 @@ class WebsocketPolicy:
     def infer(
         self, observation: dict[str, Any], *, timeout: float | None = None, interrupt: Interrupt | None = None
     ) -> dict[str, Any]:
-        """Ask for actions.
+        """Infer actions.
 
         Args:
             observation: the robot's own keys; NumPy arrays and scalars, text, numbers, nested dicts and lists.
@@ -107,13 +107,13 @@ class WebsocketPolicy:
             interrupt: ends this request from another thread, with a ConnectionError.
 
         Returns:
-            "actions" [H, a] in the robot's units, and what else the server adds ("policy_timing", "server_timing").
+            "actions" [H, a] in the robot's units, and the server's other entries ("policy_timing", "server_timing").
 
         Raises:
-            ValueError: the observation is no dict, cannot be packed, or is larger than the server takes; or the answer
+            ValueError: the observation is no dict, cannot be packed, or is larger than the server accepts; the answer
                 cannot be unpacked.
-            ServerError: the server answered with an error, or came back with another policy.
-            ConnectionError: there is no connection, and none could be made again.
+            ServerError: the server answered with an error, or serves another policy after reconnecting.
+            ConnectionError: the connection is lost, and reconnecting failed.
             TimeoutError: no answer before the deadline.
         """
         if not isinstance(observation, dict):
@@ -125,7 +125,7 @@ class WebsocketPolicy:
         deadline = None if seconds is None else time.monotonic() + seconds
         if self._jpeg_quality is not None:
             observation = encode_images(observation, quality=self._jpeg_quality)
-        # Answers carry no number: each belongs to the one request before it.
+        # Answers carry no id: each belongs to the request before it.
         if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
             raise no_answer(self.url, seconds)
         try:
@@ -138,12 +138,12 @@ class WebsocketPolicy:
         return content(frame, self.url)
 
     def close(self) -> None:
-        """Close the connection; a second time does nothing. A request that is under way fails."""
+        """Close the connection, if it is open. A request in progress fails."""
         self._closed = True
         if not self._one_at_a_time.acquire(blocking=False):
             self._interrupt.set()
             if not self._one_at_a_time.acquire(timeout=CLOSE_TIMEOUT):
-                return  # its attempt to connect ends by its own time-out
+                return  # the attempt to connect ends with its own time-out
         try:
             if self._link is not None:
                 self._link.close()
@@ -172,18 +172,18 @@ class WebsocketPolicy:
                         f"The request has {len(request)} bytes, more than {self.url} takes ({error.rcvd.reason}); send "
                         "smaller images, or JPEG (jpeg_quality=), or start the server with a larger --max-message-mb."
                     ) from error
-                if attempt == 2:  # it may be this request that ends it
+                if attempt == 2:  # this request itself may be the cause
                     raise ConnectionError(
                         f"The connection to {self.url} was closed twice during one request ({error})."
                     ) from error
-                _log.warning("The connection to %s is lost (%s); connecting again", self.url, error)
-            except BaseException:  # interrupted, or too late: the answer may still come
+                _log.warning("The connection to %s is lost (%s); reconnecting", self.url, error)
+            except BaseException:  # interrupted, or too late: the answer may still arrive
                 self._drop(link)
                 raise
         raise AssertionError("unreachable")
 
     def _packed(self, observation: dict[str, Any], deadline: float | None) -> bytes:
-        """The request, with what is left until its deadline where the server knows what that is."""
+        """The packed request, with the time left until its deadline if the server supports that."""
         if deadline is None or self.metadata.get(DEADLINE) is not True:
             return pack(observation)
         if not (left := _left(deadline)):
@@ -197,7 +197,7 @@ class WebsocketPolicy:
                 self._waiting = _Waiting(self._timeout)
             try:
                 link = self._open(self._waiting, deadline, interrupt, again=True)
-            except TimeoutError:  # the next request goes on with the waiting
+            except TimeoutError:  # the next request continues the waiting
                 raise
             except BaseException:
                 self._waiting = None
@@ -205,8 +205,10 @@ class WebsocketPolicy:
             if changed := _changes(self.metadata, link.metadata):
                 self._waiting = None
                 link.abort()
-                raise ServerError(f"{self.url} came back with another policy: {changed}; make a new client for it.")
-            _log.info("Connected to %s again after %.1f s", self.url, self._waiting.seconds)
+                raise ServerError(
+                    f"{self.url} serves another policy after reconnecting: {changed}; make a new client for it."
+                )
+            _log.info("Reconnected to %s after %.1f s", self.url, self._waiting.seconds)
             self._waiting = None
             self._link = link
             self.reconnects += 1
@@ -220,9 +222,9 @@ class WebsocketPolicy:
         """A new connection.
 
         Args:
-            waiting: how long it is tried, and when next.
-            deadline: of the request that needs it; when it passes, that is a TimeoutError.
-            again: there was a connection before: what may pass, as a network that is down, is waited for as well.
+            waiting: the retry schedule.
+            deadline: of the request that needs the connection; a TimeoutError when it passes.
+            again: True when reconnecting: transient errors, such as a network that is down, are retried as well.
         """
         while True:
             pause = waiting.next_attempt - time.monotonic()
@@ -245,7 +247,7 @@ class WebsocketPolicy:
                 return link
 
     def _check_wanted(self, interrupt: Interrupt) -> None:
-        """Raises a ConnectionError if nobody waits for the answer any more."""
+        """Raise a ConnectionError if the client is closed or the request interrupted."""
         if self._closed:
             raise is_closed(self.url)
         if interrupt.is_set:
@@ -272,7 +274,7 @@ class WebsocketPolicy:
 
 
 class Interrupt:
-    """Ends a request, or the making of a connection, from another thread."""
+    """A handle that ends a request, or connecting, from another thread."""
 
     def __init__(self) -> None:
         self._event = threading.Event()
@@ -280,26 +282,26 @@ class Interrupt:
 
     @property
     def is_set(self) -> bool:
-        """True once it was used."""
+        """True after `set`."""
         return self._event.is_set()
 
     def set(self) -> None:
-        """End it."""
+        """End the request."""
         self._event.set()
         if self._shut is not None:
             self._shut()
 
     def wait(self, seconds: float) -> None:
-        """Sleep so long at most."""
+        """Sleep for up to this long."""
         self._event.wait(seconds)
 
     def watch(self, shut: Callable[[], None]) -> None:
-        """The end of the present wait at a connection; look at `is_set` after that."""
+        """Register the function that ends the current wait for a connection; check `is_set` afterwards."""
         self._shut = shut
 
 
 class _Waiting:
-    """For a server that is away: until when, and when the next attempt is due. Pauses grow."""
+    """Retry schedule for an unreachable server: its end and the next attempt, with growing delays."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -311,28 +313,28 @@ class _Waiting:
 
     @property
     def seconds(self) -> float:
-        """Since its beginning."""
+        """Seconds since the first attempt."""
         return time.monotonic() - self._began
 
     @property
     def is_over(self) -> bool:
-        """True if nobody has tried for so long that the next attempt is the first of another waiting."""
+        """True if the last attempt is so long ago that the next one starts a new schedule."""
         return time.monotonic() > self.next_attempt + self._timeout
 
     def begin_attempt(self) -> None:
-        """From now on the pause until the next one."""
+        """Start an attempt and schedule the next one."""
         self.next_attempt = time.monotonic() + self._delay
         self._delay = min(2 * self._delay, LAST_DELAY)
 
     def accept(self) -> None:
-        """The server takes connections again: from here on the timeout is that of its metadata."""
+        """Note that the server accepts connections: from now on the timeout is for its metadata."""
         if not self._accepted:
             self._accepted = True
             self.until = time.monotonic() + self._timeout
 
 
 class _Link:
-    """One connection, with the metadata that it began with."""
+    """One connection and its metadata."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -351,29 +353,29 @@ class _Link:
         with contextlib.ExitStack() as stack:
             stack.callback(self._watchdog.close)
             uri = parse_uri(self._url)
-            # A socket of our own can be shut while the server is silent; and no proxy of the environment is used,
-            # which would stand between a robot and the server beside it.
+            # Our own socket can be shut down while the server is silent, and it bypasses the environment's proxies,
+            # which would stand between a robot and a server in the same network.
             seconds = left(1.0 if deadline is None else 0.001)
             try:
                 self._socket = stack.enter_context(socket.create_connection((uri.host, uri.port), seconds))
-            except ValueError as error:  # a host name that cannot be one
+            except ValueError as error:  # an invalid host name
                 raise ConnectionError(str(error)) from error
             self._socket.settimeout(None)
             if interrupt.is_set:
                 raise ConnectionError("Interrupted.")
             self._connection = _connect(stack, self._url, self._socket, headers, seconds)
             self._socket = self._connection.socket
-            stack.callback(self.shut)  # if there are no metadata: the closing handshake would wait for them, too
+            stack.callback(self.shut)  # without metadata: the closing handshake would wait for them, too
             waiting.accept()
             try:
                 frame = self._connection.recv(timeout=left(0.0))
             except (TimeoutError, ConnectionClosed) as error:
                 raise _NoMetadataError(str(error)) from error
             self.metadata = content(frame, self._url)
-            self._stack = stack.pop_all()  # from here on the connection outlives this block
+            self._stack = stack.pop_all()  # the connection outlives this block
 
     def ask(self, request: bytes, deadline: float | None) -> str | bytes:
-        """The next frame after this request; ConnectionClosed, or TimeoutError at the deadline."""
+        """Send a request and return the next frame; ConnectionClosed, or TimeoutError at the deadline."""
         if deadline is None:
             self._connection.send(request)
             return self._connection.recv()
@@ -387,31 +389,31 @@ class _Link:
         return self._connection.recv(timeout=_left(deadline))
 
     def close(self) -> None:
-        """With the closing handshake."""
+        """Close with the closing handshake."""
         self._connection.close()
         self._stack.close()
 
     def abort(self) -> None:
-        """At once: the closing handshake would wait for a server that may be silent."""
+        """Close immediately: the closing handshake would wait for a server that may be silent."""
         self._stack.close()
 
     def shut(self) -> None:
-        """Whoever waits at the connection is told that it is closed; from any thread."""
+        """Shut the socket down, so that a thread waiting for it sees a closed connection; from any thread."""
         if self._socket is not None:
-            with contextlib.suppress(OSError):  # it is closed already
+            with contextlib.suppress(OSError):  # already closed
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
 
 class _NoMetadataError(ConnectionError):
-    """The connection is there, but no metadata came."""
+    """The server accepted the connection but sent no metadata."""
 
 
 def _connect(
     stack: contextlib.ExitStack, url: str, sock: socket.socket, headers: dict[str, str], open_timeout: float
 ) -> ClientConnection:
-    """A connection that `stack` closes."""
+    """Open a connection that `stack` closes."""
     try:
-        # Compressing images costs more time than it saves. As a context: websockets 17 deprecates all other uses.
+        # Compressing images costs more time than it saves. A context manager: websockets 17 deprecates other uses.
         return stack.enter_context(
             connect(
                 url,
@@ -424,19 +426,19 @@ def _connect(
                 **NO_PINGS,
             )
         )
-    except ValueError as error:  # an HTTP answer that cannot be read
+    except ValueError as error:  # an unreadable HTTP response
         raise ConnectionError(str(error)) from error
 
 
 def _may_pass(error: Exception, again: bool) -> bool:
-    """True if the next attempt may succeed."""
+    """True for a transient error: the next attempt may succeed."""
     if isinstance(error, InvalidStatus):
-        return bool(error.response.status_code >= 500)  # a proxy, before its server
+        return bool(error.response.status_code >= 500)  # a proxy whose server is not up yet
     return isinstance(error, ConnectionRefusedError) or again
 
 
 def no_answer(url: str, seconds: float | None) -> TimeoutError:
-    """The error of a request with this deadline."""
+    """The error of a request whose deadline passed."""
     return TimeoutError(f"No answer from {url} in {seconds} s.")
 
 
@@ -446,9 +448,9 @@ def is_closed(url: str) -> ConnectionError:
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The differences of the metadata; empty: none."""
+    """The differences between two versions of the metadata; empty: none."""
     missing = "absent"
-    # Packed, because arrays have no single truth value, and NaN is not equal to itself.
+    # Compared packed, because arrays have no single truth value and NaN is not equal to itself.
     changed = [
         f"its {key} was {before.get(key, missing)!r:.100}, and is {now.get(key, missing)!r:.100}"
         for key in dict.fromkeys([*before, *now])
@@ -458,7 +460,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def _left(deadline: float) -> float:
-    """Seconds until then, from 0 to what every platform can wait."""
+    """Seconds until the deadline, between 0 and `LONGEST`."""
     return min(max(deadline - time.monotonic(), 0.0), LONGEST)
 
 

@@ -1,4 +1,4 @@
-"""Time for the control loop; tests bring a clock of their own."""
+"""Clock and pacing of the control loop; tests pass their own clock."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 @runtime_checkable
 class Clock(Protocol):
-    """Seconds from any beginning."""
+    """A clock in seconds, with any origin."""
 
     def now(self) -> float:
-        """This moment."""
+        """The current time."""
         ...
 
     def sleep_until(self, moment: float) -> None:
-        """Return then; at once if it is past."""
+        """Sleep until this time; return immediately if it has passed."""
         ...
 
 
 class MonotonicClock:
-    """The machine's clock, which nobody sets."""
+    """The machine's monotonic clock."""
 
     def now(self) -> float:
-        """This moment."""
+        """The current time."""
         return time.monotonic()
 
     def sleep_until(self, moment: float) -> None:
-        """Return then; at once if it is past."""
+        """Sleep until this time; return immediately if it has passed."""
         while (left := moment - time.monotonic()) > 0:
             time.sleep(left)
 
@@ -37,16 +37,16 @@ class Tick(NamedTuple):
     """The timing of a step."""
 
     overrun: float
-    """Seconds by which it was longer than a period; 0: it was not."""
+    """Seconds by which the step exceeded its period, or 0."""
     missed: int
-    """Steps that are left out because of it."""
+    """Steps skipped because of the overrun."""
 
 
 class Pacer:
-    """A fixed rate without drift: step n begins at start + n · period, however long the steps before took.
+    """A fixed rate without drift: step n begins at start + n · period, regardless of the duration of earlier steps.
 
-    After an overrun the next step begins at once if its time is at most half a period ago; otherwise it is left out.
-    Never do two follow each other in less than half a period, to catch up.
+    After an overrun the next step begins immediately if it is at most half a period late; otherwise it is skipped.
+    Steps are always at least half a period apart: the loop never catches up in a burst.
     """
 
     def __init__(self, clock: Clock, period: float) -> None:
@@ -56,7 +56,7 @@ class Pacer:
         self._step = 0
 
     def wait(self) -> Tick:
-        """Until the next step begins."""
+        """Sleep until the next step begins."""
         elapsed = (self._clock.now() - self._start) / self._period
         due = self._step + 1
         self._step = max(due, math.ceil(elapsed - 0.5 - 1e-9))

@@ -1,7 +1,8 @@
-"""Images of a request as JPEG: a few percent of the bytes, for a few milliseconds and a small error.
+"""JPEG images in requests: a few percent of the bytes, for a few milliseconds and a small error.
 
 Over a cable raw images are faster: 450 kB take 4 ms at 1 Gbit/s. Over a radio link of 50 Mbit/s they take 72 ms. JPEG
-is lossy, and the policy was trained on whatever its dataset holds; `jpeg_cost` measures both sides on your images.
+is lossy, and the policy may have been trained on uncompressed images; `jpeg_cost` measures size, time and error on
+your images.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from torchpi_client.protocol import JPEG
 
 QUALITY = 90
 MAX_PIXELS = 4096 * 4096
-"""Of an image that is decoded; more is refused before anything is allocated."""
+"""Largest image that is decoded; larger ones are refused before anything is allocated."""
 MAX_SIDE = 65500
-"""Pixels that libjpeg, which writes the files, allows for a side."""
+"""Longest side of an image in pixels, as limited by libjpeg."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ImageCost:
     """The cost of JPEG for one image."""
 
     key: str
-    """Its place in the observation, nested keys joined by '.'."""
+    """The image's key in the observation, nested keys joined by '.'."""
     raw_bytes: int
     jpeg_bytes: int
     encode_ms: float
@@ -44,15 +45,15 @@ class ImageCost:
 
 
 def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dict[str, Any]:
-    """The observation with each image as {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}; it is not changed itself.
+    """A copy of the observation with each image as {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}.
 
     Args:
-        observation: images are its arrays of three axes, uint8 [h, w, 3] or [3, h, w].
-        quality: 1 to 95. Colours are kept at full resolution (4:4:4).
+        observation: its arrays with three axes are the images, uint8 [h, w, 3] or [3, h, w].
+        quality: 1 to 95. Colours keep their full resolution (4:4:4).
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: an array of three axes is something else, or there is none; a side has more than `MAX_SIDE` pixels.
+        ValueError: an array with three axes is no image, there is no image, or a side exceeds `MAX_SIDE` pixels.
     """
     if not 1 <= quality <= 95:
         raise ValueError(f"The JPEG quality is {quality}; expected 1 to 95.")
@@ -67,10 +68,10 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
         if max(height, width) > MAX_SIDE:
             raise ValueError(
                 f"Cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
-                "send it as it is, or smaller."
+                "send it uncompressed, or smaller."
             )
         buffer = io.BytesIO()
-        # 4:2:0, Pillow's default, would halve the resolution of colours.
+        # Pillow's default, 4:2:0, would halve the colour resolution.
         _pillow().fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
         return {JPEG: buffer.getvalue(), "layout": layout}
 
@@ -83,11 +84,11 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
 
 
 def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
-    """The inverse, for servers: every encoded image as a uint8 array in its layout.
+    """The inverse of `encode_images`, for servers: each encoded image as a uint8 array in its layout.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: something is no image in this form, or too large.
+        ValueError: an encoded image is malformed or too large.
     """
 
     def decode(key: str, value: Any) -> Any:
@@ -101,7 +102,7 @@ def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) 
 def jpeg_cost(
     observation: dict[str, Any], *, quality: int = QUALITY, timer: Callable[[], float] = time.perf_counter
 ) -> list[ImageCost]:
-    """The cost of `encode_images` for each image of an observation, in bytes, time and error; errors as there."""
+    """Bytes, time and error of `encode_images` for each image of an observation; raises as it does."""
     costs: list[ImageCost] = []
 
     def measure(key: str, image: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def jpeg_cost(
 
 
 def _map_images(observation: dict[str, Any], change: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
-    """The tree with all arrays of three axes changed."""
+    """The tree with `change` applied to all arrays with three axes."""
 
     def visit(key: str, value: Any) -> Any:
         if isinstance(value, dict):
@@ -154,7 +155,7 @@ def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarra
             if width * height > max_pixels or image.mode != "RGB":
                 raise ValueError(f"{width}×{height} pixels in mode {image.mode}; expected at most {max_pixels} in RGB.")
             pixels = np.array(image)
-    # Pillow's errors of damaged files are of many kinds: OSError, SyntaxError, its own DecompressionBombError …
+    # Pillow raises many kinds of errors for damaged files: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
         raise ValueError(f"Cannot decode the JPEG of {key} ({len(data)} bytes): {str(error).rstrip('.')}.") from error
     return pixels if layout == "hwc" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))

@@ -1,4 +1,4 @@
-"""Inference beside the control loop: one request at a time, in a thread."""
+"""Asynchronous inference for the control loop: one request at a time, in a thread."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ class Answer:
     """The policy's answer; None: there is an error."""
     error: Exception | None
     finished: float
-    """On the loop's clock."""
+    """Time of the answer on the loop's clock."""
 
 
 @runtime_checkable
 class Inference(Protocol):
-    """One request at a time."""
+    """An asynchronous source of answers, one request at a time."""
 
     @property
     def busy(self) -> bool:
-        """True while there is a request whose answer was not taken yet."""
+        """True from `start` until its answer is taken."""
         ...
 
     def start(self, observation: dict[str, Any]) -> None:
-        """Ask; only while not busy."""
+        """Send a request; only while not busy."""
         ...
 
     def poll(self) -> Answer | None:
-        """Take the answer; None: it is not there yet."""
+        """Take the answer, or None if it has not arrived."""
         ...
 
     def wait(self, seconds: float) -> Answer | None:
-        """Take the answer when it is there; None: it is not, after so many seconds."""
+        """Wait for the answer and take it; None after this many seconds without one."""
         ...
 
 
 class BackgroundInference:
-    """`Inference` in threads, which end with the program."""
+    """`Inference` in daemon threads."""
 
     def __init__(self, policy: InferringPolicy, clock: Clock) -> None:
         self._policy = policy
@@ -54,11 +54,11 @@ class BackgroundInference:
 
     @property
     def busy(self) -> bool:
-        """True while there is a request whose answer was not taken yet."""
+        """True from `start` until its answer is taken."""
         return self._thread is not None
 
     def start(self, observation: dict[str, Any]) -> None:
-        """Ask; only while not busy."""
+        """Send a request; only while not busy."""
         assert not self.busy
         self._thread = threading.Thread(
             target=self._infer, args=(observation,), daemon=True, name="torchpi_client infer"
@@ -66,11 +66,11 @@ class BackgroundInference:
         self._thread.start()
 
     def poll(self) -> Answer | None:
-        """Take the answer; None: it is not there yet."""
+        """Take the answer, or None if it has not arrived."""
         return self.wait(0.0)
 
     def wait(self, seconds: float) -> Answer | None:
-        """Take the answer when it is there; None: it is not, after so many seconds."""
+        """Wait for the answer and take it; None after this many seconds without one."""
         if self._thread is None:
             return None
         self._thread.join(seconds)

@@ -1,4 +1,4 @@
-"""Estimate of the control steps that pass until a chunk is there."""
+"""Estimate of the inference latency in control steps."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 
 
 class LatencyEstimate:
-    """A high quantile of the last latencies: a delay that is too small makes the robot jump, one that is too large only
-    binds it longer to the last chunk."""
+    """A high quantile of the last latencies: an underestimate makes the robot jump, an overestimate only keeps it on
+    the previous chunk for longer."""
 
     def __init__(self, *, window: int = 10, quantile: float = 1.0) -> None:
-        """Begin without any.
+        """Start without measurements.
 
         Args:
-            window: how many of the last latencies count.
+            window: the number of last latencies that count.
             quantile: above 0 and up to 1; 1: the largest.
 
         Raises:
-            ValueError: one is out of range.
+            ValueError: an argument is out of range.
         """
         if window < 1 or not 0 < quantile <= 1:
             raise ValueError(f"window is {window} and quantile {quantile}; expected at least 1, and above 0 up to 1.")
@@ -26,11 +26,11 @@ class LatencyEstimate:
         self._quantile = quantile
 
     def add(self, seconds: float) -> None:
-        """One more, from the observation until the chunk was there."""
+        """Add a latency, from the observation to the arrival of its chunk."""
         self._last.append(seconds)
 
     def steps(self, control_hz: float) -> int | None:
-        """In control steps, rounded up: a chunk is looked for at the beginning of a step. None: nothing measured."""
+        """The estimate in control steps, rounded up: chunks are received at the start of a step. None without any."""
         if not self._last:
             return None
         seconds = sorted(self._last)[math.ceil(self._quantile * len(self._last)) - 1]

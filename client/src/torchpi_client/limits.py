@@ -1,4 +1,4 @@
-"""Limits that every command keeps, whatever the policy says."""
+"""Limits on the commands sent to the robot."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 
 class Limited(NamedTuple):
-    """A command within the limits, and where it was not."""
+    """A command within the limits, and the dimensions that were clipped."""
 
     action: np.ndarray
     """float32 [a]."""
     step_clipped: np.ndarray
-    """bool [a]: it was too far from the command before."""
+    """bool [a]: the change from the previous command was too large."""
     range_clipped: np.ndarray
-    """bool [a]: it was below or above the range."""
+    """bool [a]: the action was outside the range."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,15 @@ class ActionLimits:
     """Range and largest step per dimension, in the robot's units, for actions at the policy's rate.
 
     Raises:
-        ValueError: they are not of one length, low exceeds high, a step is not positive, or there is NaN.
+        ValueError: the lengths differ, low exceeds high, a step is not positive, or there is NaN.
     """
 
     low: np.ndarray
-    """[a]; -inf: none."""
+    """[a]; -inf: no limit."""
     high: np.ndarray
-    """[a]; inf: none."""
+    """[a]; inf: no limit."""
     max_step: np.ndarray
-    """[a], the largest change from one command to the next; inf: any."""
+    """[a], the largest change from one command to the next; inf: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("low", "high", "max_step"):
@@ -59,7 +59,7 @@ class ActionLimits:
         """Limits from lists, in which None is no limit.
 
         Args:
-            margin: by how much of its width each range is widened on both sides, for one that was only observed.
+            margin: fraction of its width by which each range is widened on both sides, for observed ranges.
         """
         bottom = np.array([-np.inf if value is None else value for value in low])
         top = np.array([np.inf if value is None else value for value in high])
@@ -73,16 +73,16 @@ class ActionLimits:
     def from_metadata(
         cls, metadata: Mapping[str, Any], *, margin: float = 0.1, max_step: Sequence[float | None] | None = None
     ) -> ActionLimits:
-        """The limits that a server states: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
-        embodiment's own and hold as they are; "action_range", {"low": […], "high": […]}, is what the policy was trained
-        with, gets a margin, and holds for each dimension whose range the embodiment does not state.
+        """The limits in a server's metadata: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
+        embodiment's and apply unchanged; "action_range", {"low": […], "high": […]}, is the range of the training
+        actions, and applies with a margin to each dimension whose range the embodiment does not state.
 
         Args:
             margin: of the training range, as a fraction of its width.
             max_step: the largest steps, instead of the embodiment's.
 
         Raises:
-            ValueError: it says neither.
+            ValueError: the metadata contain neither.
         """
         own, trained = (metadata.get(name) for name in ("action_limits", "action_range"))
         steps = own.get("max_step") if max_step is None and own is not None else max_step
@@ -93,7 +93,7 @@ class ActionLimits:
         ]
         if not stated:
             raise ValueError(
-                f"The server says neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
+                f"The server states neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
                 "state the robot's limits with ActionLimits.of(low, high, max_step=…)."
             )
         first, last = stated[0], stated[-1]
@@ -101,11 +101,11 @@ class ActionLimits:
         return cls(np.where(unstated, last.low, first.low), np.where(unstated, last.high, first.high), first.max_step)
 
     def at_rate(self, commands: Sequence[str], *, policy_hz: float, control_hz: float) -> ActionLimits:
-        """The same limits of speed and acceleration for steps of another length.
+        """The same limits of speed and acceleration for steps at another rate.
 
         Args:
-            commands: of the dimensions, see `robot.COMMANDS`. An increment's range is the way of one step.
-            policy_hz: the rate that these limits are for.
+            commands: per dimension, see `robot.COMMANDS`. An increment's range is the distance per step.
+            policy_hz: the rate of the policy's actions, to which these limits apply.
             control_hz: the rate of the commands.
         """
         ratio = policy_hz / control_hz
@@ -113,26 +113,26 @@ class ActionLimits:
         return ActionLimits(self.low * per_step, self.high * per_step, self.max_step * per_step * ratio)
 
     def apply(self, action: np.ndarray, last: np.ndarray | None) -> Limited:
-        """The nearest command within the range, then as far towards it as one step from the last command goes.
+        """Clip an action to the range, then to the largest step from the previous command.
 
         Args:
             action: [a], finite.
-            last: [a], the command before; None: there was none, and any step is allowed.
+            last: [a], the previous command; None: any step is allowed.
         """
         ranged = np.clip(action, self.low, self.high)
         return Limited(*self._one_step(ranged, last), ranged != action)
 
     def hold(self, command: np.ndarray, last: np.ndarray) -> Limited:
-        """As far as one step goes towards a command that holds the robot still. The range doesn't count: one of
-        velocities need not have 0 in it.
+        """Clip a hold command to the largest step from the previous command, but not to the range: a range of
+        velocities need not contain 0.
 
         Args:
             command: [a], see `robot.hold_command`.
-            last: [a], the command before.
+            last: [a], the previous command.
         """
         return Limited(*self._one_step(command, last), np.zeros(len(command), bool))
 
     def _one_step(self, command: np.ndarray, last: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        """float32 [a], and where it is not all the way."""
+        """The command after one step, float32 [a], and the dimensions that were clipped."""
         stepped = command if last is None else np.clip(command, last - self.max_step, last + self.max_step)
         return stepped.astype(np.float32), stepped != command

@@ -1,5 +1,5 @@
-"""The agreement of torchpi's client and server beyond openpi's protocol. A client uses a field only where the server's
-metadata have its name with the value True, so that other servers never see it."""
+"""torchpi's extensions of openpi's protocol. A client sends a field only if the server's metadata contain its name with
+the value True, so other servers never see it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import numpy as np
 from torchpi_client.wire import unpack
 
 RTC = "torchpi/rtc"
-"""Field of a request that asks for real-time chunking: `ActionPrefix.to_wire`. Left out of a first request."""
+"""Field of a request that asks for real-time chunking: `PreviousChunk.to_wire`. The first request has none."""
 
 DEADLINE = "torchpi/deadline"
-"""Field of a request: seconds that it may wait for the model. A server that has not begun with it by then drops it."""
+"""Field of a request: the seconds it may wait for the model. The server drops a request that waits longer."""
 
 JPEG = "torchpi/jpeg"
-"""The one key of the map that stands for an image in a request, at the image's place; see `images.encode_images`."""
+"""The key of the map that replaces an image in a request; see `images.encode_images`."""
 
 BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
-"""Codes of errors that say nothing about the request: the next may be answered."""
+"""Error codes of a busy server: the next request may succeed."""
 
 
 class ServerError(RuntimeError):
@@ -30,28 +30,27 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
-        """torchpi's name for the error, such as "bad_observation"; None: the server says none."""
+        """torchpi's code for the error, such as "bad_observation"; None: the server sent none."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ActionPrefix:
-    """The actions under execution while a chunk is inferred, which the chunk has to continue (real-time chunking,
-    https://arxiv.org/abs/2506.07339).
+class PreviousChunk:
+    """The rest of the chunk that the robot executes while the next one is inferred, which continues it (real-time
+    chunking, https://arxiv.org/abs/2506.07339).
 
-    With H the horizon, s = `execution_horizon`, d = `delay` and k = len(actions): k ≤ H − s and d ≤ k. The new chunk's
-    action i belongs to the step of `actions[i]`; actions from k on don't exist and are masked, never zero.
+    With H the horizon, s = `execution_horizon`, d = `delay` and k = len(actions): k ≤ H − s and d ≤ k. Action i of the
+    new chunk is for the same step as `actions[i]`; from k on there are no previous actions: they are masked, not zero.
 
     Raises:
         ValueError: the actions are none, or not finite; the numbers are out of range.
     """
 
     actions: np.ndarray
-    """float32 [k, a], in the robot's units, as the last chunk had them: what was not executed of it when inference
-    starts."""
+    """float32 [k, a], in the robot's units: the previous chunk's actions not yet executed when inference starts."""
     delay: int
-    """d, in control steps: as many of `actions` will have been executed when the new chunk is there."""
+    """d, in control steps: the number of `actions` that will have been executed when the new chunk arrives."""
     execution_horizon: int
-    """s, in control steps: as many actions of the last chunk were executed when inference starts, at least 1."""
+    """s, in control steps: the number of actions of the previous chunk executed before inference starts, at least 1."""
 
     def __post_init__(self) -> None:
         actions = np.asarray(self.actions)
@@ -73,11 +72,11 @@ class ActionPrefix:
         return {"action_prefix": actions, "delay": self.delay, "execution_horizon": self.execution_horizon}
 
     @classmethod
-    def from_wire(cls, value: Any) -> ActionPrefix:
-        """Reads what `to_wire` wrote.
+    def from_wire(cls, value: Any) -> PreviousChunk:
+        """Read the output of `to_wire`.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: the value has another form.
         """
         keys = {"action_prefix", "delay", "execution_horizon"}
         if not isinstance(value, dict) or set(value) != keys:
@@ -90,7 +89,7 @@ class ActionPrefix:
 
 
 def require_support(metadata: dict[str, Any], feature: str, instead: str) -> None:
-    """Refuse what the server doesn't say that it supports.
+    """Refuse a feature that the server's metadata do not list.
 
     Raises:
         ValueError: `metadata[feature]` is not True.

@@ -12,36 +12,36 @@ from torchpi_client.limits import ActionLimits
 
 @dataclasses.dataclass
 class Tally:
-    """Numbers of which only count, sum and largest are kept."""
+    """Count, sum and maximum of a series of numbers."""
 
     count: int = 0
     total: float = 0.0
     largest: float = 0.0
 
     def add(self, value: float) -> None:
-        """One more."""
+        """Add a number."""
         self.count += 1
         self.total += value
         self.largest = max(self.largest, value)
 
     @property
     def mean(self) -> float:
-        """0 of none."""
+        """The mean, or 0 without numbers."""
         return self.total / self.count if self.count else 0.0
 
 
 @dataclasses.dataclass
 class ControlReport:
-    """Every event of one run; read it at any time."""
+    """Counts of all events of one run, readable at any time."""
 
     names: Sequence[str] = ()
-    """Of the dimensions of an action, for `summary`."""
+    """Names of the action dimensions, for `summary`."""
     steps: int = 0
     """Control steps."""
     actions: int = 0
-    """Of the policy's actions, those that were executed."""
+    """Executed actions of the policy."""
     waits: int = 0
-    """Steps without an action where none was expected: before the first chunk, and between chunks in mode "sync"."""
+    """Steps for which no action was expected: before the first chunk, and between chunks in mode "sync"."""
     holds: int = 0
     """Steps in which the robot was held because a chunk was late."""
     slowed: int = 0
@@ -51,34 +51,34 @@ class ControlReport:
     late_chunks: int = 0
     """Requests during which the actions ran out."""
     stale_chunks: int = 0
-    """Chunks that came too late for any use, and were refused; or whose rest became so during an overrun."""
+    """Chunks that arrived too late and were refused, or whose rest became stale during an overrun."""
     failed_requests: int = 0
-    """Requests without an answer before their deadline, or that a busy server refused."""
+    """Requests that exceeded their deadline or that a busy server refused."""
     reconnects: int = 0
-    """Of the policy's connection."""
+    """Reconnections to the policy server."""
     latency: Tally = dataclasses.field(default_factory=Tally)
     """Seconds from each observation to its chunk, without the warm-up."""
     discarded: Tally = dataclasses.field(default_factory=Tally)
-    """Actions of each used chunk whose places were taken when it came."""
+    """Actions of each used chunk whose steps had passed when it arrived."""
     overruns: Tally = dataclasses.field(default_factory=Tally)
-    """Seconds by which steps were longer than a period."""
+    """Seconds by which steps exceeded their period."""
     missed_steps: int = 0
-    """Steps that were left out because of overruns."""
+    """Steps skipped because of overruns."""
     invalid: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    """[a]: actions with NaN or infinity in this dimension; none of them was executed."""
+    """[a]: actions with NaN or infinity in this dimension, which were not executed."""
     range_clipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    """[a]: commands that were outside the range."""
+    """[a]: commands clipped to the range."""
     step_clipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
-    """[a]: commands that were too far from the one before."""
+    """[a]: commands clipped to the largest step."""
     limited: bool = False
-    """There were limits."""
+    """True if the commands were limited."""
     dry_run: bool = False
-    """Nothing was sent to the robot."""
+    """True if nothing was sent to the robot."""
     stopped: str | None = None
-    """The reason of an early end; None: it did not."""
+    """The reason for an early end, or None."""
 
     def summary(self) -> str:
-        """For people, in a few lines."""
+        """The report as text, in a few lines."""
         lines = [
             f"{self.steps} steps{' (dry run: nothing was sent)' if self.dry_run else ''}: {self.actions} actions, "
             f"{self.waits} waiting, {self.holds} held, {self.missed_steps} left out; {self.slowed} actions slowed",
@@ -104,10 +104,10 @@ class ControlReport:
 
 
 def format_chunk(chunk: np.ndarray, names: Sequence[str] = (), limits: ActionLimits | None = None) -> str:
-    """A chunk [H, a] as a table, one row per step; what is not finite or outside the limits' range is marked with "!".
+    """A chunk [H, a] as a table, one row per step; values not finite or outside the limits' range are marked with "!".
 
     Args:
-        names: of the dimensions; by default their numbers.
+        names: of the dimensions; by default their indices.
     """
     titles = list(names) if len(names) == chunk.shape[1] else [str(i) for i in range(chunk.shape[1])]
     wrong = ~np.isfinite(chunk)

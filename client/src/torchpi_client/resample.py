@@ -1,4 +1,4 @@
-"""Actions at another rate, and slower."""
+"""Resampling of actions to another rate, and slower execution."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 
 
 def resample(actions: np.ndarray, commands: Sequence[str], *, from_hz: float, to_hz: float) -> np.ndarray:
-    """The same motion, at the same speed, in steps of another length.
+    """Resample actions to another rate: the same motion at the same speed.
 
-    Positions are interpolated, increments keep their sum, velocities their time average; an effort is the moment's.
+    Positions are interpolated, increments keep their sum, velocities their time average; efforts are sampled.
 
     Args:
-        actions: [k, a]; action i is for the time from i/from_hz on.
-        commands: of the dimensions, see `robot.COMMANDS`.
+        actions: [k, a]; action i begins at time i/from_hz.
+        commands: per dimension, see `robot.COMMANDS`.
         from_hz, to_hz: actions per second, before and after.
 
     Returns:
@@ -38,12 +38,12 @@ def resample(actions: np.ndarray, commands: Sequence[str], *, from_hz: float, to
 
 
 def stretch(last: np.ndarray, action: np.ndarray, commands: Sequence[str], times: int) -> np.ndarray:
-    """One action in several steps, which together lead where it leads.
+    """Split one action into several steps with the same end result.
 
     Args:
-        last: [a], the command before.
+        last: [a], the previous command.
         action: [a].
-        commands: of the dimensions.
+        commands: per dimension.
         times: n, the number of steps.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The control loop's interfaces of a robot and of a policy, and the command that holds a robot still."""
+"""Interfaces of the robot and the policy in the control loop, and the hold command."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import Any, Mapping, Protocol, Sequence, runtime_checkable
 import numpy as np
 
 COMMANDS = ("position", "velocity", "increment", "effort")
-"""The meaning of one dimension of an action to the robot: where to be (joint angles, a gripper's opening), how fast to
-move, how far to move in this step, how strongly to push (a gripper's force). It decides what holding still and slowing
-down mean."""
+"""Commands of an action dimension: a target position (joint angle, gripper opening), a velocity, a position increment
+per step, or an effort (gripper force). They determine how the robot is held still and slowed down."""
 
 
 @runtime_checkable
@@ -31,26 +30,26 @@ class Robot(Protocol):
 
 @runtime_checkable
 class InferringPolicy(Protocol):
-    """A source of chunks: a `WebsocketPolicy`, or anything else with its metadata."""
+    """A source of chunks: a `WebsocketPolicy`, or any object with the same two members."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Read are "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc"; any may be
+        """The loop reads "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc"; any may be
         missing."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
-        """One observation to {"actions": [H, a], …}."""
+        """Infer {"actions": [H, a], …} from one observation."""
         ...
 
 
 def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """One of `COMMANDS` per dimension: what the settings state, or else the server's metadata.
+    """One of `COMMANDS` per dimension, from the settings or else the server's metadata.
 
     Raises:
-        ValueError: a dimension has none, or something else.
+        ValueError: a dimension has no command, or an unknown one.
     """
-    # Servers before "action_commands" say the same as "action_kinds".
+    # Earlier servers name the same list "action_kinds".
     commands = stated or metadata.get("action_commands") or metadata.get("action_kinds")
     if commands is not None and all(command in COMMANDS for command in commands):
         return tuple(commands)
@@ -66,6 +65,5 @@ def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) ->
 
 
 def hold_command(last: np.ndarray, commands: Sequence[str]) -> np.ndarray:
-    """The command [a] with which the robot stays where the last one brought it: the same position and effort again, no
-    velocity, no increment."""
+    """The command [a] that keeps the robot still: the last position and effort, zero velocity, zero increment."""
     return np.where([command in ("position", "effort") for command in commands], last, 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The control loop: a policy's chunks become a robot's commands, one per step, at a fixed rate."""
+"""The control loop: turns a policy's action chunks into one robot command per step, at a fixed rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchpi_client.clock import Clock, MonotonicClock, Pacer, Tick
 from torchpi_client.inference import Answer, BackgroundInference, Inference
 from torchpi_client.latency import LatencyEstimate
 from torchpi_client.limits import Limited
-from torchpi_client.protocol import BUSY, RTC, ActionPrefix, require_support
+from torchpi_client.protocol import BUSY, RTC, PreviousChunk, require_support
 from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command
@@ -23,23 +23,23 @@ from torchpi_client.settings import ControlSettings, check_positive
 _log = logging.getLogger(__name__)
 
 SLOW = 2
-"""Steps that an action takes while a chunk is late, in "slow"."""
+"""Steps per action while a chunk is late, with `late="slow"`."""
 
 WARM_UP_SECONDS = 600.0
-"""For which the first inference is asked for again, if a compilation makes it miss its deadline."""
+"""Time limit for repeating the first inference, whose deadline a compilation may exceed."""
 
 _PATIENCE = 0.1
-"""Seconds after which the loop looks whether it was stopped, while it waits for the first chunk."""
+"""Seconds between checks for `stop` while the loop waits for the first chunk."""
 
 HELD_SECONDS = 1.0
-"""Of a robot that is held because a chunk is late, after which the log says so."""
+"""Time that the robot is held for a late chunk before a warning is logged."""
 
 MAX_STALE = 3
-"""Stale chunks in a row after which the loop ends: waiting will not help."""
+"""Consecutive stale chunks that end the run: waiting will not help."""
 
 
 class ControlLoop:
-    """One robot under one policy.
+    """One robot controlled by one policy.
 
         loop = ControlLoop(robot, WebsocketPolicy("ws://192.168.1.20:8000"), ControlSettings(mode="rtc"))
         print(loop.run(seconds=30).summary())
@@ -47,12 +47,12 @@ class ControlLoop:
     Args:
         robot: observed and moved from the thread that calls `run`.
         policy: asked in another thread; if it has `reconnects`, they are reported.
-        settings: how.
-        clock, inference: others for tests.
-        on_chunk: called with each chunk [H, a] as the policy gave it.
+        settings: mode, rate, limits and reactions; by default `ControlSettings()`.
+        clock, inference: replacements for tests.
+        on_chunk: called with each chunk [H, a] as the policy returned it.
 
     Raises:
-        ValueError: the settings and the policy's metadata don't go together.
+        ValueError: the settings contradict the policy's metadata.
     """
 
     def __init__(
@@ -92,27 +92,26 @@ class ControlLoop:
         if self._limits is not None and self._resamples:
             self._limits = self._limits.at_rate(self._commands, policy_hz=self._policy_hz, control_hz=self.control_hz)
         self._last = None if settings.start is None else np.asarray(settings.start, np.float32)
-        self._queued: list[np.ndarray] = []  # the other steps of a slowed action
+        self._queued: list[np.ndarray] = []  # the remaining steps of a slowed action
         self._request: _Pending | None = None
         self._stale_in_a_row = 0
         self._unanswered_in_a_row = 0
         self._held_in_a_row = 0
         self._stale_after = math.inf  # seconds, of the chunk under execution
-        self._behind = 0.0  # seconds that its steps are later than when it came, because some were left out
+        self._behind = 0.0  # seconds that its steps are delayed by skipped steps
         self._reconnects_before = self._reconnects
         self._stopping = False
 
     def run(self, *, seconds: float | None = None, steps: int | None = None) -> ControlReport:
-        """Control the robot, until the time is over, `stop` is called, or something ends it; at the end the robot is
-        held still. The first inference, which may include a compilation, is awaited and never executed.
+        """Control the robot until the time is over, `stop` is called, or an error ends the run; then hold the robot
+        still. The first chunk, whose inference may include a compilation, is awaited and never executed.
 
         Args:
-            seconds, steps: when it ends, whichever comes first; None: never. Steps that overruns leave out count.
+            seconds, steps: the end of the run, whichever comes first; None: no limit. Skipped steps count.
 
         Raises:
-            ValueError: the policy's chunk doesn't go together with the settings, before the robot has moved; or this
-                loop has run already.
-            Exception: what the robot's methods raise, and what the policy does but for TimeoutError, ConnectionError
+            ValueError: the policy's chunk contradicts the settings (before the robot moves), or the loop has run.
+            Exception: the errors of the robot's methods, and those of the policy except TimeoutError, ConnectionError
                 and the errors of a busy server.
         """
         if self.report.steps:
@@ -141,7 +140,7 @@ class ControlLoop:
     # ---- before the robot moves ----
 
     def _warm_up(self) -> ActionQueue | Ensemble | None:
-        """The schedule of actions, for chunks as the first one; None: `stop` was called."""
+        """The action schedule for chunks of the first one's length; None: `stop` was called."""
         chunk = self._asked_chunk({})
         if chunk is None:
             return None
@@ -150,12 +149,12 @@ class ControlLoop:
         schedule = self._make_schedule(len(chunk))
         if self._settings.mode != "rtc":
             return schedule
-        # Another computation, with a compilation of its own.
-        guided = self._asked_chunk(self._prefix(Request(0, chunk[1:], 1)))
+        # Inference conditioned on a previous chunk is another computation, with a compilation of its own.
+        guided = self._asked_chunk(self._rtc_fields(Request(0, chunk[1:], 1)))
         return None if guided is None else schedule
 
     def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray | None:
-        """The first answer to an observation with these fields, also where it takes longer than a request may; None:
+        """The first chunk for an observation with these fields, repeating requests that exceed their deadline; None:
         `stop` was called."""
         until = self._clock.now() + WARM_UP_SECONDS
         warned = False
@@ -170,17 +169,16 @@ class ControlLoop:
             if not warned:
                 warned = True
                 _log.warning(
-                    "Before the robot moves: %s. Asking again for up to %g s, because a first "
-                    "inference may include a compilation; a model that always takes longer needs a longer "
-                    "answer_timeout",
+                    "Warm-up: %s. Retrying for up to %g s, because the first inference may include a compilation; a "
+                    "model that always takes longer needs a longer answer_timeout",
                     str(answer.error).rstrip("."),
                     WARM_UP_SECONDS,
                 )
-            self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses at once
+            self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses immediately
         return None
 
     def _make_schedule(self, length: int) -> ActionQueue | Ensemble:
-        """For chunks of so many actions at the loop's rate."""
+        """The schedule for chunks of `length` actions at the loop's rate."""
         if not length:
             raise ValueError(
                 f"A chunk of {self._horizon} actions at {self._policy_hz:g} Hz is shorter than one step at "
@@ -195,8 +193,8 @@ class ControlLoop:
             steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
         if self._settings.mode == "rtc" and steps == length:
             raise ValueError(
-                f"Of each chunk {steps} of {length} steps at {self.control_hz:g} Hz are executed (execute_steps); "
-                "in rtc a rest must be left to go on from."
+                f"Of each chunk {steps} of {length} steps at {self.control_hz:g} Hz are executed (execute_steps); mode "
+                '"rtc" needs at least one left, on which the next chunk is conditioned.'
             )
         if self._settings.mode == "ensemble":
             return Ensemble(steps, decay=self._settings.ensemble_decay)
@@ -220,7 +218,7 @@ class ControlLoop:
         self.report.steps += 1
 
     def _receive(self) -> None:
-        """Take the answer, if it is there."""
+        """Handle the answer, if it has arrived."""
         answer = self._inference.poll()
         if answer is None:
             return
@@ -228,13 +226,13 @@ class ControlLoop:
         pending, self._request = self._request, None
         self.report.reconnects = self._reconnects - self._reconnects_before
         if _is_unanswered(answer):
-            self.report.failed_requests += 1  # the next request shows the robot as it is then
+            self.report.failed_requests += 1  # the next request has a new observation
             self._unanswered_in_a_row += 1
             if self._unanswered_in_a_row == 1:
-                _log.warning("%s; asking again", str(answer.error).rstrip("."))
+                _log.warning("%s; sending a new request", str(answer.error).rstrip("."))
             return
         if isinstance(answer.error, ConnectionError):
-            raise _Stop(f"The policy is gone: {answer.error}")
+            raise _Stop(f"The connection to the policy is lost: {answer.error}")
         chunk = self._checked_chunk(answer)
         if self._unanswered_in_a_row:
             _log.info("The policy answers again, after %d requests without an answer", self._unanswered_in_a_row)
@@ -271,19 +269,19 @@ class ControlLoop:
         return math.inf if self._settings.mode == "sync" else len(chunk) / self.control_hz
 
     def _ask(self) -> None:
-        """Ask for a chunk, if it is time."""
+        """Request a chunk, if one is due."""
         if self._inference.busy or not self._schedule.due:
             return
         since = self._clock.now()
         observation = dict(self._robot.observe())
         request = self._schedule.request()
         if self._settings.mode == "rtc":
-            observation.update(self._prefix(request))
+            observation.update(self._rtc_fields(request))
         self._request = _Pending(request, since, self.report.steps)
         self._inference.start(observation)
 
-    def _prefix(self, request: Request) -> dict[str, Any]:
-        """The field for real-time chunking, in steps of the policy; nothing where there is nothing to go on from."""
+    def _rtc_fields(self, request: Request) -> dict[str, Any]:
+        """The request field of real-time chunking, at the policy's rate; empty without a previous chunk."""
         if request.rest is None:
             return {}
         rest, executed, rate = request.rest, request.executed, self.control_hz
@@ -291,22 +289,22 @@ class ControlLoop:
             rest, rate = self._resampled(rest, self.control_hz, self._policy_hz), self._policy_hz
             executed = self._horizon - len(rest)
         finite = np.isfinite(rest).all(axis=1)
-        rest = rest if finite.all() else rest[: int(np.argmin(finite))]  # what is not finite will not be executed
+        rest = rest if finite.all() else rest[: int(np.argmin(finite))]  # NaN and infinity are never executed
         if not len(rest):
             return {}
-        # Where the delay exceeds what is left, all of it will have been executed.
+        # With a longer delay all remaining actions will have been executed.
         delay = min(self._latency.steps(rate) or 0, len(rest))
-        return {RTC: ActionPrefix(rest, delay, executed).to_wire()}
+        return {RTC: PreviousChunk(rest, delay, executed).to_wire()}
 
     def _next_command(self) -> np.ndarray | None:
-        """The command of this step; None: nothing."""
+        """The command of this step; None: send nothing."""
         if self._queued:
             return self._limited(self._queued.pop(0))
         action = self._schedule.next()
         if action is None:
             return self._without_action()
         if self._held_in_a_row >= HELD_SECONDS * self.control_hz:
-            _log.info("The robot goes on, after %.1f s", self._held_in_a_row / self.control_hz)
+            _log.info("The robot moves again, after %.1f s", self._held_in_a_row / self.control_hz)
         self._held_in_a_row = 0
         invalid = ~np.isfinite(action)
         if invalid.any():
@@ -328,16 +326,16 @@ class ControlLoop:
         self.report.holds += 1
         self._held_in_a_row += 1
         if self._held_in_a_row == math.ceil(HELD_SECONDS * self.control_hz):
-            _log.warning("No chunk for %g s: the robot is held until one comes", HELD_SECONDS)
+            _log.warning("No chunk for %g s: the robot is held until one arrives", HELD_SECONDS)
         if self._request is not None and not self._request.late:
             self._request.late = True
             self.report.late_chunks += 1
         if self._settings.late == "stop":
-            raise _Stop("A chunk is late: the actions ran out before it came")
+            raise _Stop("A chunk is late: the actions ran out before it arrived")
         return self._hold()
 
     def _is_overdue(self) -> bool:
-        """True if the chunk should have come by now."""
+        """True if the chunk should have arrived by now."""
         delay = self._latency.steps(self.control_hz)
         return self._request is not None and delay is not None and self.report.steps - self._request.step >= delay
 
@@ -361,8 +359,8 @@ class ControlLoop:
             self._robot.act(self._last.copy())
 
     def _account(self, tick: Tick) -> None:
-        """Note an overrun. What is left of a chunk is stale when its steps come later than it may be old: after one
-        long overrun, or after many that leave steps out."""
+        """Count an overrun. It makes the rest of a chunk stale if that is delayed by more than its maximum age, by one
+        long overrun or by many skipped steps."""
         if not tick.overrun:
             return
         self.report.overruns.add(tick.overrun)
@@ -375,8 +373,7 @@ class ControlLoop:
             self.report.stale_chunks += 1
 
     def _halt(self) -> None:
-        """Hold the robot, whatever the limits are: nobody sends the next step. One that is told positions does so by
-        itself."""
+        """Hold the robot regardless of limits: this is the last command. Position control stays put without it."""
         moves = any(command in ("velocity", "increment") for command in self._commands)
         if self.report.actions and moves and self._last is not None:
             self._act(hold_command(self._last, self._commands))
@@ -388,7 +385,7 @@ class ControlLoop:
     # ---- checks ----
 
     def _checked_chunk(self, answer: Answer) -> np.ndarray:
-        """The answer's actions, float32 [H, a]; what isn't finite is found when its step comes."""
+        """The answer's actions, float32 [H, a]; NaN and infinity are checked at each step."""
         if answer.error is not None:
             raise answer.error
         assert answer.content is not None
@@ -406,25 +403,25 @@ class ControlLoop:
 
     def _check_length(self, name: str, value: np.ndarray | None) -> None:
         if value is not None and len(value) != len(self._commands):
-            raise ValueError(f"{name}: {len(value)} dimensions; the actions have {len(self._commands)}.")
+            raise ValueError(f"{name} has {len(value)} dimensions; the actions have {len(self._commands)}.")
 
 
 def _is_unanswered(answer: Answer) -> bool:
-    """True if the request had no answer in time, or a busy server refused it: the next one may be answered."""
+    """True if the request exceeded its deadline or a busy server refused it: the next one may succeed."""
     return isinstance(answer.error, TimeoutError) or getattr(answer.error, "code", None) in BUSY
 
 
 class _Stop(Exception):
-    """The run ends, for this reason."""
+    """The run ends early; the message is the reason."""
 
 
 @dataclasses.dataclass
 class _Pending:
-    """The request that is under way."""
+    """The request in progress."""
 
     request: Request
     since: float
     """The time of the observation, on the loop's clock."""
     step: int
     late: bool = False
-    """The actions ran out meanwhile."""
+    """True if the actions ran out before the answer."""

@@ -1,8 +1,7 @@
-"""The choice of the next action. No clock and no thread: only actions that were really executed count.
+"""Action schedules: the choice of the next action, without clock or threads.
 
-Everything is counted on one axis, the actions that were executed since the beginning. A request remembers where on it
-the robot was when it observed; the chunk that comes back belongs there. While the robot holds, nothing is executed, and
-the axis stands still.
+The time axis is the number of actions executed since the beginning. A request stores its position on this axis, at
+which its chunk begins. While the robot is held no action is executed, and the position does not change.
 """
 
 from __future__ import annotations
@@ -14,48 +13,48 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """The moment at which a chunk was asked for."""
+    """The state of the schedule when a chunk is requested."""
 
     start: int
-    """Actions executed until then: the chunk's first action takes this place."""
+    """Number of actions executed before: the position of the new chunk's first action."""
     rest: np.ndarray | None
-    """[k, a], what was left of the chunk under execution, in which action 0 takes the same place; None: nothing."""
+    """[k, a], the rest of the chunk being executed, beginning at the same position; None: there is none."""
     executed: int
-    """Actions before `rest` in that chunk, H − k."""
+    """Number of actions before `rest` in that chunk, H − k."""
 
 
 class ActionQueue:
-    """One chunk at a time, until the next replaces it."""
+    """Execution of one chunk at a time, until the next replaces it."""
 
     def __init__(self, execute_steps: int, *, only: bool = False) -> None:
-        """Begin without a chunk.
+        """Start without a chunk.
 
         Args:
-            execute_steps: s, how many of a chunk's actions are executed before the next chunk is asked for.
-            only: no more than these are executed, ever.
+            execute_steps: s, the number of a chunk's actions executed before the next chunk is requested.
+            only: never execute more than these.
         """
         self._execute_steps = execute_steps
         self._only = only
         self._consumed = 0
         self._chunk: np.ndarray | None = None
-        self._at = 0  # in the chunk
+        self._at = 0  # index in the chunk
 
     @property
     def due(self) -> bool:
-        """True when it is time to ask for a chunk."""
+        """True when a chunk should be requested."""
         return self._chunk is None or self._at >= min(self._execute_steps, len(self._chunk))
 
     def request(self) -> Request:
-        """Note that a chunk is asked for now. What is left is cut here: the rest of it will be executed meanwhile."""
+        """Register a request. The rest of the current chunk is copied: it is executed during the inference."""
         rest = None if self._chunk is None else self._chunk[self._at :].copy()
         return Request(self._consumed, rest if rest is not None and len(rest) else None, self._at)
 
     def arrive(self, request: Request, chunk: np.ndarray) -> int | None:
-        """Go on with this chunk.
+        """Replace the current chunk by this one.
 
         Returns:
-            How many of its actions are discarded, because their places are taken: as many as were executed since the
-            request. None: that is all of it; it is refused, and what is left of the last chunk stays.
+            The number of its actions that are discarded, equal to the actions executed since the request. None: all of
+            them; the chunk is refused, and the current one stays.
         """
         discarded = self._consumed - request.start
         usable = chunk[: self._execute_steps] if self._only else chunk
@@ -65,7 +64,7 @@ class ActionQueue:
         return discarded
 
     def next(self) -> np.ndarray | None:
-        """The next action [a], which counts as executed; None: there is none."""
+        """Take the next action [a], which then counts as executed; None: there is none."""
         if self._chunk is None or self._at >= len(self._chunk):
             return None
         self._at += 1
@@ -73,43 +72,43 @@ class ActionQueue:
         return self._chunk[self._at - 1]
 
     def clear(self) -> None:
-        """Forget what is left of the chunk."""
+        """Drop the rest of the chunk."""
         self._chunk = None
 
 
 class Ensemble:
-    """Temporal ensembling: each action is the weighted average of what all chunks say for its place
+    """Temporal ensembling: each action is the weighted average of all chunks' predictions for its step
     (https://arxiv.org/abs/2304.13705)."""
 
     def __init__(self, execute_steps: int = 1, *, decay: float = 0.01) -> None:
-        """Begin without chunks.
+        """Start without chunks.
 
         Args:
-            execute_steps: how many actions are executed between two requests, if the policy is as fast.
-            decay: m: of the chunks from the oldest, number 0, to the newest, number i weighs exp(−m·i). Larger: more
-                weight for old chunks; negative: for new ones.
+            execute_steps: the number of actions between two requests, if the policy is fast enough.
+            decay: m; chunk i, counted from the oldest (0), has the weight exp(−m·i). Larger values favour old chunks,
+                negative values new ones.
         """
         self._execute_steps = execute_steps
         self._decay = decay
         self._consumed = 0
         self._asked: int | None = None
-        self._chunks: list[tuple[int, np.ndarray]] = []  # place of the first action, [H, a]; oldest first
+        self._chunks: list[tuple[int, np.ndarray]] = []  # position of the first action, [H, a]; oldest first
 
     @property
     def due(self) -> bool:
-        """True when it is time to ask for a chunk."""
+        """True when a chunk should be requested."""
         return self._asked is None or self._consumed >= self._asked + self._execute_steps or not self._covering()
 
     def request(self) -> Request:
-        """Note that a chunk is asked for now."""
+        """Register a request."""
         self._asked = self._consumed
         return Request(self._consumed, None, 0)
 
     def arrive(self, request: Request, chunk: np.ndarray) -> int | None:
-        """Take this chunk in.
+        """Add this chunk.
 
         Returns:
-            How many of its actions are discarded, because their places are taken; None: all of it, it is refused.
+            The number of its actions that are discarded, as their steps have passed; None: all, it is refused.
         """
         discarded = self._consumed - request.start
         if discarded >= len(chunk):
@@ -118,7 +117,7 @@ class Ensemble:
         return discarded
 
     def next(self) -> np.ndarray | None:
-        """The next action [a], which counts as executed; None: there is none."""
+        """Take the next action [a], which then counts as executed; None: there is none."""
         self._chunks = self._covering()
         if not self._chunks:
             return None
@@ -129,7 +128,7 @@ class Ensemble:
         return average.astype(np.float32)
 
     def clear(self) -> None:
-        """Forget all chunks."""
+        """Drop all chunks."""
         self._chunks = []
 
     def _covering(self) -> list[tuple[int, np.ndarray]]:

@@ -21,44 +21,45 @@ class ControlSettings:
     """The settings of the control loop.
 
     Raises:
-        ValueError: a field has none of its values.
+        ValueError: a field has an invalid value.
     """
 
     mode: str = "sync"
-    """"sync": execute a part of a chunk, hold while the next is inferred. "async": infer while the rest is executed,
-    then go on with the new chunk. "rtc": the same, and the new chunk continues the old one (real-time chunking; the
-    server has to support it). "ensemble": infer all the time, average what the chunks say for the same step."""
+    """"sync": execute part of a chunk, then hold while the next is inferred. "async": infer while the rest is executed,
+    then switch to the new chunk. "rtc": as "async", with the new chunk conditioned on the previous one (real-time
+    chunking; the server has to support it). "ensemble": infer continuously and average the chunks' predictions for
+    the same step."""
     execute_steps: int | None = None
-    """Of the policy's actions, how many are executed before the next chunk is asked for. None: what the server
-    recommends, else half a chunk; 1 in "ensemble"."""
+    """Number of the policy's actions executed before the next chunk is requested. None: the server's recommendation, or
+    else half a chunk; 1 in "ensemble"."""
     control_hz: float | None = None
     """Steps per second; None: the policy's rate."""
     resample: str | None = None
-    """At another rate than the policy's: "interpolate": the same motion at the same speed; "as_is": the same actions,
-    faster or slower. None: another rate is refused."""
+    """Resampling to a rate other than the policy's: "interpolate": the same motion at the same speed; "as_is": the same
+    actions, faster or slower. None: another rate is refused."""
     late: str = "hold"
-    """The reaction if the actions run out before the next chunk is there: "hold" the robot still; "slow": as hold, but
-    from the moment at which the chunk should have come, what is left takes twice the time; "stop" the run."""
+    """The reaction if the actions run out before the next chunk arrives: "hold" the robot still; "slow": as "hold", and
+    the remaining actions take twice the time once the chunk is overdue; "stop" the run."""
     on_invalid: str = "stop"
-    """At an action with NaN or infinity: "hold" the robot for its step, or "stop" the run."""
+    """The reaction to an action with NaN or infinity: "hold" the robot for this step, or "stop" the run."""
     max_age: float | None = None
-    """Seconds from an observation to its chunk, above which the chunk is refused as stale. None: as long as the chunk
-    lasts; in "sync" any, as the robot stands still."""
+    """Largest age of a chunk, in seconds from its observation; older chunks are refused as stale. None: the chunk's
+    duration; no limit in "sync", in which the robot is held."""
     action_commands: Sequence[str] | None = None
-    """Of the dimensions, see `robot.COMMANDS`; None: what the server says."""
+    """The command of each dimension, see `robot.COMMANDS`; None: from the server's metadata."""
     limits: ActionLimits | None = None
-    """That every command keeps; None: none. See `ActionLimits.from_metadata`."""
+    """Limits on all commands, see `ActionLimits.from_metadata`; None: no limits."""
     start: np.ndarray | None = None
-    """[a], the command at which the robot stands at the beginning, for the limit of the first step; None: the first
-    command may be anywhere in the range."""
+    """[a], the command that corresponds to the robot's initial position, for the step limit of the first command; None:
+    the first command may be anywhere in the range."""
     ensemble_decay: float = 0.01
-    """See `schedule.Ensemble`."""
+    """The decay m of the weights in mode "ensemble", see `schedule.Ensemble`."""
     latency_window: int = 10
-    """Inferences of which the latency is estimated."""
+    """Number of last inferences in the latency estimate."""
     latency_quantile: float = 1.0
-    """Of these; 1: the largest."""
+    """Quantile of their latencies; 1: the largest."""
     dry_run: bool = False
-    """Send nothing to the robot; everything else is as ever."""
+    """Do everything but send commands to the robot."""
 
     def __post_init__(self) -> None:
         for name, allowed in (
@@ -80,27 +81,27 @@ class ControlSettings:
         """The policy's rate and the loop's.
 
         Args:
-            policy_hz: what the server says; None: nothing.
+            policy_hz: the rate in the server's metadata, or None.
 
         Raises:
-            ValueError: nobody says the rate, or they differ and `resample` is not set.
+            ValueError: no rate is known, or the rates differ and `resample` is not set.
         """
         check_positive("The server's control_hz", policy_hz)
         control_hz = self.control_hz if self.control_hz is not None else policy_hz
         if control_hz is None:
-            raise ValueError("Neither the server nor the settings say how many steps a second has: pass control_hz=.")
+            raise ValueError("Neither the server nor the settings state the control rate in Hz: pass control_hz=.")
         policy_hz = control_hz if policy_hz is None else policy_hz
         if policy_hz != control_hz and self.resample is None:
             raise ValueError(
                 f"control_hz is {control_hz:g}, but the policy's actions are for {policy_hz:g} Hz: leave control_hz "
-                'out, or say how to resample: "interpolate" (the same motion at the same speed) or "as_is" (the same '
-                "actions, faster or slower)."
+                'out, or choose how to resample: "interpolate" (the same motion at the same speed) or "as_is" (the '
+                "same actions, faster or slower)."
             )
         return policy_hz, control_hz
 
 
 def check_positive(name: str, value: Any, *, whole: bool = False) -> None:
-    """Raises a ValueError unless it is a positive number, or None."""
+    """Raise a ValueError unless the value is a positive number or None."""
     kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
     if value is None or (isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < math.inf):
         return

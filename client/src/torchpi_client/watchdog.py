@@ -1,4 +1,4 @@
-"""Ending what has no time limit of its own."""
+"""Deadlines for blocking calls that have no time-out of their own."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 
 
 class Watchdog:
-    """Calls `action`, in a thread of its own, when a block of code is not done by its deadline.
+    """Calls `action`, in a separate thread, when a block of code misses its deadline.
 
-    One thread for all blocks. It sleeps until the earliest deadline that it knows, and blocks that end before then
-    never wake it; a `threading.Timer` starts a thread per block, which takes 0.1 ms.
+    One thread serves all blocks. It sleeps until the earliest known deadline, and blocks that end earlier do not wake
+    it; a `threading.Timer` would start a thread per block, which takes 0.1 ms.
     """
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -21,14 +21,14 @@ class Watchdog:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._deadline = math.inf
-        """Of the block that runs."""
+        """Deadline of the current block."""
         self._wakes_at = math.inf
-        """The time at which the thread looks again."""
+        """Time of the thread's next check."""
         self._closed = False
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """A block that has until then, in seconds of `time.monotonic`; one at a time. After it nothing is called."""
+        """A block with a deadline in seconds of `time.monotonic`; one at a time. Leaving the block cancels it."""
         with self._changed:
             self._deadline = deadline
             if self._thread is None:

@@ -1,11 +1,11 @@
 """The wire format: openpi's msgpack with NumPy, byte for byte. Nothing is ever unpickled.
 
-msgpack's own types stand for themselves (tuples arrive as lists); what NumPy adds is a map with byte-string keys:
+msgpack's own types are unchanged (tuples arrive as lists); NumPy's are maps with byte-string keys:
 
     array   {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": [...]}
     scalar  {b"__npgeneric__": True, b"data": Python number, b"dtype": dtype.str}
 
-np.float64, np.str_ and np.bytes_ are Python's float, str and bytes to msgpack and arrive as these.
+To msgpack np.float64, np.str_ and np.bytes_ are Python's float, str and bytes, and arrive as these.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ DTYPE = re.compile(r"[<>=|]?[A-Za-z]+[0-9]*(\[[0-9A-Za-z]+\])?")
 
 
 def pack(obj: Any) -> bytes:
-    """Bytes of `obj`: dicts with str or bytes keys, lists, str, bytes, numbers, bool, None, NumPy arrays and scalars.
+    """Pack `obj`: dicts with str or bytes keys, lists, str, bytes, numbers, bool, None, NumPy arrays and scalars.
 
     Raises:
-        ValueError: something in it is of another type, an integer exceeds 64 bits, or it is nested about 500 deep.
+        ValueError: a value has another type, an integer exceeds 64 bits, or the nesting is about 500 deep.
     """
     packed: bytes = msgpack.packb(obj, default=_encode)
     return packed
 
 
 def unpack(data: bytes, *, max_items: int | None = None) -> Any:
-    """The object that `pack` made these bytes of; its arrays are writable.
+    """Unpack the output of `pack`; arrays are writable.
 
     Args:
-        max_items: how many entries all its lists and maps may have together. Of one byte on the wire msgpack can make
-            a Python object of a hundred, so a server that reads what strangers send sets this. None: any number.
+        max_items: the largest total number of entries in all lists and maps. msgpack can turn one byte into a Python
+            object of a hundred, so a server that reads untrusted input sets this. None: no limit.
 
     Raises:
-        ValueError: they are not exactly one object in this format, it is nested about 1000 deep, or has too many
-            entries.
+        ValueError: the bytes are not exactly one object in this format, its nesting is about 1000 deep, or it has too
+            many entries.
     """
     try:
         return msgpack.unpackb(data, **_hooks(max_items))
-    # UnpackException: some versions of msgpack have errors of their own that are no ValueErrors.
+    # UnpackException: some versions of msgpack raise errors that are no ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise ValueError(f"Cannot unpack {len(data)} bytes: {reason}; expected msgpack as openpi writes it.") from error
 
 
 def _hooks(max_items: int | None) -> dict[str, Any]:
-    """The hooks that msgpack calls for each list and map that is complete; until then its own limits hold."""
+    """msgpack's hooks, called for each complete list and map; until then its own limits apply."""
     if max_items is None:
         return {"object_hook": _decode}
     left = max_items
@@ -79,7 +79,7 @@ def _hooks(max_items: int | None) -> dict[str, Any]:
 
 
 def _encode(value: Any) -> dict[bytes, Any]:
-    """The tagged map of what msgpack has no type for."""
+    """The tagged map for a value that msgpack has no type for."""
     if isinstance(value, np.ndarray) and _has_bytes(value.dtype, ARRAY_KINDS):
         return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic) and _has_bytes(value.dtype, SCALAR_KINDS):
@@ -98,12 +98,12 @@ def _encode(value: Any) -> dict[bytes, Any]:
 
 
 def _has_bytes(dtype: np.dtype[Any], kinds: str) -> bool:
-    """True if the array's bytes and `dtype.str` say all of it."""
+    """True if the array is fully described by its bytes and `dtype.str`."""
     return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: from another library, unknown to np.dtype(dtype.str)
 
 
 def _decode(value: dict[Any, Any]) -> Any:
-    """A map, or the array or scalar that it is the tagged form of."""
+    """A plain map as it is, or the array or scalar of a tagged map."""
     if ARRAY in value:
         return _array(value)
     if SCALAR in value:
@@ -137,7 +137,7 @@ def _scalar(value: dict[Any, Any]) -> np.generic:
         raise ValueError(f"A scalar of dtype {dtype} has {number!r:.80} as its data.")
     if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
         raise ValueError(f"A scalar of dtype {dtype} is {number}, which exceeds it.")
-    with np.errstate(over="ignore"):  # beyond float32 is inf, as in every cast
+    with np.errstate(over="ignore"):  # overflow gives inf, as in every cast
         return dtype.type(number)
 
 

@@ -26,7 +26,8 @@ from torchpi.serving.settings import MAX_NUM_STEPS
 from torchpi.types import PreviousChunk
 from torchpi_client import unpack
 from torchpi_client.images import decode_images
-from torchpi_client.protocol import JPEG, RTC, ActionPrefix
+from torchpi_client.protocol import JPEG, RTC
+from torchpi_client.protocol import PreviousChunk as WirePreviousChunk
 
 OPTION_PREFIX = "torchpi/"
 OPTIONS = ("torchpi/noise", "torchpi/num_steps", "torchpi/deadline", RTC)
@@ -198,7 +199,7 @@ def _deadline(value: Any) -> float:
 
 
 def _previous(value: Any, horizon: int) -> PreviousChunk:
-    sent = ActionPrefix.from_wire(value)
+    sent = WirePreviousChunk.from_wire(value)
     _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
     previous = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
     previous.steps_executed(horizon)  # raises
