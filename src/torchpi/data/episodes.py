@@ -12,6 +12,7 @@ from torchpi.data.metadata import Episode, open_metadata
 from torchpi.errors import DatasetError
 
 _TASK = "task:"
+_TASKS_SHOWN = 20
 _RANGE = re.compile(r"(?P<number>\d+)|(?P<start>\d*):(?P<stop>\d*)")
 
 
@@ -105,12 +106,9 @@ def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
             if any(fnmatch.fnmatchcase(task.lower(), pattern.lower()) for task in episode.tasks)
         }
         if not found:
-            raise DatasetError(f"No task matches {pattern!r}; there are {_tasks_there(episodes)}.")
+            counts = Counter(task for episode in episodes for task in episode.tasks)
+            there = ", ".join(f"{task!r} ({count} episodes)" for task, count in counts.most_common(_TASKS_SHOWN))
+            more = f" and {len(counts) - _TASKS_SHOWN} more" if len(counts) > _TASKS_SHOWN else ""
+            raise DatasetError(f"No task matches {pattern!r}; there are {there}{more}.")
         chosen |= found
     return chosen
-
-
-def _tasks_there(episodes: Sequence[Episode], limit: int = 20) -> str:
-    counts = Counter(task for episode in episodes for task in episode.tasks)
-    shown = [f"{task!r} ({count} episodes)" for task, count in counts.most_common(limit)]
-    return ", ".join(shown) + (f" and {len(counts) - limit} more" if len(counts) > limit else "")

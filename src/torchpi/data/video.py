@@ -113,7 +113,12 @@ class VideoPool:
 
     def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
         """See `VideoReader.read`."""
-        reader = self._take(path, seconds, tolerance)
+        with self._lock:
+            readers = (reader for reader in self._idle if reader.path == path)
+            found = min(readers, key=lambda reader: not reader.near(seconds, tolerance), default=None)  # or the oldest
+            if found is not None:
+                del self._idle[found]
+        reader = found or VideoReader(path)
         image = reader.read(seconds, tolerance)
         with self._lock:
             self._idle[reader] = None
@@ -121,15 +126,6 @@ class VideoPool:
         for old in surplus:
             old.close()
         return image
-
-    def _take(self, path: Path, seconds: float, tolerance: float) -> VideoReader:
-        with self._lock:
-            readers = [reader for reader in self._idle if reader.path == path]
-            readers.sort(key=lambda reader: not reader.near(seconds, tolerance))  # stable: otherwise the oldest
-            if readers:
-                del self._idle[readers[0]]
-                return readers[0]
-        return VideoReader(path)
 
 
 def default_encoder() -> str:
