@@ -1,7 +1,7 @@
 """Render the packaged camera frames: the first moment of an episode of each of the embedded policy's tasks.
 
-They are what `torchpi demo` shows the policy where nothing can be rendered, and what `torchpi trace demo` walks with.
-Each is the first moment of the first episode that the demo runs by itself. Writes a picture per task and camera and
+`torchpi demo` shows them to the policy if nothing can be rendered, and `torchpi trace demo` takes them as its inputs.
+Each is the first moment of the first episode that the demo runs by itself. Writes an image per task and camera and
 moments.json into src/torchpi/assets/demo, which is emptied first:
 
     .venv/bin/python scripts/render_demo_frames.py
@@ -23,7 +23,7 @@ ENV, SEED, EPISODE = "metaworld", 0, 0
 
 
 def render(task: str) -> dict:
-    """Write the task's pictures, and return the rest of the observation."""
+    """Write the task's images, and return the rest of the observation."""
     environment = make_environment(ENV, task)
     environment.reset(environment_seed("eval", SEED, task, EPISODE))
     observation = environment.observe()

@@ -238,7 +238,7 @@ class Pi0Config:
             else:
                 document[name] = value
         for part in _PARTS.keys() - given.keys():
-            if f"{part}_variant" in values:  # beside the sizes it is a note; alone it is meant to be read
+            if f"{part}_variant" in values:  # with the sizes it is a note; alone it is meant to be read
                 raise ConfigError(
                     f"{where}: '{part}_variant' is not read; write {part!r} instead, with a variant's name or an "
                     "object of sizes."
@@ -285,7 +285,7 @@ _PARTS: Mapping[str, Mapping[str, Any]] = {
     "action_expert": GEMMA_VARIANTS,
     "siglip": VISION_VARIANTS,
 }
-# Written beside the sizes by the tools that make such files; the weights say all of it better.
+# Written with the sizes by the tools that make such files; the weights state all of it more reliably.
 _NOT_SIZES = frozenset({"dtype", "num_params", "paligemma_variant", "action_expert_variant", "lora", "num_lora_params"})
 
 _PI0, _PI05 = Pi0Config(), Pi0Config(pi05=True)

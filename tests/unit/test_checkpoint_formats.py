@@ -439,7 +439,7 @@ def edit_index(root, change):
 )
 def test_an_index_that_leads_out_of_its_folder_is_refused(shards, golden_pi05, name):
     edit_index(shards, lambda weight_map: weight_map.update({"time_mlp_in.bias": name}))
-    with pytest.raises(ValueError, match="only files beside the index are read"):
+    with pytest.raises(ValueError, match="only files next to the index are read"):
         torchpi.load_model(shards, config=golden_pi05.config)
 
 

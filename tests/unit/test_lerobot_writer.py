@@ -379,7 +379,7 @@ def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
 def test_running_recording_is_neither_read_nor_recovered(tmp_path):
     with new_writer(tmp_path) as writer:
         writer.add_episode(EPISODES[0], TASKS[0])
-        with pytest.raises(ValueError, match="still going on"):
+        with pytest.raises(ValueError, match="still in progress"):
             LeRobotDataset(tmp_path, action_horizon=1)
         with pytest.raises(ValueError, match="still being recorded by another process"):
             LeRobotWriter.recover(tmp_path)

@@ -326,10 +326,10 @@ def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
     assert again == places[20_000 * 4 :]
 
 
-def samples(recipe: TrainConfig, **draws) -> Samples:
+def samples(recipe: TrainConfig, **rng) -> Samples:
     data, policy, _ = begin(recipe)
     frames = Frames(data.train, data.embodiment, policy.transforms)
-    return Samples([frames], SampleRng(**{"seed": 0, "flow_samples_per_obs": 2, **draws}))
+    return Samples([frames], SampleRng(**{"seed": 0, "flow_samples_per_obs": 2, **rng}))
 
 
 def test_random_numbers_of_a_sample_follow_from_its_index(recipe):

@@ -106,7 +106,7 @@ VARIANTS = [
     pytest.param({"activation_checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
     pytest.param({"grad_accum_steps": 2}, id="accumulate 2", marks=pytest.mark.slow),
     pytest.param({"grad_accum_steps": 4}, id="accumulate 4", marks=pytest.mark.slow),
-    pytest.param({"flow_samples_per_obs": 2}, id="draws", marks=pytest.mark.slow),
+    pytest.param({"flow_samples_per_obs": 2}, id="noise_samples", marks=pytest.mark.slow),
     pytest.param({"finetune": "expert", "ema_decay": 0.0}, id="expert", marks=pytest.mark.slow),
     pytest.param({"init": BASE, "finetune": "lora", "ema_decay": 0.0}, id="lora", marks=pytest.mark.slow),
     pytest.param(

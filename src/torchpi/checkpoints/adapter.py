@@ -1,4 +1,4 @@
-"""The changes of a LoRA training, as a small folder beside the base checkpoint that it belongs to.
+"""The changes of a LoRA training, as a small folder for the base checkpoint that it belongs to.
 
 adapter.json           the LoRA, the other trained parameters, and the base
 adapter.safetensors    the low-rank matrices and the other trained parameters, in float32
@@ -42,7 +42,7 @@ class Adapter:
 
     lora: LoraConfig
     trained: tuple[str, ...]
-    """Names of the parameters that were trained beside the low-rank matrices."""
+    """Names of the parameters that were trained in addition to the low-rank matrices."""
     base: Base
 
 

@@ -45,7 +45,7 @@ class Checkpoint:
     table: Callable[[Pi0Config], dict[str, CheckpointArray]]
     """By the sizes, the arrays without LoRA's."""
     dtype: torch.dtype
-    """As stored."""
+    """Dtype of the stored arrays."""
     folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """By the array that they change, the LoRA arrays of an openpi JAX checkpoint."""
     tied: str = ""
@@ -64,7 +64,7 @@ class Checkpoint:
     adapted: tuple[str, ...] = ()
     """Changes of sizes when the model is loaded, see `adapt`."""
     overruled: tuple[str, ...] = ()
-    """Statements of a file beside the arrays that `config=`, or the arrays where it is given, overrule."""
+    """Statements of a file next to the arrays that `config=`, or else the arrays, overrule."""
 
     @property
     def config(self) -> Pi0Config:

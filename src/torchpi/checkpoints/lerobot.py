@@ -374,7 +374,7 @@ def _document(
 
 
 def write_tokenizer_config(root: pathlib.Path, special_tokens: Mapping[str, str]) -> None:
-    """Write the settings that transformers needs beside a tokenizer's file to make π₀'s tokens of a text.
+    """Write the settings that transformers needs, next to the tokenizer's file, to tokenize as π₀ does.
 
     Args:
         special_tokens: the texts of bos, eos, pad and unk.

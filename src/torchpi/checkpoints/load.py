@@ -46,7 +46,7 @@ def load_model(
         ValueError: it is in no known format, or in two; arrays are missing, left over, misshapen or unreadable; or
             `config` contradicts them.
 
-    Warns: what `adapt` has done; what `config` overrules in a file beside the arrays.
+    Warns: what `adapt` has done; what `config` overrules in a file next to the arrays.
     """
     checkpoint = open_checkpoint(path, config=config, adapt=adapt)
     for note in checkpoint.notes:

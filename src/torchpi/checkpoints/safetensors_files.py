@@ -16,7 +16,7 @@ from torchpi.schema import parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
-# As PyTorch allocates: where an array begins decides which instructions run over it, and so last bits of products.
+# As PyTorch allocates: an array's alignment selects the CPU's instructions, and so the last bits of matmuls.
 _ALIGNMENT = 64
 
 
@@ -116,7 +116,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
         raise CheckpointError(f"{index} is no index: weight_map is empty.")
     for file in set(weight_map.values()):
         if pathlib.PurePath(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index} names the file {file!r}; only files beside the index are read.")
+            raise CheckpointError(f"{index} names the file {file!r}; only files next to the index are read.")
     return weight_map
 
 

@@ -169,7 +169,7 @@ def _read_info(root: Path) -> Info:
     path = root / lerobot.INFO
     if not path.is_file() and (root / lerobot.RECORDING_FOLDER).is_dir():
         raise DatasetError(
-            f"The recording of {root} is still going on, or was killed. If it was killed, "
+            f"The recording of {root} is still in progress, or was killed. If it was killed, "
             f"torchpi.data.LeRobotWriter.recover({str(root)!r}) makes a dataset of the episodes that it had saved."
         )
     if not path.is_file():

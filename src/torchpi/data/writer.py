@@ -197,7 +197,7 @@ class LeRobotWriter:
 
         Raises:
             FileNotFoundError: there is no unfinished recording.
-            ValueError: it is still going on; no episode was saved.
+            ValueError: the recording is in progress; no episode was saved.
             OSError: the disk is full.
         """
         recording = Recording.reopen(Path(path).expanduser())

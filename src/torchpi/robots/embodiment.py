@@ -177,7 +177,7 @@ class Embodiment:
 
     @property
     def observation_format(self) -> dict[str, Any]:
-        """An observation's form for whoever sends one: the keys of "cameras", with layout, dtype and presence, and of
+        """The form of an observation for a client: the keys of "cameras", with layout, dtype and presence, and of
         the parts of the "state", with the names of their dimensions; the instruction's is "prompt"."""
         cameras = [
             {"key": camera.key, "layout": camera.layout, "dtype": camera.dtype, "presence": camera.presence}

@@ -154,7 +154,7 @@ class Scheduler:
             for name, load in self._load.items():
                 self._policies[name] = load()
                 self._warm_up(name)
-        except BaseException as error:  # raised by whoever waits for `ready`
+        except BaseException as error:  # raised by the caller that waits for `ready`
             if len(self._load) > 1:
                 error.add_note(f"(policy {name})")
             self.ready.set_exception(error)

@@ -35,7 +35,7 @@ class Environment(Protocol):
 
         Raises:
             ValueError: the action is not [a], or not finite.
-            UnstableError: the simulation can't go on from here.
+            UnstableError: the simulation cannot continue from this state.
         """
 
     def expert_action(self) -> np.ndarray:
@@ -53,7 +53,7 @@ class Simulator:
     """An environment before anything is simulated."""
 
     instructions: Mapping[str, str]
-    """Of its tasks, by name."""
+    """Its tasks by name."""
     embodiment: Embodiment
     """Its robot."""
     max_steps: int

@@ -95,7 +95,7 @@ class MetaworldEnvironment:
         experts: Mapping[str, Any] = ENV_POLICY_MAP
         self._expert = experts[f"{task}-v3"]()
         self.max_steps = MAX_STEPS
-        self._env.max_path_length = sys.maxsize  # whoever runs the episode ends it
+        self._env.max_path_length = sys.maxsize  # the caller ends the episode
         # Each reset draws the task's objects anew, from the environment's own generator.
         self._env._set_task_called = True
         self._env._freeze_rand_vec = False

@@ -30,7 +30,7 @@ TAIL = 5
 MAX_ATTEMPTS = 10
 """Seeds that are tried for one episode."""
 _MIN_ATTEMPTS = 8  # before it is judged that an expert fails too often
-_PUSH_STEPS = (5, 20)  # the duration of a push; at one centimetre per step Meta-World's hand is then beside its goal
+_PUSH_STEPS = (5, 20)  # the duration of a push; at one centimetre per step Meta-World's hand is then next to its goal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, prog
 
 
 class _Done:
-    """The episodes that have been recorded so far, and their description beside the dataset."""
+    """The episodes that have been recorded so far, and their description next to the dataset."""
 
     def __init__(self, root: pathlib.Path, settings: _Settings, command: str | None) -> None:
         self.root, self.settings, self._command = root, settings, command
@@ -193,7 +193,7 @@ class _Done:
         return complete
 
     def describe(self, complete: int) -> None:
-        """Write beside the dataset's metadata how it was recorded."""
+        """Write the recording's settings next to the dataset's metadata."""
         episodes = self.episodes[:complete]  # an interrupt may come before the last one was saved
         instructions = simulator(self.settings.env).instructions
         tasks = {episode["task"]: instructions[episode["task"]] for episode in episodes}

@@ -43,15 +43,17 @@ def _cropped(config: Augmentation, image_size: int) -> int:
     return int(image_size * config.crop)
 
 
-def augment(observation: Observation, config: Augmentation, draws: Mapping[str, Float32[Tensor, "B 7"]]) -> Observation:
+def augment(
+    observation: Observation, config: Augmentation, parameters: Mapping[str, Float32[Tensor, "B 7"]]
+) -> Observation:
     """Augment the images of an observation.
 
     Args:
-        draws: per camera, the parameters that `draw` gave for each sample.
+        parameters: per camera, the output of `draw` for each sample.
     """
     images = {}
     for camera, image in observation.images.items():
-        values = draws[camera].to(image.device)
+        values = parameters[camera].to(image.device)
         image01 = image * 0.5 + 0.5
         if "wrist" not in camera and (config.crop < 1 or config.degrees):
             zoom = _cropped(config, image.shape[1]) / image.shape[1]

@@ -24,9 +24,9 @@ _FILE_BYTES = 10**9
 
 
 class Checkpointer:
-    """Writes checkpoints beside the training, one at a time.
+    """Writes checkpoints in the background of the training, one at a time.
 
-    A checkpoint is complete under its name or not there. Training goes on as soon as the tensors are copied, so the CPU
+    A checkpoint is complete under its name or not there. Training continues as soon as the tensors are copied, so the CPU
     needs memory for one copy of what this process saves, and for a file of it at a time.
     """
 

@@ -1,4 +1,4 @@
-"""From a checkpoint's state to policy folders. Trained LoRA is written without its base, as an adapter."""
+"""Export of a checkpoint's state to policy folders. Trained LoRA is written without its base, as an adapter."""
 
 import json
 import pathlib
@@ -22,7 +22,7 @@ _MAX_SHARD_BYTES = 5 * 10**9
 class Exporter:
     """Writes the policy of a checkpoint: the EMA weights out of its state, and the frozen ones.
 
-    It works beside the training and in one process, and so reads the saved state instead of the model.
+    It runs in the background of the training and in one process, so it reads the saved state instead of the model.
     """
 
     def __init__(self, config: TrainConfig, policies: Sequence[Policy]) -> None:

@@ -41,7 +41,7 @@ class LiveRun:
     stopped: bool = False
     """A signal has asked to stop after the current update."""
     note: str = ""
-    """Text beside the progress bar."""
+    """Text next to the progress bar."""
 
     def __post_init__(self) -> None:
         self.meter = Meter(self.config.batch_size)

@@ -165,8 +165,8 @@ def _without_data(device: str) -> Iterator[str]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield "cpu"
     else:
-        # Not tensors that pretend to be on CUDA: where it is missing, autograd can't run them. On "meta" PyTorch writes
-        # attention's products out; a mode that replaces it would be off in the backward pass, which runs layers again.
+        # Not tensors that pretend to be on CUDA: where it is missing, autograd can't run them. On "meta" PyTorch
+        # computes attention's matmuls one by one; a mode that replaces it would be off in the backward pass, which runs layers again.
         with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
             yield "meta"
 
@@ -269,7 +269,7 @@ class _Moments(torch.optim.Optimizer):
             self.state[shard] = dict(enumerate(self._moments(shard, kind, live)))
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Nothing is allocated."""
+        """Update nothing: no memory is allocated."""
 
     @staticmethod
     def _moments(shard: Tensor, kind: Optimizer, live: _LiveTensors) -> Iterator[Tensor]:

@@ -38,10 +38,10 @@ class Plan:
     device: str
     world_size: int
     samples: int
-    """Of a micro-batch."""
+    """Samples of a micro-batch."""
     cameras: tuple[str, ...]
     prompt_tokens: int
-    """Of each sample: the most that the model takes."""
+    """Prompt tokens per sample: the model's maximum."""
     peak: PeakMemory
     staged: int
     """Bytes of host memory for the copy of a checkpoint that is being written, in each process."""

@@ -1,4 +1,4 @@
-"""From a dataset to batches. A sample's random numbers follow from (seed, step, position in the batch)."""
+"""Batches of a dataset's samples. A sample's random numbers follow from (seed, step, position in the batch)."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,7 +36,7 @@ class SampleRng:
 
     @classmethod
     def of(cls, config: TrainConfig) -> "SampleRng":
-        """As a recipe has them."""
+        """The random state of a recipe's samples."""
         data, optim = config.data, config.optim
         return cls(
             config.seed, optim.flow_samples_per_obs, data.state_noise, data.augmentation, optim.max_action_prefix

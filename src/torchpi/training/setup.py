@@ -1,4 +1,4 @@
-"""From a recipe to its data: episodes, statistics, prompts, and the policy around the model."""
+"""The data of a recipe: episodes, statistics, prompts, and the policy around the model."""
 
 import dataclasses
 import functools

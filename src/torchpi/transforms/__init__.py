@@ -1,5 +1,5 @@
-"""From one sample to the model's inputs and back, in NumPy; the parts are stateless and have their inverse beside
-them."""
+"""From one sample to the model's inputs and back, in NumPy; the parts are stateless and next to
+their inverses."""
 
 from torchpi.transforms.actions import absolute_actions as absolute_actions
 from torchpi.transforms.actions import bool_mask as bool_mask
