@@ -95,7 +95,7 @@ def test_commands_of_the_docstring_are_valid(name, monkeypatch):
 
 @pytest.mark.slow
 def test_a_recipe_runs(tmp_path, monkeypatch, golden_root):
-    """LIBERO's, on a small data set, with small weights in place of pi05_base."""
+    """LIBERO's, on a small dataset, with small weights in place of pi05_base."""
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
     rng = np.random.default_rng(0)
     names = [f"pose_{i}" for i in range(8)]
@@ -123,7 +123,7 @@ def test_a_recipe_runs(tmp_path, monkeypatch, golden_root):
 
 
 @pytest.mark.slow
-def test_droids_recipe_trains_what_openpis_converter_writes(tmp_path, monkeypatch, golden_root):
+def test_droid_recipe_trains_on_a_dataset_of_openpis_converter(tmp_path, monkeypatch, golden_root):
     use_small_weights(monkeypatch, tmp_path / "published", golden_root)
     states = write_droid_set(tmp_path / "set")
     arguments = ["--dataset", f"{tmp_path}/set", "--out", f"{tmp_path}/run", "--device", "cpu", "--rename", *RENAME]

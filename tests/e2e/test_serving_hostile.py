@@ -87,7 +87,7 @@ def stall(connected):
 
 
 def bombard(url, count, seed):
-    """Send so many hostile messages, beside connections that stall; a well-behaved client asks between them."""
+    """Send so many hostile messages, next to connections that stall; a well-behaved client asks between them."""
     rng = random.Random(seed)
     with clients(url) as [good]:
         sent = 0

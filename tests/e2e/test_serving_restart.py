@@ -142,7 +142,7 @@ class Run:
             self._problem = error
 
     def until(self, condition):
-        """Wait for what this and other processes are about to do; the run goes on."""
+        """Wait for what this and other processes are about to do; the run continues."""
         pause, end = threading.Event(), time.monotonic() + PATIENCE
         while not condition():
             self._check()

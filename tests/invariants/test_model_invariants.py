@@ -124,9 +124,9 @@ def test_the_order_of_cameras_matters(golden, model):
 
 def test_noise_comes_from_the_generator(golden, model):
     observation = golden.observation()
-    draws = [model.sample_actions(observation, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
+    chunks = [model.sample_actions(observation, generator=torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)]
+    assert torch.equal(chunks[0], chunks[1])
+    assert not torch.equal(chunks[0], chunks[2])
     losses = [
         model.compute_loss(observation, golden.inputs["actions"], generator=torch.Generator().manual_seed(seed))
         for seed in (3, 3, 4)

@@ -20,7 +20,7 @@ NO_GRADIENT = "MultiHeadDotProductAttention_0.key.bias"
 
 
 class LoraGolden:
-    """One kind of golden model with LoRA; batches and draws are those of its training."""
+    """One kind of golden model with LoRA; batches and random numbers are those of its training."""
 
     def __init__(self, root: pathlib.Path, kind: str) -> None:
         self.root = root / "lora" / kind

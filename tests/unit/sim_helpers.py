@@ -82,9 +82,9 @@ class Corridor:
 
     def observe(self):
         self.log.append("observe")
-        picture = np.full((self.image_size, self.image_size, 3), int(10 * self.position) % 200 + 20, np.uint8)
+        image = np.full((self.image_size, self.image_size, 3), int(10 * self.position) % 200 + 20, np.uint8)
         state = np.array([self.position, self.goal, 0, 0]) / 10
-        return {"base": picture, "wrist": picture // 2, "state": state, "prompt": self.instruction}
+        return {"base": image, "wrist": image // 2, "state": state, "prompt": self.instruction}
 
     def step(self, action):
         self.log.append("step")

@@ -88,13 +88,13 @@ def observation(size: int = 16) -> Observation:
     )
 
 
-def test_wrist_cameras_are_not_moved_and_samples_have_their_own_draws():
+def test_wrist_cameras_are_not_moved_and_samples_have_their_own_parameters():
     before = observation()
     config = Augmentation(color_probability=0.0)
     values = np.stack([draw(config, generator_at(0, "test", i), 16) for i in range(2)])
     assert (values[0] != values[1]).any()
-    draws = {name: torch.from_numpy(values) for name in before.images}
-    after = augment(before, config, draws)
+    parameters = {name: torch.from_numpy(values) for name in before.images}
+    after = augment(before, config, parameters)
     torch.testing.assert_close(after.images["left_wrist_0_rgb"], before.images["left_wrist_0_rgb"])
     assert (after.images["base_0_rgb"] != before.images["base_0_rgb"]).any()
     # The same sample in another batch looks the same.

@@ -136,7 +136,7 @@ def test_impossible_options_are_refused_before_anything_runs(policy, arguments, 
         control.bench_control(policy, **{"env": "corridor", "tasks": ["short"], "episodes": 1} | arguments)
 
 
-def test_script_prints_one_document_and_draws(corridor, tmp_path, capsys):  # noqa: F811
+def test_script_prints_one_document_and_writes_plot(corridor, tmp_path, capsys):  # noqa: F811
     options = {"env": "corridor", "tasks": "short,long", "episodes": 1, "delays": "0,9", "modes": "sync,rtc"}
     control.main(**options, workers=1, out=tmp_path / "new", as_json=True)
     printed = capsys.readouterr()

@@ -95,7 +95,7 @@ def test_unused_arrays_are_named_and_not_loaded(golden):
     assert opened.tied == ""
 
 
-def test_a_spec_has_what_the_checkpoint_says(golden):
+def test_spec_has_the_checkpoints_statements(golden):
     spec = open_checkpoint(golden.checkpoint).spec()
     assert (spec.embodiment, spec.norm_stats, spec.normalization) == (None, None, None)
     assert list(spec.assets) == ["tiny_robot"]
@@ -272,7 +272,7 @@ def test_lerobots_other_normalizations(lerobot, golden_pi05, mode, kind, bounds)
         ("policy_preprocessor.json", lambda d: d["steps"].append({"registry_name": "magic_processor", "config": {}}), "steps that are not known here: magic_processor"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor")["config"].update(eps=1e-3), "eps is 0.001"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor")["config"]["norm_map"].update(STATE="LOG"), "normalization LOG is not known"),  # noqa: E501
-        ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor").update(state_file="../x.safetensors"), "only files beside it are read"),  # noqa: E501
+        ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor").update(state_file="../x.safetensors"), "only files next to it are read"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "tokenizer_processor")["config"].update(max_length=7), "max_length 7"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: d.pop("steps"), "is not as LeRobot writes it"),
         ("config.json", lambda d: d.update(type="act"), "type is 'act'; pi0 and pi05 policies are read"),
@@ -394,7 +394,7 @@ def shards(golden_pi05, tmp_path):
 
 @pytest.mark.parametrize("to", ["openpi-pytorch", "lerobot"])
 def test_other_systems_get_one_file_which_is_all_that_they_read(to, golden_pi05, tmp_path):
-    """LeRobot 0.6 goes on with random weights where there are shards."""
+    """LeRobot 0.6 continues with random weights where there are shards."""
     convert(golden_pi05.root / "lerobot", tmp_path / "out", to, config=golden_pi05.config, max_shard_bytes=300_000)
     assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
 
@@ -603,7 +603,7 @@ def test_openpi_needs_no_tokenizer_and_policies_do(lerobot, golden_pi05, tmp_pat
         convert(root, tmp_path / "policy", "torchpi", config=golden_pi05.config)
 
 
-def test_weights_that_read_back_differently_are_told(golden_pi05, tmp_path, monkeypatch):
+def test_weights_that_read_back_differently_are_reported(golden_pi05, tmp_path, monkeypatch):
     from torchpi import convert as module
 
     true_write = module.openpi.write_params

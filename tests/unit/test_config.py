@@ -49,7 +49,7 @@ def test_none_means_unset_and_a_call_that_needs_the_value_says_how_to_set_it():
         ("tiny", 16, True, True),
     ],
 )
-def test_presets_have_what_the_published_weights_do_not_say(name, horizon, pi05, discrete):
+def test_presets_complete_the_published_weights(name, horizon, pi05, discrete):
     config = preset(name)
     assert (config.action_horizon, config.pi05, config.discrete_state_input) == (horizon, pi05, discrete)
 

@@ -140,7 +140,7 @@ def test_nothing_to_sample_is_an_error():
 # Chunks
 
 
-def test_a_chunk_is_what_the_policy_infers_from_the_frame(policy, dataset):
+def test_chunks_equal_policy_infer_on_the_frame(policy, dataset):
     frames = [0, 7, 17]
     chunks = predict_chunks(policy, dataset, frames, seed=5, num_steps=2, noise_samples=2)
     assert chunks.predicted.shape == (3, 2, HORIZON, 2)
@@ -240,7 +240,7 @@ def test_errors_of_several_noise_samples_are_averaged():
     np.testing.assert_allclose(errors.rmse(), [np.sqrt(5), 0])
 
 
-def test_an_action_that_never_changes_has_no_range_and_is_left_out_of_the_average():
+def test_constant_action_has_no_range_and_is_excluded_from_the_average():
     errors = errors_of(two_frames(), np.array([[0, 1], [1, 1], [3, 1]], np.float32))
     assert errors.overall().dimensions == 1
     document = json.loads(json.dumps(errors.to_dict(), allow_nan=False))
@@ -262,7 +262,7 @@ def texts(robot):
     return [hold.text if hold else None for hold in hold_commands(robot)]
 
 
-def test_holding_is_what_the_embodiment_says_of_an_action():
+def test_hold_baseline_follows_the_embodiments_commands():
     assert texts(aloha()) == [f"state {name}" for name in aloha().state_names]
     assert texts(aloha(delta_actions=False)) == texts(aloha())
     assert texts(droid()) == ["no motion"] * 7 + ["state gripper"]

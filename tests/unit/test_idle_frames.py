@@ -25,7 +25,7 @@ def there_and_wait():
     return np.concatenate([np.linspace(0, 1, 30), np.ones(40), np.linspace(1, 0, 30)])
 
 
-def test_a_rest_is_idle_until_a_second_before_the_movement_goes_on():
+def test_rest_is_idle_until_a_second_before_movement_continues():
     path = there_and_wait()
     idle = idle_frames(frames(path, path))
     assert np.flatnonzero(idle).tolist() == list(range(29, 70 - ONE_SECOND + 2))  # 29 and 70 are ends of the rest

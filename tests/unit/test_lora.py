@@ -162,7 +162,7 @@ def test_lora_at_one_kind_of_layer(only):
     torch.testing.assert_close(sample(model), expected, atol=5e-5, rtol=0)
 
 
-def test_products_are_in_the_activations_dtype():
+def test_matmuls_are_in_the_activations_dtype():
     layer = lora_model().backbone.layers[0].attention.qkv
     x = torch.randn(2, 5, 16, generator=seeded())
     half = layer(x.to(torch.bfloat16))

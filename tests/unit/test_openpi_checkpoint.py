@@ -330,7 +330,7 @@ def test_attention_computes_openpis_einsums(written):
 
 
 @torch.no_grad()
-def test_feed_forward_and_norms_compute_openpis_products(written):
+def test_feed_forward_and_norms_compute_openpis_matmuls(written):
     config, arrays, model = written
     generator = torch.Generator().manual_seed(2)
     layers = "PaliGemma/llm/layers"
@@ -392,7 +392,7 @@ def test_the_vision_tower_computes_openpis_einsums(written):
 
 
 @torch.no_grad()
-def test_the_projections_of_the_suffix_compute_openpis_products(written):
+def test_suffix_projections_compute_openpis_matmuls(written):
     _, arrays, model = written
     generator = torch.Generator().manual_seed(4)
     names = [name.removesuffix("/kernel") for name in arrays if "/" in name and name.count("/") == 1]

@@ -555,7 +555,7 @@ def test_a_folder_of_the_demos_name_has_a_path_with_a_slash(tmp_path, monkeypatc
     assert torchpi.load_policy("demo", device="cpu").default_prompt is None
 
 
-def test_metadata_say_what_the_actions_command_and_between_which_values_they_lie(golden_root):
+def test_metadata_state_commands_and_ranges_of_actions(golden_root):
     """For a client that keeps the robot still and within what the policy has seen."""
     demo = torchpi.load_policy("demo", device="cpu").metadata
     assert demo["action_commands"] == ["increment", "increment", "increment", "effort"]

@@ -593,7 +593,7 @@ def test_weights_are_used_where_they_lie_in_the_file(make_policy, tmp_path, dtyp
     assert (folder / "model.safetensors").read_bytes() == content
 
 
-def test_the_weights_may_be_read_by_whoever_may_read_the_rest(tmp_path):
+def test_weights_file_has_the_read_permissions_of_the_other_files(tmp_path):
     torchpi.load_policy("demo", device="cpu").save(tmp_path / "policy")
     modes = {file.name: file.stat().st_mode for file in (tmp_path / "policy").iterdir()}
     assert len(set(modes.values())) == 1, modes

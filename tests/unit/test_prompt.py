@@ -245,7 +245,7 @@ def test_original_truncation():
     assert mask.all()
 
 
-def test_nothing_is_said_of_a_prompt_that_fits():
+def test_prompt_that_fits_gives_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokenize("", max_token_len=2)  # an empty text is fine

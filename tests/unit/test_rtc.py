@@ -85,7 +85,7 @@ def test_nothing_to_agree_with_is_plain_sampling(golden):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_chunk_agrees_with_what_is_being_executed_and_departs_later(golden):
+def test_guided_chunk_agrees_with_the_previous_one_and_departs_later(golden):
     """Of a model with random weights, whose chunks depend on the noise."""
     model, observation, noise = golden.model(), golden.observation(), golden.inputs["noise"]
     horizon = noise.shape[1]

@@ -555,7 +555,7 @@ def test_waiting_clients_get_an_error_after_the_grace_period():
 # ---- metrics ----
 
 
-def test_metrics_count_requests_passes_and_connections():
+def test_metrics_count_requests_batches_and_connections():
     with served(FakePolicy()) as (url, _), clients(url, 2) as [client, _other]:
         client.ask(observation())
         client.ask({"state": 1})

@@ -96,7 +96,7 @@ def image(height, width, value=9):
 
 
 def recorded(path, policy, requests, *, metrics=None):
-    """The frames of a data set of these requests, each of (client, its fields)."""
+    """The frames of a dataset of these requests, each of (client, its fields)."""
     with Recorder({"p0": path}, metrics or Metrics()) as recorder:
         for i, (client, fields) in enumerate(requests):
             sent = {"state": np.array([i, 0.0], np.float32), "prompt": "push", **fields}

@@ -1,4 +1,4 @@
-"""The simulators: what a seed decides, what is in the pictures, and what a user gets wrong."""
+"""The simulators: seeds, rendered images, and user errors."""
 
 import numpy as np
 import pytest
@@ -120,7 +120,7 @@ def test_experts_succeed_and_seeds_decide(task):
 
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
-def test_an_observation_is_what_the_embodiment_reads(name, request):
+def test_observation_has_the_embodiments_keys(name, request):
     environment = request.getfixturevalue(name)
     environment.reset(0)
     observation = environment.observe()
@@ -130,24 +130,24 @@ def test_an_observation_is_what_the_embodiment_reads(name, request):
     assert observation["state"].shape == (len(environment.embodiment.state_names),)
 
 
-def test_metaworlds_pictures_are_of_two_cameras_and_not_empty(drawer):
+def test_metaworld_renders_two_cameras_with_content(drawer):
     drawer.reset(0)
-    pictures = images(drawer.observe())
-    assert {name: picture.shape for name, picture in pictures.items()} == {"base": (96, 96, 3), "wrist": (96, 96, 3)}
-    for picture in pictures.values():
-        assert picture.dtype == np.uint8
-        assert picture.std() > 20
-    assert not np.array_equal(pictures["base"], pictures["wrist"])
+    rendered = images(drawer.observe())
+    assert {name: image.shape for name, image in rendered.items()} == {"base": (96, 96, 3), "wrist": (96, 96, 3)}
+    for image in rendered.values():
+        assert image.dtype == np.uint8
+        assert image.std() > 20
+    assert not np.array_equal(rendered["base"], rendered["wrist"])
 
 
-def test_pictures_for_people_are_the_same_views(drawer):
+def test_large_renders_show_the_policys_views(drawer):
     from torchpi.transforms.images import resize_with_pad
 
     drawer.reset(0)
     small, large = drawer.observe(), drawer.render(240)
-    for name, picture in large.items():
-        assert picture.shape == (240, 240, 3)
-        difference = resize_with_pad(picture, 96, 96).astype(float) - small[name]
+    for name, image in large.items():
+        assert image.shape == (240, 240, 3)
+        difference = resize_with_pad(image, 96, 96).astype(float) - small[name]
         assert np.abs(difference).mean() < 10
 
 
@@ -161,8 +161,8 @@ def test_openpis_client_would_send_the_same(cube):
     expected, _ = theirs.reset(seed=7)
     cube.reset(7)
     observation = cube.observe()
-    picture = np.moveaxis(resize_with_pad(expected["pixels"]["top"], 224, 224), -1, 0)
-    np.testing.assert_array_equal(observation["images"]["cam_high"], picture)
+    image = np.moveaxis(resize_with_pad(expected["pixels"]["top"], 224, 224), -1, 0)
+    np.testing.assert_array_equal(observation["images"]["cam_high"], image)
     np.testing.assert_array_equal(observation["state"], expected["agent_pos"])
     action = observation["state"] + 0.1
     for _ in range(3):
@@ -191,7 +191,7 @@ def test_goal_markers_are_hidden():
 
 
 @pytest.mark.parametrize("name", ["drawer", "cube"])
-def test_hands_are_found_in_the_picture(name, request):
+def test_projected_hands_are_found_in_the_image(name, request):
     """The tip of the hand, drawn as a site by MuJoCo itself, is where `project` says."""
     environment = request.getfixturevalue(name)
     assert isinstance(environment, ShowsHands)

@@ -1,4 +1,4 @@
-"""Recording: What is in the data set, what decides it, and what is left when it is interrupted."""
+"""Recording: contents and determinism of the dataset, and its state after an interruption."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ def recording(path):
 
 
 def frames(path):
-    """All frames of a data set, one by one."""
+    """All frames of a dataset, one by one."""
     data = LeRobotDataset(path, action_horizon=1)
     return [data[i] for i in range(len(data))]
 
@@ -41,7 +41,7 @@ def files(path):
     return {file.relative_to(path): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
 
 
-def test_a_data_set_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
+def test_dataset_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
     result = quiet(tmp_path / "set", seed=3, noise=0, command="torchpi sim record")
     seeds = [environment_seed("record", 3, task, index) for task in ("short", "long") for index in range(2)]
     lengths = [5 + seed % 5 + TAIL for seed in seeds]
@@ -85,7 +85,7 @@ def test_the_executed_action_is_disturbed_and_the_label_is_not(corridor, tmp_pat
         start += episode["length"]
 
 
-def test_a_push_leads_away_for_a_while_and_the_label_is_what_the_expert_says(corridor, tmp_path):  # noqa: F811
+def test_push_disturbs_execution_and_label_is_the_experts_action(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set", tasks=["long"], episodes=6, noise=0, noisy_fraction=1, push_rate=0.1)
     lengths, found = [e["length"] for e in recording(tmp_path / "set")["episodes"]], frames(tmp_path / "set")
     np.testing.assert_array_equal([frame["action"][0] for frame in found], [[1, 0, 0, -1]] * len(found))
@@ -109,7 +109,7 @@ def test_a_part_of_each_tasks_episodes_is_noisy(corridor, tmp_path, fraction, no
         assert sum(episode["noisy"] for episode in episodes) == noisy
 
 
-def test_the_same_seed_gives_the_same_data_set(corridor, tmp_path):  # noqa: F811
+def test_same_seed_gives_same_dataset(corridor, tmp_path):  # noqa: F811
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         quiet(tmp_path / name, seed=seed)
     assert files(tmp_path / "a") == files(tmp_path / "b")
@@ -251,7 +251,7 @@ def test_the_number_of_workers_changes_nothing(tmp_path):
     environment.close()
 
 
-def test_the_command_records_and_says_so(tmp_path, capsys):
+def test_command_records_and_prints_result(tmp_path, capsys):
     require_simulator()
     arguments = ["--tasks", "faucet-open", "--episodes", "1", "--image-size", "24", "--workers", "1"]
     main(["sim", "record", "--out", str(tmp_path / "a"), *arguments])

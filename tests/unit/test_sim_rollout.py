@@ -96,7 +96,7 @@ def test_noise_and_number_of_steps_reach_the_policy():
 
 
 def test_noise_belongs_to_seed_task_episode_and_chunk():
-    draws = {}
+    noises = {}
     for place in [(0, "short", 0), (1, "short", 0), (0, "long", 0), (0, "short", 1)]:
         for chunk in (0, 1):
             noise = episode_noise(*place, (16, 32))(chunk)
@@ -104,8 +104,8 @@ def test_noise_belongs_to_seed_task_episode_and_chunk():
             assert abs(noise.mean()) < 0.2
             assert abs(noise.std() - 1) < 0.2
             np.testing.assert_array_equal(noise, episode_noise(*place, (16, 32))(chunk))
-            draws[(*place, chunk)] = noise.tobytes()
-    assert len(set(draws.values())) == len(draws)
+            noises[(*place, chunk)] = noise.tobytes()
+    assert len(set(noises.values())) == len(noises)
 
 
 def test_callback_sees_each_chunk_and_each_step():

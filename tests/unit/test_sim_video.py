@@ -30,23 +30,23 @@ def frames_of(path):
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def filmed(path, environment, policy, *, seed=0, **rollout):
+def recorded_episode(path, environment, policy, *, seed=0, **rollout):
     """Film an episode: its outcome, and the frames before they became video."""
     with record_video(path, environment, "go a short way") as callback:
         outcome = run_episode(policy, environment, seed, rollout=Rollout(4, **rollout), callback=callback)
         return outcome, np.stack(list(callback.frames()))
 
 
-def near(picture, colour):
+def near(image, colour):
     """Pixels of a colour, roughly: lines have smooth edges, and video is lossy."""
-    return np.abs(picture.astype(int) - colour).sum(axis=-1) < 60
+    return np.abs(image.astype(int) - colour).sum(axis=-1) < 60
 
 
 def test_video_has_a_frame_for_every_second_step_and_stays_at_the_last(tmp_path):
     environment = Corridor()
-    outcome, drawn = filmed(tmp_path / "new" / "film.mp4", environment, Forward(), seed=2)
+    outcome, drawn = recorded_episode(tmp_path / "new" / "video.mp4", environment, Forward(), seed=2)
     assert outcome.steps == 7
-    video = frames_of(tmp_path / "new" / "film.mp4")
+    video = frames_of(tmp_path / "new" / "video.mp4")
     assert video.shape == drawn.shape
     assert np.abs(video.astype(int) - drawn).mean() < 5
     shown = [0, 2, 4, 6, 7]
@@ -55,20 +55,20 @@ def test_video_has_a_frame_for_every_second_step_and_stays_at_the_last(tmp_path)
     assert environment.log.count("render") == len(shown)
     assert video.shape[1] > VIEW
     assert video.shape[2] > 2 * VIEW
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["film.mp4"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["video.mp4"]
 
 
 def test_success_and_failure_are_seen(tmp_path):
     for action, colour, other in (((1, 0, 0, 0), SUCCESS, FAILURE), ((0.01, 0, 0, 0), FAILURE, SUCCESS)):
-        filmed(tmp_path / "film.mp4", Corridor(), Forward(action))
-        video = frames_of(tmp_path / "film.mp4")
+        recorded_episode(tmp_path / "video.mp4", Corridor(), Forward(action))
+        video = frames_of(tmp_path / "video.mp4")
         assert near(video[-1], colour).sum() > 1000
         assert near(video[-1], other).sum() == 0
         assert near(video[0], colour).sum() == 0
 
 
 def test_the_actions_are_drawn_as_they_are_executed(tmp_path):
-    _, drawn = filmed(tmp_path / "film.mp4", Corridor(), Forward((0.01, 0, 0, 0)))
+    _, drawn = recorded_episode(tmp_path / "video.mp4", Corridor(), Forward((0.01, 0, 0, 0)))
     lines = [near(drawn[i, VIEW + 40 :], EXECUTED).sum() for i in (0, 5, 15)]
     assert lines[0] < lines[1] < lines[2]
     assert near(drawn[5, VIEW + 40 :], PREDICTED).sum() > 20
@@ -80,7 +80,7 @@ def test_video_that_fails_leaves_no_file(tmp_path):
             raise ValueError("NaN")
 
     with pytest.raises(ValueError, match="NaN"):
-        filmed(tmp_path / "film.mp4", Failing(), Forward())
+        recorded_episode(tmp_path / "video.mp4", Failing(), Forward())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -93,16 +93,16 @@ def test_no_video_has_no_callback():
 def test_without_an_encoder_the_error_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr("torchpi.sim.video._ENCODERS", ("no_such",))
     with pytest.raises(ValueError, match="no encoder for videos; expected one of no_such"):
-        filmed(tmp_path / "film.mp4", Corridor(), Forward())
+        recorded_episode(tmp_path / "video.mp4", Corridor(), Forward())
 
 
 def test_a_long_instruction_is_shortened(tmp_path):
-    with record_video(tmp_path / "film.mp4", Corridor(), "go a very long way " * 20) as callback:
+    with record_video(tmp_path / "video.mp4", Corridor(), "go a very long way " * 20) as callback:
         run_episode(Forward(), Corridor(), 0, callback=callback)
-    assert len(frames_of(tmp_path / "film.mp4"))
+    assert len(frames_of(tmp_path / "video.mp4"))
 
 
-def test_the_first_episodes_of_each_task_are_filmed(corridor, tmp_path):  # noqa: F811
+def test_first_episodes_of_each_task_are_recorded_as_video(corridor, tmp_path):  # noqa: F811
     policy = Forward()
     result = evaluate(policy, "corridor", episodes=3, videos=2, out=tmp_path / "films", progress=False)
     names = ["short_0.mp4", "short_1.mp4", "long_0.mp4", "long_1.mp4"]
@@ -123,7 +123,7 @@ def test_paths_of_the_hands_are_drawn(tmp_path, env, task, view):
     environment = make_environment(env, task)
     size = environment.embodiment.action_size
     policy = Forward((0.5, 0.5, 0.3, 0) if size == 4 else (0.3, -0.5, 1, 0, 0, 0, 1) * 2)
-    outcome, drawn = filmed(tmp_path / "film.mp4", environment, policy, max_steps=24)
+    outcome, drawn = recorded_episode(tmp_path / "video.mp4", environment, policy, max_steps=24)
     state = environment.observe()["state"]
     assert drawn.shape[2] > drawn.shape[1] * 0.8
     for colour in (EXECUTED, PREDICTED):

@@ -1,4 +1,4 @@
-"""Trackers: What is logged can be read back, and a run that is gone on with goes on in them."""
+"""Trackers: logged values can be read back, and resumed runs continue in them."""
 
 import importlib.util
 import json
@@ -26,8 +26,8 @@ LINE = {
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def plot(tmp_path):
+    path = tmp_path / "plot.png"
     Image.fromarray(np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)).save(path)
     return path
 
@@ -42,10 +42,10 @@ def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
     }
 
 
-def test_without_names_nothing_is_written(tmp_path, picture):
+def test_without_names_nothing_is_written(tmp_path, plot):
     tracker = open_trackers([], tmp_path / "run", {}, 0)
     tracker.log(1, {"loss": 1.0})
-    tracker.image(1, "chunks", picture)
+    tracker.image(1, "chunks", plot)
     tracker.close()
     assert not (tmp_path / "run").exists()
 
@@ -80,11 +80,11 @@ def points(events, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def test_tensorboard_has_what_was_logged(tmp_path, picture):
+def test_tensorboard_has_what_was_logged(tmp_path, plot):
     tracker = open_trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
     tracker.log(10, {"loss": 0.5, "group/error": 0.125})
     tracker.log(20, {"loss": math.nan, "group/error": 7})
-    tracker.image(20, "chunks", picture)
+    tracker.image(20, "chunks", plot)
     events = read_events(tmp_path)  # before it is closed, as after a kill
     tracker.close()
     assert points(events, "group/error") == [(10, 0.125), (20, 7.0)]
@@ -140,11 +140,11 @@ def wandb(monkeypatch):
     return module
 
 
-def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, picture):
+def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
     """Its own step cannot go back, which that of a resumed run does."""
     tracker = open_trackers(["wandb"], tmp_path, {"seed": 1}, 0)
     tracker.log(10, {"loss": 0.5})
-    tracker.image(10, "chunks", picture)
+    tracker.image(10, "chunks", plot)
     tracker.close()
     (_, options), *calls = wandb.calls
     assert (options["project"], options["name"], options["config"]) == ("torchpi", tmp_path.name, {"seed": 1})
@@ -152,7 +152,7 @@ def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, picture):
     assert calls == [
         ("define_metric", "*", "step"),
         ("log", {"step": 10, "loss": 0.5}),
-        ("log", {"step": 10, "chunks": ("image", str(picture))}),
+        ("log", {"step": 10, "chunks": ("image", str(plot))}),
         ("finish",),
     ]
 
@@ -189,14 +189,14 @@ def test_nothing_is_opened_where_a_package_is_missing(tmp_path, wandb, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
 @pytest.mark.filterwarnings("default")
-def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, picture):
+def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, plot):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
     tracker = open_trackers(["wandb"], pathlib.Path("run"), {"learning_rate": 0.0625}, 0)
     tracker.log(10, {"loss": 0.40625, "success/reach": 1.0})
     tracker.log(5, {"loss": 0.15625})
-    tracker.image(10, "chunks", picture)
+    tracker.image(10, "chunks", plot)
     tracker.close()
     importlib.import_module("wandb").teardown()  # its process has written everything
     (written,) = pathlib.Path("run").glob("wandb/offline-run-*/run-*.wandb")

@@ -90,8 +90,8 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_shards_in_one_process_give_the_same_run(recipe, tmp_path, dtype):
-    """With what changes the weights while FSDP has put some of them together: measuring with the average. In bfloat16
-    it gathers in bfloat16, but for what is used in float32."""
+    """Including an evaluation with EMA weights, which swaps the weights while FSDP has gathered some. In bfloat16 FSDP
+    gathers in bfloat16, except the parameters used in float32."""
     plain = recipe.replace(dtype=dtype)
     loop.train(plain, tmp_path / "plain")
     loop.train(plain.replace(parallel="fsdp"), tmp_path / "fsdp")
@@ -270,7 +270,7 @@ def checkpointer(run: pathlib.Path, world: distributed.World, finish: Callable[[
     return checkpointer_module.Checkpointer(run, world, CheckpointConfig(), finish=finish)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written_and_one_is_written_at_a_time(tmp_path):
+def test_training_continues_while_one_checkpoint_at_a_time_is_written(tmp_path):
     goes_on = threading.Event()
     with distributed.process_group("cpu") as world:
         some = begin(1.0)

@@ -477,7 +477,7 @@ def test_action_prefix_is_drawn_and_masked_in_the_loss(recipe, tmp_path):
 
 
 def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
-    """Rank and place are the checkpoint's; what has been learned is saved beside the same base."""
+    """Rank and place are the checkpoint's; the learned matrices are saved for the same base."""
     lora = LoraConfig(backbone_rank=4, backbone_alpha=8.0, expert_rank=6, expert_alpha=3.0)
     root = golden_root / "lora" / "pi05"
     config = TrainConfig(

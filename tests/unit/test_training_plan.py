@@ -1,4 +1,4 @@
-"""The planned memory beside the memory that training takes."""
+"""The planned memory compared with the memory of a training step."""
 
 import dataclasses
 import gc

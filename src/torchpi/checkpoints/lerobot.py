@@ -177,7 +177,7 @@ def _statistics(root: pathlib.Path, step: _Step) -> dict[str, Any]:
     if name is None:
         return {}
     if pathlib.PurePath(name).name != name:
-        raise CheckpointError(f"{root}: a processor names the file {name!r}; only files beside it are read.")
+        raise CheckpointError(f"{root}: a processor names the file {name!r}; only files next to it are read.")
     file = root / name
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")

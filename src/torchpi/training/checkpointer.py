@@ -26,8 +26,8 @@ _FILE_BYTES = 10**9
 class Checkpointer:
     """Writes checkpoints in the background of the training, one at a time.
 
-    A checkpoint is complete under its name or not there. Training continues as soon as the tensors are copied, so the CPU
-    needs memory for one copy of what this process saves, and for a file of it at a time.
+    A checkpoint is complete under its name or not there. Training continues once the tensors are copied, so the CPU
+    needs memory for one copy of the arrays that this process saves, and for a file of them at a time.
     """
 
     def __init__(

@@ -166,7 +166,8 @@ def _without_data(device: str) -> Iterator[str]:
             yield "cpu"
     else:
         # Not tensors that pretend to be on CUDA: where it is missing, autograd can't run them. On "meta" PyTorch
-        # computes attention's matmuls one by one; a mode that replaces it would be off in the backward pass, which runs layers again.
+        # computes attention's matmuls one by one; a mode that replaces it would be off in the backward pass, which
+        # runs layers again.
         with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
             yield "meta"
 
