@@ -75,7 +75,8 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
         ("images", f"{keys}: {len(cameras)} × uint8 {shapes['0', f'image/{first}']}"),
         (
             "prompt",
-            f"{trace.inputs.prompt!r}: {prompt.stop - prompt.start} tokens, padded to {trace.inputs.config.max_token_len}",
+            f"{trace.inputs.prompt!r}: {prompt.stop - prompt.start} tokens, padded to "
+            f"{trace.inputs.config.max_token_len}",
         ),
         ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
         ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),
