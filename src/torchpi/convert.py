@@ -7,14 +7,14 @@ import hashlib
 import pathlib
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import lerobot, openpi
-from torchpi.checkpoints.adapt import FIELDS, adapt
+from torchpi.checkpoints.adapt import adapt
 from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
 from torchpi.checkpoints.layout import stored_array
@@ -46,11 +46,11 @@ class Conversion:
     num_parameters: int
     mapped: int
     """Arrays of the source that went into the target."""
-    folded: dict[str, list[str]]
+    folded: Mapping[str, tuple[str, str]]
     """By the array that they change, the LoRA arrays that were folded into it."""
     tied: str
     """The array that was read as the embedding, where it has another name."""
-    dropped: dict[str, str]
+    dropped: Mapping[str, str]
     """Arrays of the source that no computation reads, and why."""
     adapted: list[str]
     """Arrays and settings that were cut or extended."""
@@ -102,13 +102,11 @@ def convert(
     """Write a checkpoint in another format; the target appears complete or not at all.
 
     Args:
-        source: a folder or address, see `load_model`.
+        source, config, lora_alpha: see `load_model`.
         target: a new folder.
         to: "torchpi", "openpi-jax", "openpi-pytorch" or "lerobot".
         dtype: of the arrays; by default the source's.
-        config: see `load_model`.
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
-        lora_alpha: see `load_model`.
         asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
         max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
         overwrite: replace a target that is there.
@@ -120,64 +118,43 @@ def convert(
         FileNotFoundError, KeyError, ValueError: see `load_model` and `load_policy`; there is something at the target;
             the target can't say what the policy needs.
     """
-    if to not in get_args(Format):
-        raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
     path = pathlib.Path(target).expanduser()
-    _check_target(path, overwrite=overwrite)
+    _check_target(path, to, overwrite=overwrite)
     checkpoint = open_checkpoint(source, config=config)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     dtype = dtype or checkpoint.dtype
     model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha)
-    adapted = _adapt(model, sizes or {})
+    adapted = adapt(model, sizes or {})
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
             notes = _write_policy(beside, checkpoint, model, to, dtype, max_shard_bytes, asset_id, policy)
         else:
             notes = _write_openpi(beside, checkpoint, model, to, dtype, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
-        differences = _check(beside, model, dtype) if check else (None, None)
-    return _report(checkpoint, path, to, model, dtype, adapted, notes, files, differences)
-
-
-def _report(
-    checkpoint: Checkpoint,
-    target: pathlib.Path,
-    to: Format,
-    model: Pi0,
-    dtype: torch.dtype,
-    adapted: list[str],
-    notes: list[str],
-    files: list[str],
-    differences: tuple[float | None, float | None],
-) -> Conversion:
+        differences = _check(beside, model, dtype) if check else {}
     return Conversion(
         source=checkpoint.address,
         source_format=checkpoint.format,
-        target=str(target),
+        target=str(path),
         target_format=to,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mapped=len(checkpoint.table(checkpoint.stored_config)),
-        folded={name: list(pair) for name, pair in checkpoint.folded.items()},
+        folded=checkpoint.folded,
         tied=checkpoint.tied,
-        dropped=dict(checkpoint.dropped),
+        dropped=checkpoint.dropped,
         adapted=adapted,
         notes=notes,
         files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
-        array_difference=differences[0],
-        action_difference=differences[1],
+        **differences,
     )
 
 
-def _adapt(model: Pi0, sizes: Mapping[str, int]) -> list[str]:
-    if unknown := sorted(set(sizes) - set(FIELDS)):
-        raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can.")
-    return adapt(model, dataclasses.replace(model.config, **cast("Any", dict(sizes))))
-
-
-def _check_target(path: pathlib.Path, *, overwrite: bool) -> None:
-    """Refuse a place where something is that is not to be replaced."""
+def _check_target(path: pathlib.Path, to: str, *, overwrite: bool) -> None:
+    """Refuse an unknown format, and a place where something is that is not to be replaced."""
+    if to not in get_args(Format):
+        raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
     if not path.exists():
         return
     if not overwrite:
@@ -318,8 +295,8 @@ def _write_assets(
     return [f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
 
 
-def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> tuple[float, float]:
-    """Read back what was written, and compare it with what was meant: arrays, and actions sampled from them."""
+def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, float]:
+    """Read back what was written; the differences of arrays and of sampled actions from what was meant."""
     written = open_checkpoint(root, config=model.config)
     difference = 0.0
     for name, entry in written.table(model.config).items():
@@ -334,7 +311,7 @@ def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> tuple[float, f
         found = again.sample_actions(observation, noise=noise, num_steps=2)
     del again
     gc.collect()
-    return difference, float((expected - found).abs().max())
+    return {"array_difference": difference, "action_difference": float((expected - found).abs().max())}
 
 
 def _sample_inputs(config: Pi0Config) -> tuple[Observation, torch.Tensor]:

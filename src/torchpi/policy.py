@@ -170,10 +170,9 @@ class Policy:
         if noise is not None:
             noise_tensor = torch.from_numpy(self._finite_noise(noise, batch=(len(samples),))).to(self.model.device)
         prepared = time.perf_counter()
-        rtc = (
-            {}
-            if not any(prefixes)
-            else rtc_inputs(
+        rtc: dict[str, Any] = {}
+        if any(prefixes):
+            rtc = rtc_inputs(
                 samples,
                 prefixes,
                 horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[1],
@@ -181,7 +180,6 @@ class Policy:
                 max_action_prefix=int(self._metadata.get(MAX_ACTION_PREFIX, 0)),
                 device=self.model.device,
             )
-        )
         sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
@@ -399,9 +397,9 @@ def load_policy(
         default_prompt=default_prompt,
         truncation=truncation,
     )
-    spec = spec.with_tokenizer()
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
+    spec = spec.with_tokenizer()
     return policy_of(checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha), spec)
 
 
@@ -410,18 +408,8 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None
-    return Policy(
-        model,
-        spec.embodiment,
-        norm_stats=spec.norm_stats,
-        normalization=spec.normalization,
-        tokenizer=spec.tokenizer,
-        default_prompt=spec.default_prompt,
-        prompt_format=spec.prompt_format,
-        truncation=spec.truncation,
-        metadata=spec.metadata,
-        provenance=spec.provenance,
-    )
+    fields = {name: value for name, value in vars(spec).items() if name not in ("source", "assets")}
+    return Policy(model, **fields)
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:

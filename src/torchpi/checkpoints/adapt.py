@@ -1,6 +1,7 @@
 """A model of other sizes out of a trained one, for another robot: cut, or extended by zeros."""
 
-import torch
+from collections.abc import Mapping
+
 from torch import nn
 
 from torchpi.config import Pi0Config
@@ -12,8 +13,8 @@ FIELDS = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input
 """The sizes that may change. action_dim changes arrays, the others are in none."""
 
 
-def adapt(model: Pi0, config: Pi0Config) -> list[str]:
-    """Give a model the sizes of `config`, in place.
+def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
+    """Give a model the sizes of a config, or other values of some of its `FIELDS`, in place.
 
     Rows and columns of dimensions that both have stay as they are; new ones are 0, so that a new dimension of the state
     is not read, and one of the actions is predicted as its mean.
@@ -21,6 +22,9 @@ def adapt(model: Pi0, config: Pi0Config) -> list[str]:
     Returns:
         The changes, one line per setting and array.
     """
+    if not isinstance(sizes, Pi0Config) and (unknown := sorted(set(sizes) - set(FIELDS))):
+        raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(FIELDS)} can.")
+    config = sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, model.config)
     old, new = model.config.to_dict(), config.to_dict()
     different = [name for name in new if new[name] != old[name]]
     if others := [name for name in different if name not in FIELDS]:
@@ -35,31 +39,18 @@ def adapt(model: Pi0, config: Pi0Config) -> list[str]:
 
 
 def _resize(model: Pi0, width: int) -> list[str]:
-    readers = {"suffix.action_in_proj": model.suffix.action_in_proj}
+    resized = [("suffix.action_in_proj.weight", 1), ("action_out_proj.weight", 0), ("action_out_proj.bias", 0)]
     if isinstance(model.suffix, Pi0Suffix):
-        readers["suffix.state_proj"] = model.suffix.state_proj
+        resized.insert(1, ("suffix.state_proj.weight", 1))
     report = []
-    for name, axis in [
-        *((f"{name}.weight", 1) for name in readers),
-        ("action_out_proj.weight", 0),
-        ("action_out_proj.bias", 0),
-    ]:
-        before = model.get_parameter(name).detach()
-        after = _resized(before, axis, width)
+    for name, axis in resized:
         owner, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, nn.Parameter(after))
+        layer, before = model.get_submodule(owner), model.get_parameter(name).detach()
+        kept = before.narrow(axis, 0, min(width, before.shape[axis]))
+        after = before.new_zeros([width if i == axis else size for i, size in enumerate(before.shape)])
+        after.narrow(axis, 0, kept.shape[axis]).copy_(kept)
+        setattr(layer, attribute, nn.Parameter(after))
+        setattr(layer, "in_features" if axis == 1 else "out_features", width)
         verb = "cut" if width < before.shape[axis] else "extended by zeros"
         report.append(f"{name}: {list(before.shape)} {verb} to {list(after.shape)}")
-    for layer in readers.values():
-        layer.in_features = width
-    model.action_out_proj.out_features = width
     return report
-
-
-def _resized(array: torch.Tensor, axis: int, size: int) -> torch.Tensor:
-    kept = array.narrow(axis, 0, min(size, array.shape[axis]))
-    if size <= array.shape[axis]:
-        return kept.clone()
-    shape = list(array.shape)
-    shape[axis] = size - array.shape[axis]
-    return torch.cat([kept, array.new_zeros(shape)], dim=axis)

@@ -3,9 +3,11 @@
 The format is recognised by what is in the folder, never by its name.
 """
 
+import contextlib
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -14,12 +16,12 @@ from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.adapt import adapt as adapt_model
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
-from torchpi.checkpoints.layout import CheckpointArray, StoredArrays, load_arrays, own_table
+from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, lora_pairs, stored_lora
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table
 from torchpi.checkpoints.openpi_torch import TorchArrays, torch_config, torch_table
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
-from torchpi.checkpoints.sizes import ConfigLike, RequestedConfig, add_stated, overrule, stated_sizes
+from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_config, stated_heads, stated_sizes
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
@@ -42,7 +44,7 @@ class Checkpoint:
     stored_config: Pi0Config
     """The sizes that the arrays have and the files beside them state; the rest is unset."""
     arrays: StoredArrays
-    table: Callable[[Pi0Config], dict[str, CheckpointArray]]
+    table: Callable[[Pi0Config], Table]
     """By the sizes, the arrays without LoRA's."""
     dtype: torch.dtype
     """Dtype of the stored arrays."""
@@ -110,44 +112,25 @@ class Checkpoint:
             )
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:
-            model = _merged(
-                self.root, self.adapter, dataclasses.replace(self.base, requested_config=config), dtype, device
-            )
+            # What was learned belongs to weights as they were in training; those are compared, too.
+            wide = torch.float32 if self.adapter.base.dtype == "float32" else dtype
+            base, alpha = dataclasses.replace(self.base, requested_config=config), None
+            if base.folded:  # LoRA that the adapter's training continued
+                alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
+            model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep" if alpha else "fold")
+            merge_adapter(self.root, self.adapter, model)
+            model = model.to(dtype)
         else:
-            model = self._load(config, dtype, device, lora_alpha or DEFAULT_ALPHA, lora)
+            arrays, table, kept, alpha = self.arrays, self.table(config), None, lora_alpha or DEFAULT_ALPHA
+            if self.folded and lora == "keep":
+                kept = stored_lora(arrays.shapes, alpha)
+                table |= lora_table(config, kept)
+            elif self.folded:
+                arrays = FoldedArrays(arrays, self.folded, alpha)
+            model = load_arrays(arrays, table, config, dtype=dtype, device=device, lora=kept)
         if self.adapted:
             adapt_model(model, self.config)
         return model.eval()
-
-    def _load(
-        self,
-        config: Pi0Config,
-        dtype: torch.dtype,
-        device: str | torch.device,
-        alpha: tuple[float, float],
-        lora: LoraChoice,
-    ) -> Pi0:
-        arrays, table, kept = self.arrays, self.table(config), None
-        if self.folded and lora == "keep":
-            kept = stored_lora(self.arrays.shapes, alpha)
-            table |= lora_table(config, kept)
-        elif self.folded:
-            arrays = FoldedArrays(self.arrays, self.folded, alpha)
-        return load_arrays(arrays, table, config, dtype=dtype, device=device, lora=kept)
-
-
-def _merged(
-    root: pathlib.Path, adapter: Adapter, base: Checkpoint, dtype: torch.dtype, device: str | torch.device
-) -> Pi0:
-    # What was learned belongs to weights as they were in training; those are compared, too.
-    wide = torch.float32 if adapter.base.dtype == "float32" else dtype
-    if base.folded:  # LoRA that the adapter's training continued
-        alpha = (adapter.lora.backbone_alpha, adapter.lora.expert_alpha)
-        model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep")
-    else:
-        model = base.model(dtype=wide, device=device)
-    merge_adapter(root, adapter, model)
-    return model.to(dtype)
 
 
 def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = None, adapt: bool = False) -> Checkpoint:
@@ -161,19 +144,65 @@ def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = Non
     """
     root = existing_folder(path)
     config = published_name(path) if config is None else config
-    requested = None if config is None else RequestedConfig.read(config)
+    requested = None if config is None else read_config(config)
     checkpoint = _read_headers(str(path), root, requested)
     if requested is None:
         if adapt:
             raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
         return checkpoint
-    stored, explicit = checkpoint.stored_config, requested.over(checkpoint.stored_config)
+    stored, explicit = checkpoint.stored_config, requested
+    if not isinstance(explicit, Pi0Config):
+        explicit = Pi0Config.from_dict(explicit, stored, where=str(config))
     if adapt:
         adapted = adapt_model(Pi0(stored, device="meta"), explicit)
         return dataclasses.replace(checkpoint, requested_config=explicit, adapted=tuple(adapted))
     in_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
     overruled = overrule(root, stored, explicit, in_file=in_file)
     return dataclasses.replace(checkpoint, requested_config=explicit, overruled=(*checkpoint.overruled, *overruled))
+
+
+def load_model(
+    path: str | pathlib.Path,
+    *,
+    config: Pi0Config | str | pathlib.Path | None = None,
+    adapt: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    lora_alpha: tuple[float, float] | None = None,
+    lora: LoraChoice = "fold",
+) -> Pi0:
+    """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
+
+    Every array is consumed or named in an error; those that no computation reads are known and left out, see
+    `Checkpoint.dropped`. Sizes come from the arrays; what they do not hold (in a JAX checkpoint action_horizon,
+    max_token_len and discrete_state_input) comes from `config`, or stays unset.
+
+    Args:
+        path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, or the folder of a
+            training run with a single step; an address hf://… or gs://…; or "demo", the embedded policy.
+        config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
+        adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
+        dtype: of the weights, and so of the computation.
+        device: where the weights go.
+        lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
+            openpi's, (16, 32).
+        lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
+            attaches them to the model, in float32, to be trained on.
+
+    Returns:
+        The model in eval mode, with gradients enabled.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: it is in no known format, or in two; arrays are missing, left over, misshapen or unreadable; or
+            `config` contradicts them.
+
+    Warns: what `adapt` has done; what `config` overrules in a file next to the arrays.
+    """
+    checkpoint = open_checkpoint(path, config=config, adapt=adapt)
+    for note in checkpoint.notes:
+        warnings.warn(note, stacklevel=2)
+    return checkpoint.model(dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora)
 
 
 def format_of(root: pathlib.Path) -> Format:
@@ -203,17 +232,20 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
     return found[0]
 
 
-def _read_headers(address: str, root: pathlib.Path, requested: RequestedConfig | None) -> Checkpoint:
+def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mapping[str, Any] | None) -> Checkpoint:
     kind, weights, document = _probe(root)
     if kind == "torchpi":
         return _open_policy_folder(address, root)
     if kind == "openpi-jax":
         arrays = openpi.JaxArrays(weights)
+        with _named(weights):
+            config = jax_config(arrays.shapes)
         folded = lora_pairs(arrays)
-        return Checkpoint(address, root, kind, jax_config(arrays), arrays, jax_table, arrays.dtype, folded=folded)
+        return Checkpoint(address, root, kind, config, arrays, jax_table, arrays.dtype, folded=folded)
     stored = SafetensorsArrays(root)
     ported = TorchArrays(stored)
-    from_arrays = torch_config(ported, None if requested is None else requested.heads)
+    with _named(root):
+        from_arrays = torch_config(ported.shapes, stated_heads(requested or {}))
     file = root / "config.json"
     stated = stated_sizes(file, document, is_lerobot=kind == "lerobot")
     config, contradicted = add_stated(from_arrays, stated, file, may_contradict=requested is not None)
@@ -221,6 +253,15 @@ def _read_headers(address: str, root: pathlib.Path, requested: RequestedConfig |
         address, root, kind, config, ported, torch_table, stored.dtype, tied=ported.tied, dropped=ported.dropped,
         document=document, overruled=tuple(contradicted),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _named(place: pathlib.Path) -> Iterator[None]:
+    """Put the place in front of the message of an error about its arrays' sizes."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{place}: {error}") from error
 
 
 def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:

@@ -62,14 +62,31 @@ class CheckpointArray:
         return self.slices[0] == ParamSlice(self.slices[0].param)
 
 
-def whole(
-    param: str, *shape: int, axes: tuple[int, ...] | None = None, rows: tuple[int, int] | None = None
+Table = dict[str, CheckpointArray]
+
+
+def whole(param: str, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> CheckpointArray:
+    """An array that is a parameter, or rows of it."""
+    return CheckpointArray(shape, (ParamSlice(param, rows=rows),))
+
+
+def stored_as(
+    param: str, axes: str, sizes: Mapping[str, int], *, rows: tuple[int, int] | None = None, depth: int | None = None
 ) -> CheckpointArray:
-    """An array that fills one parameter, or rows of it; see `ParamSlice`."""
-    return CheckpointArray(shape, (ParamSlice(param, axes=axes, rows=rows),))
+    """An array that fills one parameter, or rows of it.
 
-
-Table = Mapping[str, CheckpointArray]
+    Args:
+        param: the parameter's name; with "*" one of each of `depth` layers, over which the array's first axis goes.
+        axes: names of the stored axes and their order in the parameter, as in einops: "heads in out -> heads out in".
+        sizes: of the axes.
+    """
+    stored, _, ordered = axes.partition(" -> ")
+    names, shape = stored.split(), tuple(sizes[name] for name in stored.split())
+    order = tuple(map(names.index, ordered.split())) if ordered else None
+    if depth is None:
+        return CheckpointArray(shape, (ParamSlice(param, axes=order, rows=rows),))
+    slices = tuple(ParamSlice(param.replace("*", str(layer)), layer, order, rows) for layer in range(depth))
+    return CheckpointArray((depth, *shape), slices)
 
 
 @runtime_checkable
@@ -143,10 +160,9 @@ def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None =
     return array
 
 
-def own_table(config: Pi0Config) -> dict[str, CheckpointArray]:
+def own_table(config: Pi0Config) -> Table:
     """Table of the policy folder: every parameter by its name."""
-    model = Pi0(config, device="meta")
-    return {name: CheckpointArray(tuple(p.shape), (ParamSlice(name),)) for name, p in model.named_parameters()}
+    return {name: whole(name, tuple(p.shape)) for name, p in Pi0(config, device="meta").named_parameters()}
 
 
 def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
@@ -179,17 +195,3 @@ def sizes_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     if len(shapes[name]) != ndim:
         raise CheckpointError(f"Array {name!r} must have {ndim} dimensions, its shape is {list(shapes[name])}.")
     return shapes[name]
-
-
-def projections(config: Pi0Config) -> list[tuple[str, str, int, int]]:
-    """The linear layers around the action expert: openpi's name, ours, inputs and outputs."""
-    width, action_dim = config.action_expert.width, config.action_dim
-    found = [
-        ("action_in_proj", "suffix.action_in_proj", action_dim, width),
-        ("action_out_proj", "action_out_proj", width, action_dim),
-    ]
-    if config.pi05:
-        inside = {"time_mlp_in": width, "time_mlp_out": width}
-    else:
-        inside = {"state_proj": action_dim, "action_time_mlp_in": 2 * width, "action_time_mlp_out": width}
-    return found + [(name, f"suffix.{name}", num_in, width) for name, num_in in inside.items()]

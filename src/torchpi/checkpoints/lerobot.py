@@ -81,6 +81,7 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         for key, feature, step in (("state", STATE, normalizer), ("actions", ACTION, unnormalizer)):
             stats[key], rules[key] = _normalization(root, step, feature)
         length = int(tokens.config["max_length"])
+        tokenizer = str(tokens.artifacts.get("tokenizer_name") or tokens.config.get("tokenizer_name", ""))
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"The processors of {root} are not as LeRobot writes them: no {error}") from error
     if length != document.get("tokenizer_max_length"):
@@ -88,12 +89,13 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
             f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "
             f"{document.get('tokenizer_max_length')}; correct one of them."
         )
+    inside = root.resolve() in (root / tokenizer).resolve().parents  # else the name of PaliGemma's on a hub
     return PolicySpec(
         source=str(root),
         embodiment=embodiment,
         norm_stats=stats,
         normalization=rules,
-        tokenizer=_tokenizer(root, tokens),
+        tokenizer=tokenizer_file(root / tokenizer) if inside else None,
         prompt_format="lerobot",
     )
 
@@ -128,20 +130,18 @@ def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], rename
     names = relative.get("action_names") or document.get("action_feature_names") or []
     names = [str(name) for name in names[:num_actions]]
     names += [f"action_{i}" for i in range(len(names), num_actions)]
-    excluded = [str(token).lower() for token in relative.get("exclude_joints") or [] if token]
     # Without names nothing can be excluded there.
-    named = bool(relative.get("action_names"))
-    kinds = [
-        "delta"
-        if relative.get("enabled") and not (named and any(token in name.lower() for token in excluded))
-        else "absolute"
-        for name in names
-    ]
+    tokens = relative.get("exclude_joints") if relative.get("action_names") else None
+    excluded = [str(token).lower() for token in tokens or [] if token]
+    enabled = bool(relative.get("enabled"))
+    is_delta = [enabled and not any(token in name.lower() for token in excluded) for name in names]
     return Embodiment(
         "lerobot",
         cameras=tuple(cameras),
         state=(StateKey(robots_name.get(STATE, STATE), tuple(f"state_{i}" for i in range(num_states))),),
-        actions=tuple(ActionDim(name, kind=kind) for name, kind in zip(names, kinds, strict=True)),
+        actions=tuple(
+            ActionDim(name, kind="delta" if delta else "absolute") for name, delta in zip(names, is_delta, strict=True)
+        ),
         execute_steps=document.get("n_action_steps"),
     )
 
@@ -150,8 +150,7 @@ def _normalization(root: pathlib.Path, step: _Step, feature: str) -> tuple[NormS
     config = step.config
     if config["eps"] != EPS:
         raise CheckpointError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here.")
-    kind = config["features"][feature]["type"]
-    mode = config["norm_map"].get(kind, "IDENTITY")
+    mode = config["norm_map"].get(config["features"][feature]["type"], "IDENTITY")
     selected = config.get("normalize_observation_keys")
     if feature == STATE and selected is not None and STATE not in selected:
         mode = "IDENTITY"
@@ -187,12 +186,6 @@ def _statistics(root: pathlib.Path, step: _Step) -> dict[str, Any]:
         raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error
 
 
-def _tokenizer(root: pathlib.Path, step: _Step) -> pathlib.Path | None:
-    """The tokenizer in the folder; None: the policy names PaliGemma's on a hub."""
-    beside = root / str(step.artifacts.get("tokenizer_name") or step.config.get("tokenizer_name", ""))
-    return tokenizer_file(beside) if root.resolve() in beside.resolve().parents else None
-
-
 # ---- writing ----
 
 
@@ -222,14 +215,20 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
     modes = {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}
     norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
     relative = _relative(robot)
-    _write_processors(root, config, features, renamed, norm_map, relative, _state_dict(robot, stats))
+    dims = {"state": (STATE, robot.state_dims[-1]), "actions": (ACTION, robot.action_size)}
+    arrays = {
+        f"{feature}.{name}": value[:dim].astype(np.float32)
+        for key, (feature, dim) in dims.items()
+        for name, value in vars(stats[key]).items()
+        if value is not None
+    }
+    _write_processors(root, config, features, renamed, norm_map, relative, arrays)
     write_json(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
-    return _notes(config, spec, renamed)
+    return _notes(config, spec, robot, renamed)
 
 
-def _notes(config: Pi0Config, spec: PolicySpec, renamed: Mapping[str, str]) -> list[str]:
-    assert spec.embodiment is not None
-    notes, state = [], spec.embodiment.state
+def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapping[str, str]) -> list[str]:
+    notes, state = [], robot.state
     if robots_own := [key for key in renamed if not key.startswith("observation.")]:
         notes.append(
             f"send LeRobot its own names ({IMAGES}…, {STATE}): it drops {', '.join(robots_own)} before it renames"
@@ -251,13 +250,22 @@ def _write_processors(
     renamed: Mapping[str, str],
     norm_map: Mapping[str, str],
     relative: Mapping[str, Any],
-    state_dict: Mapping[str, np.ndarray],
+    arrays: dict[str, np.ndarray],
 ) -> None:
     settings = {"eps": EPS, "features": features, "norm_map": norm_map}
     rename = _step("rename_observations_processor", rename_map=renamed)
     to_batch = _step("to_batch_processor")
     device = _step("device_processor", device="cpu", float_dtype=None)
-    tokens = _tokenizer_step(config)
+    tokens = _step(
+        "tokenizer_processor",
+        max_length=config.require("max_token_len"),
+        task_key="task",
+        padding_side="right",
+        padding="max_length",
+        truncation=True,
+        tokenizer_name=TOKENIZER,
+    )
+    tokens["artifacts"] = {"tokenizer_name": TOKENIZER}
     relative_step = _step("relative_actions_processor", **relative)
     normalizer = _step("normalizer_processor", **settings)
     if config.pi05:
@@ -271,7 +279,7 @@ def _write_processors(
     normalizer["state_file"] = f"policy_preprocessor_step_{before.index(normalizer)}_normalizer_processor.safetensors"
     unnormalizer["state_file"] = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
     for step in (normalizer, unnormalizer):
-        safetensors.numpy.save_file(dict(state_dict), root / step["state_file"])
+        safetensors.numpy.save_file(arrays, root / step["state_file"])
     write_json(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
     write_json(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": after})
 
@@ -313,31 +321,6 @@ def _relative(robot: Embodiment) -> dict[str, Any]:
             f"of {', '.join(excluded)}; rename the actions of the embodiment."
         )
     return {"enabled": enabled, "exclude_joints": excluded if enabled else ["gripper"], "action_names": names}
-
-
-def _state_dict(robot: Embodiment, norm_stats: Mapping[str, NormStats]) -> dict[str, np.ndarray]:
-    arrays = {}
-    for key, feature, dim in (
-        ("state", STATE, robot.state_dims[-1]),
-        ("actions", ACTION, robot.action_size),
-    ):
-        for name, value in vars(norm_stats[key]).items():
-            if value is not None:
-                arrays[f"{feature}.{name}"] = value[:dim].astype(np.float32)
-    return arrays
-
-
-def _tokenizer_step(config: Pi0Config) -> dict[str, Any]:
-    step = _step(
-        "tokenizer_processor",
-        max_length=config.require("max_token_len"),
-        task_key="task",
-        padding_side="right",
-        padding="max_length",
-        truncation=True,
-        tokenizer_name=TOKENIZER,
-    )
-    return {**step, "artifacts": {"tokenizer_name": TOKENIZER}}
 
 
 def _document(

@@ -4,181 +4,152 @@ Sources: openpi's modules, and the key listings of its published checkpoints.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
-from torchpi.checkpoints.layout import (
-    UNSET,
-    CheckpointArray,
-    ParamSlice,
-    Shapes,
-    StoredArrays,
-    projections,
-    sizes_of,
-    whole,
-)
+from torchpi.checkpoints.layout import UNSET, Shapes, Table, sizes_of, stored_as
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
-from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig
 
+Entries = Mapping[str, tuple[str, str] | tuple[str, str, tuple[int, int]]]
+"""By the stored name, the parameter, the axes (see `stored_as`), and the parameter's rows where it is not all of them.
 
-def jax_table(config: Pi0Config) -> dict[str, CheckpointArray]:
-    """Every array of an openpi checkpoint of these sizes, by its key path joined with '.'."""
-    found = {"PaliGemma.llm.embedder.input_embedding": whole("embedding", config.vocab_size, config.paligemma.width)}
-    found |= _siglip_table(config)
-    found |= _gemma_table(config.paligemma, "backbone", "", adaptive_norm=False)
-    found |= _gemma_table(config.action_expert, "expert", "_1", adaptive_norm=config.pi05)
-    for name, module, num_in, num_out in projections(config):
-        found |= _dense(name, module, num_in, num_out)
-    return found
+Axes: D width, F hidden width, Q query heads, G key/value heads, K head_dim, R rank of LoRA, P side of a patch, N
+patches, V vocabulary, A action_dim, d the expert's width; a number is an axis of that size.
+"""
+Sizes = Mapping[str, int]
 
 
-def _dense(stored: str, module: str, num_in: int, num_out: int) -> dict[str, CheckpointArray]:
+def _stored(prefix: str, entries: Entries, params: str, sizes: Sizes, depth: int | None = None) -> Table:
     return {
-        f"{stored}.kernel": whole(f"{module}.weight", num_in, num_out, axes=(1, 0)),
-        f"{stored}.bias": whole(f"{module}.bias", num_out),
+        f"{prefix}{name}": stored_as(f"{params}{param}", axes, sizes, rows=rows[0] if rows else None, depth=depth)
+        for name, (param, axes, *rows) in entries.items()
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Stack:
-    """The layers of one stack, whose weights of a kind are one array."""
+def jax_table(config: Pi0Config) -> Table:
+    """Every array of an openpi checkpoint of these sizes, by its key path joined with '.'."""
+    sizes = {"V": config.vocab_size, "D": config.paligemma.width}
+    table = {"PaliGemma.llm.embedder.input_embedding": stored_as("embedding", "V D", sizes)}
+    table |= _siglip_table(config)
+    table |= _gemma_table(config.paligemma, "backbone", "", adaptive_norm=False)
+    table |= _gemma_table(config.action_expert, "expert", "_1", adaptive_norm=config.pi05)
+    width = config.action_expert.width
+    sizes = {"A": config.action_dim, "d": width, "in": width, "2d": 2 * width}
+    inputs = {"state_proj": "A", "action_time_mlp_in": "2d", "action_time_mlp_out": "in"}
+    if config.pi05:
+        inputs = {"time_mlp_in": "in", "time_mlp_out": "in"}
+    for name, axis in {"action_in_proj": "A", **inputs}.items():
+        table |= _stored("", _dense(name, name, axis, "d"), "suffix.", sizes)
+    return table | _stored("", _dense("action_out_proj", "action_out_proj", "d", "A"), "", sizes)
 
-    modules: str
-    depth: int
 
-    def array(
-        self,
-        name: str,
-        *shape: int,
-        axes: tuple[int, ...] | None = None,
-        rows: tuple[int, int] | None = None,
-    ) -> CheckpointArray:
-        slices = (ParamSlice(f"{self.modules}.{i}.{name}", layer=i, axes=axes, rows=rows) for i in range(self.depth))
-        return CheckpointArray((self.depth, *shape), tuple(slices))
+def _dense(stored: str, module: str, inputs: str, outputs: str) -> Entries:
+    kernel = (f"{module}.weight", f"{inputs} {outputs} -> {outputs} {inputs}")
+    return {f"{stored}.kernel": kernel, f"{stored}.bias": (f"{module}.bias", outputs)}
 
 
-def _siglip_table(config: Pi0Config) -> dict[str, CheckpointArray]:
+def _siglip_table(config: Pi0Config) -> Table:
     vit = config.siglip
-    width, mlp, heads, patch = vit.width, vit.mlp_dim, vit.num_heads, vit.patch
-    img, block = "PaliGemma.img", "PaliGemma.img.Transformer.encoderblock"
-    attention = f"{block}.MultiHeadDotProductAttention_0"
-    blocks = _Stack("vision.blocks", vit.depth)
-    found = {
-        f"{img}.embedding.kernel": whole("vision.patch_embed.weight", patch, patch, 3, width, axes=(3, 0, 1, 2)),
-        f"{img}.embedding.bias": whole("vision.patch_embed.bias", width),
-        f"{img}.Transformer.encoder_norm.scale": whole("vision.norm.weight", width),
-        f"{img}.Transformer.encoder_norm.bias": whole("vision.norm.bias", width),
-        f"{attention}.out.kernel": blocks.array("out.weight", heads, width // heads, width, axes=(2, 0, 1)),
-        f"{attention}.out.bias": blocks.array("out.bias", width),
-        f"{block}.MlpBlock_0.Dense_0.kernel": blocks.array("fc1.weight", width, mlp, axes=(1, 0)),
-        f"{block}.MlpBlock_0.Dense_0.bias": blocks.array("fc1.bias", mlp),
-        f"{block}.MlpBlock_0.Dense_1.kernel": blocks.array("fc2.weight", mlp, width, axes=(1, 0)),
-        f"{block}.MlpBlock_0.Dense_1.bias": blocks.array("fc2.bias", width),
+    sizes = {"D": vit.width, "F": vit.mlp_dim, "Q": vit.num_heads, "K": vit.width // vit.num_heads, "P": vit.patch}
+    sizes |= {"1": 1, "3": 3, "N": config.num_patches, "out": config.paligemma.width}
+    whole: dict[str, Any] = {
+        **_dense("head", "head", "D", "out"),
+        "embedding.kernel": ("patch_embed.weight", "P p 3 D -> D P p 3"),
+        "embedding.bias": ("patch_embed.bias", "D"),
+        "Transformer.encoder_norm.scale": ("norm.weight", "D"),
+        "Transformer.encoder_norm.bias": ("norm.bias", "D"),
     }
     if vit.position == "learned":
-        found[f"{img}.pos_embedding"] = whole("vision.pos_embed", 1, config.num_patches, width)
+        whole["pos_embedding"] = ("pos_embed", "1 N D")
+    attention = "MultiHeadDotProductAttention_0"
+    block: dict[str, Any] = {
+        f"{attention}.out.kernel": ("out.weight", "Q K D -> D Q K"),
+        f"{attention}.out.bias": ("out.bias", "D"),
+        **_dense("MlpBlock_0.Dense_0", "fc1", "D", "F"),
+        **_dense("MlpBlock_0.Dense_1", "fc2", "F", "D"),
+    }
     for i, part in enumerate(("query", "key", "value")):
-        rows, shape = (i * width, (i + 1) * width), (heads, width // heads)
-        found[f"{attention}.{part}.kernel"] = blocks.array("qkv.weight", width, *shape, axes=(1, 2, 0), rows=rows)
-        found[f"{attention}.{part}.bias"] = blocks.array("qkv.bias", *shape, rows=rows)
+        rows = (i * vit.width, (i + 1) * vit.width)
+        block[f"{attention}.{part}.kernel"] = ("qkv.weight", "D Q K -> Q K D", rows)
+        block[f"{attention}.{part}.bias"] = ("qkv.bias", "Q K", rows)
     for i in (0, 1):
-        found[f"{block}.LayerNorm_{i}.scale"] = blocks.array(f"norm{i + 1}.weight", width)
-        found[f"{block}.LayerNorm_{i}.bias"] = blocks.array(f"norm{i + 1}.bias", width)
-    return found | _dense(f"{img}.head", "vision.head", width, config.paligemma.width)
+        block[f"LayerNorm_{i}.scale"] = (f"norm{i + 1}.weight", "D")
+        block[f"LayerNorm_{i}.bias"] = (f"norm{i + 1}.bias", "D")
+    table = _stored("PaliGemma.img.", whole, "vision.", {**sizes, "p": vit.patch})
+    return table | _stored("PaliGemma.img.Transformer.encoderblock.", block, "vision.blocks.*.", sizes, vit.depth)
 
 
-def _gemma_table(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm: bool) -> dict[str, CheckpointArray]:
-    width, mlp, head_dim = gemma.width, gemma.mlp_dim, gemma.head_dim
-    heads, kv_heads = gemma.num_heads, gemma.num_kv_heads
-    llm = "PaliGemma.llm"
-    attn, feed_forward = f"{llm}.layers.attn", f"{llm}.layers.mlp{suffix}"
-    layers = _Stack(f"{stack}.layers", gemma.depth)
-    found = {
-        f"{attn}.attn_vec_einsum{suffix}.w": layers.array(
-            "attention.out.weight", heads, head_dim, width, axes=(2, 0, 1)
-        ),
-        f"{feed_forward}.gating_einsum": layers.array("feed_forward.gate_up.weight", 2, width, mlp, axes=(0, 2, 1)),
-        f"{feed_forward}.linear": layers.array("feed_forward.down.weight", mlp, width, axes=(1, 0)),
+def _gemma_sizes(gemma: GemmaConfig, rank: int = 0) -> Sizes:
+    sizes = {"D": gemma.width, "F": gemma.mlp_dim, "Q": gemma.num_heads, "G": gemma.num_kv_heads, "K": gemma.head_dim}
+    return {**sizes, "R": rank, "2": 2, "3": 3, "3D": 3 * gemma.width}
+
+
+def _gemma_table(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm: bool) -> Table:
+    heads, kv_heads, head_dim = gemma.num_heads, gemma.num_kv_heads, gemma.head_dim
+    layer: dict[str, Any] = {
+        f"attn.attn_vec_einsum{suffix}.w": ("attention.out.weight", "Q K D -> D Q K"),
+        f"mlp{suffix}.gating_einsum": ("feed_forward.gate_up.weight", "2 D F -> 2 F D"),
+        f"mlp{suffix}.linear": ("feed_forward.down.weight", "F D -> D F"),
     }
     qkv = "attention.qkv.weight"
     if kv_heads == heads:  # plain multi-head attention is one array there
-        found[f"{attn}.qkv_einsum{suffix}.w"] = layers.array(qkv, 3, heads, width, head_dim, axes=(0, 1, 3, 2))
+        layer[f"attn.qkv_einsum{suffix}.w"] = (qkv, "3 Q D K -> 3 Q K D")
     else:
         q_end, kv_end = heads * head_dim, (heads + 2 * kv_heads) * head_dim
-        found[f"{attn}.q_einsum{suffix}.w"] = layers.array(qkv, heads, width, head_dim, axes=(0, 2, 1), rows=(0, q_end))
-        found[f"{attn}.kv_einsum{suffix}.w"] = layers.array(
-            qkv, 2, kv_heads, width, head_dim, axes=(0, 1, 3, 2), rows=(q_end, kv_end)
-        )
-    for norm in ("pre_attention_norm", "pre_ffw_norm"):
-        stored = f"{llm}.layers.{norm}{suffix}"
-        if adaptive_norm:
-            found[f"{stored}.Dense_0.kernel"] = layers.array(f"{norm}.dense.weight", width, 3 * width, axes=(1, 0))
-            found[f"{stored}.Dense_0.bias"] = layers.array(f"{norm}.dense.bias", 3 * width)
-        else:
-            found[f"{stored}.scale"] = layers.array(f"{norm}.scale", width)
-    final = f"{llm}.final_norm{suffix}"
+        layer[f"attn.q_einsum{suffix}.w"] = (qkv, "Q D K -> Q K D", (0, q_end))
+        layer[f"attn.kv_einsum{suffix}.w"] = (qkv, "2 G D K -> 2 G K D", (q_end, kv_end))
+    norm: Entries = {".scale": (".scale", "D")}
     if adaptive_norm:
-        return found | _dense(f"{final}.Dense_0", f"{stack}.final_norm.dense", width, 3 * width)
-    return found | {f"{final}.scale": whole(f"{stack}.final_norm.scale", width)}
+        norm = _dense(".Dense_0", ".dense", "D", "3D")
+    llm, sizes = "PaliGemma.llm", _gemma_sizes(gemma)
+    table = _stored(f"{llm}.layers.", layer, f"{stack}.layers.*.", sizes, gemma.depth)
+    for name in ("pre_attention_norm", "pre_ffw_norm"):
+        table |= _stored(f"{llm}.layers.{name}{suffix}", norm, f"{stack}.layers.*.{name}", sizes, gemma.depth)
+    return table | _stored(f"{llm}.final_norm{suffix}", norm, f"{stack}.final_norm", sizes)
 
 
-def lora_table(config: Pi0Config, lora: LoraConfig) -> dict[str, CheckpointArray]:
+def lora_table(config: Pi0Config, lora: LoraConfig) -> Table:
     """The arrays that a LoRA checkpoint of openpi has beside those of `jax_table`."""
-    found: dict[str, CheckpointArray] = {}
-    if lora.backbone_rank:
-        found |= _gemma_lora_table(config.paligemma, lora, lora.backbone_rank, "backbone", "")
-    if lora.expert_rank:
-        found |= _gemma_lora_table(config.action_expert, lora, lora.expert_rank, "expert", "_1")
-    return found
+    table: Table = {}
+    for gemma, rank, stack, suffix in (
+        (config.paligemma, lora.backbone_rank, "backbone", ""),
+        (config.action_expert, lora.expert_rank, "expert", "_1"),
+    ):
+        entries = _lora_entries(gemma, lora, suffix) if rank else {}
+        sizes = _gemma_sizes(gemma, rank)
+        table |= _stored("PaliGemma.llm.layers.", entries, f"{stack}.layers.*.", sizes, gemma.depth)
+    return table
 
 
-def _gemma_lora_table(
-    gemma: GemmaConfig, lora: LoraConfig, rank: int, stack: str, suffix: str
-) -> dict[str, CheckpointArray]:
-    width, mlp, head_dim = gemma.width, gemma.mlp_dim, gemma.head_dim
-    heads, kv_heads = gemma.num_heads, gemma.num_kv_heads
-    attn, feed_forward = "PaliGemma.llm.layers.attn", f"PaliGemma.llm.layers.mlp{suffix}"
-    layers = _Stack(f"{stack}.layers", gemma.depth)
-    found: dict[str, CheckpointArray] = {}
-
-    def add(
-        stored: str, module: str, a: tuple[int, ...], b: tuple[int, ...], rows: tuple[int, int] | None = None
-    ) -> None:
-        """A and B, whose last two axes are (in, out) there and (out, in) here."""
-        for letter, shape in (("a", a), ("b", b)):
-            axes = (*range(len(shape) - 2), len(shape) - 1, len(shape) - 2)
-            found[f"{stored}lora_{letter}"] = layers.array(f"{module}.lora_{letter}", *shape, axes=axes, rows=rows)
-
+def _lora_entries(gemma: GemmaConfig, lora: LoraConfig, suffix: str) -> Entries:
+    entries: dict[str, Any] = {}
     if lora.attention:
-        out, vec = "attention.out", f"{attn}.attn_vec_einsum{suffix}"
-        found[f"{vec}.lora_a"] = layers.array(f"{out}.lora_a", heads, head_dim, rank, axes=(2, 0, 1))
-        found[f"{vec}.lora_b"] = layers.array(f"{out}.lora_b", heads, rank, width, axes=(0, 2, 1))
-        a, b = (width, rank), (rank, head_dim)
-        if kv_heads == heads:
-            add(f"{attn}.qkv_einsum{suffix}.", "attention.qkv", (3, heads, *a), (3, heads, *b))
+        out, qkv = f"attn.attn_vec_einsum{suffix}.lora", "attention.qkv.lora"
+        entries[f"{out}_a"] = ("attention.out.lora_a", "Q K R -> R Q K")
+        entries[f"{out}_b"] = ("attention.out.lora_b", "Q R D -> Q D R")
+        if gemma.num_kv_heads == gemma.num_heads:
+            entries[f"attn.qkv_einsum{suffix}.lora_a"] = (f"{qkv}_a", "3 Q D R -> 3 Q R D")
+            entries[f"attn.qkv_einsum{suffix}.lora_b"] = (f"{qkv}_b", "3 Q R K -> 3 Q K R")
         else:
-            add(f"{attn}.q_einsum{suffix}.", "attention.qkv", (heads, *a), (heads, *b), (0, heads))
-            add(
-                f"{attn}.kv_einsum{suffix}.", "attention.qkv", (2, kv_heads, *a), (2, kv_heads, *b),
-                (heads, heads + 2 * kv_heads),
-            )  # fmt: skip
+            q, kv = (0, gemma.num_heads), (gemma.num_heads, gemma.num_heads + 2 * gemma.num_kv_heads)
+            entries[f"attn.q_einsum{suffix}.lora_a"] = (f"{qkv}_a", "Q D R -> Q R D", q)
+            entries[f"attn.q_einsum{suffix}.lora_b"] = (f"{qkv}_b", "Q R K -> Q K R", q)
+            entries[f"attn.kv_einsum{suffix}.lora_a"] = (f"{qkv}_a", "2 G D R -> 2 G R D", kv)
+            entries[f"attn.kv_einsum{suffix}.lora_b"] = (f"{qkv}_b", "2 G R K -> 2 G K R", kv)
     if lora.feed_forward:
-        add(f"{feed_forward}.gating_einsum_", "feed_forward.gate_up", (2, width, rank), (2, rank, mlp))
-        add(f"{feed_forward}.linear_", "feed_forward.down", (mlp, rank), (rank, width))
-    return found
+        entries[f"mlp{suffix}.gating_einsum_lora_a"] = ("feed_forward.gate_up.lora_a", "2 D R -> 2 R D")
+        entries[f"mlp{suffix}.gating_einsum_lora_b"] = ("feed_forward.gate_up.lora_b", "2 R F -> 2 F R")
+        entries[f"mlp{suffix}.linear_lora_a"] = ("feed_forward.down.lora_a", "F R -> R F")
+        entries[f"mlp{suffix}.linear_lora_b"] = ("feed_forward.down.lora_b", "R D -> D R")
+    return entries
 
 
-def jax_config(arrays: StoredArrays) -> Pi0Config:
+def jax_config(shapes: Shapes) -> Pi0Config:
     """The sizes that a checkpoint's arrays have; horizon, prompt length and format are in none and stay unset.
 
     The image size is in the learned position embedding; without one it is 224, as in all published models.
     """
-    try:
-        return _config(arrays.shapes)
-    except ValueError as error:
-        raise CheckpointError(f"{arrays.source}: {error}") from error
-
-
-def _config(shapes: Shapes) -> Pi0Config:
     llm, img = "PaliGemma.llm.layers", "PaliGemma.img"
     block = f"{img}.Transformer.encoderblock"
 

@@ -5,22 +5,24 @@ Its modules are those of `transformers`: PaliGemma, and a second Gemma as the ac
 
 import dataclasses
 import pathlib
+import re
 
 import torch
 from torch import Tensor
 
 from torchpi.checkpoints.layout import (
     UNSET,
-    CheckpointArray,
     Shapes,
     StoredArrays,
-    projections,
+    Table,
     sizes_of,
+    stored_as,
     whole,
 )
 from torchpi.checkpoints.sizes import Heads
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
+from torchpi.model.pi0 import Pi0
 
 LEROBOT_PREFIX = "model."
 _PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma", "paligemma_with_expert.gemma_expert"
@@ -61,99 +63,61 @@ class TorchArrays:
         return self._arrays.read(self._stored[name], dtype)
 
 
-def torch_table(config: Pi0Config) -> dict[str, CheckpointArray]:
+# Regular expressions of our names, and the port's instead; the last two hold several of its arrays.
+_RENAMED = (
+    (r"^embedding$", EMBEDDING),
+    (r"^suffix\.", ""),
+    (r"^backbone", _LANGUAGE),
+    (r"^expert", f"{_EXPERT}.model"),
+    (r"^vision\.patch_embed", f"{_VISION}.embeddings.patch_embedding"),
+    (r"^vision\.pos_embed", f"{_VISION}.embeddings.position_embedding.weight"),
+    (r"^vision\.norm", f"{_VISION}.post_layernorm"),
+    (r"^vision\.head", f"{_PALIGEMMA}.model.multi_modal_projector.linear"),
+    (r"^vision\.blocks\.(\d+)\.out", rf"{_VISION}.encoder.layers.\1.self_attn.out_proj"),
+    (r"^vision\.blocks", f"{_VISION}.encoder.layers"),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"\.fc([12])\.", r".mlp.fc\1."),
+    (r"\.final_norm\.", ".norm."),
+    (r"\.pre_attention_norm\.", ".input_layernorm."),
+    (r"\.pre_ffw_norm\.", ".post_attention_layernorm."),
+    (r"\.scale$", ".weight"),
+    (r"\.attention\.out\.", ".self_attn.o_proj."),
+    (r"\.feed_forward\.down\.", ".mlp.down_proj."),
+    (r"\.feed_forward\.gate_up\.", ".mlp.gate_up_proj."),
+    (r"(\.attention)?\.qkv\.", ".self_attn.qkv_proj."),
+)
+
+
+def torch_table(config: Pi0Config) -> Table:
     """Every array of openpi's PyTorch port that a computation reads, by its name."""
-    found = {EMBEDDING: whole("embedding", config.vocab_size, config.paligemma.width)}
-    found |= _vision_table(config)
-    found |= _gemma_table(config.paligemma, _LANGUAGE, "backbone", adaptive_norm=False)
-    found |= _gemma_table(config.action_expert, f"{_EXPERT}.model", "expert", adaptive_norm=config.pi05)
-    for name, module, num_in, num_out in projections(config):
-        found |= _linear(name, module, num_in, num_out)
-    return found
-
-
-def _linear(
-    stored: str, module: str, num_in: int, num_out: int, rows: tuple[int, int] | None = None
-) -> dict[str, CheckpointArray]:
-    return {
-        f"{stored}.weight": whole(f"{module}.weight", num_out, num_in, rows=rows),
-        f"{stored}.bias": whole(f"{module}.bias", num_out, rows=rows),
-    }
-
-
-def _vision_table(config: Pi0Config) -> dict[str, CheckpointArray]:
-    vit = config.siglip
-    width, patch = vit.width, vit.patch
-    found = {
-        f"{_VISION}.embeddings.patch_embedding.weight": whole(
-            "vision.patch_embed.weight", width, 3, patch, patch, axes=(0, 2, 3, 1)
-        ),
-        f"{_VISION}.embeddings.patch_embedding.bias": whole("vision.patch_embed.bias", width),
-        f"{_VISION}.post_layernorm.weight": whole("vision.norm.weight", width),
-        f"{_VISION}.post_layernorm.bias": whole("vision.norm.bias", width),
-    }
-    if vit.position == "learned":
-        position = whole("vision.pos_embed", config.num_patches, width)
-        found[f"{_VISION}.embeddings.position_embedding.weight"] = position
-    for i in range(vit.depth):
-        stored, block = f"{_VISION}.encoder.layers.{i}", f"vision.blocks.{i}"
-        for norm in (1, 2):
-            for part in ("weight", "bias"):
-                found[f"{stored}.layer_norm{norm}.{part}"] = whole(f"{block}.norm{norm}.{part}", width)
-        for j, part in enumerate(("q", "k", "v")):
-            rows = (j * width, (j + 1) * width)
-            found |= _linear(f"{stored}.self_attn.{part}_proj", f"{block}.qkv", width, width, rows)
-        found |= _linear(f"{stored}.self_attn.out_proj", f"{block}.out", width, width)
-        found |= _linear(f"{stored}.mlp.fc1", f"{block}.fc1", width, vit.mlp_dim)
-        found |= _linear(f"{stored}.mlp.fc2", f"{block}.fc2", vit.mlp_dim, width)
-    return found | _linear(
-        f"{_PALIGEMMA}.model.multi_modal_projector.linear", "vision.head", width, config.paligemma.width
-    )
-
-
-def _gemma_table(gemma: GemmaConfig, stored: str, stack: str, *, adaptive_norm: bool) -> dict[str, CheckpointArray]:
-    width, mlp = gemma.width, gemma.mlp_dim
-    q, kv = gemma.num_heads * gemma.head_dim, gemma.num_kv_heads * gemma.head_dim
-    found: dict[str, CheckpointArray] = {}
-
-    def add(name: str, param: str, num_out: int, num_in: int, rows: tuple[int, int] | None = None) -> None:
-        found[f"{name}.weight"] = whole(f"{param}.weight", num_out, num_in, rows=rows)
-
-    def add_norm(name: str, param: str) -> None:
-        if adaptive_norm:
-            found.update(_linear(f"{name}.dense", f"{param}.dense", width, 3 * width))
+    table: Table = {}
+    for param, parameter in Pi0(config, device="meta").named_parameters():
+        name, shape, patch = param, tuple(parameter.shape), config.siglip.patch
+        for ours, theirs in _RENAMED:
+            name = re.sub(ours, theirs, name)
+        if param == "vision.patch_embed.weight":
+            sizes = {"out": shape[0], "3": 3, "h": patch, "w": patch}
+            table[name] = stored_as(param, "out 3 h w -> out h w 3", sizes)
+        elif joined := re.search("qkv|gate_up", name):
+            parts = ("q", "k", "v") if joined[0] == "qkv" else ("gate", "up")
+            gemma = config.paligemma  # the expert's heads are as many
+            is_grouped = ".attention.qkv" in param
+            shares = (gemma.num_heads, gemma.num_kv_heads, gemma.num_kv_heads) if is_grouped else (1,) * len(parts)
+            end = 0
+            for part, share in zip(parts, shares, strict=True):
+                start, end = end, end + shape[0] * share // sum(shares)
+                table[name.replace(joined[0], part)] = whole(param, (end - start, *shape[1:]), rows=(start, end))
         else:
-            found[f"{name}.weight"] = whole(f"{param}.scale", width)
-
-    for i in range(gemma.depth):
-        layer, ours = f"{stored}.layers.{i}", f"{stack}.layers.{i}"
-        add_norm(f"{layer}.input_layernorm", f"{ours}.pre_attention_norm")
-        add_norm(f"{layer}.post_attention_layernorm", f"{ours}.pre_ffw_norm")
-        attention = f"{ours}.attention"
-        add(f"{layer}.self_attn.q_proj", f"{attention}.qkv", q, width, (0, q))
-        add(f"{layer}.self_attn.k_proj", f"{attention}.qkv", kv, width, (q, q + kv))
-        add(f"{layer}.self_attn.v_proj", f"{attention}.qkv", kv, width, (q + kv, q + 2 * kv))
-        add(f"{layer}.self_attn.o_proj", f"{attention}.out", width, q)
-        add(f"{layer}.mlp.gate_proj", f"{ours}.feed_forward.gate_up", mlp, width, (0, mlp))
-        add(f"{layer}.mlp.up_proj", f"{ours}.feed_forward.gate_up", mlp, width, (mlp, 2 * mlp))
-        add(f"{layer}.mlp.down_proj", f"{ours}.feed_forward.down", width, mlp)
-    add_norm(f"{stored}.norm", f"{stack}.final_norm")
-    return found
+            table[name] = whole(param, shape)
+    return table
 
 
-def torch_config(arrays: StoredArrays, heads: Heads | None) -> Pi0Config:
+def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
     """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset.
 
     Args:
         heads: the numbers of heads, which the shapes do not say; None: those of the published models.
     """
-    try:
-        return _config(arrays.shapes, heads)
-    except ValueError as error:
-        raise CheckpointError(f"{arrays.source.parent}: {error}") from error
-
-
-def _config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
     heads = heads or _published_heads(width, sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1])
 

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torchpi.config import PRESETS, Pi0Config, preset
+from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.schema import read_json_object
 
@@ -30,42 +30,25 @@ class Heads:
     paligemma_kv: int
 
 
-@dataclasses.dataclass(frozen=True)
-class RequestedConfig:
-    """The argument `config=`, read."""
+def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
+    """The argument `config=`; a file's object may be partial."""
+    if isinstance(config, Pi0Config):
+        return config
+    if isinstance(config, str) and config in PRESETS:
+        return PRESETS[config]
+    if isinstance(config, str) and not pathlib.Path(config).is_file():
+        raise CheckpointError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}.")
+    return read_json_object(config)
 
-    values: Pi0Config | Mapping[str, Any]
-    where: str = ""
-    """The JSON file, for messages."""
 
-    @classmethod
-    def read(cls, config: ConfigLike) -> "RequestedConfig":
-        """Read the file, or look the preset up."""
-        if isinstance(config, Pi0Config):
-            return cls(config)
-        if isinstance(config, str) and config in PRESETS:
-            return cls(preset(config))
-        if isinstance(config, str) and not pathlib.Path(config).is_file():
-            raise CheckpointError(
-                f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}."
-            )
-        return cls(read_json_object(config), str(config))
-
-    def over(self, base: Pi0Config) -> Pi0Config:
-        """The whole config; what a partial file leaves out comes from `base`."""
-        if isinstance(self.values, Pi0Config):
-            return self.values
-        return Pi0Config.from_dict(self.values, base, where=self.where)
-
-    @property
-    def heads(self) -> Heads | None:
-        """The numbers of heads; None: a partial file does not state them."""
-        values = self.values.to_dict() if isinstance(self.values, Pi0Config) else self.values
-        try:
-            vision, backbone = values["siglip"], values["paligemma"]
-            return Heads(vision["num_heads"], backbone["num_heads"], backbone["num_kv_heads"])
-        except (KeyError, TypeError):
-            return None
+def stated_heads(config: Pi0Config | Mapping[str, Any]) -> Heads | None:
+    """The numbers of heads; None: a partial file does not state them."""
+    values = config.to_dict() if isinstance(config, Pi0Config) else config
+    try:
+        vision, backbone = values["siglip"], values["paligemma"]
+        return Heads(vision["num_heads"], backbone["num_heads"], backbone["num_kv_heads"])
+    except (KeyError, TypeError):
+        return None
 
 
 def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 
 from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.checkpoint import open_checkpoint
-from torchpi.checkpoints.sizes import RequestedConfig
+from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
@@ -45,7 +45,7 @@ def model_config(config: TrainConfig) -> Pi0Config:
             "Say which weights to start from (--init, for example gs://openpi-assets/checkpoints/pi05_base), or the "
             f"sizes of a model that is trained from scratch (--model: {', '.join(PRESETS)}, or a JSON file)."
         )
-    sizes = RequestedConfig.read(requested).values
+    sizes = read_config(requested)
     return sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, where=requested)
 
 
