@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from torchpi.atomic import atomic_folder
-from torchpi.checkpoints import lerobot, openpi
+from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.adapt import adapt
 from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
@@ -132,11 +132,17 @@ def convert(
         else:
             notes = _write_openpi(beside, checkpoint, model, to, dtype, asset_id, policy)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
+        files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
         differences = _check(beside, model, dtype) if check else {}
+    return _report(
+        checkpoint, to, model, dtype, target=str(path), adapted=adapted, notes=notes, files=files, **differences
+    )
+
+
+def _report(checkpoint: Checkpoint, to: Format, model: Pi0, dtype: torch.dtype, **outcome: Any) -> Conversion:
     return Conversion(
         source=checkpoint.address,
         source_format=checkpoint.format,
-        target=str(path),
         target_format=to,
         dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -144,10 +150,7 @@ def convert(
         folded=checkpoint.folded,
         tied=checkpoint.tied,
         dropped=checkpoint.dropped,
-        adapted=adapted,
-        notes=notes,
-        files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
-        **differences,
+        **outcome,
     )
 
 
@@ -178,7 +181,8 @@ def _write_policy(
     spec = checkpoint.spec().requested(asset_id=asset_id, **requested).with_tokenizer()
     policy = policy_of(model, dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance)))
     if to == "torchpi":
-        policy.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        policy.write_spec(root)
+        folder.write_weights(root, model, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return []
     _write_torch(root, model, dtype, prefix=LEROBOT_PREFIX, embeddings=2)
     notes = lerobot.write_spec(root, model.config, policy.spec, dtype)

@@ -3,12 +3,11 @@
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
@@ -278,26 +277,11 @@ class Policy:
         if target.exists() and not folder.is_policy_folder(target):
             raise PolicyError(f"{target} exists and is no policy folder; it is not overwritten.")
         with atomic_folder(target) as root:
-            self.write(root, dtype=dtype, max_shard_bytes=max_shard_bytes)
-
-    def write(
-        self,
-        root: pathlib.Path,
-        *,
-        dtype: torch.dtype | None = None,
-        max_shard_bytes: int | None = None,
-        read: Callable[[str], Tensor] | None = None,
-    ) -> None:
-        """Write the files of a policy folder into a folder that is there; see `save`.
-
-        Args:
-            read: gives the weights by their names; by default they are the model's.
-        """
-        self.write_spec(root)
-        folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes, read=read)
+            self.write_spec(root)
+            folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
 
     def write_spec(self, root: pathlib.Path) -> None:
-        """Write the files of a policy folder without the weights."""
+        """Write the files of a policy folder into a folder that is there, without the weights."""
         folder.write_policy_file(root, self.model.config, self.spec)
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)

@@ -30,6 +30,7 @@ from urllib.parse import quote
 
 import filelock
 
+from torchpi.atomic import replace_text
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.extras import require
 from torchpi.schema import parse, read_json
@@ -147,9 +148,7 @@ class _Source:
     def write_record(self, record: _Record) -> None:
         path = _beside(self.listing, ".download.json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = _beside(path, ".new")
-        new.write_text(json.dumps(dataclasses.asdict(record), indent=1), encoding="utf-8")
-        new.replace(path)
+        replace_text(path, json.dumps(dataclasses.asdict(record), indent=1))
 
     def wanted(self, record: _Record) -> dict[str, _File]:
         """The files of the address that are needed: those of a policy, or the named ones."""

@@ -19,7 +19,6 @@ from torchpi.checkpoints.layout import (
     stored_as,
     whole,
 )
-from torchpi.checkpoints.sizes import Heads
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
@@ -38,14 +37,12 @@ class TorchArrays:
         """"""
         self.source: pathlib.Path = arrays.source
         self._arrays = arrays
-        prefixed = [name.startswith(LEROBOT_PREFIX) for name in arrays.shapes]
-        if any(prefixed) and not all(prefixed):
-            some = next(name for name, is_prefixed in zip(arrays.shapes, prefixed, strict=True) if not is_prefixed)
+        plain = [name for name in arrays.shapes if not name.startswith(LEROBOT_PREFIX)]
+        if 0 < len(plain) < len(arrays.shapes):
             raise CheckpointError(
-                f"{arrays.source}: some arrays have the prefix {LEROBOT_PREFIX!r}, but {some} has not."
+                f"{arrays.source}: some arrays have the prefix {LEROBOT_PREFIX!r}, but {plain[0]} has not."
             )
-        self.prefix = LEROBOT_PREFIX if all(prefixed) and prefixed else ""
-        self._stored = {name.removeprefix(self.prefix): name for name in arrays.shapes}
+        self._stored = {name.removeprefix(LEROBOT_PREFIX): name for name in arrays.shapes}
         self.dropped: dict[str, str] = {}
         """Stored arrays that are not loaded, and why."""
         self.tied = ""
@@ -112,14 +109,15 @@ def torch_table(config: Pi0Config) -> Table:
     return table
 
 
-def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
+def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Config:
     """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset.
 
     Args:
-        heads: the numbers of heads, which the shapes do not say; None: those of the published models.
+        stated: the numbers of heads, see `stated_heads`; None: those of the published models.
     """
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
-    heads = heads or _published_heads(width, sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1])
+    backbone_width = sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
+    vision_heads, heads, kv_heads = stated or _published_heads(width, backbone_width)
 
     def depth(layers: str) -> int:
         return 1 + max(int(name[len(layers) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{layers}."))
@@ -127,14 +125,14 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
     def gemma(stored: str) -> GemmaConfig:
         q_width, width = sizes_of(shapes, f"{stored}.layers.0.self_attn.q_proj.weight", 2)
         kv_width = sizes_of(shapes, f"{stored}.layers.0.self_attn.k_proj.weight", 2)[0]
-        head_dim = q_width // heads.paligemma
-        if q_width % heads.paligemma or kv_width != heads.paligemma_kv * head_dim:
+        head_dim = q_width // heads
+        if q_width % heads or kv_width != kv_heads * head_dim:
             raise CheckpointError(
-                f"{stored} has {q_width} rows of queries and {kv_width} of keys, which are not {heads.paligemma} and "
-                f"{heads.paligemma_kv} heads."
+                f"{stored} has {q_width} rows of queries and {kv_width} of keys, which are not {heads} and {kv_heads} "
+                "heads."
             )
         mlp = sizes_of(shapes, f"{stored}.layers.0.mlp.gate_proj.weight", 2)[0]
-        return GemmaConfig(width, depth(f"{stored}.layers"), mlp, heads.paligemma, heads.paligemma_kv, head_dim)
+        return GemmaConfig(width, depth(f"{stored}.layers"), mlp, heads, kv_heads, head_dim)
 
     position = f"{_VISION}.embeddings.position_embedding.weight"
     learned = position in shapes
@@ -147,7 +145,7 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
         paligemma_variant=gemma(_LANGUAGE),
         action_expert_variant=gemma(f"{_EXPERT}.model"),
         siglip_variant=VisionConfig(
-            width, depth(layers), mlp_dim, heads.siglip, patch, "learned" if learned else "sincos2d"
+            width, depth(layers), mlp_dim, vision_heads, patch, "learned" if learned else "sincos2d"
         ),
         action_dim=sizes_of(shapes, "action_in_proj.weight", 2)[1],
         vocab_size=sizes_of(shapes, EMBEDDING, 2)[0],
@@ -155,7 +153,7 @@ def torch_config(shapes: Shapes, heads: Heads | None) -> Pi0Config:
     )
 
 
-def _published_heads(vit_width: int, backbone_width: int) -> Heads:
+def _published_heads(vit_width: int, backbone_width: int) -> tuple[int, int, int]:
     vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
     if (vit_width, backbone_width) != (vision.width, backbone.width):
         raise CheckpointError(
@@ -163,4 +161,4 @@ def _published_heads(vit_width: int, backbone_width: int) -> Heads:
             f"{backbone_width} have, which are not the published model's: pass config= with siglip.num_heads, "
             "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
         )
-    return Heads(vision.num_heads, backbone.num_heads, backbone.num_kv_heads)
+    return vision.num_heads, backbone.num_heads, backbone.num_kv_heads

@@ -21,15 +21,6 @@ _LEROBOT_FIELDS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Heads:
-    """Numbers of heads, which the shapes of PyTorch's matrices do not say."""
-
-    siglip: int
-    paligemma: int
-    paligemma_kv: int
-
-
 def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
     """The argument `config=`; a file's object may be partial."""
     if isinstance(config, Pi0Config):
@@ -41,12 +32,16 @@ def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
     return read_json_object(config)
 
 
-def stated_heads(config: Pi0Config | Mapping[str, Any]) -> Heads | None:
-    """The numbers of heads; None: a partial file does not state them."""
+def stated_heads(config: Pi0Config | Mapping[str, Any]) -> tuple[int, int, int] | None:
+    """Numbers of heads, which the shapes of PyTorch's matrices do not say, if the config states them.
+
+    Returns:
+        Of the vision tower, and of Gemma's queries and its keys and values.
+    """
     values = config.to_dict() if isinstance(config, Pi0Config) else config
     try:
         vision, backbone = values["siglip"], values["paligemma"]
-        return Heads(vision["num_heads"], backbone["num_heads"], backbone["num_kv_heads"])
+        return vision["num_heads"], backbone["num_heads"], backbone["num_kv_heads"]
     except (KeyError, TypeError):
         return None
 

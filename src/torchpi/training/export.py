@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchpi.checkpoints.adapter import Adapter, Base, digest, write_adapter
+from torchpi.checkpoints.folder import write_weights
 from torchpi.model.lora import LoraConfig, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
@@ -51,10 +52,10 @@ class Exporter:
         policy, root = self.policies[0], checkpoint / "policy"
         root.mkdir()
         policy.provenance["step"] = step
+        policy.write_spec(root)
         if self._adapter is None:
-            policy.write(root, dtype=torch.float32, max_shard_bytes=_MAX_SHARD_BYTES, read=read)
+            write_weights(root, policy.model, dtype=torch.float32, max_shard_bytes=_MAX_SHARD_BYTES, read=read)
         else:
-            policy.write_spec(root)
             write_adapter(root, self._adapter, self._adapter_shapes, read)
         names = robot_names([policy.embodiment for policy in self.policies])
         for other, name in zip(self.policies[1:], names[1:], strict=True):
