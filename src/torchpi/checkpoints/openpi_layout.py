@@ -14,8 +14,8 @@ from torchpi.model.lora import LoraConfig
 Entries = Mapping[str, tuple[str, str] | tuple[str, str, tuple[int, int]]]
 """By the stored name, the parameter, the axes (see `stored_as`), and the parameter's rows where it is not all of them.
 
-Axes: D width, F hidden width, Q query heads, G key/value heads, K head_dim, R rank of LoRA, P side of a patch, N
-patches, V vocabulary, A action_dim, d the expert's width; a number is an axis of that size.
+Axes: D width, F hidden width, Q query heads, G key/value heads, K head_dim, R rank of LoRA, H and W pixels of a patch,
+N patches, V vocabulary, A action_dim, d the expert's width; a number is an axis of that size.
 """
 Sizes = Mapping[str, int]
 
@@ -51,11 +51,11 @@ def _dense(stored: str, module: str, inputs: str, outputs: str) -> Entries:
 
 def _siglip_table(config: Pi0Config) -> Table:
     vit = config.siglip
-    sizes = {"D": vit.width, "F": vit.mlp_dim, "Q": vit.num_heads, "K": vit.width // vit.num_heads, "P": vit.patch}
-    sizes |= {"1": 1, "3": 3, "N": config.num_patches, "out": config.paligemma.width}
+    sizes = {"D": vit.width, "F": vit.mlp_dim, "Q": vit.num_heads, "K": vit.width // vit.num_heads}
+    sizes |= {"H": vit.patch, "W": vit.patch, "N": config.num_patches, "out": config.paligemma.width, "1": 1, "3": 3}
     whole: dict[str, Any] = {
         **_dense("head", "head", "D", "out"),
-        "embedding.kernel": ("patch_embed.weight", "P p 3 D -> D P p 3"),
+        "embedding.kernel": ("patch_embed.weight", "H W 3 D -> D H W 3"),
         "embedding.bias": ("patch_embed.bias", "D"),
         "Transformer.encoder_norm.scale": ("norm.weight", "D"),
         "Transformer.encoder_norm.bias": ("norm.bias", "D"),
@@ -76,7 +76,7 @@ def _siglip_table(config: Pi0Config) -> Table:
     for i in (0, 1):
         block[f"LayerNorm_{i}.scale"] = (f"norm{i + 1}.weight", "D")
         block[f"LayerNorm_{i}.bias"] = (f"norm{i + 1}.bias", "D")
-    table = _stored("PaliGemma.img.", whole, "vision.", {**sizes, "p": vit.patch})
+    table = _stored("PaliGemma.img.", whole, "vision.", sizes)
     return table | _stored("PaliGemma.img.Transformer.encoderblock.", block, "vision.blocks.*.", sizes, vit.depth)
 
 
