@@ -361,7 +361,7 @@ def test_missing_hold_commands_are_named_with_the_reason(folder, path, tmp_path,
     assert document["notes"][0].startswith(unstated)
     assert [row["baselines"]["hold"] for row in document["dimensions"]] == [None, None]
     captured = run([*options, tmp_path / "effort.json"], capsys)
-    assert "No baseline hold for gripper (effort): the state does not have the value" in captured.out
+    assert "No baseline hold for gripper (effort): an effort has no hold command" in captured.out
     assert "No baseline hold" not in run([*options, tmp_path / "stated.json"], capsys).out
 
 

@@ -127,7 +127,10 @@ def _notes_on_hold(robot: Embodiment) -> Iterator[str]:
             "--embodiment (in Python: command= of Embodiment.generic)."
         )
     if others := ", ".join(f"{action.name} ({action.command})" for action in missing if action.command is not None):
-        yield f"No baseline hold for {others}: the state does not have the value, always and in the same unit."
+        yield (
+            f"No baseline hold for {others}: an effort has no hold command, and a position has one only where every "
+            "state has it, in the same unit."
+        )
 
 
 def _write_plots(

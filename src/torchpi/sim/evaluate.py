@@ -62,7 +62,7 @@ def evaluate(
         policy: a path or "demo", see `load_policy`; the address of a server, ws://…; or a `Policy`.
         env: one of `ENVIRONMENTS`.
         tasks: by name; None: those that the policy was trained on, as its provenance says, or all if they are few.
-        episodes: per task; the first `videos` of each are filmed into the folder `out`.
+        episodes: per task; of the first `videos` of each there is a video in the folder `out`.
         rollout: the settings of each episode; execute_steps None: what the policy recommends, or half of its chunk.
         instructions: task to the policy's instruction there, in place of the environment's.
         workers: processes, each with the policy and one thread; None: as many as the CPU's cores and the memory allow,

@@ -41,7 +41,7 @@ EXECUTED, PREDICTED, SUCCESS, FAILURE = map(_color, ("prefix", "suffix", "vision
 def record_video(
     path: str | pathlib.Path | None, environment: Environment, instruction: str
 ) -> Iterator[Callback | None]:
-    """A callback for `run_episode` that films the episode; the file is there when the block ends without an error.
+    """A callback for `run_episode` that records a video; the file is there when the block ends without an error.
 
     Args:
         path: an .mp4 file to write; None: no video, and None as the callback.
