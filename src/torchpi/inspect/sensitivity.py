@@ -19,7 +19,6 @@ from jaxtyping import Float32
 
 from torchpi.collate import collate
 from torchpi.inspect.diagnosis import IGNORED_BELOW, Finding, Sensitivity, state_input
-from torchpi.model import flow
 from torchpi.policy import Policy
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
@@ -47,10 +46,8 @@ def sample_chunks(policy: Policy, inputs: Mapping[str, Any], noise: Chunks, *, n
     observation = collate([inputs]).to(model.device)
     prefix = model.embed_prefix(observation, drop_padding=True)
     cache = model.prefill(observation, prefix, action_horizon=noise.shape[1]).repeat(len(noise))
-    x_t = torch.from_numpy(noise).to(model.device)
-    for time in model.time_conditionings(flow.euler_times(num_steps)):
-        x_t = x_t - model.denoise_step(cache, x_t, time) / num_steps
-    return x_t.cpu().numpy()
+    chunks = model.denoise(cache, torch.from_numpy(noise).to(model.device), num_steps=num_steps)
+    return chunks.cpu().numpy()
 
 
 def spread_of(chunks: np.ndarray) -> float:

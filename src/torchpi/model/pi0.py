@@ -389,7 +389,6 @@ class Pi0(nn.Module):
         Raises:
             ValueError: shapes do not fit the model or each other, or the horizon is neither given nor set.
         """
-        times = flow.euler_times(num_steps)
         if noise is None:
             shape = (observation.batch_size, self.config.require("action_horizon"), self.config.action_dim)
             noise = torch.randn(shape, generator=generator, device=self.device)
@@ -397,7 +396,20 @@ class Pi0(nn.Module):
         prefix = self.embed_prefix(observation, drop_padding=True)
         no_padding = bool(prefix[1].all())  # the last value that is read on the host
         cache = self.prefill(observation, prefix, action_horizon=noise.shape[1], no_padding=no_padding)
+        return self.denoise(cache, noise, num_steps=num_steps, guidance=guidance, action_prefix=action_prefix)
 
+    @torch.no_grad()
+    def denoise(
+        self,
+        cache: KVCache,
+        noise: Float32[Tensor, "B H A"],
+        *,
+        num_steps: int = 10,
+        guidance: Guidance | None = None,
+        action_prefix: ActionPrefix | None = None,
+    ) -> Float32[Tensor, "B H A"]:
+        """The Euler steps of `sample_actions`, from a prefilled cache; arguments as there."""
+        times = flow.euler_times(num_steps)
         velocity: Velocity = functools.partial(self.denoise_step, cache)
         if action_prefix is not None:
             *conditionings, at_zero = self.time_conditionings([*times, 0.0])
