@@ -1,6 +1,6 @@
 """π₀.₅ in one file: from camera images and words to a robot's next actions, and to the loss it is trained with.
 
-    python examples/nanopi.py CHECKPOINT [--config X.json] [--inputs X.npz --out Y.npz]
+    python examples/nanopi.py [CHECKPOINT] [--config X.json] [--inputs X.npz --out Y.npz]
 
 The code runs in the order of the computation, steps 0 to 11 and then inference, and every line ends with its shape. π₀
 is in here too: it differs in step 5 (how state and time come in) and in 7-1 (which norms the action expert has).
@@ -358,7 +358,7 @@ def random_inputs(config, batch=2):
 def main():
     """Run training's forward pass and inference on one batch, and print every shape."""
     parser = argparse.ArgumentParser(description="π₀.₅ and π₀ in one file, with the shape of every tensor.")
-    parser.add_argument("checkpoint", help="a policy folder or checkpoint, as torchpi.load_model reads it")
+    parser.add_argument("checkpoint", nargs="?", default="demo", help="as torchpi.load_model reads it; default: demo")
     parser.add_argument("--config", help="for checkpoints that do not say their sizes: a preset or a JSON file")
     parser.add_argument("--inputs", help="an .npz file with image.*, state, tokenized_prompt, actions, noise, time, …")
     parser.add_argument("--out", help="an .npz file for loss [B, H] and actions [B, H, A]")
@@ -366,7 +366,10 @@ def main():
 
     import torchpi  # reads the weights; everything else is above
 
-    model = torchpi.load_model(args.checkpoint, config=args.config)
+    try:
+        model = torchpi.load_model(args.checkpoint, config=args.config)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     w, config = weights_of(model), model.config
     arrays = random_inputs(config) if args.inputs is None else dict(np.load(args.inputs))
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
