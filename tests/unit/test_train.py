@@ -27,7 +27,7 @@ from torchpi.data.video import default_encoder, encode_video
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
-from torchpi.training.config import EvalConfig, ModelConfig, OptimConfig, ParallelConfig, TrainConfig
+from torchpi.training.config import EvalConfig, ModelConfig, OptimConfig, ParallelConfig, Source, TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.order import TrainingOrder
 from torchpi.training.resume import resume_config
@@ -157,7 +157,7 @@ def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe,
 
 def begin(recipe: TrainConfig):
     """Data, policy and state of a recipe, as `train` makes them in one process."""
-    sizes = model_config(recipe)
+    sizes = model_config(recipe, None)
     data = open_data(recipe, sizes)
     model, _ = build_model(recipe, sizes, skeleton=False)
     (policy,) = build_policies(recipe, model, data)
@@ -280,12 +280,12 @@ def test_resuming_with_another_recipe_is_an_error(recipe, tmp_path):
         loop.train(resume_config(run).replace(num_steps=2), run, resume=True)
 
 
-def order(**fields) -> list[list[tuple[int, int, int, int]]]:
-    defaults = {
-        "frames": [np.arange(10)], "weights": [1.0], "batch_size": 4, "grad_accum_steps": 1, "seed": 3, "first_step": 0,
-        "last_step": 5,
-    }  # fmt: skip
-    return list(TrainingOrder(**{**defaults, **fields}))
+TEN = (np.arange(10),)
+
+
+def order(frames=TEN, first_step=0, rank=0, world_size=1, **options) -> list[list[tuple]]:
+    config = TrainConfig(**{"batch_size": 4, "seed": 3, "num_steps": 5, **options})
+    return list(TrainingOrder(frames, config, first_step, rank, world_size))
 
 
 def test_each_frame_is_seen_once_per_epoch_in_an_order_of_its_own():
@@ -310,19 +310,15 @@ def test_processes_and_micro_batches_share_a_batch(world_size, accumulate):
 
 
 def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
-    frames, steps = [np.arange(100), np.array([5, 7, 9])], 40_000
-    places = [place for batch in order(frames=frames, weights=[3.0, 1.0], last_step=steps) for place in batch]
+    frames, mixture = [np.arange(100), np.array([5, 7, 9])], (Source("a", "aloha", 3.0), Source("b", "aloha", 1.0))
+    places = [place for batch in order(frames, mixture=mixture, num_steps=40_000) for place in batch]
     of_second = [frame for source, frame, _, _ in places if source == 1]
     assert len(of_second) / len(places) == pytest.approx(0.25, abs=1e-3)
     counts = collections.Counter(of_second)
     assert set(counts) == {5, 7, 9}
     assert max(counts.values()) - min(counts.values()) <= 1
     # Any part of the run alone gives the same places, beyond a block of the mixture as well.
-    again = [
-        place
-        for batch in order(frames=frames, weights=[3.0, 1.0], first_step=20_000, last_step=steps)
-        for place in batch
-    ]
+    again = [place for batch in order(frames, first_step=20_000, mixture=mixture, num_steps=40_000) for place in batch]
     assert again == places[20_000 * 4 :]
 
 
@@ -351,7 +347,7 @@ def test_time_is_drawn_as_the_model_draws_it(recipe):
 
 def test_held_out_episodes_are_not_trained_on(recipe, dataset):
     config = recipe.replace(holdout=0.5)
-    (data,) = open_data(config, model_config(config))
+    (data,) = open_data(config, model_config(config, None))
     assert len(data.train) == len(data.holdout) == 12
     assert not set(data.train.episode_indices) & set(data.holdout.episode_indices)
     for part in (data.train, data.holdout):  # both tasks

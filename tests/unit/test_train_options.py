@@ -23,7 +23,7 @@ from torchpi.training.distributed import single_process
 from torchpi.training.resume import resume_config
 from torchpi.training.samples import Frames, SampleRng, Samples, loss_sum, num_loss_elements
 from torchpi.training.setup import build_policies, check_prompts, open_data
-from torchpi.training.weights import build_model, model_config, parameter_table
+from torchpi.training.weights import build_model, model_config, open_init, parameter_table
 from torchpi.transforms import Normalization, NormStats
 
 
@@ -58,8 +58,9 @@ def further(recipe, trained):
 
 
 def begin(config: TrainConfig):
-    sizes = model_config(config)
-    return build_model(config, sizes, skeleton=False), open_data(config, sizes)
+    init = open_init(config)
+    sizes = model_config(config, init)
+    return build_model(config, sizes, init, skeleton=False), open_data(config, sizes, init)
 
 
 # ---- beginning ----
@@ -90,14 +91,13 @@ def test_norm_stats_option_selects_the_statistics(further, dataset, trained, tmp
     for key in ("state", "actions"):
         own["norm_stats"][key]["q01"] = [value - 5 for value in own["norm_stats"][key]["q01"]]
     shifted.write_text(json.dumps(own))
-    q01 = {}
+    init, q01 = open_init(further), {}
     for norm_stats in ("dataset", "init", str(shifted)):
-        config = further.replace(norm_stats=norm_stats)
-        q01[norm_stats] = open_data(config, model_config(config))[0].norm_stats["state"].q01
+        q01[norm_stats] = open_data(further.replace(norm_stats=norm_stats), SIZES, init)[0].norm_stats["state"].q01
     np.testing.assert_allclose(q01[str(shifted)], q01["init"] - 5)
     np.testing.assert_allclose(q01["dataset"], q01["init"])  # of the same episodes
     with pytest.raises(ValueError, match="has statistics of its own"):
-        open_data(further.replace(norm_stats="init:trossen"), SIZES)
+        open_data(further.replace(norm_stats="init:trossen"), SIZES, init)
     with pytest.raises(ValueError, match="needs initial weights: set init"):
         open_data(further.replace(init=None, norm_stats="init"), SIZES)
 
@@ -107,7 +107,7 @@ def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, go
         init=str(golden_pi05.root / "jax_ckpt"), model=str(golden_pi05.config), norm_stats="init:nobody"
     )
     with pytest.raises(ValueError, match=r"has statistics for .*; choose one as init:ASSET_ID"):
-        open_data(config, model_config(config))
+        open_data(config, SIZES, open_init(config))
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tmp_path):
@@ -484,7 +484,8 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
         init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune="lora", lora=lora, dtype="float32",
         frozen_dtype="float32",
     )  # fmt: skip
-    model, beginning = build_model(config, model_config(config), skeleton=False)
+    init = open_init(config)
+    model, beginning = build_model(config, init.config, init, skeleton=False)
     assert beginning.fresh == ()
     assert any(name.endswith("lora_a") for name in beginning.loaded)
     with torch.no_grad():
@@ -508,7 +509,7 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, again)]
     np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
     with pytest.raises(ValueError, match="use the same, or fold it"):
-        build_model(config.replace(lora=LoraConfig()), model_config(config), skeleton=False)
+        build_model(config.replace(lora=LoraConfig()), init.config, init, skeleton=False)
 
 
 def test_one_instruction_for_all_episodes(recipe, tmp_path):

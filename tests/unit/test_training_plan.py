@@ -16,9 +16,9 @@ from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.memory import example_batch, held_out_images
+from torchpi.training.memory import held_out_images
 from torchpi.training.plan import plan
-from torchpi.training.samples import loss_sum
+from torchpi.training.samples import example_batch, loss_sum
 from torchpi.training.state import TrainState
 from torchpi.training.weights import build_model
 

@@ -15,6 +15,7 @@ from torchpi.data.metadata import open_metadata
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
+from torchpi.training.config import TrainConfig
 from torchpi.training.order import TrainingOrder
 from torchpi.training.samples import Frames, SampleRng, Samples
 from torchpi.transforms.normalize import Normalization, NormStats
@@ -99,8 +100,7 @@ def _frame_seconds(dataset: LeRobotDataset) -> float:
 
 
 def _batch_seconds(samples: Samples, num_frames: int, batch: int, workers: int, num_batches: int) -> float:
-    frames, last_step = [np.arange(num_frames)], num_batches + 1
-    order = TrainingOrder(frames, [1.0], batch, grad_accum_steps=1, seed=0, first_step=0, last_step=last_step)
+    order = TrainingOrder([np.arange(num_frames)], TrainConfig(batch_size=batch, num_steps=num_batches + 1))
     batches = iter(samples.batches(order, workers))
     next(batches)  # the processes start
     start = time.perf_counter()

@@ -293,6 +293,16 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
                 "adamw8bit keeps its moments by blocks, which can't be sharded: use it with parallel ddp."
             )
 
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples that each of the processes computes at once."""
+        parts = world_size * self.grad_accum_steps
+        if self.batch_size % parts:
+            raise TrainingError(
+                f"batch_size {self.batch_size} can't be divided by {world_size} processes × {self.grad_accum_steps} "
+                f"micro-batches; choose a multiple of {parts}."
+            )
+        return self.batch_size // parts
+
     @property
     def options(self) -> dict[str, Any]:
         """All fields without their groups, by the names of their options."""

@@ -36,7 +36,7 @@ class Holdout:
         self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
     ) -> None:
         self.config, self.world, self.policies, self.data = config, world, policies, data
-        self.batch_size = max(1, config.batch_size // (world.size * config.grad_accum_steps))
+        self.batch_size = config.micro_batch_size(world.size)
         """Of this process, as in training: what fits there fits here."""
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)

@@ -29,7 +29,7 @@ from torchpi.training.setup import SourceData, build_policies, check_prompts, ch
 from torchpi.training.state import STATE, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import open_trackers, require_trackers
-from torchpi.training.weights import build_model, model_config
+from torchpi.training.weights import build_model, model_config, open_init
 from torchpi.ui.progress import progress_bar
 
 
@@ -64,12 +64,13 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         console = Console(stderr=True, highlight=False, quiet=not world.is_main)
         last = find_start(config, run, resume=resume)
         first_step = 0 if last is None else int(last.name)
-        sizes = model_config(config)
-        data = open_data(config, sizes, held_out=None if last is None else held_out_episodes(run))
-        model, init = build_model(config, sizes, skeleton=not world.is_main)
-        policies = build_policies(config, model, data)
+        checkpoint = open_init(config)
+        sizes = model_config(config, checkpoint)
+        data = open_data(config, sizes, checkpoint, held_out=None if last is None else held_out_episodes(run))
+        model, init = build_model(config, sizes, checkpoint, skeleton=not world.is_main)
+        policies = build_policies(config, model, data, checkpoint)
         describe(console, config, world, model, init, data, check_prompts(policies, data))
-        order = training_order(config, data, world, first_step)
+        order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
         require_trackers(config.trackers)
         if world.is_main:
             check_videos(data, console)
@@ -139,21 +140,6 @@ def run_steps(
                 for hook in hooks:
                     run.log(hook.after_step(run))
             advance(note=run.note)
-
-
-def training_order(config: TrainConfig, data: Sequence[SourceData], world: World, first_step: int) -> TrainingOrder:
-    """The samples of a process' micro-batches from a step on."""
-    return TrainingOrder(
-        [source.frames for source in data],
-        [source.source.weight for source in data],
-        config.batch_size,
-        config.grad_accum_steps,
-        config.seed,
-        first_step,
-        config.num_steps,
-        world.rank,
-        world.size,
-    )
 
 
 def build_state(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:

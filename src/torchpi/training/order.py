@@ -8,6 +8,7 @@ from jaxtyping import Int
 
 from torchpi.errors import TrainingError
 from torchpi.randomness import generator_at
+from torchpi.training.config import TrainConfig
 
 SampleIndex = tuple[int, int, int, int]
 """Dataset of the mixture, frame, step, position in the batch."""
@@ -24,39 +25,27 @@ class TrainingOrder:
 
     frames: Sequence[Int[np.ndarray, " _"]]
     """Numbers of the frames that are trained on, per dataset."""
-    weights: Sequence[float]
-    """Per dataset."""
-    batch_size: int
-    """Over all processes and micro-batches."""
-    grad_accum_steps: int
-    seed: int
-    first_step: int
-    last_step: int
-    """Exclusive."""
+    config: TrainConfig
+    first_step: int = 0
     rank: int = 0
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        parts = self.world_size * self.grad_accum_steps
-        if self.batch_size % parts:
-            raise TrainingError(
-                f"batch_size {self.batch_size} can't be divided by {self.world_size} processes × "
-                f"{self.grad_accum_steps} micro-batches; choose a multiple of {parts}."
-            )
+        self.config.micro_batch_size(self.world_size)  # finds a batch that can't be divided
 
     def __len__(self) -> int:
-        return (self.last_step - self.first_step) * self.grad_accum_steps
+        return (self.config.num_steps - self.first_step) * self.config.grad_accum_steps
 
     def __iter__(self) -> Iterator[list[SampleIndex]]:
-        size = self.batch_size // (self.world_size * self.grad_accum_steps)
-        sources = _Mixture(self.weights, self.seed)
-        orders = [_Shuffled(frames, self.seed, number) for number, frames in enumerate(self.frames)]
-        for step in range(self.first_step, self.last_step):
-            for micro_batch in range(self.grad_accum_steps):
+        config, size = self.config, self.config.micro_batch_size(self.world_size)
+        sources = _Mixture([source.weight for source in config.data.sources], config.seed)
+        orders = [_Shuffled(frames, config.seed, number) for number, frames in enumerate(self.frames)]
+        for step in range(self.first_step, config.num_steps):
+            for micro_batch in range(config.grad_accum_steps):
                 start = (micro_batch * self.world_size + self.rank) * size
                 indices = []
                 for position in range(start, start + size):
-                    source, count = sources.at(step * self.batch_size + position)
+                    source, count = sources.at(step * config.batch_size + position)
                     indices.append((source, orders[source].at(count), step, position))
                 yield indices
 

@@ -11,16 +11,16 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from torchpi.checkpoints.address import published_name
 from torchpi.config import Pi0Config
 from torchpi.errors import TrainingError
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
-from torchpi.training.memory import KINDS, PeakMemory, num_bytes, peak_memory, shard_bytes
-from torchpi.training.weights import build_model, model_config
+from torchpi.training.memory import KINDS, PeakMemory, peak_memory, shard_bytes
+from torchpi.training.weights import build_model, model_config, open_init
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import Column, Table
 
 USABLE = 0.93
 """Fraction of a device's memory that tensors may take; a rule of thumb for what is not counted."""
@@ -78,21 +78,63 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         local_world_size: processes of a node, for "hybrid" without `shard_size`.
         device_memory: bytes that a process can have on its device.
     """
-    found = _plan(config, world_size, local_world_size, device_memory)
+    if not all(source.embodiment for source in config.data.sources):
+        raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
+    robots = [get_embodiment(source.embodiment) for source in config.data.sources]
+    cameras = tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
+    sizes = _sizes(config)
+
+    def plan_of(recipe: TrainConfig) -> Plan:
+        shards = {"ddp": 1, "fsdp": world_size, "hybrid": recipe.parallel.shard_size or local_world_size}
+        return _plan(recipe, sizes, cameras, world_size, shards[recipe.parallel.strategy], device_memory)
+
+    found = plan_of(config)
     if found.fits is not False:
         return found
-
     single, joint = _changes(config, world_size)
     others: list[dict[str, Any]] = []
     for series in (*single, joint):
         if series is joint and any(other["fits"] for other in others):
             break
         for fields in series:  # each goes further than the one before; the first one that fits is enough
-            other = _plan(config.replace(**fields), world_size, local_world_size, device_memory)
+            other = plan_of(config.replace(**fields))
             others.append({"fields": fields, "total": other.needed, "fits": bool(other.fits)})
             if other.fits:
                 break
     return dataclasses.replace(found, alternatives=tuple(others))
+
+
+def _sizes(config: TrainConfig) -> Pi0Config:
+    """Those of a published checkpoint are known by its name, so that nothing is downloaded."""
+    if config.model.init is not None and (name := published_name(config.model.init)) is not None:
+        return model_config(config.replace(init=None, finetune="full", model=config.model.config or name), None)
+    return model_config(config, open_init(config))
+
+
+def _plan(
+    config: TrainConfig,
+    sizes: Pi0Config,
+    cameras: tuple[str, ...],
+    world_size: int,
+    shards: int,
+    device_memory: int | None,
+) -> Plan:
+    samples, device = config.micro_batch_size(world_size), _device_type(config)
+    model, _ = build_model(config, sizes, skeleton=True)
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    trainable = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
+    peak = peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
+    return Plan(
+        device=device,
+        world_size=world_size,
+        samples=samples,
+        cameras=cameras,
+        prompt_tokens=sizes.require("max_token_len"),
+        peak=peak,
+        staged=trainable + peak.optimizer + peak.ema,
+        frozen=0 if device == "cpu" else frozen,
+        device_memory=device_memory,
+    )
 
 
 def _changes(config: TrainConfig, world_size: int) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:
@@ -119,48 +161,6 @@ def _changes(config: TrainConfig, world_size: int) -> tuple[list[list[dict[str, 
     least = less | {"ema_decay": 0.0} | ({"optimizer": "adamw8bit"} if strategy == "ddp" else {})
     joint: list[dict[str, Any]] = [less, *([{**less, "parallel": "fsdp"}] if can_shard else []), least]
     return single, joint + [{**least, "finetune": kind} for kind in finetune]
-
-
-def _plan(config: TrainConfig, world_size: int, local_world_size: int, device_memory: int | None) -> Plan:
-    divisor = world_size * config.grad_accum_steps
-    if config.batch_size % divisor:
-        raise TrainingError(
-            f"batch_size {config.batch_size} can't be divided by {world_size} processes × {config.grad_accum_steps} "
-            "micro-batches."
-        )
-    sizes, cameras = _sizes(config), _cameras(config)
-    hybrid = config.parallel.shard_size or local_world_size
-    shards = {"ddp": 1, "fsdp": world_size, "hybrid": hybrid}[config.parallel.strategy]
-    model, _ = build_model(config, sizes, skeleton=True)
-    device = _device_type(config)
-    frozen = sum(num_bytes(p) for p in model.parameters() if not p.requires_grad)
-    peak = peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
-    trainable = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
-    return Plan(
-        device=device,
-        world_size=world_size,
-        samples=config.batch_size // divisor,
-        cameras=cameras,
-        prompt_tokens=sizes.require("max_token_len"),
-        peak=peak,
-        staged=trainable + peak.optimizer + peak.ema,
-        frozen=0 if device == "cpu" else frozen,
-        device_memory=device_memory,
-    )
-
-
-def _sizes(config: TrainConfig) -> Pi0Config:
-    """Those of a published checkpoint are known by its name, so that nothing is downloaded."""
-    if config.model.init is not None and (name := published_name(config.model.init)) is not None:
-        config = config.replace(init=None, finetune="full", model=config.model.config or name)
-    return model_config(config)
-
-
-def _cameras(config: TrainConfig) -> tuple[str, ...]:
-    if not all(source.embodiment for source in config.data.sources):
-        raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
-    robots = [get_embodiment(source.embodiment) for source in config.data.sources]
-    return tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
 
 
 def run_plan(config: TrainConfig, *, world_size: int | None, memory_gb: float | None, as_json: bool) -> int:
@@ -201,15 +201,11 @@ def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
         f"{config.optim.flow_samples_per_obs} noise, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
         "tokens, the most that the model takes"
     )
-    table = Table("per process, at the peak", "GB", box=None, header_style="dim")
-    table.columns[1].justify = "right"
-    for name in KINDS:
-        table.add_row(_ROWS.get(name, name), f"{getattr(found.peak, name) / 1e9:.2f}")
-    table.add_row("total", f"{found.peak.total / 1e9:.2f}", style="bold")
-    table.add_row("host: a checkpoint that is being written", f"{found.staged / 1e9:.2f}")
-    if found.frozen:
-        table.add_row("host: frozen weights, main process", f"{found.frozen / 1e9:.2f}")
-    console.print(table)
+    sizes = [(_ROWS.get(name, name), getattr(found.peak, name)) for name in KINDS]
+    sizes += [("total", found.peak.total), ("host: a checkpoint that is being written", found.staged)]
+    sizes += [("host: frozen weights, main process", found.frozen)] if found.frozen else []
+    columns = [Column("per process, at the peak"), Column("GB", "number")]
+    console.print(Table(columns, [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in sizes]).to_rich())
     moment = "an update" if found.peak.moment == "update" else "an evaluation on the held-out samples"
     console.print(f"The peak is in {moment}. An estimate, not a measurement; docs/memory.md says what is not counted.")
     if found.device_memory is None:

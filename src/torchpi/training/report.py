@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from torchpi.sim import ENVIRONMENTS, simulator
+from torchpi.atomic import replace_text
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     CHUNK_UNIT,
@@ -56,11 +56,8 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
     Returns:
         The page's path.
     """
-    page = render_report(read_run(run))
-    target, part = run / REPORT, run / f".{REPORT}.tmp"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, target)
-    return target
+    replace_text(run / REPORT, render_report(read_run(run)))
+    return run / REPORT
 
 
 def render_report(run: Run) -> str:
@@ -380,6 +377,8 @@ def _commands(run: Run) -> str:
 
 def _environment(run: Run) -> str | None:
     """The simulator of the robot; None: there is none."""
+    from torchpi.sim import ENVIRONMENTS, simulator  # a run needs no simulator
+
     robot = run.source.get("embodiment")
     found = [name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)]
     return str(run.recipe.get("env") or (found[0] if found else "")) or None

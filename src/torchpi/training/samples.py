@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from torchpi.collate import stack_inputs
+from torchpi.config import Pi0Config
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import to_observation
 from torchpi.randomness import generator_at
@@ -78,6 +79,27 @@ class Batch:
         for name in ("actions", "is_real", "noise", "time"):
             named[name] = getattr(self, name)
         return {**named, "indices": torch.tensor(self.indices)}
+
+
+def example_batch(
+    sizes: Pi0Config, cameras: Iterable[str], samples: int, flow_samples: int, device: torch.device
+) -> Batch:
+    """A batch of zeros with the shapes and dtypes that `Samples.finish` gives, its prompts of the largest length."""
+    side, length = sizes.image_size, sizes.require("max_token_len")
+    chunk = (sizes.require("action_horizon"), sizes.action_dim)
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(samples, *shape, dtype=dtype, device=device)
+
+    observation = Observation(
+        images={name: zeros(side, side, 3) for name in cameras},
+        image_masks={name: zeros(dtype=torch.bool) for name in cameras},
+        state=zeros(sizes.action_dim),
+        tokenized_prompt=zeros(length, dtype=torch.int64),
+        tokenized_prompt_mask=zeros(length, dtype=torch.bool),
+    )
+    is_real = zeros(*chunk, dtype=torch.bool)
+    return Batch(observation, zeros(*chunk), is_real, zeros(flow_samples, *chunk), zeros(flow_samples), indices=())
 
 
 def loss_sum(forward: Any, batch: Batch, elements: str) -> Tensor:

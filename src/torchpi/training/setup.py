@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
-from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.checkpoint import Checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, TOKENIZER, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.data import (
@@ -64,31 +64,29 @@ def robot_names(embodiments: Sequence[Embodiment]) -> list[str]:
 
 
 def open_data(
-    config: TrainConfig, sizes: Pi0Config, *, held_out: Sequence[Sequence[int]] | None = None
+    config: TrainConfig,
+    sizes: Pi0Config,
+    init: Checkpoint | None = None,
+    *,
+    held_out: Sequence[Sequence[int]] | None = None,
 ) -> list[SourceData]:
     """Open the datasets and hold episodes out.
 
     Args:
         sizes: of the model.
+        init: the initial checkpoint, whose statistics may be used.
         held_out: the episodes that a resumed run holds out, per dataset; by default they are chosen, see `hold_out`.
     """
     recorded = [None] * len(config.data.sources) if held_out is None else held_out
-    horizon, spec = sizes.require("action_horizon"), _init_spec(config, sizes)
+    horizon = sizes.require("action_horizon")
     return [
-        _open_source(source, config, spec, horizon, held)
+        _open_source(source, config, init, horizon, held)
         for source, held in zip(config.data.sources, recorded, strict=True)
     ]
 
 
-def _init_spec(config: TrainConfig, sizes: Pi0Config) -> PolicySpec:
-    """The preprocessing of the initial policy."""
-    if config.model.init is None:
-        return PolicySpec(source="no checkpoint")
-    return open_checkpoint(config.model.init, config=sizes, adapt=config.model.adapt).spec()
-
-
 def _open_source(
-    source: Source, config: TrainConfig, spec: PolicySpec, horizon: int, recorded: Sequence[int] | None
+    source: Source, config: TrainConfig, init: Checkpoint | None, horizon: int, recorded: Sequence[int] | None
 ) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
     rename = parse_rename(source.rename)
@@ -118,7 +116,7 @@ def _open_source(
             f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
             "more, or take a smaller batch_size."
         )
-    stats = _norm_stats(source, config, spec, train, embodiment, horizon)
+    stats = _norm_stats(source, init, train, embodiment, horizon)
     return SourceData(source, embodiment, train, frames, holdout, stats)
 
 
@@ -138,40 +136,38 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
 
 
 def _norm_stats(
-    source: Source,
-    config: TrainConfig,
-    spec: PolicySpec,
-    train: LeRobotDataset,
-    embodiment: Embodiment,
-    horizon: int,
+    source: Source, init: Checkpoint | None, train: LeRobotDataset, embodiment: Embodiment, horizon: int
 ) -> Mapping[str, NormStats]:
     where, _, asset_id = source.norm_stats.partition(":")
     if source.norm_stats == "dataset":
         return compute_norm_stats(train, embodiment, action_horizon=horizon)
     if where != "init":
         return load_norm_stats(source.norm_stats)
-    if config.model.init is None:
+    if init is None:
         raise TrainingError(f"norm_stats {source.norm_stats!r} needs initial weights: set init (--init).")
+    spec = init.spec()
     if spec.norm_stats is not None:
         if asset_id:
             raise TrainingError(
-                f"{config.model.init} has statistics of its own: norm_stats must be init, without {asset_id!r}."
+                f"{init.address} has statistics of its own: norm_stats must be init, without {asset_id!r}."
             )
         return spec.norm_stats
     files = spec.assets
     asset_id = asset_id or embodiment.asset_id or ""
     if asset_id not in files:
         raise TrainingError(
-            f"norm_stats {source.norm_stats!r}: {config.model.init} has statistics for "
+            f"norm_stats {source.norm_stats!r}: {init.address} has statistics for "
             f"{', '.join(files) or 'no robot'}; choose one as init:ASSET_ID "
             "(torchpi stats --compare shows which fit), or take those of the dataset."
         )
     return load_norm_stats(files[asset_id])
 
 
-def build_policies(config: TrainConfig, model: Pi0, data: Sequence[SourceData]) -> list[Policy]:
-    """A policy for each dataset's robot, around one model."""
-    spec = _init_spec(config, model.config)
+def build_policies(
+    config: TrainConfig, model: Pi0, data: Sequence[SourceData], init: Checkpoint | None = None
+) -> list[Policy]:
+    """A policy for each dataset's robot, around one model, with the preprocessing of the initial checkpoint."""
+    spec = PolicySpec("no checkpoint") if init is None else init.spec()
     if spec.norm_stats is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
     tokenizer = existing_file(config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
@@ -18,6 +17,7 @@ from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
 from torchpi.training.setup import SourceData
 from torchpi.training.weights import InitReport, parameter_table
+from torchpi.ui.tables import Column, Table
 from torchpi.version import __version__
 
 _LISTED = 8
@@ -38,17 +38,15 @@ def describe(
         prompts: tokens of each task's longest prompt.
     """
     rows = parameter_table(model, config)
-    total = sum(row.trainable + row.frozen + row.without_gradient for row in rows)
+    total = sum(sum(row.counts) for row in rows)
     trained = sum(row.trainable for row in rows)
     console.print(
         f"{model.config.variant}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained "
         f"({config.model.finetune}):"
     )
-    table = Table("part", "trained, M", "frozen, M", "no gradient, M", "dtype", box=None, header_style="dim")
-    for row in rows:
-        counts = (row.trainable, row.frozen, row.without_gradient)
-        table.add_row(row.part, *(f"{count / 1e6:.2f}" if count else "–" for count in counts), row.dtype)
-    console.print(table)
+    numbers = [Column(f"{title}, M", "number") for title in ("trained", "frozen", "no gradient")]
+    cells = [(row.part, *(f"{count / 1e6:.2f}" if count else "–" for count in row.counts), row.dtype) for row in rows]
+    console.print(Table([Column("part", "name"), *numbers, Column("dtype", "name")], cells).to_rich())
     console.print(f"weights: {init.source}; {len(init.loaded)} arrays loaded, {_fresh(init)}")
     for name, reason in init.left_out.items():
         console.print(f"  left out: {name} ({reason})")

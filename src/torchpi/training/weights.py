@@ -7,14 +7,14 @@ from typing import Any
 import torch
 
 from torchpi.checkpoints.adapter import digest
-from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
-from torchpi.types import Observation
+from torchpi.training.samples import example_batch, loss_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +35,24 @@ class InitReport:
     """SHA-256 of the frozen weights; empty where they are on "meta"."""
 
 
-def model_config(config: TrainConfig) -> Pi0Config:
-    """The model's sizes, without reading any weights."""
+def open_init(config: TrainConfig) -> Checkpoint | None:
+    """The headers of the initial checkpoint; None: the model is trained from scratch."""
     init, requested = config.model.init, config.model.config
+    if init is None:
+        return None
+    try:
+        return open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None)
+    except ValueError as error:
+        if not config.model.adapt and requested is not None:
+            error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
+        raise
+
+
+def model_config(config: TrainConfig, init: Checkpoint | None) -> Pi0Config:
+    """The model's sizes: of the initial checkpoint, or of the recipe."""
     if init is not None:
-        return open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None).config
+        return init.config
+    requested = config.model.config
     if requested is None:
         raise TrainingError(
             "Say which weights to start from (--init, for example gs://openpi-assets/checkpoints/pi05_base), or the "
@@ -49,20 +62,21 @@ def model_config(config: TrainConfig) -> Pi0Config:
     return sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, where=requested)
 
 
-def build_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tuple[Pi0, InitReport]:
-    """The model before the first update: from scratch or `init`, with LoRA where it is trained.
+def build_model(
+    config: TrainConfig, sizes: Pi0Config, init: Checkpoint | None = None, *, skeleton: bool
+) -> tuple[Pi0, InitReport]:
+    """The model before the first update: from scratch or out of `init`, with LoRA where it is trained.
 
     Args:
-        sizes: `model_config` of the recipe.
         skeleton: leave the weights on "meta".
     """
-    if config.model.init is None or skeleton:
+    if init is None or skeleton:
         model, report = Pi0(sizes, device="meta"), InitReport("random")
         if not skeleton:
             model.to_empty(device="cpu")
             model.init_weights(torch.Generator().manual_seed(config.seed))
     else:
-        model, report = _load(config, sizes)
+        model, report = _load(config, init)
     if config.model.trains_lora and lora_config(model) is None:
         add_lora(model, config.model.lora, None if skeleton else torch.Generator("cpu").manual_seed(config.seed))
     model.compute_dtype_override = getattr(torch, config.model.dtype)
@@ -74,28 +88,21 @@ def build_model(config: TrainConfig, sizes: Pi0Config, *, skeleton: bool) -> tup
     return model, dataclasses.replace(report, fresh=fresh, frozen_sha256=sha256)
 
 
-def _load(config: TrainConfig, sizes: Pi0Config) -> tuple[Pi0, InitReport]:
-    init, lora = config.model.init, config.model.lora
-    assert init is not None
-    try:
-        checkpoint = open_checkpoint(init, config=sizes, adapt=config.model.adapt)
-    except ValueError as error:
-        if not config.model.adapt and config.model.config is not None:
-            error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
-        raise
+def _load(config: TrainConfig, init: Checkpoint) -> tuple[Pi0, InitReport]:
+    lora = config.model.lora
     # LoRA in the checkpoint is trained on where LoRA is trained, and a part of the weights elsewhere.
-    if checkpoint.folded:
+    if init.folded:
         keep = config.model.trains_lora
-        model = checkpoint.model(lora_alpha=(lora.backbone_alpha, lora.expert_alpha), lora="keep" if keep else "fold")
+        model = init.model(lora_alpha=(lora.backbone_alpha, lora.expert_alpha), lora="keep" if keep else "fold")
         if keep and lora_config(model) != lora:
             raise TrainingError(
-                f"{init} has {lora_config(model)}, the recipe {lora}: use the same, or fold it into the weights first "
-                "with torchpi convert."
+                f"{init.address} has {lora_config(model)}, the recipe {lora}: use the same, or fold it into the "
+                "weights first with torchpi convert."
             )
     else:
-        model = checkpoint.model()
+        model = init.model()
     loaded = tuple(name for name, _ in model.named_parameters())
-    return model, InitReport(init, loaded, left_out=checkpoint.dropped, adapted="; ".join(checkpoint.notes))
+    return model, InitReport(init.address, loaded, left_out=init.dropped, adapted="; ".join(init.notes))
 
 
 def freeze(model: Pi0, config: TrainConfig) -> None:
@@ -112,21 +119,11 @@ def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     """The parameters that the loss does not depend on: of the backbone's last layer all behind keys and values, and its
     final norm. A backward pass on "meta" finds them.
     """
-    sizes = model.config
+    sizes = dataclasses.replace(model.config, action_horizon=1, max_token_len=2)
     twin = Pi0(sizes, device="meta")
     if config.model.trains_lora:
         add_lora(twin, config.model.lora, None)
-    observation = Observation.from_dict(
-        {
-            "image": {"camera": torch.empty(1, sizes.image_size, sizes.image_size, 3, device="meta")},
-            "image_mask": {"camera": torch.ones(1, dtype=torch.bool, device="meta")},
-            "state": torch.empty(1, sizes.action_dim, device="meta"),
-            "tokenized_prompt": torch.zeros(1, 2, dtype=torch.long, device="meta"),
-            "tokenized_prompt_mask": torch.ones(1, 2, dtype=torch.bool, device="meta"),
-        }
-    )
-    actions = torch.empty(1, sizes.action_horizon or 1, sizes.action_dim, device="meta")
-    twin(observation, actions, noise=torch.empty_like(actions), time=torch.empty(1, device="meta")).mean().backward()
+    loss_sum(twin, example_batch(sizes, ["camera"], 1, 1, torch.device("meta")), "all").backward()
     return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
 
 
@@ -141,6 +138,11 @@ class Part:
     """Trained according to the recipe, but the loss does not depend on them."""
     dtype: str
     """Of the frozen ones, or of all."""
+
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Parameters that are trained, frozen, and without gradient."""
+        return self.trainable, self.frozen, self.without_gradient
 
 
 def parameter_table(model: Pi0, config: TrainConfig) -> list[Part]:
