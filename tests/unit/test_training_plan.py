@@ -16,7 +16,6 @@ from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.memory import held_out_images
 from torchpi.training.plan import plan
 from torchpi.training.samples import example_batch, loss_sum
 from torchpi.training.state import TrainState
@@ -77,7 +76,8 @@ def measured(config: TrainConfig, sizes: Pi0Config) -> int:
             model, weight_decay=0.0, ema=config.optim.ema_decay > 0, optimizer=config.optim.optimizer
         )
         samples, cameras = config.batch_size // config.grad_accum_steps, ("base", "wrist")
-        waiting = held_out_images(sizes, cameras, config.eval.holdout_samples)
+        shape = (config.eval.holdout_samples, len(cameras), sizes.image_size, sizes.image_size, 3)
+        waiting = torch.empty(shape, dtype=torch.uint8)
         for _ in range(2):
             batches = [
                 example_batch(sizes, cameras, samples, config.optim.flow_samples_per_obs, device)

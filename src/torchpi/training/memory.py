@@ -18,7 +18,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import Optimizer, TrainConfig
@@ -108,7 +107,7 @@ def _gathered_groups(model: Pi0) -> list[_Group]:
 
 
 def _gathered_bytes(layers: Sequence[_Group], root: _Group, moment: Moment) -> int:
-    """Bytes of gathered weights and gradients while the largest layer is at work. The root's weights are there always.
+    """Bytes of gathered weights and gradients while the largest layers are at work. The root's are there always.
 
     In the forward pass a group's weights are gathered into one buffer and copied out of it, while the buffer of the
     group before is still there. In the backward pass the next group's buffer is filled meanwhile, gradients are whole,
@@ -117,8 +116,8 @@ def _gathered_bytes(layers: Sequence[_Group], root: _Group, moment: Moment) -> i
     forward = max(3 * layer.weights for layer in layers)
     if moment == "evaluation":
         return root.weights + forward
-    backward = max(2 * layer.weights + layer.gradients + layer.reduced for layer in layers)
-    return root.weights + max(forward, backward)
+    backward = max(2 * layer.weights + layer.gradients for layer in layers)
+    return root.weights + max(forward, backward + max(layer.reduced for layer in layers))
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -234,7 +233,8 @@ def _run(
     samples = config.micro_batch_size(world_size)
     if evaluation.holdout and device.type == "cpu":  # elsewhere they wait in the host's memory
         rounds = math.ceil(evaluation.holdout_samples / (samples * world_size))
-        waiting = held_out_images(sizes, cameras, rounds * samples)
+        shape = (rounds * samples, len(cameras), sizes.image_size, sizes.image_size, 3)
+        waiting = torch.empty(shape, dtype=torch.uint8)
         live.count(waiting, "data", waiting.nbytes)
     batches = [batch(samples, optim.flow_samples_per_obs) for _ in range(config.grad_accum_steps)]
     update(state, config, batches[:2], parallel)  # all micro-batches after the first one find its gradients
@@ -248,12 +248,6 @@ def _run(
             if evaluation.chunk_samples:  # sampling: the same forward passes, with one noise each
                 loss_sum(parallel.forward, batch(min(samples, evaluation.chunk_samples), 1), "all")
             live.in_shards = True  # while the EMA weights go back
-
-
-def held_out_images(sizes: Pi0Config, cameras: Iterable[str], samples: int) -> Tensor:
-    """The images of held-out samples as they wait for their evaluation, as bytes."""
-    side = sizes.image_size
-    return torch.empty(samples, len(tuple(cameras)), side, side, 3, dtype=torch.uint8)
 
 
 # bitsandbytes' AdamW8bit: moments of smaller arrays are float32; of others each block has a float32 scale.

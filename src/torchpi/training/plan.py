@@ -5,6 +5,7 @@ and with `compile` what the compiler saves or takes.
 """
 
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -82,12 +83,9 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
     robots = [get_embodiment(source.embodiment) for source in config.data.sources]
     cameras = tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
-    sizes = _sizes(config)
-
-    def plan_of(recipe: TrainConfig) -> Plan:
-        shards = {"ddp": 1, "fsdp": world_size, "hybrid": recipe.parallel.shard_size or local_world_size}
-        return _plan(recipe, sizes, cameras, world_size, shards[recipe.parallel.strategy], device_memory)
-
+    plan_of = functools.partial(
+        _plan, _sizes(config), cameras, world_size=world_size, local_world_size=local_world_size, memory=device_memory
+    )
     found = plan_of(config)
     if found.fits is not False:
         return found
@@ -112,13 +110,16 @@ def _sizes(config: TrainConfig) -> Pi0Config:
 
 
 def _plan(
-    config: TrainConfig,
     sizes: Pi0Config,
     cameras: tuple[str, ...],
+    config: TrainConfig,
+    *,
     world_size: int,
-    shards: int,
-    device_memory: int | None,
+    local_world_size: int,
+    memory: int | None,
 ) -> Plan:
+    hybrid = config.parallel.shard_size or local_world_size
+    shards = {"ddp": 1, "fsdp": world_size, "hybrid": hybrid}[config.parallel.strategy]
     samples, device = config.micro_batch_size(world_size), _device_type(config)
     model, _ = build_model(config, sizes, skeleton=True)
     frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
@@ -133,7 +134,7 @@ def _plan(
         peak=peak,
         staged=trainable + peak.optimizer + peak.ema,
         frozen=0 if device == "cpu" else frozen,
-        device_memory=device_memory,
+        device_memory=memory,
     )
 
 
