@@ -135,6 +135,7 @@ class StateArrays:
     def __init__(self, folder: pathlib.Path) -> None:
         metadata = _headers(HuggingFaceStorageReader(str(folder)))
         self._entries: dict[str, Any] = dict(metadata.state_dict_metadata)
+        self.names = tuple(self._entries)
         self._places: dict[str, list[Any]] = {}
         for index, place in metadata.storage_data.items():
             self._places.setdefault(index.fqn, []).append((index.offset, place))
