@@ -769,6 +769,20 @@ def test_action_commands_from_settings():
     assert robot.commands
 
 
+@pytest.mark.parametrize("commands", [["position"], ["position"] * 3])
+def test_wrong_count_of_action_commands_in_settings_is_refused(commands):
+    message = (
+        rf"action_commands in ControlSettings has {len(commands)} commands; the policy's actions have 2 dimensions"
+    )
+    policy = ScriptedPolicy(lambda number: np.zeros((8, 2)))
+    policy.metadata.update(action_names=["elbow", "gripper"], action_commands=None)
+    with pytest.raises(ValueError, match=f"{message}: elbow, gripper. State one command for each"):
+        controlled(policy, action_commands=commands)
+    policy.metadata.update(action_names=None)  # known from the first chunk only
+    with pytest.raises(ValueError, match=rf"{message}\. State"):
+        controlled(policy, action_commands=commands)
+
+
 def test_action_kinds_of_older_server_are_read():
     policy = ScriptedPolicy()
     policy.metadata.update(action_commands=None, action_kinds=["velocity"])
@@ -791,6 +805,12 @@ def test_action_kinds_of_older_server_are_read():
         ({"execute_steps": 2.5}, "execute_steps is 2.5; expected a positive whole number"),
         ({"control_hz": "50"}, "control_hz is '50'; expected a positive number"),
         ({"ensemble_decay": math.nan}, "ensemble_decay is nan; expected a finite number"),
+        ({"action_commands": "position"}, "action_commands is 'position'; expected a list, one command per action"),
+        ({"action_commands": []}, r"action_commands is \[\]; expected a list, one command per action dimension"),
+        (
+            {"action_commands": ["position", "torque", None]},
+            r"has 'torque' \(dimension 1\), None \(dimension 2\); expected .* position, velocity, increment, effort",
+        ),
     ],
 )
 def test_invalid_settings_are_refused(settings, message):

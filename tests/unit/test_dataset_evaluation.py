@@ -27,7 +27,7 @@ HORIZON = 4
 LENGTHS = (6, 3, 9)
 ARM = Embodiment(
     "arm",
-    cameras=Embodiment.generic("", cameras={"base_0_rgb": "front"}, state="s", actions="a").cameras,
+    cameras=Embodiment.generic("", cameras={"base_0_rgb": "front"}, state=["s"], actions=["a"]).cameras,
     state=(StateKey("state", ("elbow", "gripper"), units=("rad", "0 to 1")),),
     actions=(ActionDim("elbow", "rad", "delta", "position"), ActionDim("gripper", "0 to 1", command="position")),
     execute_steps=2,

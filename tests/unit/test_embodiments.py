@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -38,6 +39,12 @@ def my_arm(**fields) -> Embodiment:
         control_hz=30,
         execute_steps=15,
         **fields,
+    )
+
+
+def generic(**fields) -> Embodiment:
+    return Embodiment.generic(
+        "arm", **{"cameras": {"base_0_rgb": "front"}, "state": ["a", "b"], "actions": ["a", "b"], **fields}
     )
 
 
@@ -115,7 +122,7 @@ def test_aloha_gripper_commands(x):
 def test_missing_required_camera():
     with pytest.raises(KeyError, match=r"no image 'wrist' \(camera left_wrist_0_rgb\).*'my_arm'.*front \(required\)"):
         my_arm().to_model(without(request(), "wrist"))
-    with pytest.raises(KeyError, match=r"no image 'wrist'.*optional \(presence of the camera in the embodiment\)\."):
+    with pytest.raises(KeyError, match=r"image 'wrist' \(camera .*\) is None, but .*optional \(presence of the camera"):
         my_arm().to_model(request(wrist=None))
 
 
@@ -207,6 +214,8 @@ def test_refused_states(state, message):
 def test_missing_state():
     with pytest.raises(KeyError, match=r"no state 'state'.*found wrist, front, prompt"):
         my_arm().to_model(without(request(), "state"))
+    with pytest.raises(KeyError, match=r"The observation's state 'state' is None, but embodiment 'my_arm' reads it"):
+        my_arm().to_model(request(state=None))
 
 
 def test_state_of_several_parts():
@@ -449,6 +458,12 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
             lambda: Embodiment.generic("g", cameras={"a": "b"}, state=["x"], actions=["x"], delta=["y"]),
             r"delta names \['y'\]",
         ),
+        (lambda: generic(state=["a", "b", "a"]), r"names of state 'state' have a more than once"),
+        (lambda: generic(actions=["b", "b", "a"]), r"actions have b more than once; rename all but one"),
+        (
+            lambda: generic(actions=["b", "a"], delta=["b", "a"]),
+            "action 'b' is a delta at index 0, but the state has 'b' at index 1 and 'a' at 0; .*different joints",
+        ),
         (lambda: get_embodiment(3), "found a int"),
         (lambda: ActionDim("a", kind="velocity"), "kind is 'velocity'"),
         (lambda: my_arm(command={"ankle": "effort"}), r"command names \['ankle'\]"),
@@ -463,6 +478,40 @@ def test_limits_of_actions_are_part_of_the_file(tmp_path):
 def test_refused_robots(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cameras": ["front"]}, r"cameras is \['front'\]; expected a dict of the model's camera names"),
+        ({"cameras": {"base_0_rgb": 0}}, r"cameras is .* 0}; expected a dict"),
+        ({"state": 7}, "Embodiment 'arm': state is 7; expected a list of names, such as"),
+        ({"state": "a"}, "state is 'a'; expected a list of names"),
+        ({"actions": [1, 2]}, r"actions is \[1, 2\]; expected a list of names"),
+        ({"delta": "a"}, "delta is 'a'; expected a list of names"),
+        ({"delta": True}, "delta is True; expected a list of names"),
+        ({"command": ["position"]}, r"command is \['position'\]; expected a dict of .* or one as text"),
+        ({"limits": [(0, 1)]}, r"limits is \[\(0, 1\)\]; expected a dict of action names"),
+        ({"limits": {"a": (0, 1)}}, r"limits is {'a': \(0, 1\)}; expected a dict of action names"),
+    ],
+)
+def test_generic_arguments_of_other_form_are_refused(fields, message, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+    with pytest.raises(ValueError, match=message):
+        generic(**fields)
+
+
+def test_names_of_file_are_checked(tmp_path):
+    file = tmp_path / "robot.json"
+    crossed = dataclasses.replace(generic(delta=["a"]), state=(StateKey("state", ("b", "a")),))
+    file.write_text(json.dumps(crossed.to_dict()))
+    with pytest.raises(ValueError, match=r"robot\.json: .* 'a' is a delta at index 0, .* 'a' at index 1 and 'b' at 0"):
+        get_embodiment(file)
+
+
+def test_delta_named_unlike_state_and_absolute_action_at_other_index_are_taken():
+    assert generic(actions=["b", "a"]).action_mask == (False, False)
+    assert generic(actions=["delta_b", "a"], delta=["delta_b"]).action_mask == (True, False)
 
 
 def test_unknown_names(tmp_path):

@@ -433,6 +433,16 @@ def test_commands_of_an_older_folder_are_guessed_with_one_warning(folder):
     assert policy.metadata["action_commands"] == ["position", "position"]
 
 
+def test_folder_whose_delta_is_named_like_another_state_is_read_with_one_warning(folder):
+    edit(folder, put("embodiment", "state", 0, "names", value=["elbow", "shoulder"]))
+    with pytest.warns(
+        UserWarning, match="'shoulder' is a delta at index 0, but .* at index 1 and 'elbow' at 0"
+    ) as caught:
+        policy = load(folder)
+    assert len(caught) == 1
+    assert policy.embodiment.state_names == ("elbow", "shoulder")
+
+
 def test_commands_that_are_not_stated_stay_so(folder):
     assert load(folder).metadata["action_commands"] == [None, None]
 

@@ -47,13 +47,17 @@ def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) ->
     """One of `COMMANDS` per dimension, from the settings or else the server's metadata.
 
     Raises:
-        ValueError: a dimension has no command, or an unknown one.
+        ValueError: a dimension has no command, or an unknown one; the settings state too many or too few.
     """
     # Earlier servers name the same list "action_kinds".
-    commands = stated or metadata.get("action_commands") or metadata.get("action_kinds")
+    servers = metadata.get("action_commands") or metadata.get("action_kinds")
+    commands = servers if stated is None else stated
+    names = list(metadata.get("action_names") or ())
+    expected = len(names or servers or ())
+    if stated is not None and expected and len(stated) != expected:
+        raise ValueError(wrong_count(stated, expected, names))
     if commands is not None and all(command in COMMANDS for command in commands):
         return tuple(commands)
-    names = list(metadata.get("action_names") or ())
     missing = [i for i, command in enumerate(commands or ()) if command not in COMMANDS]
     dims = ", ".join(names[i] if i < len(names) else str(i) for i in missing) or ", ".join(names) or "all of them"
     raise ValueError(
@@ -61,6 +65,15 @@ def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) ->
         f"To hold the robot still the loop needs one of {', '.join(COMMANDS)} for each dimension. Pass "
         'action_commands= in ControlSettings, such as ["position"] * 7, or state "command" of each action in the '
         "policy's embodiment (policy.json) on the server."
+    )
+
+
+def wrong_count(stated: Sequence[str], expected: int, names: Sequence[str]) -> str:
+    """The message for `action_commands` of another length than the policy's actions."""
+    named = f": {', '.join(names)}" if names else ""
+    return (
+        f"action_commands in ControlSettings has {len(stated)} commands; the policy's actions have {expected} "
+        f"dimensions{named}. State one command for each."
     )
 
 

@@ -16,7 +16,7 @@ from torchpi_client.limits import Limited
 from torchpi_client.protocol import BUSY, RTC, PreviousChunk, require_support
 from torchpi_client.report import ControlReport
 from torchpi_client.resample import resample, stretch
-from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command
+from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command, wrong_count
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 from torchpi_client.settings import ControlSettings, check_positive
 
@@ -392,7 +392,11 @@ class ControlLoop:
         if "actions" not in answer.content:
             raise ValueError(f"The policy's answer has {', '.join(answer.content)}; expected actions.")
         chunk = np.asarray(answer.content["actions"])
-        if chunk.ndim != 2 or not len(chunk) or chunk.dtype.kind != "f" or chunk.shape[1] != len(self._commands):
+        fits = chunk.ndim == 2 and len(chunk) and chunk.dtype.kind == "f"
+        stated = self._settings.action_commands
+        if fits and stated is not None and chunk.shape[1] != len(stated):
+            raise ValueError(wrong_count(stated, chunk.shape[1], self.report.names))
+        if not fits or chunk.shape[1] != len(self._commands):
             raise ValueError(
                 f"The policy returned actions {chunk.dtype} {list(chunk.shape)}; "
                 f"expected floats [H, {len(self._commands)}], as many dimensions as there are action_commands."

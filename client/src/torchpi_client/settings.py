@@ -9,6 +9,7 @@ from typing import Any, Sequence
 import numpy as np
 
 from torchpi_client.limits import ActionLimits
+from torchpi_client.robot import COMMANDS
 
 MODES = ("sync", "async", "rtc", "ensemble")
 LATE = ("hold", "slow", "stop")
@@ -72,6 +73,8 @@ class ControlSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}.")
         for name in ("execute_steps", "control_hz", "max_age"):
             check_positive(name, getattr(self, name), whole=name == "execute_steps")
+        if self.action_commands is not None:
+            check_command_list(self.action_commands)
         if not math.isfinite(self.ensemble_decay):
             raise ValueError(f"ensemble_decay is {self.ensemble_decay}; expected a finite number.")
         if self.start is not None and not np.isfinite(self.start).all():
@@ -98,6 +101,18 @@ class ControlSettings:
                 "same actions, faster or slower)."
             )
         return policy_hz, control_hz
+
+
+def check_command_list(commands: Any) -> None:
+    """Raise a ValueError unless the value is a list of one or more of `COMMANDS`."""
+    if not isinstance(commands, (list, tuple)) or not commands:
+        raise ValueError(
+            f"action_commands is {commands!r:.80}; expected a list, one command per action dimension, such as "
+            '["position"] * 7.'
+        )
+    unknown = [f"{command!r:.80} (dimension {i})" for i, command in enumerate(commands) if command not in COMMANDS]
+    if unknown:
+        raise ValueError(f"action_commands has {', '.join(unknown)}; expected of each: one of {', '.join(COMMANDS)}.")
 
 
 def check_positive(name: str, value: Any, *, whole: bool = False) -> None:

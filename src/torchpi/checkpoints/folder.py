@@ -19,7 +19,7 @@ from torchpi.checkpoints.layout import own_table, stored_array
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, EmbodimentError
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
@@ -104,6 +104,10 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
     where = f"{root / 'policy.json'}: embodiment"
     robot = Embodiment.from_dict(policy.embodiment, where=where)
     stated = robot.to_dict()
+    try:
+        robot.check_names(where)
+    except EmbodimentError as error:  # of an earlier version, and the weights are trained so
+        warnings.warn(f"{error} The policy acts as it was trained.", UserWarning, stacklevel=2)
     if not any("command" in action for action in policy.embodiment["actions"]):
         robot = with_guessed_commands(robot)
         guessed = ", ".join(f"{action.name} {action.command}" for action in robot.actions)

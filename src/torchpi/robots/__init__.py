@@ -34,7 +34,10 @@ def get_embodiment(embodiment: Any) -> Embodiment:
         raise EmbodimentError(f"An embodiment is a name, a path or an Embodiment; found a {type(embodiment).__name__}.")
     file = Path(embodiment)
     if file.is_file():
-        return Embodiment.from_dict(read_json(file, error=EmbodimentError), where=f"The embodiment {file}")
+        where = f"The embodiment {file}"
+        robot = Embodiment.from_dict(read_json(file, error=EmbodimentError), where=where)
+        robot.check_names(where)
+        return robot
     if file.suffix == ".json":
         raise MissingFileError(f"No embodiment file at {file}.")
     raise UnknownKeyError(

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,6 +96,29 @@ class Embodiment:
                 return f"{field} is {value}; expected a positive number."
         return None
 
+    def check_names(self, where: str | None = None) -> None:
+        """Raise an EmbodimentError for names that occur twice, and for a delta that has the name of another state.
+
+        Not in the constructor: a trained policy is loaded as it is, with a warning.
+        """
+        where = where or f"Embodiment '{self.name}'"
+        states = self.state_names
+        parts = [("actions", tuple(action.name for action in self.actions))]
+        parts += [(f"names of state {part.key!r}", part.names) for part in self.state]
+        for label, names in parts:
+            if twice := sorted({name for name in names if names.count(name) > 1}):
+                raise EmbodimentError(
+                    f"{where}: the {label} have {', '.join(twice)} more than once; rename all but one."
+                )
+        for i, action in enumerate(self.actions):
+            if action.kind == "delta" and action.name in states and states[i] != action.name:
+                raise EmbodimentError(
+                    f"{where}: action {action.name!r} is a delta at index {i}, but the state has "
+                    f"{action.name!r} at index {states.index(action.name)} and {states[i]!r} at {i}; a delta refers to "
+                    "the state of its index, so it would be taken between different joints. List state and actions in "
+                    "the same order, or make the action absolute."
+                )
+
     @classmethod
     def generic(
         cls,
@@ -122,28 +145,36 @@ class Embodiment:
             fields: further fields of the embodiment (control_hz, default_prompt, …).
 
         Raises:
-            ValueError: delta, command or limits of an action that there isn't; what the constructor raises.
+            ValueError: an argument of another form; delta, command or limits of an action that there isn't; names that
+                occur twice; a delta whose name the state has at another index; what the constructor raises.
         """
+        label = f"Embodiment '{name}'"
+        state, actions, delta = (
+            _names(f"{label}: {field}", value)
+            for field, value in (("state", state), ("actions", actions), ("delta", delta))
+        )
+        for field, value in (("cameras", cameras), ("command", command), ("limits", limits)):
+            _check_dict(f"{label}: {field}", field, value)
         commands = dict.fromkeys(actions, command) if isinstance(command, str) else command or {}
         limits = limits or {}
         for field, names in (("delta", delta), ("command", commands), ("limits", limits)):
             if unknown := [action for action in names if action not in actions]:
-                raise EmbodimentError(
-                    f"Embodiment '{name}': {field} names {unknown}; expected some of {list(actions)}."
-                )
+                raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(actions)}.")
         if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
-            raise EmbodimentError(f"Embodiment '{name}': limits have {unknown}; expected {', '.join(LIMITS)}.")
+            raise EmbodimentError(f"{label}: limits have {unknown}; expected {', '.join(LIMITS)}.")
         dimensions = []
         for action in actions:
             kind = "delta" if action in delta else "absolute"
             dimensions.append(ActionDim(action, "", kind, commands.get(action), **limits.get(action, {})))
-        return cls(
+        robot = cls(
             name,
             cameras=tuple(Camera(model_name, key) for model_name, key in cameras.items()),
-            state=(StateKey(state_key, tuple(state)),),
+            state=(StateKey(state_key, state),),
             actions=tuple(dimensions),
             **fields,
         )
+        robot.check_names()
+        return robot
 
     @property
     def read_cameras(self) -> tuple[Camera, ...]:
@@ -303,6 +334,11 @@ class Embodiment:
     def _cameras_text(self) -> str:
         return ", ".join(f"{camera.key} ({camera.presence})" for camera in self.cameras if camera.key)
 
+    def _absent(self, label: str, verb: str, found: Mapping[str, Any], key: str | None) -> str:
+        if key in found:
+            return f"The observation's {label} is None, but embodiment '{self.name}' {verb} it; found {_listed(found)}"
+        return f"The observation has no {label}, which embodiment '{self.name}' {verb}; found {_listed(found)}"
+
     def _images(self, found: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, bool]]:
         present: dict[str, np.ndarray] = {}
         for camera in self.read_cameras:
@@ -310,10 +346,10 @@ class Embodiment:
             if value is not None:
                 present[str(camera.name)] = camera.read(value)
             elif camera.presence == "required":
+                label = f"image '{camera.key}' (camera {camera.name})"
                 raise UnknownKeyError(
-                    f"The observation has no image '{camera.key}' (camera {camera.name}), which embodiment "
-                    f"'{self.name}' requires; found {_listed(found)}; expected {self._cameras_text()}. Send it, or "
-                    "state it as optional (presence of the camera in the embodiment)."
+                    f"{self._absent(label, 'requires', found, camera.key)}; expected {self._cameras_text()}. "
+                    "Send it, or state it as optional (presence of the camera in the embodiment)."
                 )
         if not present:
             raise UnknownKeyError(
@@ -326,9 +362,10 @@ class Embodiment:
 
     def _state(self, found: Mapping[str, Any], state_dim: int | None) -> np.ndarray:
         if missing := [part.key for part in self.state if found.get(part.key) is None]:
+            label = f"state '{missing[0]}'"
             raise UnknownKeyError(
-                f"The observation has no state '{missing[0]}', which embodiment '{self.name}' reads; "
-                f"found {_listed(found)}; expected {', '.join(part.key for part in self.state)}."
+                f"{self._absent(label, 'reads', found, missing[0])}; expected "
+                f"{', '.join(part.key for part in self.state)}."
             )
         state = np.concatenate([part.read(found[part.key], self.name) for part in self.state])
         if state_dim is not None and len(state) != state_dim:
@@ -354,6 +391,29 @@ class Embodiment:
                 f"Actions have shape {list(actions.shape)}; embodiment '{self.name}' expects [H, {self.action_size}]: "
                 f"{', '.join(action.name for action in self.actions)}."
             )
+
+
+def _names(label: str, names: Any) -> tuple[str, ...]:
+    """A tuple of names from a list of them."""
+    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in found):
+        raise EmbodimentError(f'{label} is {names!r:.80}; expected a list of names, such as ["shoulder", "elbow"].')
+    return found
+
+
+# The dicts that `Embodiment.generic` takes: what else may be passed, the type of their values, and their meaning.
+_DICTS: dict[str, tuple[Any, Any, str]] = {
+    "cameras": ((), str, 'the model\'s camera names to the observation\'s keys, such as {"base_0_rgb": "front"}'),
+    "command": (str | None, object, 'action names to commands, or one as text for all actions, such as "position"'),
+    "limits": (type(None), Mapping, 'action names to limits, such as {"elbow": {"low": -1, "high": 1}}'),
+}
+
+
+def _check_dict(label: str, field: str, value: Any) -> None:
+    other, kind, expected = _DICTS[field]
+    is_dict = isinstance(value, Mapping) and all(isinstance(v, kind) for v in value.values())
+    if not (is_dict or isinstance(value, other)):
+        raise EmbodimentError(f"{label} is {value!r:.80}; expected a dict of {expected}.")
 
 
 def _listed(found: Mapping[str, Any]) -> str:
