@@ -24,6 +24,7 @@ import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, compute_norm_stats
 from torchpi.data.video import default_encoder, encode_video
+from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
@@ -444,10 +445,18 @@ def test_run_without_a_checkpoint_restarts(whole_run, recipe, tmp_path):
 
 def test_a_damaged_checkpoint_is_an_error(recipe, tmp_path):
     run = tmp_path / "run"
-    loop.train(recipe.replace(num_steps=3), run)
-    (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("*.safetensors")
+    loop.train(recipe.replace(num_steps=3, save_every=2), run)
+    before, last = state.checkpoints(run)
+    (file,) = (last / state.STATE).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"can't be loaded: .*; take an older checkpoint"):
+    with pytest.raises(ValueError, match=f"can't be loaded: .*Move the checkpoint {last} .*continues from {before}"):
+        loop.train(resume_config(run), run, resume=True)
+    shutil.rmtree(last)
+    assert loop.train(resume_config(run), run, resume=True).step == 3
+    shutil.rmtree(before)
+    (file,) = (last / state.STATE).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="--resume then begins with the first step: there is none before it"):
         loop.train(resume_config(run), run, resume=True)
 
 
@@ -478,6 +487,16 @@ def test_an_error_of_a_worker_process_is_one_line(recipe, dataset, tmp_path, cap
         ('{"steps": 3}', "unknown fields steps"),
         ('{"augmentation": {"blur": 1}}', r"unknown fields data\.augmentation\.blur"),
         ('{"batch_size": 0}', "batch_size"),
+        ('{"learning_rate": 1, "optim": {"lr": 2}}', r"has both learning_rate and optim\.lr, the same option"),
+        ('{"optim": {"lr": 2}, "lr": 1}', r"has both optim\.lr and lr, the same option"),
+        ('{"trained": "all", "finetune": "full"}', "has both trained and finetune, the same option"),
+        ('{"optim": {"learning_rate": 1}}', r"optim\.learning_rate is now optim\.lr"),
+        ('{"optim": {"accumulate": 2}}', r"optim\.accumulate is now grad_accum_steps"),
+        ('{"model": {"finetune": "all"}}', r"model\.finetune 'all' is now 'full'"),
+        (
+            '{"model": {"activation_checkpointing": "layers"}}',
+            r"model\.activation_checkpointing 'layers' is now 'full'",
+        ),
     ],
 )
 def test_wrong_recipe_files_are_errors(text, message, tmp_path):
@@ -485,6 +504,24 @@ def test_wrong_recipe_files_are_errors(text, message, tmp_path):
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
         TrainConfig.from_json(file)
+
+
+def test_a_python_recipe_is_told_to_be_run(tmp_path):
+    file = tmp_path / "recipe.py"
+    file.write_text("RECIPE = None\n")
+    with pytest.raises(ValueError, match=r"A Python recipe is run: python .*recipe\.py"):
+        TrainConfig.from_json(file)
+
+
+def test_unknown_options_are_errors_with_a_suggestion(recipe):
+    with pytest.raises(TrainingError, match=r"no option learning_rat; did you mean lr\?"):
+        TrainConfig(learning_rat=3)
+    with pytest.raises(TrainingError, match=r"no option warmup_step; did you mean warmup_steps\?"):
+        recipe.replace(warmup_step=3)
+    with pytest.raises(TrainingError, match=r"no option ema_deca; did you mean ema_decay\?"):
+        TrainConfig(optim={"ema_deca": 0.0})
+    with pytest.raises(TrainingError, match="no option xyz; torchpi train --help lists all"):
+        TrainConfig(xyz=3)
 
 
 def test_a_recipe_survives_its_file(recipe, tmp_path):
@@ -551,5 +588,12 @@ def test_missing_or_contradicting_options_are_errors(whole_run, capsys):
 def test_the_command_resumes_and_says_where_the_policy_is(recipe, tmp_path, capsys):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)
+    begun = " ".join(capsys.readouterr().err.split())
+    assert "weights: random; 0 arrays loaded" in begun
+    assert "4 samples × 2 flow samples, in 1 process" in begun
+    assert "1 more is held out" in begun
     assert run_command("--resume", str(run)) == 0
-    assert f"policy: {run}/checkpoints/00000003/policy" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert f"policy: {run}/checkpoints/00000003/policy" in shown.out
+    assert "weights: checkpoint at step 3\n" in shown.err
+    assert "random" not in shown.err

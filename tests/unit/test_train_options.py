@@ -219,7 +219,7 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
         torchpi.load_policy(result.policy)
 
 
-def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path):
+def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path, capsys):
     """They are read from `init` again, which may have changed since."""
     base, run = tmp_path / "base", tmp_path / "run"
     shutil.copytree(further.model.init, base)
@@ -236,7 +236,9 @@ def test_resuming_with_other_frozen_weights_is_an_error(further, tmp_path):
         loop.train(longer, run, resume=True)
     shutil.move(tmp_path / "elsewhere", base)
     safetensors.torch.save_file(trained, file)  # what is trained comes from the run's checkpoint
+    capsys.readouterr()
     assert loop.train(longer, run, resume=True).step == 4
+    assert f"weights: checkpoint at step 3; frozen weights: {base}" in capsys.readouterr().err.replace("\n", "")
 
 
 # ---- options ----

@@ -169,7 +169,7 @@ def test_plan_that_does_not_fit_lists_alternatives(tiny, capsys):
 def test_plan_prints_its_assumptions(tiny, capsys):
     main(["train", "--plan", "--embodiment", "aloha", "--model", tiny.model.config, "--device", "cuda"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "32 samples × 1 noise, 3 cameras and 40 prompt tokens" in printed
+    assert "32 samples × 1 flow sample, 3 cameras and 40 prompt tokens" in printed
     assert "--plan-memory" in printed
 
 

@@ -1,6 +1,7 @@
 """A training recipe: everything that decides a run, in groups, as one JSON document."""
 
 import dataclasses
+import difflib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -176,14 +177,15 @@ class OptimConfig(_Checked):
     """The loss, the learning-rate schedule and the optimizer."""
 
     flow_samples_per_obs: Count = 1
-    """Pairs of noise and time per observation; they share the pass over images and prompt, which is most of the
-    work."""
+    """Flow samples, pairs of noise and time, per observation; they share the pass over images and prompt, which is
+    most of the work."""
     loss: Literal["all", "real"] = "all"
     """Elements in the mean of the loss: "all" of a chunk, padding included, as openpi; or only "real" ones, without
     padded dimensions and steps past the end of the episode."""
     max_action_prefix: NotNegative = 0
-    """Training-time real-time chunking: up to so many first actions of a chunk are given without noise, like those of
-    the chunk that is being executed; the number is drawn per noise sample, and the loss is of the others. 0: none."""
+    """Training-time real-time chunking: up to so many first actions of a chunk are an action prefix, without noise,
+    like those of the chunk that is being executed; the number is drawn per flow sample, and the loss is of the others.
+    0: none."""
     lr: Positive = 2.5e-5
     """Peak learning rate."""
     lr_schedule: Schedule = "cosine"
@@ -255,7 +257,16 @@ class _FlatFields(type):
     def __call__(cls, **fields: Any) -> Any:
         if any(isinstance(fields.get(name), group) for name, group in _GROUPS.items()):
             assert not any(name in _GROUPS and _is_option(value) for name, value in fields.items()), "use replace()"
+        _check_names(fields, "The recipe")
         found = group_fields(fields)
+        known = [*_PLACES, *(field.name for field in dataclasses.fields(TrainConfig)), *RENAMED]
+        for name in flat_options(found):
+            if name not in known:
+                close = difflib.get_close_matches(name, known, 1)
+                hint = (
+                    f"did you mean {RENAMED.get(close[0], close[0])}?" if close else "torchpi train --help lists all."
+                )
+                raise TrainingError(f"A recipe has no option {name}; {hint}")
         return super().__call__(
             **{name: _GROUPS[name](**value) if isinstance(value, Mapping) else value for name, value in found.items()}
         )
@@ -331,8 +342,12 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
         file = packaged.get(str(path), pathlib.Path(path))
         if not file.is_file():
             raise MissingFileError(f"There is no recipe {path}; packaged recipes are {', '.join(packaged)}.")
-        document = read_json(file, error=TrainingError)
-        fields = group_fields(document) if isinstance(document, Mapping) else document
+        if file.suffix == ".py":
+            raise TrainingError(f"A Python recipe is run: python {path}, with the options of torchpi train.")
+        document = fields = read_json(file, error=TrainingError)
+        if isinstance(document, Mapping):
+            _check_names(document, f"The recipe {file}")
+            fields = group_fields(document)
         return parse(cls, fields, f"The recipe {file}", error=TrainingError)
 
 
@@ -397,6 +412,25 @@ def group_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         else:
             found[name] = dataclasses.replace(value, **options) if options else value
     return found
+
+
+def _check_names(fields: Mapping[str, Any], where: str) -> None:
+    """Refuse an option that a recipe gives twice, and earlier versions' names and values beside the present ones."""
+    given: dict[tuple[str, str], str] = {}
+    for name, value in fields.items():
+        nested = value if name in _GROUPS and isinstance(value, Mapping) else None
+        for key, item in {name: value}.items() if nested is None else nested.items():
+            shown, option = key if nested is None else f"{name}.{key}", RENAMED.get(key, key)
+            place = _PLACES.get(option, ("", option)) if nested is None or key in RENAMED else (name, key)
+            now = ".".join(filter(None, place))
+            if nested is not None and key in RENAMED:
+                raise TrainingError(f"{where}: {shown} is now {now}.")
+            if place in given:
+                raise TrainingError(f"{where} has both {given[place]} and {shown}, the same option; leave one out.")
+            given[place] = shown
+            for old, values in _OLD_VALUES.items():
+                if key == RENAMED[old] and isinstance(item, str) and item in values:
+                    raise TrainingError(f"{where}: {shown} {item!r} is now {values[item]!r}.")
 
 
 def flat_options(document: Mapping[str, Any]) -> dict[str, Any]:

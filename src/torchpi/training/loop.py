@@ -69,7 +69,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         data = open_data(config, sizes, checkpoint, held_out=None if last is None else held_out_episodes(run))
         model, init = build_model(config, sizes, checkpoint, skeleton=not world.is_main)
         policies = build_policies(config, model, data, checkpoint)
-        describe(console, config, world, model, init, data, check_prompts(policies, data))
+        describe(console, config, world, model, init, data, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
         require_trackers(config.trackers)
         if world.is_main:

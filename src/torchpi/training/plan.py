@@ -19,6 +19,7 @@ from torchpi.errors import TrainingError
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.memory import KINDS, PeakMemory, peak_memory, shard_bytes
+from torchpi.training.summary import flow_samples
 from torchpi.training.weights import build_model, model_config, open_init
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
@@ -199,7 +200,7 @@ def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     processes = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
     console.print(
         f"{processes} ({config.parallel.strategy}) on {found.device}; at once {found.samples} samples × "
-        f"{config.optim.flow_samples_per_obs} noise, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
+        f"{flow_samples(config)}, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
         "tokens, the most that the model takes"
     )
     sizes = [(_ROWS.get(name, name), getattr(found.peak, name)) for name in KINDS]

@@ -105,7 +105,13 @@ class TrainState:
                 raise TrainingError(f"It belongs to another model, recipe or optimizer: {', '.join(wrong[:6])} differ.")
             dcp.load(own, storage_reader=reader)
         except (OSError, ValueError, safetensors.SafetensorError, dcp.api.CheckpointException) as error:
-            raise TrainingError(f"{folder} can't be loaded: {error}; take an older checkpoint.") from error
+            damaged = folder.parent
+            older = [path for path in checkpoints(damaged.parent.parent) if int(path.name) < step]
+            then = f"continues from {older[-1]}" if older else "begins with the first step: there is none before it"
+            raise TrainingError(
+                f"{folder} can't be loaded: {str(error).rstrip('.')}. Move the checkpoint {damaged} elsewhere or "
+                f"delete it; --resume then {then}."
+            ) from error
         self.step = step
 
     def _make_moments(self, step: int) -> None:

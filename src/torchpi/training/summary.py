@@ -31,11 +31,13 @@ def describe(
     init: InitReport,
     data: Sequence[SourceData],
     prompts: Mapping[str, int],
+    first_step: int = 0,
 ) -> None:
     """Print the model, its trained parameters and initial weights, and the data.
 
     Args:
         prompts: tokens of each task's longest prompt.
+        first_step: that of the checkpoint from which the run is resumed; 0: it begins.
     """
     rows = parameter_table(model, config)
     total = sum(sum(row.counts) for row in rows)
@@ -47,11 +49,15 @@ def describe(
     numbers = [Column(f"{title}, M", "number") for title in ("trained", "frozen", "no gradient")]
     cells = [(row.part, *(f"{count / 1e6:.2f}" if count else "–" for count in row.counts), row.dtype) for row in rows]
     console.print(Table([Column("part", "name"), *numbers, Column("dtype", "name")], cells).to_rich())
-    console.print(f"weights: {init.source}; {len(init.loaded)} arrays loaded, {_fresh(init)}")
-    for name, reason in init.left_out.items():
-        console.print(f"  left out: {name} ({reason})")
-    if init.adapted:
-        console.print(f"  {init.adapted}")
+    if first_step:
+        frozen = f"; frozen weights: {init.source}" if any(row.frozen for row in rows) else ""
+        console.print(f"weights: checkpoint at step {first_step}{frozen}")
+    else:
+        console.print(f"weights: {init.source}; {len(init.loaded)} arrays loaded, {_fresh(init)}")
+        for name, reason in init.left_out.items():
+            console.print(f"  left out: {name} ({reason})")
+        if init.adapted:
+            console.print(f"  {init.adapted}")
     weights = sum(source.source.weight for source in data)
     for source in data:
         _describe_source(console, config, source, source.source.weight / weights)
@@ -59,7 +65,7 @@ def describe(
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
     console.print(
-        f"{config.num_steps} steps of {config.batch_size} samples × {config.optim.flow_samples_per_obs} noise, in "
+        f"{config.num_steps} steps of {config.batch_size} samples × {flow_samples(config)}, in "
         f"{world.size} process{'es' if world.size > 1 else ''} ({config.parallel.strategy}) and "
         f"{config.grad_accum_steps} micro-batch{'es' if config.grad_accum_steps > 1 else ''}"
     )
@@ -67,11 +73,12 @@ def describe(
 
 def _describe_source(console: Console, config: TrainConfig, source: SourceData, share: float) -> None:
     held_out = len(source.holdout.episode_lengths) if source.holdout else 0
+    are = "is" if held_out == 1 else "are"
     mixed = f", {100 * share:.3g} % of the samples" if share < 1 else ""
     epochs = config.num_steps * config.batch_size * share / len(source.frames)
     console.print(
         f"data: {source.source.dataset}, {source.embodiment.name}{mixed}: {len(source.frames)} frames of "
-        f"{len(source.train.episode_lengths)} episodes, {held_out} more are held out; {epochs:.1f} epochs"
+        f"{len(source.train.episode_lengths)} episodes, {held_out} more {are} held out; {epochs:.1f} epochs"
     )
     blank = [index for index, text in source.train.tasks.items() if not text.strip()]
     without = int(np.isin(source.train.columns["task_index"][source.frames], blank).sum())
@@ -80,6 +87,12 @@ def _describe_source(console: Console, config: TrainConfig, source: SourceData, 
             f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
             "gives one to all, episodes leaves some out"
         )
+
+
+def flow_samples(config: TrainConfig) -> str:
+    """The number of flow samples per observation, in words."""
+    number = config.optim.flow_samples_per_obs
+    return f"{number} flow sample{'s' if number > 1 else ''}"
 
 
 def _fresh(init: InitReport) -> str:
