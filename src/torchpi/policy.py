@@ -392,7 +392,7 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None
-    fields = {name: value for name, value in vars(spec).items() if name not in ("source", "assets")}
+    fields = {name: value for name, value in vars(spec).items() if name not in ("source", "assets", "is_policy_folder")}
     return Policy(model, **fields)
 
 

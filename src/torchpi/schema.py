@@ -1,7 +1,9 @@
 """JSON documents → dataclasses: the one validator of every file that users or other programs write."""
 
+import difflib
 import json
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -57,13 +59,56 @@ def parse(
         ValueError: the value does not fit; of the class `error`. The message names the field.
     """
     if known_only and (unknown := list(_unknown_fields(schema.type_info(kind), value, ""))):
-        fields, known = ", ".join(sorted(path for path, _ in unknown)), ", ".join(unknown[0][1])
-        raise error(f"{where} has unknown fields {fields}; known are {known}.")
+        fields = ", ".join(path + _suggestion(path, known) for path, known in sorted(unknown))
+        raise error(f"{where} has unknown fields {fields}; known are {', '.join(unknown[0][1])}.")
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as problem:
-        message = str(problem).replace(" - at `$.", " at `").replace(" - at `$`", "")
+        message = _plain_message(str(problem), schema.type_info(kind), value)
         raise error(f"{where}: {message.rstrip('.')}.") from problem
+
+
+def _plain_message(message: str, kind: schema.Type, value: Any) -> str:
+    """An error of msgspec with the found number and the valid choices, which it leaves out, in Python's words."""
+    message, _, path = message.partition(" - at `$")
+    path = path.strip(".`")
+    kinds, found = _at(kind, value, path)
+    place = f" at `{path}`" if path else ""
+    if message.startswith("Invalid enum value "):
+        choices = [repr(choice) for part in kinds if isinstance(part, schema.LiteralType) for choice in part.values]
+        return f"{message.replace(' enum', '')}{place}; valid are {', '.join(choices)}"
+    if message.startswith("Expected "):
+        message = message.replace("array", "list")
+        complete = ", got " in message or found is ...
+        return f"{message}{place}" if complete else f"{message}, got {found!r}{place}"
+    if message.startswith("Object missing "):
+        return f"{message}{place}"
+    return f"`{path}`: {message}" if path else message  # of the dataclass's own checks: whole sentences
+
+
+def _at(kind: schema.Type, value: Any, path: str) -> tuple[tuple[schema.Type, ...], Any]:
+    """The types that are possible at a path as msgspec writes it, and the value there; `...`: which is not known."""
+    kinds = kind.types if isinstance(kind, schema.UnionType) else (kind,)
+    for step in re.findall(r"\.\.\.|[^.\[\]]+", path):
+        inner: list[schema.Type] = []
+        for part in kinds:
+            if isinstance(part, schema.DataclassType):
+                inner += [field.type for field in part.fields if field.encode_name == step]
+            elif isinstance(part, schema.VarTupleType | schema.ListType):
+                inner.append(part.item_type)
+            elif isinstance(part, schema.DictType):
+                inner.append(part.value_type)
+        kinds = tuple(one for part in inner for one in (part.types if isinstance(part, schema.UnionType) else (part,)))
+        if isinstance(value, Mapping):
+            value = value.get(step, ...)
+        else:
+            value = value[int(step)] if isinstance(value, list | tuple) and step.isdecimal() else ...
+    return kinds, value
+
+
+def _suggestion(path: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.75)
+    return f" (did you mean {close[0]}?)" if close else ""
 
 
 def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -114,7 +114,8 @@ def test_load_runs_in_a_fresh_process(tmp_path, capsys):
         (["load"], "--policy"),
         (["--batch", "0"], "positive"),
         (["--prompt-tokens", "201"], "max_token_len 200"),
-        (["--config", "nope.json"], "nope.json"),
+        (["--config", "nope.json"], "--config nope.json is neither a file nor a preset"),
+        (["--config", "tinny"], "--config tinny is neither a file nor a preset; presets are mid, pi0, pi05, tiny"),
         (["load", "--policy", "/nowhere"], "/nowhere"),
     ],
 )

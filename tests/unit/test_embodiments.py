@@ -389,14 +389,14 @@ def changed(path: list, value) -> dict:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([], "Expected `object`, got `array`"),
+        ([], "Expected `object`, got `list`"),
         (changed(["colour"], "red"), "has unknown fields colour; known are name, cameras"),
         (changed(["actions"], None), "missing required field `actions`"),
         (changed(["name"], 3), "Expected `str`, got `int` at `name`"),
         (changed(["control_hz"], "fast"), r"Expected `.*float.*`, got `str` at `control_hz`"),
         (changed(["control_hz"], -1), "control_hz is -1; expected a positive"),
-        (changed(["metadata"], [1]), "Expected `object`, got `array` at `metadata`"),
-        (changed(["cameras"], "front"), "Expected `array`, got `str` at `cameras`"),
+        (changed(["metadata"], [1]), "Expected `object`, got `list` at `metadata`"),
+        (changed(["cameras"], "front"), "Expected `list`, got `str` at `cameras`"),
         (changed(["cameras", 1, "presence"], "maybe"), "'left_wrist_0_rgb': presence is 'maybe'.*required, optional"),
         (changed(["cameras", 1, "fps"], 30), r"has unknown fields cameras\.1\.fps; known are name, key"),
         (changed(["cameras", 0], "front"), r"Expected `object`, got `str` at `cameras\[0\]`"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -458,6 +459,23 @@ def test_statistics_with_nan_are_an_error_that_names_file_and_key(checkpoint, to
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"norm_stats\.json: \"actions\".*std is NaN or infinite in dimension \[3\]"):
         load(checkpoint, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("nope", "; expected a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."),
+        ("demoo", "; did you mean demo? Possible are a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo,"),
+        ("pi05_droid", "; the published one is gs://openpi-assets/checkpoints/pi05_droid."),
+        ("pi05-libero", "; did you mean gs://openpi-assets/checkpoints/pi05_libero? Possible are a folder"),
+        ("pi05", "; expected a folder"),
+        ("tiny_pi0", "; expected a folder"),
+    ],
+)
+def test_path_without_a_checkpoint_is_an_error_that_says_what_is_possible(path, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"There is no checkpoint at {path}{message}")):
+        torchpi.load_policy(path)
 
 
 def test_without_embodiment_the_error_names_the_argument_and_the_robots(checkpoint, tokenizer):

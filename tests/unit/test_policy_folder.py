@@ -388,8 +388,8 @@ def drop(*path):
         (put("format_version", value="1"), "format_version is '1'; this torchpi reads 1 and 2"),
         (drop("format_version"), "format_version is None; this torchpi reads 1 and 2"),
         (drop("embodiment"), "Object missing required field `embodiment`"),
-        (put("horizon", value=3), "has unknown fields horizon"),
-        (put("model", value=[]), "Expected `object`, got `array` at `model`"),
+        (put("horizon", value=3), "has unknown fields horizon; known are format_version, model, embodiment"),
+        (put("model", value=[]), "Expected `object`, got `list` at `model`"),
         (put("metadata", value=None), "Expected `object`, got `null` at `metadata`"),
         (drop("model", "action_horizon"), "lacks model.action_horizon; every field must be stated"),
         (drop("model", "siglip", "position"), "lacks model.siglip.position"),
@@ -397,13 +397,13 @@ def drop(*path):
         (put("model", "action_dim", value="3"), "model: Expected `int`, got `str` at `action_dim`"),
         (put("model", "sizes", value=3), "model has unknown fields sizes"),
         (put("model", "siglip", "width", value=None), "model: Expected `int`, got `null` at `siglip.width`"),
-        (put("image_transform", "resize", value="stretch"), "Invalid enum value 'stretch' at `image_transform.resize`"),
+        (put("image_transform", "resize", value="stretch"), "value 'stretch' at `image_transform.resize`; valid"),
         (drop("prompt", "default"), "Object missing required field `default` at `prompt`"),
         (put("prompt", "style", value="x"), "has unknown fields prompt.style; known are default, format, truncation"),
         (put("prompt", "default", value=3), "Expected `str | null`, got `int` at `prompt.default`"),
         (put("prompt", "truncation", value=None), "Expected `str`, got `null` at `prompt.truncation`"),
         (drop("normalization", "state"), "Object missing required field `state` at `normalization`"),
-        (put("normalization", "states", value={}), "has unknown fields normalization.states"),
+        (put("normalization", "states", value={}), "has unknown fields normalization.states (did you mean state?)"),
         (put("normalization", "state", value="quantile"), "Expected `object`, got `str` at `normalization.state`"),
         (drop("normalization", "actions", "eps_rule"), "lacks normalization.actions.eps_rule"),
         (drop("normalization", "actions", "kind"), "Object missing required field `kind` at `normalization.actions`"),
@@ -476,10 +476,11 @@ def test_missing_statistics_are_an_error(folder):
 
 
 @pytest.mark.usefixtures("offline")
-def test_a_missing_tokenizer_is_an_error_that_says_where_to_get_it(folder):
-    (folder / "tokenizer.model").unlink()
-    with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand"):
+def test_missing_tokenizer_is_an_error_and_is_not_replaced_by_another(folder, tmp_path):
+    tokenizer = (folder / "tokenizer.model").rename(tmp_path / "elsewhere.model")
+    with pytest.raises(FileNotFoundError, match=r"policy has no tokenizer\.model or tokenizer\.json.*pass tokenizer="):
         load(folder)
+    assert load(folder, tokenizer=tokenizer).spec.tokenizer == tokenizer
 
 
 def test_missing_weights_are_an_error(folder):

@@ -1,7 +1,9 @@
 """JSON documents become dataclasses, or one error that names the field."""
 
 import dataclasses
+from typing import Annotated, Literal
 
+import msgspec
 import pytest
 
 from torchpi.errors import DatasetError
@@ -11,7 +13,12 @@ from torchpi.schema import parse, read_json, read_json_object, require_stated, w
 @dataclasses.dataclass(frozen=True)
 class Camera:
     name: str
-    size: tuple[int, ...] = ()
+    size: tuple[Annotated[int, msgspec.Meta(ge=1)], ...] = ()
+    layout: Literal["hwc", "chw"] | None = None
+
+    def __post_init__(self):
+        if not self.name:
+            raise ValueError("A camera has no name.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +46,29 @@ def test_document_becomes_a_dataclass():
     [
         ({"fps": "30"}, r"robot\.json: Expected .*got `str` at `fps`"),
         ({"cameras": [{}]}, r"robot\.json: .*missing required field `name`.* at `cameras"),
-        ({"cameras": [{"name": "base", "sizes": []}]}, r"robot\.json has unknown fields cameras\.0\.sizes; known are"),
+        (
+            {"cameras": [{"name": "base", "sizes": []}]},
+            r"robot\.json has unknown fields cameras\.0\.sizes \(did you mean size\?\); known",
+        ),
         ({"by_name": {"a": {"name": "a", "b": 1}}}, r"unknown fields by_name\.a\.b"),
         ({"colour": 1}, r"unknown fields colour; known are fps, cameras, by_name"),
         ({"fps": 0}, r"robot\.json: fps is 0; expected more than 0\.$"),
+        ({"camera": []}, r"has unknown fields camera \(did you mean cameras\?\); known are fps, cameras, by_name\.$"),
+        ({"cameras": {}}, r"^robot\.json: Expected `list`, got `object` at `cameras`\.$"),
+        ({"cameras": [{"name": ""}]}, r"^robot\.json: `cameras\[0\]`: A camera has no name\.$"),
+        (
+            {"cameras": [{"name": "a", "size": [4, -6]}]},
+            r": Expected `int` >= 1, got -6 at `cameras\[0\]\.size\[1\]`\.$",
+        ),
+        (
+            {"cameras": [{"name": "a", "layout": "whc"}]},
+            r": Invalid value 'whc' at `cameras\[0\]\.layout`; valid are 'chw', 'hwc'\.$",
+        ),
+        (
+            {"by_name": {"a": {"name": "a", "layout": "whc"}}},
+            r"Invalid value 'whc' at `by_name.*; valid are 'chw', 'hwc'",
+        ),
+        ({"by_name": {"a": {"name": "a", "size": [0]}}}, r"Expected `int` >= 1 at `by_name\[\.\.\.\]\.size\[0\]`"),
     ],
 )
 def test_field_that_does_not_fit_is_named(changes, message):

@@ -591,9 +591,13 @@ def test_policies_are_parsed_by_name():
 @pytest.mark.parametrize(
     ("policy", "named", "message"),
     [
-        ("nowhere", ["arm=demo"], r"^There is no checkpoint at nowhere\.$"),
-        ("demo", ["arm=hf://a/b", "hand=nowhere"], r"^--policies hand: There is no checkpoint at nowhere\.$"),
-        (None, ["default=nowhere"], r"^--policies default: There is no checkpoint at nowhere\.$"),
+        (
+            "nowhere",
+            ["arm=demo"],
+            r"^There is no checkpoint at nowhere; expected a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo,",
+        ),
+        ("demo", ["arm=hf://a/b", "hand=nowhere"], r"^--policies hand: There is no checkpoint at nowhere; expected"),
+        (None, ["default=nowhere"], r"^--policies default: There is no checkpoint at nowhere; expected"),
     ],
 )
 def test_missing_checkpoint_is_an_error_before_any_policy_is_loaded(policy, named, message, tmp_path, monkeypatch):

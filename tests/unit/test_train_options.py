@@ -514,6 +514,16 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
         build_model(config.replace(lora=LoraConfig()), init.config, init, skeleton=False)
 
 
+def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "policy")
+    (root / "tokenizer.model").rename(tmp_path / "elsewhere.model")
+    config = further.replace(init=str(root))
+    (model, _), data = begin(config)
+    with pytest.raises(FileNotFoundError, match=r"policy has no tokenizer\.model or tokenizer\.json"):
+        build_policies(config, model, data)
+    build_policies(config.replace(tokenizer=str(tmp_path / "elsewhere.model")), model, data)
+
+
 def test_one_instruction_for_all_episodes(recipe, tmp_path):
     """As the policy is asked later, where its client sends none."""
     config = recipe.replace(prompt="transfer the cube")

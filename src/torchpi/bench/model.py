@@ -1,5 +1,6 @@
 """`bench model` and `bench train`: sampling and a training step, each next to its floor."""
 
+import pathlib
 import platform
 from collections.abc import Sequence
 
@@ -33,7 +34,11 @@ def bench_config(name: str) -> Pi0Config:
     """ "mid", the name of a preset, or a JSON file."""
     if name == "mid":
         return MID
-    return preset(name) if name in PRESETS else Pi0Config.from_json(name)
+    if name in PRESETS:
+        return preset(name)
+    if not pathlib.Path(name).is_file():
+        raise UsageError(f"--config {name} is neither a file nor a preset; presets are mid, {', '.join(PRESETS)}.")
+    return Pi0Config.from_json(name)
 
 
 def run_bench(what: Sequence[str], work: Workload, *, compiled: bool, repeats: int, as_json: bool) -> None:

@@ -1,5 +1,6 @@
 """Addresses of checkpoints: a folder or one of its files, hf://…, gs://…, or "demo", the embedded policy."""
 
+import difflib
 import pathlib
 
 from torchpi.assets import assets
@@ -7,6 +8,7 @@ from torchpi.config import PRESETS
 from torchpi.errors import CheckpointError, MissingFileError
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
+PUBLISHED_NAMES = tuple(name for name in PRESETS if name not in ("pi0", "pi05", "tiny", "tiny_pi0"))
 REMOTE = ("hf://", "gs://")
 
 # A path may name one of these files instead of its folder.
@@ -35,8 +37,7 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of the checkpoint at a path or address."""
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
-        hint = f"; the published one is {PUBLISHED}{path}" if str(path) in PRESETS else ""
-        raise MissingFileError(f"There is no checkpoint at {root}{hint}.")
+        raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}")
     if root.is_dir():
         return root
     if root.name in _FILES_OF_FORMATS:
@@ -51,7 +52,17 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     )
 
 
+def _hint(path: str) -> str:
+    """The rest of the error about a path at which nothing is."""
+    if path in PUBLISHED_NAMES:
+        return f"the published one is {PUBLISHED}{path}."
+    possible = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
+    addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
+    close = difflib.get_close_matches(path, addresses, n=1, cutoff=0.75)
+    return f"did you mean {addresses[close[0]]}? Possible are {possible}" if close else f"expected {possible}"
+
+
 def published_name(path: str | pathlib.Path) -> str | None:
     """The preset of a published openpi checkpoint, whose address says what is in none of its arrays."""
     name = str(path).rstrip("/").removeprefix(PUBLISHED)
-    return name if name in PRESETS and str(path).startswith(PUBLISHED) else None
+    return name if name in PUBLISHED_NAMES and str(path).startswith(PUBLISHED) else None

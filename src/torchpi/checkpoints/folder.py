@@ -60,6 +60,7 @@ class ImageTransform:
 class PolicyFile:
     """The document policy.json. `docs/policy_folder.md` describes the fields."""
 
+    format_version: int
     model: dict[str, Any]
     """`Pi0Config.to_dict`."""
     embodiment: dict[str, Any]
@@ -82,7 +83,7 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
     """Read and check policy.json, but for the embodiment."""
     file = root / "policy.json"
     document = read_json_object(file, error=CheckpointError)
-    version = document.pop("format_version", None)
+    version = document.get("format_version")
     if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
         document["prompt"].setdefault("format", "openpi")
     elif version != FORMAT_VERSION:
@@ -132,6 +133,7 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
         default_prompt=policy.prompt.default,
         metadata=policy.metadata,
         provenance=policy.provenance,
+        is_policy_folder=True,
     )
 
 
@@ -140,6 +142,7 @@ def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -
     assert spec.embodiment is not None
     assert spec.normalization is not None
     policy = PolicyFile(
+        format_version=FORMAT_VERSION,
         model=config.to_dict(),
         embodiment=spec.embodiment.to_dict(),
         normalization=NormalizationRules(**spec.normalization),
@@ -148,9 +151,8 @@ def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -
         provenance={"torchpi": __version__, **spec.provenance},
         image_transform=ImageTransform(),
     )
-    document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(policy)}
     try:
-        write_json(root / "policy.json", document)
+        write_json(root / "policy.json", dataclasses.asdict(policy))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}.") from error
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torchpi.checkpoints.address import existing_file
 from torchpi.config import PRESETS
-from torchpi.errors import PolicyError
+from torchpi.errors import MissingFileError, PolicyError
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
 
@@ -36,6 +36,8 @@ class PolicySpec:
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     assets: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
     """Of an openpi checkpoint: the norm_stats.json of each robot, by asset ID."""
+    is_policy_folder: bool = False
+    """It is of a policy folder, which holds its tokenizer itself."""
 
     def requested(
         self,
@@ -81,9 +83,16 @@ class PolicySpec:
             truncation=truncation or self.truncation,
         )
 
-    def with_tokenizer(self) -> "PolicySpec":
-        """The spec with the published models' tokenizer, downloaded into the cache, where it has none."""
-        return self if self.tokenizer else dataclasses.replace(self, tokenizer=existing_file(TOKENIZER))
+    def with_tokenizer(self, default: str = TOKENIZER) -> "PolicySpec":
+        """The spec with the default tokenizer, downloaded into the cache, where the checkpoint may have none."""
+        if self.tokenizer:
+            return self
+        if self.is_policy_folder:
+            raise MissingFileError(
+                f"{self.source} has no tokenizer.model or tokenizer.json, which a policy folder holds; get it again, "
+                "or pass tokenizer= with the file."
+            )
+        return dataclasses.replace(self, tokenizer=existing_file(default))
 
     def _asset(self, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
         """The norm_stats.json of a robot in an openpi checkpoint."""

@@ -170,7 +170,9 @@ def build_policies(
     spec = PolicySpec("no checkpoint") if init is None else init.spec()
     if spec.norm_stats is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
-    tokenizer = existing_file(config.model.tokenizer or spec.tokenizer or _default_tokenizer(model.config))
+    if config.model.tokenizer:
+        spec = dataclasses.replace(spec, tokenizer=existing_file(config.model.tokenizer))
+    spec = spec.with_tokenizer(_default_tokenizer(model.config))
     max_prefix = config.optim.max_action_prefix
     return [
         policy_of(
@@ -179,7 +181,6 @@ def build_policies(
                 spec,
                 embodiment=source.embodiment,
                 norm_stats=source.norm_stats,
-                tokenizer=tokenizer,
                 default_prompt=source.source.prompt,
                 metadata={MAX_ACTION_PREFIX: max_prefix} if max_prefix else {},
                 provenance=_provenance(config, source),
