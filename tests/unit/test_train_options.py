@@ -520,8 +520,8 @@ def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, traine
     config = further.replace(init=str(root))
     (model, _), data = begin(config)
     with pytest.raises(FileNotFoundError, match=r"policy has no tokenizer\.model or tokenizer\.json"):
-        build_policies(config, model, data)
-    build_policies(config.replace(tokenizer=str(tmp_path / "elsewhere.model")), model, data)
+        build_policies(config, model, data, open_init(config))
+    build_policies(config.replace(tokenizer=str(tmp_path / "elsewhere.model")), model, data, open_init(config))
 
 
 def test_one_instruction_for_all_episodes(recipe, tmp_path):
