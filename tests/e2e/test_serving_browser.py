@@ -83,7 +83,10 @@ def server():
 
 @pytest.mark.slow
 def test_a_browser_shows_robots_their_frames_and_their_chunks(server, tmp_path):
-    page = browse(f"{server}/?token={TOKEN}", tmp_path, "--dump-dom")
+    for _ in range(5):  # on a busy machine the browser's clock may run out before both robots are on the page
+        page = browse(f"{server}/?token={TOKEN}", tmp_path, "--dump-dom")
+        if page.count('class="infer"') >= 2:
+            break
     assert "<title>torchpi serve</title>" in page  # the hostile prompt's scripts have not run …
     assert html.escape(HOSTILE, quote=False) in page  # … and it is there, as text
     assert "close the faucet" in page
