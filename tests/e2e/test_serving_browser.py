@@ -59,7 +59,7 @@ def browse(address, folder, *arguments, width=1280):
         pytest.skip("no chromium")
     command = [
         chromium, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--virtual-time-budget=4000", f"--window-size={width},2400",
+        "--disable-component-update", "--disable-sync", "--virtual-time-budget=15000", f"--window-size={width},2400",
         f"--user-data-dir={folder / 'profile'}", *arguments, address,
     ]  # fmt: skip
     return subprocess.run(command, check=True, capture_output=True, timeout=120, text=True).stdout

@@ -221,7 +221,7 @@ def test_a_checkpoint_without_the_file_of_one_process_is_an_error(runs, tmp_path
     (file,) = (state.checkpoints(run)[-1] / state.STATE).glob("shard-00001-*")
     file.unlink()
     config = resume_config(run).replace(num_steps=STEPS, parallel="ddp")
-    message = r"can't be loaded: A file is missing .*Move the checkpoint .* elsewhere or delete it; --resume then begins"
+    message = r"can't be loaded: A file is missing .*Move the checkpoint .* elsewhere or delete it; --resume then"
     with pytest.raises(ValueError, match=message):
         loop.train(config, run, resume=True)
 
