@@ -1,5 +1,6 @@
 """Invariants of the model for any weights: masked and padded inputs change nothing, rows of a batch are independent."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -253,3 +254,19 @@ def test_suffix_is_written_behind_the_prefix_in_one_buffer(golden, model):
         assert keys.data_ptr() == place
         assert keys.shape[1] > length
         assert torch.equal(keys[:, :length], before)
+
+
+def test_shapes_that_would_be_broadcast_are_errors(golden, model, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose shapes nothing else checks
+    observation, actions = golden.observation(), golden.inputs["actions"]
+    flow = {"noise": golden.inputs["noise"], "time": golden.inputs["time"]}
+    with pytest.raises(ValueError, match=r"prefix_len must be \[2\], got \[1\]"):
+        model(observation, actions, **flow, prefix_len=torch.tensor([3]))
+    mask = torch.ones(2, *actions.shape[:0:-1], dtype=torch.bool)  # the same number of elements
+    with pytest.raises(ValueError, match="loss_mask must be"):
+        model(observation, actions, **flow, loss_mask=mask)
+    with torch.no_grad():
+        cache = model.prefill(observation)
+        for x_t in (actions[:1], actions[:, 1:]):
+            with pytest.raises(ValueError, match=r"x_t must be .* for which the cache was made"):
+                model.denoise_step(cache, x_t, golden.inputs["time"][: len(x_t)])

@@ -271,6 +271,10 @@ class Pi0(nn.Module):
             cache: from `prefill`; the suffix's keys and values are written into its room.
             time: one per sample, or one per action; or what is computed from it.
         """
+        horizon = cache.suffix.rope[0].shape[1] - self.suffix.num_state_tokens
+        expected = (len(cache.state), horizon, self.config.action_dim)
+        if x_t.shape != expected:  # another batch or horizon would be broadcast, or break somewhere in the attention
+            raise ModelError(f"x_t must be {list(expected)}, for which the cache was made, got {list(x_t.shape)}.")
         if not isinstance(time, TimeConditioning):
             time = self.time_conditioning(time)
         tokens = self.suffix(cache.state, x_t, time.features)  # [B, T, d]
@@ -319,6 +323,9 @@ class Pi0(nn.Module):
                 f"Noise must be {list(actions.shape)}, or R of them per observation, and time one number for each; got "
                 f"{list(noise.shape)} and {list(time.shape)}."
             )
+        for name, tensor, shape in (("prefix_len", prefix_len, time.shape), ("loss_mask", loss_mask, noise.shape)):
+            if tensor is not None and tensor.shape != shape:
+                raise ModelError(f"{name} must be {list(shape)}, got {list(tensor.shape)}.")
         x_0, x_1, t = actions.repeat_interleave(num_samples, 0), noise.flatten(0, -3), time.flatten()  # [B·R, …]
         if prefix_len is not None:
             t = flow.token_times(t, prefix_len.flatten(), actions.shape[1])  # [B·R, H]
@@ -326,7 +333,7 @@ class Pi0(nn.Module):
         cache = self.prefill(observation, action_horizon=actions.shape[1]).repeat(num_samples)
         loss = (self.denoise_step(cache, x_t, t) - u_t).square().view(noise.shape)
         if loss_mask is not None:
-            loss = loss * loss_mask.view(noise.shape)
+            loss = loss * loss_mask
         return loss.mean(dim=-1)
 
     def compute_loss(
