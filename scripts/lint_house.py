@@ -36,7 +36,7 @@ LAYERS: Mapping[str, str] = {
     "config": "schema assets",
     "model": "types config",
     "collate": "model",
-    "engine": "model",
+    "engine": "model extras",
     "checkpoints": "model extras atomic transforms robots version",
     "transforms": "types schema arrays",
     "robots": "transforms schema",

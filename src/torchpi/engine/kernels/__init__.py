@@ -1,0 +1,49 @@
+"""The operations of the engine's layers, each as plain PyTorch and as one launch of a Triton kernel.
+
+Each file has an operation's formula, its plain twin, and the kernel. All compute in float32 and return their input's
+dtype; batch and token are the leading axes. A Triton kernel runs on the current CUDA device and has no gradient.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from torchpi.engine.kernels import attention, geglu, norms, rope
+
+_One = Callable[..., Tensor]
+_Two = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operation; the signatures are those of the plain twins."""
+
+    name: str
+    """"plain" or "triton"."""
+    rms_norm: _One
+    residual_rms_norm: _Two
+    ada_rms_norm: _One
+    gated_residual_ada_rms_norm: _Two
+    layer_norm: _One
+    residual_layer_norm: _Two
+    split_rope_store: _One
+    geglu: _One
+    linear_geglu: _One
+    attend: _One
+
+
+PLAIN = Kernels(
+    "plain",
+    norms.rms_norm,
+    norms.residual_rms_norm,
+    norms.ada_rms_norm,
+    norms.gated_residual_ada_rms_norm,
+    norms.layer_norm,
+    norms.residual_layer_norm,
+    rope.split_rope_store,
+    geglu.geglu,
+    geglu.linear_geglu,
+    attention.attend,
+)
+"""Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
