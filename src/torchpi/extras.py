@@ -10,6 +10,7 @@ _NEEDS = {
     "client": "Asking a served policy needs torchpi-client",
     "data": "Datasets, videos and TensorBoard need the extra 'data'",
     "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
+    "gpu": "The fused kernels for GPUs need the extra 'gpu'",
     "hdf5": "HDF5 needs the extra 'hdf5'",
     "serve": "Serving needs the extra 'serve' and torchpi-client",
     "sim": "Simulation needs the extra 'sim'",

@@ -1,11 +1,16 @@
 """The engine's kernels: the plain twins equal the plain model, and the Triton kernels equal the twins."""
 
+import os
+import pathlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from torchpi.config import GEMMA_VARIANTS, GemmaConfig
-from torchpi.engine.kernels import PLAIN, rope
+from torchpi.engine.kernels import PLAIN, rope, triton_kernels
 from torchpi.model import gemma, layers, siglip
 
 CONFIG = GEMMA_VARIANTS["tiny_expert"]  # D 128, Q 4, G 1, K 64
@@ -105,3 +110,24 @@ def test_attend_equals_the_models_with_its_mask(groups, num_state_tokens):
     over_prefix = PLAIN.attend(q, keys, values, valid, keys.shape[1])
     mask[:, :, num_prefix:] = False
     torch.testing.assert_close(over_prefix, layers.attend(q, keys, values, mask[:, -1:]), **NEAR)
+
+
+@pytest.mark.parametrize("subject", ["orm", "rope or geglu"])
+def test_triton_kernels_equal_the_twins_in_the_interpreter(subject):
+    pytest.importorskip("triton")
+    file = pathlib.Path(__file__).with_name("triton_kernels.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*command, file, "-k", subject], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_missing_triton_is_an_error_with_the_install_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match=r"need the extra 'gpu': pip install 'torchpi\[gpu\]'"):
+        triton_kernels()
+
+
+def test_plain_kernels_import_without_triton():
+    program = "import sys\nimport torchpi.engine.kernels\nassert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from torchpi.engine.kernels import attention, geglu, norms, rope
+from torchpi.extras import require
 
 _One = Callable[..., Tensor]
 _Two = Callable[..., tuple[Tensor, Tensor]]
@@ -47,3 +48,25 @@ PLAIN = Kernels(
     attention.attend,
 )
 """Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
+
+
+def triton_kernels() -> Kernels:
+    """The Triton kernels; each Kernels is for one stream at a time, because attention keeps counters.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+    """
+    require("triton", "gpu")
+    return Kernels(
+        "triton",
+        norms.triton_rms_norm,
+        norms.triton_residual_rms_norm,
+        norms.triton_ada_rms_norm,
+        norms.triton_gated_residual_ada_rms_norm,
+        norms.triton_layer_norm,
+        norms.triton_residual_layer_norm,
+        rope.triton_split_rope_store,
+        geglu.triton_geglu,
+        geglu.linear_geglu,
+        attention.attend,
+    )

@@ -9,13 +9,20 @@ A modulation is scale, shift and gate of one AdaRMSNorm, one behind the other. A
 behind it, and so to the residual of the *next* norm.
 """
 
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, token_strides
 from torchpi.model.gemma import RMS_NORM_EPS
 from torchpi.model.siglip import LAYER_NORM_EPS
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def rms_norm(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -71,3 +78,99 @@ def residual_layer_norm(
 def _over_rms(x: Tensor) -> Tensor:
     wide = x.float()
     return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
+
+
+@Kernel
+def norm_kernel(  # a program per token
+    x: Any,
+    y: Any,  # None: no residual
+    gate: Any,  # None: 1
+    scale: Any,  # None: the norm has neither scale nor shift
+    shift: Any,
+    total: Any,
+    normed: Any,
+    num_tokens: Any,
+    gate_batch: Any,  # strides of batch and token
+    gate_token: Any,
+    scale_batch: Any,
+    scale_token: Any,
+    width: constexpr,
+    block: constexpr,
+    centered: constexpr,  # LayerNorm
+    eps: constexpr,
+) -> None:
+    row = tl.program_id(0)
+    sample, token = row // num_tokens, row % num_tokens
+    column = tl.arange(0, block)
+    inside = column < width
+    at = row.to(tl.int64) * width + column
+    wide = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if y is not None:
+        added = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
+        if gate is not None:
+            gate += sample * gate_batch + token * gate_token
+            added *= tl.load(gate + column, mask=inside, other=0.0).to(tl.float32)
+        rounded = (wide + added).to(total.dtype.element_ty)
+        tl.store(total + at, rounded, mask=inside)
+        wide = rounded.to(tl.float32)
+    if centered:
+        wide = tl.where(inside, wide - tl.sum(wide, axis=0) / width, 0.0)
+    out = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    if scale is not None:
+        at_scale = sample * scale_batch + token * scale_token + column
+        factor = tl.load(scale + at_scale, mask=inside, other=0.0).to(tl.float32)
+        out *= factor if centered else 1 + factor
+        out += tl.load(shift + at_scale, mask=inside, other=0.0).to(tl.float32)
+    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=inside)
+
+
+def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, affine: Sequence[Tensor], **options: Any) -> Any:
+    """x + y·gate, and it normalized; `affine` is empty, or scale and shift."""
+    assert x.is_contiguous()
+    assert y is None or y.is_contiguous()
+    total, normed = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    scale, shift = affine or (None, None)
+    strides = [(0, 0) if table is None else token_strides(table) for table in (gate, scale)]
+    batch, num_tokens, width = x.shape
+    options |= {"width": width, "block": power_of_two(width)}
+    norm_kernel[(batch * num_tokens,)](
+        x, y, gate, scale, shift, total, normed, num_tokens, *strides[0], *strides[1], **options
+    )
+    return total, normed
+
+
+_RMS: Mapping[str, Any] = {"centered": False, "eps": RMS_NORM_EPS}
+
+
+def triton_rms_norm(x: Tensor) -> Tensor:
+    """`rms_norm` in one launch."""
+    return _launch(x, None, None, (), **_RMS)[1]
+
+
+def triton_residual_rms_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """`residual_rms_norm` in one launch."""
+    return _launch(x, y, None, (), **_RMS)
+
+
+def triton_ada_rms_norm(x: Tensor, modulation: Tensor) -> Tensor:
+    """`ada_rms_norm` in one launch."""
+    return _launch(x, None, None, modulation.chunk(3, dim=-1)[:2], **_RMS)[1]
+
+
+def triton_gated_residual_ada_rms_norm(
+    x: Tensor, y: Tensor, gate_modulation: Tensor, modulation: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`gated_residual_ada_rms_norm` in one launch."""
+    return _launch(x, y, gate_modulation.chunk(3, dim=-1)[2], modulation.chunk(3, dim=-1)[:2], **_RMS)
+
+
+def triton_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
+    """`layer_norm` in one launch."""
+    return _launch(x, None, None, (weight[None, None], bias[None, None]), centered=True, eps=eps)[1]
+
+
+def triton_residual_layer_norm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS
+) -> tuple[Tensor, Tensor]:
+    """`residual_layer_norm` in one launch."""
+    return _launch(x, y, None, (weight[None, None], bias[None, None]), centered=True, eps=eps)

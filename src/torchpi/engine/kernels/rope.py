@@ -4,9 +4,16 @@ Head i of a token, (a, b) in halves of K/2, becomes (a·cos − b·sin, b·cos +
 is a query's or a key's; a value's stays. Keys and values go into the cache, at slots start … start + T.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
+
+from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, token_strides
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 
 def split_rope(
@@ -38,4 +45,72 @@ def split_rope_store(
     q, k, v = split_rope(qkv, cos, sin, keys.shape[2])
     end = start + qkv.shape[1]
     keys[:, start:end], values[:, start:end] = k, v
+    return q
+
+
+@Kernel
+def split_rope_store_kernel(  # a program per token; tiles [heads, K/2]
+    qkv: Any,
+    cos: Any,
+    sin: Any,
+    q: Any,
+    keys: Any,
+    values: Any,
+    num_tokens: Any,
+    start: Any,
+    angle_batch: Any,  # strides
+    angle_token: Any,
+    cache_batch: Any,
+    cache_slot: Any,
+    num_heads: constexpr,
+    num_kv_heads: constexpr,
+    half: constexpr,
+    block_heads: constexpr,
+    block_half: constexpr,
+) -> None:
+    row = tl.program_id(0)
+    sample, token = row // num_tokens, row % num_tokens
+    head, column = tl.arange(0, block_heads)[:, None], tl.arange(0, block_half)[None, :]
+    inside = (head < num_heads + 2 * num_kv_heads) & (column < half)
+    at = row.to(tl.int64) * (num_heads + 2 * num_kv_heads) * (2 * half) + head * (2 * half) + column
+    first = tl.load(qkv + at, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(qkv + at + half, mask=inside, other=0.0).to(tl.float32)
+
+    angle = sample * angle_batch + token * angle_token + column
+    rotated = head < num_heads + num_kv_heads
+    c = tl.where(rotated, tl.load(cos + angle, mask=column < half, other=0.0), 1.0)
+    s = tl.where(rotated, tl.load(sin + angle, mask=column < half, other=0.0), 0.0)
+    low = (first * c - second * s).to(q.dtype.element_ty)
+    high = (second * c + first * s).to(q.dtype.element_ty)
+
+    is_q = inside & (head < num_heads)
+    at = row.to(tl.int64) * num_heads * (2 * half) + head * (2 * half) + column
+    tl.store(q + at, low, mask=is_q)
+    tl.store(q + at + half, high, mask=is_q)
+    cache = sample.to(tl.int64) * cache_batch + (start + token) * cache_slot + column
+    at = cache + (head - num_heads) * (2 * half)
+    is_key = inside & (head >= num_heads) & rotated
+    tl.store(keys + at, low, mask=is_key)
+    tl.store(keys + at + half, high, mask=is_key)
+    at -= num_kv_heads * (2 * half)
+    is_value = inside & (head >= num_heads + num_kv_heads)
+    tl.store(values + at, low, mask=is_value)
+    tl.store(values + at + half, high, mask=is_value)
+
+
+def triton_split_rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
+    """`split_rope_store` in one launch."""
+    (batch, num_tokens, width), (num_kv_heads, head_dim) = qkv.shape, keys.shape[2:]
+    num_heads = width // head_dim - 2 * num_kv_heads
+    assert qkv.is_contiguous()
+    assert token_strides(cos) == token_strides(sin)
+    assert keys.stride() == values.stride()
+    assert keys[0, 0].is_contiguous()
+    q = qkv.new_empty(batch, num_tokens, num_heads, head_dim)
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "half": head_dim // 2}
+    blocks = {"block_heads": power_of_two(width // head_dim), "block_half": power_of_two(head_dim // 2)}
+    strides = (*token_strides(cos), *keys.stride()[:2])
+    split_rope_store_kernel[(batch * num_tokens,)](
+        qkv, cos, sin, q, keys, values, num_tokens, start, *strides, **sizes, **blocks
+    )
     return q

@@ -1,0 +1,56 @@
+"""`triton.jit` at a kernel's first launch: the file of a kernel has its plain twin, which works without Triton."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchpi.extras import require
+
+if TYPE_CHECKING:
+    constexpr = Any
+else:
+
+    class constexpr:
+        """Marks the arguments that are compiled in; Triton looks for a type of this name."""
+
+
+class Kernel:
+    """A function in Triton's language, compiled and launched by `kernel[grid](...)`.
+
+    It sees Triton's language as `tl`, and the constants of its file that are `constexpr` arguments' values.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function: Any = inspect.unwrap(function)  # without the shape checks of tests, which Triton can't read
+
+    @functools.cached_property
+    def compiled(self) -> Any:
+        """The function that Triton compiles or, with TRITON_INTERPRET=1, interprets."""
+        triton = require("triton", "gpu")
+        self.function.__globals__["tl"] = require("triton.language", "gpu")
+        return triton.jit(self.function)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+        return self.compiled[grid]
+
+
+def power_of_two(size: int) -> int:
+    """The least power of two that is not below `size`: the extent of a tile."""
+    return 1 << (size - 1).bit_length()
+
+
+def token_strides(x: Tensor) -> tuple[int, int]:
+    """Strides of batch and token of a tensor whose rows may be those of all samples or of all tokens."""
+    assert x.stride(-1) == 1
+    batch, token = (0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
+    return batch, token
+
+
+@functools.cache
+def num_processors(device: torch.device) -> int:
+    """Streaming multiprocessors of a GPU; as many as an H200 has for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,0 +1,138 @@
+"""Triton kernels against their plain twins: on the GPU or, with TRITON_INTERPRET=1, in Triton's interpreter.
+
+    TRITON_INTERPRET=1 pytest tests/unit/triton_kernels.py
+
+`test_kernels.py` runs this file in a process of its own, because Triton reads that variable when it is imported.
+
+Tolerances. In float32, kernel and twin are the same formula in another order of operations, on values of the order of
+1 to 10: 1e-5. In bfloat16 both round the same float32 result, which may differ in its last bits: one unit in the last
+place, 2^-7 of the value, and for what is near 0 as much as float32's order of operations gives.
+"""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+from torchpi.engine.kernels import PLAIN, triton_kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # NumPy's, of a sigmoid near 0
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rounding_interpreter():
+    """Give the interpreter the bfloat16 of a GPU: it truncates where a GPU rounds, and multiplies bit patterns."""
+    if not INTERPRETED:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def to_float32(handle):
+        bits = handle.data.astype(np.uint32) << 16
+        return TensorHandle(bits.view(np.float32), tl.float32)
+
+    def rounding_cast(self, source, kind):
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
+            return cast(self, source, kind)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16().view(torch.int16)
+        return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+    def float_dot(self, a, b, *others):
+        a, b = (to_float32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
+        for name in ("create_fp_trunc", "create_fp_ext"):
+            patch.setattr(InterpreterBuilder, name, rounding_cast)
+        patch.setattr(InterpreterBuilder, "create_dot", float_dot)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return triton_kernels()
+
+
+def normal(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def assert_equal(got, expected, factor=1.0):
+    """Equal within the tolerances above; `factor` times them."""
+    assert got.dtype == expected.dtype
+    relative = 1e-5 if got.dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(got.float(), expected.float(), rtol=factor * relative, atol=factor * 1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 33, 72), (1, 50, 200)])
+class TestNorms:
+    def test_rms_norm(self, kernels, batch, num_tokens, width, dtype):
+        x, y = normal(2, batch, num_tokens, width, dtype=dtype)
+        assert_equal(kernels.rms_norm(x), PLAIN.rms_norm(x))
+        total, normed = kernels.residual_rms_norm(x, y)
+        assert torch.equal(total, x + y)
+        assert_equal(normed, PLAIN.rms_norm(x + y))
+
+    @pytest.mark.parametrize("per_token", [False, True])
+    def test_ada_rms_norm(self, kernels, batch, num_tokens, width, dtype, per_token):
+        x, y = normal(2, batch, num_tokens, width, dtype=dtype)
+        tables = normal(2, batch, num_tokens, 3 * width, dtype=dtype)
+        gates, modulation = tables if per_token else (tables[0, :1, :1].float(), tables[1, :, :1])
+        assert_equal(kernels.ada_rms_norm(x, modulation), PLAIN.ada_rms_norm(x, modulation))
+        total, normed = kernels.gated_residual_ada_rms_norm(x, y, gates, modulation)
+        expected = PLAIN.gated_residual_ada_rms_norm(x, y, gates, modulation)
+        assert_equal(total, expected[0])
+        assert_equal(normed, PLAIN.ada_rms_norm(total, modulation))
+
+    def test_layer_norm(self, kernels, batch, num_tokens, width, dtype):
+        x, y = normal(2, batch, num_tokens, width, dtype=dtype) + 3
+        weight, bias = normal(2, width)
+        assert_equal(kernels.layer_norm(x, weight, bias), PLAIN.layer_norm(x, weight, bias))
+        total, normed = kernels.residual_layer_norm(x, y, weight.to(dtype), bias.to(dtype))
+        assert torch.equal(total, x + y)
+        assert_equal(normed, PLAIN.layer_norm(total, weight.to(dtype), bias.to(dtype)))
+
+
+def test_norms_of_small_and_large_rows_are_finite(kernels):
+    x = torch.cat([torch.zeros(1, 1, 64), torch.full((1, 1, 64), 1e15)], dim=1).to(DEVICE)
+    assert_equal(kernels.rms_norm(x), PLAIN.rms_norm(x))
+    one = torch.ones(64, device=DEVICE)
+    assert_equal(kernels.layer_norm(x, one, one), PLAIN.layer_norm(x, one, one))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "num_tokens", "groups", "head_dim"), [(1, 1, 1, 64), (3, 33, 2, 24), (1, 51, 1, 32)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_split_rope_store(kernels, batch, num_tokens, groups, head_dim, dtype, per_sample):
+    qkv = normal(batch, num_tokens, (4 + 2 * groups) * head_dim, dtype=dtype)
+    angle = 300 * torch.rand(batch if per_sample else 1, num_tokens, head_dim // 2, device=DEVICE)
+    caches = [normal(2, 3, batch, num_tokens + 9, groups, head_dim, dtype=dtype)[:, 1] for _ in range(2)]
+    caches[1].copy_(caches[0])  # one layer's of several
+    got = kernels.split_rope_store(qkv, angle.cos(), angle.sin(), *caches[0], 5)
+    expected = PLAIN.split_rope_store(qkv, angle.cos(), angle.sin(), *caches[1], 5)
+    assert_equal(got, expected)
+    assert_equal(caches[0], caches[1])
+    assert torch.equal(caches[0][1], caches[1][1])  # values are only copied
+    assert torch.equal(caches[0][:, :, :5], caches[1][:, :, :5])
+    assert torch.equal(caches[0][:, :, 5 + num_tokens :], caches[1][:, :, 5 + num_tokens :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 33, 1100), (1, 51, 72)])
+def test_geglu(kernels, batch, num_tokens, width, dtype):
+    gate_up = normal(batch, num_tokens, 2 * width, dtype=dtype) * 4
+    assert_equal(kernels.geglu(gate_up), PLAIN.geglu(gate_up.float()).to(dtype))
