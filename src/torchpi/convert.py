@@ -9,23 +9,21 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, get_args
 
-import numpy as np
 import torch
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
-from torchpi.checkpoints.adapt import adapt
 from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
 from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
-from torchpi.collate import collate
+from torchpi.checkpoints.sizes import adapt
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import policy_of
+from torchpi.policy import Policy, policy_of
 from torchpi.schema import write_json
 from torchpi.transforms.normalize import save_norm_stats
 from torchpi.types import Observation
@@ -103,13 +101,11 @@ def convert(
 
     Args:
         source, config, lora_alpha: see `load_model`.
-        target: a new folder.
-        to: "torchpi", "openpi-jax", "openpi-pytorch" or "lerobot".
+        target: a new folder; with `overwrite` also the place of another checkpoint.
         dtype: of the arrays; by default the source's.
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
         asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
         max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
-        overwrite: replace a target that is there.
         check: read the target back, and compare its arrays and sampled actions with the source's.
         policy: more arguments of `load_policy` (embodiment, norm_stats, tokenizer, …), which torchpi and lerobot need
             where the source does not say them.
@@ -118,8 +114,7 @@ def convert(
         FileNotFoundError, KeyError, ValueError: see `load_model` and `load_policy`; there is something at the target;
             the target can't say what the policy needs.
     """
-    path = pathlib.Path(target).expanduser()
-    _check_target(path, to, overwrite=overwrite)
+    path = _checked_target(target, to, overwrite=overwrite)
     checkpoint = open_checkpoint(source, config=config)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
@@ -128,23 +123,31 @@ def convert(
     adapted = adapt(model, sizes or {})
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            notes = _write_policy(beside, checkpoint, model, to, dtype, max_shard_bytes, asset_id, policy)
+            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer()
+            spec = dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
+            notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
         else:
-            notes = _write_openpi(beside, checkpoint, model, to, dtype, asset_id, policy)
+            assets = _write_assets(beside, checkpoint, asset_id, policy)
+            notes = [*_write_openpi(beside, model, to, dtype), *assets]
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
-        files = [name for name in files if not name.startswith(("params/d/", "params/ocdbt."))]
         differences = _check(beside, model, dtype) if check else {}
     return _report(
-        checkpoint, to, model, dtype, target=str(path), adapted=adapted, notes=notes, files=files, **differences
+        checkpoint,
+        model,
+        target=str(path),
+        target_format=to,
+        dtype=str(dtype).removeprefix("torch."),
+        adapted=adapted,
+        notes=notes,
+        files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
+        **differences,
     )
 
 
-def _report(checkpoint: Checkpoint, to: Format, model: Pi0, dtype: torch.dtype, **outcome: Any) -> Conversion:
+def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
     return Conversion(
         source=checkpoint.address,
         source_format=checkpoint.format,
-        target_format=to,
-        dtype=str(dtype).removeprefix("torch."),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mapped=len(checkpoint.table(checkpoint.stored_config)),
         folded=checkpoint.folded,
@@ -154,58 +157,23 @@ def _report(checkpoint: Checkpoint, to: Format, model: Pi0, dtype: torch.dtype, 
     )
 
 
-def _check_target(path: pathlib.Path, to: str, *, overwrite: bool) -> None:
-    """Refuse an unknown format, and a place where something is that is not to be replaced."""
+def _checked_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> pathlib.Path:
+    """The path, where nothing is, or a checkpoint to be replaced."""
+    path = pathlib.Path(target).expanduser()
     if to not in get_args(Format):
         raise CheckpointError(f"Unknown format {to!r}; formats are {', '.join(get_args(Format))}.")
-    if not path.exists():
-        return
-    if not overwrite:
+    if path.exists() and not overwrite:
         raise CheckpointError(f"{path} exists already; choose another path, or overwrite it (--overwrite).")
     try:
-        format_of(existing_folder(path))
+        if path.exists():
+            format_of(existing_folder(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
-
-
-def _write_policy(
-    root: pathlib.Path,
-    checkpoint: Checkpoint,
-    model: Pi0,
-    to: Format,
-    dtype: torch.dtype,
-    max_shard_bytes: int,
-    asset_id: str | None,
-    requested: Mapping[str, Any],
-) -> list[str]:
-    spec = checkpoint.spec().requested(asset_id=asset_id, **requested).with_tokenizer()
-    policy = policy_of(model, dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance)))
-    if to == "torchpi":
-        policy.write_spec(root)
-        folder.write_weights(root, model, dtype=dtype, max_shard_bytes=max_shard_bytes)
-        return []
-    _write_torch(root, model, dtype, prefix=LEROBOT_PREFIX, embeddings=2)
-    notes = lerobot.write_spec(root, model.config, policy.spec, dtype)
-    (root / lerobot.TOKENIZER).mkdir()
-    policy.write_tokenizer(root / lerobot.TOKENIZER)
-    lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
-    if policy.default_prompt is not None:
-        notes.append(f"the default prompt {policy.default_prompt!r} is not written: LeRobot has none")
-    return notes
+    return path
 
 
 def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
-    converted = {
-        "source": checkpoint.address,
-        "format": checkpoint.format,
-        "sha256": _sha256(checkpoint),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    return {**{key: value for key, value in before.items() if key != "source"}, "converted": converted}
-
-
-def _sha256(checkpoint: Checkpoint) -> str:
-    """SHA-256 of all files of weights, by their names and contents."""
+    """The provenance of a policy, with the SHA-256 of all files of weights, by their names and contents."""
     in_params = checkpoint.format == "openpi-jax"
     root = checkpoint.arrays.source if in_params else checkpoint.root
     digest = hashlib.sha256()
@@ -214,22 +182,34 @@ def _sha256(checkpoint: Checkpoint) -> str:
             digest.update(file.relative_to(root).as_posix().encode())
             with file.open("rb") as content:
                 digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
+    converted = {
+        "source": checkpoint.address,
+        "format": checkpoint.format,
+        "sha256": digest.hexdigest(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    return {**{key: value for key, value in before.items() if key != "source"}, "converted": converted}
 
 
-def _write_openpi(
-    root: pathlib.Path,
-    checkpoint: Checkpoint,
-    model: Pi0,
-    to: Format,
-    dtype: torch.dtype,
-    asset_id: str | None,
-    requested: Mapping[str, Any],
+def _write_policy(
+    root: pathlib.Path, policy: Policy, to: Format, dtype: torch.dtype, max_shard_bytes: int
 ) -> list[str]:
-    if unknown := sorted(set(requested) - {"norm_stats", "embodiment"}):
-        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
-    config = model.config
-    unsaid = ["max_token_len", "discrete_state_input"]
+    if to == "torchpi":
+        policy.write_spec(root)
+        folder.write_weights(root, policy.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        return []
+    _write_torch(root, policy.model, dtype, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
+    notes = lerobot.write_spec(root, policy.model.config, policy.spec, dtype)
+    (root / lerobot.TOKENIZER).mkdir()
+    policy.write_tokenizer(root / lerobot.TOKENIZER)
+    lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
+    if policy.default_prompt is not None:
+        notes.append(f"the default prompt {policy.default_prompt!r} is not written: LeRobot has none")
+    return notes
+
+
+def _write_openpi(root: pathlib.Path, model: Pi0, to: Format, dtype: torch.dtype) -> list[str]:
+    config, unsaid = model.config, ["max_token_len", "discrete_state_input"]
     if to == "openpi-jax":
         table = jax_table(config)
         shapes = {name: array.shape for name, array in table.items()}
@@ -237,7 +217,8 @@ def _write_openpi(
         openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)
         unsaid.insert(0, "action_horizon")
     else:
-        _write_torch(root, model, dtype, prefix="", embeddings=1)
+        # Under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays.
+        _write_torch(root, model, dtype, prefix="", embeddings=(TIED_EMBEDDING,))
         document = {
             "action_dim": config.action_dim,
             "action_horizon": config.require("action_horizon"),
@@ -247,23 +228,16 @@ def _write_openpi(
         }
         write_json(root / "config.json", document)
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
-    notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
-    return notes + _write_assets(root, checkpoint, asset_id, requested)
+    return [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
 
 
-def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: int) -> None:
+def _write_torch(
+    root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: tuple[str, ...]
+) -> None:
     """Write the arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
-    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights).
-
-    Args:
-        embeddings: 1: under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays; 2:
-            under both names.
-    """
+    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights)."""
     table = torch_table(model.config)
-    embedding = table.pop(EMBEDDING)
-    table[TIED_EMBEDDING] = embedding
-    if embeddings == 2:
-        table[EMBEDDING] = embedding
+    table |= dict.fromkeys(embeddings, table.pop(EMBEDDING))
     head = (model.config.vocab_size, model.config.action_expert.width)  # nobody reads the expert's
     shapes = {f"{prefix}{name}": array.shape for name, array in table.items()} | {f"{prefix}{EXPERT_LM_HEAD}": head}
 
@@ -271,7 +245,7 @@ def _write_torch(root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: 
         entry = table.get(name.removeprefix(prefix))
         return torch.zeros(head, dtype=dtype) if entry is None else stored_array(model, entry, dtype)
 
-    alias = {EMBEDDING: TIED_EMBEDDING} if embeddings == 1 else {}
+    alias = {} if EMBEDDING in embeddings else {EMBEDDING: TIED_EMBEDDING}
     write_safetensors(root, shapes, read, dtype=dtype, metadata=alias)
 
 
@@ -279,13 +253,11 @@ def _write_assets(
     root: pathlib.Path, checkpoint: Checkpoint, asset_id: str | None, policy: Mapping[str, Any]
 ) -> list[str]:
     """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one."""
+    if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
+        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
     spec = checkpoint.spec()
     if spec.norm_stats is None and not policy:
-        if asset_id is not None and asset_id not in spec.assets:
-            raise CheckpointError(
-                f"{checkpoint.root} has no statistics for {asset_id!r}; it has {', '.join(spec.assets) or 'none'}."
-            )
-        chosen = spec.assets if asset_id is None else {asset_id: spec.assets[asset_id]}
+        chosen = spec.assets if asset_id is None else {asset_id: spec.asset(asset_id)}
         for name, file in chosen.items():
             (root / "assets" / name).mkdir(parents=True)
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
@@ -308,7 +280,15 @@ def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, floa
         if not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):  # bits: NaN equals itself
             off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)
             difference = max(difference, float(off.max()))
-    observation, noise = _sample_inputs(model.config)
+    config, random = model.config, torch.Generator().manual_seed(0)
+    observation = Observation(
+        images={"base_0_rgb": 2 * torch.rand(1, config.image_size, config.image_size, 3, generator=random) - 1},
+        image_masks={"base_0_rgb": torch.ones(1, dtype=torch.bool)},
+        state=torch.randn(1, config.action_dim, generator=random),
+        tokenized_prompt=torch.randint(config.vocab_size, (1, 12), generator=random),
+        tokenized_prompt_mask=torch.ones(1, 12, dtype=torch.bool),
+    )
+    noise = torch.randn(1, config.action_horizon or 10, config.action_dim, generator=random)
     with torch.no_grad():
         expected = model.sample_actions(observation, noise=noise, num_steps=2)
         again = written.model(dtype=dtype)
@@ -316,16 +296,3 @@ def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, floa
     del again
     gc.collect()
     return {"array_difference": difference, "action_difference": float((expected - found).abs().max())}
-
-
-def _sample_inputs(config: Pi0Config) -> tuple[Observation, torch.Tensor]:
-    rng = np.random.default_rng(0)
-    sample = {
-        "image": {"base_0_rgb": rng.integers(0, 256, (config.image_size, config.image_size, 3), np.uint8)},
-        "image_mask": {"base_0_rgb": True},
-        "state": rng.standard_normal(config.action_dim, np.float32),
-        "tokenized_prompt": rng.integers(0, config.vocab_size, 12),
-        "tokenized_prompt_mask": np.ones(12, bool),
-    }
-    noise = rng.standard_normal((1, config.action_horizon or 10, config.action_dim), np.float32)
-    return collate([sample]), torch.from_numpy(noise)

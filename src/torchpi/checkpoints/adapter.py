@@ -47,20 +47,14 @@ class Adapter:
 
 
 def save_adapter(
-    model: Pi0,
-    path: str | pathlib.Path,
-    *,
-    base: Mapping[str, str],
-    trained: Collection[str],
-    overwrite: bool = False,
+    model: Pi0, path: str | pathlib.Path, *, base: Mapping[str, str], trained: Collection[str], overwrite: bool = False
 ) -> None:
-    """Write what was trained into a new folder, which appears complete or not at all.
+    """Write the low-rank matrices and what else was trained into a new folder, which appears complete or not at all.
 
     Args:
         base: "address" of the checkpoint that was trained from, the "dtype" of what was frozen, and where it is known
             the "sha256" of that, see `digest`.
-        trained: names of the trained parameters, as `trainable_parameters` has them; the low-rank matrices are always
-            written.
+        trained: names of the trained parameters, as `trainable_parameters` has them.
         overwrite: replace an adapter that is there; without it, that is an error.
 
     Raises:
@@ -70,39 +64,36 @@ def save_adapter(
     target, config = pathlib.Path(path).expanduser(), lora_config(model)
     if config is None:
         raise CheckpointError("The model has no LoRA, and so there is no adapter to save.")
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if unknown := sorted(set(trained) - set(shapes)):
-        raise CheckpointError(f"Trained names what the model does not have: {', '.join(unknown[:8])}.")
     if target.exists() and not (overwrite and is_adapter(target)):
         raise CheckpointError(
             f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter."
         )
-    names = [name for name in shapes if is_lora(name) or name in set(trained)]
-    others = tuple(name for name in names if not is_lora(name))
+    shapes = _shapes(model, trained, "Trained")
+    others = tuple(name for name in shapes if not is_lora(name))
     adapter = Adapter(config, others, parse(Base, dict(base), "base", error=CheckpointError))
     with atomic_folder(target) as beside:
-        write_adapter(beside, adapter, {name: shapes[name] for name in names}, model.get_parameter)
+        write_adapter(beside, adapter, shapes, model.get_parameter)
+
+
+def _shapes(model: Pi0, trained: Collection[str], subject: str) -> Shapes:
+    """Shapes of the low-rank matrices and the other trained parameters, in the model's order."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if unknown := sorted(set(trained) - set(shapes)):
+        raise CheckpointError(f"{subject} names what the model does not have: {', '.join(unknown[:8])}.")
+    return {name: shape for name, shape in shapes.items() if is_lora(name) or name in set(trained)}
 
 
 def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Callable[[str], torch.Tensor]) -> None:
-    """Write the files of an adapter into a folder that is there.
-
-    Args:
-        shapes: of the low-rank matrices and the other trained parameters, by name.
-        read: returns them.
-    """
+    """Write an adapter, whose parameters have these shapes and are read by name, into a folder that is there."""
     document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(adapter)}
     document["base"] = {name: value for name, value in document["base"].items() if value is not None}
     write_json(root / DOCUMENT, document)
-    write_safetensors(root, shapes, lambda name: read(name).detach(), dtype=torch.float32, single=WEIGHTS)
+    write_safetensors(root, shapes, read, dtype=torch.float32, single=WEIGHTS)
 
 
 def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
-    """SHA-256 over the names and numbers of parameters, in the order of their names.
-
-    Args:
-        read: returns them, in CPU memory; called in several threads.
-    """
+    """SHA-256 over the names and numbers of parameters, in the order of their names; `read` returns them in CPU memory,
+    and is called in several threads."""
 
     def of_one(name: str) -> bytes:
         parameter = read(name).detach().contiguous()
@@ -153,7 +144,12 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
         raise CheckpointError(
             f"{root} has {adapter.lora}, the model has {present} already; load the base without LoRA."
         )
-    arrays, expected = SafetensorsArrays(root, WEIGHTS), _expected_shapes(model, adapter)
+    planned = Pi0(model.config, device="meta")
+    attach_lora(planned, adapter.lora)
+    arrays, expected = (
+        SafetensorsArrays(root, WEIGHTS),
+        _shapes(planned, adapter.trained, "The adapter's field trained"),
+    )
     require_shapes(arrays, expected)
     if present is None:
         attach_lora(model, adapter.lora)
@@ -161,18 +157,6 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
         for name in expected:
             model.get_parameter(name).copy_(arrays.read(name))
     return adapter
-
-
-def _expected_shapes(model: Pi0, adapter: Adapter) -> Shapes:
-    """Shapes of all arrays that the adapter must have for this model."""
-    planned = Pi0(model.config, device="meta")
-    attach_lora(planned, adapter.lora)
-    shapes = {name: tuple(parameter.shape) for name, parameter in planned.named_parameters()}
-    if unknown := sorted(set(adapter.trained) - set(shapes)):
-        raise CheckpointError(
-            f"The adapter's field trained names what the model does not have: {', '.join(unknown[:8])}."
-        )
-    return {name: shape for name, shape in shapes.items() if is_lora(name) or name in set(adapter.trained)}
 
 
 @torch.no_grad()

@@ -3,17 +3,16 @@
 The format is recognised by what is in the folder, never by its name.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
 from torchpi.checkpoints import folder, lerobot, openpi
-from torchpi.checkpoints.adapt import adapt as adapt_model
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
 from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
@@ -22,6 +21,7 @@ from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table
 from torchpi.checkpoints.openpi_torch import TorchArrays, torch_config, torch_table
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
 from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_config, stated_heads, stated_sizes
+from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
@@ -46,8 +46,6 @@ class Checkpoint:
     arrays: StoredArrays
     table: Callable[[Pi0Config], Table]
     """By the sizes, the arrays without LoRA's."""
-    dtype: torch.dtype
-    """Dtype of the stored arrays."""
     folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
     """By the array that they change, the LoRA arrays of an openpi JAX checkpoint."""
     tied: str = ""
@@ -67,6 +65,11 @@ class Checkpoint:
     """Changes of sizes when the model is loaded, see `adapt`."""
     overruled: tuple[str, ...] = ()
     """Statements of a file next to the arrays that `config=`, or else the arrays, overrule."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the stored arrays; what a LoRA training learned is float32, whatever its base is stored in."""
+        return self.arrays.dtype if self.adapter is None else torch.float32
 
     @property
     def config(self) -> Pi0Config:
@@ -237,38 +240,30 @@ def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mappi
     if kind == "torchpi":
         return _open_policy_folder(address, root)
     if kind == "openpi-jax":
-        arrays = openpi.JaxArrays(weights)
-        with _named(weights):
-            config = jax_config(arrays.shapes)
-        folded = lora_pairs(arrays)
-        return Checkpoint(address, root, kind, config, arrays, jax_table, arrays.dtype, folded=folded)
-    stored = SafetensorsArrays(root)
-    ported = TorchArrays(stored)
-    with _named(root):
-        from_arrays = torch_config(ported.shapes, stated_heads(requested or {}))
+        arrays: StoredArrays = openpi.JaxArrays(weights)
+        sizes: Callable[[], Pi0Config] = partial(jax_config, arrays.shapes)
+        own: dict[str, Any] = {"table": jax_table}
+    else:
+        arrays = ported = TorchArrays(SafetensorsArrays(root))
+        sizes = partial(torch_config, arrays.shapes, stated_heads(requested or {}))
+        own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped}
+    try:
+        from_arrays = sizes()
+    except ValueError as error:
+        raise CheckpointError(f"{weights}: {error}") from error
+    if kind == "openpi-jax":
+        own["folded"] = lora_pairs(arrays)
     file = root / "config.json"
     stated = stated_sizes(file, document, is_lerobot=kind == "lerobot")
     config, contradicted = add_stated(from_arrays, stated, file, may_contradict=requested is not None)
-    return Checkpoint(
-        address, root, kind, config, ported, torch_table, stored.dtype, tied=ported.tied, dropped=ported.dropped,
-        document=document, overruled=tuple(contradicted),
-    )  # fmt: skip
-
-
-@contextlib.contextmanager
-def _named(place: pathlib.Path) -> Iterator[None]:
-    """Put the place in front of the message of an error about its arrays' sizes."""
-    try:
-        yield
-    except ValueError as error:
-        raise CheckpointError(f"{place}: {error}") from error
+    return Checkpoint(address, root, kind, config, arrays, document=document, overruled=tuple(contradicted), **own)
 
 
 def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
     policy_file, config = folder.read_policy_file(root)
     if not is_adapter(root):
         arrays = SafetensorsArrays(root)
-        return Checkpoint(address, root, "torchpi", config, arrays, own_table, arrays.dtype, policy_file=policy_file)
+        return Checkpoint(address, root, "torchpi", config, arrays, own_table, policy_file=policy_file)
     adapter = read_adapter(root)
     try:
         base = open_checkpoint(adapter.base.address, config=config)
@@ -276,10 +271,9 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
         raise MissingFileError(
             f"{root} holds the changes of a LoRA training to {adapter.base.address}: {error}"
         ) from error
-    # What was learned is float32, whatever the base is stored in.
-    return dataclasses.replace(
-        base, address=address, root=root, format="torchpi", stored_config=config, requested_config=None,
-        dtype=torch.float32, folded={}, document={}, policy_file=policy_file, adapter=adapter, base=base, overruled=(),
+    return Checkpoint(
+        address, root, "torchpi", config, base.arrays, base.table, tied=base.tied, dropped=base.dropped,
+        policy_file=policy_file, adapter=adapter, base=base,
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import own_table, stored_array
+from torchpi.checkpoints.layout import own_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
@@ -171,20 +171,13 @@ def write_weights(
     max_shard_bytes: int | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a model's weights into a policy folder.
-
-    Args:
-        dtype: on disk; by default the model's.
-        max_shard_bytes: above it they are written in shards; None: never.
-        read: returns a weight by its name; by default it is the model's.
-    """
+    """Write a model's weights into a policy folder, by default in the model's dtype and in one file; `read` returns a
+    weight by its name, by default the model's."""
     if read is None and lora_config(model) is not None:
         raise CheckpointError(
             "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
             "save_adapter writes it on its own."
         )
     table, dtype = own_table(model.config), dtype or model.embedding.dtype
-    read = read or (lambda name: stored_array(model, table[name], dtype))
-    write_safetensors(
-        root, {name: array.shape for name, array in table.items()}, read, dtype=dtype, max_shard_bytes=max_shard_bytes
-    )
+    read, shapes = read or model.get_parameter, {name: array.shape for name, array in table.items()}
+    write_safetensors(root, shapes, read, dtype=dtype, max_shard_bytes=max_shard_bytes)

@@ -145,11 +145,6 @@ class _Source:
                 break
         return None
 
-    def write_record(self, record: _Record) -> None:
-        path = _beside(self.listing, ".download.json")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(dataclasses.asdict(record), indent=1))
-
     def wanted(self, record: _Record) -> dict[str, _File]:
         """The files of the address that are needed: those of a policy, or the named ones."""
         return {name: file for name, file in record.files.items() if self._is_wanted(name)}
@@ -337,15 +332,13 @@ def _complete(source: _Bucket | _Repository) -> pathlib.Path:
     source.top.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(_beside(source.top, ".lock"))  # several addresses may have files in common
     try:
-        lock.acquire(timeout=0)
+        held = lock.acquire(timeout=0)
     except filelock.Timeout:
         print(f"waiting for another process, which downloads into {source.top}", file=sys.stderr)
-        lock.acquire()
-    try:
+        held = lock.acquire()
+    with held:
         if not source.is_complete():
             _download(source)
-    finally:
-        lock.release()
     return source.root
 
 
@@ -358,7 +351,9 @@ def _download(source: _Bucket | _Repository) -> None:
             record = _Record(source.address, source.files())
         source.require_files(record)
         if is_new:
-            source.write_record(record)
+            note = _beside(source.listing, ".download.json")
+            note.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(note, json.dumps(dataclasses.asdict(record), indent=1))
         for name, file in source.missing(record).items():
             _download_file(source, name, file)
     except source.errors as error:

@@ -96,6 +96,11 @@ class StoredArrays(Protocol):
     source: pathlib.Path
     shapes: Shapes
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored dtype of the first array."""
+        ...
+
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array in `dtype`, by default its stored one."""
         ...
@@ -110,34 +115,26 @@ def load_arrays(
     device: str | torch.device,
     lora: LoraConfig | None = None,
 ) -> Pi0:
-    """Build the model that `config` describes and fill every weight.
+    """Build the model that `config` describes, with the float32 matrices of `lora`, and fill every weight.
 
     The largest array is read first, when little else is allocated, so that the peak stays near the model's own size.
-
-    Args:
-        lora: the low-rank matrices that the model gets and `table` fills, in float32.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = Pi0(config, device="meta", dtype=dtype)
     if lora is not None:
         attach_lora(model, lora)
     for name, entry in sorted(table.items(), key=lambda item: -math.prod(item[1].shape)):
-        dtype = model.get_parameter(entry.slices[0].param).dtype
-        _fill(model, entry, arrays.read(name, dtype), device)
+        array = arrays.read(name, model.get_parameter(entry.slices[0].param).dtype)
+        for part in entry.slices:
+            parameter = model.get_parameter(part.param)
+            if entry.is_parameter:  # no copy
+                _set_parameter(model, part.param, array.to(device).view(parameter.shape))
+                continue
+            if parameter.is_meta:
+                parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
+            source = part.of_array(array)
+            part.of_parameter(parameter).view(source.shape).copy_(source)
     return model
-
-
-def _fill(model: Pi0, entry: CheckpointArray, array: Tensor, device: str | torch.device) -> None:
-    if entry.is_parameter:  # no copy
-        name = entry.slices[0].param
-        _set_parameter(model, name, array.to(device).view(model.get_parameter(name).shape))
-        return
-    for part in entry.slices:
-        parameter = model.get_parameter(part.param)
-        if parameter.is_meta:
-            parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
-        source = part.of_array(array)
-        part.of_parameter(parameter).view(source.shape).copy_(source)
 
 
 def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:

@@ -7,6 +7,7 @@ Source: LeRobot 0.6's processors.
 """
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -38,14 +39,13 @@ _NEUTRAL = {
     "pi0_new_line_processor",
     "pi05_prepare_state_tokenizer_processor_step",
 }
-_BEFORE = {
-    *_NEUTRAL,
+_BEFORE = _NEUTRAL | {
     "rename_observations_processor",
     "relative_actions_processor",
     "normalizer_processor",
     "tokenizer_processor",
 }
-_AFTER = {*_NEUTRAL, "unnormalizer_processor", "absolute_actions_processor"}
+_AFTER = _NEUTRAL | {"unnormalizer_processor", "absolute_actions_processor"}
 _BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
 
 
@@ -63,12 +63,7 @@ class _Processor:
 
 
 def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
-    """Everything around the model of a LeRobot policy.
-
-    Args:
-        root: the policy's folder.
-        document: its config.json.
-    """
+    """Everything around the model of the LeRobot policy in a folder, whose config.json is `document`."""
     before, after = _steps(root / PREPROCESSOR, _BEFORE), _steps(root / POSTPROCESSOR, _AFTER)
     absent = _Step("")
     try:
@@ -127,21 +122,19 @@ def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], rename
         else:  # LeRobot masks whichever is missing, as long as one is there
             cameras.append(Camera(name, robots_name.get(key, key), "optional", layout="chw", dtype="any"))
     num_actions, num_states = output["shape"][0], inputs[STATE]["shape"][0]
-    names = relative.get("action_names") or document.get("action_feature_names") or []
-    names = [str(name) for name in names[:num_actions]]
-    names += [f"action_{i}" for i in range(len(names), num_actions)]
+    stated = relative.get("action_names") or document.get("action_feature_names") or []
+    names = [str(stated[i]) if i < len(stated) else f"action_{i}" for i in range(num_actions)]
     # Without names nothing can be excluded there.
     tokens = relative.get("exclude_joints") if relative.get("action_names") else None
     excluded = [str(token).lower() for token in tokens or [] if token]
     enabled = bool(relative.get("enabled"))
-    is_delta = [enabled and not any(token in name.lower() for token in excluded) for name in names]
+    kinds = {True: "delta", False: "absolute"}
+    actions = [ActionDim(n, kind=kinds[enabled and not any(part in n.lower() for part in excluded)]) for n in names]
     return Embodiment(
         "lerobot",
         cameras=tuple(cameras),
         state=(StateKey(robots_name.get(STATE, STATE), tuple(f"state_{i}" for i in range(num_states))),),
-        actions=tuple(
-            ActionDim(name, kind="delta" if delta else "absolute") for name, delta in zip(names, is_delta, strict=True)
-        ),
+        actions=tuple(actions),
         execute_steps=document.get("n_action_steps"),
     )
 
@@ -214,16 +207,21 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
     features, renamed = _features(robot, config, stats["state"].dim)
     modes = {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}
     norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
+    scaling = {"eps": EPS, "features": features, "norm_map": norm_map}
     relative = _relative(robot)
-    dims = {"state": (STATE, robot.state_dims[-1]), "actions": (ACTION, robot.action_size)}
     arrays = {
         f"{feature}.{name}": value[:dim].astype(np.float32)
-        for key, (feature, dim) in dims.items()
+        for key, feature, dim in (("state", STATE, robot.state_dims[-1]), ("actions", ACTION, robot.action_size))
         for name, value in vars(stats[key]).items()
         if value is not None
     }
-    _write_processors(root, config, features, renamed, norm_map, relative, arrays)
-    write_json(root / "config.json", _document(config, robot, features, norm_map, relative, dtype))
+    before, after = _written_steps(config, renamed, scaling, relative)
+    for file, steps in ((PREPROCESSOR, before), (POSTPROCESSOR, after)):
+        for step in steps:
+            if "state_file" in step:
+                safetensors.numpy.save_file(arrays, root / step["state_file"])
+        write_json(root / file, {"name": file.removesuffix(".json"), "steps": steps})
+    write_json(root / "config.json", _document(config, robot, scaling, relative, dtype))
     return _notes(config, spec, robot, renamed)
 
 
@@ -243,65 +241,43 @@ def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapp
     return notes
 
 
-def _write_processors(
-    root: pathlib.Path,
-    config: Pi0Config,
-    features: Mapping[str, Any],
-    renamed: Mapping[str, str],
-    norm_map: Mapping[str, str],
-    relative: Mapping[str, Any],
-    arrays: dict[str, np.ndarray],
-) -> None:
-    settings = {"eps": EPS, "features": features, "norm_map": norm_map}
-    rename = _step("rename_observations_processor", rename_map=renamed)
-    to_batch = _step("to_batch_processor")
-    device = _step("device_processor", device="cpu", float_dtype=None)
-    tokens = _step(
-        "tokenizer_processor",
-        max_length=config.require("max_token_len"),
-        task_key="task",
-        padding_side="right",
-        padding="max_length",
-        truncation=True,
-        tokenizer_name=TOKENIZER,
-    )
+def _written_steps(
+    config: Pi0Config, renamed: Mapping[str, str], scaling: Mapping[str, Any], relative: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The steps before and after the model."""
+
+    def step(name: str, **settings: Any) -> dict[str, Any]:
+        return {"registry_name": name, "config": settings}
+
+    rename, to_batch = step("rename_observations_processor", rename_map=renamed), step("to_batch_processor")
+    device = step("device_processor", device="cpu", float_dtype=None)
+    padding = {"padding_side": "right", "padding": "max_length", "truncation": True}
+    tokens = step("tokenizer_processor", max_length=config.require("max_token_len"), task_key="task", **padding)
+    tokens["config"]["tokenizer_name"] = TOKENIZER
     tokens["artifacts"] = {"tokenizer_name": TOKENIZER}
-    relative_step = _step("relative_actions_processor", **relative)
-    normalizer = _step("normalizer_processor", **settings)
+    to_relative = step("relative_actions_processor", **relative)
+    normalizer = step("normalizer_processor", **scaling)
     if config.pi05:
-        text = _step("pi05_prepare_state_tokenizer_processor_step")
-        before = [rename, to_batch, relative_step, normalizer, text, tokens, device]
+        text = step("pi05_prepare_state_tokenizer_processor_step")
+        before = [rename, to_batch, to_relative, normalizer, text, tokens, device]
     else:
-        text = _step("pi0_new_line_processor")
-        before = [rename, to_batch, text, tokens, device, relative_step, normalizer]
-    unnormalizer = _step("unnormalizer_processor", **{**settings, "features": {ACTION: features[ACTION]}})
-    after = [unnormalizer, _step("absolute_actions_processor", enabled=relative["enabled"]), device]
+        before = [rename, to_batch, step("pi0_new_line_processor"), tokens, device, to_relative, normalizer]
     normalizer["state_file"] = f"policy_preprocessor_step_{before.index(normalizer)}_normalizer_processor.safetensors"
+    unnormalizer = step("unnormalizer_processor", **{**scaling, "features": {ACTION: scaling["features"][ACTION]}})
     unnormalizer["state_file"] = "policy_postprocessor_step_0_unnormalizer_processor.safetensors"
-    for step in (normalizer, unnormalizer):
-        safetensors.numpy.save_file(arrays, root / step["state_file"])
-    write_json(root / PREPROCESSOR, {"name": "policy_preprocessor", "steps": before})
-    write_json(root / POSTPROCESSOR, {"name": "policy_postprocessor", "steps": after})
-
-
-def _step(name: str, **config: Any) -> dict[str, Any]:
-    return {"registry_name": name, "config": config}
+    return before, [unnormalizer, step("absolute_actions_processor", enabled=relative["enabled"]), device]
 
 
 def _features(robot: Embodiment, config: Pi0Config, state_dim: int) -> tuple[dict[str, Any], dict[str, str]]:
     """LeRobot's features in the model's order, and the map from the robot's keys to them."""
-    size = config.image_size
+    size, empty = config.image_size, itertools.count()
     features: dict[str, Any] = {}
     renamed = {}
-    num_empty = 0
     for camera in robot.read_cameras:
-        if camera.key is None:
-            key, num_empty = f"{EMPTY_CAMERA}{num_empty}", num_empty + 1
-        else:
-            key = f"{IMAGES}{camera.name}"
-            if camera.key != key:
-                renamed[camera.key] = key
+        key = f"{EMPTY_CAMERA}{next(empty)}" if camera.key is None else f"{IMAGES}{camera.name}"
         features[key] = {"type": "VISUAL", "shape": [3, size, size]}
+        if camera.key not in (None, key):
+            renamed[camera.key] = key
     features[STATE] = {"type": "STATE", "shape": [min(state_dim, robot.state_dims[-1])]}
     if len(robot.state) == 1 and robot.state[0].key != STATE:
         renamed[robot.state[0].key] = STATE
@@ -324,14 +300,9 @@ def _relative(robot: Embodiment) -> dict[str, Any]:
 
 
 def _document(
-    config: Pi0Config,
-    robot: Embodiment,
-    features: Mapping[str, Any],
-    norm_map: Mapping[str, str],
-    relative: Mapping[str, Any],
-    dtype: torch.dtype,
+    config: Pi0Config, robot: Embodiment, scaling: Mapping[str, Any], relative: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
-    horizon = config.require("action_horizon")
+    features, horizon = scaling["features"], config.require("action_horizon")
     return {
         "type": "pi05" if config.pi05 else "pi0",
         "n_obs_steps": 1,
@@ -352,7 +323,7 @@ def _document(
         "image_resolution": [config.image_size, config.image_size],
         "empty_cameras": sum(camera.key is None for camera in robot.read_cameras),
         "tokenizer_max_length": config.require("max_token_len"),
-        "normalization_mapping": dict(norm_map),
+        "normalization_mapping": scaling["norm_map"],
     }
 
 

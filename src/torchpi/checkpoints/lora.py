@@ -51,12 +51,9 @@ class FoldedArrays:
         pairs: Mapping[str, tuple[str, str]],
         alpha: tuple[float, float] = DEFAULT_ALPHA,
     ) -> None:
-        """
-        Args:
-            pairs: see `lora_pairs`.
-            alpha: of the backbone and of the action expert.
-        """
+        """Fold the `lora_pairs` of arrays with the alphas of the backbone and of the action expert."""
         self.source: pathlib.Path = arrays.source
+        self.dtype = arrays.dtype
         self.shapes: Shapes = {name: shape for name, shape in arrays.shapes.items() if "lora_" not in name}
         self._arrays, self._pairs, self._alpha = arrays, pairs, alpha
 
@@ -92,13 +89,10 @@ def stored_lora(shapes: Shapes, alpha: tuple[float, float] = DEFAULT_ALPHA) -> L
 
 
 def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants.
+    """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants,
+    into an empty folder.
 
     Ranks are in the shapes; the alphas are in no array, and have to be in the training config that restores it.
-
-    Args:
-        params: the folder, which exists and is empty.
-        dtype: of all arrays; float32 is exact.
     """
     config = lora_config(model)
     if config is None:

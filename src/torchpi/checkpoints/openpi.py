@@ -117,13 +117,7 @@ def write_params(
 ) -> None:
     """Write a `params` folder that orbax restores: key paths without 'value', as openpi's published checkpoints.
 
-    One zstd-compressed chunk per array, one array after the other.
-
-    Args:
-        params: the folder, which exists and is empty.
-        shapes: of what is written.
-        read: an array by its name.
-        dtype: of all arrays.
+    The folder exists and is empty. One zstd-compressed chunk per array, one array after the other, read by name.
     """
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []

@@ -86,27 +86,30 @@ def _gemma_sizes(gemma: GemmaConfig, rank: int = 0) -> Sizes:
 
 
 def _gemma_table(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm: bool) -> Table:
-    heads, kv_heads, head_dim = gemma.num_heads, gemma.num_kv_heads, gemma.head_dim
-    layer: dict[str, Any] = {
-        f"attn.attn_vec_einsum{suffix}.w": ("attention.out.weight", "Q K D -> D Q K"),
-        f"mlp{suffix}.gating_einsum": ("feed_forward.gate_up.weight", "2 D F -> 2 F D"),
-        f"mlp{suffix}.linear": ("feed_forward.down.weight", "F D -> D F"),
-    }
-    qkv = "attention.qkv.weight"
-    if kv_heads == heads:  # plain multi-head attention is one array there
-        layer[f"attn.qkv_einsum{suffix}.w"] = (qkv, "3 Q D K -> 3 Q K D")
-    else:
-        q_end, kv_end = heads * head_dim, (heads + 2 * kv_heads) * head_dim
-        layer[f"attn.q_einsum{suffix}.w"] = (qkv, "Q D K -> Q K D", (0, q_end))
-        layer[f"attn.kv_einsum{suffix}.w"] = (qkv, "2 G D K -> 2 G K D", (q_end, kv_end))
     norm: Entries = {".scale": (".scale", "D")}
     if adaptive_norm:
         norm = _dense(".Dense_0", ".dense", "D", "3D")
     llm, sizes = "PaliGemma.llm", _gemma_sizes(gemma)
-    table = _stored(f"{llm}.layers.", layer, f"{stack}.layers.*.", sizes, gemma.depth)
+    table = _stored(f"{llm}.layers.", _matrices(gemma, suffix), f"{stack}.layers.*.", sizes, gemma.depth)
     for name in ("pre_attention_norm", "pre_ffw_norm"):
         table |= _stored(f"{llm}.layers.{name}{suffix}", norm, f"{stack}.layers.*.{name}", sizes, gemma.depth)
     return table | _stored(f"{llm}.final_norm{suffix}", norm, f"{stack}.final_norm", sizes)
+
+
+def _matrices(gemma: GemmaConfig, suffix: str, *, in_heads: bool = False) -> Entries:
+    """The matrices of a layer, with rows of queries, keys and values counted as such or in heads."""
+    entries: dict[str, Any] = {
+        f"attn.attn_vec_einsum{suffix}.w": ("attention.out.weight", "Q K D -> D Q K"),
+        f"mlp{suffix}.gating_einsum": ("feed_forward.gate_up.weight", "2 D F -> 2 F D"),
+        f"mlp{suffix}.linear": ("feed_forward.down.weight", "F D -> D F"),
+    }
+    qkv, row = "attention.qkv.weight", 1 if in_heads else gemma.head_dim
+    if gemma.num_kv_heads == gemma.num_heads:  # plain multi-head attention is one array there
+        return {**entries, f"attn.qkv_einsum{suffix}.w": (qkv, "3 Q D K -> 3 Q K D")}
+    q_end, kv_end = gemma.num_heads * row, (gemma.num_heads + 2 * gemma.num_kv_heads) * row
+    entries[f"attn.q_einsum{suffix}.w"] = (qkv, "Q D K -> Q K D", (0, q_end))
+    entries[f"attn.kv_einsum{suffix}.w"] = (qkv, "2 G D K -> 2 G K D", (q_end, kv_end))
+    return entries
 
 
 def lora_table(config: Pi0Config, lora: LoraConfig) -> Table:
@@ -116,33 +119,19 @@ def lora_table(config: Pi0Config, lora: LoraConfig) -> Table:
         (config.paligemma, lora.backbone_rank, "backbone", ""),
         (config.action_expert, lora.expert_rank, "expert", "_1"),
     ):
-        entries = _lora_entries(gemma, lora, suffix) if rank else {}
+        entries: dict[str, Any] = {}
+        for name, (param, axes, *rows) in _matrices(gemma, suffix, in_heads=True).items() if rank else ():
+            if lora.attention if name.startswith("attn.") else lora.feed_forward:
+                # The rank stands in A for the axis of the outputs, which comes last, in B for that of the inputs.
+                *_, inputs, outputs = axes.partition(" -> ")[0].split()
+                base = f"{name.removesuffix('w')}lora" if name.endswith(".w") else f"{name}_lora"
+                ours = param.replace("weight", "lora")
+                entries[f"{base}_a"] = (f"{ours}_a", axes.replace(outputs, "R"), *rows)
+                b = "Q R D -> Q D R" if "attention.out" in param else axes.replace(inputs, "R")
+                entries[f"{base}_b"] = (f"{ours}_b", b, *rows)
         sizes = _gemma_sizes(gemma, rank)
         table |= _stored("PaliGemma.llm.layers.", entries, f"{stack}.layers.*.", sizes, gemma.depth)
     return table
-
-
-def _lora_entries(gemma: GemmaConfig, lora: LoraConfig, suffix: str) -> Entries:
-    entries: dict[str, Any] = {}
-    if lora.attention:
-        out, qkv = f"attn.attn_vec_einsum{suffix}.lora", "attention.qkv.lora"
-        entries[f"{out}_a"] = ("attention.out.lora_a", "Q K R -> R Q K")
-        entries[f"{out}_b"] = ("attention.out.lora_b", "Q R D -> Q D R")
-        if gemma.num_kv_heads == gemma.num_heads:
-            entries[f"attn.qkv_einsum{suffix}.lora_a"] = (f"{qkv}_a", "3 Q D R -> 3 Q R D")
-            entries[f"attn.qkv_einsum{suffix}.lora_b"] = (f"{qkv}_b", "3 Q R K -> 3 Q K R")
-        else:
-            q, kv = (0, gemma.num_heads), (gemma.num_heads, gemma.num_heads + 2 * gemma.num_kv_heads)
-            entries[f"attn.q_einsum{suffix}.lora_a"] = (f"{qkv}_a", "Q D R -> Q R D", q)
-            entries[f"attn.q_einsum{suffix}.lora_b"] = (f"{qkv}_b", "Q R K -> Q K R", q)
-            entries[f"attn.kv_einsum{suffix}.lora_a"] = (f"{qkv}_a", "2 G D R -> 2 G R D", kv)
-            entries[f"attn.kv_einsum{suffix}.lora_b"] = (f"{qkv}_b", "2 G R K -> 2 G K R", kv)
-    if lora.feed_forward:
-        entries[f"mlp{suffix}.gating_einsum_lora_a"] = ("feed_forward.gate_up.lora_a", "2 D R -> 2 R D")
-        entries[f"mlp{suffix}.gating_einsum_lora_b"] = ("feed_forward.gate_up.lora_b", "2 R F -> 2 F R")
-        entries[f"mlp{suffix}.linear_lora_a"] = ("feed_forward.down.lora_a", "F R -> R F")
-        entries[f"mlp{suffix}.linear_lora_b"] = ("feed_forward.down.lora_b", "R D -> D R")
-    return entries
 
 
 def jax_config(shapes: Shapes) -> Pi0Config:

@@ -10,15 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import (
-    UNSET,
-    Shapes,
-    StoredArrays,
-    Table,
-    sizes_of,
-    stored_as,
-    whole,
-)
+from torchpi.checkpoints.layout import UNSET, Shapes, StoredArrays, Table, sizes_of, stored_as, whole
 from torchpi.config import GEMMA_VARIANTS, VISION_VARIANTS, GemmaConfig, Pi0Config, VisionConfig
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
@@ -36,6 +28,7 @@ class TorchArrays:
     def __init__(self, arrays: StoredArrays) -> None:
         """"""
         self.source: pathlib.Path = arrays.source
+        self.dtype = arrays.dtype
         self._arrays = arrays
         plain = [name for name in arrays.shapes if not name.startswith(LEROBOT_PREFIX)]
         if 0 < len(plain) < len(arrays.shapes):
@@ -110,11 +103,8 @@ def torch_table(config: Pi0Config) -> Table:
 
 
 def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Config:
-    """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset.
-
-    Args:
-        stated: the numbers of heads, see `stated_heads`; None: those of the published models.
-    """
+    """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset. `stated` are the
+    numbers of heads, see `stated_heads`; None: those of the published models."""
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
     backbone_width = sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
     vision_heads, heads, kv_heads = stated or _published_heads(width, backbone_width)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 import torch
@@ -29,11 +29,7 @@ class SafetensorsArrays:
     """The arrays of a folder's safetensors files; see `StoredArrays`."""
 
     def __init__(self, root: pathlib.Path, single: str = SINGLE) -> None:
-        """Read the headers.
-
-        Args:
-            single: the name of a file that holds all arrays.
-        """
+        """Read the headers of the file `single`, or of the shards that its index names."""
         whole, index = root / single, root / f"{single}.index.json"
         self.source = whole if whole.is_file() else index
         if whole.is_file() and index.is_file():
@@ -137,28 +133,21 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     single: str = SINGLE,
 ) -> None:
-    """Write arrays into one file, or into shards with an index where they are more than `max_shard_bytes`.
-
-    Args:
-        shapes: of what is written, in this order.
-        read: an array by its name.
-        dtype: of all arrays.
-        metadata: of the files' headers.
-        single: the name of the one file.
-    """
+    """Write arrays, read by name, into one file, or into shards with an index where they are more than
+    `max_shard_bytes`; the files' headers have the `metadata`."""
     size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
-    shards: list[list[str]] = [[]]
+    shards: list[dict[str, int]] = [{}]
     room = max_shard_bytes or sum(size.values())
     for name in shapes:
-        if shards[-1] and sum(size[n] for n in shards[-1]) + size[name] > room:
-            shards.append([])
-        shards[-1].append(name)
+        if shards[-1] and sum(shards[-1].values()) + size[name] > room:
+            shards.append({})
+        shards[-1][name] = size[name]
     files = [single]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, names in zip(files, shards, strict=True):
-        of_file = {name: shapes[name] for name in names}
-        _write_file(root / file, of_file, read, dtype, {"format": "pt", **(metadata or {})})
+    for file, sizes in zip(files, shards, strict=True):
+        with (root / file).open("wb") as out:
+            _write_file(out, shapes, sizes, read, dtype, {"format": "pt", **(metadata or {})})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -166,8 +155,9 @@ def write_safetensors(
 
 
 def _write_file(
-    path: pathlib.Path,
+    file: BinaryIO,
     shapes: Shapes,
+    sizes: Mapping[str, int],
     read: Callable[[str], Tensor],
     dtype: torch.dtype,
     metadata: Mapping[str, str],
@@ -176,20 +166,18 @@ def _write_file(
 
     The library's own writer wants all arrays at once and aligns them to 8 bytes.
     """
-    size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     # The format allows no gaps: arrays whose size would move the next one off its place come last.
-    order = sorted(shapes, key=lambda name: size[name] % _ALIGNMENT != 0)
+    order = sorted(sizes, key=lambda name: sizes[name] % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end, code = 0, next(code for code, known in _DTYPES.items() if known is dtype)
     for name in order:
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + size[name]]}
-        end += size[name]
+        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
+        end += sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            array = read(name).to("cpu", dtype).contiguous()
-            if array.shape != shapes[name]:
-                raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}.")
-            file.write(array.view(-1).view(torch.uint8).numpy().data)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in order:
+        array = read(name).detach().to("cpu", dtype).contiguous()
+        if array.shape != shapes[name]:
+            raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}.")
+        file.write(array.view(-1).view(torch.uint8).numpy().data)

@@ -1,12 +1,17 @@
-"""The sizes of a checkpoint's model: out of its arrays, out of a config.json beside them, and out of `config=`."""
+"""The sizes of a checkpoint's model: out of its arrays, a config.json beside them and `config=`; and other sizes."""
 
 import dataclasses
 import pathlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from torch import nn
+
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import CheckpointError
+from torchpi.model.pi0 import Pi0
+from torchpi.model.suffix import Pi0Suffix
+from torchpi.robots.keys import flatten
 from torchpi.schema import read_json_object
 
 ConfigLike = Pi0Config | str | pathlib.Path
@@ -19,6 +24,8 @@ _LEROBOT_FIELDS = {
     "action_horizon": "chunk_size",
     "max_token_len": "tokenizer_max_length",
 }
+ADAPTABLE = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input")
+"""The sizes that may change. action_dim changes arrays, the others are in none."""
 
 
 def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
@@ -33,11 +40,8 @@ def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
 
 
 def stated_heads(config: Pi0Config | Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Numbers of heads, which the shapes of PyTorch's matrices do not say, if the config states them.
-
-    Returns:
-        Of the vision tower, and of Gemma's queries and its keys and values.
-    """
+    """Numbers of heads of the vision tower, and of Gemma's queries and its keys and values, which the shapes of
+    PyTorch's matrices do not say; None: the config does not state them."""
     values = config.to_dict() if isinstance(config, Pi0Config) else config
     try:
         vision, backbone = values["siglip"], values["paligemma"]
@@ -68,11 +72,8 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
 def add_stated(
     from_arrays: Pi0Config, stated: Mapping[str, Any], file: pathlib.Path, *, may_contradict: bool
 ) -> tuple[Pi0Config, list[str]]:
-    """Complete the arrays' sizes by those of a config.json beside them.
-
-    Returns:
-        The sizes, and what the file contradicts; without `may_contradict` that is an error.
-    """
+    """Complete the arrays' sizes by those of a config.json beside them; what the file contradicts is returned as well,
+    or an error."""
     wrong = [
         f"{field} is {value} there, {getattr(from_arrays, field)} in the arrays"
         for field, value in stated.items()
@@ -86,14 +87,10 @@ def add_stated(
 
 
 def overrule(root: pathlib.Path, stored: Pi0Config, explicit: Pi0Config, *, in_file: str) -> list[str]:
-    """Check an explicit config against the stored sizes.
+    """Check an explicit config against the stored sizes; what it overrules in the file that states sizes, if any.
 
-    Args:
-        in_file: the file that states sizes which are in no array; "" if there is none.
-
-    Returns:
-        What the explicit config overrules. It may overrule a policy.json in everything, since the arrays are checked
-        against it afterwards, and other checkpoints in what is in no array.
+    It may overrule a policy.json in everything, since the arrays are checked against it afterwards, and other
+    checkpoints in what is in no array.
     """
     if in_file == "policy.json":
         differences = _differences(explicit, stored)  # a variant's name and its sizes are the same
@@ -115,16 +112,52 @@ def overrule(root: pathlib.Path, stored: Pi0Config, explicit: Pi0Config, *, in_f
 
 def _differences(explicit: Pi0Config, stored: Pi0Config, *, except_for: Collection[str] = ()) -> str:
     """Each field in which two configs differ, with both values."""
-    ours, theirs = _flat(explicit.to_dict()), _flat(stored.to_dict())
+    theirs = flatten(stored.to_dict())
     return "; ".join(
         f"{name} is {value} in config, {theirs[name]} in the checkpoint"
-        for name, value in ours.items()
+        for name, value in flatten(explicit.to_dict()).items()
         if value != theirs[name] and name not in except_for
     )
 
 
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in fields.items():
-        flat |= {f"{name}.{part}": size for part, size in value.items()} if isinstance(value, dict) else {name: value}
-    return flat
+def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
+    """Give a model the sizes of a config, or other values of some of its `ADAPTABLE` fields, in place.
+
+    Rows and columns of dimensions that both have stay as they are; new ones are 0, so that a new dimension of the state
+    is not read, and one of the actions is predicted as its mean.
+
+    Returns:
+        The changes, one line per setting and array.
+    """
+    if not isinstance(sizes, Pi0Config) and (unknown := sorted(set(sizes) - set(ADAPTABLE))):
+        raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(ADAPTABLE)} can.")
+    config = sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, model.config)
+    old, new = model.config.to_dict(), config.to_dict()
+    different = [name for name in new if new[name] != old[name]]
+    if others := [name for name in different if name not in ADAPTABLE]:
+        raise CheckpointError(
+            f"adapt=True can change {', '.join(ADAPTABLE)}; the config also differs in {', '.join(others)}."
+        )
+    report = [f"{field}: {old[field]} to {new[field]}" for field in ADAPTABLE if field in different]
+    if "action_dim" in different:
+        report += _resize(model, config.action_dim)
+    model.config = config
+    return report
+
+
+def _resize(model: Pi0, width: int) -> list[str]:
+    resized = [("suffix.action_in_proj.weight", 1), ("action_out_proj.weight", 0), ("action_out_proj.bias", 0)]
+    if isinstance(model.suffix, Pi0Suffix):
+        resized.insert(1, ("suffix.state_proj.weight", 1))
+    report = []
+    for name, axis in resized:
+        owner, _, attribute = name.rpartition(".")
+        layer, before = model.get_submodule(owner), model.get_parameter(name).detach()
+        kept = before.narrow(axis, 0, min(width, before.shape[axis]))
+        after = before.new_zeros([width if i == axis else size for i, size in enumerate(before.shape)])
+        after.narrow(axis, 0, kept.shape[axis]).copy_(kept)
+        setattr(layer, attribute, nn.Parameter(after))
+        setattr(layer, "in_features" if axis == 1 else "out_features", width)
+        verb = "cut" if width < before.shape[axis] else "extended by zeros"
+        report.append(f"{name}: {list(before.shape)} {verb} to {list(after.shape)}")
+    return report

@@ -68,7 +68,7 @@ class PolicySpec:
             )
         stats = self.norm_stats
         if norm_stats is not None or stats is None:
-            stats = load_norm_stats(norm_stats or self._asset(asset_id, robot.asset_id))
+            stats = load_norm_stats(norm_stats or self.asset(asset_id, robot.asset_id))
         rules = self.normalization
         if normalization is not None:
             rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
@@ -94,7 +94,7 @@ class PolicySpec:
             )
         return dataclasses.replace(self, tokenizer=existing_file(default))
 
-    def _asset(self, asset_id: str | None, robots_asset_id: str | None) -> pathlib.Path:
+    def asset(self, asset_id: str | None, robots_asset_id: str | None = None) -> pathlib.Path:
         """The norm_stats.json of a robot in an openpi checkpoint."""
         if asset_id is None and robots_asset_id in self.assets:
             asset_id = robots_asset_id

@@ -33,9 +33,7 @@ _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
 def as_text(prompt: Any) -> str:
     """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files."""
-    value = prompt
-    if isinstance(value, np.ndarray) and value.ndim == 0:
-        value = value.item()
+    value = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -71,8 +69,8 @@ def prompt_text(
     prompt: Any, state: np.ndarray | None, *, discrete_state_input: bool, prompt_format: str = "openpi"
 ) -> str:
     """The whole text of a prompt; arguments as of `tokenize_prompt`."""
-    ending = _state_ending(state) if discrete_state_input else None
-    return "".join(_pieces(_instruction(prompt, ending, prompt_format), ending, prompt_format))
+    instruction, pieces = _template(prompt, state, discrete_state_input, prompt_format)
+    return "".join(pieces(instruction))
 
 
 def pi05_prompt_text(text: str, state: np.ndarray) -> str:
@@ -80,24 +78,21 @@ def pi05_prompt_text(text: str, state: np.ndarray) -> str:
     return prompt_text(text, state, discrete_state_input=True)
 
 
-def _instruction(prompt: Any, ending: str | None, prompt_format: str) -> str:
+def _template(
+    prompt: Any, state: np.ndarray | None, discrete_state_input: bool, prompt_format: str
+) -> tuple[str, Callable[[str], list[str]]]:
+    """The instruction, and the text around any instruction, in the parts that are tokenized by themselves."""
     text = as_text(prompt)
-    return text if ending is None and prompt_format == "lerobot" else clean_text(text)
-
-
-def _state_ending(state: np.ndarray | None) -> str:
-    if state is None:
-        raise TransformError("This policy's prompt contains the state (discrete_state_input), but there is no state.")
-    return f", State: {' '.join(map(str, digitize_state(state)))};\nAction: "
-
-
-def _pieces(instruction: str, ending: str | None, prompt_format: str) -> list[str]:
-    """The parts of the text that are tokenized by themselves."""
-    if ending is not None:
-        return [f"Task: {instruction}{ending}"]
+    if discrete_state_input:
+        if state is None:
+            raise TransformError(
+                "This policy's prompt contains the state (discrete_state_input), but there is no state."
+            )
+        ending = f", State: {' '.join(map(str, digitize_state(state)))};\nAction: "
+        return clean_text(text), lambda instruction: [f"Task: {instruction}{ending}"]
     if prompt_format == "lerobot":
-        return [instruction if instruction.endswith("\n") else f"{instruction}\n"]
-    return [instruction, "\n"]
+        return text, lambda instruction: [instruction if instruction.endswith("\n") else f"{instruction}\n"]
+    return clean_text(text), lambda instruction: [instruction, "\n"]
 
 
 def check_prompt_settings(prompt_format: str, truncation: str) -> None:
@@ -260,11 +255,10 @@ def tokenize_prompt(
         ValueError: the prompt is no text; no state for a prompt that contains it; not even the empty instruction fits.
     """
     check_prompt_settings(prompt_format, truncation)
-    ending = _state_ending(state) if discrete_state_input else None
-    text = _instruction(prompt, ending, prompt_format)
+    text, pieces = _template(prompt, state, discrete_state_input, prompt_format)
 
     def encode(instruction: str) -> list[int]:
-        first, *others = _pieces(instruction, ending, prompt_format)
+        first, *others = pieces(instruction)
         ids = tokenizer.encode(first, add_bos=True)
         return ids + [i for piece in others for i in tokenizer.encode(piece, add_bos=False)]
 
@@ -281,9 +275,7 @@ def tokenize_prompt(
         shown = text if len(text) <= 200 else f"{text[:200]}…"
         message = f"A prompt has {needed} tokens, but max_token_len is {max_token_len}: {kept}. It began as {shown!r}."
         (warn or partial(warnings.warn, stacklevel=2))(message)
-    tokens, mask = np.zeros(max_token_len, np.int64), np.zeros(max_token_len, bool)
-    tokens[: len(ids)], mask[: len(ids)] = ids, True
-    return tokens, mask
+    return np.pad(np.array(ids, np.int64), (0, max_token_len - len(ids))), np.arange(max_token_len) < len(ids)
 
 
 def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
