@@ -81,6 +81,6 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
         ("SigLIP, embedder", f"{len(cameras)} × {tokens} and {text}"),
         ("prefix", f"all of it in one sequence: {shapes['4', 'prefix_tokens']}"),
         ("backbone, once", f"keys and values {cache} of each of {trace.count('layers')} layers"),
-        ("action expert", f"{len(flow.values.times)} Euler steps from noise {noise}, each of which reads them"),
+        ("action expert", f"{flow.values.num_steps} Euler steps from noise {noise}, each of which reads them"),
         ("action chunk", f"float32 {format_shape(flow.actions.shape)}: {names}{then}"),
     ]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 from torchpi.demo.flow import DataFlow, DemoFrame, describe_flow, trace_request
 from torchpi.demo.frames import demo_observation, demo_tasks
@@ -21,7 +22,7 @@ from torchpi.sim.evaluate import evaluate
 from torchpi.sim.gl import rendering_problem
 from torchpi.sim.result import Evaluation, print_evaluation
 from torchpi.sim.rollout import Rollout, episode_noise
-from torchpi.ui.tables import Column, Table, name_value_grid
+from torchpi.ui.tables import Column, Table, grid
 
 ENV = "metaworld"
 PAGE = "index.html"
@@ -58,8 +59,8 @@ def run_demo(
     task = chosen[0] if chosen[0] in demo_tasks() else demo_tasks()[0]
     other = {} if instruction is None else {"prompt": instruction}
     flow = trace_request(loaded, demo_observation(task) | other, _first_noise(loaded, task, seed))
-    console.print(name_value_grid("The policy", describe_policy(loaded)))
-    console.print(name_value_grid(f"Data flow at the beginning of {task}", describe_flow(flow, loaded)))
+    _print_facts(console, "The policy", describe_policy(loaded))
+    _print_facts(console, f"Data flow at the beginning of {task}", describe_flow(flow, loaded))
     evaluation: Evaluation | None = None
     frames: dict[str, DemoFrame] = {}
     if (problem := rendering_problem()) is None:
@@ -87,6 +88,11 @@ def run_demo(
     demo = Demo(loaded, task, flow, evaluation, problem, frames, steps)
     _write_page(console, demo, out / PAGE)
     return demo
+
+
+def _print_facts(console: Console, title: str, facts: Sequence[tuple[str, str]]) -> None:
+    rows = [(Text(f"  {name}", style="cyan"), Text(text)) for name, text in facts]
+    console.print(Text(f"\n{title}", style="bold"), grid((), rows), sep="\n")
 
 
 def _make_folder(out: pathlib.Path) -> None:

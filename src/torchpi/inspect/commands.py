@@ -17,9 +17,8 @@ from torchpi.errors import UsageError
 from torchpi.inspect.compare import TOLERANCE, compare_policies
 from torchpi.inspect.doctor import diagnose
 from torchpi.inspect.inputs import Shapes, Source, find_inputs
-from torchpi.inspect.reports import print_compared, print_diagnosis
 from torchpi.inspect.summary import Pair, architecture, compare_facts, compare_steps, phases, sizes
-from torchpi.inspect.text import print_comparison, print_trace
+from torchpi.inspect.text import print_compared, print_comparison, print_diagnosis, print_trace
 from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy, load_policy
 from torchpi.ui.format import print_json
@@ -69,7 +68,7 @@ def _entries(trace: Trace) -> list[dict[str, Any]]:
 
 def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
     def rows(tables: Mapping[str, Sequence[Pair]], key: str) -> list[dict[str, str]]:
-        return [{key: title, **vars(row)} for title, table in tables.items() for row in table]
+        return [{key: title, **row._asdict()} for title, table in tables.items() for row in table]
 
     sides = {
         side: {
@@ -77,7 +76,7 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
             "facts": architecture(trace) | sizes(trace),
             "kv_cache_bytes": trace.cache_bytes,
             "phases": phases(trace),
-            "agreement": [vars(pair) for pair in trace.values.agreement] if trace.values else None,
+            "agreement": [pair._asdict() for pair in trace.values.agreement] if trace.values else None,
             "entries": _entries(trace),
         }
         for side, trace in (("left", left), ("right", right))

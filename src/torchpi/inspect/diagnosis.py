@@ -1,9 +1,11 @@
 """A diagnosis as data: what a policy is, findings, and what an observation shows."""
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
+import msgspec
+
+from torchpi.assets import assets
 from torchpi.policy import Policy
 from torchpi.ui.format import without_nan
 
@@ -14,7 +16,7 @@ IGNORED_BELOW = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """A remark on a policy or an observation."""
+    """A remark on a policy or an observation: the finding, the expectation and the advice."""
 
     level: Level
     """ "problem": a robot would misbehave, or gets no actions; "warning": look at it before the robot moves; "note":
@@ -22,7 +24,24 @@ class Finding:
     about: str
     """Its subject: "weights", "camera base_0_rgb", "statistics of state", …"""
     message: str
-    """The finding, the expectation and the advice."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """An entry of assets/findings.toml."""
+
+    level: Level
+    message: str
+    beyond: float | None = None
+    """Least distance from the range, of rules about distances."""
+
+
+RULES = msgspec.toml.decode((assets() / "findings.toml").read_bytes(), type=dict[str, Rule])
+
+
+def finding(rule: str, about: str, **found: Any) -> Finding:
+    """The finding of a rule, with what was found."""
+    return Finding(RULES[rule].level, about, RULES[rule].message.format(**found))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +71,9 @@ class StateCheck:
 
 @dataclasses.dataclass(frozen=True)
 class PromptCheck:
-    """The prompt as the model reads it."""
+    """The prompt as the model reads it, whole, before anything is cut."""
 
     text: str
-    """Whole, before anything is cut."""
     num_tokens: int
     max_token_len: int | None
     """None: the policy does not state it, and nothing is cut."""
@@ -65,7 +83,7 @@ class PromptCheck:
 
 @dataclasses.dataclass(frozen=True)
 class ActionCheck:
-    """A dimension of the predicted actions, in the robot's units, compared with the range of the statistics."""
+    """A dimension of the predicted actions, in the robot's units, compared with the range of the training data."""
 
     name: str
     unit: str
@@ -74,7 +92,7 @@ class ActionCheck:
     """Over all actions of the chunks, and all noise seeds."""
     max: float
     low: float
-    """Of the training data; for a delta, added to this observation's state."""
+    """For a delta, added to this observation's state."""
     high: float
     outside: float
     """Share of the actions outside of the range."""
@@ -99,7 +117,7 @@ class Sensitivity:
         return self.moves is not None and self.moves < IGNORED_BELOW
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class ObservationCheck:
     """One observation in a policy; what could not be reached is empty or None."""
 
@@ -118,7 +136,7 @@ class ObservationCheck:
 class Diagnosis:
     """A policy, findings, and what an observation shows."""
 
-    policy: Mapping[str, Any]
+    policy: dict[str, Any]
     """See `describe`."""
     findings: tuple[Finding, ...]
     """The worst first."""
@@ -165,11 +183,8 @@ def describe(policy: Policy) -> dict[str, Any]:
 
 def state_input(policy: Policy) -> str | None:
     """The form in which the model reads the state; None: it does not."""
-    forms = []
-    if policy.transforms.discrete_state_input:
-        forms.append("text in the prompt")
-    if not policy.model.config.pi05:
-        forms.append("token of the suffix")
+    in_prompt, in_suffix = policy.transforms.discrete_state_input, not policy.model.config.pi05
+    forms = ["text in the prompt"] * in_prompt + ["token of the suffix"] * in_suffix
     return " and ".join(forms) or None
 
 

@@ -1,20 +1,17 @@
 """A trace as one page that needs nothing else: no script, no request."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 
-from torchpi.inspect.diagram import flow_diagram
-from torchpi.inspect.plots import PART_COLORS, RANGE_LIMIT, mask_figure, modulation_figure, range_bar
+from torchpi.inspect.plots import PART_COLORS, RANGE_LIMIT, flow_diagram, mask_figure, modulation_figure, range_bar
 from torchpi.inspect.steps import STEPS, Step
-from torchpi.inspect.summary import STATS, Pair, Row, compare_facts, compare_steps, rows_of
-from torchpi.inspect.trace import Modulation, Trace, Values
+from torchpi.inspect.summary import Pair, Row, compare_facts, compare_steps, rows_of
+from torchpi.inspect.trace import Stats, Trace, Values
 from torchpi.ui.format import format_count, format_number, large_count
 from torchpi.ui.page import bars, camera_images, html_page, lede, page_header, panel
 from torchpi.ui.plots import data_uri, denoising_figures
-from torchpi.ui.tables import Column, Table
+from torchpi.ui.tables import Column, Table, html_table
 
-_COLORS = {"0": "vision", "1": "vision", "2": "vision", "3": "vision", "4": "prefix", "5": "suffix", "6": "cache"}
-_COLORS |= {"9": "suffix", "10": "suffix", "11": "suffix", "inference": "suffix"}  # the layers: "prefix"
 _ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "cache": "cache"}
 
 
@@ -27,8 +24,8 @@ def render_page(trace: Trace, other: Trace | None = None) -> str:
     sections.append(("mask", "Attention mask", _mask_section(trace)))
     if values is not None:
         sections.append(("denoising", "Denoising", _denoising_section(trace, values)))
-        if values.modulation is not None:
-            sections.append(("time", "Time in every layer", _time_section(values.modulation)))
+        if values.modulation:
+            sections.append(("time", "Time in every layer", _time_section(values)))
     sections.append(("steps", "Step by step", _steps_section(trace)))
     if values is not None:
         sections.append(("agreement", "Numerical agreement", _agreement_section(values)))
@@ -117,11 +114,11 @@ def _denoising_section(trace: Trace, values: Values) -> str:
     padding = f" The other {dims - len(names)} of {dims} dimensions are padding." if len(names) < dims else ""
     return lede(
         f"Each plot is one dimension of the action chunk over its {horizon} time steps, in normalized units, before "
-        f"the first and after each of {len(values.times)} Euler steps.{padding}"
+        f"the first and after each of {values.num_steps} Euler steps.{padding}"
     ) + denoising_figures(values.chunk, names)
 
 
-def _time_section(modulation: Modulation) -> str:
+def _time_section(values: Values) -> str:
     texts = {
         "scale": "multiplies the normalized token: x / rms(x) · (1 + scale).",
         "shift": "is added to the scaled token.",
@@ -129,9 +126,10 @@ def _time_section(modulation: Modulation) -> str:
     }
     panels = []
     for part, text in texts.items():
-        rms = modulation.rms[part][:-1] if part == "gate" else modulation.rms[part]
+        rms = values.modulation[part]
+        rms = rms[:-1] if part == "gate" else rms  # the final norm's gate acts on nothing
         mean = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
-        html = f'<h3>{part}</h3><p class="sub">{text}<br>{mean}</p>{modulation_figure(modulation, part)}'
+        html = f'<h3>{part}</h3><p class="sub">{text}<br>{mean}</p>{modulation_figure(rms, part)}'
         panels.append(panel(html, PART_COLORS[part]))
     return (
         lede(
@@ -165,7 +163,7 @@ def _steps_section(trace: Trace) -> str:
 def _card(trace: Trace, step: Step) -> str:
     number = "inference" if step.id == "inference" else f"step {step.id}"
     return (
-        f'<article class="step panel {_COLORS.get(step.id, "prefix")}" id="step-{step.id}"><div>'
+        f'<article class="step panel {step.color}" id="step-{step.id}"><div>'
         f'<span class="no">{number}</span><h3>{escape(step.title)}</h3>'
         f"<p>{escape(step.explanation(trace.inputs.config.pi05))}</p></div>"
         f'<div class="scroll">{_table(rows_of(trace, step.id), with_stats=trace.values is not None)}</div></article>'
@@ -173,32 +171,27 @@ def _card(trace: Trace, step: Step) -> str:
 
 
 def _table(rows: list[Row], *, with_stats: bool) -> str:
-    head = "".join(f"<th>{name}</th>" for name in ("tensor", "shape", "dtype"))
+    head = [("", "tensor"), ("", "shape"), ("", "dtype")]
     if with_stats:
-        head += "".join(f'<th class="num">{name}</th>' for name in STATS) + "<th>range</th>"
-    body = "".join(_table_row(row, with_stats=with_stats) for row in rows)
-    return f"<table><tr>{head}<th></th></tr>{body}</table>"
+        head += [*(("num", name) for name in Stats._fields), ("", "range")]
+    colors = [_ROW_COLORS.get(row.name.partition("/")[0], "") for row in rows]
+    return html_table([*head, ("", "")], zip(colors, (_cells(row, with_stats) for row in rows), strict=True))
 
 
-def _table_row(row: Row, *, with_stats: bool) -> str:
-    entry, stats = row.entry, row.stats
-    count = f" <small>×{row.count}</small>" if row.count > 1 else ""
+def _cells(row: Row, with_stats: bool) -> Iterator[tuple[str, str]]:
+    """Cells of a tensor, each behind its class."""
+    entry = row.entry
+    count = f" <small>×{row.repeats}</small>" if row.repeats > 1 else ""
     formula = f'<span class="formula">{escape(entry.formula)}</span>' if entry.formula else ""
-    cells = [
-        _cell("name", escape(row.name) + count + formula),
-        _cell("wide" if entry.dtype == "str" else "shape", escape(row.shape)),
-        _cell("dtype", escape(entry.dtype)),
-    ]
+    yield "name", escape(row.name) + count + formula
+    yield "wide" if entry.dtype == "str" else "shape", escape(row.shape)
+    yield "dtype", escape(entry.dtype)
     if with_stats:
-        cells += [_cell("num", format_number(getattr(stats, name)) if stats else "") for name in STATS]
-        drawn = stats is not None and entry.dtype.startswith(("float", "bfloat"))  # ids and masks have no useful range
-        cells.append(_cell("range", range_bar(stats) if stats is not None and drawn else ""))
-    cells.append(_cell("where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""))
-    return f'<tr class="{_ROW_COLORS.get(row.name.partition("/")[0], "")}">{"".join(cells)}</tr>'
-
-
-def _cell(css: str, html: str) -> str:
-    return f'<td class="{css}">{html}</td>'
+        numbers = map(format_number, row.stats) if row.stats else [""] * len(Stats._fields)
+        yield from (("num", number) for number in numbers)
+        drawn = row.stats and entry.dtype.startswith(("float", "bfloat"))  # ids and masks have no useful range
+        yield "range", range_bar(row.stats) if row.stats and drawn else ""
+    yield "where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""
 
 
 def _agreement_section(values: Values) -> str:
@@ -230,15 +223,12 @@ def _comparison_section(left: Trace, right: Trace) -> str:
     ) + panel(_pairs(titles, tables) + drawn + _pairs(titles, tables_below))
 
 
-def _pairs(titles: tuple[str, str], tables: Iterable[tuple[str, list[Pair]]]) -> str:
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+def _pairs(titles: Sequence[str], tables: Iterable[tuple[str, list[Pair]]]) -> str:
+    head = [("", ""), *(("", escape(title)) for title in titles)]
+    css = ("name", "shape", "shape")
     return "".join(
-        f"<h3 class='gap'>{escape(title)}</h3><div class='scroll'><table><tr><th></th>{head}</tr>"
-        + "".join(
-            f'<tr class="{row.kind}">{_cell("name", escape(row.name))}{_cell("shape", escape(row.left))}'
-            f"{_cell('shape', escape(row.right))}</tr>"
-            for row in rows
-        )
-        + "</table></div>"
+        f"<h3 class='gap'>{escape(title)}</h3><div class='scroll'>"
+        + html_table(head, ((row.kind, zip(css, map(escape, row), strict=True)) for row in rows))
+        + "</div>"
         for title, rows in tables
     )

@@ -1,11 +1,13 @@
-"""Plots of a trace: the attention mask, the norms' modulation over time, and ranges of values."""
+"""Drawings of a trace: the diagram of the forward pass, attention mask, modulation over time, ranges of values."""
 
 import math
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from torchpi.inspect.trace import Modulation, Stats, Trace
+from torchpi.assets import assets
+from torchpi.inspect.trace import Stats, Trace
+from torchpi.ui.format import format_shape
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import draw_figure, to_svg
 
@@ -14,6 +16,24 @@ if TYPE_CHECKING:
 
 _MASK_PIXELS, _MIN_SEGMENT = 520, 46
 PART_COLORS = {"scale": "prefix", "shift": "vision", "gate": "suffix"}
+
+
+def flow_diagram(trace: Trace) -> str:
+    """The forward pass as SVG in two layouts, wide and tall, of which the page shows the one that fits.
+
+    The drawings are flow_wide.svg and flow_tall.svg of the assets. In them, `{name}` stands for a tensor's shape or a
+    count of the trace, and a line with data-variant is drawn for that variant only.
+    """
+    config, cameras = trace.inputs.config, trace.inputs.cameras
+    values = {"variant": config.variant, "num_cameras": str(len(cameras))}
+    for entry in trace.entries:
+        name = "/".join("camera" if part in cameras else part for part in entry.name.split("/"))
+        # The first of a name: further ones are inference's, of one sample.
+        values.setdefault(name, format_shape(entry.shape) if entry.value is None else str(entry.value))
+    other = 'data-variant="pi0"' if config.pi05 else 'data-variant="pi05"'
+    drawings = ((assets() / f"flow_{layout}.svg").read_text(encoding="utf-8") for layout in ("wide", "tall"))
+    lines = (line for drawing in drawings for line in drawing.splitlines() if other not in line)
+    return "".join(lines).format_map(values)
 
 
 def mask_figure(trace: Trace) -> str:
@@ -26,7 +46,8 @@ def mask_figure(trace: Trace) -> str:
 
 def _draw_mask(figure: "Figure", trace: Trace) -> None:
     tokens = np.array([0, *(part.stop for part in trace.segments)])
-    lengths = np.maximum(_MIN_SEGMENT, _MASK_PIXELS * np.diff(tokens) / tokens[-1]).round().astype(int)
+    counts = np.diff(tokens)
+    lengths = np.maximum(_MIN_SEGMENT, _MASK_PIXELS * counts / tokens[-1]).round().astype(int)
     edges = np.concatenate([[0], np.cumsum(lengths)])
     token = np.minimum(np.interp(np.arange(edges[-1]) + 0.5, edges, tokens).astype(int), tokens[-1] - 1)  # per pixel
     suffix = (token >= trace.prefix_tokens)[:, None]
@@ -39,7 +60,6 @@ def _draw_mask(figure: "Figure", trace: Trace) -> None:
     axes.imshow(np.dstack([image, alpha]), interpolation="nearest")
     middles = (edges[1:] + edges[:-1]) / 2
     labels = [(part.label if len(part.label) <= 18 else f"{part.label[:17]}…") for part in trace.segments]
-    counts = np.diff(tokens)
     axes.set_yticks(middles, [f"{label}\n{count}" for label, count in zip(labels, counts, strict=True)])
     named = [f"{label} {count}" for label, count in zip(labels, counts, strict=True)]
     axes.set_xticks(middles, named, rotation=35, ha="left", rotation_mode="anchor")
@@ -55,11 +75,8 @@ def _rgb(name: str) -> np.ndarray:
     return np.array([int(COLORS[name][i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
-def modulation_figure(modulation: Modulation, part: str) -> str:
-    """Root mean square of scale, shift or gate of every norm over time: a heat map above, a line per norm below."""
-    rms = modulation.rms[part]
-    if part == "gate":
-        rms = rms[:-1]  # the final norm's gate acts on nothing
+def modulation_figure(rms: np.ndarray, part: str) -> str:
+    """Root mean square [norms, times] of scale, shift or gate: a heat map above, a line per norm below."""
     figure = draw_figure(lambda figure: _draw_modulation(figure, rms, part), size=(3.6, 5.2))
     return to_svg(figure, f"{part} over time. Along: time from 1 to 0. Up: layer, then root mean square.")
 
@@ -69,20 +86,15 @@ def _draw_modulation(figure: "Figure", rms: np.ndarray, part: str) -> None:
     strongest = float(rms.max()) or 1.0
     color = _rgb(PART_COLORS[part])
     image = np.dstack([np.broadcast_to(color, (*rms.shape, 3)), rms / strongest])
-    num_layers = len(rms) // 2
     heat.imshow(image, aspect="auto", interpolation="nearest", extent=(1, 0, len(rms) / 2, 0))
-    heat.set_yticks(np.arange(num_layers)[:: max(1, math.ceil(num_layers / 9))] + 0.5)
-    heat.set_yticklabels([f"{tick - 0.5:.0f}" for tick in heat.get_yticks()])
+    layers = np.arange(len(rms) // 2)[:: max(1, math.ceil(len(rms) // 2 / 9))]
+    heat.set_yticks(layers + 0.5, [str(layer) for layer in layers])
     heat.set_ylabel("layer")
     heat.grid(visible=False)
     times = np.linspace(1, 0, rms.shape[1])
     lines.plot(times, rms.T, color=tuple(color), linewidth=0.7, alpha=0.35)
     lines.plot(times, rms.mean(axis=0), color=tuple(color), linewidth=2.4)
-    lines.set_ylim(0, 1.05 * strongest)
-    lines.set_xlim(1, 0)
-    lines.set_xticks([1, 0.5, 0])
-    lines.set_xlabel("time t")
-    lines.set_ylabel("rms")
+    lines.set(xlim=(1, 0), ylim=(0, 1.05 * strongest), xticks=[1, 0.5, 0], xlabel="time t", ylabel="rms")
 
 
 RANGE_LIMIT = 100

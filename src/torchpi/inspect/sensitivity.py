@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32
 
 from torchpi.collate import collate
-from torchpi.inspect.diagnosis import IGNORED_BELOW, Finding, Sensitivity, state_input
+from torchpi.inspect.diagnosis import IGNORED_BELOW, Finding, Sensitivity, finding, state_input
 from torchpi.policy import Policy
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
@@ -116,37 +116,20 @@ def _known_instructions(policy: Policy) -> list[str]:
 def check_sensitivities(policy: Policy, found: Sequence[Sensitivity]) -> Iterator[Finding]:
     """Name the inputs that the policy ignores."""
     for entry in found:
-        name, moves = entry.input, entry.moves
-        if moves is None:
+        if entry.moves is None:
             continue
-        moved = f"the chunk moves by {moves:.2f} of its spread when"
-        expected = f"expected at least {IGNORED_BELOW}, a fiftieth of the effect of noise"
-        if not np.isfinite(moves):
-            message = f"{name} {entry.change}: the actions become NaN or infinite. Do not run this policy."
-            yield Finding("problem", name, message)
+        if not np.isfinite(entry.moves):
+            rule = "change_breaks_actions"
         elif not entry.is_ignored:
             continue
         elif entry.change == "swapped":
             if any(other.is_ignored and other.change == "blanked" for other in found):
                 continue
-            message = (
-                f"the policy does not tell the {name} apart: {moved} they are swapped; {expected}. Check in the "
-                "training data that each camera is where it belongs."
-            )
-            yield Finding("warning", name, message)
-        elif name == "instruction" and len(set(_known_instructions(policy))) == 1:
-            message = (
-                f"ignores the instruction: {moved} it is {entry.change}; {expected}. It was trained with one "
-                "instruction only, and will do that one whatever the instruction is."
-            )
-            yield Finding("warning", name, message)
+            rule = "cameras_not_told_apart"
         else:
-            message = (
-                f"ignores the {name}: {moved} it is {entry.change}; {expected}. Try an observation in which it "
-                f"matters; if it stays so, the policy has not learned to use the {name.split(' ')[0]}, or its weights "
-                "are damaged: train it again, with data in which the right action depends on it."
-            )
-            yield Finding("problem", name, message)
+            knows_one = entry.input == "instruction" and len(set(_known_instructions(policy))) == 1
+            rule = "one_instruction" if knows_one else "input_ignored"
+        yield finding(rule, entry.input, **vars(entry), least=IGNORED_BELOW, kind=entry.input.split(" ")[0])
 
 
 def _rms(x: np.ndarray) -> float:

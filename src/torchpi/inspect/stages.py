@@ -14,19 +14,12 @@ from torch import Tensor
 
 from torchpi.config import Pi0Config
 from torchpi.inspect import nanopi
+from torchpi.inspect.steps import STEP_OF
 from torchpi.model.pi0 import Pi0
 from torchpi.robots.keys import flatten
 
 if TYPE_CHECKING:
     from torchpi.policy import Policy
-
-_JOINT = {
-    "6": {"attn_mask", "positions"},
-    "7-3": {"q", "k", "v"},
-    "7-4": {"q_grouped", "logits", "probs", "attn_out"},
-    "9": {"prefix/variance", "prefix/normed", "prefix_out"},
-}
-_TRAINING = {("0", "actions"), ("5", "u_t"), ("11", "loss")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +34,6 @@ class Stage:
     view: str = "both"
     """"joint": exists only in the joint forward pass of the papers; "cached": only in the model's own computation,
     prefill and denoising; "both": in both."""
-
-    @property
-    def phase(self) -> str:
-        """ "training" or "inference", where it exists in one of them only, or "both"."""
-        if self.step == "inference":
-            return "inference"
-        return "training" if (self.step, self.name) in _TRAINING else "both"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,19 +85,21 @@ def observation_stages(
     Args:
         state, sample: what `policy.prepare` returns for the observation.
     """
-    for key, value in flatten(observation).items():
-        yield Stage("0", f"robot/{key}", value if isinstance(value, str) else np.asarray(value))
     inputs = policy.embodiment.to_model(observation, default_prompt=policy.default_prompt)
     present = [name for name, is_present in sample["image_mask"].items() if is_present]
-    yield Stage("0", "cameras", ", ".join(present))
-    for name in present:
-        yield Stage("0", f"embodiment/image/{name}", inputs["image"][name])
-    yield Stage("0", "embodiment/state", state)
-    yield Stage("0", "embodiment/prompt", inputs["prompt"])
     normalized = sample["state"][: len(state)]
-    yield Stage("0", "normalized_state", normalized)
-    yield Stage("0", "prompt_text", policy.transforms.prompt_text(inputs["prompt"], normalized))
-    yield Stage("0", "token_ids", sample["tokenized_prompt"][sample["tokenized_prompt_mask"]])
+    values = {
+        **{f"robot/{key}": value for key, value in flatten(observation).items()},
+        "cameras": ", ".join(present),
+        **{f"embodiment/image/{name}": inputs["image"][name] for name in present},
+        "embodiment/state": state,
+        "embodiment/prompt": inputs["prompt"],
+        "normalized_state": normalized,
+        "prompt_text": policy.transforms.prompt_text(inputs["prompt"], normalized),
+        "token_ids": sample["tokenized_prompt"][sample["tokenized_prompt_mask"]],
+    }
+    for name, value in values.items():
+        yield Stage("0", name, value if isinstance(value, str) else np.asarray(value))
 
 
 def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int = 10) -> Iterator[Stage]:
@@ -152,15 +140,12 @@ def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int
 
 def _stages(step: str, name: str, tensor: Tensor, *, num_prefix: int) -> Iterator[Stage]:
     """A shown tensor; of the joint square also the two blocks that the model computes."""
-    is_joint = name in _JOINT.get(step, ())
+    is_joint = name in STEP_OF[step].joint
     yield Stage(step, name, tensor, "joint" if is_joint else "both")
-    if not is_joint or step == "9":
+    if not is_joint or step == "9" or name == "attn_out":  # of which nanopi shows the blocks itself
         return
-    rows = -2 if name in ("attn_mask", "logits", "probs") else 1
-    prefix = tensor.narrow(rows, 0, num_prefix)
-    if rows == -2:
-        prefix = prefix[..., :num_prefix]
-    suffix = tensor.narrow(rows, num_prefix, tensor.shape[rows] - num_prefix)
-    for side, block in (("prefix", prefix), ("suffix", suffix)):
-        if name != "attn_out":  # which nanopi shows itself
-            yield Stage(step, f"{side}/{name}", block, "cached")
+    is_square = name in ("attn_mask", "logits", "probs")
+    rows = -2 if is_square else 1
+    prefix, suffix = tensor.split([num_prefix, tensor.shape[rows] - num_prefix], rows)
+    yield Stage(step, f"prefix/{name}", prefix[..., :num_prefix] if is_square else prefix, "cached")
+    yield Stage(step, f"suffix/{name}", suffix, "cached")

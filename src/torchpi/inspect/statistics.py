@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.inspect.diagnosis import Finding, state_dim, state_units
+from torchpi.inspect.diagnosis import Finding, finding, state_dim, state_units
 from torchpi.policy import Policy
 from torchpi.transforms.normalize import narrow_dims
 
@@ -40,39 +40,21 @@ def check_statistics(policy: Policy) -> Iterator[Finding]:
         stats, rule = policy.transforms.norm_stats[key], policy.transforms.normalization[key]
         about, count = f"statistics of {key}", len(names[key])
         if rule.kind == "identity":
-            yield Finding(
-                "note",
-                about,
-                f"there are none: {key} go to the model as they are. Nothing can be said about their range.",
-            )
+            yield finding("no_statistics", about, key=key)
             continue
         for message in narrow_dims(stats, names[key], rule.kind):
-            yield Finding("warning", about, message)
+            yield finding("narrow_statistics", about, reason=message)
         low, high = (end[:count] for end in stats.training_range(rule.kind))
         for name, unit, extreme in zip(names[key], units[key], np.maximum(abs(low), abs(high)), strict=True):
             if extreme > (limit := _limit(unit)):
-                yield Finding(
-                    "warning",
-                    about,
-                    f"{name} reaches {extreme:.4g}{f' {unit}' if unit in _LIMITS else ''}; a robot's values stay below "
-                    f"{limit:.4g} {f'in {unit}' if unit else 'in any unit'}. Check the units of the dataset, and "
-                    "whether these statistics belong to this robot.",
-                )
+                reached = f"{extreme:.4g}{f' {unit}' if unit in _LIMITS else ''}"
+                in_unit = f"in {unit}" if unit else "in any unit"
+                yield finding("impossible_value", about, name=name, extreme=reached, limit=limit, in_unit=in_unit)
         if (stats.std[count:] > 0).any():
-            yield Finding(
-                "warning",
-                about,
-                f"they vary beyond the {count} dimensions of {robot.name} ({', '.join(names[key])}); expected nothing "
-                "behind them. Check whether they belong to this robot.",
-            )
+            yield finding("wider_than_the_robot", about, count=count, robot=robot.name, names=", ".join(names[key]))
     if used < len(robot.state_names):
-        yield Finding(
-            "warning",
-            "statistics of state",
-            f"they are narrower than the robot: the policy takes {used} of its {len(robot.state_names)} dimensions, "
-            f"and not {', '.join(robot.state_names[used:])}. Send the shorter state, or give the statistics that the "
-            "policy was trained with.",
-        )
+        others = {"used": used, "count": len(robot.state_names), "others": ", ".join(robot.state_names[used:])}
+        yield finding("narrower_than_the_robot", "statistics of state", **others)
     yield from _check_actions_against_state(policy, names["state"])
 
 
@@ -93,13 +75,16 @@ def _check_actions_against_state(policy: Policy, state_names: tuple[str, ...]) -
         if action.name != name or not _EPS < width < np.inf or not np.isfinite(high[i]):
             continue
         nearest, farthest = (0.0, 0.0) if action.kind == "delta" else (state_low[i], state_high[i])
-        beyond = max(nearest - low[i], high[i] - farthest)
-        if beyond > _MAX_WIDTHS_BEYOND_STATE * width:
-            relative = ", relative to the state" if action.kind == "delta" else ""
-            yield Finding(
-                "warning",
+        if max(nearest - low[i], high[i] - farthest) > _MAX_WIDTHS_BEYOND_STATE * width:
+            yield finding(
+                "other_units",
                 "statistics of actions",
-                f"{name} is to go from {low[i]:.4g} to {high[i]:.4g}{relative}, but the robot has only been from "
-                f"{state_low[i]:.4g} to {state_high[i]:.4g}; expected targets within ten times that range. Check "
-                "whether state and actions are in the same units, and whether the action is a delta.",
+                **{
+                    "name": name,
+                    "low": low[i],
+                    "high": high[i],
+                    "state_low": state_low[i],
+                    "state_high": state_high[i],
+                },
+                relative=", relative to the state" if action.kind == "delta" else "",
             )

@@ -1,25 +1,24 @@
 """A trace in fewer rows: repetitions are one row, and two models stand next to each other."""
 
-import dataclasses
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torchpi.inspect.steps import STEPS
 from torchpi.inspect.trace import Stats, Trace, TraceEntry
 from torchpi.ui.format import format_count, format_shape
 
 _REPEATED = re.compile(r"(layer_|t=)([\d.]+)")
-ABSENT = "—"
-STATS = tuple(field.name for field in dataclasses.fields(Stats))
+_CAMERA, ABSENT = "‹camera›", "—"
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """Entries of one step that differ in layer, time or camera only."""
 
     name: str
     entry: TraceEntry
     """The first of them."""
-    count: int
+    repeats: int
     stats: Stats | None
     """Of all of them."""
 
@@ -41,20 +40,23 @@ def rows_of(trace: Trace, step: str) -> list[Row]:
     groups: dict[tuple[object, ...], list[TraceEntry]] = {}
     for entry in trace.entries:
         if entry.step == step:
-            name = "/".join("‹camera›" if part in trace.inputs.cameras else part for part in entry.name.split("/"))
-            name = _REPEATED.sub(r"\1#", name)
-            groups.setdefault((name, entry.shape, entry.dtype, entry.view, entry.phase), []).append(entry)
+            key = (*_pattern(entry, trace), entry.shape, entry.dtype, entry.view, entry.phase)
+            groups.setdefault(key, []).append(entry)
     return [Row(_range(rows[0], rows[-1], trace), rows[0], len(rows), _merged(rows)) for rows in groups.values()]
+
+
+def _pattern(entry: TraceEntry, trace: Trace) -> list[str]:
+    """The parts of a name, without the names of cameras and the numbers of layers and times."""
+    parts = entry.name.split("/")
+    return [_CAMERA if part in trace.inputs.cameras else _REPEATED.sub(r"\1#", part) for part in parts]
 
 
 def _range(first: TraceEntry, last: TraceEntry, trace: Trace) -> str:
     """One name for several entries, as `cache/layer_0…17/k`."""
     parts = []
-    for one, other in zip(first.name.split("/"), last.name.split("/"), strict=True):
-        if one == other:
-            parts.append(one)
-        else:
-            parts.append("‹camera›" if one in trace.inputs.cameras else f"{one}…" + _REPEATED.sub(r"\2", other))
+    for pattern, one, other in zip(_pattern(first, trace), first.name.split("/"), last.name.split("/"), strict=True):
+        repeated = _CAMERA if pattern == _CAMERA else f"{one}…" + _REPEATED.sub(r"\2", other)
+        parts.append(one if one == other else repeated)
     return "/".join(parts)
 
 
@@ -99,29 +101,21 @@ def sizes(trace: Trace) -> dict[str, str]:
 
 def phases(trace: Trace) -> dict[str, list[str]]:
     """Names by phase: in training only, in inference only, in the joint view only, and in both."""
-    found: dict[str, list[str]] = {"training only": [], "inference only": [], "joint view only": [], "both": []}
-    tensors = [(_base(entry.name, trace), entry) for entry in trace.entries if entry.value is None]
-    in_training = {name for name, entry in tensors if entry.step != "inference"}
-    for name, entry in tensors:
-        if entry.view == "joint":
-            phase = "joint view only"
-        elif entry.phase == "training":
-            phase = "training only"
-        else:
-            phase = "both" if name in in_training else "inference only"
-        if name not in found[phase]:
-            found[phase].append(name)
-    return found
+    found: dict[str, dict[str, None]] = {"training only": {}, "inference only": {}, "joint view only": {}, "both": {}}
+    tensors = [entry for entry in trace.entries if entry.value is None]
+    names = ["/".join(part for part in _pattern(entry, trace) if part not in _NUMBERED) for entry in tensors]
+    in_training = {name for name, entry in zip(names, tensors, strict=True) if entry.step != "inference"}
+    for name, entry in zip(names, tensors, strict=True):
+        phase = "both" if name in in_training else "inference only"
+        phase = "training only" if entry.phase == "training" else phase
+        found["joint view only" if entry.view == "joint" else phase][name] = None
+    return {phase: list(of_phase) for phase, of_phase in found.items()}
 
 
-def _base(name: str, trace: Trace) -> str:
-    """A name without camera, layer and time."""
-    repeated = [part for part in name.split("/") if part in trace.inputs.cameras or _REPEATED.fullmatch(part)]
-    return "/".join(part for part in name.split("/") if part not in repeated)
+_NUMBERED = (_CAMERA, "layer_#", "t=#")
 
 
-@dataclasses.dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """One row of a comparison."""
 
     name: str
@@ -148,11 +142,12 @@ def compare_steps(left: Trace, right: Trace) -> dict[str, list[Pair]]:
 
 
 def _shapes(trace: Trace, step: str) -> dict[str, str]:
-    return {
-        f"{row.name} ({row.tag})" if row.tag else row.name: f"{row.count} × {row.shape}" if row.count > 1 else row.shape
-        for row in rows_of(trace, step)
-    }
+    shapes = {}
+    for row in rows_of(trace, step):
+        name = f"{row.name} ({row.tag})" if row.tag else row.name
+        shapes[name] = f"{row.repeats} × {row.shape}" if row.repeats > 1 else row.shape
+    return shapes
 
 
-def _pairs(left: dict[str, str], right: dict[str, str]) -> list[Pair]:
-    return [Pair(name, left.get(name, ABSENT), right.get(name, ABSENT)) for name in left | right]
+def _pairs(left: Mapping[str, str], right: Mapping[str, str]) -> list[Pair]:
+    return [Pair(name, left.get(name, ABSENT), right.get(name, ABSENT)) for name in {**left, **right}]

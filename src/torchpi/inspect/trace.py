@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,14 @@ from torchpi.config import Pi0Config
 from torchpi.inspect import nanopi
 from torchpi.inspect.inputs import Shapes, inputs_of_config, inputs_of_policy, observation_of
 from torchpi.inspect.stages import Stage, TraceInputs, forward_stages
-from torchpi.inspect.steps import STEPS, formula_of
+from torchpi.inspect.steps import STEP_OF, formula_of
+from torchpi.ui.format import without_nan
 
 if TYPE_CHECKING:
     from torchpi.policy import Policy
 
 
-@dataclasses.dataclass(frozen=True)
-class Stats:
+class Stats(NamedTuple):
     """Range of a tensor's values; of booleans, the mean is the share of True."""
 
     min: float
@@ -49,14 +49,12 @@ class TraceEntry:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values without the empty ones."""
-        entry: dict[str, Any] = dataclasses.asdict(self) | {"shape": list(self.shape)}
-        if self.stats is not None:
-            entry["stats"] = {key: value if math.isfinite(value) else None for key, value in entry["stats"].items()}
+        stats = None if self.stats is None else without_nan(self.stats._asdict())
+        entry: dict[str, Any] = vars(self) | {"shape": list(self.shape), "stats": stats}
         return {key: value for key, value in entry.items() if value not in (None, "")}
 
 
-@dataclasses.dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Neighbouring tokens of one kind."""
 
     label: str
@@ -66,40 +64,32 @@ class Segment:
     """Attention group: its tokens attend to their own group and to those before."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Agreement:
-    """Difference between two computations of the same value."""
+class Agreement(NamedTuple):
+    """Largest difference between two computations of the same value, next to its largest absolute value."""
 
     what: str
     max_abs: float
     scale: float
-    """Largest absolute value."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Modulation:
-    """Root mean square of every adaptive norm's scale, shift and gate over time."""
-
-    times: list[float]
-    norms: list[str]
-    rms: dict[str, np.ndarray]
-    """By "scale", "shift", "gate": [norms, times]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Values:
     """Values of the first sample, of a model with weights and an input."""
 
-    images: dict[str, np.ndarray | None]
+    images: Mapping[str, np.ndarray | None]
     """Per camera uint8 [h, w, 3] as the model reads it, None if it is masked."""
-    times: list[float]
-    """Times of the Euler steps."""
     chunk: np.ndarray
     """x_t before the first Euler step and after each: [steps + 1, H, A]."""
-    modulation: Modulation | None
-    """None for π₀, which has none."""
+    modulation: Mapping[str, np.ndarray]
+    """Root mean square of every adaptive norm's "scale", "shift" and "gate" over 41 times from 1 to 0: [norms, times].
+    Empty for π₀, which has none."""
     agreement: list[Agreement]
     """The joint forward pass compared with `Pi0`."""
+
+    @property
+    def num_steps(self) -> int:
+        """Euler steps."""
+        return len(self.chunk) - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,14 +109,14 @@ class Trace:
         return str(self.inputs.model.embedding.dtype).removeprefix("torch.")
 
     @property
-    def suffix_tokens(self) -> int:
-        """T."""
-        return sum(part.stop - part.start for part in self.segments if part.group > 0)
-
-    @property
     def prefix_tokens(self) -> int:
         """S."""
-        return self.sequence_length - self.suffix_tokens
+        return next(part.start for part in self.segments if part.group > 0)
+
+    @property
+    def suffix_tokens(self) -> int:
+        """T."""
+        return self.sequence_length - self.prefix_tokens
 
     @property
     def sequence_length(self) -> int:
@@ -195,25 +185,27 @@ def trace_forward(inputs: TraceInputs, *, num_steps: int = 10) -> Trace:
             kept[stage.step, stage.name] = stage.value
     segments = _segments(inputs, kept["4", "prefix_mask"][0], kept["6", "attn_mask"].shape[-1])
     groups = np.repeat([part.group for part in segments], [part.stop - part.start for part in segments])
-    order = {step.id: i for i, step in enumerate(STEPS)}
+    order = list(STEP_OF)
     return Trace(
         inputs,
-        sorted([*entries.values(), *_counts(entries)], key=lambda entry: order[entry.step]),
+        sorted([*entries.values(), *_counts(entries)], key=lambda entry: order.index(entry.step)),
         segments,
         kept["6", "attn_mask"][0].cpu().numpy() if inputs.has_values else groups[None, :] <= groups[:, None],
         _values(inputs, kept) if inputs.has_values else None,
     )
 
 
-_KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "time", "action_chunk"}
+_KEPT = {"prefix_tokens", "prefix_mask", "attn_mask", "x_t", "v_t", "action_chunk"}
 
 
 def _entry(stage: Stage, *, pi05: bool) -> TraceEntry:
-    formula = formula_of(stage.step, stage.name, pi05=pi05)
-    if isinstance(stage.value, str):
-        return TraceEntry(stage.step, stage.name, (), "str", stage.view, stage.phase, formula, stage.value)
-    dtype, shape = str(stage.value.dtype).removeprefix("torch."), tuple(stage.value.shape)
-    return TraceEntry(stage.step, stage.name, shape, dtype, stage.view, stage.phase, formula, stats=_stats(stage.value))
+    step, name, value = stage.step, stage.name, stage.value
+    phase = "inference" if step == "inference" else "training" if name in STEP_OF[step].training else "both"
+    entry = TraceEntry(step, name, (), "str", stage.view, phase, formula_of(step, name, pi05=pi05))
+    if isinstance(value, str):
+        return dataclasses.replace(entry, value=value)
+    dtype = str(value.dtype).removeprefix("torch.")
+    return dataclasses.replace(entry, shape=tuple(value.shape), dtype=dtype, stats=_stats(value))
 
 
 def _stats(value: Tensor | np.ndarray) -> Stats | None:
@@ -259,35 +251,27 @@ def _segments(inputs: TraceInputs, prefix_mask: Tensor, length: int) -> list[Seg
 
 
 def _values(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> Values:
-    states = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/")]
-    times = [tensor.item() for (_, name), tensor in kept.items() if name.startswith("time/")]
-    chunk = kept["inference", "action_chunk"]
     images: dict[str, np.ndarray | None] = dict.fromkeys(inputs.cameras)
     for name, image in observation_of(inputs.batch).images.items():
         if inputs.batch.get(f"image_mask.{name}", torch.ones(1))[0]:
             images[name] = ((image[0] + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return Values(
-        images, times, torch.cat([*states, chunk]).cpu().numpy(), _modulation(inputs), _agreement(inputs, kept)
-    )
+    steps = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/") or name == "action_chunk"]
+    return Values(images, torch.cat(steps).cpu().numpy(), _modulation(inputs), _agreement(inputs, kept, len(steps) - 1))
 
 
-def _modulation(inputs: TraceInputs, num_times: int = 41) -> Modulation | None:
+def _modulation(inputs: TraceInputs, num_times: int = 41) -> dict[str, np.ndarray]:
     if not inputs.config.pi05:
-        return None
+        return {}
     w, state = nanopi.weights_of(inputs.model), inputs.batch["state"][:1].expand(num_times, -1)
-    times = torch.linspace(1, 0, num_times, device=state.device)
-    x_t = inputs.noise[:1].expand(num_times, -1, -1)
+    times, x_t = torch.linspace(1, 0, num_times, device=state.device), inputs.noise[:1].expand(num_times, -1, -1)
     *_, cond = nanopi.embed_suffix(w, inputs.config, state, x_t, times, nanopi.silent)
-    names = [name.removesuffix(".weight") for name in w if name.endswith(".dense.weight")]
-    rms = [
-        nanopi.linear(w, name, cond).unflatten(-1, (3, -1)).square().mean(dim=-1).sqrt().cpu().numpy() for name in names
-    ]  # per norm [times, 3]
-    norms = [name.removeprefix("expert.").removesuffix(".dense") for name in names]
-    parts = {part: np.stack(rms)[:, :, i] for i, part in enumerate(("scale", "shift", "gate"))}
-    return Modulation(times.tolist(), norms, parts)
+    norms = [name.removesuffix(".weight") for name in w if name.endswith(".dense.weight")]
+    parts = torch.stack([nanopi.linear(w, name, cond).unflatten(-1, (3, -1)) for name in norms])  # [norms, times, 3, d]
+    rms = parts.square().mean(dim=-1).sqrt().cpu().numpy()
+    return {part: rms[..., i] for i, part in enumerate(("scale", "shift", "gate"))}
 
 
-def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> list[Agreement]:
+def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor], num_steps: int) -> list[Agreement]:
     """The joint forward pass of `nanopi` compared with the model itself."""
     model, observation = inputs.model, observation_of(inputs.batch)
     horizon, valid = inputs.noise.shape[1], kept["4", "prefix_mask"]
@@ -297,10 +281,9 @@ def _agreement(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> l
         ("prefix_tokens", kept["4", "prefix_tokens"][valid], prefix[0][valid]),
         ("v_t, joint and cached", kept["10", "v_t"], model.denoise_step(cache, kept["5", "x_t"], inputs.time)),
     ]
-    if inputs.model.config.action_horizon in (None, horizon):
+    if model.config.action_horizon in (None, horizon):
         first = observation_of({name: rows[:1] for name, rows in inputs.batch.items()})
-        steps = sum(name.startswith("time/") for _, name in kept)
-        chunk = model.sample_actions(first, noise=inputs.noise[:1], num_steps=steps)
+        chunk = model.sample_actions(first, noise=inputs.noise[:1], num_steps=num_steps)
         pairs.append(("action_chunk, with padding and without", kept["inference", "action_chunk"], chunk))
     return [
         Agreement(what, (one.float() - other.float()).abs().max().item(), other.float().abs().max().item())

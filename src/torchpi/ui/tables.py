@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Literal
 
 from rich import box
-from rich.console import Group
 from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -88,31 +87,34 @@ class Table:
 
     def to_html(self) -> str:
         """The table for a page."""
-        heads = "".join(f"<th{_css(column)}>{escape(column.title)}</th>" for column in self.columns)
-        rows = "".join(self._html_row(row, "marked" if i in self.marked else "") for i, row in enumerate(self.rows))
-        total = "" if self.total is None else self._html_row(self.total, "all")
-        return f'<div class="panel scroll"><table><tr>{heads}</tr>{rows}{total}</table></div>'
-
-    def _html_row(self, row: Sequence[Cell], css: str) -> str:
-        cells = "".join(
-            f"<td{_css(column)}>{_html_cell(cell)}</td>" for column, cell in zip(self.columns, row, strict=True)
-        )
-        return f'<tr class="{css}">{cells}</tr>' if css else f"<tr>{cells}</tr>"
+        styles = {"text": "wide", "name": "name", "number": "num", "rate": "", "soft": "wide dtype"}
+        css = [styles[column.kind] for column in self.columns]
+        rows = [("marked" if i in self.marked else "", row) for i, row in enumerate(self.rows)]
+        rows += [] if self.total is None else [("all", self.total)]
+        head = zip(css, (escape(column.title) for column in self.columns), strict=True)
+        body = ((name, zip(css, map(_html_cell, row), strict=True)) for name, row in rows)
+        return f'<div class="panel scroll">{html_table(head, body)}</div>'
 
 
-def name_value_grid(title: str, rows: Sequence[tuple[str, str]]) -> Group:
-    """Names with their texts under a title, for a terminal."""
-    grid = RichTable.grid(padding=(0, 2))
-    grid.add_column(style="cyan", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in rows:
-        grid.add_row(Text(f"  {name}"), Text(text))
-    return Group(Text(f"\n{title}", style="bold"), grid)
+def html_table(head: Iterable[tuple[str, str]], rows: Iterable[tuple[str, Iterable[tuple[str, str]]]]) -> str:
+    """A table of HTML cells, each behind the class of its style; rows have one as well."""
+
+    def html_row(css: str, cells: Iterable[tuple[str, str]], tag: str = "td") -> str:
+        inner = "".join(f'<{tag} class="{name}">{html}</{tag}>' for name, html in cells)
+        return f'<tr class="{css}">{inner}</tr>'
+
+    return f"<table>{html_row('', head, 'th')}{''.join(html_row(css, cells) for css, cells in rows)}</table>"
 
 
-def _css(column: Column) -> str:
-    css = {"text": "wide", "name": "name", "number": "num", "rate": "", "soft": "wide dtype"}[column.kind]
-    return f' class="{css}"' if css else ""
+def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right: Sequence[int] = ()) -> RichTable:
+    """A table without lines for a terminal; `right` are the columns of numbers."""
+    rows = list(rows)
+    table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=any(columns), header_style="dim")
+    for i, column in enumerate(columns or [""] * len(rows[0])):
+        table.add_column(column, overflow="fold", no_wrap=i == 0, justify="right" if i in right else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _rich_cell(cell: Cell) -> str | Text:
