@@ -19,12 +19,10 @@ from torchpi.schema import parse, read_json_object
 _FOLLOWS_VARIANT: Any = "follows pi05"
 
 
-def _require_types(kind: type, values: Mapping[str, Any]) -> None:
-    """Of a config's fields that have a value: numbers are positive integers, None stands only where it may."""
-    for field in dataclasses.fields(kind):
-        if field.name not in values:
-            continue
-        value, where = values[field.name], f"{kind.__name__}.{field.name}"
+def _require_types(config: Any) -> None:
+    """Of a config's fields: numbers are positive integers, None stands only where it may."""
+    for field in dataclasses.fields(config):
+        value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
         if value is None and field.type in (int | None, bool | None):
             continue
         if field.type in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
@@ -53,7 +51,7 @@ class GemmaConfig:
     """K: width of one head; even, because RoPE rotates halves against each other."""
 
     def __post_init__(self) -> None:
-        _require_types(type(self), vars(self))
+        _require_types(self)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads}).")
         if self.head_dim % 2:
@@ -78,7 +76,7 @@ class VisionConfig:
     """Position embedding: a learned table (what the published weights have) or the fixed 2-D sinusoid."""
 
     def __post_init__(self) -> None:
-        _require_types(type(self), vars(self))
+        _require_types(self)
         if self.width % self.num_heads:
             raise ConfigError(f"vision width ({self.width}) must be a multiple of num_heads ({self.num_heads}).")
         if self.position == "sincos2d" and self.width % 4:
@@ -145,7 +143,7 @@ class Pi0Config:
             object.__setattr__(self, "max_token_len", 200 if self.pi05 else 48)
         if self.discrete_state_input is _FOLLOWS_VARIANT:
             object.__setattr__(self, "discrete_state_input", self.pi05)
-        _require_types(type(self), vars(self))
+        _require_types(self)
         backbone, expert = self.paligemma, self.action_expert
         for field in ("depth", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(backbone, field) != getattr(expert, field):
@@ -200,18 +198,8 @@ class Pi0Config:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON schema that `from_dict` reads; variants are written out as sizes."""
-        return {
-            "pi05": self.pi05,
-            "action_dim": self.action_dim,
-            "action_horizon": self.action_horizon,
-            "max_token_len": self.max_token_len,
-            "discrete_state_input": self.discrete_state_input,
-            "vocab_size": self.vocab_size,
-            "image_size": self.image_size,
-            "paligemma": dataclasses.asdict(self.paligemma),
-            "action_expert": dataclasses.asdict(self.action_expert),
-            "siglip": dataclasses.asdict(self.siglip),
-        }
+        sizes = {name: value for name, value in vars(self).items() if not name.endswith("_variant")}
+        return sizes | {part: dataclasses.asdict(getattr(self, part)) for part in _PARTS}
 
     @classmethod
     def from_dict(cls, values: Any, base: "Pi0Config | None" = None, *, where: str = "model config") -> "Pi0Config":

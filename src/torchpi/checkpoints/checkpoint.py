@@ -230,9 +230,16 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
             f"{root} holds checkpoints in two formats, {' and '.join(kind for kind, *_ in found)}; move one to a "
             "folder of its own."
         )
-    if not found:
-        raise CheckpointError(_unknown_format(root))
-    return found[0]
+    if found:
+        return found[0]
+    names = sorted(entry.name for entry in root.iterdir())
+    unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
+    raise CheckpointError(
+        f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
+        "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
+        f"has; found {names[:12] or 'an empty folder'}"
+        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
+    )
 
 
 def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mapping[str, Any] | None) -> Checkpoint:
@@ -275,14 +282,3 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
         address, root, "torchpi", config, base.arrays, base.table, tied=base.tied, dropped=base.dropped,
         policy_file=policy_file, adapter=adapter, base=base,
     )  # fmt: skip
-
-
-def _unknown_format(root: pathlib.Path) -> str:
-    names = sorted(entry.name for entry in root.iterdir())
-    unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
-    return (
-        f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
-        "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
-        f"has; found {names[:12] or 'an empty folder'}"
-        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
-    )

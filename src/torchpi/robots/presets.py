@@ -143,29 +143,27 @@ _RESET_POSE = {"reset_pose": [0, -1.5, 1.5, 0, 0, 0]}  # of each arm, in rad; cl
 _LIBERO_ASSET = "physical-intelligence/libero"
 
 
-def _published(make: Callable[[], Embodiment], **fields: Any) -> Embodiment:
-    return dataclasses.replace(make(), **fields)
-
-
-EMBODIMENTS: dict[str, Callable[[], Embodiment]] = {
-    "aloha": aloha,
-    "droid": droid,
-    "libero": libero,
-    "metaworld": metaworld,
+# The robot of each, and what it has of its own.
+_PUBLISHED: dict[str, tuple[Callable[[], Embodiment], dict[str, Any]]] = {
     **{
-        name: partial(_published, aloha, name=name, default_prompt=prompt, asset_id="trossen", metadata=_RESET_POSE)
+        name: (aloha, {"default_prompt": prompt, "asset_id": "trossen", "metadata": _RESET_POSE})
         for name, prompt in _ALOHA_PROMPTS.items()
     },
     # 10: openpi's client for the simulator
-    "pi0_aloha_sim": partial(
-        _published,
-        partial(aloha, delta_actions=False),
-        name="pi0_aloha_sim",
-        default_prompt="Transfer cube",
-        execute_steps=10,
-    ),
-    "pi0_droid": partial(_published, droid, name="pi0_droid", asset_id="droid"),
-    "pi05_droid": partial(_published, droid, name="pi05_droid", asset_id="droid"),
-    "pi0_libero": partial(_published, partial(libero, delta_actions=True), name="pi0_libero", asset_id=_LIBERO_ASSET),
-    "pi05_libero": partial(_published, libero, name="pi05_libero", asset_id=_LIBERO_ASSET),
+    "pi0_aloha_sim": (partial(aloha, delta_actions=False), {"default_prompt": "Transfer cube", "execute_steps": 10}),
+    "pi0_droid": (droid, {"asset_id": "droid"}),
+    "pi05_droid": (droid, {"asset_id": "droid"}),
+    "pi0_libero": (partial(libero, delta_actions=True), {"asset_id": _LIBERO_ASSET}),
+    "pi05_libero": (libero, {"asset_id": _LIBERO_ASSET}),
+}
+
+
+def _published(name: str) -> Embodiment:
+    make, fields = _PUBLISHED[name]
+    return dataclasses.replace(make(), name=name, **fields)
+
+
+EMBODIMENTS: dict[str, Callable[[], Embodiment]] = {
+    **{"aloha": aloha, "droid": droid, "libero": libero, "metaworld": metaworld},
+    **{name: partial(_published, name) for name in _PUBLISHED},
 }

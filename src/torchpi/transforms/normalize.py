@@ -92,12 +92,8 @@ class Normalization:
     the way to the model only, and stands for a range of 0, in float32."""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise TransformError(f"Unknown normalization kind {self.kind!r}; expected one of {', '.join(KINDS)}.")
-        if self.eps_rule not in EPS_RULES:
-            raise TransformError(
-                f"Unknown eps rule {self.eps_rule!r} of a normalization; expected {', '.join(EPS_RULES)}."
-            )
+        require_known("normalization kind", self.kind, KINDS)
+        require_known("eps rule of a normalization", self.eps_rule, EPS_RULES)
 
 
 def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
@@ -256,6 +252,12 @@ def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
         for key, entry in stats.items()
     }
     file.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+
+
+def require_known(what: str, value: str, known: Sequence[str]) -> None:
+    """Raises an error about a setting that has none of its values."""
+    if value not in known:
+        raise TransformError(f"Unknown {what} {value!r}; expected one of {', '.join(known)}.")
 
 
 def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:

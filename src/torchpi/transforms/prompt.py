@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Int, Int64
 
 from torchpi.errors import MissingFileError, TransformError
-from torchpi.transforms.normalize import require_finite
+from torchpi.transforms.normalize import require_finite, require_known
 
 TRUNCATIONS = ("instruction", "original")
 FORMATS = ("openpi", "lerobot")
@@ -97,9 +97,8 @@ def _template(
 
 def check_prompt_settings(prompt_format: str, truncation: str) -> None:
     """Raise an error about an unknown prompt format or truncation."""
-    for label, value, known in (("truncation", truncation, TRUNCATIONS), ("prompt format", prompt_format, FORMATS)):
-        if value not in known:
-            raise TransformError(f"Unknown {label} {value!r}; expected one of {', '.join(known)}.")
+    require_known("truncation", truncation, TRUNCATIONS)
+    require_known("prompt format", prompt_format, FORMATS)
 
 
 @runtime_checkable
