@@ -1,6 +1,9 @@
 """Optional dependencies: imported where they are used, with an error that has the install command."""
 
+import contextlib
 import importlib
+import os
+from collections.abc import Iterator
 from typing import Any
 
 from torchpi.errors import MissingExtraError
@@ -33,3 +36,15 @@ def require(module: str, extra: str) -> Any:
     except ModuleNotFoundError as error:
         command = _COMMANDS.get(extra, f"pip install 'torchpi[{extra}]'")
         raise MissingExtraError(f"{_NEEDS[extra]}: {command} ({error}).") from error
+
+
+@contextlib.contextmanager
+def environment_defaults(**variables: str) -> Iterator[None]:
+    """Set variables of the environment for a library or new processes, as far as the user has not set them."""
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

@@ -27,7 +27,6 @@ class ParquetImages:
         self._first_rows: dict[Path, np.ndarray] = {}
 
     def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
-        """The image in a row of a data file."""
         compressed = self._compressed(path, camera, row)
         if compressed is None:
             raise DatasetError(

@@ -118,7 +118,6 @@ class LeRobotDataset:
         self._check_cameras()
 
     def __len__(self) -> int:
-        """The number of frames."""
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:

@@ -27,9 +27,6 @@ class SavedEpisode:
 
     length: int
     task: str
-    task_index: int
-    bytes: dict[str, int]
-    """Size of its data file ("data") and of its videos, per camera."""
     histograms: dict[str, Any]
     """Per camera the sum of its images' histograms, [3, 256]; only on disk, not in `Recording.episodes`."""
 
@@ -110,7 +107,7 @@ def episodes_table(
 def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
     """The table meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
     pa = require("pyarrow", "data")
-    tasks = {episode.task: episode.task_index for episode in episodes}
+    tasks = list(dict.fromkeys(episode.task for episode in episodes))
 
     def column(name: str | None, kind: str, dtype: str, metadata: Any = None) -> dict[str, Any]:
         return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": metadata}
@@ -123,7 +120,7 @@ def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.3.3",
     }
-    table = pa.table({"task_index": pa.array(tasks.values(), pa.int64()), "task": pa.array(tasks, pa.string())})
+    table = pa.table({"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks, pa.string())})
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 

@@ -50,9 +50,6 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:
     """The cameras of a dataset that the model reads of this embodiment, matched as by `to_observation`.
 
-    Args:
-        camera_keys: all cameras of the dataset.
-
     Raises:
         KeyError: a required camera is missing.
         ValueError: two cameras with the same last part, one of which is read.

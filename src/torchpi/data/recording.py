@@ -54,7 +54,6 @@ class Recording:
 
     @classmethod
     def create(cls, root: Path, info: Info) -> "Recording":
-        """Begin a dataset in an empty or new folder."""
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             hint = "choose another path"
             if (root / lerobot.RECORDING_FOLDER).is_dir():
@@ -73,7 +72,6 @@ class Recording:
 
     @classmethod
     def reopen(cls, root: Path) -> "Recording":
-        """Open a recording that was not finished."""
         file = root / lerobot.RECORDING_FOLDER / "recording.json"
         if not file.is_file():
             raise MissingFileError(f"There is no unfinished recording in {root}.")
@@ -87,26 +85,24 @@ class Recording:
 
     @property
     def num_frames(self) -> int:
-        """Frames of all saved episodes."""
         return sum(episode.length for episode in self.episodes)
 
     def task_index(self, task: str) -> int:
         """The number of a task, a new one if it is new."""
-        tasks = {episode.task: episode.task_index for episode in self.episodes}
-        return tasks.get(task, len(tasks))
+        return list(dict.fromkeys([*(episode.task for episode in self.episodes), task])).index(task)
 
-    def save(self, write: Callable[[Mapping[str, Path]], None], episode: SavedEpisode) -> None:
-        """Add an episode, complete or not at all.
+    @contextlib.contextmanager
+    def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
+        """Yield the paths to write the data file ("data") and each camera's video of an episode to.
 
-        `write` writes the data file ("data") and the video of each camera to their paths; their sizes are added here.
+        When the block ends, it is complete on disk, or not there at all.
         """
         files = self._files(len(self.episodes))
         try:
-            write(files)
+            yield files
             for path in files.values():
                 fsync(path)
-            episode = dataclasses.replace(episode, bytes={key: path.stat().st_size for key, path in files.items()})
-            if self._pending and self._too_large(episode.bytes):
+            if self._pending and self._too_large(files):
                 self._join(self._pending)
             self._grow_reserve()
             self._put_json(self._json_file(len(self.episodes)), dataclasses.asdict(episode))
@@ -152,7 +148,6 @@ class Recording:
         shutil.rmtree(done)
 
     def abandon(self) -> None:
-        """Remove everything that was written."""
         self._release()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._made_root:
@@ -166,12 +161,15 @@ class Recording:
         """The episodes that are not in a file of the dataset yet."""
         return list(range(self._groups[-1][-1] + 1 if self._groups else 0, len(self.episodes)))
 
-    def _too_large(self, sizes: Mapping[str, int]) -> bool:
-        """True if a file would exceed its limit with an episode of these sizes in it."""
-        limits = {"data": self.info.data_files_size_in_mb or 0}
-        limits |= dict.fromkeys(self.info.videos, self.info.video_files_size_in_mb or 0)
-        waiting = {key: sum(self.episodes[i].bytes[key] for i in self._pending) for key in sizes}
-        return any(waiting[key] + size > limits[key] * 2**20 for key, size in sizes.items())
+    def _too_large(self, new: Mapping[str, Path]) -> bool:
+        """True if a file would exceed its limit with an episode of these files in it."""
+        for key, path in new.items():
+            limit = self.info.data_files_size_in_mb if key == "data" else self.info.video_files_size_in_mb
+            parts = [path, *(self._files(i)[key] for i in self._pending)]
+            # One that could not be joined for lack of space may have its place already.
+            if sum(part.stat().st_size for part in parts if part.exists()) > (limit or 0) * 2**20:
+                return True
+        return False
 
     def _join(self, episodes: Sequence[int]) -> None:
         """Give episodes their place in the dataset, in as few files as the disk has room for."""
@@ -193,12 +191,11 @@ class Recording:
     def _joined(self, episodes: Sequence[int]) -> dict[str, Path]:
         joined = {key: self.folder / f"{key}.part" for key in ("data", *self.info.videos)}
         for key, path in joined.items():
-            parts = [self._files(i)[key] for i in episodes]
+            parts = {self._files(i)[key]: self.episodes[i].length for i in episodes}
             if key == "data":
-                join_parquet(path, parts)
+                join_parquet(path, list(parts))
             else:
-                lengths = [self.episodes[i].length for i in episodes]
-                concatenate_videos(path, zip(parts, lengths, strict=True), fps=int(self.info.fps))
+                concatenate_videos(path, parts.items(), fps=int(self.info.fps))
             fsync(path)
         return joined
 
@@ -209,8 +206,9 @@ class Recording:
         groups = [*self._groups, list(episodes)]
         self._put_json(self.folder / "groups.json", groups)
         self._groups = groups
-        for path in [path for index in episodes for path in self._files(index).values()]:
-            path.unlink(missing_ok=True)
+        for index in episodes:
+            for path in self._files(index).values():
+                path.unlink(missing_ok=True)
 
     def _move(self, source: Path, target: Path) -> None:
         if not source.exists() and target.exists():  # killed after this move and before groups.json
@@ -266,7 +264,8 @@ class Recording:
 
     def _read(self, index: int) -> SavedEpisode:
         file = self._json_file(index)
-        return parse(SavedEpisode, read_json(file, error=DatasetError), str(file), error=DatasetError)
+        document = read_json(file, error=DatasetError)  # an earlier version's has more fields
+        return parse(SavedEpisode, document, str(file), error=DatasetError, known_only=False)
 
     def _put_json(self, target: Path, content: Any, *, indent: int | None = None) -> None:
         self._put(target, lambda path: path.write_text(json.dumps(content, indent=indent), encoding="utf-8"))

@@ -32,7 +32,6 @@ class Distribution:
     max: np.ndarray
 
     def to_dict(self) -> dict[str, list[Any]]:
-        """All of it as lists."""
         columns = {**vars(self.stats), "min": self.min, "max": self.max}
         return {"names": list(self.names), **{name: values.tolist() for name, values in columns.items()}}
 
@@ -93,7 +92,6 @@ class ModelValues:
 
     @classmethod
     def of(cls, dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
-        """Convert a dataset's state and actions."""
         state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
         check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
         state_names = embodiment.state_names[: state.shape[1]]
@@ -147,11 +145,7 @@ def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
     std = math.sqrt(((exact - mean) ** 2) @ counts / total)
     order = np.argsort(exact)
     ranked, ends = exact[order], np.cumsum(counts[order])
-
-    def at(rank: int) -> float:
-        return float(ranked[np.searchsorted(ends, rank, side="right")])
-
-    q01, q99 = (_quantile(at, total, q) for q in (0.01, 0.99))
+    q01, q99 = _quantiles(total, lambda ranks: ranked[np.searchsorted(ends, ranks, side="right")])
     smallest, largest = float(ranked[0]), float(ranked[-1])
     # 0 where nothing varies, not what the rounding of the mean leaves.
     return mean, std if smallest < largest else 0.0, q01, q99, smallest, largest
@@ -162,8 +156,12 @@ def _of_all(values: np.ndarray) -> tuple[float, ...]:
     total = len(values)
     mean = float(values.mean(dtype=np.float64))
     smallest, largest = float(values.min()), float(values.max())
-    values.partition(sorted({rank for q in (0.01, 0.99) for rank in _ranks(total, q)}))
-    q01, q99 = (_quantile(lambda rank: float(values[rank]), total, q) for q in (0.01, 0.99))
+
+    def at(ranks: np.ndarray) -> np.ndarray:
+        values.partition(ranks.ravel())
+        return values[ranks]
+
+    q01, q99 = _quantiles(total, at)
     squares = 0.0
     for start in range(0, total, _BLOCK):  # in float64, without a copy of all
         centred = values[start : start + _BLOCK].astype(np.float64) - mean
@@ -171,12 +169,8 @@ def _of_all(values: np.ndarray) -> tuple[float, ...]:
     return mean, math.sqrt(squares / total) if smallest < largest else 0.0, q01, q99, smallest, largest
 
 
-def _ranks(total: int, q: float) -> tuple[int, int]:
-    below = math.floor(q * (total - 1))
-    return below, min(below + 1, total - 1)
-
-
-def _quantile(at: Callable[[int], float], total: int, q: float) -> float:
-    """As np.quantile: linear between the two ranks."""
-    below, above = (at(rank) for rank in _ranks(total, q))
-    return below + (above - below) * (q * (total - 1) % 1)
+def _quantiles(total: int, at: Callable[[np.ndarray], np.ndarray]) -> list[float]:
+    """q01 and q99 as np.quantile has them, linear between two ranks; `at` returns the values of ranks."""
+    ranks = np.array([0.01, 0.99]) * (total - 1)
+    low, high = at(np.array([np.floor(ranks), np.ceil(ranks)], np.int64)).astype(np.float64)
+    return (low + (high - low) * (ranks % 1)).tolist()

@@ -1,11 +1,9 @@
 """Video files through PyAV: frames by their time, and episodes into files."""
 
 import collections
-import contextlib
 import itertools
-import os
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from torchpi.errors import DatasetError, MissingFileError
-from torchpi.extras import require
+from torchpi.extras import environment_defaults, require
 
 # LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
 _GOP = 2
@@ -70,7 +68,6 @@ class VideoReader:
             ) from error
 
     def close(self) -> None:
-        """Close the file."""
         self._frames = self._frame = None
         self._container.close()
 
@@ -112,7 +109,6 @@ class VideoPool:
         self._idle: collections.OrderedDict[VideoReader, None] = collections.OrderedDict()
 
     def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
-        """See `VideoReader.read`."""
         with self._lock:
             readers = (reader for reader in self._idle if reader.path == path)
             found = min(readers, key=lambda reader: not reader.near(seconds, tolerance), default=None)  # or the oldest
@@ -158,26 +154,26 @@ def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, 
     }
 
 
-def encode_video(path: Path, frames: Iterable[np.ndarray], *, fps: int, encoder: str) -> None:
-    """Write a dataset's frames as an .mp4 file, see `write_mp4`."""
-    write_mp4(path, frames, fps=fps, encoder=encoder, options={"g": _GOP, **_ENCODERS[encoder]})
-
-
-def write_mp4(
+def encode_video(
     path: Path,
     frames: Iterable[np.ndarray],
     *,
     fps: int,
     encoder: str,
-    options: Mapping[str, int | str],
+    options: Mapping[str, int | str] | None = None,
     threads: int = 0,
     fast_start: bool = False,
 ) -> None:
-    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; with its index in front for a fast start."""
+    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; with its index in front for a fast start.
+
+    The encoder's options are by default those of datasets.
+    """
     av = require("av", "data")
     flags = {"movflags": "faststart"} if fast_start else {}
-    with _quiet_svt(), av.open(str(path), "w", format="mp4", options=flags) as container:
-        texts = {name: str(value) for name, value in options.items()}
+    options = {"g": _GOP, **_ENCODERS[encoder]} if options is None else options
+    texts = {name: str(value) for name, value in options.items()}
+    # SVT-AV1 prints thirty lines per video to stderr, unless this variable says that it shall print errors only.
+    with environment_defaults(SVT_LOG="1"), av.open(str(path), "w", format="mp4", options=flags) as container:
         stream = container.add_stream(encoder, rate=fps, options=texts)
         stream.pix_fmt = "yuv420p"
         if threads:
@@ -187,18 +183,6 @@ def write_mp4(
                 stream.height, stream.width = image.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-
-
-@contextlib.contextmanager
-def _quiet_svt() -> Iterator[None]:
-    """SVT-AV1 prints thirty lines per video to stderr, unless this variable says otherwise."""
-    before = os.environ.get("SVT_LOG")
-    os.environ["SVT_LOG"] = before or "1"  # errors only
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["SVT_LOG"]
 
 
 def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: int) -> None:

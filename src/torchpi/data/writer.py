@@ -119,14 +119,12 @@ class LeRobotWriter:
             raise DatasetError("The episode has no frames; add_frame comes before save_episode.")
         if not isinstance(task, str) or not task.strip():
             raise DatasetError(f"The task of an episode is {task!r}; expected its instruction, a text.")
-        episode = SavedEpisode(
-            length=self.num_frames_in_progress,
-            task=task,
-            task_index=recording.task_index(task),
-            bytes={},
-            histograms={key: np.sum(counts, axis=0).tolist() for key, counts in self._histograms.items()},
-        )
-        recording.save(lambda files: self._write_episode(recording, episode, files), episode)
+        histograms = {key: np.sum(counts, axis=0).tolist() for key, counts in self._histograms.items()}
+        with recording.saving(SavedEpisode(self.num_frames_in_progress, task, histograms)) as files:
+            for key in self._info.videos:
+                encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=str(self._encoder))
+            with write_parquet(files["data"], self._schema) as data_file:
+                data_file.write_table(self._table(recording, task))
         self.discard_episode()
 
     def add_episode(self, frames: Mapping[str, Any], task: str) -> None:
@@ -280,21 +278,15 @@ class LeRobotWriter:
         require_finite(array, key, feature["names"])
         return array
 
-    def _write_episode(self, recording: Recording, episode: SavedEpisode, files: Mapping[str, Path]) -> None:
-        for key in self._info.videos:
-            encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=str(self._encoder))
-        table = self._table(episode, episode_index=len(recording.episodes), first_index=recording.num_frames)
-        with write_parquet(files["data"], self._schema) as writer:
-            writer.write_table(table)
-
-    def _table(self, episode: SavedEpisode, *, episode_index: int, first_index: int) -> Any:
-        frame_index = np.arange(episode.length)
+    def _table(self, recording: Recording, task: str) -> Any:
+        """The rows of the episode in progress."""
+        frame_index = np.arange(self.num_frames_in_progress)
         columns: dict[str, Any] = {
             "timestamp": frame_index / self._info.fps,
             "frame_index": frame_index,
-            "episode_index": np.full(episode.length, episode_index),
-            "index": first_index + frame_index,
-            "task_index": np.full(episode.length, episode.task_index),
+            "episode_index": np.full_like(frame_index, len(recording.episodes)),
+            "index": recording.num_frames + frame_index,
+            "task_index": np.full_like(frame_index, recording.task_index(task)),
         }
         for key in self._frames.keys() - set(self._info.videos):
             values = self._frames[key]

@@ -118,11 +118,17 @@ class Connection:
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
         """Answer one message, by a chunk or an error."""
         state, began = self._state, time.perf_counter()
-        answered: tuple[dict[str, Any], Answer] | None = None
         frame: str | bytes
         try:
-            answered = await self._infer(message, noise, robot)
-            outcome, frame = "answered", self._answer_frame(answered[1])
+            observation, answer = await self._infer(message, noise, robot)
+            timing = {
+                "queue_ms": 1e3 * answer.queue_seconds,
+                "infer_ms": 1e3 * answer.inference_seconds,
+                "batch_size": answer.batch_size,
+            }
+            if self._last_seconds is not None:
+                timing["prev_total_ms"] = 1e3 * self._last_seconds
+            outcome, frame = "answered", pack({**answer.chunk, "server_timing": timing})
         except Exception as error:
             failure = self._failure(error)
             state.dashboard.failed(robot, f"{failure.code}: {failure}")
@@ -133,8 +139,7 @@ class Connection:
             self._num_requests += 1
             self._last_seconds = time.perf_counter() - began
             state.metrics.requests.labels(self._policy, outcome).inc()
-            if answered is not None:
-                observation, answer = answered
+            if outcome == "answered":
                 state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
                 state.dashboard.answered(robot, observation, answer, time.monotonic())
                 if state.recorder is not None:
@@ -180,16 +185,6 @@ class Connection:
             expiry.cancel()
             self._pending = None
             scheduler.withdraw(request)
-
-    def _answer_frame(self, answer: Answer) -> bytes:
-        timing = {
-            "queue_ms": 1e3 * answer.queue_seconds,
-            "infer_ms": 1e3 * answer.inference_seconds,
-            "batch_size": answer.batch_size,
-        }
-        if self._last_seconds is not None:
-            timing["prev_total_ms"] = 1e3 * self._last_seconds
-        return pack({**answer.chunk, "server_timing": timing})
 
     def _failure(self, error: Exception) -> RequestError:
         """Log an error, and return the one for the client."""

@@ -56,7 +56,6 @@ class Timeline:
         self._seconds: collections.deque[_Second] = collections.deque(maxlen=SECONDS)
 
     def add(self, now: float, answer: Answer) -> None:
-        """Count an answered request."""
         if not self._seconds or self._seconds[-1].at != int(now):
             self._seconds.append(_Second(int(now)))
         second = self._seconds[-1]
@@ -181,16 +180,13 @@ class Dashboard:
     # ---- reports of the server ----
 
     def join(self, number: int, name: str, policy: ServedPolicy, address: str) -> Robot:
-        """Record a client of the policy of this name."""
         robot = self._robots[number] = Robot(number, name, policy, address)
         return robot
 
     def asked(self, robot: Robot, previous: PreviousChunk | None, now: float) -> None:
-        """Record a valid request."""
         robot.asked_at, robot.previous = now, previous
 
     def answered(self, robot: Robot, observation: Mapping[str, Any], answer: Answer, now: float) -> None:
-        """Record its answer."""
         assert robot.asked_at is not None
         begin = now if robot.previous is None else robot.asked_at
         robot.last = Exchange(observation, answer.chunk["actions"], begin, now)
@@ -200,7 +196,6 @@ class Dashboard:
             timeline.add(now, answer)
 
     def failed(self, robot: Robot, error: str) -> None:
-        """Record its error."""
         robot.asked_at = robot.previous = None
         robot.error = error
 

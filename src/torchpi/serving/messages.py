@@ -167,43 +167,32 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> Reques
             f"The request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}."
         )
     noise, num_steps, deadline, previous = (content.get(name) for name in OPTIONS)
-    return RequestOptions(
-        noise=None if noise is None else _noise(noise, noise_shape),
-        num_steps=None if num_steps is None else _num_steps(num_steps),
-        deadline=None if deadline is None else _deadline(deadline),
-        previous=None if previous is None else _previous(previous, noise_shape[0]),
-    )
-
-
-def _noise(value: Any, shape: tuple[int, int]) -> np.ndarray:
-    found = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
-    if not isinstance(value, np.ndarray) or value.dtype.kind != "f" or value.shape != shape:
-        raise ServingError(f"torchpi/noise is {found}; expected floating-point numbers {list(shape)}.")
-    if not np.isfinite(value).all():
-        raise ServingError("There is NaN or infinity in torchpi/noise; it must be finite.")
-    _check_magnitude(value, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
-    return value.astype(np.float32)
-
-
-def _num_steps(value: Any) -> int:
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or not 1 <= value <= MAX_NUM_STEPS:
-        raise ServingError(f"torchpi/num_steps is {value!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}.")
-    return int(value)
-
-
-def _deadline(value: Any) -> float:
-    if not isinstance(value, int | float | np.integer | np.floating) or not value > 0:
-        raise ServingError(f"torchpi/deadline is {value!r:.80}; expected a positive number of seconds.")
-    return float(value)
-
-
-def _previous(value: Any, horizon: int) -> PreviousChunk:
-    sent = WirePreviousChunk.from_wire(value)
-    _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
-    previous = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
-    previous.steps_executed(horizon)  # raises
-    return previous
+    if noise is not None:
+        is_array = isinstance(noise, np.ndarray)
+        if not is_array or noise.dtype.kind != "f" or noise.shape != noise_shape:
+            found = f"{noise.dtype} {list(noise.shape)}" if is_array else f"a {type(noise).__name__}"
+            raise ServingError(f"torchpi/noise is {found}; expected floating-point numbers {list(noise_shape)}.")
+        if not np.isfinite(noise).all():
+            raise ServingError("There is NaN or infinity in torchpi/noise; it must be finite.")
+        _check_magnitude(noise, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
+        noise = noise.astype(np.float32)
+    if num_steps is not None:
+        whole = isinstance(num_steps, int | np.integer) and not isinstance(num_steps, bool)
+        if not whole or not 1 <= num_steps <= MAX_NUM_STEPS:
+            raise ServingError(
+                f"torchpi/num_steps is {num_steps!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}."
+            )
+        num_steps = int(num_steps)
+    if deadline is not None:
+        if not isinstance(deadline, int | float | np.integer | np.floating) or not deadline > 0:
+            raise ServingError(f"torchpi/deadline is {deadline!r:.80}; expected a positive number of seconds.")
+        deadline = float(deadline)
+    if previous is not None:
+        sent = WirePreviousChunk.from_wire(previous)
+        _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
+        previous = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
+        previous.steps_executed(noise_shape[0])  # raises
+    return RequestOptions(noise, num_steps, deadline, previous)
 
 
 def _check_magnitude(array: np.ndarray, where: str, limit: float, reason: str) -> None:

@@ -65,7 +65,6 @@ class Pages:
         return None
 
     def _refusal(self, request: Request, path: str, *, browser: bool, dashboard: bool) -> _Refusal | None:
-        """The reason to refuse a request."""
         settings = self._state.settings
         authorization = request.headers.get_all("Authorization")
         if browser and (token := _token_in_address(request)) is not None:  # a browser's address bar sends no headers
@@ -87,7 +86,6 @@ class Pages:
         return None
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
-        """Count, log and answer a refused request."""
         self._state.metrics.refused.labels(reason).inc()
         now = time.monotonic()
         # A client that floods the server must not flood its log, nor write control characters to it.
@@ -136,7 +134,6 @@ class Pages:
 
 
 def path_of(request: Request) -> str:
-    """The path without the query."""
     return request.path.partition("?")[0]
 
 
@@ -153,7 +150,6 @@ def _names_this_machine(request: Request) -> bool:
 
 
 def _with_body(connection: ServerConnection, body: bytes, content_type: str) -> Response:
-    """A successful response."""
     response = connection.respond(http.HTTPStatus.OK, "")
     for name, value in (("Content-Type", content_type), ("Content-Length", str(len(body)))):
         del response.headers[name]

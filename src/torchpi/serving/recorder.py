@@ -45,15 +45,11 @@ class Recorder:
         with Recorder({"default": "my_recording"}) as recorder:
             recorder.keep("default", client, policy, observation, actions)
 
-    Datasets appear when the block ends; see `LeRobotWriter` for what is left if the process is killed.
+    The folders, by the policies' names, are new or empty. Datasets appear when the block ends; see `LeRobotWriter` for
+    what is left if the process is killed. The metrics count kept and lost requests.
     """
 
     def __init__(self, paths: Mapping[str, Path], metrics: Metrics) -> None:
-        """
-        Args:
-            paths: per policy's name the folder of its dataset, new or empty.
-            metrics: counts kept and lost requests.
-        """
         self._paths = {name: path.expanduser() for name, path in paths.items()}
         for path in self._paths.values():
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -66,13 +62,7 @@ class Recorder:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="torchpi-recorder")
 
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
-        """Record one request; returns at once.
-
-        Args:
-            name: the policy's.
-            client: number of the connection.
-            actions: [H, a], the chunk that it was sent.
-        """
+        """Record one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
         if self._free.acquire(blocking=False):
             self._thread.submit(self._keep, name, client, policy, observation, actions)
         else:
@@ -165,7 +155,6 @@ class _Recording:
         episode.num_bytes += num_bytes
 
     def end(self, client: int) -> None:
-        """Save the episode of a client that has left."""
         self._save(client)
         self._misfits.discard(client)
 

@@ -115,11 +115,9 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait for the model."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queue a request."""
         with self._lock:
             if self._closed:
                 raise RequestError("shutting_down", "The server is shutting down; connect again later.")

@@ -30,7 +30,10 @@ _CLOSE_TIMEOUT = 2.0
 
 
 class PolicyServer:
-    """Serves policies by name; the first one also at the path "/"."""
+    """Serves policies by name; the first one also at the path "/".
+
+    They are loaded by the functions `load`, in the model's thread. The recorder is closed by its owner.
+    """
 
     def __init__(
         self,
@@ -39,11 +42,6 @@ class PolicyServer:
         *,
         recorder: Recorder | None = None,
     ) -> None:
-        """
-        Args:
-            load: a function per name that returns the policy; called in the model's thread.
-            recorder: is closed by its owner.
-        """
         metrics = recorder.metrics if recorder else Metrics()
         self.scheduler = Scheduler(load, settings, metrics)
         self._state = ServerState(settings, list(load), metrics, self.scheduler, recorder)
@@ -81,7 +79,6 @@ class PolicyServer:
             self._loop.call_soon_threadsafe(self._stopped.set)
 
     async def _listen(self) -> Server:
-        """Accept connections from now on."""
         settings = self._state.settings
         try:
             return await serve(
@@ -109,7 +106,6 @@ class PolicyServer:
             raise
 
     async def _handle(self, websocket: ServerConnection) -> None:
-        """Serve one client."""
         assert websocket.request is not None
         policy = path_of(websocket.request)[1:] or self._state.names[0]
         connection = Connection(websocket, self._state, number=next(self._numbers), policy=policy)

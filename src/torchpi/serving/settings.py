@@ -57,7 +57,6 @@ class ServeSettings:
 
     @property
     def max_message_bytes(self) -> int:
-        """Size of a request in bytes."""
         return int(self.max_message_mb * 2**20)
 
     @property

@@ -12,18 +12,13 @@ ENVIRONMENTS = tuple(_SIMULATORS)
 
 
 def simulator(env: str) -> Simulator:
-    """An environment by name.
-
-    Raises:
-        KeyError: there is none of this name.
-    """
+    """An environment by name; a KeyError if there is none."""
     if env not in _SIMULATORS:
         raise UnknownKeyError(f"There is no environment {env!r}; there are {', '.join(ENVIRONMENTS)}.")
     return _SIMULATORS[env]
 
 
 def tasks_of(env: str) -> tuple[str, ...]:
-    """The tasks of an environment, by name."""
     return tuple(simulator(env).instructions)
 
 
@@ -50,12 +45,7 @@ def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
 
 
 def make_environment(env: str, task: str, *, image_size: int | None = None) -> Environment:
-    """One task of a simulator.
-
-    Args:
-        env: one of `ENVIRONMENTS`.
-        task: one of `tasks_of(env)`.
-        image_size: height and width of the robot's cameras; None: the environment's.
+    """One task of a simulator; image_size is the height and width of its cameras, None: the environment's.
 
     Raises:
         KeyError: there is no such environment or task.
@@ -82,7 +72,6 @@ class LatestEnvironment:
         return self._environment
 
     def close(self) -> None:
-        """Free it."""
         if self._environment is not None:
             self._environment.close()
             self._environment = None

@@ -44,24 +44,17 @@ class RemotePolicy:
         self.metadata: dict[str, Any] = self._client.metadata
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
-        """One observation to one chunk."""
         try:
             return self._client.infer(observation)
         except self._server_error as error:
             raise ConnectionError(str(error)) from error
 
     def close(self) -> None:
-        """End the connection."""
         self._client.close()
 
 
 def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, token: str | None = None) -> Actor:
-    """The policy at a path or an address, or the object itself.
-
-    Args:
-        load: more arguments for `load_policy`.
-        token: for the server at the address.
-    """
+    """The policy at a path, with more arguments for `load_policy`, or at a server's address; or the object itself."""
     is_path = isinstance(policy, str | pathlib.Path) and not is_address(policy)
     if token is not None and not is_address(policy):
         found = f"{policy} is none" if is_path else "this policy is loaded already"

@@ -25,8 +25,6 @@ from torchpi.ui.progress import progress_bar
 
 @dataclasses.dataclass(frozen=True)
 class _Job:
-    """One episode to run."""
-
     task: str
     index: int
     seed: int
@@ -153,7 +151,6 @@ class _Evaluator:
         self._noise_shape = noise_shape(self._actor)
 
     def __call__(self, job: _Job) -> EpisodeOutcome:
-        """Run one episode."""
         environment = self._latest.of(job.task)
         rollout = dataclasses.replace(self._rollout, instruction=job.instruction)
         noise = None
@@ -163,7 +160,6 @@ class _Evaluator:
             return run_episode(self._actor, environment, job.seed, rollout=rollout, noise=noise, callback=callback)
 
     def close(self) -> None:
-        """Free simulation and connection."""
         self._latest.close()
         close_actor(self._actor)
 

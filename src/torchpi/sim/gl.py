@@ -14,18 +14,17 @@ import numpy as np
 from torchpi.errors import MissingExtraError
 from torchpi.extras import require
 
-NO_OPENGL = (
-    "No OpenGL that renders without a screen ({reason}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. "
-    "Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
-)
-
-
-def _no_opengl(error: Exception) -> str:
-    return NO_OPENGL.format(reason=f"MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: {str(error).rstrip('.')}")
-
 
 class OpenGLError(OSError):
     """This machine has no OpenGL that renders without a screen; the message says what to install."""
+
+
+def _no_opengl(reason: Exception) -> OpenGLError:
+    return OpenGLError(
+        f"No OpenGL that renders without a screen (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
+        f"{str(reason).rstrip('.')}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri. Or choose another "
+        "backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
+    )
 
 
 def import_mujoco() -> Any:
@@ -38,7 +37,7 @@ def import_mujoco() -> Any:
         raise
     # PyOpenGL finds no libEGL and says so in its own way; MuJoCo does not know the value of MUJOCO_GL.
     except (AttributeError, ImportError, OSError, RuntimeError) as error:
-        raise OpenGLError(_no_opengl(error)) from error
+        raise _no_opengl(error) from error
 
 
 class Cameras:
@@ -87,7 +86,7 @@ class Cameras:
             self._gl.make_current()
             self._mjr = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
-            raise OpenGLError(_no_opengl(error)) from error
+            raise _no_opengl(error) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
         self._scene, self._option = mujoco.MjvScene(self._model, maxgeom=10_000), mujoco.MjvOption()
         if not self._effects:
@@ -120,7 +119,6 @@ class Cameras:
         return np.stack([x, y], axis=-1)
 
     def close(self) -> None:
-        """Free the renderer."""
         if self._free is not None:
             self._free()
             atexit.unregister(self._free)

@@ -1,14 +1,16 @@
 """Jobs in parallel processes, whose errors name the job."""
 
 import atexit
+import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
@@ -17,6 +19,7 @@ from typing import Any, TypeVar
 import psutil
 
 from torchpi.errors import SimulationError, TorchpiError
+from torchpi.extras import environment_defaults
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -24,7 +27,7 @@ Result = TypeVar("Result")
 # A user can do something about these, so they are shown as one line; any other is our mistake, with its traceback.
 _FOR_USERS = (KeyboardInterrupt, ModuleNotFoundError, FileNotFoundError, KeyError, ValueError, OSError)
 # One thread each: the processes are as many as the cores.
-_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
 
 
 def run_jobs(
@@ -52,12 +55,9 @@ def run_jobs(
     if workers > 1:
         yield from _run_in_processes(make_work, jobs, min(workers, len(jobs)), label, window or len(jobs))
         return
-    worker = _Worker(make_work)
-    try:
+    with contextlib.closing(_Worker(make_work)) as worker:
         for job in jobs:
             yield worker(job, label(job))
-    finally:
-        worker.close()
 
 
 def default_workers(jobs: int, *, bytes_each: int = 0) -> int:
@@ -102,9 +102,7 @@ class _Worker:
             raise RuntimeError(f"{label} failed:\n{traceback.format_exc()}") from error
 
     def close(self) -> None:
-        close = getattr(self._work, "close", None)
-        if close is not None:
-            close()
+        getattr(self._work, "close", lambda: None)()
 
 
 def _run_in_processes(
@@ -117,29 +115,24 @@ def _run_in_processes(
     before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forks of a process with OpenGL or threads in it may hang
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(make_work,))
-    running: dict[Future[Any], int] = {}
-    finished: dict[int, Any] = {}
-    begun, yielded, processes = 0, 0, set[BaseProcess]()
+    remaining, processes = iter(jobs), set[BaseProcess]()
+    begun: collections.deque[tuple[str, Future[Any]]] = collections.deque()
     try:
-        while yielded < len(jobs):
-            while len(running) < workers and begun < min(len(jobs), yielded + window):
-                with _single_threaded(), interrupts_held():
-                    running[pool.submit(_do, jobs[begun], label(jobs[begun]))] = begun
-                begun += 1
-            processes |= set(multiprocessing.active_children()) - before
-            done = wait(running, return_when=FIRST_COMPLETED).done
-            for future in done:
-                if not future.exception():
-                    finished[running.pop(future)] = future.result()
-            while yielded in finished:
-                yielded += 1
-                yield finished.pop(yielded - 1)
-            for future in done:
-                future.result()  # raises the error of a job
+        while True:
+            for job in itertools.islice(remaining, window - len(begun)):
+                with environment_defaults(**_ONE_THREAD), interrupts_held():
+                    begun.append((label(job), pool.submit(_do, job, label(job))))
+                processes |= set(multiprocessing.active_children()) - before
+            if not begun:
+                break
+            result = begun[0][1].result()
+            begun.popleft()
+            yield result
     except BrokenProcessPool as error:
-        raise _ended(processes, [label(jobs[number]) for number in running.values()]) from error
+        unfinished = [name for name, future in begun if not future.done() or future.exception()]
+        raise _ended(processes, unfinished[:workers]) from error  # the pool begins them in order
     finally:
-        if yielded < len(jobs):  # ended early: nobody waits for the jobs that run
+        if begun:  # ended early: nobody waits for the jobs that run
             for process in processes:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
@@ -154,18 +147,6 @@ def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessEr
     reason = f"signal {-code}" if code < 0 else f"exit status {code}"
     hint = " The machine may have run out of memory: try fewer workers." if code == -signal.SIGKILL else ""
     return ChildProcessError(f"{' or '.join(labels)}: its process has ended unexpectedly ({reason}).{hint}")
-
-
-@contextlib.contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Processes started meanwhile have one thread each, unless the environment says otherwise."""
-    added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for name in added:
-            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

@@ -47,13 +47,22 @@ class Recording:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Settings:
+class RecordSettings:
+    """The settings that decide each episode of a recording."""
+
     env: str
-    seed: int
-    noise: float | int
-    noisy_fraction: float | int
-    push_rate: float | int
+    """One of `ENVIRONMENTS` that has experts."""
     image_size: int
+    """Height and width of the cameras."""
+    seed: int = 0
+    """Of the whole recording. No evaluation has the same episodes, whatever its seed."""
+    noise: float | int = 0.4
+    """Standard deviation of the noise on each dimension of an executed action; actions are ±1."""
+    noisy_fraction: float | int = 0.5
+    """The part of each task's episodes that is disturbed."""
+    push_rate: float | int = 0.02
+    """Probability at each step of a disturbed episode that a push begins: the arm then goes somewhere else for 5 to 20
+    steps. Noise alone never leads far enough away to show how to begin again after a miss."""
 
     def __post_init__(self) -> None:
         fractions = 0 <= self.noisy_fraction <= 1 and 0 <= self.push_rate <= 1
@@ -64,13 +73,87 @@ class _Settings:
             )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    task: str
-    index: int
+def record(
+    env: str,
+    tasks: Sequence[str],
+    episodes: int,
+    out: str | pathlib.Path,
+    *,
+    image_size: int | None = None,
+    video: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+    command: str | None = None,
+    **settings: Any,
+) -> Recording:
+    """Record episodes in which the scripted expert succeeds.
 
-    def __str__(self) -> str:
-        return f"episode {self.index} of {self.task}"
+    In some of them its actions are disturbed as they are executed, and the dataset has the undisturbed ones: it shows
+    how to come back from where the expert alone would not go. The same arguments give the same dataset, whatever the
+    number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many.
+
+    Args:
+        env: one of `ENVIRONMENTS` that has experts; tasks: by name; episodes: per task.
+        out: the dataset's folder, new or empty.
+        image_size: height and width of the cameras; None: the environment's.
+        video: cameras as video (small, lossy), otherwise as PNG (exact).
+        workers: processes; None: as many as the CPU's cores and the memory allow; 1: this process alone. More than one
+            need the usual `if __name__ == "__main__"` in a script.
+        progress: show a progress bar on stderr.
+        command: the command line to note in the dataset.
+        settings: of `RecordSettings`.
+    """
+    start = time.perf_counter()
+    check_tasks(env, tasks)
+    if episodes < 1:
+        raise SimulationError(f"Expected at least one episode, got {episodes}.")
+    place = simulator(env)
+    if not place.has_experts:
+        raise SimulationError(f"{env} has no scripted experts to record; metaworld has.")
+    size = place.image_size if image_size is None else image_size
+    done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
+    jobs = [(task, index) for task in tasks for index in range(episodes)]
+    try:
+        _record(done, jobs, default_workers(len(jobs)) if workers is None else workers, video, progress)
+    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
+        if not (complete := done.describe_complete(error)):
+            raise
+        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
+        kept = f"{problem}The {complete} episodes that were complete are in {out}."
+        raise rephrased(error, kept) from error
+    done.describe(len(done.episodes))
+    frames = sum(episode["length"] for episode in done.episodes)
+    return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
+
+
+def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video: bool, progress: bool) -> None:
+    start, settings = time.perf_counter(), done.settings
+    place = simulator(settings.env)
+    robot = place.embodiment
+    assert robot.control_hz is not None
+    with (
+        LeRobotWriter(
+            done.root,
+            fps=int(robot.control_hz),
+            cameras=dict.fromkeys(camera_keys(robot), (settings.image_size, settings.image_size, 3)),
+            state_names=robot.state_names,
+            action_names=[action.name for action in robot.actions],
+            robot_type=robot.name,
+            video=video,
+        ) as writer,
+        progress_bar("recording", len(jobs), shown=progress) as advance,
+        contextlib.closing(
+            run_jobs(partial(_Recorder, settings), jobs, workers=workers, label=_label, window=4 * workers)
+        ) as demonstrations,
+    ):
+        for demonstration in demonstrations:
+            done.add(demonstration)
+            writer.add_episode(demonstration.frames, place.instructions[demonstration.description["task"]])
+            advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
+
+
+def _label(job: tuple[str, int]) -> str:
+    return f"episode {job[1]} of {job[0]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,87 +168,10 @@ class _Demonstration:
     """Attempts before it."""
 
 
-def record(
-    env: str,
-    tasks: Sequence[str],
-    episodes: int,
-    out: str | pathlib.Path,
-    *,
-    seed: int = 0,
-    noise: float | int = 0.4,
-    noisy_fraction: float | int = 0.5,
-    push_rate: float | int = 0.02,
-    video: bool = False,
-    image_size: int | None = None,
-    workers: int | None = None,
-    progress: bool = True,
-    command: str | None = None,
-) -> Recording:
-    """Record episodes in which the scripted expert succeeds.
-
-    In some of them its actions are disturbed as they are executed, and the dataset has the undisturbed ones: it shows
-    how to come back from where the expert alone would not go. The same arguments give the same dataset, whatever the
-    number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many.
-
-    Args:
-        env: one of `ENVIRONMENTS` that has experts; tasks: by name; episodes: per task.
-        out: the dataset's folder, new or empty.
-        seed: of the whole recording. No evaluation has the same episodes, whatever its seed.
-        noise: standard deviation of the noise on each dimension of an executed action; actions are ±1.
-        noisy_fraction: the part of each task's episodes that is disturbed.
-        push_rate: how probable it is at each step of a disturbed episode that a push begins: for 5 to 20 steps the arm
-            goes somewhere else. Noise alone never leads far enough away to show how to begin again after a miss.
-        video: cameras as video (small, lossy), otherwise as PNG (exact).
-        image_size: height and width of the cameras; None: the environment's.
-        workers: processes; None: as many as the CPU's cores and the memory allow; 1: this process alone. More than one
-            need the usual `if __name__ == "__main__"` in a script.
-        progress: show a progress bar on stderr.
-        command: the command line to note in the dataset.
-    """
-    start = time.perf_counter()
-    check_tasks(env, tasks)
-    if episodes < 1:
-        raise SimulationError(f"Expected at least one episode, got {episodes}.")
-    if not simulator(env).has_experts:
-        raise SimulationError(f"{env} has no scripted experts to record; metaworld has.")
-    size = simulator(env).image_size if image_size is None else image_size
-    settings = _Settings(env, seed, noise, noisy_fraction, push_rate, size)
-    jobs = [_Job(task, index) for task in tasks for index in range(episodes)]
-    workers = default_workers(len(jobs)) if workers is None else workers
-    done = _Done(pathlib.Path(out), settings, command)
-    try:
-        _record(done, jobs, workers, video, progress)
-    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
-        if not (complete := done.describe_complete(error)):
-            raise
-        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
-        kept = f"{problem}The {complete} episodes that were complete are in {out}."
-        raise rephrased(error, kept) from error
-    done.describe(len(done.episodes))
-    frames = sum(episode["length"] for episode in done.episodes)
-    return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
-
-
-def _record(done: "_Done", jobs: Sequence[_Job], workers: int, video: bool, progress: bool) -> None:
-    start = time.perf_counter()
-    instructions = simulator(done.settings.env).instructions
-    with (
-        _writer(done.root, done.settings, video) as writer,
-        progress_bar("recording", len(jobs), shown=progress) as advance,
-        contextlib.closing(
-            run_jobs(partial(_Recorder, done.settings), jobs, workers=workers, label=str, window=4 * workers)
-        ) as demonstrations,
-    ):
-        for job, demonstration in zip(jobs, demonstrations, strict=True):
-            done.add(demonstration)
-            writer.add_episode(demonstration.frames, instructions[job.task])
-            advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
-
-
 class _Done:
     """The episodes that have been recorded so far, and their description next to the dataset."""
 
-    def __init__(self, root: pathlib.Path, settings: _Settings, command: str | None) -> None:
+    def __init__(self, root: pathlib.Path, settings: RecordSettings, command: str | None) -> None:
         self.root, self.settings, self._command = root, settings, command
         self.episodes: list[dict[str, Any]] = []
         self.failures: Counter[str] = Counter()
@@ -210,31 +216,27 @@ class _Done:
 
 
 class _Recorder:
-    """Records episodes in one process; keeps the simulation of the latest task."""
+    """Records the demonstrations of one process; keeps the simulation of the latest task."""
 
-    def __init__(self, settings: _Settings) -> None:
+    def __init__(self, settings: RecordSettings) -> None:
         self._settings = settings
         self._latest = LatestEnvironment(settings.env, image_size=settings.image_size)
+        self.close = self._latest.close
 
-    def __call__(self, job: _Job) -> _Demonstration:
-        """Record one episode."""
-        settings, environment = self._settings, self._latest.of(job.task)
+    def __call__(self, job: tuple[str, int]) -> _Demonstration:
+        (task, index), settings = job, self._settings
+        environment = self._latest.of(task)
         # Spread evenly, so that a part of the dataset has its part of noisy episodes.
-        noisy = int((job.index + 1) * settings.noisy_fraction) > int(job.index * settings.noisy_fraction)
+        noisy = int((index + 1) * settings.noisy_fraction) > int(index * settings.noisy_fraction)
         for attempt in range(MAX_ATTEMPTS):
-            seed = environment_seed("record", settings.seed, job.task, job.index, attempt)
-            generator = generator_at(settings.seed, "record noise", job.task, job.index, attempt)
+            seed = environment_seed("record", settings.seed, task, index, attempt)
+            generator = generator_at(settings.seed, "record noise", task, index, attempt)
             disturbance = _Disturbance(settings.noise, settings.push_rate, generator) if noisy else None
             frames = _demonstrate(environment, seed, disturbance)
             if frames is not None:
-                length = len(frames[ACTION])
-                description = {"task": job.task, "seed": seed, "noisy": noisy, "length": length}
+                description = {"task": task, "seed": seed, "noisy": noisy, "length": len(frames[ACTION])}
                 return _Demonstration(frames, description, failures=attempt)
-        raise SimulationError(_fails_too_often(job.task, MAX_ATTEMPTS, MAX_ATTEMPTS))
-
-    def close(self) -> None:
-        """Free the simulation."""
-        self._latest.close()
+        raise SimulationError(_fails_too_often(task, MAX_ATTEMPTS, MAX_ATTEMPTS))
 
 
 class _Disturbance:
@@ -284,18 +286,4 @@ def _fails_too_often(task: str, failures: int, attempts: int) -> str:
     return (
         f"The expert of {task} failed in {failures} of {attempts} episodes; record with less noise, or with a smaller "
         "fraction of noisy episodes."
-    )
-
-
-def _writer(root: pathlib.Path, settings: _Settings, video: bool) -> LeRobotWriter:
-    robot, size = simulator(settings.env).embodiment, settings.image_size
-    assert robot.control_hz is not None
-    return LeRobotWriter(
-        root,
-        fps=int(robot.control_hz),
-        cameras=dict.fromkeys(camera_keys(robot), (size, size, 3)),
-        state_names=robot.state_names,
-        action_names=[action.name for action in robot.actions],
-        robot_type=robot.name,
-        video=video,
     )

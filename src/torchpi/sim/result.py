@@ -30,16 +30,11 @@ class Episode:
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskResult:
+class TaskResult(Rate):
     """The result of one task."""
 
     instruction: str
     """The policy's."""
-    success_rate: float
-    """0 to 1."""
-    interval: tuple[float, float]
-    """Wilson's 95 % interval of the rate."""
-    episodes: int
     mean_steps: float | None
     """Of the successful episodes; None: there are none."""
     median_steps: float | None
@@ -77,26 +72,16 @@ class Evaluation:
     """Paths."""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
         return dataclasses.asdict(self)
 
 
 def task_result(instruction: str, episodes: Sequence[Episode]) -> TaskResult:
-    """The result of one task's episodes."""
     steps = [episode.steps for episode in episodes if episode.success]
-    rate, interval = success_rate(episodes)
-    return TaskResult(
-        instruction,
-        rate,
-        interval,
-        episodes=len(episodes),
-        mean_steps=float(statistics.mean(steps)) if steps else None,
-        median_steps=float(statistics.median(steps)) if steps else None,
-    )
+    mean, median = (float(of(steps)) if steps else None for of in (statistics.mean, statistics.median))
+    return TaskResult(*success_rate(episodes), len(episodes), instruction, mean, median)
 
 
 def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float]]:
-    """The success rate of episodes, with its interval."""
     successes = sum(episode.success for episode in episodes)
     return successes / len(episodes), wilson_interval(successes, len(episodes))
 
@@ -114,9 +99,8 @@ def success_table(
     columns += [Column("steps", "number"), *([Column("measured after training", "rate")] if measured else [])]
     rows: list[list[Cell]] = []
     for name, task in evaluation.tasks.items():
-        rate = Rate(task.success_rate, task.interval, task.episodes)
         steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
-        rows.append([name, task.instruction, rate, steps, *([str(measured.get(name, "–"))] if measured else [])])
+        rows.append([name, task.instruction, task, steps, *([str(measured.get(name, "–"))] if measured else [])])
     if len(rows) == 1:
         return Table(columns, rows)
     rate = Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes))
@@ -124,7 +108,6 @@ def success_table(
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    """Print the table of a result."""
     console = Console(highlight=False)
     console.print(success_table(evaluation).to_rich())
     console.print(

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from torchpi.data.video import find_encoder, write_mp4
+from torchpi.data.video import encode_video, find_encoder
+from torchpi.robots import Embodiment
 from torchpi.sim.environment import Environment, ShowsHands
 from torchpi.sim.rollout import Callback, RolloutStep, camera_keys
 from torchpi.ui.palette import PALETTE
@@ -59,7 +60,7 @@ def record_video(
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     try:
-        write_mp4(part, recorder.frames(), fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
+        encode_video(part, recorder.frames(), fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
@@ -82,18 +83,13 @@ class _Recorder:
         self._environment, self._instruction = environment, instruction
         self._hands = environment if isinstance(environment, ShowsHands) else None
         self._size = VIEW if len(camera_keys(environment.embodiment)) > 1 else SINGLE_VIEW
+        self._steps: list[RolloutStep] = []
         self._snapshots: list[_Snapshot] = []
-        self._actions: list[np.ndarray] = []
-        self._chunks: list[tuple[int, np.ndarray]] = []  # the step at which each began
         self._path: list[np.ndarray] = []  # of the hands, [n, 3] each
         self._predicted = np.zeros((0, 0, 3))
 
     def __call__(self, step: RolloutStep) -> None:
-        """Take note of a step."""
-        if step.executed == 0:
-            self._chunks.append((step.step, np.asarray(step.chunk)))
-        else:
-            self._actions.append(np.asarray(step.chunk)[step.executed - 1])
+        self._steps.append(step)
         if self._hands:
             if step.executed == 0:
                 self._predicted = self._hands.hands_after(step.chunk)
@@ -114,9 +110,8 @@ class _Recorder:
 
     def frames(self) -> Iterator[np.ndarray]:
         """The video, uint8 [h, w, 3] each."""
-        names = [action.name for action in self._environment.embodiment.actions]
         width = _even(sum(view.shape[1] + _GAP for view in self._snapshots[0].views.values()) + _GAP)
-        plots = _ActionPlots(names, self._actions, self._chunks, width)
+        plots = _ActionPlots(self._environment.embodiment, self._steps, width)
         for snapshot in self._snapshots:
             frame = self._frame(snapshot, plots, width)
             for _ in range(_HOLD if snapshot.step.last else 1):
@@ -156,18 +151,17 @@ class _Recorder:
 class _ActionPlots:
     """A row per dimension of the actions: those that were executed, and the current chunk over and ahead of them."""
 
-    def __init__(
-        self, names: Sequence[str], actions: Sequence[np.ndarray], chunks: Sequence[tuple[int, np.ndarray]], width: int
-    ) -> None:
-        self._names, self._actions, self._chunks = names, np.stack(actions), chunks
-        everything = np.concatenate([self._actions, *(chunk for _, chunk in chunks)])
+    def __init__(self, robot: Embodiment, steps: Sequence[RolloutStep], width: int) -> None:
+        self._names = [action.name for action in robot.actions]
+        self._chunks = [(step.step, step.chunk) for step in steps if not step.executed]
+        self._actions = np.stack([step.chunk[step.executed - 1] for step in steps if step.executed])
+        everything = np.concatenate([chunk for _, chunk in self._chunks])
         self._low, self._high = everything.min(axis=0), everything.max(axis=0)
-        columns = 1 if len(names) <= 7 else 2
-        self._rows, self._column = -(-len(names) // columns), (width - _MARGIN) // columns
+        columns = 1 if len(self._names) <= 7 else 2
+        self._rows, self._column = -(-len(self._names) // columns), (width - _MARGIN) // columns
         self.height = self._rows * _ROW + _LEGEND + 2 * _MARGIN
 
     def draw(self, canvas: Image.Image, top: int, now: int) -> None:
-        """Draw the rows below `top`."""
         start, chunk = next(entry for entry in reversed(self._chunks) if entry[0] <= max(0, now - 1))
         draw, width = ImageDraw.Draw(canvas), self._column - _LABEL - _MARGIN
         for i, name in enumerate(self._names):
