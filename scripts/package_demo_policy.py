@@ -26,7 +26,7 @@ import tyro
 
 import torchpi
 from torchpi.assets import assets
-from torchpi.training.metrics import METRICS, read_metrics
+from torchpi.training.run_folder import METRICS, read_metrics
 from torchpi.training.state import checkpoints
 
 MAX_METRICS = 100

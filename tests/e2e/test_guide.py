@@ -13,7 +13,7 @@ import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.training.config import TrainConfig
-from torchpi.training.resume import CHANGEABLE
+from torchpi.training.run_folder import CHANGEABLE
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 

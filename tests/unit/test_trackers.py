@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from torchpi.training.metrics import scalars
-from torchpi.training.trackers import open_trackers
+from torchpi.training.run_folder import scalars
+from torchpi.training.trackers import Trackers
 
 LINE = {
     "step": 20,
@@ -43,7 +43,7 @@ def test_a_line_of_the_metrics_has_its_numbers_under_flat_names():
 
 
 def test_without_names_nothing_is_written(tmp_path, plot):
-    tracker = open_trackers([], tmp_path / "run", {}, 0)
+    tracker = Trackers([], tmp_path / "run", {}, 0)
     tracker.log(1, {"loss": 1.0})
     tracker.image(1, "chunks", plot)
     tracker.close()
@@ -52,7 +52,7 @@ def test_without_names_nothing_is_written(tmp_path, plot):
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="There is no tracker mlflow; choose from tensorboard, wandb"):
-        open_trackers(["tensorboard", "mlflow"], tmp_path, {}, 0)
+        Trackers(["tensorboard", "mlflow"], tmp_path, {}, 0)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_an_unknown_name_is_an_error_that_lists_the_known_ones(tmp_path):
 def test_a_missing_package_is_an_error_with_the_command_that_installs_it(tmp_path, monkeypatch, name, module, extra):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ModuleNotFoundError, match=rf"pip install 'torchpi\[{extra}\]'"):
-        open_trackers([name], tmp_path, {}, 0)
+        Trackers([name], tmp_path, {}, 0)
 
 
 # TensorBoard
@@ -81,7 +81,7 @@ def points(events, name):
 
 
 def test_tensorboard_has_what_was_logged(tmp_path, plot):
-    tracker = open_trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
+    tracker = Trackers(["tensorboard"], tmp_path, {"learning_rate": 1e-4}, 0)
     tracker.log(10, {"loss": 0.5, "group/error": 0.125})
     tracker.log(20, {"loss": math.nan, "group/error": 7})
     tracker.image(20, "chunks", plot)
@@ -98,11 +98,11 @@ def test_tensorboard_has_what_was_logged(tmp_path, plot):
 
 
 def test_a_resumed_run_replaces_what_it_had_beyond_in_tensorboard(tmp_path):
-    first = open_trackers(["tensorboard"], tmp_path, {}, 0)
+    first = Trackers(["tensorboard"], tmp_path, {}, 0)
     for step in (10, 20, 30):
         first.log(step, {"loss": float(step)})
     first.close()
-    second = open_trackers(["tensorboard"], tmp_path, {}, 20)
+    second = Trackers(["tensorboard"], tmp_path, {}, 20)
     second.log(30, {"loss": 0.5})
     second.close()
     assert points(read_events(tmp_path), "loss") == [(10, 10.0), (20, 20.0), (30, 0.5)]
@@ -142,7 +142,7 @@ def wandb(monkeypatch):
 
 def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
     """Its own step cannot go back, which that of a resumed run does."""
-    tracker = open_trackers(["wandb"], tmp_path, {"seed": 1}, 0)
+    tracker = Trackers(["wandb"], tmp_path, {"seed": 1}, 0)
     tracker.log(10, {"loss": 0.5})
     tracker.image(10, "chunks", plot)
     tracker.close()
@@ -159,7 +159,7 @@ def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
 
 def test_wandb_knows_a_resumed_run_and_no_other(tmp_path, wandb):
     for resume_step in (0, 10, 0):
-        open_trackers(["wandb"], tmp_path, {}, resume_step).close()
+        Trackers(["wandb"], tmp_path, {}, resume_step).close()
     first, resumed, new = (call[1]["id"] for call in wandb.calls if call[0] == "init")
     assert first == resumed != new
 
@@ -170,20 +170,20 @@ def test_wandb_without_an_account_is_an_error_that_says_what_to_do(tmp_path, wan
 
     monkeypatch.setattr(wandb, "init", refuse)
     with pytest.raises(ValueError, match=r"No API key configured.*wandb login.*WANDB_MODE=offline"):
-        open_trackers(["wandb"], tmp_path, {}, 0)
+        Trackers(["wandb"], tmp_path, {}, 0)
 
 
 def test_trackers_that_are_open_are_closed_if_another_one_cannot_be_opened(tmp_path, wandb):
     (tmp_path / "tensorboard").touch()  # where its folder has to be
     with pytest.raises(FileExistsError):
-        open_trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
+        Trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
     assert wandb.calls[-1] == ("finish",)
 
 
 def test_nothing_is_opened_where_a_package_is_missing(tmp_path, wandb, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[data\]'"):
-        open_trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
+        Trackers(["wandb", "tensorboard"], tmp_path, {}, 0)
     assert not wandb.calls
 
 
@@ -193,7 +193,7 @@ def test_wandb_itself_writes_offline_what_was_logged(tmp_path, monkeypatch, plot
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
-    tracker = open_trackers(["wandb"], pathlib.Path("run"), {"learning_rate": 0.0625}, 0)
+    tracker = Trackers(["wandb"], pathlib.Path("run"), {"learning_rate": 0.0625}, 0)
     tracker.log(10, {"loss": 0.40625, "success/reach": 1.0})
     tracker.log(5, {"loss": 0.15625})
     tracker.image(10, "chunks", plot)

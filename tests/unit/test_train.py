@@ -30,9 +30,8 @@ from torchpi.robots import metaworld
 from torchpi.training import loop, state
 from torchpi.training.config import EvalConfig, ModelConfig, OptimConfig, ParallelConfig, Source, TrainConfig
 from torchpi.training.distributed import single_process
-from torchpi.training.order import TrainingOrder
-from torchpi.training.resume import resume_config
-from torchpi.training.samples import Frames, SampleRng, Samples
+from torchpi.training.run_folder import METRICS, resume_config
+from torchpi.training.samples import Frames, SampleRng, Samples, TrainingOrder
 from torchpi.training.setup import build_policies, open_data
 from torchpi.training.weights import build_model, model_config
 from torchpi.transforms.normalize import save_norm_stats
@@ -146,7 +145,7 @@ def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe,
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as p:
         deadline = time.monotonic() + 120
-        while not (run / loop.METRICS).exists() and p.poll() is None and time.monotonic() < deadline:
+        while not (run / METRICS).exists() and p.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         os.killpg(p.pid, signal.SIGINT)
         out, error = p.communicate(timeout=60)

@@ -26,7 +26,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.training import checkpointer as checkpointer_module
 from torchpi.training import distributed, loop, state
 from torchpi.training.config import CheckpointConfig, TrainConfig
-from torchpi.training.resume import resume_config
+from torchpi.training.run_folder import METRICS, resume_config
 
 STEPS = 4
 FIGURES = ("loss", "grad_norm", "holdout_loss", "param_norm")
@@ -62,7 +62,7 @@ def recipe(tmp_path_factory):
 
 def figures(run: pathlib.Path) -> list[dict[str, float]]:
     """The losses of each step."""
-    return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines()]
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
 
 
 def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -238,7 +238,7 @@ def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe,
         command = [*torchrun, str(free_port()), *train]
         with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
             deadline = time.monotonic() + 120
-            while not (run / loop.METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
+            while not (run / METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.02)
             os.killpg(process.pid, signal.SIGINT)
             process.wait(timeout=60)
@@ -384,4 +384,4 @@ def wait_for_the_moment(
 
 def figures_before_a_kill(run: pathlib.Path) -> list[dict[str, float]]:
     """Without a last line that was cut short."""
-    return [json.loads(line) for line in (run / loop.METRICS).read_text().splitlines(keepends=True) if line[-1] == "\n"]
+    return [json.loads(line) for line in (run / METRICS).read_text().splitlines(keepends=True) if line[-1] == "\n"]

@@ -20,7 +20,7 @@ from torchpi.robots import Embodiment
 from torchpi.training import loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
 from torchpi.training.distributed import single_process
-from torchpi.training.resume import resume_config
+from torchpi.training.run_folder import resume_config
 from torchpi.training.samples import Frames, SampleRng, Samples, loss_sum, num_loss_elements
 from torchpi.training.setup import build_policies, check_prompts, open_data
 from torchpi.training.weights import build_model, model_config, open_init, parameter_table

@@ -13,8 +13,8 @@ from PIL import Image
 
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import MAX_POINTS, plot_curves, thin
-from torchpi.training.metrics import parse_metrics, read_metrics, without_overtaken
 from torchpi.training.report import IMAGE_BYTES, write_report
+from torchpi.training.run_folder import parse_metrics, read_metrics, without_overtaken
 
 DIMS = ("delta_x", "delta_y", "delta_z", "gripper")
 ABOUT = {

@@ -16,8 +16,7 @@ from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import TrainConfig
-from torchpi.training.order import TrainingOrder
-from torchpi.training.samples import Frames, SampleRng, Samples
+from torchpi.training.samples import Frames, SampleRng, Samples, TrainingOrder
 from torchpi.transforms.normalize import Normalization, NormStats
 from torchpi.transforms.pipeline import QUANTITIES, Transforms
 from torchpi.transforms.prompt import load_tokenizer

@@ -11,14 +11,14 @@ import tyro
 
 from torchpi.config import LoraConfig
 from torchpi.errors import UsageError
-from torchpi.training.config import RENAMED, Augmentation, TrainConfig, renamed_values
+from torchpi.training.config import RENAMED, RENAMED_VALUES, Augmentation, TrainConfig
 
 
 def _renamed() -> dict[str, str]:
     """The options that replace former ones, with the values that have other names."""
     found = {}
     for old, new in RENAMED.items():
-        values = "".join(f", and {before} is {now}" for before, now in renamed_values(old).items())
+        values = "".join(f", and {before} is {now}" for before, now in RENAMED_VALUES.get(new, {}).items())
         found[f"--{old}".replace("_", "-")] = f"--{new}{values}".replace("_", "-")
     nested = {"augmentation": Augmentation, "lora": LoraConfig}
     names = [(group, field.name) for group, kind in nested.items() for field in dataclasses.fields(kind)]
@@ -93,7 +93,7 @@ def recipe_of(args: Sequence[str], default: TrainConfig) -> TrainConfig:
     if named.recipe:
         return TrainConfig.from_json(named.recipe)
     if named.resume:
-        from torchpi.training.resume import resume_config
+        from torchpi.training.run_folder import resume_config
 
         return resume_config(pathlib.Path(named.resume))
     return default

@@ -16,6 +16,7 @@ from torchpi.inspect.provenance import describe_policy, measured, overall
 from torchpi.policy import Policy
 from torchpi.sim.result import Episode, Evaluation, success_table
 from torchpi.training.curves import PANELS, draw_panel
+from torchpi.training.run_folder import series
 from torchpi.ui.format import large_count
 from torchpi.ui.page import Section, commands, definitions, html_page, lede, page_header
 from torchpi.ui.plots import data_uri, denoising_figures, draw_figure, to_svg
@@ -163,15 +164,15 @@ def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:
 
 
 def _policy(policy: Policy) -> str:
-    lines, loss = policy.provenance.get("metrics") or (), PANELS[0]
+    curves, loss = series(policy.provenance.get("metrics") or ()), PANELS[0]
     ends = ", ".join(
-        f"{label}: {values[-1]:.3g}"
+        f"{label}: {curves[key][1][-1]:.3g}"
         for key, label in loss.curves.items()
-        if len(values := loss.series(lines)[key][1]) > 1
+        if key in curves and len(curves[key][1]) > 1
     )
     if not ends:
         return definitions(describe_policy(policy))
-    drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), lines, loss), size=(6.2, 2.7))
+    drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), curves, loss), size=(6.2, 2.7))
     svg = to_svg(drawing, f"{loss.title} of the training. Along: step. Up: {loss.unit}. Drawn: {ends} at the end.")
     caption = f"{loss.title} of the training: {ends} at the end"
     return (

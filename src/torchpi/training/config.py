@@ -255,20 +255,20 @@ class _FlatFields(type):
     """Lets a recipe be written without its groups as well, by options and their old names: TrainConfig(lr=1e-4)."""
 
     def __call__(cls, **fields: Any) -> Any:
-        if any(isinstance(fields.get(name), group) for name, group in _GROUPS.items()):
-            assert not any(name in _GROUPS and _is_option(value) for name, value in fields.items()), "use replace()"
-        _check_names(fields, "The recipe")
-        found = group_fields(fields)
-        known = [*_PLACES, *(field.name for field in dataclasses.fields(TrainConfig)), *RENAMED]
-        for name in flat_options(found):
-            if name not in known:
-                close = difflib.get_close_matches(name, known, 1)
-                hint = (
-                    f"did you mean {RENAMED.get(close[0], close[0])}?" if close else "torchpi train --help lists all."
-                )
-                raise TrainingError(f"A recipe has no option {name}; {hint}")
+        given = {name: value for name, value in fields.items() if name in _GROUPS and not isinstance(value, Mapping)}
+        assert len({isinstance(value, _GROUPS[name]) for name, value in given.items()}) < 2, "use replace()"
+        places = _places_of(fields, "The recipe")
+        for group, name in places:
+            if (group, name) in _OPTIONS or (not group and name in _GROUPS):
+                continue
+            close = difflib.get_close_matches(name, [*_PLACES, *_GROUPS, *RENAMED], 1)
+            hint = f"did you mean {RENAMED.get(close[0], close[0])}?" if close else "torchpi train --help lists all."
+            raise TrainingError(f"A recipe has no option {name}; {hint}")
         return super().__call__(
-            **{name: _GROUPS[name](**value) if isinstance(value, Mapping) else value for name, value in found.items()}
+            **{
+                name: _GROUPS[name](**value) if name in _GROUPS and isinstance(value, Mapping) else value
+                for name, value in _in_groups(places).items()
+            }
         )
 
 
@@ -321,11 +321,7 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
 
     def replace(self, **options: Any) -> "TrainConfig":
         """A copy with other values of options: `config.replace(lr=1e-4, model="tiny")`."""
-        changes = group_fields(options)
-        for name, value in changes.items():
-            if isinstance(value, Mapping):
-                changes[name] = dataclasses.replace(getattr(self, name), **value)
-        return dataclasses.replace(self, **changes)
+        return TrainConfig(**_in_groups(_places_of(vars(self)) | _places_of(options, "The recipe")))
 
     def to_json(self) -> str:
         """The document that `from_json` reads."""
@@ -344,12 +340,14 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
             raise MissingFileError(f"There is no recipe {path}; packaged recipes are {', '.join(packaged)}.")
         if file.suffix == ".py":
             raise TrainingError(f"A Python recipe is run: python {path}, with the options of torchpi train.")
-        document = fields = read_json(file, error=TrainingError)
-        if isinstance(document, Mapping):
-            _check_names(document, f"The recipe {file}")
-            fields = group_fields(document)
-        return parse(cls, fields, f"The recipe {file}", error=TrainingError)
+        where, fields = f"The recipe {file}", read_json(file, error=TrainingError)
+        if isinstance(fields, Mapping):
+            fields = _in_groups(_places_of(fields, where))
+        return parse(cls, fields, where, error=TrainingError)
 
+
+Place = tuple[str, str]
+"""Group of an option ("": none) and the field's name there."""
 
 _GROUPS: dict[str, Any] = {
     "data": DataConfig,
@@ -359,14 +357,14 @@ _GROUPS: dict[str, Any] = {
     "checkpoint": CheckpointConfig,
     "eval": EvalConfig,
 }
-_OPTIONS = {("model", "config"): "model", ("parallel", "strategy"): "parallel"}
-"""Options whose names differ from their fields'."""
-_PLACES = {
-    _OPTIONS.get((group, field.name), field.name): (group, field.name)
-    for group, kind in _GROUPS.items()
-    for field in dataclasses.fields(kind)
+_PLACES: dict[str, Place] = {
+    **{field.name: ("", field.name) for field in dataclasses.fields(TrainConfig) if field.name not in _GROUPS},
+    **{field.name: (group, field.name) for group, kind in _GROUPS.items() for field in dataclasses.fields(kind)},
+    "model": ("model", "config"),
+    "parallel": ("parallel", "strategy"),
 }
-"""Group and field of each option that has a group."""
+del _PLACES["config"], _PLACES["strategy"]  # fields whose options have other names
+_OPTIONS = {place: option for option, place in _PLACES.items()}
 
 RENAMED = {
     "accumulate": "grad_accum_steps",
@@ -379,70 +377,45 @@ RENAMED = {
     "max_given": "max_action_prefix",
 }
 """Options by the names of earlier versions."""
-_OLD_VALUES = {"trained": {"all": "full"}, "checkpointing": {"layers": "full"}}
+RENAMED_VALUES = {"finetune": {"all": "full"}, "activation_checkpointing": {"layers": "full"}}
+"""Values of options by those of earlier versions, which go with the earlier name only."""
 
 
-def renamed_values(name: str) -> Mapping[str, str]:
-    """Present values of an old option by its old ones, as far as they differ."""
-    return _OLD_VALUES.get(name, {})
-
-
-def group_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Move fields that stand outside of their groups, by their options' names or the old ones, to their places.
+def _places_of(fields: Mapping[str, Any], where: str | None = None) -> dict[Place, Any]:
+    """The values of a recipe by their places: of groups (a mapping or their class), options, or both.
 
     Args:
-        fields: of a recipe: groups (a mapping or their class), options, or both.
-
-    Returns:
-        Groups and the fields that have none, unknown names among them.
+        where: the document's name in the errors about an option that is given twice, and about earlier names and values
+            beside present ones; by default there are none.
     """
-    groups = {name: value for name, value in fields.items() if name in _GROUPS and not _is_option(value)}
-    found: dict[str, Any] = {}
-    for name, value in fields.items():
-        if name in groups:
+    defaults, found, given = dict[Place, Any](), dict[Place, Any](), dict[Place, str]()
+    for name, group in fields.items():
+        if isinstance(group, _GROUPS.get(name, ())):
+            defaults |= {(name, key): value for key, value in vars(group).items()}
             continue
-        value = renamed_values(name).get(value, value) if isinstance(value, str) else value
-        name = RENAMED.get(name, name)
-        group, field = _PLACES.get(name, ("", name))
-        (found.setdefault(group, {}) if group else found)[field] = value
-    for name, value in groups.items():
-        options = found.get(name, {})
-        if isinstance(value, Mapping):
-            found[name] = {**value, **options}
-        else:
-            found[name] = dataclasses.replace(value, **options) if options else value
-    return found
-
-
-def _check_names(fields: Mapping[str, Any], where: str) -> None:
-    """Refuse an option that a recipe gives twice, and earlier versions' names and values beside the present ones."""
-    given: dict[tuple[str, str], str] = {}
-    for name, value in fields.items():
-        nested = value if name in _GROUPS and isinstance(value, Mapping) else None
-        for key, item in {name: value}.items() if nested is None else nested.items():
-            shown, option = key if nested is None else f"{name}.{key}", RENAMED.get(key, key)
-            place = _PLACES.get(option, ("", option)) if nested is None or key in RENAMED else (name, key)
-            now = ".".join(filter(None, place))
-            if nested is not None and key in RENAMED:
-                raise TrainingError(f"{where}: {shown} is now {now}.")
-            if place in given:
+        nested = name in _GROUPS and isinstance(group, Mapping)
+        for key, value in group.items() if nested else [(name, group)]:
+            option, shown = RENAMED.get(key, key), f"{name}.{key}" if nested else key
+            now = RENAMED_VALUES.get(option, {}).get(value, value) if isinstance(value, str) else value
+            place = (name, key) if nested else _PLACES.get(option, ("", key))
+            if where and nested and option != key:
+                raise TrainingError(f"{where}: {shown} is now {'.'.join(filter(None, _PLACES[option]))}.")
+            if where and place in given:
                 raise TrainingError(f"{where} has both {given[place]} and {shown}, the same option; leave one out.")
-            given[place] = shown
-            for old, values in _OLD_VALUES.items():
-                if key == RENAMED[old] and isinstance(item, str) and item in values:
-                    raise TrainingError(f"{where}: {shown} {item!r} is now {values[item]!r}.")
+            if where and option == key and value != now:
+                raise TrainingError(f"{where}: {shown} {value!r} is now {now!r}.")
+            found[place], given[place] = now, shown
+    return defaults | found
+
+
+def _in_groups(places: Mapping[Place, Any]) -> dict[str, Any]:
+    """A recipe's document with the values at their places."""
+    document: dict[str, Any] = {}
+    for (group, name), value in places.items():
+        (document.setdefault(group, {}) if group else document)[name] = value
+    return document
 
 
 def flat_options(document: Mapping[str, Any]) -> dict[str, Any]:
     """The options in a recipe's document by their names, whichever version wrote it."""
-    fields = group_fields(document)
-    flat = {name: value for name, value in fields.items() if name not in _GROUPS}
-    for group in _GROUPS:
-        if isinstance(values := fields.get(group), Mapping):
-            flat |= {_OPTIONS.get((group, field)) or field: value for field, value in values.items()}
-    return flat
-
-
-def _is_option(value: Any) -> bool:
-    """True where a value under a group's name, "model" or "parallel", is that of the option of this name."""
-    return value is None or isinstance(value, str)
+    return {_OPTIONS.get(place, place[1]): value for place, value in _places_of(document).items()}

@@ -9,16 +9,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from torchpi.training.metrics import Line, number, read_metrics, without_overtaken
+from torchpi.training.run_folder import Line, Series, number, read_metrics, series, without_overtaken
 from torchpi.ui.palette import CYCLE
 from torchpi.ui.plots import draw_figure, label_axes, marker, panel_grid, save_figure, scale_values
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-Series = tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]
-"""Steps and values."""
 
 MAX_POINTS = 400
 """More points are drawn as means with their range."""
@@ -33,7 +30,7 @@ class Panel:
 
     title: str
     curves: Mapping[str, str]
-    """Labels by key of metrics.jsonl; "key/name" is an entry of a mapping."""
+    """Labels by key of `series`."""
     unit: str
     color: str = CYCLE[0]
     """The color of the only curve; several have those of the cycle."""
@@ -41,10 +38,6 @@ class Panel:
     """The values are fractions and are shown in percent, from 0."""
     from_zero: bool = False
     """The axis of values begins at 0, because only large changes matter."""
-
-    def series(self, lines: Sequence[Line]) -> dict[str, Series]:
-        """Steps and values by key; finite or not."""
-        return {key: series(lines, key) for key in self.curves}
 
 
 PANELS = (
@@ -79,29 +72,13 @@ def robots(lines: Sequence[Line]) -> dict[str, str]:
     return {ending: ending.removeprefix("_") or "first robot" for ending in sorted({"", *found})}
 
 
-def dimension_panel(lines: Sequence[Line], ending: str, title: str) -> Panel | None:
+def dimension_panel(curves: Mapping[str, Series], ending: str, title: str) -> Panel | None:
     """Chunk errors per dimension of a robot, the ten that are the largest at the end; None: there are none."""
-    key = f"{_DIMS}{ending}"
-    found = (line[key] for line in reversed(lines) if isinstance(line.get(key), Mapping))
-    last: Mapping[str, Any] = next(found, {})
-    values = {name: value for name in last if (value := number(last[name])) is not None}
-    largest = sorted(values, key=lambda name: np.nan_to_num(values[name], nan=-1), reverse=True)[:_MAX_DIMS]
-    curves = {f"{key}/{name}": name for name in values if name in largest}
-    return Panel(title, curves, CHUNK_UNIT, from_zero=True) if curves else None
-
-
-def series(lines: Sequence[Mapping[str, Any]], key: str) -> Series:
-    """Steps and values of one key, from the lines that have it."""
-    points = [(line["step"], value) for line in lines if (value := _value(line, key)) is not None]
-    return np.array([step for step, _ in points], np.int64), np.array([value for _, value in points], np.float64)
-
-
-def _value(line: Mapping[str, Any], key: str) -> float | None:
-    name, _, inner = key.partition("/")
-    value = line.get(name)
-    if inner:
-        value = value.get(inner) if isinstance(value, Mapping) else None
-    return number(value)
+    key = f"{_DIMS}{ending}/"
+    ends = {name: np.nan_to_num(values[-1], nan=-1) for name, (_, values) in curves.items() if name.startswith(key)}
+    largest = sorted(ends, key=lambda name: ends[name], reverse=True)[:_MAX_DIMS]
+    labels = {name: name.removeprefix(key) for name in ends if name in largest}
+    return Panel(title, labels, CHUNK_UNIT, from_zero=True) if labels else None
 
 
 class Thinned(NamedTuple):
@@ -124,13 +101,18 @@ def thin(steps: Int[np.ndarray, " n"], values: Float[np.ndarray, " n"]) -> Thinn
     return Thinned(*np.array(points, np.float64).reshape(-1, 4).T)
 
 
-def draw_panel(axes: "Axes", lines: Sequence[Line], panel: Panel, *, title: str = "") -> None:
+def is_drawable(curves: Mapping[str, Series], panel: Panel) -> bool:
+    """True if the panel has a finite value."""
+    return any(np.isfinite(curves[key][1]).any() for key in panel.curves if key in curves)
+
+
+def draw_panel(axes: "Axes", curves: Mapping[str, Series], panel: Panel, *, title: str = "") -> None:
     """Draw a panel; its axis of values is logarithmic where the values span more than a power of ten."""
     drawn = [np.empty(0)]
     for i, (key, label) in enumerate(panel.curves.items()):
-        points = thin(*series(lines, key))
-        if not np.isfinite(points.mean).any():
+        if key not in curves or not np.isfinite(curves[key][1]).any():
             continue
+        points = thin(*curves[key])
         color = panel.color if len(panel.curves) == 1 else CYCLE[i % len(CYCLE)]
         dash = ("-", "--")[i // len(CYCLE)]
         if not np.array_equal(points.low, points.high, equal_nan=True):
@@ -144,40 +126,39 @@ def draw_panel(axes: "Axes", lines: Sequence[Line], panel: Panel, *, title: str 
         axes.legend(ncols=2 if len(panel.curves) > 4 else 1)
 
 
-def draw_chunk_steps(axes: "Axes", lines: Sequence[Line], ending: str) -> None:
-    """Draw a robot's error over the steps of a chunk at up to six evaluations; the later, the stronger the line."""
-    key = f"{_STEPS}{ending}"
-    evaluations = [line for line in lines if isinstance(line.get(key), list)]
+def chunk_steps(lines: Sequence[Line], ending: str) -> list[tuple[int, list[Any]]]:
+    """A robot's errors over the steps of a chunk, after the step of each evaluation."""
+    found = [(line["step"], line.get(f"{_STEPS}{ending}")) for line in lines]
+    return [(step, errors) for step, errors in found if isinstance(errors, list)]
+
+
+def draw_chunk_steps(axes: "Axes", evaluations: Sequence[tuple[int, list[Any]]]) -> None:
+    """Draw up to six evaluations of `chunk_steps`; the later, the stronger the line."""
     count = min(_MAX_EVALUATIONS, len(evaluations))
     chosen = sorted({round(place) for place in np.linspace(0, len(evaluations) - 1, count)})
     for i, place in enumerate(chosen):
-        values = np.array([number(value) for value in evaluations[place][key]], np.float64)
+        step, errors = evaluations[place]
         axes.plot(
-            values,
+            np.array([number(value) for value in errors], np.float64),
             color=CYCLE[1],
             alpha=(i + 2) / (len(chosen) + 1),
             linewidth=1.2 + 0.8 * (i + 1 == len(chosen)),
-            marker=marker(len(values), 20),
-            label=f"after {evaluations[place]['step']} steps",
+            marker=marker(len(errors), 20),
+            label=f"after {step} steps",
         )
     label_axes(axes, x="step of the chunk", y=CHUNK_UNIT)
     scale_values(axes, np.empty(0), from_zero=True)
-    if chosen:
-        axes.legend(ncols=2 if len(chosen) > 3 else 1)
-
-
-def is_drawable(lines: Sequence[Line], panel: Panel) -> bool:
-    """True if the panel has a finite value."""
-    return any(np.isfinite(values).any() for _, values in panel.series(lines).values())
+    axes.legend(ncols=2 if len(chosen) > 3 else 1)
 
 
 def plot_curves(metrics: pathlib.Path, out: pathlib.Path) -> None:
     """Draw metrics.jsonl into a .png file: the panels that have values."""
     lines = without_overtaken(read_metrics(metrics))
-    shown = [panel for panel in panels(lines) if is_drawable(lines, panel)] or [PANELS[0]]
+    curves = series(lines)
+    shown = [panel for panel in panels(lines) if is_drawable(curves, panel)] or [PANELS[0]]
 
     def draw(figure: "Figure") -> None:
         for axes, panel in zip(panel_grid(figure, len(shown), 2), shown, strict=True):
-            draw_panel(axes, lines, panel, title=panel.title)
+            draw_panel(axes, curves, panel, title=panel.title)
 
     save_figure(draw_figure(draw, size=(11, 3 * math.ceil(len(shown) / 2))), out)

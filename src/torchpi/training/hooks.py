@@ -1,4 +1,4 @@
-"""Hooks of a run, called after each update: metrics, checkpoints, simulation, curves. `Holdout` is another one."""
+"""A run in progress, and its hooks, called after each update: metrics, checkpoints, evaluation, curves."""
 
 import contextlib
 import dataclasses
@@ -6,24 +6,35 @@ import json
 import pathlib
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import safetensors.torch
 import torch
 
 from torchpi.errors import TrainingError
+from torchpi.evaluation.chunks import predict_chunks, sample_frames
+from torchpi.evaluation.errors import errors_of
+from torchpi.evaluation.plots import plot_chunks, plot_errors
+from torchpi.policy import Policy
+from torchpi.randomness import generator_at
 from torchpi.training.checkpointer import Checkpointer
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import plot_curves
-from torchpi.training.distributed import Parallel, World
-from torchpi.training.metrics import METRICS, scalars
+from torchpi.training.distributed import Parallel, World, sum_over_processes
 from torchpi.training.optim import global_norm
-from torchpi.training.samples import Batch
+from torchpi.training.run_folder import METRICS, scalars
+from torchpi.training.samples import Batch, Frames, SampleIndex, SampleRng, Samples, loss_sum, num_loss_elements
+from torchpi.training.setup import SourceData, robot_names
 from torchpi.training.state import TrainState
-from torchpi.training.trackers import Tracker
+from torchpi.training.trackers import Trackers
+from torchpi.ui.format import without_nan
 
-CURVES = "curves.png"
+CURVES, PLOTS = "curves.png", "plots"
+FLOW_SAMPLES = 4
+"""Pairs of noise and time per held-out sample."""
+# No training step has this number, so none has these random numbers.
+_HOLDOUT_STEP = 1 << 40
 
 
 @dataclasses.dataclass
@@ -35,16 +46,19 @@ class LiveRun:
     world: World
     state: TrainState
     parallel: Parallel
-    tracker: Tracker
+    trackers: Trackers
     resumed: bool
     """Resumed, and no line of metrics.jsonl says so yet."""
     stopped: bool = False
     """A signal has asked to stop after the current update."""
     note: str = ""
     """Text next to the progress bar."""
-
-    def __post_init__(self) -> None:
-        self.meter = Meter(self.config.batch_size)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    """Those since the last line of the metrics."""
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 0.0, "update": 0.0})
+    """The time of the updates since then, and of waiting for their data."""
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """Other numbers of the last update."""
 
     @property
     def complete(self) -> bool:
@@ -55,6 +69,13 @@ class LiveRun:
         """True at multiples of `every`, and at the last step."""
         return self.state.step % every == 0 or self.complete or (self.stopped and at_stop)
 
+    @contextlib.contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time of a block to a part of `seconds`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[part] += time.perf_counter() - start
+
     def log(self, values: Mapping[str, Any]) -> None:
         """Write a line of metrics.jsonl, and its numbers to the trackers."""
         if self.world.is_main and values:
@@ -62,7 +83,7 @@ class LiveRun:
             self.resumed = False
             with (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            self.tracker.log(self.state.step, scalars(line))
+            self.trackers.log(self.state.step, scalars(line))
 
     @contextlib.contextmanager
     def keep_failed(self, batches: Sequence[Batch]) -> Iterator[None]:
@@ -82,119 +103,76 @@ class LiveRun:
             ) from error
 
 
-class Meter:
-    """The mean loss and the speed since the last line of metrics.jsonl."""
+@contextlib.contextmanager
+def stop_request() -> Iterator[Callable[[], bool]]:
+    """Let the first Ctrl-C or SIGTERM ask to stop, which what is yielded tells; a second Ctrl-C interrupts as usual."""
+    requested: list[int] = []
 
-    def __init__(self, batch_size: int) -> None:
-        self.batch_size = batch_size
-        self._restart()
+    def request(number: int, _: Any) -> None:
+        requested.append(number)
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
 
-    def _restart(self) -> None:
-        self.since, self.waited, self.losses = time.perf_counter(), 0.0, list[float]()
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time of a block as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of a block that is no part of an update."""
-        start = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - start
-
-    def add(self, loss: float, numbers: Mapping[str, float]) -> None:
-        """Add the loss of an update; its other numbers are logged as they are."""
-        self.losses.append(loss)
-        self.numbers = numbers
-
-    def line(self) -> dict[str, float]:
-        """The measurements since the last line."""
-        seconds = time.perf_counter() - self.since
-        line = {
-            "loss": sum(self.losses) / len(self.losses),
-            "samples_per_second": round(self.batch_size * len(self.losses) / seconds, 1),
-            "data_wait": round(self.waited / seconds, 4),
-            **self.numbers,
-        }
-        self._restart()
-        return line
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(requested)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-class StopRequest(contextlib.AbstractContextManager["StopRequest"]):
-    """While it is open, the first Ctrl-C or SIGTERM asks to stop after the current update; a second Ctrl-C interrupts
-    as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _request(self, *_: Any) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-
-    def __exit__(self, *_: Any) -> None:
-        for number, before in self._before.items():
-            signal.signal(number, before)
+Hook = Callable[[LiveRun], Mapping[str, Any]]
+"""Acts on a run after an update, and returns what is logged: {} where it is not due."""
 
 
-class Hook(Protocol):
-    """Acts on a run after an update."""
-
-    def after_step(self, run: LiveRun) -> Mapping[str, Any]:
-        """Act, and return what is logged: {} where the hook is not due."""
-
-
-class LogMetrics:
+def log_metrics(epoch_frames: int) -> Hook:
     """Loss, norms, speed and memory."""
 
-    def __init__(self, epoch_frames: int) -> None:
-        self.epoch_frames = epoch_frames
-
-    def after_step(self, run: LiveRun) -> Mapping[str, Any]:
+    def after_step(run: LiveRun) -> Mapping[str, Any]:
         if not run.is_due(run.config.log_every):
             return {}
-        line = run.meter.line()
-        run.note = (
-            f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
-            f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
-        )
+        seconds = sum(run.seconds.values())
         kernels = [  # openpi's param_norm is of the kernels
             parameter
             for name, parameter in run.state.trainable.items()
             if parameter.ndim > 1 and name not in ("embedding", "vision.pos_embed")
         ]
-        line["param_norm"] = float(global_norm(kernels))
-        line["epoch"] = run.state.step * run.config.batch_size / self.epoch_frames
+        line = {
+            "loss": sum(run.losses) / len(run.losses),
+            "samples_per_second": round(run.config.batch_size * len(run.losses) / seconds, 1),
+            "data_wait": round(run.seconds["data"] / seconds, 4),
+            **run.numbers,
+            "param_norm": float(global_norm(kernels)),
+            "epoch": run.state.step * run.config.batch_size / epoch_frames,
+        }
         if run.world.device.type == "cuda":
             line["memory"] = float(torch.cuda.max_memory_allocated(run.world.device))
+        run.note = (
+            f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
+            f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
+        )
+        run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
         return line
 
+    return after_step
 
-class SaveCheckpoint:
+
+def save_checkpoint(checkpointer: Checkpointer) -> Hook:
     """Checkpoints, and with `env` the success of each saved policy in simulation."""
 
-    def __init__(self, checkpointer: Checkpointer) -> None:
-        self.checkpointer = checkpointer
-
-    def after_step(self, run: LiveRun) -> Mapping[str, Any]:
+    def after_step(run: LiveRun) -> Mapping[str, Any]:
         if not run.is_due(run.config.checkpoint.save_every):
             return {}
-        target = self.checkpointer.save(run.state)
+        target = checkpointer.save(run.state)
         simulate = run.config.eval.env is not None and not run.stopped
         if run.complete or run.stopped or simulate:
-            self.checkpointer.wait()
+            checkpointer.wait()
         if not simulate:
             return {}
         success = _simulate(run.config, target / "policy") if run.world.is_main else {}
         run.world.barrier()  # a collective of the training does not wait for so long
         return success
+
+    return after_step
 
 
 def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
@@ -208,10 +186,95 @@ def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
     return {"success_rate": result["success_rate"], "success": result["tasks"]}
 
 
-class PlotCurves:
+def draw_curves(run: LiveRun) -> Mapping[str, Any]:
     """curves.png, drawn with each checkpoint."""
+    if run.world.is_main and run.is_due(run.config.checkpoint.save_every):
+        plot_curves(run.folder / METRICS, run.folder / CURVES)
+    return {}
+
+
+class Holdout:
+    """The hook that evaluates the EMA weights on held-out samples: loss and chunk errors.
+
+    The samples and their noise are always the same, without augmentation.
+    """
+
+    def __init__(
+        self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
+    ) -> None:
+        self.config, self.world, self.policies, self.data = config, world, policies, data
+        self.batch_size = config.micro_batch_size(world.size)
+        """Of this process, as in training: what fits there fits here."""
+        frames = [
+            Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
+            for source, policy in zip(data, policies, strict=True)
+            if source.holdout is not None
+        ]
+        self._samples = Samples(frames, SampleRng(config.seed, FLOW_SAMPLES))
+        self._batches = list(self._prepare(frames)) if frames else []
+
+    def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
+        """This process' part of each batch, images as bytes, and whether it counts: all processes have as many."""
+        indices: list[SampleIndex] = []
+        for source, part in enumerate(frames):
+            rng = generator_at(self.config.seed, "holdout frames", source)
+            chosen = rng.permutation(len(part.dataset))[: self.config.eval.holdout_samples // len(frames)]
+            indices += [(source, int(frame), _HOLDOUT_STEP, len(indices) + i) for i, frame in enumerate(chosen)]
+        for at in range(0, len(indices), self.batch_size * self.world.size):
+            own = indices[at + self.world.rank * self.batch_size :][: self.batch_size]
+            yield self._samples.collate([self._samples[index] for index in own or indices[:1]]), bool(own)
 
     def after_step(self, run: LiveRun) -> Mapping[str, Any]:
-        if run.world.is_main and run.is_due(run.config.checkpoint.save_every):
-            plot_curves(run.folder / METRICS, run.folder / CURVES)
-        return {}
+        """Evaluate where it is due."""
+        if not run.is_due(run.config.eval.eval_every, at_stop=False):  # at a stop somebody waits for the end
+            return {}
+        with run.state.ema_weights() as model:
+            model.eval()
+            numbers = {**self._loss(run), **self._chunks(run)}
+            model.train()
+        return numbers
+
+    @torch.no_grad()
+    def _loss(self, run: LiveRun) -> dict[str, float]:
+        """The mean flow-matching loss."""
+        if not self._batches:
+            return {}
+        total = {"loss": 0.0, "elements": 0.0}
+        for stacked, counts in self._batches:
+            batch = self._samples.finish(stacked, self.world.device)
+            part = loss_sum(run.parallel.forward, batch, self.config.optim.loss)
+            if counts:
+                total["loss"] += float(part)
+                total["elements"] += num_loss_elements(batch, self.config.optim.loss)
+        total = sum_over_processes(total)
+        return {"holdout_loss": total["loss"] / total["elements"]}
+
+    def _chunks(self, run: LiveRun) -> dict[str, Any]:
+        """Errors of sampled chunks compared with the recorded ones; the main process draws both."""
+        numbers: dict[str, Any] = {}
+        seed, count = self.config.seed, self.config.eval.chunk_samples
+        names = robot_names([policy.embodiment for policy in self.policies])
+        for number, (policy, source) in enumerate(zip(self.policies, self.data, strict=True)):
+            if source.holdout is None or not count:
+                continue
+            chunks = predict_chunks(
+                policy,
+                source.holdout,
+                sample_frames(source.holdout.episode_lengths, count, seed=seed),
+                seed=seed,
+                batch_size=self.batch_size,
+                prompt=source.source.prompt,
+            )
+            errors = errors_of(chunks, source.holdout.columns["action"])
+            dimensions = zip(errors.dimensions, errors.mae() / errors.ranges, strict=True)
+            name = f"_{names[number]}" if number else ""
+            numbers[f"chunk_error{name}"] = errors.overall().mae_scaled
+            numbers[f"chunk_error_dims{name}"] = {dim.name: float(value) for dim, value in dimensions}
+            numbers[f"chunk_error_steps{name}"] = [float(value) for value in errors.scaled_per_step()]
+            if self.world.is_main:
+                for kind, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
+                    path = run.folder / PLOTS / f"{run.state.step:08d}_{kind}{name}.png"
+                    path.parent.mkdir(exist_ok=True)
+                    figure.savefig(path, dpi=80)
+                    run.trackers.image(run.state.step, f"{kind}{name}", path)
+        return without_nan(numbers)

@@ -13,22 +13,18 @@ from rich.console import Console
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.activation_checkpointing import checkpoint_activations, layers
-from torchpi.training.checkpointer import Checkpointer
+from torchpi.training.checkpointer import Checkpointer, Exporter
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import Parallel, World, parallelize, process_group, sum_over_processes
-from torchpi.training.export import Exporter
-from torchpi.training.holdout import Holdout
-from torchpi.training.hooks import Hook, LiveRun, LogMetrics, PlotCurves, SaveCheckpoint, StopRequest
-from torchpi.training.metrics import METRICS, drop_metrics_after
+from torchpi.training.hooks import Holdout, Hook, LiveRun, draw_curves, log_metrics, save_checkpoint, stop_request
 from torchpi.training.optim import clip_gradients, learning_rate, update_ema
-from torchpi.training.order import TrainingOrder
 from torchpi.training.report import REPORT, write_report
-from torchpi.training.resume import check_resumed, find_start, held_out_episodes, write_recipe, write_run_info
-from torchpi.training.samples import Batch, Frames, SampleRng, Samples, loss_sum, num_loss_elements
+from torchpi.training.run_folder import begin_run, check_resumed, find_start, held_out_episodes, write_run_info
+from torchpi.training.samples import Batch, Frames, SampleRng, Samples, TrainingOrder, loss_sum, num_loss_elements
 from torchpi.training.setup import SourceData, build_policies, check_prompts, check_videos, open_data
 from torchpi.training.state import STATE, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
-from torchpi.training.trackers import open_trackers, require_trackers
+from torchpi.training.trackers import Trackers, require_trackers
 from torchpi.training.weights import build_model, model_config, open_init
 from torchpi.ui.progress import progress_bar
 
@@ -50,7 +46,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
     """Train a policy, or resume a run; in all processes that torchrun has started.
 
     Args:
-        config: the recipe; of a run that is resumed, see `resume.resume_config`.
+        config: the recipe; of a run that is resumed, see `run_folder.resume_config`.
         run: the run's folder: train.json (the recipe), metrics.jsonl, curves.png, report.html, checkpoints/<step>.
         resume: continue from the run's last checkpoint, as if it had not been interrupted.
 
@@ -69,7 +65,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         data = open_data(config, sizes, checkpoint, held_out=None if last is None else held_out_episodes(run))
         model, init = build_model(config, sizes, checkpoint, skeleton=not world.is_main)
         policies = build_policies(config, model, data, checkpoint)
-        describe(console, config, world, model, init, data, check_prompts(policies, data), first_step)
+        info = run_document(config, world, model, init, data)
+        describe(console, config, model, info, data, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
         require_trackers(config.trackers)
         if world.is_main:
@@ -78,11 +75,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             check_resumed(config, run, last, data, init, console)
         world.barrier()  # all have looked at the run's folder before the main process writes there
         if world.is_main:
-            write_recipe(config, run)
-            if resume:
-                drop_metrics_after(run / METRICS, first_step)
-        info = run_document(config, world, model, init, data)
-        write_run_info(run, world, info)
+            begin_run(run, config, info, first_step)
 
         # Resume. The exporter takes the frozen weights, before the model is sharded.
         exporter = Exporter(config, policies) if world.is_main else None
@@ -93,11 +86,12 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
 
         try:
             names = config.trackers if world.is_main else ()
-            with contextlib.closing(open_trackers(names, run, dataclasses.asdict(config), first_step)) as tracker:
-                progress = LiveRun(config, run, world, state, parallel, tracker, resumed=last is not None)
+            with contextlib.closing(Trackers(names, run, dataclasses.asdict(config), first_step)) as trackers:
+                progress = LiveRun(config, run, world, state, parallel, trackers, resumed=last is not None)
                 run_steps(progress, data, policies, order, checkpointer)
             checkpointer.wait()
-            write_run_info(run, world, {**info, "finished": now()})
+            if world.is_main:
+                write_run_info(run, {**info, "finished": now()})
         finally:
             checkpointer.close()
             report = write_report(run) if world.is_main else run / REPORT
@@ -112,33 +106,40 @@ def run_steps(
     checkpointer: Checkpointer,
 ) -> None:
     """Update the weights until the last step or a signal, and call the hooks after each update."""
-    config, state, world = run.config, run.state, run.world
+    config, data_config, optim, world = run.config, run.config.data, run.config.optim, run.world
     frames = [
         Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
         for source, policy in zip(data, policies, strict=True)
     ]
-    samples = Samples(frames, SampleRng.of(config))
-    batches = samples.batches(order, config.data.workers)
+    rng = SampleRng(
+        config.seed,
+        optim.flow_samples_per_obs,
+        state_noise=data_config.state_noise,
+        augmentation=data_config.augmentation,
+        max_action_prefix=optim.max_action_prefix,
+    )
+    samples = Samples(frames, rng)
+    batches = samples.batches(order, data_config.workers)
     hooks: list[Hook] = [
-        LogMetrics(sum(len(source.frames) for source in data)),
-        SaveCheckpoint(checkpointer),
-        Holdout(config, world, data, policies),
-        PlotCurves(),
+        log_metrics(sum(len(source.frames) for source in data)),
+        save_checkpoint(checkpointer),
+        Holdout(config, world, data, policies).after_step,
+        draw_curves,
     ]
-    bar = progress_bar("", config.num_steps, completed=state.step, shown=world.is_main)
-    with StopRequest() as stop, bar as advance:
+    bar = progress_bar("", config.num_steps, completed=run.state.step, shown=world.is_main)
+    with stop_request() as stop_requested, bar as advance:
         while not run.complete and not run.stopped:
-            with run.meter.waiting():
+            with run.timed("data"):
                 prepared = [next(batches) for _ in range(config.grad_accum_steps)]
-            micro_batches = [samples.finish(batch, world.device) for batch in prepared]
-            with run.keep_failed(micro_batches):
-                loss, numbers = update(state, config, micro_batches, run.parallel, world.size)
-            total = sum_over_processes({"loss": float(loss), "stop": float(stop.requested)})
-            run.meter.add(total["loss"], numbers)
+            with run.timed("update"):
+                micro_batches = [samples.finish(batch, world.device) for batch in prepared]
+                with run.keep_failed(micro_batches):
+                    loss, run.numbers = update(run.state, config, micro_batches, run.parallel, world.size)
+                total = sum_over_processes({"loss": float(loss), "stop": float(stop_requested())})
+            run.losses.append(total["loss"])
             run.stopped = total["stop"] > 0  # all stop where one is asked to
-            with run.meter.paused():
-                for hook in hooks:
-                    run.log(hook.after_step(run))
+            for hook in hooks:
+                run.log(hook(run))
             advance(note=run.note)
 
 

@@ -22,7 +22,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import Optimizer, TrainConfig
 from torchpi.training.distributed import shard_groups, single_process
-from torchpi.training.holdout import FLOW_SAMPLES
+from torchpi.training.hooks import FLOW_SAMPLES
 from torchpi.training.loop import update
 from torchpi.training.samples import Batch, example_batch, loss_sum
 from torchpi.training.state import TrainState

@@ -5,7 +5,6 @@ and with `compile` what the compiler saves or takes.
 """
 
 import dataclasses
-import functools
 import os
 from typing import Any
 
@@ -84,10 +83,29 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
     robots = [get_embodiment(source.embodiment) for source in config.data.sources]
     cameras = tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
-    plan_of = functools.partial(
-        _plan, _sizes(config), cameras, world_size=world_size, local_world_size=local_world_size, memory=device_memory
-    )
-    found = plan_of(config)
+    sizes, device = _sizes(config), _device_type(config)
+
+    def estimate(config: TrainConfig) -> Plan:
+        hybrid = config.parallel.shard_size or local_world_size
+        shards = {"ddp": 1, "fsdp": world_size, "hybrid": hybrid}[config.parallel.strategy]
+        samples = config.micro_batch_size(world_size)
+        model, _ = build_model(config, sizes, skeleton=True)
+        frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+        trainable = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
+        peak = peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
+        return Plan(
+            device=device,
+            world_size=world_size,
+            samples=samples,
+            cameras=cameras,
+            prompt_tokens=sizes.require("max_token_len"),
+            peak=peak,
+            staged=trainable + peak.optimizer + peak.ema,
+            frozen=0 if device == "cpu" else frozen,
+            device_memory=device_memory,
+        )
+
+    found = estimate(config)
     if found.fits is not False:
         return found
     single, joint = _changes(config, world_size)
@@ -96,7 +114,7 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         if series is joint and any(other["fits"] for other in others):
             break
         for fields in series:  # each goes further than the one before; the first one that fits is enough
-            other = plan_of(config.replace(**fields))
+            other = estimate(config.replace(**fields))
             others.append({"fields": fields, "total": other.needed, "fits": bool(other.fits)})
             if other.fits:
                 break
@@ -108,35 +126,6 @@ def _sizes(config: TrainConfig) -> Pi0Config:
     if config.model.init is not None and (name := published_name(config.model.init)) is not None:
         return model_config(config.replace(init=None, finetune="full", model=config.model.config or name), None)
     return model_config(config, open_init(config))
-
-
-def _plan(
-    sizes: Pi0Config,
-    cameras: tuple[str, ...],
-    config: TrainConfig,
-    *,
-    world_size: int,
-    local_world_size: int,
-    memory: int | None,
-) -> Plan:
-    hybrid = config.parallel.shard_size or local_world_size
-    shards = {"ddp": 1, "fsdp": world_size, "hybrid": hybrid}[config.parallel.strategy]
-    samples, device = config.micro_batch_size(world_size), _device_type(config)
-    model, _ = build_model(config, sizes, skeleton=True)
-    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-    trainable = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
-    peak = peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
-    return Plan(
-        device=device,
-        world_size=world_size,
-        samples=samples,
-        cameras=cameras,
-        prompt_tokens=sizes.require("max_token_len"),
-        peak=peak,
-        staged=trainable + peak.optimizer + peak.ema,
-        frozen=0 if device == "cpu" else frozen,
-        device_memory=memory,
-    )
 
 
 def _changes(config: TrainConfig, world_size: int) -> tuple[list[list[dict[str, Any]]], list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     CHUNK_UNIT,
     Panel,
+    chunk_steps,
     dimension_panel,
     draw_chunk_steps,
     draw_panel,
@@ -27,9 +28,9 @@ from torchpi.training.curves import (
     panels,
     robots,
 )
-from torchpi.training.metrics import number
-from torchpi.training.run_folder import Run, read_run
-from torchpi.ui.format import format_count, format_gib, large_count
+from torchpi.training.run_folder import Run, number
+from torchpi.training.summary import show_parameters
+from torchpi.ui.format import format_count, format_gib
 from torchpi.ui.page import bars, commands, definitions, figure, html_page, lede, page_header
 from torchpi.ui.plots import draw_figure, to_svg
 from torchpi.ui.tables import Column, Rate, Table
@@ -56,7 +57,7 @@ def write_report(run: pathlib.Path) -> pathlib.Path:
     Returns:
         The page's path.
     """
-    replace_text(run / REPORT, render_report(read_run(run)))
+    replace_text(run / REPORT, render_report(Run(run)))
     return run / REPORT
 
 
@@ -99,16 +100,15 @@ def _summary(run: Run) -> str:
 
 def _tiles(run: Run) -> Iterator[tuple[str, str]]:
     yield format_count(run.step), f"steps of {format_count(run.num_steps)}" if run.num_steps else "steps"
-    for key, text in (
-        ("epoch", "epochs: passes through the data"),
-        ("loss", "training loss at the end"),
-        ("holdout_loss", "loss of held-out episodes"),
-        ("chunk_error", "error of sampled chunks, as a fraction of the held-out episodes' action range"),
+    for key, style, text in (
+        ("epoch", ".3g", "epochs: passes through the data"),
+        ("loss", ".3g", "training loss at the end"),
+        ("holdout_loss", ".3g", "loss of held-out episodes"),
+        ("chunk_error", ".3g", "error of sampled chunks, as a fraction of the held-out episodes' action range"),
+        ("success_rate", ".0%", "success in simulation"),
     ):
-        if (value := number(run.last(key))) is not None:
-            yield f"{value:.3g}", text
-    if (rate := number(run.last("success_rate"))) is not None:
-        yield f"{rate:.0%}", "success in simulation"
+        if (value := run.end(key)) is not None:
+            yield format(value, style), text
     if run.duration is not None:
         yield run.duration, "wall-clock time"
 
@@ -116,10 +116,10 @@ def _tiles(run: Run) -> Iterator[tuple[str, str]]:
 def _notes(run: Run) -> Iterator[str]:
     """Damage, values that are not finite, interruptions, and missing records."""
     yield from run.notes
-    for panel in panels(run.lines):
-        for key, (steps, values) in panel.series(run.lines).items():
-            if len(wrong := steps[~np.isfinite(values)]):
-                yield f"{key} is not finite in {len(wrong)} of {len(steps)} lines, first at step {wrong[0]}."
+    for key in (key for panel in panels(run.lines) for key in panel.curves if key in run.series):
+        steps, values = run.series[key]
+        if len(wrong := steps[~np.isfinite(values)]):
+            yield f"{key} is not finite in {len(wrong)} of {len(steps)} lines, first at step {wrong[0]}."
     if run.resumes:
         at = ", ".join(map(str, run.resumes[:12])) + (", …" if len(run.resumes) > 12 else "")
         yield f"The run was interrupted and resumed; the first lines after that are of step {at}."
@@ -135,7 +135,7 @@ def _missing(run: Run) -> Iterator[str]:
         yield "any line of metrics.jsonl"
     else:
         for key in (key for panel in panels(run.lines) for key in panel.curves):
-            if run.last(key) is None and run.recipe.get(_SWITCHES.get(key, ""), True):
+            if key not in run.series and run.recipe.get(_SWITCHES.get(key, ""), True):
                 yield f"{key} in metrics.jsonl"
     if not run.checkpoints:
         yield "a checkpoint"
@@ -145,7 +145,7 @@ def _missing(run: Run) -> Iterator[str]:
 
 
 def _curves(run: Run) -> str:
-    figures = "".join(_panel_figure(run, panel) for panel in panels(run.lines) if is_drawable(run.lines, panel))
+    figures = "".join(_panel_figure(run, panel) for panel in panels(run.lines) if is_drawable(run.series, panel))
     if not figures:
         return lede("There is nothing to draw: metrics.jsonl has no finite values yet.")
     text = (
@@ -156,11 +156,11 @@ def _curves(run: Run) -> str:
 
 
 def _panel_figure(run: Run, panel: Panel) -> str:
-    ends = {label: value for key, label in panel.curves.items() if (value := number(run.last(key))) is not None}
+    ends = {label: value for key, label in panel.curves.items() if (value := run.end(key)) is not None}
     texts = {label: f"{value:.1%}" if panel.percent else f"{value:.4g}" for label, value in ends.items()}
     end = ", ".join(f"{label}: {text}" if len(panel.curves) > 1 else text for label, text in texts.items())
     drawn = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {' and '.join(texts)}."
-    return _figure(panel.title, f"{end} at the end", partial(draw_panel, lines=run.lines, panel=panel), drawn)
+    return _figure(panel.title, f"{end} at the end", partial(draw_panel, curves=run.series, panel=panel), drawn)
 
 
 def _figure(title: str, note: str, draw: Callable[[Any], object], description: str) -> str:
@@ -171,24 +171,25 @@ def _figure(title: str, note: str, draw: Callable[[Any], object], description: s
 def _chunks(run: Run) -> Iterator[str]:
     """Errors of sampled chunks, robot by robot."""
     names = robots(run.lines)
-    if any(run.last(f"chunk_error_{kind}{ending}") for ending in names for kind in ("dims", "steps")):
-        yield lede(
-            "Chunks sampled with the EMA weights, compared with the recorded ones: the mean absolute error, divided by "
-            "the distance between the 1 % and the 99 % quantile of the held-out episodes' actions. A dimension that is "
-            "constant there has no such error."
-        )
+    if not any(run.last_mapping(f"chunk_error_dims{end}") or chunk_steps(run.lines, end) for end in names):
+        return
+    yield lede(
+        "Chunks sampled with the EMA weights, compared with the recorded ones: the mean absolute error, divided by the "
+        "distance between the 1 % and the 99 % quantile of the held-out episodes' actions. A dimension that is "
+        "constant there has no such error."
+    )
     for ending, name in names.items():
         of, figures = f" of {name}" if len(names) > 1 else "", ""
         dims = run.last_mapping(f"chunk_error_dims{ending}")
-        if panel := dimension_panel(run.lines, ending, f"Error per dimension{of}"):
+        if panel := dimension_panel(run.series, ending, f"Error per dimension{of}"):
             shown = "" if len(dims) <= len(panel.curves) else f"{len(panel.curves)} of {len(dims)}, the largest"
             description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
-            figures += _figure(panel.title, shown, partial(draw_panel, lines=run.lines, panel=panel), description)
-        if isinstance(run.last(f"chunk_error_steps{ending}"), list):
+            figures += _figure(panel.title, shown, partial(draw_panel, curves=run.series, panel=panel), description)
+        if evaluations := chunk_steps(run.lines, ending):
             figures += _figure(
                 f"Error over the chunk{of}",
                 "the later the evaluation, the stronger",
-                partial(draw_chunk_steps, lines=run.lines, ending=ending),
+                partial(draw_chunk_steps, evaluations=evaluations),
                 f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
             )
         if figures:
@@ -262,24 +263,8 @@ def _rate(result: Mapping[str, Any]) -> str | Rate:
 def _parameters(run: Run) -> str:
     found = run.about.get("parameters")
     parts = [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
-    if not parts:
-        return ""
-    names = {"trainable": "trainable", "frozen": "frozen", "without_gradient": "without gradient"}
-    counts = [{name: int(number(part.get(name)) or 0) for name in names} for part in parts]
-    totals = {name: sum(count[name] for count in counts) for name in names}
-    shown = [name for name in names if name != "without_gradient" or totals[name]]
-    columns = [Column("part", "name"), *(Column(names[name], "number") for name in shown), Column("dtype", "soft")]
-    rows = [
-        (str(part.get("part", "–")), *(format_count(count[name]) for name in shown), str(part.get("dtype", "–")))
-        for part, count in zip(parts, counts, strict=True)
-    ]
-    total = ("all", *(format_count(totals[name]) for name in shown), "")
-    unused = " Those without gradient are not frozen, but the loss does not depend on them."
-    text = (
-        f"{large_count(totals['trainable'])} of {large_count(sum(totals.values()))} parameters are trainable."
-        f"{unused if 'without_gradient' in shown else ''}"
-    )
-    return lede(text) + Table(columns, rows, total).to_html()
+    text, table = show_parameters(parts)
+    return lede(text) + table.to_html() if parts else ""
 
 
 def _origin(run: Run) -> str:
@@ -296,7 +281,7 @@ def _origin(run: Run) -> str:
         rows += [(text, init[name]) for name, text in names.items() if init.get(name)]
     rows += _data(run)
     rows += [(name, run.about[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.about]
-    if isinstance(memory := run.last("memory"), int | float):
+    if (memory := run.end("memory")) is not None:
         rows.append(("memory", f"{format_gib(memory)} at most"))
     if run.checkpoints:
         rows.append(("checkpoints", [path.name.lstrip("0") or "0" for path in run.checkpoints]))

@@ -1,6 +1,9 @@
-"""Batches of a dataset's samples. A sample's random numbers follow from (seed, step, position in the batch)."""
+"""The samples of a run: their order, their random numbers, which follow from (seed, step, position in the batch), and
+their batches.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,13 +18,76 @@ from torchpi.collate import stack_inputs
 from torchpi.config import Pi0Config
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import to_observation
+from torchpi.errors import TrainingError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.training.augment import OFF, Augmentation, augment, draw
 from torchpi.training.config import TrainConfig
-from torchpi.training.order import SampleIndex
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation
+
+SampleIndex = tuple[int, int, int, int]
+"""Dataset of the mixture, frame, step, position in the batch."""
+_BLOCK = 1 << 16
+"""Samples in which the datasets are mixed by their weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOrder:
+    """The samples of a process' micro-batches.
+
+    Of each dataset all frames come in random order, then all in another one, and so on. The datasets are mixed in
+    blocks, in each of which their samples are as many as their weights say, in random order. So the index of any sample
+    follows from its number alone: a run that is resumed has to know the step only.
+    """
+
+    frames: Sequence[Int[np.ndarray, " _"]]
+    """Numbers of the frames that are trained on, per dataset."""
+    config: TrainConfig
+    first_step: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        self.config.micro_batch_size(self.world_size)  # finds a batch that can't be divided
+        weights = [source.weight for source in self.config.data.sources]
+        if min(weights) / sum(weights) * _BLOCK < 2:
+            raise TrainingError(f"A dataset with the weight {min(weights)} of {sum(weights)} is hardly ever drawn.")
+
+    def __len__(self) -> int:
+        return (self.config.num_steps - self.first_step) * self.config.grad_accum_steps
+
+    def __iter__(self) -> Iterator[list[SampleIndex]]:
+        config, size = self.config, self.config.micro_batch_size(self.world_size)
+        mixture = functools.lru_cache(1)(self._mixture)
+        shuffled = functools.lru_cache(2 * len(self.frames))(self._shuffled)
+        for step in range(self.first_step, config.num_steps):
+            for micro_batch in range(config.grad_accum_steps):
+                start = (micro_batch * self.world_size + self.rank) * size
+                indices = []
+                for position in range(start, start + size):
+                    block, place = divmod(step * config.batch_size + position, _BLOCK)
+                    source, count = (int(numbers[place]) for numbers in mixture(block))
+                    epoch, place = divmod(count, len(self.frames[source]))
+                    indices.append((source, int(shuffled(source, epoch)[place]), step, position))
+                yield indices
+
+    def _mixture(self, block: int) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """The dataset of each sample of a block, and the number of earlier samples from the same one."""
+        weights = [source.weight for source in self.config.data.sources]
+        ends = np.cumsum(weights) / np.sum(weights)
+        before, after = (np.diff(np.rint(ends * n * _BLOCK).astype(np.int64), prepend=0) for n in (block, block + 1))
+        in_order = np.repeat(np.arange(len(ends)), after - before)
+        sources = generator_at(self.config.seed, "mixture", block).permutation(in_order)
+        counts = np.empty_like(sources)
+        for source, start in enumerate(before):
+            mine = sources == source
+            counts[mine] = start + np.arange(mine.sum())
+        return sources, counts
+
+    def _shuffled(self, source: int, epoch: int) -> Int[np.ndarray, " _"]:
+        """The frames of a dataset in an epoch's order."""
+        return generator_at(self.config.seed, "order", source, epoch).permutation(self.frames[source])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +100,6 @@ class SampleRng:
     state_noise: float = 0.0
     augmentation: Augmentation | None = None
     max_action_prefix: int = 0
-
-    @classmethod
-    def of(cls, config: TrainConfig) -> "SampleRng":
-        """The random state of a recipe's samples."""
-        data, optim = config.data, config.optim
-        return cls(
-            config.seed, optim.flow_samples_per_obs, data.state_noise, data.augmentation, optim.max_action_prefix
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,38 +273,31 @@ class Samples(Dataset):
         from torchpi.sim.processes import interrupts_held
 
         loader = DataLoader(
-            _Batches(self),
+            self,
             batch_sampler=indices,
             num_workers=workers,
-            collate_fn=_identity,
+            collate_fn=_unchanged,
             prefetch_factor=4 if workers else None,
             # Not forked: threads of pyarrow and torch would be missing in the child, and their locks held.
             multiprocessing_context="spawn" if workers else None,
         )
         with interrupts_held():  # Ctrl-C is for the loop, which stops after its update; without workers it could not
-            return _raise_errors(iter(loader))
-
-
-class _Batches(Dataset):
-    """Collated samples. A user's mistake is a value: raised in a worker process, it would arrive with that process'
-    traceback as its message."""
-
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+            return map(_raise_error, loader)
 
     def __getitems__(self, indices: list[SampleIndex]) -> dict[str, Any] | Exception:
+        """A collated batch, for the loader. A user's mistake is a value: raised in a worker process, it would arrive
+        with that process' traceback as its message."""
         try:
-            return self.samples.collate([self.samples[index] for index in indices])
+            return self.collate([self[index] for index in indices])
         except (FileNotFoundError, KeyError, ValueError) as error:
             return error
 
 
-def _identity(batch: Any) -> Any:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 
-def _raise_errors(batches: Iterator[dict[str, Any] | Exception]) -> Iterator[dict[str, Any]]:
-    for batch in batches:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch
+def _raise_error(batch: dict[str, Any] | Exception) -> dict[str, Any]:
+    if isinstance(batch, Exception):
+        raise batch
+    return batch

@@ -1,4 +1,4 @@
-"""The summary of a run before its first step, printed and for its report."""
+"""The summary of a run before its first step: run.json, and the same printed."""
 
 import dataclasses
 import datetime
@@ -15,102 +15,21 @@ from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
+from torchpi.training.run_folder import number
 from torchpi.training.setup import SourceData
 from torchpi.training.weights import InitReport, parameter_table
+from torchpi.ui.format import format_count, large_count
 from torchpi.ui.tables import Column, Table
 from torchpi.version import __version__
 
 _LISTED = 8
 
 
-def describe(
-    console: Console,
-    config: TrainConfig,
-    world: World,
-    model: Pi0,
-    init: InitReport,
-    data: Sequence[SourceData],
-    prompts: Mapping[str, int],
-    first_step: int = 0,
-) -> None:
-    """Print the model, its trained parameters and initial weights, and the data.
-
-    Args:
-        prompts: tokens of each task's longest prompt.
-        first_step: that of the checkpoint from which the run is resumed; 0: it begins.
-    """
-    rows = parameter_table(model, config)
-    total = sum(sum(row.counts) for row in rows)
-    trained = sum(row.trainable for row in rows)
-    console.print(
-        f"{model.config.variant}, {total / 1e6:.2f} M parameters, {trained / 1e6:.2f} M trained "
-        f"({config.model.finetune}):"
-    )
-    numbers = [Column(f"{title}, M", "number") for title in ("trained", "frozen", "no gradient")]
-    cells = [(row.part, *(f"{count / 1e6:.2f}" if count else "–" for count in row.counts), row.dtype) for row in rows]
-    console.print(Table([Column("part", "name"), *numbers, Column("dtype", "name")], cells).to_rich())
-    if first_step:
-        frozen = f"; frozen weights: {init.source}" if any(row.frozen for row in rows) else ""
-        console.print(f"weights: checkpoint at step {first_step}{frozen}")
-    else:
-        console.print(f"weights: {init.source}; {len(init.loaded)} arrays loaded, {_fresh(init)}")
-        for name, reason in init.left_out.items():
-            console.print(f"  left out: {name} ({reason})")
-        if init.adapted:
-            console.print(f"  {init.adapted}")
-    weights = sum(source.source.weight for source in data)
-    for source in data:
-        _describe_source(console, config, source, source.source.weight / weights)
-    longest = max(prompts, key=lambda text: prompts[text])
-    limit = model.config.max_token_len or "any number of"
-    console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
-    console.print(
-        f"{config.num_steps} steps of {config.batch_size} samples × {flow_samples(config)}, in "
-        f"{world.size} process{'es' if world.size > 1 else ''} ({config.parallel.strategy}) and "
-        f"{config.grad_accum_steps} micro-batch{'es' if config.grad_accum_steps > 1 else ''}"
-    )
-
-
-def _describe_source(console: Console, config: TrainConfig, source: SourceData, share: float) -> None:
-    held_out = len(source.holdout.episode_lengths) if source.holdout else 0
-    are = "is" if held_out == 1 else "are"
-    mixed = f", {100 * share:.3g} % of the samples" if share < 1 else ""
-    epochs = config.num_steps * config.batch_size * share / len(source.frames)
-    console.print(
-        f"data: {source.source.dataset}, {source.embodiment.name}{mixed}: {len(source.frames)} frames of "
-        f"{len(source.train.episode_lengths)} episodes, {held_out} more {are} held out; {epochs:.1f} epochs"
-    )
-    blank = [index for index, text in source.train.tasks.items() if not text.strip()]
-    without = int(np.isin(source.train.columns["task_index"][source.frames], blank).sum())
-    if without and source.source.prompt is None:
-        console.print(
-            f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
-            "gives one to all, episodes leaves some out"
-        )
-
-
-def flow_samples(config: TrainConfig) -> str:
-    """The number of flow samples per observation, in words."""
-    number = config.optim.flow_samples_per_obs
-    return f"{number} flow sample{'s' if number > 1 else ''}"
-
-
-def _fresh(init: InitReport) -> str:
-    fresh = init.fresh
-    if not fresh:
-        return "none fresh"
-    if not init.loaded:
-        return f"{len(fresh)} fresh"
-    if all(map(is_lora, fresh)):
-        return f"{len(fresh)} fresh: the LoRA matrices"
-    more = f" and {len(fresh) - _LISTED} more" if len(fresh) > _LISTED else ""
-    return f"{len(fresh)} fresh: {', '.join(fresh[:_LISTED])}{more}"
-
-
 def run_document(
     config: TrainConfig, world: World, model: Pi0, init: InitReport, data: Sequence[SourceData]
 ) -> dict[str, Any]:
     """run.json: the start of the run, or its last resume."""
+    fresh = list(init.fresh) if init.loaded else len(init.fresh)
     return {
         "command": shlex.join([*sys.orig_argv[:1], *sys.argv]),
         "started": now(),
@@ -131,18 +50,109 @@ def run_document(
             }
             for source in data
         ],
-        "parameters": [dataclasses.asdict(row) for row in parameter_table(model, config)],
-        "init": {
-            "source": init.source,
-            "loaded": len(init.loaded),
-            "fresh": list(init.fresh) if init.loaded else len(init.fresh),
-            "left_out": dict(init.left_out),
-            "adapted": init.adapted,
-            "frozen_sha256": init.frozen_sha256,
-        },
+        "parameters": [dataclasses.asdict(part) for part in parameter_table(model, config)],
+        "init": dataclasses.asdict(init) | {"loaded": len(init.loaded), "fresh": fresh},
     }
 
 
 def now() -> str:
     """The time, as run.json has it."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe(
+    console: Console,
+    config: TrainConfig,
+    model: Pi0,
+    info: Mapping[str, Any],
+    data: Sequence[SourceData],
+    prompts: Mapping[str, int],
+    first_step: int = 0,
+) -> None:
+    """Print the model, its trained parameters and initial weights, and the data.
+
+    Args:
+        info: the run's document.
+        prompts: tokens of each task's longest prompt.
+        first_step: that of the checkpoint from which the run is resumed; 0: it begins.
+    """
+    text, table = show_parameters(info["parameters"])
+    console.print(f"{model.config.variant}, {config.model.finetune}: {text}")
+    console.print(table.to_rich())
+    _describe_weights(console, info, first_step)
+    weights = sum(dataset["weight"] for dataset in info["datasets"])
+    for dataset, source in zip(info["datasets"], data, strict=True):
+        _describe_dataset(console, config, dataset, source, dataset["weight"] / weights)
+    longest = max(prompts, key=lambda text: prompts[text])
+    limit = model.config.max_token_len or "any number of"
+    console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
+    console.print(
+        f"{config.num_steps} steps of {config.batch_size} samples × {flow_samples(config)}, in "
+        f"{_counted(info['world_size'], 'process', 'es')} ({config.parallel.strategy}) and "
+        f"{_counted(config.grad_accum_steps, 'micro-batch', 'es')}"
+    )
+
+
+def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
+    """A sentence and a table about "parameters" of run.json, whose fields may be missing."""
+    names = {"trainable": "trainable", "frozen": "frozen", "without_gradient": "without gradient"}
+    counts = [{name: int(number(part.get(name)) or 0) for name in names} for part in parts]
+    totals = {name: sum(count[name] for count in counts) for name in names}
+    shown = [name for name in names if name != "without_gradient" or totals[name]]
+    columns = [Column("part", "name"), *(Column(names[name], "number") for name in shown), Column("dtype", "soft")]
+    rows = [
+        (str(part.get("part", "–")), *(format_count(count[name]) for name in shown), str(part.get("dtype", "–")))
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    text = f"{large_count(totals['trainable'])} of {large_count(sum(totals.values()))} parameters are trainable."
+    if totals["without_gradient"]:
+        text += " Those without gradient are not frozen, but the loss does not depend on them."
+    return text, Table(columns, rows, ("all", *(format_count(totals[name]) for name in shown), ""))
+
+
+def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int) -> None:
+    init = info["init"]
+    if first_step:
+        frozen = f"; frozen weights: {init['source']}" if any(part["frozen"] for part in info["parameters"]) else ""
+        console.print(f"weights: checkpoint at step {first_step}{frozen}")
+        return
+    if isinstance(fresh := init["fresh"], int):  # nothing was loaded
+        fresh_text = f"{fresh} fresh"
+    elif all(map(is_lora, fresh)):
+        fresh_text = f"{len(fresh)} fresh: the LoRA matrices" if fresh else "none fresh"
+    else:
+        more = f" and {len(fresh) - _LISTED} more" if len(fresh) > _LISTED else ""
+        fresh_text = f"{len(fresh)} fresh: {', '.join(fresh[:_LISTED])}{more}"
+    console.print(f"weights: {init['source']}; {init['loaded']} arrays loaded, {fresh_text}")
+    for name, reason in init["left_out"].items():
+        console.print(f"  left out: {name} ({reason})")
+    if init["adapted"]:
+        console.print(f"  {init['adapted']}")
+
+
+def _describe_dataset(
+    console: Console, config: TrainConfig, info: Mapping[str, Any], data: SourceData, share: float
+) -> None:
+    are = "is" if info["holdout_episodes"] == 1 else "are"
+    mixed = f", {100 * share:.3g} % of the samples" if share < 1 else ""
+    epochs = config.num_steps * config.batch_size * share / info["frames"]
+    console.print(
+        f"data: {info['dataset']}, {info['embodiment']}{mixed}: {info['frames']} frames of {info['episodes']} "
+        f"episodes, {info['holdout_episodes']} more {are} held out; {epochs:.1f} epochs"
+    )
+    blank = [index for index, text in data.train.tasks.items() if not text.strip()]
+    without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
+    if without and data.source.prompt is None:
+        console.print(
+            f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
+            "gives one to all, episodes leaves some out"
+        )
+
+
+def flow_samples(config: TrainConfig) -> str:
+    """The number of flow samples per observation, in words."""
+    return _counted(config.optim.flow_samples_per_obs, "flow sample", "s")
+
+
+def _counted(count: int, noun: str, plural: str) -> str:
+    return f"{count} {noun}{plural if count > 1 else ''}"

@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,74 +17,20 @@ from PIL import Image
 from torchpi.errors import TrainingError
 from torchpi.extras import require
 
-Number = float | int
 
-
-class Tracker:
-    """Takes the numbers and plots of a run; this one passes them on to others."""
-
-    def __init__(self, members: Sequence["Tracker"] = ()) -> None:
-        self.members = list(members)
-
-    def log(self, step: int, values: Mapping[str, Number]) -> None:
-        """Log numbers at a step, by name; "/" in a name makes groups."""
-        for member in self.members:
-            member.log(step, values)
-
-    def image(self, step: int, name: str, path: pathlib.Path) -> None:
-        """Log an image file at a step."""
-        for member in self.members:
-            member.image(step, name, path)
-
-    def close(self) -> None:
-        """Write what is pending; nothing can be logged afterwards."""
-        while self.members:
-            self.members.pop().close()
-
-
-def open_trackers(names: Sequence[str], run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> Tracker:
-    """Open trackers as one; without names it does nothing.
-
-    Args:
-        names: of `TRACKERS`.
-        run: the run's folder, in which they keep their files.
-        config: the recipe, which is shown with the numbers.
-        resume_step: the last step that is kept of a resumed run; 0: a new run.
-    """
-    require_trackers(names)
-    tracker = Tracker()
-    try:
-        for name in dict.fromkeys(names):
-            tracker.members.append(TRACKERS[name](run, config, resume_step))
-    except BaseException:
-        tracker.close()
-        raise
-    return tracker
-
-
-def require_trackers(names: Sequence[str]) -> None:
-    """Raise what `open_trackers` would raise for a name that is unknown or a package that is missing."""
-    if unknown := sorted(set(names) - set(TRACKERS)):
-        raise TrainingError(f"There is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}.")
-    for name in names:
-        _import(name)
-
-
-def _import(tracker: str) -> Any:
-    return require(*{"tensorboard": ("torch.utils.tensorboard", "data"), "wandb": ("wandb", "track")}[tracker])
-
-
-class _TensorBoard(Tracker):
+class _TensorBoard:
     """Event files in RUN/tensorboard: `tensorboard --logdir RUN/tensorboard`."""
+
+    package = "torch.utils.tensorboard", "data"
 
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
         # Readers drop the events from purge_step on that are in older files.
         purge_step = resume_step + 1 if resume_step else None
-        self._writer: Any = _import("tensorboard").SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
+        self._writer: Any = require(*self.package).SummaryWriter(str(run / "tensorboard"), purge_step=purge_step)
         document = json.dumps(config, indent=2, ensure_ascii=False)
         self._writer.add_text("recipe", f"```json\n{document}\n```", resume_step)
 
-    def log(self, step: int, values: Mapping[str, Number]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()  # so that a run that is killed leaves what it has logged
@@ -98,19 +44,25 @@ class _TensorBoard(Tracker):
         self._writer.close()
 
 
-class _WandB(Tracker):
+class _WandB:
     """A run of Weights & Biases; its files are in RUN/wandb, its settings come from WANDB_PROJECT, WANDB_MODE, ….
 
     With WANDB_MODE=offline nothing leaves the machine until `wandb sync RUN/wandb/offline-run-*`.
     """
 
+    package = "wandb", "track"
+
     def __init__(self, run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
-        self._wandb: Any = _import("wandb")
+        self._wandb: Any = require(*self.package)
+        name = run / "wandb" / "run_id"  # at Weights & Biases, which a resumed run needs again
+        if not resume_step or not name.is_file():  # a tracker may be added in the middle of a run
+            name.parent.mkdir(parents=True, exist_ok=True)
+            name.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
         try:
             self._run: Any = self._wandb.init(
                 project=None if "WANDB_PROJECT" in os.environ else "torchpi",
                 name=run.resolve().name,
-                id=_wandb_id(run, new=not resume_step),
+                id=name.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(run),
                 config=dict(config),
@@ -125,7 +77,7 @@ class _WandB(Tracker):
         # wandb's own step only grows, and it would drop the lines of a run that has gone back.
         self._run.define_metric("*", step_metric="step")
 
-    def log(self, step: int, values: Mapping[str, Number]) -> None:
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
         self._run.log({"step": step, **values})
 
     def image(self, step: int, name: str, path: pathlib.Path) -> None:
@@ -135,17 +87,48 @@ class _WandB(Tracker):
         self._run.finish()
 
 
-def _wandb_id(run: pathlib.Path, *, new: bool) -> str:
-    """The run's name at Weights & Biases, which a resumed run needs again."""
-    file = run / "wandb" / "run_id"
-    if new or not file.is_file():  # a tracker may be added in the middle of a run
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+TRACKERS: dict[str, type[_TensorBoard | _WandB]] = {"tensorboard": _TensorBoard, "wandb": _WandB}
 
 
-TRACKERS: dict[str, Callable[[pathlib.Path, Mapping[str, Any], int], Tracker]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WandB,
-}
-"""By name."""
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise an error for a name that is unknown or a package that is missing."""
+    if unknown := sorted(set(names) - set(TRACKERS)):
+        raise TrainingError(f"There is no tracker {', '.join(unknown)}; choose from {', '.join(TRACKERS)}.")
+    for name in names:
+        require(*TRACKERS[name].package)
+
+
+class Trackers:
+    """The trackers of a run as one, which take its numbers and plots."""
+
+    def __init__(self, names: Sequence[str], run: pathlib.Path, config: Mapping[str, Any], resume_step: int) -> None:
+        """
+        Args:
+            names: of `TRACKERS`; without names nothing is tracked.
+            run: the run's folder, in which they keep their files.
+            config: the recipe, which is shown with the numbers.
+            resume_step: the last step that is kept of a resumed run; 0: a new run.
+        """
+        require_trackers(names)
+        self.open: list[_TensorBoard | _WandB] = []
+        try:
+            for name in dict.fromkeys(names):
+                self.open.append(TRACKERS[name](run, config, resume_step))
+        except BaseException:
+            self.close()
+            raise
+
+    def log(self, step: int, values: Mapping[str, float | int]) -> None:
+        """Log numbers at a step, by name; "/" in a name makes groups."""
+        for tracker in self.open:
+            tracker.log(step, values)
+
+    def image(self, step: int, name: str, path: pathlib.Path) -> None:
+        """Log an image file at a step."""
+        for tracker in self.open:
+            tracker.image(step, name, path)
+
+    def close(self) -> None:
+        """Write what is pending; nothing can be logged afterwards."""
+        while self.open:
+            self.open.pop().close()

@@ -139,11 +139,6 @@ class Part:
     dtype: str
     """Of the frozen ones, or of all."""
 
-    @property
-    def counts(self) -> tuple[int, int, int]:
-        """Parameters that are trained, frozen, and without gradient."""
-        return self.trainable, self.frozen, self.without_gradient
-
 
 def parameter_table(model: Pi0, config: TrainConfig) -> list[Part]:
     """Trained and frozen parameters of each part of the model."""
