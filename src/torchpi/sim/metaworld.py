@@ -4,12 +4,14 @@ Source: Yu et al., Meta-World (arXiv:1910.10897), and its third version's packag
 """
 
 import sys
+import tomllib
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from torchpi.assets import assets
 from torchpi.extras import require
 from torchpi.robots import metaworld
 from torchpi.sim.environment import Simulator, check_action
@@ -23,59 +25,7 @@ EMBODIMENT = metaworld()
 _TIP = np.array([0.004, 0.001, -0.05])
 _FOLLOWS = 0.13
 
-# Meta-World names its tasks, it does not word them.
-INSTRUCTIONS: dict[str, str] = {
-    "assembly": "put the ring on the peg",
-    "basketball": "put the ball into the basket",
-    "bin-picking": "move the cube into the other bin",
-    "box-close": "put the lid on the box",
-    "button-press": "press the button",
-    "button-press-topdown": "press the button from the top",
-    "button-press-topdown-wall": "press the button from the top over the wall",
-    "button-press-wall": "press the button behind the wall",
-    "coffee-button": "press the button of the coffee machine",
-    "coffee-pull": "pull the mug away from the coffee machine",
-    "coffee-push": "push the mug under the coffee machine",
-    "dial-turn": "turn the dial",
-    "disassemble": "take the ring off the peg",
-    "door-close": "close the door",
-    "door-lock": "lock the door",
-    "door-open": "open the door",
-    "door-unlock": "unlock the door",
-    "drawer-close": "close the drawer",
-    "drawer-open": "open the drawer",
-    "faucet-close": "close the faucet",
-    "faucet-open": "open the faucet",
-    "hammer": "hammer the nail in",
-    "hand-insert": "put the hand into the hole",
-    "handle-press": "press the handle down",
-    "handle-press-side": "press the handle down from the side",
-    "handle-pull": "pull the handle up",
-    "handle-pull-side": "pull the handle up from the side",
-    "lever-pull": "pull the lever up",
-    "peg-insert-side": "insert the peg from the side",
-    "peg-unplug-side": "unplug the peg",
-    "pick-out-of-hole": "pick the puck out of the hole",
-    "pick-place": "put the puck at the goal",
-    "pick-place-wall": "put the puck at the goal over the wall",
-    "plate-slide": "slide the plate into the cabinet",
-    "plate-slide-back": "slide the plate out of the cabinet",
-    "plate-slide-back-side": "slide the plate out of the cabinet to the side",
-    "plate-slide-side": "slide the plate into the cabinet from the side",
-    "push": "push the puck to the goal",
-    "push-back": "push the puck back",
-    "push-wall": "push the puck to the goal around the wall",
-    "reach": "reach the goal",
-    "reach-wall": "reach the goal behind the wall",
-    "shelf-place": "put the cube on the shelf",
-    "soccer": "kick the ball into the goal",
-    "stick-pull": "pull the box with the stick",
-    "stick-push": "push the box with the stick",
-    "sweep": "sweep the cube off the table",
-    "sweep-into": "sweep the cube into the hole",
-    "window-close": "close the window",
-    "window-open": "open the window",
-}
+INSTRUCTIONS: dict[str, str] = tomllib.loads((assets() / "metaworld.toml").read_text(encoding="utf-8"))
 
 
 class MetaworldEnvironment:
