@@ -10,8 +10,7 @@ import pytest
 from torchpi.cli import main
 from torchpi.cli.stats import checkpoint_stats
 from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats, to_observation
-from torchpi.data.coverage import stats_coverage
-from torchpi.data.stats import distributions
+from torchpi.data.stats import distributions, stats_coverage
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
 from torchpi.transforms import NormStats, load_norm_stats, save_norm_stats
 from torchpi.transforms.normalize import narrow_dims

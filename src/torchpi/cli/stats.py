@@ -11,7 +11,7 @@ import tyro
 from torchpi.ui.format import print_json
 
 if TYPE_CHECKING:
-    from torchpi.data.coverage import StatsCoverage
+    from torchpi.data.stats import StatsCoverage
     from torchpi.transforms import NormStats
 
 _EXPECTED = 0.98
@@ -49,9 +49,8 @@ class Stats:
         from rich.console import Console
 
         from torchpi.data import LeRobotDataset, idle_frames, select_episodes
-        from torchpi.data.coverage import stats_coverage
         from torchpi.data.rename import parse_rename
-        from torchpi.data.stats import distributions
+        from torchpi.data.stats import distributions, stats_coverage
         from torchpi.robots import get_embodiment
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 

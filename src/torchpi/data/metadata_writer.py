@@ -40,13 +40,9 @@ def new_info(
     video_file_mb: int | float,
 ) -> Info:
     """The settings of a dataset, as meta/info.json has them, without any episode."""
-    info = Info("v3.0", fps, features, lerobot.DATA_PATH, robot_type=robot_type)
-    return dataclasses.replace(
-        info,
-        video_path=lerobot.VIDEO_PATH if info.videos else None,
-        data_files_size_in_mb=data_file_mb,
-        video_files_size_in_mb=video_file_mb,
-    )
+    is_video = any(feature["dtype"] == "video" for feature in features.values())
+    info = Info("v3.0", fps, features, lerobot.DATA_PATH, lerobot.VIDEO_PATH if is_video else None, robot_type)
+    return dataclasses.replace(info, data_files_size_in_mb=data_file_mb, video_files_size_in_mb=video_file_mb)
 
 
 def file_path(root: Path, number: int, key: str) -> Path:
@@ -81,26 +77,21 @@ def episodes_table(
     rows = []
     for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:
         episode, start, stop = episodes[index], starts[index], starts[index + 1]
-        in_file = start - starts[groups[number][0]]
-        span = {
-            **_place(number),
-            "from_timestamp": in_file / info.fps,
-            "to_timestamp": (in_file + episode.length) / info.fps,
-        }
+        in_file, place = start - starts[groups[number][0]], _place(number)
+        span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + episode.length) / info.fps}
+        own = {key: values[start:stop] for key, values in columns.items()}
         row = {
             "episode_index": index,
             "tasks": [episode.task],
             "length": episode.length,
-            **_prefixed("data", _place(number)),
+            "data": place,
             "dataset_from_index": start,
             "dataset_to_index": stop,
+            "videos": {key: {**place, **span} for key in info.videos},
+            "stats": feature_stats(info, episode.histograms, own, episode.length),
+            "meta/episodes": _place(0),
         }
-        for key in info.videos:
-            row |= _prefixed(f"videos/{key}", span)
-        own = {key: values[start:stop] for key, values in columns.items()}
-        for key, stats in feature_stats(info, episode.histograms, own, episode.length).items():
-            row |= _prefixed(f"stats/{key}", stats)
-        rows.append({**row, **_prefixed("meta/episodes", _place(0))})
+        rows.append(_flat(row))
     return require("pyarrow", "data").Table.from_pylist(rows)
 
 
@@ -174,5 +165,10 @@ def _place(number: int) -> dict[str, int]:
     return {"chunk_index": chunk_index, "file_index": file_index}
 
 
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
+def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested maps as one, their keys joined by "/"."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
+        flat |= {f"{key}/{name}".rstrip("/"): each for name, each in inner.items()}
+    return flat

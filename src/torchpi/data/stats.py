@@ -1,4 +1,4 @@
-"""The statistics that a policy normalizes with, exact, from all frames of a dataset."""
+"""The statistics that a policy normalizes with, exact, from all frames; and the part of a dataset that others cover."""
 
 import dataclasses
 import functools
@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torchpi.data import format as lerobot
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.observations import check_dims
+from torchpi.errors import DatasetError
 from torchpi.robots import HOOKS, Embodiment
-from torchpi.transforms.normalize import NormStats, constant_dims, require_finite
+from torchpi.transforms.normalize import DEVIATIONS, NormStats, constant_dims, require_finite
 
 _BLOCK = 1 << 20
 
@@ -174,3 +175,84 @@ def _quantiles(total: int, at: Callable[[np.ndarray], np.ndarray]) -> list[float
     ranks = np.array([0.01, 0.99]) * (total - 1)
     low, high = at(np.array([np.floor(ranks), np.ceil(ranks)], np.int64)).astype(np.float64)
     return (low + (high - low) * (ranks % 1)).tolist()
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyCoverage:
+    """State or actions of a dataset, compared with a robot's statistics of them."""
+
+    dims: int
+    """Of the dataset."""
+    checkpoint_dims: int
+    """Of the statistics, without padding."""
+    range: str
+    """The training range: "q01..q99", or "mean ± 2.326 std" where there are no quantiles."""
+    names: tuple[str, ...]
+    """Of the dimensions that both have."""
+    inside: tuple[float, ...]
+    """Fraction of the dataset's values inside the range, for each of these."""
+    overall: float
+    """Fraction over these dimensions."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StatsCoverage:
+    """A dataset compared with the statistics of one robot."""
+
+    name: str
+    """The asset id; of a checkpoint with one robot, its folder."""
+    comparable: bool
+    """True if state and actions have the same number of dimensions."""
+    overall: float
+    """Fraction over all dimensions of state and actions that both have. A perfect match has 0.98."""
+    state: KeyCoverage | None
+    """None: the checkpoint has no statistics of it."""
+    actions: KeyCoverage | None
+
+
+def stats_coverage(
+    dataset: LeRobotDataset,
+    embodiment: Embodiment,
+    robots: Mapping[str, Mapping[str, NormStats]],
+    *,
+    action_horizon: int,
+) -> list[StatsCoverage]:
+    """Compute the fraction of a dataset's values inside each robot's q01 to q99, the best first.
+
+    The values are those that `compute_norm_stats` describes: in the model's terms, actions over whole chunks. Robots
+    with another number of dimensions come last, compared in the dimensions that both have, the first ones.
+
+    Args:
+        robots: statistics of "state" and "actions" by the robot's name.
+        action_horizon: H, the chunk's length.
+    """
+    values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
+    coverage = [_coverage(values, name, stats) for name, stats in robots.items()]
+    return sorted(coverage, key=lambda entry: (not entry.comparable, -entry.overall))
+
+
+def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) -> StatsCoverage:
+    keys = {what: _key_coverage(values, what, stats[what]) for what in values.names if what in stats}
+    if not keys:
+        raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
+    comparable = len(keys) == 2 and all(key.dims == key.checkpoint_dims for key in keys.values())
+    overall = float(np.mean([fraction for key in keys.values() for fraction in key.inside]))
+    return StatsCoverage(name, comparable, overall, keys.get("state"), keys.get("actions"))
+
+
+def _key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverage:
+    dims = len(values.names[what])
+    common = min(dims, stats.dim)
+    # Published statistics are padded with zeros to the model's width.
+    beyond = np.flatnonzero((stats.std != 0) | (stats.mean != 0))
+    checkpoint_dims = max(common, int(beyond[-1]) + 1 if beyond.size else 0)
+    kind = f"mean ± {DEVIATIONS} std" if stats.q01 is None else "q01..q99"
+    low, high = stats.training_range()
+    inside = []
+    for i in range(common):
+        total = num_inside = 0
+        for part, counts in values.parts(what, i):
+            total += int(counts.sum())
+            num_inside += int(counts[(part >= low[i]) & (part <= high[i])].sum())
+        inside.append(num_inside / total)
+    return KeyCoverage(dims, checkpoint_dims, kind, values.names[what][:common], tuple(inside), float(np.mean(inside)))
