@@ -16,7 +16,7 @@ from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
 from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
-from torchpi.checkpoints.lora import DEFAULT_ALPHA, FoldedArrays, lora_pairs, stored_lora
+from torchpi.checkpoints.lora import DEFAULT_ALPHA, lora_pairs, stored_lora
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table
 from torchpi.checkpoints.openpi_torch import TorchArrays, torch_config, torch_table
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
@@ -124,13 +124,12 @@ class Checkpoint:
             merge_adapter(self.root, self.adapter, model)
             model = model.to(dtype)
         else:
-            arrays, table, kept, alpha = self.arrays, self.table(config), None, lora_alpha or DEFAULT_ALPHA
-            if self.folded and lora == "keep":
-                kept = stored_lora(arrays.shapes, alpha)
-                table |= lora_table(config, kept)
-            elif self.folded:
-                arrays = FoldedArrays(arrays, self.folded, alpha)
-            model = load_arrays(arrays, table, config, dtype=dtype, device=device, lora=kept)
+            table, matrices = self.table(config), None
+            if self.folded:
+                matrices = stored_lora(self.arrays.shapes, lora_alpha or DEFAULT_ALPHA)
+                table |= lora_table(config, matrices)
+            fold = lora == "fold"
+            model = load_arrays(self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold)
         if self.adapted:
             adapt_model(model, self.config)
         return model.eval()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError
-from torchpi.model.lora import LoraConfig, attach_lora
+from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_layers
 from torchpi.model.pi0 import Pi0
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -114,27 +114,42 @@ def load_arrays(
     dtype: torch.dtype,
     device: str | torch.device,
     lora: LoraConfig | None = None,
+    fold: bool = False,
 ) -> Pi0:
-    """Build the model that `config` describes, with the float32 matrices of `lora`, and fill every weight.
+    """Build the model that `config` describes and fill every weight.
 
-    The largest array is read first, when little else is allocated, so that the peak stays near the model's own size.
+    The float32 matrices of `lora`, which are in the table then, are attached, or with `fold` added to what they change,
+    before any cast.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
-    model = Pi0(config, device="meta", dtype=dtype)
+    model = with_lora = Pi0(config, device="meta", dtype=dtype)
+    updates = {}
     if lora is not None:
-        attach_lora(model, lora)
-    for name, entry in sorted(table.items(), key=lambda item: -math.prod(item[1].shape)):
-        array = arrays.read(name, model.get_parameter(entry.slices[0].param).dtype)
+        with_lora = Pi0(config, device="meta") if fold else model
+        attach_lora(with_lora, lora)
+        updates = {f"{name}.weight": layer.update for name, layer in lora_layers(with_lora) if fold}
+    for name, entry in sorted(table.items(), key=_place_in_order):
+        param = entry.slices[0].param
+        target = with_lora if is_lora(param) else model
+        array = arrays.read(name, torch.float32 if param in updates else target.get_parameter(param).dtype)
         for part in entry.slices:
-            parameter = model.get_parameter(part.param)
+            parameter = target.get_parameter(part.param)
             if entry.is_parameter:  # no copy
-                _set_parameter(model, part.param, array.to(device).view(parameter.shape))
+                _set_parameter(target, part.param, array.to(device).view(parameter.shape))
                 continue
             if parameter.is_meta:
-                parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
+                parameter = _set_parameter(target, part.param, torch.empty_like(parameter, device=device))
             source = part.of_array(array)
+            if part.param in updates:
+                source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
             part.of_parameter(parameter).view(source.shape).copy_(source)
     return model
+
+
+def _place_in_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
+    """LoRA's small matrices first; then the largest array, when little else is allocated, so that the peak stays near
+    the model's own size."""
+    return not is_lora(item[1].slices[0].param), -math.prod(item[1].shape)
 
 
 def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:

@@ -1,13 +1,11 @@
-"""LoRA weights of an openpi JAX checkpoint: folded into the weights that they change, kept beside them, or written.
+"""LoRA weights of an openpi JAX checkpoint: found beside the weights that they change, or written.
 
 Their meaning stands in `torchpi.model.lora`.
 """
 
 import pathlib
-from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from torchpi.checkpoints.layout import Shapes, StoredArrays, stored_array
 from torchpi.checkpoints.openpi import write_params
@@ -40,35 +38,6 @@ def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
     if alone := sorted(lora - {name for pair in pairs.values() for name in pair}):
         raise CheckpointError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}.")
     return pairs
-
-
-class FoldedArrays:
-    """The arrays of a LoRA checkpoint as those of a plain one; see `StoredArrays`."""
-
-    def __init__(
-        self,
-        arrays: StoredArrays,
-        pairs: Mapping[str, tuple[str, str]],
-        alpha: tuple[float, float] = DEFAULT_ALPHA,
-    ) -> None:
-        """Fold the `lora_pairs` of arrays with the alphas of the backbone and of the action expert."""
-        self.source: pathlib.Path = arrays.source
-        self.dtype = arrays.dtype
-        self.shapes: Shapes = {name: shape for name, shape in arrays.shapes.items() if "lora_" not in name}
-        self._arrays, self._pairs, self._alpha = arrays, pairs, alpha
-
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array in `dtype`, with its LoRA product added in float32 before any cast."""
-        if name not in self._pairs:
-            return self._arrays.read(name, dtype)
-        weight = self._arrays.read(name, torch.float32)
-        a, b = (self._arrays.read(part, torch.float32) for part in self._pairs[name])
-        scale = self._alpha[_is_experts(name)] / a.shape[-1] if ".attn." in name else 1.0
-        if "attn_vec_einsum" in name:
-            b = b.sum(dim=1, keepdim=True)  # over the heads
-        for layer in range(len(weight)):  # one by one: the whole product may be as large as the model
-            weight[layer] += scale * (a[layer] @ b[layer])
-        return weight.to(dtype)
 
 
 def _is_experts(name: str) -> bool:

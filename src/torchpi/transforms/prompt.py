@@ -274,7 +274,9 @@ def tokenize_prompt(
         shown = text if len(text) <= 200 else f"{text[:200]}…"
         message = f"A prompt has {needed} tokens, but max_token_len is {max_token_len}: {kept}. It began as {shown!r}."
         (warn or partial(warnings.warn, stacklevel=2))(message)
-    return np.pad(np.array(ids, np.int64), (0, max_token_len - len(ids))), np.arange(max_token_len) < len(ids)
+    tokens = np.zeros(max_token_len, np.int64)
+    tokens[: len(ids)] = ids
+    return tokens, np.arange(max_token_len) < len(ids)
 
 
 def _shorten(text: str, encode: Callable[[str], list[int]], max_token_len: int) -> tuple[list[int], str]:
