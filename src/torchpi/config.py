@@ -240,12 +240,7 @@ class Pi0Config:
 
     @classmethod
     def from_json(cls, path: str | pathlib.Path, base: "Pi0Config | None" = None) -> "Pi0Config":
-        """Read a config file in the schema of `to_dict`; see `from_dict`.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a JSON object in the schema; the message names file and field.
-        """
+        """Read a config file in the schema of `to_dict`; arguments and errors as of `from_dict`."""
         return cls.from_dict(read_json_object(path), base, where=str(path))
 
 

@@ -16,12 +16,7 @@ T = TypeVar("T")
 
 
 def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON; of the class `error`.
-    """
+    """The value in a JSON file; `error` is raised where it is not JSON."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")

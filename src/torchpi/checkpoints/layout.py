@@ -73,13 +73,8 @@ def whole(param: str, shape: tuple[int, ...], *, rows: tuple[int, int] | None = 
 def stored_as(
     param: str, axes: str, sizes: Mapping[str, int], *, rows: tuple[int, int] | None = None, depth: int | None = None
 ) -> CheckpointArray:
-    """An array that fills one parameter, or rows of it.
-
-    Args:
-        param: the parameter's name; with "*" one of each of `depth` layers, over which the array's first axis goes.
-        axes: names of the stored axes and their order in the parameter, as in einops: "heads in out -> heads out in".
-        sizes: of the axes.
-    """
+    """An array that fills one parameter, or rows of it; with "*" in its name that of each of `depth` layers, over which
+    the array's first axis goes. Axes are named as in einops, the stored first: "heads in out -> heads out in"."""
     stored, _, ordered = axes.partition(" -> ")
     names, shape = stored.split(), tuple(sizes[name] for name in stored.split())
     order = tuple(map(names.index, ordered.split())) if ordered else None

@@ -183,13 +183,8 @@ def _statistics(root: pathlib.Path, step: _Step) -> dict[str, Any]:
 
 
 def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: torch.dtype) -> list[str]:
-    """Write config.json and both processors with their statistics, as LeRobot 0.6 does.
-
-    The tokenizer's step expects the tokenizer in the folder `TOKENIZER` beside them.
-
-    Returns:
-        Notes: what LeRobot does differently with this policy.
-    """
+    """Write config.json and both processors with their statistics, as LeRobot 0.6 does; notes on what it does
+    differently with this policy. The tokenizer is expected in the folder `TOKENIZER` beside them."""
     robot, stats, rules = spec.embodiment, spec.norm_stats, spec.normalization
     assert robot is not None
     assert stats is not None
@@ -328,11 +323,7 @@ def _document(
 
 
 def write_tokenizer_config(root: pathlib.Path, special_tokens: Mapping[str, str]) -> None:
-    """Write the settings that transformers needs, next to the tokenizer's file, to tokenize as π₀ does.
-
-    Args:
-        special_tokens: the texts of bos, eos, pad and unk.
-    """
+    """Write the settings that transformers needs, next to the tokenizer's file, to tokenize as π₀ does."""
     names = {f"{name}_token": text for name, text in special_tokens.items()}
     settings = {"tokenizer_class": "GemmaTokenizer", "add_bos_token": True, "add_eos_token": False, **names}
     write_json(root / "tokenizer_config.json", settings)

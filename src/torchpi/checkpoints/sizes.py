@@ -121,13 +121,10 @@ def _differences(explicit: Pi0Config, stored: Pi0Config, *, except_for: Collecti
 
 
 def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
-    """Give a model the sizes of a config, or other values of some of its `ADAPTABLE` fields, in place.
+    """Give a model the sizes of a config, or other values of some `ADAPTABLE` fields, in place; the changes as text.
 
     Rows and columns of dimensions that both have stay as they are; new ones are 0, so that a new dimension of the state
     is not read, and one of the actions is predicted as its mean.
-
-    Returns:
-        The changes, one line per setting and array.
     """
     if not isinstance(sizes, Pi0Config) and (unknown := sorted(set(sizes) - set(ADAPTABLE))):
         raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(ADAPTABLE)} can.")

@@ -64,9 +64,6 @@ class NormStats:
 
         q01 to q99, or mean ± 2.326 std, as a normal distribution has them: where there are no quantiles, and for a
         z-score where q01 = q99, because it divides by std. Infinite for "identity", which needs no statistics.
-
-        Args:
-            kind: of the normalization.
         """
         if kind == "identity":
             return np.full(self.dim, -np.inf), np.full(self.dim, np.inf)
@@ -167,12 +164,8 @@ def constant_dims(stats: NormStats, kind: str, *, what: str = "x") -> list[int]:
 
 
 def narrow_dims(stats: NormStats, names: Sequence[str], kind: str = "quantile") -> list[str]:
-    """A message for each dimension that normalization would blow up, because (nearly) all of its values are the same.
-
-    Args:
-        names: of the dimensions in use.
-        kind: of the normalization.
-    """
+    """A message for each named dimension that a kind of normalization would blow up, because (nearly) all of its values
+    are the same."""
     messages = {
         i: f"{names[i]} never changes (it is {stats.mean[i]:.6g}): whatever differs from that is divided by 1e-6 when "
         "it is normalized. Leave it out of the robot's state or actions, or record data in which it moves."
