@@ -5,7 +5,7 @@ Sources: Gemma (arXiv:2403.08295), GeGLU (arXiv:2002.05202), RoPE (arXiv:2104.09
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,7 +17,7 @@ from torchpi.model.layers import Linear, attend, gelu_tanh, lecun_normal_
 RMS_NORM_EPS = 1e-6
 ROPE_MAX_WAVELENGTH = 10_000.0
 
-Rope = tuple[Tensor, Tensor]  # cosine and sine, float32 [B, S, 1, K] (twice the same half) and [B, S, 1, K/2]
+Rope = tuple[Tensor, Tensor]  # cosine and sine, float32 [B, S, 1, K/2]
 Modulation = Tensor  # float [B or 1, T or 1, 3d]: scale, shift and gate of one AdaRMSNorm
 
 
@@ -57,37 +57,20 @@ def rope_table(positions: Int[Tensor, "B S"], head_dim: int) -> Rope:
     """Cosine and sine of the rotation angles; computed once for all layers and heads."""
     exponent = torch.arange(head_dim // 2, dtype=torch.float32, device=positions.device) * (2.0 / head_dim)
     angle = positions[:, :, None].float() / ROPE_MAX_WAVELENGTH**exponent  # [B, S, K/2]
-    cos = angle.cos()
-    return torch.cat([cos, cos], dim=-1)[:, :, None, :], angle.sin()[:, :, None, :]
+    return angle.cos()[:, :, None, :], angle.sin()[:, :, None, :]
 
 
 def apply_rope(x: Float[Tensor, "B S heads K"], rope: Rope) -> Float[Tensor, "B S heads K"]:
     """Rotate each pair (i, i + K/2) by its angle, in float32."""
-    return _Rotation.apply(x, *rope)
+    cos, sin = rope
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
-class _Rotation(torch.autograd.Function):
-    """The gradient of a rotation is the rotation back: half of the passes over memory that autograd would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(grad, cos, -sin), None, None
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def over_rms(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+    """x / rms(x), computed and returned in float32."""
     wide = x.float()
-    first, second = wide.chunk(2, dim=-1)
-    out = wide * cos
-    half = sin.shape[-1]
-    out[..., :half].addcmul_(second, sin, value=-1)
-    out[..., half:].addcmul_(first, sin)
-    return out.to(x.dtype)
+    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +82,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"], modulation: None = None) -> tuple[Float[Tensor, "B S D"], None]:
         """The normalized x, in x's dtype."""
-        return (_OverRMS.apply(x) * (1 + self.scale.float())).to(x.dtype), None
+        return (over_rms(x) * (1 + self.scale.float())).to(x.dtype), None
 
     def init_weights(self) -> None:
         """Scale 0: the norm begins as the plain one."""
@@ -123,31 +106,12 @@ class AdaRMSNorm(nn.Module):
     ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "#B #T d"]]:
         """The modulated x in x's dtype, and the gate for what comes out of the sublayer behind this norm."""
         scale, shift, gate = modulation.chunk(3, dim=-1)
-        return torch.addcmul(shift.float(), _OverRMS.apply(x), 1 + scale.float()).to(x.dtype), gate
+        return torch.addcmul(shift.float(), over_rms(x), 1 + scale.float()).to(x.dtype), gate
 
     def init_weights(self) -> None:
         """All 0: every gate begins closed, and the stack as the identity."""
         nn.init.zeros_(self.dense.weight)
         nn.init.zeros_(self.dense.bias)
-
-
-class _OverRMS(torch.autograd.Function):
-    """x / rms(x) in float32, with its gradient written out: a third of the passes that autograd would take."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        wide = x.float()
-        inverse = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
-        out = wide * inverse
-        ctx.save_for_backward(out, inverse)
-        ctx.dtype = x.dtype
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        out, inverse = ctx.saved_tensors
-        along = (grad * out).mean(dim=-1, keepdim=True)
-        return torch.addcmul(grad, out, along, value=-1).mul_(inverse).to(ctx.dtype)
 
 
 def add_residual(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
@@ -205,30 +169,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "B S D"]) -> Float[Tensor, "B S D"]:
         """The feed-forward's output."""
-        return self.down(_GeGLU.apply(self.gate_up(x)))
-
-
-class _GeGLU(torch.autograd.Function):
-    """gelu(gate) * up of [gate, up], with a gradient that is written into one tensor instead of put together."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = gelu_tanh(gate)
-        if not ctx.needs_input_grad[0]:
-            return activated.mul_(up)
-        ctx.save_for_backward(gate_up, activated)
-        return activated * up
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, activated = ctx.saved_tensors
-        gate, up = gate_up.chunk(2, dim=-1)
-        result = torch.empty_like(gate_up)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.ops.aten.gelu_backward.grad_input(grad * up, gate, approximate="tanh", grad_input=grad_gate)
-        torch.mul(grad, activated, out=grad_up)
-        return result
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(gelu_tanh(gate) * up)
 
 
 class Block(nn.Module):
