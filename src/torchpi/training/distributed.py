@@ -79,15 +79,12 @@ def process_group(device: str | None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-Forward = Callable[..., Tensor]
-"""`Pi0.forward` of a parallelized model."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Parallel:
     """A parallelized model."""
 
-    forward: Forward
+    forward: Callable[..., Tensor]
+    """`Pi0.forward`."""
     sync_gradients: Callable[[bool], Any]
     """A context for the forward and backward pass of a micro-batch: True for the last one of an update, which sums the
     gradients over the processes."""

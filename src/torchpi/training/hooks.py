@@ -46,7 +46,10 @@ class LiveRun:
     world: World
     state: TrainState
     parallel: Parallel
+    checkpointer: Checkpointer
     trackers: Trackers
+    epoch_frames: int
+    """Frames that are trained on."""
     resumed: bool
     """Resumed, and no line of metrics.jsonl says so yet."""
     stopped: bool = False
@@ -124,55 +127,47 @@ Hook = Callable[[LiveRun], Mapping[str, Any]]
 """Acts on a run after an update, and returns what is logged: {} where it is not due."""
 
 
-def log_metrics(epoch_frames: int) -> Hook:
+def log_metrics(run: LiveRun) -> Mapping[str, Any]:
     """Loss, norms, speed and memory."""
-
-    def after_step(run: LiveRun) -> Mapping[str, Any]:
-        if not run.is_due(run.config.log_every):
-            return {}
-        seconds = sum(run.seconds.values())
-        kernels = [  # openpi's param_norm is of the kernels
-            parameter
-            for name, parameter in run.state.trainable.items()
-            if parameter.ndim > 1 and name not in ("embedding", "vision.pos_embed")
-        ]
-        line = {
-            "loss": sum(run.losses) / len(run.losses),
-            "samples_per_second": round(run.config.batch_size * len(run.losses) / seconds, 1),
-            "data_wait": round(run.seconds["data"] / seconds, 4),
-            **run.numbers,
-            "param_norm": float(global_norm(kernels)),
-            "epoch": run.state.step * run.config.batch_size / epoch_frames,
-        }
-        if run.world.device.type == "cuda":
-            line["memory"] = float(torch.cuda.max_memory_allocated(run.world.device))
-        run.note = (
-            f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
-            f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
-        )
-        run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
-        return line
-
-    return after_step
+    if not run.is_due(run.config.log_every):
+        return {}
+    seconds = sum(run.seconds.values())
+    kernels = [  # openpi's param_norm is of the kernels
+        parameter
+        for name, parameter in run.state.trainable.items()
+        if parameter.ndim > 1 and name not in ("embedding", "vision.pos_embed")
+    ]
+    line = {
+        "loss": sum(run.losses) / len(run.losses),
+        "samples_per_second": round(run.config.batch_size * len(run.losses) / seconds, 1),
+        "data_wait": round(run.seconds["data"] / seconds, 4),
+        **run.numbers,
+        "param_norm": float(global_norm(kernels)),
+        "epoch": run.state.step * run.config.batch_size / run.epoch_frames,
+    }
+    if run.world.device.type == "cuda":
+        line["memory"] = float(torch.cuda.max_memory_allocated(run.world.device))
+    run.note = (
+        f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
+        f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
+    )
+    run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
+    return line
 
 
-def save_checkpoint(checkpointer: Checkpointer) -> Hook:
+def save_checkpoint(run: LiveRun) -> Mapping[str, Any]:
     """Checkpoints, and with `env` the success of each saved policy in simulation."""
-
-    def after_step(run: LiveRun) -> Mapping[str, Any]:
-        if not run.is_due(run.config.checkpoint.save_every):
-            return {}
-        target = checkpointer.save(run.state)
-        simulate = run.config.eval.env is not None and not run.stopped
-        if run.complete or run.stopped or simulate:
-            checkpointer.wait()
-        if not simulate:
-            return {}
-        success = _simulate(run.config, target / "policy") if run.world.is_main else {}
-        run.world.barrier()  # a collective of the training does not wait for so long
-        return success
-
-    return after_step
+    if not run.is_due(run.config.checkpoint.save_every):
+        return {}
+    target = run.checkpointer.save(run.state)
+    simulate = run.config.eval.env is not None and not run.stopped
+    if run.complete or run.stopped or simulate:
+        run.checkpointer.wait()
+    if not simulate:
+        return {}
+    success = _simulate(run.config, target / "policy") if run.world.is_main else {}
+    run.world.barrier()  # a collective of the training does not wait for so long
+    return success
 
 
 def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
@@ -199,18 +194,16 @@ class Holdout:
     The samples and their noise are always the same, without augmentation.
     """
 
-    def __init__(
-        self, config: TrainConfig, world: World, data: Sequence[SourceData], policies: Sequence[Policy]
-    ) -> None:
-        self.config, self.world, self.policies, self.data = config, world, policies, data
-        self.batch_size = config.micro_batch_size(world.size)
+    def __init__(self, run: LiveRun, data: Sequence[SourceData], policies: Sequence[Policy]) -> None:
+        self.config, self.world, self.policies, self.data = run.config, run.world, policies, data
+        self.batch_size = self.config.micro_batch_size(self.world.size)
         """Of this process, as in training: what fits there fits here."""
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)
             if source.holdout is not None
         ]
-        self._samples = Samples(frames, SampleRng(config.seed, FLOW_SAMPLES))
+        self._samples = Samples(frames, SampleRng(self.config.seed, FLOW_SAMPLES))
         self._batches = list(self._prepare(frames)) if frames else []
 
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:

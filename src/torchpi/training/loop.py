@@ -87,8 +87,11 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         try:
             names = config.trackers if world.is_main else ()
             with contextlib.closing(Trackers(names, run, dataclasses.asdict(config), first_step)) as trackers:
-                progress = LiveRun(config, run, world, state, parallel, trackers, resumed=last is not None)
-                run_steps(progress, data, policies, order, checkpointer)
+                epoch = sum(len(source.frames) for source in data)
+                live = LiveRun(
+                    config, run, world, state, parallel, checkpointer, trackers, epoch, resumed=last is not None
+                )
+                run_steps(live, data, policies, order)
             checkpointer.wait()
             if world.is_main:
                 write_run_info(run, {**info, "finished": now()})
@@ -98,13 +101,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         return TrainResult(checkpoints(run)[-1] / "policy", state.step, state.step < config.num_steps, report)
 
 
-def run_steps(
-    run: LiveRun,
-    data: Sequence[SourceData],
-    policies: Sequence[Policy],
-    order: TrainingOrder,
-    checkpointer: Checkpointer,
-) -> None:
+def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Policy], order: TrainingOrder) -> None:
     """Update the weights until the last step or a signal, and call the hooks after each update."""
     config, data_config, optim, world = run.config, run.config.data, run.config.optim, run.world
     frames = [
@@ -120,12 +117,7 @@ def run_steps(
     )
     samples = Samples(frames, rng)
     batches = samples.batches(order, data_config.workers)
-    hooks: list[Hook] = [
-        log_metrics(sum(len(source.frames) for source in data)),
-        save_checkpoint(checkpointer),
-        Holdout(config, world, data, policies).after_step,
-        draw_curves,
-    ]
+    hooks: list[Hook] = [log_metrics, save_checkpoint, Holdout(run, data, policies).after_step, draw_curves]
     bar = progress_bar("", config.num_steps, completed=run.state.step, shown=world.is_main)
     with stop_request() as stop_requested, bar as advance:
         while not run.complete and not run.stopped:

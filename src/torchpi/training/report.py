@@ -48,29 +48,20 @@ _PLOTS = {
 }
 
 
-def write_report(run: pathlib.Path) -> pathlib.Path:
-    """Write RUN/report.html, a page that needs nothing else, in place of an earlier one.
+def write_report(folder: pathlib.Path) -> pathlib.Path:
+    """Write RUN/report.html, a page that needs nothing else, in place of an earlier one; its path.
 
     Args:
-        run: the run's folder; the run may be finished, be running, or have crashed.
-
-    Returns:
-        The page's path.
+        folder: the run's; the run may be finished, be running, or have crashed.
     """
-    replace_text(run / REPORT, render_report(Run(run)))
-    return run / REPORT
-
-
-def render_report(run: Run) -> str:
-    """Render the page as HTML."""
+    run, name = Run(folder), folder.resolve().name
     optional = [
         ("success", "Success in simulation", _success(run)),
         ("chunks", "Sampled chunks", "".join(_chunks(run))),
         ("plots", "Plots", "".join(_plot(*plot) for plot in run.plots())),
         ("parameters", "Parameters", _parameters(run)),
     ]
-    name = run.folder.resolve().name
-    return html_page(
+    page = html_page(
         f"{name}: a training run",
         header=page_header("torchpi train", name, _summary(run), tiles=list(_tiles(run)), notes=list(_notes(run))),
         sections=[
@@ -82,6 +73,8 @@ def render_report(run: Run) -> str:
         ],
         footer="this page needs nothing else; torchpi makes it from the files of the run",
     )
+    replace_text(folder / REPORT, page)
+    return folder / REPORT
 
 
 # ---- the header ----
