@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from torchpi.engine.kernels import PLAIN, triton_kernels
+from torchpi.engine.kernels import PLAIN, attention, triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -136,3 +136,48 @@ def test_split_rope_store(kernels, batch, num_tokens, groups, head_dim, dtype, p
 def test_geglu(kernels, batch, num_tokens, width, dtype):
     gate_up = normal(batch, num_tokens, 2 * width, dtype=dtype) * 4
     assert_equal(kernels.geglu(gate_up), PLAIN.geglu(gate_up.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "depth", "width"), [(1, 1, 64, 32), (1, 50, 72, 100), (3, 33, 200, 40)]
+)
+def test_linear_geglu(kernels, batch, num_tokens, depth, width, dtype):
+    x, weight = normal(batch, num_tokens, depth, dtype=dtype), normal(2 * width, depth, dtype=dtype) * depth**-0.5
+    # The twin rounds gate and up to bfloat16, the kernel only what comes out.
+    assert_equal(kernels.linear_geglu(x, weight), PLAIN.linear_geglu(x.float(), weight.float()).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("groups", "num_tokens", "num_prefix", "num_state_tokens", "valid", "processors"),
+    [
+        (1, 50, 100, 0, [77], 132),  # blocks of 32 rows, 5 splits
+        (1, 33, 69, 1, [50], 132),
+        (2, 33, 40, 0, [40, 20, 17], 40),
+        (2, 1, 5, 0, [2], 132),  # one split
+        (1, 51, 69, 1, [1, 69, 33], 1),  # blocks of 64 rows
+        (1, 100, 100, 0, [61], 8),
+    ],
+)
+def test_attend(kernels, monkeypatch, groups, num_tokens, num_prefix, num_state_tokens, valid, processors, dtype):
+    monkeypatch.setattr(attention, "num_processors", lambda device: processors)
+    slots = num_prefix if num_prefix == num_tokens else num_prefix + num_tokens
+    q = normal(len(valid), num_tokens, 4, 24, dtype=dtype)
+    keys, values = normal(2, len(valid), slots, groups, 24, dtype=dtype)
+    arguments = torch.tensor(valid, dtype=torch.int32, device=DEVICE), num_prefix, num_state_tokens
+    got = kernels.attend(q, keys, values, *arguments).float()
+    expected = PLAIN.attend(q.float(), keys.float(), values.float(), *arguments)
+    # In bfloat16, as in the plain model, each weight of the softmax is rounded by at most 2^-9 of itself, and so is
+    # what comes out: together less than 2^-8 of the largest value.
+    absolute = 2**-8 * values.float().abs().max().item() if dtype == torch.bfloat16 else 2e-6
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=absolute)
+
+
+def test_attend_is_deterministic_and_resets_its_counters(kernels):
+    q, keys = normal(1, 33, 4, 24), normal(1, 133, 1, 24)
+    arguments = q, keys, keys, torch.tensor([90], dtype=torch.int32, device=DEVICE), 100
+    first = kernels.attend(*arguments)
+    assert torch.equal(kernels.attend(*arguments), first)
+    (counters,) = kernels.attend._counters.values()
+    assert not counters.any()

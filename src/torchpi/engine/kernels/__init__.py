@@ -35,38 +35,18 @@ class Kernels:
 
 
 PLAIN = Kernels(
-    "plain",
-    norms.rms_norm,
-    norms.residual_rms_norm,
-    norms.ada_rms_norm,
-    norms.gated_residual_ada_rms_norm,
-    norms.layer_norm,
-    norms.residual_layer_norm,
-    rope.split_rope_store,
-    geglu.geglu,
-    geglu.linear_geglu,
+    "plain", norms.rms_norm, norms.residual_rms_norm, norms.ada_rms_norm, norms.gated_residual_ada_rms_norm,
+    norms.layer_norm, norms.residual_layer_norm, rope.split_rope_store, geglu.geglu, geglu.linear_geglu,
     attention.attend,
-)
+)  # fmt: skip
 """Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
 
 
 def triton_kernels() -> Kernels:
-    """The Triton kernels; each Kernels is for one stream at a time, because attention keeps counters.
-
-    Raises:
-        ModuleNotFoundError: Triton is not installed.
-    """
+    """The Triton kernels, or a ModuleNotFoundError; for one stream at a time, because attention keeps counters."""
     require("triton", "gpu")
     return Kernels(
-        "triton",
-        norms.triton_rms_norm,
-        norms.triton_residual_rms_norm,
-        norms.triton_ada_rms_norm,
-        norms.triton_gated_residual_ada_rms_norm,
-        norms.triton_layer_norm,
-        norms.triton_residual_layer_norm,
-        rope.triton_split_rope_store,
-        geglu.triton_geglu,
-        geglu.linear_geglu,
-        attention.attend,
-    )
+        "triton", norms.triton_rms_norm, norms.triton_residual_rms_norm, norms.triton_ada_rms_norm,
+        norms.triton_gated_residual_ada_rms_norm, norms.triton_layer_norm, norms.triton_residual_layer_norm,
+        rope.triton_split_rope_store, geglu.triton_geglu, geglu.triton_linear_geglu, attention.TritonAttention(),
+    )  # fmt: skip

@@ -11,17 +11,20 @@ from torch import Tensor
 from torchpi.extras import require
 
 if TYPE_CHECKING:
+    import triton.language as tl
+
     constexpr = Any
 else:
+    tl = None
 
     class constexpr:
-        """Marks the arguments that are compiled in; Triton looks for a type of this name."""
+        """Stands for Triton's in a signature, where Triton looks for a type of this name."""
 
 
 class Kernel:
     """A function in Triton's language, compiled and launched by `kernel[grid](...)`.
 
-    It sees Triton's language as `tl`, and the constants of its file that are `constexpr` arguments' values.
+    The names `tl` and `constexpr` of its file become Triton's then.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -31,7 +34,8 @@ class Kernel:
     def compiled(self) -> Any:
         """The function that Triton compiles or, with TRITON_INTERPRET=1, interprets."""
         triton = require("triton", "gpu")
-        self.function.__globals__["tl"] = require("triton.language", "gpu")
+        language = require("triton.language", "gpu")
+        self.function.__globals__.update(tl=language, constexpr=language.constexpr)
         return triton.jit(self.function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:

@@ -10,19 +10,16 @@ behind it, and so to the residual of the *next* norm.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, token_strides
+from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, tl, token_strides
 from torchpi.model.gemma import RMS_NORM_EPS
 from torchpi.model.siglip import LAYER_NORM_EPS
-
-if TYPE_CHECKING:
-    import triton.language as tl
 
 
 def rms_norm(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
@@ -82,18 +79,18 @@ def _over_rms(x: Tensor) -> Tensor:
 
 @Kernel
 def norm_kernel(  # a program per token
-    x: Any,
-    y: Any,  # None: no residual
-    gate: Any,  # None: 1
-    scale: Any,  # None: the norm has neither scale nor shift
-    shift: Any,
-    total: Any,
-    normed: Any,
-    num_tokens: Any,
-    gate_batch: Any,  # strides of batch and token
-    gate_token: Any,
-    scale_batch: Any,
-    scale_token: Any,
+    x: "tl.tensor",
+    y: "tl.tensor",  # None: no residual
+    gate: "tl.tensor",  # None: 1
+    scale: "tl.tensor",  # None: the norm has neither scale nor shift
+    shift: "tl.tensor",
+    total: "tl.tensor",
+    normed: "tl.tensor",
+    num_tokens: "tl.tensor",
+    gate_batch: "tl.tensor",  # strides of batch and token
+    gate_token: "tl.tensor",
+    scale_batch: "tl.tensor",
+    scale_token: "tl.tensor",
     width: constexpr,
     block: constexpr,
     centered: constexpr,  # LayerNorm

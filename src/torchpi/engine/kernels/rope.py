@@ -4,16 +4,11 @@ Head i of a token, (a, b) in halves of K/2, becomes (a·cos − b·sin, b·cos +
 is a query's or a key's; a value's stays. Keys and values go into the cache, at slots start … start + T.
 """
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, token_strides
-
-if TYPE_CHECKING:
-    import triton.language as tl
+from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, tl, token_strides
 
 
 def split_rope(
@@ -50,18 +45,18 @@ def split_rope_store(
 
 @Kernel
 def split_rope_store_kernel(  # a program per token; tiles [heads, K/2]
-    qkv: Any,
-    cos: Any,
-    sin: Any,
-    q: Any,
-    keys: Any,
-    values: Any,
-    num_tokens: Any,
-    start: Any,
-    angle_batch: Any,  # strides
-    angle_token: Any,
-    cache_batch: Any,
-    cache_slot: Any,
+    qkv: "tl.tensor",
+    cos: "tl.tensor",
+    sin: "tl.tensor",
+    q: "tl.tensor",
+    keys: "tl.tensor",
+    values: "tl.tensor",
+    num_tokens: "tl.tensor",
+    start: "tl.tensor",
+    angle_batch: "tl.tensor",  # strides
+    angle_token: "tl.tensor",
+    cache_batch: "tl.tensor",
+    cache_slot: "tl.tensor",
     num_heads: constexpr,
     num_kv_heads: constexpr,
     half: constexpr,
