@@ -1,4 +1,4 @@
-"""The demo as one page: videos, success, the policy and its data flow."""
+"""The demo as one page: videos, success, the policy and its data flow. Its texts are in assets/demo.html."""
 
 import base64
 import dataclasses
@@ -6,19 +6,20 @@ import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from html import escape
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 
 from torchpi.demo.flow import DataFlow, DemoFrame
-from torchpi.inspect.page import flow_section, input_section
+from torchpi.inspect.page import trace_section
 from torchpi.inspect.provenance import describe_policy, measured, overall
 from torchpi.policy import Policy
 from torchpi.sim.result import Episode, Evaluation, success_table
 from torchpi.training.curves import PANELS, draw_panel
 from torchpi.training.run_folder import series
 from torchpi.ui.format import large_count
-from torchpi.ui.page import Section, commands, definitions, html_page, lede, page_header
+from torchpi.ui.page import commands, definitions, html_page, page_header, page_section
 from torchpi.ui.plots import data_uri, denoising_figures, draw_figure, to_svg
 
 EMBEDDED_BYTES = 16 * 2**20
@@ -51,17 +52,22 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
     """
     variant = demo.flow.trace.inputs.config.variant
     title = f"{variant} in closed loop" if demo.evaluation else f"{variant} on packaged camera frames"
+    values = {"policy": _policy(demo.policy), "denoising": _denoising(demo)}
+    if demo.evaluation is None:
+        values["frames"] = {"frames": "".join(_frame(demo.policy, *frame) for frame in demo.frames.items())}
+    else:
+        values |= {"episodes": _episodes(demo, demo.evaluation, folder), "success": _success(demo, demo.evaluation)}
+    sections = {
+        name: page_section("demo.html", name, of_section, {key for key, value in of_section.items() if value})
+        for name, of_section in values.items()
+    }
+    sections |= {name: trace_section(name, demo.flow.trace) for name in ("flow", "input")}
+    sections["next"] = "next", "Try next", commands(demo.commands)
+    order = ("episodes", "success", "frames", "policy", "flow", "input", "denoising", "next")
     return html_page(
         title,
         header=_header(demo, title),
-        sections=[
-            *(_episode_sections(demo, demo.evaluation, folder) if demo.evaluation else [_frames_section(demo)]),
-            ("policy", "The policy", _policy(demo.policy)),
-            ("flow", "Data flow", flow_section(demo.flow.trace)),
-            ("input", "Model inputs", input_section(demo.flow.trace, demo.flow.values)),
-            ("denoising", "Denoising", _denoising(demo)),
-            ("next", "Try next", commands(demo.commands)),
-        ],
+        sections=[sections[name] for name in order if name in sections],
         footer="this page needs nothing else; the policy ran on this machine's CPU",
     )
 
@@ -96,32 +102,21 @@ def _header(demo: Demo, title: str) -> str:
 # ---- episodes, or the packaged frames ----
 
 
-def _episode_sections(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> list[Section]:
+def _episodes(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> dict[str, Any]:
     shown = [(episode, pathlib.Path(episode.video)) for episode in evaluation.episodes if episode.video]
     embedded = sum(path.stat().st_size for _, path in shown) <= EMBEDDED_BYTES
-    figures = "".join(
+    videos = (
         _video(episode, path, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
         for episode, path in shown
     )
-    size = demo.policy.model.config.image_size
-    videos = lede(
-        "The first episode of each task, as its cameras see it; the policy itself gets these views with "
-        f'{size} × {size} pixels. The line <i class="swatch executed"></i> is the path of the hand, the dots '
-        '<i class="swatch predicted"></i> are the path that the current action chunk predicts. Below are the actions, '
-        "executed and predicted."
-    )
-    few = "So few episodes say little: the interval is where the true rate is likely to be. "
-    is_few = max(task.episodes for task in evaluation.tasks.values()) < 20
-    success = lede(
-        "Success is defined by the simulator for the task, whatever the instruction; an episode has failed after "
-        f"{evaluation.max_steps} steps. {few if is_few else ''}Steps are the mean of the successful episodes."
-    )
+    return {"size": demo.policy.model.config.image_size, "videos": "".join(videos)}
+
+
+def _success(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
     rates = measured(demo.policy)
     table = success_table(evaluation, rates, overall(rates) if rates else None)
-    return [
-        ("episodes", "Episodes", f'{videos}<div class="videos">{figures}</div>'),
-        ("success", "Success", success + table.to_html()),
-    ]
+    few = max(task.episodes for task in evaluation.tasks.values()) < 20
+    return {"max_steps": evaluation.max_steps, "few": few, "table": table.to_html()}
 
 
 def _video(episode: Episode, path: pathlib.Path, instruction: str, folder: pathlib.Path, *, embedded: bool) -> str:
@@ -135,15 +130,6 @@ def _video(episode: Episode, path: pathlib.Path, instruction: str, folder: pathl
         f'<span class="mono">{escape(episode.task)} · <a href="{link}">{escape(path.name)}</a></span>'
         f'<span class="right">{episode.steps} steps</span></figcaption></figure>'
     )
-
-
-def _frames_section(demo: Demo) -> Section:
-    figures = "".join(_frame(demo.policy, task, frame) for task, frame in demo.frames.items())
-    text = (
-        "The packaged frames of each task's beginning, and the mean of the chunk that the policy predicts there. "
-        "Videos and a table of success need a renderer."
-    )
-    return "frames", "Camera frames", f'{lede(text)}<div class="videos">{figures}</div>'
 
 
 def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:
@@ -163,31 +149,23 @@ def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:
 # ---- the policy ----
 
 
-def _policy(policy: Policy) -> str:
+def _policy(policy: Policy) -> dict[str, Any]:
+    """Its origin, and the curve of its loss where that is stated."""
     curves, loss = series(policy.provenance.get("metrics") or ()), PANELS[0]
-    ends = ", ".join(
-        f"{label}: {curves[key][1][-1]:.3g}"
-        for key, label in loss.curves.items()
-        if key in curves and len(curves[key][1]) > 1
-    )
-    if not ends:
-        return definitions(describe_policy(policy))
-    drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), curves, loss), size=(6.2, 2.7))
-    svg = to_svg(drawing, f"{loss.title} of the training. Along: step. Up: {loss.unit}. Drawn: {ends} at the end.")
-    caption = f"{loss.title} of the training: {ends} at the end"
-    return (
-        f'{definitions(describe_policy(policy))}<figure class="panel curves">{svg}'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    last = {label: curves[key][1] for key, label in loss.curves.items() if key in curves}
+    ends = ", ".join(f"{label}: {values[-1]:.3g}" for label, values in last.items() if len(values) > 1)
+    curve = ""
+    if ends:
+        drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), curves, loss), size=(6.2, 2.7))
+        text = f"{loss.title} of the training. Along: step. Up: {loss.unit}. Drawn: {ends} at the end."
+        curve = to_svg(drawing, text)
+    facts = definitions(describe_policy(policy))
+    return {"facts": facts, "title": escape(loss.title), "ends": escape(ends), "curve": curve}
 
 
-def _denoising(demo: Demo) -> str:
-    robot, flow = demo.policy.embodiment, demo.flow
-    executed = robot.execute_steps
-    ground = f" The {executed} actions on colored ground are executed, then the policy observes again."
-    text = (
-        f"The chunk for those images, the beginning of {escape(demo.task)}: each figure is one dimension over the "
-        f"{len(flow.actions)} actions, in the robot's units, before the first Euler step and after each of "
-        f"{len(flow.chunks) - 1}.{ground if executed else ''}"
-    )
-    return lede(text) + denoising_figures(flow.chunks, [action.name for action in robot.actions], executed=executed)
+def _denoising(demo: Demo) -> dict[str, Any]:
+    chunks, executed = demo.flow.chunks, demo.policy.embodiment.execute_steps
+    names = [action.name for action in demo.policy.embodiment.actions]
+    figures = denoising_figures(chunks, names, executed=executed)
+    counts = {"steps": len(chunks) - 1, "horizon": chunks.shape[1], "executed": executed}
+    return counts | {"task": escape(demo.task), "figures": figures}

@@ -1,5 +1,6 @@
 """Sampled frames of a dataset, with the action chunks that a policy predicts there and those that were recorded."""
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -66,28 +67,18 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
         raise UsageError(f"samples is {samples}; expected 1 or more.")
     if not sum(lengths):
         raise UsageError(f"There is no frame to judge: the {len(lengths)} episodes are empty.")
+    samples, sizes = min(samples, sum(lengths)), np.array(lengths)
+    # As many of every episode as it has, up to a common limit; one more of some of the longer ones, at random.
+    limit = bisect.bisect_right(range(max(lengths) + 1), samples, key=lambda most: np.minimum(sizes, most).sum()) - 1
+    shares = np.minimum(sizes, limit)
+    longer = generator_at(seed, "evaluated episodes").permutation(np.flatnonzero(sizes > limit))
+    shares[longer[: samples - shares.sum()]] += 1
     frames, first = [], 0
-    for episode, (length, count) in enumerate(zip(lengths, _shares(lengths, samples, seed), strict=True)):
-        edges = np.linspace(0, length, count + 1).astype(np.int64)
-        rng = generator_at(seed, "evaluated frames", episode)
+    for episode, (length, share) in enumerate(zip(lengths, shares, strict=True)):
+        edges, rng = np.linspace(0, length, share + 1).astype(np.int64), generator_at(seed, "evaluated frames", episode)
         frames += (first + rng.integers(edges[:-1], edges[1:])).tolist()
         first += length
     return frames
-
-
-def _shares(lengths: Sequence[int], samples: int, seed: int) -> list[int]:
-    """Frames per episode: in rounds, one of every episode that has more; the last round in random order."""
-    shares = [0] * len(lengths)
-    left = min(samples, sum(lengths))
-    while left:
-        longer = [i for i, length in enumerate(lengths) if length > shares[i]]
-        if left < len(longer):
-            longer = generator_at(seed, "evaluated episodes").permutation(longer)[:left].tolist()
-        rounds = max(1, min(left // len(longer), min(lengths[i] - shares[i] for i in longer)))
-        for i in longer:
-            shares[i] += rounds
-        left -= rounds * len(longer)
-    return shares
 
 
 def predict_chunks(

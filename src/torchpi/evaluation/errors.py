@@ -12,7 +12,6 @@ from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
 from torchpi.evaluation.chunks import Chunks, predict_chunks
 from torchpi.policy import Policy
-from torchpi.robots import Embodiment
 from torchpi.robots.commands import hold_commands
 from torchpi.transforms import NormStats, constant_dims
 from torchpi.ui.format import without_nan
@@ -33,7 +32,7 @@ class Dimension:
     high: float
     """The 99 % quantile."""
     mean: float
-    """Mean of the dataset's actions: the baseline "mean_action"."""
+    """The baseline "mean_action"."""
     hold: str | None
     """The baseline "hold": "state NAME", "no motion", or None: the embodiment doesn't say."""
     range: float
@@ -57,7 +56,7 @@ class Overall:
     mae_scaled: float
     rmse_scaled: float
     dimensions: int
-    """The number of dimensions: those that have a range and, where that is asked for, a baseline."""
+    """Number of the dimensions: those that have a range and, where that is asked for, a baseline."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -109,48 +108,38 @@ class ChunkErrors:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document with "dimensions", "horizon" and "overall", see docs/evaluation.md; null where undefined."""
-        document = {
-            "dimensions": [self._dimension(i) for i in range(len(self.dimensions))],
-            "horizon": [
-                {"step": step, "actions": int(count), **self._step(POLICY, step)}
-                | {"baselines": {of: self._step(of, step) for of in BASELINES}}
-                for step, count in enumerate(self.counts)
-            ],
-            "overall": dataclasses.asdict(self.overall()) | {"baselines": {of: self._baseline(of) for of in BASELINES}},
-        }
-        return without_nan(document)
+        totals = {of: (self.mae(of), self.rmse(of)) for of in self.per_step}
 
-    def _dimension(self, i: int) -> dict[str, Any]:
-        dimension = self.dimensions[i]
-        action = {HOLD: dimension.hold, MEAN_ACTION: dimension.mean}
-        return {
-            "name": dimension.name,
-            "unit": dimension.unit,
-            "range": [dimension.low, dimension.high],
-            **self._numbers(POLICY, i),
-            "baselines": {
-                of: None if action[of] is None else {"action": action[of], **self._numbers(of, i)} for of in BASELINES
-            },
-            "worse_than": [of for of in BASELINES if self.is_worse_than(of)[i]],
-        }
+        def of_dimension(of: str, i: int) -> dict[str, float]:
+            mae, rmse = (errors[i] for errors in totals[of])
+            width = self.dimensions[i].range
+            return {"mae": mae, "rmse": rmse, "mae_scaled": mae / width, "rmse_scaled": rmse / width}
 
-    def _numbers(self, of: str, i: int) -> dict[str, float]:
-        mae, rmse, width = float(self.mae(of)[i]), float(self.rmse(of)[i]), self.dimensions[i].range
-        return {"mae": mae, "rmse": rmse, "mae_scaled": mae / width, "rmse_scaled": rmse / width}
+        def of_step(of: str, i: int) -> dict[str, Any]:
+            steps = self.per_step[of]
+            scaled = self.scaled_per_step(of)[i]
+            return {"mae_scaled": scaled, "mae": steps.mae[i].tolist(), "rmse": steps.rmse[i].tolist()}
 
-    def _step(self, of: str, step: int) -> dict[str, Any]:
-        errors = self.per_step[of]
-        return {
-            "mae_scaled": float(self.scaled_per_step(of)[step]),
-            "mae": errors.mae[step].tolist(),
-            "rmse": errors.rmse[step].tolist(),
-        }
+        def of_baseline(of: str) -> dict[str, float]:
+            policy = self.overall(like=of)  # on the same dimensions
+            same = {"policy_mae_scaled": policy.mae_scaled, "policy_rmse_scaled": policy.rmse_scaled}
+            return vars(self.overall(of)) | same
 
-    def _baseline(self, of: str) -> dict[str, Any]:
-        """The baseline's numbers, and the policy's on the same dimensions."""
-        policy = self.overall(like=of)
-        same = {"policy_mae_scaled": policy.mae_scaled, "policy_rmse_scaled": policy.rmse_scaled}
-        return dataclasses.asdict(self.overall(of)) | same
+        dimensions, horizon = [], []
+        for i, dimension in enumerate(self.dimensions):
+            actions = {HOLD: dimension.hold, MEAN_ACTION: dimension.mean}
+            baselines = {
+                of: None if action is None else {"action": action, **of_dimension(of, i)}
+                for of, action in actions.items()
+            }
+            worse = [of for of in BASELINES if self.is_worse_than(of)[i]]
+            row = {"name": dimension.name, "unit": dimension.unit, "range": [dimension.low, dimension.high]}
+            dimensions.append(row | of_dimension(POLICY, i) | {"baselines": baselines, "worse_than": worse})
+        for i, count in enumerate(self.counts):
+            baselines = {of: of_step(of, i) for of in BASELINES}
+            horizon.append({"step": i, "actions": int(count), **of_step(POLICY, i), "baselines": baselines})
+        overall = vars(self.overall()) | {"baselines": {of: of_baseline(of) for of in BASELINES}}
+        return without_nan({"dimensions": dimensions, "horizon": horizon, "overall": overall})
 
 
 def chunk_errors(policy: Policy, dataset: LeRobotDataset, frames: Sequence[int], **options: Any) -> ChunkErrors:
@@ -168,33 +157,24 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
         all_recorded: the recorded actions of all frames of the dataset, its `columns["action"]`, for the ranges and
             the mean action.
     """
-    actions = all_recorded.astype(np.float64)
+    actions, robot = all_recorded.astype(np.float64), chunks.embodiment
     low, high = np.quantile(actions, (0.01, 0.99), axis=0)
-    mean = actions.mean(axis=0)
-    robot = chunks.embodiment
-    ranges = high - low
+    mean, ranges = actions.mean(axis=0), high - low
     ranges[constant_dims(NormStats(mean, actions.std(axis=0), low, high), "quantile")] = math.nan
-    hold = [None if command is None else command.text for command in hold_commands(robot)]
-    dimensions = tuple(
-        Dimension(action.name, action.unit, float(low[i]), float(high[i]), float(mean[i]), hold[i], float(ranges[i]))
-        for i, action in enumerate(robot.actions)
-    )
+    holds, hold_actions = hold_commands(robot), np.full((len(chunks.state), robot.action_size), np.nan)
+    dimensions = []
+    for i, (action, hold) in enumerate(zip(robot.actions, holds, strict=True)):
+        if hold is not None:
+            hold_actions[:, i] = 0.0 if hold.index is None else chunks.state[:, hold.index]
+        numbers = float(low[i]), float(high[i]), float(mean[i]), None if hold is None else hold.text, float(ranges[i])
+        dimensions.append(Dimension(action.name, action.unit, *numbers))
     predictions = {
         POLICY: chunks.predicted,  # [F, R, H, a]
-        HOLD: _hold_actions(robot, chunks.state)[:, None, None],
+        HOLD: hold_actions[:, None, None],
         MEAN_ACTION: mean[None, None, None],
     }
-    counts = (~chunks.is_pad).sum(axis=0)
-    return ChunkErrors(dimensions, counts, {of: _step_errors(chunks, values) for of, values in predictions.items()})
-
-
-def _hold_actions(embodiment: Embodiment, state: np.ndarray) -> Float[np.ndarray, "F a"]:
-    """Actions that keep the robot still in states [F, s]; NaN where the embodiment doesn't say."""
-    actions = np.full((len(state), embodiment.action_size), np.nan)
-    for i, hold in enumerate(hold_commands(embodiment)):
-        if hold is not None:
-            actions[:, i] = 0.0 if hold.index is None else state[:, hold.index]
-    return actions
+    per_step = {of: _step_errors(chunks, values) for of, values in predictions.items()}
+    return ChunkErrors(tuple(dimensions), (~chunks.is_pad).sum(axis=0), per_step)
 
 
 def _step_errors(chunks: Chunks, predicted: np.ndarray) -> StepErrors:

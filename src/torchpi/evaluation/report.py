@@ -5,6 +5,7 @@ import pathlib
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,11 @@ from torchpi.data.observations import camera_keys_of
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors
-from torchpi.policy import Policy, load_policy
+from torchpi.policy import load_policy
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import hold_commands
 from torchpi.robots.parts import COMMANDS
-from torchpi.ui.format import format_number, format_percent, print_json
+from torchpi.ui.format import format_number, print_json
 from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
 from torchpi.ui.tables import Cell, Column, Table
@@ -93,14 +94,18 @@ def evaluate_on_dataset(
         dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=(), rename=rename
     )
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
-    options: dict[str, Any] = {"seed": seed, "num_steps": num_steps, "batch_size": batch_size}
-    start = time.perf_counter()
+    predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
+    start, plots = time.perf_counter(), dict[pathlib.Path, Any]()
     with progress_bar("chunks", len(frames)) as advance:
-        chunks = predict_chunks(
-            loaded, data, frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count), **options
-        )
+        chunks = predict(frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count))
     errors = errors_of(chunks, data.columns[lerobot.ACTION])
-    plots = () if out is None else _write_plots(out, errors, loaded, data, frames, options)
+    if out is not None:
+        few = [frames[i] for i in evenly_spaced(len(frames), _PLOTTED_FRAMES)]
+        plotted = predict(few, noise_samples=_PLOTTED_NOISE_SAMPLES)
+        plots = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(plotted)}
+        out.mkdir(parents=True, exist_ok=True)
+    for path, figure in plots.items():
+        save_figure(figure, path)
     return DatasetEvaluation(
         str(policy),
         str(dataset),
@@ -131,23 +136,6 @@ def _notes_on_hold(robot: Embodiment) -> Iterator[str]:
             f"No baseline hold for {others}: an effort has no hold command, and a position has one only where every "
             "state has it, in the same unit."
         )
-
-
-def _write_plots(
-    out: pathlib.Path,
-    errors: ChunkErrors,
-    policy: Policy,
-    data: LeRobotDataset,
-    frames: Sequence[int],
-    options: Mapping[str, Any],
-) -> tuple[pathlib.Path, ...]:
-    few = [frames[i] for i in evenly_spaced(len(frames), _PLOTTED_FRAMES)]
-    chunks = predict_chunks(policy, data, few, noise_samples=_PLOTTED_NOISE_SAMPLES, **options)
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(chunks)}
-    for path, figure in figures.items():
-        save_figure(figure, path)
-    return tuple(figures)
 
 
 def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: bool, **options: Any) -> None:
@@ -193,15 +181,14 @@ def _dimension_table(errors: ChunkErrors) -> Table:
     has_units = any(dimension.unit for dimension in errors.dimensions)
     columns = [Column("action"), *([Column("unit", "name")] if has_units else [])]
     columns += [Column(title, "number") for title in ("MAE", "RMSE", "MAE,\nof range", "MAE of\nhold", "MAE of\nmean")]
-    scaled = errors.mae() / errors.ranges
+    mae, rmse, of_range = errors.mae(), errors.rmse(), errors.mae() / errors.ranges
     rows: list[Sequence[Cell]] = []
     for i, dimension in enumerate(errors.dimensions):
+        unit = [textwrap.shorten(dimension.unit, 15, placeholder=" …")] if has_units else []
         baselines = [
             Text(_number(errors.mae(of)[i]), style="yellow" if errors.is_worse_than(of)[i] else "") for of in BASELINES
         ]
-        unit = [textwrap.shorten(dimension.unit, 15, placeholder=" …")] if has_units else []
-        numbers = _number(errors.mae()[i]), _number(errors.rmse()[i]), _percent(scaled[i])
-        rows.append((dimension.name, *unit, *numbers, *baselines))
+        rows.append((dimension.name, *unit, _number(mae[i]), _number(rmse[i]), _percent(of_range[i]), *baselines))
     return Table(columns, rows)
 
 
@@ -220,16 +207,15 @@ def _horizon_table(errors: ChunkErrors) -> Table:
     """A few steps: the first, the last, and some between them."""
     steps = np.unique(np.linspace(0, np.flatnonzero(errors.counts)[-1], 6).round().astype(int))
     rows: list[Sequence[Cell]] = []
-    for of in (POLICY, *BASELINES):
+    for of, name in _NAMES.items():
         if dimensions := errors.overall(of).dimensions:
             note = f" ({dimensions} dimensions)" if dimensions < errors.overall().dimensions else ""
-            rows.append((f"{_NAMES[of]}{note}", *(_percent(errors.scaled_per_step(of)[step]) for step in steps)))
+            rows.append((f"{name}{note}", *map(_percent, errors.scaled_per_step(of)[steps])))
     return Table((Column("MAE, of range, at step", "name"), *(Column(str(step), "number") for step in steps)), rows)
 
 
-def _number(value: float) -> str:
-    return format_number(value, missing="n/a")
-
-
 def _percent(value: float) -> str:
-    return format_percent(value, 1)
+    return f"{value:.1%}" if np.isfinite(value) else "n/a"
+
+
+_number = partial(format_number, missing="n/a")

@@ -1,13 +1,13 @@
 """The first stage in which two policies differ, on one observation and the same noise."""
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float32
 from torch import Tensor
 
@@ -48,14 +48,14 @@ class ComparedStage:
 
     name: str
     differs: bool
+    message: str = ""
+    """The difference, if it is none of numbers."""
     shape: tuple[int, ...] | None = None
     """In both; None: a text, or the shapes differ."""
     max_abs: float | None = None
     """Largest absolute difference; None: not numbers of one shape."""
     scale: float | None = None
     """Largest absolute value in either."""
-    message: str = ""
-    """The difference, if it is none of numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,78 +127,65 @@ def compare_policies(
     )
     if not ours and not theirs:
         raise UsageError(f"Neither policy can read the observation. A: {our_end} B: {their_end}")
+    names = list(ours)
+    for before, name in itertools.pairwise(["", *theirs]):  # each behind the one that it follows in its own order
+        if name not in ours:
+            names.insert(names.index(before) + 1 if before else 0, name)
     return Comparison(
         tolerance,
         tuple(_differences(_settings(a), _settings(b))),
-        tuple(_compare(name, ours.get(name), theirs.get(name), tolerance) for name in _in_order(ours, theirs)),
+        tuple(_compare(name, ours.get(name), theirs.get(name), tolerance) for name in names),
         tuple(f"{side} stopped: {end}" for side, end in (("A", our_end), ("B", their_end)) if end),
     )
 
 
 def _stages_of(
     policy: Policy, observation: Mapping[str, Any], noise: Float32[np.ndarray, "H A"], num_steps: int
-) -> tuple[dict[str, np.ndarray | str], str]:
+) -> tuple[dict[str, Any], str]:
     """The compared stages by name, without padding and batch axis; and the error that ended them, or ""."""
-    found: dict[str, np.ndarray | str] = {}
+    found: dict[str, Any] = {}
     present: list[str] = []
-    valid = np.empty(0, np.bool_)
     try:
         inputs = inputs_of_policy(policy, Shapes(batch=1), observation, noise=noise)
         for stage in forward_stages(inputs, training=False, num_steps=num_steps):
+            name, value = _name_of(stage), stage.value
             if stage.name == "cameras":
-                present = str(stage.value).split(", ")
-            elif stage.name == "prefix_mask":
-                valid = _on_host(stage)
-            name = _name_of(stage)
+                present = str(value).split(", ")
+            elif stage.name == "prefix_mask" and isinstance(value, Tensor):
+                valid = value[0]
             if name is None or (name.startswith("image") and stage.name.partition("/")[2] not in present):
                 continue
-            found[name] = _on_host(stage)[valid] if name.startswith(("prefix", "cache")) else _on_host(stage)
+            if isinstance(value, Tensor):
+                value = value[0][valid] if name.startswith(("prefix", "cache")) else value[0]
+                value = value.float().cpu().numpy()
+            found[name] = value
     except (KeyError, ValueError) as error:
         return found, str(error.args[0])
     return found, ""
 
 
-def _on_host(stage: Stage) -> Any:
-    """The value without its batch axis."""
-    if not isinstance(stage.value, Tensor):
-        return stage.value
-    value = stage.value[0].cpu()
-    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
-
-
 def _name_of(stage: Stage) -> str | None:
-    for pattern, name in _STAGES.items():
-        if match := re.fullmatch(pattern, f"{stage.step} {stage.name}"):
-            return match.expand(name)
-    return None
+    where = f"{stage.step} {stage.name}"
+    matches = ((re.fullmatch(pattern, where), name) for pattern, name in _STAGES.items())
+    return next((match.expand(name) for match, name in matches if match), None)
 
 
-def _in_order(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    """The names of both, each behind the one that it follows in its own order."""
-    names = list(ours)
-    for i, name in enumerate(theirs):
-        if name not in ours:
-            names.insert(names.index(list(theirs)[i - 1]) + 1 if i else 0, name)
-    return names
-
-
-def _compare(
-    name: str, one: np.ndarray | str | None, other: np.ndarray | str | None, tolerance: float
-) -> ComparedStage:
+def _compare(name: str, one: Any, other: Any, tolerance: float) -> ComparedStage:
+    """One stage; None: the policy did not reach it."""
     if one is None or other is None:
-        return ComparedStage(name, True, message=f"only {'A' if other is None else 'B'} has it")
+        return ComparedStage(name, True, f"only {'A' if other is None else 'B'} has it")
     if isinstance(one, str) or isinstance(other, str):
-        return ComparedStage(name, one != other, message="" if one == other else f"A {one!r}, B {other!r}")
+        return ComparedStage(name, one != other, "" if one == other else f"A {one!r}, B {other!r}")
     if one.shape != other.shape:
         shapes = f"shapes differ: A {format_shape(one.shape)}, B {format_shape(other.shape)}"
-        return ComparedStage(name, True, message=shapes)
+        return ComparedStage(name, True, shapes)
     a, b = one.astype(np.float64), other.astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity from infinity
         largest = float(abs(a - b).max())
     scale = float(max(abs(a).max(), abs(b).max()))
-    if broken := [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]:
-        return ComparedStage(name, True, one.shape, largest, scale, f"NaN or infinity in {' and '.join(broken)}")
-    return ComparedStage(name, largest > tolerance * scale, one.shape, largest, scale)
+    broken = [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]
+    message = f"NaN or infinity in {' and '.join(broken)}" if broken else ""
+    return ComparedStage(name, bool(broken) or largest > tolerance * scale, message, one.shape, largest, scale)
 
 
 def _settings(policy: Policy) -> dict[str, Any]:

@@ -79,23 +79,17 @@ def find_inputs(target: str, shapes: Shapes, source: Source = Source(), **load: 
         raise MissingFileError(
             f"There is neither a checkpoint nor a preset {target}; presets are {', '.join(PRESETS)}."
         )
-    return _inputs_of_path("demo" if target == "tiny" else target, pathlib.Path(target).name, shapes, source, **load)
+    return _inputs_of_path("demo" if target == "tiny" else target, pathlib.Path(target).name, shapes, source, load)
 
 
 def inputs_of_config(config: Pi0Config, shapes: Shapes, *, title: str = "") -> TraceInputs:
     """A model of these sizes on the meta device: shapes without values, at any size."""
     config, notes = _complete(dataclasses.replace(config, **shapes.of_config()))
     arrays = nanopi.random_inputs(config, 1)
-    batch = {
-        name: torch.from_numpy(array).to("meta").expand(shapes.batch, *array.shape[1:])
-        for name, array in arrays.items()
-    }
-    noise, time, actions = (batch.pop(name) for name in ("noise", "time", "actions"))
-    model = Pi0(config, device="meta")
-    return TraceInputs(title or config.variant, model, config, batch, noise, time, actions, notes)
+    return inputs_of_model(Pi0(config, device="meta"), shapes, arrays, title=title, notes=notes)
 
 
-def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, **load: Any) -> TraceInputs:
+def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load: Mapping[str, Any]) -> TraceInputs:
     """A policy with an observation, or a bare checkpoint with a batch of the model's own keys."""
     from torchpi.checkpoints.checkpoint import open_checkpoint
     from torchpi.policy import load_policy
@@ -104,20 +98,17 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, **loa
     of_model = arrays is not None and "tokenized_prompt" in arrays
     checkpoint = open_checkpoint(path, config=load.get("config"))
     if not of_model and ("embodiment" in load or checkpoint.spec().embodiment is not None):
-        policy = load_policy(path, **load)
-        if arrays is not None:
-            return inputs_of_policy(policy, shapes, arrays, title=title)
-        demo = source.demo if path == "demo" else None
-        observation, notes = (demo, ()) if demo and source.dataset is None else _observation(policy, source)
-        return inputs_of_policy(policy, shapes, observation, title=title, notes=notes)
+        policy, notes = load_policy(path, **load), ""
+        observation = source.demo if path == "demo" and source.dataset is None and arrays is None else arrays
+        if observation is None:
+            observation, notes = _observation(policy, source)
+        return inputs_of_policy(policy, shapes, observation, title=title, notes=(notes,) if notes else ())
     if source.dataset is not None or (arrays is not None and not of_model):
-        found = f"{source.dataset or source.inputs} has a robot's observations"
-        if arrays is not None:
-            found += f" ({', '.join(sorted(arrays)[:6])})"
+        keys = f" ({', '.join(sorted(arrays)[:6])})" if arrays is not None else ""
         raise UsageError(
-            f"{path} is a bare checkpoint, which says nothing about a robot, and {found}. Trace a policy folder, name "
-            "the robot with --embodiment, or give a batch in the model's terms: image.<camera>, state, "
-            "tokenized_prompt, tokenized_prompt_mask."
+            f"{path} is a bare checkpoint, which says nothing about a robot, and {source.dataset or source.inputs} has "
+            f"a robot's observations{keys}. Trace a policy folder, name the robot with --embodiment, or give a batch "
+            "in the model's terms: image.<camera>, state, tokenized_prompt, tokenized_prompt_mask."
         )
     model = checkpoint.model(device=load.get("device") or "cpu", lora_alpha=load.get("lora_alpha"))
     if arrays is not None:
@@ -128,11 +119,11 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, **loa
     return inputs_of_model(model, shapes, batch, title=title, notes=(note,))
 
 
-def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], str]:
     """The frame of the dataset, or the embodiment's example; with a note that says so."""
     if source.dataset is None:
         note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
-        return policy.example_observation(), (note,)
+        return policy.example_observation(), note
     from torchpi.data import LeRobotDataset
     from torchpi.data.observations import to_observation
 
@@ -141,7 +132,7 @@ def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], t
     if not 0 <= source.frame < len(frames):
         raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
     note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."
-    return to_observation(frames[source.frame], policy.embodiment), (note,)
+    return to_observation(frames[source.frame], policy.embodiment), note
 
 
 def inputs_of_policy(
@@ -192,17 +183,20 @@ def inputs_of_model(
     if missing := [key for key in ("state", *PROMPT) if key not in arrays]:
         raise UsageError(f"The batch has no {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'nothing'}.")
     rows = {
-        name: torch.from_numpy(np.resize(array, (shapes.batch, *array.shape[1:]))) for name, array in arrays.items()
+        name: torch.from_numpy(np.resize(array, (shapes.batch, *array.shape[1:]))).to(model.device)
+        for name, array in arrays.items()
     }
-    chunk = rows.get("noise", rows.get("actions"))
-    if chunk is not None:
+    if (chunk := rows.get("noise", rows.get("actions"))) is not None:
         sizes.setdefault("action_horizon", chunk.shape[1])
     config, assumed = _complete(dataclasses.replace(model.config, **sizes))
-    generator = torch.Generator().manual_seed(0)
-    shape = (shapes.batch, config.require("action_horizon"), config.action_dim)
-    noise = rows.pop("noise", torch.randn(shape, generator=generator))
-    time = rows.pop("time", flow.sample_time(shapes.batch, generator=generator, device=torch.device("cpu")))
-    actions = rows.pop("actions").float() if "actions" in rows else None
+    generator, shape = (
+        torch.Generator().manual_seed(0),
+        (shapes.batch, config.require("action_horizon"), config.action_dim),
+    )
+    drawn = torch.randn(shape, generator=generator)
+    time = flow.sample_time(shapes.batch, generator=generator, device=torch.device("cpu"))
+    noise, time = rows.get("noise", drawn.to(model.device)), rows.get("time", time.to(model.device))
+    actions = rows["actions"].float() if "actions" in rows else None
     for name, value in (("noise", noise), ("actions", actions)):
         if value is not None and value.shape != shape:
             raise UsageError(f"{name} must be {list(shape)} for this model, got {list(value.shape)}.")
@@ -210,11 +204,8 @@ def inputs_of_model(
         assumed = (*assumed, "No recorded actions: the chunk that the model itself samples stands in for them.")
     length = config.require("max_token_len")
     rows |= {name: torch.nn.functional.pad(rows[name], (0, length - rows[name].shape[1])) for name in PROMPT}
-    read = ("state", *PROMPT)
-    batch = {name: row.to(model.device) for name, row in rows.items() if name.startswith("image") or name in read}
+    batch = {name: row for name, row in rows.items() if name.startswith("image") or name in ("state", *PROMPT)}
     observation_of(batch)  # refuses what the model does
-    noise, time = noise.to(model.device), time.to(model.device)
-    actions = None if actions is None else actions.to(model.device)
     return TraceInputs(title or config.variant, model, config, batch, noise, time, actions, (*notes, *assumed))
 
 

@@ -1,14 +1,15 @@
-"""A trace as one page that needs nothing else: no script, no request."""
+"""A trace as one page that needs nothing else: no script, no request. Its texts are in assets/trace.html."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
+from typing import Any
 
-from torchpi.inspect.plots import PART_COLORS, RANGE_LIMIT, flow_diagram, mask_figure, modulation_figure, range_bar
+from torchpi.inspect.plots import RANGE_LIMIT, flow_diagram, mask_figure, modulation_figure, range_bar
 from torchpi.inspect.steps import STEPS, Step
 from torchpi.inspect.summary import Pair, Row, compare_facts, compare_steps, rows_of
 from torchpi.inspect.trace import Stats, Trace, Values
 from torchpi.ui.format import format_count, format_number, large_count
-from torchpi.ui.page import bars, camera_images, html_page, lede, page_header, panel
+from torchpi.ui.page import Section, bars, camera_images, html_page, page_header, page_section
 from torchpi.ui.plots import data_uri, denoising_figures
 from torchpi.ui.tables import Column, Table, html_table
 
@@ -17,26 +18,29 @@ _ROW_COLORS = {"prefix": "prefix", "suffix": "suffix", "modulation": "time", "ca
 
 def render_page(trace: Trace, other: Trace | None = None) -> str:
     """HTML of a trace; with `other`, of a comparison as well."""
-    values = trace.values
-    sections = [("flow", "Data flow", flow_section(trace))]
-    if values is not None:
-        sections.append(("input", "Input", input_section(trace, values)))
-    sections.append(("mask", "Attention mask", _mask_section(trace)))
-    if values is not None:
-        sections.append(("denoising", "Denoising", _denoising_section(trace, values)))
-        if values.modulation:
-            sections.append(("time", "Time in every layer", _time_section(values)))
-    sections.append(("steps", "Step by step", _steps_section(trace)))
-    if values is not None:
-        sections.append(("agreement", "Numerical agreement", _agreement_section(values)))
-    sections.append(("parameters", "Parameters", _parameters_section(trace)))
-    if other is not None:
-        sections.append(
-            ("compare", f"{trace.inputs.title} and {other.inputs.title}", _comparison_section(trace, other))
-        )
     title = f"{trace.inputs.config.variant}: from an observation to an action chunk"
+    names = ["flow", "mask", "steps", "parameters"]
+    if trace.values is not None:
+        time = ["time"] if trace.values.modulation else []
+        names = ["flow", "input", "mask", "denoising", *time, "steps", "agreement", "parameters"]
+    sections = [trace_section(name, trace) for name in names]
+    if other is not None:
+        sections.append(page_section("trace.html", "compare", _comparison(trace, other)))
     footer = f"trace {trace.inputs.title} · every shape on this page is that of a tensor of the run"
     return html_page(title, header=_header(trace, title), sections=sections, footer=footer)
+
+
+def trace_section(name: str, trace: Trace) -> Section:
+    """A section of the page: flow, mask, steps, parameters; with values also input, denoising, time, agreement."""
+    present = {"pi05" if trace.inputs.config.pi05 else "pi0", "state" if trace.num_groups == 3 else "no state"}
+    present.add("shapes" if trace.values is None else "values")
+    values: dict[str, Any] = _OF_TRACE[name](trace) if name in _OF_TRACE else _OF_VALUES[name](trace, _values(trace))
+    return page_section("trace.html", name, values, present | {key for key, value in values.items() if value})
+
+
+def _values(trace: Trace) -> Values:
+    assert trace.values is not None
+    return trace.values
 
 
 def _header(trace: Trace, title: str) -> str:
@@ -54,110 +58,41 @@ def _header(trace: Trace, title: str) -> str:
     return page_header(f"torchpi trace {trace.inputs.title}", title, summary, tiles=tiles, notes=trace.inputs.notes)
 
 
-def flow_section(trace: Trace) -> str:
-    """Diagram of the forward pass."""
-    time = (
-        "The time reaches every norm of the action expert as scale, shift and gate."
-        if trace.inputs.config.pi05
-        else "The time is mixed into every action token; the robot's state is a token in front of them."
-    )
-    return lede(
-        "The backbone reads images and prompt once and leaves its keys and values behind. The action expert reads them "
-        f"in every Euler step. {time} In training, one step at a random time gives v_t, and the loss compares it with "
-        f"u_t. Shapes are those of a batch of {len(trace.inputs.noise)}; the action chunk is one observation's."
-    ) + panel(flow_diagram(trace))
+def _flow(trace: Trace) -> dict[str, Any]:
+    return {"batch": len(trace.inputs.noise), "diagram": flow_diagram(trace)}
 
 
-def input_section(trace: Trace, values: Values) -> str:
-    """Cameras and prompt as the model reads them."""
+def _input(trace: Trace, values: Values) -> dict[str, Any]:
     images = ((name, None if image is None else data_uri(image)) for name, image in values.images.items())
-    prompt = ""
-    if trace.inputs.prompt is not None:
-        prompt = f'<div class="prompt"><small>prompt, as it is tokenized</small>{escape(trace.inputs.prompt)}</div>'
-    return lede("The cameras at the size and in the order in which the model reads them.") + panel(
-        camera_images(images) + prompt
-    )
+    return {"cameras": camera_images(images), "prompt": escape(trace.inputs.prompt or "")}
 
 
-def _mask_section(trace: Trace) -> str:
-    prefix, total = trace.prefix_tokens, trace.sequence_length
-    items = [("prefix", "Prefix", "images and prompt attend to each other, and not to the suffix")]
-    if trace.num_groups == 3:
-        items.append(("suffix", "State", "attends to the prefix and itself, not to the actions"))
-        items.append(("suffix", "Actions", "attend to prefix, state and each other"))
-    else:
-        items.append(("suffix", "Actions", "attend to the prefix and each other"))
-    if padding := total - int(trace.mask.diagonal().sum()):
-        text = f"{padding} of {total} tokens of the first sample; no token attends to them"
-        items.append(("plain", "Padding", text))
-    legend = "".join(
-        f'<li class="{color}"><i></i><div>{name}<small>{text}</small></div></li>' for color, name, text in items
-    )
-    never = 1 - (prefix * prefix + trace.suffix_tokens * total) / total**2
-    return lede(
-        f"The attention mask over all {total} tokens. The empty block at the upper right decides the design: no token "
-        "of the prefix attends to the actions, so the prefix is computed once."
-    ) + panel(
-        f'<div class="mask scroll">{mask_figure(trace)}</div><div><ul class="legend">{legend}</ul>'
-        f"<p>The model computes {prefix} × {prefix} once and {trace.suffix_tokens} × {total} in every step. The empty "
-        f"block, {never:.1%} of the square, is never computed.</p>"
-        '<p class="aside">Small groups are drawn larger than they are.'
-        + ("" if trace.values is not None else " Without values, every token counts as valid.")
-        + "</p></div>",
-        "two",
-    )
+def _mask(trace: Trace) -> dict[str, Any]:
+    prefix, suffix, total = trace.prefix_tokens, trace.suffix_tokens, trace.sequence_length
+    never = 1 - (prefix * prefix + suffix * total) / total**2
+    padding = total - int(trace.mask.diagonal().sum())
+    counts = {"prefix": prefix, "suffix": suffix, "total": total, "padding": padding}
+    return counts | {"never": never, "mask": mask_figure(trace)}
 
 
-def _denoising_section(trace: Trace, values: Values) -> str:
-    _, horizon, dims = values.chunk.shape
+def _denoising(trace: Trace, values: Values) -> dict[str, Any]:
+    steps, horizon, dims = values.chunk.shape
     names = trace.inputs.action_names or tuple(f"dimension {i}" for i in range(dims))
-    padding = f" The other {dims - len(names)} of {dims} dimensions are padding." if len(names) < dims else ""
-    return lede(
-        f"Each plot is one dimension of the action chunk over its {horizon} time steps, in normalized units, before "
-        f"the first and after each of {values.num_steps} Euler steps.{padding}"
-    ) + denoising_figures(values.chunk, names)
+    figures = denoising_figures(values.chunk, names)
+    return {"steps": steps - 1, "horizon": horizon, "dims": dims, "padded": dims - len(names), "figures": figures}
 
 
-def _time_section(values: Values) -> str:
-    texts = {
-        "scale": "multiplies the normalized token: x / rms(x) · (1 + scale).",
-        "shift": "is added to the scaled token.",
-        "gate": "multiplies a sublayer's output before it is added to the residual stream.",
-    }
-    panels = []
-    for part, text in texts.items():
-        rms = values.modulation[part]
-        rms = rms[:-1] if part == "gate" else rms  # the final norm's gate acts on nothing
-        mean = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
-        html = f'<h3>{part}</h3><p class="sub">{text}<br>{mean}</p>{modulation_figure(rms, part)}'
-        panels.append(panel(html, PART_COLORS[part]))
-    return (
-        lede(
-            "Root mean square over the width of scale, shift and gate of each adaptive norm, from noise to actions. "
-            "Every layer has two rows, for attention and feed-forward; the last row is the final norm, whose gate acts "
-            "on nothing and is left out. Below, thin lines are norms, the thick one is their mean. Gates are often "
-            "said to be wide open at t = 1 and nearly closed at t = 0; these are the values of these weights."
-        )
-        + f'<div class="heat">{"".join(panels)}</div>'
-    )
+def _time(trace: Trace, values: Values) -> dict[str, Any]:
+    found = {}
+    for part, norms in values.modulation.items():
+        rms = norms[:-1] if part == "gate" else norms  # the final norm's gate acts on nothing
+        found[part] = modulation_figure(rms, part)
+        found[f"mean_{part}"] = f"Mean {rms[:, 0].mean():.3g} at t = 1, {rms[:, -1].mean():.3g} at t = 0."
+    return found
 
 
-def _steps_section(trace: Trace) -> str:
-    ranges = ""
-    if trace.values is not None:
-        ranges = (
-            " Ranges: thin from min to max, thick one deviation around the mean, on one axis for all, from "
-            f"−{RANGE_LIMIT} to {RANGE_LIMIT} and logarithmic away from 0."
-        )
-    cards = "".join(_card(trace, step) for step in STEPS)
-    return (
-        lede(
-            '<span class="tag joint">joint</span> marks tensors of the joint forward pass of the papers, over both '
-            'experts at once; <span class="tag cached">cached</span> marks the blocks of them that the model computes. '
-            f"All others are the same in both.{ranges}"
-        )
-        + f'<div class="steps">{cards}</div>'
-    )
+def _steps(trace: Trace) -> dict[str, Any]:
+    return {"limit": RANGE_LIMIT, "cards": "".join(_card(trace, step) for step in STEPS)}
 
 
 def _card(trace: Trace, step: Step) -> str:
@@ -194,33 +129,34 @@ def _cells(row: Row, with_stats: bool) -> Iterator[tuple[str, str]]:
     yield "where", f'<span class="tag {row.tag}">{row.tag}</span>' if row.tag else ""
 
 
-def _agreement_section(values: Values) -> str:
+def _agreement(trace: Trace, values: Values) -> dict[str, Any]:
     columns = [Column("two computations of the same", "name"), Column("largest difference", "number")]
     rows = [(pair.what, f"{pair.max_abs:.1e}", format_number(pair.scale)) for pair in values.agreement]
-    return (
-        lede("The joint forward pass of this page compared with the model's own, on the same batch.")
-        + Table([*columns, Column("largest value", "number")], rows).to_html()
-    )
+    return {"table": Table([*columns, Column("largest value", "number")], rows).to_html()}
 
 
-def _parameters_section(trace: Trace) -> str:
+def _parameters(trace: Trace) -> dict[str, Any]:
     total, largest = sum(trace.parameters.values()), max(trace.parameters.values())
     rows = [(name, count / largest, format_count(count)) for name, count in trace.parameters.items()]
-    return lede(f"{format_count(total)} in all.") + bars(rows, "prefix")
+    return {"total": format_count(total), "bars": bars(rows, "prefix")}
 
 
-def _comparison_section(left: Trace, right: Trace) -> str:
-    titles = (left.inputs.title, right.inputs.title)
-    tables = [(title, rows) for title, rows in compare_facts(left, right).items()]
-    drawn = "".join(f"<h3 class='gap'>{escape(t.inputs.title)}: data flow</h3>{flow_diagram(t)}" for t in (left, right))
-    masks = (f"<div><h3>{escape(t.inputs.title)}: attention mask</h3>{mask_figure(t)}</div>" for t in (left, right))
-    drawn += f'<div class="two gap">{"".join(masks)}</div>'
+_OF_TRACE = {"flow": _flow, "mask": _mask, "steps": _steps, "parameters": _parameters}
+_OF_VALUES = {"input": _input, "denoising": _denoising, "time": _time, "agreement": _agreement}
+
+
+def _comparison(left: Trace, right: Trace) -> Mapping[str, Any]:
+    names = left.inputs.title, right.inputs.title
+    titled = [(escape(trace.inputs.title), trace) for trace in (left, right)]
     steps = compare_steps(left, right)
-    tables_below = [(f"{step.id} · {step.title}", steps[step.id]) for step in STEPS]
-    return lede(
-        "<b>Bold</b> rows exist in one of the two models: their architectures differ. Other rows differ in size, and "
-        "grey rows are the same."
-    ) + panel(_pairs(titles, tables) + drawn + _pairs(titles, tables_below))
+    return {
+        "left": names[0],
+        "right": names[1],
+        "facts": _pairs(names, compare_facts(left, right).items()),
+        "diagrams": "".join(f"<h3 class='gap'>{title}: data flow</h3>{flow_diagram(trace)}" for title, trace in titled),
+        "masks": "".join(f"<div><h3>{title}: attention mask</h3>{mask_figure(trace)}</div>" for title, trace in titled),
+        "steps": _pairs(names, ((f"{step.id} · {step.title}", steps[step.id]) for step in STEPS)),
+    }
 
 
 def _pairs(titles: Sequence[str], tables: Iterable[tuple[str, list[Pair]]]) -> str:

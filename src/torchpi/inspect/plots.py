@@ -8,6 +8,7 @@ import numpy as np
 from torchpi.assets import assets
 from torchpi.inspect.trace import Stats, Trace
 from torchpi.ui.format import format_shape
+from torchpi.ui.page import fill_lines
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import draw_figure, to_svg
 
@@ -15,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MASK_PIXELS, _MIN_SEGMENT = 520, 46
-PART_COLORS = {"scale": "prefix", "shift": "vision", "gate": "suffix"}
+_PART_COLORS = {"scale": "prefix", "shift": "vision", "gate": "suffix"}
 
 
 def flow_diagram(trace: Trace) -> str:
     """The forward pass as SVG in two layouts, wide and tall, of which the page shows the one that fits.
 
     The drawings are flow_wide.svg and flow_tall.svg of the assets. In them, `{name}` stands for a tensor's shape or a
-    count of the trace, and a line with data-variant is drawn for that variant only.
+    count of the trace.
     """
     config, cameras = trace.inputs.config, trace.inputs.cameras
     values = {"variant": config.variant, "num_cameras": str(len(cameras))}
@@ -30,10 +31,8 @@ def flow_diagram(trace: Trace) -> str:
         name = "/".join("camera" if part in cameras else part for part in entry.name.split("/"))
         # The first of a name: further ones are inference's, of one sample.
         values.setdefault(name, format_shape(entry.shape) if entry.value is None else str(entry.value))
-    other = 'data-variant="pi0"' if config.pi05 else 'data-variant="pi05"'
     drawings = ((assets() / f"flow_{layout}.svg").read_text(encoding="utf-8") for layout in ("wide", "tall"))
-    lines = (line for drawing in drawings for line in drawing.splitlines() if other not in line)
-    return "".join(lines).format_map(values)
+    return "".join(fill_lines(drawing, values, {"pi05" if config.pi05 else "pi0"}) for drawing in drawings)
 
 
 def mask_figure(trace: Trace) -> str:
@@ -84,7 +83,7 @@ def modulation_figure(rms: np.ndarray, part: str) -> str:
 def _draw_modulation(figure: "Figure", rms: np.ndarray, part: str) -> None:
     heat, lines = figure.subplots(2, 1, sharex=True, height_ratios=(2.6, 1))
     strongest = float(rms.max()) or 1.0
-    color = _rgb(PART_COLORS[part])
+    color = _rgb(_PART_COLORS[part])
     image = np.dstack([np.broadcast_to(color, (*rms.shape, 3)), rms / strongest])
     heat.imshow(image, aspect="auto", interpolation="nearest", extent=(1, 0, len(rms) / 2, 0))
     layers = np.arange(len(rms) // 2)[:: max(1, math.ceil(len(rms) // 2 / 9))]

@@ -86,11 +86,6 @@ class Values:
     agreement: list[Agreement]
     """The joint forward pass compared with `Pi0`."""
 
-    @property
-    def num_steps(self) -> int:
-        """Euler steps."""
-        return len(self.chunk) - 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Trace:

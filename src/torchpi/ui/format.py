@@ -24,29 +24,11 @@ def large_count(count: int) -> str:
     return format_count(count)
 
 
-def short_count(count: float | int) -> str:
-    """A count for an axis: `20k` for 20 000."""
-    for unit, size in (("M", 1e6), ("k", 1e3)):
-        if abs(count) >= size:
-            return f"{count / size:g}{unit}"
-    return f"{count:g}"
-
-
 def format_number(value: float | int, *, missing: str | None = None) -> str:
     """Three digits, thousands without an exponent; `missing`, if given, stands for NaN and infinity."""
     if missing is not None and not math.isfinite(value):
         return missing
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
-
-
-def format_percent(value: float | int, digits: int = 0, *, missing: str = "n/a") -> str:
-    """A fraction in percent; `missing` stands for NaN and infinity."""
-    return f"{value:.{digits}%}" if math.isfinite(value) else missing
-
-
-def format_interval(interval: tuple[float, float]) -> str:
-    """An interval of fractions in percent: `50% – 88%`."""
-    return f"{interval[0]:.0%} – {interval[1]:.0%}"
 
 
 def format_gib(num_bytes: float | int) -> str:

@@ -4,7 +4,8 @@ Arguments that are said to be texts are escaped here; those that are said to be 
 """
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from torchpi.assets import assets
@@ -27,6 +28,26 @@ def html_page(title: str, *, header: str, sections: Sequence[Section], footer: s
         f"{page_head(title, style_sheet())}<body>{header}<nav><div>{links}</div></nav><main>{body}</main>"
         f"{page_footer(footer)}</body></html>"
     )
+
+
+def page_section(page: str, name: str, values: Mapping[str, object], present: Collection[str] = ()) -> Section:
+    """Fill a section of a page of the assets.
+
+    Args:
+        page: the file's name.
+        values: HTML that stands for `{name}`; the title's are texts.
+        present: conditions that hold, see `fill_lines`.
+    """
+    text = (assets() / page).read_text(encoding="utf-8")
+    found = re.search(rf'<section id="{name}" title="(.*?)">\n(.*?)\n</section>', text, re.DOTALL)
+    assert found is not None
+    return name, found[1].format_map(values), fill_lines(found[2], values, present)
+
+
+def fill_lines(text: str, values: Mapping[str, object], present: Collection[str]) -> str:
+    """Put values in place of `{name}`; a line with data-if stands only if its condition is present."""
+    lines = [(line, re.search('data-if="(.*?)"', line)) for line in text.splitlines()]
+    return "\n".join(line for line, only in lines if not only or only[1] in present).format_map(values)
 
 
 def style_sheet() -> str:

@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from torchpi.ui.format import short_count
 from torchpi.ui.page import figure as page_figure
 from torchpi.ui.palette import COLORS
 
@@ -77,7 +76,7 @@ def panel_grid(figure: "Figure", count: int, columns: int) -> list["Axes"]:
 
 def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
     """Label the axes and draw a grid; the ticks of x are whole numbers, as `20k`."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.set_xlabel(x)
     axes.set_ylabel(y)
@@ -85,7 +84,7 @@ def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:
     axes.grid(color=COLORS["line"], linewidth=0.8)
     axes.tick_params(which="both", length=0, labelsize=8.5, labelcolor=COLORS["soft"])
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def scale_values(

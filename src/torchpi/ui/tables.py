@@ -11,8 +11,6 @@ from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from torchpi.ui.format import format_interval
-
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -34,8 +32,8 @@ class Rate:
     episodes: int
 
     def __str__(self) -> str:
-        successes = round(self.success_rate * self.episodes)
-        return f"{self.success_rate:.0%} ({format_interval(self.interval)}), {successes} of {self.episodes}"
+        successes, (low, high) = round(self.success_rate * self.episodes), self.interval
+        return f"{self.success_rate:.0%} ({low:.0%} – {high:.0%}), {successes} of {self.episodes}"
 
 
 def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
