@@ -94,7 +94,8 @@ def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[
     names: list[str] = []
     for name, feature in parts.items():
         dtype, shape = feature.get("dtype"), feature.get("shape")
-        if not _is_numeric(dtype) or not isinstance(shape, list) or len(shape) > 1:
+        is_numeric = dtype in np.sctypeDict and np.dtype(dtype).kind in "biuf"
+        if not is_numeric or not isinstance(shape, list) or len(shape) > 1:
             raise DatasetError(
                 f"{name} of {root} can't be joined with other columns: it is {dtype} of the shape {shape} per frame; "
                 "expected numbers, one of them or one list."
@@ -104,7 +105,3 @@ def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[
         names += dimension_names(feature, num_dims) or numbered
     dtype = np.result_type(*(feature["dtype"] for feature in parts.values()))
     return {"dtype": dtype.name, "shape": [len(names)], "names": names}
-
-
-def _is_numeric(dtype: Any) -> bool:
-    return dtype in np.sctypeDict and np.dtype(dtype).kind in "biuf"

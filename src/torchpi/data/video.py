@@ -58,8 +58,15 @@ class VideoReader:
         The nearest frame's time may differ by `tolerance`, less than half of a frame.
         """
         try:
-            frame = self._find(seconds, tolerance)
-            return np.asarray(frame.to_ndarray(format="rgb24"))
+            if not self.near(seconds, tolerance):
+                self._seek(seconds + tolerance)
+                if self._frame.time > seconds + tolerance:  # an index that is off: from the beginning, then
+                    self._seek(0.0)
+            while self._frame.time < seconds - tolerance:
+                self._next()
+            if self._frame.time > seconds + tolerance:
+                raise EOFError(f"the nearest one is at {self._frame.time:.4f} s")
+            return np.asarray(self._frame.to_ndarray(format="rgb24"))
         except (self._error, EOFError) as error:
             self._frame = None
             raise DatasetError(
@@ -70,17 +77,6 @@ class VideoReader:
     def close(self) -> None:
         self._frames = self._frame = None
         self._container.close()
-
-    def _find(self, seconds: float, tolerance: float) -> Any:
-        if not self.near(seconds, tolerance):
-            self._seek(seconds + tolerance)
-            if self._frame.time > seconds + tolerance:  # an index that is off: from the beginning, then
-                self._seek(0.0)
-        while self._frame.time < seconds - tolerance:
-            self._next()
-        if self._frame.time > seconds + tolerance:
-            raise EOFError(f"the nearest one is at {self._frame.time:.4f} s")
-        return self._frame
 
     def _seek(self, seconds: float) -> None:
         self._frame = None

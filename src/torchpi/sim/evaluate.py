@@ -71,11 +71,16 @@ def evaluate(
         progress: show a progress bar on stderr.
     """
     start = time.perf_counter()
-    folder = _checked_folder(episodes, videos, out)
+    if episodes < 1 or not 0 <= videos <= episodes:
+        raise SimulationError(
+            f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
+        )
+    if videos and out is None:
+        raise SimulationError("Videos need a folder, out=.")
     open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
     actor = open_policy()
     rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(actor, env, tasks)
-    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, folder, videos)
+    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, pathlib.Path(out or ""), videos)
     workers = min(len(jobs), _num_workers(policy, actor, workers, len(jobs)))
     if workers > 1:  # each worker has its own; this one's memory or connection is not needed
         close_actor(actor)
@@ -87,23 +92,13 @@ def evaluate(
     return _summary(name, env, seed, rollout, jobs, outcomes, workers, time.perf_counter() - start)
 
 
-def _checked_folder(episodes: int, videos: int, out: str | pathlib.Path | None) -> pathlib.Path | None:
-    if episodes < 1 or not 0 <= videos <= episodes:
-        raise SimulationError(
-            f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
-        )
-    if videos and out is None:
-        raise SimulationError("Videos need a folder, out=.")
-    return None if out is None else pathlib.Path(out)
-
-
 def _jobs(
     env: str,
     tasks: Sequence[str],
     episodes: int,
     seed: int,
     instructions: Mapping[str, str],
-    out: pathlib.Path | None,
+    out: pathlib.Path,
     videos: int,
 ) -> list[_Job]:
     if unknown := sorted(set(instructions) - set(tasks)):
@@ -114,7 +109,7 @@ def _jobs(
     jobs = []
     for task in tasks:
         for index in range(episodes):
-            video = str(out / f"{task}_{index}.mp4") if out is not None and index < videos else None
+            video = str(out / f"{task}_{index}.mp4") if index < videos else None
             jobs.append(_Job(task, index, environment_seed("eval", seed, task, index), instruction_of[task], video))
     return jobs
 

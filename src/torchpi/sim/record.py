@@ -131,6 +131,11 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
     place = simulator(settings.env)
     robot = place.embodiment
     assert robot.control_hz is not None
+    make_work = partial(_Recorder, settings)
+
+    def label(job: tuple[str, int]) -> str:
+        return f"episode {job[1]} of {job[0]}"
+
     with (
         LeRobotWriter(
             done.root,
@@ -143,17 +148,13 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
         ) as writer,
         progress_bar("recording", len(jobs), shown=progress) as advance,
         contextlib.closing(
-            run_jobs(partial(_Recorder, settings), jobs, workers=workers, label=_label, window=4 * workers)
+            run_jobs(make_work, jobs, workers=workers, label=label, window=4 * workers)
         ) as demonstrations,
     ):
         for demonstration in demonstrations:
             done.add(demonstration)
             writer.add_episode(demonstration.frames, place.instructions[demonstration.description["task"]])
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
-
-
-def _label(job: tuple[str, int]) -> str:
-    return f"episode {job[1]} of {job[0]}"
 
 
 @dataclasses.dataclass(frozen=True)
