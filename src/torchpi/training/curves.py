@@ -3,12 +3,14 @@
 import dataclasses
 import math
 import pathlib
+import tomllib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from torchpi.assets import assets
 from torchpi.training.run_folder import Line, Series, number, read_metrics, series, without_overtaken
 from torchpi.ui.palette import CYCLE
 from torchpi.ui.plots import draw_figure, label_axes, marker, panel_grid, save_figure, scale_values
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 400
 """More points are drawn as means with their range."""
-CHUNK_UNIT = "error / held-out action range"
+TABLES: Mapping[str, Any] = tomllib.loads((assets() / "training.toml").read_text(encoding="utf-8"))
+"""Panels, labels and captions."""
+CHUNK_UNIT = TABLES["panels"][-1]["unit"]
 _DIMS, _STEPS = "chunk_error_dims", "chunk_error_steps"
 _MAX_DIMS, _MAX_EVALUATIONS = 10, 6
 
@@ -32,28 +36,15 @@ class Panel:
     curves: Mapping[str, str]
     """Labels by key of `series`."""
     unit: str
-    color: str = CYCLE[0]
-    """The color of the only curve; several have those of the cycle."""
+    color: int = 0
+    """In the cycle, of the only curve; several have those of the cycle."""
     percent: bool = False
     """The values are fractions and are shown in percent, from 0."""
     from_zero: bool = False
     """The axis of values begins at 0, because only large changes matter."""
 
 
-PANELS = (
-    Panel(
-        "Flow-matching loss",
-        {"loss": "training", "holdout_loss": "held-out episodes, EMA weights"},
-        "mean squared error of the velocity",
-    ),
-    Panel("Norm of the gradient", {"grad_norm": "gradient"}, "global L2 norm before clipping"),
-    Panel("Norm of the weights", {"param_norm": "weights"}, "global L2 norm", CYCLE[2]),
-    Panel("Learning rate", {"lr": "learning rate"}, "learning rate", CYCLE[2], from_zero=True),
-    Panel("Speed", {"samples_per_second": "speed"}, "samples per second", CYCLE[2], from_zero=True),
-    Panel("Waiting for data", {"data_wait": "waiting"}, "fraction of the time", CYCLE[1], percent=True),
-    Panel("Success in simulation", {"success_rate": "success"}, "fraction of the episodes", CYCLE[2], percent=True),
-    Panel("Error of sampled chunks", {"chunk_error": "error"}, CHUNK_UNIT, CYCLE[1]),
-)
+PANELS = tuple(Panel(**panel) for panel in TABLES["panels"])
 
 
 def panels(lines: Sequence[Line]) -> list[Panel]:
@@ -113,7 +104,7 @@ def draw_panel(axes: "Axes", curves: Mapping[str, Series], panel: Panel, *, titl
         if key not in curves or not np.isfinite(curves[key][1]).any():
             continue
         points = thin(*curves[key])
-        color = panel.color if len(panel.curves) == 1 else CYCLE[i % len(CYCLE)]
+        color = CYCLE[panel.color if len(panel.curves) == 1 else i % len(CYCLE)]
         dash = ("-", "--")[i // len(CYCLE)]
         if not np.array_equal(points.low, points.high, equal_nan=True):
             axes.fill_between(points.steps, points.low, points.high, color=color, alpha=0.22, linewidth=0)

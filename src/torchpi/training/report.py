@@ -19,6 +19,7 @@ from torchpi.atomic import replace_text
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     CHUNK_UNIT,
+    TABLES,
     Panel,
     chunk_steps,
     dimension_panel,
@@ -31,21 +32,13 @@ from torchpi.training.curves import (
 from torchpi.training.run_folder import Run, number
 from torchpi.training.summary import show_parameters
 from torchpi.ui.format import format_count, format_gib
-from torchpi.ui.page import bars, commands, definitions, figure, html_page, lede, page_header
+from torchpi.ui.page import bars, commands, definitions, figure, html_page, page_header, page_section
 from torchpi.ui.plots import draw_figure, to_svg
 from torchpi.ui.tables import Column, Rate, Table
 
 REPORT = "report.html"
 IMAGE_BYTES = 400 * 2**10
 """A plot whose file is larger is made smaller for the page."""
-_SWITCHES = {"holdout_loss": "holdout", "chunk_error": "chunk_samples", "success_rate": "env"}
-"""Metrics that are only measured if a field of the recipe asks for it."""
-_PLOTS = {
-    "chunks": "Sampled and recorded chunks: a column per frame, a row per dimension of the action; "
-    "along: the step of the chunk, up: the action in the robot's units.",
-    "errors": "Errors of sampled chunks and of two baselines: all dimensions, then each one; "
-    "along: the step of the chunk, up: the mean absolute error.",
-}
 
 
 def write_report(folder: pathlib.Path) -> pathlib.Path:
@@ -55,21 +48,23 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
         folder: the run's; the run may be finished, be running, or have crashed.
     """
     run, name = Run(folder), folder.resolve().name
-    optional = [
-        ("success", "Success in simulation", _success(run)),
-        ("chunks", "Sampled chunks", "".join(_chunks(run))),
-        ("plots", "Plots", "".join(_plot(*plot) for plot in run.plots())),
-        ("parameters", "Parameters", _parameters(run)),
-    ]
+    values = {
+        "curves": _curves(run),
+        "success": _success(run),
+        "chunks": _chunks(run),
+        "plots": {"plots": "".join(_plot(*plot) for plot in run.plots())},
+        "parameters": _parameters(run),
+        "origin": _origin(run),
+        "recipe": _recipe(run),
+        "use": _commands(run),
+    }
     page = html_page(
         f"{name}: a training run",
         header=page_header("torchpi train", name, _summary(run), tiles=list(_tiles(run)), notes=list(_notes(run))),
         sections=[
-            ("curves", "Curves", _curves(run)),
-            *((name, title, html) for name, title, html in optional if html),
-            ("origin", "Data and initial weights", _origin(run)),
-            ("recipe", "Recipe", _recipe(run)),
-            ("use", "Commands", _commands(run)),
+            page_section("training.html", name, found, {key for key, value in found.items() if value})
+            for name, found in values.items()
+            if any(found.values())
         ],
         footer="this page needs nothing else; torchpi makes it from the files of the run",
     )
@@ -93,13 +88,7 @@ def _summary(run: Run) -> str:
 
 def _tiles(run: Run) -> Iterator[tuple[str, str]]:
     yield format_count(run.step), f"steps of {format_count(run.num_steps)}" if run.num_steps else "steps"
-    for key, style, text in (
-        ("epoch", ".3g", "epochs: passes through the data"),
-        ("loss", ".3g", "training loss at the end"),
-        ("holdout_loss", ".3g", "loss of held-out episodes"),
-        ("chunk_error", ".3g", "error of sampled chunks, as a fraction of the held-out episodes' action range"),
-        ("success_rate", ".0%", "success in simulation"),
-    ):
+    for key, (style, text) in TABLES["tiles"].items():
         if (value := run.end(key)) is not None:
             yield format(value, style), text
     if run.duration is not None:
@@ -128,7 +117,7 @@ def _missing(run: Run) -> Iterator[str]:
         yield "any line of metrics.jsonl"
     else:
         for key in (key for panel in panels(run.lines) for key in panel.curves):
-            if key not in run.series and run.recipe.get(_SWITCHES.get(key, ""), True):
+            if key not in run.series and run.recipe.get(TABLES["switches"].get(key, ""), True):
                 yield f"{key} in metrics.jsonl"
     if not run.checkpoints:
         yield "a checkpoint"
@@ -137,15 +126,9 @@ def _missing(run: Run) -> Iterator[str]:
 # ---- plots ----
 
 
-def _curves(run: Run) -> str:
+def _curves(run: Run) -> dict[str, Any]:
     figures = "".join(_panel_figure(run, panel) for panel in panels(run.lines) if is_drawable(run.series, panel))
-    if not figures:
-        return lede("There is nothing to draw: metrics.jsonl has no finite values yet.")
-    text = (
-        "Each point of the training loss is the mean since the line before. Where there are more lines than fit, a "
-        "curve is the mean of neighbours, on the range that they span."
-    )
-    return f'{lede(text)}<div class="multiples plots">{figures}</div>'
+    return {"figures": figures, "empty": not figures}
 
 
 def _panel_figure(run: Run, panel: Panel) -> str:
@@ -161,16 +144,9 @@ def _figure(title: str, note: str, draw: Callable[[Any], object], description: s
     return figure(title, note, to_svg(drawing, f"{title}. {description}"))
 
 
-def _chunks(run: Run) -> Iterator[str]:
+def _chunks(run: Run) -> dict[str, Any]:
     """Errors of sampled chunks, robot by robot."""
-    names = robots(run.lines)
-    if not any(run.last_mapping(f"chunk_error_dims{end}") or chunk_steps(run.lines, end) for end in names):
-        return
-    yield lede(
-        "Chunks sampled with the EMA weights, compared with the recorded ones: the mean absolute error, divided by the "
-        "distance between the 1 % and the 99 % quantile of the held-out episodes' actions. A dimension that is "
-        "constant there has no such error."
-    )
+    names, robots_html = robots(run.lines), ""
     for ending, name in names.items():
         of, figures = f" of {name}" if len(names) > 1 else "", ""
         dims = run.last_mapping(f"chunk_error_dims{ending}")
@@ -185,10 +161,10 @@ def _chunks(run: Run) -> Iterator[str]:
                 partial(draw_chunk_steps, evaluations=evaluations),
                 f"Along: step of the chunk. Up: {CHUNK_UNIT}. Drawn: a curve per evaluation.",
             )
-        if figures:
-            yield f'<div class="multiples plots">{figures}</div>'
+        robots_html += f'<div class="multiples plots">{figures}</div>' if figures else ""
         if dims:
-            yield f'<h3 class="gap">Last evaluation{escape(of)}</h3>{bars(_dimension_bars(dims))}'
+            robots_html += f'<h3 class="gap">Last evaluation{escape(of)}</h3>{bars(_dimension_bars(dims))}'
+    return {"robots": robots_html}
 
 
 def _dimension_bars(dims: Mapping[str, Any]) -> Iterator[tuple[str, float | int, str]]:
@@ -204,7 +180,7 @@ def _dimension_bars(dims: Mapping[str, Any]) -> Iterator[tuple[str, float | int,
 
 
 def _plot(kind: str, robot: str, path: pathlib.Path) -> str:
-    caption = f"{robot}: {_PLOTS[kind]}" if robot else _PLOTS[kind]
+    caption = f"{robot}: {TABLES['plots'][kind]}" if robot else TABLES["plots"][kind]
     try:
         source = _embedded(path)
     except OSError as error:  # damaged, cut short, or no image
@@ -232,17 +208,14 @@ def _embedded(path: pathlib.Path) -> str:
 # ---- tables ----
 
 
-def _success(run: Run) -> str:
+def _success(run: Run) -> dict[str, Any]:
     tasks = {task: result for task, result in run.last_mapping("success").items() if isinstance(result, Mapping)}
     if not tasks:
-        return ""
+        return {}
     step = next(line["step"] for line in reversed(run.lines) if line.get("success") is not None)
     columns = [Column("task", "name"), Column("success, 95 % interval", "rate")]
-    text = (
-        f"The simulator's definition of success, in episodes with the EMA weights, at step {format_count(step)}. The "
-        "interval is where the true rate is likely to be."
-    )
-    return lede(text) + Table(columns, [(task, _rate(result)) for task, result in tasks.items()]).to_html()
+    table = Table(columns, [(task, _rate(result)) for task, result in tasks.items()])
+    return {"step": format_count(step), "table": table.to_html()}
 
 
 def _rate(result: Mapping[str, Any]) -> str | Rate:
@@ -253,32 +226,25 @@ def _rate(result: Mapping[str, Any]) -> str | Rate:
         return _text(result.get("success_rate"))
 
 
-def _parameters(run: Run) -> str:
+def _parameters(run: Run) -> dict[str, Any]:
     found = run.about.get("parameters")
     parts = [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
     text, table = show_parameters(parts)
-    return lede(text) + table.to_html() if parts else ""
+    return {"text": text, "table": table.to_html()} if parts else {}
 
 
-def _origin(run: Run) -> str:
+def _origin(run: Run) -> dict[str, Any]:
     """Data, initial weights, machine and time."""
     rows = [(name, run.about[name]) for name in ("command", "started", "finished") if name in run.about]
     if isinstance(init := run.about.get("init"), Mapping):
-        rows += [("weights from", init["source"])] if "source" in init else []
-        names = {
-            "loaded": "parameters loaded",
-            "fresh": "initialized at random",
-            "left_out": "left out of the source",
-            "adapted": "adapted",
-        }
-        rows += [(text, init[name]) for name, text in names.items() if init.get(name)]
+        rows += [(text, init[name]) for name, text in TABLES["init"].items() if init.get(name)]
     rows += _data(run)
     rows += [(name, run.about[name]) for name in ("device", "world_size", "torch", "torchpi") if name in run.about]
     if (memory := run.end("memory")) is not None:
         rows.append(("memory", f"{format_gib(memory)} at most"))
     if run.checkpoints:
         rows.append(("checkpoints", [path.name.lstrip("0") or "0" for path in run.checkpoints]))
-    return definitions((name, _text(value)) for name, value in rows) if rows else lede("The run does not say.")
+    return {"rows": definitions((name, _text(value)) for name, value in rows) if rows else "", "empty": not rows}
 
 
 def _data(run: Run) -> list[tuple[str, Any]]:
@@ -290,20 +256,16 @@ def _data(run: Run) -> list[tuple[str, Any]]:
     return [(f"data {i}", part) for i, part in enumerate(found, start=1)]
 
 
-def _recipe(run: Run) -> str:
-    if not run.recipe:
-        return lede("The run has no train.json.")
+def _recipe(run: Run) -> dict[str, Any]:
     defaults = _flat(json.loads(json.dumps(TrainConfig().options)))
     recipe = _flat(run.recipe)
     changed = {name: defaults[name] for name, value in recipe.items() if defaults.get(name, value) != value}
     rows = [(name, _text(value), _text(changed[name]) if name in changed else "") for name, value in recipe.items()]
     columns = [Column("field", "name"), Column("value"), Column("default", "soft")]
-    marked = [i for i, name in enumerate(recipe) if name in changed]
-    text = (
-        f"{len(changed)} of {len(recipe)} fields differ from the defaults; they are marked. Another run can take the "
-        "whole recipe: torchpi train --recipe train.json."
+    table = (
+        Table(columns, rows, marked=[i for i, name in enumerate(recipe) if name in changed]).to_html() if rows else ""
     )
-    return lede(text) + Table(columns, rows, marked=marked).to_html()
+    return {"changed": len(changed), "count": len(recipe), "table": table, "empty": not rows}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -337,20 +299,15 @@ def _listed(texts: Sequence[str], separator: str) -> str:
 # ---- commands ----
 
 
-def _commands(run: Run) -> str:
+def _commands(run: Run) -> dict[str, Any]:
     if not run.checkpoints:
-        return lede("There is no checkpoint yet, so there is nothing to use or to resume.")
-    policy = shlex.quote((run.checkpoints[-1] / "policy").relative_to(run.folder).as_posix())
-    rows = [("Look for what would make a robot misbehave.", f"torchpi doctor {policy}")]
-    if environment := _environment(run):
-        rows += [("Measure it in simulation.", f"torchpi eval {policy} --env {environment} --episodes 20")]
-    if dataset := _dataset(run):
-        text = "Compare its action chunks with the recorded ones."
-        rows += [(text, f"torchpi eval {policy} --dataset {shlex.quote(dataset)}")]
-    rows += [("Serve it to a robot.", f"torchpi serve {policy}")]
-    if not run.finished:
-        rows += [("Continue the training.", "torchpi train --resume .")]
-    return lede("In the folder of the run:") + commands(rows)
+        return {"commands": "", "empty": True}
+    policy = (run.checkpoints[-1] / "policy").relative_to(run.folder).as_posix()
+    found = {"policy": policy, "environment": _environment(run), "dataset": _dataset(run)}
+    values = {name: shlex.quote(value) for name, value in found.items() if value}
+    values |= {} if run.finished else {"steps_left": ""}
+    chosen = [entry for entry in TABLES["commands"] if entry["needs"] in values]
+    return {"policy": policy, "commands": commands((e["text"], e["command"].format_map(values)) for e in chosen)}
 
 
 def _environment(run: Run) -> str | None:
