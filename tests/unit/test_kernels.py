@@ -1,5 +1,6 @@
 """The engine's kernels: the plain twins equal the plain model, and the Triton kernels equal the twins."""
 
+import importlib.metadata
 import os
 import pathlib
 import subprocess
@@ -13,6 +14,7 @@ from torchpi.config import GEMMA_VARIANTS, GemmaConfig
 from torchpi.engine.kernels import PLAIN, rope, triton_kernels
 from torchpi.model import gemma, layers, siglip
 
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = GEMMA_VARIANTS["tiny_expert"]  # D 128, Q 4, G 1, K 64
 TWO_GROUPS = GemmaConfig(width=96, depth=1, mlp_dim=80, num_heads=4, num_kv_heads=2, head_dim=32)
 NEAR = {"rtol": 1e-6, "atol": 1e-6}
@@ -131,3 +133,14 @@ def test_missing_triton_is_an_error_with_the_install_command(monkeypatch):
 def test_plain_kernels_import_without_triton():
     program = "import sys\nimport torchpi.engine.kernels\nassert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.slow
+def test_triton_kernels_compile_for_gpus_without_spills_as_documented(tmp_path):
+    pytest.importorskip("triton")
+    written, documented = tmp_path / "kernels.md", ROOT / "docs" / "kernels.md"
+    command = [sys.executable, ROOT / "scripts" / "compile_kernels.py", "--out", written]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    if f"Triton {importlib.metadata.version('triton')}," in documented.read_text(encoding="utf-8"):
+        assert written.read_text(encoding="utf-8") == documented.read_text(encoding="utf-8")

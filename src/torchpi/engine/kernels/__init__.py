@@ -1,7 +1,8 @@
 """The operations of the engine's layers, each as plain PyTorch and as one launch of a Triton kernel.
 
 Each file has an operation's formula, its plain twin, and the kernel. All compute in float32 and return their input's
-dtype; batch and token are the leading axes. A Triton kernel runs on the current CUDA device and has no gradient.
+dtype; batch and token are the leading axes. A Triton kernel runs on the current CUDA device and has no gradient; at
+full size, `attend` and `linear_geglu` are for 16-bit dtypes.
 """
 
 import dataclasses
