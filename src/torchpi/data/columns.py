@@ -33,15 +33,10 @@ def check_names(metadata: Metadata) -> None:
 def read_columns(
     metadata: Metadata, episodes: Sequence[Episode], *, tolerance_s: float, others: Collection[str] | None = None
 ) -> tuple[Columns, Int[np.ndarray, " E"]]:
-    """Read the numbers of some episodes, and the row of each one's first frame in its data file.
+    """Read the numbers of some episodes, [F, …] per column, and the row of each one's first frame in its data file.
 
-    Args:
-        tolerance_s: the greatest distance of a timestamp from what the frame's number and fps make it.
-        others: the columns to read beside state, action and those that every dataset has; None: all that are numeric.
-            As everywhere, names are those of the metadata.
-
-    Returns:
-        Per column an array [F, …], in the order of the episodes; state and action float32 [F, s] and [F, a].
+    Beside state and action (float32 [F, s] and [F, a]) and the columns that every dataset has come `others`, by default
+    all that are numeric. Names are those of the metadata.
     """
     pieces: list[Columns] = []
     first_rows: list[int] = []
@@ -193,12 +188,9 @@ def _check_episode(columns: Columns, episode: Episode) -> None:
 
 
 def _check_clock(timestamps: np.ndarray, episode: Episode, fps: float | int, tolerance_s: float) -> None:
-    """Refuse another rate than fps: a chunk's actions, which are one frame apart, would be too fast or too slow.
-
-    The clock of an episode may begin at any time.
-    """
+    """Refuse another rate than fps: a chunk's actions, which are one frame apart, would be too fast or too slow."""
     seconds = timestamps.reshape(-1).astype(np.float64)
-    seconds -= seconds[0]
+    seconds -= seconds[0]  # an episode's clock may begin at any time
     expected = np.arange(episode.length) / fps
     off = np.flatnonzero(~(np.abs(seconds - expected) <= tolerance_s))
     if off.size:

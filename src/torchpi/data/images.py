@@ -15,10 +15,7 @@ from torchpi.errors import DatasetError, UnknownKeyError
 
 
 class ParquetImages:
-    """Single images out of data files, for any number of threads.
-
-    The row groups that were read last stay in memory, compressed, up to `cache_bytes`.
-    """
+    """Images out of data files, for any number of threads; row groups read last stay in memory, compressed."""
 
     def __init__(self, cache_bytes: int) -> None:
         self._cache_bytes, self._cached_bytes = cache_bytes, 0

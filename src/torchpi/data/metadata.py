@@ -106,12 +106,7 @@ class Metadata:
 
 
 def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) -> Metadata:
-    """Read a dataset's metadata; of an address, the folder `meta` is downloaded first.
-
-    Args:
-        path: a folder, or hf://org/name[@revision].
-        rename: from names of columns and cameras to LeRobot's, see `LeRobotDataset`.
-    """
+    """Read the metadata of a dataset; of an address, the folder `meta` is downloaded first. See `LeRobotDataset`."""
     text = str(path)
     if text.startswith(_HUB):
         return _read_metadata(_download(text, ["meta/"])).with_names(rename or {})

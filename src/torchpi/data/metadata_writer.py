@@ -67,12 +67,8 @@ def feature_stats(
 def episodes_table(
     info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
 ) -> Any:
-    """The table meta/episodes: the place of each episode, and its statistics.
-
-    Args:
-        groups: the episodes of each data file and its videos, in order.
-        columns: all frames of each numeric feature, [F, d].
-    """
+    """The table meta/episodes: place and statistics of each episode, from the groups that share files, in order, and
+    all frames of each numeric feature, [F, d]."""
     starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
     rows = []
     for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:

@@ -48,12 +48,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
 
 
 def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:
-    """The cameras of a dataset that the model reads of this embodiment, matched as by `to_observation`.
-
-    Raises:
-        KeyError: a required camera is missing.
-        ValueError: two cameras with the same last part, one of which is read.
-    """
+    """The cameras of a dataset that the model reads of this embodiment, matched, or refused, as by `to_observation`."""
     read = {key for _, key in _matched(embodiment, camera_keys)}
     return [key for key in camera_keys if key in read]
 

@@ -93,10 +93,8 @@ class Recording:
 
     @contextlib.contextmanager
     def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
-        """Yield the paths to write the data file ("data") and each camera's video of an episode to.
-
-        When the block ends, it is complete on disk, or not there at all.
-        """
+        """Yield the paths to write the data file ("data") and each camera's video of an episode to: when the block
+        ends, it is complete on disk, or not there at all."""
         files = self._files(len(self.episodes))
         try:
             yield files

@@ -87,10 +87,8 @@ def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...
 
 
 def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, Any]:
-    """The feature of several columns, one behind the other.
-
-    Dimensions without names are called after their column: joint_position_0, …; a single one as the column.
-    """
+    """The feature of several columns, one behind the other; dimensions without names are called after their column,
+    joint_position_0, …, a single one as the column itself."""
     names: list[str] = []
     for name, feature in parts.items():
         dtype, shape = feature.get("dtype"), feature.get("shape")

@@ -43,9 +43,6 @@ def compute_norm_stats(dataset: LeRobotDataset, embodiment: Embodiment, *, actio
     Of every frame its state, and the actions of the chunk that begins at it, relative to its state where they are
     deltas; entries past the end of the episode don't count.
 
-    Args:
-        action_horizon: H, the chunk's length.
-
     Raises:
         ValueError: state or action of another length than the embodiment's; NaN or infinity in them.
 
@@ -221,10 +218,6 @@ def stats_coverage(
 
     The values are those that `compute_norm_stats` describes: in the model's terms, actions over whole chunks. Robots
     with another number of dimensions come last, compared in the dimensions that both have, the first ones.
-
-    Args:
-        robots: statistics of "state" and "actions" by the robot's name.
-        action_horizon: H, the chunk's length.
     """
     values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
     coverage = [_coverage(values, name, stats) for name, stats in robots.items()]

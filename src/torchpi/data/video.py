@@ -23,11 +23,8 @@ _ENCODERS: dict[str, dict[str, int | str]] = {
 
 
 class VideoReader:
-    """Frames of one video file by their time. Not for several threads at once; `VideoPool` is.
-
-    Frames that are read one after the other are decoded one after the other; otherwise decoding begins at the keyframe
-    before.
-    """
+    """Frames of one video file by their time, decoded one after the other where they are read so, otherwise from the
+    keyframe before. Not for several threads at once; `VideoPool` is."""
 
     def __init__(self, path: Path) -> None:
         av = require("av", "data")
@@ -53,10 +50,7 @@ class VideoReader:
         return self._frame is not None and -tolerance <= seconds - self._frame.time <= self._stride + tolerance
 
     def read(self, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame at a time of the file, RGB as PyAV converts it.
-
-        The nearest frame's time may differ by `tolerance`, less than half of a frame.
-        """
+        """The frame at a time of the file, off by less than half of a frame at most; RGB as PyAV converts it."""
         try:
             if not self.near(seconds, tolerance):
                 self._seek(seconds + tolerance)
@@ -160,10 +154,7 @@ def encode_video(
     threads: int = 0,
     fast_start: bool = False,
 ) -> None:
-    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; with its index in front for a fast start.
-
-    The encoder's options are by default those of datasets.
-    """
+    """Write frames, uint8 [h, w, 3] with even h and w, as an .mp4 file; by default with the options of datasets."""
     av = require("av", "data")
     flags = {"movflags": "faststart"} if fast_start else {}
     options = {"g": _GOP, **_ENCODERS[encoder]} if options is None else options

@@ -115,12 +115,8 @@ class Robot:
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
 
     def executed(self, now: float) -> dict[str, Any] | None:
-        """The number of executed actions of the last chunk.
-
-        Returns:
-            {"steps", "source"}: "reported" by the request that is waiting, or "estimated" from the time since the chunk
-            and the control rate, up to the next request or the robot's leaving. None: there is no chunk, or no rate.
-        """
+        """The number of executed actions of the last chunk, "reported" by the request that is waiting or "estimated"
+        from the time up to the next request or the robot's leaving. None: there is no chunk, or no control rate."""
         if self.last is None:
             return None
         horizon = len(self.last.chunk)

@@ -212,12 +212,8 @@ class _Recording:
 
 
 def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], actions: np.ndarray) -> dict[str, np.ndarray]:
-    """One request as a dataset's frame.
-
-    Returns:
-        by `camera_fields` uint8 [h, w, 3], nothing where an optional camera is absent; "observation.state" [s] in the
-        robot's units and "action" [H·a], float32.
-    """
+    """One request as a dataset's frame: by `camera_fields` uint8 [h, w, 3], nothing where an optional camera is absent;
+    "observation.state" [s] in the robot's units and "action" [H·a], float32."""
     found, fields = flatten(observation), camera_fields(embodiment)
     frame = {
         fields[camera.key]: camera.read(found[camera.key])

@@ -35,12 +35,8 @@ def run_serve(
     load: Mapping[str, Any],
     device: str | None,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; the arguments are those of the command.
-
-    Args:
-        named: "name=path" of further policies; without `policy` the first of them is served at "/" as well.
-        load: arguments of `load_policy` for `policy`.
-    """
+    """Serve until SIGINT or SIGTERM; the arguments are those of the command: `load` those of `load_policy` for POLICY,
+    `named` "name=path" of further policies: without `policy` the first of them is served at "/" as well."""
     paths = policy_paths(policy, named)
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")

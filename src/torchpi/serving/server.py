@@ -49,10 +49,8 @@ class PolicyServer:
         self._stopped = asyncio.Event()
 
     async def run(self, listening: Callable[[str], None] = lambda address: None) -> None:
-        """Serve until `stop` is called; then answer the requests that were received, and close.
-
-        `listening` is called with the address, ws://HOST:PORT, as soon as connections are accepted.
-        """
+        """Serve until `stop` is called; then answer the requests that were received, and close. As soon as connections
+        are accepted, `listening` is called with the address, ws://HOST:PORT."""
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         server = await self._listen()
@@ -142,10 +140,8 @@ def running_server(
     *,
     recorder: Recorder | None = None,
 ) -> Iterator[tuple[str, PolicyServer]]:
-    """A server in a thread of this process, for tests and measurements: its address ws://HOST:PORT, and the server.
-
-    It listens from the beginning on, but its policies may not be warm yet. It is stopped when the block ends.
-    """
+    """A server in a thread of this process until the block ends, for tests and measurements: its address ws://HOST:PORT,
+    and the server, which listens from the beginning on, though its policies may not be warm yet."""
     server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder)
     started: concurrent.futures.Future[str] = concurrent.futures.Future()
     with concurrent.futures.ThreadPoolExecutor(1, "torchpi-server") as thread:

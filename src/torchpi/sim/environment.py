@@ -85,15 +85,10 @@ class ShowsHands(Protocol):
 
 
 def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, episode: int, attempt: int = 0) -> int:
-    """The seed of one episode's `reset`.
+    """The seed of the `reset` of a task's n-th episode, from that of the whole run; of a recording also of the attempt.
 
     Recording has the even numbers and evaluation the odd ones, so that no policy is evaluated in an episode that it was
     trained on, whatever the seeds of the two runs.
-
-    Args:
-        seed: of the whole run.
-        episode: the number of the episode within its task.
-        attempt: of a recording, in which the expert may fail.
     """
     drawn = int(generator_at(seed, f"{purpose} episodes", task, episode, attempt).integers(2**31))
     return 2 * drawn + (purpose == "eval")  # below 2³², the largest that all simulators take

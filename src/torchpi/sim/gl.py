@@ -48,13 +48,8 @@ class Cameras:
     """
 
     def __init__(self, model: Any, cameras: Mapping[str, Any], *, effects: bool = False) -> None:
-        """
-        Args:
-            model: MuJoCo's model.
-            cameras: per view, a camera of the model by name, or an MjvCamera.
-            effects: shadows, reflections and smooth edges, as the model has them. Without a GPU they take five sixths
-                of the time.
-        """
+        """Views of cameras, by the model's names for them or as MjvCamera; with the model's effects (shadows,
+        reflections and smooth edges), which take five sixths of the time without a GPU."""
         self._model, self._effects, self._size = model, effects, (0, 0)
         self._cameras = {name: _camera(model, camera) for name, camera in cameras.items()}
         self._free: weakref.finalize[..., Any] | None = None  # frees the context; None: there is none
@@ -99,10 +94,7 @@ class Cameras:
         atexit.register(self._free)
 
     def project(self, data: Any, camera: str, points: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
-        """The pixels of points [k, 3] of the simulation in a view of that size: x and y, [k, 2].
-
-        Points behind the camera come out as NaN.
-        """
+        """The pixels, x and y [k, 2], of the simulation's points [k, 3] in a view; NaN behind the camera."""
         mujoco = import_mujoco()
         scene = mujoco.MjvScene(self._model, maxgeom=1)
         mujoco.mjv_updateCamera(self._model, data, self._cameras[camera], scene)

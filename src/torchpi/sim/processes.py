@@ -61,11 +61,8 @@ def run_jobs(
 
 
 def default_workers(jobs: int, *, bytes_each: int = 0) -> int:
-    """The number of processes worth starting: one per core, as far as there are jobs and memory for them.
-
-    Args:
-        bytes_each: memory of one process in addition to the simulator's.
-    """
+    """The number of processes worth starting: one per core, as far as there are jobs, and memory for each and its
+    simulator."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, jobs, psutil.virtual_memory().available // (bytes_each + 2**30)))
 
