@@ -18,7 +18,12 @@ MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
 
 def posemb_sincos(
-    time: Float[Tensor, " B"], dim: int, min_period: float = MIN_PERIOD, max_period: float = MAX_PERIOD
+    time: Float[Tensor, " B"],
+    dim: int,
+    min_period: float = MIN_PERIOD,
+    max_period: float = MAX_PERIOD,
+    *,
+    frequencies: Float32[Tensor, " half"] | None = None,
 ) -> Float32[Tensor, "B d"]:
     """Sine and cosine of the time at dim/2 periods, log-spaced from `min_period` to `max_period`.
 
@@ -28,24 +33,29 @@ def posemb_sincos(
     Args:
         time: any float dtype; computed in float32.
         dim: width of the result, even.
+        frequencies: `angular_frequencies` on the time's device; by default they are computed on the host and copied.
 
     Raises:
         ValueError: `dim` is odd.
     """
     if dim % 2:
         raise ModelError(f"dim must be even, half for the sine and half for the cosine, got {dim}.")
-    frequencies = torch.from_numpy(_angular_frequencies(dim // 2, min_period, max_period))
-    phase = time.float()[:, None] * frequencies.to(time.device)[None, :]  # [B, dim/2]
+    if frequencies is None:
+        frequencies = angular_frequencies(dim // 2, min_period, max_period).to(time.device)
+    phase = time.float()[:, None] * frequencies[None, :]  # [B, dim/2]
     return torch.cat([torch.sin(phase), torch.cos(phase)], dim=-1)
 
 
-def _angular_frequencies(count: int, min_period: float, max_period: float) -> np.ndarray:
+def angular_frequencies(
+    count: int, min_period: float = MIN_PERIOD, max_period: float = MAX_PERIOD
+) -> Float32[Tensor, " half"]:
+    """2π over each of `posemb_sincos`' periods, on the host."""
     # XLA divides the range 0, 1, … count − 1 by multiplying with the float32 reciprocal; linspace ends exactly.
     fraction = np.arange(count, dtype=np.float32) * np.float32(1.0 / max(count - 1, 1))
     fraction[-1] = 1.0 if count > 1 else 0.0
     # The power is taken in float64 and rounded, which no mathematical library does differently.
     period = np.float32(min_period) * np.power(max_period / min_period, fraction.astype(np.float64)).astype(np.float32)
-    return np.float32(1.0) / period * np.float32(2.0) * np.float32(math.pi)
+    return torch.from_numpy(np.float32(1.0) / period * np.float32(2.0) * np.float32(math.pi))
 
 
 def sample_time(batch: int, *, generator: torch.Generator | None = None, device: torch.device) -> Float32[Tensor, " B"]:

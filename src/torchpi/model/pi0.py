@@ -252,12 +252,17 @@ class Pi0(nn.Module):
 
     def time_conditionings(self, times: Sequence[float]) -> list[TimeConditioning]:
         """`time_conditioning` of several times of a whole batch, which reads the matrices of the norms only once."""
-        at_all = self.time_conditioning(torch.tensor(times, device=self.device))
+        on_device = torch.stack([torch.full((), t, device=self.device) for t in times])  # copied there, a GPU would wait
+        at_all = self.time_conditioning(on_device)
         features = at_all.features.split(1)  # [1, d] each
         modulations: Sequence[Sequence[Tensor] | None] = [None] * len(times)
         if at_all.modulations is not None:
             modulations = list(zip(*(modulation.split(1) for modulation in at_all.modulations), strict=True))
         return [TimeConditioning(*one) for one in zip(times, features, modulations, strict=True)]
+
+    def step_conditionings(self, num_steps: int) -> list[TimeConditioning]:
+        """`time_conditionings` of the Euler steps, and behind them of t = 0, an action prefix' time."""
+        return self.time_conditionings([*flow.euler_times(num_steps), 0.0])
 
     def denoise_step(
         self,
@@ -414,20 +419,20 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
+        conditionings: Sequence[TimeConditioning] | None = None,
     ) -> Float32[Tensor, "B H A"]:
-        """The Euler steps of `sample_actions`, from a prefilled cache; arguments as there."""
-        times = flow.euler_times(num_steps)
+        """The Euler steps of `sample_actions`, from a prefilled cache; arguments as there. Reads no value on the host.
+
+        `conditionings` are `step_conditionings`, by default computed here; they are the same for all chunks."""
+        *steps, at_zero = self.step_conditionings(num_steps) if conditionings is None else conditionings
         velocity: Velocity = functools.partial(self.denoise_step, cache)
         if action_prefix is not None:
-            *conditionings, at_zero = self.time_conditionings([*times, 0.0])
             noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
-        else:
-            conditionings = self.time_conditionings(times)
         if guidance is not None:
             velocity = guidance.wrap(velocity)
 
         x_t, dt = noise, -1.0 / num_steps
-        for time in conditionings:
+        for time in steps:
             x_t = x_t + dt * velocity(x_t, time)
         return x_t
 

@@ -69,7 +69,7 @@ class SigLIP(nn.Module):
         """The position embedding in float32, learned or sinusoidal."""
         if self.config.position == "learned":
             return self.pos_embed.float()
-        return posemb_sincos_2d(self.side, self.config.width).to(self.head.weight.device)
+        return posemb_sincos_2d(self.side, self.config.width, device=self.head.weight.device)
 
     def forward(self, images: Float32[Tensor, "B h w 3"], dtype: torch.dtype) -> Float[Tensor, "B P D"]:
         """Encode images.
@@ -105,10 +105,13 @@ class SigLIP(nn.Module):
         nn.init.zeros_(self.head.bias)
 
 
-def posemb_sincos_2d(side: int, width: int, temperature: float = 10_000.0) -> Float32[Tensor, "P W"]:
+def posemb_sincos_2d(
+    side: int, width: int, temperature: float = 10_000.0, *, device: torch.device | None = None
+) -> Float32[Tensor, "P W"]:
     """The fixed 2-D position embedding of MoCo v3 (arXiv:2104.02057): sines and cosines of column, then of row."""
-    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    frequency = temperature ** -(torch.arange(width // 4) / max(width // 4 - 1, 1))
+    place = torch.arange(side, device=device)
+    row, column = torch.meshgrid(place, place, indexing="ij")
+    frequency = temperature ** -(torch.arange(width // 4, device=device) / max(width // 4 - 1, 1))
     y = row.flatten()[:, None] * frequency
     x = column.flatten()[:, None] * frequency
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)

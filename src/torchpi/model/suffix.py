@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from torchpi.config import Pi0Config
 from torchpi.errors import ModelError
-from torchpi.model.flow import posemb_sincos
+from torchpi.model.flow import angular_frequencies, posemb_sincos
 from torchpi.model.layers import Linear, lecun_normal_
 
 
@@ -29,6 +29,21 @@ class TimeConditioning:
     """Scale, shift and gate of each AdaRMSNorm, [#B, 1 or T, 3d]; None for π₀."""
 
 
+class TimeEmbedding:
+    """`posemb_sincos`, whose frequencies stay on the device of the times: a GPU would wait for a copy at each call."""
+
+    def __init__(self, dim: int) -> None:
+        self.dim = dim
+        self._on_host = self._frequencies = angular_frequencies(dim // 2)
+
+    def __call__(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
+        """The embedding of each time."""
+        if self._frequencies.device != time.device:
+            with torch.inference_mode(False):  # the next call may be training
+                self._frequencies = self._on_host.to(time.device)
+        return posemb_sincos(time.flatten(), self.dim, frequencies=self._frequencies).unflatten(0, time.shape)
+
+
 class Pi05Suffix(nn.Module):
     """π₀.₅: action tokens only; the time becomes the condition of every AdaRMSNorm."""
 
@@ -38,13 +53,13 @@ class Pi05Suffix(nn.Module):
         super().__init__()
         width = config.action_expert.width
         self.action_in_proj = Linear(config.action_dim, width)
+        self.embed_time = TimeEmbedding(width)
         self.time_mlp_in = Linear(width, width)
         self.time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
         """The time, one per sample or one per action, through the MLP: the condition of the norms."""
-        embedding = _embed_time(time, self.action_in_proj.out_features)
-        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(embedding))))
+        return F.silu(self.time_mlp_out(F.silu(self.time_mlp_in(self.embed_time(time)))))
 
     def condition(self, time_features: Float32[Tensor, "*B d"]) -> Float32[Tensor, "*B d"] | None:
         """adarms_cond, the condition of the expert's norms."""
@@ -76,12 +91,13 @@ class Pi0Suffix(nn.Module):
         width = config.action_expert.width
         self.state_proj = Linear(config.action_dim, width)
         self.action_in_proj = Linear(config.action_dim, width)
+        self.embed_time = TimeEmbedding(width)
         self.action_time_mlp_in = Linear(2 * width, width)
         self.action_time_mlp_out = Linear(width, width)
 
     def time_features(self, time: Float32[Tensor, "*B"]) -> Float32[Tensor, "*B d"]:
         """The embedded time, one per sample or one per action."""
-        return _embed_time(time, self.action_in_proj.out_features)
+        return self.embed_time(time)
 
     def condition(self, time_features: Float32[Tensor, "*B d"]) -> None:
         """None: the time is in the tokens."""
@@ -109,10 +125,6 @@ class Pi0Suffix(nn.Module):
         mask = torch.zeros(1 + action_horizon, dtype=torch.bool, device=device)
         mask[:2] = True
         return mask
-
-
-def _embed_time(time: Float32[Tensor, "*B"], dim: int) -> Float32[Tensor, "*B d"]:
-    return posemb_sincos(time.flatten(), dim).unflatten(0, time.shape)
 
 
 def init_projections(module: nn.Module, generator: torch.Generator | None) -> None:

@@ -238,7 +238,7 @@ class Holdout:
             part = loss_sum(run.parallel.forward, batch, self.config.optim.loss)
             if counts:
                 total["loss"] += float(part)
-                total["elements"] += num_loss_elements(batch, self.config.optim.loss)
+                total["elements"] += int(num_loss_elements(batch, self.config.optim.loss))
         total = sum_over_processes(total)
         return {"holdout_loss": total["loss"] / total["elements"]}
 

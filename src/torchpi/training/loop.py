@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 
 from torchpi.model.pi0 import Pi0
@@ -127,7 +128,7 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
                 micro_batches = [samples.finish(batch, world.device) for batch in prepared]
                 with run.keep_failed(micro_batches):
                     loss, run.numbers = update(run.state, config, micro_batches, run.parallel, world.size)
-                total = sum_over_processes({"loss": float(loss), "stop": float(stop_requested())})
+                total = sum_over_processes({"loss": loss, "stop": float(stop_requested())})
             run.losses.append(total["loss"])
             run.stopped = total["stop"] > 0  # all stop where one is asked to
             for hook in hooks:
@@ -152,15 +153,15 @@ def build_state(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainSta
 
 def update(
     state: TrainState, config: TrainConfig, batches: Sequence[Batch], parallel: Parallel, world_size: int = 1
-) -> tuple[torch.Tensor, dict[str, float]]:
+) -> tuple[float, dict[str, float]]:
     """One update of the weights and of their EMA, in the order of the original.
 
     Args:
         batches: the micro-batches of this process.
 
     Returns:
-        This process' part of the loss before the update, still on the device: the sum over all processes is the mean
-        over the whole batch; the norm of the gradient before it is clipped; the learning rate.
+        This process' part of the loss before the update: the sum over all processes is the mean over the whole batch;
+        the norm of the gradient before it is clipped; the learning rate.
     """
     optim = config.optim
     lr = learning_rate(state.step, optim, config.num_steps)
@@ -173,9 +174,10 @@ def update(
         loss += part.detach()
     state.unshard_gradients()
     grad_norm = clip_gradients(list(state.trainable.values()), optim.max_grad_norm)
+    mean_loss = float(loss)  # it is there: the norm was computed after it
     if not math.isfinite(grad_norm):
         state.zero_grad()
-        raise FloatingPointError(f"The gradient at step {state.step} has the norm {grad_norm} (loss {loss.item():g}).")
+        raise FloatingPointError(f"The gradient at step {state.step} has the norm {grad_norm} (loss {mean_loss:g}).")
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
@@ -183,12 +185,14 @@ def update(
         update_ema(list(state.ema.values()), list(state.local_shards.values()), optim.ema_decay)
     state.zero_grad()  # whatever follows, an evaluation or the next forward pass, has their memory
     state.step += 1
-    return loss, {"grad_norm": grad_norm, "lr": lr}
+    return mean_loss, {"grad_norm": grad_norm, "lr": lr}
 
 
-def _num_loss_elements(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float:
-    """Elements in the mean of the loss over all micro-batches and processes."""
+def _num_loss_elements(config: TrainConfig, batches: Sequence[Batch], world_size: int) -> float | torch.Tensor:
+    """Elements in the mean of the loss over all micro-batches and processes; on the device where they are counted."""
     own = sum(num_loss_elements(batch, config.optim.loss) for batch in batches)
-    if config.optim.loss == "all" and not config.optim.max_action_prefix:  # the same in each
+    if not isinstance(own, torch.Tensor):  # the same in each process
         return float(own * world_size)
-    return sum_over_processes({"elements": float(own)})["elements"]
+    if world_size > 1:
+        dist.all_reduce(own)
+    return own

@@ -57,9 +57,10 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
     whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
     gradients = [local(gradient) for gradient in whole]
     norm = global_norm(whole)
-    if norm >= max_norm:
+    value = float(norm)  # waits for the device, the only time in an update
+    if value >= max_norm:
         torch._foreach_mul_(gradients, max_norm / norm)
-    return float(norm)
+    return value
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:

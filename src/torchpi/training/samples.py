@@ -173,10 +173,10 @@ def loss_sum(forward: Any, batch: Batch, elements: str) -> Tensor:
     return loss.sum() * batch.actions.shape[-1]  # it is the mean over the action dimensions
 
 
-def num_loss_elements(batch: Batch, elements: str) -> int:
-    """The number of elements that `loss_sum` adds up."""
+def num_loss_elements(batch: Batch, elements: str) -> int | Int[Tensor, ""]:
+    """The number of elements that `loss_sum` adds up; on the batch's device where it is counted."""
     mask = batch.loss_mask(elements)
-    return batch.noise.numel() if mask is None else int(mask.sum())
+    return batch.noise.numel() if mask is None else mask.sum()
 
 
 @dataclasses.dataclass(frozen=True)
