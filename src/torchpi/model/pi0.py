@@ -252,7 +252,7 @@ class Pi0(nn.Module):
 
     def time_conditionings(self, times: Sequence[float]) -> list[TimeConditioning]:
         """`time_conditioning` of several times of a whole batch, which reads the matrices of the norms only once."""
-        on_device = torch.stack([torch.full((), t, device=self.device) for t in times])  # copied there, a GPU would wait
+        on_device = torch.stack([torch.full((), t, device=self.device) for t in times])  # a GPU waits for a copy
         at_all = self.time_conditioning(on_device)
         features = at_all.features.split(1)  # [1, d] each
         modulations: Sequence[Sequence[Tensor] | None] = [None] * len(times)

@@ -1,0 +1,64 @@
+"""The model, its training and `Policy.infer` on a GPU of fake tensors: no device is mixed, no value is waited for.
+
+The cases are cuda_cases.py's. They run in one process of their own, in which PyTorch knows the fake GPU.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from cuda_cases import CASES, DROPPED, IN_UPDATE, MISTAKES
+
+FILE = pathlib.Path(__file__).with_name("cuda_cases.py")
+WRONG = [(kind, function) for kind, functions in MISTAKES.items() for function in functions]
+RIGHT = [name for name in CASES if not name.startswith("mistake")]
+
+
+@pytest.fixture(scope="module")
+def results():
+    ran = subprocess.run([sys.executable, str(FILE)], env=os.environ, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout)
+
+
+def of(results, name):
+    assert "error" not in results[name], results[name]["error"]
+    return results[name]
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_gpu_objects_to_nothing(results, name):
+    found = of(results, name)
+    assert [finding["said"] for finding in found["findings"]] == []
+    assert found["dtypes"] == []
+    assert found["borders"].pop("TimeEmbedding.__call__") == 1
+    if name.startswith("sampling"):
+        times = 2 if name == "sampling LoRA" else 1
+        assert found["borders"] == {"Pi0._embed_valid_prefix": 3 * times, "Pi0.sample_actions": times}
+        assert set(found["borders"]) == set(DROPPED)
+    elif name.startswith("update"):  # two of them
+        assert found["borders"] == dict.fromkeys(IN_UPDATE, 2)
+    elif name.startswith("loss"):
+        assert found["borders"] == {}
+
+
+@pytest.mark.parametrize(("kind", "function"), WRONG)
+def test_a_mistake_is_found_with_its_line(results, kind, function):
+    findings = of(results, function.__name__)["findings"]
+    assert {finding["kind"] for finding in findings} == {kind}
+    for finding in findings:
+        assert (finding["file"], finding["function"]) == (FILE.name, function.__name__)
+        assert finding["line"] == function.__code__.co_firstlineno + 1
+        assert finding["text"] == FILE.read_text().splitlines()[finding["line"] - 1].strip()
+
+
+def test_a_mistake_in_the_backward_pass_is_found(results):
+    (finding,) = of(results, "mistake in the backward pass")["findings"]
+    assert finding["function"] == "reads_a_number"
+
+
+def test_a_wrong_dtype_is_found(results):
+    assert of(results, "mistake in the dtype")["dtypes"]
