@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import math
+import pathlib
 import re
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from test_policy import ACTION_DIM, TWO_JOINTS, random_model, request, small_config, stats
 
+from torchpi import inspect
 from torchpi.config import GemmaConfig
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.inspect import diagnose
 from torchpi.inspect.commands import run_doctor
-from torchpi.inspect.diagnosis import IGNORED_BELOW
+from torchpi.inspect.diagnosis import IGNORED_BELOW, RULES
 from torchpi.inspect.sensitivity import OTHER_INSTRUCTION, sample_chunks
 from torchpi.inspect.statistics import excess
 from torchpi.policy import Policy, load_policy
@@ -134,6 +136,14 @@ def test_diagnosis_changes_nothing_and_keeps_later_warnings(damaged):
         pytest.warns(UserWarning, match="The statistics of state don't vary"),
     ):
         policy.prepare(observation)
+
+
+def test_every_rule_of_the_table_is_applied():
+    folder = pathlib.Path(inspect.__file__).parent
+    code = "".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+    assert [name for name, rule in RULES.items() if rule.beyond is None and f'"{name}"' not in code] == []
+    by_distance = [name for name, rule in RULES.items() if rule.beyond is not None]
+    assert all(name.startswith(("state_", "actions_")) for name in by_distance)
 
 
 # The measure

@@ -221,6 +221,17 @@ def test_formulas_of_a_full_trace(pi05, pi0):
     assert [step.id for step in ALL_STEPS] == STEPS
 
 
+def test_every_formula_of_the_table_is_that_of_a_tensor(pi05, pi0, tiny):
+    found = {entry.formula for trace in (pi05, pi0, tiny) for entry in trace.entries}
+    stated = {
+        formula
+        for step in ALL_STEPS
+        for formulas in (step.formulas, step.formulas_pi05, step.formulas_pi0)
+        for formula in formulas.values()
+    }
+    assert stated <= found
+
+
 def test_sizes_can_be_changed():
     config = dataclasses.replace(PRESETS["tiny"], image_size=32)
     entries = trace_steps(config, batch=1, max_token_len=7, action_horizon=5, action_dim=3)

@@ -8,7 +8,7 @@ import numpy as np
 from torchpi.evaluation.chunks import Chunks
 from torchpi.evaluation.errors import HOLD, MEAN_ACTION, POLICY, ChunkErrors
 from torchpi.ui.palette import COLORS
-from torchpi.ui.plots import draw_figure, label_axes, panel_grid
+from torchpi.ui.plots import draw_figure, label_axes, marker, panel_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,7 +37,8 @@ def plot_errors(errors: ChunkErrors) -> "Figure":
             if errors.overall(of).dimensions == errors.overall().dimensions:
                 curves[overall] = errors.scaled_per_step(of)
             for panel, values in curves.items():
-                panel.plot(steps, values, marker=_marker(values), **style)
+                # A marker where a line would not show: at a single value.
+                panel.plot(steps, values, marker=marker(np.isfinite(values).sum(), limit=1), **style)
         label_axes(overall, x="step of the chunk", y="fraction of the action range", title="all dimensions")
         for panel, dimension in zip(panels, errors.dimensions, strict=True):
             title, unit = (textwrap.shorten(text, 40, placeholder=" …") for text in (dimension.name, dimension.unit))
@@ -85,7 +86,8 @@ def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
     noise_samples, horizon = chunks.predicted.shape[1:3]
     steps = np.arange(horizon)
     recorded = np.where(chunks.is_pad[number], np.nan, chunks.recorded[number, :, i])
-    panel.plot(steps, recorded, color=COLORS["ink"], linewidth=3, marker=_marker(recorded), label="recorded")
+    dot = marker(np.isfinite(recorded).sum(), limit=1)
+    panel.plot(steps, recorded, color=COLORS["ink"], linewidth=3, marker=dot, label="recorded")
     predicted = panel.plot(
         steps, chunks.predicted[number, :, :, i].T, color=COLORS["suffix"], linewidth=0.9, alpha=0.75, zorder=3
     )
@@ -96,11 +98,6 @@ def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
             label="executed before the next chunk",
         )  # fmt: skip
     label_axes(panel, x="")
-
-
-def _marker(values: np.ndarray) -> str | None:
-    """A marker where a line would not show: at a single value."""
-    return "o" if np.isfinite(values).sum() == 1 else None
 
 
 def evenly_spaced(total: int, count: int) -> list[int]:

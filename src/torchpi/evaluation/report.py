@@ -147,19 +147,18 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
     if as_json:
         print_json(result.to_dict())
     else:
-        print_dataset_evaluation(result, Console(highlight=False))
+        _print_tables(result, Console(highlight=False))
 
 
-def print_dataset_evaluation(result: DatasetEvaluation, console: Console) -> None:
-    """Print the errors per dimension, overall, and over the horizon; and where a baseline does better."""
+def _print_tables(result: DatasetEvaluation, console: Console) -> None:
+    """The errors per dimension, overall, and over the horizon; and where a baseline does better."""
     errors = result.errors
-    console.print(
+    title = (
         f"{result.policy} on {result.dataset}: {result.samples} of {result.frames} frames of {len(result.episodes)} "
         f"episodes, chunks of {len(errors.counts)} actions, {int(errors.counts.sum())} recorded actions, "
-        f"{result.seconds:.0f} s",
-        soft_wrap=True,
-        markup=False,
+        f"{result.seconds:.0f} s"
     )
+    console.print(title, soft_wrap=True, markup=False)
     for table in (_dimension_table(errors), _overall_table(errors), _horizon_table(errors)):
         console.print(table.to_rich())
     console.print(
@@ -171,10 +170,8 @@ def print_dataset_evaluation(result: DatasetEvaluation, console: Console) -> Non
         worse = errors.is_worse_than(baseline)
         if names := ", ".join(dim.name for dim, is_worse in zip(errors.dimensions, worse, strict=True) if is_worse):
             console.print(Text(f"worse than the baseline {_NAMES[baseline]}: {names}", style="yellow"))
-    for note in result.notes:
-        console.print(note, soft_wrap=True, markup=False)
-    for path in result.plots:
-        console.print(f"plot: {path}", soft_wrap=True, markup=False)
+    for line in (*result.notes, *(f"plot: {path}" for path in result.plots)):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _dimension_table(errors: ChunkErrors) -> Table:

@@ -17,7 +17,7 @@ from torchpi.errors import UsageError
 from torchpi.inspect.compare import TOLERANCE, compare_policies
 from torchpi.inspect.doctor import diagnose
 from torchpi.inspect.inputs import Shapes, Source, find_inputs
-from torchpi.inspect.summary import Pair, architecture, compare_facts, compare_steps, phases, sizes
+from torchpi.inspect.summary import Pair, compare_facts, compare_steps, facts, phases
 from torchpi.inspect.text import print_compared, print_comparison, print_diagnosis, print_trace
 from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy, load_policy
@@ -53,17 +53,13 @@ def run_trace(
             html.parent.mkdir(parents=True, exist_ok=True)
             html.write_text(render_page(*traces), encoding="utf-8")
     if as_json:
-        print_json(_entries(traces[0]) if len(traces) == 1 else _comparison(*traces))
+        print_json([entry.to_json() for entry in traces[0].entries] if len(traces) == 1 else _comparison(*traces))
     elif len(traces) == 1:
         print_trace(traces[0], plain_console(160 if traces[0].values else 120))
     else:
         print_comparison(traces[0], traces[1], plain_console())
     if html is not None:
         print(f"wrote {html}", file=sys.stderr if as_json else sys.stdout)
-
-
-def _entries(trace: Trace) -> list[dict[str, Any]]:
-    return [entry.to_json() for entry in trace.entries]
 
 
 def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
@@ -73,16 +69,19 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
     sides = {
         side: {
             "title": trace.inputs.title,
-            "facts": architecture(trace) | sizes(trace),
+            "facts": {name: text for part in facts(trace).values() for name, text in part.items()},
             "kv_cache_bytes": trace.cache_bytes,
             "phases": phases(trace),
             "agreement": [pair._asdict() for pair in trace.values.agreement] if trace.values else None,
-            "entries": _entries(trace),
+            "entries": [entry.to_json() for entry in trace.entries],
         }
         for side, trace in (("left", left), ("right", right))
     }
-    facts, steps = rows(compare_facts(left, right), "kind"), rows(compare_steps(left, right), "step")
-    return {"facts": facts, "steps": steps, **sides}
+    return {
+        "facts": rows(compare_facts(left, right), "kind"),
+        "steps": rows(compare_steps(left, right), "step"),
+        **sides,
+    }
 
 
 def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: bool = False, **load: Any) -> int:

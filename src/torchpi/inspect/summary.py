@@ -69,33 +69,30 @@ def _merged(entries: list[TraceEntry]) -> Stats | None:
     return Stats(min(s.min for s in found), mean, max(s.max for s in found), variance**0.5)
 
 
-def architecture(trace: Trace) -> dict[str, str]:
-    """The facts that follow from the variant."""
+def facts(trace: Trace) -> dict[str, dict[str, str]]:
+    """The facts that follow from the variant (architecture), and those that a config decides (sizes)."""
     config = trace.inputs.config
     state = "text in the prompt" if config.discrete_state_input else "not read" if config.pi05 else "a suffix token"
     return {
-        "variant": config.variant,
-        "time": "modulates the expert's norms" if config.pi05 else "is mixed into the action tokens",
-        "state": state,
-        "attention groups": str(trace.num_groups),
-        "time injections, all": str(trace.count("time_inputs")),
-        "time injections, in the layers": str(trace.count("time_injections")),
-    }
-
-
-def sizes(trace: Trace) -> dict[str, str]:
-    """The facts that a config decides."""
-    config = trace.inputs.config
-    return {
-        "cameras": str(len(trace.inputs.cameras)),
-        "prompt tokens": str(config.max_token_len),
-        "action horizon × action_dim": f"{config.action_horizon} × {config.action_dim}",
-        "sequence length": str(trace.sequence_length),
-        "prefix tokens": str(trace.prefix_tokens),
-        "suffix tokens": str(trace.suffix_tokens),
-        "KV cache of one observation": f"{trace.cache_bytes / 1e6:.1f} MB in {trace.dtype}",
-        "layers": str(trace.count("layers")),
-        "parameters": format_count(sum(trace.parameters.values())),
+        "architecture": {
+            "variant": config.variant,
+            "time": "modulates the expert's norms" if config.pi05 else "is mixed into the action tokens",
+            "state": state,
+            "attention groups": str(trace.num_groups),
+            "time injections, all": str(trace.count("time_inputs")),
+            "time injections, in the layers": str(trace.count("time_injections")),
+        },
+        "sizes": {
+            "cameras": str(len(trace.inputs.cameras)),
+            "prompt tokens": str(config.max_token_len),
+            "action horizon × action_dim": f"{config.action_horizon} × {config.action_dim}",
+            "sequence length": str(trace.sequence_length),
+            "prefix tokens": str(trace.prefix_tokens),
+            "suffix tokens": str(trace.suffix_tokens),
+            "KV cache of one observation": f"{trace.cache_bytes / 1e6:.1f} MB in {trace.dtype}",
+            "layers": str(trace.count("layers")),
+            "parameters": format_count(sum(trace.parameters.values())),
+        },
     }
 
 
@@ -132,8 +129,8 @@ class Pair(NamedTuple):
 
 def compare_facts(left: Trace, right: Trace) -> dict[str, list[Pair]]:
     """The facts of two models: their architecture, and their sizes."""
-    facts = {"architecture": architecture, "sizes": sizes}
-    return {title: _pairs(of(left), of(right)) for title, of in facts.items()}
+    right_facts = facts(right)
+    return {title: _pairs(left_facts, right_facts[title]) for title, left_facts in facts(left).items()}
 
 
 def compare_steps(left: Trace, right: Trace) -> dict[str, list[Pair]]:

@@ -12,7 +12,7 @@ from torchpi.inspect.compare import Comparison
 from torchpi.inspect.diagnosis import IGNORED_BELOW, Diagnosis, ObservationCheck
 from torchpi.inspect.provenance import describe_policy
 from torchpi.inspect.steps import STEPS, Step
-from torchpi.inspect.summary import architecture, compare_facts, compare_steps, rows_of, sizes
+from torchpi.inspect.summary import compare_facts, compare_steps, facts, rows_of
 from torchpi.inspect.trace import Stats, Trace
 from torchpi.policy import Policy
 from torchpi.ui.format import format_count, format_number, format_shape, large_count
@@ -34,12 +34,12 @@ def print_trace(trace: Trace, console: Console) -> None:
     for step in STEPS:
         explanation = Text(f"     {step.explanation(trace.inputs.config.pi05)}", style="dim")
         console.print("", _title(step), explanation, _step_table(trace, step), sep="\n")
-    facts = architecture(trace) | sizes(trace)
-    facts |= {f"  of these {name}": format_count(count) for name, count in trace.parameters.items()}
-    console.print("", grid((), facts.items()), sep="\n")
+    parameters = {f"  of these {name}": format_count(count) for name, count in trace.parameters.items()}
+    rows = {name: text for part in (*facts(trace).values(), parameters) for name, text in part.items()}
+    console.print("", grid((), rows.items()), sep="\n")
     if trace.values is not None:
-        rows = [(pair.what, f"{pair.max_abs:.1e}", f"{pair.scale:.3g}") for pair in trace.values.agreement]
-        table = grid(("two computations of the same", "largest difference", "largest value"), rows)
+        pairs = [(pair.what, f"{pair.max_abs:.1e}", f"{pair.scale:.3g}") for pair in trace.values.agreement]
+        table = grid(("two computations of the same", "largest difference", "largest value"), pairs)
         console.print("", table, sep="\n")
 
 

@@ -63,15 +63,9 @@ def draw_figure(draw: Callable[["Figure"], Any], *, size: tuple[float | int, flo
 
 def panel_grid(figure: "Figure", count: int, columns: int) -> list["Axes"]:
     """Axes in rows that fill the figure: those of the last row are wider where they are fewer."""
-    rows = -(-count // columns)
-    in_last_row = count - (rows - 1) * columns
-    grid = figure.add_gridspec(rows, math.lcm(columns, in_last_row) if rows > 1 else in_last_row)
-    panels = []
-    for i in range(count):
-        row, column = divmod(i, columns)
-        width = grid.ncols // (in_last_row if row == rows - 1 else columns)
-        panels.append(figure.add_subplot(grid[row, column * width : (column + 1) * width]))
-    return panels
+    rows = [range(i, min(i + columns, count)) for i in range(0, count, columns)]
+    width = math.lcm(*map(len, rows))
+    return list(figure.subplot_mosaic([np.repeat(row, width // len(row)).tolist() for row in rows]).values())
 
 
 def label_axes(axes: "Axes", *, x: str, y: str = "", title: str = "") -> None:

@@ -8,9 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress_bar(
-    title: str, total: int, *, completed: int = 0, shown: bool = True, transient: bool = False
-) -> Iterator[Callable[..., None]]:
+def progress_bar(title: str, total: int, *, completed: int = 0, shown: bool = True) -> Iterator[Callable[..., None]]:
     """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
     columns = (
         TextColumn("{task.description}"),
@@ -21,7 +19,7 @@ def progress_bar(
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown, transient=transient) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         task = progress.add_task(title, total=total, completed=completed, note="")
 
         def advance(note: str = "", by: int = 1) -> None:
