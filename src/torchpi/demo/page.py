@@ -57,10 +57,7 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
         values["frames"] = {"frames": "".join(_frame(demo.policy, *frame) for frame in demo.frames.items())}
     else:
         values |= {"episodes": _episodes(demo, demo.evaluation, folder), "success": _success(demo, demo.evaluation)}
-    sections = {
-        name: page_section("demo.html", name, of_section, {key for key, value in of_section.items() if value})
-        for name, of_section in values.items()
-    }
+    sections = {name: page_section("demo.html", name, of_section) for name, of_section in values.items()}
     sections |= {name: trace_section(name, demo.flow.trace) for name in ("flow", "input")}
     sections["next"] = "next", "Try next", commands(demo.commands)
     order = ("episodes", "success", "frames", "policy", "flow", "input", "denoising", "next")

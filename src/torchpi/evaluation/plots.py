@@ -38,7 +38,7 @@ def plot_errors(errors: ChunkErrors) -> "Figure":
                 curves[overall] = errors.scaled_per_step(of)
             for panel, values in curves.items():
                 # A marker where a line would not show: at a single value.
-                panel.plot(steps, values, marker=marker(np.isfinite(values).sum(), limit=1), **style)
+                panel.plot(steps, values, marker=marker(int(np.isfinite(values).sum()), limit=1), **style)
         label_axes(overall, x="step of the chunk", y="fraction of the action range", title="all dimensions")
         for panel, dimension in zip(panels, errors.dimensions, strict=True):
             title, unit = (textwrap.shorten(text, 40, placeholder=" …") for text in (dimension.name, dimension.unit))
@@ -86,7 +86,7 @@ def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
     noise_samples, horizon = chunks.predicted.shape[1:3]
     steps = np.arange(horizon)
     recorded = np.where(chunks.is_pad[number], np.nan, chunks.recorded[number, :, i])
-    dot = marker(np.isfinite(recorded).sum(), limit=1)
+    dot = marker(int(np.isfinite(recorded).sum()), limit=1)
     panel.plot(steps, recorded, color=COLORS["ink"], linewidth=3, marker=dot, label="recorded")
     predicted = panel.plot(
         steps, chunks.predicted[number, :, :, i].T, color=COLORS["suffix"], linewidth=0.9, alpha=0.75, zorder=3

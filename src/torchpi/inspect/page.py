@@ -35,7 +35,7 @@ def trace_section(name: str, trace: Trace) -> Section:
     present = {"pi05" if trace.inputs.config.pi05 else "pi0", "state" if trace.num_groups == 3 else "no state"}
     present.add("shapes" if trace.values is None else "values")
     values: dict[str, Any] = _OF_TRACE[name](trace) if name in _OF_TRACE else _OF_VALUES[name](trace, _values(trace))
-    return page_section("trace.html", name, values, present | {key for key, value in values.items() if value})
+    return page_section("trace.html", name, values, present)
 
 
 def _values(trace: Trace) -> Values:

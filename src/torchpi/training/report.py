@@ -61,11 +61,7 @@ def write_report(folder: pathlib.Path) -> pathlib.Path:
     page = html_page(
         f"{name}: a training run",
         header=page_header("torchpi train", name, _summary(run), tiles=list(_tiles(run)), notes=list(_notes(run))),
-        sections=[
-            page_section("training.html", name, found, {key for key, value in found.items() if value})
-            for name, found in values.items()
-            if any(found.values())
-        ],
+        sections=[page_section("training.html", name, found) for name, found in values.items() if any(found.values())],
         footer="this page needs nothing else; torchpi makes it from the files of the run",
     )
     replace_text(folder / REPORT, page)

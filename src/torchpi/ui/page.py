@@ -36,12 +36,13 @@ def page_section(page: str, name: str, values: Mapping[str, object], present: Co
     Args:
         page: the file's name.
         values: HTML that stands for `{name}`; the title's are texts.
-        present: conditions that hold, see `fill_lines`.
+        present: conditions that hold besides the values that are not empty, see `fill_lines`.
     """
     text = (assets() / page).read_text(encoding="utf-8")
     found = re.search(rf'<section id="{name}" title="(.*?)">\n(.*?)\n</section>', text, re.DOTALL)
     assert found is not None
-    return name, found[1].format_map(values), fill_lines(found[2], values, present)
+    holds = {*present, *(key for key, value in values.items() if value)}
+    return name, found[1].format_map(values), fill_lines(found[2], values, holds)
 
 
 def fill_lines(text: str, values: Mapping[str, object], present: Collection[str]) -> str:
@@ -89,11 +90,6 @@ def page_header(
         + (f'<ul class="notes">{items}</ul>' if items else "")
         + "</header>"
     )
-
-
-def lede(html: str) -> str:
-    """The introduction of a section, from HTML."""
-    return f'<p class="lede">{html}</p>'
 
 
 def panel(html: str, css: str = "") -> str:
