@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -152,13 +153,9 @@ class Checkpointer:
 
 def _file_numbers(tensors: Mapping[str, Tensor], world: World) -> dict[str, int]:
     """The number of the file of its process that each tensor goes to, from 1."""
-    numbers, size = dict[str, int](), 0
-    for name, tensor in tensors.items():
-        size += local(tensor).nbytes // copy_number(tensor, world)[1]
-        numbers[name] = 1 + size // _FILE_BYTES
-    # Without gaps, because a tensor may be larger than a file.
-    order = {number: i for i, number in enumerate(sorted(set(numbers.values())), start=1)}
-    return {name: order[number] for name, number in numbers.items()}
+    ends = np.cumsum([local(tensor).nbytes // copy_number(tensor, world)[1] for tensor in tensors.values()])
+    numbers = np.unique(ends // _FILE_BYTES, return_inverse=True)[1]  # without gaps: a tensor may be larger than a file
+    return dict(zip(tensors, (numbers + 1).tolist(), strict=True))
 
 
 class Exporter:
