@@ -1,1 +1,5 @@
-"""The fast path beside the plain model: the same weights, computed with fewer passes over memory and fewer launches."""
+"""The fast path of inference, beside the plain model: static shapes, fused kernels, compiled or as CUDA graphs."""
+
+from torchpi.engine.engine import InferenceEngine
+
+__all__ = ["InferenceEngine"]

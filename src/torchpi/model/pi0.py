@@ -22,7 +22,7 @@ from torchpi.model import flow
 from torchpi.model.gemma import Gemma, KeyValue, Rope, rope_table
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
-from torchpi.model.rtc import ActionPrefix, Guidance, Velocity
+from torchpi.model.rtc import ActionPrefix, Guidance, integrate
 from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
 from torchpi.types import Observation
@@ -320,7 +320,7 @@ class Pi0(nn.Module):
         Raises:
             ValueError: shapes do not fit the model or each other.
         """
-        self._check_actions(observation, actions, "Actions")
+        self.check_actions(observation, actions, "Actions")
         num_samples = noise.shape[1] if noise.ndim == 4 else 1
         expected = (*actions.shape[:1], *noise.shape[1:-2])  # [B] or [B, R]
         if noise.shape != (*expected, *actions.shape[1:]) or time.shape != expected:
@@ -402,9 +402,8 @@ class Pi0(nn.Module):
             ValueError: shapes do not fit the model or each other, or the horizon is neither given nor set.
         """
         if noise is None:
-            shape = (observation.batch_size, self.config.require("action_horizon"), self.config.action_dim)
-            noise = torch.randn(shape, generator=generator, device=self.device)
-        self._check_actions(observation, noise, "Noise")
+            noise = self.draw_noise(observation.batch_size, generator)
+        self.check_actions(observation, noise, "Noise")
         prefix = self.embed_prefix(observation, drop_padding=True)
         no_padding = bool(prefix[1].all())  # the last value that is read on the host
         cache = self.prefill(observation, prefix, action_horizon=noise.shape[1], no_padding=no_padding)
@@ -424,19 +423,17 @@ class Pi0(nn.Module):
         """The Euler steps of `sample_actions`, from a prefilled cache; arguments as there. Reads no value on the host.
 
         `conditionings` are `step_conditionings`, by default computed here; they are the same for all chunks."""
-        *steps, at_zero = self.step_conditionings(num_steps) if conditionings is None else conditionings
-        velocity: Velocity = functools.partial(self.denoise_step, cache)
-        if action_prefix is not None:
-            noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
-        if guidance is not None:
-            velocity = guidance.wrap(velocity)
+        times = self.step_conditionings(num_steps) if conditionings is None else conditionings
+        velocity = functools.partial(self.denoise_step, cache)
+        return integrate(velocity, noise, times, guidance=guidance, action_prefix=action_prefix)
 
-        x_t, dt = noise, -1.0 / num_steps
-        for time in steps:
-            x_t = x_t + dt * velocity(x_t, time)
-        return x_t
+    def draw_noise(self, batch: int, generator: torch.Generator | None) -> Float32[Tensor, "B H A"]:
+        """Noise from N(0, 1) for chunks of the config's horizon."""
+        shape = (batch, self.config.require("action_horizon"), self.config.action_dim)
+        return torch.randn(shape, generator=generator, device=self.device)
 
-    def _check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
+    def check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
+        """Refuse actions or noise of another shape or dtype."""
         horizon = self.config.action_horizon
         expected = f"[{observation.batch_size}, {'H' if horizon is None else horizon}, {self.config.action_dim}]"
         if (

@@ -14,7 +14,7 @@ wrap `Pi0.denoise_step`:
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float32, Int
@@ -88,6 +88,31 @@ class ActionPrefix:
             return velocity(x_t, per_token).masked_fill(known, 0.0)
 
         return prefixed
+
+
+def integrate(
+    velocity: Velocity,
+    noise: Float32[Tensor, "B H A"],
+    times: Sequence[TimeConditioning],
+    *,
+    guidance: Guidance | None = None,
+    action_prefix: ActionPrefix | None = None,
+) -> Float32[Tensor, "B H A"]:
+    """Euler steps from noise to actions.
+
+    Args:
+        times: the conditioning of each step, and behind them that of t = 0.
+    """
+    *steps, at_zero = times
+    if action_prefix is not None:
+        noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
+    if guidance is not None:
+        velocity = guidance.wrap(velocity)
+
+    x_t, dt = noise, -1.0 / len(steps)
+    for time in steps:
+        x_t = x_t + dt * velocity(x_t, time)
+    return x_t
 
 
 def prefix_weights(

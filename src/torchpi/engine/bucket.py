@@ -1,0 +1,112 @@
+"""A bucket: all that decides the shapes of one sampling, and the inputs of those shapes."""
+
+import dataclasses
+
+import torch
+from jaxtyping import Bool, Float32, Int
+from torch import Tensor
+
+from torchpi.config import Pi0Config
+from torchpi.model.rtc import ActionPrefix, Guidance
+from torchpi.types import Observation
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """Static sizes of one sampling; everything else is a tensor's contents."""
+
+    batch: int
+    cameras: int
+    """Cameras that are present."""
+    prompt_tokens: int
+    horizon: int
+    num_steps: int = 10
+    guidance: float | None = None
+    """β of the guidance; None: none."""
+    action_prefix: bool = False
+
+    def __str__(self) -> str:
+        text = f"{self.batch} × {self.cameras} cameras, {self.prompt_tokens} tokens, {self.num_steps} steps"
+        return text + ", guided" * (self.guidance is not None) + ", action prefix" * self.action_prefix
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """Tensors of one sampling in a bucket's shapes, or of fewer samples."""
+
+    images: Float32[Tensor, "N B h w 3"]
+    tokens: Int[Tensor, "B L"]
+    valid: Int[Tensor, " B"]
+    """Number of valid tokens of the prefix, which come first."""
+    state: Float32[Tensor, "B A"]
+    noise: Float32[Tensor, "B H A"]
+    target: Float32[Tensor, "B H A"] | None
+    """Guidance's; None in a bucket without."""
+    weight: Float32[Tensor, "B H A"] | None
+    known: Float32[Tensor, "B H A"] | None
+    """The action prefix; None in a bucket without."""
+    known_mask: Bool[Tensor, "B H"] | None
+
+    @classmethod
+    def empty(cls, bucket: Bucket, config: Pi0Config, device: torch.device) -> "Inputs":
+        """Valid inputs of a bucket's shapes."""
+        batch, size = bucket.batch, config.image_size
+        chunk = (batch, bucket.horizon, config.action_dim)
+        valid = bucket.cameras * config.num_patches + bucket.prompt_tokens
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            images=zeros(bucket.cameras, batch, size, size, 3),
+            tokens=zeros(batch, bucket.prompt_tokens, dtype=torch.int64),
+            valid=torch.full((batch,), valid, dtype=torch.int32, device=device),
+            state=zeros(batch, config.action_dim),
+            noise=zeros(*chunk),
+            target=None if bucket.guidance is None else zeros(*chunk),
+            weight=None if bucket.guidance is None else zeros(*chunk),
+            known=zeros(*chunk) if bucket.action_prefix else None,
+            known_mask=zeros(*chunk[:2], dtype=torch.bool) if bucket.action_prefix else None,
+        )
+
+    def copy_(self, other: "Inputs") -> None:
+        """Take over the contents of inputs with as many samples or fewer, whose last one then fills the rest."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine is None:
+                continue
+            if field.name == "images":
+                mine, theirs = mine.transpose(0, 1), theirs.transpose(0, 1)
+            elif field.name == "tokens":
+                mine = mine[:, : theirs.shape[1]]
+            mine[: len(theirs)].copy_(theirs, non_blocking=True)
+            mine[len(theirs) :] = mine[len(theirs) - 1 : len(theirs)]
+
+
+def make_inputs(
+    observation: Observation,
+    noise: Float32[Tensor, "B H A"],
+    num_patches: int,
+    guidance: Guidance | None,
+    action_prefix: ActionPrefix | None,
+) -> Inputs | None:
+    """Inputs of a sampling; None if its samples have different cameras, or none. Reads the masks on the host."""
+    camera_mask = torch.stack(list(observation.image_masks.values())).cpu()  # [N, B]
+    present = camera_mask[:, 0]
+    if not present.any() or not (camera_mask == present[:, None]).all():
+        return None
+    images = [image for image, here in zip(observation.images.values(), present.tolist(), strict=True) if here]
+    token_mask = observation.tokenized_prompt_mask
+    lengths = token_mask.sum(dim=1)
+    valid_first = torch.argsort(~token_mask, dim=1, stable=True)[:, : int(lengths.max())]
+    return Inputs(
+        images=torch.stack(images),
+        tokens=observation.tokenized_prompt.gather(1, valid_first),
+        valid=len(images) * num_patches + lengths,
+        state=observation.state,
+        noise=noise,
+        target=None if guidance is None else guidance.target,
+        weight=None if guidance is None else guidance.weight,
+        known=None if action_prefix is None else action_prefix.actions,
+        known_mask=None if action_prefix is None else action_prefix.mask,
+    )

@@ -1,0 +1,199 @@
+"""The engine: `Pi0.sample_actions` in buckets of static shapes, each compiled or captured once."""
+
+import collections
+import concurrent.futures
+import threading
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from torchpi.engine.bucket import Bucket, Inputs, make_inputs
+from torchpi.engine.kernels import PLAIN, Kernels, triton_kernels
+from torchpi.engine.packed import PackedModel
+from torchpi.engine.runner import Mode, Runner
+from torchpi.errors import ModelError
+from torchpi.model import flow
+from torchpi.model.pi0 import Pi0
+from torchpi.model.rtc import ActionPrefix, Guidance
+from torchpi.model.suffix import TimeConditioning
+from torchpi.types import Observation
+
+PROMPT_LENGTHS = (32, 64, 128, 200)
+BATCH_SIZES = (1, 2, 4, 8)
+MAX_BUCKETS = 16
+
+
+class InferenceEngine:
+    """Samples as the model does, from the same weights, in few launches.
+
+    What is sampled in a bucket that is not warm yet, or that fits none, the plain model samples; a bucket warms up in
+    a thread meanwhile. Calls from several threads are answered one after the other.
+    """
+
+    def __init__(
+        self,
+        model: Pi0,
+        *,
+        mode: Mode = "compiled",
+        kernels: Kernels | None = None,
+        prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+        max_buckets: int = MAX_BUCKETS,
+        background: bool = True,
+    ) -> None:
+        """Pack the model's weights, which must not change from here on.
+
+        Args:
+            mode: "graph" captures a CUDA graph per bucket; "compiled" runs it through torch.compile; "eager" as it is.
+            kernels: by default Triton's for graphs, and PyTorch's operations otherwise.
+            prompt_lengths: numbers of prompt tokens to which a bucket is padded; the model's own maximum is one more.
+            batch_sizes: numbers of samples to which a bucket is padded.
+            max_buckets: number of buckets that are kept; the one that was used longest ago makes room.
+            background: warm a bucket up in a thread; otherwise its first call waits.
+
+        Raises:
+            ValueError: the mode does not run on the model's device, or the model has LoRA layers.
+        """
+        if mode == "graph" and model.device.type != "cuda":
+            raise ModelError(
+                f'engine "graph" captures CUDA graphs; the model is on {model.device}: choose "compiled" or "eager".'
+            )
+        if max_buckets < 1 or min(batch_sizes, default=0) < 1 or min(prompt_lengths, default=0) < 1:
+            raise ModelError(
+                "max_buckets, prompt_lengths and batch_sizes must be positive, got "
+                f"{max_buckets}, {list(prompt_lengths)} and {list(batch_sizes)}."
+            )
+        self.model, self.mode = model, mode
+        self.packed = PackedModel(model, kernels or (_graph_kernels() if mode == "graph" else PLAIN))
+        longest = model.config.max_token_len or max(prompt_lengths)
+        self.prompt_lengths = sorted({length for length in prompt_lengths if length < longest} | {longest})
+        self.batch_sizes, self.max_buckets = sorted(batch_sizes), max_buckets
+        self._runners: collections.OrderedDict[Bucket, Runner] = collections.OrderedDict()  # the last one used last
+        self._failed: set[Bucket] = set()
+        self._warming: dict[Bucket, concurrent.futures.Future[None]] = {}
+        self._times: dict[int, list[TimeConditioning]] = {}  # by the number of steps
+        self._lock = threading.Lock()  # of the dictionaries and of the runners' static tensors
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine") if background else None
+        self._parameters = list(model.parameters())
+        self._versions = self._read_versions()
+
+    @torch.no_grad()
+    def sample_actions(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32[Tensor, "B H A"] | None = None,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+        guidance: Guidance | None = None,
+        action_prefix: ActionPrefix | None = None,
+    ) -> Float32[Tensor, "B H A"]:
+        """`Pi0.sample_actions`; the observation may be on the host, whose masks are then read without waiting.
+
+        Raises:
+            ValueError: as there; or the model's weights have changed since the engine packed them.
+        """
+        if noise is None:
+            noise = self.model.draw_noise(observation.batch_size, generator)
+        self.model.check_actions(observation, noise, "Noise")
+        inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
+        bucket = self.bucket(inputs, num_steps, guidance) if inputs is not None else None
+        if bucket is not None and inputs is not None and self._is_warm(bucket):
+            with self._lock:
+                runner = self._runners.get(bucket)  # another thread may have made room meanwhile
+                actions = None if runner is None else runner(inputs)
+            if actions is not None:
+                self._check_weights()  # while a device still works
+                return actions
+        self._check_weights()
+        rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
+        observation = observation.to(self.model.device)
+        return self.model.sample_actions(observation, noise=noise.to(self.model.device), num_steps=num_steps, **rtc)
+
+    def bucket(self, inputs: Inputs, num_steps: int, guidance: Guidance | None = None) -> Bucket | None:
+        """The smallest bucket that the inputs fit into; None if there is none."""
+        batch, horizon, _ = inputs.noise.shape
+        sizes = [size for size in self.batch_sizes if size >= batch]
+        lengths = [length for length in self.prompt_lengths if length >= inputs.tokens.shape[1]]
+        if not sizes or not lengths:
+            return None
+        return Bucket(
+            batch=sizes[0],
+            cameras=len(inputs.images),
+            prompt_tokens=lengths[0],
+            horizon=horizon,
+            num_steps=num_steps,
+            guidance=None if guidance is None else guidance.maximum,
+            action_prefix=inputs.known is not None,
+        )
+
+    def warm_up(self, bucket: Bucket) -> None:
+        """Compile or capture a bucket now, unless it is warm."""
+        try:
+            runner = Runner(self.packed, bucket, self.mode, self._conditionings(bucket.num_steps))
+        except torch.OutOfMemoryError as error:
+            self._failed.add(bucket)
+            warnings.warn(
+                f"Not enough memory for the engine's bucket {bucket}, which is sampled eagerly from here on: {error}",
+                stacklevel=2,
+            )
+            return
+        with self._lock:
+            self._runners[bucket] = runner
+            while len(self._runners) > self.max_buckets:
+                self._runners.popitem(last=False)
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Mode, kernels, and the buckets that are warm."""
+        with self._lock:
+            warm = [str(bucket) for bucket in self._runners]
+        return {"mode": self.mode, "kernels": self.packed.kernels.name, "warm_buckets": warm}
+
+    def close(self) -> None:
+        """Wait for the bucket that is warming up; no other one begins."""
+        if self._executor is not None:
+            self._executor.shutdown(cancel_futures=True)
+
+    def _is_warm(self, bucket: Bucket) -> bool:
+        """Whether the bucket can be run; begins to warm it up if it cannot."""
+        with self._lock:
+            if bucket in self._runners:
+                self._runners.move_to_end(bucket)
+                return True
+            if bucket in self._failed:
+                return False
+            if self._executor is not None:
+                pending = self._warming.get(bucket)
+                if pending is None or pending.done():
+                    if pending is not None:
+                        pending.result()  # its error, if it had one
+                    self._warming[bucket] = self._executor.submit(self.warm_up, bucket)
+                return False
+        self.warm_up(bucket)
+        return bucket not in self._failed
+
+    @torch.no_grad()
+    def _conditionings(self, num_steps: int) -> list[TimeConditioning]:
+        if num_steps not in self._times:
+            self._times[num_steps] = self.model.time_conditionings([*flow.euler_times(num_steps), 0.0])
+        return self._times[num_steps]
+
+    def _read_versions(self) -> list[tuple[int, int]]:
+        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+
+    def _check_weights(self) -> None:
+        if self._read_versions() != self._versions:
+            raise ModelError("The model's weights changed after the engine had packed them; build a new engine.")
+
+
+def _graph_kernels() -> Kernels:
+    try:
+        return triton_kernels()
+    except ImportError as error:
+        warnings.warn(f"The engine runs without fused kernels: {error}", stacklevel=3)
+        return PLAIN

@@ -1,0 +1,190 @@
+"""A model's weights as the engine reads them, and the forward pass over them.
+
+The same numbers as `Pi0`, in fewer and larger operations (`engine.kernels`):
+
+- 1 + scale of an RMSNorm is folded in float32 into the matmul behind it;
+- a norm is one operation with the residual before it, RoPE with writing keys and values into the cache;
+- projections that run in float32 have float32 weights, which `Pi0` casts in every call;
+- shapes are static: the valid tokens of a prefix come first, padding fills it up, and `valid` says how many there are.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Float32, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchpi.engine.kernels import PLAIN, Kernels
+from torchpi.engine.kernels.rope import split_rope
+from torchpi.errors import ModelError
+from torchpi.model.gemma import Gemma, Modulation, RMSNorm, rope_table
+from torchpi.model.layers import Linear, attend, gelu_tanh
+from torchpi.model.lora import lora_config
+from torchpi.model.pi0 import Pi0
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedLayer:
+    """Matrices of one Gemma layer, in the dtype of the computation."""
+
+    qkv: Float[Tensor, "heads D"]
+    out: Float[Tensor, "D heads"]
+    gate_up: Float[Tensor, "gate_up D"]
+    down: Float[Tensor, "D I"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Cache and attention inputs of the suffix behind a prefix of static length."""
+
+    keys: list[Float[Tensor, "B slots G K"]]
+    """Per layer; the slots behind `length` are the suffix's."""
+    values: list[Float[Tensor, "B slots G K"]]
+    valid: Int[Tensor, " B"]
+    """Number of valid tokens, which come first."""
+    length: int
+    """S, padding included."""
+    cos: Float32[Tensor, "B T half"]
+    sin: Float32[Tensor, "B T half"]
+    state: Float32[Tensor, "B A"]
+
+
+class PackedModel:
+    """Forward pass of a `Pi0` over weights that are packed once. Large weights that need no change are shared."""
+
+    def __init__(self, model: Pi0, kernels: Kernels = PLAIN) -> None:
+        """Pack the weights.
+
+        Raises:
+            ValueError: the model has LoRA layers that are not merged.
+        """
+        if lora_config(model) is not None:
+            raise ModelError("The engine runs plain weights, and this model has LoRA: merge_lora folds it into them.")
+        self.config, self.kernels, self.dtype = model.config, kernels, model.compute_dtype
+        self.num_state_tokens = model.suffix.num_state_tokens
+        self.vision, self.patch_embed = model.vision, _as_dtype(model.vision.patch_embed, torch.float32)
+        self.position = model.vision.position_embedding().detach()
+        self.embedding = model.embedding.detach()
+        # The original rounds the scale to the dtype of the computation before it multiplies.
+        self.text_scale = torch.tensor(model.config.paligemma.width**0.5, dtype=self.dtype).item()
+        self.backbone = _pack(model.backbone, self.dtype)
+        self.expert = _pack(model.expert, self.dtype)
+        self.suffix = _as_dtype(model.suffix, torch.float32)
+        out = model.action_out_proj
+        self.out_weight, self.out_bias = _fold(out, model.expert.final_norm, torch.float32), out.bias.detach().float()
+
+    def embed_images(self, images: Float32[Tensor, "N B h w 3"]) -> Float[Tensor, "B tokens D"]:
+        """SigLIP's tokens, camera by camera."""
+        kernels, vision = self.kernels, self.vision
+        num_cameras, batch = images.shape[:2]
+        x = (self.patch_embed(vision.patchify(images.flatten(0, 1))) + self.position).to(self.dtype)  # [N·B, P, W]
+        norms = [norm for block in vision.blocks for norm in (block.norm1, block.norm2)]
+        n = kernels.layer_norm(x, norms[0].weight, norms[0].bias)
+        for i, block in enumerate(vision.blocks):
+            qkv = block.qkv(n).unflatten(-1, (3, block.num_heads, -1))  # [N·B, P, 3, heads, K]
+            y = block.out(attend(*qkv.unbind(dim=2), mask=None))
+            x, n = kernels.residual_layer_norm(x, y, norms[2 * i + 1].weight, norms[2 * i + 1].bias)
+            y = block.fc2(gelu_tanh(block.fc1(n)))
+            following = norms[2 * i + 2] if 2 * i + 2 < len(norms) else vision.norm
+            x, n = kernels.residual_layer_norm(x, y, following.weight, following.bias)
+        tokens: Tensor = vision.head(n)  # [N·B, P, D]
+        return tokens.unflatten(0, (num_cameras, batch)).transpose(0, 1).flatten(1, 2)
+
+    def prefill(
+        self,
+        images: Float32[Tensor, "N B h w 3"],
+        tokens: Int[Tensor, "B L"],
+        valid: Int[Tensor, " B"],
+        state: Float32[Tensor, "B A"],
+        horizon: int,
+    ) -> Prefix:
+        """Vision tower and backbone, up to the keys and values of the last layer."""
+        kernels, sizes = self.kernels, self.config.paligemma
+        text = F.embedding(tokens, self.embedding).to(self.dtype) * self.text_scale
+        x = torch.cat([self.embed_images(images), text], dim=1)  # [B, S, D]
+        batch, length, _ = x.shape
+        num_suffix = self.num_state_tokens + horizon
+        position = torch.arange(length + num_suffix, device=x.device)
+        cos, sin = (table[:, :, 0] for table in rope_table(position[None, :length], sizes.head_dim))  # [1, S, K/2]
+        shape = (batch, length + num_suffix, sizes.num_kv_heads, sizes.head_dim)
+        keys, values = ([x.new_empty(shape) for _ in self.backbone] for _ in range(2))
+        n = kernels.rms_norm(x)
+        for i, layer in enumerate(self.backbone):
+            if layer is self.backbone[-1]:  # of the last layer, the action expert reads keys and values
+                first = sizes.num_heads * sizes.head_dim
+                kernels.split_rope_store(F.linear(n, layer.qkv[first:]), cos, sin, keys[i], values[i], 0)
+                break
+            q = kernels.split_rope_store(F.linear(n, layer.qkv), cos, sin, keys[i], values[i], 0)
+            y = kernels.attend(q, keys[i][:, :length], values[i][:, :length], valid, length)
+            x, n = kernels.residual_rms_norm(x, F.linear(y, layer.out))
+            y = F.linear(kernels.geglu(F.linear(n, layer.gate_up)), layer.down)
+            x, n = kernels.residual_rms_norm(x, y)
+        suffix_rope = rope_table(valid[:, None] + position[None, :num_suffix], self.config.action_expert.head_dim)
+        cos, sin = (table[:, :, 0] for table in suffix_rope)  # [B, T, K/2]
+        return Prefix(keys, values, valid, length, cos, sin, state)
+
+    def velocity(
+        self,
+        prefix: Prefix,
+        x_t: Float32[Tensor, "B H A"],
+        time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
+        modulations: Sequence[Modulation] | None,
+    ) -> Float32[Tensor, "B H A"]:
+        """v_t, as `Pi0.denoise_step`; features and modulations are those of its `TimeConditioning`."""
+        # Guidance differentiates it: the plain operations have gradients, and do not write into the cache.
+        kernels = PLAIN if torch.is_grad_enabled() else self.kernels
+        x = self.suffix(prefix.state, x_t, time_features).to(self.dtype)  # [B, T, d]
+        n = kernels.rms_norm(x) if modulations is None else kernels.ada_rms_norm(x, modulations[0])
+        for i, layer in enumerate(self.expert):
+            y = F.linear(self._attend(prefix, i, F.linear(n, layer.qkv), kernels), layer.out)
+            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i)
+            y = F.linear(kernels.linear_geglu(n, layer.gate_up), layer.down)
+            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i + 1)
+        return F.linear(n[:, self.num_state_tokens :].float(), self.out_weight, self.out_bias)
+
+    def _attend(self, prefix: Prefix, i: int, qkv: Tensor, kernels: Kernels) -> Tensor:
+        keys, values, length = prefix.keys[i], prefix.values[i], prefix.length
+        if torch.is_grad_enabled():
+            q, k, v = split_rope(qkv, prefix.cos, prefix.sin, keys.shape[2])
+            keys, values = torch.cat([keys[:, :length], k], dim=1), torch.cat([values[:, :length], v], dim=1)
+        else:
+            q = kernels.split_rope_store(qkv, prefix.cos, prefix.sin, keys, values, length)
+        return kernels.attend(q, keys, values, prefix.valid, length, self.num_state_tokens)
+
+
+def _add_and_norm(
+    kernels: Kernels, x: Tensor, y: Tensor, modulations: Sequence[Modulation] | None, norm: int
+) -> tuple[Tensor, Tensor]:
+    """The residual behind norm number `norm`, and the norm after it."""
+    if modulations is None:
+        return kernels.residual_rms_norm(x, y)
+    return kernels.gated_residual_ada_rms_norm(x, y, modulations[norm], modulations[norm + 1])
+
+
+def _pack(stack: Gemma, dtype: torch.dtype) -> list[PackedLayer]:
+    return [
+        PackedLayer(
+            _fold(layer.attention.qkv, layer.pre_attention_norm, dtype),
+            layer.attention.out.weight.detach().to(dtype),
+            _fold(layer.feed_forward.gate_up, layer.pre_ffw_norm, dtype),
+            layer.feed_forward.down.weight.detach().to(dtype),
+        )
+        for layer in stack.layers
+    ]
+
+
+def _fold(linear: Linear, norm: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The matrix behind a norm, with the norm's 1 + scale."""
+    weight = linear.weight.detach()
+    return (weight.float() * (1 + norm.scale.detach().float()) if isinstance(norm, RMSNorm) else weight).to(dtype)
+
+
+def _as_dtype(module: Any, dtype: torch.dtype) -> Any:
+    """The module itself, or a copy in the dtype."""
+    if all(parameter.dtype is dtype for parameter in module.parameters()):
+        return module
+    return copy.deepcopy(module).to(dtype)

@@ -1,0 +1,76 @@
+"""One bucket's sampling: run eagerly, compiled, or replayed as one CUDA graph."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torchpi.engine.bucket import Bucket, Inputs
+from torchpi.engine.packed import PackedModel
+from torchpi.model.rtc import ActionPrefix, Guidance, integrate
+from torchpi.model.suffix import TimeConditioning
+
+Mode = Literal["eager", "compiled", "graph"]
+
+# One graph per bucket is more than torch.compile makes for one function by itself.
+MAX_COMPILED = 64
+
+
+class Runner:
+    """Sampling of one bucket, from static inputs to static actions."""
+
+    def __init__(self, packed: PackedModel, bucket: Bucket, mode: Mode, times: Sequence[TimeConditioning]) -> None:
+        """Allocate the inputs and make the first run, which compiles or captures.
+
+        Args:
+            times: the conditioning of each Euler step, and of t = 0.
+        """
+        self.packed, self.bucket, self.times = packed, bucket, times
+        device = packed.embedding.device
+        self.inputs = Inputs.empty(bucket, packed.config, device)
+        self.prefill, self.velocity = packed.prefill, packed.velocity
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if mode == "compiled":
+            with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
+                self.prefill = torch.compile(self.prefill, dynamic=False, fullgraph=True)
+                self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
+                self._sample()
+        elif mode == "graph":
+            self._capture(device)
+
+    def _capture(self, device: torch.device) -> None:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            self._sample()  # compiles the kernels, and chooses those of cuBLAS
+        torch.cuda.current_stream(device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads go on working with the device meanwhile.
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.actions = self._sample()
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        """Sample actions [B, H, A], of as many samples as `inputs` has."""
+        self.inputs.copy_(inputs)
+        if self.graph is None:
+            actions = self._sample()
+        else:
+            self.graph.replay()
+            actions = self.actions.clone()
+        return actions[: len(inputs.noise)]
+
+    @torch.no_grad()
+    def _sample(self) -> Tensor:
+        inputs, bucket = self.inputs, self.bucket
+        prefix = self.prefill(inputs.images, inputs.tokens, inputs.valid, inputs.state, bucket.horizon)
+        guidance = action_prefix = None
+        if inputs.target is not None and inputs.weight is not None and bucket.guidance is not None:
+            guidance = Guidance(inputs.target, inputs.weight, bucket.guidance)
+        if inputs.known is not None and inputs.known_mask is not None:
+            action_prefix = ActionPrefix(inputs.known, inputs.known_mask)
+
+        def velocity(x_t: Tensor, time: TimeConditioning) -> Tensor:
+            return self.velocity(prefix, x_t, time.features, time.modulations)  # a float would be a graph per step
+
+        return integrate(velocity, inputs.noise, self.times, guidance=guidance, action_prefix=action_prefix)
