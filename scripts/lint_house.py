@@ -40,7 +40,7 @@ LAYERS: Mapping[str, str] = {
     "checkpoints": "model extras atomic transforms robots version",
     "transforms": "types schema arrays",
     "robots": "transforms schema",
-    "policy": "checkpoints robots collate",
+    "policy": "checkpoints robots collate engine",
     "convert": "policy",
     "data": "robots randomness extras assets atomic",
     "evaluation": "policy data ui",

@@ -33,6 +33,8 @@ def one_thread():
 class FakePolicy:
     """Its actions are noise · num_steps + state, [4, 2]. It waits at the beginning of each pass while it is held."""
 
+    engine = None
+
     def __init__(self, *, held=False, **fields):
         self.model = types.SimpleNamespace(config=torchpi.Pi0Config(action_horizon=H, action_dim=A))
         self.embodiment = Embodiment.generic(

@@ -15,6 +15,7 @@ from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.collate import collate, rtc_inputs
 from torchpi.config import Pi0Config
+from torchpi.engine import InferenceEngine
 from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
@@ -22,6 +23,8 @@ from torchpi.transforms.normalize import Normalization, NormStats, save_norm_sta
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import load_tokenizer
 from torchpi.types import ActionChunk, PreviousChunk
+
+EngineMode = Literal["auto", "eager", "compiled", "graph"]
 
 
 class Policy:
@@ -58,6 +61,8 @@ class Policy:
             ValueError: the parts do not fit together.
         """
         self.model = model
+        self.engine: InferenceEngine | None = None
+        """Samples instead of the model, see `use_engine`."""
         self.embodiment = embodiment
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
         self.provenance = dict(provenance or {})
@@ -164,7 +169,7 @@ class Policy:
             for observation, prefix in zip(observations, prefixes, strict=True)
         ]
         states, samples = zip(*map(self.prepare, requests), strict=True)
-        batch = collate(samples).to(self.model.device)
+        batch = collate(samples)
         noise_tensor = None
         if noise is not None:
             noise_tensor = torch.from_numpy(self._finite_noise(noise, batch=(len(samples),))).to(self.model.device)
@@ -179,7 +184,11 @@ class Policy:
                 max_action_prefix=int(self._metadata.get(MAX_ACTION_PREFIX, 0)),
                 device=self.model.device,
             )
-        sampled = self.model.sample_actions(batch, noise=noise_tensor, num_steps=num_steps, generator=generator, **rtc)
+        rtc |= {"noise": noise_tensor, "num_steps": num_steps, "generator": generator}
+        if self.engine is None:
+            sampled = self.model.sample_actions(batch.to(self.model.device), **rtc)
+        else:
+            sampled = self.engine.sample_actions(batch, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
         actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
@@ -218,6 +227,21 @@ class Policy:
             raise PolicyError("There is NaN or infinity in the noise; it must be finite.")
         return array.astype(np.float32)
 
+    def use_engine(self, mode: EngineMode, **settings: Any) -> None:
+        """Sample with an engine from here on; the model's weights must not change any more.
+
+        Args:
+            mode: "eager": none, the plain model; "compiled"; "graph", which needs a CUDA device; "auto": "graph" on
+                such a device, and otherwise "eager".
+            settings: of `InferenceEngine`.
+
+        Raises:
+            ValueError: the mode does not run on the model's device.
+        """
+        if mode == "auto":
+            mode = "graph" if self.model.device.type == "cuda" else "eager"
+        self.engine = None if mode == "eager" else InferenceEngine(self.model, mode=mode, **settings)
+
     def example_observation(self) -> dict[str, Any]:
         """A valid request with made-up contents."""
         return self.embodiment.example_observation(state_dim=self._state_dim)
@@ -237,6 +261,7 @@ class Policy:
             "control_hz": self.embodiment.control_hz,
             "execute_steps": self.embodiment.execute_steps,
             "default_prompt": self.default_prompt,
+            "engine": {"mode": "eager"} if self.engine is None else self.engine.metadata,
             **self.embodiment.metadata,
             **self._metadata,
         }
@@ -342,6 +367,7 @@ def load_policy(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     lora_alpha: tuple[float, float] | None = None,
+    engine: EngineMode = "auto",
 ) -> Policy:
     """Load a policy from a policy folder or a LeRobot policy, which say everything themselves, or from an openpi
     checkpoint.
@@ -355,14 +381,14 @@ def load_policy(
         embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
         normalization: foreign checkpoints that do not say: π₀ z_score, π₀.₅ quantile.
         norm_stats: a norm_stats.json, or the folder with it.
-        asset_id: which of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
-        tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models',
-            fetched into the cache.
+        asset_id: of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
+        tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models'.
         default_prompt: for requests without a prompt.
         truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default float32 on the CPU, bfloat16 on a CUDA device.
         lora_alpha: of a JAX checkpoint with LoRA weights, see `load_model`.
+        engine: see `Policy.use_engine`.
 
     Raises:
         FileNotFoundError: there is nothing at one of the paths.
@@ -384,7 +410,9 @@ def load_policy(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     spec = spec.with_tokenizer()
-    return policy_of(checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha), spec)
+    policy = policy_of(checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha), spec)
+    policy.use_engine(engine)
+    return policy
 
 
 def policy_of(model: Pi0, spec: PolicySpec) -> Policy:

@@ -33,6 +33,8 @@ PATIENCE = 120.0  # a test that waits so long has failed
 class CountingPolicy:
     """Observation (n executed actions, moment) → actions (n + 1, moment), (n + 2, moment), …"""
 
+    engine = None
+
     def __init__(self) -> None:
         self.model = types.SimpleNamespace(config=Pi0Config(action_horizon=HORIZON, action_dim=2))
         self.embodiment = Embodiment.generic(

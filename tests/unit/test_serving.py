@@ -604,4 +604,4 @@ def test_missing_checkpoint_is_an_error_before_any_policy_is_loaded(policy, name
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("A policy was loaded"))
     with pytest.raises(FileNotFoundError, match=message):
-        run_serve(policy, named, ServeSettings(port=0), record=None, load={}, device=None)
+        run_serve(policy, named, ServeSettings(port=0), record=None, load={}, run={})

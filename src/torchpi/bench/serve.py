@@ -39,6 +39,8 @@ PERCENTILES = (50, 95, 99)
 class PausePolicy:
     """A policy whose model is a pause, in which Python can do other things; its actions are the state."""
 
+    engine = None
+
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
         self.model = types.SimpleNamespace(config=Pi0Config(action_horizon=HORIZON, action_dim=32))

@@ -49,10 +49,13 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions(CheckpointOptions):
-    """The same, and the device."""
+    """The same, the device and the engine."""
 
     device: str | None = None
     """For example cuda or cpu; by default cuda if there is one."""
+    engine: Literal["auto", "eager", "compiled", "graph"] | None = None
+    """By what actions are sampled: the plain model (eager), through torch.compile (compiled), or as CUDA graphs
+    (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
 
 
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]

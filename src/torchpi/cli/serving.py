@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -40,5 +40,5 @@ class Serve:
         if settings.token is None and "TORCHPI_TOKEN" in os.environ:
             settings = dataclasses.replace(settings, token=os.environ["TORCHPI_TOKEN"])
         load = self.load.given()
-        device = load.pop("device", None)
-        run_serve(self.policy, self.policies, settings, record=self.record, load=load, device=device)
+        run: dict[str, Any] = {name: load.pop(name) for name in ("device", "engine") if name in load}
+        run_serve(self.policy, self.policies, settings, record=self.record, load=load, run=run)

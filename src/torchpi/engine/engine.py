@@ -30,8 +30,8 @@ MAX_BUCKETS = 16
 class InferenceEngine:
     """Samples as the model does, from the same weights, in few launches.
 
-    What is sampled in a bucket that is not warm yet, or that fits none, the plain model samples; a bucket warms up in
-    a thread meanwhile. Calls from several threads are answered one after the other.
+    The plain model samples what fits no bucket. A bucket warms up at its first call, which waits for it; or, with
+    `background`, in a thread, and the plain model samples meanwhile. Calls from several threads are answered in turn.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class InferenceEngine:
         prompt_lengths: Sequence[int] = PROMPT_LENGTHS,
         batch_sizes: Sequence[int] = BATCH_SIZES,
         max_buckets: int = MAX_BUCKETS,
-        background: bool = True,
+        background: bool = False,
     ) -> None:
         """Pack the model's weights, which must not change from here on.
 
@@ -53,7 +53,8 @@ class InferenceEngine:
             prompt_lengths: numbers of prompt tokens to which a bucket is padded; the model's own maximum is one more.
             batch_sizes: numbers of samples to which a bucket is padded.
             max_buckets: number of buckets that are kept; the one that was used longest ago makes room.
-            background: warm a bucket up in a thread; otherwise its first call waits.
+            background: warm up in a thread. The chunks of the first calls then are the plain model's, which differ by
+                rounding: no run is the same as another one.
 
         Raises:
             ValueError: the mode does not run on the model's device, or the model has LoRA layers.
@@ -77,7 +78,8 @@ class InferenceEngine:
         self._warming: dict[Bucket, concurrent.futures.Future[None]] = {}
         self._times: dict[int, list[TimeConditioning]] = {}  # by the number of steps
         self._lock = threading.Lock()  # of the dictionaries and of the runners' static tensors
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine") if background else None
+        self.background = background
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
         self._parameters = list(model.parameters())
         self._versions = self._read_versions()
 
@@ -135,10 +137,10 @@ class InferenceEngine:
         """Compile or capture a bucket now, unless it is warm."""
         try:
             runner = Runner(self.packed, bucket, self.mode, self._conditionings(bucket.num_steps))
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # out of memory, or what torch.compile needs is missing
             self._failed.add(bucket)
             warnings.warn(
-                f"Not enough memory for the engine's bucket {bucket}, which is sampled eagerly from here on: {error}",
+                f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {error}",
                 stacklevel=2,
             )
             return
@@ -156,18 +158,17 @@ class InferenceEngine:
 
     def close(self) -> None:
         """Wait for the bucket that is warming up; no other one begins."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
+        self._executor.shutdown(cancel_futures=True)
 
     def _is_warm(self, bucket: Bucket) -> bool:
-        """Whether the bucket can be run; begins to warm it up if it cannot."""
+        """True if the bucket can be run; otherwise its warm-up begins."""
         with self._lock:
             if bucket in self._runners:
                 self._runners.move_to_end(bucket)
                 return True
             if bucket in self._failed:
                 return False
-            if self._executor is not None:
+            if self.background:
                 pending = self._warming.get(bucket)
                 if pending is None or pending.done():
                     if pending is not None:

@@ -31,7 +31,7 @@ from torchpi.model.pi0 import Pi0
 class PackedLayer:
     """Matrices of one Gemma layer, in the dtype of the computation."""
 
-    qkv: Float[Tensor, "heads D"]
+    qkv: Float[Tensor, "qkv D"]
     out: Float[Tensor, "D heads"]
     gate_up: Float[Tensor, "gate_up D"]
     down: Float[Tensor, "D I"]
@@ -86,7 +86,8 @@ class PackedModel:
         n = kernels.layer_norm(x, norms[0].weight, norms[0].bias)
         for i, block in enumerate(vision.blocks):
             qkv = block.qkv(n).unflatten(-1, (3, block.num_heads, -1))  # [N·B, P, 3, heads, K]
-            y = block.out(attend(*qkv.unbind(dim=2), mask=None))
+            q, k, v = qkv.unbind(dim=2)
+            y = block.out(attend(q, k, v, mask=None))
             x, n = kernels.residual_layer_norm(x, y, norms[2 * i + 1].weight, norms[2 * i + 1].bias)
             y = block.fc2(gelu_tanh(block.fc1(n)))
             following = norms[2 * i + 2] if 2 * i + 2 < len(norms) else vision.norm

@@ -33,10 +33,11 @@ def run_serve(
     *,
     record: Path | None,
     load: Mapping[str, Any],
-    device: str | None,
+    run: Mapping[str, Any],
 ) -> None:
     """Serve until SIGINT or SIGTERM; the arguments are those of the command: `load` those of `load_policy` for POLICY,
-    `named` "name=path" of further policies: without `policy` the first of them is served at "/" as well."""
+    `run` those for all policies (device, engine), `named` "name=path" of further policies: without `policy` the first
+    of them is served at "/" as well."""
     paths = policy_paths(policy, named)
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
@@ -48,7 +49,7 @@ def run_serve(
                 where = "" if name == DEFAULT and policy is not None else f"--policies {name}: "
                 raise type(error)(f"{where}{error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
-        name: functools.partial(load_policy, path, device=device, **(load if name == DEFAULT else {}))
+        name: functools.partial(load_policy, path, **run, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
     }
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")

@@ -32,6 +32,7 @@ class ServedPolicy(Protocol):
 
     model: Any
     embodiment: Any
+    engine: Any
 
     @property
     def metadata(self) -> dict[str, Any]: ...
@@ -169,6 +170,8 @@ class Scheduler:
             noise = np.zeros((size, *noise_shape(policy)), np.float32)
             policy.infer_batch([policy.example_observation()] * size, noise=noise, num_steps=self._settings.num_steps)
             _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
+        if policy.engine is not None:
+            policy.engine.background = True  # no client waits for further sizes to be compiled
 
     def _next_batch(self) -> list[Request]:
         """The oldest request, and those of its kind that wait as well; empty: closed, and all is answered."""

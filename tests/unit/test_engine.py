@@ -1,0 +1,301 @@
+"""The engine samples what the model samples, in any bucket, and is honest about what it cannot do."""
+
+import dataclasses
+import threading
+import warnings
+
+import pytest
+import torch
+
+import torchpi
+from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.engine import InferenceEngine
+from torchpi.engine.bucket import Bucket
+from torchpi.engine.runner import Runner
+from torchpi.model.lora import LoraConfig, add_lora
+from torchpi.model.pi0 import Pi0
+from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
+from torchpi.types import Observation
+
+HORIZON, ACTION_DIM, BATCH = 7, 6, 3
+DELAYS = torch.tensor([1, 2, 0])
+
+
+def make_model(*, pi05: bool = True, dtype: torch.dtype = torch.float32) -> Pi0:
+    config = Pi0Config(
+        pi05=pi05,
+        paligemma_variant=GemmaConfig(width=32, depth=2, mlp_dim=48, num_heads=4, num_kv_heads=1, head_dim=16),
+        action_expert_variant=GemmaConfig(width=24, depth=2, mlp_dim=40, num_heads=4, num_kv_heads=1, head_dim=16),
+        siglip_variant=VisionConfig(width=24, depth=2, mlp_dim=32, num_heads=3, patch=14),
+        vocab_size=300,
+        image_size=28,
+        action_dim=ACTION_DIM,
+        action_horizon=HORIZON,
+        max_token_len=50,
+    )
+    model = Pi0(config, dtype=dtype).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.15, generator=generator)
+    return model
+
+
+def make_observation(lengths=(17, 9, 12), *, cameras=2, present=None) -> Observation:
+    """Random samples with prompts of these lengths; `present` [N, B] says which cameras each sample has."""
+    generator = torch.Generator().manual_seed(2)
+    batch = len(lengths)
+    masks = torch.ones(cameras, batch, dtype=torch.bool) if present is None else torch.tensor(present)
+    return Observation.from_dict(
+        {
+            "image": {f"c{i}": torch.rand(batch, 28, 28, 3, generator=generator) * 2 - 1 for i in range(cameras)},
+            "image_mask": {f"c{i}": masks[i] for i in range(cameras)},
+            "state": torch.randn(batch, ACTION_DIM, generator=generator),
+            "tokenized_prompt": torch.randint(0, 300, (batch, 50), generator=generator),
+            "tokenized_prompt_mask": torch.arange(50) < torch.tensor(lengths)[:, None],
+        }
+    )
+
+
+def noise_of(batch: int = BATCH) -> torch.Tensor:
+    return torch.randn(batch, HORIZON, ACTION_DIM, generator=torch.Generator().manual_seed(3))
+
+
+def conditions(names: tuple[str, ...]) -> dict:
+    generator = torch.Generator().manual_seed(4)
+    chunk = torch.randn(BATCH, HORIZON, ACTION_DIM, generator=generator)
+    weight = prefix_weights(HORIZON, DELAYS, torch.tensor([3, 2, 3]))[:, :, None].expand_as(chunk).contiguous()
+    known = torch.arange(HORIZON) < DELAYS[:, None]
+    made = {"guidance": Guidance(chunk, weight), "action_prefix": ActionPrefix(chunk, known)}
+    return {name: made[name] for name in names}
+
+
+RTC = [(), ("guidance",), ("action_prefix",), ("guidance", "action_prefix")]
+
+
+@pytest.mark.parametrize("rtc", RTC, ids=lambda names: "+".join(names) or "plain")
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+def test_engine_samples_the_models_actions(pi05, rtc):
+    model, observation = make_model(pi05=pi05), make_observation()
+    engine = InferenceEngine(model, mode="eager")
+    expected = model.sample_actions(observation, noise=noise_of(), num_steps=4, **conditions(rtc))
+    for _ in range(2):  # the second call finds what the first one has left in the static tensors
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=4, **conditions(rtc))
+        torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    assert expected.abs().max() > 1
+
+
+def test_engine_in_bfloat16_stays_within_its_rounding():
+    exact, model = make_model(), make_model(dtype=torch.bfloat16)
+    engine = InferenceEngine(model, mode="eager")
+    exact.load_state_dict(model.state_dict())
+    samples = {"observation": make_observation(), "noise": noise_of(), "num_steps": 4}
+    reference = exact.sample_actions(**samples)
+    error = (engine.sample_actions(**samples) - reference).abs().mean()
+    assert error < 1.5 * (model.sample_actions(**samples) - reference).abs().mean()
+
+
+@pytest.mark.parametrize("lengths", [(1,), (32,), (33,), (50,)])
+def test_buckets_padding_changes_nothing(lengths):
+    model, observation = make_model(), make_observation(lengths)
+    engine = InferenceEngine(model, mode="eager", prompt_lengths=(32,))
+    actions = engine.sample_actions(observation, noise=noise_of(1), num_steps=2)
+    torch.testing.assert_close(
+        actions, model.sample_actions(observation, noise=noise_of(1), num_steps=2), rtol=1e-5, atol=5e-6
+    )
+
+
+def test_bucket_is_reused_by_shorter_prompts_and_fewer_samples_and_other_delays():
+    model = make_model()
+    engine = InferenceEngine(model, mode="eager")
+    for lengths in ((17, 9, 12), (30, 2, 1), (1, 1, 1)):
+        for samples in (3, 4):
+            observation = make_observation((lengths * 2)[:samples])
+            actions = engine.sample_actions(observation, noise=noise_of(samples), num_steps=2)
+            expected = model.sample_actions(observation, noise=noise_of(samples), num_steps=2)
+            torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    assert engine.metadata["warm_buckets"] == ["4 × 2 cameras, 32 tokens, 2 steps"]
+
+
+def test_absent_cameras_are_left_out_of_the_bucket():
+    model, engine_of = make_model(), lambda model: InferenceEngine(model, mode="eager")
+    engine = engine_of(model)
+    observation = make_observation(present=[[True] * 3, [False] * 3])
+    actions = engine.sample_actions(observation, noise=noise_of(), num_steps=2)
+    expected = model.sample_actions(observation, noise=noise_of(), num_steps=2)
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    assert engine.metadata["warm_buckets"] == ["4 × 1 cameras, 32 tokens, 2 steps"]
+
+
+@pytest.mark.parametrize(
+    ("observation", "settings"),
+    [
+        (make_observation(present=[[True] * 3, [True, False, True]]), {}),
+        (make_observation(), {"batch_sizes": (1, 2)}),
+    ],
+    ids=["cameras differ", "batch beyond the largest"],
+)
+def test_sample_that_fits_no_bucket_is_the_plain_models(observation, settings):
+    model = make_model()
+    engine = InferenceEngine(model, mode="eager", **settings)
+    actions = engine.sample_actions(observation, noise=noise_of(), num_steps=2)
+    torch.testing.assert_close(
+        actions, model.sample_actions(observation, noise=noise_of(), num_steps=2), rtol=0, atol=0
+    )
+    assert engine.metadata["warm_buckets"] == []
+
+
+def test_prompt_longer_than_every_bucket_is_the_plain_models():
+    model = make_model()
+    model.config = dataclasses.replace(model.config, max_token_len=None)
+    engine = InferenceEngine(model, mode="eager", prompt_lengths=(8,))
+    engine.sample_actions(make_observation((9,)), noise=noise_of(1), num_steps=1)
+    assert engine.metadata["warm_buckets"] == []
+
+
+def test_noise_is_drawn_as_by_the_model():
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager")
+    drawn = [
+        sampler.sample_actions(observation, num_steps=1, generator=torch.Generator().manual_seed(7))
+        for sampler in (engine, model)
+    ]
+    torch.testing.assert_close(*drawn, rtol=1e-5, atol=5e-6)
+
+
+def test_bucket_used_longest_ago_makes_room():
+    engine = InferenceEngine(make_model(), mode="eager", max_buckets=2)
+    for num_steps in (1, 2, 1, 3):
+        engine.sample_actions(make_observation(), noise=noise_of(), num_steps=num_steps)
+    assert [bucket.split(", ")[2] for bucket in engine.metadata["warm_buckets"]] == ["1 steps", "3 steps"]
+
+
+def test_changed_weights_are_refused():
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager")
+    engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    with torch.no_grad():
+        model.backbone.layers[0].attention.qkv.weight.mul_(2)
+    with pytest.raises(ValueError, match="weights changed after the engine had packed them; build a new engine"):
+        engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+
+
+def test_unmerged_lora_is_refused():
+    model = make_model()
+    add_lora(model, LoraConfig(backbone_rank=2, expert_rank=2), torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="merge_lora"):
+        InferenceEngine(model)
+
+
+def test_graphs_without_a_cuda_device_are_refused():
+    with pytest.raises(ValueError, match='captures CUDA graphs; the model is on cpu: choose "compiled" or "eager"'):
+        InferenceEngine(make_model(), mode="graph")
+
+
+@pytest.mark.parametrize("settings", [{"max_buckets": 0}, {"batch_sizes": ()}, {"prompt_lengths": (0, 32)}])
+def test_sizes_that_are_not_positive_are_refused(settings):
+    with pytest.raises(ValueError, match="must be positive"):
+        InferenceEngine(make_model(), **settings)
+
+
+def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager")
+    monkeypatch.setattr(Runner, "_sample", no_memory)
+    monkeypatch.setattr(Runner, "__init__", lambda self, *args: self._sample())
+    with pytest.warns(UserWarning, match=r"cannot prepare its bucket 4 × 2 cameras.*2.00 GiB"):
+        first = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        second = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    assert torch.equal(first, second)
+
+
+def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager", background=True)
+    may_warm_up, is_warm = threading.Event(), threading.Event()
+    warm_up = engine.warm_up
+
+    def held(bucket: Bucket) -> None:
+        assert may_warm_up.wait(60)
+        warm_up(bucket)
+        is_warm.set()
+
+    monkeypatch.setattr(engine, "warm_up", held)
+    expected = model.sample_actions(observation, noise=noise_of(), num_steps=1)
+    for _ in range(2):
+        assert torch.equal(engine.sample_actions(observation, noise=noise_of(), num_steps=1), expected)
+    assert engine.metadata["warm_buckets"] == []
+    may_warm_up.set()
+    assert is_warm.wait(60)
+    assert len(engine.metadata["warm_buckets"]) == 1
+    actions = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    engine.close()
+
+
+def test_calls_of_two_threads_do_not_mix():
+    model = make_model()
+    engine = InferenceEngine(model, mode="eager")
+    observations = [make_observation(lengths) for lengths in ((17, 9, 12), (3, 20, 31))]
+    expected = [model.sample_actions(each, noise=noise_of(), num_steps=2) for each in observations]
+    found: list[list[torch.Tensor]] = [[], []]
+
+    def sample(which: int) -> None:
+        for _ in range(10):
+            found[which].append(engine.sample_actions(observations[which], noise=noise_of(), num_steps=2))
+
+    threads = [threading.Thread(target=sample, args=(which,)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for which in range(2):
+        assert len(found[which]) == 10
+        for actions in found[which]:
+            torch.testing.assert_close(actions, expected[which], rtol=1e-5, atol=5e-6)
+
+
+def test_policy_samples_with_an_engine_and_says_so():
+    policy = torchpi.load_policy("demo", device="cpu")
+    assert policy.metadata["engine"] == {"mode": "eager"}
+    observation = policy.example_observation()
+    noise = noise_for(policy)
+    expected = policy.infer(observation, noise=noise, num_steps=2)["actions"]
+    continued = policy.infer(observation, noise=noise, num_steps=2, action_prefix=expected[2:], delay=1)["actions"]
+    policy.engine = InferenceEngine(policy.model, mode="eager")
+    torch.testing.assert_close(policy.infer(observation, noise=noise, num_steps=2)["actions"], expected)
+    again = policy.infer(observation, noise=noise, num_steps=2, action_prefix=expected[2:], delay=1)["actions"]
+    torch.testing.assert_close(again, continued, rtol=1e-4, atol=1e-5)
+    assert policy.metadata["engine"]["mode"] == "eager"
+    assert len(policy.metadata["engine"]["warm_buckets"]) == 2
+
+
+def noise_for(policy):
+    config = policy.model.config
+    return noise_of_shape(config.action_horizon, config.action_dim)
+
+
+def noise_of_shape(horizon, action_dim):
+    return torch.randn(horizon, action_dim, generator=torch.Generator().manual_seed(5)).numpy()
+
+
+def test_graph_engine_for_a_policy_on_the_cpu_is_refused():
+    with pytest.raises(ValueError, match="captures CUDA graphs"):
+        torchpi.load_policy("demo", device="cpu", engine="graph")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rtc", [(), ("guidance", "action_prefix")], ids=["plain", "rtc"])
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+def test_compiled_engine_samples_the_models_actions(pi05, rtc):
+    model, observation = make_model(pi05=pi05), make_observation()
+    engine = InferenceEngine(model, mode="compiled")
+    actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
+    expected = model.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    assert len(engine.metadata["warm_buckets"]) == 1
