@@ -16,7 +16,6 @@ from torchpi.engine.kernels import PLAIN, Kernels, triton_kernels
 from torchpi.engine.packed import PackedModel
 from torchpi.engine.runner import Mode, Runner
 from torchpi.errors import ModelError
-from torchpi.model import flow
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance
 from torchpi.model.suffix import TimeConditioning
@@ -181,7 +180,7 @@ class InferenceEngine:
     @torch.no_grad()
     def _conditionings(self, num_steps: int) -> list[TimeConditioning]:
         if num_steps not in self._times:
-            self._times[num_steps] = self.model.time_conditionings([*flow.euler_times(num_steps), 0.0])
+            self._times[num_steps] = self.model.step_conditionings(num_steps)
         return self._times[num_steps]
 
     def _read_versions(self) -> list[tuple[int, int]]:
