@@ -87,8 +87,7 @@ def attend_kernel(  # a program per block of rows (a group's queries of all toke
         tl.store(partial + part * block_rows * block_dim + at_part, mixed)
         tl.store(logsums + part * block_rows + local, maximum + tl.log2(total))
         tl.debug_barrier()  # all threads' parts are written before the program counts itself
-        last = tl.atomic_add(counters + block, 1, sem="acq_rel") == splits - 1
-        if last:  # puts all parts together, in their order
+        if tl.atomic_add(counters + block, 1, sem="acq_rel") == splits - 1:  # the last one puts all parts together
             tl.store(counters + block, 0)
             total, mixed = tl.zeros_like(total), tl.zeros_like(mixed)
             for part in range(block * splits, (block + 1) * splits):
@@ -98,9 +97,9 @@ def attend_kernel(  # a program per block of rows (a group's queries of all toke
                 other = tl.load(partial + part * block_rows * block_dim + at_part, cache_modifier=".cg")
                 total += weight
                 mixed += other * weight[:, None]
-            mixed /= total[:, None]
-        stored &= last
-    tl.store(out + at_row, mixed.to(out.dtype.element_ty), mask=stored)
+            tl.store(out + at_row, (mixed / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    else:
+        tl.store(out + at_row, mixed.to(out.dtype.element_ty), mask=stored)
 
 
 class TritonAttention:
