@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from torchpi.demo.flow import DataFlow, DemoFrame, describe_flow, trace_request
+from torchpi.demo.flow import DemoFrame, describe_flow, trace_request
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.demo.next_steps import next_steps
 from torchpi.demo.page import EMBEDDED_BYTES, Demo, render_demo
@@ -20,7 +20,7 @@ from torchpi.policy import Policy, load_policy
 from torchpi.sim.actors import chosen_tasks, noise_shape
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.gl import rendering_problem
-from torchpi.sim.result import Evaluation, print_evaluation
+from torchpi.sim.result import print_evaluation
 from torchpi.sim.rollout import Rollout, episode_noise
 from torchpi.ui.tables import Column, Table, grid
 
@@ -61,8 +61,7 @@ def run_demo(
     flow = trace_request(loaded, demo_observation(task) | other, _first_noise(loaded, task, seed))
     _print_facts(console, "The policy", describe_policy(loaded))
     _print_facts(console, f"Data flow at the beginning of {task}", describe_flow(flow, loaded))
-    evaluation: Evaluation | None = None
-    frames: dict[str, DemoFrame] = {}
+    evaluation, frames = None, dict[str, DemoFrame]()
     if (problem := rendering_problem()) is None:
         console.print(f"\n[bold]Episodes in the simulator[/bold], {episodes} of each task, with a video of the first:")
         evaluation = evaluate(
@@ -83,9 +82,10 @@ def run_demo(
             console.print("Success is defined by the simulator for the task, whatever the instruction.")
     else:
         frames = {name: _packaged_frame(loaded, name, other, seed) for name in chosen}
-        _print_frames(console, problem, frames, flow, task, [action.name for action in loaded.embodiment.actions])
     steps = next_steps(ENV, chosen_tasks(loaded, ENV, None), can_render=problem is None)
     demo = Demo(loaded, task, flow, evaluation, problem, frames, steps)
+    if problem is not None:
+        _print_frames(console, demo)
     _write_page(console, demo, out / PAGE)
     return demo
 
@@ -127,18 +127,15 @@ def _packaged_frame(policy: Policy, task: str, other: dict[str, Any], seed: int)
     return DemoFrame(observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"])
 
 
-def _print_frames(
-    console: Console, problem: str, frames: Mapping[str, DemoFrame], flow: DataFlow, task: str, names: Sequence[str]
-) -> None:
-    console.print(
-        f"\n[bold]Nothing can be rendered here[/bold], so there are no episodes and no videos: {escape(problem)}."
-    )
+def _print_frames(console: Console, demo: Demo) -> None:
+    problem = escape(str(demo.problem))
+    console.print(f"\n[bold]Nothing can be rendered here[/bold], so there are no episodes and no videos: {problem}.")
     console.print("\nThe policy sees packaged camera frames instead. The means of the chunks that it predicts:")
-    numbers = [Column(name, "number") for name in names]
-    means = [(name, *(f"{mean:+.2f}" for mean in frame.actions.mean(axis=0))) for name, frame in frames.items()]
+    numbers = [Column(action.name, "number") for action in demo.policy.embodiment.actions]
+    means = [(name, *(f"{mean:+.2f}" for mean in frame.actions.mean(axis=0))) for name, frame in demo.frames.items()]
     console.print(Table([Column("task", "name"), *numbers], means).to_rich())
-    console.print(f"The chunk for {task}, action by action:")
-    actions = [(str(i), *(f"{value:+.3f}" for value in action)) for i, action in enumerate(flow.actions)]
+    console.print(f"The chunk for {demo.task}, action by action:")
+    actions = [(str(i), *(f"{value:+.3f}" for value in action)) for i, action in enumerate(demo.flow.actions)]
     console.print(Table([Column("", "number"), *numbers], actions).to_rich())
 
 

@@ -3,24 +3,23 @@
 import dataclasses
 import pathlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from torchpi.arrays import read_npz
+from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import MissingFileError, UsageError
 from torchpi.inspect import nanopi
 from torchpi.inspect.stages import TraceInputs, observation_stages
 from torchpi.model import flow
 from torchpi.model.pi0 import Pi0
+from torchpi.policy import Policy, load_policy
 from torchpi.robots.keys import flatten, nest
 from torchpi.types import Observation
-
-if TYPE_CHECKING:
-    from torchpi.policy import Policy
 
 CLASSIC_PI0 = Pi0Config(action_dim=7, action_horizon=32, max_token_len=16)  # the example that π₀ is explained with
 PROMPT = ("tokenized_prompt", "tokenized_prompt_mask")
@@ -91,9 +90,6 @@ def inputs_of_config(config: Pi0Config, shapes: Shapes, *, title: str = "") -> T
 
 def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load: Mapping[str, Any]) -> TraceInputs:
     """A policy with an observation, or a bare checkpoint with a batch of the model's own keys."""
-    from torchpi.checkpoints.checkpoint import open_checkpoint
-    from torchpi.policy import load_policy
-
     arrays = None if source.inputs is None else read_npz(source.inputs)
     of_model = arrays is not None and "tokenized_prompt" in arrays
     checkpoint = open_checkpoint(path, config=load.get("config"))
@@ -119,7 +115,7 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
     return inputs_of_model(model, shapes, batch, title=title, notes=(note,))
 
 
-def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], str]:
+def _observation(policy: Policy, source: Source) -> tuple[Mapping[str, Any], str]:
     """The frame of the dataset, or the embodiment's example; with a note that says so."""
     if source.dataset is None:
         note = "No observation was given: random pixels and a state of zeros, the embodiment's example."
@@ -136,7 +132,7 @@ def _observation(policy: "Policy", source: Source) -> tuple[Mapping[str, Any], s
 
 
 def inputs_of_policy(
-    policy: "Policy",
+    policy: Policy,
     shapes: Shapes,
     observation: Mapping[str, Any],
     *,

@@ -6,7 +6,7 @@ the joint transformer of the papers, written out. Trace, doctor and compare are 
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -16,10 +16,8 @@ from torchpi.config import Pi0Config
 from torchpi.inspect import nanopi
 from torchpi.inspect.steps import STEP_OF
 from torchpi.model.pi0 import Pi0
+from torchpi.policy import Policy
 from torchpi.robots.keys import flatten
-
-if TYPE_CHECKING:
-    from torchpi.policy import Policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +76,7 @@ class TraceInputs:
 
 
 def observation_stages(
-    policy: "Policy", observation: Mapping[str, Any], state: np.ndarray, sample: Mapping[str, Any]
+    policy: Policy, observation: Mapping[str, Any], state: np.ndarray, sample: Mapping[str, Any]
 ) -> Iterator[Stage]:
     """Step 0, from the robot's observation to token ids.
 

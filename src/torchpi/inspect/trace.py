@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +14,8 @@ from torchpi.inspect import nanopi
 from torchpi.inspect.inputs import Shapes, inputs_of_config, inputs_of_policy, observation_of
 from torchpi.inspect.stages import Stage, TraceInputs, forward_stages
 from torchpi.inspect.steps import STEP_OF, formula_of
+from torchpi.policy import Policy
 from torchpi.ui.format import without_nan
-
-if TYPE_CHECKING:
-    from torchpi.policy import Policy
 
 
 class Stats(NamedTuple):
@@ -147,7 +145,7 @@ class Trace:
 
 
 def trace_steps(
-    target: "Pi0Config | Policy",
+    target: Pi0Config | Policy,
     *,
     observation: Mapping[str, Any] | None = None,
     batch: int = 4,
