@@ -134,6 +134,9 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
         "split_rope_store, backbone": lambda: kernels.split_rope_store(
             empty(1, PREFIX, heads * HEAD_DIM), *angles[:, :, :PREFIX], *cache, 0
         ),
+        "split_rope_store, backbone's last layer": lambda: kernels.split_rope_store(
+            empty(1, PREFIX, 2 * HEAD_DIM), *angles[:, :, :PREFIX], *cache, 0
+        ),
         "split_rope_store, expert": lambda: kernels.split_rope_store(
             empty(1, SUFFIX, heads * HEAD_DIM), *angles[:, :, PREFIX:], *cache, PREFIX
         ),

@@ -115,10 +115,13 @@ def test_norms_of_small_and_large_rows_are_finite(kernels):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "num_tokens", "groups", "head_dim"), [(1, 1, 1, 64), (3, 33, 2, 24), (1, 51, 1, 32)])
+@pytest.mark.parametrize(
+    ("batch", "num_tokens", "num_heads", "groups", "head_dim"),
+    [(1, 1, 4, 1, 64), (3, 33, 4, 2, 24), (1, 51, 4, 1, 32), (1, 33, 0, 1, 32)],  # 0: only keys and values
+)
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_split_rope_store(kernels, batch, num_tokens, groups, head_dim, dtype, per_sample):
-    qkv = normal(batch, num_tokens, (4 + 2 * groups) * head_dim, dtype=dtype)
+def test_split_rope_store(kernels, batch, num_tokens, num_heads, groups, head_dim, dtype, per_sample):
+    qkv = normal(batch, num_tokens, (num_heads + 2 * groups) * head_dim, dtype=dtype)
     angle = 300 * torch.rand(batch if per_sample else 1, num_tokens, head_dim // 2, device=DEVICE)
     caches = [normal(2, 3, batch, num_tokens + 9, groups, head_dim, dtype=dtype)[:, 1] for _ in range(2)]
     caches[1].copy_(caches[0])  # one layer's of several
