@@ -14,7 +14,9 @@ import os
 import numpy as np
 import pytest
 import torch
+from test_engine import make_model, make_observation, noise_of
 
+from torchpi.engine import InferenceEngine
 from torchpi.engine.kernels import PLAIN, attention, triton_kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -184,3 +186,19 @@ def test_attend_is_deterministic_and_resets_its_counters(kernels):
     assert torch.equal(kernels.attend(*arguments), first)
     (counters,) = kernels.attend._counters.values()
     assert not counters.any()
+
+
+def test_another_stream_has_counters_of_its_own(kernels):
+    assert kernels.for_another_stream().attend is not kernels.attend
+    assert PLAIN.for_another_stream() is PLAIN
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_engine_on_the_kernels_samples_what_the_model_samples(kernels, pi05):
+    model = make_model(pi05=pi05).to(DEVICE)
+    observation, noise = make_observation(lengths=(17, 9)).to(DEVICE), noise_of(2).to(DEVICE)
+    engine = InferenceEngine(model, mode="eager", kernels=kernels, prompt_lengths=[20], batch_sizes=[2])
+    actions = engine.sample_actions(observation, noise=noise, num_steps=2)
+    assert len(engine.metadata["warm_buckets"]) == 1
+    expected = model.sample_actions(observation, noise=noise, num_steps=2)
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=2e-5)

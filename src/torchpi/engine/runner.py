@@ -1,5 +1,6 @@
 """One bucket's sampling: run eagerly, compiled, or replayed as one CUDA graph."""
 
+import copy
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,6 +27,8 @@ class Runner:
         Args:
             times: the conditioning of each Euler step, and of t = 0.
         """
+        packed = copy.copy(packed)
+        packed.kernels = packed.kernels.for_another_stream()  # a graph may run while another one is captured
         self.packed, self.bucket, self.times = packed, bucket, times
         device = packed.embedding.device
         self.inputs = Inputs.empty(bucket, packed.config, device)

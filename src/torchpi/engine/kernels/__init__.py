@@ -34,6 +34,11 @@ class Kernels:
     linear_geglu: _One
     attend: _One
 
+    def for_another_stream(self) -> "Kernels":
+        """The same kernels, which may run at the same time: Triton's attention gets counters of its own."""
+        counts = isinstance(self.attend, attention.TritonAttention)
+        return dataclasses.replace(self, attend=attention.TritonAttention()) if counts else self
+
 
 PLAIN = Kernels(
     "plain", norms.rms_norm, norms.residual_rms_norm, norms.ada_rms_norm, norms.gated_residual_ada_rms_norm,
@@ -44,7 +49,7 @@ PLAIN = Kernels(
 
 
 def triton_kernels() -> Kernels:
-    """The Triton kernels, or a ModuleNotFoundError; for one stream at a time, because attention keeps counters."""
+    """The Triton kernels, or a ModuleNotFoundError; for one stream at a time (`Kernels.for_another_stream`)."""
     require("triton", "gpu")
     return Kernels(
         "triton", norms.triton_rms_norm, norms.triton_residual_rms_norm, norms.triton_ada_rms_norm,
