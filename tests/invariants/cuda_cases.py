@@ -36,6 +36,9 @@ from torch import Tensor
 
 import torchpi
 from torchpi.config import PRESETS, GemmaConfig, LoraConfig, Pi0Config, VisionConfig
+from torchpi.engine.bucket import Bucket
+from torchpi.engine.packed import PackedModel
+from torchpi.engine.runner import Runner
 from torchpi.model.lora import add_lora, merge_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance
@@ -136,6 +139,30 @@ def sampling(sizes: Pi0Config, kind: str, dtype: str, device: str = GPU, steps: 
             assert model.denoise(cache, actions, num_steps=steps, **rtc).dtype is torch.float32
         assert record.border_crossings == before
     return result(record, dtypes=wrong_dtypes(record, model))
+
+
+def engine(sizes: Pi0Config, kind: str, dtype: str) -> dict[str, Any]:
+    """A bucket of the engine: all that a CUDA graph captures. The plain operations stand in for the kernels."""
+    model = model_of(sizes, dtype)
+    with device_of(model) as record, torch.no_grad():
+        rtc = previous_chunk(kind, GPU, sizes)
+        bucket = Bucket(
+            BATCH,
+            len(CAMERAS),
+            prompt_tokens=5,
+            horizon=sizes.require("action_horizon"),
+            num_steps=2,
+            guidance=5.0 if "guidance" in rtc else None,
+            action_prefix="action_prefix" in rtc,
+        )
+        packed, times = PackedModel(model), model.step_conditionings(2)
+        before = record.border_crossings.copy()
+        runner = Runner(packed, bucket, "eager", times)
+        actions = runner(runner.inputs)
+        assert record.border_crossings == before
+        assert on_device(record, actions)
+        assert actions.dtype is torch.float32
+    return result(record, dtypes=[])
 
 
 def full_size() -> dict[str, Any]:
@@ -244,6 +271,8 @@ for variant, sizes in SIZES.items():
     case(sampling, f"sampling {variant}", sizes=sizes, kind="plain", dtype="bfloat16")
     case(sampling, f"sampling {variant} float32 cuda", sizes=sizes, kind="prefix", dtype="float32", device="cuda")
     case(sampling, f"sampling {variant} guided, prefix", sizes=sizes, kind="guided, prefix", dtype="bfloat16")
+    case(engine, f"engine {variant}", sizes=sizes, kind="plain", dtype="bfloat16")
+    case(engine, f"engine {variant} guided, prefix", sizes=sizes, kind="guided, prefix", dtype="bfloat16")
     case(loss, f"loss {variant}", sizes=sizes, dtype="float32", compute_dtype="bfloat16")
 case(sampling, "sampling sincos2d guided", sizes=SINUSOID, kind="guided", dtype="float32")
 case(full_size, "sampling full size cuda")

@@ -188,4 +188,8 @@ def _as_dtype(module: Any, dtype: torch.dtype) -> Any:
     """The module itself, or a copy in the dtype."""
     if all(parameter.dtype is dtype for parameter in module.parameters()):
         return module
-    return copy.deepcopy(module).to(dtype)
+    copied = copy.deepcopy(module)
+    for part in copied.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return copied
