@@ -155,7 +155,7 @@ def engine(sizes: Pi0Config, kind: str, dtype: str) -> dict[str, Any]:
             guidance=5.0 if "guidance" in rtc else None,
             action_prefix="action_prefix" in rtc,
         )
-        packed, times = PackedModel(model), model.step_conditionings(2)
+        packed, times = PackedModel(model), model.step_conditionings(2, action_prefix=bucket.action_prefix)
         before = record.border_crossings.copy()
         runner = Runner(packed, bucket, "eager", times)
         actions = runner(runner.inputs)

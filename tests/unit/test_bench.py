@@ -35,30 +35,19 @@ def test_counted_flops_equal_those_of_a_run(batch, pi05):
     assert sum(op.flops for op in floor.sampling_ops(work)) == counter.get_total_flops()
 
 
-def test_compile_reaches_every_stack_of_sampling(monkeypatch):
-    """A stack that is entered by another method than the compiled one would silently run as before."""
-    entered = []
+@pytest.mark.parametrize("engine", [None, "eager"])
+def test_sampling_is_measured_on_busy_cores_too(engine, monkeypatch):
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
+    work = workload(preset("tiny"), num_steps=1)
+    result = bench.bench_model(work, repeats=1, engine=engine, busy=True)
+    assert result.to_json()["busy_seconds"] > 0
+    assert "busy_seconds" not in bench.bench_model(work, repeats=1, engine=engine).to_json()
 
-    def fake_compile(function, **options):
-        def run(*args, **kwargs):
-            entered.append(function.__qualname__)
-            return function(*args, **kwargs)
 
-        return run
-
-    monkeypatch.setattr(torch, "compile", fake_compile)
-    work = workload(preset("tiny"), num_steps=2)
-    model = torchpi.Pi0(work.config)
-    expected = model.sample_actions(
-        bench.make_observation(work, torch.device("cpu")), noise=torch.ones(1, 16, 8), num_steps=2
-    )
-    bench.compile_stacks(model)
-    actions = model.sample_actions(
-        bench.make_observation(work, torch.device("cpu")), noise=torch.ones(1, 16, 8), num_steps=2
-    )
-    assert torch.equal(actions, expected)
-    assert len(entered) == 1 + 1 + work.num_steps  # vision, backbone, the expert in every step
-    assert any("keys_and_values" in name for name in entered)
+def test_bench_model_names_the_option_that_compiles(capsys):
+    with pytest.raises(SystemExit):
+        main(["bench", "model", "--compile"])
+    assert "bench model takes --engine compiled" in capsys.readouterr().err
 
 
 def test_compile_reaches_every_trained_layer(monkeypatch):

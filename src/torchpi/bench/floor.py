@@ -175,11 +175,16 @@ class Result:
     """Each run's time over the floor at the machine's speed just then."""
     operations: list[Op]
     machine: Machine
+    busy_seconds: float | None = None
+    """While other processes kept all cores busy, where that was measured."""
 
     def to_json(self) -> dict[str, Any]:
         """The result as a JSON document."""
         rates = {"flops_per_second": self.machine.flops, "bytes_per_second": self.machine.bytes}
-        return {"name": self.name, "seconds": self.seconds, "floor": self.floor, "ratio": self.ratio, **rates}
+        times = {"seconds": self.seconds, "floor": self.floor, "ratio": self.ratio}
+        if self.busy_seconds is not None:
+            times["busy_seconds"] = self.busy_seconds
+        return {"name": self.name, **times, **rates}
 
     def print(self, console: Console) -> None:
         """Print the result, and the floor operation by operation."""
@@ -187,6 +192,9 @@ class Result:
             f"\n[bold]{self.name}[/bold]: {1e3 * self.seconds:.1f} ms, floor {1e3 * self.floor:.1f} ms, ratio "
             f"{self.ratio:.2f} (this run: {self.machine.flops / 1e9:.0f} GFLOP/s, {self.machine.bytes / 1e9:.1f} GB/s)"
         )
+        if self.busy_seconds is not None:
+            times = f"{1e3 * self.busy_seconds:.1f} ms, {self.busy_seconds / self.seconds:.2f} times as long"
+            console.print(f"while other processes keep all cores busy: {times}")
         totals: dict[str, list[float]] = {}
         for op in self.operations:
             row = totals.setdefault(op.name, [0.0, 0.0, 0.0])

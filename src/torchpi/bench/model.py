@@ -1,14 +1,22 @@
 """`bench model` and `bench train`: sampling and a training step, each next to its floor."""
 
+import contextlib
+import dataclasses
+import os
 import pathlib
 import platform
-from collections.abc import Sequence
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 
 import torch
 from rich.console import Console
 
-from torchpi.bench.floor import Result, Workload, measure, sampling_ops, training_ops
+from torchpi.bench.floor import Result, Workload, measure, sampling_ops, timed, training_ops
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
+from torchpi.engine import InferenceEngine
+from torchpi.engine.runner import Mode
 from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import layers
@@ -41,7 +49,16 @@ def bench_config(name: str) -> Pi0Config:
     return Pi0Config.from_json(name)
 
 
-def run_bench(what: Sequence[str], work: Workload, *, compiled: bool, repeats: int, as_json: bool) -> None:
+def run_bench(
+    what: Sequence[str],
+    work: Workload,
+    *,
+    engine: Mode | None,
+    compiled: bool,
+    busy: bool,
+    repeats: int,
+    as_json: bool,
+) -> None:
     """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio."""
     counts = {"batch": work.batch, "cameras": work.num_cameras, "prompt_tokens": work.prompt_tokens}
     counts |= {"repeats": repeats, "flow_samples_per_obs": work.flow_samples_per_obs}
@@ -51,10 +68,13 @@ def run_bench(what: Sequence[str], work: Workload, *, compiled: bool, repeats: i
         raise UsageError(f"{work.prompt_tokens} prompt tokens do not fit into max_token_len {longest}.")
     console = Console(stderr=as_json, highlight=False)
     console.print(describe_machine(torch.device(work.device)))
-    benchmarks = {"model": bench_model, "train": bench_train}
-    results = [benchmarks[name](work, repeats=repeats, compiled=compiled) for name in what]
-    for result in results:
-        result.print(console)
+    results = []
+    for name in what:
+        if name == "model":
+            results.append(bench_model(work, repeats=repeats, engine=engine, busy=busy))
+        else:
+            results.append(bench_train(work, repeats=repeats, compiled=compiled))
+        results[-1].print(console)
     if as_json:
         print_json([result.to_json() for result in results])
 
@@ -66,26 +86,40 @@ def describe_machine(device: torch.device) -> str:
     return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
-def bench_model(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:
-    """Measure `sample_actions`."""
+def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None, busy: bool = False) -> Result:
+    """Measure `sample_actions` of the model, or of an engine.
+
+    Args:
+        busy: measure it once more while other processes keep all cores busy.
+    """
     model = Pi0(work.config, device=work.device).to(work.dtype).eval()
     observation = make_observation(work, torch.device(work.device))
     horizon = work.config.require("action_horizon")
     noise = torch.randn(work.batch, horizon, work.config.action_dim, device=work.device)
-    if compiled:
-        compile_stacks(model)
+    sampler = model if engine is None else InferenceEngine(model, mode=engine)
 
     def run() -> None:
-        model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
+        sampler.sample_actions(observation, noise=noise, num_steps=work.num_steps)
 
-    return measure("sample_actions", run, sampling_ops(work), work, repeats)
+    name = "sample_actions" if engine is None else f"sample_actions, {engine} engine"
+    result = measure(name, run, sampling_ops(work), work, repeats)
+    if not busy:
+        return result
+    with busy_cores():
+        times = [timed(run, torch.device(work.device)) for _ in range(repeats)]
+    return dataclasses.replace(result, busy_seconds=statistics.median(times))
 
 
-def compile_stacks(model: Pi0) -> None:
-    """Compile the parts of the three stacks that sampling runs: of the backbone `keys_and_values`, not `forward`."""
-    model.vision.compile()
-    model.backbone.keys_and_values = torch.compile(model.backbone.keys_and_values)  # type: ignore[method-assign]
-    model.expert.compile()
+@contextlib.contextmanager
+def busy_cores() -> Iterator[None]:
+    """A process per core that never waits, as on a robot's computer that does other things too."""
+    processes = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> Result:

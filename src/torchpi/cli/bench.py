@@ -36,8 +36,13 @@ class Bench:
     """Dtype of the matmuls; weights follow it in sampling, and stay float32 in training."""
     device: str = "cpu"
     """Device: cpu or cuda."""
+    engine: Literal["compiled", "graph", "eager"] | None = None
+    """For model: sample with an engine, through torch.compile, as a CUDA graph, or its operations as they are; by
+    default the plain model samples."""
     compile: bool = False
-    """Run the three stacks, or in training each layer, through torch.compile."""
+    """For train: run each layer through torch.compile."""
+    busy: bool = False
+    """For model: measure it once more while other processes keep all cores busy."""
     repeats: int = 5
     """Timed runs, whose median counts."""
     json: bool = False
@@ -58,7 +63,17 @@ class Bench:
         sizes = bench_config(self.config), self.batch, self.cameras, self.prompt_tokens, self.num_steps
         work = Workload(*sizes, getattr(torch, self.dtype), self.device, self.flow_samples_per_obs)
         names = ["model", "train"] if self.what == "all" else [self.what]
-        run_bench(names, work, compiled=self.compile, repeats=self.repeats, as_json=self.json)
+        if self.what == "model" and self.compile:
+            raise UsageError("--compile is for training; bench model takes --engine compiled.")
+        run_bench(
+            names,
+            work,
+            engine=self.engine,
+            compiled=self.compile,
+            busy=self.busy,
+            repeats=self.repeats,
+            as_json=self.json,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

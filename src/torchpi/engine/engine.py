@@ -18,7 +18,6 @@ from torchpi.engine.runner import Mode, Runner
 from torchpi.errors import ModelError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance
-from torchpi.model.suffix import TimeConditioning
 from torchpi.types import Observation
 
 PROMPT_LENGTHS = (32, 64, 128, 200)
@@ -75,7 +74,6 @@ class InferenceEngine:
         self._runners: collections.OrderedDict[Bucket, Runner] = collections.OrderedDict()  # the last one used last
         self._failed: set[Bucket] = set()
         self._warming: dict[Bucket, concurrent.futures.Future[None]] = {}
-        self._times: dict[int, list[TimeConditioning]] = {}  # by the number of steps
         self._lock = threading.Lock()  # of the dictionaries and of the runners' static tensors
         self.background = background
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
@@ -135,7 +133,9 @@ class InferenceEngine:
     def warm_up(self, bucket: Bucket) -> None:
         """Compile or capture a bucket now, unless it is warm."""
         try:
-            runner = Runner(self.packed, bucket, self.mode, self._conditionings(bucket.num_steps))
+            with torch.no_grad():
+                times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
+            runner = Runner(self.packed, bucket, self.mode, times)
         except RuntimeError as error:  # out of memory, or what torch.compile needs is missing
             self._failed.add(bucket)
             warnings.warn(
@@ -176,12 +176,6 @@ class InferenceEngine:
                 return False
         self.warm_up(bucket)
         return bucket not in self._failed
-
-    @torch.no_grad()
-    def _conditionings(self, num_steps: int) -> list[TimeConditioning]:
-        if num_steps not in self._times:
-            self._times[num_steps] = self.model.step_conditionings(num_steps)
-        return self._times[num_steps]
 
     def _read_versions(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]

@@ -25,7 +25,7 @@ class Runner:
         """Allocate the inputs and make the first run, which compiles or captures.
 
         Args:
-            times: the conditioning of each Euler step, and of t = 0.
+            times: `Pi0.step_conditionings`.
         """
         packed = copy.copy(packed)
         packed.kernels = packed.kernels.for_another_stream()  # a graph may run while another one is captured

@@ -260,9 +260,9 @@ class Pi0(nn.Module):
             modulations = list(zip(*(modulation.split(1) for modulation in at_all.modulations), strict=True))
         return [TimeConditioning(*one) for one in zip(times, features, modulations, strict=True)]
 
-    def step_conditionings(self, num_steps: int) -> list[TimeConditioning]:
-        """`time_conditionings` of the Euler steps, and behind them of t = 0, an action prefix' time."""
-        return self.time_conditionings([*flow.euler_times(num_steps), 0.0])
+    def step_conditionings(self, num_steps: int, *, action_prefix: bool) -> list[TimeConditioning]:
+        """`time_conditionings` of the Euler steps, and behind them of an action prefix, whose time is 0."""
+        return self.time_conditionings([*flow.euler_times(num_steps), *([0.0] if action_prefix else [])])
 
     def denoise_step(
         self,
@@ -418,12 +418,9 @@ class Pi0(nn.Module):
         num_steps: int = 10,
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
-        conditionings: Sequence[TimeConditioning] | None = None,
     ) -> Float32[Tensor, "B H A"]:
-        """The Euler steps of `sample_actions`, from a prefilled cache; arguments as there. Reads no value on the host.
-
-        `conditionings` are `step_conditionings`, by default computed here; they are the same for all chunks."""
-        times = self.step_conditionings(num_steps) if conditionings is None else conditionings
+        """The Euler steps of `sample_actions` from a prefilled cache; arguments as there. Reads nothing on the host."""
+        times = self.step_conditionings(num_steps, action_prefix=action_prefix is not None)
         velocity = functools.partial(self.denoise_step, cache)
         return integrate(velocity, noise, times, guidance=guidance, action_prefix=action_prefix)
 

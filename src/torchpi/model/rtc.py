@@ -101,10 +101,11 @@ def integrate(
     """Euler steps from noise to actions.
 
     Args:
-        times: the conditioning of each step, and behind them that of t = 0.
+        times: the conditioning of each step, and behind them that of the action prefix, if there is one.
     """
-    *steps, at_zero = times
+    steps = times
     if action_prefix is not None:
+        *steps, at_zero = times
         noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
     if guidance is not None:
         velocity = guidance.wrap(velocity)
