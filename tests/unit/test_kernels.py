@@ -114,7 +114,7 @@ def test_attend_equals_the_models_with_its_mask(groups, num_state_tokens):
     torch.testing.assert_close(over_prefix, layers.attend(q, keys, values, mask[:, -1:]), **NEAR)
 
 
-@pytest.mark.parametrize("subject", ["orm", "rope or geglu", "attend or stream", "engine"])
+@pytest.mark.parametrize("subject", ["orm or rope or geglu", "attend or stream or engine"])
 def test_triton_kernels_equal_the_twins_in_the_interpreter(subject):
     pytest.importorskip("triton")
     file = pathlib.Path(__file__).with_name("triton_kernels.py")

@@ -80,7 +80,7 @@ def assert_equal(got, expected, factor=1.0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 33, 72), (1, 50, 200)])
+@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 7, 72), (1, 33, 200)])
 class TestNorms:
     def test_rms_norm(self, kernels, batch, num_tokens, width, dtype):
         x, y = normal(2, batch, num_tokens, width, dtype=dtype)
@@ -119,7 +119,7 @@ def test_norms_of_small_and_large_rows_are_finite(kernels):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("batch", "num_tokens", "num_heads", "groups", "head_dim"),
-    [(1, 1, 4, 1, 64), (3, 33, 4, 2, 24), (1, 51, 4, 1, 32), (1, 33, 0, 1, 32)],  # 0: only keys and values
+    [(1, 1, 4, 1, 64), (3, 5, 4, 2, 24), (1, 51, 4, 1, 32), (1, 7, 0, 1, 32)],  # 0: only keys and values
 )
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_split_rope_store(kernels, batch, num_tokens, num_heads, groups, head_dim, dtype, per_sample):
@@ -137,7 +137,7 @@ def test_split_rope_store(kernels, batch, num_tokens, num_heads, groups, head_di
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 33, 1100), (1, 51, 72)])
+@pytest.mark.parametrize(("batch", "num_tokens", "width"), [(1, 1, 64), (3, 3, 1100), (1, 51, 72)])
 def test_geglu(kernels, batch, num_tokens, width, dtype):
     gate_up = normal(batch, num_tokens, 2 * width, dtype=dtype) * 4
     assert_equal(kernels.geglu(gate_up), PLAIN.geglu(gate_up.float()).to(dtype))
