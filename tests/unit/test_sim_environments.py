@@ -1,5 +1,8 @@
 """The simulators: seeds, rendered images, and user errors."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from sim_helpers import python, require_simulator
@@ -351,3 +354,17 @@ def test_a_process_that_ends_with_an_open_environment_is_silent(env, task):
     kept = f"{RENDER.format(env, task)}; import builtins; builtins.kept = e"
     done = python("-W", "error::ResourceWarning", "-c", kept)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_torch_compile_is_imported_behind_a_rendered_image():
+    """Triton's LLVM behind that of Mesa's software renderer would end the process."""
+    require_simulator()
+    program = """
+from torchpi.sim import make_environment
+environment = make_environment("metaworld", "drawer-open")
+environment.reset(0)
+environment.observe()
+import torch._dynamo
+environment.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)

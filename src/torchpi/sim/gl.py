@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 import weakref
@@ -31,6 +32,10 @@ def import_mujoco() -> Any:
     """MuJoCo, which decides at import how it will render: with EGL, unless the user's MUJOCO_GL says otherwise."""
     if sys.platform == "linux":  # elsewhere its own choice needs no screen
         os.environ.setdefault("MUJOCO_GL", "egl")
+    # Mesa's software renderer and Triton each bring an LLVM. Triton, which torch.compile imports, ends the process with
+    # a segmentation fault if it comes second.
+    if importlib.util.find_spec("triton") is not None:
+        importlib.import_module("triton")
     try:
         return require("mujoco", "sim")
     except MissingExtraError:
