@@ -47,7 +47,7 @@ class InferenceEngine:
 
         Args:
             mode: "graph" captures a CUDA graph per bucket; "compiled" runs it through torch.compile; "eager" as it is.
-            kernels: by default Triton's for graphs, and PyTorch's operations otherwise.
+            kernels: by default Triton's for graphs in 16 bits, and PyTorch's operations otherwise.
             prompt_lengths: numbers of prompt tokens to which a bucket is padded; the model's own maximum is one more.
             batch_sizes: numbers of samples to which a bucket is padded.
             max_buckets: number of buckets that are kept; the one that was used longest ago makes room.
@@ -67,7 +67,7 @@ class InferenceEngine:
                 f"{max_buckets}, {list(prompt_lengths)} and {list(batch_sizes)}."
             )
         self.model, self.mode = model, mode
-        self.packed = PackedModel(model, kernels or (_graph_kernels() if mode == "graph" else PLAIN))
+        self.packed = PackedModel(model, kernels or _best_kernels(model, mode))
         longest = model.config.max_token_len or max(prompt_lengths)
         self.prompt_lengths = sorted({length for length in prompt_lengths if length < longest} | {longest})
         self.batch_sizes, self.max_buckets = sorted(batch_sizes), max_buckets
@@ -185,7 +185,9 @@ class InferenceEngine:
             raise ModelError("The model's weights changed after the engine had packed them; build a new engine.")
 
 
-def _graph_kernels() -> Kernels:
+def _best_kernels(model: Pi0, mode: Mode) -> Kernels:
+    if mode != "graph" or model.compute_dtype is torch.float32:  # whose tiles do not fit into the kernels' memory
+        return PLAIN
     try:
         return triton_kernels()
     except ImportError as error:
