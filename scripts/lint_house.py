@@ -26,6 +26,7 @@ READING_PATH += ("training/loop",)
 LAYERS: Mapping[str, str] = {
     "version": "",
     "errors": "",
+    "devices": "errors",
     "assets": "errors",
     "atomic": "errors",
     "extras": "errors",
@@ -40,7 +41,7 @@ LAYERS: Mapping[str, str] = {
     "checkpoints": "model extras atomic transforms robots version",
     "transforms": "types schema arrays",
     "robots": "transforms schema",
-    "policy": "checkpoints robots collate engine",
+    "policy": "checkpoints robots collate engine devices",
     "convert": "policy",
     "data": "robots randomness extras assets atomic",
     "evaluation": "policy data ui",

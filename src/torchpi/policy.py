@@ -15,6 +15,7 @@ from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.collate import collate, rtc_inputs
 from torchpi.config import Pi0Config
+from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
 from torchpi.errors import MissingFileError, PolicyError
 from torchpi.model.pi0 import Pi0
@@ -386,7 +387,7 @@ def load_policy(
         default_prompt: for requests without a prompt.
         truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
-        dtype: of the weights and the computation; by default float32 on the CPU, bfloat16 on a CUDA device.
+        dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
         lora_alpha: of a JAX checkpoint with LoRA weights, see `load_model`.
         engine: see `Policy.use_engine`.
 
@@ -396,7 +397,7 @@ def load_policy(
         ValueError: something is neither in the checkpoint nor among the arguments, contradictory, or corrupt.
     """
     device = usable_device(device)
-    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    dtype = dtype or fastest_dtype(device)
     checkpoint = open_checkpoint(path, config=config)
     spec = checkpoint.spec().requested(
         embodiment=embodiment,
@@ -422,16 +423,3 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.tokenizer is not None
     fields = {name: value for name, value in vars(spec).items() if name not in ("source", "assets", "is_policy_folder")}
     return Policy(model, **fields)
-
-
-def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device; by default CUDA where there is one, or else the CPU."""
-    try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:  # torch does not know the name
-        raise PolicyError(f"Unknown device {device!r}; expected for example cpu or cuda.") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise PolicyError(
-            f"There is no device {found}: torch sees {torch.cuda.device_count()} CUDA devices here; use cpu."
-        )
-    return found

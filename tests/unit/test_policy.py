@@ -12,6 +12,7 @@ import torch
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.collate import collate
+from torchpi.devices import fastest_dtype
 from torchpi.robots import EMBODIMENTS, Camera, get_embodiment
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
 
@@ -587,3 +588,11 @@ def test_metadata_state_commands_and_ranges_of_actions(golden_root):
     assert arm.metadata["action_commands"] == ["position", None, None, "velocity"]
     assert arm.metadata["action_range"]["high"][0] == pytest.approx(1.0 + state.q99[0])
     assert arm.metadata["action_range"]["low"][1] == -1.0
+
+
+@pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_gpu_without_bfloat16_computes_in_float32_and_says_so(has_bfloat16, expected, monkeypatch, recwarn):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
+    assert fastest_dtype(torch.device("cuda")) is expected
+    assert ["Tesla T4 has no bfloat16" in str(warning.message) for warning in recwarn] == [True] * (not has_bfloat16)

@@ -21,11 +21,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from torchpi.devices import usable_device
 from torchpi.errors import TrainingError
 from torchpi.model.gemma import AdaRMSNorm, RMSNorm
 from torchpi.model.lora import LoraLinear
 from torchpi.model.pi0 import Pi0
-from torchpi.policy import usable_device
 from torchpi.training.activation_checkpointing import layers
 
 PATIENCE = datetime.timedelta(days=1)
