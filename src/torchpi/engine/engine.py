@@ -77,6 +77,7 @@ class InferenceEngine:
         self._lock = threading.Lock()  # of the dictionaries and of the runners' static tensors
         self.background = background
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
+        self._pool = torch.cuda.graph_pool_handle() if mode == "graph" else None
         self._parameters = list(model.parameters())
         self._versions = self._read_versions()
 
@@ -135,7 +136,7 @@ class InferenceEngine:
         try:
             with torch.no_grad():
                 times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
-            runner = Runner(self.packed, bucket, self.mode, times)
+            runner = Runner(self.packed, bucket, self.mode, times, self._pool)
         except RuntimeError as error:  # out of memory, or what torch.compile needs is missing
             self._failed.add(bucket)
             warnings.warn(

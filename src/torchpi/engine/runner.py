@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,11 +21,19 @@ MAX_COMPILED = 64
 class Runner:
     """Sampling of one bucket, from static inputs to static actions."""
 
-    def __init__(self, packed: PackedModel, bucket: Bucket, mode: Mode, times: Sequence[TimeConditioning]) -> None:
+    def __init__(
+        self,
+        packed: PackedModel,
+        bucket: Bucket,
+        mode: Mode,
+        times: Sequence[TimeConditioning],
+        pool: Any = None,
+    ) -> None:
         """Allocate the inputs and make the first run, which compiles or captures.
 
         Args:
             times: `Pi0.step_conditionings`.
+            pool: memory that the graphs of an engine share, since they run one after the other.
         """
         packed = copy.copy(packed)
         packed.kernels = packed.kernels.for_another_stream()  # a graph may run while another one is captured
@@ -40,9 +48,9 @@ class Runner:
                 self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
                 self._sample()
         elif mode == "graph":
-            self._capture(device)
+            self._capture(device, pool)
 
-    def _capture(self, device: torch.device) -> None:
+    def _capture(self, device: torch.device, pool: Any) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
@@ -50,7 +58,7 @@ class Runner:
         torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
         # Other threads go on working with the device meanwhile.
-        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
             self.actions = self._sample()
 
     def __call__(self, inputs: Inputs) -> Tensor:
