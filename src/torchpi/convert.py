@@ -13,7 +13,6 @@ import torch
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
-from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
 from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
@@ -166,7 +165,9 @@ def _checked_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> 
         raise CheckpointError(f"{path} exists already; choose another path, or overwrite it (--overwrite).")
     try:
         if path.exists():
-            format_of(existing_folder(path))
+            if not path.is_dir():
+                raise CheckpointError("It is a file.")
+            format_of(path)
     except ValueError as error:
         raise CheckpointError(f"{path} is no checkpoint, and is not overwritten: {error}") from error
     return path

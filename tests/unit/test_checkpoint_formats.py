@@ -594,6 +594,26 @@ def test_only_a_checkpoint_is_overwritten(golden_pi05, tmp_path):
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years"
 
 
+def test_a_folder_called_demo_or_a_file_of_a_checkpoint_is_not_overwritten(golden_pi05, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # as a source, "demo" is the embedded policy, and a file stands for its folder
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "chapter.tex").write_text("years")
+    convert("demo", tmp_path / "policy", "torchpi", check=False)
+    before = (tmp_path / "policy" / "policy.json").read_bytes()
+    for target in ("demo", "policy/policy.json"):
+        with pytest.raises(ValueError, match=rf"{target} is no checkpoint, and is not overwritten"):
+            convert(golden_pi05.checkpoint, target, "openpi-jax", config=golden_pi05.config, overwrite=True)
+    assert (tmp_path / "demo" / "chapter.tex").read_text() == "years"
+    assert (tmp_path / "policy" / "policy.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("to", ["torchpi", "openpi-jax"])
+def test_a_dtype_that_checkpoints_do_not_have_is_an_error(tmp_path, to):
+    with pytest.raises(ValueError, match="Weights are written in float32 or bfloat16, got float16"):
+        convert("demo", tmp_path / "out", to, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.usefixtures("offline")
 def test_openpi_needs_no_tokenizer_and_policies_do(lerobot, golden_pi05, tmp_path):
     root, _ = lerobot

@@ -193,6 +193,12 @@ def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
         raise CheckpointError(message)
 
 
+def require_writable(dtype: torch.dtype) -> None:
+    """Raise an error unless checkpoints may have a dtype."""
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise CheckpointError(f"Weights are written in float32 or bfloat16, got {str(dtype).removeprefix('torch.')}.")
+
+
 def sizes_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
     """The shape of an array that every checkpoint of a format has."""
     if name not in shapes:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from torchpi.checkpoints.layout import Shapes
+from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError
 
 _DTYPES = ("float32", "bfloat16")
@@ -119,6 +119,7 @@ def write_params(
 
     The folder exists and is empty. One zstd-compressed chunk per array, one array after the other, read by name.
     """
+    require_writable(dtype)
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
     single = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "TFRT_CPU_0"})

@@ -10,7 +10,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from torchpi.checkpoints.layout import Shapes
+from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.schema import parse, read_json, write_json
 
@@ -135,6 +135,7 @@ def write_safetensors(
 ) -> None:
     """Write arrays, read by name, into one file, or into shards with an index where they are more than
     `max_shard_bytes`; the files' headers have the `metadata`."""
+    require_writable(dtype)
     size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards: list[dict[str, int]] = [{}]
     room = max_shard_bytes or sum(size.values())
