@@ -11,6 +11,7 @@ import torchpi
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.engine import InferenceEngine
 from torchpi.engine.bucket import Bucket
+from torchpi.engine.kernels import PLAIN
 from torchpi.engine.runner import Runner
 from torchpi.model.lora import LoraConfig, add_lora
 from torchpi.model.pi0 import Pi0
@@ -212,6 +213,29 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
         warnings.simplefilter("error")
         second = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
     assert torch.equal(first, second)
+
+
+def test_fused_kernels_that_fail_are_replaced_with_one_warning():
+    def broken(*args):
+        raise OSError("no C compiler")
+
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager", kernels=dataclasses.replace(PLAIN, name="triton", attend=broken))
+    with pytest.warns(UserWarning, match="PyTorch's operations replace the fused kernels, which fail here: no C"):
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.sample_actions(make_observation((40,)), noise=noise_of(1), num_steps=1)
+    expected = model.sample_actions(observation, noise=noise_of(), num_steps=1)
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    assert engine.metadata["kernels"] == "plain"
+    assert len(engine.metadata["warm_buckets"]) == 2
+
+
+def test_number_of_steps_that_is_not_positive_is_refused():
+    engine = InferenceEngine(make_model(), mode="eager")
+    with pytest.raises(ValueError, match="num_steps must be a positive integer, got 0"):
+        engine.sample_actions(make_observation(), noise=noise_of(), num_steps=0)
 
 
 def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):

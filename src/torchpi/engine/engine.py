@@ -132,22 +132,31 @@ class InferenceEngine:
         )
 
     def warm_up(self, bucket: Bucket) -> None:
-        """Compile or capture a bucket now, unless it is warm."""
+        """Compile or capture a bucket now."""
+        with torch.no_grad():
+            times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
         try:
-            with torch.no_grad():
-                times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
             runner = Runner(self.packed, bucket, self.mode, times, self._pool)
-        except RuntimeError as error:  # out of memory, or what torch.compile needs is missing
-            self._failed.add(bucket)
-            warnings.warn(
-                f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {error}",
-                stacklevel=2,
-            )
+        except Exception as error:  # out of memory, or whatever a compiler, Triton or the driver raises
+            self._fall_back(bucket, error)
             return
         with self._lock:
             self._runners[bucket] = runner
             while len(self._runners) > self.max_buckets:
                 self._runners.popitem(last=False)
+
+    def _fall_back(self, bucket: Bucket, error: Exception) -> None:
+        """Do without the fused kernels, or without the bucket."""
+        if self.packed.kernels is not PLAIN and not isinstance(error, torch.OutOfMemoryError):
+            warnings.warn(f"PyTorch's operations replace the fused kernels, which fail here: {error}", stacklevel=4)
+            self.packed.kernels = PLAIN
+            self.warm_up(bucket)
+            return
+        self._failed.add(bucket)
+        warnings.warn(
+            f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {error}",
+            stacklevel=4,
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class Runner:
                 self._sample()
         elif mode == "graph":
             self._capture(device, pool)
+        else:
+            self._sample()
 
     def _capture(self, device: torch.device, pool: Any) -> None:
         stream = torch.cuda.Stream(device)
