@@ -12,9 +12,13 @@ from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
 from torchpi.types import Observation, PreviousChunk
 
 
-def stack_inputs(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Stack the inputs of several samples, as `Observation.from_dict` takes them; shorter prompts are padded."""
-    length = max(len(sample["tokenized_prompt"]) for sample in samples)
+def stack_inputs(samples: Sequence[Mapping[str, Any]], prompt_lengths: Sequence[int] = ()) -> dict[str, Any]:
+    """Stack the inputs of several samples, as `Observation.from_dict` takes them.
+
+    Prompts are padded to the smallest of `prompt_lengths` that all fit into, without one to the longest prompt.
+    """
+    longest = max(len(sample["tokenized_prompt"]) for sample in samples)
+    length = min((fixed for fixed in prompt_lengths if fixed >= longest), default=longest)
 
     def padded(key: str) -> Tensor:
         rows = [np.pad(sample[key], (0, length - len(sample[key]))) for sample in samples]

@@ -52,7 +52,7 @@ def test_bench_model_names_the_option_that_compiles(capsys):
 
 def test_compile_reaches_every_trained_layer(monkeypatch):
     compiled = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(module))
     monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
     work = workload(preset("tiny"), num_steps=1)
     bench.bench_train(work, repeats=1)

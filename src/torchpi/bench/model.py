@@ -19,10 +19,9 @@ from torchpi.engine import InferenceEngine
 from torchpi.engine.runner import Mode
 from torchpi.errors import UsageError
 from torchpi.model.pi0 import Pi0
-from torchpi.training.activation_checkpointing import layers
 from torchpi.training.config import OptimConfig, TrainConfig
 from torchpi.training.distributed import single_process
-from torchpi.training.loop import update
+from torchpi.training.loop import compile_layers, update
 from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
@@ -126,8 +125,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     """Measure one update of `torchpi train`: float32 weights, matmuls in the workload's dtype, AdamW, EMA weights."""
     model = Pi0(work.config, device=work.device, compute_dtype=work.dtype)
     if compiled:  # as the recipe's `compile` does
-        for layer in layers(model):
-            layer.compile()
+        compile_layers(model)
     config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))
     state = TrainState.create(model, weight_decay=config.optim.weight_decay, ema=True)
     device = torch.device(work.device)

@@ -1,7 +1,7 @@
 """Activation checkpointing: parts of a layer's forward pass are recomputed in the backward pass instead of kept."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,7 +33,14 @@ def checkpoint_activations(model: Pi0, kind: Checkpointing) -> None:
     if kind == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
     for layer in layers(model):
-        layer.forward = functools.partial(checkpoint, layer.forward, **options)
+        layer.forward = _checkpointed(layer.forward, options)
+
+
+def _checkpointed(forward: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    def recomputed(*args: Any) -> Any:  # torch.compile would not look into a partial
+        return checkpoint(forward, *args, **options)
+
+    return recomputed
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -159,7 +159,7 @@ class ModelConfig(_Checked):
     """Activations that are recomputed in the backward pass instead of kept: "none", "full" (all but each layer's input)
     or "selective" (all but the results of matmuls with weights)."""
     compile: bool = False
-    """Compile the layers (torch.compile); takes minutes at the start."""
+    """Compile the layers (torch.compile), anew for each length to which prompts are padded; takes a minute each."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -221,7 +221,8 @@ class Holdout:
         """Evaluate where it is due."""
         if not run.is_due(run.config.eval.eval_every, at_stop=False):  # at a stop somebody waits for the end
             return {}
-        with run.state.ema_weights() as model:
+        # Without compiled layers: its shapes are others than those of training, and each would be compiled.
+        with run.state.ema_weights() as model, torch.compiler.set_stance("force_eager"):
             model.eval()
             numbers = {**self._loss(run), **self._chunks(run)}
             model.train()

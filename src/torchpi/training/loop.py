@@ -8,9 +8,12 @@ import pathlib
 from collections.abc import Sequence
 
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from rich.console import Console
 
+from torchpi.config import Pi0Config
+from torchpi.engine.engine import PROMPT_LENGTHS
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.activation_checkpointing import checkpoint_activations, layers
@@ -116,7 +119,8 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
         augmentation=data_config.augmentation,
         max_action_prefix=optim.max_action_prefix,
     )
-    samples = Samples(frames, rng)
+    lengths = _prompt_lengths(policies[0].model.config) if config.model.compile else ()
+    samples = Samples(frames, rng, lengths)
     batches = samples.batches(order, data_config.workers)
     hooks: list[Hook] = [log_metrics, save_checkpoint, Holdout(run, data, policies).after_step, draw_curves]
     bar = progress_bar("", config.num_steps, completed=run.state.step, shown=world.is_main)
@@ -136,12 +140,17 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
             advance(note=run.note)
 
 
+def _prompt_lengths(sizes: Pi0Config) -> Sequence[int]:
+    """Numbers of tokens to which prompts are padded, so that compiled layers meet few shapes."""
+    longest = sizes.max_token_len or max(PROMPT_LENGTHS)
+    return sorted({min(length, longest) for length in PROMPT_LENGTHS} | {longest})
+
+
 def build_state(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainState, Parallel]:
     """Prepare a model for training, parallelize it, and make its state."""
     checkpoint_activations(model, config.model.activation_checkpointing)
     if config.model.compile:
-        for layer in layers(model):
-            layer.compile()
+        compile_layers(model, fullgraph=config.parallel.strategy == "ddp")  # FSDP gathers inside of a layer
     shard_size = config.parallel.shard_size or int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     parallel = parallelize(model, config.parallel.strategy, world, shard_size=shard_size)
     optim = config.optim
@@ -149,6 +158,18 @@ def build_state(model: Pi0, config: TrainConfig, world: World) -> tuple[TrainSta
         model, weight_decay=optim.weight_decay, ema=optim.ema_decay > 0, optimizer=optim.optimizer
     )
     return state, parallel
+
+
+def compile_layers(model: Pi0, *, fullgraph: bool = True) -> None:
+    """Compile the layers for static shapes, in place.
+
+    Args:
+        fullgraph: a layer that is not one graph is an error.
+    """
+    # Of a code, which both stacks share, so many graphs: one for each length to which prompts are padded.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in layers(model):
+        layer.compile(fullgraph=fullgraph, dynamic=False)
 
 
 def update(

@@ -193,8 +193,8 @@ class Frames:
 class Samples(Dataset):
     """The samples of a run by their index: the part of the work that worker processes do."""
 
-    def __init__(self, sources: Sequence[Frames], rng: SampleRng) -> None:
-        self.sources, self.rng = sources, rng
+    def __init__(self, sources: Sequence[Frames], rng: SampleRng, prompt_lengths: Sequence[int] = ()) -> None:
+        self.sources, self.rng, self.prompt_lengths = sources, rng, prompt_lengths
         # A robot without one of the others' cameras has a black one in its place, which is masked.
         self.cameras = tuple(dict.fromkeys(name for source in sources for name in source.embodiment.camera_names))
 
@@ -243,8 +243,7 @@ class Samples(Dataset):
         first = next(iter(drawn.values()))
         return {name: first if config.like_openpi else drawn.get(name, OFF) for name in self.cameras}
 
-    @staticmethod
-    def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Stack samples; images stay uint8, a quarter of the bytes to move."""
 
         def stacked(values: Iterable[np.ndarray], dtype: Any = np.float32) -> Tensor:
@@ -253,7 +252,7 @@ class Samples(Dataset):
         types = {"actions": np.float32, "noise": np.float32, "time": np.float32, "is_real": bool, "prefix_len": int}
         cameras = samples[0]["augmentation"]
         return {
-            "inputs": stack_inputs(samples),
+            "inputs": stack_inputs(samples, self.prompt_lengths),
             **{key: stacked((sample[key] for sample in samples), dtype) for key, dtype in types.items()},
             "augmentation": {name: stacked(sample["augmentation"][name] for sample in samples) for name in cameras},
             "indices": tuple(sample["index"] for sample in samples),

@@ -1,0 +1,133 @@
+"""Compiled layers, batches on their way to the device, and the share of a device's peak that a run uses."""
+
+import functools
+import json
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+from train_helpers import SIZES, write_dataset
+
+from torchpi.collate import stack_inputs
+from torchpi.config import LoraConfig
+from torchpi.model.lora import add_lora
+from torchpi.model.pi0 import Pi0
+from torchpi.training import loop
+from torchpi.training.activation_checkpointing import checkpoint_activations
+from torchpi.training.config import TrainConfig
+from torchpi.training.samples import example_batch
+
+# PyTorch's tracer asks for it, and hides its own warning of that from all but those who make errors of warnings.
+pytestmark = pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts graphs; they are traced as for the compiler, and run by PyTorch's own operations."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotations' checks can't be traced
+    counter = CompileCounter()
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    yield counter
+    torch._dynamo.reset()
+
+
+def gradients(model: Pi0, samples: int) -> tuple[torch.Tensor, ...]:
+    batch = example_batch(SIZES, ("base", "wrist"), samples, 2, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(batch.noise.shape, generator=generator)
+    loss = model(batch.observation, batch.actions, noise=noise, time=batch.time + 0.5).mean()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, trained, allow_unused=True, materialize_grads=True)
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing"),
+    [
+        (False, "none"),
+        (True, "selective"),
+        pytest.param(False, "full", marks=pytest.mark.slow),
+        pytest.param(False, "selective", marks=pytest.mark.slow),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+        pytest.param(True, "full", marks=pytest.mark.slow),
+    ],
+)
+def test_each_kind_of_layer_is_one_graph_for_all_layers_of_a_stack(graphs, lora, checkpointing):
+    model = Pi0(SIZES)
+    with torch.no_grad():
+        for parameter in model.expert.parameters():  # gates are closed at first
+            parameter.add_(0.1)
+    if lora:
+        add_lora(model, LoraConfig(backbone_rank=2, expert_rank=3), torch.Generator().manual_seed(0))
+    expected = gradients(model, 2)
+    checkpoint_activations(model, checkpointing)
+    loop.compile_layers(model)
+    for _ in range(2):
+        torch.testing.assert_close(gradients(model, 2), expected, atol=1e-5, rtol=1e-4)
+    assert graphs.frame_count == 3  # vision, backbone, expert
+    gradients(model, 3)  # another shape is compiled for itself
+    assert graphs.frame_count == 6
+
+
+def test_prompts_are_padded_to_the_next_of_the_given_lengths():
+    def padded(*lengths: int) -> tuple[int, ...]:
+        samples = [
+            {
+                "image": {},
+                "image_mask": {},
+                "state": np.zeros(2),
+                "tokenized_prompt": np.ones(length, np.int64),
+                "tokenized_prompt_mask": np.ones(length, np.bool_),
+            }
+            for length in lengths
+        ]
+        inputs = stack_inputs(samples, [32, 48])
+        assert inputs["tokenized_prompt_mask"].sum(1).tolist() == list(lengths)
+        return tuple(inputs["tokenized_prompt"].shape)
+
+    assert [padded(3, 32), padded(33, 5), padded(60, 1)] == [(2, 32), (2, 48), (2, 60)]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder / "set")
+    (folder / "model.json").write_text(json.dumps(SIZES.to_dict()))
+    return TrainConfig(
+        dataset=str(folder / "set"),
+        embodiment="metaworld",
+        model=str(folder / "model.json"),
+        num_steps=2,
+        batch_size=4,
+        flow_samples_per_obs=2,
+        lr=1e-2,
+        warmup_steps=2,
+        ema_decay=0.5,
+        dtype="float32",
+        holdout=0.25,
+        holdout_samples=6,
+        chunk_samples=2,
+        eval_every=2,
+        save_every=2,
+        log_every=1,
+        workers=0,
+        trackers=(),
+    )
+
+
+def metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {f"{key} {line['step']}": line[key] for line in lines for key in ("loss", "holdout_loss") if key in line}
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_a_compiled_run_compiles_its_first_step_alone_and_has_the_same_losses(recipe, graphs, tmp_path, parallel):
+    loop.train(recipe.replace(compile=True, parallel=parallel), tmp_path / "compiled")
+    if parallel == "ddp":  # FSDP's hooks cut the layers in parts
+        assert graphs.frame_count == 3  # not for the evaluation's shapes
+    loop.train(recipe, tmp_path / "eager")
+    assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-4)
