@@ -20,7 +20,7 @@ _FOLLOWS_VARIANT: Any = "follows pi05"
 
 
 def _require_types(config: Any) -> None:
-    """Of a config's fields: numbers are positive integers, None stands only where it may."""
+    """Raise an error unless a config's numbers are positive integers, and None stands only where it may."""
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
         if value is None and field.type in (int | None, bool | None):

@@ -19,7 +19,7 @@ DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
 
 
 def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
-    """By the array that they change, A and B; empty without LoRA. All of them are complete and fit."""
+    """A and B by the array that they change; empty without LoRA. All of them are complete and fit."""
     lora, pairs = {name for name in arrays.shapes if "lora_" in name}, {}
     for a in sorted(name for name in lora if name.endswith("lora_a")):
         b = f"{a.removesuffix('a')}b"

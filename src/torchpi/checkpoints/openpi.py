@@ -30,7 +30,7 @@ def find_params(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def norm_stats_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """By asset ID (which may contain '/'), the norm_stats.json files in the folder `assets` of an openpi checkpoint."""
+    """The norm_stats.json files in the folder `assets` of an openpi checkpoint, by asset ID (which may contain '/')."""
     assets = folder / "assets"
     files = sorted(assets.rglob("norm_stats.json"))
     return {file.parent.relative_to(assets).as_posix(): file for file in files}

@@ -112,7 +112,5 @@ class Compare:
         from torchpi.inspect.commands import TOLERANCE, run_compare
 
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
-        options = {"device": None} | self.load.given()
-        return run_compare(
-            self.a, self.b, observation=self.observation, as_json=self.json, tolerance=tolerance, **options
-        )
+        load = self.load.given()
+        return run_compare(self.a, self.b, observation=self.observation, as_json=self.json, tolerance=tolerance, **load)

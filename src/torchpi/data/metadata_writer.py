@@ -15,6 +15,7 @@ from jaxtyping import Int64, Num, UInt8
 from torchpi.data import format as lerobot
 from torchpi.data.metadata import Info
 from torchpi.extras import require
+from torchpi.robots.keys import flatten
 
 _QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
 # Images are counted at every n-th row and column, so that a large camera takes no longer than one of this height.
@@ -87,7 +88,7 @@ def episodes_table(
             "stats": feature_stats(info, episode.histograms, own, episode.length),
             "meta/episodes": _place(0),
         }
-        rows.append(_flat(row))
+        rows.append(flatten(row, "/"))
     return require("pyarrow", "data").Table.from_pylist(rows)
 
 
@@ -159,12 +160,3 @@ def image_stats(histogram: Int64[np.ndarray, "3 256"], num_frames: int) -> dict[
 def _place(number: int) -> dict[str, int]:
     chunk_index, file_index = divmod(number, lerobot.CHUNKS_SIZE)
     return {"chunk_index": chunk_index, "file_index": file_index}
-
-
-def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested maps as one, their keys joined by "/"."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        inner = _flat(value) if isinstance(value, Mapping) else {"": value}
-        flat |= {f"{key}/{name}".rstrip("/"): each for name, each in inner.items()}
-    return flat

@@ -61,7 +61,7 @@ def compute_norm_stats(dataset: LeRobotDataset, embodiment: Embodiment, *, actio
 
 
 def distributions(dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> dict[str, Distribution]:
-    """As `compute_norm_stats`, with the smallest and largest value, and without a warning."""
+    """The statistics of `compute_norm_stats` with the smallest and largest value, without a warning."""
     values = ModelValues.of(dataset, embodiment, action_horizon=action_horizon)
     found = {}
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy sorts without holding up other threads
@@ -136,7 +136,7 @@ def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
 
 
 def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
-    """As `_of_column`, of values [F] that occur `counts` [F] times each."""
+    """The numbers of `_of_column`, of values [F] that occur `counts` [F] times each."""
     exact = values.astype(np.float64)
     total = int(counts.sum())
     mean = float(exact @ counts) / total
@@ -150,7 +150,7 @@ def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
 
 
 def _of_all(values: np.ndarray) -> tuple[float, ...]:
-    """As `_of_column`, of values [n], which are reordered."""
+    """The numbers of `_of_column`, of values [n], which are reordered."""
     total = len(values)
     mean = float(values.mean(dtype=np.float64))
     smallest, largest = float(values.min()), float(values.max())

@@ -51,16 +51,13 @@ def plot_errors(errors: ChunkErrors) -> "Figure":
     return draw_figure(draw, size=(3.2 * columns, 2.2 * -(-count // columns) + 1.0))
 
 
-def plot_chunks(chunks: Chunks, *, max_frames: int = 4) -> "Figure":
-    """Plot predicted and recorded chunks: a column per frame, a row per dimension, in the robot's units.
+def plot_chunks(chunks: Chunks) -> "Figure":
+    """Plot predicted and recorded chunks: a column per frame, of four at most, a row per dimension, in its unit.
 
     Each noise sample is a thin line. The recorded line ends where the episode does. The ground is grey as far as the
     embodiment recommends to execute a chunk.
-
-    Args:
-        max_frames: of more frames so many are shown, evenly spaced.
     """
-    shown, actions = evenly_spaced(len(chunks.frames), max_frames), chunks.embodiment.actions
+    shown, actions = plotted_frames(len(chunks.frames)), chunks.embodiment.actions
 
     def draw(figure: "Figure") -> None:
         panels = figure.subplots(len(actions), len(shown), squeeze=False, sharex=True, sharey="row")
@@ -100,7 +97,7 @@ def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
     label_axes(panel, x="")
 
 
-def evenly_spaced(total: int, count: int) -> list[int]:
-    """Numbers of at most `count` of `total` things, each from the middle of one of as many equal parts."""
-    count = min(count, total)
+def plotted_frames(total: int) -> list[int]:
+    """Numbers of at most four of `total` frames, each from the middle of one of as many equal parts."""
+    count = min(4, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]

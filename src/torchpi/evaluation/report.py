@@ -18,7 +18,7 @@ from torchpi.data.metadata import open_metadata
 from torchpi.data.observations import camera_keys_of
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
-from torchpi.evaluation.plots import evenly_spaced, plot_chunks, plot_errors
+from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
 from torchpi.policy import load_policy
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import hold_commands
@@ -28,7 +28,7 @@ from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
 from torchpi.ui.tables import Cell, Column, Table
 
-_PLOTTED_FRAMES, _PLOTTED_NOISE_SAMPLES = 4, 8
+_PLOTTED_NOISE_SAMPLES = 8
 _NAMES = {POLICY: "policy", HOLD: "hold", MEAN_ACTION: "mean"}
 
 
@@ -100,7 +100,7 @@ def evaluate_on_dataset(
         chunks = predict(frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count))
     errors = errors_of(chunks, data.columns[lerobot.ACTION])
     if out is not None:
-        few = [frames[i] for i in evenly_spaced(len(frames), _PLOTTED_FRAMES)]
+        few = [frames[i] for i in plotted_frames(len(frames))]
         plotted = predict(few, noise_samples=_PLOTTED_NOISE_SAMPLES)
         plots = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(plotted)}
         out.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ class TraceInputs:
 
     @property
     def cameras(self) -> list[str]:
-        """In the prefix's order."""
+        """Names of the cameras, in the prefix's order."""
         return [name.removeprefix("image.") for name in self.batch if name.startswith("image.")]
 
 

@@ -98,7 +98,7 @@ class Trace:
 
     @property
     def dtype(self) -> str:
-        """Of the computation."""
+        """Dtype of the computation."""
         return str(self.inputs.model.embedding.dtype).removeprefix("torch.")
 
     @property
@@ -123,7 +123,7 @@ class Trace:
 
     @property
     def cache_bytes(self) -> int:
-        """Of the prefix's keys and values of one observation, all layers."""
+        """Bytes of the prefix's keys and values of one observation, all layers."""
         cache = [entry for entry in self.entries if entry.step == "inference" and entry.name.startswith("cache/")]
         return sum(math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize for entry in cache)
 

@@ -261,7 +261,7 @@ class Gemma(nn.Module):
         return [*key_values, last.attention.key_value(y, rope)]
 
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """As the original: norms and adaptive norms 0, every matrix lecun-normal over its fan-in."""
+        """Fill the weights as the original: norms and adaptive norms 0, every matrix lecun-normal over its fan-in."""
         for module in self.modules():
             if isinstance(module, RMSNorm | AdaRMSNorm):
                 module.init_weights()

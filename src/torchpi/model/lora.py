@@ -45,7 +45,7 @@ class LoraLinear(Linear):
             )
 
     def shapes(self, groups: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Of lora_a and lora_b."""
+        """Shapes of lora_a and lora_b."""
         return {
             "lora_a": (groups, rank, self.in_features),
             "lora_b": (groups, self.out_features // groups, rank),
@@ -95,7 +95,7 @@ class HeadSumLoraLinear(LoraLinear):
     """float32 [heads, outputs, rank]."""
 
     def shapes(self, groups: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Of lora_a and lora_b, for as many heads as groups."""
+        """Shapes of lora_a and lora_b, for as many heads as groups."""
         return {"lora_a": (rank, self.in_features), "lora_b": (groups, self.out_features, rank)}
 
     def _matrices(self) -> tuple[Float[Tensor, "R i"], Float[Tensor, "o R"]]:

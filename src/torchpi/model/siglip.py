@@ -85,7 +85,8 @@ class SigLIP(nn.Module):
         return self.head(float32_layer_norm(self.norm, x))
 
     def init_weights(self, generator: torch.Generator | None) -> None:
-        """As the original: xavier-uniform kernels, MLP biases N(0, 1e-6), position N(0, 1/√width), head 0."""
+        """Fill the weights as the original: xavier-uniform kernels, MLP biases N(0, 1e-6), position N(0, 1/√width),
+        head 0."""
         lecun_normal_(self.patch_embed.weight, generator)  # a convolution there: flax's default for those
         nn.init.zeros_(self.patch_embed.bias)
         if self.config.position == "learned":

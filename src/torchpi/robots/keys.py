@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     """The leaves of nested mappings by their joined keys; flat keys, or a mix of both, stay as they are."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+            flat |= {f"{key}{separator}{name}": leaf for name, leaf in flatten(value, separator).items()}
         else:
             flat[key] = value
     return flat

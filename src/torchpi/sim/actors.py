@@ -147,7 +147,7 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
 
 
 def check_metadata(metadata: Mapping[str, Any], robot: Embodiment) -> None:
-    """As `check_embodiment`, for a served policy, as far as its metadata say something."""
+    """`check_embodiment` for a served policy, as far as its metadata say something."""
     name = metadata.get("embodiment", "no name")
     sides = f"The served policy ({name}) and the environment {robot.name!r} do not fit: "
     _check_actions(metadata.get("action_names"), metadata.get("control_hz"), robot, sides)

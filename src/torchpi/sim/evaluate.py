@@ -161,7 +161,7 @@ class _Evaluator:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums depend on the number of threads: with one, a result does not depend on where it is computed."""
+    """Compute with one thread: sums depend on their number, and results must not depend on the machine's."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

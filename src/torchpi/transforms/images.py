@@ -12,7 +12,7 @@ DTYPES = ("uint8", "float32", "any")
 
 
 def resize_with_pad(image: Any, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Scales an image into height x width, keeps its aspect ratio and centres it on black.
+    """Scale an image into height x width with its aspect ratio, and centre it on black.
 
     The result is what `openpi_client` computes on the robot, bit for bit: Pillow's antialiased bilinear filter, scaled
     sizes cut to integers. An image that already has the size is returned as it is, not copied.
@@ -44,8 +44,7 @@ def resize_with_pad(image: Any, height: int, width: int) -> UInt8[np.ndarray, "{
 
 
 def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Brings one camera's image to uint8 [h, w, 3]; layout and dtype are what the embodiment states, nothing is
-    guessed.
+    """Bring one camera's image to uint8 [h, w, 3] from the layout and dtype that the embodiment states.
 
     Args:
         image: [h, w, 3] for layout "hwc", [3, h, w] for "chw".

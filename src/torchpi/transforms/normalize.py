@@ -94,7 +94,7 @@ class Normalization:
 
 
 def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str = "x") -> Float[np.ndarray, "... d"]:
-    """Normalizes the last axis, in the precision of the rule. Longer statistics are cut.
+    """Normalize the last axis, in the precision of the rule. Longer statistics are cut.
 
     Args:
         x: [..., d], in robot or model units.
@@ -194,8 +194,7 @@ def narrow_dims(stats: NormStats, names: Sequence[str], kind: str = "quantile") 
 
 
 def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
-    """Reads openpi's `norm_stats.json`: {"norm_stats": {"state": {"mean": [...], "std": [...], "q01": ..., "q99":
-    ...}}}.
+    """Read openpi's norm_stats.json: {"norm_stats": {"state": {"mean": [...], "std": [...], "q01": ..., "q99": ...}}}.
 
     Args:
         path: the file, or a folder that has a norm_stats.json.
@@ -232,7 +231,7 @@ def load_norm_stats(path: str | Path) -> dict[str, NormStats]:
 
 
 def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
-    """Writes openpi's `norm_stats.json`; every float64 is read back as it was.
+    """Write openpi's `norm_stats.json`; every float64 is read back as it was.
 
     Args:
         path: the file, or an existing folder to put norm_stats.json into.
@@ -248,13 +247,13 @@ def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
 
 
 def require_known(what: str, value: str, known: Sequence[str]) -> None:
-    """Raises an error about a setting that has none of its values."""
+    """Raise an error about a setting that has none of its values."""
     if value not in known:
         raise TransformError(f"Unknown {what} {value!r}; expected one of {', '.join(known)}.")
 
 
 def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:
-    """Raises a ValueError that names the dimensions of the last axis in which there is a NaN or an infinity."""
+    """Raise a ValueError that names the dimensions of the last axis in which there is a NaN or an infinity."""
     bad = np.flatnonzero(~np.isfinite(x).reshape(-1, x.shape[-1]).all(axis=0))
     if bad.size:
         dims = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad.tolist())

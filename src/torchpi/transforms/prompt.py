@@ -47,7 +47,7 @@ def as_text(prompt: Any) -> str:
 
 
 def clean_text(text: str) -> str:
-    """Strips white space around the text; `_` and newlines inside become spaces."""
+    """Strip white space around the text, and make spaces of `_` and newlines inside."""
     return text.strip().replace("_", " ").replace("\n", " ")
 
 
@@ -200,7 +200,7 @@ class HFTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
-    """Loads a tokenizer by what is in the file, not by its name.
+    """Load a tokenizer by what is in the file, not by its name.
 
     Args:
         path: a SentencePiece model, a tokenizer.json, or a folder with one of them (both: the SentencePiece model).

@@ -3,13 +3,13 @@
 Arguments that are said to be texts are escaped here; those that are said to be HTML are the caller's.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from torchpi.assets import assets
 from torchpi.ui.palette import css_variables
+from torchpi.version import __version__
 
 Section = tuple[str, str, str]
 """Id, title (a text) and HTML."""
@@ -67,8 +67,7 @@ def page_head(title: str, style: str, links: str = "") -> str:
 
 def page_footer(text: str = "") -> str:
     """HTML of the last line: torchpi's version and a text."""
-    version = importlib.metadata.version("torchpi")
-    return f"<footer>torchpi {escape(version)}{f' · {escape(text)}' if text else ''}</footer>"
+    return f"<footer>torchpi {escape(__version__)}{f' · {escape(text)}' if text else ''}</footer>"
 
 
 def page_header(

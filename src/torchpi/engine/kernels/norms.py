@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, tl, token_strides
-from torchpi.model.gemma import RMS_NORM_EPS
+from torchpi.model.gemma import RMS_NORM_EPS, over_rms
 from torchpi.model.siglip import LAYER_NORM_EPS
 
 
 def rms_norm(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
     """x / rms(x)."""
-    return _over_rms(x).to(x.dtype)
+    return over_rms(x).to(x.dtype)
 
 
 def residual_rms_norm(
@@ -38,7 +38,7 @@ def residual_rms_norm(
 def ada_rms_norm(x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"]) -> Float[Tensor, "B T d"]:
     """x / rms(x)·(1 + scale) + shift."""
     scale, shift, _ = modulation.float().chunk(3, dim=-1)
-    return (_over_rms(x) * (1 + scale) + shift).to(x.dtype)
+    return (over_rms(x) * (1 + scale) + shift).to(x.dtype)
 
 
 def gated_residual_ada_rms_norm(
@@ -70,11 +70,6 @@ def residual_layer_norm(
     """x + y, and it normalized."""
     x = x + y
     return x, layer_norm(x, weight, bias, eps)
-
-
-def _over_rms(x: Tensor) -> Tensor:
-    wide = x.float()
-    return wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + RMS_NORM_EPS)
 
 
 @Kernel

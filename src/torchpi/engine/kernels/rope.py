@@ -4,11 +4,11 @@ Head i of a token, (a, b) in halves of K/2, becomes (a·cos − b·sin, b·cos +
 is a query's or a key's; a value's stays. Keys and values go into the cache, at slots start … start + T.
 """
 
-import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
 from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, tl, token_strides
+from torchpi.model.gemma import apply_rope
 
 
 def split_rope(
@@ -21,9 +21,7 @@ def split_rope(
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
     num_rotated = heads.shape[2] - num_kv_heads
     rotated, values = heads.split([num_rotated, num_kv_heads], dim=2)
-    first, second = rotated.float().chunk(2, dim=-1)
-    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(qkv.dtype)
+    rotated = apply_rope(rotated, (cos[:, :, None, :], sin[:, :, None, :]))
     q, k = rotated.split([num_rotated - num_kv_heads, num_kv_heads], dim=2)
     return q, k, values
 
