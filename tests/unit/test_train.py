@@ -399,6 +399,15 @@ def test_a_dataset_without_the_robots_camera_is_an_error(recipe, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_shorter_than_warmup_and_ema_is_warned_about(recipe, tmp_path, capsys):
+    loop.train(recipe.replace(num_steps=2, warmup_steps=1000, lr=1e-2, ema_decay=0.99), tmp_path / "short")
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "warmup_steps 1000 is not below num_steps 2: the learning rate reaches 2e-05, not lr 0.01" in shown
+    assert "keep 98 % of the initial ones after 2 steps" in shown
+    loop.train(recipe.replace(num_steps=2, warmup_steps=1, ema_decay=0.0), tmp_path / "plain")
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_frames_without_an_instruction_are_warned_about(recipe, tmp_path, capsys):
     write_dataset(tmp_path / "set")
     tasks = tmp_path / "set" / "meta" / "tasks.parquet"

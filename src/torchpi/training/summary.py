@@ -15,6 +15,7 @@ from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
+from torchpi.training.optim import learning_rate
 from torchpi.training.run_folder import number
 from torchpi.training.setup import SourceData
 from torchpi.training.weights import InitReport, parameter_table
@@ -23,6 +24,7 @@ from torchpi.ui.tables import Column, Table
 from torchpi.version import __version__
 
 _LISTED = 8
+_MOSTLY_INITIAL = 0.5
 
 
 def run_document(
@@ -91,6 +93,23 @@ def describe(
         f"{_counted(info['world_size'], 'process', 'es')} ({config.parallel.strategy}) and "
         f"{_counted(config.grad_accum_steps, 'micro-batch', 'es')}"
     )
+    _warn_of_short_run(console, config)
+
+
+def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
+    """Warn where the run ends before the warm-up, or before the EMA weights have left the initial ones."""
+    optim, steps = config.optim, config.num_steps
+    if steps <= optim.warmup_steps:
+        highest = learning_rate(steps - 1, optim, steps)
+        console.print(
+            f"  warning: warmup_steps {optim.warmup_steps} is not below num_steps {steps}: the learning rate reaches "
+            f"{highest:.2g}, not lr {optim.lr:g}"
+        )
+    if (kept := optim.ema_decay**steps) > _MOSTLY_INITIAL and optim.ema_decay:
+        console.print(
+            f"  warning: the EMA weights, with which the policy is saved, keep {100 * kept:.0f} % of the initial ones "
+            f"after {steps} steps (ema_decay {optim.ema_decay:g}); choose a lower ema_decay, or 0"
+        )
 
 
 def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
