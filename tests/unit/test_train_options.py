@@ -16,8 +16,9 @@ from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
 from torchpi.model.lora import LoraConfig, trainable_parameters
+from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
-from torchpi.training import loop, state
+from torchpi.training import activation_checkpointing, loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.run_folder import resume_config
@@ -299,6 +300,28 @@ def test_activation_checkpointing_changes_no_bit(recipe, tmp_path, checkpointing
     loop.train(recipe, tmp_path / "plain")
     loop.train(recipe.replace(activation_checkpointing=checkpointing), tmp_path / "again")
     assert_same_bits(weights(tmp_path / "plain"), weights(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile asks every tensor for it
+def test_layers_are_compiled_with_activation_checkpointing(kind, monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    layer = torch.nn.Linear(4, 4)
+    monkeypatch.setattr(activation_checkpointing, "layers", lambda model: [layer])
+    x = torch.randn(2, 4, requires_grad=True)
+    expected = layer(x)
+    activation_checkpointing.checkpoint_activations(Pi0(SIZES, device="meta"), kind)
+    layer.compile(backend=backend)
+    found = layer(x)
+    assert len(graphs) == 1
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(2, 4))
 
 
 def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
