@@ -4,7 +4,7 @@ import pathlib
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -186,10 +186,11 @@ class Policy:
                 device=self.model.device,
             )
         rtc |= {"noise": noise_tensor, "num_steps": num_steps, "generator": generator}
-        if self.engine is None:
-            sampled = self.model.sample_actions(batch.to(self.model.device), **rtc)
-        else:
-            sampled = self.engine.sample_actions(batch, **rtc)
+        with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
+            if self.engine is None:
+                sampled = self.model.sample_actions(batch.to(self.model.device), **rtc)
+            else:
+                sampled = self.engine.sample_actions(batch, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
         actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
@@ -237,8 +238,10 @@ class Policy:
             settings: of `InferenceEngine`.
 
         Raises:
-            ValueError: the mode does not run on the model's device.
+            ValueError: the mode is unknown, or does not run on the model's device.
         """
+        if mode not in get_args(EngineMode):
+            raise PolicyError(f"Unknown engine {mode!r}; expected one of {', '.join(get_args(EngineMode))}.")
         if mode == "auto":
             mode = "graph" if self.model.device.type == "cuda" else "eager"
         self.engine = None if mode == "eager" else InferenceEngine(self.model, mode=mode, **settings)

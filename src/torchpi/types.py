@@ -45,6 +45,12 @@ class PreviousChunk:
     each Euler step is guided towards all of them; None: "trained" where the policy was for such a delay, or else
     "guidance". See `model.rtc`."""
 
+    def __post_init__(self) -> None:
+        for name in ("delay", "execution_horizon"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | np.integer):
+                raise ObservationError(f"{name} is a number of actions, an integer; got {value!r}. Round a delay up.")
+
     def steps_executed(self, horizon: int) -> int:
         """s, for chunks of H actions."""
         executed = max(horizon - len(self.actions), 0) if self.execution_horizon is None else self.execution_horizon

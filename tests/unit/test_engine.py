@@ -1,6 +1,8 @@
 """The engine samples what the model samples, in any bucket, and is honest about what it cannot do."""
 
+import copy
 import dataclasses
+import pickle
 import threading
 import warnings
 
@@ -323,3 +325,21 @@ def test_compiled_engine_samples_the_models_actions(pi05, rtc):
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
     assert len(engine.metadata["warm_buckets"]) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_engine_is_copied_with_its_model_and_settings(copied):
+    engine, samples = InferenceEngine(make_model(), mode="eager", max_buckets=3), {"noise": noise_of(), "num_steps": 2}
+    expected = engine.sample_actions(make_observation(), **samples)
+    other = copied(engine)
+    assert torch.equal(other.sample_actions(make_observation(), **samples), expected)
+    assert (other.mode, other.max_buckets) == ("eager", 3)
+    assert other.model is not engine.model
+
+
+def test_engine_of_inference_mode_serves_guidance_outside():
+    model, arguments = make_model(), {"noise": noise_of(), "num_steps": 2, **conditions(("guidance",))}
+    with torch.inference_mode():
+        engine = InferenceEngine(model, mode="eager")
+        inside = engine.sample_actions(make_observation(), **arguments)
+    torch.testing.assert_close(engine.sample_actions(make_observation(), **arguments), inside)

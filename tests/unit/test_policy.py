@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -596,3 +597,17 @@ def test_gpu_without_bfloat16_computes_in_float32_and_says_so(has_bfloat16, expe
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")
     assert fastest_dtype(torch.device("cuda")) is expected
     assert ["Tesla T4 has no bfloat16" in str(warning.message) for warning in recwarn] == [True] * (not has_bfloat16)
+
+
+def test_autocast_around_a_policy_changes_nothing(make_policy):
+    policy = make_policy()
+    expected = infer(policy, request(policy))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = infer(policy, request(policy))
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_an_unknown_engine_is_an_error_that_lists_the_known_ones(make_policy, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+    with pytest.raises(ValueError, match=r"Unknown engine 'fast'; expected one of auto, eager, compiled, graph"):
+        make_policy().use_engine("fast")

@@ -278,3 +278,26 @@ def test_policy_trained_with_prefixes_keeps_the_prefix(policy, request_):
     beyond = torchpi.types.PreviousChunk(old[4:], delay=5, method="trained")
     with pytest.raises(ValueError, match="at most 4 actions, not 5"):
         trained.infer_batch([observation], prefixes=[beyond])
+
+
+def test_policy_loaded_in_inference_mode_has_guidance(policy, request_):
+    observation, noise = request_
+    with torch.inference_mode():
+        loaded = torchpi.load_policy("demo", device="cpu")
+        previous = loaded.infer(observation, noise=noise[0])["actions"]
+    found = loaded.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    expected = policy.infer(observation, noise=noise[1], action_prefix=previous[4:], delay=2)["actions"]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_guidance_of_the_model_in_inference_mode_is_an_error_with_the_remedy():
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"sample under torch\.no_grad instead"):
+        guided_velocity(lambda x: x, torch.zeros(1, 2, 3), 0.5, guidance(torch.ones(1, 2, 3)))
+
+
+@pytest.mark.parametrize("numbers", [{"delay": 2.5}, {"delay": 2, "execution_horizon": 4.0}])
+def test_fractions_of_an_action_are_refused(policy, request_, numbers, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+    observation, noise = request_
+    with pytest.raises(ValueError, match=r"(delay|execution_horizon) is a number of actions, an integer"):
+        policy.infer(observation, noise=noise[1], action_prefix=np.zeros((8, 4), np.float32), **numbers)

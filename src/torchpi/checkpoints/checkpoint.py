@@ -98,6 +98,7 @@ class Checkpoint:
             )
         return dataclasses.replace(spec, provenance={"source": self.address})
 
+    @torch.inference_mode(False)  # weights that were made in inference mode have no gradients ever after
     def model(
         self,
         *,

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import functools
 import threading
 import warnings
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ class InferenceEngine:
     `background`, in a thread, and the plain model samples meanwhile. Calls from several threads are answered in turn.
     """
 
+    @torch.inference_mode(False)  # guidance needs gradients through what is packed here
     def __init__(
         self,
         model: Pi0,
@@ -67,6 +69,14 @@ class InferenceEngine:
                 f"{max_buckets}, {list(prompt_lengths)} and {list(batch_sizes)}."
             )
         self.model, self.mode = model, mode
+        self._arguments: dict[str, Any] = {
+            "mode": mode,
+            "kernels": kernels,
+            "prompt_lengths": prompt_lengths,
+            "batch_sizes": batch_sizes,
+            "max_buckets": max_buckets,
+            "background": background,
+        }
         self.packed = PackedModel(model, kernels or _best_kernels(model, mode))
         longest = model.config.max_token_len or max(prompt_lengths)
         self.prompt_lengths = sorted({length for length in prompt_lengths if length < longest} | {longest})
@@ -81,6 +91,11 @@ class InferenceEngine:
         self._parameters = list(model.parameters())
         self._versions = self._read_versions()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, also one in another process, is a new engine of the copied model: it warms up its own buckets."""
+        return functools.partial(InferenceEngine, **self._arguments), (self.model,)
+
+    @torch.inference_mode(False)
     @torch.no_grad()
     def sample_actions(
         self,

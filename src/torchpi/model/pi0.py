@@ -67,9 +67,10 @@ class Pi0(nn.Module):
 
     The computation runs in the dtype of the weights, or in `compute_dtype` where that is set (float32 weights and
     bfloat16 matmuls, for training). Norms, softmax, RoPE, time and patch embedding, the suffix and the Euler steps
-    always run in float32.
+    always run in float32; `torch.autocast` would round these as well: choose a dtype instead.
     """
 
+    @torch.inference_mode(False)  # whoever builds it there may train it later
     def __init__(
         self,
         config: Pi0Config,

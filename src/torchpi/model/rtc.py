@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
+from torchpi.errors import ModelError
 from torchpi.model.suffix import TimeConditioning
 
 MAX_GUIDANCE = 5.0
@@ -41,7 +42,16 @@ class Guidance:
     """β."""
 
     def wrap(self, velocity: Velocity) -> Velocity:
-        """The velocity, corrected towards the target (equations 2 to 4)."""
+        """The velocity, corrected towards the target (equations 2 to 4).
+
+        Raises:
+            ValueError: in torch.inference_mode, which has no gradients.
+        """
+        if torch.is_inference_mode_enabled():
+            raise ModelError(
+                "Guidance needs gradients, and torch.inference_mode has none; sample under torch.no_grad instead, or "
+                "with Policy.infer, which leaves it."
+            )
 
         def guided(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
             assert isinstance(time.time, float)  # one of the Euler steps
