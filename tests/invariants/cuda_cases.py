@@ -11,12 +11,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-
-if __name__ == "__main__":  # before anything of torchpi is imported
-    from jaxtyping import install_import_hook
-
-    install_import_hook("torchpi", "beartype.beartype")
-
 import torch
 from fake_gpu import (
     COPY,
@@ -42,10 +36,11 @@ from torchpi.engine.runner import Runner
 from torchpi.model.lora import add_lora, merge_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance
-from torchpi.training.config import TrainConfig
+from torchpi.training.augment import draw
+from torchpi.training.config import Augmentation, TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.loop import update
-from torchpi.training.samples import example_batch
+from torchpi.training.samples import SampleRng, Samples, example_batch
 from torchpi.training.state import TrainState
 from torchpi.training.weights import freeze
 
@@ -55,7 +50,7 @@ PI05 = Pi0Config(
     pi05=True,
     paligemma_variant=STACK,
     action_expert_variant=dataclasses.replace(STACK, width=8),
-    siglip_variant=VisionConfig(width=16, depth=2, mlp_dim=32, num_heads=2, patch=14),
+    siglip_variant=VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=14),
     action_dim=5,
     action_horizon=6,
     max_token_len=7,
@@ -245,6 +240,40 @@ def updates(
     return result(record, dtypes=wrong_dtypes(record, model))
 
 
+def batches(augmentation: Augmentation) -> dict[str, Any]:
+    """A batch of the loader's on its way to the device: images as numbers, and their augmentation."""
+    rng = np.random.default_rng(0)
+    chunk = (PI05.action_horizon, PI05.action_dim)
+
+    def image() -> np.ndarray:
+        return rng.integers(0, 256, (PI05.image_size, PI05.image_size, 3), np.uint8)
+
+    def sample(index: int) -> dict[str, Any]:
+        return {
+            "image": {name: image() for name in CAMERAS},
+            "image_mask": dict.fromkeys(CAMERAS, np.True_),
+            "state": np.zeros(PI05.action_dim, np.float32),
+            "tokenized_prompt": np.zeros(index + 2, np.int64),
+            "tokenized_prompt_mask": np.ones(index + 2, np.bool_),
+            "actions": np.zeros(chunk),
+            "is_real": np.ones(chunk, np.bool_),
+            "noise": np.zeros((2, *chunk)),
+            "time": np.ones(2),
+            "prefix_len": np.zeros(2),
+            "augmentation": {name: draw(augmentation, rng, PI05.image_size) for name in CAMERAS},
+            "index": (0, index, 0, index),
+        }
+
+    samples = Samples((), SampleRng(0, 2, augmentation=augmentation, max_action_prefix=2))
+    stacked = samples.collate([sample(index) for index in range(4)])
+    assert any(values[:, 3:].any() for values in stacked["augmentation"].values())
+    with device_of(model_of(PI05, "float32"), to_device=None) as record:
+        tensors = samples.finish(stacked, GPU).to_tensors()
+        assert all(on_device(record, tensor) for name, tensor in tensors.items() if name != "indices")
+        assert {tensor.dtype for name, tensor in tensors.items() if name.startswith("image.")} == {torch.float32}
+    return result(record, dtypes=[])
+
+
 def policy(kind: str) -> dict[str, Any]:
     """`Policy.infer` from the robot's observation to its actions, with a previous chunk and without."""
     policy = torchpi.load_policy("demo", device="cpu")
@@ -282,6 +311,8 @@ case(updates, "update pi05", sizes=PI05, micro_batches=1)
 case(updates, "update pi0 micro-batches", sizes=PI0, micro_batches=2, norm=0.5)
 case(updates, "update real elements", sizes=PI05, micro_batches=2, loss="real", recipe={"max_action_prefix": 3})
 case(updates, "update LoRA", sizes=PI05, micro_batches=1, recipe=LORA)
+case(batches, "batch", augmentation=Augmentation(color_probability=1.0))
+case(batches, "batch without hue", augmentation=Augmentation(saturation=0.0, hue=0.0))
 for kind in ("guided", "prefix"):
     case(policy, f"policy {kind}", kind=kind)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchpi.training.config import Augmentation
+from torchpi.training.distributed import to_device
 from torchpi.types import Observation
 
 NUM_PARAMETERS = 7
@@ -49,15 +50,16 @@ def augment(
     """Augment the images of an observation.
 
     Args:
-        parameters: per camera, the output of `draw` for each sample.
+        parameters: per camera, the output of `draw` for each sample; on the host.
     """
     images = {}
     for camera, image in observation.images.items():
-        values = parameters[camera].to(image.device)
+        values = parameters[camera]
         image01 = image * 0.5 + 0.5
         if "wrist" not in camera and (config.crop < 1 or config.degrees):
             zoom = _cropped(config, image.shape[1]) / image.shape[1]
-            image01 = warp(image01, values[:, :2], values[:, 2], zoom)
+            offset, angle = to_device(values[:, :3].contiguous(), image.device).split([2, 1], dim=1)
+            image01 = warp(image01, offset, angle[:, 0], zoom)
         images[camera] = jitter(image01, *values[:, 3:].unbind(1)) * 2 - 1
     return dataclasses.replace(observation, images=images)
 
@@ -89,11 +91,16 @@ def jitter(
     saturation: Float32[Tensor, " B"],
     hue: Float32[Tensor, " B"],
 ) -> Float32[Tensor, "B h w 3"]:
-    """Change the colours of images in [0, 1]; those whose four parameters are 0 stay as they are."""
-    changed = torch.stack([brightness, contrast, saturation, hue]).any(dim=0)
-    if not changed.any():
+    """Change the colours of images in [0, 1]; those whose four parameters are 0 stay as they are.
+
+    The parameters are on the host, which decides by them what the device has to do.
+    """
+    parameters = torch.stack([brightness, contrast, saturation, hue])
+    (changed,) = parameters.any(dim=0).nonzero(as_tuple=True)
+    if not len(changed):
         return images
-    b, c, s, h = (value[changed, None, None] for value in (brightness, contrast, saturation, hue))
+    b, c, s, h = to_device(parameters[:, changed], images.device)[..., None, None]
+    changed = to_device(changed, images.device)
     rgb = images[changed]
     low, high = rgb.amin(dim=-1), rgb.amax(dim=-1)  # [B, h, w]
     value = _contrast(_toward_one(high, b), c)
@@ -115,7 +122,7 @@ def _contrast(value: Tensor, amount: Tensor) -> Tensor:
     """A curve through (0, 0), (½, ½) and (1, 1): steepness `slope` in the middle, its inverse at the ends."""
     slope = torch.tan((amount + 1) * (math.pi / 4))
     # At slope 1 the curve is the identity, and the formula for its corners divides by 0; any corner serves.
-    corner = torch.where(slope == 1, 0.25, (slope - slope**2) / (2 * (1 - slope**2)))
+    corner = ((slope - slope**2) / (2 * (1 - slope**2))).masked_fill(slope == 1, 0.25)
     middle = slope * (value - 0.5) + 0.5
     upper = value / slope + 1 - 1 / slope
     return torch.where(value < corner, value / slope, torch.where(value > 1 - corner, upper, middle))
@@ -130,7 +137,7 @@ def _hue(rgb: Tensor, high: Tensor, chroma: Tensor) -> Tensor:
 
 
 def _from_hsv(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
-    shift = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    shift = torch.arange(5.0, 0.0, -2.0, device=hue.device)  # 5, 3, 1
     k = (shift + 6 * hue[..., None]) % 6
     distance = torch.minimum(k, 4 - k).clamp(0, 1)  # 0 for the strongest channel, 1 for the weakest
     return value[..., None] * (1 - saturation[..., None] * distance)

@@ -225,6 +225,13 @@ def release_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor of the host to a device, without waiting for what the device is doing."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # of other memory a copy waits
+    return tensor.to(device, non_blocking=True)
+
+
 def own_share(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
     """The tensors that this process saves: of copies each process saves some, the large ones spread evenly."""
     by_size = sorted(tensors, key=lambda name: (-tensors[name].numel(), name))

@@ -23,6 +23,7 @@ from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.training.augment import OFF, Augmentation, augment, draw
 from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import to_device
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation
 
@@ -259,12 +260,13 @@ class Samples(Dataset):
         }
 
     def finish(self, stacked: Mapping[str, Any], device: str | torch.device) -> Batch:
-        """Move what `collate` returned to the device, and augment the images there."""
-        observation = Observation.from_dict(tree_map(lambda tensor: tensor.to(device), stacked["inputs"]))
+        """Move what `collate` returned to the device, and augment the images there; waits for nothing."""
+        move = functools.partial(to_device, device=torch.device(device))
+        observation = Observation.from_dict(tree_map(move, stacked["inputs"]))
         if self.rng.augmentation is not None:
             observation = augment(observation, self.rng.augmentation, stacked["augmentation"])
-        tensors = {key: stacked[key].to(device) for key in ("actions", "is_real", "noise", "time")}
-        prefix_len = stacked["prefix_len"].to(device) if self.rng.max_action_prefix else None
+        tensors = {key: move(stacked[key]) for key in ("actions", "is_real", "noise", "time")}
+        prefix_len = move(stacked["prefix_len"]) if self.rng.max_action_prefix else None
         return Batch(observation, **tensors, indices=stacked["indices"], prefix_len=prefix_len)
 
     def batches(self, indices: Iterable[list[SampleIndex]], workers: int) -> Iterator[dict[str, Any]]:
