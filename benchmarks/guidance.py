@@ -62,7 +62,7 @@ def _sample_model(name: str) -> Callable[[bool], None]:
     work = Workload(config, 1, num_cameras=3, prompt_tokens=60, num_steps=NUM_STEPS, dtype=torch.float32)
     model = Pi0(config).eval()
     observation = make_observation(work, torch.device("cpu"))
-    shape = (1, config.require("action_horizon"), config.action_dim)
+    shape = (1, *config.chunk_shape)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     guidance = Guidance(target=torch.zeros(shape), weight=torch.ones(shape))
 

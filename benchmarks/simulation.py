@@ -43,7 +43,7 @@ def bench_simulation(policy: str, env: str, task: str, *, repeats: int) -> Simul
         observation = environment.observe()
         cameras = sum(isinstance(value, np.ndarray) and value.ndim == 3 for value in observation.values())
         config = loaded.model.config
-        noise = episode_noise(0, task, 0, (config.require("action_horizon"), config.action_dim))
+        noise = episode_noise(0, task, 0, config.chunk_shape)
         return SimulationResult(
             frames_per_second=50 * cameras / _median(lambda: _render(environment, 50), repeats),
             expert_episode_seconds=_median(lambda: _demonstrate(environment, task), repeats),
@@ -80,7 +80,7 @@ def _demonstrate(environment: Environment, task: str) -> None:
 
 def _closed_loop(policy: Policy, environment: Environment, task: str) -> float:
     config, execute = policy.model.config, policy.embodiment.execute_steps
-    noise = episode_noise(0, task, 0, (config.require("action_horizon"), config.action_dim))
+    noise = episode_noise(0, task, 0, config.chunk_shape)
     outcome = run_episode(
         policy, environment, environment_seed("eval", 0, task, 0), rollout=Rollout(execute_steps=execute), noise=noise
     )

@@ -181,6 +181,16 @@ class Pi0Config:
         """P: tokens of one camera."""
         return (self.image_size // self.siglip.patch) ** 2
 
+    @property
+    def state_in_prompt(self) -> bool:
+        """The prompt carries the state as text; the variant decides where `discrete_state_input` is unset."""
+        return self.pi05 if self.discrete_state_input is None else self.discrete_state_input
+
+    @property
+    def chunk_shape(self) -> tuple[int, int]:
+        """[H, A], of a chunk inside the model and its noise; a ValueError where the horizon is unset."""
+        return self.require("action_horizon"), self.action_dim
+
     def require(self, field: Literal["action_horizon", "max_token_len", "discrete_state_input"]) -> Any:
         """The value of a field that a checkpoint may have left unset.
 

@@ -17,12 +17,12 @@ from torchpi.collate import collate, rtc_inputs
 from torchpi.config import Pi0Config
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
-from torchpi.errors import MissingFileError, PolicyError
+from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
-from torchpi.transforms.prompt import load_tokenizer
+from torchpi.transforms.prompt import find_tokenizer, load_tokenizer
 from torchpi.types import ActionChunk, PreviousChunk
 
 EngineMode = Literal["auto", "eager", "compiled", "graph"]
@@ -68,16 +68,15 @@ class Policy:
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
         self.provenance = dict(provenance or {})
         self._metadata = dict(metadata or {})
-        self._tokenizer_path = _tokenizer_file(pathlib.Path(tokenizer))
+        self._tokenizer_path = find_tokenizer(tokenizer)
         config = model.config
         by_variant = Normalization("quantile" if config.pi05 else "z_score", "openpi")
         self.transforms = Transforms(
             norm_stats=norm_stats,
             normalization=normalization or dict.fromkeys(("state", "actions"), by_variant),
             tokenizer=load_tokenizer(self._tokenizer_path),
-            # What a checkpoint does not say follows the variant; its prompt is then not cut (None).
-            discrete_state_input=config.pi05 if config.discrete_state_input is None else config.discrete_state_input,
-            max_token_len=config.max_token_len,
+            discrete_state_input=config.state_in_prompt,
+            max_token_len=config.max_token_len,  # None, where a checkpoint does not say it: the prompt is not cut
             action_dim=config.action_dim,
             image_size=(config.image_size, config.image_size),
             prompt_format=prompt_format,
@@ -335,15 +334,6 @@ class Policy:
         """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""
         is_json = self._tokenizer_bytes.lstrip().startswith(b"{")
         (root / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(self._tokenizer_bytes)
-
-
-def _tokenizer_file(path: pathlib.Path) -> pathlib.Path:
-    file = folder.tokenizer_file(path) if path.is_dir() else path
-    if file is None:
-        raise MissingFileError(
-            f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file."
-        )
-    return file
 
 
 def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:

@@ -36,6 +36,7 @@ def test_none_means_unset_and_a_call_that_needs_the_value_says_how_to_set_it():
         with pytest.raises(ValueError, match=rf"{field} is not set.*config=.*pi05_libero"):
             config.require(field)
     assert Pi0Config().require("action_horizon") == 50
+    assert Pi0Config().chunk_shape == (50, 32)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from torchpi.policy import load_policy
 from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestError, read_request
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.run import policy_paths, run_serve
-from torchpi.serving.scheduler import Request, Scheduler, noise_shape
+from torchpi.serving.scheduler import Request, Scheduler
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import RateLimit, ServeSettings
 from torchpi_client import ServerError, WebsocketPolicy, pack, unpack
@@ -202,7 +202,7 @@ def test_waiting_requests_are_one_batch_with_the_answers_of_single_requests():
 def test_batch_of_a_real_policy_has_the_answers_of_single_requests():
     policy = load_policy("demo", device="cpu")
     rng = np.random.default_rng(0)
-    noise = rng.standard_normal((3, *noise_shape(policy)), np.float32)
+    noise = rng.standard_normal((3, *policy.model.config.chunk_shape), np.float32)
     example = policy.example_observation()
     observations = [
         {**example, "state": rng.uniform(-0.1, 0.1, 4), "prompt": "open the drawer" + " now" * i} for i in range(3)

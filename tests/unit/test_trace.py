@@ -15,11 +15,11 @@ from torchpi.config import PRESETS
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.demo import demo_observation
 from torchpi.inspect.commands import run_trace
-from torchpi.inspect.inputs import Shapes, Source, find_inputs, inputs_of_policy, observation_of
+from torchpi.inspect.inputs import Shapes, Source, find_inputs, inputs_of_config, inputs_of_policy, observation_of
 from torchpi.inspect.page import render_page
 from torchpi.inspect.steps import STEPS as ALL_STEPS
 from torchpi.inspect.steps import formula_of
-from torchpi.inspect.summary import Pair, compare_facts, compare_steps, phases
+from torchpi.inspect.summary import Pair, compare_facts, compare_steps, facts, phases
 from torchpi.inspect.text import print_trace
 from torchpi.inspect.trace import TraceEntry, trace_forward, trace_steps
 from torchpi.policy import load_policy
@@ -192,6 +192,21 @@ def test_comparison_keeps_architecture_and_sizes_apart(pi05, pi0):
     assert found["training only"] == ["actions", "u_t", "loss"]
     assert found["inference only"] == ["action_chunk"]
     assert "logits" in found["joint view only"]
+
+
+@pytest.mark.parametrize(
+    ("pi05", "stated", "state"),
+    [
+        (True, None, "text in the prompt"),  # an openpi checkpoint, which does not say it: the variant decides
+        (False, None, "token of the suffix"),
+        (True, False, "not read"),
+        (False, True, "text in the prompt and token of the suffix"),
+    ],
+)
+def test_facts_say_how_the_state_is_read(pi05, stated, state):
+    config = dataclasses.replace(PRESETS["tiny"], pi05=pi05, discrete_state_input=stated)
+    trace = trace_forward(inputs_of_config(config, Shapes(batch=1)))
+    assert facts(trace)["architecture"]["state"] == state
 
 
 def test_compared_models_can_have_the_same_sizes(capsys):

@@ -115,7 +115,7 @@ def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> S
         norm_stats=dict.fromkeys(QUANTITIES, stats),
         normalization=dict.fromkeys(QUANTITIES, Normalization("z_score")),
         tokenizer=load_tokenizer(assets() / "tiny_tokenizer.model"),
-        discrete_state_input=config.pi05 if config.discrete_state_input is None else config.discrete_state_input,
+        discrete_state_input=config.state_in_prompt,
         max_token_len=None,
         action_dim=config.action_dim,
         image_size=(config.image_size, config.image_size),

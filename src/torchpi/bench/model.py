@@ -93,8 +93,7 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
     """
     model = Pi0(work.config, device=work.device).to(work.dtype).eval()
     observation = make_observation(work, torch.device(work.device))
-    horizon = work.config.require("action_horizon")
-    noise = torch.randn(work.batch, horizon, work.config.action_dim, device=work.device)
+    noise = torch.randn(work.batch, *work.config.chunk_shape, device=work.device)
     sampler = model if engine is None else InferenceEngine(model, mode=engine)
 
     def run() -> None:
@@ -129,7 +128,7 @@ def bench_train(work: Workload, *, repeats: int = 5, compiled: bool = False) -> 
     config = TrainConfig(batch_size=work.batch, optim=OptimConfig(flow_samples_per_obs=work.flow_samples_per_obs))
     state = TrainState.create(model, weight_decay=config.optim.weight_decay, ema=True)
     device = torch.device(work.device)
-    shape = (work.batch, work.flow_samples_per_obs, work.config.require("action_horizon"), work.config.action_dim)
+    shape = (work.batch, work.flow_samples_per_obs, *work.config.chunk_shape)
     generator = torch.Generator(device).manual_seed(0)
     noise = torch.randn(shape, generator=generator, device=device)
     time = torch.rand(shape[:2], generator=generator, device=device)

@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+from rich.console import Console
 
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import Column, Table
 
 if TYPE_CHECKING:
     from torchpi.data.stats import StatsCoverage
@@ -46,8 +48,6 @@ class Stats:
     """Print one JSON document."""
 
     def run(self) -> None:
-        from rich.console import Console
-
         from torchpi.data import LeRobotDataset, idle_frames, select_episodes
         from torchpi.data.rename import parse_rename
         from torchpi.data.stats import distributions, stats_coverage
@@ -148,12 +148,10 @@ def _print_statistics(document: Mapping[str, Any]) -> None:
         f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
     for what in ("state", "actions"):
-        columns = list(document[what])[1:]
+        columns = [Column(what, "name"), *(Column(title, "number") for title in list(document[what])[1:])]
         rows = zip(*document[what].values(), strict=True)
-        _print_table(
-            {what: "name"} | dict.fromkeys(columns, "number"),
-            [(name, *(f"{number:.4g}" for number in numbers)) for name, *numbers in rows],
-        )
+        texts = [(name, *(f"{number:.4g}" for number in numbers)) for name, *numbers in rows]
+        Console(highlight=False).print(Table(columns, texts).to_rich())
     if document["out"]:
         print(f"written to {document['out']}")
 
@@ -179,16 +177,8 @@ def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) ->
             if key.dims != key.checkpoint_dims
         ]
     print(f"fraction inside [q01, q99] of {address}:")
-    kinds = {"robot": "name", "all": "number", "state": "number", "actions": "number", "farthest outside": "text"}
-    _print_table(kinds, rows)
+    numbers = (Column(title, "number") for title in ("all", "state", "actions"))
+    table = Table([Column("robot", "name"), *numbers, Column("farthest outside")], rows)
+    Console(highlight=False).print(table.to_rich())
     for remark in remarks:
         print(remark)
-
-
-def _print_table(columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under columns, given as title and kind."""
-    from rich.console import Console
-
-    from torchpi.ui.tables import Column, Table
-
-    Console(highlight=False).print(Table([Column(title, kind) for title, kind in columns.items()], rows).to_rich())

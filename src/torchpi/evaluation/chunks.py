@@ -155,5 +155,5 @@ def _observation(item: Mapping[str, Any], embodiment: Embodiment, prompt: str | 
 
 
 def _noise(policy: Policy, seed: int, frame: Frame, sample: int) -> Float32[np.ndarray, "H A"]:
-    shape = (policy.model.config.require("action_horizon"), policy.model.config.action_dim)
-    return generator_at(seed, "evaluation", frame.episode, frame.number, sample).standard_normal(shape, np.float32)
+    generator = generator_at(seed, "evaluation", frame.episode, frame.number, sample)
+    return generator.standard_normal(policy.model.config.chunk_shape, np.float32)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import msgspec
 
 from torchpi.assets import assets
+from torchpi.config import Pi0Config
 from torchpi.policy import Policy
 from torchpi.ui.format import without_nan
 
@@ -166,7 +167,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "hook": robot.hook,
         "cameras": [{"name": c.name, "key": c.key, "presence": c.presence} for c in robot.cameras],
         "state": [{"name": name, "unit": unit} for name, unit in zip(names, state_units(policy), strict=True)],
-        "state_input": state_input(policy),
+        "state_input": state_input(config),
         "actions": [dataclasses.asdict(action) for action in robot.actions],
         "normalization": {key: dataclasses.asdict(rule) for key, rule in transforms.normalization.items()},
         "prompt_format": transforms.prompt_format,
@@ -181,10 +182,9 @@ def describe(policy: Policy) -> dict[str, Any]:
     }
 
 
-def state_input(policy: Policy) -> str | None:
+def state_input(config: Pi0Config) -> str | None:
     """The form in which the model reads the state; None: it does not."""
-    in_prompt, in_suffix = policy.transforms.discrete_state_input, not policy.model.config.pi05
-    forms = ["text in the prompt"] * in_prompt + ["token of the suffix"] * in_suffix
+    forms = ["text in the prompt"] * config.state_in_prompt + ["token of the suffix"] * (not config.pi05)
     return " and ".join(forms) or None
 
 

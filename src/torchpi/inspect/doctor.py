@@ -61,7 +61,7 @@ def diagnose(
     """
 
     def sample(inputs: Mapping[str, Any]) -> np.ndarray:
-        shape = (num_seeds, policy.model.config.require("action_horizon"), policy.model.config.action_dim)
+        shape = (num_seeds, *policy.model.config.chunk_shape)
         noise = generator_at(seed, "doctor").standard_normal(shape).astype(np.float32)
         return sample_chunks(policy, inputs, noise, num_steps=num_steps)[..., : policy.embodiment.action_size]
 

@@ -185,10 +185,7 @@ def inputs_of_model(
     if (chunk := rows.get("noise", rows.get("actions"))) is not None:
         sizes.setdefault("action_horizon", chunk.shape[1])
     config, assumed = _complete(dataclasses.replace(model.config, **sizes))
-    generator, shape = (
-        torch.Generator().manual_seed(0),
-        (shapes.batch, config.require("action_horizon"), config.action_dim),
-    )
+    generator, shape = torch.Generator().manual_seed(0), (shapes.batch, *config.chunk_shape)
     drawn = torch.randn(shape, generator=generator)
     time = flow.sample_time(shapes.batch, generator=generator, device=torch.device("cpu"))
     noise, time = rows.get("noise", drawn.to(model.device)), rows.get("time", time.to(model.device))

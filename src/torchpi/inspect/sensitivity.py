@@ -94,7 +94,7 @@ def sensitivities(
     yield tried("instruction", f"replaced by {other_text!r}", transforms.forward({**sample, "prompt": other_text}))
     at_mean = transforms.forward({**sample, "state": transforms.norm_stats["state"].mean[: len(sample["state"])]})
     untried = ""
-    if state_input(policy) is None:
+    if state_input(policy.model.config) is None:
         untried = "the policy is made without it"
     elif abs(at_mean["state"] - inputs["state"]).max() < _LEAST_STATE_CHANGE:
         untried = "it is near its mean already"

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from torchpi.inspect.diagnosis import state_input
 from torchpi.inspect.steps import STEPS
 from torchpi.inspect.trace import Stats, Trace, TraceEntry
 from torchpi.ui.format import format_count, format_shape
@@ -72,12 +73,11 @@ def _merged(entries: list[TraceEntry]) -> Stats | None:
 def facts(trace: Trace) -> dict[str, dict[str, str]]:
     """The facts that follow from the variant (architecture), and those that a config decides (sizes)."""
     config = trace.inputs.config
-    state = "text in the prompt" if config.discrete_state_input else "not read" if config.pi05 else "a suffix token"
     return {
         "architecture": {
             "variant": config.variant,
             "time": "modulates the expert's norms" if config.pi05 else "is mixed into the action tokens",
-            "state": state,
+            "state": state_input(config) or "not read",
             "attention groups": str(trace.num_groups),
             "time injections, all": str(trace.count("time_inputs")),
             "time injections, in the layers": str(trace.count("time_injections")),

@@ -427,8 +427,7 @@ class Pi0(nn.Module):
 
     def draw_noise(self, batch: int, generator: torch.Generator | None) -> Float32[Tensor, "B H A"]:
         """Noise from N(0, 1) for chunks of the config's horizon."""
-        shape = (batch, self.config.require("action_horizon"), self.config.action_dim)
-        return torch.randn(shape, generator=generator, device=self.device)
+        return torch.randn((batch, *self.config.chunk_shape), generator=generator, device=self.device)
 
     def check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
         """Refuse actions or noise of another shape or dtype."""

@@ -21,7 +21,7 @@ from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
 from torchpi.serving.messages import SUPPORTED, RequestError, count_jpegs, decode_jpegs, read_request
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
-from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy, noise_shape
+from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy
 from torchpi.serving.settings import RateLimit, ServeSettings
 from torchpi_client import pack
 
@@ -103,7 +103,7 @@ class Connection:
             while not state.stopping:
                 # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
-                noise = generator.standard_normal(noise_shape(policy), np.float32)
+                noise = generator.standard_normal(policy.model.config.chunk_shape, np.float32)
                 message = await self.websocket.recv()
                 self.answering = True
                 try:
@@ -155,7 +155,8 @@ class Connection:
         settings = self._state.settings
         if not self._limit.allows(time.monotonic()):
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
-        observation, options = read_request(message, noise_shape=noise_shape(self._state.policies[self._policy]))
+        config = self._state.policies[self._policy].model.config
+        observation, options = read_request(message, noise_shape=config.chunk_shape)
         if count_jpegs(observation):  # milliseconds for each
             observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=settings.max_message_bytes)
         noise = noise if options.noise is None else options.noise

@@ -167,7 +167,7 @@ class Scheduler:
         policy = self._policies[name]
         for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
-            noise = np.zeros((size, *noise_shape(policy)), np.float32)
+            noise = np.zeros((size, *policy.model.config.chunk_shape), np.float32)
             policy.infer_batch([policy.example_observation()] * size, noise=noise, num_steps=self._settings.num_steps)
             _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
         if policy.engine is not None:
@@ -211,12 +211,6 @@ class Scheduler:
             request.settle_soon(Answer(chunk, start - request.arrived, seconds, len(batch)))
         self._metrics.inference_seconds.labels(name).observe(seconds)
         self._metrics.batch_size.labels(name).observe(len(batch))
-
-
-def noise_shape(policy: ServedPolicy) -> tuple[int, int]:
-    """[H, action_dim] of a policy's noise."""
-    config = policy.model.config
-    return config.require("action_horizon"), config.action_dim
 
 
 def _failure(policy: ServedPolicy, request: Request, error: Exception) -> RequestError:

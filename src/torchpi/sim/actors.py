@@ -77,10 +77,7 @@ def close_actor(actor: Actor) -> None:
 
 def noise_shape(actor: Actor) -> tuple[int, int] | None:
     """[H, action_dim]; None: its noise can't be given."""
-    if not isinstance(actor, Policy):
-        return None
-    config = actor.model.config
-    return config.require("action_horizon"), config.action_dim
+    return actor.model.config.chunk_shape if isinstance(actor, Policy) else None
 
 
 def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[str]:

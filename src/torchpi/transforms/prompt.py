@@ -209,13 +209,19 @@ def load_tokenizer(path: str | Path) -> SentencePieceTokenizer | HFTokenizer:
         FileNotFoundError: no such file, or none in the folder.
         ValueError: the file is neither, or is damaged.
     """
-    file = Path(path)
-    if file.is_dir():
-        found = [file / "tokenizer.model", *sorted(file.glob("*.model")), file / "tokenizer.json"]
-        file = next((candidate for candidate in found if candidate.is_file()), file)
-        if file.is_dir():
-            raise MissingFileError(f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there.")
+    file = find_tokenizer(path)
     return HFTokenizer(file) if _read(file).lstrip().startswith(b"{") else SentencePieceTokenizer(file)
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The file of a tokenizer, which may be named by its folder."""
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    for candidate in (file / "tokenizer.model", *sorted(file.glob("*.model")), file / "tokenizer.json"):
+        if candidate.is_file():
+            return candidate
+    raise MissingFileError(f"No tokenizer in {path}; expected tokenizer.model or tokenizer.json there, or give a file.")
 
 
 def _read(path: str | Path) -> bytes:
