@@ -1,5 +1,6 @@
 """Compiled layers, batches on their way to the device, and the share of a device's peak that a run uses."""
 
+import contextlib
 import functools
 import json
 
@@ -16,7 +17,7 @@ from torchpi.collate import stack_inputs
 from torchpi.config import LoraConfig
 from torchpi.model.lora import add_lora
 from torchpi.model.pi0 import Pi0
-from torchpi.training import loop
+from torchpi.training import loop, samples
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch
@@ -36,8 +37,8 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def gradients(model: Pi0, samples: int) -> tuple[torch.Tensor, ...]:
-    batch = example_batch(SIZES, ("base", "wrist"), samples, 2, torch.device("cpu"))
+def gradients(model: Pi0, count: int) -> tuple[torch.Tensor, ...]:
+    batch = example_batch(SIZES, ("base", "wrist"), count, 2, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(batch.noise.shape, generator=generator)
     loss = model(batch.observation, batch.actions, noise=noise, time=batch.time + 0.5).mean()
@@ -75,7 +76,7 @@ def test_each_kind_of_layer_is_one_graph_for_all_layers_of_a_stack(graphs, lora,
 
 def test_prompts_are_padded_to_the_next_of_the_given_lengths():
     def padded(*lengths: int) -> tuple[int, ...]:
-        samples = [
+        made = [
             {
                 "image": {},
                 "image_mask": {},
@@ -85,7 +86,7 @@ def test_prompts_are_padded_to_the_next_of_the_given_lengths():
             }
             for length in lengths
         ]
-        inputs = stack_inputs(samples, [32, 48])
+        inputs = stack_inputs(made, [32, 48])
         assert inputs["tokenized_prompt_mask"].sum(1).tolist() == list(lengths)
         return tuple(inputs["tokenized_prompt"].shape)
 
@@ -131,3 +132,36 @@ def test_a_compiled_run_compiles_its_first_step_alone_and_has_the_same_losses(re
         assert graphs.frame_count == 3  # not for the evaluation's shapes
     loop.train(recipe, tmp_path / "eager")
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-4)
+
+
+def test_a_batch_is_copied_to_a_gpu_while_the_one_before_it_is_used(monkeypatch):
+    log = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def record_event(self):
+            return log[-1]
+
+        def wait_event(self, event):
+            log.append(f"wait for {event}")
+
+    def to_device(tensor, device):
+        assert device.type == "cuda"
+        log.append(f"copy {int(tensor)}")
+        return tensor
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(samples, "to_device", to_device)
+    batches = [{"actions": torch.tensor(i), "augmentation": {}, "indices": ((0, i, 0, i),)} for i in range(3)]
+    for batch in samples.prefetched(iter(batches), torch.device("cuda")):
+        log.append(f"use {batch['indices'][0][1]}")
+    assert log == [
+        *("copy 0", "copy 1", "wait for copy 0", "use 0", "copy 2", "wait for copy 1", "use 1"),
+        *("wait for copy 2", "use 2"),
+    ]
+    assert list(samples.prefetched(iter(batches), torch.device("cpu"))) == batches
+    assert list(samples.prefetched(iter([]), torch.device("cuda"))) == []
