@@ -328,11 +328,11 @@ class LoraConfig:
     """Places and strength of the low-rank matrices. The defaults are openpi's gemma_2b_lora and gemma_300m_lora."""
 
     backbone_rank: int = 16
-    """Of the matrices in the backbone; 0: none there."""
+    """Rank of the LoRA matrices in the backbone; 0: none there."""
     backbone_alpha: float = 16.0
     """The backbone's attention update is scaled by alpha / rank."""
     expert_rank: int = 32
-    """Of the matrices in the action expert; 0: none there."""
+    """Rank of the LoRA matrices in the action expert; 0: none there."""
     expert_alpha: float = 32.0
     """The expert's attention update is scaled by alpha / rank."""
     attention: bool = True

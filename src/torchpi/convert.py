@@ -39,7 +39,7 @@ class Conversion:
     target: str
     target_format: Format
     dtype: str
-    """Of the arrays that were written."""
+    """Dtype of the written arrays."""
     num_parameters: int
     mapped: int
     """Arrays of the source that went into the target."""

@@ -48,11 +48,11 @@ class Policy:
         """Put a policy together.
 
         Args:
-            norm_stats: of "state" and "actions".
+            norm_stats: statistics of "state" and "actions".
             normalization: the rule for "state" and for "actions"; by default openpi's, which follows the variant.
             tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
             default_prompt: for requests without a prompt; by default the embodiment's.
-            prompt_format, truncation: of the prompt, see `transforms.prompt.tokenize_prompt`.
+            prompt_format, truncation: format and truncation of the prompt, see `transforms.prompt.tokenize_prompt`.
             metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway.
             provenance: where the weights come from.
 
@@ -63,7 +63,7 @@ class Policy:
         """
         self.model = model
         self.engine: InferenceEngine | None = None
-        """Samples instead of the model, see `use_engine`."""
+        """Engine that samples in place of the model; None: the model samples. Set by `use_engine`."""
         self.embodiment = embodiment
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
         self.provenance = dict(provenance or {})
@@ -119,14 +119,13 @@ class Policy:
 
         Args:
             observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
-            noise: [H, action_dim], where the flow begins; by default drawn with `generator`.
+            noise: [H, action_dim], x at t = 1; by default drawn with `generator`.
             num_steps: Euler steps.
             action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
-                observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Its
-                differences to the state are computed again.
-            delay: how many of these will have been executed when the new chunk arrives; it agrees with them.
-            execution_horizon: how many steps have been executed since the inference of that chunk; by default what is
-                missing of it, H − k.
+                observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Delta
+                actions are recomputed relative to the new state.
+            delay: number of these that will have been executed when the new chunk arrives; it repeats them.
+            execution_horizon: number of steps executed since the inference of that chunk; by default H − k.
 
         Returns:
             "actions" float32 [H, a] in the robot's units, and "policy_timing" in milliseconds.
@@ -164,7 +163,7 @@ class Policy:
         start = time.perf_counter()
         prefixes = prefixes or [None] * len(observations)
         requests = [
-            # In the model's terms, as in training: relative to the new state, and normalized.
+            # Converted as in training: relative to the new state, and normalized.
             observation if prefix is None else {**observation, "actions": prefix.actions}
             for observation, prefix in zip(observations, prefixes, strict=True)
         ]
@@ -232,9 +231,9 @@ class Policy:
         """Sample with an engine from here on; the model's weights must not change any more.
 
         Args:
-            mode: "eager": none, the plain model; "compiled"; "graph", which needs a CUDA device; "auto": "graph" on
-                such a device, and otherwise "eager".
-            settings: of `InferenceEngine`.
+            mode: "eager": the plain model, without an engine; "compiled"; "graph", which needs a CUDA device; "auto":
+                "graph" on such a device, and otherwise "eager".
+            settings: arguments of `InferenceEngine`.
 
         Raises:
             ValueError: the mode is unknown, or does not run on the model's device.
@@ -337,7 +336,7 @@ class Policy:
 
 
 def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
-    """The one length of state that this policy takes, of those that the embodiment allows."""
+    """Length of the state that this policy takes: the last of the embodiment's that fits statistics and model."""
     fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
     if not fitting:
         raise PolicyError(
@@ -369,11 +368,11 @@ def load_policy(
     The arguments say what the checkpoint does not, and overrule what it does.
 
     Args:
-        path: a folder, see `load_model`; an address hf://… or gs://…, see `checkpoints.hub.fetch`; or "demo". Of the
-            published openpi checkpoints, robot and config are known by the address.
+        path: a folder, see `load_model`; an address hf://… or gs://…, see `checkpoints.hub.fetch`; or "demo". The
+            address of a published openpi checkpoint implies robot and config.
         config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
         embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
-        normalization: foreign checkpoints that do not say: π₀ z_score, π₀.₅ quantile.
+        normalization: by default the checkpoint's; where it states none, z_score for π₀ and quantile for π₀.₅.
         norm_stats: a norm_stats.json, or the folder with it.
         asset_id: of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
         tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models'.

@@ -21,7 +21,7 @@ _FILES_OF_FORMATS = (
     "manifest.ocdbt",
 )
 UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".npz", ".msgpack")
-"""Of files that may run code when they are loaded, or have another format."""
+"""Endings of files that may run code when they are loaded, or have another format."""
 
 
 def existing_file(path: str | pathlib.Path) -> pathlib.Path:

@@ -15,7 +15,7 @@ from torchpi.model.lora import LoraConfig, lora_config
 from torchpi.model.pi0 import Pi0
 
 DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
-"""Of the backbone and of the action expert: openpi's variants gemma_2b_lora and gemma_300m_lora."""
+"""Alphas of backbone and action expert in openpi's variants gemma_2b_lora and gemma_300m_lora."""
 
 
 def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:

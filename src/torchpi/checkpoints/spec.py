@@ -25,7 +25,7 @@ class PolicySpec:
     """The checkpoint, for messages."""
     embodiment: Embodiment | None = None
     norm_stats: Mapping[str, NormStats] | None = None
-    """Of "state" and "actions"."""
+    """Statistics of "state" and "actions"."""
     normalization: Mapping[str, Normalization] | None = None
     """The rule for "state" and for "actions"; None: openpi's, which follows the variant."""
     tokenizer: pathlib.Path | None = None
@@ -35,7 +35,7 @@ class PolicySpec:
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     assets: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
-    """Of an openpi checkpoint: the norm_stats.json of each robot, by asset ID."""
+    """Paths of an openpi checkpoint's norm_stats.json files, by asset ID; one per robot."""
     is_policy_folder: bool = False
     """It is of a policy folder, which holds its tokenizer itself."""
 

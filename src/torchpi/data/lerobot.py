@@ -18,7 +18,7 @@ from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 
 _CHECKING_THREADS = 16
-"""For `check_videos`; many, because files may be far away."""
+"""Threads of `check_videos`; many, because files may be on a remote disk."""
 
 _FORKED: list[Any] = []
 """Videos that a parent process has opened: closing them would join threads that the child doesn't have."""
@@ -41,7 +41,7 @@ class LeRobotDataset:
     """Frames per second."""
     robot_type: str | None
     features: Mapping[str, Any]
-    """As in meta/info.json, but for new names."""
+    """Features of meta/info.json, under their new names."""
     tasks: Mapping[int, str]
     """All instructions of the dataset, by their task_index."""
     camera_keys: tuple[str, ...]

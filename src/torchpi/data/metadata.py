@@ -58,7 +58,7 @@ class VideoSpan:
 
     path: Path
     from_timestamp: float
-    """Of its first frame, in seconds of the file."""
+    """Timestamp of the episode's first frame in the video file, in seconds."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torchpi.errors import DatasetError, UnknownKeyError
 
 _JOINED = "+"
 _OPENPI_NAMES = {lerobot.STATE: ("state", "joint_position+gripper_position"), lerobot.ACTION: ("actions",)}
-"""Of the columns in the datasets that openpi's converters write."""
+"""Names of state and action in the datasets that openpi's converters write."""
 _FRAME_KEYS = ("action_is_pad", "task")
 """Added by `LeRobotDataset` to each frame."""
 

@@ -77,7 +77,7 @@ class ModelValues:
     """The numbers of a dataset in the model's terms, before differences are taken."""
 
     names: Mapping[str, tuple[str, ...]]
-    """Of the dimensions of "state" and "actions"."""
+    """Names of the dimensions of "state" and "actions"."""
     state: Float[np.ndarray, "F s"]
     actions: Float[np.ndarray, "F a"]
     is_delta: tuple[bool, ...]
@@ -179,13 +179,13 @@ class KeyCoverage:
     """State or actions of a dataset, compared with a robot's statistics of them."""
 
     dims: int
-    """Of the dataset."""
+    """Dimensions of the dataset."""
     checkpoint_dims: int
-    """Of the statistics, without padding."""
+    """Dimensions of the checkpoint's statistics, without padding."""
     range: str
     """The training range: "q01..q99", or "mean ± 2.326 std" where there are no quantiles."""
     names: tuple[str, ...]
-    """Of the dimensions that both have."""
+    """Names of the dimensions that both have."""
     inside: tuple[float, ...]
     """Fraction of the dataset's values inside the range, for each of these."""
     overall: float

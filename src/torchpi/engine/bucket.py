@@ -22,7 +22,7 @@ class Bucket:
     horizon: int
     num_steps: int = 10
     guidance: float | None = None
-    """β of the guidance; None: none."""
+    """β of the guidance; None: no guidance."""
     action_prefix: bool = False
 
     def __str__(self) -> str:
@@ -41,10 +41,10 @@ class Inputs:
     state: Float32[Tensor, "B A"]
     noise: Float32[Tensor, "B H A"]
     target: Float32[Tensor, "B H A"] | None
-    """Guidance's; None in a bucket without."""
+    """Target of the guidance; None in a bucket without guidance."""
     weight: Float32[Tensor, "B H A"] | None
     known: Float32[Tensor, "B H A"] | None
-    """The action prefix; None in a bucket without."""
+    """Actions of the action prefix; None in a bucket without one."""
     known_mask: Bool[Tensor, "B H"] | None
 
     @classmethod
@@ -70,7 +70,7 @@ class Inputs:
         )
 
     def copy_(self, other: "Inputs") -> None:
-        """Take over the contents of inputs with as many samples or fewer, whose last one then fills the rest."""
+        """Copy inputs of as many samples or fewer; their last sample fills the rest."""
         for field in dataclasses.fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
             if mine is None:

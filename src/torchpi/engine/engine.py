@@ -29,8 +29,8 @@ MAX_BUCKETS = 16
 class InferenceEngine:
     """Samples as the model does, from the same weights, in few launches.
 
-    The plain model samples what fits no bucket. A bucket warms up at its first call, which waits for it; or, with
-    `background`, in a thread, and the plain model samples meanwhile. Calls from several threads are answered in turn.
+    Inputs that fit no bucket are sampled by the plain model. A bucket warms up at its first call, which waits for it;
+    or, with `background`, in a thread, while the plain model samples. Calls from several threads are answered in turn.
     """
 
     @torch.inference_mode(False)  # guidance needs gradients through what is packed here
@@ -52,9 +52,9 @@ class InferenceEngine:
             kernels: by default Triton's for graphs in 16 bits, and PyTorch's operations otherwise.
             prompt_lengths: numbers of prompt tokens to which a bucket is padded; the model's own maximum is one more.
             batch_sizes: numbers of samples to which a bucket is padded.
-            max_buckets: number of buckets that are kept; the one that was used longest ago makes room.
-            background: warm up in a thread. The chunks of the first calls then are the plain model's, which differ by
-                rounding: no run is the same as another one.
+            max_buckets: number of buckets that are kept; the least recently used one is dropped.
+            background: warm up in a thread. The first chunks then come from the plain model and differ by rounding,
+                so no run repeats another one to the bit.
 
         Raises:
             ValueError: the mode does not run on the model's device, or the model has LoRA layers.

@@ -67,7 +67,7 @@ class ChunkErrors:
     counts: Int[np.ndarray, " H"]
     """Recorded actions per step; fewer at the later ones, because episodes end."""
     per_step: Mapping[str, StepErrors]
-    """Of "policy", "hold" and "mean_action"."""
+    """Errors by step, under "policy", "hold" and "mean_action"."""
 
     @property
     def ranges(self) -> Float64[np.ndarray, " a"]:

@@ -90,10 +90,10 @@ class ActionCheck:
     unit: str
     kind: str
     min: float
-    """Over all actions of the chunks, and all noise seeds."""
+    """Smallest value over all actions of the chunks and all noise seeds."""
     max: float
     low: float
-    """For a delta, added to this observation's state."""
+    """Lower end of the range; a delta's is added to this observation's state."""
     high: float
     outside: float
     """Share of the actions outside of the range."""

@@ -54,7 +54,7 @@ class Source:
     frame: int = 0
     """Counted from the episode's first."""
     demo: Mapping[str, Any] | None = None
-    """For the embedded policy, if neither of them is given."""
+    """Observation of the embedded policy, used where neither of them is given."""
 
     def __post_init__(self) -> None:
         if self.inputs is not None and self.dataset is not None:

@@ -53,7 +53,7 @@ class TraceInputs:
     notes: tuple[str, ...] = ()
     """Remarks: assumptions, made-up input, untrained weights."""
     action_names: tuple[str, ...] = ()
-    """Of the robot's dimensions; the others are padding. Empty: not known."""
+    """Names of the robot's action dimensions; the others are padding. Empty: not known."""
     robot: tuple[Stage, ...] = ()
     """Stages in front of the batch."""
     to_robot: Callable[[Float32[np.ndarray, "H A"]], np.ndarray] | None = None

@@ -21,7 +21,7 @@ class Row(NamedTuple):
     """The first of them."""
     repeats: int
     stats: Stats | None
-    """Of all of them."""
+    """Statistics of all of them."""
 
     @property
     def shape(self) -> str:

@@ -41,9 +41,9 @@ class TraceEntry:
     """"training", "inference" or "both"."""
     formula: str = ""
     value: int | str | None = None
-    """Of a count or a text."""
+    """Value of a stage that is a count or a text."""
     stats: Stats | None = None
-    """For a model with weights and an input."""
+    """Statistics of the values, for a model with weights and an input."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON values without the empty ones."""

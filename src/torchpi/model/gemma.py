@@ -30,20 +30,20 @@ class KeyValue(NamedTuple):  # a tuple, because FSDP looks for tensors only in t
     """S, the number of slots that the prefix fills."""
 
     def with_room(self, num_tokens: int) -> "KeyValue":
-        """The same in buffers with so many more slots, into which `extended` writes."""
+        """A copy in buffers with `num_tokens` more slots, into which `extended` writes."""
         batch, _, *shape = self.keys.shape
         keys, values = (self.keys.new_empty(batch, self.length + num_tokens, *shape) for _ in range(2))
         keys[:, : self.length], values[:, : self.length] = self.keys, self.values
         return KeyValue(keys, values, self.length)
 
     def repeat(self, times: int) -> "KeyValue":
-        """Each sample `times` times in a row."""
+        """Repeat each sample `times` times in a row."""
         return KeyValue(self.keys.repeat_interleave(times, 0), self.values.repeat_interleave(times, 0), self.length)
 
     def extended(self, k: Float[Tensor, "B T G K"], v: Float[Tensor, "B T G K"]) -> tuple[Tensor, Tensor]:
         """Keys and values of the prefix with those of a suffix behind them.
 
-        They are written into the room that is there. Autograd does not allow that: with gradients, and without room,
+        They are written into the free slots. Autograd does not allow that: with gradients, and without free slots,
         they are concatenated.
         """
         if torch.is_grad_enabled() or self.keys.shape[1] == self.length:

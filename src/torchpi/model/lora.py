@@ -1,4 +1,4 @@
-"""LoRA: the two stacks are trained through matrices of low rank beside their frozen ones.
+"""LoRA: the two stacks are trained through low-rank matrices that are added to their frozen ones.
 
 The meaning is openpi's code, not the paper's (arXiv:2106.09685). Every head has an A and a B of its own; attention's
 update is scaled by alpha / rank; the output projection sums over the heads between A and B, so that each head's A meets

@@ -42,17 +42,17 @@ class AttentionInputs:
 
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """The prefix, as the action expert reads it."""
+    """Keys and values of the prefix, and what else the action expert needs for a suffix behind it."""
 
     key_values: list[KeyValue]
-    """Per layer of the backbone."""
+    """Keys and values of each backbone layer."""
     suffix: AttentionInputs
-    """Of the suffix behind it."""
+    """Positions and mask of the suffix that follows the prefix."""
     state: Float32[Tensor, "B A"]
-    """The observation's; π₀'s suffix reads it."""
+    """State of the observation, which π₀'s suffix reads."""
 
     def repeat(self, times: int) -> "KVCache":
-        """Each sample `times` times in a row, for as many suffixes behind the same prefix."""
+        """Repeat each sample `times` times in a row, for several suffixes behind one prefix."""
         if times == 1:
             return self
         (cos, sin), mask = self.suffix.rope, self.suffix.mask

@@ -80,7 +80,7 @@ class ActionPrefix:
         return torch.where(self.mask[:, :, None], self.actions, x_t)
 
     def wrap(self, velocity: Velocity, at_zero: TimeConditioning) -> Velocity:
-        """The velocity behind the prefix, whose tokens have the time 0; in the prefix it is 0: it stays as it is.
+        """The velocity behind the prefix; it is 0 in the prefix, whose tokens have the time 0 and do not change.
 
         Args:
             at_zero: the conditioning of t = 0.

@@ -14,7 +14,7 @@ class HoldCommand:
     index: int | None
     """Dimension of the state that the action repeats; None: the action is a motion, and is 0."""
     text: str
-    """For people: "state left_waist" or "no motion"."""
+    """Readable form: "state left_waist" or "no motion"."""
 
 
 def hold_commands(embodiment: Embodiment) -> tuple[HoldCommand | None, ...]:

@@ -44,7 +44,7 @@ class Embodiment:
     """
 
     name: str
-    """For people and messages."""
+    """Name, shown in messages."""
     cameras: tuple[Camera, ...]
     """In the order in which the model reads them."""
     state: tuple[StateKey, ...]

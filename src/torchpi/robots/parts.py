@@ -122,9 +122,9 @@ class ActionDim:
     """
 
     name: str
-    """For people and messages."""
+    """Name, shown in messages."""
     unit: str = ""
-    """In which the robot takes it; empty: not stated."""
+    """Unit in which the robot takes it; empty: not stated."""
     kind: str = "absolute"
     """"delta": the model predicts the difference to the state of the same index at the beginning of the chunk;
     "absolute": it predicts what the robot takes, even if the robot reads that as an increment."""

@@ -37,7 +37,7 @@ class ServerState:
 
     settings: ServeSettings
     names: list[str]
-    """Of the policies; the first one is also served at "/"."""
+    """Names of the policies; the first one is also served at "/"."""
     metrics: Metrics
     scheduler: Scheduler
     recorder: Recorder | None

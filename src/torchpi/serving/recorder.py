@@ -130,7 +130,7 @@ class _Recording:
         """Connected clients of which the log says that a request did not fit."""
         self._cameras = list(camera_fields(embodiment).values())
         self._shapes: dict[str, tuple[int, ...]] = {}
-        """Of a frame's values, as far as they are known."""
+        """Known shapes of a frame's values, by name."""
 
     def add(self, client: int, task: str, frame: Mapping[str, np.ndarray]) -> None:
         """Continue the client's episode, or begin it; episodes are saved where the memory requires it."""

@@ -64,7 +64,7 @@ class Request:
     """[H, action_dim]."""
     num_steps: int
     previous: PreviousChunk | None = None
-    """For real-time chunking."""
+    """Previous chunk, for real-time chunking."""
     answer: "asyncio.Future[Answer]" = dataclasses.field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

@@ -55,7 +55,7 @@ class RecordSettings:
     image_size: int
     """Height and width of the cameras."""
     seed: int = 0
-    """Of the whole recording. No evaluation has the same episodes, whatever its seed."""
+    """Seed of the recording. No evaluation has the same episodes, whatever its seed."""
     noise: float | int = 0.4
     """Standard deviation of the noise on each dimension of an executed action; actions are ±1."""
     noisy_fraction: float | int = 0.5

@@ -36,9 +36,9 @@ class TaskResult(Rate):
     instruction: str
     """The policy's."""
     mean_steps: float | None
-    """Of the successful episodes; None: there are none."""
+    """Mean number of steps of the successful episodes; None: no episode succeeded."""
     median_steps: float | None
-    """As mean_steps."""
+    """Median number of steps of the successful episodes; None: no episode succeeded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Evaluation:
     """Its path or address."""
     seed: int
     success_rate: float
-    """Of all episodes, 0 to 1."""
+    """Fraction of all episodes that succeeded, 0 to 1."""
     interval: tuple[float, float]
     """Wilson's 95 % interval of it."""
     tasks: Mapping[str, TaskResult]

@@ -73,7 +73,7 @@ class EpisodeOutcome:
     chunk_ms: tuple[float, ...]
     """For each chunk, the time that the policy took, in milliseconds."""
     seconds: float
-    """Of the whole episode, on the clock."""
+    """Wall-clock duration of the episode."""
     unstable: bool = False
     """An action has broken the simulation, which ended the episode."""
 

@@ -81,9 +81,9 @@ class Source(_Checked):
     prompt: str | None = None
     """The instruction of all episodes, in place of their tasks."""
     rename: tuple[str, ...] = ()
-    """As `DataConfig.rename`."""
+    """Renamed columns, see `DataConfig.rename`."""
     norm_stats: str = "dataset"
-    """As `DataConfig.norm_stats`."""
+    """Normalization statistics, see `DataConfig.norm_stats`."""
 
 
 @dataclasses.dataclass(frozen=True)

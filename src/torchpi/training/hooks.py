@@ -197,7 +197,7 @@ class Holdout:
     def __init__(self, run: LiveRun, data: Sequence[SourceData], policies: Sequence[Policy]) -> None:
         self.config, self.world, self.policies, self.data = run.config, run.world, policies, data
         self.batch_size = self.config.micro_batch_size(self.world.size)
-        """Of this process, as in training: what fits there fits here."""
+        """Samples of this process at once, as many as in training, so that they fit in memory."""
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
             for source, policy in zip(data, policies, strict=True)

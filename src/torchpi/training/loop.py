@@ -43,7 +43,7 @@ class TrainResult:
     interrupted: bool
     """Ended by Ctrl-C or SIGTERM; it can be resumed."""
     report: pathlib.Path
-    """The page about the run."""
+    """Path of the run's report.html."""
 
 
 def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> TrainResult:

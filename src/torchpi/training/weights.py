@@ -137,7 +137,7 @@ class Part:
     without_gradient: int
     """Trained according to the recipe, but the loss does not depend on them."""
     dtype: str
-    """Of the frozen ones, or of all."""
+    """Dtype of the frozen parameters, or of all where none is frozen."""
 
 
 def parameter_table(model: Pi0, config: TrainConfig) -> list[Part]:
