@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from torchpi.engine.kernels import PLAIN, Kernels
 from torchpi.engine.kernels.rope import split_rope
+from torchpi.engine.quantize import QuantizedLinear, folded_weight
 from torchpi.errors import ModelError
-from torchpi.model.gemma import Gemma, Modulation, RMSNorm, rope_table
+from torchpi.model.gemma import Gemma, Modulation, rope_table
 from torchpi.model.layers import Linear, attend, gelu_tanh
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
@@ -29,12 +30,12 @@ from torchpi.model.pi0 import Pi0
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """Matrices of one Gemma layer, in the dtype of the computation."""
+    """Matrices of one Gemma layer, in the dtype of the computation or quantized."""
 
-    qkv: Float[Tensor, "qkv D"]
-    out: Float[Tensor, "D heads"]
-    gate_up: Float[Tensor, "gate_up D"]
-    down: Float[Tensor, "D I"]
+    qkv: Linear
+    out: Linear
+    gate_up: Linear
+    down: Linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,8 @@ class PackedModel:
         self.expert = _pack(model.expert, self.dtype)
         self.suffix = _as_dtype(model.suffix, torch.float32)
         out = model.action_out_proj
-        self.out_weight, self.out_bias = _fold(out, model.expert.final_norm, torch.float32), out.bias.detach().float()
+        self.out_weight = folded_weight(out, model.expert.final_norm).float()
+        self.out_bias = out.bias.detach().float()
 
     def embed_images(self, images: Float32[Tensor, "N B h w 3"]) -> Float[Tensor, "B tokens D"]:
         """SigLIP's tokens, camera by camera."""
@@ -117,12 +119,12 @@ class PackedModel:
         for i, layer in enumerate(self.backbone):
             if layer is self.backbone[-1]:  # of the last layer, the action expert reads keys and values
                 first = sizes.num_heads * sizes.head_dim
-                kernels.split_rope_store(F.linear(n, layer.qkv[first:]), cos, sin, keys[i], values[i], 0)
+                kernels.split_rope_store(layer.qkv.rows(n, first), cos, sin, keys[i], values[i], 0)
                 break
-            q = kernels.split_rope_store(F.linear(n, layer.qkv), cos, sin, keys[i], values[i], 0)
+            q = kernels.split_rope_store(layer.qkv(n), cos, sin, keys[i], values[i], 0)
             y = kernels.attend(q, keys[i][:, :length], values[i][:, :length], valid, length)
-            x, n = kernels.residual_rms_norm(x, F.linear(y, layer.out))
-            y = F.linear(kernels.geglu(F.linear(n, layer.gate_up)), layer.down)
+            x, n = kernels.residual_rms_norm(x, layer.out(y))
+            y = layer.down(kernels.geglu(layer.gate_up(n)))
             x, n = kernels.residual_rms_norm(x, y)
         suffix_rope = rope_table(valid[:, None] + position[None, :num_suffix], self.config.action_expert.head_dim)
         cos, sin = (table[:, :, 0] for table in suffix_rope)  # [B, T, K/2]
@@ -141,9 +143,9 @@ class PackedModel:
         x = self.suffix(prefix.state, x_t, time_features).to(self.dtype)  # [B, T, d]
         n = kernels.rms_norm(x) if modulations is None else kernels.ada_rms_norm(x, modulations[0])
         for i, layer in enumerate(self.expert):
-            y = F.linear(self._attend(prefix, i, F.linear(n, layer.qkv), kernels), layer.out)
+            y = layer.out(self._attend(prefix, i, layer.qkv(n), kernels))
             x, n = _add_and_norm(kernels, x, y, modulations, 2 * i)
-            y = F.linear(kernels.linear_geglu(n, layer.gate_up), layer.down)
+            y = layer.down(_linear_geglu(kernels, n, layer.gate_up))
             x, n = _add_and_norm(kernels, x, y, modulations, 2 * i + 1)
         return F.linear(n[:, self.num_state_tokens :].float(), self.out_weight, self.out_bias)
 
@@ -166,22 +168,31 @@ def _add_and_norm(
     return kernels.gated_residual_ada_rms_norm(x, y, modulations[norm], modulations[norm + 1])
 
 
+def _linear_geglu(kernels: Kernels, x: Tensor, gate_up: Linear) -> Tensor:
+    if isinstance(gate_up, QuantizedLinear):
+        return kernels.geglu(gate_up(x))
+    return kernels.linear_geglu(x, gate_up.weight)
+
+
 def _pack(stack: Gemma, dtype: torch.dtype) -> list[PackedLayer]:
     return [
         PackedLayer(
             _fold(layer.attention.qkv, layer.pre_attention_norm, dtype),
-            layer.attention.out.weight.detach().to(dtype),
+            _fold(layer.attention.out, None, dtype),
             _fold(layer.feed_forward.gate_up, layer.pre_ffw_norm, dtype),
-            layer.feed_forward.down.weight.detach().to(dtype),
+            _fold(layer.feed_forward.down, None, dtype),
         )
         for layer in stack.layers
     ]
 
 
-def _fold(linear: Linear, norm: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The matrix behind a norm, with the norm's 1 + scale."""
-    weight = linear.weight.detach()
-    return (weight.float() * (1 + norm.scale.detach().float()) if isinstance(norm, RMSNorm) else weight).to(dtype)
+def _fold(linear: Linear, norm: nn.Module | None, dtype: torch.dtype) -> Linear:
+    """The layer behind a norm, with the norm's 1 + scale in its matrix; a quantized one has it."""
+    if isinstance(linear, QuantizedLinear):
+        return linear
+    packed = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+    packed.weight = nn.Parameter(folded_weight(linear, norm).to(dtype), requires_grad=False)
+    return packed
 
 
 def _as_dtype(module: Any, dtype: torch.dtype) -> Any:

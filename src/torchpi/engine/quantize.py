@@ -1,0 +1,261 @@
+"""Quantized matmuls of a model: layers over int8 or fp8 weights that stand in it in place of `Linear`.
+
+    int8    y = (q(x)·Wᵀ)·s_x·s_W    q(x) = round(x / s_x), s_x = max|x| / 127 of each row, int32 sums; on a CPU
+    fp8     y = (q(x)·Wᵀ)·s_x·s_W    q(x) = e4m3(x / s_x), s_x of each matrix fixed by calibration, float32 sums
+
+s_W is max|w| / 127 or / 448 of each output. `Pi0` and the engine run the same layers. A norm's 1 + scale is folded into
+the matrix behind it, so that the activations of all channels are of one size.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float, Float32, Shaped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchpi.errors import ModelError
+from torchpi.model.gemma import RMSNorm
+from torchpi.model.layers import Linear
+from torchpi.model.lora import lora_config
+from torchpi.model.pi0 import Pi0
+
+Kind = Literal["fp8", "int8"]
+DTYPES: Mapping[Kind, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+FP8_CAPABILITY = (8, 9)
+"""Compute capability of the first GPUs with fp8 matmuls, Ada's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """A model's quantized matrices."""
+
+    kind: Kind
+    input_scales: dict[str, float | None]
+    """By the name of each quantized layer, s_x of fp8; None: of each row (int8)."""
+
+
+class QuantizedLinear(Linear):
+    """x·Wᵀ + b over a quantized weight, in x's dtype. Its gradient is that of x with the weight as it was rounded."""
+
+    weight: nn.Parameter
+    """int8 or float8_e4m3fn [o, i]."""
+    weight_scale: nn.Parameter
+    """s_W, float32 [o]."""
+
+    def __init__(self, base: Linear, kind: Kind, input_scale: float | None, *, emulated: bool = False) -> None:
+        """Quantize a layer.
+
+        Args:
+            input_scale: s_x of fp8.
+            emulated: compute fp8 in float32 also on a CUDA device.
+        """
+        super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.bias = base.bias
+        self.kind, self.input_scale, self.emulated = kind, input_scale, emulated
+        weight, scale = quantize_rows(base.weight.detach(), DTYPES[kind])
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+
+    def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        """x·Wᵀ + b in x's dtype."""
+        return self.rows(x, 0)
+
+    def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
+        """`forward` from its output `first` on, without what stands before."""
+        y = self.matmul(x, first)
+        return y if self.bias is None else y + self.bias[first:].to(x.dtype)
+
+    def matmul(self, x: Float[Tensor, "*batch i"], first: int = 0) -> Float[Tensor, "*batch rows"]:
+        """x·Wᵀ."""
+        tokens = x.flatten(0, -2)
+        rest = self.weight[first:], self.weight_scale[first:], self.input_scale, self.emulated
+        run = _StraightThrough.apply if torch.is_grad_enabled() and x.requires_grad else quantized_matmul
+        y: Tensor = run(tokens, *rest)
+        return y.unflatten(0, x.shape[:-1])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Take over the device alone: the dtypes of weight and scale are a part of their values."""
+        device = fn(self.weight_scale.data).device
+        self.weight.data, self.weight_scale.data = self.weight.data.to(device), self.weight_scale.data.to(device)
+        if self.bias is not None:
+            self.bias = nn.Parameter(fn(self.bias.data), self.bias.requires_grad)
+        return self
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The matmul whose gradient passes over the rounding of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, *settings: Any) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return quantized_matmul(x, weight, scale, *settings)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (weight, scale), (gradient,) = ctx.saved_tensors, gradients
+        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None, None, None
+
+
+def quantize_rows(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " o"]]:
+    """The rounded weight [o, i], and the scale of each output."""
+    wide = weight.float()
+    scale = wide.abs().amax(dim=1) / LARGEST[dtype]
+    scale = torch.where(scale > 0, scale, 1.0)
+    return _round(wide / scale[:, None], dtype), scale
+
+
+def quantized_matmul(
+    x: Float[Tensor, "M i"],
+    weight: Shaped[Tensor, "o i"],
+    scale: Float32[Tensor, " o"],
+    input_scale: float | None,
+    emulated: bool = False,
+) -> Float[Tensor, "M o"]:
+    """x·Wᵀ in x's dtype, see above; `emulated` for fp8, with the same rounding on any device."""
+    if input_scale is None:
+        wide = x.float()
+        row_scale = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / LARGEST[weight.dtype]
+        sums = torch._int_mm(_round(wide / row_scale, torch.int8), weight.t())
+        return sums.float().mul_(row_scale).mul_(scale).to(x.dtype)
+    rounded = _round(x.float() / input_scale, weight.dtype)
+    if x.is_cuda and not emulated:
+        row_scale = scale.new_full((len(x), 1), input_scale)
+        out = torch._scaled_mm(rounded, weight.t(), row_scale, scale[None], out_dtype=torch.bfloat16)
+        return out.to(x.dtype)
+    return (F.linear(rounded.float(), weight.float()) * (input_scale * scale)).to(x.dtype)
+
+
+def _round(x: Float32[Tensor, "n i"], dtype: torch.dtype) -> Shaped[Tensor, "n i"]:
+    """The nearest values of the dtype; values beyond its largest become that."""
+    if dtype is torch.int8:  # whose scale follows x
+        return x.round().to(dtype)
+    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+
+
+def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] | None = None) -> Quantization:
+    """Quantize the large matrices of a model in place.
+
+    These are the matrices of SigLIP's and Gemma's layers. With fp8, those that no observation reaches stay as they are:
+    three of the backbone's last layer, of which the actions depend on keys and values only.
+
+    Args:
+        observe: samples actions of real observations with the model, for fp8: s_x is the largest input / 448.
+
+    Raises:
+        ValueError: unknown kind; the model is quantized already, or has LoRA; fp8 without observations.
+    """
+    if kind not in DTYPES:
+        raise ModelError(f"Unknown quantization {kind!r}; expected fp8 or int8.")
+    if (found := quantization_of(model)) is not None:
+        raise ModelError(f"The model is quantized already, to {found.kind}; quantize the one that it was made of.")
+    if lora_config(model) is not None:
+        raise ModelError("The model has LoRA, which is not quantized: merge_lora folds it into the weights first.")
+    if kind == "fp8" and observe is None:
+        raise ModelError(
+            "fp8 needs the activations of real observations: give a dataset of the robot (--dataset), or choose int8."
+        )
+    layers = _large_layers(model)
+    _fold_norms(model)
+    scales: dict[str, float | None] = dict.fromkeys(layers)
+    if kind == "fp8" and observe is not None:
+        peaks = largest_inputs(model, layers, observe)
+        scales = {name: peak / LARGEST[torch.float8_e4m3fn] for name, peak in peaks.items() if peak > 0}
+        if not scales:
+            raise ModelError("The calibration sampled nothing with the model; fp8 needs at least one observation.")
+    quantization = Quantization(cast("Kind", kind), scales)
+    attach_quantization(model, quantization)
+    return quantization
+
+
+def attach_quantization(model: Pi0, quantization: Quantization, *, emulate_fp8: bool = False) -> None:
+    """Put quantized layers in place of the model's own; on "meta" they wait for their weights."""
+    layers = _large_layers(model)
+    if unknown := sorted(set(quantization.input_scales) - set(layers)):
+        raise ModelError(f"The model has no layer {', '.join(unknown[:4])} that can be quantized.")
+    for name, input_scale in quantization.input_scales.items():
+        layer = QuantizedLinear(layers[name], quantization.kind, input_scale, emulated=emulate_fp8)
+        model.set_submodule(name, layer)
+
+
+def quantization_of(model: Pi0) -> Quantization | None:
+    """A model's quantization; None: it has none."""
+    layers = quantized_layers(model)
+    scales = {name: layer.input_scale for name, layer in layers.items()}
+    return Quantization(next(iter(layers.values())).kind, scales) if layers else None
+
+
+def quantized_layers(model: Pi0) -> dict[str, QuantizedLinear]:
+    """The quantized layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+def check_device(kind: Kind, device: torch.device, *, emulate_fp8: bool) -> None:
+    """Refuse a device that the quantization does not run on."""
+    if device.type == "cpu" or (kind == "fp8" and emulate_fp8):
+        return
+    if kind == "int8" or device.type != "cuda":
+        raise ModelError(f"The policy is quantized to {kind}, which does not run on {device}: choose device cpu.")
+    if (found := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+        raise ModelError(
+            f"fp8 needs a GPU of compute capability 8.9 or higher; {device}, {torch.cuda.get_device_name(device)}, has "
+            f"{found[0]}.{found[1]}: take the policy that was quantized, or emulate_fp8=True (--emulate-fp8), which "
+            "computes the same in float32, slower."
+        )
+
+
+def folded_weight(linear: Linear, norm: nn.Module | None) -> Float[Tensor, "o i"]:
+    """The matrix behind a norm, with the 1 + scale of an RMSNorm in it, which makes it float32."""
+    weight = linear.weight.detach()
+    return weight.float() * (1 + norm.scale.detach().float()) if isinstance(norm, RMSNorm) else weight
+
+
+@torch.no_grad()
+def _fold_norms(model: Pi0) -> None:
+    for layer in (*model.backbone.layers, *model.expert.layers):
+        pairs = (layer.pre_attention_norm, layer.attention.qkv), (layer.pre_ffw_norm, layer.feed_forward.gate_up)
+        for norm, linear in pairs:
+            if isinstance(norm, RMSNorm):
+                linear.weight.copy_(folded_weight(linear, norm))
+                norm.scale.zero_()
+
+
+def _large_layers(model: Pi0) -> dict[str, Linear]:
+    """The layers that are quantized, by name; not the small ones of AdaRMSNorm."""
+    stacks = ("vision.blocks.", "backbone.layers.", "expert.layers.")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear) and name.startswith(stacks) and not name.endswith(".dense")
+    }
+
+
+class _Recorder(nn.Module):
+    """A layer that keeps the largest of its inputs."""
+
+    def __init__(self, base: Linear) -> None:
+        super().__init__()
+        self.base, self.peak = base, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rows(x, 0)
+
+    def rows(self, x: Tensor, first: int) -> Tensor:
+        self.peak = max(self.peak, x.abs().max().item())
+        return self.base.rows(x, first)
+
+
+def largest_inputs(model: Pi0, layers: Mapping[str, Linear], observe: Callable[[], object]) -> dict[str, float]:
+    """The largest absolute input of each layer while `observe` runs; 0: it is not used."""
+    recorders = {name: _Recorder(layer) for name, layer in layers.items()}
+    try:
+        for name, recorder in recorders.items():
+            model.set_submodule(name, recorder)
+        observe()
+    finally:
+        for name, layer in layers.items():
+            model.set_submodule(name, layer)
+    return {name: recorder.peak for name, recorder in recorders.items()}
