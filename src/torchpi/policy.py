@@ -256,7 +256,7 @@ class Policy:
             "embodiment": self.embodiment.name,
             "observation": self.embodiment.observation_format,
             "action_horizon": config.action_horizon,
-            "action_names": [action.name for action in self.embodiment.actions],
+            "action_names": list(self.embodiment.action_names),
             "action_commands": [action.command for action in self.embodiment.actions],
             "action_limits": self.embodiment.action_limits,
             "action_range": self._action_range(),

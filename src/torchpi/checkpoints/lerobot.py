@@ -281,7 +281,7 @@ def _features(robot: Embodiment, config: Pi0Config, state_dim: int) -> tuple[dic
 
 
 def _relative(robot: Embodiment) -> dict[str, Any]:
-    names = [action.name for action in robot.actions]
+    names = list(robot.action_names)
     excluded = [action.name for action in robot.actions if action.kind == "absolute"]
     enabled = any(robot.action_mask)
     # LeRobot leaves out every action whose name contains one of these.

@@ -55,7 +55,7 @@ def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[s
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
     """Raise a ValueError if the dataset's state or action has another length than the embodiment's."""
-    names = {lerobot.STATE: embodiment.state_names, lerobot.ACTION: tuple(dim.name for dim in embodiment.actions)}
+    names = {lerobot.STATE: embodiment.state_names, lerobot.ACTION: embodiment.action_names}
     fitting = {lerobot.STATE: embodiment.state_dims, lerobot.ACTION: (embodiment.action_size,)}
     for key, found in ((lerobot.STATE, state), (lerobot.ACTION, action)):
         if found is not None and found not in fitting[key]:

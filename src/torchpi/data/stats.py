@@ -93,9 +93,8 @@ class ModelValues:
         state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
         check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
         state_names = embodiment.state_names[: state.shape[1]]
-        action_names = tuple(action.name for action in embodiment.actions)
         require_finite(state, f"{lerobot.STATE} of {dataset.path}", state_names)
-        require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", action_names)
+        require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", embodiment.action_names)
         if embodiment.hook is not None:
             hook = HOOKS[embodiment.hook]
             state = np.stack([hook.state_to_model(row) for row in state])
@@ -104,7 +103,7 @@ class ModelValues:
         left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
         so_far = np.repeat(lengths, lengths) - left + 1
         return cls(
-            {"state": state_names, "actions": action_names},
+            {"state": state_names, "actions": embodiment.action_names},
             state,
             actions,
             embodiment.action_mask,

@@ -55,7 +55,7 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
     keys = {camera.name: camera.key for camera in robot.cameras if camera.name in trace.inputs.cameras and camera.key}
     first, count = next(iter(keys)), len(keys)
     prompt = next(segment for segment in trace.segments if segment.label == "prompt")
-    names = ", ".join(action.name for action in robot.actions)
+    names = ", ".join(robot.action_names)
     rate = "" if robot.control_hz is None else f" at {robot.control_hz:g} Hz"
     then = "" if robot.execute_steps is None else f"; after {robot.execute_steps} of them{rate} it observes again"
     tokens = f"{prompt.stop - prompt.start} tokens, padded to {config.max_token_len}"

@@ -162,7 +162,6 @@ def _policy(policy: Policy) -> dict[str, Any]:
 
 def _denoising(demo: Demo) -> dict[str, Any]:
     chunks, executed = demo.flow.chunks, demo.policy.embodiment.execute_steps
-    names = [action.name for action in demo.policy.embodiment.actions]
-    figures = denoising_figures(chunks, names, executed=executed)
+    figures = denoising_figures(chunks, demo.policy.embodiment.action_names, executed=executed)
     counts = {"steps": len(chunks) - 1, "horizon": chunks.shape[1], "executed": executed}
     return counts | {"task": escape(demo.task), "figures": figures}

@@ -195,5 +195,4 @@ def state_dim(policy: Policy) -> int:
 
 def state_units(policy: Policy) -> tuple[str, ...]:
     """Unit of each dimension of the policy's state; "": not stated."""
-    units = [unit for part in policy.embodiment.state for unit in part.units or ("",) * len(part.names)]
-    return tuple(units[: state_dim(policy)])
+    return policy.embodiment.state_units[: state_dim(policy)]

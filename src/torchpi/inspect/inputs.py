@@ -156,7 +156,7 @@ def inputs_of_policy(
     size = policy.embodiment.action_size
     return dataclasses.replace(
         inputs,
-        action_names=tuple(action.name for action in policy.embodiment.actions),
+        action_names=policy.embodiment.action_names,
         robot=tuple(observation_stages(policy, observation, state, sample)),
         to_robot=lambda chunk: policy.embodiment.from_model(policy.transforms.inverse(chunk, action_size=size), state),
     )

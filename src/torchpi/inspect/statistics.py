@@ -34,7 +34,7 @@ def excess(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> Float[np.ndarray
 def check_statistics(policy: Policy) -> Iterator[Finding]:
     """Name statistics that do not fit the robot, or that normalization makes huge."""
     robot, used = policy.embodiment, state_dim(policy)
-    names = {"state": robot.state_names[:used], "actions": tuple(action.name for action in robot.actions)}
+    names = {"state": robot.state_names[:used], "actions": robot.action_names}
     units = {"state": state_units(policy), "actions": tuple(action.unit for action in robot.actions)}
     for key in ("state", "actions"):
         stats, rule = policy.transforms.norm_stats[key], policy.transforms.normalization[key]

@@ -33,7 +33,7 @@ def _hold_command(i: int, action: ActionDim, embodiment: Embodiment) -> HoldComm
     if action.command != "position" or (action.kind == "absolute" and names.count(action.name) != 1):
         return None
     index = i if action.kind == "delta" else names.index(action.name)
-    unit = _state_units(embodiment)[index]
+    unit = embodiment.state_units[index]
     may_be_missing = index >= embodiment.state_dims[0]
     if may_be_missing or (action.unit and unit and action.unit != unit):
         return None
@@ -44,7 +44,7 @@ def with_guessed_commands(embodiment: Embodiment) -> Embodiment:
     """The embodiment of a policy folder older than `command`, with what was guessed then from names and units."""
     motions = [_guessed_motion(action) for action in embodiment.actions]
     positions = tuple(dataclasses.replace(action, command="position") for action in embodiment.actions)
-    units, actions = _state_units(embodiment), []
+    units, actions = embodiment.state_units, []
     holds = hold_commands(dataclasses.replace(embodiment, actions=positions))
     for action, motion, hold in zip(embodiment.actions, motions, holds, strict=True):
         index = None if hold is None else hold.index
@@ -61,7 +61,3 @@ def _guessed_motion(action: ActionDim) -> str | None:
     if words & {"speed", "vel", "velocity", "twist"} or "/s" in action.unit:
         return "velocity"
     return "increment" if words & {"delta", "increment"} else None
-
-
-def _state_units(embodiment: Embodiment) -> list[str]:
-    return [unit for part in embodiment.state for unit in part.units or ("",) * len(part.names)]

@@ -103,7 +103,7 @@ class Embodiment:
         """
         where = where or f"Embodiment '{self.name}'"
         states = self.state_names
-        parts = [("actions", tuple(action.name for action in self.actions))]
+        parts = [("actions", self.action_names)]
         parts += [(f"names of state {part.key!r}", part.names) for part in self.state]
         for label, names in parts:
             if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -192,6 +192,16 @@ class Embodiment:
         return tuple(name for part in self.state for name in part.names)
 
     @property
+    def state_units(self) -> tuple[str, ...]:
+        """The units of the state's dimensions, of all parts; "": not stated."""
+        return tuple(unit for part in self.state for unit in part.units or ("",) * len(part.names))
+
+    @property
+    def action_names(self) -> tuple[str, ...]:
+        """The names of an action's dimensions."""
+        return tuple(action.name for action in self.actions)
+
+    @property
     def state_dims(self) -> range:
         """The lengths that the state may have."""
         return range(sum(part.dims[0] for part in self.state), len(self.state_names) + 1)
@@ -261,7 +271,7 @@ class Embodiment:
         if found.get("actions") is not None:
             actions = numbers(found["actions"], "actions")
             self._check_actions(actions)
-            require_finite(actions, "actions", [action.name for action in self.actions])
+            require_finite(actions, "actions", self.action_names)
             actions = hook.actions_to_model(actions) if hook else actions
             is_delta = any(self.action_mask)
             sample["actions"] = delta_actions(actions, sample["state"], self.action_mask) if is_delta else actions
@@ -389,7 +399,7 @@ class Embodiment:
         if actions.ndim != 2 or actions.shape[1] != self.action_size:
             raise EmbodimentError(
                 f"Actions have shape {list(actions.shape)}; embodiment '{self.name}' expects [H, {self.action_size}]: "
-                f"{', '.join(action.name for action in self.actions)}."
+                f"{', '.join(self.action_names)}."
             )
 
 

@@ -140,7 +140,7 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
             f"{sides}the policy reads a state of {lengths} numbers in {', '.join(keys)}, the environment sends "
             f"{len(robot.state_names)} ({', '.join(robot.state_names)}) in {', '.join(sent_keys)}."
         )
-    _check_actions([action.name for action in policy.actions], policy.control_hz, robot, sides)
+    _check_actions(policy.action_names, policy.control_hz, robot, sides)
 
 
 def check_metadata(metadata: Mapping[str, Any], robot: Embodiment) -> None:
@@ -154,7 +154,7 @@ def _check_actions(names: Sequence[str] | None, control_hz: float | int | None, 
     if names is not None and len(names) != robot.action_size:
         raise SimulationError(
             f"{sides}the policy's actions have {len(names)} dimensions ({', '.join(names)}), the environment takes "
-            f"{robot.action_size} ({', '.join(action.name for action in robot.actions)})."
+            f"{robot.action_size} ({', '.join(robot.action_names)})."
         )
     if control_hz is not None and robot.control_hz is not None and control_hz != robot.control_hz:
         raise SimulationError(

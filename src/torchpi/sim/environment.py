@@ -100,7 +100,7 @@ def check_action(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
     if array.shape != (embodiment.action_size,):
         raise SimulationError(
             f"{embodiment.name} takes an action [{embodiment.action_size}] "
-            f"({', '.join(dimension.name for dimension in embodiment.actions)}), got {list(array.shape)}."
+            f"({', '.join(embodiment.action_names)}), got {list(array.shape)}."
         )
     if not np.isfinite(array).all():
         raise SimulationError(f"There is NaN or infinity in the action {array.tolist()}; the simulator would break.")

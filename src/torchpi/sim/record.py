@@ -142,7 +142,7 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
             fps=int(robot.control_hz),
             cameras=dict.fromkeys(camera_keys(robot), (settings.image_size, settings.image_size, 3)),
             state_names=robot.state_names,
-            action_names=[action.name for action in robot.actions],
+            action_names=robot.action_names,
             robot_type=robot.name,
             video=video,
         ) as writer,

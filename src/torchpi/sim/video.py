@@ -152,7 +152,7 @@ class _ActionPlots:
     """A row per dimension of the actions: those that were executed, and the current chunk over and ahead of them."""
 
     def __init__(self, robot: Embodiment, steps: Sequence[RolloutStep], width: int) -> None:
-        self._names = [action.name for action in robot.actions]
+        self._names = robot.action_names
         self._chunks = [(step.step, step.chunk) for step in steps if not step.executed]
         self._actions = np.stack([step.chunk[step.executed - 1] for step in steps if step.executed])
         everything = np.concatenate([chunk for _, chunk in self._chunks])
