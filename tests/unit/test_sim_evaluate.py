@@ -290,6 +290,8 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
         swapped_instructions("corridor", [pair])
     with pytest.raises(KeyError, match="corridor has no task 'fly'"):
         swapped_instructions("corridor", ["short:fly"])
+    with pytest.raises(ValueError, match="each once, got short, long, long, short"):
+        swapped_instructions("corridor", ["short:long", "long:short"])
 
 
 def test_a_failing_episode_is_named(corridor):  # noqa: F811

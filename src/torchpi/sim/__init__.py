@@ -38,7 +38,7 @@ def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
         tasks = pair.split(":")
         if len(tasks) != 2 or not all(tasks):
             raise SimulationError(f"A swap is two tasks with ':' between them, got {pair!r}.")
-        check_tasks(env, tasks)
+        check_tasks(env, [*swapped, *tasks])
         first, second = tasks
         swapped |= {first: own[second], second: own[first]}
     return swapped
