@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import tyro
 
-from torchpi.bench.floor import Workload, timed
+from torchpi.bench.floor import timed
 from torchpi.bench.model import bench_config, make_observation
 from torchpi.config import PRESETS
 from torchpi.errors import UsageError
+from torchpi.model.operations import Workload
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import Guidance
 from torchpi.policy import load_policy

@@ -13,10 +13,11 @@ from torchpi.bench import floor
 from torchpi.bench import model as bench
 from torchpi.cli import main
 from torchpi.config import preset
+from torchpi.model import operations
 
 
 def workload(config, **changes):
-    return floor.Workload(
+    return operations.Workload(
         **{"config": config, "batch": 1, "num_cameras": 3, "prompt_tokens": 40, "num_steps": 3, "dtype": torch.float32}
         | changes
     )
@@ -32,12 +33,12 @@ def test_counted_flops_equal_those_of_a_run(batch, pi05):
     noise = torch.zeros(batch, work.config.action_horizon, work.config.action_dim)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.sample_actions(observation, noise=noise, num_steps=work.num_steps)
-    assert sum(op.flops for op in floor.sampling_ops(work)) == counter.get_total_flops()
+    assert sum(op.flops for op in operations.sampling_ops(work)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("engine", [None, "eager"])
 def test_sampling_is_measured_on_busy_cores_too(engine, monkeypatch):
-    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: operations.Machine(1e11, 1e10))
     work = workload(preset("tiny"), num_steps=1)
     result = bench.bench_model(work, repeats=1, engine=engine, busy=True)
     assert result.to_json()["busy_seconds"] > 0
@@ -53,7 +54,7 @@ def test_bench_model_names_the_option_that_compiles(capsys):
 def test_compile_reaches_every_trained_layer(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: compiled.append(module))
-    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: operations.Machine(1e11, 1e10))
     work = workload(preset("tiny"), num_steps=1)
     bench.bench_train(work, repeats=1)
     assert not compiled
@@ -64,18 +65,18 @@ def test_compile_reaches_every_trained_layer(monkeypatch):
 def test_full_size_flops():
     """The figures of the design: vision 0.66, prefix 3.76, expert 0.39 TFLOP at three cameras and 200 tokens."""
     work = workload(preset("pi05"), prompt_tokens=200, num_steps=10, dtype=torch.bfloat16)
-    parts = (floor.vision_ops(work), floor.prefix_ops(work), floor.expert_ops(work, work.num_steps))
+    parts = (operations.vision_ops(work), operations.prefix_ops(work), operations.expert_ops(work, work.num_steps))
     assert [round(sum(op.flops for op in ops) / 1e12, 2) for ops in parts] == [0.66, 3.76, 0.39]
 
 
 def test_floor_is_the_larger_of_compute_and_bytes():
-    machine = floor.Machine(flops=10.0, bytes=5.0)
-    assert floor.Op("matmul", flops=100, bytes=5).floor(machine) == 10
-    assert floor.Op("copy", flops=0, bytes=50).floor(machine) == 10
+    machine = operations.Machine(flops=10.0, bytes=5.0)
+    assert operations.Op("matmul", flops=100, bytes=5).floor(machine) == 10
+    assert operations.Op("copy", flops=0, bytes=50).floor(machine) == 10
 
 
 def test_json_is_one_document(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: floor.Machine(1e11, 1e10))
+    monkeypatch.setattr(floor, "measure_machine", lambda dtype, device: lambda: operations.Machine(1e11, 1e10))
     config = tmp_path / "config.json"
     config.write_text(json.dumps(preset("tiny").to_dict()))
     main(["bench", "--config", str(config), "--prompt-tokens", "10", "--repeats", "1", "--num-steps", "1", "--json"])

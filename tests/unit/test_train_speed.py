@@ -15,9 +15,10 @@ from train_helpers import SIZES, write_dataset
 
 from torchpi.collate import stack_inputs
 from torchpi.config import LoraConfig
-from torchpi.model.lora import add_lora
+from torchpi.model import operations
+from torchpi.model.lora import add_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
-from torchpi.training import loop, samples
+from torchpi.training import loop, samples, utilization
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch
@@ -165,3 +166,38 @@ def test_a_batch_is_copied_to_a_gpu_while_the_one_before_it_is_used(monkeypatch)
     ]
     assert list(samples.prefetched(iter(batches), torch.device("cpu"))) == batches
     assert list(samples.prefetched(iter([]), torch.device("cuda"))) == []
+
+
+@pytest.mark.parametrize(
+    ("finetune", "factors"), [("full", (3, 3, 3)), ("frozen_vision", (1, 3, 3)), ("expert", (1, 1, 3))]
+)
+def test_flops_of_a_step_are_those_of_what_is_trained(finetune, factors):
+    model = Pi0(SIZES, device="meta")
+    for name, trained in trainable_parameters(model, finetune).items():
+        model.get_parameter(name).requires_grad = trained
+    work = operations.Workload(SIZES, 4, 2, 20, 1, torch.bfloat16, flow_samples_per_obs=2)
+    vision, prefix = (sum(op.flops for op in ops(work)) for ops in (operations.vision_ops, operations.prefix_ops))
+    whole = sum(op.flops for op in operations.training_ops(work))
+    expert = whole // 3 - vision - prefix
+    expected = sum(factor * flops for factor, flops in zip(factors, (vision, prefix, expert), strict=True))
+    assert operations.trained_flops(model, work) == expected
+
+
+def test_utilization_is_logged_where_the_peak_is_known(recipe, tmp_path, monkeypatch):
+    loop.train(recipe, tmp_path / "unknown")
+    assert "mfu" not in (tmp_path / "unknown" / "metrics.jsonl").read_text()
+    monkeypatch.setattr(utilization, "peak_flops", lambda device, dtype: 1e9)
+    loop.train(recipe, tmp_path / "known")
+    lines = [json.loads(line) for line in (tmp_path / "known" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["mfu"] > 0 for line in lines if "loss" in line)
+    assert "(MFU)" in (tmp_path / "known" / "report.html").read_text()
+
+
+def test_peaks_are_those_of_known_gpus_in_bfloat16(monkeypatch):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    assert utilization.peak_flops(gpu, "bfloat16") == 312e12
+    assert utilization.peak_flops(gpu, "float32") is None
+    assert utilization.peak_flops(torch.device("cpu"), "bfloat16") is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-40GB MIG 1g.5gb")
+    assert utilization.peak_flops(gpu, "bfloat16") is None

@@ -13,11 +13,12 @@ from collections.abc import Iterator, Sequence
 import torch
 from rich.console import Console
 
-from torchpi.bench.floor import Result, Workload, measure, sampling_ops, timed, training_ops
+from torchpi.bench.floor import Result, measure, timed
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.engine import InferenceEngine
 from torchpi.engine.runner import Mode
 from torchpi.errors import UsageError
+from torchpi.model.operations import Workload, sampling_ops, training_ops
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import OptimConfig, TrainConfig
 from torchpi.training.distributed import single_process

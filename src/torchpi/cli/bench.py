@@ -57,8 +57,8 @@ class Bench:
     def run(self) -> None:
         import torch
 
-        from torchpi.bench.floor import Workload
         from torchpi.bench.model import bench_config, run_bench
+        from torchpi.model.operations import Workload
 
         sizes = bench_config(self.config), self.batch, self.cameras, self.prompt_tokens, self.num_steps
         work = Workload(*sizes, getattr(torch, self.dtype), self.device, self.flow_samples_per_obs)

@@ -28,6 +28,7 @@ from torchpi.training.samples import Batch, Frames, SampleIndex, SampleRng, Samp
 from torchpi.training.setup import SourceData, robot_names
 from torchpi.training.state import TrainState
 from torchpi.training.trackers import Trackers
+from torchpi.training.utilization import Utilization
 from torchpi.ui.format import without_nan
 
 CURVES, PLOTS = "curves.png", "plots"
@@ -48,6 +49,7 @@ class LiveRun:
     parallel: Parallel
     checkpointer: Checkpointer
     trackers: Trackers
+    utilization: Utilization
     epoch_frames: int
     """Frames that are trained on."""
     resumed: bool
@@ -141,6 +143,7 @@ def log_metrics(run: LiveRun) -> Mapping[str, Any]:
         "loss": sum(run.losses) / len(run.losses),
         "samples_per_second": round(run.config.batch_size * len(run.losses) / seconds, 1),
         "data_wait": round(run.seconds["data"] / seconds, 4),
+        **run.utilization.take(seconds),
         **run.numbers,
         "param_norm": float(global_norm(kernels)),
         "epoch": run.state.step * run.config.batch_size / run.epoch_frames,
@@ -150,7 +153,7 @@ def log_metrics(run: LiveRun) -> Mapping[str, Any]:
     run.note = (
         f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
         f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
-    )
+    ) + (f", {100 * line['mfu']:.0f} % MFU" if "mfu" in line else "")
     run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
     return line
 

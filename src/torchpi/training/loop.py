@@ -29,6 +29,7 @@ from torchpi.training.setup import SourceData, build_policies, check_prompts, ch
 from torchpi.training.state import STATE, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import Trackers, require_trackers
+from torchpi.training.utilization import Utilization
 from torchpi.training.weights import build_model, model_config, open_init
 from torchpi.ui.progress import progress_bar
 
@@ -92,9 +93,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
             names = config.trackers if world.is_main else ()
             with contextlib.closing(Trackers(names, run, dataclasses.asdict(config), first_step)) as trackers:
                 epoch = sum(len(source.frames) for source in data)
-                live = LiveRun(
-                    config, run, world, state, parallel, checkpointer, trackers, epoch, resumed=last is not None
-                )
+                parts = (state, parallel, checkpointer, trackers, Utilization(model, config, world.device))
+                live = LiveRun(config, run, world, *parts, epoch, resumed=last is not None)
                 run_steps(live, data, policies, order)
             checkpointer.wait()
             if world.is_main:
@@ -128,6 +128,8 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
         while not run.complete and not run.stopped:
             with run.timed("data"):
                 prepared = [next(batches) for _ in range(config.grad_accum_steps)]
+            for batch in prepared:
+                run.utilization.add(batch)
             with run.timed("update"):
                 micro_batches = [samples.finish(batch, world.device) for batch in prepared]
                 with run.keep_failed(micro_batches):

@@ -255,6 +255,7 @@ class Samples(Dataset):
         cameras = samples[0]["augmentation"]
         return {
             "inputs": stack_inputs(samples, self.prompt_lengths),
+            "prompt_tokens": sum(int(sample["tokenized_prompt_mask"].sum()) for sample in samples),
             **{key: stacked((sample[key] for sample in samples), dtype) for key, dtype in types.items()},
             "augmentation": {name: stacked(sample["augmentation"][name] for sample in samples) for name in cameras},
             "indices": tuple(sample["index"] for sample in samples),
