@@ -117,8 +117,8 @@ def convert(
     checkpoint = open_checkpoint(source, config=config)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    dtype = dtype or checkpoint.dtype
-    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha)
+    checkpoint.require_full_precision("converted")
+    model = checkpoint.model(dtype=(dtype := dtype or checkpoint.dtype), lora_alpha=lora_alpha)
     adapted = adapt(model, sizes or {})
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):

@@ -17,6 +17,7 @@ from torchpi.collate import collate, rtc_inputs
 from torchpi.config import Pi0Config
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
+from torchpi.engine.quantize import quantization_of
 from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
@@ -309,7 +310,7 @@ class Policy:
 
     def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder into a folder that is there, without the weights."""
-        folder.write_policy_file(root, self.model.config, self.spec)
+        folder.write_policy_file(root, self.model.config, self.spec, quantization_of(self.model))
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)
 
@@ -361,9 +362,9 @@ def load_policy(
     dtype: torch.dtype | None = None,
     lora_alpha: tuple[float, float] | None = None,
     engine: EngineMode = "auto",
+    emulate_fp8: bool = False,
 ) -> Policy:
-    """Load a policy from a policy folder or a LeRobot policy, which say everything themselves, or from an openpi
-    checkpoint.
+    """Load a policy folder or a LeRobot policy, which say everything themselves, or an openpi checkpoint.
 
     The arguments say what the checkpoint does not, and overrule what it does.
 
@@ -380,7 +381,7 @@ def load_policy(
         truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
-        lora_alpha: of a JAX checkpoint with LoRA weights, see `load_model`.
+        lora_alpha, emulate_fp8: of a JAX checkpoint with LoRA weights, and of a quantized policy, see `load_model`.
         engine: see `Policy.use_engine`.
 
     Raises:
@@ -402,8 +403,8 @@ def load_policy(
     )
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    spec = spec.with_tokenizer()
-    policy = policy_of(checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha), spec)
+    model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8)
+    policy = policy_of(model, spec.with_tokenizer())
     policy.use_engine(engine)
     return policy
 

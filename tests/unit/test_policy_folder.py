@@ -184,7 +184,7 @@ def test_headers_are_read_once(folder, monkeypatch):
     from torchpi.checkpoints import checkpoint
 
     opened, read = [], checkpoint.SafetensorsArrays
-    monkeypatch.setattr(checkpoint, "SafetensorsArrays", lambda root: opened.append(root) or read(root))
+    monkeypatch.setattr(checkpoint, "SafetensorsArrays", lambda root, **more: opened.append(root) or read(root, **more))
     load(folder)
     assert opened == [folder]
 
@@ -384,9 +384,9 @@ def drop(*path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (put("format_version", value=3), "format_version is 3; this torchpi reads 1 and 2. A newer file needs"),
-        (put("format_version", value="1"), "format_version is '1'; this torchpi reads 1 and 2"),
-        (drop("format_version"), "format_version is None; this torchpi reads 1 and 2"),
+        (put("format_version", value=4), "format_version is 4; this torchpi reads 1, 2 and 3. A newer file needs"),
+        (put("format_version", value="1"), "format_version is '1'; this torchpi reads 1, 2 and 3"),
+        (drop("format_version"), "format_version is None; this torchpi reads 1, 2 and 3"),
         (drop("embodiment"), "Object missing required field `embodiment`"),
         (put("horizon", value=3), "has unknown fields horizon; known are format_version, model, embodiment"),
         (put("model", value=[]), "Expected `object`, got `list` at `model`"),

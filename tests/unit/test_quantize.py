@@ -1,15 +1,30 @@
 """Quantized layers compute what their formulas say, travel in a policy folder, and are refused where they cannot be."""
 
+import dataclasses
+import json
 import math
+import re
+import shutil
 
+import numpy as np
 import pytest
 import torch
+from test_dataset_evaluation import ARM, write_set
 from test_engine import conditions, make_model, make_observation, noise_of
+from test_policy import request
 
+import torchpi
+from torchpi import Policy
+from torchpi.cli import main
 from torchpi.engine import InferenceEngine
 from torchpi.engine import quantize as q
+from torchpi.evaluation.quantization import quantize_policy
+from torchpi.inspect.compare import _stages_of
 from torchpi.model.layers import Linear
 from torchpi.model.lora import LoraConfig, add_lora
+from torchpi.model.pi0 import Pi0
+from torchpi.robots.keys import flatten
+from torchpi.transforms.normalize import NormStats
 
 KINDS = ["int8", "fp8"]
 
@@ -175,3 +190,148 @@ def test_devices_without_the_matmul_are_refused(monkeypatch):
         q.check_device("int8", cuda, emulate_fp8=False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     q.check_device("fp8", cuda, emulate_fp8=False)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("data") / "arm")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, golden_root):
+    """A policy of a two-jointed arm, on disk."""
+    config = dataclasses.replace(make_model().config, action_horizon=4, action_dim=3, vocab_size=512)
+    model, generator = Pi0(config), torch.Generator().manual_seed(3)
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.2, generator=generator)
+    one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+    policy = Policy(
+        model,
+        ARM,
+        norm_stats={"state": one, "actions": one},
+        tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+    )
+    policy.save(path := tmp_path_factory.mktemp("policies") / "arm")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, source, dataset):
+    out = tmp_path_factory.mktemp("quantized")
+    main(["quantize", str(source), "--to", "int8", "-o", str(out / "int8")])
+    data = ["--dataset", str(dataset), "--num-observations", "5"]
+    main(["quantize", str(source), "--to", "fp8", *data, "-o", str(out / "fp8")])
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_quantized_folder_is_small_and_samples_the_same_bits_again(kind, folders, source, tmp_path):
+    policy = torchpi.load_policy(folders / kind, device="cpu")
+    policy.save(tmp_path / "again")
+    again, original = torchpi.load_policy(tmp_path / "again", device="cpu"), torchpi.load_policy(source, device="cpu")
+    observation = request(policy)
+    noise = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    actions = policy.infer(observation, noise=noise)["actions"]
+    assert np.array_equal(actions, again.infer(observation, noise=noise)["actions"])
+    expected = original.infer(observation, noise=noise)["actions"]
+    assert 0 < abs(actions - expected).max() < 0.1 * abs(expected).max()
+    size = {path: (path / "model.safetensors").stat().st_size for path in (source, folders / kind, tmp_path / "again")}
+    assert size[tmp_path / "again"] == size[folders / kind] < 0.75 * size[source]
+    document = json.loads((folders / kind / "policy.json").read_text())
+    assert document["format_version"] == 3
+    assert document["quantization"]["kind"] == document["provenance"]["quantized"]["kind"] == kind
+    assert json.loads((tmp_path / "again" / "policy.json").read_text())["quantization"] == document["quantization"]
+
+
+def test_calibration_depends_on_dataset_and_seed_alone(folders, source, dataset, tmp_path):
+    expected = torchpi.load_policy(folders / "fp8", device="cpu")
+    quantization = quantize_policy(source, tmp_path / "one", "fp8", dataset=dataset, num_observations=5)
+    assert quantization == q.quantization_of(expected.model)
+    other = quantize_policy(source, tmp_path / "two", "fp8", dataset=dataset, num_observations=1)
+    name = "expert.layers.1.feed_forward.down"
+    assert other.input_scales[name] < quantization.input_scales[name]  # of fewer observations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_doctor_and_compare_read_a_quantized_policy(kind, folders, source, tmp_path, capsys):
+    observation = flatten(request(torchpi.load_policy(source, device="cpu")))
+    np.savez(tmp_path / "observation.npz", **observation)
+    main(["doctor", str(folders / kind), "--json"])
+    assert json.loads(capsys.readouterr().out)["policy"]["quantization"] == kind
+    both = ["--observation", str(tmp_path / "observation.npz"), "--json", "--device", "cpu"]
+    main(["compare", str(folders / kind), str(folders / kind), *both])
+    assert json.loads(capsys.readouterr().out)["same"] is True
+    with pytest.raises(SystemExit):
+        main(["compare", str(source), str(folders / kind), *both])
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == [f'quantization: null in A, "{kind}" in B']
+    assert found["first_difference"] == "image tokens base_0_rgb"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stages_of_compare_end_in_the_actions_that_the_policy_samples(kind, folders):
+    policy = torchpi.load_policy(folders / kind, device="cpu")
+    noise = np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)
+    found, _ = _stages_of(policy, request(policy), noise, 10)
+    actions = policy.infer(request(policy), noise=noise)["actions"]
+    np.testing.assert_allclose(found["actions, robot's units"], actions, atol=2e-3 * abs(actions).max())
+
+
+def error_of(capsys, *command):
+    with pytest.raises(SystemExit) as stop:
+        main([str(word) for word in command])
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+def test_mistakes_of_the_command_are_errors_that_name_the_remedy(folders, source, dataset, tmp_path, capsys):
+    out = ["-o", tmp_path / "out"]
+    assert "give a dataset of the robot (--dataset)" in error_of(capsys, "quantize", source, "--to", "fp8", *out)
+    data = ["--dataset", dataset]
+    none = error_of(capsys, "quantize", source, "--to", "fp8", *data, "--num-observations", 0, *out)
+    assert "num_observations is 0; calibration needs 1 or more" in none
+    assert "leave out --dataset" in error_of(capsys, "quantize", source, "--to", "int8", *data, *out)
+    other = write_set(tmp_path / "other", camera="observation.images.side")
+    wrong = error_of(capsys, "quantize", source, "--to", "fp8", "--dataset", other, *out)
+    assert "front" in wrong
+    assert "side" in wrong
+    twice = error_of(capsys, "quantize", folders / "fp8", "--to", "int8", *out)
+    assert "quantized already, to fp8; quantize the one that it was made of" in twice
+    assert "exists already" in error_of(capsys, "quantize", source, "--to", "int8", "-o", folders / "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantized_policy_is_neither_trained_nor_converted(folders, dataset, tmp_path, capsys):
+    robot = tmp_path / "arm.json"
+    robot.write_text(json.dumps(ARM.to_dict()))
+    run = ["--dataset", dataset, "--embodiment", robot, "--out", tmp_path / "run"]
+    message = error_of(capsys, "train", "--init", folders / "int8", *run)
+    assert "is quantized to int8 and can't be trained; take the policy that it was made of" in message
+    message = error_of(capsys, "convert", folders / "fp8", tmp_path / "out", "--to", "lerobot")
+    assert "is quantized to fp8 and can't be converted" in message
+
+
+LAYER = "expert.layers.0.attention.qkv"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(format_version=2), "format_version is 2, and quantization is stated"),
+        (lambda d: d.update(quantization=None), "format_version is 3, and quantization is missing"),
+        (lambda d: d["quantization"].update(kind="int4"), "int4"),
+        (lambda d: d["quantization"]["input_scales"].update({"expert.layers.7": None}), "no layer expert.layers.7"),
+        (lambda d: d["quantization"]["input_scales"].update({LAYER: 0.5}), "expected a positive number for fp8"),
+        (lambda d: d["quantization"]["input_scales"].pop(LAYER), f"{LAYER}.weight has dtype I8; float32 and bfloat16"),
+        (lambda d: d.update(quantization={"kind": "fp8", "input_scales": dict.fromkeys(
+            d["quantization"]["input_scales"], 1.0)}), "has dtype I8; policy.json says torch.float8_e4m3fn"),
+    ],
+)  # fmt: skip
+def test_folder_that_contradicts_itself_is_refused(change, message, folders, tmp_path):
+    shutil.copytree(folders / "int8", tmp_path / "policy")
+    file = tmp_path / "policy" / "policy.json"
+    document = json.loads(file.read_text())
+    change(document)
+    file.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        torchpi.load_policy(tmp_path / "policy", device="cpu")

@@ -24,6 +24,7 @@ from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_con
 from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
+from torchpi.engine.quantize import Quantization
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, get_embodiment
@@ -56,6 +57,8 @@ class Checkpoint:
     """The config.json of the PyTorch formats."""
     policy_file: folder.PolicyFile | None = None
     """The policy.json of a policy folder."""
+    quantization: Quantization | None = None
+    """Of a quantized policy."""
     adapter: Adapter | None = None
     """The changes of a LoRA training, to be merged into the weights of `base`, whose arrays these are."""
     base: "Checkpoint | None" = None
@@ -75,6 +78,14 @@ class Checkpoint:
     def config(self) -> Pi0Config:
         """The sizes of `model`."""
         return self.requested_config or self.stored_config
+
+    def require_full_precision(self, purpose: str) -> None:
+        """Refuse quantized weights where those that they were made of are needed."""
+        if self.quantization is not None:
+            raise CheckpointError(
+                f"{self.address} is quantized to {self.quantization.kind} and can't be {purpose}; take the policy that "
+                "it was made of, and quantize the result."
+            )
 
     @property
     def notes(self) -> list[str]:
@@ -106,6 +117,7 @@ class Checkpoint:
         device: str | torch.device = "cpu",
         lora_alpha: tuple[float, float] | None = None,
         lora: LoraChoice = "fold",
+        emulate_fp8: bool = False,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model`."""
         if (lora_alpha is not None or lora == "keep") and not self.folded:
@@ -130,7 +142,10 @@ class Checkpoint:
                 matrices = stored_lora(self.arrays.shapes, lora_alpha or DEFAULT_ALPHA)
                 table |= lora_table(config, matrices)
             fold = lora == "fold"
-            model = load_arrays(self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold)
+            model = load_arrays(
+                self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold,
+                quantization=self.quantization, emulate_fp8=emulate_fp8,
+            )  # fmt: skip
         if self.adapted:
             adapt_model(model, self.config)
         return model.eval()
@@ -173,6 +188,7 @@ def load_model(
     device: str | torch.device = "cpu",
     lora_alpha: tuple[float, float] | None = None,
     lora: LoraChoice = "fold",
+    emulate_fp8: bool = False,
 ) -> Pi0:
     """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
 
@@ -191,6 +207,7 @@ def load_model(
             openpi's, (16, 32).
         lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
             attaches them to the model, in float32, to be trained on.
+        emulate_fp8: compute fp8 in float32 with the same rounding, as on a CPU; for GPUs without fp8.
 
     Returns:
         The model in eval mode, with gradients enabled.
@@ -205,7 +222,7 @@ def load_model(
     checkpoint = open_checkpoint(path, config=config, adapt=adapt)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    return checkpoint.model(dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora)
+    return checkpoint.model(dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora, emulate_fp8=emulate_fp8)
 
 
 def format_of(root: pathlib.Path) -> Format:
@@ -269,8 +286,12 @@ def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mappi
 def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
     policy_file, config = folder.read_policy_file(root)
     if not is_adapter(root):
-        arrays = SafetensorsArrays(root)
-        return Checkpoint(address, root, "torchpi", config, arrays, own_table, policy_file=policy_file)
+        quantization = policy_file.quantization
+        arrays = SafetensorsArrays(root, quantized=quantization.dtypes if quantization else None)
+        table = partial(own_table, quantization=quantization)
+        return Checkpoint(
+            address, root, "torchpi", config, arrays, table, policy_file=policy_file, quantization=quantization
+        )
     adapter = read_adapter(root)
     try:
         base = open_checkpoint(adapter.base.address, config=config)

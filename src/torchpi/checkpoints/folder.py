@@ -19,6 +19,7 @@ from torchpi.checkpoints.layout import own_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
+from torchpi.engine.quantize import Quantization, quantization_of
 from torchpi.errors import CheckpointError, EmbodimentError
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
@@ -28,7 +29,7 @@ from torchpi.schema import parse, read_json_object, require_stated, write_json
 from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
-FORMAT_VERSION = 2
+FORMAT_VERSION, QUANTIZED_FORMAT_VERSION = 2, 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +73,8 @@ class PolicyFile:
     provenance: dict[str, Any]
     """Origin of the weights."""
     image_transform: ImageTransform
+    quantization: Quantization | None = None
+    """Only, and always, in a quantized policy, whose format_version is 3."""
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
@@ -86,14 +89,19 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
     version = document.get("format_version")
     if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
         document["prompt"].setdefault("format", "openpi")
-    elif version != FORMAT_VERSION:
+    elif version not in (FORMAT_VERSION, QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(
-            f"{file}: format_version is {version!r}; this torchpi reads 1 and {FORMAT_VERSION}. A newer file needs a "
-            "newer torchpi."
+            f"{file}: format_version is {version!r}; this torchpi reads 1, {FORMAT_VERSION} and "
+            f"{QUANTIZED_FORMAT_VERSION}. A newer file needs a newer torchpi."
         )
     policy = parse(PolicyFile, document, str(file), error=CheckpointError)
     config = Pi0Config.from_dict(policy.model, where=f"{file}: model")
-    stated = {**dataclasses.asdict(policy), "model": config.to_dict()}
+    if (policy.quantization is not None) != (version == QUANTIZED_FORMAT_VERSION):
+        raise CheckpointError(
+            f"{file}: format_version is {version}, and quantization is {'missing' if version == 3 else 'stated'}; it "
+            f"belongs to format_version {QUANTIZED_FORMAT_VERSION}."
+        )
+    stated = {**_stated(policy), "model": config.to_dict()}
     require_stated(document, stated, str(file), error=CheckpointError)
     if "max_given_actions" in policy.metadata:  # its name until 0.1
         policy.metadata[MAX_ACTION_PREFIX] = policy.metadata.pop("max_given_actions")
@@ -137,12 +145,20 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
     )
 
 
-def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -> None:
+def _stated(policy: PolicyFile) -> dict[str, Any]:
+    """The fields that policy.json has."""
+    document = dataclasses.asdict(policy)
+    return {name: value for name, value in document.items() if name != "quantization" or value is not None}
+
+
+def write_policy_file(
+    root: pathlib.Path, config: Pi0Config, spec: PolicySpec, quantization: Quantization | None = None
+) -> None:
     """Write policy.json."""
     assert spec.embodiment is not None
     assert spec.normalization is not None
     policy = PolicyFile(
-        format_version=FORMAT_VERSION,
+        format_version=FORMAT_VERSION if quantization is None else QUANTIZED_FORMAT_VERSION,
         model=config.to_dict(),
         embodiment=spec.embodiment.to_dict(),
         normalization=NormalizationRules(**spec.normalization),
@@ -150,9 +166,10 @@ def write_policy_file(root: pathlib.Path, config: Pi0Config, spec: PolicySpec) -
         metadata=dict(spec.metadata),
         provenance={"torchpi": __version__, **spec.provenance},
         image_transform=ImageTransform(),
+        quantization=quantization,
     )
     try:
-        write_json(root / "policy.json", dataclasses.asdict(policy))
+        write_json(root / "policy.json", _stated(policy))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}.") from error
 
@@ -178,6 +195,9 @@ def write_weights(
             "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
             "save_adapter writes it on its own."
         )
-    table, dtype = own_table(model.config), dtype or model.embedding.dtype
-    read, shapes = read or model.get_parameter, {name: array.shape for name, array in table.items()}
-    write_safetensors(root, shapes, read, dtype=dtype, max_shard_bytes=max_shard_bytes)
+    quantization, dtype = quantization_of(model), dtype or model.embedding.dtype
+    shapes = {name: array.shape for name, array in own_table(model.config, quantization).items()}
+    scales = (name for name in shapes if name.endswith(".weight_scale"))
+    quantized = {**(quantization.dtypes if quantization else {}), **dict.fromkeys(scales, torch.float32)}
+    read = read or model.get_parameter
+    write_safetensors(root, shapes, read, dtype=dtype, quantized=quantized, max_shard_bytes=max_shard_bytes)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
+from torchpi.engine.quantize import Quantization, attach_quantization, check_device
 from torchpi.errors import CheckpointError
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_layers
 from torchpi.model.pi0 import Pi0
@@ -110,6 +111,8 @@ def load_arrays(
     device: str | torch.device,
     lora: LoraConfig | None = None,
     fold: bool = False,
+    quantization: Quantization | None = None,
+    emulate_fp8: bool = False,
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
@@ -118,6 +121,9 @@ def load_arrays(
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = with_lora = Pi0(config, device="meta", dtype=dtype)
+    if quantization is not None:
+        check_device(quantization.kind, torch.device(device), emulate_fp8=emulate_fp8)
+        attach_quantization(model, quantization, emulate_fp8=emulate_fp8)
     updates = {}
     if lora is not None:
         with_lora = Pi0(config, device="meta") if fold else model
@@ -149,7 +155,8 @@ def _place_in_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
 
 def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:
     owner, _, attribute = name.rpartition(".")
-    parameter = nn.Parameter(value)
+    # Quantized weights have no gradient.
+    parameter = nn.Parameter(value, requires_grad=model.get_parameter(name).requires_grad)
     setattr(model.get_submodule(owner), attribute, parameter)
     return parameter
 
@@ -167,9 +174,12 @@ def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None =
     return array
 
 
-def own_table(config: Pi0Config) -> Table:
+def own_table(config: Pi0Config, quantization: Quantization | None = None) -> Table:
     """Table of the policy folder: every parameter by its name."""
-    return {name: whole(name, tuple(p.shape)) for name, p in Pi0(config, device="meta").named_parameters()}
+    model = Pi0(config, device="meta")
+    if quantization is not None:
+        attach_quantization(model, quantization)
+    return {name: whole(name, tuple(p.shape)) for name, p in model.named_parameters()}
 
 
 def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:

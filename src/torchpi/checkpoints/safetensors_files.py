@@ -16,6 +16,7 @@ from torchpi.schema import parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 # As PyTorch allocates: an array's alignment selects the CPU's instructions, and so the last bits of matmuls.
 _ALIGNMENT = 64
 
@@ -28,8 +29,11 @@ def has_weights(root: pathlib.Path) -> bool:
 class SafetensorsArrays:
     """The arrays of a folder's safetensors files; see `StoredArrays`."""
 
-    def __init__(self, root: pathlib.Path, single: str = SINGLE) -> None:
-        """Read the headers of the file `single`, or of the shards that its index names."""
+    def __init__(
+        self, root: pathlib.Path, single: str = SINGLE, *, quantized: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        """Read the headers of the file `single`, or of the shards that its index names; `quantized` are the dtypes of
+        the arrays in fp8 or int8."""
         whole, index = root / single, root / f"{single}.index.json"
         self.source = whole if whole.is_file() else index
         if whole.is_file() and index.is_file():
@@ -46,7 +50,10 @@ class SafetensorsArrays:
                 if name in self._files:
                     raise CheckpointError(f"{root} holds {name} twice, in {self._files[name].name} and in {file.name}.")
                 entry = arrays.get_slice(name)
-                if (dtype := entry.get_dtype()) not in _DTYPES:
+                dtype, expected_dtype = entry.get_dtype(), (quantized or {}).get(name)
+                if expected_dtype is not None and _QUANTIZED.get(dtype) is not expected_dtype:
+                    raise CheckpointError(f"{file}: {name} has dtype {dtype}; policy.json says {expected_dtype}.")
+                if expected_dtype is None and dtype not in _DTYPES:
                     raise CheckpointError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read.")
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
         self.shapes: Shapes = shapes
@@ -75,7 +82,7 @@ class SafetensorsArrays:
     def dtype(self) -> torch.dtype:
         """The stored dtype of the first array."""
         name, file = next(iter(self._files.items()))
-        return _DTYPES[self._open[file].get_slice(name).get_dtype()]
+        return (_DTYPES | _QUANTIZED)[self._open[file].get_slice(name).get_dtype()]
 
 
 def _opened(file: pathlib.Path) -> Any:
@@ -129,14 +136,16 @@ def write_safetensors(
     read: Callable[[str], Tensor],
     *,
     dtype: torch.dtype,
+    quantized: Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
     single: str = SINGLE,
 ) -> None:
     """Write arrays, read by name, into one file, or into shards with an index where they are more than
-    `max_shard_bytes`; the files' headers have the `metadata`."""
+    `max_shard_bytes`; the files' headers have the `metadata`. `quantized`: dtypes of arrays with another one."""
     require_writable(dtype)
-    size = {name: dtype.itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
+    dtypes = dict.fromkeys(shapes, dtype) | dict(quantized or {})
+    size = {name: dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards: list[dict[str, int]] = [{}]
     room = max_shard_bytes or sum(size.values())
     for name in shapes:
@@ -148,7 +157,7 @@ def write_safetensors(
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, sizes in zip(files, shards, strict=True):
         with (root / file).open("wb") as out:
-            _write_file(out, shapes, sizes, read, dtype, {"format": "pt", **(metadata or {})})
+            _write_file(out, shapes, sizes, read, dtypes, {"format": "pt", **(metadata or {})})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
@@ -160,7 +169,7 @@ def _write_file(
     shapes: Shapes,
     sizes: Mapping[str, int],
     read: Callable[[str], Tensor],
-    dtype: torch.dtype,
+    dtypes: Mapping[str, torch.dtype],
     metadata: Mapping[str, str],
 ) -> None:
     """A file of the format, one array after the other, each aligned so that it can be used where it lies.
@@ -170,15 +179,15 @@ def _write_file(
     # The format allows no gaps: arrays whose size would move the next one off its place come last.
     order = sorted(sizes, key=lambda name: sizes[name] % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end, code = 0, next(code for code, known in _DTYPES.items() if known is dtype)
+    end, codes = 0, {known: code for code, known in (_DTYPES | _QUANTIZED).items()}
     for name in order:
-        header[name] = {"dtype": code, "shape": list(shapes[name]), "data_offsets": [end, end + sizes[name]]}
-        end += sizes[name]
+        begin, end = end, end + sizes[name]
+        header[name] = {"dtype": codes[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % _ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        array = read(name).detach().to("cpu", dtype).contiguous()
+        array = read(name).detach().to("cpu", dtypes[name]).contiguous()
         if array.shape != shapes[name]:
             raise CheckpointError(f"{name} is {list(array.shape)}, expected {list(shapes[name])}.")
         file.write(array.view(-1).view(torch.uint8).numpy().data)

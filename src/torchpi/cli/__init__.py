@@ -21,6 +21,7 @@ COMMANDS: dict[str, type[Command]] = {
     "stats": stats.Stats,
     "infer": policy.Infer,
     "convert": checkpoints.Convert,
+    "quantize": checkpoints.Quantize,
     "doctor": checkpoints.Doctor,
     "compare": checkpoints.Compare,
     "train": training.Train,

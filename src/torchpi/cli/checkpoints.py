@@ -66,6 +66,56 @@ class Convert:
 
 
 @dataclasses.dataclass(frozen=True)
+class Quantize:
+    """Write a policy with quantized matrices, as a policy folder.
+
+    fp8 is for GPUs of compute capability 8.9 or higher: weights and activations of the large matmuls have 8 bits, with
+    scales of the activations that are calibrated on a dataset of the robot. int8 is for a CPU and needs no dataset.
+    The loss of quality is judged by the task: run eval on both. A quantized policy can't be trained or converted.
+    """
+
+    policy: Annotated[str, tyro.conf.Positional]
+    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    to: Literal["fp8", "int8"]
+    """The number format."""
+    out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])]
+    """The folder to write."""
+    dataset: str | None = None
+    """For fp8: a LeRobot dataset of the policy's robot, a folder or hf://org/name."""
+    num_observations: int = 64
+    """Frames of the dataset to calibrate on, spread evenly over the episodes and the time in each."""
+    seed: int = 0
+    """Seed of the frames and the noise."""
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW, as for eval."""
+    overwrite: bool = False
+    """Replace a policy folder that is there."""
+    json: bool = False
+    """Print one JSON document: the quantized layers and their scales."""
+    load: Load = PolicyOptions()
+
+    def run(self) -> None:
+        from torchpi.data.rename import parse_rename
+        from torchpi.evaluation.quantization import quantize_policy
+
+        quantization = quantize_policy(
+            self.policy,
+            self.out,
+            self.to,
+            dataset=self.dataset,
+            num_observations=self.num_observations,
+            seed=self.seed,
+            rename=parse_rename(self.rename),
+            overwrite=self.overwrite,
+            load=self.load.given(),
+        )
+        if self.json:
+            print_json({"out": str(self.out), **dataclasses.asdict(quantization)})
+        else:
+            print(f"{len(quantization.input_scales)} matrices in {self.to}, written to {self.out}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Doctor:
     """Describe a policy, and find what would make a robot misbehave.
 

@@ -44,7 +44,7 @@ class CheckpointOptions:
 
     def given(self) -> dict[str, Any]:
         """The options that were given, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,8 @@ class PolicyOptions(CheckpointOptions):
     engine: Literal["auto", "eager", "compiled", "graph"] | None = None
     """By what actions are sampled: the plain model (eager), through torch.compile (compiled), or as CUDA graphs
     (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
+    emulate_fp8: bool = False
+    """Compute a policy that is quantized to fp8 in float32, with the same rounding, as on a CPU; for GPUs without."""
 
 
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]

@@ -8,6 +8,7 @@ the matrix behind it, so that the activations of all channels are of one size.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
@@ -36,6 +37,18 @@ class Quantization:
     kind: Kind
     input_scales: dict[str, float | None]
     """By the name of each quantized layer, s_x of fp8; None: of each row (int8)."""
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """By name, the dtypes of the weights."""
+        return {f"{name}.weight": DTYPES[self.kind] for name in self.input_scales}
+
+    def __post_init__(self) -> None:
+        for name, scale in self.input_scales.items():
+            if (scale is None) != (self.kind == "int8") or not (scale is None or 0 < scale < math.inf):
+                raise ModelError(
+                    f"The input scale of {name} is {scale}; expected a positive number for fp8, and null for int8."
+                )
 
 
 class QuantizedLinear(Linear):
@@ -231,6 +244,24 @@ def _large_layers(model: Pi0) -> dict[str, Linear]:
         for name, module in model.named_modules()
         if isinstance(module, Linear) and name.startswith(stacks) and not name.endswith(".dense")
     }
+
+
+class AsWeight:
+    """A quantized layer in place of a weight: `F.linear` with it is the layer's matmul."""
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        self.layer = layer
+
+    def to(self, dtype: torch.dtype) -> "AsWeight":
+        """Itself: it computes in the dtype of the activations."""
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        x, weight, bias = args
+        assert function is F.linear
+        y: Tensor = weight.layer.matmul(x)
+        return y if bias is None else y + bias
 
 
 class _Recorder(nn.Module):

@@ -106,6 +106,7 @@ def run_compare(
     tolerance: float = TOLERANCE,
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
+    emulate_fp8: bool = False,
     **load: Any,
 ) -> int:
     """Compare two policies and print the comparison; the exit status is 1 if they differ.
@@ -115,7 +116,8 @@ def run_compare(
 
     def loaded(path: str) -> Policy:
         states_everything = is_policy_folder(existing_folder(path))
-        return load_policy(path, device=device, dtype=dtype, **({} if states_everything else load))
+        more = {} if states_everything else load
+        return load_policy(path, device=device, dtype=dtype, emulate_fp8=emulate_fp8, **more)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float32
 from torch import Tensor
 
+from torchpi.engine.quantize import quantization_of
 from torchpi.errors import UsageError
 from torchpi.inspect.inputs import Shapes, inputs_of_policy
 from torchpi.inspect.stages import Stage, forward_stages
@@ -193,6 +194,7 @@ def _settings(policy: Policy) -> dict[str, Any]:
     return {
         "model": policy.model.config.to_dict(),
         "dtype": str(policy.model.compute_dtype).removeprefix("torch."),
+        "quantization": None if (found := quantization_of(policy.model)) is None else found.kind,
         "embodiment": {name: value for name, value in policy.embodiment.to_dict().items() if name not in _NAMES},
         "normalization": {key: dataclasses.asdict(transforms.normalization[key]) for key in ("state", "actions")},
         "prompt": {

@@ -7,6 +7,7 @@ import msgspec
 
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
+from torchpi.engine.quantize import quantization_of
 from torchpi.policy import Policy
 from torchpi.ui.format import without_nan
 
@@ -161,6 +162,7 @@ def describe(policy: Policy) -> dict[str, Any]:
         "variant": config.variant,
         "parameters": sum(parameter.numel() for parameter in policy.model.parameters()),
         "dtype": str(policy.model.embedding.dtype).removeprefix("torch."),
+        "quantization": None if (found := quantization_of(policy.model)) is None else found.kind,
         "device": str(policy.model.device),
         "model": config.to_dict(),
         "embodiment": robot.name,

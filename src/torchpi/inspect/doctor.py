@@ -76,7 +76,7 @@ def diagnose(
 
 
 def _check_weights(policy: Policy) -> Iterator[Finding]:
-    broken = [name for name, weight in policy.model.named_parameters() if not torch.isfinite(weight).all()]
+    broken = [name for name, weight in policy.model.named_parameters() if not torch.isfinite(weight.float()).all()]
     if broken:
         more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
         yield finding("weights_not_finite", "weights", names=", ".join(broken[:5]) + more)

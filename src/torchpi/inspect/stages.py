@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from torchpi.config import Pi0Config
+from torchpi.engine.quantize import AsWeight, quantized_layers
 from torchpi.inspect import nanopi
 from torchpi.inspect.steps import STEP_OF
 from torchpi.model.pi0 import Pi0
@@ -109,7 +110,8 @@ def forward_stages(inputs: TraceInputs, *, training: bool = True, num_steps: int
     """
     yield from inputs.robot
     config, shown = inputs.config, list[Stage]()
-    w = {name: weight.detach() for name, weight in nanopi.weights_of(inputs.model).items()}
+    w: dict[str, Any] = {name: weight.detach() for name, weight in nanopi.weights_of(inputs.model).items()}
+    w |= {f"{name}.weight": AsWeight(layer) for name, layer in quantized_layers(inputs.model).items()}
 
     def show(step: str, name: str, tensor: Tensor, layer: int | None = None) -> Tensor:
         if not layer or step in ("2", "8", "inference"):  # of steps 7-1 to 7-7, layer 0

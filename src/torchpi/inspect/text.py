@@ -100,7 +100,8 @@ def print_diagnosis(policy: Policy, diagnosis: Diagnosis, console: Console, *, t
 def _facts(policy: Policy, stated: dict[str, Any]) -> Iterator[tuple[str, str]]:
     model, state_input = stated["model"], stated["state_input"]
     parameters = large_count(stated["parameters"])
-    yield "model", f"{stated['variant']}, {parameters} parameters, {stated['dtype']} on {stated['device']}"
+    dtype = f"{stated['dtype']}{f' with {kind} matmuls' if (kind := stated['quantization']) else ''}"
+    yield "model", f"{stated['variant']}, {parameters} parameters, {dtype} on {stated['device']}"
     for name in ("paligemma", "action_expert", "siglip"):
         yield name, ", ".join(f"{field} {value}" for field, value in model[name].items())
     yield "images", f"{model['image_size']}×{model['image_size']} pixels"

@@ -41,7 +41,9 @@ def open_init(config: TrainConfig) -> Checkpoint | None:
     if init is None:
         return None
     try:
-        return open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None)
+        checkpoint = open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None)
+        checkpoint.require_full_precision("trained")
+        return checkpoint
     except ValueError as error:
         if not config.model.adapt and requested is not None:
             error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")

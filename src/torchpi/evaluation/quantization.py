@@ -1,0 +1,71 @@
+"""`torchpi quantize`: a policy, calibrated on frames of a dataset, as a quantized policy folder."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.data import LeRobotDataset
+from torchpi.data.metadata import open_metadata
+from torchpi.data.observations import camera_keys_of
+from torchpi.engine.quantize import Quantization, quantize_model
+from torchpi.errors import UsageError
+from torchpi.evaluation.chunks import predict_chunks, sample_frames
+from torchpi.policy import Policy, load_policy
+from torchpi.ui.progress import progress_bar
+
+
+def quantize_policy(
+    source: str | pathlib.Path,
+    out: str | pathlib.Path,
+    kind: str,
+    *,
+    dataset: str | pathlib.Path | None = None,
+    num_observations: int = 64,
+    seed: int = 0,
+    rename: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+    load: Mapping[str, Any] | None = None,
+) -> Quantization:
+    """Write a policy as a quantized policy folder.
+
+    Args:
+        source: a policy in any format, see `load_policy`.
+        out: a new folder; with `overwrite` also the place of another policy folder.
+        kind: "fp8" or "int8".
+        dataset: a LeRobot dataset of the policy's robot, whose activations decide the scales of fp8.
+        num_observations: frames of it, spread evenly, see `sample_frames`.
+        seed: of the frames and the noise.
+        rename: see `LeRobotDataset`.
+        load: more arguments of `load_policy`.
+
+    Raises:
+        ValueError: as `quantize_model`, `predict_chunks` and `Policy.save`.
+    """
+    if num_observations < 1:
+        raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, better 64.")
+    if kind == "int8" and dataset is not None:
+        raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
+    dtype = open_checkpoint(source).dtype
+    policy = load_policy(source, **{"engine": "eager", **(load or {})})
+
+    def observe() -> None:
+        assert dataset is not None
+        _sample_actions(policy, dataset, num_observations, seed, rename)
+
+    quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
+    calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}
+    policy.provenance["quantized"] = {"source": str(source), "kind": kind, **calibration}
+    policy.save(out, dtype=dtype, overwrite=overwrite)
+    return quantization
+
+
+def _sample_actions(
+    policy: Policy, dataset: str | pathlib.Path, num_frames: int, seed: int, rename: Mapping[str, str] | None
+) -> None:
+    cameras = camera_keys_of(policy.embodiment, open_metadata(dataset, rename=rename).info.cameras)
+    horizon = policy.model.config.require("action_horizon")
+    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=cameras, columns=(), rename=rename)
+    frames = sample_frames(data.episode_lengths, num_frames, seed=seed)
+    with progress_bar("observations", len(frames)) as advance:
+        predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
