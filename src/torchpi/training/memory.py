@@ -67,7 +67,7 @@ def peak_memory(
     is_ddp = config.parallel.strategy == "ddp"
     live = _LiveTensors(shards, buckets=is_ddp and world_size > 1)
     groups = [] if is_ddp else _gathered_groups(model)
-    with _without_data(device) as stand_in, live:
+    with without_data(device) as stand_in, live:
         model.to_empty(device=stand_in)
         for group in groups[:-1]:
             live.ignore_casts(group)
@@ -186,7 +186,7 @@ class _LiveTensors(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _without_data(device: str) -> Iterator[str]:
+def without_data(device: str) -> Iterator[str]:
     """Tensors with shapes alone; yields the device on which to make them."""
     if device == "cpu":
         with FakeTensorMode(allow_non_fake_inputs=True):
