@@ -86,15 +86,15 @@ class ActionPrefix:
             at_zero: the conditioning of t = 0.
         """
         known = self.mask[:, :, None]  # [B, H, 1]
-
-        def mixed(at_t: Tensor, at_0: Tensor) -> Tensor:
-            return torch.where(known, at_0.view(1, 1, -1), at_t.view(1, 1, -1))  # [B, H, d or 3d]
+        features_0 = at_zero.features.view(1, 1, -1)
+        modulations_0 = None if at_zero.modulations is None else torch.stack(list(at_zero.modulations))  # [M, 1, 1, 3d]
 
         def prefixed(x_t: Float32[Tensor, "B H A"], time: TimeConditioning) -> Float32[Tensor, "B H A"]:
             modulations = None
-            if time.modulations is not None and at_zero.modulations is not None:
-                modulations = [mixed(*pair) for pair in zip(time.modulations, at_zero.modulations, strict=True)]
-            per_token = TimeConditioning(time.time, mixed(time.features, at_zero.features), modulations)
+            if time.modulations is not None and modulations_0 is not None:  # of all norms at once: one launch
+                modulations = torch.where(known, modulations_0, torch.stack(list(time.modulations))).unbind()
+            features = torch.where(known, features_0, time.features.view(1, 1, -1))  # [B, H, d]
+            per_token = TimeConditioning(time.time, features, modulations)
             return velocity(x_t, per_token).masked_fill(known, 0.0)
 
         return prefixed
