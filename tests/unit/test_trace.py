@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from torchpi.cli import main
 from torchpi.config import PRESETS
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.demo import demo_observation
@@ -486,3 +487,10 @@ def test_entries_are_json():
     assert entry.to_json() == {
         "step": "5", "name": "x_t", "shape": [1, 2], "dtype": "float32", "view": "both", "phase": "both",
     }  # fmt: skip
+
+
+def test_options_of_a_policy_are_refused_for_a_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["trace", "tiny_pi0", "--embodiment", "aloha", "--default-prompt", "wave"])
+    error = capsys.readouterr().err
+    assert "traced by its sizes alone, where --embodiment, --default-prompt would change nothing" in error

@@ -73,6 +73,7 @@ def find_inputs(target: str, shapes: Shapes, source: Source = Source(), **load: 
             raise UsageError(
                 f"{target} is traced by its sizes alone, without weights; inputs and datasets need a policy's path."
             )
+        _refuse_ignored(load, f"{target} is traced by its sizes alone")
         return inputs_of_config(CLASSIC_PI0 if target == "pi0" else PRESETS[target], shapes, title=target)
     if target not in ("demo", "tiny") and "/" not in target and not pathlib.Path(target).exists():
         raise MissingFileError(
@@ -106,6 +107,8 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
             f"a robot's observations{keys}. Trace a policy folder, name the robot with --embodiment, or give a batch "
             "in the model's terms: image.<camera>, state, tokenized_prompt, tokenized_prompt_mask."
         )
+    unused = {name: value for name, value in load.items() if name not in ("config", "device", "lora_alpha")}
+    _refuse_ignored(unused, f"{path} is traced as a model without a robot")
     model = checkpoint.model(device=load.get("device") or "cpu", lora_alpha=load.get("lora_alpha"))
     if arrays is not None:
         return inputs_of_model(model, shapes, arrays, title=title)
@@ -113,6 +116,12 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
     random = nanopi.random_inputs(_complete(dataclasses.replace(model.config, **shapes.of_config()))[0], 1)
     batch = {name: array for name, array in random.items() if name not in ("noise", "time", "actions")}
     return inputs_of_model(model, shapes, batch, title=title, notes=(note,))
+
+
+def _refuse_ignored(options: Mapping[str, Any], reason: str) -> None:
+    if options:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in options)
+        raise UsageError(f"{reason}, where {names} would change nothing; leave it out.")
 
 
 def _observation(policy: Policy, source: Source) -> tuple[Mapping[str, Any], str]:
