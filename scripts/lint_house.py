@@ -27,6 +27,7 @@ LAYERS: Mapping[str, str] = {
     "version": "",
     "errors": "",
     "devices": "errors",
+    "threads": "",
     "assets": "errors",
     "atomic": "errors",
     "extras": "errors",
@@ -48,11 +49,11 @@ LAYERS: Mapping[str, str] = {
     "sim": "policy data ui",
     "training": "sim evaluation",
     "ui": "assets extras version",
-    "serving": "policy data ui",
+    "serving": "policy data ui threads",
     "inspect": "policy ui data",
     "demo": "inspect sim training convert",
     "bench": "training serving",
-    "cli": "bench demo inspect serving training convert",
+    "cli": "threads bench demo inspect serving training convert",
     "torchpi": "cli",
 }
 """For each part of torchpi, the parts that it imports; what these import, it may import as well."""

@@ -341,3 +341,4 @@ def install_backend() -> None:
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
     _setup_privateuseone_for_python_backend("fakegpu")
+    torch.get_device_module("fakegpu").get_amp_supported_dtype = lambda: [torch.bfloat16, torch.float16]  # of autocast

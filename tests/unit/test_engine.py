@@ -2,7 +2,10 @@
 
 import copy
 import dataclasses
+import pathlib
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 
@@ -315,16 +318,22 @@ def test_graph_engine_for_a_policy_on_the_cpu_is_refused():
         torchpi.load_policy("demo", device="cpu", engine="graph")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rtc", [(), ("guidance", "action_prefix")], ids=["plain", "rtc"])
-@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
-def test_compiled_engine_samples_the_models_actions(pi05, rtc):
+def compare_compiled(pi05: bool, rtc: tuple[str, ...]) -> None:
     model, observation = make_model(pi05=pi05), make_observation()
     engine = InferenceEngine(model, mode="compiled")
     actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
     assert len(engine.metadata["warm_buckets"]) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rtc", [(), ("guidance", "action_prefix")], ids=["plain", "rtc"])
+@pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])
+def test_compiled_engine_samples_the_models_actions(pi05, rtc):
+    """In a process without the checks of shapes, which torch.compile cannot read."""
+    program = f"import test_engine; test_engine.compare_compiled({pi05}, {rtc})"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])

@@ -7,6 +7,7 @@ import tyro
 
 from torchpi.errors import UsageError
 from torchpi.serving import require_extra
+from torchpi.threads import spin_briefly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Bench:
     }
 
     def run(self) -> None:
+        if self.what == "model":  # as infer and serve do
+            spin_briefly()
         import torch
 
         from torchpi.bench.model import bench_config, run_bench

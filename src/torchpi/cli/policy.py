@@ -9,6 +9,7 @@ import tyro
 
 from torchpi.arrays import read_npy, read_npz
 from torchpi.cli.common import Load, PolicyOptions, split_names
+from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
 
@@ -65,12 +66,14 @@ class Infer:
     load: Load = PolicyOptions()
 
     def run(self) -> None:
+        spin_briefly()
         import torch
 
         from torchpi.policy import load_policy
 
         observation = read_npz(self.inputs)
         policy = load_policy(self.policy, **self.load.given())
+        limit_threads(policy.model)
         generator = torch.Generator(policy.model.device).manual_seed(self.seed)
         noise = None if self.noise is None else read_npy(self.noise)
         result = policy.infer(observation, noise=noise, num_steps=self.num_steps, generator=generator)

@@ -10,6 +10,7 @@ import tyro
 from torchpi.cli.common import Load, PolicyOptions
 from torchpi.serving import require_extra
 from torchpi.serving.settings import ServeSettings
+from torchpi.threads import spin_briefly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Serve:
 
     def run(self) -> None:
         require_extra()
+        spin_briefly()
         from torchpi.serving.run import run_serve
 
         settings = self.settings

@@ -18,6 +18,7 @@ from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.server import PolicyServer
 from torchpi.serving.settings import ServeSettings
+from torchpi.threads import limit_threads
 
 _log = logging.getLogger("torchpi.serving")
 
@@ -49,7 +50,7 @@ def run_serve(
                 where = "" if name == DEFAULT and policy is not None else f"--policies {name}: "
                 raise type(error)(f"{where}{error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
-        name: functools.partial(load_policy, path, **run, **(load if name == DEFAULT else {}))
+        name: functools.partial(_load, path, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
     }
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -67,6 +68,13 @@ def run_serve(
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+
+
+def _load(path: str, is_alone: bool, **load: Any) -> Policy:
+    policy = load_policy(path, **load)
+    if is_alone:  # the number of threads is the process'
+        limit_threads(policy.model)
+    return policy
 
 
 def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
