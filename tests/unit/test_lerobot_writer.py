@@ -12,6 +12,7 @@ import pytest
 
 from torchpi.data import LeRobotDataset, LeRobotWriter, recording, writer
 from torchpi.data.metadata_writer import image_histogram, image_stats, number_stats
+from torchpi.data.video import _real_time_threads, default_encoder, encode_video
 
 BASE, WRIST = "observation.images.base", "observation.images.wrist"
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
@@ -501,3 +502,18 @@ def test_missing_library_is_an_error_with_the_install_command(tmp_path, monkeypa
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'torchpi\[data\]'"):
         new_writer(tmp_path / "set", video=True)
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="only root gets real-time threads")
+def test_encoding_leaves_no_real_time_threads(tmp_path):
+    found = []
+
+    def frames():
+        for number in range(4):
+            if number > 1:
+                found.append(_real_time_threads())
+            yield np.zeros((96, 96, 3), np.uint8)
+
+    encode_video(tmp_path / "video.mp4", frames(), fps=10, encoder=default_encoder())
+    assert found == [set(), set()]
+    assert _real_time_threads() == set()

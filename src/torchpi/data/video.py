@@ -1,7 +1,10 @@
 """Video files through PyAV: frames by their time, and episodes into files."""
 
 import collections
+import contextlib
 import itertools
+import os
+import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -159,6 +162,7 @@ def encode_video(
     flags = {"movflags": "faststart"} if fast_start else {}
     options = {"g": _GOP, **_ENCODERS[encoder]} if options is None else options
     texts = {name: str(value) for name, value in options.items()}
+    real_time = _real_time_threads()
     # SVT-AV1 prints thirty lines per video to stderr, unless this variable says that it shall print errors only.
     with environment_defaults(SVT_LOG="1"), av.open(str(path), "w", format="mp4", options=flags) as container:
         stream = container.add_stream(encoder, rate=fps, options=texts)
@@ -169,7 +173,24 @@ def encode_video(
             if number == 0:
                 stream.height, stream.width = image.shape[:2]
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            if number == 0:
+                # Run by root, SVT-AV1 makes its own threads and the one that calls it real-time threads, which let no
+                # other program run; processes that are started from here later inherit it.
+                for thread in _real_time_threads() - real_time:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
         container.mux(stream.encode(None))
+
+
+def _real_time_threads() -> set[int]:
+    if sys.platform != "linux":
+        return set()
+    found = set()
+    for thread in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(ProcessLookupError):
+            if os.sched_getscheduler(thread) == os.SCHED_FIFO:
+                found.add(thread)
+    return found
 
 
 def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: int) -> None:
