@@ -29,6 +29,7 @@ def part(seconds=60.0):
     return gpu_acceptance.Part(CPU, gpu_checks.SMALL, time.time() + seconds)
 
 
+@pytest.mark.slow
 def test_script_runs_whole_on_a_cpu(tmp_path):
     assert gpu_acceptance.main(device="cpu", config="small", out=tmp_path / "found") == 0
     document = json.loads((tmp_path / "found.json").read_text())
@@ -96,6 +97,7 @@ def test_row_without_time_is_skipped_and_errors_are_rows():
     assert gpu_report.is_failure(row)
 
 
+@pytest.mark.slow
 def test_part_in_a_process_of_its_own_is_stopped_at_its_end(tmp_path, monkeypatch):
     rows = tmp_path / "rows"
     gpu_acceptance.run_isolated("training checks", "cpu", "small", time.time() + 60, rows)
@@ -132,6 +134,7 @@ def workload(config, num_steps=10):
     return Workload(config, 1, 3, 200, num_steps, torch.bfloat16)
 
 
+@pytest.mark.slow
 def test_engine_needs_at_most_2000_launches_at_full_size():
     total, by_operation = launches.count_launches(workload(preset("pi05")), engine=True)
     assert total <= gpu_report.TARGET_LAUNCHES
