@@ -73,7 +73,7 @@ def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
     """Train a variant; its policy."""
     with contextlib.ExitStack() as stack:
         if "one augmentation" in VARIANTS[variant]:
-            stack.enter_context(mock.patch.object(Samples, "collate", staticmethod(_one_augmentation(Samples.collate))))
+            stack.enter_context(mock.patch.object(Samples, "collate", _one_augmentation(Samples.collate)))
         if "bfloat16" in VARIANTS[variant]:
             stack.enter_context(mock.patch.object(TrainState, "create", _bfloat16_state(TrainState.create)))
             update = optim.update_ema
@@ -86,8 +86,8 @@ def train(variant: str, config: TrainConfig, run: pathlib.Path) -> pathlib.Path:
 def _one_augmentation(collate: Callable[..., Any]) -> Callable[..., Any]:
     """`Samples.collate` that gives every sample of a batch the first one's augmentation, camera by camera."""
 
-    def one(samples: Sequence[dict[str, Any]]) -> Any:
-        return collate([{**sample, "augmentation": samples[0]["augmentation"]} for sample in samples])
+    def one(self: Samples, samples: Sequence[dict[str, Any]]) -> Any:
+        return collate(self, [{**sample, "augmentation": samples[0]["augmentation"]} for sample in samples])
 
     return one
 
