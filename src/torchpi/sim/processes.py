@@ -127,6 +127,7 @@ def _run_in_processes(
             yield result
     except BrokenProcessPool as error:
         unfinished = [name for name, future in begun if not future.done() or future.exception()]
+        pool.shutdown(cancel_futures=True)  # its thread fetches the exit statuses, and only one thread can
         raise _ended(processes, unfinished[:workers]) from error  # the pool begins them in order
     finally:
         if begun:  # ended early: nobody waits for the jobs that run
@@ -136,8 +137,6 @@ def _run_in_processes(
 
 
 def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessError:
-    for process in processes:
-        process.join(timeout=10)
     codes = [process.exitcode for process in processes if process.exitcode]
     # The pool terminates the others.
     code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
