@@ -267,6 +267,32 @@ def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):
     engine.close()
 
 
+def test_threads_that_need_one_cold_bucket_share_its_warm_up(monkeypatch):
+    model, observation = make_model(), make_observation()
+    engine, warmed = InferenceEngine(model, mode="eager"), []
+    warm_up, both_asked = engine.warm_up, threading.Barrier(2)
+
+    def counted(bucket: Bucket) -> None:
+        warmed.append(bucket)
+        both_asked.wait(60)
+        warm_up(bucket)
+
+    monkeypatch.setattr(engine, "warm_up", counted)
+    threads = [
+        threading.Thread(
+            target=engine.sample_actions, args=(observation,), kwargs={"noise": noise_of(), "num_steps": 1}
+        )
+        for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    both_asked.wait(60)
+    for thread in threads:
+        thread.join()
+    assert len(warmed) == 1
+    assert len(engine.metadata["warm_buckets"]) == 1
+
+
 def test_calls_of_two_threads_do_not_mix():
     model = make_model()
     engine = InferenceEngine(model, mode="eager")

@@ -179,6 +179,25 @@ def test_quantization_that_cannot_be_names_the_remedy():
         q.quantize_model(with_lora, "int8")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_with_nan_are_refused(kind):
+    model = make_model()
+    with torch.no_grad():
+        model.expert.layers[1].attention.out.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN or infinity in the weights of expert\.layers\.1\.attention\.out"):
+        q.quantize_model(model, kind, lambda: samples(model))
+    assert q.quantization_of(model) is None
+
+
+def test_calibration_that_meets_nan_is_refused():
+    model = make_model()
+    with torch.no_grad():
+        model.vision.pos_embed[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"The inputs of vision\.blocks\.0\.qkv, .* became NaN or infinite"):
+        q.quantize_model(model, "fp8", lambda: samples(model))
+    assert q.quantization_of(model) is None
+
+
 def test_devices_without_the_matmul_are_refused(monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))

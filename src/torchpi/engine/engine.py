@@ -192,15 +192,21 @@ class InferenceEngine:
                 return True
             if bucket in self._failed:
                 return False
-            if self.background:
-                pending = self._warming.get(bucket)
-                if pending is None or pending.done():
-                    if pending is not None:
-                        pending.result()  # its error, if it had one
-                    self._warming[bucket] = self._executor.submit(self.warm_up, bucket)
-                return False
-        self.warm_up(bucket)
-        return bucket not in self._failed
+            if bucket not in self._warming:
+                self._warming[bucket] = self._executor.submit(self._prepare, bucket)
+            warming = self._warming[bucket]
+        if self.background:
+            return False
+        warming.result()  # or its error
+        return bucket in self._runners
+
+    def _prepare(self, bucket: Bucket) -> None:
+        """Warm a bucket up, in the engine's thread: one after the other, however many threads ask."""
+        try:
+            self.warm_up(bucket)
+        finally:
+            with self._lock:
+                del self._warming[bucket]
 
     def _read_versions(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]

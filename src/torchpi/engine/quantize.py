@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
@@ -172,10 +173,14 @@ def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] |
             "fp8 needs the activations of real observations: give a dataset of the robot (--dataset), or choose int8."
         )
     layers = _large_layers(model)
+    if bad := [name for name, layer in layers.items() if not layer.weight.isfinite().all()]:
+        raise ModelError(f"There is NaN or infinity in the weights of {', '.join(bad[:4])}; 8 bits can't hold it.")
     _fold_norms(model)
     scales: dict[str, float | None] = dict.fromkeys(layers)
     if kind == "fp8" and observe is not None:
         peaks = largest_inputs(model, layers, observe)
+        if bad := [name for name, peak in peaks.items() if not math.isfinite(peak)]:
+            raise ModelError(f"The inputs of {', '.join(bad[:4])} became NaN or infinite in the calibration.")
         scales = {name: peak / LARGEST[torch.float8_e4m3fn] for name, peak in peaks.items() if peak > 0}
         if not scales:
             raise ModelError("The calibration sampled nothing with the model; fp8 needs at least one observation.")
@@ -275,7 +280,7 @@ class _Recorder(nn.Module):
         return self.rows(x, 0)
 
     def rows(self, x: Tensor, first: int) -> Tensor:
-        self.peak = max(self.peak, x.abs().max().item())
+        self.peak = float(np.maximum(self.peak, x.abs().max().item()))  # NaN if either is
         return self.base.rows(x, first)
 
 
