@@ -5,7 +5,8 @@ torchpi itself reads none of these statistics (see `torchpi.data.stats`): other 
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,37 +66,72 @@ def feature_stats(
     }
 
 
-def episodes_table(
-    info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
-) -> Any:
-    """The table meta/episodes: place and statistics of each episode, from the groups that share files, in order, and
-    all frames of each numeric feature, [F, d]."""
-    starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
-    rows = []
-    for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:
-        episode, start, stop = episodes[index], starts[index], starts[index + 1]
-        in_file, place = start - starts[groups[number][0]], _place(number)
-        span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + episode.length) / info.fps}
-        own = {key: values[start:stop] for key, values in columns.items()}
-        row = {
+@dataclasses.dataclass(frozen=True)
+class EpisodeRow:
+    """An episode as the table meta/episodes has it."""
+
+    length: int
+    tasks: Sequence[str]
+    places: Mapping[str, tuple[int, int]]
+    """Of "data" and each video: the number of the file, and of the episode's first frame in it."""
+    stats: Mapping[str, Any]
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further columns."""
+
+
+def metadata_files(
+    info: Info, rows: Sequence[EpisodeRow], stats: Mapping[str, Any], tasks: Sequence[str]
+) -> dict[str, Callable[[Path], Any]]:
+    """The files of meta by their place in the dataset, each as a function that writes it to a path; the last one,
+    meta/info.json, makes the dataset complete."""
+    write_table = require("pyarrow.parquet", "data").write_table
+    info = dataclasses.replace(
+        info,
+        total_episodes=len(rows),
+        total_frames=sum(row.length for row in rows),
+        total_tasks=len(tasks),
+        splits={"train": f"0:{len(rows)}"},
+    )
+    documents = {lerobot.STATS: stats, lerobot.INFO: dataclasses.asdict(info)}
+    return {
+        lerobot.TASKS_PARQUET: lambda path: write_table(_tasks_table(tasks), path),
+        lerobot.EPISODES_PATH.format(**_place(0)): lambda path: write_table(_episodes_table(info, rows), path),
+        **{
+            name: partial(Path.write_text, data=json.dumps(document, indent=4), encoding="utf-8")
+            for name, document in documents.items()
+        },
+    }
+
+
+def _episodes_table(info: Info, rows: Sequence[EpisodeRow]) -> Any:
+    """The table meta/episodes: place and statistics of each episode."""
+    documents, start = [], 0
+    for index, row in enumerate(rows):
+        videos = {}
+        for key in info.videos:
+            number, in_file = row.places[key]
+            span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + row.length) / info.fps}
+            videos[key] = {**_place(number), **span}
+        document = {
             "episode_index": index,
-            "tasks": [episode.task],
-            "length": episode.length,
-            "data": place,
+            "tasks": list(row.tasks),
+            "length": row.length,
+            "data": _place(row.places["data"][0]),
             "dataset_from_index": start,
-            "dataset_to_index": stop,
-            "videos": {key: {**place, **span} for key in info.videos},
-            "stats": feature_stats(info, episode.histograms, own, episode.length),
+            "dataset_to_index": start + row.length,
+            "videos": videos,
+            "stats": row.stats,
             "meta/episodes": _place(0),
         }
-        rows.append(flatten(row, "/"))
-    return require("pyarrow", "data").Table.from_pylist(rows)
+        documents.append({**row.extra, **flatten(document, "/")})
+        start += row.length
+    names = dict.fromkeys(name for document in documents for name in document)
+    return require("pyarrow", "data").table({name: [document.get(name) for document in documents] for name in names})
 
 
-def tasks_table(episodes: Sequence[SavedEpisode]) -> Any:
+def _tasks_table(tasks: Sequence[str]) -> Any:
     """The table meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
     pa = require("pyarrow", "data")
-    tasks = list(dict.fromkeys(episode.task for episode in episodes))
 
     def column(name: str | None, kind: str, dtype: str, metadata: Any = None) -> dict[str, Any]:
         return {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": dtype, "metadata": metadata}

@@ -30,8 +30,8 @@ from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import to_numpy
 from torchpi.data.metadata import Info
-from torchpi.data.metadata_writer import SavedEpisode, file_path, new_info
-from torchpi.data.video import concatenate_videos
+from torchpi.data.metadata_writer import EpisodeRow, SavedEpisode, file_path, new_info
+from torchpi.data.video_copy import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
 from torchpi.schema import parse, read_json
@@ -218,27 +218,23 @@ class Recording:
     # Metadata
 
     def _write_metadata(self) -> None:
-        write_table = require("pyarrow.parquet", "data").write_table
         episodes = [self._read(index) for index in range(len(self.episodes))]
         columns = self._numeric_columns()
         histograms = {
             key: np.sum([episode.histograms[key] for episode in episodes], axis=0) for key in self.info.cameras
         }
-        tasks = metadata_writer.tasks_table(episodes)
-        table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
         stats = metadata_writer.feature_stats(self.info, histograms, columns, self.num_frames)
-        info = dataclasses.replace(
-            self.info,
-            total_episodes=len(episodes),
-            total_frames=self.num_frames,
-            total_tasks=len(tasks),
-            splits={"train": f"0:{len(episodes)}"},
-        )
-        episodes_file = lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0)
-        self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
-        self._put(self.root / episodes_file, lambda path: write_table(table, path))
-        self._put_json(self.root / lerobot.STATS, stats, indent=4)
-        self._put_json(self.root / lerobot.INFO, dataclasses.asdict(info), indent=4)  # last: now it is complete
+        rows, start = [], 0
+        for number, index in [(number, index) for number, group in enumerate(self._groups) for index in group]:
+            episode, in_file = episodes[index], sum(episodes[i].length for i in self._groups[number] if i < index)
+            own = {key: values[start : start + episode.length] for key, values in columns.items()}
+            places = dict.fromkeys(("data", *self.info.videos), (number, in_file))
+            of_episode = metadata_writer.feature_stats(self.info, episode.histograms, own, episode.length)
+            rows.append(EpisodeRow(episode.length, [episode.task], places, of_episode))
+            start += episode.length
+        tasks = list(dict.fromkeys(episode.task for episode in episodes))
+        for name, write in metadata_writer.metadata_files(self.info, rows, stats, tasks).items():
+            self._put(self.root / name, write)
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]."""

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import itertools
 import os
 import sys
 import threading
@@ -191,21 +190,3 @@ def _real_time_threads() -> set[int]:
             if os.sched_getscheduler(thread) == os.SCHED_FIFO:
                 found.add(thread)
     return found
-
-
-def concatenate_videos(path: Path, parts: Iterable[tuple[Path, int]], *, fps: int) -> None:
-    """Join .mp4 files that were encoded alike, each given with its number of frames, without decoding them."""
-    av = require("av", "data")
-    with av.open(str(path), "w", format="mp4") as container:
-        out: Any = None
-        first_frame = 0
-        for part, num_frames in parts:
-            with av.open(str(part)) as source:
-                stream = source.streams.video[0]
-                out = out or container.add_stream_from_template(stream, opaque=True)
-                offset = round(first_frame / fps / stream.time_base)
-                for packet in itertools.takewhile(lambda p: p.dts is not None, source.demux(stream)):
-                    packet.pts, packet.dts = packet.pts + offset, packet.dts + offset
-                    packet.stream = out
-                    container.mux(packet)
-            first_frame += num_frames
