@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("out", type=pathlib.Path)
     parser.add_argument("--init", help="the policy that all begin with; its statistics are kept")
-    parser.add_argument("--select", help="the dataset's episodes, as of torchpi train's --episodes")
+    parser.add_argument("--select", help="the dataset's episodes, as of torchpi train's --select")
     parser.add_argument("--tasks", type=lambda text: text.split(","), help="that are evaluated; by default all")
     parser.add_argument("--lr", type=float, default=1e-3, help="the peak; a tenth of it in the end")
     parser.add_argument("--steps", type=int, default=600)

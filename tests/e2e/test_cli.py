@@ -18,6 +18,7 @@ import pytest
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.cli import COMMANDS, main
+from torchpi.cli.arguments import in_options
 from torchpi.demo import demo_observation
 from torchpi.transforms import Normalization, NormStats
 
@@ -253,8 +254,8 @@ def test_a_wrong_argument_is_one_line_and_status_1(arguments, capsys, wrong, mes
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--config", "pi06"], "config='pi06' is neither a file nor a preset; presets are pi0, pi05, tiny"),
-        (["--config", "pi05"], "config= contradicts the checkpoint's arrays: pi05 is True in config, False in"),
+        (["--config", "pi06"], "--config 'pi06' is neither a file nor a preset; presets are pi0, pi05, tiny"),
+        (["--config", "pi05"], "--config contradicts the checkpoint's arrays: pi05 is True in config, False in"),
         (["--embodiment", "libro"], "Unknown embodiment 'libro'; known are aloha, droid, libero"),
         (["--asset-id", "trossen"], "no statistics for asset_id 'trossen'; it has tiny_robot"),
         (["--tokenizer", "nowhere.model"], "No tokenizer file at nowhere.model"),
@@ -330,6 +331,68 @@ def test_help_of_a_command_describes_every_argument(command, capsys):
             continue
         assert f"--{name.replace('_', '-')}" in text or "positional" in text, name
         assert " ".join(docstring.lower().split()[:2]) in text, name
+
+
+def test_version(capsys):
+    run(["--version"])
+    assert capsys.readouterr().out == f"torchpi {torchpi.__version__}\n"
+
+
+def test_a_positional_argument_can_be_given_by_its_name(policy, observation, tmp_path, capsys):
+    """As infer's --policy in earlier versions; and the former names of other options."""
+    words = ["--inputs", observation, "--out", tmp_path / "actions.npz", "--num-steps", 1, "--device", "cpu"]
+    for given in ([policy], [f"--policy={policy}"], ["--policy", "nowhere", "--policy", policy]):
+        run(["infer", *given, *words])
+    run(["compare", policy, policy, "--observation", observation, "--device", "cpu"])
+    assert "Every stage is the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        ("train --policy.path=x", "--init"),
+        ("train --policy.type pi05", "--model"),
+        ("train --dataset.repo_id=org/name", "--dataset"),
+        ("train --output_dir x --steps 10", "--out"),
+        ("train --eval.n_episodes 3", "--env-episodes"),
+        ("eval --policy.path=x --env.type=metaworld", "POLICY"),
+        ("eval demo --eval.n_episodes 3", "--episodes"),
+        ("serve --policy.dir=x", "POLICY"),
+        ("serve demo --policy.config=pi05_libero", "--config"),
+        ("stats --dataset.repo_id=org/name", "DATASET"),
+    ],
+)
+def test_an_option_of_lerobot_or_openpi_is_refused_with_the_one_here(capsys, words, option):
+    command = words.split()[0]
+    message = fails(words.split(), capsys)
+    assert re.fullmatch(rf"error: torchpi {command} has no --\S+, it has {option}; see torchpi .* --help.\n", message)
+
+
+def test_an_option_that_may_be_none_is_shown_without_it_and_takes_it(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit):
+            run([*command.split(), "--help"])
+    assert "None}" not in capsys.readouterr().out
+    message = fails(["train", "--init", "None", "--embodiment", "metaworld", "--plan"], capsys)
+    assert "Say which weights to start from (--init" in message
+
+
+def test_messages_name_the_commands_options(golden_root, capsys):
+    checkpoint = golden_root / "pi05" / "jax_ckpt_pure"
+    message = fails(["doctor", checkpoint], capsys)
+    assert "pass --embodiment, one of aloha" in message
+    assert "(and --config, one of pi0" in message
+    train = ["train", "--embodiment", "metaworld", "--plan", "--init", checkpoint, "--model", "pi05"]
+    assert "--model contradicts the checkpoint's arrays" in (message := fails(train, capsys))
+    assert "--adapt cuts or extends action_dim" in message
+    options = {"config": "--model", "adapt": "--adapt", "path": "PATH"}
+    for text, shown in {
+        "pass config=x": "pass --model x",
+        "config='a/b.json' is": "--model 'a/b.json' is",
+        "no sets/config=3/data, path= too": "no sets/config=3/data, path= too",
+        "adapt=True cuts; config= in Python": "--adapt cuts; config= in Python",
+    }.items():
+        assert in_options(text, options) == shown
 
 
 def test_a_renamed_option_is_refused_with_its_new_name(capsys, monkeypatch):

@@ -101,7 +101,6 @@ def test_load_runs_in_a_fresh_process(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["load"], "--policy"),
         (["--batch", "0"], "positive"),
         (["--prompt-tokens", "201"], "max_token_len 200"),
         (["--config", "nope.json"], "--config nope.json is neither a file nor a preset"),

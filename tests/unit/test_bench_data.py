@@ -39,7 +39,6 @@ def test_worker_processes(golden_root, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "bench data needs a dataset"),
         (["nowhere"], "no folder nowhere"),
         (["SET", "--batch", "0"], "positive"),
         (["SET", "--embodiment", "droid"], "embodiment 'droid' requires"),

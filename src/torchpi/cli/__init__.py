@@ -2,14 +2,17 @@
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
 
 from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training
-from torchpi.cli.common import Command, refuse_renamed
+from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
+from torchpi.cli.common import Command
 from torchpi.training.config import TrainConfig
+from torchpi.version import __version__
 
 COMMANDS: dict[str, type[Command]] = {
     "demo": policy.Demo,
@@ -43,37 +46,54 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         argv: the command's words; by default the process'.
         recipe: the defaults of `train`.
     """
-    warnings.showwarning = _show_warning
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args == ["--version"]:
+        print(f"torchpi {__version__}")
+        return
+    name = max((name for name in COMMANDS if args[: len(name.split())] == name.split()), key=len, default="")
+    options = options_of(COMMANDS[name]) if name else {}
+    warnings.showwarning = partial(_show_warning, options)
     try:
-        status = _parse(list(sys.argv[1:] if argv is None else argv), recipe or TrainConfig()).run()
+        status = _parse(name, args, recipe or TrainConfig()).run()
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        print("error:", error, *getattr(error, "__notes__", ()), file=sys.stderr)
+        message = " ".join(map(str, (error, *getattr(error, "__notes__", ()))))
+        print("error:", in_options(message, options), file=sys.stderr)
         raise SystemExit(1) from None
     if status:
         raise SystemExit(status)
 
 
-def _parse(args: list[str], recipe: TrainConfig) -> Command:
-    """The command with its arguments."""
-    matching = [name for name in COMMANDS if args[: len(name.split())] == name.split()]
-    if not matching:  # prints the list of commands, or an error with similar names
+def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
+    """The command of that name with its arguments."""
+    if not name:  # prints the list of commands, or an error with similar names
         commands: dict[str, Callable[..., Command]] = {**COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
-            commands, prog="torchpi", description="π₀ and π₀.₅ in plain PyTorch.", args=args, sort_subcommands=False
+            commands,
+            prog="torchpi",
+            description="π₀ and π₀.₅ in plain PyTorch. torchpi --version prints the version.",
+            args=args,
+            sort_subcommands=False,
         )
-    name = max(matching, key=len)
-    args = args[len(name.split()) :]
     command = COMMANDS[name]
-    refuse_renamed(args, getattr(command, "renamed", {}))
+    args = translate(args[len(name.split()) :], command, name)
     default: Command | Any = tyro.MISSING_NONPROP
     if command is training.Train:
         default = training.Train(config=training.recipe_of(args, recipe))
     # Alone: with the other commands, a mistyped option would bring suggestions from all of them.
-    return tyro.cli(command, prog=f"torchpi {name}", args=args, default=default)
+    return tyro.cli(
+        command,
+        prog=f"torchpi {name}",
+        args=args,
+        default=default,
+        config=(tyro.conf.PositionalMetavarFromFieldName,),
+        registry=REGISTRY,
+    )
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+def _show_warning(
+    options: Mapping[str, str], message: Warning | str, category: type[Warning], *_: Any, **__: Any
+) -> None:
+    print("warning:", in_options(str(message), options), file=sys.stderr)

@@ -86,7 +86,7 @@ class BenchLoad:
     Each runs in a fresh process. The floor is the time to read the same bytes, and to write as many.
     """
 
-    policy: str | None = None
+    policy: Annotated[str, tyro.conf.Positional]
     """A policy folder or checkpoint."""
     config: str | None = None
     """Sizes of a checkpoint that does not say them: a preset's name or a JSON file."""
@@ -96,8 +96,6 @@ class BenchLoad:
     """Print one JSON document."""
 
     def run(self) -> None:
-        if self.policy is None:
-            raise UsageError("bench load needs --policy, a policy folder or checkpoint.")
         from torchpi.bench.load import run_bench_load
 
         run_bench_load(self.policy, dtype=self.dtype, config=self.config, as_json=self.json)
@@ -107,14 +105,14 @@ class BenchLoad:
 class BenchData:
     """Measure the training loader on a dataset: samples per second, and the time to decode a frame."""
 
-    dataset: Annotated[str | None, tyro.conf.Positional] = None
+    dataset: Annotated[str, tyro.conf.Positional]
     """A LeRobot dataset, a folder or hf://org/name."""
     config: str = "mid"
     """Sizes of the model: mid, a preset's name, or a JSON file."""
     embodiment: str | None = None
     """The dataset's robot, whose cameras are read; by default all cameras are."""
-    episodes: str | None = None
-    """Only these, for example "0:40,57" or "task:open the *"."""
+    select: str | None = None
+    """Only these episodes, for example "0:40,57" or "task:open the *"."""
     rename: tuple[str, ...] = ()
     """LeRobot's names where the dataset has others, OLD=NEW or, joined, OLD+OLD=NEW."""
     batch: int = 32
@@ -127,16 +125,16 @@ class BenchData:
     """Duration of a training step; shows for which fraction of the time it would wait."""
     json: bool = False
     """Print one JSON document."""
+    aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
-        if self.dataset is None:
-            raise UsageError("bench data needs a dataset: torchpi bench data DATASET.")
         from torchpi.bench.data import run_bench_data
         from torchpi.bench.model import bench_config
         from torchpi.data.rename import parse_rename
 
         arguments = vars(self) | {"config": bench_config(self.config), "rename": parse_rename(self.rename)}
-        run_bench_data(arguments.pop("dataset"), as_json=arguments.pop("json"), **arguments)
+        named = {"as_json": arguments.pop("json"), "episodes": arguments.pop("select")}
+        run_bench_data(arguments.pop("dataset"), **named, **arguments)
 
 
 @dataclasses.dataclass(frozen=True)

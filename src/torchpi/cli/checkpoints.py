@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -126,16 +126,17 @@ class Doctor:
 
     policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
-    observation: pathlib.Path | None = None
-    """An .npz file with the robot's own keys, as for infer."""
+    inputs: pathlib.Path | None = None
+    """An observation, an .npz file with the robot's own keys, as for infer."""
     json: bool = False
     """Print one JSON document."""
     load: Load = PolicyOptions()
+    aliases: ClassVar = {"--observation": "--inputs"}
 
     def run(self) -> int:
         from torchpi.inspect.commands import run_doctor
 
-        return run_doctor(self.policy, observation=self.observation, as_json=self.json, **self.load.given())
+        return run_doctor(self.policy, observation=self.inputs, as_json=self.json, **self.load.given())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,17 +151,18 @@ class Compare:
     """A policy, as for doctor."""
     b: Annotated[str, tyro.conf.Positional]
     """Another one."""
-    observation: pathlib.Path
-    """An .npz file with the robot's own keys, as for infer."""
+    inputs: pathlib.Path
+    """An observation, an .npz file with the robot's own keys, as for infer."""
     tolerance: float | None = None
     """Largest difference of two stages, relative to their scale."""
     json: bool = False
     """Print one JSON document."""
     load: Load = PolicyOptions()
+    aliases: ClassVar = {"--observation": "--inputs"}
 
     def run(self) -> int:
         from torchpi.inspect.commands import TOLERANCE, run_compare
 
         tolerance = TOLERANCE if self.tolerance is None else self.tolerance
         load = self.load.given()
-        return run_compare(self.a, self.b, observation=self.observation, as_json=self.json, tolerance=tolerance, **load)
+        return run_compare(self.a, self.b, observation=self.inputs, as_json=self.json, tolerance=tolerance, **load)

@@ -2,19 +2,17 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
-
-from torchpi.errors import UsageError
 
 
 @runtime_checkable
 class Command(Protocol):
     """A command: a frozen dataclass of its arguments, whose docstrings are the help.
 
-    A class variable `renamed` (optional) maps an option that had another name to what replaces it.
+    Optional class variables: `renamed` maps an option that is refused to what replaces it, `aliases` a former name
+    that is still read to the present one.
     """
 
     def run(self) -> int | None:
@@ -62,18 +60,6 @@ class PolicyOptions(CheckpointOptions):
 
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]
 Load = Annotated[PolicyOptions, tyro.conf.arg(name="")]
-
-
-def refuse_renamed(args: Sequence[str], renamed: Mapping[str, str]) -> None:
-    """Refuse an option's former name with an error that has the new one.
-
-    Args:
-        renamed: what replaces each former option, by its former name (with dashes).
-    """
-    for argument in args:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag in renamed:
-            raise UsageError(f"{flag} is now {renamed[flag]}.")
 
 
 def split_names(text: str) -> list[str]:

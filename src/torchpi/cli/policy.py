@@ -49,7 +49,7 @@ class Infer:
     images.cam_high, state and prompt (a 0-d string). The result is an .npz file with `actions` [H, a].
     """
 
-    policy: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
     inputs: pathlib.Path
     """The observation, an .npz file."""
@@ -96,7 +96,7 @@ class Trace:
     "demo", is traced with its weights and an observation: ranges of values as well.
     """
 
-    target: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="TARGET")] = None
+    target: Annotated[str | None, tyro.conf.Positional] = None
     """A preset's name, the path of a policy or checkpoint, or "demo"."""
     compare: tuple[str, ...] = ()
     """Another target, or two of them, printed side by side in this order; sizes that are given are those of both."""

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 from rich.console import Console
@@ -37,8 +37,8 @@ class Stats:
     """The file for openpi's norm_stats.json, or an existing folder; by default nothing is written."""
     action_horizon: int = 50
     """Actions in a chunk."""
-    episodes: str | None = None
-    """Only these, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
+    select: str | None = None
+    """Only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
     rename: tuple[str, ...] = ()
     """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
     Columns that have to be joined: joint_position+gripper_position=observation.state."""
@@ -46,6 +46,7 @@ class Stats:
     """A checkpoint: shows for each of its robots the fraction of the data inside its [q01, q99]."""
     json: bool = False
     """Print one JSON document."""
+    aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
         from torchpi.data import LeRobotDataset, idle_frames, select_episodes
@@ -57,7 +58,7 @@ class Stats:
         robot, horizon = get_embodiment(self.embodiment), self.action_horizon
         robots = {} if self.compare is None else checkpoint_stats(self.compare)
         rename = parse_rename(self.rename)
-        episodes = None if self.episodes is None else select_episodes(self.dataset, self.episodes)
+        episodes = None if self.select is None else select_episodes(self.dataset, self.select)
         # Neither images nor other columns are read.
         dataset = LeRobotDataset(
             self.dataset, action_horizon=horizon, episodes=episodes, cameras=(), columns=(), rename=rename

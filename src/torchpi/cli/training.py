@@ -52,6 +52,7 @@ class Train:
     """With --plan: print one JSON document."""
     config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = TrainConfig()
     renamed: ClassVar[Mapping[str, str]] = _renamed()
+    aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> int | None:
         config = self.config

@@ -29,7 +29,7 @@ BOOKKEEPING = {
     "task_index": "int64",
 }
 
-LEAVE_OUT = "leave the episode out (--episodes, of eval --select, or episodes= in Python)"
+LEAVE_OUT = "leave the episode out (--select, or episodes= in Python)"
 """The advice to go on without an episode, for errors."""
 
 RECORDING_FOLDER = ".recording"

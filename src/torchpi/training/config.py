@@ -94,7 +94,7 @@ class DataConfig(_Checked):
     """A LeRobot dataset: a folder, or hf://ORG/NAME[@REVISION]."""
     embodiment: str = ""
     """The robot, which says what cameras, state and actions are: a name (metaworld, aloha, …) or a JSON file."""
-    episodes: str | None = None
+    episodes: Annotated[str | None, tyro.conf.arg(name="select")] = None
     """Episodes to use, for example "0:40,57" or "task:open *"; by default all."""
     prompt: str | None = None
     """The instruction of all episodes, in place of their tasks."""
