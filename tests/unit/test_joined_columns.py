@@ -89,7 +89,9 @@ def test_only_the_columns_that_are_needed_are_read(damaged):
     path = damaged(reward=missing)
     LeRobotDataset(path, action_horizon=1, columns=(), rename=JOINED)
     with pytest.raises(ValueError, match="column reward: 4 values are missing"):
-        LeRobotDataset(path, action_horizon=1, rename=JOINED)
+        LeRobotDataset(path, action_horizon=1, columns=["reward"], rename=JOINED)
+    with pytest.warns(UserWarning, match=r"the columns reward are left out.* 4 values are missing"):
+        assert "reward" not in LeRobotDataset(path, action_horizon=1, rename=JOINED).columns
 
 
 def test_every_command_joins_columns(droid_set, capsys):

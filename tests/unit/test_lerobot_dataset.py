@@ -702,7 +702,7 @@ def test_damaged_image_is_an_error(copy_of):
     whose = rf"{BASE} of episode 0, frame 1 can't be read: .*"
     with pytest.raises(ValueError, match=rf"{whose}file-000\.parquet: the image of {BASE} in row 1 is damaged"):
         dataset[1]
-    with pytest.raises(ValueError, match=rf"file-000\.parquet has no image of {BASE} in row 2"):
+    with pytest.raises(FileNotFoundError, match=r"file-000\.parquet, row 2 names the image frame-000002\.png, which"):
         dataset[2]
 
 
@@ -741,7 +741,7 @@ def test_task_without_an_instruction_is_an_error(change, copy_of):
     ("column", "values", "message"),
     [
         ("episode_index", [0, 1, 1], "has the episodes 1 more than once"),
-        ("length", [12, None, 15], r"lack what v3\.0 has: .*'NoneType' object cannot be interpreted as an integer"),
+        ("length", [12, None, 15], r"file-000\.parquet: episode 1: length is missing; expected a whole number"),
     ],
 )
 def test_impossible_list_of_episodes_is_an_error(column, values, message, copy_of):

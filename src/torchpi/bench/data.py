@@ -10,8 +10,7 @@ from rich.console import Console
 
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
-from torchpi.data import LeRobotDataset, camera_keys_of, select_episodes
-from torchpi.data.metadata import open_metadata
+from torchpi.data import LeRobotDataset, select_episodes
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
@@ -37,6 +36,7 @@ def run_bench_data(
     step_seconds: float | None,
     episodes: str | None,
     rename: Mapping[str, str],
+    prompt: str | None = None,
     as_json: bool,
 ) -> None:
     """Measure and print; the arguments are those of the command."""
@@ -47,14 +47,14 @@ def run_bench_data(
         )
     robot = None if embodiment is None else get_embodiment(embodiment)
     with Console(stderr=True).status(f"reading {path}"):  # shown on a terminal only
-        all_cameras = open_metadata(path, rename=rename).info.cameras
         dataset = LeRobotDataset(
             path,
             action_horizon=config.require("action_horizon"),
             episodes=None if episodes is None else select_episodes(path, episodes),
-            cameras=all_cameras if robot is None else camera_keys_of(robot, all_cameras),
+            cameras=robot,
             columns=(),
             rename=rename,
+            prompt=prompt,
         )
         frame_ms = 1e3 * _frame_seconds(dataset) if dataset.camera_keys else 0.0
         samples = _samples(dataset, robot or _robot_of(dataset), config)

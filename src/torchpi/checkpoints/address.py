@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+import re
 
 from torchpi.assets import assets
 from torchpi.config import PRESETS
@@ -37,7 +38,7 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of the checkpoint at a path or address."""
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
-        raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}")
+        raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
     if root.is_dir():
         return root
     if root.name in _FILES_OF_FORMATS:
@@ -60,6 +61,15 @@ def _hint(path: str) -> str:
     addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
     close = difflib.get_close_matches(path, addresses, n=1, cutoff=0.75)
     return f"did you mean {addresses[close[0]]}? Possible are {possible}" if close else f"expected {possible}"
+
+
+def hub_hint(path: str) -> str:
+    """A sentence for the error about a folder that is not there, if its name could be a repository's."""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", path, re.ASCII):
+        return f" On the Hugging Face Hub, {path} is hf://{path}."
+    if match := re.match(r"https://(?:huggingface\.co|hf\.co)/(?:datasets/)?([^/]+/[^/]+)(?:/tree/(.+?))?/?$", path):
+        return f" Its address is hf://{match[1]}{f'@{match[2]}' if match[2] else ''}."
+    return ""
 
 
 def published_name(path: str | pathlib.Path) -> str | None:

@@ -115,6 +115,8 @@ class BenchData:
     """Only these episodes, for example "0:40,57" or "task:open the *"."""
     rename: tuple[str, ...] = ()
     """LeRobot's names where the dataset has others, OLD=NEW or, joined, OLD+OLD=NEW."""
+    prompt: str | None = None
+    """The instruction of all frames, in place of their tasks."""
     batch: int = 32
     """Samples in a batch."""
     workers: int = 1

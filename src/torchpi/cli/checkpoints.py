@@ -88,6 +88,8 @@ class Quantize:
     """Seed of the frames and the noise."""
     rename: tuple[str, ...] = ()
     """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW, as for eval."""
+    prompt: str | None = None
+    """The instruction of all frames of the dataset, in place of their tasks."""
     overwrite: bool = False
     """Replace a policy folder that is there."""
     json: bool = False
@@ -106,6 +108,7 @@ class Quantize:
             num_observations=self.num_observations,
             seed=self.seed,
             rename=parse_rename(self.rename),
+            prompt=self.prompt,
             overwrite=self.overwrite,
             load=self.load.given(),
         )

@@ -48,6 +48,8 @@ class DatasetOptions:
     """With --dataset: LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW:
     state=observation.state actions=action. Columns that have to be joined:
     joint_position+gripper_position=observation.state."""
+    prompt: str | None = None
+    """With --dataset: the instruction of all frames, in place of their tasks."""
     samples: int = 256
     """With --dataset: frames, spread evenly over the episodes and the time in each."""
     batch_size: int = 32
@@ -109,6 +111,7 @@ class Eval:
             batch_size=options.batch_size,
             episodes=None if options.select is None else select_episodes(dataset, options.select),
             rename=parse_rename(options.rename),
+            prompt=options.prompt,
             out=self.out,
             load=self.load.given(),
             as_json=self.json,

@@ -118,6 +118,8 @@ class Trace:
     """Of the dataset."""
     frame: int = 0
     """Of the episode."""
+    prompt: str | None = None
+    """The instruction of the dataset's frame, in place of its task."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
     load: Load = PolicyOptions()
@@ -130,7 +132,7 @@ class Trace:
         run_trace(
             [*([self.target] if self.target else []), *self.compare],
             Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim),
-            Source(self.inputs, self.dataset, self.episode, self.frame, demo=demo_observation()),
+            Source(self.inputs, self.dataset, self.episode, self.frame, self.prompt, demo=demo_observation()),
             html=self.html,
             as_json=self.json,
             **self.load.given(),

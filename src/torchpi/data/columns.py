@@ -1,7 +1,8 @@
 """The numbers of a dataset: every numeric column of every frame, as arrays."""
 
 import itertools
-from collections.abc import Collection, Sequence
+import warnings
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,26 @@ import numpy as np
 from jaxtyping import Int
 
 from torchpi.data import format as lerobot
-from torchpi.data.metadata import Episode, Metadata, open_parquet
-from torchpi.data.rename import suggested_rename
-from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.data.files import open_parquet
+from torchpi.data.metadata import Episode, Metadata
+from torchpi.data.rename import is_named_otherwise, suggested_rename
+from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 from torchpi.extras import require
 
-_REQUIRED = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
+_KEPT = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
 Columns = dict[str, np.ndarray]
 
 
 def check_names(metadata: Metadata) -> None:
-    """Raise a KeyError if a dataset names no state or no action: before its files are downloaded or read."""
+    """Raise a KeyError if a dataset names no action, or its state otherwise: before its files are downloaded or read.
+
+    A dataset without any state is read, for robots that have none.
+    """
     features = metadata.info.features
-    if missing := [name for name in (lerobot.STATE, lerobot.ACTION) if name not in features]:
+    missing = [name for name in (lerobot.STATE, lerobot.ACTION) if name not in features]
+    if missing == [lerobot.STATE] and not is_named_otherwise(lerobot.STATE, features):
+        return
+    if missing:
         option = suggested_rename(missing, features, metadata.sources)
         raise UnknownKeyError(
             f"The dataset {metadata.root} has no column {', '.join(missing)}; its columns and cameras are "
@@ -31,30 +39,55 @@ def check_names(metadata: Metadata) -> None:
 
 
 def read_columns(
-    metadata: Metadata, episodes: Sequence[Episode], *, tolerance_s: float, others: Collection[str] | None = None
-) -> tuple[Columns, Int[np.ndarray, " E"]]:
-    """Read the numbers of some episodes, [F, …] per column, and the row of each one's first frame in its data file.
+    metadata: Metadata,
+    episodes: Sequence[Episode],
+    *,
+    tolerance_s: float,
+    others: Collection[str] | None = None,
+    prompt: str | None = None,
+) -> tuple[Columns, Mapping[int, str], Int[np.ndarray, " E"]]:
+    """Read the numbers of some episodes, [F, …] per column; their instructions by task_index; and the row of each one's
+    first frame in its data file.
 
-    Beside state and action (float32 [F, s] and [F, a]) and the columns that every dataset has come `others`, by default
-    all that are numeric. Names are those of the metadata.
+    Beside state and action (float32 [F, s] and [F, a]; s = 0 without a state) and the columns that every dataset has
+    come `others`, by default all that are numeric and have one shape in all frames. Names are those of the metadata.
+    A `prompt` is the only instruction; those of the dataset may then be missing.
     """
     pieces: list[Columns] = []
     first_rows: list[int] = []
+    left_out: dict[str, str] = {}
+    required = _required(metadata, prompt)
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
-        columns = _read_file(metadata, path, others)
+        chosen = list(group)
+        columns, rows = _read_file(metadata, path, chosen, required, others, left_out)
         if pieces:
-            _check_shapes(columns, pieces[0], path)
+            _check_shapes(columns, pieces[0], path, left_out if others is None else None, required)
         runs = _runs(columns["episode_index"], path)
-        for episode in group:
-            rows = runs.get(episode.index, slice(0))
-            frames = {name: values[rows] for name, values in columns.items()}
+        for episode in chosen:
+            frames = {name: values[runs.get(episode.index, slice(0))] for name, values in columns.items()}
             _check_episode(frames, episode)
             _check_clock(frames["timestamp"], episode, metadata.info.fps, tolerance_s)
             pieces.append(frames)
-            first_rows.append(rows.start)
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-    _check_tasks(columns, metadata)
-    return columns, np.array(first_rows)
+            first_rows.append(rows[episode.index].start)
+    names = [name for name in pieces[0] if name not in left_out]
+    if left_out:
+        warnings.warn(
+            f"{metadata.root}: the columns {', '.join(left_out)} are left out, as they can't be read of every frame "
+            f"({next(iter(left_out.values())).rstrip('.')}). Name those that you need: columns= in Python.",
+            UserWarning,
+            stacklevel=3,
+        )
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+    if prompt is None:
+        _check_tasks(columns, metadata)
+        return columns, metadata.tasks, np.array(first_rows)
+    return columns, dict.fromkeys(np.unique(columns["task_index"]).tolist(), prompt), np.array(first_rows)
+
+
+def _required(metadata: Metadata, prompt: str | None) -> list[str]:
+    """The columns without which a dataset is not read."""
+    unneeded = {lerobot.STATE} - set(metadata.info.features) | ({"task_index"} if prompt is not None else set())
+    return [name for name in (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING) if name not in unneeded]
 
 
 def to_numpy(column: Any) -> np.ndarray:
@@ -73,35 +106,74 @@ def to_numpy(column: Any) -> np.ndarray:
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
-def _read_file(metadata: Metadata, path: Path, others: Collection[str] | None) -> Columns:
-    """The columns of a data file, under their new names."""
+def _read_file(
+    metadata: Metadata,
+    path: Path,
+    episodes: Sequence[Episode],
+    required: Sequence[str],
+    others: Collection[str] | None,
+    left_out: dict[str, str],
+) -> tuple[Columns, dict[int, slice]]:
+    """The columns of some episodes of a data file, under their new names, and the rows of all of its episodes.
+
+    Which columns can't be read, and need not be, goes into `left_out` with the reason.
+    """
     with open_parquet(path) as file:
-        names = _wanted_names(metadata, path, _numeric_names(file.schema_arrow), others)
+        names = _wanted_names(metadata, path, file.schema_arrow, required, others)
         table = file.read(columns=[part for parts in names.values() for part in parts])
-    columns = {name: _column(table, parts, path) for name, parts in names.items()}
+    index = _whole_numbers(_column(table, names["episode_index"], path), "episode_index", path)
+    rows, wanted = _runs(index, path), {episode.index for episode in episodes}
+    if not wanted.issuperset(rows):  # what is missing in the others is nobody's concern
+        table = table.filter(np.isin(index, list(wanted)))
+    columns: Columns = {}
+    for name, parts in names.items():
+        try:
+            columns[name] = _column(table, parts, path)
+        except DatasetError as error:
+            if others is not None or name in required or name in metadata.sources:
+                raise
+            left_out[name] = str(error)
+    for name in lerobot.BOOKKEEPING:
+        values = columns.get(name, np.zeros(len(table)))
+        columns[name] = values.ravel() if name == "timestamp" else _whole_numbers(values, name, path)
+        if len(columns[name]) != len(table):
+            raise DatasetError(
+                f"{path}: column {name} has {values.size} values for {len(table)} frames; expected one each."
+            )
     for name in (lerobot.STATE, lerobot.ACTION):  # a single dimension is stored as plain numbers
-        columns[name] = columns[name].reshape(len(table), -1).astype(np.float32, copy=False)
-    return columns
+        values = columns.get(name, np.zeros((len(table), 0)))
+        columns[name] = values.reshape(len(table), -1 if values.size else 0).astype(np.float32, copy=False)
+    return columns, rows
 
 
 def _wanted_names(
-    metadata: Metadata, path: Path, numeric: Sequence[str], others: Collection[str] | None
+    metadata: Metadata, path: Path, schema: Any, required: Sequence[str], others: Collection[str] | None
 ) -> dict[str, tuple[str, ...]]:
-    """The columns to read, each with the file's own names of it or its parts; `numeric` are those of the file."""
+    """The columns to read, each with the file's own names of it or its parts."""
+    numeric = _numeric_names(schema)
     parts = {part for parts in metadata.sources.values() for part in parts}
     names: dict[str, tuple[str, ...]] = {name: (name,) for name in numeric if name not in parts}
     names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
     found = f"its numeric columns are {', '.join(numeric)}"
-    if missing := [name for name in _REQUIRED if name not in names]:
+    if missing := [name for name in required if name not in names]:
+        types = [f"{name} of the type {schema.field(name).type}" for name in missing if name in schema.names]
         raise UnknownKeyError(
-            f"{path} has no column {', '.join(missing)}; {found}. A policy is trained on {lerobot.STATE} and "
-            f"{lerobot.ACTION}."
+            f"{path} has no column {', '.join(missing)}; {'; '.join([*types, found])}. A policy is trained on "
+            f"{lerobot.STATE} and {lerobot.ACTION}."
         )
-    wanted = {name: olds for name, olds in names.items() if others is None or name in (*_REQUIRED, *others)}
+    wanted = {name: olds for name, olds in names.items() if others is None or name in (*_KEPT, *others)}
     for name, olds in wanted.items():
         if missing := [old for old in olds if old not in numeric]:
             raise UnknownKeyError(f"{path} has no column {', '.join(missing)}, of which {name} is joined; {found}.")
     return wanted
+
+
+def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """One whole number per frame, [F], also of lists of one or of floats."""
+    whole = values.ravel().astype(lerobot.BOOKKEEPING[name])
+    if not np.array_equal(whole, values.ravel()):
+        raise DatasetError(f"{path}: column {name} has other values than whole numbers; expected {name} of the frame.")
+    return whole
 
 
 def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
@@ -141,28 +213,40 @@ def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
     return {index: slice(start, start + count) for index, start, count in spans}
 
 
-def _check_shapes(columns: Columns, before: Columns, path: Path) -> None:
-    """Refuse a data file whose columns, or their shapes, differ from those of the files before it."""
+def _check_shapes(
+    columns: Columns, before: Columns, path: Path, left_out: dict[str, str] | None, required: Sequence[str]
+) -> None:
+    """Refuse a data file whose columns, or their shapes, differ from those of the files before it.
+
+    Columns that need not be read go into `left_out` instead, if it is given.
+    """
 
     def shape(of: Columns, name: str) -> str:
         return f"the shape {list(of[name].shape[1:])}" if name in of else "no values"
 
     for name in {**before, **columns}:
         if (found := shape(columns, name)) != (expected := shape(before, name)):
-            raise DatasetError(
+            reason = (
                 f"{path}: {name} has {found} per frame, and {expected} in the data files before it; expected the same "
-                f"in all. Repair the file, or {lerobot.LEAVE_OUT}."
+                "in all."
             )
+            if left_out is None or name in required:
+                raise DatasetError(f"{reason} Repair the file, or {lerobot.LEAVE_OUT}.")
+            left_out.setdefault(name, reason)
 
 
 def _check_tasks(columns: Columns, metadata: Metadata) -> None:
+    given = "give one for all frames (--prompt, or prompt= in Python)"
+    file = metadata.root / metadata.info.tasks_file
+    if not metadata.tasks:
+        kind, reason = (DatasetError, "is empty") if file.is_file() else (MissingFileError, "is missing")
+        raise kind(f"The dataset {metadata.root} has no instructions, because {file} {reason}; {given}.")
     for index in np.unique(columns["task_index"]).tolist():
         if not isinstance(metadata.tasks.get(index), str):
             rows = columns["task_index"] == index
             raise DatasetError(
                 f"{rows.sum()} frames, the first in episode {columns['episode_index'][rows][0]}, have the task_index "
-                f"{index}, for which {metadata.tasks_file} has no text. Add the instruction there, or "
-                f"{lerobot.LEAVE_OUT}."
+                f"{index}, for which {file} has no text. Add the instruction there, {given}, or {lerobot.LEAVE_OUT}."
             )
 
 

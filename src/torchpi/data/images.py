@@ -1,4 +1,4 @@
-"""Camera images that lie as compressed files in the data files' rows."""
+"""Camera images: compressed files in the data files' rows, or files of their own that the rows name."""
 
 import collections
 import io
@@ -10,15 +10,16 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from torchpi.data.metadata import open_parquet
-from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.data.files import open_parquet
+from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
+from torchpi.extras import require
 
 
 class ParquetImages:
     """Images out of data files, for any number of threads; row groups read last stay in memory, compressed."""
 
-    def __init__(self, cache_bytes: int) -> None:
-        self._cache_bytes, self._cached_bytes = cache_bytes, 0
+    def __init__(self, root: Path, cache_bytes: int) -> None:
+        self._root, self._cache_bytes, self._cached_bytes = root, cache_bytes, 0
         self._lock = threading.Lock()
         self._row_groups: collections.OrderedDict[tuple[Path, str, int], Any] = collections.OrderedDict()
         self._first_rows: dict[Path, np.ndarray] = {}
@@ -26,9 +27,9 @@ class ParquetImages:
     def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
         compressed = self._compressed(path, camera, row)
         if compressed is None:
-            raise DatasetError(
-                f"{path} has no image of {camera} in row {row}; images in files of their own are not read."
-            )
+            raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
+        if isinstance(compressed, str):
+            compressed = _file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
         try:
             with Image.open(io.BytesIO(compressed)) as image:
                 return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -52,14 +53,36 @@ class ParquetImages:
             self._row_groups.move_to_end(key)
             while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
                 self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
-        return images[row - int(self._first_rows[path][row_group])].as_buffer()
+        place = row - int(self._first_rows[path][row_group])
+        compressed = images["bytes"][place].as_buffer() if "bytes" in images.column_names else None
+        if compressed is None and "path" in images.column_names:
+            return images["path"][place].as_py()
+        return compressed
 
 
 def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
-    column = f"{camera}.bytes"
+    """A table of the images' "bytes" and "path"s, of which a dataset may have one only."""
+    pa = require("pyarrow", "data")
     with open_parquet(path) as file:
-        table = file.read_row_group(row_group, columns=[column]).flatten()
+        table = file.read_row_group(row_group, columns=[camera])
         columns = ", ".join(file.schema_arrow.names)
-    if table.column_names != [column]:
+    if table.column_names != [camera]:
         raise UnknownKeyError(f"{path} has no images of {camera}; its columns are {columns}.")
-    return table.column(0)
+    kind = table.schema.field(0).type
+    if pa.types.is_struct(kind):
+        return table.flatten().rename_columns([field.name for field in kind])
+    return table.rename_columns(["path" if pa.types.is_string(kind) else "bytes"])
+
+
+def _file_inside(root: Path, name: str, where: str) -> Path:
+    """An image's file in the dataset's folder, also where its name is a path on the computer that recorded it."""
+    parts = name.replace("\\", "/").split("/")
+    starts = [0] if parts[0] and ":" not in parts[0] else []
+    starts += [i for i, part in enumerate(parts) if part == "images" and i]
+    inside = [root.joinpath(*parts[i:]) for i in starts if ".." not in parts[i:]]
+    if found := next((file for file in inside if file.is_file()), None):
+        return found
+    raise MissingFileError(
+        f"{where} names the image {name}, which is not in the dataset's folder {root}: expected it there under "
+        "images/. Copy the images as well; of a dataset of the Hub, download the whole repository."
+    )

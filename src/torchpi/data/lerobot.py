@@ -3,6 +3,7 @@
 import concurrent.futures
 import operator
 import os
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -11,11 +12,14 @@ import numpy as np
 
 from torchpi.data import format as lerobot
 from torchpi.data.columns import check_names, read_columns
+from torchpi.data.files import require_file
 from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, download_frames, open_metadata
+from torchpi.data.observations import camera_keys_of
 from torchpi.data.rename import dimension_names
 from torchpi.data.video import VideoPool
-from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
+from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.robots import Embodiment
 
 _CHECKING_THREADS = 16
 """Threads of `check_videos`; many, because files may be on a remote disk."""
@@ -43,7 +47,7 @@ class LeRobotDataset:
     features: Mapping[str, Any]
     """Features of meta/info.json, under their new names."""
     tasks: Mapping[int, str]
-    """All instructions of the dataset, by their task_index."""
+    """All instructions of the dataset, or the one given, by task_index."""
     camera_keys: tuple[str, ...]
     """The cameras that are read."""
     columns: Mapping[str, np.ndarray]
@@ -63,9 +67,10 @@ class LeRobotDataset:
         *,
         action_horizon: int,
         episodes: Iterable[int] | None = None,
-        cameras: Iterable[str] | None = None,
+        cameras: Iterable[str] | Embodiment | None = None,
         columns: Collection[str] | None = None,
         rename: Mapping[str, str] | None = None,
+        prompt: str | None = None,
         tolerance_s: float | None = None,
         image_cache_bytes: int = 4 * 2**30,
     ) -> None:
@@ -76,12 +81,14 @@ class LeRobotDataset:
             action_horizon: H, actions in a chunk.
             episodes: the indices of those to read, by default all (see `select_episodes`); frames are counted among
                 them, in the dataset's order.
-            cameras: the keys of those to read, by default all (see `camera_keys_of`); the others' images are not
-                decoded, and their videos need not be there.
-            columns: the numeric columns to read beside state, action and those that every dataset has; by default all.
-            rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state",
-                "top": "observation.images.cam_high"}. Numeric columns are joined by "+", in that order:
+            cameras: the keys of those to read, or the robot whose policies read them; by default all. The others'
+                images are not decoded, and their videos need not be there.
+            columns: the numeric columns to read beside state, action and those that every dataset has; by default all
+                of one shape in all frames, with a warning about others.
+            rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state", "top":
+                "observation.images.cam_high"}; numeric columns are joined by "+", in that order:
                 {"joint_position+gripper_position": "observation.state"}. All else here uses the new names.
+            prompt: the instruction of all frames, in place of their tasks, which may be missing.
             tolerance_s: the greatest distance of a video's frame from its time, and of a timestamp from its frame's
                 number; by default a quarter of a frame.
             image_cache_bytes: limit of the compressed images of data files that stay in memory.
@@ -97,19 +104,17 @@ class LeRobotDataset:
             raise DatasetError(f"action_horizon is {action_horizon}; expected 1 or more.")
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
-        self.path, self.action_horizon, self.tasks = metadata.root, action_horizon, metadata.tasks
+        self.path, self.action_horizon = metadata.root, action_horizon
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)
         self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, self.path)
         download_frames(path, self.path, self._episodes, self.camera_keys)
         self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
-        self.columns, self._first_rows = read_columns(
-            metadata, self._episodes, tolerance_s=self._tolerance, others=columns
+        self.columns, self.tasks, self._first_rows = read_columns(
+            metadata, self._episodes, tolerance_s=self._tolerance, others=columns, prompt=prompt
         )
-        self.state_names, self.action_names = (
-            dimension_names(self.features.get(key, {}), self.columns[key].shape[1])
-            for key in (lerobot.STATE, lerobot.ACTION)
-        )
+        dims = {key: self.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
+        self.state_names, self.action_names = (dimension_names(self.features.get(key, {}), dims[key]) for key in dims)
         self.episode_indices = tuple(episode.index for episode in self._episodes)
         self.episode_lengths = tuple(episode.length for episode in self._episodes)
         self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
@@ -170,7 +175,7 @@ class LeRobotDataset:
 
     def _open_files(self) -> None:
         """Begin without any open file and cached image."""
-        self._images, self._videos = ParquetImages(self._cache_bytes), VideoPool()
+        self._images, self._videos = ParquetImages(self.path, self._cache_bytes), VideoPool()
         self._pid = os.getpid()  # last: other threads may wait for it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -211,30 +216,38 @@ class LeRobotDataset:
 
     def _check_cameras(self) -> None:
         for episode in self._episodes:
-            for key, span in episode.videos.items():
-                if key in self.camera_keys and not span.path.is_file():
-                    raise MissingFileError(
-                        f"There is no video {span.path} ({key} of episode {episode.index}); the dataset is "
-                        "incomplete. Get it again."
+            for key in self.camera_keys:
+                if key in episode.unencoded:
+                    raise DatasetError(
+                        f"Episode {episode.index} has no video of {key}: {episode.unencoded[key]} It was not encoded "
+                        f"before the recording ended. Encode it with LeRobot, or {lerobot.LEAVE_OUT}."
                     )
+                if key in episode.videos:
+                    require_file(episode.videos[key].path, f"video of {key}, episode {episode.index},")
 
 
 def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
-    if wanted is None:
-        if not episodes:
-            raise DatasetError(f"The dataset {path} has no episodes.")
-        return episodes
-    indices = {operator.index(index) for index in wanted}
+    """The episodes to read; empty ones are left out, with a warning."""
     known = [episode.index for episode in episodes]
+    indices = set(known) if wanted is None else {operator.index(index) for index in wanted}
     if unknown := sorted(indices - set(known)):
-        there = f"{known[0]} to {known[-1]}" if known else "none"
-        raise DatasetError(f"{path} has no episode {', '.join(map(str, unknown))}; its episodes are {there}.")
+        raise DatasetError(
+            f"{path} has no episode {', '.join(map(str, unknown))}; its episodes are {known[0]} to {known[-1]}."
+        )
     if not indices:
         raise DatasetError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
-    return tuple(episode for episode in episodes if episode.index in indices)
+    empty = [episode.index for episode in episodes if not episode.length and episode.index in indices]
+    if len(empty) == len(indices):
+        raise DatasetError(f"{path}: the episodes {', '.join(map(str, empty))} have no frames; choose others.")
+    if empty:
+        text = f"{path}: the episodes {', '.join(map(str, empty))} have no frames, and are left out."
+        warnings.warn(text, UserWarning, stacklevel=3)
+    return tuple(episode for episode in episodes if episode.index in indices and episode.length)
 
 
-def _chosen_cameras(cameras: tuple[str, ...], wanted: Iterable[str] | None, path: Path) -> tuple[str, ...]:
+def _chosen_cameras(cameras: tuple[str, ...], wanted: Iterable[str] | Embodiment | None, path: Path) -> tuple[str, ...]:
+    if isinstance(wanted, Embodiment):
+        wanted = camera_keys_of(wanted, cameras)
     chosen = set(cameras if wanted is None else wanted)
     if unknown := sorted(chosen - set(cameras)):
         raise UnknownKeyError(

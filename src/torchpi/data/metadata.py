@@ -1,18 +1,17 @@
 """Metadata of LeRobot datasets: features, tasks, and the files of each episode. Formats v3.0, v2.1 and v2.0."""
 
-import contextlib
 import dataclasses
-import json
-import operator
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torchpi.data import format as lerobot
+from torchpi.data.files import is_hidden, open_parquet, read_json_lines, unreadable
 from torchpi.data.rename import renamed_features, resolve_rename
 from torchpi.errors import DatasetError, MissingFileError
-from torchpi.extras import require
 from torchpi.schema import parse, read_json
 
 _HUB = "hf://"
@@ -40,6 +39,11 @@ class Info:
     def is_v3(self) -> bool:
         """True for several episodes per file, as in v3.0; v2.1 and v2.0 have one."""
         return self.codebase_version == "v3.0"
+
+    @property
+    def tasks_file(self) -> str:
+        """The file of the instructions."""
+        return lerobot.TASKS_PARQUET if self.is_v3 else lerobot.TASKS_JSONL
 
     @property
     def cameras(self) -> tuple[str, ...]:
@@ -72,6 +76,8 @@ class Episode:
     data_file: Path
     videos: Mapping[str, VideoSpan]
     """Per camera that is a video."""
+    unencoded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Of each camera that has no video of the episode, what the list of episodes lacks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,20 +92,17 @@ class Metadata:
     sources: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     """From names of features to those in the files, where they differ: of a joined column all of them, in order."""
 
-    @property
-    def tasks_file(self) -> Path:
-        """The file of the instructions."""
-        return self.root / (lerobot.TASKS_PARQUET if self.info.is_v3 else lerobot.TASKS_JSONL)
-
     def with_names(self, rename: Mapping[str, str]) -> "Metadata":
         """The same dataset with other names for some features, and with some columns joined; see `LeRobotDataset`."""
         sources = resolve_rename(rename, self.info.features, self.root)
         info = dataclasses.replace(self.info, features=renamed_features(self.info.features, sources, self.root))
         new_names = {olds[0]: new for new, olds in sources.items()}  # a camera is never joined
+
+        def renamed(by_camera: Mapping[str, Any]) -> dict[str, Any]:
+            return {new_names.get(name, name): value for name, value in by_camera.items()}
+
         episodes = tuple(
-            dataclasses.replace(
-                episode, videos={new_names.get(name, name): span for name, span in episode.videos.items()}
-            )
+            dataclasses.replace(episode, videos=renamed(episode.videos), unencoded=renamed(episode.unencoded))
             for episode in self.episodes
         )
         return dataclasses.replace(self, info=info, episodes=episodes, sources=sources)
@@ -107,12 +110,18 @@ class Metadata:
 
 def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) -> Metadata:
     """Read the metadata of a dataset; of an address, the folder `meta` is downloaded first. See `LeRobotDataset`."""
-    text = str(path)
+    from torchpi.checkpoints.address import hub_hint
+
+    text, root = str(path), Path(path).expanduser()
     if text.startswith(_HUB):
-        return _read_metadata(_download(text, ["meta/"])).with_names(rename or {})
-    if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
-        raise DatasetError(f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.")
-    return _read_metadata(Path(path).expanduser()).with_names(rename or {})
+        root = _download(text, ["meta/"])
+    elif text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
+        raise DatasetError(
+            f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{hub_hint(text)}"
+        )
+    elif not root.is_dir():
+        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{hub_hint(text)}")
+    return _read_metadata(root).with_names(rename or {})
 
 
 def download_frames(path: str | Path, root: Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:
@@ -129,38 +138,17 @@ def _download(address: str, names: list[str]) -> Path:
     return fetch_dataset(address, names)
 
 
-@contextlib.contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """Open a Parquet file; an error of reading it names it."""
-    pa, pq = require("pyarrow", "data"), require("pyarrow.parquet", "data")
-    if not path.is_file():
-        raise MissingFileError(f"There is no file {path}; the dataset is incomplete. Get it again.")
-    try:
-        with pq.ParquetFile(path) as file:
-            yield file
-    except (pa.ArrowException, OSError) as error:
-        cause = " ".join(str(error).split()).rstrip(".")
-        raise DatasetError(f"{path} is truncated or damaged: {cause}. Get the file again.") from error
-
-
 def _read_metadata(root: Path) -> Metadata:
     info = _read_info(root)
     if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
         raise DatasetError(f"The dataset {root} has no episodes; record some first.")
-    try:
-        tasks = dict(sorted(_tasks(root, info).items()))
-        episodes = [_episode(row, info, root) for row in _episode_rows(root, info)]
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"The episodes or tasks of {root} lack what {info.codebase_version} has: {error!r}; the dataset is damaged."
-        ) from error
+    tasks = _tasks(root, info)
+    episodes = [_episode(row, file, info, root, tasks) for file, row in _episode_rows(root, info)]
     _check_episodes(episodes, info, root)
     return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
 
 
 def _read_info(root: Path) -> Info:
-    if not root.is_dir():
-        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.")
     path = root / lerobot.INFO
     if not path.is_file() and (root / lerobot.RECORDING_FOLDER).is_dir():
         raise DatasetError(
@@ -170,13 +158,13 @@ def _read_info(root: Path) -> Info:
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8]) or "nothing"
         raise MissingFileError(f"{root} is no LeRobot dataset: it has no {lerobot.INFO}; found {found}.")
-    document = read_json(path, error=DatasetError)
+    try:
+        document = read_json(path, error=DatasetError)
+    except DatasetError as error:
+        raise unreadable(path, error) from error
     version = document.get("codebase_version") if isinstance(document, dict) else None
     if version not in lerobot.VERSIONS:
-        raise DatasetError(
-            f"{path}: the format's version is {version!r}; {', '.join(lerobot.VERSIONS)} are read. "
-            "LeRobot's own scripts convert older datasets."
-        )
+        raise DatasetError(f"{path}: the format's version is {version!r}; {_advice_about(version)}")
     info = parse(Info, document, str(path), error=DatasetError, known_only=False)
     if info.fps <= 0:
         raise DatasetError(f"{path}: fps is {info.fps}; expected frames per second.")
@@ -191,76 +179,124 @@ def _read_info(root: Path) -> Info:
     return info
 
 
+def _advice_about(version: Any) -> str:
+    """The rest of the error about a format's version that is not read."""
+    read = f"{', '.join(lerobot.VERSIONS)} are read."
+    numbers = tuple(map(int, re.findall(r"\d+", str(version))))
+    if numbers > (3, 0):
+        return (
+            f"{read} It is newer than this torchpi: install a newer one, or take a revision in an older format "
+            "(hf://org/name@v3.0), as far as the dataset has one."
+        )
+    return f"{read} LeRobot's own scripts convert older datasets" + ("." if numbers else ", and write the version.")
+
+
 def _tasks(root: Path, info: Info) -> dict[int, str]:
-    if not info.is_v3:
-        return {row["task_index"]: row["task"] for row in _json_lines(root / lerobot.TASKS_JSONL)}
-    path = root / lerobot.TASKS_PARQUET
-    with open_parquet(path) as file:
-        columns = file.read().to_pydict()
+    """The instructions by their task_index; none where the dataset has no file of them."""
+    path = root / info.tasks_file
+    if not path.is_file() and not path.is_symlink():
+        return {}
+    if info.is_v3:
+        with open_parquet(path) as file:
+            columns = file.read().to_pydict()
+    else:
+        rows = read_json_lines(path)
+        columns = {name: [row.get(name) for row in rows] for name in ("task_index", "task")}
     # The text is a pandas index, which older files did not name.
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
         raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
-    return dict(zip(columns["task_index"], columns[text], strict=True))
+    pairs = zip(columns["task_index"], columns[text], strict=True)
+    return dict(sorted((whole_number(index, f"{path}: task_index"), task) for index, task in pairs))
 
 
-def _episode_rows(root: Path, info: Info) -> Iterator[dict[str, Any]]:
+def _episode_rows(root: Path, info: Info) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The list of episodes, each with the file that it is in."""
+    path, folder = root / lerobot.EPISODES_JSONL, root / lerobot.EPISODES_FOLDER
+    files = sorted(file for file in folder.glob("*/*.parquet") if not is_hidden(file.relative_to(folder)))
+    present, version = (files, "v2.1") if info.is_v3 else (path.is_file(), "v3.0")
+    if not present:
+        where, other = (folder, path.is_file()) if info.is_v3 else (path, files)
+        reason = (
+            f"{lerobot.INFO} says {info.total_episodes or 'no number of'} episodes: the recording ended before LeRobot "
+            "wrote the list (in dataset.finalize()), or the dataset was not copied as a whole. Get it again."
+        )
+        if other:
+            reason = (
+                f"There is one of format {version}, but {lerobot.INFO} says {info.codebase_version}: two formats are "
+                "mixed. Get the whole dataset again, in one of them."
+            )
+        raise MissingFileError(f"{where}, the list of episodes, is missing. {reason}")
     if not info.is_v3:
-        yield from _json_lines(root / lerobot.EPISODES_JSONL)
+        yield from ((path, row) for row in read_json_lines(path))
         return
-    files = sorted((root / lerobot.EPISODES_FOLDER).glob("*/*.parquet"))
-    if not files:
-        raise MissingFileError(f"There is no file in {root / lerobot.EPISODES_FOLDER}; the dataset is incomplete.")
     for path in files:
         with open_parquet(path) as file:
             names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
             rows = file.read(columns=names).to_pylist()
-        yield from rows
+        yield from ((path, row) for row in rows)
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        raise MissingFileError(f"There is no file {path}; the dataset is incomplete.")
-    try:
-        return [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise DatasetError(f"{path} is not valid JSON: {error}; the file is damaged.") from error
-
-
-def _episode(row: Mapping[str, Any], info: Info, root: Path) -> Episode:
-    index = operator.index(row["episode_index"])
+def _episode(row: Mapping[str, Any], listed_in: Path, info: Info, root: Path, tasks: Mapping[int, str]) -> Episode:
+    index = whole_number(row.get("episode_index"), f"{listed_in}: episode_index")
+    label = f"{listed_in}: episode {index}: "
 
     def file(template: str | None, part: str, **names: str) -> Path:
         place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         if info.is_v3:
-            place = {name: row[f"{part}/{name}"] for name in ("chunk_index", "file_index")}
+            columns = {name: f"{part}/{name}" for name in ("chunk_index", "file_index")}
+            place = {name: whole_number(row.get(column), label + column) for name, column in columns.items()}
         return root / str(template).format(**place, **names)
 
+    def span(key: str) -> VideoSpan:
+        column = f"videos/{key}/from_timestamp"
+        start = row.get(column) if info.is_v3 else 0.0
+        if not isinstance(start, int | float) or not math.isfinite(start):
+            raise DatasetError(f"{label}{column} is {start!r}; expected seconds.")
+        return VideoSpan(file(info.video_path, f"videos/{key}", video_key=key), start)
+
+    videos, unencoded = dict[str, VideoSpan](), dict[str, str]()
+    for key in info.videos:
+        try:
+            videos[key] = span(key)
+        except DatasetError as error:  # only who wants this episode of this camera needs it
+            unencoded[key] = str(error)
     return Episode(
         index=index,
-        length=operator.index(row["length"]),
-        tasks=tuple(row["tasks"]),
+        length=whole_number(row.get("length"), f"{label}length"),
+        tasks=_texts(row.get("tasks"), tasks),
         data_file=file(info.data_path, "data"),
-        videos={
-            key: VideoSpan(
-                file(info.video_path, f"videos/{key}", video_key=key),
-                row[f"videos/{key}/from_timestamp"] if info.is_v3 else 0.0,
-            )
-            for key in info.videos
-        },
+        videos=videos,
+        unencoded=unencoded,
     )
 
 
+def _texts(tasks: Any, known: Mapping[int, str]) -> tuple[str, ...]:
+    """The instructions of an episode: LeRobot lists texts; others write a text alone, or task indices."""
+    listed = [] if tasks is None else tasks if isinstance(tasks, list) else [tasks]
+    return tuple(str(known.get(task, task)) for task in listed)
+
+
+def whole_number(value: Any, label: str) -> int:
+    """A whole number, also one that pandas made a float because others are missing."""
+    if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+        return int(value)
+    raise DatasetError(f"{label} is {'missing' if value is None else value}; expected a whole number.")
+
+
 def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:
+    if not episodes:
+        raise DatasetError(f"The list of episodes of {root} is empty; record some first.")
     if twice := [index for index, count in Counter(episode.index for episode in episodes).items() if count > 1]:
         raise DatasetError(
-            f"The list of episodes of {root} has the episodes {', '.join(map(str, twice))} more than once; the dataset "
-            "is damaged."
+            f"The list of episodes of {root} has the episodes {', '.join(map(str, twice))} more than once: the "
+            "dataset is damaged, or one of its files is a copy, which is to be removed."
         )
     found = {"total_episodes": len(episodes), "total_frames": sum(episode.length for episode in episodes)}
     stated = {field: getattr(info, field) for field in found}
     if differing := [f"{field} {stated[field]}" for field in found if stated[field] not in (None, found[field])]:
         raise DatasetError(
             f"{root / lerobot.INFO} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
-            f"{found['total_frames']} frames; the dataset is incomplete or damaged."
+            f"{found['total_frames']} frames; the dataset is incomplete or damaged: a recording or copy ended early, "
+            "or it was edited by hand. Get it again; or if what is listed is all that you want, correct these numbers."
         )

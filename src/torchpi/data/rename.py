@@ -1,7 +1,7 @@
 """LeRobot's names for columns and cameras that have others, and columns that are joined of several."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,11 @@ def renamed_features(features: Mapping[str, Any], sources: Mapping[str, tuple[st
             parts = {old: features[old] for old in sources.get(new, ())}
             renamed[new] = _joined_feature(parts, root) if len(parts) > 1 else feature
     return renamed
+
+
+def is_named_otherwise(name: str, names: Collection[str]) -> bool:
+    """True if a dataset has a column under a name that openpi's converters give it."""
+    return any(set(old.split(_JOINED)) <= set(names) for old in _OPENPI_NAMES.get(name, ()))
 
 
 def suggested_rename(missing: Iterable[str], names: Iterable[str], given: Mapping[str, tuple[str, ...]]) -> str:

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from torchpi.errors import DatasetError, MissingFileError
+from torchpi.data.files import require_file, unreadable
+from torchpi.errors import DatasetError
 from torchpi.extras import environment_defaults, require
 
 # LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
@@ -32,13 +33,12 @@ class VideoReader:
         av = require("av", "data")
         self.path = path
         self._error = av.FFmpegError
-        if not path.is_file():
-            raise MissingFileError(f"There is no video {path}; the dataset is incomplete.")
+        require_file(path, "video")
         try:
             self._container = av.open(str(path))
             self._stream = self._container.streams.video[0]
         except (av.FFmpegError, IndexError) as error:
-            raise DatasetError(f"{path} is not a video, or is damaged: {error}. Get the file again.") from error
+            raise unreadable(path, error) from error
         # With several threads, decoders hold frames back, and a single frame takes longer.
         self._stream.codec_context.thread_count = 1
         self._frames: Any = None

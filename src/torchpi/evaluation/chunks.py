@@ -90,7 +90,6 @@ def predict_chunks(
     num_steps: int = 10,
     batch_size: int = 32,
     noise_samples: int = 1,
-    prompt: str | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Chunks:
     """Predict the chunks at frames of a dataset of the policy's robot; the policy stays as it is.
@@ -101,7 +100,6 @@ def predict_chunks(
         seed: a chunk's noise depends on it, on the frame's place in its episode and on the number of the noise sample.
         batch_size: chunks at once; all noise samples of a frame are in one batch.
         noise_samples: chunks per frame.
-        prompt: the instruction of all frames, instead of their tasks.
         on_batch: called after each batch with its number of frames, for a progress bar.
 
     Raises:
@@ -125,7 +123,7 @@ def predict_chunks(
     for start in range(0, len(frames), size):
         items = [dataset[frame] for frame in frames[start : start + size]]
         chunks = policy.infer_batch(
-            [_observation(item, policy.embodiment, prompt) for item in items for _ in range(noise_samples)],
+            [_observation(item, policy.embodiment) for item in items for _ in range(noise_samples)],
             noise=np.stack([_noise(policy, seed, _frame(item), i) for item in items for i in range(noise_samples)]),
             num_steps=num_steps,
         )
@@ -148,8 +146,8 @@ def _frame(item: Mapping[str, Any]) -> Frame:
     return Frame(int(item["episode_index"]), int(item["frame_index"]), item["task"])
 
 
-def _observation(item: Mapping[str, Any], embodiment: Embodiment, prompt: str | None) -> dict[str, Any]:
-    observation = to_observation(item if prompt is None else {**item, "task": prompt}, embodiment)
+def _observation(item: Mapping[str, Any], embodiment: Embodiment) -> dict[str, Any]:
+    observation = to_observation(item, embodiment)
     del observation["actions"]  # the recorded ones
     return observation
 

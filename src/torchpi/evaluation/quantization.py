@@ -6,8 +6,6 @@ from typing import Any
 
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.data import LeRobotDataset
-from torchpi.data.metadata import open_metadata
-from torchpi.data.observations import camera_keys_of
 from torchpi.engine.quantize import Quantization, quantize_model
 from torchpi.errors import UsageError
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
@@ -24,6 +22,7 @@ def quantize_policy(
     num_observations: int = 64,
     seed: int = 0,
     rename: Mapping[str, str] | None = None,
+    prompt: str | None = None,
     overwrite: bool = False,
     load: Mapping[str, Any] | None = None,
 ) -> Quantization:
@@ -36,7 +35,7 @@ def quantize_policy(
         dataset: a LeRobot dataset of the policy's robot, whose activations decide the scales of fp8.
         num_observations: frames of it, spread evenly, see `sample_frames`.
         seed: of the frames and the noise.
-        rename: see `LeRobotDataset`.
+        rename, prompt: see `LeRobotDataset`.
         load: more arguments of `load_policy`.
 
     Raises:
@@ -51,7 +50,7 @@ def quantize_policy(
 
     def observe() -> None:
         assert dataset is not None
-        _sample_actions(policy, dataset, num_observations, seed, rename)
+        _sample_actions(policy, dataset, num_observations, seed, rename=rename, prompt=prompt)
 
     quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
     calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}
@@ -60,12 +59,9 @@ def quantize_policy(
     return quantization
 
 
-def _sample_actions(
-    policy: Policy, dataset: str | pathlib.Path, num_frames: int, seed: int, rename: Mapping[str, str] | None
-) -> None:
-    cameras = camera_keys_of(policy.embodiment, open_metadata(dataset, rename=rename).info.cameras)
+def _sample_actions(policy: Policy, dataset: str | pathlib.Path, num_frames: int, seed: int, **options: Any) -> None:
     horizon = policy.model.config.require("action_horizon")
-    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=cameras, columns=(), rename=rename)
+    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=policy.embodiment, columns=(), **options)
     frames = sample_frames(data.episode_lengths, num_frames, seed=seed)
     with progress_bar("observations", len(frames)) as advance:
         predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))

@@ -12,10 +12,8 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
-from torchpi.data.metadata import open_metadata
-from torchpi.data.observations import camera_keys_of
+from torchpi.data.lerobot import LeRobotDataset
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
@@ -67,13 +65,12 @@ def evaluate_on_dataset(
     *,
     samples: int = 256,
     seed: int = 0,
-    episodes: Sequence[int] | None = None,
     num_steps: int = 10,
     batch_size: int = 32,
     noise_samples: int = 1,
-    rename: Mapping[str, str] | None = None,
     out: pathlib.Path | None = None,
     load: Mapping[str, Any] | None = None,
+    **reading: Any,
 ) -> DatasetEvaluation:
     """Compare predicted chunks with the recorded ones. Progress is shown on stderr.
 
@@ -81,18 +78,14 @@ def evaluate_on_dataset(
         policy: a policy in any format, see `load_policy`.
         dataset: a LeRobot dataset of its robot, a folder or hf://org/name[@revision].
         samples: frames, spread evenly, see `sample_frames`; where there are fewer, all.
-        episodes: indices of those to sample from; by default all.
         num_steps, batch_size, noise_samples: see `predict_chunks`.
-        rename: LeRobot's names for some columns and cameras, see `LeRobotDataset`.
         out: the folder of the plots; None: no plots.
         load: arguments of `load_policy`.
+        reading: further arguments of `LeRobotDataset`: episodes, rename, prompt.
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")
-    cameras = camera_keys_of(loaded.embodiment, open_metadata(dataset, rename=rename).info.cameras)
-    data = LeRobotDataset(
-        dataset, action_horizon=horizon, episodes=episodes, cameras=cameras, columns=(), rename=rename
-    )
+    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=loaded.embodiment, columns=(), **reading)
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
     predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()

@@ -53,6 +53,8 @@ class Source:
     episode: int = 0
     frame: int = 0
     """Counted from the episode's first."""
+    prompt: str | None = None
+    """In place of the frame's task."""
     demo: Mapping[str, Any] | None = None
     """Observation of the embedded policy, used where neither of them is given."""
 
@@ -133,7 +135,9 @@ def _observation(policy: Policy, source: Source) -> tuple[Mapping[str, Any], str
     from torchpi.data.observations import to_observation
 
     horizon = policy.model.config.require("action_horizon")
-    frames = LeRobotDataset(source.dataset, action_horizon=horizon, episodes=[source.episode])
+    frames = LeRobotDataset(
+        source.dataset, action_horizon=horizon, episodes=[source.episode], columns=(), prompt=source.prompt
+    )
     if not 0 <= source.frame < len(frames):
         raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
     note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."

@@ -202,7 +202,7 @@ class Holdout:
         self.batch_size = self.config.micro_batch_size(self.world.size)
         """Samples of this process at once, as many as in training, so that they fit in memory."""
         frames = [
-            Frames(source.holdout, source.embodiment, policy.transforms, source.source.prompt)
+            Frames(source.holdout, source.embodiment, policy.transforms)
             for source, policy in zip(data, policies, strict=True)
             if source.holdout is not None
         ]
@@ -260,7 +260,6 @@ class Holdout:
                 sample_frames(source.holdout.episode_lengths, count, seed=seed),
                 seed=seed,
                 batch_size=self.batch_size,
-                prompt=source.source.prompt,
             )
             errors = errors_of(chunks, source.holdout.columns["action"])
             dimensions = zip(errors.dimensions, errors.mae() / errors.ranges, strict=True)

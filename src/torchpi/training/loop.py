@@ -109,7 +109,7 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
     """Update the weights until the last step or a signal, and call the hooks after each update."""
     config, data_config, optim, world = run.config, run.config.data, run.config.optim, run.world
     frames = [
-        Frames(source.train, source.embodiment, policy.transforms, source.source.prompt)
+        Frames(source.train, source.embodiment, policy.transforms)
         for source, policy in zip(data, policies, strict=True)
     ]
     rng = SampleRng(

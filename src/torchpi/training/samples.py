@@ -188,8 +188,6 @@ class Frames:
     dataset: LeRobotDataset
     embodiment: Embodiment
     transforms: Transforms
-    prompt: str | None = None
-    """In place of the frames' tasks."""
 
 
 class Samples(Dataset):
@@ -206,8 +204,6 @@ class Samples(Dataset):
         source, config = self.sources[number], self.rng
         rng = generator_at(config.seed, "sample", step, position)
         item = source.dataset[frame]
-        if source.prompt is not None:
-            item["task"] = source.prompt
         sample = source.embodiment.to_model(to_observation(item, source.embodiment))
         state_noise = rng.standard_normal(len(sample["state"])) * config.state_noise
         inputs = source.transforms.forward(sample, state_noise=state_noise)

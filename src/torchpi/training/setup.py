@@ -18,14 +18,13 @@ from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, TOKENIZER, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.data import (
     LeRobotDataset,
-    camera_keys_of,
     compute_norm_stats,
     idle_frames,
     select_episodes,
     to_observation,
 )
 from torchpi.data.episodes import hold_out
-from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.metadata import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.errors import TrainingError
@@ -90,21 +89,21 @@ def _open_source(
 ) -> SourceData:
     embodiment = get_embodiment(source.embodiment)
     rename = parse_rename(source.rename)
-    metadata = open_metadata(source.dataset, rename=rename)
     open_episodes = functools.partial(
         LeRobotDataset,
         source.dataset,
         action_horizon=horizon,
-        cameras=camera_keys_of(embodiment, metadata.info.cameras),  # others are not decoded
+        cameras=embodiment,  # others are not decoded
         columns=(),
         image_cache_bytes=int(config.data.image_cache_gb * 1e9),
         rename=rename,
+        prompt=source.prompt,
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
     indices = whole.episode_indices
-    held = set(_choose_held_out(source, config, metadata, indices) if recorded is None else recorded)
+    held = set(_choose_held_out(source, config, indices) if recorded is None else recorded)
     kept = [index for index in indices if index not in held]
     train = open_episodes(episodes=kept) if held else whole
     holdout = open_episodes(episodes=held) if held else None
@@ -120,7 +119,7 @@ def _open_source(
     return SourceData(source, embodiment, train, frames, holdout, stats)
 
 
-def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, indices: Sequence[int]) -> list[int]:
+def _choose_held_out(source: Source, config: TrainConfig, indices: Sequence[int]) -> list[int]:
     """The episodes that a new run holds out."""
     if not config.eval.holdout:
         return []
@@ -130,7 +129,10 @@ def _choose_held_out(source: Source, config: TrainConfig, metadata: Metadata, in
             "holdout 0."
         )
     # With one instruction for all, the episodes have one task.
-    tasks = {episode.index: episode.tasks if source.prompt is None else () for episode in metadata.episodes}
+    tasks = {
+        episode.index: episode.tasks if source.prompt is None else ()
+        for episode in open_metadata(source.dataset).episodes
+    }
     rng = generator_at(config.seed, "holdout")
     return [indices[i] for i in hold_out([tasks[index] for index in indices], config.eval.holdout, rng)]
 
@@ -225,7 +227,7 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
     tasks, longest = data.train.columns["task_index"], dict[str, int]()
     for index in np.unique(tasks).tolist():
         rows = np.flatnonzero(tasks == index)
-        text = data.train.tasks[index] if data.source.prompt is None else data.source.prompt
+        text = data.train.tasks[index]
         count = transforms.num_prompt_tokens(text, states[rows[np.argmax(digits[rows])]])
         longest[text] = max(longest.get(text, 0), count)
     limit = transforms.max_token_len

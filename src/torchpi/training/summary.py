@@ -161,7 +161,7 @@ def _describe_dataset(
     )
     blank = [index for index, text in data.train.tasks.items() if not text.strip()]
     without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
-    if without and data.source.prompt is None:
+    if without:
         console.print(
             f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
             "gives one to all, episodes leaves some out"
