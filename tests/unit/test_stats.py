@@ -26,7 +26,8 @@ def some_set(lengths, s, a, *, change=lambda state, actions: None):
     change(state, actions)
     columns = {"observation.state": state, "action": actions}
     dataset = object.__new__(LeRobotDataset)
-    vars(dataset).update(columns=columns, episode_lengths=tuple(lengths), path="some_set")
+    vars(dataset).update(columns=columns, episode_lengths=tuple(lengths), path="some_set", state_names=None)
+    dataset.action_names = None
     return dataset
 
 

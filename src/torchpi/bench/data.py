@@ -50,8 +50,8 @@ def run_bench_data(
         dataset = LeRobotDataset(
             path,
             action_horizon=config.require("action_horizon"),
+            embodiment=robot,
             episodes=None if episodes is None else select_episodes(path, episodes),
-            cameras=robot,
             columns=(),
             rename=rename,
             prompt=prompt,

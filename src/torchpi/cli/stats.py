@@ -61,7 +61,13 @@ class Stats:
         episodes = None if self.select is None else select_episodes(self.dataset, self.select)
         # Neither images nor other columns are read.
         dataset = LeRobotDataset(
-            self.dataset, action_horizon=horizon, episodes=episodes, cameras=(), columns=(), rename=rename
+            self.dataset,
+            action_horizon=horizon,
+            embodiment=robot,
+            episodes=episodes,
+            cameras=(),
+            columns=(),
+            rename=rename,
         )
         with Console(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
             found = distributions(dataset, robot, action_horizon=horizon)

@@ -15,8 +15,8 @@ from torchpi.data.columns import check_names, read_columns
 from torchpi.data.files import require_file
 from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, download_frames, open_metadata
-from torchpi.data.observations import camera_keys_of
-from torchpi.data.rename import dimension_names
+from torchpi.data.names import dimension_names
+from torchpi.data.observations import camera_keys_of, in_robot_order
 from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Embodiment
@@ -66,8 +66,9 @@ class LeRobotDataset:
         path: str | Path,
         *,
         action_horizon: int,
+        embodiment: Embodiment | None = None,
         episodes: Iterable[int] | None = None,
-        cameras: Iterable[str] | Embodiment | None = None,
+        cameras: Iterable[str] | None = None,
         columns: Collection[str] | None = None,
         rename: Mapping[str, str] | None = None,
         prompt: str | None = None,
@@ -79,10 +80,12 @@ class LeRobotDataset:
             path: the dataset's folder, or its address on the Hugging Face Hub, hf://org/name[@revision]: of that come
                 the folder `meta`, and what these episodes and cameras need.
             action_horizon: H, actions in a chunk.
+            embodiment: the robot whose policy reads it: state and action come in its order where the dataset has the
+                same names in another one, and of the cameras those that it reads.
             episodes: the indices of those to read, by default all (see `select_episodes`); frames are counted among
                 them, in the dataset's order.
-            cameras: the keys of those to read, or the robot whose policies read them; by default all. The others'
-                images are not decoded, and their videos need not be there.
+            cameras: the keys of those to read, by default all, or the embodiment's; the others' images are not
+                decoded, and their videos need not be there.
             columns: the numeric columns to read beside state, action and those that every dataset has; by default all
                 of one shape in all frames, with a warning about others.
             rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state", "top":
@@ -107,14 +110,15 @@ class LeRobotDataset:
         self.path, self.action_horizon = metadata.root, action_horizon
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)
+        if cameras is None and embodiment is not None:
+            cameras = camera_keys_of(embodiment, metadata.info.cameras)
         self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, self.path)
         download_frames(path, self.path, self._episodes, self.camera_keys)
         self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
         self.columns, self.tasks, self._first_rows = read_columns(
             metadata, self._episodes, tolerance_s=self._tolerance, others=columns, prompt=prompt
         )
-        dims = {key: self.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
-        self.state_names, self.action_names = (dimension_names(self.features.get(key, {}), dims[key]) for key in dims)
+        self._name_dimensions(embodiment)
         self.episode_indices = tuple(episode.index for episode in self._episodes)
         self.episode_lengths = tuple(episode.length for episode in self._episodes)
         self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
@@ -172,6 +176,16 @@ class LeRobotDataset:
                     progress(done, len(reading))
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _name_dimensions(self, embodiment: Embodiment | None) -> None:
+        """Name the dimensions of state and action, and bring them into the robot's order."""
+        dims = {key: self.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
+        names = {key: dimension_names(self.features.get(key, {}), dims[key]) for key in dims}
+        order = {} if embodiment is None else in_robot_order(embodiment, self.columns, names, self.path)
+        for key, places in order.items():
+            self.columns[key] = self.columns[key][:, places]
+            names[key] = tuple(found[i] for i in places) if (found := names[key]) else None
+        self.state_names, self.action_names = names.values()
 
     def _open_files(self) -> None:
         """Begin without any open file and cached image."""
@@ -245,9 +259,7 @@ def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: P
     return tuple(episode for episode in episodes if episode.index in indices and episode.length)
 
 
-def _chosen_cameras(cameras: tuple[str, ...], wanted: Iterable[str] | Embodiment | None, path: Path) -> tuple[str, ...]:
-    if isinstance(wanted, Embodiment):
-        wanted = camera_keys_of(wanted, cameras)
+def _chosen_cameras(cameras: tuple[str, ...], wanted: Iterable[str] | None, path: Path) -> tuple[str, ...]:
     chosen = set(cameras if wanted is None else wanted)
     if unknown := sorted(chosen - set(cameras)):
         raise UnknownKeyError(

@@ -1,12 +1,14 @@
 """From a dataset's frame to the observation that the robot itself would send."""
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from torchpi.data import format as lerobot
+from torchpi.data.names import order_of
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.keys import nest
@@ -64,6 +66,60 @@ def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int 
                 f"{' or '.join(map(str, fitting[key]))}: {', '.join(names[key])}. Choose the embodiment of the robot "
                 "that it was recorded with."
             )
+
+
+def in_robot_order(
+    embodiment: Embodiment, columns: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str] | None], where: object
+) -> dict[str, list[int]]:
+    """The places of the robot's dimensions among those of a dataset's state and action, see `names.order_of`.
+
+    Args:
+        columns: "observation.state" [F, s] and "action" [F, a].
+        names: of their dimensions; None: the order decides.
+        where: the dataset, for messages.
+
+    Raises:
+        ValueError: another length or other joints than the robot's; actions relative to the state of other joints.
+
+    Warns: about another order than the robot's.
+    """
+    s, a = (columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION))
+    check_dims(embodiment, state=s, action=a)
+    order = {lerobot.STATE: list(range(s)), lerobot.ACTION: list(range(a))}
+    for key, robots in ((lerobot.STATE, embodiment.state_names), (lerobot.ACTION, embodiment.action_names)):
+        if (found := names[key]) is not None:
+            order[key] = _order(found, robots[: len(found)], f"{where}: {key}", embodiment.name)
+    state, action = ([found[i] for i in places] if (found := names[key]) else None for key, places in order.items())
+    deltas = [i for i, is_delta in enumerate(embodiment.action_mask) if is_delta]
+    if state and action and deltas:
+        moved, base = [action[i] for i in deltas], [state[i] for i in deltas]
+        try:
+            agree = order_of(moved, base) == list(range(len(deltas)))
+        except DatasetError:
+            agree = False
+        if not agree:
+            raise DatasetError(
+                f"{where}: the actions {', '.join(moved)} would be taken relative to the state's {', '.join(base)}, "
+                f"which are other joints. Make them absolute in embodiment '{embodiment.name}', or give it the "
+                "dataset's names."
+            )
+    return order
+
+
+def _order(found: Sequence[str], expected: Sequence[str], column: str, robot: str) -> list[int]:
+    both = f"{column} has {', '.join(found)}; embodiment '{robot}' has {', '.join(expected)}"
+    try:
+        order = order_of(found, expected)
+    except DatasetError as error:
+        raise DatasetError(
+            f"{both}: {error}. Choose the robot's embodiment, or give it the dataset's names; if other columns are "
+            f"meant, join them with --rename; if the dataset's names are wrong, correct them in {lerobot.INFO} (null: "
+            "the order decides)."
+        ) from error
+    if order != sorted(order):
+        # The same place in the code for every dataset that is opened: said once.
+        warnings.warn(f"{both}. They are put into that order.", UserWarning, stacklevel=1)
+    return order
 
 
 def _matched(embodiment: Embodiment, keys: Sequence[str]) -> list[tuple[Camera, str]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
+from torchpi.data.names import dimension_names
 from torchpi.errors import DatasetError, UnknownKeyError
 
 _JOINED = "+"
@@ -80,15 +81,6 @@ def suggested_rename(missing: Iterable[str], names: Iterable[str], given: Mappin
 
     pairs = [(_JOINED.join(olds), new) for new, olds in given.items()] + [(old_name(new), new) for new in missing]
     return f"--rename {' '.join(f'{old}={new}' for old, new in pairs)}"
-
-
-def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...] | None:
-    """The names of a column's dimensions; None: the dataset doesn't name each of them."""
-    names = feature.get("names")
-    if isinstance(names, Mapping):  # {"motors": ["shoulder", …]}
-        names = next((value for value in names.values() if isinstance(value, list)), None)
-    fits = isinstance(names, list) and len(names) == num_dims
-    return tuple(map(str, names)) if fits and names else None
 
 
 def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from torchpi.data import format as lerobot
 from torchpi.data.lerobot import LeRobotDataset
-from torchpi.data.observations import check_dims
+from torchpi.data.observations import in_robot_order
 from torchpi.errors import DatasetError
 from torchpi.robots import HOOKS, Embodiment
 from torchpi.transforms.normalize import DEVIATIONS, NormStats, constant_dims, require_finite
@@ -90,8 +90,9 @@ class ModelValues:
 
     @classmethod
     def of(cls, dataset: LeRobotDataset, embodiment: Embodiment, *, action_horizon: int) -> "ModelValues":
-        state, actions = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]  # [F, s], [F, a]
-        check_dims(embodiment, state=state.shape[1], action=actions.shape[1])
+        names = {lerobot.STATE: dataset.state_names, lerobot.ACTION: dataset.action_names}
+        order = in_robot_order(embodiment, dataset.columns, names, dataset.path)
+        state, actions = (dataset.columns[key][:, places] for key, places in order.items())  # [F, s], [F, a]
         state_names = embodiment.state_names[: state.shape[1]]
         require_finite(state, f"{lerobot.STATE} of {dataset.path}", state_names)
         require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", embodiment.action_names)

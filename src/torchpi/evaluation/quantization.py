@@ -61,7 +61,7 @@ def quantize_policy(
 
 def _sample_actions(policy: Policy, dataset: str | pathlib.Path, num_frames: int, seed: int, **options: Any) -> None:
     horizon = policy.model.config.require("action_horizon")
-    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=policy.embodiment, columns=(), **options)
+    data = LeRobotDataset(dataset, action_horizon=horizon, embodiment=policy.embodiment, columns=(), **options)
     frames = sample_frames(data.episode_lengths, num_frames, seed=seed)
     with progress_bar("observations", len(frames)) as advance:
         predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))

@@ -85,7 +85,7 @@ def evaluate_on_dataset(
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")
-    data = LeRobotDataset(dataset, action_horizon=horizon, cameras=loaded.embodiment, columns=(), **reading)
+    data = LeRobotDataset(dataset, action_horizon=horizon, embodiment=loaded.embodiment, columns=(), **reading)
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
     predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()

@@ -135,13 +135,14 @@ def _observation(policy: Policy, source: Source) -> tuple[Mapping[str, Any], str
     from torchpi.data.observations import to_observation
 
     horizon = policy.model.config.require("action_horizon")
+    robot, episodes = policy.embodiment, [source.episode]
     frames = LeRobotDataset(
-        source.dataset, action_horizon=horizon, episodes=[source.episode], columns=(), prompt=source.prompt
+        source.dataset, action_horizon=horizon, embodiment=robot, episodes=episodes, columns=(), prompt=source.prompt
     )
     if not 0 <= source.frame < len(frames):
         raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")
     note = f"Observation and actions: frame {source.frame} of episode {source.episode} of {source.dataset}."
-    return to_observation(frames[source.frame], policy.embodiment), note
+    return to_observation(frames[source.frame], robot), note
 
 
 def inputs_of_policy(

@@ -93,7 +93,7 @@ def _open_source(
         LeRobotDataset,
         source.dataset,
         action_horizon=horizon,
-        cameras=embodiment,  # others are not decoded
+        embodiment=embodiment,  # other cameras are not decoded
         columns=(),
         image_cache_bytes=int(config.data.image_cache_gb * 1e9),
         rename=rename,
