@@ -14,6 +14,9 @@ from torchpi.errors import ConfigError, MissingFileError, TorchpiError
 
 T = TypeVar("T")
 
+COMMENT = "comment"
+"""The field of an object for readers, in files that people write."""
+
 
 def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> Any:
     """The value in a JSON file; `error` is raised where it is not JSON."""
@@ -31,6 +34,15 @@ def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = Co
     value = read_json(path, error=error)
     if not isinstance(value, dict):
         raise error(f"{path} must hold a JSON object, found {type(value).__name__}.")
+    return value
+
+
+def without_comments(value: Any) -> Any:
+    """A JSON value without the fields `comment` of its objects, at any depth."""
+    if isinstance(value, list):
+        return [without_comments(item) for item in value]
+    if isinstance(value, dict):
+        return {name: without_comments(item) for name, item in value.items() if name != COMMENT}
     return value
 
 

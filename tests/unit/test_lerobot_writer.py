@@ -324,7 +324,7 @@ def test_finalize_can_be_called_again_after_a_full_disk(tmp_path, monkeypatch):
     writer = new_writer(tmp_path)
     writer.add_episode(EPISODES[0], TASKS[0])
     with monkeypatch.context() as patch:
-        patch.setattr(recording.metadata_writer, "metadata_files", _raise(NO_SPACE))
+        patch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
         with pytest.raises(OSError, match="No space left") as error:
             writer.finalize()
     assert "saved episodes are safe in" in error.value.__notes__[0]
@@ -333,7 +333,7 @@ def test_finalize_can_be_called_again_after_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_first_error_is_raised_with_the_second_as_a_note(tmp_path, monkeypatch):
-    monkeypatch.setattr(recording.metadata_writer, "metadata_files", _raise(NO_SPACE))
+    monkeypatch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
     with pytest.raises(KeyboardInterrupt) as error:
         record(tmp_path, 1, then=_raise(KeyboardInterrupt()))
     assert any("No space left" in note for note in error.value.__notes__)
@@ -392,7 +392,7 @@ def test_running_recording_is_neither_read_nor_recovered(tmp_path):
 
 def test_recording_of_an_earlier_version_is_recovered(tmp_path, monkeypatch):
     """Its recording.json had settings of its own instead of those of meta/info.json."""
-    monkeypatch.setattr(recording.metadata_writer, "metadata_files", _raise(NO_SPACE))
+    monkeypatch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
     with pytest.raises(OSError, match="No space left"):
         record(tmp_path, 2)
     monkeypatch.undo()

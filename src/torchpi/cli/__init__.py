@@ -30,6 +30,12 @@ COMMANDS: dict[str, type[Command]] = {
     "train": training.Train,
     "eval": evaluation.Eval,
     "serve": serving.Serve,
+    "data inspect": data.DataInspect,
+    "data draft": data.DataDraft,
+    "data merge": data.DataMerge,
+    "data split": data.DataSplit,
+    "data delete": data.DataDelete,
+    "data resample": data.DataResample,
     "sim record": data.SimRecord,
 }
 

@@ -1,12 +1,214 @@
-"""The command `torchpi sim record`."""
+"""The commands of datasets: `torchpi data …` and `torchpi sim record`."""
 
 import dataclasses
 import pathlib
 import shlex
-from typing import Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+from rich.console import Console
 
 from torchpi.cli.common import split_names
+from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
+
+if TYPE_CHECKING:
+    from torchpi.data.inspect import Inspection
+    from torchpi.data.rewrite import Edited, Progress
+
+Dataset = Annotated[str, tyro.conf.Positional]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataInspect:
+    """Look at a dataset before it is described: cameras, rates, lengths, tasks, ranges with guessed units, jumps, idle
+    and repeated frames, and everything for which training would refuse it, each with how to go on.
+
+    Nothing is changed. A page with pictures and plots is written with --html.
+    """
+
+    dataset: Dataset
+    """A LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
+    html: pathlib.Path | None = None
+    """The file for a page that needs nothing else."""
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
+    pictures: int = 4
+    """Frames per camera on the page."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from torchpi.inspect.dataset import print_inspection, render_dataset_page
+
+        found = _inspected(self.dataset, self.rename, self.pictures)
+        if self.html is not None:
+            self.html.write_text(render_dataset_page(found), encoding="utf-8")
+            print(f"wrote {self.html}", file=sys.stderr)
+        if self.json:
+            print_json(found.to_dict())
+        else:
+            print_inspection(found, Console(highlight=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDraft:
+    """Write the description of a dataset's robot, to be corrected: the file for --embodiment.
+
+    Names, rate and cameras are the dataset's, units and commands guessed; what is uncertain is a comment that begins
+    with QUESTION. Comments are not read.
+    """
+
+    dataset: Dataset
+    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
+    out: pathlib.Path
+    """The file, for example my_arm.json; it must not exist."""
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
+
+    def run(self) -> None:
+        from torchpi.data.draft import draft_embodiment, questions_of, to_text
+
+        if self.out.exists():
+            raise UsageError(f"{self.out} exists already; choose another file, because it may have been corrected.")
+        document = draft_embodiment(_inspected(self.dataset, self.rename), self.out.stem)
+        self.out.write_text(to_text(document), encoding="utf-8")
+        print(f"wrote {self.out}")
+        for question in questions_of(document):
+            print(f"question: {question}")
+
+
+def _inspected(dataset: str, rename: Sequence[str], pictures: int = 1) -> "Inspection":
+    from torchpi.data.inspect import inspect_dataset
+    from torchpi.data.rename import parse_rename
+
+    with Console(stderr=True).status(f"reading {dataset}"):
+        return inspect_dataset(dataset, rename=parse_rename(rename), pictures=pictures)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataMerge:
+    """Write the episodes of several datasets into a new one, one set after the other.
+
+    The sets must have the same features, names of dimensions and rate; the error names what differs. They may have any
+    format that is read, the new one has v3.0; so a single set is converted. Videos are copied, and encoded anew only
+    where an episode does not begin with a keyframe.
+    """
+
+    datasets: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """LeRobot datasets, folders or hf://org/name[@revision]."""
+    out: pathlib.Path
+    """The new dataset's folder, which must not exist."""
+    robot_type: str | None = None
+    """The robot_type of the new dataset, where the sets state different ones."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from torchpi.data.edit import merge_datasets
+
+        _edit(
+            lambda progress: [merge_datasets(self.datasets, self.out, robot_type=self.robot_type, progress=progress)],
+            self.json,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSplit:
+    """Write parts of a dataset into new ones, for example to train and to evaluate with."""
+
+    dataset: Dataset
+    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
+    parts: tuple[str, ...]
+    """NAME=EPISODES as often as needed: train=0:40 val=40:, drawers="task:open the *", or fractions that follow each
+    other from the first episode on, train=0.8 val=0.2. Episodes in no part are left out."""
+    out: pathlib.Path
+    """The folder of the new datasets, OUT/NAME; it must not exist."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from torchpi.data.edit import split_dataset
+
+        parts = dict(part.partition("=")[::2] for part in self.parts)
+        _edit(lambda progress: split_dataset(self.dataset, self.out, parts, progress=progress), self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDelete:
+    """Write a dataset without some episodes; the others are numbered anew, and the old dataset stays as it is."""
+
+    dataset: Dataset
+    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
+    select: str
+    """The episodes to leave out, for example "3,57,100:" or "task:open the *"."""
+    out: pathlib.Path
+    """The new dataset's folder, which must not exist."""
+    json: bool = False
+    """Print one JSON document."""
+    aliases: ClassVar = {"--episodes": "--select"}
+
+    def run(self) -> None:
+        from torchpi.data.edit import delete_episodes
+
+        _edit(lambda progress: [delete_episodes(self.dataset, self.out, self.select, progress=progress)], self.json)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataResample:
+    """Write a dataset at a lower rate: of each time of the new rate the nearest frame.
+
+    Actions that are positions, velocities or efforts are those of these frames; increments are summed up to the next
+    one. Videos are encoded anew.
+    """
+
+    dataset: Dataset
+    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
+    fps: float
+    """The new rate in frames per second."""
+    out: pathlib.Path
+    """The new dataset's folder, which must not exist."""
+    command: Literal["position", "velocity", "increment", "effort"] | None = None
+    """The command of all dimensions: what the robot does with an action."""
+    embodiment: str | None = None
+    """The robot, a name or a JSON file, whose actions state it for each dimension."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def run(self) -> None:
+        from torchpi.data.edit import resample_dataset
+        from torchpi.robots import get_embodiment
+
+        if (self.command is None) == (self.embodiment is None):
+            raise UsageError(
+                "Resampling needs to know what the robot does with an action, because increments are summed over the "
+                "frames that are left out: give --command, or --embodiment of a robot that states it, and not both."
+            )
+        commands: str | list[str] = self.command or ""
+        if self.embodiment is not None:
+            commands = [action.command or "not stated" for action in get_embodiment(self.embodiment).actions]
+        fps = int(self.fps) if self.fps == int(self.fps) else self.fps
+        _edit(
+            lambda progress: [resample_dataset(self.dataset, self.out, fps, commands=commands, progress=progress)],
+            self.json,
+        )
+
+
+def _edit(edit: "Callable[[Progress], list[Edited]]", as_json: bool) -> None:
+    """Run an edit with a progress bar, and print its results."""
+    with Console(stderr=True).status("opening") as status:  # shown on a terminal only
+        results = edit(lambda done, total: status.update(f"{done} of {total} episodes"))
+    if as_json:
+        print_json([dataclasses.asdict(result) for result in results])
+        return
+    for result in results:
+        videos = f"; videos: {result.videos_copied} copied, {result.videos_encoded} encoded anew"
+        has_videos = result.videos_copied + result.videos_encoded > 0
+        print(f"{result.path}: {result.episodes} episodes, {result.frames} frames{videos if has_videos else ''}")
+        for note in result.notes:
+            print(f"left out: {note}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,7 +62,7 @@ def read_columns(
         columns, rows = _read_file(metadata, path, chosen, required, others, left_out)
         if pieces:
             _check_shapes(columns, pieces[0], path, left_out if others is None else None, required)
-        runs = _runs(columns["episode_index"], path)
+        runs = rows_of_episodes(columns["episode_index"], path)
         for episode in chosen:
             frames = {name: values[runs.get(episode.index, slice(0))] for name, values in columns.items()}
             _check_episode(frames, episode)
@@ -122,7 +122,7 @@ def _read_file(
         names = _wanted_names(metadata, path, file.schema_arrow, required, others)
         table = file.read(columns=[part for parts in names.values() for part in parts])
     index = _whole_numbers(_column(table, names["episode_index"], path), "episode_index", path)
-    rows, wanted = _runs(index, path), {episode.index for episode in episodes}
+    rows, wanted = rows_of_episodes(index, path), {episode.index for episode in episodes}
     if not wanted.issuperset(rows):  # what is missing in the others is nobody's concern
         table = table.filter(np.isin(index, list(wanted)))
     columns: Columns = {}
@@ -150,7 +150,7 @@ def _wanted_names(
     metadata: Metadata, path: Path, schema: Any, required: Sequence[str], others: Collection[str] | None
 ) -> dict[str, tuple[str, ...]]:
     """The columns to read, each with the file's own names of it or its parts."""
-    numeric = _numeric_names(schema)
+    numeric = numeric_names(schema)
     parts = {part for parts in metadata.sources.values() for part in parts}
     names: dict[str, tuple[str, ...]] = {name: (name,) for name in numeric if name not in parts}
     names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
@@ -192,7 +192,8 @@ def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
     return arrays[0] if len(parts) == 1 else np.concatenate([part.reshape(len(table), -1) for part in arrays], axis=1)
 
 
-def _numeric_names(schema: Any) -> list[str]:
+def numeric_names(schema: Any) -> list[str]:
+    """The columns of a data file that hold numbers, or lists of them."""
     types = require("pyarrow", "data").types
     names = []
     for field in schema:
@@ -204,7 +205,7 @@ def _numeric_names(schema: Any) -> list[str]:
     return names
 
 
-def _runs(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
+def rows_of_episodes(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
     """The rows of each episode in a file."""
     indices, starts, counts = np.unique(episode_index, return_index=True, return_counts=True)
     if np.count_nonzero(np.diff(episode_index)) >= max(1, len(indices)):

@@ -29,7 +29,7 @@ class ParquetImages:
         if compressed is None:
             raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
         if isinstance(compressed, str):
-            compressed = _file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
+            compressed = file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
         try:
             with Image.open(io.BytesIO(compressed)) as image:
                 return np.array(image if image.mode == "RGB" else image.convert("RGB"))
@@ -74,7 +74,7 @@ def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
     return table.rename_columns(["path" if pa.types.is_string(kind) else "bytes"])
 
 
-def _file_inside(root: Path, name: str, where: str) -> Path:
+def file_inside(root: Path, name: str, where: str) -> Path:
     """An image's file in the dataset's folder, also where its name is a path on the computer that recorded it."""
     parts = name.replace("\\", "/").split("/")
     starts = [0] if parts[0] and ":" not in parts[0] else []

@@ -143,7 +143,7 @@ def _read_metadata(root: Path) -> Metadata:
     if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
         raise DatasetError(f"The dataset {root} has no episodes; record some first.")
     tasks = _tasks(root, info)
-    episodes = [_episode(row, file, info, root, tasks) for file, row in _episode_rows(root, info)]
+    episodes = [_episode(row, file, info, root, tasks) for file, row in episode_rows(root, info)]
     _check_episodes(episodes, info, root)
     return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
 
@@ -210,8 +210,8 @@ def _tasks(root: Path, info: Info) -> dict[int, str]:
     return dict(sorted((whole_number(index, f"{path}: task_index"), task) for index, task in pairs))
 
 
-def _episode_rows(root: Path, info: Info) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The list of episodes, each with the file that it is in."""
+def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The list of episodes, each with the file that it is in; `stats`: with the columns of statistics of v3.0."""
     path, folder = root / lerobot.EPISODES_JSONL, root / lerobot.EPISODES_FOLDER
     files = sorted(file for file in folder.glob("*/*.parquet") if not is_hidden(file.relative_to(folder)))
     present, version = (files, "v2.1") if info.is_v3 else (path.is_file(), "v3.0")
@@ -232,7 +232,7 @@ def _episode_rows(root: Path, info: Info) -> Iterator[tuple[Path, dict[str, Any]
         return
     for path in files:
         with open_parquet(path) as file:
-            names = [name for name in file.schema_arrow.names if not name.startswith("stats/")]
+            names = [name for name in file.schema_arrow.names if stats or not name.startswith("stats/")]
             rows = file.read(columns=names).to_pylist()
         yield from ((path, row) for row in rows)
 

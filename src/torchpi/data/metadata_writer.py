@@ -5,8 +5,7 @@ torchpi itself reads none of these statistics (see `torchpi.data.stats`): other 
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +30,24 @@ class SavedEpisode:
     task: str
     histograms: dict[str, Any]
     """Per camera the sum of its images' histograms, [3, 256]; only on disk, not in `Recording.episodes`."""
+    other_tasks: tuple[str, ...] = ()
+    """Instructions of its frames beside the first one."""
+    camera_stats: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Statistics of cameras without histograms, as another dataset states them."""
+    codecs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of each video, where it is not the recording's: episodes of others are not joined into one file."""
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further columns of its row in meta/episodes."""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All of its instructions."""
+        return (self.task, *self.other_tasks)
 
 
 def new_info(
     *,
-    fps: int,
+    fps: float | int,
     features: dict[str, Any],
     robot_type: str | None,
     data_file_mb: int | float,
@@ -55,81 +67,65 @@ def file_path(root: Path, number: int, key: str) -> Path:
 
 
 def feature_stats(
-    info: Info, histograms: Mapping[str, Any], columns: Mapping[str, np.ndarray], num_frames: int
+    info: Info, episodes: Sequence[SavedEpisode], columns: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, list[Any]]]:
-    """The statistics of each feature, from the cameras' histograms [3, 256] and the numeric columns [F, d]."""
-    return {
-        key: image_stats(np.asarray(histograms[key], np.int64), num_frames)
-        if key in info.cameras
-        else number_stats(columns[key])
-        for key in info.features
-    }
+    """The statistics of each feature over some episodes, from their images and the numeric columns [F, d] of their
+    frames; of features that are neither there are none."""
+    stats = {key: _camera_stats(episodes, key) for key in info.cameras}
+    stats |= {key: number_stats(values) for key, values in columns.items()}
+    return {key: stats[key] for key in info.features if stats.get(key)}
 
 
-@dataclasses.dataclass(frozen=True)
-class EpisodeRow:
-    """An episode as the table meta/episodes has it."""
-
-    length: int
-    tasks: Sequence[str]
-    places: Mapping[str, tuple[int, int]]
-    """Of "data" and each video: the number of the file, and of the episode's first frame in it."""
-    stats: Mapping[str, Any]
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Further columns."""
+def _camera_stats(episodes: Sequence[SavedEpisode], key: str) -> dict[str, list[Any]]:
+    if all(key in episode.histograms for episode in episodes):
+        histogram = np.sum([episode.histograms[key] for episode in episodes], axis=0)
+        return image_stats(histogram, sum(episode.length for episode in episodes))
+    return merged_stats([episode.camera_stats.get(key, {}) for episode in episodes])
 
 
-def metadata_files(
-    info: Info, rows: Sequence[EpisodeRow], stats: Mapping[str, Any], tasks: Sequence[str]
-) -> dict[str, Callable[[Path], Any]]:
-    """The files of meta by their place in the dataset, each as a function that writes it to a path; the last one,
-    meta/info.json, makes the dataset complete."""
-    write_table = require("pyarrow.parquet", "data").write_table
-    info = dataclasses.replace(
-        info,
-        total_episodes=len(rows),
-        total_frames=sum(row.length for row in rows),
-        total_tasks=len(tasks),
-        splits={"train": f"0:{len(rows)}"},
-    )
-    documents = {lerobot.STATS: stats, lerobot.INFO: dataclasses.asdict(info)}
-    return {
-        lerobot.TASKS_PARQUET: lambda path: write_table(_tasks_table(tasks), path),
-        lerobot.EPISODES_PATH.format(**_place(0)): lambda path: write_table(_episodes_table(info, rows), path),
-        **{
-            name: partial(Path.write_text, data=json.dumps(document, indent=4), encoding="utf-8")
-            for name, document in documents.items()
-        },
-    }
+def merged_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The statistics of several parts together: exact, but for quantiles, which are their mean, as in LeRobot; empty
+    if a part has none."""
+    if not all({"min", "max", "mean", "std", "count"} <= part.keys() for part in parts):
+        return {}
+    names = [name for name in parts[0] if all(name in part for part in parts)]
+    values = {name: np.array([part[name] for part in parts], np.float64) for name in names}
+    merged = {name: np.average(array, axis=0, weights=values["count"][:, 0]) for name, array in values.items()}
+    variance = values["std"] ** 2 + (values["mean"] - merged["mean"]) ** 2
+    merged["std"] = np.sqrt(np.average(variance, axis=0, weights=values["count"][:, 0]))
+    merged |= {"min": values["min"].min(axis=0), "max": values["max"].max(axis=0)}
+    return {**{name: array.tolist() for name, array in merged.items()}, "count": [int(values["count"].sum())]}
 
 
-def _episodes_table(info: Info, rows: Sequence[EpisodeRow]) -> Any:
-    """The table meta/episodes: place and statistics of each episode."""
-    documents, start = [], 0
-    for index, row in enumerate(rows):
-        videos = {}
-        for key in info.videos:
-            number, in_file = row.places[key]
-            span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + row.length) / info.fps}
-            videos[key] = {**_place(number), **span}
-        document = {
+def episodes_table(
+    info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
+) -> Any:
+    """The table meta/episodes: place and statistics of each episode, from the groups that share files, in order, and
+    all frames of each numeric feature, [F, d]."""
+    starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
+    rows = []
+    for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:
+        episode, start, stop = episodes[index], starts[index], starts[index + 1]
+        in_file, place = start - starts[groups[number][0]], _place(number)
+        span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + episode.length) / info.fps}
+        own = {key: values[start:stop] for key, values in columns.items()}
+        row = {
             "episode_index": index,
-            "tasks": list(row.tasks),
-            "length": row.length,
-            "data": _place(row.places["data"][0]),
+            "tasks": list(episode.tasks),
+            "length": episode.length,
+            "data": place,
             "dataset_from_index": start,
-            "dataset_to_index": start + row.length,
-            "videos": videos,
-            "stats": row.stats,
+            "dataset_to_index": stop,
+            "videos": {key: {**place, **span} for key in info.videos},
+            "stats": feature_stats(info, [episode], own),
             "meta/episodes": _place(0),
         }
-        documents.append({**row.extra, **flatten(document, "/")})
-        start += row.length
-    names = dict.fromkeys(name for document in documents for name in document)
-    return require("pyarrow", "data").table({name: [document.get(name) for document in documents] for name in names})
+        rows.append({**episode.columns, **flatten(row, "/")})
+    names = dict.fromkeys(name for row in rows for name in row)
+    return require("pyarrow", "data").table({name: [row.get(name) for row in rows] for name in names})
 
 
-def _tasks_table(tasks: Sequence[str]) -> Any:
+def tasks_table(tasks: Sequence[str]) -> Any:
     """The table meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
     pa = require("pyarrow", "data")
 

@@ -28,9 +28,9 @@ import numpy as np
 from torchpi.atomic import fsync
 from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
-from torchpi.data.columns import to_numpy
+from torchpi.data.columns import numeric_names, to_numpy
 from torchpi.data.metadata import Info
-from torchpi.data.metadata_writer import EpisodeRow, SavedEpisode, file_path, new_info
+from torchpi.data.metadata_writer import SavedEpisode, file_path, new_info
 from torchpi.data.video_copy import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
@@ -87,9 +87,10 @@ class Recording:
     def num_frames(self) -> int:
         return sum(episode.length for episode in self.episodes)
 
-    def task_index(self, task: str) -> int:
-        """The number of a task, a new one if it is new."""
-        return list(dict.fromkeys([*(episode.task for episode in self.episodes), task])).index(task)
+    @property
+    def tasks(self) -> list[str]:
+        """The instructions so far, by their task_index."""
+        return list(dict.fromkeys(task for episode in self.episodes for task in episode.tasks))
 
     @contextlib.contextmanager
     def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
@@ -100,7 +101,8 @@ class Recording:
             yield files
             for path in files.values():
                 fsync(path)
-            if self._pending and self._too_large(files):
+            alike = not self._pending or self.episodes[self._pending[0]].codecs == episode.codecs
+            if self._pending and (self._too_large(files) or not alike):
                 self._join(self._pending)
             self._grow_reserve()
             self._put_json(self._json_file(len(self.episodes)), dataclasses.asdict(episode))
@@ -120,8 +122,8 @@ class Recording:
             for path in self.folder.glob(pattern):
                 path.unlink()
 
-    def finish(self) -> None:
-        """Make it a dataset. May be called again if it failed."""
+    def finish(self, *, recoverable: bool = True) -> None:
+        """Make it a dataset. May be called again if it failed, by `LeRobotWriter.recover` as well if `recoverable`."""
         if self._lock is None:  # released when it failed
             self._hold()
         try:
@@ -136,10 +138,11 @@ class Recording:
             done = self.folder.with_name(f"{self.folder.name}.done")  # in one step: half of it is worse than none
             os.replace(self.folder, done)
         except OSError as error:
-            error.add_note(
-                f"The {len(self.episodes)} saved episodes are safe in {self.folder}; "
-                f"LeRobotWriter.recover({str(self.root)!r}) finishes the dataset."
-            )
+            if recoverable:
+                error.add_note(
+                    f"The {len(self.episodes)} saved episodes are safe in {self.folder}; "
+                    f"LeRobotWriter.recover({str(self.root)!r}) finishes the dataset."
+                )
             raise
         finally:
             self._release()
@@ -193,7 +196,7 @@ class Recording:
             if key == "data":
                 join_parquet(path, list(parts))
             else:
-                concatenate_videos(path, parts.items(), fps=int(self.info.fps))
+                concatenate_videos(path, parts.items(), fps=self.info.fps)
             fsync(path)
         return joined
 
@@ -218,33 +221,38 @@ class Recording:
     # Metadata
 
     def _write_metadata(self) -> None:
+        write_table = require("pyarrow.parquet", "data").write_table
         episodes = [self._read(index) for index in range(len(self.episodes))]
         columns = self._numeric_columns()
-        histograms = {
-            key: np.sum([episode.histograms[key] for episode in episodes], axis=0) for key in self.info.cameras
-        }
-        stats = metadata_writer.feature_stats(self.info, histograms, columns, self.num_frames)
-        rows, start = [], 0
-        for number, index in [(number, index) for number, group in enumerate(self._groups) for index in group]:
-            episode, in_file = episodes[index], sum(episodes[i].length for i in self._groups[number] if i < index)
-            own = {key: values[start : start + episode.length] for key, values in columns.items()}
-            places = dict.fromkeys(("data", *self.info.videos), (number, in_file))
-            of_episode = metadata_writer.feature_stats(self.info, episode.histograms, own, episode.length)
-            rows.append(EpisodeRow(episode.length, [episode.task], places, of_episode))
-            start += episode.length
-        tasks = list(dict.fromkeys(episode.task for episode in episodes))
-        for name, write in metadata_writer.metadata_files(self.info, rows, stats, tasks).items():
-            self._put(self.root / name, write)
+        tasks = metadata_writer.tasks_table(self.tasks)
+        table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
+        stats = metadata_writer.feature_stats(self.info, episodes, columns)
+        info = dataclasses.replace(
+            self.info,
+            total_episodes=len(episodes),
+            total_frames=self.num_frames,
+            total_tasks=len(tasks),
+            splits={"train": f"0:{len(episodes)}"},
+        )
+        episodes_file = lerobot.EPISODES_PATH.format(chunk_index=0, file_index=0)
+        self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
+        self._put(self.root / episodes_file, lambda path: write_table(table, path))
+        self._put_json(self.root / lerobot.STATS, stats, indent=4)
+        self._put_json(self.root / lerobot.INFO, dataclasses.asdict(info), indent=4)  # last: now it is complete
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
-        """All frames of each numeric feature, [F, d]."""
+        """All frames of each numeric feature, [F, d]; not of those whose shape changes."""
         read = require("pyarrow.parquet", "data").read_table
-        names = [key for key in self.info.features if key not in self.info.cameras]
+        schema = require("pyarrow.parquet", "data").read_schema(file_path(self.root, 0, "data"))
+        names = [key for key in numeric_names(schema) if key in self.info.features]
         tables = [read(file_path(self.root, i, "data"), columns=names) for i in range(len(self._groups))]
-        return {
-            name: np.concatenate([to_numpy(table.column(name)).reshape(len(table), -1) for table in tables])
-            for name in names
-        }
+        columns = {}
+        for name in names:
+            with contextlib.suppress(ValueError):
+                columns[name] = np.concatenate(
+                    [to_numpy(table.column(name)).reshape(len(table), -1) for table in tables]
+                )
+        return columns
 
     # Files of the folder
 

@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 from collections.abc import Collection, Iterable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ class VideoPool:
         return image
 
 
+def video_rate(path: Path) -> float | None:
+    """Frames per second of a file, as its container states them."""
+    reader = VideoReader(path)
+    try:
+        rate = reader._stream.average_rate
+        return None if rate is None else float(rate)
+    finally:
+        reader.close()
+
+
 def default_encoder() -> str:
     """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
     return find_encoder(_ENCODERS, advice="; or record images (video=False)")
@@ -150,7 +161,7 @@ def encode_video(
     path: Path,
     frames: Iterable[np.ndarray],
     *,
-    fps: int,
+    fps: float | int,
     encoder: str,
     options: Mapping[str, int | str] | None = None,
     threads: int = 0,
@@ -164,7 +175,7 @@ def encode_video(
     real_time = _real_time_threads()
     # SVT-AV1 prints thirty lines per video to stderr, unless this variable says that it shall print errors only.
     with environment_defaults(SVT_LOG="1"), av.open(str(path), "w", format="mp4", options=flags) as container:
-        stream = container.add_stream(encoder, rate=fps, options=texts)
+        stream = container.add_stream(encoder, rate=Fraction(fps).limit_denominator(1001), options=texts)
         stream.pix_fmt = "yuv420p"
         if threads:
             stream.codec_context.thread_count = threads

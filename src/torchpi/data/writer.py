@@ -286,7 +286,7 @@ class LeRobotWriter:
             "frame_index": frame_index,
             "episode_index": np.full_like(frame_index, len(recording.episodes)),
             "index": recording.num_frames + frame_index,
-            "task_index": np.full_like(frame_index, recording.task_index(task)),
+            "task_index": np.full_like(frame_index, list(dict.fromkeys([*recording.tasks, task])).index(task)),
         }
         for key in self._frames.keys() - set(self._info.videos):
             values = self._frames[key]

@@ -15,11 +15,13 @@ from torchpi.robots.presets import aloha as aloha
 from torchpi.robots.presets import droid as droid
 from torchpi.robots.presets import libero as libero
 from torchpi.robots.presets import metaworld as metaworld
-from torchpi.schema import read_json
+from torchpi.schema import read_json, without_comments
 
 
 def get_embodiment(embodiment: Any) -> Embodiment:
     """An embodiment by its registered name, or from a JSON file as `Embodiment.to_dict` gives it, or itself.
+
+    Each object of a file may have a field `comment`, which is not read.
 
     Raises:
         KeyError: neither a registered name nor a file.
@@ -35,7 +37,7 @@ def get_embodiment(embodiment: Any) -> Embodiment:
     file = Path(embodiment)
     if file.is_file():
         where = f"The embodiment {file}"
-        robot = Embodiment.from_dict(read_json(file, error=EmbodimentError), where=where)
+        robot = Embodiment.from_dict(without_comments(read_json(file, error=EmbodimentError)), where=where)
         robot.check_names(where)
         return robot
     if file.suffix == ".json":

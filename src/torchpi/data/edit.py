@@ -1,0 +1,157 @@
+"""Editing datasets: new ones in format v3.0 of the episodes of others, which stay as they are."""
+
+import contextlib
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchpi.atomic import atomic_folder
+from torchpi.data import format as lerobot
+from torchpi.data.episodes import select_episodes
+from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.rename import dimension_names
+from torchpi.data.rewrite import Edited, Progress, Resampling, no_progress, pieces_of, write_pieces
+from torchpi.errors import DatasetError
+
+
+def merge_datasets(
+    paths: Sequence[str | Path], out: Path, *, robot_type: str | None = None, progress: Progress = no_progress
+) -> Edited:
+    """Write the episodes of several datasets into a new one, one set after the other.
+
+    Args:
+        paths: datasets with the same features, names of dimensions and rate, in any format that is read.
+        out: the folder of the new dataset; it must not exist.
+        robot_type: of the new dataset, where the sets state different ones.
+
+    Raises:
+        ValueError: the sets differ, with what differs; one is given twice; a damaged file; `out` exists.
+        FileNotFoundError: a dataset, or a file of it, is missing.
+    """
+    if twice := [path for path, count in Counter(map(str, paths)).items() if count > 1]:
+        raise DatasetError(f"{', '.join(twice)} would be merged with itself; give each dataset once.")
+    first, *others = sources = [open_metadata(path) for path in paths]
+    for other in others:
+        _check_alike(first, other, any_robot=robot_type is not None)
+    pieces = [piece for path, source in zip(paths, sources, strict=True) for piece in pieces_of(path, source)]
+    with _new_folder(out) as folder:
+        return write_pieces(folder, pieces, shown_as=out, robot_type=robot_type, progress=progress)
+
+
+def split_dataset(
+    path: str | Path, out: Path, parts: Mapping[str, str], *, progress: Progress = no_progress
+) -> list[Edited]:
+    """Write parts of a dataset into new ones, the folders `out`/NAME.
+
+    Args:
+        parts: by name an expression of `select_episodes`, or a fraction of the episodes, such as "0.8"; fractions
+            follow each other, from the first episode on.
+
+    Raises:
+        ValueError: an episode is in two parts; a part has none; see also `merge_datasets`.
+    """
+    source = open_metadata(path)
+    chosen = _chosen_parts(path, [episode.index for episode in source.episodes], parts)
+    with _new_folder(out) as folder:
+        results = []
+        for name, indices in chosen.items():
+            pieces = pieces_of(path, source, indices)
+            results.append(write_pieces(folder / name, pieces, shown_as=out / name, progress=progress))
+    return results
+
+
+def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: Progress = no_progress) -> Edited:
+    """Write a dataset without some episodes, chosen as by `select_episodes`; the others are numbered anew.
+
+    Raises:
+        ValueError: none would be left; see also `merge_datasets`.
+    """
+    source, left_out = open_metadata(path), set(select_episodes(path, expression))
+    kept = [episode.index for episode in source.episodes if episode.index not in left_out]
+    if not kept:
+        raise DatasetError(f"{expression!r} are all {len(left_out)} episodes of {path}; expected that one is left.")
+    with _new_folder(out) as folder:
+        return write_pieces(folder, pieces_of(path, source, kept), shown_as=out, progress=progress)
+
+
+def resample_dataset(
+    path: str | Path, out: Path, fps: float | int, *, commands: str | Sequence[str], progress: Progress = no_progress
+) -> Edited:
+    """Write a dataset at a lower rate: of each time of the new rate the nearest frame, actions by their command.
+
+    Args:
+        fps: the new rate.
+        commands: what the robot does with an action, see `ActionDim`: one for all dimensions, or each. Positions,
+            velocities and efforts are those of the frame; increments are summed from one frame to the next.
+
+    Raises:
+        ValueError: a rate that is not lower; another number of commands; see also `merge_datasets`.
+    """
+    source = open_metadata(path)
+    num_dims = int(np.prod(source.info.features[lerobot.ACTION]["shape"]))
+    stated = (commands,) * num_dims if isinstance(commands, str) else tuple(commands)
+    resampling = Resampling(source.info.fps, fps, stated)
+    resampling.check(num_dims)
+    with _new_folder(out) as folder:
+        return write_pieces(folder, pieces_of(path, source), shown_as=out, resampling=resampling, progress=progress)
+
+
+def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]) -> dict[str, list[int]]:
+    chosen, begin = dict[str, list[int]](), 0.0
+    for name, text in parts.items():
+        if not re.fullmatch(r"[\w.-]*\w", name):
+            raise DatasetError(f"A part is called {name!r}; expected the name of a folder.")
+        if re.fullmatch(r"0?\.\d+", text):
+            end = begin + float(text)
+            first, last = (round(edge * len(indices) + 1e-9) for edge in (begin, end))
+            chosen[name], begin = indices[first:last], end
+        else:
+            chosen[name] = select_episodes(path, text)
+        if not chosen[name] or begin > 1 + 1e-9:
+            raise DatasetError(f"The part {name}={text} of {len(indices)} episodes has none, or more than there are.")
+    counts = Counter(index for part in chosen.values() for index in part)
+    if shared := [index for index, count in counts.items() if count > 1]:
+        raise DatasetError(f"The episodes {', '.join(map(str, shared[:20]))} are in two parts; expected each in one.")
+    return chosen
+
+
+def _check_alike(first: Metadata, other: Metadata, *, any_robot: bool) -> None:
+    """Raise an error that says in what two datasets differ."""
+    found = []
+
+    def compare(label: str, left: Any, right: Any) -> None:
+        if left != right:
+            found.append(f"{label} is {left} there and {right} here")
+
+    compare("fps", first.info.fps, other.info.fps)
+    if not any_robot:
+        compare("robot_type", first.info.robot_type, other.info.robot_type)
+    for key in {**first.info.features, **other.info.features}:
+        left, right = (of.info.features.get(key) for of in (first, other))
+        if left is None or right is None:
+            found.append(f"{key} is only {'here' if left is None else 'there'}")
+            continue
+        compare(f"the dtype of {key}", left.get("dtype"), right.get("dtype"))
+        compare(f"the shape of {key}", left.get("shape"), right.get("shape"))
+        if key not in first.info.cameras and left.get("shape") == right.get("shape"):
+            names = (dimension_names(feature, feature["shape"][0]) for feature in (left, right))
+            compare(f"the order of dimensions of {key}", *(None if of is None else ", ".join(of) for of in names))
+    if found:
+        raise DatasetError(
+            f"{other.root} can't be merged with {first.root}: {'; '.join(found)}. `torchpi data resample` gives a set "
+            "another rate, --robot-type states the robot where only its name differs, and `torchpi train` takes "
+            "different datasets as a mixture (docs/training.md)."
+        )
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears complete, or not at all."""
+    if out.exists():
+        raise DatasetError(f"{out} exists already; choose a path for the new dataset where nothing is.")
+    with atomic_folder(out) as folder:
+        yield folder

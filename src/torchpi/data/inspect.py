@@ -1,0 +1,380 @@
+"""A look at a dataset: what is in it, what it seems to mean, and what is wrong with it. Nothing is changed.
+
+Where training refuses a dataset, the reasons are collected here, and the rest is looked at all the same.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+
+from torchpi.data import format as lerobot
+from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
+from torchpi.data.idle import idle_frames
+from torchpi.data.lerobot import LeRobotDataset
+from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.video import video_rate
+from torchpi.errors import TorchpiError, UnknownKeyError
+
+_ANY_CLOCK = 1e9
+"""A tolerance in seconds by which the numbers of a dataset with a wrong clock are read."""
+_REASONS, _JUMPS = 20, 50
+"""At most so many unreadable episodes are explained, and so many jumps listed."""
+_JUMP_OF_RANGE, _JUMP_OF_USUAL = 0.25, 8
+"""A change from one frame to the next is a jump beyond this part of the range, and so many times the 90 % quantile of
+changes: also a fast movement takes several frames."""
+_PAIRS = 12
+"""Frames of a camera that are compared with the next one."""
+_MUCH_IDLE = 0.05
+_SAME_LEVELS = 0.15
+"""Mean difference of two images, of 255 levels, below which they are the same one; encoders' noise is less."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, or that a person should look at."""
+
+    subject: str
+    text: str
+    """The finding, and how to go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """A dimension of state or action over all frames that can be read."""
+
+    name: str
+    low: float
+    q01: float
+    q99: float
+    high: float
+    unit: Guess
+    command: Guess | None = None
+    """Of an action."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Jump:
+    """A sudden change from the frame before."""
+
+    dimension: str
+    episode: int
+    frame: int
+    before: float
+    after: float
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraFacts:
+    """A camera, and some of its frames."""
+
+    key: str
+    shape: tuple[int, ...]
+    """As meta/info.json states it."""
+    kind: str
+    """"image", "video", or either as depth."""
+    video_fps: float | None
+    """Of its first video file."""
+    repeated: tuple[int, int]
+    """Frames in motion that are the same image as the one before, and how many were looked at."""
+    pictures: Mapping[str, np.ndarray]
+    """Frames by their place in the dataset, uint8 [h, w, 3]; not in documents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """The result of `inspect_dataset`."""
+
+    path: str
+    version: str
+    robot_type: str | None
+    fps: float | int
+    clock_fps: float | None
+    """Frames per second by the timestamps."""
+    lengths: tuple[int, ...]
+    """Frames of each episode, as the metadata state them."""
+    tasks: Mapping[str, int]
+    """Episodes of each instruction."""
+    cameras: tuple[CameraFacts, ...]
+    state: tuple[Dimension, ...]
+    actions: tuple[Dimension, ...]
+    idle_share: float | None
+    """Part of the frames that are idle, see `idle_frames`."""
+    jumps: tuple[Jump, ...]
+    problems: tuple[Problem, ...]
+    dataset: LeRobotDataset | None
+    """The episodes that can be read, without cameras; not in documents."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON document."""
+        cameras = [{**vars(camera), "pictures": list(camera.pictures)} for camera in self.cameras]
+        document = dataclasses.asdict(dataclasses.replace(self, cameras=(), dataset=None))
+        del document["dataset"]
+        return document | {"episodes": len(self.lengths), "frames": sum(self.lengths), "cameras": cameras}
+
+
+def inspect_dataset(path: str | Path, *, rename: Mapping[str, str] | None = None, pictures: int = 4) -> Inspection:
+    """Look at a dataset.
+
+    Args:
+        path: a folder, or hf://org/name[@revision], of which everything is downloaded.
+        rename: other names for columns and cameras, see `LeRobotDataset`.
+        pictures: frames per camera.
+
+    Raises:
+        ValueError, FileNotFoundError, KeyError: it is no dataset, or its metadata can't be read at all.
+    """
+    look = _Look(path, rename)
+    look.find_readable()
+    cameras = list(look.cameras(pictures))
+    state: tuple[Dimension, ...] = ()
+    actions: tuple[Dimension, ...] = ()
+    jumps: list[Jump] = []
+    idle = None
+    if (dataset := look.dataset) is not None:
+        state, actions = _dimensions(dataset, lerobot.STATE), _dimensions(dataset, lerobot.ACTION)
+        jumps, idle = list(_jumps(dataset, state, actions)), float(idle_frames(dataset).mean())
+        look.problems += _problems(look.metadata, dataset, cameras, jumps, idle)
+    tasks = Counter(task for episode in look.metadata.episodes for task in episode.tasks)
+    info = look.metadata.info
+    return Inspection(
+        path=str(path),
+        version=info.codebase_version,
+        robot_type=info.robot_type,
+        fps=info.fps,
+        clock_fps=None if dataset is None else _clock_fps(dataset),
+        lengths=tuple(episode.length for episode in look.metadata.episodes),
+        tasks=dict(tasks.most_common()),
+        cameras=tuple(cameras),
+        state=state,
+        actions=actions,
+        idle_share=idle,
+        jumps=tuple(jumps),
+        problems=tuple(look.problems),
+        dataset=dataset,
+    )
+
+
+class _Look:
+    """A dataset, opened piece by piece, and the errors on the way."""
+
+    def __init__(self, path: str | Path, rename: Mapping[str, str] | None) -> None:
+        self._path, self._rename = path, rename
+        self.metadata = open_metadata(path, rename=rename)
+        self.problems: list[Problem] = []
+        self.dataset: LeRobotDataset | None = None
+        """The episodes that can be read, without cameras."""
+        self._tolerance_s: float | None = None
+
+    def find_readable(self) -> None:
+        """Open the episodes whose numbers can be read, and check their clock."""
+        if not self.metadata.tasks:
+            text = "The dataset has no instructions; training needs one for all episodes (--prompt)."
+            self.problems.append(Problem("tasks", text))
+        readable = list(self._readable([episode.index for episode in self.metadata.episodes]))
+        if not readable:
+            return
+        self.dataset = self._open(readable, tolerance_s=_ANY_CLOCK)
+        with self._noting("clock"):
+            self._open(readable)
+            return
+        self._tolerance_s = _ANY_CLOCK  # for the pictures
+
+    def cameras(self, pictures: int) -> Iterator[CameraFacts]:
+        """The cameras that can be read."""
+        for key in self.metadata.info.cameras:
+            with self._noting(key):
+                yield self._camera(key, pictures)
+
+    def _open(
+        self, episodes: Sequence[int], cameras: Sequence[str] = (), tolerance_s: float | None = None
+    ) -> LeRobotDataset:
+        return LeRobotDataset(
+            self._path,
+            action_horizon=1,
+            episodes=episodes,
+            cameras=cameras,
+            columns=(),
+            rename=self._rename,
+            prompt=None if self.metadata.tasks else "",
+            tolerance_s=tolerance_s or self._tolerance_s,
+        )
+
+    @contextlib.contextmanager
+    def _noting(self, subject: str) -> Iterator[None]:
+        """Note an error as a problem, and go on."""
+        try:
+            yield
+        except (TorchpiError, OSError) as error:
+            self.problems.append(Problem(subject, str(error)))
+
+    def _readable(self, episodes: Sequence[int]) -> Iterator[int]:
+        """The episodes that can be read; where one of several can't be, each half of them is tried."""
+        if len(self.problems) > _REASONS:
+            return
+        try:
+            self._open(episodes, tolerance_s=_ANY_CLOCK)
+        except UnknownKeyError as error:  # of the dataset, not of an episode
+            self.problems.append(Problem("columns", str(error)))
+        except (TorchpiError, OSError) as error:
+            if len(episodes) == 1:
+                self.problems.append(Problem(f"episode {episodes[0]}", str(error)))
+                return
+            middle = len(episodes) // 2
+            yield from self._readable(episodes[:middle])
+            yield from self._readable(episodes[middle:])
+        else:
+            yield from episodes
+
+    def _camera(self, key: str, pictures: int) -> CameraFacts:
+        feature = self.metadata.info.features[key]
+        kind = f"{feature['dtype']}, depth" if (feature.get("info") or {}).get("is_depth_map") else feature["dtype"]
+        spans = (episode.videos.get(key) for episode in self.metadata.episodes)
+        span = next((span for span in spans if span is not None), None)
+        found: dict[str, np.ndarray] = {}
+        repeated = (0, 0)
+        if self.dataset is not None:
+            indices = self.dataset.episode_indices
+            places = np.unique(np.linspace(0, len(indices) - 1, pictures).round().astype(int)).tolist()
+            frames = self._open([indices[place] for place in places], [key])
+            ends = np.cumsum(frames.episode_lengths).tolist()
+            for index, length, end in zip(frames.episode_indices, frames.episode_lengths, ends, strict=True):
+                found[f"episode {index}, frame {length // 2}"] = _as_picture(frames[end - length + length // 2][key])
+            repeated = _repeated(frames, key)
+        rate = None if span is None else video_rate(span.path)
+        return CameraFacts(key, tuple(feature.get("shape") or ()), kind, rate, repeated, found)
+
+
+def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
+    """The frames in the fastest motion that show the image before once more, and their number."""
+    motion = np.abs(np.diff(frames.columns[lerobot.STATE], axis=0))  # [F - 1, s]
+    moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1) * _same_episode(frames)
+    fastest = [i for i in np.argsort(-moved, kind="stable")[:_PAIRS].tolist() if moved[i] > 0]
+    changes = [np.abs(frames[i][key].astype(np.float64) - frames[i + 1][key]).mean() for i in fastest]
+    return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
+
+
+def _dimensions(dataset: LeRobotDataset, column: str) -> tuple[Dimension, ...]:
+    values = dataset.columns[column]  # [F, d]
+    names = names_of(dataset, column)
+    low, q01, q99, high = (np.quantile(values, q, axis=0) for q in (0, 0.01, 0.99, 1))
+    units = guess_units(names, low, high)
+    commands: Sequence[Guess | None] = [None] * len(names)
+    if column == lerobot.ACTION:
+        commands = guesses = list(_commands(dataset, names))
+        units = [unit_of_action(unit, command) for unit, command in zip(units, guesses, strict=True)]
+    ranges = (values.tolist() for values in (low, q01, q99, high))
+    return tuple(Dimension(*row) for row in zip(names, *ranges, units, commands, strict=True))
+
+
+def _commands(dataset: LeRobotDataset, names: Sequence[str]) -> Iterator[Guess]:
+    state, action = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]
+    state_names = names_of(dataset, lerobot.STATE)
+    inside = np.flatnonzero(_same_episode(dataset))
+    for i, name in enumerate(names):
+        same = state_names.index(name) if name in state_names else i if len(names) == len(state_names) else None
+        if same is None:
+            yield Guess("", "the state has no dimension of this name", False)
+        else:
+            yield guess_command(action[:, i], state[:, same], inside, dataset.fps)
+
+
+def names_of(dataset: LeRobotDataset, column: str) -> tuple[str, ...]:
+    """The dimensions' names of state or action; numbered ones where the dataset has none."""
+    names = dataset.state_names if column == lerobot.STATE else dataset.action_names
+    return names or tuple(f"{column.removeprefix('observation.')}_{i}" for i in range(dataset.columns[column].shape[1]))
+
+
+def _same_episode(dataset: LeRobotDataset) -> Bool[np.ndarray, " n"]:
+    """True for each frame whose next one belongs to the same episode."""
+    return np.diff(dataset.columns["episode_index"]) == 0
+
+
+def _jumps(dataset: LeRobotDataset, *columns: Sequence[Dimension]) -> Iterator[Jump]:
+    inside = _same_episode(dataset)
+    for column, dimensions in zip((lerobot.STATE, lerobot.ACTION), columns, strict=True):
+        for i, dimension in enumerate(dimensions):
+            values = dataset.columns[column][:, i].astype(np.float64)
+            change = np.abs(np.diff(values)) * inside
+            limit = max(_JUMP_OF_RANGE * (dimension.q99 - dimension.q01), _JUMP_OF_USUAL * np.quantile(change, 0.9))
+            if len(np.unique(values)) <= 8:  # a gripper that is open or closed
+                continue
+            for frame in np.flatnonzero(change > limit).tolist():
+                place = int(dataset.columns["episode_index"][frame + 1]), int(dataset.columns["frame_index"][frame + 1])
+                yield Jump(f"{column} {dimension.name}", *place, float(values[frame]), float(values[frame + 1]))
+
+
+def _clock_fps(dataset: LeRobotDataset) -> float | None:
+    """Frames per second by the timestamps."""
+    steps = np.diff(dataset.columns["timestamp"].astype(np.float64).ravel())[_same_episode(dataset)]
+    step = float(np.median(steps)) if len(steps) else 0.0
+    return 1 / step if step > 0 else None
+
+
+def _as_picture(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+    """A camera's frame as RGB: depths in grey, near to far."""
+    if image.dtype == np.uint8:
+        return image
+    near, far = np.nanquantile(image, [0.02, 0.98])
+    grey = np.clip((image - near) / max(far - near, 1e-9), 0, 1) * 255
+    return np.repeat(np.nan_to_num(grey).astype(np.uint8).reshape(*image.shape[:2], 1), 3, axis=2)
+
+
+def _problems(
+    metadata: Metadata, dataset: LeRobotDataset, cameras: Sequence[CameraFacts], jumps: Sequence[Jump], idle: float
+) -> Iterator[Problem]:
+    for camera in cameras:
+        repeated, looked_at = camera.repeated
+        if repeated > looked_at / 3:
+            yield Problem(
+                camera.key,
+                f"{repeated} of {looked_at} frames in motion show the image before once more: the camera was slower "
+                f"than {dataset.fps:g} frames per second, or hung. Record at its rate, or give the dataset a lower "
+                "one: torchpi data resample.",
+            )
+    for column, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names)):
+        if names is None:
+            yield Problem(column, "Its dimensions have no names in meta/info.json; joints can't be told apart by them.")
+        values = dataset.columns[column]
+        still = [
+            name for name, moves in zip(names_of(dataset, column), np.ptp(values, axis=0) > 0, strict=True) if not moves
+        ]
+        if still:
+            yield Problem(
+                column, f"{', '.join(still)} never change. Leave them out, or see docs/fine_tune.md on ranges."
+            )
+    for name, count in Counter(jump.dimension for jump in jumps).items():
+        yield Problem(name, _jumps_text(next(jump for jump in jumps if jump.dimension == name), count))
+    lengths = {episode.index: episode.length for episode in metadata.episodes}
+    median = float(np.median(list(lengths.values())))
+    if short := [index for index, length in lengths.items() if length < max(0.2 * median, 0.5 * dataset.fps)]:
+        listed = ", ".join(map(str, short[:_REASONS]))
+        yield Problem(
+            "episodes",
+            f"{listed} are shorter than half a second, or than a fifth of the others ({median:.0f} frames); "
+            "failed attempts? Leave them out (--select), or torchpi data delete.",
+        )
+    if idle > _MUCH_IDLE:
+        yield Problem(
+            "idle frames", f"In {idle:.0%} of the frames nothing moves; torchpi train --skip-idle leaves them out."
+        )
+
+
+def _jumps_text(first: Jump, count: int) -> str:
+    change = abs(first.after - first.before)
+    is_turn = any(abs(change / turn - 1) < 0.05 for turn in (2 * math.pi, 360))
+    advice = (
+        "That is a whole turn of an angle: unwrap it (numpy.unwrap) before training."
+        if is_turn
+        else "A misreading, or lost frames? Leave the episode out (--select), or torchpi data delete."
+    )
+    return (
+        f"{count} sudden changes, the first one from {first.before:.4g} to {first.after:.4g} in frame {first.frame} of "
+        f"episode {first.episode}. {advice}"
+    )

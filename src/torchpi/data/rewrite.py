@@ -1,0 +1,324 @@
+"""Episodes of datasets, written into a new one in format v3.0.
+
+Videos are copied; an episode's is encoded anew only where it can't be decoded without its neighbours, or where frames
+are left out.
+"""
+
+import dataclasses
+import itertools
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from torchpi.data import format as lerobot
+from torchpi.data.columns import rows_of_episodes, to_numpy
+from torchpi.data.files import is_hidden, open_parquet, read_json_lines
+from torchpi.data.images import file_inside
+from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows
+from torchpi.data.metadata_writer import SavedEpisode, new_info
+from torchpi.data.recording import Recording, write_parquet
+from torchpi.data.video import VideoPool, default_encoder, encode_video
+from torchpi.data.video_copy import codec_of, cut_video
+from torchpi.errors import DatasetError
+from torchpi.extras import require
+from torchpi.robots.keys import flatten
+from torchpi.robots.parts import COMMANDS
+
+_FILE_MB = 100, 200
+"""LeRobot's limits of data files and videos, for datasets that state none."""
+_EPISODES_STATS = "meta/episodes_stats.jsonl"
+_WRITTEN_FILES = {lerobot.INFO, lerobot.STATS, lerobot.TASKS_PARQUET, lerobot.TASKS_JSONL, lerobot.EPISODES_JSONL}
+_WRITTEN_FILES |= {_EPISODES_STATS}
+"""Files of meta that are written anew, of all formats."""
+_WRITTEN_COLUMNS = re.compile("episode_index|tasks|length|dataset_(from|to)_index|(data|videos|stats|meta)/.*")
+"""Columns of the list of episodes that are written anew."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of episodes that are written, and of all."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Show nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Edited:
+    """A new dataset."""
+
+    path: str
+    episodes: int
+    frames: int
+    videos_copied: int
+    """Videos, of one episode and camera each, that were copied."""
+    videos_encoded: int
+    """Those that were encoded anew."""
+    notes: tuple[str, ...]
+    """Parts of the old datasets that the new one has not."""
+
+
+class Piece(NamedTuple):
+    """An episode of a dataset."""
+
+    source: Metadata
+    episode: Episode
+    row: Mapping[str, Any]
+    """Its row in the list of episodes, statistics included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Resampling:
+    """A lower rate, or the same: the frames that are kept, and what becomes of the actions of the others."""
+
+    old_fps: float | int
+    fps: float | int
+    commands: tuple[str, ...] = ()
+    """Of each dimension of the action; for another rate."""
+
+    @property
+    def keeps_all(self) -> bool:
+        """True for the same rate."""
+        return self.fps == self.old_fps
+
+    def check(self, num_dims: int) -> None:
+        """Raise a ValueError about a rate or commands that don't fit the dataset."""
+        if len(self.commands) != num_dims or not set(self.commands) <= set(COMMANDS):
+            raise DatasetError(
+                f"The commands are {', '.join(self.commands)}; expected one of {', '.join(COMMANDS)} for each of the "
+                f"{num_dims} dimensions of the action."
+            )
+        if not 0 < self.fps < self.old_fps:
+            raise DatasetError(
+                f"The dataset has {self.old_fps:g} frames per second, and {self.fps:g} were asked for; expected fewer: "
+                "frames that were not recorded can't be made."
+            )
+
+    def frames(self, length: int) -> Int[np.ndarray, " T"]:
+        """The frames of an episode that are nearest to the times of the new rate."""
+        count = int((length - 1) * self.fps / self.old_fps + 1e-6) + 1
+        return np.rint(np.arange(count) * self.old_fps / self.fps).astype(int)
+
+    def actions(self, actions: Float[np.ndarray, "F a"], frames: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T a"]:
+        """The actions of these frames; increments with those of the frames that are left out behind them."""
+        summed = np.add.reduceat(actions.astype(np.float64), frames, axis=0)
+        return np.where([command == "increment" for command in self.commands], summed, actions[frames])
+
+
+def pieces_of(path: str | Path, source: Metadata, indices: Sequence[int] | None = None) -> list[Piece]:
+    """Episodes of a dataset, by default all; of an address, their files are downloaded."""
+    wanted = {episode.index for episode in source.episodes} if indices is None else set(indices)
+    episodes = [episode for episode in source.episodes if episode.index in wanted]
+    download_frames(path, source.root, episodes, source.info.videos)
+    rows = _rows_with_stats(source)
+    return [Piece(source, episode, rows.get(episode.index, {})) for episode in episodes]
+
+
+def write_pieces(
+    folder: Path,
+    pieces: Sequence[Piece],
+    *,
+    shown_as: Path,
+    robot_type: str | None = None,
+    resampling: Resampling | None = None,
+    progress: Progress = no_progress,
+) -> Edited:
+    """Write episodes of datasets that are alike into a new or empty folder.
+
+    Args:
+        shown_as: the path of the folder in the result.
+        robot_type: by default the first dataset's.
+        resampling: by default none.
+    """
+    info = pieces[0].source.info
+    resampling = resampling or Resampling(info.fps, info.fps)
+    info = _v3(dataclasses.replace(info, fps=resampling.fps, robot_type=robot_type or info.robot_type))
+    recording, notes = Recording.create(folder, info), dict[str, None]()
+    numbers: dict[str, int] = {}
+    encoded = 0
+    try:
+        for done, (piece, table) in enumerate(_tables(pieces, info, notes), start=1):
+            encoded += _add(recording, piece, table, numbers, resampling)
+            progress(done, len(pieces))
+        recording.finish(recoverable=False)
+    except BaseException:
+        recording.abandon()
+        raise
+    _copy_other_files(folder, list({piece.source.root: None for piece in pieces}), notes)
+    copied = len(pieces) * len(info.videos) - encoded
+    return Edited(str(shown_as), len(pieces), recording.num_frames, copied, encoded, tuple(notes))
+
+
+def _rows_with_stats(source: Metadata) -> dict[int, dict[str, Any]]:
+    """The list of episodes with all of its columns, by episode_index."""
+    found: dict[int, dict[str, Any]] = {}
+    for _, row in episode_rows(source.root, source.info, stats=True):
+        found[int(row["episode_index"])] = row
+    if (path := source.root / _EPISODES_STATS).is_file():
+        for row in read_json_lines(path):
+            found.setdefault(int(row["episode_index"]), {}).update(flatten(row, "/"))
+    return found
+
+
+def _v3(info: Info) -> Info:
+    """The same settings in format v3.0."""
+    bookkeeping = {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in lerobot.BOOKKEEPING.items()}
+    return new_info(
+        fps=info.fps,
+        features={**info.features, **bookkeeping},
+        robot_type=info.robot_type,
+        data_file_mb=info.data_files_size_in_mb or _FILE_MB[0],
+        video_file_mb=info.video_files_size_in_mb or _FILE_MB[1],
+    )
+
+
+def _tables(pieces: Sequence[Piece], info: Info, notes: dict[str, None]) -> Iterator[tuple[Piece, Any]]:
+    """The rows of each episode, all with the same columns."""
+    pa = require("pyarrow", "data")
+    names = [name for name in info.features if name not in info.videos]
+    schema: Any = None
+    for (root, path), group in itertools.groupby(
+        pieces, key=lambda piece: (piece.source.root, piece.episode.data_file)
+    ):
+        with open_parquet(path) as file:
+            table = file.read()
+        runs = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
+        if others := sorted(set(table.column_names) - set(names)):
+            notes[f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}"] = None
+        table = table.select([name for name in names if name in table.column_names])
+        for camera in info.cameras:
+            table = table if camera in info.videos else _with_images(table, camera, root, path)
+        schema = schema or table.schema
+        try:
+            table = table.select(schema.names).cast(schema)
+        except (KeyError, pa.ArrowInvalid, ValueError) as error:
+            raise DatasetError(
+                f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
+            ) from error
+        for piece in group:
+            rows = runs.get(piece.episode.index, slice(0, 0))
+            if rows.stop - rows.start != piece.episode.length:
+                raise DatasetError(
+                    f"{path}: episode {piece.episode.index} has {rows.stop - rows.start} frames; expected "
+                    f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
+                )
+            yield piece, table.slice(rows.start, piece.episode.length)
+
+
+def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
+    """The table with a camera's images in it, also those that it has names of files for."""
+    pa = require("pyarrow", "data")
+    images, kind = table.column(camera), table.schema.field(camera).type
+    if pa.types.is_struct(kind) and "bytes" in kind.names and not images.combine_chunks().field("bytes").null_count:
+        return table
+    rows: list[dict[str, Any]] = [
+        {"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist()
+    ]
+    for number, row in enumerate(rows):
+        if row.get("bytes") is None:
+            row["bytes"] = file_inside(root, row["path"], f"{path}, row {number}").read_bytes()
+    return _with_column(table, camera, pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+
+
+def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int], resampling: Resampling) -> int:
+    """Save an episode; the number of its videos that had to be encoded.
+
+    Args:
+        numbers: the task_index of each instruction so far; new ones are added.
+    """
+    texts = _instructions(piece, table)
+    tasks = tuple(dict.fromkeys((*texts, *piece.episode.tasks)))
+    for text in tasks:
+        numbers.setdefault(text, len(numbers))
+    frames = resampling.frames(len(table))
+    seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
+    new: dict[str, np.ndarray] = {
+        "timestamp": seconds - seconds[0] if resampling.keeps_all else np.arange(len(frames)) / resampling.fps,
+        "frame_index": np.arange(len(frames)),
+        "episode_index": np.full(len(frames), len(recording.episodes)),
+        "index": recording.num_frames + np.arange(len(frames)),
+        "task_index": np.array([numbers[text] for text in texts])[frames],
+    }
+    columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
+    stats = {key: _stated_stats(piece.row, key) for key in recording.info.cameras}
+    codecs: dict[str, str] = {}
+    encoded = 0
+    with recording.saving(SavedEpisode(len(frames), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
+        rows = _resampled(table, frames, resampling)
+        for name, dtype in lerobot.BOOKKEEPING.items():
+            rows = _with_column(rows, name, require("pyarrow", "data").array(new[name].astype(dtype)))
+        with write_parquet(files["data"], rows.schema) as file:
+            file.write_table(rows)
+        for camera in recording.info.videos:
+            encoded += not _write_video(files[camera], piece, camera, frames, resampling)
+            codecs[camera] = codec_of(files[camera])
+    return encoded
+
+
+def _instructions(piece: Piece, table: Any) -> list[str]:
+    """The instruction of each frame."""
+    indices = to_numpy(table.column("task_index")).ravel()
+    if missing := {index for index in indices.tolist() if not isinstance(piece.source.tasks.get(index), str)}:
+        raise DatasetError(
+            f"Episode {piece.episode.index} of {piece.source.root} has the task_index {min(missing)}, for which "
+            f"{piece.source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
+        )
+    return [piece.source.tasks[int(index)] for index in indices]
+
+
+def _stated_stats(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A camera's statistics, as the list of episodes has them."""
+    prefix = f"stats/{key}/"
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
+
+
+def _resampled(table: Any, frames: np.ndarray, resampling: Resampling) -> Any:
+    if resampling.keeps_all:
+        return table
+    actions = to_numpy(table.column(lerobot.ACTION))
+    new = resampling.actions(actions.reshape(len(table), -1), frames).reshape(-1, *actions.shape[1:])
+    array = require("pyarrow", "data").array(new.tolist(), table.schema.field(lerobot.ACTION).type)
+    return _with_column(table.take(frames), lerobot.ACTION, array)
+
+
+def _with_column(table: Any, name: str, array: Any) -> Any:
+    place = table.schema.get_field_index(name)
+    return table.append_column(name, array) if place < 0 else table.set_column(place, name, array)
+
+
+def _write_video(path: Path, piece: Piece, camera: str, frames: np.ndarray, resampling: Resampling) -> bool:
+    """Write an episode's video; True if it could be copied."""
+    index, fps, length = piece.episode.index, resampling.old_fps, piece.episode.length
+    if camera in piece.episode.unencoded:
+        raise DatasetError(
+            f"{camera} of episode {index} has no video: {piece.episode.unencoded[camera]} Leave the episode out "
+            "(torchpi data delete)."
+        )
+    span = piece.episode.videos[camera]
+    if resampling.keeps_all and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=fps):
+        return True
+    feature = piece.source.info.features[camera]
+    if feature.get("info", {}).get("is_depth_map"):
+        raise DatasetError(
+            f"{camera} of episode {index} is a depth video that would have to be encoded anew, which "
+            "would change its depths; it can be copied only where it begins with a keyframe, at the same rate."
+        )
+    pool = VideoPool(limit=1)
+    images = (pool.read(span.path, span.from_timestamp + frame / fps, 0.25 / fps) for frame in frames.tolist())
+    encode_video(path, images, fps=resampling.fps, encoder=default_encoder())
+    return False
+
+
+def _copy_other_files(folder: Path, roots: Sequence[Path], notes: dict[str, None]) -> None:
+    """Copy the files of meta that LeRobot's format doesn't have, if they are the same in all datasets."""
+    files = [file for root in roots for file in (root / "meta").iterdir() if file.is_file()]
+    names = {f"meta/{file.name}" for file in files if not is_hidden(Path(file.name))}
+    for name in sorted(names - _WRITTEN_FILES):
+        contents = {(root / name).read_bytes() if (root / name).is_file() else None for root in roots}
+        if len(contents) == 1:
+            shutil.copy(roots[0] / name, folder / name)
+        else:
+            notes[f"{name}: differs between the datasets"] = None

@@ -1,0 +1,246 @@
+"""`torchpi data merge | split | delete | resample`: the right frames with the right numbers, whole or not at all."""
+
+import errno
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dataset_helpers import (
+    CAMERA,
+    NAMES,
+    change_info,
+    change_rows,
+    copied,
+    encode_without_keyframes,
+    number_in,
+    numbered_set,
+    numbers_of,
+)
+
+from torchpi import cli
+from torchpi.data import LeRobotDataset, recording, rewrite
+from torchpi.data.edit import delete_episodes, merge_datasets, resample_dataset, split_dataset
+from torchpi.data.metadata import open_metadata
+from torchpi.data.metadata_writer import merged_stats
+
+NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch):
+    monkeypatch.setattr(recording.os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    """Episodes of 5, 3 and 4 frames, as video."""
+    return numbered_set(tmp_path_factory.mktemp("sets") / "videos")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return numbered_set(tmp_path_factory.mktemp("sets") / "images", video=False)
+
+
+def ramp(episode, frames):
+    return [1000 * episode + t for t in frames]
+
+
+def test_merged_sets_follow_each_other(videos, tmp_path):
+    other = numbered_set(tmp_path / "other", (2, 6), first=7, tasks=["open it", "push it"])
+    result = merge_datasets([videos, other], tmp_path / "new")
+    assert (result.episodes, result.frames, result.videos_copied, result.videos_encoded) == (5, 20, 5, 0)
+    assert numbers_of(tmp_path / "new") == [ramp(e, range(n)) for e, n in ((0, 5), (1, 3), (2, 4), (7, 2), (8, 6))]
+    metadata = open_metadata(tmp_path / "new")
+    assert list(metadata.tasks.values()) == ["push it", "lift it", "open it"]
+    assert [episode.tasks for episode in metadata.episodes] == [
+        (task,) for task in ("push it", "lift it", "push it", "open it", "push it")
+    ]
+    assert metadata.info.robot_type == "my_arm"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_statistics_of_a_merged_set(videos, tmp_path):
+    other = numbered_set(tmp_path / "other", (2,), first=7)
+    merge_datasets([videos, other], tmp_path / "new")
+    stats = json.loads((tmp_path / "new/meta/stats.json").read_text())
+    states = LeRobotDataset(tmp_path / "new", action_horizon=1, cameras=()).columns["observation.state"]
+    assert np.allclose(stats["observation.state"]["mean"], states.mean(axis=0))
+    assert np.allclose(stats["observation.state"]["q99"], np.quantile(states, 0.99, axis=0))
+    parts = [json.loads((path / "meta/stats.json").read_text())[CAMERA] for path in (videos, other)]
+    mean = (12 * np.array(parts[0]["mean"]) + 2 * np.array(parts[1]["mean"])) / 14
+    assert np.allclose(stats[CAMERA]["mean"], mean)
+    assert stats[CAMERA]["count"] == [14]
+
+
+def test_statistics_of_parts_are_those_of_all():
+    values = np.random.default_rng(0).normal(size=(30, 3, 1, 1))
+
+    def of(part):
+        found = {"min": part.min(0), "max": part.max(0), "mean": part.mean(0), "std": part.std(0)}
+        return {name: array.tolist() for name, array in found.items()} | {"count": [len(part)]}
+
+    merged, expected = merged_stats([of(values[:7]), of(values[7:])]), of(values)
+    assert all(np.allclose(merged[name], expected[name]) for name in expected)
+    assert merged_stats([of(values), {}]) == {}
+
+
+def test_deleted_episodes_are_gone_and_the_others_renumbered(images, tmp_path):
+    delete_episodes(images, tmp_path / "new", "1")
+    assert numbers_of(tmp_path / "new") == [ramp(0, range(5)), ramp(2, range(4))]
+    assert numbers_of(images) == [ramp(0, range(5)), ramp(1, range(3)), ramp(2, range(4))]
+
+
+def test_split_by_expression_and_by_fraction(videos, tmp_path):
+    results = split_dataset(videos, tmp_path / "parts", {"lift": "task:lift*", "push": "task:push*"})
+    assert [(result.path, result.episodes) for result in results] == [
+        (str(tmp_path / "parts" / name), count) for name, count in (("lift", 1), ("push", 2))
+    ]
+    assert numbers_of(tmp_path / "parts/push") == [ramp(0, range(5)), ramp(2, range(4))]
+    split_dataset(videos, tmp_path / "fractions", {"train": "0.67", "val": ".33"})
+    assert len(numbers_of(tmp_path / "fractions/train")) == 2
+    assert numbers_of(tmp_path / "fractions/val") == [ramp(2, range(4))]
+
+
+@pytest.mark.parametrize("is_video", [True, False])
+def test_resampled_frames_are_the_nearest_and_increments_are_summed(is_video, videos, images, tmp_path):
+    source = videos if is_video else images
+    resample_dataset(source, tmp_path / "new", 4, commands=["position", "position", "increment"])
+    dataset = LeRobotDataset(tmp_path / "new", action_horizon=1)
+    # 10 Hz to 4 Hz: times 0, 0.25 of 0 to 0.4 s: frames 0, 2 (2.5 is nearest to both; the even one)
+    assert dataset.fps == 4
+    assert dataset.columns["observation.state"][:, 0].tolist() == [0, 2, 1000, 2000, 2002]
+    assert np.allclose(dataset.columns["timestamp"], [0, 0.25, 0, 0, 0.25])
+    actions = dataset.columns["action"]
+    assert actions[:, 0].tolist() == [0, 2, 1000, 2000, 2002]
+    assert actions[:, 2].tolist() == [0 + 1, 2 + 3 + 4, 3003, 2000 + 2001, 2002 + 2003]
+    assert [number_in(dataset[i][CAMERA]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
+
+
+def test_an_episode_without_its_own_keyframe_is_encoded_anew(videos, tmp_path):
+    source = copied(videos, tmp_path / "source")
+    encode_without_keyframes(source)
+    result = merge_datasets([videos, source], tmp_path / "new")
+    assert (result.videos_copied, result.videos_encoded) == (3 + 1, 2)  # the first episode of a file has a keyframe
+    episodes = [ramp(0, range(5)), ramp(1, range(3)), ramp(2, range(4))]
+    assert numbers_of(tmp_path / "new") == episodes * 2
+    assert len(list((tmp_path / "new/videos").rglob("*.mp4"))) > 1  # different codecs are not in one file
+
+
+def test_older_formats_become_v3(golden_root, tmp_path):
+    source = golden_root / "datasets/lerobot_v21"
+    result = merge_datasets([source], tmp_path / "new")
+    assert result.videos_encoded == 0
+    old, new = (LeRobotDataset(path, action_horizon=4) for path in (source, tmp_path / "new"))
+    assert open_metadata(tmp_path / "new").info.is_v3
+    for i in (0, len(old) - 1):
+        assert old[i].keys() == new[i].keys()
+        assert all(np.array_equal(old[i][key], new[i][key]) for key in old[i])
+
+
+def test_clock_that_begins_later_begins_at_zero(videos, tmp_path):
+    source = copied(videos, tmp_path / "source")
+    (file,) = source.glob("data/*/*.parquet")
+    place = pq.read_schema(file).get_field_index("timestamp")
+    change_rows(file, lambda t: t.set_column(place, "timestamp", pa.compute.add(t["timestamp"].cast("double"), 1e9)))
+    delete_episodes(source, tmp_path / "new", "0")
+    assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
+
+
+def test_what_others_added_is_kept(videos, tmp_path):
+    source = copied(videos, tmp_path / "source")
+    (source / "meta/modality.json").write_text("{}")
+    (file,) = source.glob("meta/episodes/*/*.parquet")
+    change_rows(file, lambda table: table.append_column("operator", pa.array(["ann", "bob", "cy"])))
+    (file,) = source.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.append_column("note", pa.array(["x"] * len(table))))
+    change_info(source, features={**open_metadata(source).info.features, "note": {"dtype": "string", "shape": [1]}})
+    result = delete_episodes(source, tmp_path / "new", "1")
+    assert result.notes == ()
+    (file,) = (tmp_path / "new").glob("meta/episodes/*/*.parquet")
+    assert pq.read_table(file)["operator"].to_pylist() == ["ann", "cy"]
+    (file,) = (tmp_path / "new").glob("data/*/*.parquet")
+    assert pq.read_table(file)["note"].to_pylist() == ["x"] * 9
+    assert (tmp_path / "new/meta/modality.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"fps": 20}, "fps is 10 there and 20 here"),
+        ({"robot_type": "other"}, "robot_type is my_arm there and other here"),
+        ({"names": [*NAMES[::-1]]}, "the order of dimensions of action is shoulder, elbow, gripper there and gripper,"),
+        ({"names": NAMES[:2]}, r"the shape of observation.state is \[3\] there and \[2\] here"),
+        ({"video": False}, "the dtype of observation.images.front is video there and image here"),
+    ],
+)
+def test_different_sets_are_not_merged(arguments, message, videos, tmp_path):
+    other = numbered_set(tmp_path / "other", (2,), **arguments)
+    with pytest.raises(ValueError, match=message):
+        merge_datasets([videos, other], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_robot_type_may_be_stated(images, tmp_path):
+    other = numbered_set(tmp_path / "other", (2,), video=False, robot_type="other")
+    merge_datasets([images, other], tmp_path / "new", robot_type="arm")
+    assert open_metadata(tmp_path / "new").info.robot_type == "arm"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda path, out: delete_episodes(path, out, ":"), "are all 3 episodes"),
+        (lambda path, out: delete_episodes(path, out, "7"), "the episodes are 0 to 2"),
+        (lambda path, out: merge_datasets([path, path], out), "merged with itself"),
+        (lambda path, out: merge_datasets([path, "nowhere"], out), "no folder nowhere"),
+        (lambda path, out: split_dataset(path, out, {"a": "0:2", "b": "1:"}), "episodes 1 are in two parts"),
+        (lambda path, out: split_dataset(path, out, {"a": "0.9", "b": "0.9"}), "more than there are"),
+        (lambda path, out: split_dataset(path, out, {"../a": "0:2"}), "expected the name of a folder"),
+        (lambda path, out: resample_dataset(path, out, 20, commands="position"), "expected fewer"),
+        (lambda path, out: resample_dataset(path, out, 5, commands=["position"]), "each of the 3 dimensions"),
+    ],
+)
+def test_an_edit_that_can_not_be(edit, message, images, tmp_path):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        edit(images, tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_left_alone(images, tmp_path):
+    (tmp_path / "new").mkdir()
+    with pytest.raises(ValueError, match="exists already"):
+        delete_episodes(images, tmp_path / "new", "1")
+
+
+@pytest.mark.parametrize("place", ["write_parquet", "_copy_other_files"])
+def test_a_full_disk_leaves_nothing(place, images, tmp_path, monkeypatch):
+    def full(*_):
+        raise NO_SPACE
+
+    monkeypatch.setattr(rewrite, place, full)
+    with pytest.raises(OSError, match="No space left"):
+        merge_datasets([images], tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_episode_can_be_deleted(videos, tmp_path):
+    source = copied(videos, tmp_path / "source")
+    (file,) = source.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.slice(1))  # the first frame of episode 0 is missing
+    with pytest.raises(ValueError, match=r"episode 0 has 4 frames; expected 5.*torchpi data delete"):
+        merge_datasets([source], tmp_path / "new")
+    delete_episodes(source, tmp_path / "new", "0")
+    assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
+
+
+def test_command_prints_one_document(images, tmp_path, capsys):
+    cli.main(["data", "split", str(images), "--parts", "a=0", "b=1:", "--out", str(tmp_path / "new"), "--json"])
+    assert [result["episodes"] for result in json.loads(capsys.readouterr().out)] == [1, 2]
+    cli.main(["data", "delete", str(images), "--select", "0", "--out", str(tmp_path / "other")])
+    assert "2 episodes, 7 frames" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["data", "resample", str(images), "--fps", "5", "--out", str(tmp_path / "third")])
+    assert "give --command, or --embodiment" in capsys.readouterr().err

@@ -1,0 +1,255 @@
+"""`torchpi data inspect` and `draft`: what is wrong with a dataset is found, and a robot is described from it."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from dataset_helpers import CAMERA, change_info, change_rows, copied, numbered_set, picture
+
+from torchpi import cli
+from torchpi.data import LeRobotWriter
+from torchpi.data.draft import draft_embodiment, questions_of
+from torchpi.data.guesses import guess_command, guess_units
+from torchpi.data.inspect import inspect_dataset
+from torchpi.inspect.dataset import render_dataset_page
+from torchpi.robots import get_embodiment
+
+JOINTS = ["shoulder_pan.pos", "elbow_flex.pos", "gripper.pos"]
+RNG = np.random.default_rng(0)
+
+
+def smooth(length, low, high, seed=0):
+    """A movement from low to high and back, a little different for each seed."""
+    phase = np.linspace(0, 2 * np.pi, length) + 0.3 * seed
+    return low + (high - low) * (0.5 - 0.5 * np.cos(phase))
+
+
+def arm_set(path, *, ranges=((-90, 80), (-40, 95), (0, 100)), episodes=3, length=60, change=None, **arguments):
+    """A set of an arm that is told its next position; `change(e, state, action, images)` before it is written."""
+    options = {"fps": 20, "cameras": {"front": (32, 48, 3), "right_wrist": (32, 48, 3)}, "robot_type": "so101"}
+    options |= {"state_names": JOINTS, "action_names": JOINTS}
+    with LeRobotWriter(path, **options | arguments) as writer:
+        for e in range(episodes):
+            track = np.stack([smooth(length + 1, *limits, seed=e) for limits in ranges], axis=1).astype(np.float32)
+            state, action = track[:-1].copy(), track[1:].copy()
+            images = [picture(t) for t in range(length)]
+            if change is not None:
+                change(e, state, action, images)
+            frames = {"observation.state": state, "action": action}
+            writer.add_episode(
+                {**frames, CAMERA: images, "observation.images.right_wrist": images}, ["pick it", "put it"][e % 2]
+            )
+    return path
+
+
+@pytest.fixture(scope="module")
+def arm(tmp_path_factory):
+    return arm_set(tmp_path_factory.mktemp("sets") / "arm")
+
+
+def problems_of(path):
+    return {problem.subject: problem.text for problem in inspect_dataset(path, pictures=2).problems}
+
+
+def test_facts_of_a_set(arm):
+    found = inspect_dataset(arm, pictures=3)
+    assert (found.version, found.robot_type, found.fps, found.lengths) == ("v3.0", "so101", 20, (60, 60, 60))
+    assert found.tasks == {"pick it": 2, "put it": 1}
+    assert found.clock_fps == pytest.approx(20, rel=1e-4)
+    assert [camera.key for camera in found.cameras] == [CAMERA, "observation.images.right_wrist"]
+    pictures = found.cameras[0].pictures
+    assert [np.array_equal(image, picture(30)) for image in pictures.values()] == [True] * 3
+    assert list(pictures) == [f"episode {e}, frame 30" for e in range(3)]
+    assert [dim.unit.value for dim in found.state] == ["deg", "deg", "opening, 0 to 100"]
+    assert [dim.command.value for dim in found.actions] == ["position"] * 3
+    assert (found.state[0].low, found.state[0].high) == pytest.approx((-90, 80), abs=0.5)
+    assert found.problems == ()
+    assert found.jumps == ()
+
+
+def test_jumps_have_episode_and_frame(tmp_path):
+    def change(e, state, action, images):
+        if e == 1:
+            state[33, 0] = -60  # a single misreading
+
+    found = inspect_dataset(arm_set(tmp_path / "set", change=change))
+    assert {(jump.dimension, jump.episode, jump.frame) for jump in found.jumps} == {
+        ("observation.state shoulder_pan.pos", 1, 33),
+        ("observation.state shoulder_pan.pos", 1, 34),
+    }
+    assert "2 sudden changes" in problems_of(tmp_path / "set")["observation.state shoulder_pan.pos"]
+
+
+def test_an_angle_that_wraps_is_named(tmp_path):
+    def change(e, state, action, images):
+        for values in (state, action):
+            values[:, 0] = (np.linspace(170, 190, len(values)) + 180) % 360 - 180
+
+    text = problems_of(arm_set(tmp_path / "set", change=change))["observation.state shoulder_pan.pos"]
+    assert "whole turn" in text
+    assert "unwrap" in text
+
+
+def test_gripper_that_is_open_or_closed_does_not_jump(tmp_path):
+    def change(e, state, action, images):
+        action[:, 2] = 100 * (np.arange(len(action)) // 20 % 2)
+
+    assert inspect_dataset(arm_set(tmp_path / "set", change=change)).jumps == ()
+
+
+def test_camera_at_half_the_rate_is_found(tmp_path):
+    def change(e, state, action, images):
+        images[1::2] = images[::2]
+
+    assert "slower than 20 frames per second" in problems_of(arm_set(tmp_path / "set", change=change))[CAMERA]
+
+
+def test_rest_constants_and_short_episodes_are_found(tmp_path):
+    def change(e, state, action, images):
+        state[:, 1], action[:, 1] = 5, 5
+        state[20:], action[20:] = state[20], state[20]
+
+    path = arm_set(tmp_path / "set", change=change)
+    found = problems_of(path)
+    assert "elbow_flex.pos never change" in found["observation.state"]
+    assert "--skip-idle" in found["idle frames"]
+    short = numbered_set(tmp_path / "short", (40, 40, 3), video=False)
+    assert problems_of(short)["episodes"].startswith("2 are shorter")
+
+
+def test_unreadable_episodes_do_not_hide_the_others(arm, tmp_path):
+    path = copied(arm, tmp_path / "set")
+    (file,) = path.glob("data/*/*.parquet")
+
+    def damage(table):
+        state = np.array(table["observation.state"].to_pylist(), np.float32)
+        state[70] = np.nan
+        place = table.schema.get_field_index("observation.state")
+        return table.set_column(place, "observation.state", pa.array(state.tolist(), table.schema.field(place).type))
+
+    change_rows(file, damage)
+    found = inspect_dataset(path)
+    (problem,) = found.problems
+    assert problem.subject == "episode 1"
+    assert "NaN or infinite in frame 10" in problem.text
+    assert found.dataset.episode_indices == (0, 2)
+    assert len(found.cameras[0].pictures) == 2
+
+
+def test_wrong_clock_is_a_problem_and_not_the_end(arm, tmp_path):
+    path = copied(arm, tmp_path / "set")
+    change_info(path, fps=30)
+    found = inspect_dataset(path)
+    assert [problem.subject for problem in found.problems] == ["clock"]
+    assert found.clock_fps == pytest.approx(20, rel=1e-4)
+    assert len(found.cameras) == 2
+
+
+def test_missing_video_is_a_problem_of_its_camera(tmp_path):
+    path = numbered_set(tmp_path / "set", (20, 20))
+    next(path.glob("videos/*/*/*.mp4")).unlink()
+    found = inspect_dataset(path)
+    assert found.problems[0].subject == CAMERA
+    assert found.cameras == ()
+    assert len(found.state) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "low", "high", "units"),
+    [
+        (["a", "b"], [-3, -1], [3, 1], ["rad", "rad"]),
+        (["a", "b"], [-1, -1], [1, 1], ["rad?", "rad?"]),
+        (["a", "b"], [-100, -2], [100, 2], ["deg?", "deg?"]),
+        (["a", "b"], [-150, -2], [150, 2], ["deg", "deg"]),
+        (["a", "gripper"], [-150, 0], [150, 98], ["deg", "opening, 0 to 100"]),
+        (["a", "gripper"], [-2, 0], [2, 1], ["rad", "opening, 0 to 1?"]),
+        (["a", "finger"], [-2, 0], [2, 0.04], ["rad", "m?"]),
+        (["x", "ee_y", "qw"], [0, 0, -1], [0.5, 0.6, 1], ["m", "m", "quaternion"]),
+        (["joint_vel"], [-1.5], [1.5], ["rad/s?"]),
+        (["a"], [0], [4095], ["?"]),
+    ],
+)
+def test_units_are_guessed_from_names_and_ranges(names, low, high, units):
+    guesses = guess_units(names, np.array(low, np.float64), np.array(high, np.float64))
+    assert [guess.value + "?" * (not guess.certain) for guess in guesses] == units
+    assert all(guess.reason for guess in guesses)
+
+
+@pytest.mark.parametrize(
+    ("command", "of"),
+    [
+        ("position", lambda track: track[1:] + 0.01),
+        ("increment", lambda track: np.diff(track)),
+        ("velocity", lambda track: np.diff(track) * 20),
+        ("", lambda track: np.diff(track) * 130),
+        ("", lambda track: RNG.normal(size=len(track) - 1)),
+        ("", lambda track: np.zeros(len(track) - 1)),
+    ],
+)
+def test_commands_are_guessed_from_what_follows(command, of):
+    track = smooth(200, -1, 1) + smooth(200, 0, 0.3, seed=2) ** 2
+    guess = guess_command(of(track), track[:-1], np.arange(198), 20)
+    assert guess.value == command
+    assert guess.reason
+
+
+def test_page_has_pictures_and_is_complete(arm):
+    page = render_dataset_page(inspect_dataset(arm))
+    assert page.count("data:image/png;base64,") == 2 * 3  # three episodes
+    assert all(text in page for text in (*JOINTS, "pick it", "so101", "Nothing was found"))
+    assert "<script" not in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_commands_print_text_or_one_document(arm, tmp_path, capsys):
+    cli.main(["data", "inspect", str(arm), "--html", str(tmp_path / "page.html"), "--json"])
+    document = json.loads(capsys.readouterr().out)
+    assert (document["episodes"], document["frames"], document["problems"]) == (3, 180, [])
+    assert document["state"][2]["unit"]["value"] == "opening, 0 to 100"
+    cli.main(["data", "inspect", str(arm)])
+    assert "Nothing to look at was found" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main(["data", "inspect", str(tmp_path)])
+    assert "is no LeRobot dataset" in capsys.readouterr().err
+
+
+def test_draft_is_read_as_it_is_and_statistics_work(arm, tmp_path, capsys):
+    file = tmp_path / "my_arm.json"
+    cli.main(["data", "draft", str(arm), "--out", str(file)])
+    assert "question: " in capsys.readouterr().out
+    robot = get_embodiment(file)
+    assert (robot.name, robot.control_hz, robot.execute_steps) == ("my_arm", 20, 10)
+    assert {camera.name: camera.key for camera in robot.cameras} == {
+        "base_0_rgb": "front",
+        "right_wrist_0_rgb": "right_wrist",
+    }
+    assert [action.kind for action in robot.actions] == ["delta", "delta", "absolute"]
+    assert {action.command for action in robot.actions} == {"position"}
+    assert robot.state_names == tuple(JOINTS)
+    assert robot.state_units[0] == "deg"
+    cli.main(["stats", str(arm), "--embodiment", str(file), "--json"])
+    assert json.loads(capsys.readouterr().out)["embodiment"] == "my_arm"
+    with pytest.raises(SystemExit):
+        cli.main(["data", "draft", str(arm), "--out", str(file)])
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_draft_asks_where_the_data_do_not_tell(tmp_path):
+    def change(e, state, action, images):
+        action[:] = 40 * np.diff(np.concatenate([state, state[-1:]]), axis=0)
+
+    found = inspect_dataset(arm_set(tmp_path / "set", change=change, action_names=["a", "b", "c"]))
+    document = draft_embodiment(found, "arm")
+    assert [action["command"] for action in document["actions"]] == [None] * 3
+    assert [action["kind"] for action in document["actions"]] == ["absolute"] * 3
+    assert sum("command unknown" in question for question in questions_of(document)) == 3
+
+
+def test_draft_needs_a_camera(tmp_path):
+    path = numbered_set(tmp_path / "set", video=False)
+    info = json.loads((path / "meta/info.json").read_text())
+    del info["features"][CAMERA]
+    change_info(path, features=info["features"])
+    with pytest.raises(ValueError, match="no camera"):
+        draft_embodiment(inspect_dataset(path), "arm")
