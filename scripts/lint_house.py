@@ -41,7 +41,7 @@ LAYERS: Mapping[str, str] = {
     "engine": "model extras",
     "checkpoints": "engine atomic transforms robots version",
     "transforms": "types schema arrays",
-    "robots": "transforms schema",
+    "robots": "transforms schema assets",
     "policy": "checkpoints robots collate devices",
     "convert": "policy",
     "data": "robots randomness extras assets atomic",

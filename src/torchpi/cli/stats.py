@@ -13,11 +13,9 @@ from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 
 if TYPE_CHECKING:
+    from torchpi.data.fit import ReleasedFit
     from torchpi.data.stats import StatsCoverage
     from torchpi.transforms import NormStats
-
-_EXPECTED = 0.98
-"""The fraction between q01 and q99 of the data that these were computed from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +40,23 @@ class Stats:
     rename: tuple[str, ...] = ()
     """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
     Columns that have to be joined: joint_position+gripper_position=observation.state."""
-    compare: str | None = None
-    """A checkpoint: shows for each of its robots the fraction of the data inside its [q01, q99]."""
+    compare: tuple[str, ...] | None = None
+    """Checkpoints or norm_stats.json files: rank their robots by the fraction of the data inside [q01, q99], with
+    reasons. Without any: rank the robots of the released checkpoints by their descriptions; nothing is downloaded."""
     json: bool = False
     """Print one JSON document."""
     aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
         from torchpi.data import LeRobotDataset, idle_frames, select_episodes
+        from torchpi.data.fit import coverage_with_reasons, released_fits
         from torchpi.data.rename import parse_rename
         from torchpi.data.stats import distributions, stats_coverage
         from torchpi.robots import get_embodiment
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 
         robot, horizon = get_embodiment(self.embodiment), self.action_horizon
-        robots = {} if self.compare is None else checkpoint_stats(self.compare)
+        robots = _stats_of_all(self.compare or ())
         rename = parse_rename(self.rename)
         episodes = None if self.select is None else select_episodes(self.dataset, self.select)
         # Neither images nor other columns are read.
@@ -73,6 +73,8 @@ class Stats:
             found = distributions(dataset, robot, action_horizon=horizon)
             num_idle = int(idle_frames(dataset).sum())
             coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
+        coverage = [coverage_with_reasons(entry, found, robots[entry.name]) for entry in coverage]
+        released = released_fits(robot) if self.compare == () else []
         messages = [
             f"{what}: {message}"
             for what, values in found.items()
@@ -92,23 +94,34 @@ class Stats:
             "out": None if self.out is None else str(self.out),
             **{what: values.to_dict() for what, values in found.items()},
             "warnings": messages,
-            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in coverage],
+            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in released or coverage],
         }
         if self.json:
             print_json(document)
         else:
             _print_statistics(document)
-            _print_coverage(coverage, self.compare)
+            if self.compare:
+                _print_coverage(coverage, self.compare)
+            elif released:
+                _print_released(released)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
+
+
+def _stats_of_all(addresses: Sequence[str]) -> dict[str, dict[str, "NormStats"]]:
+    """The statistics of several checkpoints, by asset id; of several, behind the address."""
+    found = {address: checkpoint_stats(address) for address in addresses}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    return {f"{address}: {name}": stats for address, robots in found.items() for name, stats in robots.items()}
 
 
 def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormStats"]]:
     """Read the statistics of each robot of a checkpoint, by its asset id.
 
     Args:
-        address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a folder with a
-            norm_stats.json; hf://… or gs://…, of which only `assets` is downloaded if there is one.
+        address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a norm_stats.json or
+            a folder with one; hf://… or gs://…, of which only `assets` is downloaded if there is one.
     """
     from torchpi.checkpoints.lerobot import PREPROCESSOR, read_spec
     from torchpi.checkpoints.openpi import find_params, norm_stats_files
@@ -116,6 +129,9 @@ def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormSt
     from torchpi.schema import read_json_object
     from torchpi.transforms import load_norm_stats
 
+    file = pathlib.Path(address)
+    if file.suffix == ".json" and file.is_file() and file.name not in ("policy.json", "config.json"):
+        return {file.resolve().parent.name if file.stem == "norm_stats" else file.stem: load_norm_stats(file)}
     root = _folder_with_stats(str(address))
     if (root / PREPROCESSOR).is_file():
         return {root.name: dict(read_spec(root, read_json_object(root / "config.json")).norm_stats or {})}
@@ -163,29 +179,20 @@ def _print_statistics(document: Mapping[str, Any]) -> None:
         print(f"written to {document['out']}")
 
 
-def _print_coverage(coverage: Sequence["StatsCoverage"], address: str | None) -> None:
-    if not coverage:
-        return
-    rows, remarks = [], []
+def _print_coverage(coverage: Sequence["StatsCoverage"], addresses: Sequence[str]) -> None:
+    rows = []
     for entry in coverage:
-        keys = {what: key for what, key in (("state", entry.state), ("actions", entry.actions)) if key is not None}
-        fractions = [
-            (fraction, f"{what} {name} {fraction:.1%}")
-            for what, key in keys.items()
-            for name, fraction in zip(key.names, key.inside, strict=True)
-        ]
-        farthest = ", ".join(text for fraction, text in sorted(fractions)[:3] if fraction < _EXPECTED)
-        overall = [f"{keys[what].overall:.1%}" if what in keys else "none" for what in ("state", "actions")]
-        rows.append((entry.name, f"{entry.overall:.1%}", *overall, farthest))
-        remarks += [
-            f"{entry.name}: {what} has {key.checkpoint_dims} dimensions there and {key.dims} here; compared are the "
-            f"first {len(key.names)}"
-            for what, key in keys.items()
-            if key.dims != key.checkpoint_dims
-        ]
-    print(f"fraction inside [q01, q99] of {address}:")
+        parts = (entry, entry.state, entry.actions)
+        rows.append(
+            (entry.name, *(f"{part.overall:.1%}" if part else "none" for part in parts), "; ".join(entry.reasons))
+        )
     numbers = (Column(title, "number") for title in ("all", "state", "actions"))
-    table = Table([Column("robot", "name"), *numbers, Column("farthest outside")], rows)
-    Console(highlight=False).print(table.to_rich())
-    for remark in remarks:
-        print(remark)
+    print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
+    Console(highlight=False).print(Table([Column("robot", "name"), *numbers, Column("reasons")], rows).to_rich())
+
+
+def _print_released(fits: Sequence["ReleasedFit"]) -> None:
+    rows = [(fit.name, fit.robot, ", ".join(fit.checkpoints), "; ".join(fit.reasons)) for fit in fits]
+    columns = [Column("statistics", "name"), Column("robot", "name"), Column("checkpoints"), Column("differences")]
+    print("released statistics by description, the most similar first; with numbers: --compare gs://openpi-assets/…")
+    Console(highlight=False).print(Table(columns, rows).to_rich())

@@ -205,6 +205,8 @@ class StatsCoverage:
     state: KeyCoverage | None
     """None: the checkpoint has no statistics of it."""
     actions: KeyCoverage | None
+    reasons: tuple[str, ...] = ()
+    """Differences, see `torchpi.data.fit`."""
 
 
 def stats_coverage(

@@ -1,5 +1,6 @@
 """Robots as data; `get_embodiment` finds one by name, by file or as the object itself."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchpi.robots.presets import aloha as aloha
 from torchpi.robots.presets import droid as droid
 from torchpi.robots.presets import libero as libero
 from torchpi.robots.presets import metaworld as metaworld
-from torchpi.schema import read_json, without_comments
+from torchpi.robots.presets import read_embodiment
 
 
 def get_embodiment(embodiment: Any) -> Embodiment:
@@ -36,12 +37,11 @@ def get_embodiment(embodiment: Any) -> Embodiment:
         raise EmbodimentError(f"An embodiment is a name, a path or an Embodiment; found a {type(embodiment).__name__}.")
     file = Path(embodiment)
     if file.is_file():
-        where = f"The embodiment {file}"
-        robot = Embodiment.from_dict(without_comments(read_json(file, error=EmbodimentError)), where=where)
-        robot.check_names(where)
-        return robot
+        return read_embodiment(file)
     if file.suffix == ".json":
         raise MissingFileError(f"No embodiment file at {file}.")
+    close = difflib.get_close_matches(str(embodiment).lower(), EMBODIMENTS, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
     raise UnknownKeyError(
-        f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file."
+        f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file.{hint}"
     )

@@ -1,0 +1,128 @@
+"""The robots whose statistics a dataset resembles: reasons for and against, from numbers and from descriptions."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from torchpi.data.stats import Distribution, StatsCoverage
+from torchpi.robots import Embodiment, get_embodiment
+from torchpi.robots.presets import RELEASED
+from torchpi.transforms.normalize import NormStats
+
+_MARGIN = 0.25
+"""Part of a training range by which values may exceed it and still have its unit and direction."""
+_EXPECTED = 0.98
+"""Fraction inside q01 to q99 of the data that these were computed from."""
+
+
+def coverage_with_reasons(
+    entry: StatsCoverage, found: Mapping[str, Distribution], theirs: Mapping[str, NormStats]
+) -> StatsCoverage:
+    """The comparison with one robot, with what differs: numbers of dimensions, likely causes, and the dimensions that
+    are farthest outside."""
+    reasons, outside = [], []
+    for what, key in (("state", entry.state), ("actions", entry.actions)):
+        if key is None:
+            reasons.append(f"no statistics of {what} there")
+            continue
+        if key.dims != key.checkpoint_dims:
+            reasons.append(
+                f"{what} has {key.checkpoint_dims} dimensions there and {key.dims} here; compared are the first "
+                f"{len(key.names)}"
+            )
+        reasons += misfits(what, key.names, found[what].stats, theirs[what])
+        outside += [(inside, f"{what} {name} {inside:.1%}") for name, inside in zip(key.names, key.inside, strict=True)]
+    farthest = ", ".join(text for inside, text in sorted(outside)[:3] if inside < _EXPECTED)
+    reasons += [f"farthest outside: {farthest}"] if farthest else []
+    return dataclasses.replace(entry, reasons=tuple(reasons))
+
+
+def misfits(what: str, names: Sequence[str], ours: NormStats, theirs: NormStats) -> list[str]:
+    """Likely causes of values outside of other statistics, or at the other end of them.
+
+    Args:
+        what: "state" or "actions", for the texts.
+        names: of the first dimensions, those that both have.
+        ours, theirs: of the dataset and of a checkpoint, in the model's terms.
+    """
+    dims = slice(len(names))
+    (low, high), (least, most) = ours.training_range(), theirs.training_range()
+    low, high, least, most = low[dims], high[dims], least[dims], most[dims]
+    margin = _MARGIN * (most - least)
+    reach, their_reach = np.maximum(abs(low), abs(high)), np.maximum(abs(least), abs(most))
+
+    def fits(lowest: np.ndarray, highest: np.ndarray) -> np.ndarray:
+        return (lowest >= least - margin) & (highest <= most + margin)
+
+    outside = ~fits(low, high)
+    degrees = outside & fits(np.radians(low), np.radians(high)) & (their_reach < 2 * np.pi) & (reach > 2 * np.pi)
+    percent = outside & ~degrees & fits(low / 100, high / 100) & (their_reach < 2) & (reach > 10)
+    # Within its range, only the end at which a gripper rests tells its direction.
+    mean, their_mean = ours.mean[dims], theirs.mean[dims]
+    is_mirrored = abs(least + most - mean - their_mean) < abs(mean - their_mean) / 3
+    at_other_end = ~outside & is_mirrored & (abs(mean - their_mean) > 0.3 * (most - least))
+    is_gripper = np.array(["gripper" in name.lower() for name in names])
+    causes = {
+        "looks like degrees, there are radians": degrees,
+        "looks like 0 to 100, there it is 0 to 1": percent,
+        "seems to turn the other way: inside with the opposite sign": outside & fits(-high, -low),
+        "seems inverted: rests at the other end of its range": at_other_end & is_gripper,
+    }
+    found = [
+        f"{what} {_listed(list(itertools.compress(names, dims_of)))}: {text}"
+        for text, dims_of in causes.items()
+        if dims_of.any()
+    ]
+    for text, shift in (("the arms swapped", len(names) // 2), ("the last one first", 1), ("the first one last", -1)):
+        num_outside = np.count_nonzero(~fits(np.roll(low, shift), np.roll(high, shift)))
+        if outside.sum() > 1 and num_outside <= outside.sum() / 4:
+            found.append(f"{what}: seems to have another order of dimensions; it fits with {text}")
+            break
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleasedFit:
+    """A robot's description compared with that of released statistics: their asset id and the embodiment of it."""
+
+    name: str
+    robot: str
+    checkpoints: tuple[str, ...]
+    num_different: int
+    """Dimensions of state and actions without a counterpart of the same unit and command."""
+    reasons: tuple[str, ...]
+
+
+def released_fits(robot: Embodiment) -> list[ReleasedFit]:
+    """Compare a robot with those of the released statistics, the most similar first."""
+    fits = []
+    for name, released in RELEASED["statistics"].items():
+        other = get_embodiment(released["robot"])
+        differences: dict[str, list[str]] = {}
+        for ours, theirs in zip(_meanings(robot), _meanings(other), strict=True):  # of state and actions
+            for (here, meaning), (there, their_meaning) in itertools.zip_longest(
+                ours, theirs, fillvalue=("", "nothing")
+            ):
+                if meaning != their_meaning:
+                    differences.setdefault(f"{meaning} here, {their_meaning} there", []).append(here or there)
+        num_different = sum(map(len, differences.values()))
+        if robot.control_hz != other.control_hz:
+            differences[f"{robot.control_hz or 'not stated'} Hz here, {other.control_hz} there"] = ["control rate"]
+        reasons = tuple(f"{_listed(names)}: {text}" for text, names in differences.items())
+        fits.append(ReleasedFit(name, other.name, tuple(released["checkpoints"]), num_different, reasons))
+    return sorted(fits, key=lambda fit: (fit.num_different, len(fit.reasons)))
+
+
+def _meanings(robot: Embodiment) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Name and meaning of each dimension of the state, and of the actions."""
+    state = [
+        (f"state {name}", unit or "no unit") for name, unit in zip(robot.state_names, robot.state_units, strict=True)
+    ]
+    actions = [(f"action {dim.name}", f"{dim.command} in {dim.unit or 'no unit'}") for dim in robot.actions]
+    return state, actions
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
