@@ -16,7 +16,7 @@ from torchpi.data.observations import to_observation
 from torchpi.policy import Policy
 from torchpi.robots import get_embodiment
 from torchpi.robots.presets import RELEASED, ROBOT_FILES
-from torchpi.transforms import NormStats, Normalization
+from torchpi.transforms import Normalization, NormStats
 
 NAMES = (
     *("aloha", "aloha2", "yam", "droid", "droid_joint_position", "franka", "franka_eef", "libero", "so100", "so101"),

@@ -52,6 +52,8 @@ class Stats:
         from torchpi.data.fit import coverage_with_reasons, released_fits
         from torchpi.data.rename import parse_rename
         from torchpi.data.stats import distributions, stats_coverage
+        from torchpi.data.units import check_units
+        from torchpi.errors import DatasetError
         from torchpi.robots import get_embodiment
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 
@@ -80,6 +82,10 @@ class Stats:
             for what, values in found.items()
             for message in narrow_dims(values.stats, values.names)
         ]
+        try:
+            check_units(dataset, robot)
+        except DatasetError as error:  # to be looked at
+            messages.append(str(error))
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             save_norm_stats(self.out, {what: values.stats for what, values in found.items()})
@@ -183,16 +189,19 @@ def _print_coverage(coverage: Sequence["StatsCoverage"], addresses: Sequence[str
     rows = []
     for entry in coverage:
         parts = (entry, entry.state, entry.actions)
-        rows.append(
-            (entry.name, *(f"{part.overall:.1%}" if part else "none" for part in parts), "; ".join(entry.reasons))
-        )
+        rows.append((entry.name, *(f"{part.overall:.1%}" if part else "none" for part in parts)))
     numbers = (Column(title, "number") for title in ("all", "state", "actions"))
     print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
-    Console(highlight=False).print(Table([Column("robot", "name"), *numbers, Column("reasons")], rows).to_rich())
+    Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich())
+    for entry in coverage:
+        print("\n    ".join((f"{entry.name}:" if entry.reasons else f"{entry.name}: fits", *entry.reasons)))
 
 
 def _print_released(fits: Sequence["ReleasedFit"]) -> None:
-    rows = [(fit.name, fit.robot, ", ".join(fit.checkpoints), "; ".join(fit.reasons)) for fit in fits]
-    columns = [Column("statistics", "name"), Column("robot", "name"), Column("checkpoints"), Column("differences")]
-    print("released statistics by description, the most similar first; with numbers: --compare gs://openpi-assets/…")
-    Console(highlight=False).print(Table(columns, rows).to_rich())
+    print(
+        "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a joint "
+        "are in none: compare with numbers, --compare gs://openpi-assets/checkpoints/NAME."
+    )
+    for fit in fits:
+        title = f"{fit.name}, as of {fit.robot}, in {', '.join(fit.checkpoints)}: {fit.num_different} dimensions differ"
+        print("\n    ".join((title, *fit.reasons)))

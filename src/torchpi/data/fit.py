@@ -58,12 +58,12 @@ def misfits(what: str, names: Sequence[str], ours: NormStats, theirs: NormStats)
 
     outside = ~fits(low, high)
     degrees = outside & fits(np.radians(low), np.radians(high)) & (their_reach < 2 * np.pi) & (reach > 2 * np.pi)
-    percent = outside & ~degrees & fits(low / 100, high / 100) & (their_reach < 2) & (reach > 10)
+    is_gripper = np.array(["gripper" in name.lower() for name in names])
+    percent = outside & is_gripper & fits(low / 100, high / 100) & (their_reach < 2) & (reach > 10)
     # Within its range, only the end at which a gripper rests tells its direction.
     mean, their_mean = ours.mean[dims], theirs.mean[dims]
     is_mirrored = abs(least + most - mean - their_mean) < abs(mean - their_mean) / 3
     at_other_end = ~outside & is_mirrored & (abs(mean - their_mean) > 0.3 * (most - least))
-    is_gripper = np.array(["gripper" in name.lower() for name in names])
     causes = {
         "looks like degrees, there are radians": degrees,
         "looks like 0 to 100, there it is 0 to 1": percent,
@@ -91,7 +91,7 @@ class ReleasedFit:
     robot: str
     checkpoints: tuple[str, ...]
     num_different: int
-    """Dimensions of state and actions without a counterpart of the same unit and command."""
+    """Dimensions of state and actions without a counterpart of the same unit and command there, or here."""
     reasons: tuple[str, ...]
 
 
@@ -100,27 +100,30 @@ def released_fits(robot: Embodiment) -> list[ReleasedFit]:
     fits = []
     for name, released in RELEASED["statistics"].items():
         other = get_embodiment(released["robot"])
+        num_different, reasons = 0, []
         differences: dict[str, list[str]] = {}
-        for ours, theirs in zip(_meanings(robot), _meanings(other), strict=True):  # of state and actions
-            for (here, meaning), (there, their_meaning) in itertools.zip_longest(
-                ours, theirs, fillvalue=("", "nothing")
-            ):
-                if meaning != their_meaning:
-                    differences.setdefault(f"{meaning} here, {their_meaning} there", []).append(here or there)
-        num_different = sum(map(len, differences.values()))
+        for what, ours, theirs in zip(("state", "actions"), _meanings(robot), _meanings(other), strict=True):
+            if len(ours) != len(theirs):
+                reasons.append(f"{what} has {len(theirs)} dimensions there and {len(ours)} here")
+            num_different += abs(len(ours) - len(theirs))
+            for (dim, here), (_, there) in zip(ours, theirs, strict=False):
+                if here != there:
+                    num_different += 1
+                    differences.setdefault(f'"{here}" here, "{there}" there', []).append(dim)
+        reasons += [f"{_listed(list(dict.fromkeys(dims)))}: {text}" for text, dims in differences.items()]
         if robot.control_hz != other.control_hz:
-            differences[f"{robot.control_hz or 'not stated'} Hz here, {other.control_hz} there"] = ["control rate"]
-        reasons = tuple(f"{_listed(names)}: {text}" for text, names in differences.items())
-        fits.append(ReleasedFit(name, other.name, tuple(released["checkpoints"]), num_different, reasons))
+            reasons.append(f"{robot.control_hz or 'not stated'} Hz here, {other.control_hz} there")
+        fits.append(ReleasedFit(name, other.name, tuple(released["checkpoints"]), num_different, tuple(reasons)))
     return sorted(fits, key=lambda fit: (fit.num_different, len(fit.reasons)))
 
 
 def _meanings(robot: Embodiment) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Name and meaning of each dimension of the state, and of the actions."""
-    state = [
-        (f"state {name}", unit or "no unit") for name, unit in zip(robot.state_names, robot.state_units, strict=True)
-    ]
-    actions = [(f"action {dim.name}", f"{dim.command} in {dim.unit or 'no unit'}") for dim in robot.actions]
+    state = [(name, unit or "no unit") for name, unit in zip(robot.state_names, robot.state_units, strict=True)]
+    actions = []
+    for dim in robot.actions:
+        command = "" if dim.command == "position" else f"{dim.command or 'no command'}: "
+        actions.append((dim.name, command + (dim.unit or "no unit")))
     return state, actions
 
 

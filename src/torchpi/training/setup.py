@@ -102,6 +102,7 @@ def _open_source(
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
+    check_units(whole, embodiment)
     indices = whole.episode_indices
     held = set(_choose_held_out(source, config, indices) if recorded is None else recorded)
     kept = [index for index in indices if index not in held]

@@ -1,0 +1,148 @@
+"""Reasons for and against the statistics of another robot, and units that contradict the robot."""
+
+import json
+
+import numpy as np
+import pytest
+
+from torchpi.cli import main
+from torchpi.data import LeRobotDataset
+from torchpi.data.fit import misfits, released_fits
+from torchpi.data.units import check_units
+from torchpi.data.writer import LeRobotWriter
+from torchpi.robots import get_embodiment
+from torchpi.transforms import NormStats, save_norm_stats
+
+NAMES = ("pan", "lift", "elbow", "gripper")
+LOW, HIGH = np.array([-1.0, 0.2, 1.0, 0.0]), np.array([0.4, 2.0, 3.0, 1.0])
+
+
+def stats(low, high, mean=None) -> NormStats:
+    low, high = np.array(low, float), np.array(high, float)
+    mean = (low + high) / 2 if mean is None else np.array(mean, float)
+    return NormStats(mean, (high - low) / 4 + 1e-3, low, high)
+
+
+THEIRS = stats(LOW, HIGH, [-0.3, 1.1, 2.0, 0.1])
+
+
+IN_DEGREES = np.where([1, 1, 1, 0], np.degrees([LOW, HIGH]), [LOW, HIGH])
+
+
+@pytest.mark.parametrize(
+    ("ours", "expected"),
+    [
+        (THEIRS, []),
+        (stats(*IN_DEGREES, THEIRS.mean), ["state pan, lift, elbow: looks like degrees, there are radians"]),
+        (stats(LOW, [0.4, 2, 3, 100]), ["state gripper: looks like 0 to 100, there it is 0 to 1"]),
+        (
+            stats([-1, -2, -3, 0], [0.4, -0.2, -1, 1], THEIRS.mean),
+            ["state lift, elbow: seems to turn the other way: inside with the opposite sign"],
+        ),
+        (
+            stats(LOW, HIGH, [-0.3, 1.1, 2.0, 0.9]),
+            ["state gripper: seems inverted: rests at the other end of its range"],
+        ),
+        (
+            stats(np.roll(LOW, -1), np.roll(HIGH, -1)),
+            ["state: seems to have another order of dimensions; it fits with the last one first"],
+        ),
+    ],
+)
+def test_likely_causes_of_misfits(ours, expected):
+    assert misfits("state", NAMES, ours, THEIRS) == expected
+
+
+def test_arms_in_the_other_order_are_recognized():
+    theirs = stats([*LOW, *(LOW + 3)], [*HIGH, *(HIGH + 3)])
+    ours = stats([*(LOW + 3), *LOW], [*(HIGH + 3), *HIGH])
+    names = [f"{side}_{i}" for side in "lr" for i in range(4)]
+    assert misfits("state", names, ours, theirs) == [
+        "state: seems to have another order of dimensions; it fits with the arms swapped"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("robot", "first", "num_different", "reason"),
+    [
+        ("aloha", "trossen", 0, None),
+        ("ur5e", "ur5e", 0, None),
+        ("arx5", "arx", 0, None),
+        ("franka", "franka", 0, None),
+        ("droid", "droid", 0, None),
+        ("libero", "physical-intelligence/libero", 0, None),
+        (
+            "so101",
+            "ur5e",
+            14,
+            'shoulder_pan.pos, shoulder_lift.pos, elbow_flex.pos and 2 more: "deg" here, "rad" there',
+        ),
+        ("xarm6", "ur5e", 2, "30 Hz here, 20 there"),
+        ("yam", "trossen", 4, '"0 closed, 1 open" here, "opening, 0 to 1" there'),
+        ("droid_joint_position", "franka", 0, "15 Hz here, 20 there"),
+    ],
+)
+def test_released_statistics_are_ranked_by_description(robot, first, num_different, reason):
+    best = released_fits(get_embodiment(robot))[0]
+    assert (best.name, best.num_different) == (first, num_different)
+    assert "pi05_base" in best.checkpoints or first == "physical-intelligence/libero"
+    assert (reason is None) == (not best.reasons)
+    assert reason is None or any(reason in text for text in best.reasons)
+
+
+def record(root, robot: str, values: np.ndarray):
+    names = list(get_embodiment(robot).action_names)
+    with LeRobotWriter(root, fps=20, cameras={}, state_names=names, action_names=names) as writer:
+        writer.add_episode({"observation.state": values, "action": values}, "go")
+    return root
+
+
+@pytest.fixture
+def ur5e(tmp_path):
+    """A UR5e that was recorded in degrees, and statistics of one in radians."""
+    rng = np.random.default_rng(0)
+    radians = rng.uniform([-1.5, -2.4, 1, -2, -2, -1, 0], [1.5, -0.4, 2.4, -0.4, -1, 1, 1], (200, 7)).astype(np.float32)
+    scale = np.array([180 / np.pi] * 6 + [1], np.float32)
+    save_norm_stats(tmp_path / "stats.json", {
+        what: stats(np.quantile(radians, 0.01, 0), np.quantile(radians, 0.99, 0)) for what in ("state", "actions")
+    })  # fmt: skip
+    return record(tmp_path / "degrees", "ur5e", radians * scale), record(tmp_path / "radians", "ur5e", radians)
+
+
+def shown(capsys, *arguments):
+    main(["stats", *map(str, arguments)])
+    return capsys.readouterr()
+
+
+def test_stats_warn_of_another_unit_than_the_robots(ur5e, capsys):
+    degrees, radians = ur5e
+    with pytest.raises(ValueError, match=r"shoulder_pan goes from -84.* takes -6.2832 to 6.2832 \(rad\); .* degrees"):
+        check_units(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
+    check_units(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e"))
+    warning = "the values look like degrees. Choose the embodiment in the set's unit"
+    assert warning in shown(capsys, degrees, "--embodiment", "ur5e", "--action-horizon", "2").err
+    assert warning not in shown(capsys, radians, "--embodiment", "ur5e", "--action-horizon", "2").err
+
+
+def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, capsys):
+    arguments = (ur5e[0], "--embodiment", "ur5e", "--action-horizon", "2", "--compare", tmp_path / "stats.json")
+    (entry,) = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
+    assert entry["name"] == "stats"
+    assert (
+        "state shoulder_pan, shoulder_lift, elbow and 3 more: looks like degrees, there are radians" in entry["reasons"]
+    )
+    assert "farthest outside: state elbow" in entry["reasons"][-1]
+    several = json.loads(shown(capsys, *arguments, "demo", "--json").out)["compare"]
+    assert [entry["name"] for entry in several] == [f"{tmp_path / 'stats.json'}: stats", "demo: demo_policy"]
+    assert "state has 4 dimensions there and 7 here; compared are the first 4" in several[1]["reasons"]
+    assert "farthest outside: " in shown(capsys, *arguments).out.replace("\n", " ")
+
+
+def test_compare_without_a_checkpoint_ranks_the_released_ones(ur5e, capsys):
+    arguments = (ur5e[1], "--embodiment", "ur5e", "--action-horizon", "2", "--compare")
+    ranked = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
+    assert [entry["name"] for entry in ranked][:2] == ["ur5e", "franka"]
+    assert (ranked[0]["checkpoints"], ranked[0]["reasons"]) == (["pi05_base", "pi0_base"], [])
+    text = shown(capsys, *arguments).out
+    assert "ur5e, as of ur5e, in pi05_base, pi0_base: 0 dimensions differ" in text
+    assert "physical-intelligence/libero" in text
