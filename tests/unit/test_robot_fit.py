@@ -7,8 +7,7 @@ import pytest
 
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset
-from torchpi.data.fit import misfits, released_fits
-from torchpi.data.units import check_units
+from torchpi.data.fit import misfits, released_fits, unit_problems
 from torchpi.data.writer import LeRobotWriter
 from torchpi.robots import get_embodiment
 from torchpi.transforms import NormStats, save_norm_stats
@@ -90,10 +89,12 @@ def test_released_statistics_are_ranked_by_description(robot, first, num_differe
     assert reason is None or any(reason in text for text in best.reasons)
 
 
-def record(root, robot: str, values: np.ndarray):
+def record(root, robot: str, values: np.ndarray, *cameras: str):
     names = list(get_embodiment(robot).action_names)
-    with LeRobotWriter(root, fps=20, cameras={}, state_names=names, action_names=names) as writer:
-        writer.add_episode({"observation.state": values, "action": values}, "go")
+    shapes = dict.fromkeys(cameras, (4, 4, 3))
+    with LeRobotWriter(root, fps=20, cameras=shapes, state_names=names, action_names=names) as writer:
+        images = {f"observation.images.{camera}": np.zeros((len(values), 4, 4, 3), np.uint8) for camera in cameras}
+        writer.add_episode({"observation.state": values, "action": values, **images}, "go")
     return root
 
 
@@ -114,14 +115,27 @@ def shown(capsys, *arguments):
     return capsys.readouterr()
 
 
-def test_stats_warn_of_another_unit_than_the_robots(ur5e, capsys):
+def test_actions_in_another_unit_than_the_robots_are_found(ur5e, capsys):
     degrees, radians = ur5e
-    with pytest.raises(ValueError, match=r"shoulder_pan goes from -84.* takes -6.2832 to 6.2832 \(rad\); .* degrees"):
-        check_units(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
-    check_units(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e"))
-    warning = "the values look like degrees. Choose the embodiment in the set's unit"
-    assert warning in shown(capsys, degrees, "--embodiment", "ur5e", "--action-horizon", "2").err
-    assert warning not in shown(capsys, radians, "--embodiment", "ur5e", "--action-horizon", "2").err
+    problems = unit_problems(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
+    assert [problem.split()[2] for problem in problems] == list(get_embodiment("ur5e").action_names[:6])
+    assert (
+        "goes from -84.84 to 85.43, but embodiment 'ur5e' takes -6.2832 to 6.2832 (rad); the values look" in problems[0]
+    )
+    assert unit_problems(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e")) == []
+    arguments = ("--embodiment", "ur5e", "--action-horizon", "2")
+    assert (
+        shown(capsys, degrees, *arguments).err.count("look like degrees. Choose the embodiment in the set's unit") == 6
+    )
+    assert "degrees" not in shown(capsys, radians, *arguments).err
+
+
+def test_training_refuses_actions_in_another_unit(tmp_path, capsys):
+    root = record(tmp_path / "set", "ur5e", np.full((8, 7), 90, np.float32), "base_rgb")
+    with pytest.raises(SystemExit):
+        main(["train", "--model=tiny", f"--dataset={root}", "--embodiment=ur5e", f"--out={tmp_path}/run"])
+    assert "The action shoulder_pan of" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, capsys):
@@ -144,5 +158,5 @@ def test_compare_without_a_checkpoint_ranks_the_released_ones(ur5e, capsys):
     assert [entry["name"] for entry in ranked][:2] == ["ur5e", "franka"]
     assert (ranked[0]["checkpoints"], ranked[0]["reasons"]) == (["pi05_base", "pi0_base"], [])
     text = shown(capsys, *arguments).out
-    assert "ur5e, as of ur5e, in pi05_base, pi0_base: 0 dimensions differ" in text
+    assert "ur5e of ur5e, in pi05_base, pi0_base; 0 dimensions differ:\n    fits" in text
     assert "physical-intelligence/libero" in text

@@ -13,8 +13,6 @@ from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 
 if TYPE_CHECKING:
-    from torchpi.data.fit import ReleasedFit
-    from torchpi.data.stats import StatsCoverage
     from torchpi.transforms import NormStats
 
 
@@ -49,11 +47,9 @@ class Stats:
 
     def run(self) -> None:
         from torchpi.data import LeRobotDataset, idle_frames, select_episodes
-        from torchpi.data.fit import coverage_with_reasons, released_fits
+        from torchpi.data.fit import coverage_with_reasons, released_fits, unit_problems
         from torchpi.data.rename import parse_rename
         from torchpi.data.stats import distributions, stats_coverage
-        from torchpi.data.units import check_units
-        from torchpi.errors import DatasetError
         from torchpi.robots import get_embodiment
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 
@@ -75,17 +71,15 @@ class Stats:
             found = distributions(dataset, robot, action_horizon=horizon)
             num_idle = int(idle_frames(dataset).sum())
             coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
-        coverage = [coverage_with_reasons(entry, found, robots[entry.name]) for entry in coverage]
-        released = released_fits(robot) if self.compare == () else []
+        ranked: list[Any] = [coverage_with_reasons(entry, found, robots[entry.name]) for entry in coverage]
+        if self.compare == ():
+            ranked = released_fits(robot)
         messages = [
             f"{what}: {message}"
             for what, values in found.items()
             for message in narrow_dims(values.stats, values.names)
         ]
-        try:
-            check_units(dataset, robot)
-        except DatasetError as error:  # to be looked at
-            messages.append(str(error))
+        messages += unit_problems(dataset, robot)
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             save_norm_stats(self.out, {what: values.stats for what, values in found.items()})
@@ -100,16 +94,13 @@ class Stats:
             "out": None if self.out is None else str(self.out),
             **{what: values.to_dict() for what, values in found.items()},
             "warnings": messages,
-            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in released or coverage],
+            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in ranked],
         }
         if self.json:
             print_json(document)
         else:
             _print_statistics(document)
-            if self.compare:
-                _print_coverage(coverage, self.compare)
-            elif released:
-                _print_released(released)
+            _print_comparison(ranked, self.compare)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
 
@@ -185,23 +176,19 @@ def _print_statistics(document: Mapping[str, Any]) -> None:
         print(f"written to {document['out']}")
 
 
-def _print_coverage(coverage: Sequence["StatsCoverage"], addresses: Sequence[str]) -> None:
-    rows = []
-    for entry in coverage:
-        parts = (entry, entry.state, entry.actions)
-        rows.append((entry.name, *(f"{part.overall:.1%}" if part else "none" for part in parts)))
-    numbers = (Column(title, "number") for title in ("all", "state", "actions"))
-    print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
-    Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich())
-    for entry in coverage:
-        print("\n    ".join((f"{entry.name}:" if entry.reasons else f"{entry.name}: fits", *entry.reasons)))
-
-
-def _print_released(fits: Sequence["ReleasedFit"]) -> None:
-    print(
-        "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a joint "
-        "are in none: compare with numbers, --compare gs://openpi-assets/checkpoints/NAME."
-    )
-    for fit in fits:
-        title = f"{fit.name}, as of {fit.robot}, in {', '.join(fit.checkpoints)}: {fit.num_different} dimensions differ"
-        print("\n    ".join((title, *fit.reasons)))
+def _print_comparison(ranked: Sequence[Any], addresses: Sequence[str] | None) -> None:
+    if addresses:
+        rows = [
+            (entry.name, *(f"{part.overall:.1%}" if part else "none" for part in (entry, entry.state, entry.actions)))
+            for entry in ranked
+        ]
+        numbers = (Column(title, "number") for title in ("all", "state", "actions"))
+        print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
+        Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich())
+    elif ranked:
+        print(
+            "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a "
+            "joint are in none: compare with numbers, --compare gs://openpi-assets/checkpoints/NAME."
+        )
+    for entry in ranked:
+        print("\n    ".join((f"{entry}:", *(entry.reasons or ["fits"]))))

@@ -1,11 +1,14 @@
-"""The robots whose statistics a dataset resembles: reasons for and against, from numbers and from descriptions."""
+"""A dataset compared with its robot's limits, with the statistics of other robots and with their descriptions."""
 
+import collections
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from torchpi.data import format as lerobot
+from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.stats import Distribution, StatsCoverage
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.presets import RELEASED
@@ -94,22 +97,27 @@ class ReleasedFit:
     """Dimensions of state and actions without a counterpart of the same unit and command there, or here."""
     reasons: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, as of {self.robot}, in {', '.join(self.checkpoints)}; {self.num_different} dimensions differ"
+        )
+
 
 def released_fits(robot: Embodiment) -> list[ReleasedFit]:
     """Compare a robot with those of the released statistics, the most similar first."""
     fits = []
     for name, released in RELEASED["statistics"].items():
         other = get_embodiment(released["robot"])
-        num_different, reasons = 0, []
-        differences: dict[str, list[str]] = {}
+        num_different, reasons, differences = 0, [], collections.defaultdict(list)
         for what, ours, theirs in zip(("state", "actions"), _meanings(robot), _meanings(other), strict=True):
-            if len(ours) != len(theirs):
+            if extra := len(ours) - len(theirs):
                 reasons.append(f"{what} has {len(theirs)} dimensions there and {len(ours)} here")
-            num_different += abs(len(ours) - len(theirs))
-            for (dim, here), (_, there) in zip(ours, theirs, strict=False):
-                if here != there:
-                    num_different += 1
-                    differences.setdefault(f'"{here}" here, "{there}" there', []).append(dim)
+            different = [
+                (*dim, there) for dim, there in zip(ours.items(), theirs.values(), strict=False) if dim[1] != there
+            ]
+            num_different += abs(extra) + len(different)
+            for dim, here, there in different:
+                differences[f'"{here}" here, "{there}" there'].append(dim)
         reasons += [f"{_listed(list(dict.fromkeys(dims)))}: {text}" for text, dims in differences.items()]
         if robot.control_hz != other.control_hz:
             reasons.append(f"{robot.control_hz or 'not stated'} Hz here, {other.control_hz} there")
@@ -117,14 +125,31 @@ def released_fits(robot: Embodiment) -> list[ReleasedFit]:
     return sorted(fits, key=lambda fit: (fit.num_different, len(fit.reasons)))
 
 
-def _meanings(robot: Embodiment) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Name and meaning of each dimension of the state, and of the actions."""
-    state = [(name, unit or "no unit") for name, unit in zip(robot.state_names, robot.state_units, strict=True)]
-    actions = []
-    for dim in robot.actions:
-        command = "" if dim.command == "position" else f"{dim.command or 'no command'}: "
-        actions.append((dim.name, command + (dim.unit or "no unit")))
-    return state, actions
+def _meanings(robot: Embodiment) -> tuple[dict[str, str], dict[str, str]]:
+    """Unit of each dimension of the state; unit of each action, with the command unless it is a position."""
+    commands = {dim.name: "" if dim.command == "position" else f"{dim.command}: " for dim in robot.actions}
+    actions = {dim.name: commands[dim.name] + dim.unit for dim in robot.actions}
+    return dict(zip(robot.state_names, robot.state_units, strict=True)), actions
+
+
+def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
+    """Sentences on the actions most of whose values are far outside of their limits, as those in another unit are."""
+    problems = []
+    for i, action in enumerate(embodiment.actions):
+        if action.low is None or action.high is None:
+            continue
+        values = dataset.columns[lerobot.ACTION][:, i]
+        margin = (action.high - action.low) / 4
+        if np.mean((values < action.low - margin) | (values > action.high + margin)) > 0.5:
+            low, high = float(values.min()), float(values.max())
+            in_degrees = action.unit == "rad" and np.radians(max(-low, high)) < 2 * np.pi
+            problems.append(
+                f"The action {action.name} of {dataset.path} goes from {low:.4g} to {high:.4g}, but embodiment "
+                f"'{embodiment.name}' takes {action.low:g} to {action.high:g} ({action.unit or 'no unit stated'})"
+                f"{'; the values look like degrees' if in_degrees else ''}. Choose the embodiment in the set's unit, "
+                "or state unit and limits in a file of your own."
+            )
+    return problems
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -208,6 +208,9 @@ class StatsCoverage:
     reasons: tuple[str, ...] = ()
     """Differences, see `torchpi.data.fit`."""
 
+    def __str__(self) -> str:
+        return self.name
+
 
 def stats_coverage(
     dataset: LeRobotDataset,

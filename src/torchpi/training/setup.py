@@ -24,6 +24,7 @@ from torchpi.data import (
     to_observation,
 )
 from torchpi.data.episodes import hold_out
+from torchpi.data.fit import unit_problems
 from torchpi.data.metadata import open_metadata
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
@@ -102,7 +103,8 @@ def _open_source(
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
     embodiment.to_model(to_observation(whole[0], embodiment))  # says what does not fit before anything is written
-    check_units(whole, embodiment)
+    if problems := unit_problems(whole, embodiment):
+        raise TrainingError(problems[0])
     indices = whole.episode_indices
     held = set(_choose_held_out(source, config, indices) if recorded is None else recorded)
     kept = [index for index in indices if index not in held]
