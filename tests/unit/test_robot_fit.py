@@ -158,5 +158,5 @@ def test_compare_without_a_checkpoint_ranks_the_released_ones(ur5e, capsys):
     assert [entry["name"] for entry in ranked][:2] == ["ur5e", "franka"]
     assert (ranked[0]["checkpoints"], ranked[0]["reasons"]) == (["pi05_base", "pi0_base"], [])
     text = shown(capsys, *arguments).out
-    assert "ur5e of ur5e, in pi05_base, pi0_base; 0 dimensions differ:\n    fits" in text
+    assert "ur5e (ur5e) in pi05_base, pi0_base; 0 dimensions differ:\n    fits" in text
     assert "physical-intelligence/libero" in text

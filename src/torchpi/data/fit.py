@@ -98,9 +98,7 @@ class ReleasedFit:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return (
-            f"{self.name}, as of {self.robot}, in {', '.join(self.checkpoints)}; {self.num_different} dimensions differ"
-        )
+        return f"{self.name} ({self.robot}) in {', '.join(self.checkpoints)}; {self.num_different} dimensions differ"
 
 
 def released_fits(robot: Embodiment) -> list[ReleasedFit]:
