@@ -134,7 +134,7 @@ def test_training_refuses_actions_in_another_unit(tmp_path, capsys):
     root = record(tmp_path / "set", "ur5e", np.full((8, 7), 90, np.float32), "base_rgb")
     with pytest.raises(SystemExit):
         main(["train", "--model=tiny", f"--dataset={root}", "--embodiment=ur5e", f"--out={tmp_path}/run"])
-    assert "The action shoulder_pan of" in capsys.readouterr().err
+    assert "The action shoulder_pan_joint of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -143,9 +143,10 @@ def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, cap
     (entry,) = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
     assert entry["name"] == "stats"
     assert (
-        "state shoulder_pan, shoulder_lift, elbow and 3 more: looks like degrees, there are radians" in entry["reasons"]
+        "state shoulder_pan_joint, shoulder_lift_joint, elbow_joint and 3 more: looks like degrees, there are radians"
+        in entry["reasons"]
     )
-    assert "farthest outside: state elbow" in entry["reasons"][-1]
+    assert "farthest outside: state elbow_joint" in entry["reasons"][-1]
     several = json.loads(shown(capsys, *arguments, "demo", "--json").out)["compare"]
     assert [entry["name"] for entry in several] == [f"{tmp_path / 'stats.json'}: stats", "demo: demo_policy"]
     assert "state has 4 dimensions there and 7 here; compared are the first 4" in several[1]["reasons"]

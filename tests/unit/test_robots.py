@@ -12,9 +12,11 @@ import torch
 
 import torchpi
 from torchpi.config import GemmaConfig, VisionConfig
+from torchpi.data.names import order_of
 from torchpi.data.observations import to_observation
 from torchpi.policy import Policy
 from torchpi.robots import get_embodiment
+from torchpi.robots.commands import hold_commands
 from torchpi.robots.presets import RELEASED, ROBOT_FILES
 from torchpi.transforms import Normalization, NormStats
 
@@ -53,6 +55,9 @@ def test_robot_states_everything_and_its_example_passes_through_a_policy(name, m
         assert (action.kind == "delta") <= (action.command == "position")  # no difference of motions
         assert (action.kind == "delta") <= ("gripper" not in action.name and "Hand" not in action.name)
         assert (action.low is None) == (action.high is None)
+    # The control loop can hold the robot still; a gripper that is moved by effort has nothing to hold.
+    holds = zip(robot.actions, hold_commands(robot), strict=True)
+    assert [action.name for action, hold in holds if hold is None and action.command != "effort"] == []
     comment = json.loads(ROBOT_FILES[name].read_text("utf-8"))["comment"]
     assert list(comment) == ["title", "interface", "limits", "rate"]
     stats = NormStats(np.zeros(32), np.ones(32), -np.ones(32), np.ones(32))
@@ -86,6 +91,22 @@ def test_names_are_lerobots(name, expected, unit):
     robot = get_embodiment(name)
     assert list(robot.state_names) == list(robot.action_names) == expected
     assert robot.state_units[0] == robot.actions[0].unit == unit
+
+
+@pytest.mark.parametrize(
+    ("robot", "names", "order"),
+    [
+        ("koch", [f"main_{name.removesuffix('.pos')}" for name in SO101], range(6)),  # LeRobot before 0.3
+        ("so101", [SO101[i] for i in (5, 0, 1, 2, 3, 4)], [1, 2, 3, 4, 5, 0]),
+        ("yam", [f"{s}_{j}.pos" for s in ("right", "left") for j in (*(f"joint_{i}" for i in range(1, 7)), "gripper")],
+         [*range(7, 14), *range(7)]),
+        ("ur5e", [*sorted(get_embodiment("ur5e").state_names[:6]), "gripper"], [2, 1, 0, 3, 4, 5, 6]),  # ROS
+        ("franka", [*(f"panda_joint{i}" for i in range(1, 8)), "gripper"], range(8)),
+        ("piper", [*(f"joint{i}.pos" for i in range(1, 7)), "gripper.pos"], range(7)),
+    ],
+)  # fmt: skip
+def test_names_of_datasets_are_those_of_the_robots(robot, names, order):
+    assert order_of(names, get_embodiment(robot).state_names) == list(order)
 
 
 def test_frame_of_a_lerobot_dataset_is_a_request_of_so101():
