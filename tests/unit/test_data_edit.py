@@ -115,7 +115,8 @@ def test_resampled_frames_are_the_nearest_and_increments_are_summed(is_video, vi
     assert np.allclose(dataset.columns["timestamp"], [0, 0.25, 0, 0, 0.25])
     actions = dataset.columns["action"]
     assert actions[:, 0].tolist() == [0, 2, 1000, 2000, 2002]
-    assert actions[:, 2].tolist() == [0 + 1, 2 + 3 + 4, 3003, 2000 + 2001, 2002 + 2003]
+    halves = [0 + 1 + 2 / 2, 2 / 2 + 3 + 4, 1000 + 1001 + 1002 / 2, 2000 + 2001 + 2002 / 2, 2002 / 2 + 2003]
+    assert actions[:, 2].tolist() == halves  # 0.25 s are two and a half frames
     assert [number_in(dataset[i][CAMERA]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
 
 

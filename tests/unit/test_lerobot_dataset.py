@@ -211,7 +211,7 @@ def test_any_frame_is_found_between_distant_keyframes(tmp_path):
         expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     pool = VideoPool()
     for i in (*range(40), *np.random.default_rng(1).permutation(40).tolist()):
-        assert np.array_equal(pool.read(tmp_path / "video.mp4", i / 30, 0.25 / 30), expected[i])
+        assert np.array_equal(pool.read(tmp_path / "video.mp4", i / 30, 0.25 / 30, 1 / 30), expected[i])
 
 
 def test_image_cache_is_bounded(golden_sets):
@@ -645,16 +645,12 @@ def test_truncated_video_is_an_error(keep, copy_of):
         [dataset[i] for i in range(len(dataset))]
 
 
-def test_missing_video_frame_is_an_error(copy_of):
+def test_missing_video_frame_is_an_error(golden_sets):
     """Between two frames there is none, and past the end neither."""
-    root = copy_of("lerobot_v3_video")
-    path = root / "meta/episodes/chunk-000/file-000.parquet"
-    key = f"videos/{BASE}/from_timestamp"
-    for shift, message in ((0.5 / 80, "nearest one is at"), (1.0, "ends with the one at")):
-        change_columns(path, lambda columns, shift=shift: {**columns, key: pa.array([shift] * 3)})
-        dataset = LeRobotDataset(root, action_horizon=1)
-        with pytest.raises(ValueError, match=rf"file-000\.mp4 has no frame at.*{message}"):
-            dataset[0]
+    path = golden_sets / "lerobot_v3_video/videos/observation.images.base/chunk-000/file-000.mp4"
+    for seconds in (0.5 / 80, 1.0):
+        with pytest.raises(ValueError, match=r"file-000\.mp4 has no frame at.*: the nearest one is at"):
+            VideoPool().read(path, seconds, 0.25 / 80, 1 / 80)
 
 
 @pytest.mark.parametrize("name", ["lerobot_v3_video", "lerobot_v21", "lerobot_v3_image"])
@@ -666,7 +662,7 @@ def test_check_videos_reads_every_video(name, copy_of):
     assert seen == [(done, count) for done in range(1, count + 1)]
 
 
-def test_check_videos_finds_a_video_that_is_too_short(copy_of):
+def test_check_videos_finds_an_episode_beyond_the_end(copy_of):
     root = copy_of("lerobot_v3_video")
     late = [0.0, 0.0, 1 / 80]
     change_columns(
@@ -677,8 +673,9 @@ def test_check_videos_finds_a_video_that_is_too_short(copy_of):
         },
     )
     dataset = LeRobotDataset(root, action_horizon=1)
-    dataset[0]
-    with pytest.raises(ValueError, match=r"of episode 2, frame 14 can't be read: .* it ends with the one at"):
+    with pytest.raises(
+        ValueError, match=r"from 0\.2750 s on \(from_timestamp\) it has 14 of the 15 frames of episode 2"
+    ):
         dataset.check_videos()
     LeRobotDataset(root, action_horizon=1, episodes=[0, 1]).check_videos()
 

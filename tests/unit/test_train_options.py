@@ -17,7 +17,7 @@ from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
 from torchpi.model.lora import LoraConfig, trainable_parameters
 from torchpi.model.pi0 import Pi0
-from torchpi.robots import Embodiment
+from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training import activation_checkpointing, loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
 from torchpi.training.distributed import single_process
@@ -449,7 +449,9 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
                 images = {"observation.images.base": black, "observation.images.wrist": black}
                 writer.add_frame({**images, "observation.state": value, "action": value})
             writer.save_episode("go")
-    config = recipe.replace(dataset=str(path), holdout=0.0)
+    robot = dataclasses.replace(get_embodiment("metaworld"), control_hz=10).to_dict()
+    (tmp_path / "robot.json").write_text(json.dumps(robot))
+    config = recipe.replace(dataset=str(path), embodiment=str(tmp_path / "robot.json"), holdout=0.0)
     (everything,) = open_data(config, SIZES)
     (moving,) = open_data(config.replace(skip_idle=True), SIZES)
     assert len(everything.frames) == 120

@@ -3,7 +3,8 @@
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -11,6 +12,7 @@ from rich.console import Console
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
 from torchpi.data import LeRobotDataset, select_episodes
+from torchpi.data.rate import rate_note
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
@@ -35,11 +37,10 @@ def run_bench_data(
     repeats: int,
     step_seconds: float | None,
     episodes: str | None,
-    rename: Mapping[str, str],
-    prompt: str | None = None,
     as_json: bool,
+    **reading: Any,
 ) -> None:
-    """Measure and print; the arguments are those of the command."""
+    """Measure and print; the arguments are those of the command, `reading` those of `LeRobotDataset`."""
     if batch < 1 or repeats < 1 or workers < 0 or (step_seconds is not None and step_seconds <= 0):
         raise UsageError(
             f"Expected positive numbers, got batch {batch}, repeats {repeats}, workers {workers}, step_seconds "
@@ -53,11 +54,11 @@ def run_bench_data(
             embodiment=robot,
             episodes=None if episodes is None else select_episodes(path, episodes),
             columns=(),
-            rename=rename,
-            prompt=prompt,
+            **reading,
         )
+        robot = robot or _robot_of(dataset)
         frame_ms = 1e3 * _frame_seconds(dataset) if dataset.camera_keys else 0.0
-        samples = _samples(dataset, robot or _robot_of(dataset), config)
+        samples = _samples(dataset, robot, config)
         seconds = _batch_seconds(samples, len(dataset), batch, workers, repeats)
     share = None if step_seconds is None else wait_share(seconds, step_seconds, workers)
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
@@ -65,6 +66,8 @@ def run_bench_data(
         f"{pathlib.PurePath(path).name}: {batch / seconds:.1f} samples/s with {workers} workers, {seconds:.3f} s per "
         f"batch of {batch}; {frame_ms:.2f} ms per decoded frame of {len(dataset.camera_keys)} cameras"
     )
+    if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
+        console.print(f"{path} is {note}")
     if share is not None:
         console.print(f"a training step of {step_seconds:g} s would wait for data {share:.0%} of the time")
     if as_json:

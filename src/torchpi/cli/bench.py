@@ -117,6 +117,10 @@ class BenchData:
     """LeRobot's names where the dataset has others, OLD=NEW or, joined, OLD+OLD=NEW."""
     prompt: str | None = None
     """The instruction of all frames, in place of their tasks."""
+    fps: float | None = None
+    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
+    tolerance_s: float | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     batch: int = 32
     """Samples in a batch."""
     workers: int = 1

@@ -90,6 +90,10 @@ class Quantize:
     """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW, as for eval."""
     prompt: str | None = None
     """The instruction of all frames of the dataset, in place of their tasks."""
+    fps: float | None = None
+    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
+    tolerance_s: float | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     overwrite: bool = False
     """Replace a policy folder that is there."""
     json: bool = False
@@ -109,6 +113,8 @@ class Quantize:
             seed=self.seed,
             rename=parse_rename(self.rename),
             prompt=self.prompt,
+            fps=self.fps,
+            tolerance_s=self.tolerance_s,
             overwrite=self.overwrite,
             load=self.load.given(),
         )

@@ -50,6 +50,11 @@ class DatasetOptions:
     joint_position+gripper_position=observation.state."""
     prompt: str | None = None
     """With --dataset: the instruction of all frames, in place of their tasks."""
+    fps: float | None = None
+    """With --dataset: frames per second to read it at, where the robot acts at another rate than was recorded."""
+    tolerance_s: float | None = None
+    """With --dataset: seconds by which timestamps and frames of videos may be off their times; by default a quarter of
+    a frame."""
     samples: int = 256
     """With --dataset: frames, spread evenly over the episodes and the time in each."""
     batch_size: int = 32
@@ -112,6 +117,8 @@ class Eval:
             episodes=None if options.select is None else select_episodes(dataset, options.select),
             rename=parse_rename(options.rename),
             prompt=options.prompt,
+            fps=options.fps,
+            tolerance_s=options.tolerance_s,
             out=self.out,
             load=self.load.given(),
             as_json=self.json,

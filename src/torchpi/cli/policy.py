@@ -120,6 +120,10 @@ class Trace:
     """Of the episode."""
     prompt: str | None = None
     """The instruction of the dataset's frame, in place of its task."""
+    fps: float | None = None
+    """Frames per second to read it at, where the robot acts at another rate than it was recorded with."""
+    tolerance_s: float | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
     load: Load = PolicyOptions()
@@ -132,7 +136,14 @@ class Trace:
         run_trace(
             [*([self.target] if self.target else []), *self.compare],
             Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim),
-            Source(self.inputs, self.dataset, self.episode, self.frame, self.prompt, demo=demo_observation()),
+            Source(
+                self.inputs,
+                self.dataset,
+                self.episode,
+                self.frame,
+                {"prompt": self.prompt, "fps": self.fps, "tolerance_s": self.tolerance_s},
+                demo=demo_observation(),
+            ),
             html=self.html,
             as_json=self.json,
             **self.load.given(),

@@ -13,6 +13,8 @@ from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 
 if TYPE_CHECKING:
+    from torchpi.data import LeRobotDataset
+    from torchpi.robots import Embodiment
     from torchpi.transforms import NormStats
 
 
@@ -38,6 +40,10 @@ class Stats:
     rename: tuple[str, ...] = ()
     """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
     Columns that have to be joined: joint_position+gripper_position=observation.state."""
+    fps: float | None = None
+    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
+    tolerance_s: float | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     compare: tuple[str, ...] | None = None
     """Checkpoints or norm_stats.json files: rank their robots by the fraction of the data inside [q01, q99], with
     reasons. Without any: rank the robots of the released checkpoints by their descriptions; nothing is downloaded."""
@@ -46,27 +52,15 @@ class Stats:
     aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
-        from torchpi.data import LeRobotDataset, idle_frames, select_episodes
+        from torchpi.data import idle_frames
         from torchpi.data.fit import coverage_with_reasons, released_fits, unit_problems
-        from torchpi.data.rename import parse_rename
         from torchpi.data.stats import distributions, stats_coverage
         from torchpi.robots import get_embodiment
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 
         robot, horizon = get_embodiment(self.embodiment), self.action_horizon
         robots = _stats_of_all(self.compare or ())
-        rename = parse_rename(self.rename)
-        episodes = None if self.select is None else select_episodes(self.dataset, self.select)
-        # Neither images nor other columns are read.
-        dataset = LeRobotDataset(
-            self.dataset,
-            action_horizon=horizon,
-            embodiment=robot,
-            episodes=episodes,
-            cameras=(),
-            columns=(),
-            rename=rename,
-        )
+        dataset = self._open(robot)
         with Console(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
             found = distributions(dataset, robot, action_horizon=horizon)
             num_idle = int(idle_frames(dataset).sum())
@@ -88,6 +82,8 @@ class Stats:
             "embodiment": robot.name,
             "episodes": len(dataset.episode_lengths),
             "frames": len(dataset),
+            "fps": dataset.fps,
+            "recorded_fps": dataset.recorded_fps,
             "idle_frames": num_idle,
             "idle_share": num_idle / len(dataset),
             "action_horizon": horizon,
@@ -103,6 +99,27 @@ class Stats:
             _print_comparison(ranked, self.compare)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
+
+    def _open(self, robot: "Embodiment") -> "LeRobotDataset":
+        """The numbers of the dataset; neither images nor other columns are read."""
+        from torchpi.data import LeRobotDataset, select_episodes
+        from torchpi.data.rate import rate_note
+        from torchpi.data.rename import parse_rename
+
+        dataset = LeRobotDataset(
+            self.dataset,
+            action_horizon=self.action_horizon,
+            embodiment=robot,
+            episodes=None if self.select is None else select_episodes(self.dataset, self.select),
+            cameras=(),
+            columns=(),
+            rename=parse_rename(self.rename),
+            fps=self.fps,
+            tolerance_s=self.tolerance_s,
+        )
+        if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
+            print(f"{self.dataset} is {note}", file=sys.stderr)
+        return dataset
 
 
 def _stats_of_all(addresses: Sequence[str]) -> dict[str, dict[str, "NormStats"]]:

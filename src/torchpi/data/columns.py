@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from torchpi.data import format as lerobot
+from torchpi.data.clock import check_clock
 from torchpi.data.files import open_parquet
 from torchpi.data.metadata import Episode, Metadata
 from torchpi.data.rename import is_named_otherwise, suggested_rename
@@ -66,7 +67,6 @@ def read_columns(
         for episode in chosen:
             frames = {name: values[runs.get(episode.index, slice(0))] for name, values in columns.items()}
             _check_episode(frames, episode)
-            _check_clock(frames["timestamp"], episode, metadata.info.fps, tolerance_s)
             pieces.append(frames)
             first_rows.append(rows[episode.index].start)
     names = [name for name in pieces[0] if name not in left_out]
@@ -78,6 +78,7 @@ def read_columns(
             stacklevel=3,
         )
     columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+    check_clock(columns["timestamp"], episodes, fps=metadata.info.fps, tolerance_s=tolerance_s)
     if prompt is None:
         _check_tasks(columns, metadata)
         return columns, metadata.tasks, np.array(first_rows)
@@ -270,20 +271,3 @@ def _check_episode(columns: Columns, episode: Episode) -> None:
                 f"dimension {dims[0]}, and in {len(np.unique(frames))} of its {episode.length} frames. Repair the "
                 f"column, or {lerobot.LEAVE_OUT}."
             )
-
-
-def _check_clock(timestamps: np.ndarray, episode: Episode, fps: float | int, tolerance_s: float) -> None:
-    """Refuse another rate than fps: a chunk's actions, which are one frame apart, would be too fast or too slow."""
-    seconds = timestamps.reshape(-1).astype(np.float64)
-    seconds -= seconds[0]  # an episode's clock may begin at any time
-    expected = np.arange(episode.length) / fps
-    off = np.flatnonzero(~(np.abs(seconds - expected) <= tolerance_s))
-    if off.size:
-        first, total = off[0], seconds[-1]
-        rate = (episode.length - 1) / total if total else np.inf
-        raise DatasetError(
-            f"{episode.data_file}: frame {first} of episode {episode.index} was taken {seconds[first]:.4f} s after the "
-            f"first one; expected {expected[first]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} "
-            f"frames per second. The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if "
-            f"frames are missing, {lerobot.LEAVE_OUT}."
-        )

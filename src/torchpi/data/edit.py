@@ -13,8 +13,9 @@ from torchpi.atomic import atomic_folder
 from torchpi.data import format as lerobot
 from torchpi.data.episodes import select_episodes
 from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.rate import Resampling
 from torchpi.data.rename import dimension_names
-from torchpi.data.rewrite import Edited, Progress, Resampling, no_progress, pieces_of, write_pieces
+from torchpi.data.rewrite import Edited, Progress, no_progress, pieces_of, write_pieces
 from torchpi.errors import DatasetError
 
 
@@ -85,8 +86,8 @@ def resample_dataset(
 
     Args:
         fps: the new rate.
-        commands: what the robot does with an action, see `ActionDim`: one for all dimensions, or each. Positions,
-            velocities and efforts are those of the frame; increments are summed from one frame to the next.
+        commands: what the robot does with an action, see `ActionDim`: one for all dimensions, or each; it decides what
+            becomes of the actions, see `Resampling`.
 
     Raises:
         ValueError: a rate that is not lower; another number of commands; see also `merge_datasets`.
@@ -94,8 +95,14 @@ def resample_dataset(
     source = open_metadata(path)
     num_dims = int(np.prod(source.info.features[lerobot.ACTION]["shape"]))
     stated = (commands,) * num_dims if isinstance(commands, str) else tuple(commands)
+    if len(stated) != num_dims:
+        raise DatasetError(f"There are {len(stated)} commands; expected one for each of the {num_dims} dimensions.")
+    if not 0 < fps < source.info.fps:
+        raise DatasetError(
+            f"The dataset has {source.info.fps:g} frames per second, and {fps:g} were asked for; expected fewer: "
+            "frames that were not recorded can't be made."
+        )
     resampling = Resampling(source.info.fps, fps, stated)
-    resampling.check(num_dims)
     with _new_folder(out) as folder:
         return write_pieces(folder, pieces_of(path, source), shown_as=out, resampling=resampling, progress=progress)
 

@@ -1,6 +1,7 @@
 """Reading datasets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
 import concurrent.futures
+import functools
 import operator
 import os
 import warnings
@@ -17,6 +18,8 @@ from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, download_frames, open_metadata
 from torchpi.data.names import dimension_names
 from torchpi.data.observations import camera_keys_of, in_robot_order
+from torchpi.data.rate import Resampling, check_increments, resampling_for
+from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Embodiment
@@ -72,7 +75,8 @@ class LeRobotDataset:
         columns: Collection[str] | None = None,
         rename: Mapping[str, str] | None = None,
         prompt: str | None = None,
-        tolerance_s: float | None = None,
+        fps: float | int | None = None,
+        tolerance_s: float | int | None = None,
         image_cache_bytes: int = 4 * 2**30,
     ) -> None:
         """
@@ -80,51 +84,51 @@ class LeRobotDataset:
             path: the dataset's folder, or its address on the Hugging Face Hub, hf://org/name[@revision]: of that come
                 the folder `meta`, and what these episodes and cameras need.
             action_horizon: H, actions in a chunk.
-            embodiment: the robot whose policy reads it: state and action come in its order where the dataset has the
-                same names in another one, and of the cameras those that it reads.
-            episodes: the indices of those to read, by default all (see `select_episodes`); frames are counted among
-                them, in the dataset's order.
-            cameras: the keys of those to read, by default all, or the embodiment's; the others' images are not
-                decoded, and their videos need not be there.
+            embodiment: the robot whose policy reads it: state and action come in the order of its names, of the
+                cameras those that it reads; its control_hz must be the rate.
+            episodes: the indices of those to read, in the dataset's order; by default all (see `select_episodes`).
+            cameras: the keys of those to read, by default all, or the embodiment's; others' files need not be there.
             columns: the numeric columns to read beside state, action and those that every dataset has; by default all
                 of one shape in all frames, with a warning about others.
             rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state", "top":
                 "observation.images.cam_high"}; numeric columns are joined by "+", in that order:
                 {"joint_position+gripper_position": "observation.state"}. All else here uses the new names.
             prompt: the instruction of all frames, in place of their tasks, which may be missing.
-            tolerance_s: the greatest distance of a video's frame from its time, and of a timestamp from its frame's
-                number; by default a quarter of a frame.
+            fps: frames per second to read it at, in place of the recorded ones, see `torchpi.data.rate.Resampling`.
+            tolerance_s: the greatest distance of timestamps and video frames from their times, which count from the
+                beginning of an episode, wherever its clock begins; by default a quarter of a frame.
             image_cache_bytes: limit of the compressed images of data files that stay in memory.
 
         Raises:
             FileNotFoundError: no such folder; it is no dataset; a file of it is missing.
             KeyError: a column or camera is missing, also one to rename.
-            ValueError: a version that isn't read; a damaged file; an episode that isn't there; NaN or infinity in state
-                or action; timestamps that don't fit fps; a new name that is taken; a column that can't be joined.
+            ValueError: an unknown version; a damaged file; an episode that isn't there; NaN or infinity; a clock or
+                rate that doesn't fit; episodes that share a part of a video; a new name that is taken.
             ModuleNotFoundError: pyarrow or av is missing.
         """
-        if action_horizon < 1:
-            raise DatasetError(f"action_horizon is {action_horizon}; expected 1 or more.")
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
-        self.path, self.action_horizon = metadata.root, action_horizon
+        if action_horizon < 1:
+            raise DatasetError(f"action_horizon is {action_horizon}; expected 1 or more.")
+        self.path, self.action_horizon, self._cache_bytes = metadata.root, action_horizon, image_cache_bytes
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)
-        if cameras is None and embodiment is not None:
-            cameras = camera_keys_of(embodiment, metadata.info.cameras)
-        self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, self.path)
+        self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, embodiment, self.path)
+        resampling = resampling_for(self.path, self.fps, embodiment, fps)
+        self._spans = VideoSpans(metadata.episodes, self._episodes, self.camera_keys, self.fps, tolerance_s)
         download_frames(path, self.path, self._episodes, self.camera_keys)
-        self._tolerance = 0.25 / self.fps if tolerance_s is None else tolerance_s
         self.columns, self.tasks, self._first_rows = read_columns(
-            metadata, self._episodes, tolerance_s=self._tolerance, others=columns, prompt=prompt
+            metadata, self._episodes, tolerance_s=self._spans.tolerance_s, others=columns, prompt=prompt
         )
         self._name_dimensions(embodiment)
-        self.episode_indices = tuple(episode.index for episode in self._episodes)
-        self.episode_lengths = tuple(episode.length for episode in self._episodes)
-        self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
-        self._cache_bytes = image_cache_bytes
+        self._count_frames(embodiment, resampling)
         self._open_files()
         self._check_cameras()
+
+    @property
+    def recorded_fps(self) -> int | float:
+        """Frames per second of meta/info.json."""
+        return self._metadata.info.fps
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -136,7 +140,8 @@ class LeRobotDataset:
             FileNotFoundError, ValueError: a video or image is missing or damaged.
         """
         i = self._frame_number(index)
-        return {**{key: self._image(key, i) for key in self.camera_keys}, **self.numbers(i)}
+        number, frame = self._episode_number(i), int(self._recorded_frames[i])
+        return {**{key: self._image(key, number, frame) for key in self.camera_keys}, **self.numbers(i)}
 
     def numbers(self, index: SupportsIndex) -> dict[str, Any]:
         """A frame without its images: "observation.state" float32 [s], "action" float32 [H, a] with the episode's last
@@ -153,23 +158,24 @@ class LeRobotDataset:
         return item
 
     def check_videos(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Read the last frame that is needed of each video file: one that is too short or cut off is found now, not
-        when its turn comes. Some milliseconds per file; damage in its middle is not found.
+        """Compare the frames of each video file with its episodes, and read the last one that is needed: a file that
+        doesn't fit, or is cut off, is found now, not when its turn comes. Some milliseconds per file; damage in its
+        middle is not found.
 
         Args:
             progress: called with the number of files that are read, and of all.
 
         Raises:
-            FileNotFoundError, ValueError: a video is missing or damaged, or ends too early.
+            FileNotFoundError, ValueError: a video is missing or damaged, or isn't that of its episodes.
         """
-        last: dict[Path, tuple[float, str, int]] = {}  # per file: the frame's time, its camera, its number
-        for end, episode in zip(self._ends.tolist(), self._episodes, strict=True):
+        last: dict[Path, tuple[float, str, int, int]] = {}  # per file: the frame's time, and arguments of `_image`
+        for number, episode in enumerate(self._episodes):
             for key in self.camera_keys:
                 if (span := episode.videos.get(key)) is not None:
-                    before = last.get(span.path, (-np.inf, key, end - 1))
-                    last[span.path] = max(before, (span.from_timestamp + episode.length / self.fps, key, end - 1))
+                    end = (span.from_timestamp + episode.length / self.recorded_fps, key, number, episode.length - 1)
+                    last[span.path] = max(last.get(span.path, end), end)
         with concurrent.futures.ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-            reading = [pool.submit(self._image, key, i) for _, key, i in last.values()]
+            reading = [pool.submit(self._image, key, number, frame) for _, key, number, frame in last.values()]
             try:
                 for done, future in enumerate(concurrent.futures.as_completed(reading), start=1):
                     future.result()
@@ -183,9 +189,31 @@ class LeRobotDataset:
         names = {key: dimension_names(self.features.get(key, {}), dims[key]) for key in dims}
         order = {} if embodiment is None else in_robot_order(embodiment, self.columns, names, self.path)
         for key, places in order.items():
-            self.columns[key] = self.columns[key][:, places]
+            self.columns = {**self.columns, key: self.columns[key][:, places]}
             names[key] = tuple(found[i] for i in places) if (found := names[key]) else None
         self.state_names, self.action_names = names.values()
+
+    def _count_frames(self, embodiment: Embodiment | None, resampling: Resampling | None) -> None:
+        """Find the episodes' frames, of another rate if there is a resampling."""
+        self.episode_indices = tuple(episode.index for episode in self._episodes)
+        self.episode_lengths = tuple(episode.length for episode in self._episodes)
+        self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
+        self._recorded_frames = self.columns["frame_index"]  # [F], in the episode as it was recorded
+        if embodiment is None or resampling is None:
+            return
+        frames = [resampling.frames(length) for length in self.episode_lengths]
+        begins = self._ends - self.episode_lengths
+        rows = np.concatenate([begin + taken for begin, taken in zip(begins, frames, strict=True)])
+        episodes = np.split(self.columns[lerobot.ACTION], self._ends[:-1])
+        actions = np.concatenate([resampling.actions(episode) for episode in episodes])
+        check_increments(actions, embodiment, resampling.fps)
+        numbers = np.concatenate([np.arange(len(taken)) for taken in frames])
+        clock = (numbers / resampling.fps).astype(np.float32)
+        new = {lerobot.ACTION: actions, "frame_index": numbers, "timestamp": clock}
+        self.columns = {name: values[rows] for name, values in self.columns.items()} | new
+        self.fps, self._recorded_frames = resampling.fps, self._recorded_frames[rows]
+        self.episode_lengths = tuple(map(len, frames))
+        self._ends = np.cumsum(self.episode_lengths)
 
     def _open_files(self) -> None:
         """Begin without any open file and cached image."""
@@ -208,18 +236,19 @@ class LeRobotDataset:
     def _episode_number(self, i: int) -> int:
         return int(np.searchsorted(self._ends, i, side="right"))
 
-    def _image(self, key: str, i: int) -> np.ndarray:
+    def _image(self, key: str, number: int, frame: int) -> np.ndarray:
+        """The image of a frame of the episode `self._episodes[number]`, as it was recorded."""
         if self._pid != os.getpid():  # a fork: the positions of files are the parent's, too, and a lock may be held
             _FORKED.append(self._videos)
             self._open_files()
-        number = self._episode_number(i)
         episode = self._episodes[number]
-        frame = i - (int(self._ends[number]) - episode.length)
         span = episode.videos.get(key)
+        if span is not None:
+            self._spans.check(span.path, functools.partial(self._videos.frame_times, span.path, self.recorded_fps))
         try:
             if span is not None:
-                seconds = span.from_timestamp + float(self.columns["timestamp"][i])
-                return self._videos.read(span.path, seconds, self._tolerance)
+                seconds = span.from_timestamp + frame / self.recorded_fps
+                return self._videos.read(span.path, seconds, self._spans.tolerance_s, 1 / self.recorded_fps)
             (name,) = self._metadata.sources.get(key, (key,))
             return self._images.read(episode.data_file, name, int(self._first_rows[number]) + frame)
         except ValueError as error:
@@ -229,6 +258,7 @@ class LeRobotDataset:
             ) from error
 
     def _check_cameras(self) -> None:
+        there: set[Path] = set()
         for episode in self._episodes:
             for key in self.camera_keys:
                 if key in episode.unencoded:
@@ -236,8 +266,9 @@ class LeRobotDataset:
                         f"Episode {episode.index} has no video of {key}: {episode.unencoded[key]} It was not encoded "
                         f"before the recording ended. Encode it with LeRobot, or {lerobot.LEAVE_OUT}."
                     )
-                if key in episode.videos:
-                    require_file(episode.videos[key].path, f"video of {key}, episode {episode.index},")
+                if key in episode.videos and (path := episode.videos[key].path) not in there:
+                    require_file(path, f"video of {key}, episode {episode.index},")
+                    there.add(path)
 
 
 def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
@@ -259,8 +290,12 @@ def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: P
     return tuple(episode for episode in episodes if episode.index in indices and episode.length)
 
 
-def _chosen_cameras(cameras: tuple[str, ...], wanted: Iterable[str] | None, path: Path) -> tuple[str, ...]:
-    chosen = set(cameras if wanted is None else wanted)
+def _chosen_cameras(
+    cameras: tuple[str, ...], wanted: Iterable[str] | None, embodiment: Embodiment | None, path: Path
+) -> tuple[str, ...]:
+    if wanted is None:
+        wanted = cameras if embodiment is None else camera_keys_of(embodiment, cameras)
+    chosen = set(wanted)
     if unknown := sorted(chosen - set(cameras)):
         raise UnknownKeyError(
             f"{path} has no camera {', '.join(unknown)}; its cameras are {', '.join(cameras) or 'none'}."

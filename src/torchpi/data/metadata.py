@@ -1,6 +1,7 @@
 """Metadata of LeRobot datasets: features, tasks, and the files of each episode. Formats v3.0, v2.1 and v2.0."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections import Counter
@@ -246,7 +247,7 @@ def _episode(row: Mapping[str, Any], listed_in: Path, info: Info, root: Path, ta
         if info.is_v3:
             columns = {name: f"{part}/{name}" for name in ("chunk_index", "file_index")}
             place = {name: whole_number(row.get(column), label + column) for name, column in columns.items()}
-        return root / str(template).format(**place, **names)
+        return _path(root, str(template).format(**place, **names))
 
     def span(key: str) -> VideoSpan:
         column = f"videos/{key}/from_timestamp"
@@ -282,6 +283,12 @@ def whole_number(value: Any, label: str) -> int:
     if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
         return int(value)
     raise DatasetError(f"{label} is {'missing' if value is None else value}; expected a whole number.")
+
+
+@functools.lru_cache
+def _path(root: Path, name: str) -> Path:
+    """A file, which consecutive episodes may share."""
+    return root / name
 
 
 def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
@@ -21,13 +20,13 @@ from torchpi.data.files import is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import file_inside
 from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows
 from torchpi.data.metadata_writer import SavedEpisode, new_info
+from torchpi.data.rate import Resampling
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import VideoPool, default_encoder, encode_video
 from torchpi.data.video_copy import codec_of, cut_video
 from torchpi.errors import DatasetError
 from torchpi.extras import require
 from torchpi.robots.keys import flatten
-from torchpi.robots.parts import COMMANDS
 
 _FILE_MB = 100, 200
 """LeRobot's limits of data files and videos, for datasets that state none."""
@@ -70,44 +69,6 @@ class Piece(NamedTuple):
     """Its row in the list of episodes, statistics included."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Resampling:
-    """A lower rate, or the same: the frames that are kept, and what becomes of the actions of the others."""
-
-    old_fps: float | int
-    fps: float | int
-    commands: tuple[str, ...] = ()
-    """Of each dimension of the action; for another rate."""
-
-    @property
-    def keeps_all(self) -> bool:
-        """True for the same rate."""
-        return self.fps == self.old_fps
-
-    def check(self, num_dims: int) -> None:
-        """Raise a ValueError about a rate or commands that don't fit the dataset."""
-        if len(self.commands) != num_dims or not set(self.commands) <= set(COMMANDS):
-            raise DatasetError(
-                f"The commands are {', '.join(self.commands)}; expected one of {', '.join(COMMANDS)} for each of the "
-                f"{num_dims} dimensions of the action."
-            )
-        if not 0 < self.fps < self.old_fps:
-            raise DatasetError(
-                f"The dataset has {self.old_fps:g} frames per second, and {self.fps:g} were asked for; expected fewer: "
-                "frames that were not recorded can't be made."
-            )
-
-    def frames(self, length: int) -> Int[np.ndarray, " T"]:
-        """The frames of an episode that are nearest to the times of the new rate."""
-        count = int((length - 1) * self.fps / self.old_fps + 1e-6) + 1
-        return np.rint(np.arange(count) * self.old_fps / self.fps).astype(int)
-
-    def actions(self, actions: Float[np.ndarray, "F a"], frames: Int[np.ndarray, " T"]) -> Float[np.ndarray, "T a"]:
-        """The actions of these frames; increments with those of the frames that are left out behind them."""
-        summed = np.add.reduceat(actions.astype(np.float64), frames, axis=0)
-        return np.where([command == "increment" for command in self.commands], summed, actions[frames])
-
-
 def pieces_of(path: str | Path, source: Metadata, indices: Sequence[int] | None = None) -> list[Piece]:
     """Episodes of a dataset, by default all; of an address, their files are downloaded."""
     wanted = {episode.index for episode in source.episodes} if indices is None else set(indices)
@@ -134,8 +95,8 @@ def write_pieces(
         resampling: by default none.
     """
     info = pieces[0].source.info
-    resampling = resampling or Resampling(info.fps, info.fps)
-    info = _v3(dataclasses.replace(info, fps=resampling.fps, robot_type=robot_type or info.robot_type))
+    fps = info.fps if resampling is None else resampling.fps
+    info = _v3(dataclasses.replace(info, fps=fps, robot_type=robot_type or info.robot_type))
     recording, notes = Recording.create(folder, info), dict[str, None]()
     numbers: dict[str, int] = {}
     encoded = 0
@@ -223,7 +184,7 @@ def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
     return _with_column(table, camera, pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
 
 
-def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int], resampling: Resampling) -> int:
+def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int], resampling: Resampling | None) -> int:
     """Save an episode; the number of its videos that had to be encoded.
 
     Args:
@@ -233,27 +194,28 @@ def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int]
     tasks = tuple(dict.fromkeys((*texts, *piece.episode.tasks)))
     for text in tasks:
         numbers.setdefault(text, len(numbers))
-    frames = resampling.frames(len(table))
+    frames = np.arange(len(table)) if resampling is None else resampling.frames(len(table))
     seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
     new: dict[str, np.ndarray] = {
-        "timestamp": seconds - seconds[0] if resampling.keeps_all else np.arange(len(frames)) / resampling.fps,
+        "timestamp": seconds - seconds[0] if resampling is None else np.arange(len(frames)) / resampling.fps,
         "frame_index": np.arange(len(frames)),
         "episode_index": np.full(len(frames), len(recording.episodes)),
         "index": recording.num_frames + np.arange(len(frames)),
         "task_index": np.array([numbers[text] for text in texts])[frames],
     }
+    fps = None if resampling is None else resampling.fps
     columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
     stats = {key: _stated_stats(piece.row, key) for key in recording.info.cameras}
     codecs: dict[str, str] = {}
     encoded = 0
     with recording.saving(SavedEpisode(len(frames), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
-        rows = _resampled(table, frames, resampling)
+        rows = table if resampling is None else _resampled(table, frames, resampling)
         for name, dtype in lerobot.BOOKKEEPING.items():
             rows = _with_column(rows, name, require("pyarrow", "data").array(new[name].astype(dtype)))
         with write_parquet(files["data"], rows.schema) as file:
             file.write_table(rows)
         for camera in recording.info.videos:
-            encoded += not _write_video(files[camera], piece, camera, frames, resampling)
+            encoded += not _write_video(files[camera], piece, camera, frames.tolist(), fps)
             codecs[camera] = codec_of(files[camera])
     return encoded
 
@@ -276,10 +238,8 @@ def _stated_stats(row: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _resampled(table: Any, frames: np.ndarray, resampling: Resampling) -> Any:
-    if resampling.keeps_all:
-        return table
     actions = to_numpy(table.column(lerobot.ACTION))
-    new = resampling.actions(actions.reshape(len(table), -1), frames).reshape(-1, *actions.shape[1:])
+    new = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
     array = require("pyarrow", "data").array(new.tolist(), table.schema.field(lerobot.ACTION).type)
     return _with_column(table.take(frames), lerobot.ACTION, array)
 
@@ -289,16 +249,16 @@ def _with_column(table: Any, name: str, array: Any) -> Any:
     return table.append_column(name, array) if place < 0 else table.set_column(place, name, array)
 
 
-def _write_video(path: Path, piece: Piece, camera: str, frames: np.ndarray, resampling: Resampling) -> bool:
-    """Write an episode's video; True if it could be copied."""
-    index, fps, length = piece.episode.index, resampling.old_fps, piece.episode.length
+def _write_video(path: Path, piece: Piece, camera: str, frames: Sequence[int], fps: float | int | None) -> bool:
+    """Write an episode's video, at another rate if it is given; True if it could be copied."""
+    index, recorded_fps, length = piece.episode.index, piece.source.info.fps, piece.episode.length
     if camera in piece.episode.unencoded:
         raise DatasetError(
             f"{camera} of episode {index} has no video: {piece.episode.unencoded[camera]} Leave the episode out "
             "(torchpi data delete)."
         )
     span = piece.episode.videos[camera]
-    if resampling.keeps_all and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=fps):
+    if fps is None and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=recorded_fps):
         return True
     feature = piece.source.info.features[camera]
     if feature.get("info", {}).get("is_depth_map"):
@@ -307,8 +267,9 @@ def _write_video(path: Path, piece: Piece, camera: str, frames: np.ndarray, resa
             "would change its depths; it can be copied only where it begins with a keyframe, at the same rate."
         )
     pool = VideoPool(limit=1)
-    images = (pool.read(span.path, span.from_timestamp + frame / fps, 0.25 / fps) for frame in frames.tolist())
-    encode_video(path, images, fps=resampling.fps, encoder=default_encoder())
+    period = 1 / recorded_fps
+    images = (pool.read(span.path, span.from_timestamp + frame * period, 0.25 * period, period) for frame in frames)
+    encode_video(path, images, fps=fps or recorded_fps, encoder=default_encoder())
     return False
 
 

@@ -5,13 +5,13 @@ import contextlib
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from torchpi.data.files import require_file, unreadable
 from torchpi.errors import DatasetError
@@ -48,28 +48,52 @@ class VideoReader:
         # The longest distance from a keyframe that was seen: within it, decoding on is not slower than a seek.
         self._stride = 0.0
 
-    def near(self, seconds: float, tolerance: float) -> bool:
+    def near(self, seconds: float, period: float) -> bool:
         """True if that time is reached by decoding on, without a seek."""
-        return self._frame is not None and -tolerance <= seconds - self._frame.time <= self._stride + tolerance
+        return self._frame is not None and -period / 8 <= seconds - self._frame.time <= self._stride + period / 2
 
-    def read(self, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame at a time of the file, off by less than half of a frame at most; RGB as PyAV converts it."""
+    def read(self, seconds: float, tolerance: float, period: float) -> UInt8[np.ndarray, "h w 3"]:
+        """The frame nearest to a time of the file, off by no more than the tolerance; RGB as PyAV converts it.
+
+        Args:
+            period: seconds between two frames. A frame within an eighth of it is the nearest one; elsewhere the frame
+                behind that time is compared with the one before.
+        """
         try:
-            if not self.near(seconds, tolerance):
-                self._seek(seconds + tolerance)
-                if self._frame.time > seconds + tolerance:  # an index that is off: from the beginning, then
+            if not self.near(seconds, period):
+                self._seek(seconds + period / 8)
+                if self._frame.time > seconds + period / 8:  # an index that is off: from the beginning, then
                     self._seek(0.0)
-            while self._frame.time < seconds - tolerance:
-                self._next()
-            if self._frame.time > seconds + tolerance:
-                raise EOFError(f"the nearest one is at {self._frame.time:.4f} s")
-            return np.asarray(self._frame.to_ndarray(format="rgb24"))
+            nearest = self._frame
+            while self._frame.time < seconds - period / 8:
+                try:
+                    self._next()
+                except EOFError:
+                    break
+                if abs(self._frame.time - seconds) < abs(nearest.time - seconds):
+                    nearest = self._frame
         except (self._error, EOFError) as error:
-            self._frame = None
-            raise DatasetError(
-                f"{self.path} has no frame at {seconds:.4f} s: {error}. The file is damaged, or is not the one that "
-                "the dataset describes."
-            ) from error
+            raise self._no_frame(seconds, str(error)) from error
+        if not abs(nearest.time - seconds) <= tolerance:
+            raise self._no_frame(seconds, f"the nearest one is at {nearest.time:.4f} s")
+        return np.asarray(nearest.to_ndarray(format="rgb24"))
+
+    def frame_times(self, fps: float | int) -> Float[np.ndarray, " n"]:
+        """The times of all frames, without decoding: by the container's count if they fill its duration at that rate,
+        else of each packet, for which the file is read."""
+        stream, base = self._stream, float(self._stream.time_base)
+        if stream.frames and stream.duration and abs(stream.duration * base * fps - stream.frames) <= 0.25:
+            return ((stream.start_time or 0) + np.arange(stream.frames) * (stream.duration / stream.frames)) * base
+        self._frame = None
+        try:
+            self._container.seek(0, stream=stream)
+            shown = (packet for packet in self._container.demux(stream) if not packet.is_discard)
+            times = np.sort(np.array([packet.pts for packet in shown if packet.pts is not None], np.float64)) * base
+        except self._error as error:
+            raise self._no_frame(0.0, str(error)) from error
+        if not len(times):
+            raise self._no_frame(0.0, "it has none")
+        return times
 
     def close(self) -> None:
         self._frames = self._frame = None
@@ -80,6 +104,12 @@ class VideoReader:
         self._container.seek(int(seconds / self._stream.time_base), stream=self._stream)
         self._frames = self._container.decode(self._stream)
         self._next()
+
+    def _no_frame(self, seconds: float, cause: str) -> DatasetError:
+        self._frame = None
+        return DatasetError(
+            f"{self.path} has no frame at {seconds:.4f} s: {cause}. The file is damaged, or lacks frames."
+        )
 
     def _next(self) -> None:
         previous = self._frame
@@ -101,20 +131,29 @@ class VideoPool:
         self._lock = threading.Lock()
         self._idle: collections.OrderedDict[VideoReader, None] = collections.OrderedDict()
 
-    def read(self, path: Path, seconds: float, tolerance: float) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, path: Path, seconds: float, tolerance: float, period: float) -> UInt8[np.ndarray, "h w 3"]:
+        with self._reader(path, lambda reader: not reader.near(seconds, period)) as reader:
+            return reader.read(seconds, tolerance, period)
+
+    def frame_times(self, path: Path, fps: float | int) -> Float[np.ndarray, " n"]:
+        with self._reader(path) as reader:
+            return reader.frame_times(fps)
+
+    @contextlib.contextmanager
+    def _reader(self, path: Path, cost: Callable[[VideoReader], int] = lambda reader: 0) -> Iterator[VideoReader]:
+        """An idle reader of a file, of several that which costs least, or a new one; idle again afterwards."""
         with self._lock:
             readers = (reader for reader in self._idle if reader.path == path)
-            found = min(readers, key=lambda reader: not reader.near(seconds, tolerance), default=None)  # or the oldest
+            found = min(readers, key=cost, default=None)  # or the oldest
             if found is not None:
                 del self._idle[found]
         reader = found or VideoReader(path)
-        image = reader.read(seconds, tolerance)
+        yield reader
         with self._lock:
             self._idle[reader] = None
             surplus = [self._idle.popitem(last=False)[0] for _ in range(len(self._idle) - self._limit)]
         for old in surplus:
             old.close()
-        return image
 
 
 def video_rate(path: Path) -> float | None:

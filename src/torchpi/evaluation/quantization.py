@@ -21,10 +21,9 @@ def quantize_policy(
     dataset: str | pathlib.Path | None = None,
     num_observations: int = 64,
     seed: int = 0,
-    rename: Mapping[str, str] | None = None,
-    prompt: str | None = None,
     overwrite: bool = False,
     load: Mapping[str, Any] | None = None,
+    **reading: Any,
 ) -> Quantization:
     """Write a policy as a quantized policy folder.
 
@@ -35,8 +34,8 @@ def quantize_policy(
         dataset: a LeRobot dataset of the policy's robot, whose activations decide the scales of fp8.
         num_observations: frames of it, spread evenly, see `sample_frames`.
         seed: of the frames and the noise.
-        rename, prompt: see `LeRobotDataset`.
         load: more arguments of `load_policy`.
+        reading: further arguments of `LeRobotDataset`: rename, prompt, fps, tolerance_s.
 
     Raises:
         ValueError: as `quantize_model`, `predict_chunks` and `Policy.save`.
@@ -50,7 +49,7 @@ def quantize_policy(
 
     def observe() -> None:
         assert dataset is not None
-        _sample_actions(policy, dataset, num_observations, seed, rename=rename, prompt=prompt)
+        _sample_actions(policy, dataset, num_observations, seed, **reading)
 
     quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
     calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}

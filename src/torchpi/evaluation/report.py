@@ -14,6 +14,7 @@ from rich.text import Text
 
 from torchpi.data import format as lerobot
 from torchpi.data.lerobot import LeRobotDataset
+from torchpi.data.rate import rate_note
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
@@ -50,7 +51,7 @@ class DatasetEvaluation:
     """Wall-clock time without loading."""
     errors: ChunkErrors
     notes: tuple[str, ...]
-    """Dimensions without the baseline "hold", with the reasons."""
+    """Dimensions without the baseline "hold", with the reasons; and that the dataset was read at another rate."""
     plots: tuple[str, ...]
     """Paths."""
 
@@ -81,7 +82,7 @@ def evaluate_on_dataset(
         num_steps, batch_size, noise_samples: see `predict_chunks`.
         out: the folder of the plots; None: no plots.
         load: arguments of `load_policy`.
-        reading: further arguments of `LeRobotDataset`: episodes, rename, prompt.
+        reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
     """
     loaded = load_policy(policy, **(load or {}))
     horizon = loaded.model.config.require("action_horizon")
@@ -91,6 +92,7 @@ def evaluate_on_dataset(
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()
     with progress_bar("chunks", len(frames)) as advance:
         chunks = predict(frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count))
+    note = rate_note(data.fps, data.recorded_fps, loaded.embodiment)
     errors = errors_of(chunks, data.columns[lerobot.ACTION])
     if out is not None:
         few = [frames[i] for i in plotted_frames(len(frames))]
@@ -111,7 +113,7 @@ def evaluate_on_dataset(
         noise_samples,
         time.perf_counter() - start,
         errors,
-        tuple(_notes_on_hold(loaded.embodiment)),
+        (*_notes_on_hold(loaded.embodiment), *([f"{dataset} is {note}."] if note else [])),
         tuple(map(str, plots)),
     )
 

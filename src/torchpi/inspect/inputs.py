@@ -53,8 +53,8 @@ class Source:
     episode: int = 0
     frame: int = 0
     """Counted from the episode's first."""
-    prompt: str | None = None
-    """In place of the frame's task."""
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of `LeRobotDataset`: prompt, fps, tolerance_s."""
     demo: Mapping[str, Any] | None = None
     """Observation of the embedded policy, used where neither of them is given."""
 
@@ -137,7 +137,7 @@ def _observation(policy: Policy, source: Source) -> tuple[Mapping[str, Any], str
     horizon = policy.model.config.require("action_horizon")
     robot, episodes = policy.embodiment, [source.episode]
     frames = LeRobotDataset(
-        source.dataset, action_horizon=horizon, embodiment=robot, episodes=episodes, columns=(), prompt=source.prompt
+        source.dataset, action_horizon=horizon, embodiment=robot, episodes=episodes, columns=(), **source.reading
     )
     if not 0 <= source.frame < len(frames):
         raise UsageError(f"Episode {source.episode} has the frames 0 to {len(frames) - 1}, got {source.frame}.")

@@ -82,6 +82,10 @@ class Source(_Checked):
     """The instruction of all episodes, in place of their tasks."""
     rename: tuple[str, ...] = ()
     """Renamed columns, see `DataConfig.rename`."""
+    fps: Positive | None = None
+    """Frames per second to read it at, see `DataConfig.fps`."""
+    tolerance_s: Positive | None = None
+    """See `DataConfig.tolerance_s`."""
     norm_stats: str = "dataset"
     """Normalization statistics, see `DataConfig.norm_stats`."""
 
@@ -101,6 +105,12 @@ class DataConfig(_Checked):
     rename: tuple[str, ...] = ()
     """Names of the dataset that differ from LeRobot's and the robot's: OLD=NEW, for example actions=action; columns
     that have to be joined: joint_position+gripper_position=observation.state."""
+    fps: Positive | None = None
+    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with: the
+    nearest frames, and actions as `torchpi.data.rate` says; by default those of the dataset, which must be the robot's
+    control_hz."""
+    tolerance_s: Positive | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     mixture: tuple[Source, ...] = ()
     """Several datasets in place of one, mixed by their weights; in a recipe's file, a list of objects. The policy is
     saved for the first one's robot."""
@@ -120,15 +130,16 @@ class DataConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mixture and (self.dataset or self.embodiment or self.episodes):
+        if self.mixture and (self.dataset or self.embodiment or self.episodes or self.fps or self.tolerance_s):
             raise TrainingError(
-                "A recipe has either dataset, embodiment and episodes, or a mixture of several datasets."
+                "A recipe has either dataset, embodiment, episodes, fps and tolerance_s, or a mixture of several "
+                "datasets with theirs."
             )
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The datasets of the run."""
-        names = ("dataset", "embodiment", "episodes", "prompt", "rename", "norm_stats")
+        names = ("dataset", "embodiment", "episodes", "prompt", "rename", "fps", "tolerance_s", "norm_stats")
         return self.mixture or (Source(**{name: getattr(self, name) for name in names}),)
 
 

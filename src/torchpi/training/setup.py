@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from torchpi.data import (
 from torchpi.data.episodes import hold_out
 from torchpi.data.fit import unit_problems
 from torchpi.data.metadata import open_metadata
+from torchpi.data.rate import same_rate, with_rate
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues
 from torchpi.errors import TrainingError
@@ -79,10 +81,24 @@ def open_data(
     """
     recorded = [None] * len(config.data.sources) if held_out is None else held_out
     horizon = sizes.require("action_horizon")
-    return [
+    data = [
         _open_source(source, config, init, horizon, held)
         for source, held in zip(config.data.sources, recorded, strict=True)
     ]
+    _check_rates(data)
+    return data
+
+
+def _check_rates(data: Sequence[SourceData]) -> None:
+    """Refuse datasets of one robot at several rates: the model could not tell how fast it shall move."""
+    for one, other in itertools.combinations(data, 2):
+        is_same = one.embodiment == dataclasses.replace(other.embodiment, control_hz=one.embodiment.control_hz)
+        if is_same and not same_rate(one.train.fps, other.train.fps):
+            raise TrainingError(
+                f"Robot '{one.embodiment.name}' acts at {one.train.fps:g} Hz in {one.source.dataset} and at "
+                f"{other.train.fps:g} Hz in {other.source.dataset}, by their frames per second. State its control_hz "
+                "in the embodiment, and fps in the mixture for a dataset that was recorded at another rate."
+            )
 
 
 def _open_source(
@@ -99,6 +115,8 @@ def _open_source(
         image_cache_bytes=int(config.data.image_cache_gb * 1e9),
         rename=rename,
         prompt=source.prompt,
+        fps=source.fps,
+        tolerance_s=source.tolerance_s,
     )
     chosen = None if source.episodes is None else select_episodes(source.dataset, source.episodes)
     whole = open_episodes(episodes=chosen)
@@ -119,7 +137,7 @@ def _open_source(
             "more, or take a smaller batch_size."
         )
     stats = _norm_stats(source, init, train, embodiment, horizon)
-    return SourceData(source, embodiment, train, frames, holdout, stats)
+    return SourceData(source, with_rate(embodiment, train.fps), train, frames, holdout, stats)
 
 
 def _choose_held_out(source: Source, config: TrainConfig, indices: Sequence[int]) -> list[int]:

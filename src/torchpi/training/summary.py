@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from torchpi.data.rate import rate_note
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
@@ -44,6 +45,7 @@ def run_document(
                 "dataset": source.source.dataset,
                 "embodiment": source.embodiment.name,
                 "weight": source.source.weight,
+                "fps": source.train.fps,
                 "frames": len(source.frames),
                 "episodes": len(source.train.episode_lengths),
                 "holdout_episodes": len(source.holdout.episode_lengths) if source.holdout else 0,
@@ -159,6 +161,8 @@ def _describe_dataset(
         f"data: {info['dataset']}, {info['embodiment']}{mixed}: {info['frames']} frames of {info['episodes']} "
         f"episodes, {info['holdout_episodes']} more {are} held out; {epochs:.1f} epochs"
     )
+    if note := rate_note(data.train.fps, data.train.recorded_fps, data.embodiment):
+        console.print(f"  {note}")
     blank = [index for index, text in data.train.tasks.items() if not text.strip()]
     without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
     if without:

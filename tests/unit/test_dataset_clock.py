@@ -1,0 +1,255 @@
+"""The right frame of a video, by the number in its pixels, or an error: clocks, tolerances, spans, rates."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from numbered_set import FRONT, V21, WRIST, encode, write_set, wrong_frames
+
+from torchpi.data import LeRobotDataset
+
+FILE = "videos/observation.images.front/chunk-000/file-000.mp4"
+LENGTHS = (20, 15, 25)
+NUMBERS = [1000 * e + f for e, length in enumerate(LENGTHS) for f in range(length)]
+
+
+def opened(root, **options):
+    return LeRobotDataset(root, action_horizon=2, **options)
+
+
+def refused(root, match, **options):
+    """Opening or, for what only the file of the video shows, reading ends with an error; so does `check_videos`."""
+    with pytest.raises(ValueError, match=match):
+        opened(root, **options)[0]
+    with pytest.raises(ValueError, match=match):
+        opened(root, **options).check_videos()
+
+
+# ---- clocks ----
+
+JITTER = np.random.default_rng(0).uniform(-0.012, 0.012, 100)
+
+
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+@pytest.mark.parametrize(
+    ("clock", "clock_type"),
+    [
+        (lambda e, t: t + 1.0, "float32"),
+        (lambda e, t: t + 3.3 * e, "float32"),  # one clock for the whole recording
+        (lambda e, t: t - 0.5, "float32"),
+        (lambda e, t: t + 3600, "float32"),  # values are 0.24 ms apart there
+        (lambda e, t: t + 1.7e9 + 60 * e, "float64"),  # Unix time
+        (lambda e, t: t + JITTER[: len(t)], "float32"),
+    ],
+)
+def test_clocks_of_episodes_may_begin_anywhere(version, clock, clock_type, tmp_path):
+    root = write_set(tmp_path / "set", version=version, clock=clock, clock_type=clock_type)
+    assert not wrong_frames(opened(root))
+    assert not wrong_frames(opened(root, episodes=[0, 1]))
+    assert not wrong_frames(opened(root, episodes=[1, 2]))
+
+
+def test_clock_that_cannot_tell_frames_apart_is_an_error(tmp_path):
+    root = write_set(tmp_path / "set", clock=lambda e, t: t + 1.7e9)
+    refused(root, r"begins at 1700000000 s, where float32 has a value every 128 s only; write it as float64")
+
+
+@pytest.mark.parametrize(
+    ("clock", "message"),
+    [
+        (lambda e, t: t * 1e3, "seem to be milliseconds"),
+        (lambda e, t: t * 1e9, "seem to be nanoseconds"),
+        (lambda e, t: t / 3, r"frame 1 of episode 0 was taken 0\.0333 s .*The whole episode has 30\."),
+        (lambda e, t: np.maximum(0, t - 0.1), r"frame 1 of episode 0 was taken 0\.0000 s"),  # twice the same
+        (lambda e, t: t * 0, r"The whole episode has inf\."),
+    ],
+)
+def test_clock_of_another_rate_is_an_error(clock, message, tmp_path):
+    refused(write_set(tmp_path / "set", kind="image", clock=clock), message)
+
+
+# ---- tolerances ----
+
+
+@pytest.mark.parametrize("tolerance", [None, 0.06, 0.1, 0.2, 5])
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_nearest_frame_is_read_with_any_tolerance(version, tolerance, tmp_path):
+    root = write_set(tmp_path / "set", version=version)
+    dataset = opened(root, tolerance_s=tolerance)
+    assert not wrong_frames(dataset)
+    backwards = [dataset[i][FRONT] for i in range(len(dataset) - 1, -1, -1)]
+    assert all(np.array_equal(image, dataset[i][FRONT]) for i, image in enumerate(reversed(backwards)))
+
+
+@pytest.mark.parametrize("shift", [-0.045, 0.045, 0.055])
+def test_uneven_clock_within_the_tolerance_changes_no_frame(shift, tmp_path):
+    root = write_set(tmp_path / "set", clock=lambda e, t: t + shift * (t > 0))
+    assert not wrong_frames(opened(root, tolerance_s=0.06))
+    refused(root, r"if its clock is uneven, allow for more with tolerance_s=")
+
+
+def test_times_of_frames_within_the_tolerance_change_no_frame(tmp_path):
+    """A camera that is early or late by up to 40 ms, seen in the times of the video."""
+    times = np.arange(60) / 10 + np.random.default_rng(1).uniform(-0.04, 0.04, 60)
+    times[0], times[-1] = 0, 5.86
+    root = write_set(tmp_path / "set", videos={FRONT: {"times": times.tolist()}})
+    assert not wrong_frames(opened(root, tolerance_s=0.045))
+    with pytest.raises(ValueError, match=r"frames are off by .*, and tolerance_s= allows for 0.0250 s"):
+        wrong_frames(opened(root))
+
+
+@pytest.mark.parametrize("tolerance", [0, -1, float("nan"), float("inf")])
+def test_impossible_tolerances_are_errors(tolerance, tmp_path):
+    refused(write_set(tmp_path / "set", kind="image"), "expected a positive number of seconds", tolerance_s=tolerance)
+
+
+# ---- spans ----
+
+
+def shifted(frames):
+    """Moves the spans of the episodes by so many frames each."""
+
+    def rows(found):
+        for row, shift in zip(found, frames, strict=True):
+            row[f"videos/{FRONT}/from_timestamp"] += shift / 10
+
+    return rows
+
+
+def test_episodes_may_have_any_order_in_a_file(tmp_path):
+    root = write_set(tmp_path / "set", order=[2, 0, 1])
+    assert not wrong_frames(opened(root))
+    assert not wrong_frames(opened(root, episodes=[0, 2]))
+
+
+@pytest.mark.parametrize("frames", [(0, -20, -35), (0, 0, -1), (0, 1, 0), (3, 0, 0), (0, 0, -30)])
+def test_episodes_that_share_frames_are_an_error(frames, tmp_path):
+    refused(write_set(tmp_path / "set", rows=shifted(frames)), r"have the same part of .*file-000\.mp4 \(")
+
+
+def test_overlap_of_other_episodes_is_no_matter(tmp_path):
+    root = write_set(tmp_path / "set", rows=shifted((0, 0, -3)))
+    assert not wrong_frames(opened(root, episodes=[0]))
+    refused(root, "Episodes 1 and 2 have the same part", episodes=[1])
+
+
+@pytest.mark.parametrize(
+    ("frames", "episodes", "message"),
+    [
+        ((0, 1, 2), [0, 1], "isn't the time of frame 20, the first one of episode 1"),  # spans drift
+        ((1, 2, 3), [0, 1], "isn't the time of frame 0, the first one of episode 0"),
+        ((0, 0, 1), None, "from 3.6000 s on .* it has 24 of the 25 frames of episode 2"),
+        ((0, 0.4, 0), None, "frames are off by 0.0400 s, and tolerance_s= allows for 0.0250 s, in those of episode 1"),
+    ],
+)
+def test_spans_that_are_not_those_of_the_frames_are_errors(frames, episodes, message, tmp_path):
+    root = write_set(tmp_path / "set", rows=shifted(frames))
+    refused(root, message, episodes=episodes)
+
+
+def test_rounded_starts_are_no_matter(tmp_path):
+    root = write_set(tmp_path / "set", fps=30, rows=lambda rows: [
+        row.update({f"videos/{FRONT}/from_timestamp": round(row[f"videos/{FRONT}/from_timestamp"], 2)}) for row in rows
+    ])  # fmt: skip
+    assert not wrong_frames(opened(root))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([*NUMBERS[:10], *NUMBERS[11:]], "has 59 frames .* its 3 episodes 60, 10 per second; "),  # one was not encoded
+        (NUMBERS[:-1], "has 59 frames"),
+        ([*NUMBERS, 9999], "has 61 frames"),
+        (
+            [*NUMBERS[:20], 9999, *NUMBERS[20:35], 9999, *NUMBERS[35:]],
+            "has 62 frames",
+        ),  # spans drift from the second on
+    ],
+)
+def test_videos_with_other_frames_than_their_episodes_are_errors(numbers, message, tmp_path):
+    root = write_set(tmp_path / "set", videos={FRONT: {"numbers": numbers}})
+    refused(root, message)
+    refused(root, message, episodes=[0])  # whose frames can't be told
+
+
+@pytest.mark.parametrize("numbers", [list(range(19)), [*range(20), 20], []])
+def test_video_of_one_episode_has_its_number_of_frames(numbers, tmp_path):
+    root = write_set(tmp_path / "set", version="v2.1")
+    encode(root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT), numbers or [0], 10)
+    refused(root, rf"has {len(numbers) or 1} frames .* its episode 20")
+    assert not wrong_frames(opened(root, episodes=[1, 2]))
+
+
+def test_frames_of_a_deleted_episode_may_stay_in_the_video(tmp_path):
+    """Episode 1 of 4 is not in the metadata any more."""
+    numbers = [*NUMBERS[:20], *range(9000, 9007), *NUMBERS[20:]]
+    root = write_set(tmp_path / "set", rows=shifted((0, 7, 7)), videos={FRONT: {"numbers": numbers}})
+    assert not wrong_frames(opened(root))
+    numbers = [*range(9000, 9007), *NUMBERS]
+    root = write_set(tmp_path / "first", rows=shifted((7, 7, 7)), videos={FRONT: {"numbers": numbers}})
+    assert not wrong_frames(opened(root))
+
+
+def test_missing_frame_that_left_a_gap_is_no_matter_for_other_episodes(tmp_path):
+    gap = [i for i in range(60) if i != 25]  # of episode 1
+    video = {"numbers": [NUMBERS[i] for i in gap], "times": [i / 10 for i in gap]}
+    root = write_set(tmp_path / "set", videos={FRONT: video})
+    assert not wrong_frames(opened(root, episodes=[0, 2]))
+    refused(root, "from 2.0000 s on .* it has 14 of the 15 frames of episode 1")
+
+
+def test_each_camera_is_compared_with_its_own_spans(tmp_path):
+    cameras = (FRONT, WRIST)
+    rows = shifted((0, 7, 7))  # of the front camera
+    numbers = [*NUMBERS[:20], *range(9000, 9007), *NUMBERS[20:]]
+    good = write_set(tmp_path / "good", cameras=cameras, rows=rows, videos={FRONT: {"numbers": numbers}})
+    assert not wrong_frames(opened(good))
+    bad = write_set(tmp_path / "bad", cameras=cameras, videos={WRIST: {"numbers": NUMBERS[1:]}})
+    refused(bad, r"observation\.images\.wrist\) has 59 frames")
+    assert not wrong_frames(opened(bad, cameras=[FRONT]))
+
+
+# ---- rates of videos ----
+
+
+@pytest.mark.parametrize(
+    ("fps", "video_fps", "lengths", "version"),
+    [
+        (29, 30, (60,), "v2.1"),
+        (29.97, 30, (400,), "v2.1"),
+        (15, 30, (20, 20, 20, 20), "v3.0"),  # of which the last one is not asked for
+        (30, 15, (20, 20, 20, 20), "v3.0"),
+        (30, 24, (40, 40), "v2.1"),
+    ],
+)
+def test_video_of_another_rate_is_an_error(fps, video_fps, lengths, version, tmp_path):
+    root = write_set(tmp_path / "set", lengths, fps=fps, version=version, videos={FRONT: {"fps": video_fps}}) \
+        if version == "v3.0" else write_set(tmp_path / "set", lengths, fps=fps, version=version)  # fmt: skip
+    if version == "v2.1":
+        path = V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
+        encode(root / path, range(lengths[0]), video_fps)
+    refused(root, rf"video has {video_fps} frames per second, and meta/info\.json says {fps}:", episodes=[0])
+
+
+@pytest.mark.parametrize("rate", [Fraction(30_000, 1001), Fraction(2997, 100)])
+def test_cameras_of_29_97_frames_per_second(rate, tmp_path):
+    root = write_set(tmp_path / "set", (200, 30), fps=29.97, videos={FRONT: {"fps": rate}})
+    assert not wrong_frames(opened(root))
+
+
+def test_short_video_may_be_off_by_less_than_the_tolerance(tmp_path):
+    """30 instead of 29.97: a tenth of a frame after 100."""
+    root = write_set(tmp_path / "set", (60, 40), fps=29.97, videos={FRONT: {"fps": 30}})
+    assert not wrong_frames(opened(root))
+
+
+def test_files_are_compared_once(tmp_path, monkeypatch):
+    from torchpi.data.video import VideoPool
+
+    looked_at = []
+    times = VideoPool.frame_times
+    monkeypatch.setattr(VideoPool, "frame_times", lambda *args: looked_at.append(args[1]) or times(*args))
+    dataset = opened(write_set(tmp_path / "set"))
+    dataset.check_videos()
+    wrong_frames(dataset)
+    assert [path.as_posix().endswith(FILE) for path in looked_at] == [True]
