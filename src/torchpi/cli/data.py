@@ -222,15 +222,16 @@ class SimRecord:
     out: pathlib.Path
     """The dataset's folder, new or empty."""
     tasks: str
-    """Tasks by name, separated by commas, for example drawer-open,door-open."""
+    """Tasks by name, separated by commas, for example drawer-open,door-open, or with so101 lift,place."""
     episodes: int
     """Episodes per task."""
     env: str = "metaworld"
-    """The simulator; metaworld has experts."""
+    """The simulator: metaworld or so101, which have experts."""
     seed: int = 0
     """Seed of the whole recording; no seed has episodes that `eval` runs."""
     noise: float = 0.4
-    """Standard deviation of the disturbance of the executed actions, which are from -1 to 1."""
+    """Standard deviation of the disturbance of the executed actions; 1 is the largest action of metaworld, and 4° of
+    each joint of so101."""
     noisy_fraction: float = 0.5
     """The part of each task's episodes that is disturbed."""
     push_rate: float = 0.02

@@ -75,7 +75,7 @@ class Eval:
     policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, "demo", or, with --env, the address of a server (ws://HOST:PORT)."""
     env: str | None = None
-    """A simulator: metaworld or aloha_sim."""
+    """A simulator: metaworld, so101 or aloha_sim."""
     dataset: str | None = None
     """A LeRobot dataset of the policy's robot, a folder or hf://org/name."""
     seed: int = 0

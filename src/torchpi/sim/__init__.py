@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from torchpi.errors import SimulationError, UnknownKeyError
-from torchpi.sim import aloha_sim, metaworld
+from torchpi.sim import aloha_sim, metaworld, so101
 from torchpi.sim.environment import Environment as Environment
 from torchpi.sim.environment import Simulator as Simulator
 
-_SIMULATORS = {"metaworld": metaworld.SIMULATOR, "aloha_sim": aloha_sim.SIMULATOR}
+_SIMULATORS = {"metaworld": metaworld.SIMULATOR, "aloha_sim": aloha_sim.SIMULATOR, "so101": so101.SIMULATOR}
 ENVIRONMENTS = tuple(_SIMULATORS)
 
 
@@ -49,12 +49,16 @@ def make_environment(env: str, task: str, *, image_size: int | None = None) -> E
 
     Raises:
         KeyError: there is no such environment or task.
+        ValueError: image_size is not positive.
         ModuleNotFoundError: the extra "sim" is not installed; the message says how.
         OpenGLError: no OpenGL that renders without a screen.
     """
     check_tasks(env, [task])
     place = simulator(env)
-    return place.make(task, image_size=place.image_size if image_size is None else image_size)
+    size = place.image_size if image_size is None else image_size
+    if size < 1:
+        raise SimulationError(f"image_size is {size}; expected a positive number of pixels.")
+    return place.make(task, image_size=size)
 
 
 class LatestEnvironment:

@@ -64,6 +64,11 @@ class Simulator:
     """Its class: task and image_size to an environment."""
     has_experts: bool
     """Demonstrations can be recorded."""
+    package: str
+    """The distribution that simulates it."""
+    disturbance: tuple[float | int, ...] | None = None
+    """A disturbance of 1 in each dimension of an action, added to it in its units; None: actions are from -1 to 1, and
+    a push takes the place of one."""
 
 
 class UnstableError(Exception):

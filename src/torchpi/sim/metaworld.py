@@ -107,4 +107,4 @@ class MetaworldEnvironment:
         self._env.close()
 
 
-SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, MetaworldEnvironment, has_experts=True)
+SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, MetaworldEnvironment, True, "metaworld")

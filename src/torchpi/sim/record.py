@@ -16,8 +16,10 @@ from torchpi.data import LeRobotWriter
 from torchpi.data.format import ACTION, IMAGES, INFO, STATE
 from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
+from torchpi.robots import Embodiment
+from torchpi.robots.keys import flatten
 from torchpi.schema import read_json, write_json
-from torchpi.sim import LatestEnvironment, check_tasks, simulator
+from torchpi.sim import ENVIRONMENTS, LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, UnstableError, environment_seed
 from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
 from torchpi.sim.rollout import camera_keys
@@ -57,7 +59,8 @@ class RecordSettings:
     seed: int = 0
     """Seed of the recording. No evaluation has the same episodes, whatever its seed."""
     noise: float | int = 0.4
-    """Standard deviation of the noise on each dimension of an executed action; actions are ±1."""
+    """Standard deviation of the noise on each dimension of an executed action, in parts of the simulator's
+    `disturbance`."""
     noisy_fraction: float | int = 0.5
     """The part of each task's episodes that is disturbed."""
     push_rate: float | int = 0.02
@@ -109,7 +112,8 @@ def record(
         raise SimulationError(f"Expected at least one episode, got {episodes}.")
     place = simulator(env)
     if not place.has_experts:
-        raise SimulationError(f"{env} has no scripted experts to record; metaworld has.")
+        able = " and ".join(name for name in ENVIRONMENTS if simulator(name).has_experts)
+        raise SimulationError(f"{env} has no scripted experts to record; expected {able}.")
     size = place.image_size if image_size is None else image_size
     done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
     jobs = [(task, index) for task in tasks for index in range(episodes)]
@@ -140,7 +144,7 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
         LeRobotWriter(
             done.root,
             fps=int(robot.control_hz),
-            cameras=dict.fromkeys(camera_keys(robot), (settings.image_size, settings.image_size, 3)),
+            cameras=dict.fromkeys(_cameras(robot), (settings.image_size, settings.image_size, 3)),
             state_names=robot.state_names,
             action_names=robot.action_names,
             robot_type=robot.name,
@@ -202,9 +206,9 @@ class _Done:
     def describe(self, complete: int) -> None:
         """Write the recording's settings next to the dataset's metadata."""
         episodes = self.episodes[:complete]  # an interrupt may come before the last one was saved
-        instructions = simulator(self.settings.env).instructions
-        tasks = {episode["task"]: instructions[episode["task"]] for episode in episodes}
-        packages = ("torchpi", "metaworld", "mujoco")
+        place = simulator(self.settings.env)
+        tasks = {episode["task"]: place.instructions[episode["task"]] for episode in episodes}
+        packages = ("torchpi", place.package, "mujoco")
         document = {
             **dataclasses.asdict(self.settings),
             "tasks": tasks,
@@ -232,7 +236,7 @@ class _Recorder:
         for attempt in range(MAX_ATTEMPTS):
             seed = environment_seed("record", settings.seed, task, index, attempt)
             generator = generator_at(settings.seed, "record noise", task, index, attempt)
-            disturbance = _Disturbance(settings.noise, settings.push_rate, generator) if noisy else None
+            disturbance = _Disturbance(settings, generator) if noisy else None
             frames = _demonstrate(environment, seed, disturbance)
             if frames is not None:
                 description = {"task": task, "seed": seed, "noisy": noisy, "length": len(frames[ACTION])}
@@ -243,8 +247,9 @@ class _Recorder:
 class _Disturbance:
     """The arm's actions in place of the expert's."""
 
-    def __init__(self, noise: float | int, push_rate: float | int, generator: np.random.Generator) -> None:
-        self._noise, self._push_rate, self._generator = noise, push_rate, generator
+    def __init__(self, settings: RecordSettings, generator: np.random.Generator) -> None:
+        self._noise, self._push_rate, self._generator = settings.noise, settings.push_rate, generator
+        self._scale = simulator(settings.env).disturbance
         self._push, self._steps_left = np.zeros(0), 0
 
     def __call__(self, action: np.ndarray) -> np.ndarray:
@@ -253,10 +258,10 @@ class _Disturbance:
         if not self._steps_left and self._generator.random() < self._push_rate:
             self._push = self._generator.standard_normal(action.shape)
             self._steps_left = int(self._generator.integers(*_PUSH_STEPS, endpoint=True))
-        if self._steps_left:
-            self._steps_left -= 1
-            return np.clip(self._push, -1, 1)
-        return np.clip(action + noise, -1, 1)
+        is_pushed, self._steps_left = self._steps_left > 0, max(0, self._steps_left - 1)
+        if self._scale is not None:
+            return action + (self._push if is_pushed else noise) * self._scale
+        return np.clip(self._push if is_pushed else action + noise, -1, 1)
 
 
 def _demonstrate(
@@ -264,13 +269,14 @@ def _demonstrate(
 ) -> dict[str, np.ndarray] | None:
     """An episode of the expert by the keys of the dataset, [T, …]; None if it does not succeed."""
     environment.reset(seed)
+    robot = environment.embodiment
     frames: dict[str, list[Any]] = defaultdict(list)
     success_at: int | None = None
     for step in range(environment.max_steps):
-        observation, action = environment.observe(), environment.expert_action()
-        for camera in camera_keys(environment.embodiment):
-            frames[f"{IMAGES}{camera}"].append(observation[camera])
-        frames[STATE].append(observation["state"])
+        observation, action = flatten(environment.observe()), environment.expert_action()
+        for camera, key in _cameras(robot).items():
+            frames[f"{IMAGES}{camera}"].append(observation[key])
+        frames[STATE].append(np.concatenate([observation[part.key] for part in robot.state]))
         frames[ACTION].append(action)
         try:
             success = environment.step(disturbance(action) if disturbance else action)
@@ -281,6 +287,11 @@ def _demonstrate(
         if success_at is not None and step >= success_at + TAIL:
             break
     return None if success_at is None else {key: np.stack(values) for key, values in frames.items()}
+
+
+def _cameras(robot: Embodiment) -> dict[str, str]:
+    """The dataset's name of each camera, the last part of its key, to the key."""
+    return {key.rpartition(".")[2]: key for key in camera_keys(robot)}
 
 
 def _fails_too_often(task: str, failures: int, attempts: int) -> str:

@@ -255,7 +255,7 @@ class EvalConfig(_Checked):
     eval_every: Count = 1000
     """Updates between evaluations on the held-out episodes."""
     env: str | None = None
-    """A simulator (metaworld) in which each saved policy is evaluated; by default none."""
+    """A simulator (metaworld, so101) in which each saved policy is evaluated; by default none."""
     env_tasks: str | None = None
     """Its tasks, separated by commas; by default those of the dataset."""
     env_episodes: Count = 10
