@@ -13,6 +13,7 @@ import sys
 import threading
 import types
 import urllib.parse
+from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
 
 import filelock
@@ -27,6 +28,7 @@ from torchpi.data.metadata import open_metadata
 
 BIG = random.Random(0).randbytes(300_000)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+BRANCHES = ("feature/two_arms", "refs/pr/1")
 BASE = "checkpoints/pi05_base"
 POLICY = {  # in a bucket
     f"{BASE}/_CHECKPOINT_METADATA": b"m",
@@ -189,7 +191,7 @@ class Hub(Server):
         return name if is_file else None
 
     def document(self, path, query):
-        if path == f"{self.api}/revision/main":
+        if path in [f"{self.api}/revision/{name}" for name in ("main", *BRANCHES)]:
             return {"id": "org/name", "sha": self.commit, "siblings": []}, {}
         if path == f"{self.api}/revision/{COMMIT}":
             return {"id": "org/name", "sha": COMMIT, "siblings": []}, {}
@@ -331,6 +333,13 @@ def test_a_revision_has_its_own_folder_and_the_commit_is_recorded(repository, ho
     assert note["address"] == "hf://org/name"
     checksum = f"sha256:{hashlib.sha256(BIG).hexdigest()}"
     assert note["files"]["model.safetensors"] == {"size": len(BIG), "version": COMMIT, "checksum": checksum}
+
+
+@pytest.mark.parametrize("revision", [quote(BRANCHES[0], safe=""), BRANCHES[1]])
+def test_a_branch_of_a_checkpoint_may_have_a_slash(revision, repository, home):
+    path = fetch(f"hf://org/name@{revision}/sub")
+    assert path == home / "hf/org/name" / quote(unquote(revision), safe="") / "sub"
+    assert contents(path) == {"policy.json": b"{} "}
 
 
 def test_complete_folder_serves_a_part_without_request(bucket):
@@ -603,9 +612,13 @@ def test_missing_files_of_an_interrupted_download_may_be_placed_by_hand(server, 
     assert fetch(server.address) == server.root
 
 
-def test_an_empty_folder_was_not_placed_by_hand(bucket):
+@pytest.mark.parametrize("rest", [(), (".DS_Store",)])
+def test_an_empty_folder_was_not_placed_by_hand(rest, bucket):
     bucket.root.mkdir(parents=True)
-    assert contents(fetch(bucket.address)) == complete(bucket)
+    for name in rest:
+        (bucket.root / name).touch()
+    fetched = contents(fetch(bucket.address))
+    assert {name: data for name, data in fetched.items() if name not in rest} == complete(bucket)
 
 
 def test_many_missing_files_are_counted(bucket, waits):
@@ -817,7 +830,15 @@ def test_missing_files_of_a_dataset_are_named(datasets, waits):
         fetch_dataset("hf://org/name", ["../x.json"])
 
 
-@pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@"])
+@pytest.mark.parametrize("address", [f"hf://org/name@{BRANCHES[0]}", f"hf://datasets/org/name@{BRANCHES[1]}/"])
+def test_a_branch_of_a_dataset_may_have_a_slash(address, datasets, home):
+    dataset = LeRobotDataset(address, action_horizon=1, cameras=())
+    folder = quote(address.partition("@")[2].rstrip("/"), safe="")
+    assert dataset.path == home / "hf-datasets/org/name" / folder
+    assert len(dataset) == len(LeRobotDataset(datasets.root_of_originals, action_horizon=1))
+
+
+@pytest.mark.parametrize("address", ["hf://name", "hf://org/name/sub", "hf://org/name@", "hf://models/org/name"])
 def test_malformed_addresses_of_datasets(address):
     with pytest.raises(ValueError, match=r"Malformed address .* of a dataset; expected hf://org/name\[@revision\]"):
         LeRobotDataset(address, action_horizon=1)

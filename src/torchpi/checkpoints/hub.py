@@ -26,7 +26,7 @@ import sys
 from collections.abc import Collection
 from datetime import timedelta
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import filelock
 
@@ -41,7 +41,12 @@ _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*/train_stat
 _RETRIES = 5
 _CHUNK_BYTES = 1 << 20
 _GS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]+)/(?P<path>.+?)/?")
-_HF = re.compile(r"hf://(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.-]*))?(/(?P<path>.+?))?/?", re.ASCII)
+# A commit, tag or branch; of a checkpoint, whose path follows, one with a slash is written %2F, but for refs/pr/1.
+_HF = re.compile(
+    r"hf://(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>refs/(pr|convert)/[\w.-]+|\w[\w.+%-]*))?(/(?P<path>.+?))?/?",
+    re.ASCII,
+)
+_HF_DATASET = re.compile(r"hf://(datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.+%/-]*?))?/?", re.ASCII)
 
 
 def fetch(address: str) -> pathlib.Path:
@@ -53,8 +58,9 @@ def fetch(address: str) -> pathlib.Path:
     placed by hand, where the error says.
 
     Args:
-        address: gs://bucket/path, of a public bucket, or hf://org/name[@revision][/path]; private repositories need
-            HF_TOKEN or `hf auth login`. STORAGE_EMULATOR_HOST and HF_ENDPOINT name other servers.
+        address: gs://bucket/path, of a public bucket, or hf://org/name[@revision][/path], where a slash in a branch's
+            name is written %2F; private repositories need HF_TOKEN or `hf auth login`. STORAGE_EMULATOR_HOST and
+            HF_ENDPOINT name other servers.
     """
     if (match := _GS.fullmatch(address)) and _stays_inside(match["path"]):
         return _complete(_Bucket(address, match["bucket"], match["path"]))
@@ -72,8 +78,8 @@ def fetch_dataset(address: str, names: Collection[str]) -> pathlib.Path:
         address: hf://org/name[@revision].
         names: of the files, or of folders with a '/' at the end.
     """
-    match = _HF.fullmatch(address)
-    if match is None or match["path"]:
+    match = _HF_DATASET.fullmatch(address)
+    if match is None:
         raise CheckpointError(f"Malformed address {address!r} of a dataset; expected hf://org/name[@revision].")
     if outside := [name for name in names if not _stays_inside(name.removesuffix("/"))]:
         raise CheckpointError(f"{address}: the dataset names the file {outside[0]!r}, which would be outside of it.")
@@ -166,7 +172,8 @@ class _Source:
         if self.names:
             return all((self.top / name).exists() for name in self.names)
         if self.root.is_dir():
-            return any(self.root.iterdir()) and not any(self.root.rglob("*.download.json"))
+            is_filled = any(not entry.name.startswith(".") for entry in self.root.iterdir())
+            return is_filled and not any(self.root.rglob("*.download.json"))
         return self.root.is_file()
 
     def absent(self, record: _Record) -> list[str]:
@@ -278,14 +285,15 @@ class _Repository(_Source):
     def __init__(
         self, address: str, name: str, revision: str | None, *, path: str = "", names: frozenset[str] = frozenset()
     ) -> None:
-        self.name, self.revision = name, revision or "main"
+        self.name, self.revision = name, unquote(revision or "main")
+        in_url = quote(self.revision, safe="")
         self.kind, folder, pages = ("dataset", "hf-datasets", "datasets/") if names else ("model", "hf", "")
-        super().__init__(address, f"{folder}/{name}/{self.revision}", path, names)
+        super().__init__(address, f"{folder}/{name}/{in_url}", path, names)
         self.listing = self.top
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
         page = f"https://huggingface.co/{pages}{name}"
-        self.files_url = f"{page}/resolve/{self.revision}/"
-        self.page = f"{page}/tree/{self.revision}/{quote(path)}"
+        self.files_url = f"{page}/resolve/{in_url}/"
+        self.page = f"{page}/tree/{in_url}/{quote(path)}"
         self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
         self.if_private = f"ask for access on {page}, and set HF_TOKEN or run `hf auth login`"
 

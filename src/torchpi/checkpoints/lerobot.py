@@ -194,6 +194,8 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
             f"embodiment {robot.name!r} converts units by the code {robot.hook!r}, which no step of LeRobot does; "
             "convert with an embodiment of the model's own units."
         )
+    if not robot.state:
+        raise CheckpointError(f"{robot.name} has no state, and LeRobot's policies read one; it can't be converted.")
     if config.discrete_state_input not in (None, config.pi05):
         raise CheckpointError(
             f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "

@@ -185,6 +185,9 @@ def _print_statistics(document: Mapping[str, Any]) -> None:
         f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
     for what in ("state", "actions"):
+        if not document[what]["names"]:
+            print("state: none")
+            continue
         columns = [Column(what, "name"), *(Column(title, "number") for title in list(document[what])[1:])]
         rows = zip(*document[what].values(), strict=True)
         texts = [(name, *(f"{number:.4g}" for number in numbers)) for name, *numbers in rows]

@@ -34,9 +34,9 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
     arrays = {key: value for key, value in frame.items() if isinstance(value, np.ndarray)}
     images = [key for key, value in arrays.items() if value.ndim == 3 and value.dtype == np.uint8]
     flat = {str(camera.key): _in_layout_of(camera, frame[key]) for camera, key in _matched(embodiment, images)}
-    if lerobot.STATE not in frame:
+    if embodiment.state and lerobot.STATE not in frame:
         raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
-    check_dims(embodiment, state=frame[lerobot.STATE].shape[-1])
+    check_dims(embodiment, state=frame[lerobot.STATE].shape[-1] if embodiment.state else None)
     start = 0
     for part in embodiment.state:  # only the last one may be shorter
         flat[part.key] = frame[lerobot.STATE][start : start + len(part.names)]
@@ -56,9 +56,15 @@ def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[s
 
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
-    """Raise a ValueError if the dataset's state or action has another length than the embodiment's."""
+    """Raise an error if the dataset's state or action has another length than the embodiment's, or it has no state."""
     names = {lerobot.STATE: embodiment.state_names, lerobot.ACTION: embodiment.action_names}
     fitting = {lerobot.STATE: embodiment.state_dims, lerobot.ACTION: (embodiment.action_size,)}
+    if state == 0 and embodiment.state:
+        raise UnknownKeyError(
+            f"The dataset has no {lerobot.STATE}, of which embodiment '{embodiment.name}' reads "
+            f"{', '.join(embodiment.state_names)}. If another of its columns is the state, say so: --rename NAME="
+            f'{lerobot.STATE}, or rename= in Python; a policy without state needs an embodiment with "state": [].'
+        )
     for key, found in ((lerobot.STATE, state), (lerobot.ACTION, action)):
         if found is not None and found not in fitting[key]:
             raise DatasetError(
@@ -84,10 +90,11 @@ def in_robot_order(
     Warns: about another order than the robot's.
     """
     s, a = (columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION))
+    s = s if embodiment.state else 0  # a state that the policy doesn't read
     check_dims(embodiment, state=s, action=a)
     order = {lerobot.STATE: list(range(s)), lerobot.ACTION: list(range(a))}
     for key, robots in ((lerobot.STATE, embodiment.state_names), (lerobot.ACTION, embodiment.action_names)):
-        if (found := names[key]) is not None:
+        if robots and (found := names[key]) is not None:
             order[key] = _order(found, robots[: len(found)], f"{where}: {key}", embodiment.name)
     state, action = ([found[i] for i in places] if (found := names[key]) else None for key, places in order.items())
     deltas = [i for i, is_delta in enumerate(embodiment.action_mask) if is_delta]

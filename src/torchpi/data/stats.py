@@ -67,7 +67,7 @@ def distributions(dataset: LeRobotDataset, embodiment: Embodiment, *, action_hor
     with ThreadPoolExecutor(os.cpu_count()) as threads:  # NumPy sorts without holding up other threads
         for what, names in values.names.items():
             columns = list(threads.map(functools.partial(_of_column, values, what), range(len(names))))
-            mean, std, q01, q99, smallest, largest = np.array(columns).T
+            mean, std, q01, q99, smallest, largest = np.array(columns).reshape(-1, 6).T
             found[what] = Distribution(names, NormStats(mean, std, q01, q99), smallest, largest)
     return found
 
@@ -98,7 +98,7 @@ class ModelValues:
         require_finite(actions, f"{lerobot.ACTION} of {dataset.path}", embodiment.action_names)
         if embodiment.hook is not None:
             hook = HOOKS[embodiment.hook]
-            state = np.stack([hook.state_to_model(row) for row in state])
+            state = np.stack([hook.state_to_model(row) for row in state]) if embodiment.state else state
             actions = hook.actions_to_model(actions)  # a conversion of units: each action by itself
         lengths = dataset.episode_lengths
         left = np.concatenate([np.arange(length, 0, -1) for length in lengths])
@@ -203,7 +203,7 @@ class StatsCoverage:
     overall: float
     """Fraction over all dimensions of state and actions that both have. A perfect match has 0.98."""
     state: KeyCoverage | None
-    """None: the checkpoint has no statistics of it."""
+    """None: the checkpoint has no statistics of it, or the robot has no state."""
     actions: KeyCoverage | None
     reasons: tuple[str, ...] = ()
     """Differences, see `torchpi.data.fit`."""
@@ -230,10 +230,11 @@ def stats_coverage(
 
 
 def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) -> StatsCoverage:
-    keys = {what: _key_coverage(values, what, stats[what]) for what in values.names if what in stats}
+    present = [what for what, names in values.names.items() if names]  # a robot may have no state
+    keys = {what: _key_coverage(values, what, stats[what]) for what in present if what in stats}
     if not keys:
         raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
-    comparable = len(keys) == 2 and all(key.dims == key.checkpoint_dims for key in keys.values())
+    comparable = len(keys) == len(present) and all(key.dims == key.checkpoint_dims for key in keys.values())
     overall = float(np.mean([fraction for key in keys.values() for fraction in key.inside]))
     return StatsCoverage(name, comparable, overall, keys.get("state"), keys.get("actions"))
 

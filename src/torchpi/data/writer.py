@@ -52,7 +52,7 @@ class LeRobotWriter:
             path: the dataset's folder: new, or empty.
             fps: frames per second.
             cameras: per camera its images' shape (h, w, 3); "base" becomes the key "observation.images.base".
-            state_names, action_names: the dimensions.
+            state_names, action_names: the dimensions; no state: ().
             robot_type: for people.
             video: cameras as video (small, lossy), otherwise as PNG (exact).
             data_file_mb, video_file_mb: size in MiB from which on a new file is begun.
@@ -68,7 +68,7 @@ class LeRobotWriter:
             raise DatasetError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
         features = {
             **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
-            lerobot.STATE: _numbers_feature("state_names", state_names),
+            **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names else {}),
             lerobot.ACTION: _numbers_feature("action_names", action_names),
             **{key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in lerobot.BOOKKEEPING.items()},
         }
@@ -159,7 +159,7 @@ class LeRobotWriter:
     def discard_episode(self) -> None:
         """Forget the frames of the episode in progress."""
         cameras = self._info.cameras
-        self._frames: dict[str, list[Any]] = {key: [] for key in (*cameras, lerobot.STATE, lerobot.ACTION)}
+        self._frames: dict[str, list[Any]] = {key: [] for key in self._info.features if key not in lerobot.BOOKKEEPING}
         self._histograms: dict[str, list[np.ndarray]] = {key: [] for key in cameras}
 
     def finalize(self) -> None:

@@ -111,7 +111,8 @@ class _Examination:
             return
         yield from (finding("observation_warning", "observation", warning=warning.message) for warning in caught)
         yield from self.pixels(sample)
-        yield from self.state(sample["state"])
+        if len(sample["state"]):
+            yield from self.state(sample["state"])
         yield from self.prompt(sample)
         try:
             with warnings.catch_warnings():

@@ -92,6 +92,8 @@ def sensitivities(
         yield tried(f"cameras {one} and {other}", "swapped", swapped, "both images are the same" if are_same else "")
     other_text = other_instruction or _other_instruction(policy, sample["prompt"])
     yield tried("instruction", f"replaced by {other_text!r}", transforms.forward({**sample, "prompt": other_text}))
+    if not len(sample["state"]):
+        return
     at_mean = transforms.forward({**sample, "state": transforms.norm_stats["state"].mean[: len(sample["state"])]})
     untried = ""
     if state_input(policy.model.config) is None:

@@ -109,7 +109,10 @@ def _facts(policy: Policy, stated: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for i, camera in enumerate(stated["cameras"]):
         where = "the robot has none" if camera["key"] is None else f"from {camera['key']}"
         yield "" if i else "cameras, in order", f"{camera['name'] or '(not read)'} {where}, {camera['presence']}"
-    yield "state", f"{_names(stated['state'])}; read as {state_input}" if state_input else "not read"
+    yield (
+        "state",
+        f"{_names(stated['state'])}; read as {state_input}" if state_input and stated["state"] else "not read",
+    )
     yield "actions", _names(stated["actions"])
     for key, rule in stated["normalization"].items():
         yield f"normalization of {key}", f"{rule['kind']}, eps rule {rule['eps_rule']} ({_EPS_RULES[rule['eps_rule']]})"

@@ -48,7 +48,7 @@ class Embodiment:
     cameras: tuple[Camera, ...]
     """In the order in which the model reads them."""
     state: tuple[StateKey, ...]
-    """The parts of the state vector, in order."""
+    """The parts of the state vector, in order; none: the policy reads no state."""
     actions: tuple[ActionDim, ...]
     """The dimensions of an action, in order."""
     hook: str | None = None
@@ -73,8 +73,8 @@ class Embodiment:
 
     def _contradiction(self) -> str | None:
         """The first problem of the fields; None: there is none."""
-        if not (self.read_cameras and self.state and self.actions):
-            return "expected at least one camera that is read, one state and one action."
+        if not (self.read_cameras and self.actions):
+            return "expected at least one camera that is read and one action."
         keys = [camera.key for camera in self.cameras if camera.key] + [part.key for part in self.state]
         for label, values in (("camera name", list(self.camera_names)), ("key", keys)):
             if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -82,9 +82,10 @@ class Embodiment:
         if any(part.min_dim not in (None, len(part.names)) for part in self.state[:-1]):
             return "only the last state may be shorter, or the dimensions would move."
         if beyond := [action.name for action in self.actions[self.state_dims[0] :] if action.kind == "delta"]:
+            has = f"may have only {self.state_dims[0]} dimensions" if self.state else "has none"
             return (
-                f"the actions {', '.join(beyond)} are deltas, but the state may have only {self.state_dims[0]} "
-                "dimensions; a delta refers to the state of its index."
+                f"the actions {', '.join(beyond)} are deltas, but the state {has}; a delta refers to the state of its "
+                "index."
             )
         if self.hook is not None and self.hook not in HOOKS:
             return (
@@ -137,7 +138,7 @@ class Embodiment:
 
         Args:
             cameras: the model's camera name to the observation's key, in the model's order.
-            state, actions: the names of the dimensions.
+            state, actions: the names of the dimensions; no state: [].
             delta: which of the actions the model predicts relative to the state.
             command: what the robot takes, see `ActionDim`: one for all actions, or per action.
             limits: per action what of "low", "high" and "max_step" is known, see `ActionDim`.
@@ -169,7 +170,7 @@ class Embodiment:
         robot = cls(
             name,
             cameras=tuple(Camera(model_name, key) for model_name, key in cameras.items()),
-            state=(StateKey(state_key, state),),
+            state=(StateKey(state_key, state),) if state else (),
             actions=tuple(dimensions),
             **fields,
         )
@@ -265,7 +266,7 @@ class Embodiment:
         sample: dict[str, Any] = {
             "image": image,
             "image_mask": image_mask,
-            "state": hook.state_to_model(state) if hook else state,
+            "state": hook.state_to_model(state) if hook and self.state else state,
             "prompt": self._prompt(found.get("prompt"), default_prompt),
         }
         if found.get("actions") is not None:
@@ -295,7 +296,7 @@ class Embodiment:
         rng = np.random.default_rng(0)
         flat: dict[str, Any] = {camera.key: camera.example(rng) for camera in self.read_cameras if camera.key}
         flat |= {part.key: np.zeros(len(part.names)) for part in self.state}
-        if state_dim is not None:  # only the last part may be shorter
+        if state_dim is not None and self.state:  # only the last part may be shorter
             last = self.state[-1]
             flat[last.key] = np.zeros(len(last.names) - (len(self.state_names) - state_dim))
         flat["prompt"] = self.default_prompt or "pick up the object"
@@ -377,7 +378,8 @@ class Embodiment:
                 f"{self._absent(label, 'reads', found, missing[0])}; expected "
                 f"{', '.join(part.key for part in self.state)}."
             )
-        state = np.concatenate([part.read(found[part.key], self.name) for part in self.state])
+        parts = [part.read(found[part.key], self.name) for part in self.state]
+        state = np.concatenate(parts) if parts else np.zeros(0)
         if state_dim is not None and len(state) != state_dim:
             raise EmbodimentError(
                 f"The state has {len(state)} dimensions ({', '.join(self.state_names[: len(state)])}), "

@@ -173,7 +173,7 @@ class _Recording:
         for key, value in frame.items():
             if value.shape != (shape := self._shapes.get(key, value.shape)):
                 return f"its {key} has the shape {list(value.shape)}, and that of the dataset {list(shape)}"
-        for key in (STATE, ACTION):
+        for key in frame.keys() & {STATE, ACTION}:
             if not np.isfinite(frame[key]).all():
                 return f"its {key} has NaN or infinity as float32"
         return None
@@ -185,7 +185,8 @@ class _Recording:
         with _counted_failures(len(episode.frames), self._metrics):
             if self._writer is None:
                 self._writer = self._begin()
-            columns = {key: [frame[key] for frame in episode.frames] for key in (STATE, ACTION)}
+            numbers = [key for key in (STATE, ACTION) if key in self._shapes]
+            columns = {key: [frame[key] for frame in episode.frames] for key in numbers}
             for key in self._cameras:
                 black = np.zeros(self._shapes[key], np.uint8)
                 columns[key] = [frame.get(key, black) for frame in episode.frames]
@@ -203,7 +204,7 @@ class _Recording:
             self._path,
             fps=max(1, round(rate)),  # as if each client asked whenever it had executed what is recommended
             cameras={key.removeprefix(IMAGES): shapes[key] for key in self._cameras},
-            state_names=embodiment.state_names[: shapes[STATE][0]],
+            state_names=embodiment.state_names[: shapes[STATE][0]] if embodiment.state else (),
             action_names=[f"{dim.name}@{step}" for step in range(self._horizon) for dim in embodiment.actions],
             robot_type=embodiment.name,
         )
@@ -220,9 +221,11 @@ def request_frame(embodiment: Embodiment, observation: Mapping[str, Any], action
         for camera in embodiment.read_cameras
         if camera.key is not None and found.get(camera.key) is not None
     }
-    state = np.concatenate([np.atleast_1d(found[part.key]) for part in embodiment.state])
     with np.errstate(over="ignore"):  # infinity is a frame that does not fit
-        frame[STATE], frame[ACTION] = state.astype(np.float32), actions.reshape(-1).astype(np.float32)
+        frame[ACTION] = actions.reshape(-1).astype(np.float32)
+        if embodiment.state:
+            state = np.concatenate([np.atleast_1d(found[part.key]) for part in embodiment.state])
+            frame[STATE] = state.astype(np.float32)
     return frame
 
 

@@ -134,7 +134,7 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
                 f"{sent[camera.key]}."
             )
     keys, sent_keys = ([part.key for part in side.state] for side in (policy, robot))
-    if keys != sent_keys or len(robot.state_names) not in policy.state_dims:
+    if keys and (keys != sent_keys or len(robot.state_names) not in policy.state_dims):
         lengths = " or ".join(map(str, policy.state_dims))
         raise SimulationError(
             f"{sides}the policy reads a state of {lengths} numbers in {', '.join(keys)}, the environment sends "

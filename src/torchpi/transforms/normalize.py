@@ -24,7 +24,7 @@ _LEROBOT_EPS = np.float32(1e-8)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormStats:
-    """Statistics of one quantity (state or actions), one value per dimension, float64.
+    """Statistics of one quantity (state or actions), one value per dimension, float64; none of a state without any.
 
     Raises:
         ValueError: not one-dimensional, of unequal lengths, NaN or infinite, a negative deviation, q99 below q01, or
@@ -254,7 +254,7 @@ def require_known(what: str, value: str, known: Sequence[str]) -> None:
 
 def require_finite(x: np.ndarray, what: str, names: Sequence[str] = ()) -> None:
     """Raise a ValueError that names the dimensions of the last axis in which there is a NaN or an infinity."""
-    bad = np.flatnonzero(~np.isfinite(x).reshape(-1, x.shape[-1]).all(axis=0))
+    bad = np.flatnonzero(~np.isfinite(x).all(axis=tuple(range(x.ndim - 1))))
     if bad.size:
         dims = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in bad.tolist())
         raise TransformError(
@@ -267,7 +267,7 @@ def _statistic(name: str, value: Any) -> np.ndarray:
         array = np.array(value, dtype=np.float64)  # a copy: nobody changes it from outside
     except (TypeError, ValueError) as error:
         raise TransformError(f"Statistics: {name} is not a list of numbers: {error}") from error
-    if array.ndim != 1 or array.size == 0:
+    if array.ndim != 1:
         raise TransformError(
             f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d]."
         )
