@@ -24,7 +24,7 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
         raise error(f"{path} is not valid JSON: {problem}.") from problem
 

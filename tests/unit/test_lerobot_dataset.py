@@ -738,7 +738,7 @@ def test_task_without_an_instruction_is_an_error(change, copy_of):
     ("column", "values", "message"),
     [
         ("episode_index", [0, 1, 1], "has the episodes 1 more than once"),
-        ("length", [12, None, 15], r"file-000\.parquet: episode 1: length is missing; expected a whole number"),
+        ("length", [12, None, 15], "has None as the length of episode 1; expected a whole number"),
     ],
 )
 def test_impossible_list_of_episodes_is_an_error(column, values, message, copy_of):

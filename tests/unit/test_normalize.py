@@ -153,7 +153,7 @@ def test_a_folder_stands_for_its_file(tmp_path):
         ('{"norm_stats": {"state": {"mean": ["x"], "std": [1]}}}', "mean is not a list of numbers"),
         ('{"norm_stats": {"state": {"mean": [[0], [1, 2]], "std": [1]}}}', "mean is not a list of numbers"),
         ('{"norm_stats": {"state": {"mean": {}, "std": [1]}}}', "mean is not a list of numbers"),
-        ('{"norm_stats": {"state": {"mean": [], "std": []}}}', r"mean has shape \[0\]"),
+        ('{"norm_stats": {"state": {"mean": [[0]], "std": [1]}}}', r"mean has shape \[1, 1\]"),
     ],
 )
 def test_refused_files(content, message, tmp_path):

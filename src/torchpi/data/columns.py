@@ -57,19 +57,19 @@ def read_columns(
     pieces: list[Columns] = []
     first_rows: list[int] = []
     left_out: dict[str, str] = {}
-    required = _required(metadata, prompt)
+    optional = {lerobot.STATE} - metadata.info.features.keys() | ({"task_index"} if prompt is not None else set())
+    required = [name for name in _KEPT if name not in optional]
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
-        chosen = list(group)
+        chosen = {episode.index: episode for episode in group}
         columns, rows = _read_file(metadata, path, chosen, required, others, left_out)
-        if pieces:
-            _check_shapes(columns, pieces[0], path, left_out if others is None else None, required)
-        runs = rows_of_episodes(columns["episode_index"], path)
-        for episode in chosen:
+        if pieces and len(columns["index"]):
+            _check_shapes(columns, pieces[0], path, left_out if others is None else None)
+        runs = rows if chosen.keys() >= rows.keys() else rows_of_episodes(columns["episode_index"], path)
+        for episode in chosen.values():
             frames = {name: values[runs.get(episode.index, slice(0))] for name, values in columns.items()}
             _check_episode(frames, episode)
             pieces.append(frames)
             first_rows.append(rows[episode.index].start)
-    names = [name for name in pieces[0] if name not in left_out]
     if left_out:
         warnings.warn(
             f"{metadata.root}: the columns {', '.join(left_out)} are left out, as they can't be read of every frame "
@@ -77,18 +77,12 @@ def read_columns(
             UserWarning,
             stacklevel=3,
         )
-    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in names}
+    columns = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0] if name not in left_out}
     check_clock(columns["timestamp"], episodes, fps=metadata.info.fps, tolerance_s=tolerance_s)
     if prompt is None:
         _check_tasks(columns, metadata)
         return columns, metadata.tasks, np.array(first_rows)
     return columns, dict.fromkeys(np.unique(columns["task_index"]).tolist(), prompt), np.array(first_rows)
-
-
-def _required(metadata: Metadata, prompt: str | None) -> list[str]:
-    """The columns without which a dataset is not read."""
-    unneeded = {lerobot.STATE} - set(metadata.info.features) | ({"task_index"} if prompt is not None else set())
-    return [name for name in (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING) if name not in unneeded]
 
 
 def to_numpy(column: Any) -> np.ndarray:
@@ -97,8 +91,10 @@ def to_numpy(column: Any) -> np.ndarray:
     array = column.combine_chunks()
     shape = [len(array)]
     while pa.types.is_nested(array.type):
+        if array.null_count:
+            raise DatasetError(f"{array.null_count} values are missing.")
         lengths = pc.unique(pc.list_value_length(array)).to_pylist()
-        if array.null_count or len(lengths) > 1:
+        if len(lengths) > 1:
             raise DatasetError(f"Its lists have the lengths {', '.join(map(str, lengths))}; expected one.")
         shape += lengths or [0]
         array = array.flatten()
@@ -110,22 +106,22 @@ def to_numpy(column: Any) -> np.ndarray:
 def _read_file(
     metadata: Metadata,
     path: Path,
-    episodes: Sequence[Episode],
-    required: Sequence[str],
+    chosen: Collection[int],
+    required: Collection[str],
     others: Collection[str] | None,
     left_out: dict[str, str],
 ) -> tuple[Columns, dict[int, slice]]:
-    """The columns of some episodes of a data file, under their new names, and the rows of all of its episodes.
+    """The columns of the chosen episodes of a data file, under their new names, and the rows of all of its episodes.
 
-    Which columns can't be read, and need not be, goes into `left_out` with the reason.
+    Columns that nobody asked for, and that can't be read, go into `left_out` with the reason.
     """
     with open_parquet(path) as file:
         names = _wanted_names(metadata, path, file.schema_arrow, required, others)
         table = file.read(columns=[part for parts in names.values() for part in parts])
-    index = _whole_numbers(_column(table, names["episode_index"], path), "episode_index", path)
-    rows, wanted = rows_of_episodes(index, path), {episode.index for episode in episodes}
-    if not wanted.issuperset(rows):  # what is missing in the others is nobody's concern
-        table = table.filter(np.isin(index, list(wanted)))
+    index = _one_per_frame(_column(table, names["episode_index"], path), "episode_index", path)
+    rows = rows_of_episodes(index, path)
+    if not rows.keys() <= set(chosen):  # what the other episodes lack is nobody's concern
+        table = table.filter(np.isin(index, list(chosen)))
     columns: Columns = {}
     for name, parts in names.items():
         try:
@@ -135,12 +131,7 @@ def _read_file(
                 raise
             left_out[name] = str(error)
     for name in lerobot.BOOKKEEPING:
-        values = columns.get(name, np.zeros(len(table)))
-        columns[name] = values.ravel() if name == "timestamp" else _whole_numbers(values, name, path)
-        if len(columns[name]) != len(table):
-            raise DatasetError(
-                f"{path}: column {name} has {values.size} values for {len(table)} frames; expected one each."
-            )
+        columns[name] = _one_per_frame(columns.get(name, np.zeros(len(table))), name, path)
     for name in (lerobot.STATE, lerobot.ACTION):  # a single dimension is stored as plain numbers
         values = columns.get(name, np.zeros((len(table), 0)))
         columns[name] = values.reshape(len(table), -1 if values.size else 0).astype(np.float32, copy=False)
@@ -148,7 +139,7 @@ def _read_file(
 
 
 def _wanted_names(
-    metadata: Metadata, path: Path, schema: Any, required: Sequence[str], others: Collection[str] | None
+    metadata: Metadata, path: Path, schema: Any, required: Collection[str], others: Collection[str] | None
 ) -> dict[str, tuple[str, ...]]:
     """The columns to read, each with the file's own names of it or its parts."""
     numeric = numeric_names(schema)
@@ -157,10 +148,10 @@ def _wanted_names(
     names |= {new: olds for new, olds in metadata.sources.items() if not set(olds).isdisjoint(numeric)}
     found = f"its numeric columns are {', '.join(numeric)}"
     if missing := [name for name in required if name not in names]:
-        types = [f"{name} of the type {schema.field(name).type}" for name in missing if name in schema.names]
+        types = [f"{name} is {schema.field(name).type}, not numbers" for name in missing if name in schema.names]
         raise UnknownKeyError(
             f"{path} has no column {', '.join(missing)}; {'; '.join([*types, found])}. A policy is trained on "
-            f"{lerobot.STATE} and {lerobot.ACTION}."
+            f"{lerobot.STATE} and {lerobot.ACTION}; task_index may be missing where a prompt is given (--prompt)."
         )
     wanted = {name: olds for name, olds in names.items() if others is None or name in (*_KEPT, *others)}
     for name, olds in wanted.items():
@@ -169,12 +160,15 @@ def _wanted_names(
     return wanted
 
 
-def _whole_numbers(values: np.ndarray, name: str, path: Path) -> np.ndarray:
-    """One whole number per frame, [F], also of lists of one or of floats."""
-    whole = values.ravel().astype(lerobot.BOOKKEEPING[name])
-    if not np.array_equal(whole, values.ravel()):
-        raise DatasetError(f"{path}: column {name} has other values than whole numbers; expected {name} of the frame.")
-    return whole
+def _one_per_frame(values: np.ndarray, name: str, path: Path) -> np.ndarray:
+    """A bookkeeping column [F], also one of lists of one, or of floats that are whole."""
+    flat = values.ravel()
+    typed = flat if name == "timestamp" else flat.astype(np.int64)
+    if len(flat) != len(values) or not np.array_equal(typed, flat):
+        raise DatasetError(
+            f"{path}: column {name} has {values[0]} in its first frame; expected one number, whole but for timestamp."
+        )
+    return typed
 
 
 def _column(table: Any, parts: Sequence[str], path: Path) -> np.ndarray:
@@ -215,9 +209,7 @@ def rows_of_episodes(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
     return {index: slice(start, start + count) for index, start, count in spans}
 
 
-def _check_shapes(
-    columns: Columns, before: Columns, path: Path, left_out: dict[str, str] | None, required: Sequence[str]
-) -> None:
+def _check_shapes(columns: Columns, before: Columns, path: Path, left_out: dict[str, str] | None) -> None:
     """Refuse a data file whose columns, or their shapes, differ from those of the files before it.
 
     Columns that need not be read go into `left_out` instead, if it is given.
@@ -232,7 +224,7 @@ def _check_shapes(
                 f"{path}: {name} has {found} per frame, and {expected} in the data files before it; expected the same "
                 "in all."
             )
-            if left_out is None or name in required:
+            if left_out is None or name in _KEPT:
                 raise DatasetError(f"{reason} Repair the file, or {lerobot.LEAVE_OUT}.")
             left_out.setdefault(name, reason)
 

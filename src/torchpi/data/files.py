@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,14 @@ def open_parquet(path: Path) -> Iterator[Any]:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file, one per line."""
+    """The objects in a file: one per line, or over several, as some editors make of it."""
     require_file(path)
+    rows, end = list[Any](), 0
     try:
-        rows = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+        text, decoder = path.read_text(encoding="utf-8-sig"), json.JSONDecoder()
+        while begin := re.compile(r"\S").search(text, end):
+            row, end = decoder.raw_decode(text, begin.start())
+            rows.append(row)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise unreadable(path, f"it is not valid JSON: {error}") from error
     if wrong := next((row for row in rows if not isinstance(row, dict)), None):

@@ -188,8 +188,8 @@ class LeRobotDataset:
         dims = {key: self.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
         names = {key: dimension_names(self.features.get(key, {}), dims[key]) for key in dims}
         order = {} if embodiment is None else in_robot_order(embodiment, self.columns, names, self.path)
+        self.columns = {**self.columns, **{key: self.columns[key][:, places] for key, places in order.items()}}
         for key, places in order.items():
-            self.columns = {**self.columns, key: self.columns[key][:, places]}
             names[key] = tuple(found[i] for i in places) if (found := names[key]) else None
         self.state_names, self.action_names = names.values()
 
@@ -259,14 +259,17 @@ class LeRobotDataset:
 
     def _check_cameras(self) -> None:
         there: set[Path] = set()
+        keys = [key for key in self._metadata.info.videos if key in self.camera_keys]
         for episode in self._episodes:
-            for key in self.camera_keys:
-                if key in episode.unencoded:
+            for key in keys:
+                if key not in episode.videos:
                     raise DatasetError(
-                        f"Episode {episode.index} has no video of {key}: {episode.unencoded[key]} It was not encoded "
-                        f"before the recording ended. Encode it with LeRobot, or {lerobot.LEAVE_OUT}."
+                        f"Episode {episode.index} of {self.path} has no video of {key}: the list of episodes names "
+                        "none, as it was not encoded before the recording ended. Encode it with LeRobot, or "
+                        f"{lerobot.LEAVE_OUT}."
                     )
-                if key in episode.videos and (path := episode.videos[key].path) not in there:
+                path = episode.videos[key].path
+                if path not in there:
                     require_file(path, f"video of {key}, episode {episode.index},")
                     there.add(path)
 

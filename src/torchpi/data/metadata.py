@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -76,9 +75,7 @@ class Episode:
     """Its instructions, usually one."""
     data_file: Path
     videos: Mapping[str, VideoSpan]
-    """Per camera that is a video."""
-    unencoded: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Of each camera that has no video of the episode, what the list of episodes lacks."""
+    """Per camera that is a video; without those that are not encoded yet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,12 +95,10 @@ class Metadata:
         sources = resolve_rename(rename, self.info.features, self.root)
         info = dataclasses.replace(self.info, features=renamed_features(self.info.features, sources, self.root))
         new_names = {olds[0]: new for new, olds in sources.items()}  # a camera is never joined
-
-        def renamed(by_camera: Mapping[str, Any]) -> dict[str, Any]:
-            return {new_names.get(name, name): value for name, value in by_camera.items()}
-
         episodes = tuple(
-            dataclasses.replace(episode, videos=renamed(episode.videos), unencoded=renamed(episode.unencoded))
+            dataclasses.replace(
+                episode, videos={new_names.get(name, name): span for name, span in episode.videos.items()}
+            )
             for episode in self.episodes
         )
         return dataclasses.replace(self, info=info, episodes=episodes, sources=sources)
@@ -141,10 +136,8 @@ def _download(address: str, names: list[str]) -> Path:
 
 def _read_metadata(root: Path) -> Metadata:
     info = _read_info(root)
-    if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
-        raise DatasetError(f"The dataset {root} has no episodes; record some first.")
     tasks = _tasks(root, info)
-    episodes = [_episode(row, file, info, root, tasks) for file, row in episode_rows(root, info)]
+    episodes = [_episode(row, info, root, tasks) for row in episode_rows(root, info)]
     _check_episodes(episodes, info, root)
     return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
 
@@ -164,6 +157,8 @@ def _read_info(root: Path) -> Info:
     except DatasetError as error:
         raise unreadable(path, error) from error
     version = document.get("codebase_version") if isinstance(document, dict) else None
+    if f"v{version}" in lerobot.VERSIONS:
+        version = document["codebase_version"] = f"v{version}"
     if version not in lerobot.VERSIONS:
         raise DatasetError(f"{path}: the format's version is {version!r}; {_advice_about(version)}")
     info = parse(Info, document, str(path), error=DatasetError, known_only=False)
@@ -207,82 +202,80 @@ def _tasks(root: Path, info: Info) -> dict[int, str]:
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
     if text is None or "task_index" not in columns:
         raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
-    pairs = zip(columns["task_index"], columns[text], strict=True)
-    return dict(sorted((whole_number(index, f"{path}: task_index"), task) for index, task in pairs))
+    return dict(sorted(zip(columns["task_index"], columns[text], strict=True)))
 
 
-def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The list of episodes, each with the file that it is in; `stats`: with the columns of statistics of v3.0."""
+def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[dict[str, Any]]:
+    """The list of episodes; `stats`: with the columns of statistics of v3.0."""
     path, folder = root / lerobot.EPISODES_JSONL, root / lerobot.EPISODES_FOLDER
     files = sorted(file for file in folder.glob("*/*.parquet") if not is_hidden(file.relative_to(folder)))
-    present, version = (files, "v2.1") if info.is_v3 else (path.is_file(), "v3.0")
-    if not present:
-        where, other = (folder, path.is_file()) if info.is_v3 else (path, files)
-        reason = (
-            f"{lerobot.INFO} says {info.total_episodes or 'no number of'} episodes: the recording ended before LeRobot "
-            "wrote the list (in dataset.finalize()), or the dataset was not copied as a whole. Get it again."
-        )
-        if other:
-            reason = (
-                f"There is one of format {version}, but {lerobot.INFO} says {info.codebase_version}: two formats are "
-                "mixed. Get the whole dataset again, in one of them."
-            )
-        raise MissingFileError(f"{where}, the list of episodes, is missing. {reason}")
+    if not (files if info.is_v3 else path.is_file()):
+        raise _no_list(folder if info.is_v3 else path, info, other_format=path.is_file() or bool(files))
     if not info.is_v3:
-        yield from ((path, row) for row in read_json_lines(path))
+        yield from read_json_lines(path)
         return
     for path in files:
         with open_parquet(path) as file:
             names = [name for name in file.schema_arrow.names if stats or not name.startswith("stats/")]
             rows = file.read(columns=names).to_pylist()
-        yield from ((path, row) for row in rows)
+        yield from rows
 
 
-def _episode(row: Mapping[str, Any], listed_in: Path, info: Info, root: Path, tasks: Mapping[int, str]) -> Episode:
-    index = whole_number(row.get("episode_index"), f"{listed_in}: episode_index")
-    label = f"{listed_in}: episode {index}: "
+def _no_list(path: Path, info: Info, *, other_format: bool) -> Exception:
+    """The error about a dataset without its list of episodes."""
+    missing = f"{path}, the list of episodes, is missing"
+    if other_format:
+        return MissingFileError(
+            f"{missing}. There is one of another format than {info.codebase_version}, which {lerobot.INFO} states: two "
+            "versions are mixed. Get the whole dataset again, in one of them."
+        )
+    if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
+        return DatasetError(f"The dataset has no episodes: {missing}, and {lerobot.INFO} says so; record some first.")
+    return MissingFileError(
+        f"{missing}, and {lerobot.INFO} says {info.total_episodes or 'no number of'} episodes: the recording ended "
+        "before LeRobot wrote it (in dataset.finalize()), or the dataset was not copied as a whole. Get it again."
+    )
+
+
+def _episode(row: Mapping[str, Any], info: Info, root: Path, tasks: Mapping[int, str]) -> Episode:
+    index = _whole_number(row, "episode_index", root)
 
     def file(template: str | None, part: str, **names: str) -> Path:
         place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         if info.is_v3:
-            columns = {name: f"{part}/{name}" for name in ("chunk_index", "file_index")}
-            place = {name: whole_number(row.get(column), label + column) for name, column in columns.items()}
+            place = {name: _whole_number(row, f"{part}/{name}", root) for name in ("chunk_index", "file_index")}
         return _path(root, str(template).format(**place, **names))
 
-    def span(key: str) -> VideoSpan:
-        column = f"videos/{key}/from_timestamp"
-        start = row.get(column) if info.is_v3 else 0.0
-        if not isinstance(start, int | float) or not math.isfinite(start):
-            raise DatasetError(f"{label}{column} is {start!r}; expected seconds.")
-        return VideoSpan(file(info.video_path, f"videos/{key}", video_key=key), start)
+    def span(key: str) -> VideoSpan | None:
+        place: list[Any] = [0.0]
+        if info.is_v3:
+            place = [row.get(f"videos/{key}/{name}") for name in ("from_timestamp", "chunk_index", "file_index")]
+        if any(value is None or value != value for value in place):  # NaN is pandas' None
+            return None
+        return VideoSpan(file(info.video_path, f"videos/{key}", video_key=key), place[0])
 
-    videos, unencoded = dict[str, VideoSpan](), dict[str, str]()
-    for key in info.videos:
-        try:
-            videos[key] = span(key)
-        except DatasetError as error:  # only who wants this episode of this camera needs it
-            unencoded[key] = str(error)
+    texts = row.get("tasks")  # LeRobot lists texts; others write a text alone, or task indices
+    texts = [texts] if isinstance(texts, str | int) else texts or []
     return Episode(
         index=index,
-        length=whole_number(row.get("length"), f"{label}length"),
-        tasks=_texts(row.get("tasks"), tasks),
+        length=_whole_number(row, "length", root),
+        tasks=tuple(str(tasks.get(text, text)) for text in texts),
         data_file=file(info.data_path, "data"),
-        videos=videos,
-        unencoded=unencoded,
+        videos={key: found for key in info.videos if (found := span(key)) is not None},
     )
 
 
-def _texts(tasks: Any, known: Mapping[int, str]) -> tuple[str, ...]:
-    """The instructions of an episode: LeRobot lists texts; others write a text alone, or task indices."""
-    listed = [] if tasks is None else tasks if isinstance(tasks, list) else [tasks]
-    return tuple(str(known.get(task, task)) for task in listed)
-
-
-def whole_number(value: Any, label: str) -> int:
-    """A whole number, also one that pandas made a float because others are missing."""
-    if isinstance(value, int | float) and math.isfinite(value) and value == int(value):
+def _whole_number(row: Mapping[str, Any], column: str, root: Path) -> int:
+    """A number of an episode, also where pandas made a float of it because others are missing."""
+    value = row.get(column)
+    if isinstance(value, float) and value.is_integer():
         return int(value)
-    raise DatasetError(f"{label} is {'missing' if value is None else value}; expected a whole number.")
+    if not isinstance(value, int):
+        raise DatasetError(
+            f"The list of episodes of {root} has {value} as the {column} of episode {row.get('episode_index')}; "
+            "expected a whole number. The dataset is damaged."
+        )
+    return value
 
 
 @functools.lru_cache

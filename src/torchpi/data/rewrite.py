@@ -116,7 +116,7 @@ def write_pieces(
 def _rows_with_stats(source: Metadata) -> dict[int, dict[str, Any]]:
     """The list of episodes with all of its columns, by episode_index."""
     found: dict[int, dict[str, Any]] = {}
-    for _, row in episode_rows(source.root, source.info, stats=True):
+    for row in episode_rows(source.root, source.info, stats=True):
         found[int(row["episode_index"])] = row
     if (path := source.root / _EPISODES_STATS).is_file():
         for row in read_json_lines(path):
@@ -252,10 +252,10 @@ def _with_column(table: Any, name: str, array: Any) -> Any:
 def _write_video(path: Path, piece: Piece, camera: str, frames: Sequence[int], fps: float | int | None) -> bool:
     """Write an episode's video, at another rate if it is given; True if it could be copied."""
     index, recorded_fps, length = piece.episode.index, piece.source.info.fps, piece.episode.length
-    if camera in piece.episode.unencoded:
+    if camera not in piece.episode.videos:
         raise DatasetError(
-            f"{camera} of episode {index} has no video: {piece.episode.unencoded[camera]} Leave the episode out "
-            "(torchpi data delete)."
+            f"{camera} of episode {index} has no video: it was not encoded before the recording ended. Leave the "
+            "episode out (torchpi data delete)."
         )
     span = piece.episode.videos[camera]
     if fps is None and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=recorded_fps):

@@ -41,7 +41,7 @@ class VideoSpans:
         self._checked: set[Path] = set()
         self._unencoded: set[str] = set()  # cameras of which some episodes have no span
         for episode in episodes:
-            self._unencoded.update(episode.unencoded)
+            self._unencoded.update(key for key in cameras if key not in episode.videos)
             for key in cameras:
                 if (span := episode.videos.get(key)) is not None and episode.length:
                     self._files.setdefault(span.path, (key, []))[1].append(episode)
