@@ -39,7 +39,7 @@ def write(path, state_names):
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("stateless") / "set", ())
+    return write(tmp_path_factory.mktemp("stateless") / "set", None)
 
 
 @pytest.fixture(scope="module", params=["pi05", "pi0"])
@@ -51,7 +51,7 @@ def policy(request, dataset, tmp_path_factory):
     (root / "model.json").write_text(json.dumps(sizes.to_dict()))
     config = TrainConfig(
         dataset=str(dataset), embodiment=str(root / "arm.json"), model=str(root / "model.json"), num_steps=2,
-        batch_size=2, warmup_steps=0, holdout=0.5 if is_pi05 else 0, chunk_samples=2, state_noise=0.1, workers=0,
+        batch_size=2, warmup_steps=0, holdout=0.5 if is_pi05 else 0.0, chunk_samples=2, state_noise=0.1, workers=0,
     )  # fmt: skip
     return torchpi.load_policy(loop.train(config, root / "run").policy)
 

@@ -164,7 +164,7 @@ def _one_per_frame(values: np.ndarray, name: str, path: Path) -> np.ndarray:
     """A bookkeeping column [F], also one of lists of one, or of floats that are whole."""
     flat = values.ravel()
     typed = flat if name == "timestamp" else flat.astype(np.int64)
-    if len(flat) != len(values) or not np.array_equal(typed, flat):
+    if len(flat) != len(values) or not np.array_equal(typed, flat, equal_nan=True):
         raise DatasetError(
             f"{path}: column {name} has {values[0]} in its first frame; expected one number, whole but for timestamp."
         )

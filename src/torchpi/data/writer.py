@@ -40,7 +40,7 @@ class LeRobotWriter:
         *,
         fps: int,
         cameras: Mapping[str, Sequence[int]],
-        state_names: Sequence[str],
+        state_names: Sequence[str] | None,
         action_names: Sequence[str],
         robot_type: str | None = None,
         video: bool = False,
@@ -52,7 +52,7 @@ class LeRobotWriter:
             path: the dataset's folder: new, or empty.
             fps: frames per second.
             cameras: per camera its images' shape (h, w, 3); "base" becomes the key "observation.images.base".
-            state_names, action_names: the dimensions; no state: ().
+            state_names, action_names: the dimensions; None: there is no state.
             robot_type: for people.
             video: cameras as video (small, lossy), otherwise as PNG (exact).
             data_file_mb, video_file_mb: size in MiB from which on a new file is begun.
@@ -68,7 +68,7 @@ class LeRobotWriter:
             raise DatasetError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
         features = {
             **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
-            **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names else {}),
+            **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names is not None else {}),
             lerobot.ACTION: _numbers_feature("action_names", action_names),
             **{key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in lerobot.BOOKKEEPING.items()},
         }

@@ -204,7 +204,7 @@ class _Recording:
             self._path,
             fps=max(1, round(rate)),  # as if each client asked whenever it had executed what is recommended
             cameras={key.removeprefix(IMAGES): shapes[key] for key in self._cameras},
-            state_names=embodiment.state_names[: shapes[STATE][0]] if embodiment.state else (),
+            state_names=embodiment.state_names[: shapes[STATE][0]] if embodiment.state else None,
             action_names=[f"{dim.name}@{step}" for step in range(self._horizon) for dim in embodiment.actions],
             robot_type=embodiment.name,
         )
