@@ -27,11 +27,11 @@ from typing import Any, Literal
 import torch
 import tyro
 from gpu_checks import INTERPRETED, SMALL, Check, engine_checks, kernel_checks, random_weights, training_checks
+from gpu_launches import count_launches
 from gpu_report import write_report
 from torch import Tensor
 
 from torchpi.bench.floor import measure_machine, timed
-from torchpi.bench.launches import count_launches
 from torchpi.bench.model import bench_config, describe_machine, make_observation
 from torchpi.checkpoints import load_model
 from torchpi.checkpoints.checkpoint import open_checkpoint
@@ -174,7 +174,7 @@ def sampling_part(part: Part) -> Iterator[Row]:
             row = part.row(row, measure_row, needs=1.5 * slowest[mode])
             slowest[mode] = max(slowest[mode], row.get("took_s", 0.0))
             yield row
-        del sampler
+        del sampler, measure_row  # before the next one is made
         gc.collect()
 
 

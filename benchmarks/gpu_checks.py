@@ -4,6 +4,7 @@ Each check is a name and a function that returns a difference and its tolerance.
 of |a − b| / (|b| + mean |b|); where rounding is judged, they are ratios of mean errors.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -211,7 +212,11 @@ def engine_checks(device: torch.device, modes: Sequence[str]) -> Iterator[Check]
                 yield name, lambda engine=engine, batch=batch, rtc=rtc: same(engine(), batch, rtc)  # type: ignore[misc]
         if mode == modes[0]:
             yield f"engine {mode}, bfloat16: its error over the plain model's", lambda: _rounding(device, modes[0])
-            for name, check in (("two threads", _threads), ("eviction", _eviction), ("background", _background)):
+            for name, check in (
+                ("two threads, each with a stream", _threads),
+                ("eviction", _eviction),
+                ("background", _background),
+            ):
                 yield f"engine {mode}, {name}", functools.partial(check, samples, mode)
             yield f"engine {mode}, Policy.infer", functools.partial(_policy, device, mode)
     if device.type == "cpu" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY:
@@ -234,11 +239,15 @@ def _threads(samples: Samples, mode: str) -> tuple[float, float]:
     engine, calls = samples.engine(mode), [samples.arguments(3, tokens=tokens) for tokens in (9, 20)]
     expected = [samples.model.sample_actions(observation, **keywords) for observation, keywords in calls]
     found: list[list[float]] = [[], []]
+    on_gpu = samples.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize()  # the threads' streams do not wait for the tensors made here
 
     def sample(which: int) -> None:
         observation, keywords = calls[which]
-        for _ in range(20):
-            found[which].append(difference(engine.sample_actions(observation, **keywords), expected[which]))
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+            for _ in range(20):
+                found[which].append(difference(engine.sample_actions(observation, **keywords), expected[which]))
 
     threads = [threading.Thread(target=sample, args=(which,)) for which in range(2)]
     for thread in threads:

@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torchpi.bench.launches import launch_table
+from gpu_launches import launch_table
+
 from torchpi.ui.format import without_nan
 
 Row = Mapping[str, Any]

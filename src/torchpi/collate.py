@@ -56,7 +56,7 @@ def rtc_inputs(
         max_action_prefix: the longest action prefix that the model was trained with; 0: none.
     """
     width = next(sample["actions"].shape[-1] for sample in samples if "actions" in sample)
-    actions, present = torch.zeros(2, len(samples), horizon, width)
+    actions, present = torch.zeros(2, len(samples), horizon, width, dtype=torch.float32)
     delays, executed = torch.zeros(len(samples), dtype=torch.int64), torch.full((len(samples),), horizon)
     is_prefix = torch.zeros(len(samples), horizon, dtype=torch.bool)
     for i, (sample, chunk) in enumerate(zip(samples, previous, strict=True)):

@@ -299,12 +299,7 @@ class Policy:
         Raises:
             ValueError: something is at the path already, and it is no policy folder or `overwrite` is not set.
         """
-        target = pathlib.Path(path).expanduser()
-        if target.exists() and not overwrite:
-            raise PolicyError(f"{target} exists already; choose another path, or pass overwrite=True.")
-        if target.exists() and not folder.is_policy_folder(target):
-            raise PolicyError(f"{target} exists and is no policy folder; it is not overwritten.")
-        with atomic_folder(target) as root:
+        with atomic_folder(folder.check_target(path, overwrite=overwrite)) as root:
             self.write_spec(root)
             folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
 

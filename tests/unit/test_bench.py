@@ -45,6 +45,11 @@ def test_sampling_is_measured_on_busy_cores_too(engine, monkeypatch):
     assert "busy_seconds" not in bench.bench_model(work, repeats=1, engine=engine).to_json()
 
 
+def test_sampling_that_fits_no_bucket_is_not_measured_as_the_engines():
+    with pytest.raises(ValueError, match=r"no bucket for this sampling \(at most 8 samples"):
+        bench.bench_model(workload(preset("tiny"), batch=9, num_steps=1), repeats=1, engine="eager")
+
+
 def test_bench_model_names_the_option_that_compiles(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "model", "--compile"])

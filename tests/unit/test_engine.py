@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 import pathlib
 import pickle
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import threading
 import warnings
 
+import jaxtyping
 import pytest
 import torch
 
@@ -120,7 +122,7 @@ def test_bucket_is_reused_by_shorter_prompts_and_fewer_samples_and_other_delays(
             actions = engine.sample_actions(observation, noise=noise_of(samples), num_steps=2)
             expected = model.sample_actions(observation, noise=noise_of(samples), num_steps=2)
             torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
-    assert engine.metadata["warm_buckets"] == ["4 × 2 cameras, 32 tokens, 2 steps"]
+    assert engine.metadata["warm_buckets"] == ["batch 4, 2 cameras, 32 prompt tokens, 7 actions, 2 steps"]
 
 
 def test_absent_cameras_are_left_out_of_the_bucket():
@@ -130,7 +132,7 @@ def test_absent_cameras_are_left_out_of_the_bucket():
     actions = engine.sample_actions(observation, noise=noise_of(), num_steps=2)
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=2)
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
-    assert engine.metadata["warm_buckets"] == ["4 × 1 cameras, 32 tokens, 2 steps"]
+    assert engine.metadata["warm_buckets"] == ["batch 4, 1 cameras, 32 prompt tokens, 7 actions, 2 steps"]
 
 
 @pytest.mark.parametrize(
@@ -173,15 +175,49 @@ def test_bucket_used_longest_ago_makes_room():
     engine = InferenceEngine(make_model(), mode="eager", max_buckets=2)
     for num_steps in (1, 2, 1, 3):
         engine.sample_actions(make_observation(), noise=noise_of(), num_steps=num_steps)
-    assert [bucket.split(", ")[2] for bucket in engine.metadata["warm_buckets"]] == ["1 steps", "3 steps"]
+    assert [bucket.split(", ")[4] for bucket in engine.metadata["warm_buckets"]] == ["1 steps", "3 steps"]
 
 
-def test_changed_weights_are_refused():
+def scale_a_matrix(model):
+    with torch.no_grad():
+        model.backbone.layers[0].attention.qkv.weight.mul_(2)
+
+
+def swap_with_ema_weights(model):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 0.5
+
+
+def replace_a_layer(model):
+    model.action_out_proj = copy.deepcopy(model.action_out_proj)
+
+
+def train(model, **settings):
+    observation, actions = make_observation(), noise_of()
+    model.compute_loss(observation, actions, noise=noise_of(), time=torch.full((BATCH,), 0.5)).mean().backward()
+    torch.optim.AdamW(model.parameters(), **settings).step()
+
+
+CHANGES = {
+    "in place": scale_a_matrix,
+    "other data": swap_with_ema_weights,
+    "load_state_dict": lambda model: model.load_state_dict(make_model().state_dict()),
+    "load_state_dict, assign": lambda model: model.load_state_dict(make_model().state_dict(), assign=True),
+    "a layer": replace_a_layer,
+    "LoRA": lambda model: add_lora(model, LoraConfig(backbone_rank=2, expert_rank=2), torch.Generator().manual_seed(0)),
+    "dtype": lambda model: model.to(torch.bfloat16),
+    "device": lambda model: model.to("meta"),
+    "optimizer": train,
+    "fused optimizer": lambda model: train(model, fused=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_changed_weights_are_refused(change):
     model, observation = make_model(), make_observation()
     engine = InferenceEngine(model, mode="eager")
     engine.sample_actions(observation, noise=noise_of(), num_steps=1)
-    with torch.no_grad():
-        model.backbone.layers[0].attention.qkv.weight.mul_(2)
+    change(model)
     with pytest.raises(ValueError, match="weights changed after the engine had packed them; build a new engine"):
         engine.sample_actions(observation, noise=noise_of(), num_steps=1)
 
@@ -212,7 +248,7 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
     engine = InferenceEngine(model, mode="eager")
     monkeypatch.setattr(Runner, "_sample", no_memory)
     monkeypatch.setattr(Runner, "__init__", lambda self, *args: self._sample())
-    with pytest.warns(UserWarning, match=r"cannot prepare its bucket 4 × 2 cameras.*2.00 GiB"):
+    with pytest.warns(UserWarning, match=r"cannot prepare its bucket batch 4, 2 cameras.*2.00 GiB"):
         first = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -241,6 +277,143 @@ def test_number_of_steps_that_is_not_positive_is_refused():
     engine = InferenceEngine(make_model(), mode="eager")
     with pytest.raises(ValueError, match="num_steps must be a positive integer, got 0"):
         engine.sample_actions(make_observation(), noise=noise_of(), num_steps=0)
+
+
+def test_unknown_mode_is_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
+    with pytest.raises(ValueError, match="Unknown engine 'Eager'; expected one of eager, compiled, graph"):
+        InferenceEngine(make_model(), mode="Eager")
+
+
+def test_inputs_of_another_size_than_the_models_are_refused_as_by_the_model(monkeypatch):
+    """A bucket's static tensors would take one pixel, or one number of a previous chunk or state, for all."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks shapes in the tests only
+    model, observation = make_model(pi05=False), make_observation()
+    engine, samples = InferenceEngine(model, mode="eager"), {"noise": noise_of(), "num_steps": 1}
+    engine.sample_actions(observation, **samples)
+    pixel = {name: image[:, :1, :1] for name, image in observation.images.items()}
+    chunk, one = noise_of(), noise_of()[:1]
+    cases = {
+        "28×28 pixels, got 1×1": (dataclasses.replace(observation, images=pixel), {}),
+        r"got \[3, 1\]": (dataclasses.replace(observation, state=observation.state[:, :1]), {}),
+        r"guidance.target must be \[3, 7, 6\]": (observation, {"guidance": Guidance(one, chunk)}),
+        r"guidance.weight must be \[3, 7, 6\]": (observation, {"guidance": Guidance(chunk, chunk[:, :, :1])}),
+        r"prefix.mask must be \[3, 7\]": (observation, {"action_prefix": ActionPrefix(chunk, chunk[:1, :, 0] > 0)}),
+        r"Noise must be \[3, 7, 6\] float32, got \[3": (observation, {"noise": chunk[:, :0]}),
+    }
+    for message, (inputs, changed) in cases.items():
+        for sampler in (model, engine):
+            with pytest.raises(ValueError, match=message.replace(" float32", "")):
+                sampler.sample_actions(inputs, **{**samples, **changed})
+
+
+def test_batch_without_samples_is_refused():
+    model = make_model()
+    for sampler in (model, InferenceEngine(model, mode="eager")):
+        with pytest.raises(ValueError, match=r"Noise must be \[B, 7, 6\], got \[0, 7, 6\]"):
+            sampler.sample_actions(make_observation(()), noise=noise_of(0), num_steps=1)
+
+
+@pytest.mark.parametrize("maximum", [float("nan"), float("inf"), -1.0])
+def test_guidance_without_a_finite_maximum_is_refused(maximum):
+    with pytest.raises(ValueError, match="maximum must be a finite number"):
+        Guidance(noise_of(), noise_of(), maximum)
+
+
+def test_settings_around_a_call_do_not_reach_its_bucket():
+    """Neither that which warms the bucket up nor a later one: what is captured stays."""
+    model, observation, samples = make_model(), make_observation(), {"noise": noise_of(), "num_steps": 2}
+    engine = InferenceEngine(model, mode="eager")
+    expected = model.sample_actions(observation, **samples)
+    for settings in (torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.enable_grad()):
+        with settings:
+            actions = engine.sample_actions(observation, **samples)
+        torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_default_dtype_changes_nothing(dtype):
+    model, observation, samples = make_model(), make_observation(), {"num_steps": 2, **conditions(("guidance",))}
+    generators = [torch.Generator().manual_seed(1) for _ in range(3)]
+    expected = model.sample_actions(observation, generator=generators[0], **samples)
+    torch.set_default_dtype(dtype)
+    try:
+        weight = prefix_weights(HORIZON, DELAYS, torch.tensor([3, 2, 3]))
+        found = model.sample_actions(observation, generator=generators[1], **samples)
+        engine = InferenceEngine(model, mode="eager")
+        of_engine = engine.sample_actions(observation, generator=generators[2], **samples)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(weight, samples["guidance"].weight[:, :, 0])
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(of_engine, expected, rtol=1e-5, atol=5e-6)
+
+
+@pytest.mark.slow
+def test_process_that_is_forked_warms_up_buckets_of_its_own():
+    """In a process with one thread, as torch needs it for a fork."""
+    program = "import test_engine; test_engine.sample_in_a_fork()"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=pathlib.Path(__file__).parent, timeout=100)
+
+
+def sample_in_a_fork() -> None:
+    torch.set_num_threads(1)
+    engine = InferenceEngine(make_model(), mode="eager")
+    engine.sample_actions(make_observation(), noise=noise_of(), num_steps=1)
+    process = os.fork()
+    if process == 0:
+        engine.sample_actions(make_observation(), noise=noise_of(), num_steps=2)
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == 0
+
+
+def test_calls_of_other_cuda_streams_wait_for_each_other(monkeypatch):
+    """Graphs share memory and inputs: on a GPU, a lock on the host ends before their work does."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the event is none of torch's
+    log = []
+
+    class Event:
+        def record(self, stream):
+            log.append(f"recorded on {stream.name}")
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_event(self, event):
+            log.append(f"{self.name} waits")
+
+    engine, samples = InferenceEngine(make_model(), mode="eager"), {"noise": noise_of(), "num_steps": 1}
+    engine.sample_actions(make_observation(), **samples)
+    monkeypatch.setattr(engine, "_last", Event())
+    run = Runner.__call__
+    monkeypatch.setattr(Runner, "__call__", lambda *arguments: (log.append("run"), run(*arguments))[1])
+    for name in ("a", "b"):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
+        engine.sample_actions(make_observation(), **samples)
+    assert log == ["a waits", "run", "recorded on a", "b waits", "run", "recorded on b"]
+
+
+def test_closed_engine_samples_cold_buckets_with_the_model():
+    model, observation, samples = make_model(), make_observation(), {"noise": noise_of(), "num_steps": 1}
+    engine = InferenceEngine(model, mode="eager", background=True)
+    engine.close()
+    assert torch.equal(engine.sample_actions(observation, **samples), model.sample_actions(observation, **samples))
+    assert engine.metadata["warm_buckets"] == []
+
+
+def test_interrupt_ends_the_warm_up_at_once_and_a_later_call_begins_it_anew(monkeypatch):
+    def interrupted(bucket: Bucket) -> None:
+        raise KeyboardInterrupt
+
+    model, observation = make_model(), make_observation()
+    engine = InferenceEngine(model, mode="eager")
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "warm_up", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    assert len(engine.metadata["warm_buckets"]) == 1
 
 
 def test_cold_bucket_is_sampled_by_the_model_while_it_warms_up(monkeypatch):
@@ -351,6 +524,12 @@ def compare_compiled(pi05: bool, rtc: tuple[str, ...]) -> None:
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
     assert len(engine.metadata["warm_buckets"]) == 1
+    if rtc:
+        return
+    torch.set_num_threads(3 - torch.get_num_threads() % 2)  # compiled once more, above the limit of torch.compile
+    with torch._dynamo.config.patch(recompile_limit=1):
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.slow

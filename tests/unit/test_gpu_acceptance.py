@@ -10,11 +10,11 @@ import time
 
 import gpu_acceptance
 import gpu_checks
+import gpu_launches
 import gpu_report
 import pytest
 import torch
 
-from torchpi.bench import launches
 from torchpi.config import preset
 from torchpi.engine import InferenceEngine
 from torchpi.model.operations import Workload
@@ -126,7 +126,7 @@ def test_kernel_checks_pass_in_the_interpreter():
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {line.partition(",")[0] for line in done.stdout.splitlines()}
-    fields = {field.name for field in dataclasses.fields(launches.Kernels)} - {"name"}
+    fields = {field.name for field in dataclasses.fields(gpu_launches.Kernels)} - {"name"}
     assert names == fields
 
 
@@ -136,7 +136,7 @@ def workload(config, num_steps=10):
 
 @pytest.mark.slow
 def test_engine_needs_at_most_2000_launches_at_full_size():
-    total, by_operation = launches.count_launches(workload(preset("pi05")), engine=True)
+    total, by_operation = gpu_launches.count_launches(workload(preset("pi05")), engine=True)
     assert total <= gpu_report.TARGET_LAUNCHES
     assert total == sum(by_operation.values())
 
@@ -144,8 +144,8 @@ def test_engine_needs_at_most_2000_launches_at_full_size():
 @pytest.mark.slow
 def test_action_prefix_needs_at_most_2000_launches_and_the_plain_model_five_times_as_many():
     work = workload(preset("pi05"))
-    assert launches.count_launches(work, engine=True, action_prefix=True)[0] <= gpu_report.TARGET_LAUNCHES
-    assert launches.count_launches(work, engine=False)[0] > 5 * gpu_report.TARGET_LAUNCHES
+    assert gpu_launches.count_launches(work, engine=True, action_prefix=True)[0] <= gpu_report.TARGET_LAUNCHES
+    assert gpu_launches.count_launches(work, engine=False)[0] > 5 * gpu_report.TARGET_LAUNCHES
 
 
 def test_launches_of_a_layer_are_those_of_the_documents():
@@ -157,7 +157,7 @@ def test_launches_of_a_layer_are_those_of_the_documents():
                 for name in ("paligemma_variant", "action_expert_variant")
             }
             work = workload(dataclasses.replace(config, **stacks), num_steps)
-            count[depth, num_steps] = launches.count_launches(work, engine=True)[0]
+            count[depth, num_steps] = gpu_launches.count_launches(work, engine=True)[0]
     layer = count[4, 1] - count[3, 1]
     assert layer == ENGINE_LAYERS["backbone"] + ENGINE_LAYERS["expert"]
     assert count[4, 2] - count[3, 2] == layer + ENGINE_LAYERS["expert"]
@@ -165,7 +165,7 @@ def test_launches_of_a_layer_are_those_of_the_documents():
 
 def test_views_and_allocations_are_no_launches_and_operations_are():
     x = torch.ones(4, 6)
-    with launches.LaunchCounter("cpu") as counter:
+    with gpu_launches.LaunchCounter("cpu") as counter:
         x.t().reshape(3, 2, 4)[0].unsqueeze(0).expand(5, 2, 4).detach()
         torch.empty_like(x)
         assert counter.total == 0

@@ -83,6 +83,18 @@ def test_fp8_emulation_equals_the_formula_and_scaled_mm():
     torch.testing.assert_close(fp8(x), scaled_mm, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("capability", "row_scales"), [((8, 9), False), ((9, 0), True), ((12, 0), False)])
+def test_matmul_of_every_gpu_with_fp8_equals_the_emulation(capability, row_scales, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    layer, x = random_linear()
+    fp8 = q.QuantizedLinear(layer, "fp8", 0.004)
+    assert fp8.row_scales is row_scales
+    rounded = (x / 0.004).to(torch.float8_e4m3fn)
+    found = q._scaled_mm(rounded, fp8.weight, fp8.weight_scale, 0.004, row_scales)
+    torch.testing.assert_close(found.float(), fp8(x), rtol=2**-7, atol=1e-6)  # two roundings to bfloat16
+
+
 def test_int8_equals_its_formula():
     layer, x = random_linear(bias=True)
     int8 = q.QuantizedLinear(layer, "int8", None)
@@ -316,7 +328,7 @@ def test_mistakes_of_the_command_are_errors_that_name_the_remedy(folders, source
     assert "side" in wrong
     twice = error_of(capsys, "quantize", folders / "fp8", "--to", "int8", *out)
     assert "quantized already, to fp8; quantize the one that it was made of" in twice
-    assert "exists already" in error_of(capsys, "quantize", source, "--to", "int8", "-o", folders / "int8")
+    assert "exists already" in error_of(capsys, "quantize", tmp_path / "none", "--to", "int8", "-o", folders / "int8")
     assert not (tmp_path / "out").exists()
 
 

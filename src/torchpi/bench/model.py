@@ -100,6 +100,12 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
     def run() -> None:
         sampler.sample_actions(observation, noise=noise, num_steps=work.num_steps)
 
+    run()
+    if isinstance(sampler, InferenceEngine) and not sampler.metadata["warm_buckets"]:
+        raise UsageError(
+            f"The engine has no bucket for this sampling (at most {max(sampler.batch_sizes)} samples), or it could not "
+            "prepare one, as a warning says; the plain model would be measured."
+        )
     name = "sample_actions" if engine is None else f"sample_actions, {engine} engine"
     result = measure(name, run, sampling_ops(work), work, repeats)
     if not busy:

@@ -82,6 +82,16 @@ def is_policy_folder(root: pathlib.Path) -> bool:
     return (root / "policy.json").is_file()
 
 
+def check_target(path: str | pathlib.Path, *, overwrite: bool) -> pathlib.Path:
+    """The folder that a policy is to be written to; an error if something is there that is not to be replaced."""
+    target = pathlib.Path(path).expanduser()
+    if target.exists() and not overwrite:
+        raise CheckpointError(f"{target} exists already; choose another path, or pass overwrite=True.")
+    if target.exists() and not is_policy_folder(target):
+        raise CheckpointError(f"{target} exists and is no policy folder; it is not overwritten.")
+    return target
+
+
 def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
     """Read and check policy.json, but for the embodiment."""
     file = root / "policy.json"

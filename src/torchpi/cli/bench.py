@@ -38,8 +38,8 @@ class Bench:
     device: str = "cpu"
     """Device: cpu or cuda."""
     engine: Literal["compiled", "graph", "eager"] | None = None
-    """For model: sample with an engine, through torch.compile, as a CUDA graph, or its operations as they are; by
-    default the plain model samples."""
+    """For model: sample with an engine, through torch.compile, as a CUDA graph, or its operations as they are (eager);
+    by default the plain model samples."""
     compile: bool = False
     """For train: run each layer through torch.compile."""
     busy: bool = False

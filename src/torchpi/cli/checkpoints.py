@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, Load, PolicyOptions
+from torchpi.cli.common import Checkpoint, CheckpointOptions, LoadModel, PolicyOptions
 from torchpi.ui.format import print_json
 
 
@@ -98,7 +98,7 @@ class Quantize:
     """Replace a policy folder that is there."""
     json: bool = False
     """Print one JSON document: the quantized layers and their scales."""
-    load: Load = PolicyOptions()
+    load: LoadModel = PolicyOptions()
 
     def run(self) -> None:
         from torchpi.data.rename import parse_rename
@@ -139,7 +139,7 @@ class Doctor:
     """An observation, an .npz file with the robot's own keys, as for infer."""
     json: bool = False
     """Print one JSON document."""
-    load: Load = PolicyOptions()
+    load: LoadModel = PolicyOptions()
     aliases: ClassVar = {"--observation": "--inputs"}
 
     def run(self) -> int:
@@ -166,7 +166,7 @@ class Compare:
     """Largest difference of two stages, relative to their scale."""
     json: bool = False
     """Print one JSON document."""
-    load: Load = PolicyOptions()
+    load: LoadModel = PolicyOptions()
     aliases: ClassVar = {"--observation": "--inputs"}
 
     def run(self) -> int:

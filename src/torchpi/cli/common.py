@@ -47,19 +47,26 @@ class CheckpointOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions(CheckpointOptions):
-    """The same, the device and the engine."""
+    """The same, and the device."""
 
     device: str | None = None
     """For example cuda or cpu; by default cuda if there is one."""
-    engine: Literal["auto", "eager", "compiled", "graph"] | None = None
-    """By what actions are sampled: the plain model (eager), through torch.compile (compiled), or as CUDA graphs
-    (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
     emulate_fp8: bool = False
     """Compute a policy that is quantized to fp8 in float32, with the same rounding, as on a CPU; for GPUs without."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions(PolicyOptions):
+    """The same, and the engine."""
+
+    engine: Literal["auto", "eager", "compiled", "graph"] | None = None
+    """By what actions are sampled: the plain model (eager), through torch.compile (compiled), or as CUDA graphs
+    (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
+
+
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]
-Load = Annotated[PolicyOptions, tyro.conf.arg(name="")]
+LoadModel = Annotated[PolicyOptions, tyro.conf.arg(name="")]
+Load = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 
 def split_names(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from torchpi.cli.common import Load, PolicyOptions, split_names
+from torchpi.cli.common import Load, SamplingOptions, split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
 
@@ -88,7 +88,7 @@ class Eval:
     """Print one JSON document."""
     simulation: Annotated[SimulationOptions, tyro.conf.arg(name="")] = SimulationOptions()
     recorded: Annotated[DatasetOptions, tyro.conf.arg(name="")] = DatasetOptions()
-    load: Load = PolicyOptions()
+    load: Load = SamplingOptions()
 
     def run(self) -> None:
         if (self.env is None) == (self.dataset is None):

@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
-from torchpi.cli.common import Load, PolicyOptions, split_names
+from torchpi.cli.common import Load, LoadModel, PolicyOptions, SamplingOptions, split_names
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
@@ -63,7 +63,7 @@ class Infer:
     """An .npy file [H, action_dim] to use as noise instead."""
     json: bool = False
     """Print the shape, the file and the timing as one JSON document."""
-    load: Load = PolicyOptions()
+    load: Load = SamplingOptions()
 
     def run(self) -> None:
         spin_briefly()
@@ -126,7 +126,7 @@ class Trace:
     """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
-    load: Load = PolicyOptions()
+    load: LoadModel = PolicyOptions()
 
     def run(self) -> None:
         from torchpi.demo.frames import demo_observation

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from torchpi.cli.common import Load, PolicyOptions
+from torchpi.cli.common import Load, SamplingOptions
 from torchpi.serving import require_extra
 from torchpi.serving.settings import ServeSettings
 from torchpi.threads import spin_briefly
@@ -31,7 +31,7 @@ class Serve:
     record: pathlib.Path | None = None
     """Record requests and chunks as a LeRobot dataset in this folder, new or empty; of several policies, one dataset
     per name."""
-    load: Load = PolicyOptions()
+    load: Load = SamplingOptions()
 
     def run(self) -> None:
         require_extra()

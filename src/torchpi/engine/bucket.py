@@ -26,8 +26,9 @@ class Bucket:
     action_prefix: bool = False
 
     def __str__(self) -> str:
-        text = f"{self.batch} × {self.cameras} cameras, {self.prompt_tokens} tokens, {self.num_steps} steps"
-        return text + ", guided" * (self.guidance is not None) + ", action prefix" * self.action_prefix
+        text = f"batch {self.batch}, {self.cameras} cameras, {self.prompt_tokens} prompt tokens, {self.horizon} actions"
+        guided = "" if self.guidance is None else f", guided (β = {self.guidance:g})"
+        return f"{text}, {self.num_steps} steps{guided}" + ", action prefix" * self.action_prefix
 
 
 @dataclasses.dataclass(frozen=True)

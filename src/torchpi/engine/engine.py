@@ -6,11 +6,12 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from torchpi.engine.bucket import Bucket, Inputs, make_inputs
 from torchpi.engine.kernels import PLAIN, Kernels, triton_kernels
@@ -18,7 +19,7 @@ from torchpi.engine.packed import PackedModel
 from torchpi.engine.runner import Mode, Runner
 from torchpi.errors import ModelError
 from torchpi.model.pi0 import Pi0
-from torchpi.model.rtc import ActionPrefix, Guidance
+from torchpi.model.rtc import ActionPrefix, Guidance, check_previous
 from torchpi.types import Observation
 
 PROMPT_LENGTHS = (32, 64, 128, 200)
@@ -29,8 +30,8 @@ MAX_BUCKETS = 16
 class InferenceEngine:
     """Samples as the model does, from the same weights, in few launches.
 
-    Inputs that fit no bucket are sampled by the plain model. A bucket warms up at its first call, which waits for it;
-    or, with `background`, in a thread, while the plain model samples. Calls from several threads are answered in turn.
+    Inputs that fit no bucket are sampled by the plain model. A bucket warms up in its first call; with `background`, in
+    a thread, while the plain model samples. Calls from several threads and CUDA streams are answered in turn.
     """
 
     @torch.inference_mode(False)  # guidance needs gradients through what is packed here
@@ -57,8 +58,10 @@ class InferenceEngine:
                 so no run repeats another one to the bit.
 
         Raises:
-            ValueError: the mode does not run on the model's device, or the model has LoRA layers.
+            ValueError: the mode is unknown or does not run on the model's device, or the model has LoRA layers.
         """
+        if mode not in get_args(Mode):
+            raise ModelError(f"Unknown engine {mode!r}; expected one of {', '.join(get_args(Mode))}.")
         if mode == "graph" and model.device.type != "cuda":
             raise ModelError(
                 f'engine "graph" captures CUDA graphs; the model is on {model.device}: choose "compiled" or "eager".'
@@ -68,28 +71,25 @@ class InferenceEngine:
                 "max_buckets, prompt_lengths and batch_sizes must be positive, got "
                 f"{max_buckets}, {list(prompt_lengths)} and {list(batch_sizes)}."
             )
-        self.model, self.mode = model, mode
-        self._arguments: dict[str, Any] = {
-            "mode": mode,
-            "kernels": kernels,
-            "prompt_lengths": prompt_lengths,
-            "batch_sizes": batch_sizes,
-            "max_buckets": max_buckets,
-            "background": background,
-        }
+        self.model, self.mode, self.device = model, mode, model.device
+        self._arguments: dict[str, Any] = {"mode": mode, "kernels": kernels, "prompt_lengths": prompt_lengths}
+        self._arguments |= {"batch_sizes": batch_sizes, "max_buckets": max_buckets, "background": background}
         self.packed = PackedModel(model, kernels or _best_kernels(model, mode))
         longest = model.config.max_token_len or max(prompt_lengths)
         self.prompt_lengths = sorted({length for length in prompt_lengths if length < longest} | {longest})
         self.batch_sizes, self.max_buckets = sorted(batch_sizes), max_buckets
         self._runners: collections.OrderedDict[Bucket, Runner] = collections.OrderedDict()  # the last one used last
         self._failed: set[Bucket] = set()
-        self._warming: dict[Bucket, concurrent.futures.Future[None]] = {}
-        self._lock = threading.Lock()  # of the dictionaries and of the runners' static tensors
-        self.background = background
+        self._queued: set[Bucket] = set()
+        self._lock = threading.Lock()  # of the collections above and of the runners' static tensors
+        self._warm_up_lock = threading.Lock()
+        self.background, self._closed = background, False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
         self._pool = torch.cuda.graph_pool_handle() if mode == "graph" else None
-        self._parameters = list(model.parameters())
+        self._last = torch.cuda.Event() if mode != "eager" and self.device.type == "cuda" else None
+        self._parameters, self._parts = list(model.parameters()), _parts_of(model)
         self._versions = self._read_versions()
+        _count_fused_steps()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, also one in another process, is a new engine of the copied model: it warms up its own buckets."""
@@ -115,26 +115,47 @@ class InferenceEngine:
         if noise is None:
             noise = self.model.draw_noise(observation.batch_size, generator)
         self.model.check_actions(observation, noise, "Noise")
-        inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
-        bucket = self.bucket(inputs, num_steps, guidance) if inputs is not None else None
-        if bucket is not None and inputs is not None and self._is_warm(bucket):
-            with self._lock:
-                runner = self._runners.get(bucket)  # another thread may have made room meanwhile
-                actions = None if runner is None else runner(inputs)
+        check_previous(noise, guidance, action_prefix)
+        # A bucket has the model's dtype, whatever the caller's setting.
+        with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False):
+            inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
+            bucket = self.bucket(inputs, num_steps, guidance) if inputs is not None else None
+            actions = None
+            if bucket is not None and inputs is not None and self._is_warm(bucket):
+                actions = self._run(bucket, inputs)
             if actions is not None:
-                self._check_weights()  # while a device still works
                 return actions
-        self._check_weights()
-        rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
-        observation = observation.to(self.model.device)
-        return self.model.sample_actions(observation, noise=noise.to(self.model.device), num_steps=num_steps, **rtc)
+            self._check_weights()
+            rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
+            observation, noise = observation.to(self.device), noise.to(self.device)
+            return self.model.sample_actions(observation, noise=noise, num_steps=num_steps, **rtc)
+
+    def _run(self, bucket: Bucket, inputs: Inputs) -> Tensor | None:
+        """Actions of a warm bucket; None if another thread has made room meanwhile."""
+        with self._lock:
+            runner = self._runners.get(bucket)
+            if runner is None:
+                return None
+            try:
+                return runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
+            finally:
+                self._check_weights()  # while a device still works; an error may come from changed ones too
+
+    def _in_turn(self, runner: Runner, inputs: Inputs, last: torch.cuda.Event) -> Tensor:
+        """Run behind the last call, also one of another stream: all graphs share memory, and inputs are static."""
+        stream = torch.cuda.current_stream(self.device)
+        stream.wait_event(last)
+        actions = runner(inputs)
+        last.record(stream)
+        return actions
 
     def bucket(self, inputs: Inputs, num_steps: int, guidance: Guidance | None = None) -> Bucket | None:
         """The smallest bucket that the inputs fit into; None if there is none."""
         batch, horizon, _ = inputs.noise.shape
         sizes = [size for size in self.batch_sizes if size >= batch]
         lengths = [length for length in self.prompt_lengths if length >= inputs.tokens.shape[1]]
-        if not sizes or not lengths:
+        size, width = self.model.config.image_size, self.model.config.action_dim
+        if not sizes or not lengths or inputs.images.shape[2:4] != (size, size) or inputs.state.shape[1] != width:
             return None
         return Bucket(
             batch=sizes[0],
@@ -148,10 +169,12 @@ class InferenceEngine:
 
     def warm_up(self, bucket: Bucket) -> None:
         """Compile or capture a bucket now."""
-        with torch.no_grad():
-            times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
         try:
+            with torch.no_grad():
+                times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
             runner = Runner(self.packed, bucket, self.mode, times, self._pool)
+        except ModelError:  # of the call
+            raise
         except Exception as error:  # out of memory, or whatever a compiler, Triton or the driver raises
             self._fall_back(bucket, error)
             return
@@ -162,14 +185,17 @@ class InferenceEngine:
 
     def _fall_back(self, bucket: Bucket, error: Exception) -> None:
         """Do without the fused kernels, or without the bucket."""
+        if self._pool is not None:  # a capture that failed may have left it in use
+            self._pool = torch.cuda.graph_pool_handle()
         if self.packed.kernels is not PLAIN and not isinstance(error, torch.OutOfMemoryError):
             warnings.warn(f"PyTorch's operations replace the fused kernels, which fail here: {error}", stacklevel=4)
             self.packed.kernels = PLAIN
             self.warm_up(bucket)
             return
         self._failed.add(bucket)
+        reason = str(error).partition("\n\n")[0]  # PyTorch's advice for its developers stands behind it
         warnings.warn(
-            f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {error}",
+            f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {reason}",
             stacklevel=4,
         )
 
@@ -181,7 +207,8 @@ class InferenceEngine:
         return {"mode": self.mode, "kernels": self.packed.kernels.name, "warm_buckets": warm}
 
     def close(self) -> None:
-        """Wait for the bucket that is warming up; no other one begins."""
+        """Wait for the bucket that is warming up in the background; no other one begins."""
+        self._closed = True
         self._executor.shutdown(cancel_futures=True)
 
     def _is_warm(self, bucket: Bucket) -> bool:
@@ -190,30 +217,49 @@ class InferenceEngine:
             if bucket in self._runners:
                 self._runners.move_to_end(bucket)
                 return True
-            if bucket in self._failed:
+            if bucket in self._failed or self._closed:
                 return False
-            if bucket not in self._warming:
-                self._warming[bucket] = self._executor.submit(self._prepare, bucket)
-            warming = self._warming[bucket]
-        if self.background:
-            return False
-        warming.result()  # or its error
+            if self.background:
+                if bucket not in self._queued:
+                    self._queued.add(bucket)
+                    self._executor.submit(self._prepare, bucket)
+                return False
+        self._prepare(bucket)
         return bucket in self._runners
 
     def _prepare(self, bucket: Bucket) -> None:
-        """Warm a bucket up, in the engine's thread: one after the other, however many threads ask."""
+        """Warm a bucket up: one after the other, and once for all threads that need it."""
         try:
-            self.warm_up(bucket)
+            with self._warm_up_lock:
+                if bucket not in self._runners and bucket not in self._failed:
+                    self.warm_up(bucket)
         finally:
-            with self._lock:
-                del self._warming[bucket]
+            self._queued.discard(bucket)
 
     def _read_versions(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
 
     def _check_weights(self) -> None:
-        if self._read_versions() != self._versions:
+        if self._read_versions() != self._versions or any(parts.get(name) is not it for parts, name, it in self._parts):
             raise ModelError("The model's weights changed after the engine had packed them; build a new engine.")
+
+
+def _parts_of(model: Pi0) -> list[tuple[dict[str, Any], str, Any]]:
+    """The parameters and modules of every module, each of which may be replaced by another one."""
+    owners = [parts for module in model.modules() for parts in (module._parameters, module._modules)]
+    return [(parts, name, part) for parts in owners for name, part in parts.items()]
+
+
+@functools.cache
+def _count_fused_steps() -> None:
+    """Count the steps of fused optimizers in their parameters' versions, which PyTorch leaves out."""
+
+    def count(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            if group.get("fused"):
+                torch.autograd.graph.increment_version(group["params"])
+
+    register_optimizer_step_post_hook(count)
 
 
 def _best_kernels(model: Pi0, mode: Mode) -> Kernels:

@@ -70,6 +70,7 @@ class QuantizedLinear(Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.bias = base.bias
         self.kind, self.input_scale, self.emulated = kind, input_scale, emulated
+        self.row_scales = kind == "fp8" and _takes_row_scales()  # here: torch.compile does not trace it
         weight, scale = quantize_rows(base.weight.detach(), DTYPES[kind])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -86,9 +87,9 @@ class QuantizedLinear(Linear):
     def matmul(self, x: Float[Tensor, "*batch i"], first: int = 0) -> Float[Tensor, "*batch rows"]:
         """x·Wᵀ."""
         tokens = x.flatten(0, -2)
-        rest = self.weight[first:], self.weight_scale[first:], self.input_scale, self.emulated
+        settings: tuple[Any, ...] = (self.input_scale, self.emulated, self.row_scales)
         run = _StraightThrough.apply if torch.is_grad_enabled() and x.requires_grad else quantized_matmul
-        y: Tensor = run(tokens, *rest)
+        y: Tensor = run(tokens, self.weight[first:], self.weight_scale[first:], *settings)
         return y.unflatten(0, x.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
@@ -109,9 +110,9 @@ class _StraightThrough(torch.autograd.Function):
         return quantized_matmul(x, weight, scale, *settings)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (weight, scale), (gradient,) = ctx.saved_tensors, gradients
-        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None, None, None
+        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), *[None] * 5
 
 
 def quantize_rows(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " o"]]:
@@ -128,19 +129,39 @@ def quantized_matmul(
     scale: Float32[Tensor, " o"],
     input_scale: float | None,
     emulated: bool = False,
+    row_scales: bool = True,
 ) -> Float[Tensor, "M o"]:
-    """x·Wᵀ in x's dtype, see above; `emulated` for fp8, with the same rounding on any device."""
+    """x·Wᵀ in x's dtype, see above; `emulated` for fp8, with the same rounding on any device and for any sizes."""
     if input_scale is None:
         wide = x.float()
         row_scale = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / LARGEST[weight.dtype]
         sums = torch._int_mm(_round(wide / row_scale, torch.int8), weight.t())
         return sums.float().mul_(row_scale).mul_(scale).to(x.dtype)
     rounded = _round(x.float() / input_scale, weight.dtype)
-    if x.is_cuda and not emulated:
-        row_scale = scale.new_full((len(x), 1), input_scale)
-        out = torch._scaled_mm(rounded, weight.t(), row_scale, scale[None], out_dtype=torch.bfloat16)
-        return out.to(x.dtype)
+    if x.is_cuda and not emulated and not any(side % 16 for side in weight.shape):
+        return _scaled_mm(rounded, weight, scale, input_scale, row_scales).to(x.dtype)
     return (F.linear(rounded.float(), weight.float()) * (input_scale * scale)).to(x.dtype)
+
+
+def _scaled_mm(
+    x: Shaped[Tensor, "M i"],
+    weight: Shaped[Tensor, "o i"],
+    scale: Float32[Tensor, " o"],
+    input_scale: float,
+    row_scales: bool,
+) -> Float[Tensor, "M o"]:
+    """(x·Wᵀ)·s_x·s_W in bfloat16 by the GPU's matmul, with s_W in it, or multiplied behind it."""
+    if row_scales:
+        scales = scale.new_full((len(x), 1), input_scale), scale[None]
+        return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16)
+    scales = scale.new_full((), input_scale), scale.new_ones(())
+    return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16).mul_(scale)
+
+
+def _takes_row_scales() -> bool:
+    """True where `torch._scaled_mm` takes a scale per row and output: on Hopper and data center Blackwell."""
+    # Compute capability 12 refuses it at least up to PyTorch 2.10 (its issue 192707), and 8.9 below 2.7 (130359).
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _round(x: Float32[Tensor, "n i"], dtype: torch.dtype) -> Shaped[Tensor, "n i"]:

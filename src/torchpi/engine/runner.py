@@ -1,5 +1,6 @@
 """One bucket's sampling: run eagerly, compiled, or replayed as one CUDA graph."""
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -14,7 +15,8 @@ from torchpi.model.suffix import TimeConditioning
 
 Mode = Literal["eager", "compiled", "graph"]
 
-# One graph per bucket is more than torch.compile makes for one function by itself.
+# One graph per bucket is more than torch.compile makes for one function by itself; each once more where a setting of
+# PyTorch that it depends on, such as the number of threads, has changed.
 MAX_COMPILED = 64
 
 
@@ -42,12 +44,12 @@ class Runner:
         self.inputs = Inputs.empty(bucket, packed.config, device)
         self.prefill, self.velocity = packed.prefill, packed.velocity
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.limits: Any = contextlib.nullcontext()
         if mode == "compiled":
-            with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED):
-                self.prefill = torch.compile(self.prefill, dynamic=False, fullgraph=True)
-                self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
-                self._sample()
-        elif mode == "graph":
+            self.limits = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
+            self.prefill = torch.compile(self.prefill, dynamic=False, fullgraph=True)
+            self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
+        if mode == "graph":
             self._capture(device, pool)
         else:
             self._sample()
@@ -55,13 +57,13 @@ class Runner:
     def _capture(self, device: torch.device, pool: Any) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._sample()  # compiles the kernels, and chooses those of cuBLAS
-        torch.cuda.current_stream(device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads go on working with the device meanwhile.
-        with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-            self.actions = self._sample()
+        with torch.cuda.stream(stream):  # a capture that fails does not leave it by itself
+            self._sample()  # compiles the kernels, and chooses those of cuBLAS
+            # Other threads go on working with the device meanwhile.
+            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
+                self.actions = self._sample()
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Sample actions [B, H, A], of as many samples as `inputs` has."""
@@ -75,6 +77,10 @@ class Runner:
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
+        with self.limits:
+            return self._integrate()
+
+    def _integrate(self) -> Tensor:
         inputs, bucket = self.inputs, self.bucket
         prefix = self.prefill(inputs.images, inputs.tokens, inputs.valid, inputs.state, bucket.horizon)
         guidance = action_prefix = None

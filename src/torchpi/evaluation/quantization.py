@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.folder import check_target
 from torchpi.data import LeRobotDataset
 from torchpi.engine.quantize import Quantization, quantize_model
 from torchpi.errors import UsageError
@@ -44,8 +45,9 @@ def quantize_policy(
         raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, better 64.")
     if kind == "int8" and dataset is not None:
         raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
+    check_target(out, overwrite=overwrite)  # not only once all is computed
     dtype = open_checkpoint(source).dtype
-    policy = load_policy(source, **{"engine": "eager", **(load or {})})
+    policy = load_policy(source, engine="eager", **(load or {}))
 
     def observe() -> None:
         assert dataset is not None

@@ -88,7 +88,7 @@ def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: b
     """Examine a policy and print the diagnosis; the exit status is 1 if there is a problem."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = None if observation is None else read_npz(observation)
-        policy = load_policy(path, **load)
+        policy = load_policy(path, engine="eager", **load)
         diagnosis = diagnose(policy, request)
     if as_json:
         print_json(diagnosis.to_dict())
@@ -117,7 +117,7 @@ def run_compare(
     def loaded(path: str) -> Policy:
         states_everything = is_policy_folder(existing_folder(path))
         more = {} if states_everything else load
-        return load_policy(path, device=device, dtype=dtype, emulate_fp8=emulate_fp8, **more)
+        return load_policy(path, device=device, dtype=dtype, emulate_fp8=emulate_fp8, engine="eager", **more)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)

@@ -97,7 +97,7 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
     of_model = arrays is not None and "tokenized_prompt" in arrays
     checkpoint = open_checkpoint(path, config=load.get("config"))
     if not of_model and ("embodiment" in load or checkpoint.spec().embodiment is not None):
-        policy, notes = load_policy(path, **load), ""
+        policy, notes = load_policy(path, engine="eager", **load), ""
         observation = source.demo if path == "demo" and source.dataset is None and arrays is None else arrays
         if observation is None:
             observation, notes = _observation(policy, source)

@@ -60,7 +60,7 @@ def angular_frequencies(
 
 def sample_time(batch: int, *, generator: torch.Generator | None = None, device: torch.device) -> Float32[Tensor, " B"]:
     """Draw t ~ Beta(1.5, 1)·0.999 + 0.001: more weight on noisy times, never quite 0 (π₀, appendix B)."""
-    uniform = torch.rand(batch, generator=generator, device=device)
+    uniform = torch.rand(batch, generator=generator, dtype=torch.float32, device=device)
     return uniform.pow(1 / 1.5) * 0.999 + 0.001  # Beta(a, 1) has the distribution function x^a
 
 

@@ -22,7 +22,7 @@ from torchpi.model import flow
 from torchpi.model.gemma import Gemma, KeyValue, Rope, rope_table
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
-from torchpi.model.rtc import ActionPrefix, Guidance, integrate
+from torchpi.model.rtc import ActionPrefix, Guidance, check_previous, integrate
 from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
 from torchpi.types import Observation
@@ -253,7 +253,8 @@ class Pi0(nn.Module):
 
     def time_conditionings(self, times: Sequence[float]) -> list[TimeConditioning]:
         """`time_conditioning` of several times of a whole batch, which reads the matrices of the norms only once."""
-        on_device = torch.stack([torch.full((), t, device=self.device) for t in times])  # a GPU waits for a copy
+        # On the device: a GPU waits for a copy.
+        on_device = torch.stack([torch.full((), t, dtype=torch.float32, device=self.device) for t in times])
         at_all = self.time_conditioning(on_device)
         features = at_all.features.split(1)  # [1, d] each
         modulations: Sequence[Sequence[Tensor] | None] = [None] * len(times)
@@ -371,7 +372,8 @@ class Pi0(nn.Module):
         elif noise is not None:
             shape = tuple(noise.shape[:-2])
         if noise is None:
-            noise = torch.randn((*shape, *actions.shape[1:]), generator=generator, device=self.device)
+            size = (*shape, *actions.shape[1:])
+            noise = torch.randn(size, generator=generator, dtype=torch.float32, device=self.device)
         if time is None:
             time = flow.sample_time(math.prod(shape), generator=generator, device=actions.device).view(shape)
         loss = self.forward(observation, actions, noise=noise, time=time)
@@ -405,6 +407,7 @@ class Pi0(nn.Module):
         if noise is None:
             noise = self.draw_noise(observation.batch_size, generator)
         self.check_actions(observation, noise, "Noise")
+        check_previous(noise, guidance, action_prefix)
         prefix = self.embed_prefix(observation, drop_padding=True)
         no_padding = bool(prefix[1].all())  # the last value that is read on the host
         cache = self.prefill(observation, prefix, action_horizon=noise.shape[1], no_padding=no_padding)
@@ -427,14 +430,16 @@ class Pi0(nn.Module):
 
     def draw_noise(self, batch: int, generator: torch.Generator | None) -> Float32[Tensor, "B H A"]:
         """Noise from N(0, 1) for chunks of the config's horizon."""
-        return torch.randn((batch, *self.config.chunk_shape), generator=generator, device=self.device)
+        shape = (batch, *self.config.chunk_shape)
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device)
 
     def check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
         """Refuse actions or noise of another shape or dtype."""
         horizon = self.config.action_horizon
-        expected = f"[{observation.batch_size}, {'H' if horizon is None else horizon}, {self.config.action_dim}]"
+        expected = f"[{observation.batch_size or 'B'}, {horizon or 'H'}, {self.config.action_dim}]"
         if (
             actions.ndim != 3
+            or not actions.numel()
             or actions.shape[0] != observation.batch_size
             or actions.shape[2] != self.config.action_dim
             or (horizon is not None and actions.shape[1] != horizon)

@@ -41,6 +41,10 @@ class Guidance:
     maximum: float = MAX_GUIDANCE
     """β."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.maximum < math.inf:
+            raise ModelError(f"The guidance's maximum must be a finite number from 0 on, got {self.maximum}.")
+
     def wrap(self, velocity: Velocity) -> Velocity:
         """The velocity, corrected towards the target (equations 2 to 4).
 
@@ -100,6 +104,19 @@ class ActionPrefix:
         return prefixed
 
 
+def check_previous(noise: Tensor, guidance: Guidance | None, action_prefix: ActionPrefix | None) -> None:
+    """Refuse a previous chunk of another shape than the noise."""
+    chunk, found = noise.shape, list[tuple[str, Tensor, tuple[int, ...]]]()
+    if guidance is not None:
+        found += [("guidance.target", guidance.target, chunk), ("guidance.weight", guidance.weight, chunk)]
+    if action_prefix is not None:
+        found += [("action_prefix.actions", action_prefix.actions, chunk)]
+        found += [("action_prefix.mask", action_prefix.mask, chunk[:2])]
+    for name, tensor, shape in found:
+        if tensor.shape != shape:
+            raise ModelError(f"{name} must be {list(shape)} like the noise, got {list(tensor.shape)}.")
+
+
 def integrate(
     velocity: Velocity,
     noise: Float32[Tensor, "B H A"],
@@ -141,7 +158,7 @@ def prefix_weights(
     """
     i = torch.arange(horizon, device=delay.device)[None, :]
     d, end = delay[:, None], horizon - execution_horizon[:, None]
-    c = ((end - i) / (end - d + 1)).clamp(0, 1)
+    c = ((end - i).float() / (end - d + 1)).clamp(0, 1)
     fading = c * torch.expm1(c) / (math.e - 1)
     return torch.where(i < d, 1.0, torch.where(i < end, fading, 0.0))
 

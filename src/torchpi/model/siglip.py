@@ -112,7 +112,7 @@ def posemb_sincos_2d(
     """The fixed 2-D position embedding of MoCo v3 (arXiv:2104.02057): sines and cosines of column, then of row."""
     place = torch.arange(side, device=device)
     row, column = torch.meshgrid(place, place, indexing="ij")
-    frequency = temperature ** -(torch.arange(width // 4, device=device) / max(width // 4 - 1, 1))
+    frequency = temperature ** -(torch.arange(width // 4, dtype=torch.float32, device=device) / max(width // 4 - 1, 1))
     y = row.flatten()[:, None] * frequency
     x = column.flatten()[:, None] * frequency
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)

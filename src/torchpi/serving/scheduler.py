@@ -161,6 +161,9 @@ class Scheduler:
         self.ready.set_result(self._policies)
         while batch := self._next_batch():
             self._answer(batch)
+        for policy in self._policies.values():
+            if policy.engine is not None:
+                policy.engine.close()  # the process would wait for all buckets that are queued
 
     def _warm_up(self, name: str) -> None:
         """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
