@@ -48,7 +48,8 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
     """A copy of the observation with each image as {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}.
 
     Args:
-        observation: its arrays with three axes are the images, uint8 [h, w, 3] or [3, h, w].
+        observation: its arrays with three axes are the images, uint8 [h, w, 3] or [3, h, w]. Depth, other numbers in
+            [h, w, 1] or [1, h, w], stays as it is.
         quality: 1 to 95. Colours keep their full resolution (4:4:4).
 
     Raises:
@@ -119,14 +120,19 @@ def jpeg_cost(
 
 
 def _map_images(observation: dict[str, Any], change: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
-    """The tree with `change` applied to all arrays with three axes."""
+    """The tree with `change` applied to all images."""
 
     def visit(key: str, value: Any) -> Any:
         if isinstance(value, dict):
             return _walk(value, visit, f"{key}.")
-        return change(key, value) if isinstance(value, np.ndarray) and value.ndim == 3 else value
+        return change(key, value) if isinstance(value, np.ndarray) and _is_image(value) else value
 
     return _walk(observation, visit)
+
+
+def _is_image(array: np.ndarray) -> bool:
+    """True for three axes, but for depth."""
+    return array.ndim == 3 and (array.dtype == np.uint8 or 1 not in (array.shape[0], array.shape[2]))
 
 
 def _walk(tree: dict[str, Any], change: Callable[[str, Any], Any], prefix: str = "") -> dict[str, Any]:
@@ -146,6 +152,8 @@ def _layout(key: str, image: np.ndarray) -> str:
 
 def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarray:
     pillow = _pillow()
+    from PIL import ImageOps
+
     data, layout = value[JPEG], value.get("layout")
     if set(value) != {JPEG, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
         raise ValueError(f"{key} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
@@ -154,7 +162,7 @@ def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarra
             width, height = image.size
             if width * height > max_pixels or image.mode != "RGB":
                 raise ValueError(f"{width}×{height} pixels in mode {image.mode}; expected at most {max_pixels} in RGB.")
-            pixels = np.array(image)
+            pixels = np.array(ImageOps.exif_transpose(image))  # as a dataset's images
     # Pillow raises many kinds of errors for damaged files: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
         raise ValueError(f"Cannot decode the JPEG of {key} ({len(data)} bytes): {str(error).rstrip('.')}.") from error

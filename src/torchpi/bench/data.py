@@ -127,8 +127,8 @@ def _samples(dataset: LeRobotDataset, robot: Embodiment, config: Pi0Config) -> S
 
 
 def _robot_of(dataset: LeRobotDataset) -> Embodiment:
-    """A robot with the dataset's cameras and dimensions."""
-    cameras = [key.split(".")[-1] for key in dataset.camera_keys]
+    """A robot with the dataset's dimensions and cameras, but for those of depth."""
+    cameras = [key.split(".")[-1] for key in dataset.camera_keys if key not in dataset.depth_keys]
     state, action = (dataset.columns[name].shape[1] for name in ("observation.state", "action"))
     return Embodiment.generic(
         "dataset",

@@ -196,6 +196,11 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
         )
     if not robot.state:
         raise CheckpointError(f"{robot.name} has no state, and LeRobot's policies read one; it can't be converted.")
+    if depths := [str(camera.key) for camera in robot.read_cameras if camera.depth is not None]:
+        raise CheckpointError(
+            f"embodiment {robot.name!r} maps the depth of {', '.join(depths)} to colours, which no step of LeRobot "
+            "does; convert with an embodiment that is sent the colours."
+        )
     if config.discrete_state_input not in (None, config.pi05):
         raise CheckpointError(
             f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "

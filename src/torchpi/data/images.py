@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from PIL import UnidentifiedImageError
 
 from torchpi.data.files import open_parquet
+from torchpi.data.pixels import DepthCoding, Pixels, image_pixels
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 from torchpi.extras import require
 
@@ -24,15 +24,20 @@ class ParquetImages:
         self._row_groups: collections.OrderedDict[tuple[Path, str, int], Any] = collections.OrderedDict()
         self._first_rows: dict[Path, np.ndarray] = {}
 
-    def read(self, path: Path, camera: str, row: int) -> UInt8[np.ndarray, "h w 3"]:
+    def read(self, path: Path, camera: str, row: int, depth: DepthCoding | None = None) -> Pixels:
         compressed = self._compressed(path, camera, row)
         if compressed is None:
             raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
         if isinstance(compressed, str):
             compressed = file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
         try:
-            with Image.open(io.BytesIO(compressed)) as image:
-                return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return image_pixels(io.BytesIO(compressed), depth)
+        except UnidentifiedImageError as error:
+            raise DatasetError(
+                f"{path}: the image of {camera} in row {row} is in no format that Pillow reads, such as TIFF with "
+                "floating-point numbers of 64 or 16 bits. Store it as PNG, JPEG, or TIFF of 16-bit integers or 32-bit "
+                "floating-point numbers."
+            ) from error
         except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
             raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
 

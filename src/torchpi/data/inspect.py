@@ -19,6 +19,7 @@ from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_acti
 from torchpi.data.idle import idle_frames
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.pixels import is_depth_map
 from torchpi.data.video import video_rate
 from torchpi.errors import TorchpiError, UnknownKeyError
 
@@ -234,7 +235,7 @@ class _Look:
 
     def _camera(self, key: str, pictures: int) -> CameraFacts:
         feature = self.metadata.info.features[key]
-        kind = f"{feature['dtype']}, depth" if (feature.get("info") or {}).get("is_depth_map") else feature["dtype"]
+        kind = f"{feature['dtype']}, depth" if is_depth_map(feature) else feature["dtype"]
         spans = (episode.videos.get(key) for episode in self.metadata.episodes)
         span = next((span for span in spans if span is not None), None)
         found: dict[str, np.ndarray] = {}
@@ -256,7 +257,8 @@ def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
     motion = np.abs(np.diff(frames.columns[lerobot.STATE], axis=0))  # [F - 1, s]
     moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1) * _same_episode(frames)
     fastest = [i for i in np.argsort(-moved, kind="stable")[:_PAIRS].tolist() if moved[i] > 0]
-    changes = [np.abs(frames[i][key].astype(np.float64) - frames[i + 1][key]).mean() for i in fastest]
+    pairs = [(_as_picture(frames[i][key]), _as_picture(frames[i + 1][key])) for i in fastest]
+    changes = [np.abs(before.astype(np.float64) - after).mean() for before, after in pairs]
     return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
 
 

@@ -18,6 +18,7 @@ from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, download_frames, open_metadata
 from torchpi.data.names import dimension_names
 from torchpi.data.observations import camera_keys_of, in_robot_order
+from torchpi.data.pixels import DepthCoding, is_depth_map
 from torchpi.data.rate import Resampling, check_increments, resampling_for
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
@@ -53,6 +54,8 @@ class LeRobotDataset:
     """All instructions of the dataset, or the one given, by task_index."""
     camera_keys: tuple[str, ...]
     """The cameras that are read."""
+    depth_keys: tuple[str, ...]
+    """The depth cameras among them."""
     columns: Mapping[str, np.ndarray]
     """Every numeric column of all frames: "observation.state" [F, s], "action" [F, a], "episode_index" [F], …."""
     episode_indices: tuple[int, ...]
@@ -103,8 +106,7 @@ class LeRobotDataset:
             FileNotFoundError: no such folder; it is no dataset; a file of it is missing.
             KeyError: a column or camera is missing, also one to rename.
             ValueError: an unknown version; a damaged file; an episode that isn't there; NaN or infinity; a clock or
-                rate that doesn't fit; episodes that share a part of a video; a new name that is taken.
-            ModuleNotFoundError: pyarrow or av is missing.
+                rate that doesn't fit; episodes that share a part of a video; an impossible new name; other joints.
         """
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
@@ -113,7 +115,7 @@ class LeRobotDataset:
         self.path, self.action_horizon, self._cache_bytes = metadata.root, action_horizon, image_cache_bytes
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)
-        self.camera_keys = _chosen_cameras(metadata.info.cameras, cameras, embodiment, self.path)
+        self._choose_cameras(metadata.info.cameras, cameras, embodiment)
         resampling = resampling_for(self.path, self.fps, embodiment, fps)
         self._spans = VideoSpans(metadata.episodes, self._episodes, self.camera_keys, self.fps, tolerance_s)
         download_frames(path, self.path, self._episodes, self.camera_keys)
@@ -134,7 +136,8 @@ class LeRobotDataset:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """A frame: that of `numbers`, with "observation.images.<camera>" uint8 [h, w, 3] for each camera.
+        """A frame: that of `numbers`, with "observation.images.<camera>" uint8 [h, w, 3] for each camera, or float32
+        [h, w, 1] in metres for a depth camera.
 
         Raises:
             FileNotFoundError, ValueError: a video or image is missing or damaged.
@@ -182,6 +185,29 @@ class LeRobotDataset:
                     progress(done, len(reading))
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def _choose_cameras(
+        self, keys: tuple[str, ...], wanted: Iterable[str] | None, embodiment: Embodiment | None
+    ) -> None:
+        """Choose the cameras that are read, and find the depth cameras among them."""
+        depth_keys = [key for key in keys if is_depth_map(self.features[key])]
+        if wanted is None:
+            wanted = keys if embodiment is None else camera_keys_of(embodiment, keys, depth_keys)
+        chosen = set(wanted)
+        if unknown := sorted(chosen - set(keys)):
+            raise UnknownKeyError(
+                f"{self.path} has no camera {', '.join(unknown)}; its cameras are {', '.join(keys) or 'none'}."
+            )
+        self.camera_keys = tuple(key for key in keys if key in chosen)
+        self._depth = {key: DepthCoding.of(key, self.features[key]) for key in depth_keys if key in chosen}
+        self.depth_keys = tuple(self._depth)
+        if guessed := [key for key, coding in self._depth.items() if coding.unit is None and coding.table is None]:
+            warnings.warn(
+                f"{self.path}: {lerobot.INFO} states no depth_unit of {', '.join(guessed)}; integers are read as "
+                'millimetres, others as metres. State "depth_unit": "mm" or "m" in the info of the feature.',
+                UserWarning,
+                stacklevel=1,
+            )
 
     def _name_dimensions(self, embodiment: Embodiment | None) -> None:
         """Name the dimensions of state and action, and bring them into the robot's order."""
@@ -242,15 +268,15 @@ class LeRobotDataset:
             _FORKED.append(self._videos)
             self._open_files()
         episode = self._episodes[number]
-        span = episode.videos.get(key)
+        span, depth = episode.videos.get(key), self._depth.get(key)
         if span is not None:
             self._spans.check(span.path, functools.partial(self._videos.frame_times, span.path, self.recorded_fps))
         try:
             if span is not None:
                 seconds = span.from_timestamp + frame / self.recorded_fps
-                return self._videos.read(span.path, seconds, self._spans.tolerance_s, 1 / self.recorded_fps)
+                return self._videos.read(span.path, seconds, self._spans.tolerance_s, 1 / self.recorded_fps, depth)
             (name,) = self._metadata.sources.get(key, (key,))
-            return self._images.read(episode.data_file, name, int(self._first_rows[number]) + frame)
+            return self._images.read(episode.data_file, name, int(self._first_rows[number]) + frame, depth)
         except ValueError as error:
             raise DatasetError(
                 f"{key} of episode {episode.index}, frame {frame} can't be read: {error} Repair the file, or "
@@ -291,16 +317,3 @@ def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: P
         text = f"{path}: the episodes {', '.join(map(str, empty))} have no frames, and are left out."
         warnings.warn(text, UserWarning, stacklevel=3)
     return tuple(episode for episode in episodes if episode.index in indices and episode.length)
-
-
-def _chosen_cameras(
-    cameras: tuple[str, ...], wanted: Iterable[str] | None, embodiment: Embodiment | None, path: Path
-) -> tuple[str, ...]:
-    if wanted is None:
-        wanted = cameras if embodiment is None else camera_keys_of(embodiment, cameras)
-    chosen = set(wanted)
-    if unknown := sorted(chosen - set(cameras)):
-        raise UnknownKeyError(
-            f"{path} has no camera {', '.join(unknown)}; its cameras are {', '.join(cameras) or 'none'}."
-        )
-    return tuple(key for key in cameras if key in chosen)

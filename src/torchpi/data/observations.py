@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,22 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
     "observation.images.base" is "base". Cameras that the model doesn't read are left out.
 
     Args:
-        frame: images uint8 [h, w, 3], "observation.state" [s], "action" [H, a] and "task", as far as it has them.
+        frame: images uint8 [h, w, 3] and depths float32 [h, w, 1] in metres, "observation.state" [s], "action" [H, a]
+            and "task", as far as it has them.
 
     Returns:
         Nested dicts; images in the layout and dtype that the embodiment states.
 
     Raises:
         KeyError: the dataset doesn't have a required camera, or no state.
-        ValueError: a state or action of another length than the embodiment's; two cameras with the same last part.
+        ValueError: a state or action of another length than the embodiment's; two cameras with the same last part; a
+            depth camera where the embodiment has an RGB one, or the other way round.
     """
     arrays = {key: value for key, value in frame.items() if isinstance(value, np.ndarray)}
-    images = [key for key, value in arrays.items() if value.ndim == 3 and value.dtype == np.uint8]
-    flat = {str(camera.key): _in_layout_of(camera, frame[key]) for camera, key in _matched(embodiment, images)}
+    depths = [key for key, value in arrays.items() if value.dtype == np.float32 and value.shape[2:] == (1,)]
+    images = [key for key, value in arrays.items() if value.dtype == np.uint8 and value.ndim == 3]
+    matched = _matched(embodiment, [*images, *depths], depths)
+    flat = {str(camera.key): _as_sent(camera, frame[key]) for camera, key in matched}
     if embodiment.state and lerobot.STATE not in frame:
         raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1] if embodiment.state else None)
@@ -49,9 +53,10 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
     return nest(flat)
 
 
-def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str]) -> list[str]:
-    """The cameras of a dataset that the model reads of this embodiment, matched, or refused, as by `to_observation`."""
-    read = {key for _, key in _matched(embodiment, camera_keys)}
+def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str], depth_keys: Collection[str] = ()) -> list[str]:
+    """The cameras of a dataset, of which some are depth cameras, that the model reads of this embodiment; matched, or
+    refused, as by `to_observation`."""
+    read = {key for _, key in _matched(embodiment, camera_keys, depth_keys)}
     return [key for key in camera_keys if key in read]
 
 
@@ -129,11 +134,14 @@ def _order(found: Sequence[str], expected: Sequence[str], column: str, robot: st
     return order
 
 
-def _matched(embodiment: Embodiment, keys: Sequence[str]) -> list[tuple[Camera, str]]:
+def _matched(embodiment: Embodiment, keys: Sequence[str], depth_keys: Collection[str]) -> list[tuple[Camera, str]]:
     """The cameras that the model reads, each with its key in the dataset; without optional ones that are missing."""
     matched = []
     for camera in embodiment.read_cameras:
-        found = [key for key in keys if camera.key is not None and _last(key) == _last(camera.key)]
+        named = [key for key in keys if camera.key is not None and _last(key) == _last(camera.key)]
+        found = [key for key in named if (key in depth_keys) == (camera.depth is not None)]
+        if named and not found:
+            raise _other_kind(camera, named[0])
         if len(found) > 1:
             raise DatasetError(
                 f"The dataset has two cameras that end in {_last(found[0])}, {found[0]} and {found[1]}; they can't be "
@@ -143,6 +151,20 @@ def _matched(embodiment: Embodiment, keys: Sequence[str]) -> list[tuple[Camera, 
             raise _no_camera(camera.key, embodiment, keys)
         matched += [(camera, key) for key in found]
     return matched
+
+
+def _other_kind(camera: Camera, key: str) -> DatasetError:
+    if camera.depth is not None:
+        return DatasetError(
+            f"{key} of the dataset has colours, but the embodiment's camera {camera.key} maps depth. Choose the depth "
+            f'camera (--rename NAME={key}), or leave "depth" out of the camera.'
+        )
+    return DatasetError(
+        f"{key} is a depth camera, and the model reads colours. Choose another camera (--rename NAME={key}), or map "
+        f'depth to colours in the embodiment\'s camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, "far": 2, '
+        '"unit": "mm", "colormap": "grey"}, with near and far of your scene in metres and the unit that the robot '
+        "sends."
+    )
 
 
 def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> UnknownKeyError:
@@ -160,7 +182,10 @@ def _last(key: str) -> str:
     return re.split(r"[./]", key)[-1]
 
 
-def _in_layout_of(camera: Camera, image: np.ndarray) -> np.ndarray:
-    if camera.dtype == "float32":
+def _as_sent(camera: Camera, image: np.ndarray) -> np.ndarray:
+    """An image, or depth in metres, as the robot sends it."""
+    if camera.depth is not None:
+        image = camera.depth.as_sent(image, camera.dtype)
+    elif camera.dtype == "float32":
         image = image.astype(np.float32) / 255
     return np.moveaxis(image, -1, 0) if camera.layout == "chw" else image

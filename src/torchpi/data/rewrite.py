@@ -20,6 +20,7 @@ from torchpi.data.files import is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import file_inside
 from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows
 from torchpi.data.metadata_writer import SavedEpisode, new_info
+from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import VideoPool, default_encoder, encode_video
@@ -261,7 +262,7 @@ def _write_video(path: Path, piece: Piece, camera: str, frames: Sequence[int], f
     if fps is None and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=recorded_fps):
         return True
     feature = piece.source.info.features[camera]
-    if feature.get("info", {}).get("is_depth_map"):
+    if is_depth_map(feature):
         raise DatasetError(
             f"{camera} of episode {index} is a depth video that would have to be encoded anew, which "
             "would change its depths; it can be copied only where it begins with a keyframe, at the same rate."

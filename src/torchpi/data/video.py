@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from torchpi.data.files import require_file, unreadable
+from torchpi.data.pixels import DepthCoding, FramePixels, Pixels
 from torchpi.errors import DatasetError
 from torchpi.extras import environment_defaults, require
 
@@ -42,6 +43,7 @@ class VideoReader:
             raise unreadable(path, error) from error
         # With several threads, decoders hold frames back, and a single frame takes longer.
         self._stream.codec_context.thread_count = 1
+        self._pixels = FramePixels()
         self._frames: Any = None
         self._frame: Any = None
         self._keyframe_time = 0.0
@@ -52,8 +54,8 @@ class VideoReader:
         """True if that time is reached by decoding on, without a seek."""
         return self._frame is not None and -period / 8 <= seconds - self._frame.time <= self._stride + period / 2
 
-    def read(self, seconds: float, tolerance: float, period: float) -> UInt8[np.ndarray, "h w 3"]:
-        """The frame nearest to a time of the file, off by no more than the tolerance; RGB as PyAV converts it.
+    def read(self, seconds: float, tolerance: float, period: float, depth: DepthCoding | None = None) -> Pixels:
+        """The frame nearest to a time of the file, off by no more than the tolerance.
 
         Args:
             period: seconds between two frames. A frame within an eighth of it is the nearest one; elsewhere the frame
@@ -76,7 +78,7 @@ class VideoReader:
             raise self._no_frame(seconds, str(error)) from error
         if not abs(nearest.time - seconds) <= tolerance:
             raise self._no_frame(seconds, f"the nearest one is at {nearest.time:.4f} s")
-        return np.asarray(nearest.to_ndarray(format="rgb24"))
+        return self._pixels(nearest, depth)
 
     def frame_times(self, fps: float | int) -> Float[np.ndarray, " n"]:
         """The times of all frames, without decoding: by the container's count if they fill its duration at that rate,
@@ -131,9 +133,11 @@ class VideoPool:
         self._lock = threading.Lock()
         self._idle: collections.OrderedDict[VideoReader, None] = collections.OrderedDict()
 
-    def read(self, path: Path, seconds: float, tolerance: float, period: float) -> UInt8[np.ndarray, "h w 3"]:
+    def read(
+        self, path: Path, seconds: float, tolerance: float, period: float, depth: DepthCoding | None = None
+    ) -> Pixels:
         with self._reader(path, lambda reader: not reader.near(seconds, period)) as reader:
-            return reader.read(seconds, tolerance, period)
+            return reader.read(seconds, tolerance, period, depth)
 
     def frame_times(self, path: Path, fps: float | int) -> Float[np.ndarray, " n"]:
         with self._reader(path) as reader:

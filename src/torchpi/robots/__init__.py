@@ -17,6 +17,7 @@ from torchpi.robots.presets import droid as droid
 from torchpi.robots.presets import libero as libero
 from torchpi.robots.presets import metaworld as metaworld
 from torchpi.robots.presets import read_embodiment
+from torchpi.transforms.depth import DepthMapping as DepthMapping
 
 
 def get_embodiment(embodiment: Any) -> Embodiment:

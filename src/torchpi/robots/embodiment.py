@@ -219,10 +219,11 @@ class Embodiment:
 
     @property
     def observation_format(self) -> dict[str, Any]:
-        """The form of an observation for a client: the keys of "cameras", with layout, dtype and presence, and of
-        the parts of the "state", with the names of their dimensions; the instruction's is "prompt"."""
+        """The form of an observation for a client: the keys of "cameras", with layout, dtype, presence and the unit of
+        depths, and of the parts of the "state", with the names of their dimensions; the instruction's is "prompt"."""
         cameras = [
             {"key": camera.key, "layout": camera.layout, "dtype": camera.dtype, "presence": camera.presence}
+            | ({"depth_unit": camera.depth.unit} if camera.depth else {})
             for camera in self.read_cameras
             if camera.key is not None
         ]
@@ -303,12 +304,15 @@ class Embodiment:
         return nest(flat)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values, but for limits that are not stated; `from_dict` reads it."""
+        """Everything as JSON values, but for limits and mappings of depth that there aren't; `from_dict` reads it."""
         fields = dataclasses.asdict(dataclasses.replace(self, metadata=dict(self.metadata)))
         for action in fields["actions"]:
             for limit in LIMITS:
                 if action[limit] is None:
                     del action[limit]
+        for camera in fields["cameras"]:
+            if camera["depth"] is None:
+                del camera["depth"]
         try:
             return dict(json.loads(json.dumps(fields, allow_nan=False)))
         except (TypeError, ValueError) as error:

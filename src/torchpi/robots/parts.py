@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.errors import EmbodimentError
+from torchpi.transforms.depth import DEPTH_DTYPES, DepthMapping
 from torchpi.transforms.images import DTYPES, LAYOUTS, to_uint8_hwc
 from torchpi.transforms.normalize import require_finite
 
@@ -37,11 +38,15 @@ class Camera:
     layout: str = "hwc"
     """"hwc" [h, w, 3] or "chw" [3, h, w]."""
     dtype: str = "uint8"
-    """"uint8"; "float32", in [0, 1]; "any": uint8 or floating-point in [0, 1]."""
+    """"uint8"; "float32", in [0, 1]; "any": uint8 or floating-point in [0, 1]. Of a depth camera "uint16",
+    "float32" or "any" of them, in the mapping's unit."""
+    depth: DepthMapping | None = None
+    """The colours of a depth camera's depths, for the model; None: it is no depth camera."""
 
     def __post_init__(self) -> None:
         label = f"Camera {self.name or self.key!r}"
-        for field, allowed in (("presence", PRESENCES), ("layout", LAYOUTS), ("dtype", DTYPES)):
+        dtypes = DTYPES if self.depth is None else DEPTH_DTYPES
+        for field, allowed in (("presence", PRESENCES), ("layout", LAYOUTS), ("dtype", dtypes)):
             _check_choice(label, field, getattr(self, field), allowed)
         if (self.key is None) != (self.presence == "masked"):
             raise EmbodimentError(
@@ -54,10 +59,14 @@ class Camera:
 
     def read(self, image: Any) -> np.ndarray:
         """The image as uint8 [h, w, 3]."""
-        return to_uint8_hwc(image, layout=self.layout, dtype=self.dtype, camera=f"{self.name} ({self.key})")
+        read = to_uint8_hwc if self.depth is None else self.depth.read
+        return read(image, layout=self.layout, dtype=self.dtype, camera=f"{self.name} ({self.key})")
 
     def example(self, rng: np.random.Generator) -> np.ndarray:
         """A noise image as the robot would send it."""
+        if self.depth is not None:
+            metres = rng.uniform(self.depth.near, self.depth.far, (480, 640))
+            return self.depth.as_sent(metres, self.dtype)
         image = rng.integers(0, 256, (480, 640, 3), np.uint8)
         image = np.ascontiguousarray(np.moveaxis(image, -1, 0)) if self.layout == "chw" else image
         return image.astype(np.float32) / 255 if self.dtype == "float32" else image

@@ -93,6 +93,8 @@ def _describe(value: Any) -> str:
 
 
 def _layout_hint(image: np.ndarray, layout: str) -> str:
+    if image.ndim == 2 or (image.ndim == 3 and 1 in (image.shape[0], image.shape[2])):
+        return " One channel is no RGB image; if it is depth, state its mapping in the embodiment's camera: depth."
     if image.ndim == 4:
         return " This looks like a batch: send one observation at a time."
     other = "chw" if layout == "hwc" else "hwc"
