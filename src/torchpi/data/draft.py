@@ -34,7 +34,7 @@ def draft_embodiment(found: Inspection, name: str) -> dict[str, Any]:
         f"{QUESTION.strip(': ')}; comments are not read.",
         "name": name,
         "cameras": _cameras(found),
-        "state": [_state(found.state)],
+        "state": [_state(found.state)] if found.state else [],
         "actions": list(_actions(found)),
         "control_hz": found.fps,
         "execute_steps": max(1, min(_MAX_STEPS, round(found.fps / 2))),

@@ -87,6 +87,8 @@ def guess_command(
     Args:
         inside: the frames that have a next one in their episode.
     """
+    if len(inside) < 2:
+        return Guess("", "there are no two frames to compare", False)
     following, change = state[inside + 1], state[inside + 1] - state[inside]
     value = action[inside]
     if not (np.ptp(value) and np.ptp(following) and np.ptp(change)):

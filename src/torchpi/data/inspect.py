@@ -178,7 +178,10 @@ class _Look:
         if not self.metadata.tasks:
             text = "The dataset has no instructions; training needs one for all episodes (--prompt)."
             self.problems.append(Problem("tasks", text))
-        readable = list(self._readable([episode.index for episode in self.metadata.episodes]))
+        reasons: dict[str, list[int]] = {}
+        readable = list(self._readable([episode.index for episode in self.metadata.episodes], reasons))
+        for text, episodes in reasons.items():
+            self.problems.append(Problem(f"episode {', '.join(map(str, episodes))}", text))
         if not readable:
             return
         self.dataset = self._open(readable, tolerance_s=_ANY_CLOCK)
@@ -215,9 +218,9 @@ class _Look:
         except (TorchpiError, OSError) as error:
             self.problems.append(Problem(subject, str(error)))
 
-    def _readable(self, episodes: Sequence[int]) -> Iterator[int]:
-        """The episodes that can be read; where one of several can't be, each half of them is tried."""
-        if len(self.problems) > _REASONS:
+    def _readable(self, episodes: Sequence[int], reasons: dict[str, list[int]]) -> Iterator[int]:
+        """The episodes that can be read, of the others the reasons; where one can't be, each half of them is tried."""
+        if sum(map(len, reasons.values())) > _REASONS:
             return
         try:
             self._open(episodes, tolerance_s=_ANY_CLOCK)
@@ -225,11 +228,11 @@ class _Look:
             self.problems.append(Problem("columns", str(error)))
         except (TorchpiError, OSError) as error:
             if len(episodes) == 1:
-                self.problems.append(Problem(f"episode {episodes[0]}", str(error)))
+                reasons.setdefault(str(error), []).extend(episodes)
                 return
             middle = len(episodes) // 2
-            yield from self._readable(episodes[:middle])
-            yield from self._readable(episodes[middle:])
+            yield from self._readable(episodes[:middle], reasons)
+            yield from self._readable(episodes[middle:], reasons)
         else:
             yield from episodes
 
@@ -254,7 +257,8 @@ class _Look:
 
 def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
     """The frames in the fastest motion that show the image before once more, and their number."""
-    motion = np.abs(np.diff(frames.columns[lerobot.STATE], axis=0))  # [F - 1, s]
+    numbers = np.concatenate([frames.columns[lerobot.STATE], frames.columns[lerobot.ACTION]], axis=1)
+    motion = np.abs(np.diff(numbers, axis=0))  # [F - 1, s + a]
     moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1) * _same_episode(frames)
     fastest = [i for i in np.argsort(-moved, kind="stable")[:_PAIRS].tolist() if moved[i] > 0]
     pairs = [(_as_picture(frames[i][key]), _as_picture(frames[i + 1][key])) for i in fastest]
@@ -304,6 +308,8 @@ def _jumps(dataset: LeRobotDataset, *columns: Sequence[Dimension]) -> Iterator[J
         for i, dimension in enumerate(dimensions):
             values = dataset.columns[column][:, i].astype(np.float64)
             change = np.abs(np.diff(values)) * inside
+            if not len(change):
+                continue
             limit = max(_JUMP_OF_RANGE * (dimension.q99 - dimension.q01), _JUMP_OF_USUAL * np.quantile(change, 0.9))
             if len(np.unique(values)) <= 8:  # a gripper that is open or closed
                 continue
@@ -341,9 +347,13 @@ def _problems(
                 "one: torchpi data resample.",
             )
     for column, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names)):
-        if names is None:
-            yield Problem(column, "Its dimensions have no names in meta/info.json; joints can't be told apart by them.")
         values = dataset.columns[column]
+        if names is None and values.shape[1]:
+            yield Problem(column, "Its dimensions have no names in meta/info.json; joints can't be told apart by them.")
+        if twice := [name for name, count in Counter(names or ()).items() if count > 1]:
+            yield Problem(
+                column, f"{', '.join(twice)} name several dimensions; write different names in the embodiment."
+            )
         still = [
             name for name, moves in zip(names_of(dataset, column), np.ptp(values, axis=0) > 0, strict=True) if not moves
         ]
