@@ -308,8 +308,8 @@ def _jumps(dataset: LeRobotDataset, *columns: Sequence[Dimension]) -> Iterator[J
         for i, dimension in enumerate(dimensions):
             values = dataset.columns[column][:, i].astype(np.float64)
             change = np.abs(np.diff(values)) * inside
-            if not len(change):
-                continue
+            if not len(change) or (dimension.command and dimension.command.value != "position"):
+                continue  # a controller's increments, velocities and efforts may change at once
             limit = max(_JUMP_OF_RANGE * (dimension.q99 - dimension.q01), _JUMP_OF_USUAL * np.quantile(change, 0.9))
             if len(np.unique(values)) <= 8:  # a gripper that is open or closed
                 continue

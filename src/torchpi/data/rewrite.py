@@ -23,7 +23,7 @@ from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling
 from torchpi.data.recording import Recording, write_parquet
-from torchpi.data.video import VideoPool, default_encoder, encode_video
+from torchpi.data.video import VideoPool, default_encoder, encode_video, video_info
 from torchpi.data.video_copy import codec_of, cut_video
 from torchpi.errors import DatasetError
 from torchpi.extras import require
@@ -216,8 +216,14 @@ def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int]
         with write_parquet(files["data"], rows.schema) as file:
             file.write_table(rows)
         for camera in recording.info.videos:
-            encoded += not _write_video(files[camera], piece, camera, frames.tolist(), fps)
+            is_copied = _write_video(files[camera], piece, camera, frames.tolist(), fps)
+            encoded += not is_copied
             codecs[camera] = codec_of(files[camera])
+            if not is_copied and not recording.episodes:  # LeRobot, too, describes the first file
+                feature = recording.info.features[camera]
+                height, width = feature["shape"][:2]
+                info = video_info(default_encoder(), height=height, width=width, fps=recording.info.fps)
+                recording.info.features[camera] = {**feature, "info": info}
     return encoded
 
 

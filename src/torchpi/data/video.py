@@ -184,7 +184,7 @@ def find_encoder(encoders: Collection[str], *, advice: str = "") -> str:
     raise DatasetError(f"This build of PyAV has no encoder for videos; expected one of {names}{advice}.")
 
 
-def video_info(encoder: str, *, height: int, width: int, fps: int) -> dict[str, Any]:
+def video_info(encoder: str, *, height: int, width: int, fps: float | int) -> dict[str, Any]:
     """The entry "info" of a video feature in meta/info.json."""
     return {
         "video.height": height,
