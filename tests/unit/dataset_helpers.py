@@ -5,34 +5,22 @@ import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
+from numbered_set import FRONT, draw, read_number
 
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.data.video import encode_video
 
-CAMERA = "observation.images.front"
 NAMES = ["shoulder", "elbow", "gripper"]
-
-
-def picture(number):
-    """An image [32, 48, 3] of 24 blocks, black or white: the bits of a number."""
-    bits = np.array([(number >> i) & 1 for i in range(24)]).reshape(4, 6)
-    return np.repeat((np.kron(bits, np.ones((8, 8))) * 205 + 25).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def number_in(image):
-    """The number of `picture`."""
-    blocks = image[..., 0].reshape(4, 8, 6, 8)[:, 2:6, :, 2:6].mean(axis=(1, 3)) > 128
-    return int(sum(1 << i for i, bit in enumerate(blocks.ravel()) if bit))
 
 
 def numbered_set(path, lengths=(5, 3, 4), *, first=0, fps=10, tasks=None, video=True, names=NAMES, **arguments):
     """Writes a set: frame t of episode e has the number 1000 * (first + e) + t, in its image, state and action."""
     arguments = {"robot_type": "my_arm", "state_names": names, "action_names": names, **arguments}
-    with LeRobotWriter(path, fps=fps, cameras={"front": (32, 48, 3)}, video=video, **arguments) as writer:
+    with LeRobotWriter(path, fps=fps, cameras={"front": (64, 96, 3)}, video=video, **arguments) as writer:
         for e, length in enumerate(lengths):
             numbers = [1000 * (first + e) + t for t in range(length)]
             values = np.repeat(np.float32(numbers)[:, None], len(names), axis=1)
-            frames = {CAMERA: [picture(n) for n in numbers], "observation.state": values, "action": values}
+            frames = {FRONT: [draw(n) for n in numbers], "observation.state": values, "action": values}
             writer.add_episode(frames, (tasks or ["push it", "lift it"])[e % len(tasks or [1, 2])])
     return path
 
@@ -41,7 +29,7 @@ def encode_without_keyframes(path, fps=10):
     """Encodes the videos of a set again, each as one piece with a single keyframe and frames out of order."""
     dataset = LeRobotDataset(path, action_horizon=1)
     for file in path.glob("videos/*/*/*.mp4"):
-        images = [dataset[i][CAMERA] for i in range(len(dataset))]
+        images = [dataset[i][FRONT] for i in range(len(dataset))]
         encode_video(file, images, fps=fps, encoder="libx264", options={"g": 250, "bf": 3, "crf": 10})
 
 
@@ -52,7 +40,7 @@ def numbers_of(path):
     for i in range(len(dataset)):
         frame = dataset[i]
         state = int(frame["observation.state"][0])
-        assert number_in(frame[CAMERA]) == state == int(frame["action"][0, 0])
+        assert read_number(frame[FRONT]) == state == int(frame["action"][0, 0])
         numbers = found.setdefault(int(frame["episode_index"]), [])
         assert (frame["frame_index"], frame["index"]) == (len(numbers), i)
         assert abs(frame["timestamp"] - len(numbers) / dataset.fps) < 1e-6

@@ -8,16 +8,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from dataset_helpers import (
-    CAMERA,
     NAMES,
     change_info,
     change_rows,
     copied,
     encode_without_keyframes,
-    number_in,
     numbered_set,
     numbers_of,
 )
+from numbered_set import FRONT, read_number
 
 from torchpi import cli
 from torchpi.data import LeRobotDataset, recording, rewrite
@@ -69,10 +68,10 @@ def test_statistics_of_a_merged_set(videos, tmp_path):
     states = LeRobotDataset(tmp_path / "new", action_horizon=1, cameras=()).columns["observation.state"]
     assert np.allclose(stats["observation.state"]["mean"], states.mean(axis=0))
     assert np.allclose(stats["observation.state"]["q99"], np.quantile(states, 0.99, axis=0))
-    parts = [json.loads((path / "meta/stats.json").read_text())[CAMERA] for path in (videos, other)]
+    parts = [json.loads((path / "meta/stats.json").read_text())[FRONT] for path in (videos, other)]
     mean = (12 * np.array(parts[0]["mean"]) + 2 * np.array(parts[1]["mean"])) / 14
-    assert np.allclose(stats[CAMERA]["mean"], mean)
-    assert stats[CAMERA]["count"] == [14]
+    assert np.allclose(stats[FRONT]["mean"], mean)
+    assert stats[FRONT]["count"] == [14]
 
 
 def test_statistics_of_parts_are_those_of_all():
@@ -117,7 +116,7 @@ def test_resampled_frames_are_the_nearest_and_increments_are_summed(is_video, vi
     assert actions[:, 0].tolist() == [0, 2, 1000, 2000, 2002]
     halves = [0 + 1 + 2 / 2, 2 / 2 + 3 + 4, 1000 + 1001 + 1002 / 2, 2000 + 2001 + 2002 / 2, 2002 / 2 + 2003]
     assert actions[:, 2].tolist() == halves  # 0.25 s are two and a half frames
-    assert [number_in(dataset[i][CAMERA]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
+    assert [read_number(dataset[i][FRONT]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
 
 
 def test_an_episode_without_its_own_keyframe_is_encoded_anew(videos, tmp_path):
@@ -235,6 +234,18 @@ def test_a_damaged_episode_can_be_deleted(videos, tmp_path):
         merge_datasets([source], tmp_path / "new")
     delete_episodes(source, tmp_path / "new", "0")
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
+
+
+def test_episodes_that_share_frames_are_not_written(videos, tmp_path):
+    source = copied(videos, tmp_path / "source")
+    (file,) = source.glob("meta/episodes/*/*.parquet")
+    name = f"videos/{FRONT}/from_timestamp"
+    place = pq.read_schema(file).get_field_index(name)
+    change_rows(file, lambda table: table.set_column(place, name, pa.array([0.0, 0.2, 0.8])))
+    with pytest.raises(ValueError, match="Episodes 0 and 1 have the same part"):
+        merge_datasets([source], tmp_path / "new")
+    delete_episodes(source, tmp_path / "new", "0:2")
+    assert numbers_of(tmp_path / "new") == [ramp(2, range(4))]
 
 
 def test_command_prints_one_document(images, tmp_path, capsys):

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from dataset_helpers import CAMERA, change_info, change_rows, copied, numbered_set, picture
+from dataset_helpers import change_info, change_rows, copied, numbered_set
+from numbered_set import FRONT, draw
 
 from torchpi import cli
 from torchpi.data import LeRobotWriter
@@ -27,18 +28,18 @@ def smooth(length, low, high, seed=0):
 
 def arm_set(path, *, ranges=((-90, 80), (-40, 95), (0, 100)), episodes=3, length=60, change=None, **arguments):
     """A set of an arm that is told its next position; `change(e, state, action, images)` before it is written."""
-    options = {"fps": 20, "cameras": {"front": (32, 48, 3), "right_wrist": (32, 48, 3)}, "robot_type": "so101"}
+    options = {"fps": 20, "cameras": {"front": (64, 96, 3), "right_wrist": (64, 96, 3)}, "robot_type": "so101"}
     options |= {"state_names": JOINTS, "action_names": JOINTS}
     with LeRobotWriter(path, **options | arguments) as writer:
         for e in range(episodes):
             track = np.stack([smooth(length + 1, *limits, seed=e) for limits in ranges], axis=1).astype(np.float32)
             state, action = track[:-1].copy(), track[1:].copy()
-            images = [picture(t) for t in range(length)]
+            images = [draw(t) for t in range(length)]
             if change is not None:
                 change(e, state, action, images)
             frames = {"observation.state": state, "action": action}
             writer.add_episode(
-                {**frames, CAMERA: images, "observation.images.right_wrist": images}, ["pick it", "put it"][e % 2]
+                {**frames, FRONT: images, "observation.images.right_wrist": images}, ["pick it", "put it"][e % 2]
             )
     return path
 
@@ -57,9 +58,9 @@ def test_facts_of_a_set(arm):
     assert (found.version, found.robot_type, found.fps, found.lengths) == ("v3.0", "so101", 20, (60, 60, 60))
     assert found.tasks == {"pick it": 2, "put it": 1}
     assert found.clock_fps == pytest.approx(20, rel=1e-4)
-    assert [camera.key for camera in found.cameras] == [CAMERA, "observation.images.right_wrist"]
+    assert [camera.key for camera in found.cameras] == [FRONT, "observation.images.right_wrist"]
     pictures = found.cameras[0].pictures
-    assert [np.array_equal(image, picture(30)) for image in pictures.values()] == [True] * 3
+    assert [np.array_equal(image, draw(30)) for image in pictures.values()] == [True] * 3
     assert list(pictures) == [f"episode {e}, frame 30" for e in range(3)]
     assert [dim.unit.value for dim in found.state] == ["deg", "deg", "opening, 0 to 100"]
     assert [dim.command.value for dim in found.actions] == ["position"] * 3
@@ -102,7 +103,7 @@ def test_camera_at_half_the_rate_is_found(tmp_path):
     def change(e, state, action, images):
         images[1::2] = images[::2]
 
-    assert "slower than 20 frames per second" in problems_of(arm_set(tmp_path / "set", change=change))[CAMERA]
+    assert "slower than 20 frames per second" in problems_of(arm_set(tmp_path / "set", change=change))[FRONT]
 
 
 def test_rest_constants_and_short_episodes_are_found(tmp_path):
@@ -150,8 +151,8 @@ def test_missing_video_is_a_problem_of_its_camera(tmp_path):
     path = numbered_set(tmp_path / "set", (20, 20))
     next(path.glob("videos/*/*/*.mp4")).unlink()
     found = inspect_dataset(path)
-    assert found.problems[0].subject == CAMERA
-    assert found.cameras == ()
+    assert found.problems[0].subject == FRONT
+    assert found.cameras[0].pictures == {}
     assert len(found.state) == 3
 
 
@@ -249,7 +250,7 @@ def test_draft_asks_where_the_data_do_not_tell(tmp_path):
 def test_draft_needs_a_camera(tmp_path):
     path = numbered_set(tmp_path / "set", video=False)
     info = json.loads((path / "meta/info.json").read_text())
-    del info["features"][CAMERA]
+    del info["features"][FRONT]
     change_info(path, features=info["features"])
     with pytest.raises(ValueError, match="no camera"):
         draft_embodiment(inspect_dataset(path), "arm")

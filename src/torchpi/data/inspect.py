@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 
 from torchpi.data import format as lerobot
+from torchpi.data.clock import check_clock, check_tolerance
 from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
 from torchpi.data.idle import idle_frames
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.metadata import Metadata, open_metadata
 from torchpi.data.pixels import is_depth_map
-from torchpi.data.video import video_rate
-from torchpi.errors import TorchpiError, UnknownKeyError
+from torchpi.data.spans import VideoSpans
+from torchpi.data.video import VideoPool
+from torchpi.errors import DatasetError, TorchpiError, UnknownKeyError
 
 _ANY_CLOCK = 1e9
 """A tolerance in seconds by which the numbers of a dataset with a wrong clock are read."""
@@ -30,8 +33,10 @@ _REASONS, _JUMPS = 20, 50
 _JUMP_OF_RANGE, _JUMP_OF_USUAL = 0.25, 8
 """A change from one frame to the next is a jump beyond this part of the range, and so many times the 90 % quantile of
 changes: also a fast movement takes several frames."""
-_PAIRS = 12
-"""Frames of a camera that are compared with the next one."""
+_PAIRS = 4
+"""Frames of an episode that are compared with the next one."""
+_REPEATED = 1 / 4
+"""The part of them from which on a camera is said to be too slow."""
 _MUCH_IDLE = 0.05
 _SAME_LEVELS = 0.15
 """Mean difference of two images, of 255 levels, below which they are the same one; encoders' noise is less."""
@@ -81,7 +86,7 @@ class CameraFacts:
     kind: str
     """"image", "video", or either as depth."""
     video_fps: float | None
-    """Of its first video file."""
+    """Of its first video file, by the times of its frames."""
     repeated: tuple[int, int]
     """Frames in motion that are the same image as the one before, and how many were looked at."""
     pictures: Mapping[str, np.ndarray]
@@ -185,16 +190,47 @@ class _Look:
         if not readable:
             return
         self.dataset = self._open(readable, tolerance_s=_ANY_CLOCK)
-        with self._noting("clock"):
-            self._open(readable)
-            return
-        self._tolerance_s = _ANY_CLOCK  # for the pictures
+        self._check_clock(self.dataset)
 
     def cameras(self, pictures: int) -> Iterator[CameraFacts]:
-        """The cameras that can be read."""
-        for key in self.metadata.info.cameras:
+        """The cameras, each with its problems noted and some pictures, if it can be read."""
+        pool, fps = VideoPool(), self.metadata.info.fps
+        for key, feature in self.metadata.info.features.items():
+            if key not in self.metadata.info.cameras:
+                continue
+            spans = [episode.videos[key] for episode in self.metadata.episodes if key in episode.videos]
+            rate = None
             with self._noting(key):
-                yield self._camera(key, pictures)
+                checked = VideoSpans(self.metadata.episodes, self.metadata.episodes, [key], fps, None)
+                for path in dict.fromkeys(span.path for span in spans):
+                    with self._noting(key):
+                        times = pool.frame_times(path, fps)
+                        rate = rate or (float(1 / np.median(np.diff(times))) if len(times) > 1 else None)
+                        checked.check(path, partial(np.asarray, times))
+            found: dict[str, np.ndarray] = {}
+            repeated = (0, 0)
+            if self.dataset is not None:
+                with self._noting(key):
+                    found, repeated = self._pictures(self.dataset.episode_indices, key, pictures)
+            kind = f"{feature['dtype']}, depth" if is_depth_map(feature) else feature["dtype"]
+            yield CameraFacts(key, tuple(feature.get("shape") or ()), kind, rate, repeated, found)
+
+    def _check_clock(self, dataset: LeRobotDataset) -> None:
+        """Note the episodes whose timestamps don't fit the frames per second."""
+        errors, end = [], 0
+        for episode in self.metadata.episodes:
+            if episode.index not in dataset.episode_indices:
+                continue
+            start, end = end, end + episode.length
+            try:
+                timestamps = dataset.columns["timestamp"][start:end]
+                check_clock(timestamps, [episode], fps=dataset.fps, tolerance_s=check_tolerance(None, dataset.fps))
+            except DatasetError as error:
+                errors.append(str(error))
+        if errors:
+            text = f"{errors[0]} ({len(errors)} of {len(dataset.episode_indices)} episodes have such a clock.)"
+            self.problems.append(Problem("clock", text))
+            self._tolerance_s = _ANY_CLOCK  # for the pictures
 
     def _open(
         self, episodes: Sequence[int], cameras: Sequence[str] = (), tolerance_s: float | None = None
@@ -216,7 +252,8 @@ class _Look:
         try:
             yield
         except (TorchpiError, OSError) as error:
-            self.problems.append(Problem(subject, str(error)))
+            if (problem := Problem(subject, str(error))) not in self.problems:
+                self.problems.append(problem)
 
     def _readable(self, episodes: Sequence[int], reasons: dict[str, list[int]]) -> Iterator[int]:
         """The episodes that can be read, of the others the reasons; where one can't be, each half of them is tried."""
@@ -236,32 +273,30 @@ class _Look:
         else:
             yield from episodes
 
-    def _camera(self, key: str, pictures: int) -> CameraFacts:
-        feature = self.metadata.info.features[key]
-        kind = f"{feature['dtype']}, depth" if is_depth_map(feature) else feature["dtype"]
-        spans = (episode.videos.get(key) for episode in self.metadata.episodes)
-        span = next((span for span in spans if span is not None), None)
-        found: dict[str, np.ndarray] = {}
-        repeated = (0, 0)
-        if self.dataset is not None:
-            indices = self.dataset.episode_indices
-            places = np.unique(np.linspace(0, len(indices) - 1, pictures).round().astype(int)).tolist()
-            frames = self._open([indices[place] for place in places], [key])
-            ends = np.cumsum(frames.episode_lengths).tolist()
-            for index, length, end in zip(frames.episode_indices, frames.episode_lengths, ends, strict=True):
-                found[f"episode {index}, frame {length // 2}"] = _as_picture(frames[end - length + length // 2][key])
-            repeated = _repeated(frames, key)
-        rate = None if span is None else video_rate(span.path)
-        return CameraFacts(key, tuple(feature.get("shape") or ()), kind, rate, repeated, found)
+    def _pictures(self, indices: Sequence[int], key: str, count: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
+        """A picture of the middle of some episodes, by its place; and how many frames of them are repeated."""
+        places = np.unique(np.linspace(0, len(indices) - 1, count).round().astype(int)).tolist()
+        frames = self._open([indices[place] for place in places], [key])
+        middles = np.cumsum(frames.episode_lengths) - (np.array(frames.episode_lengths) + 1) // 2
+        pictures = {
+            f"episode {index}, frame {frames.columns['frame_index'][i]}": _as_picture(frames[i][key])
+            for index, i in zip(frames.episode_indices, middles.tolist(), strict=True)
+        }
+        return pictures, _repeated(frames, key)
 
 
 def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
-    """The frames in the fastest motion that show the image before once more, and their number."""
+    """The frames around each episode's fastest motion that show the image before once more, and their number."""
     numbers = np.concatenate([frames.columns[lerobot.STATE], frames.columns[lerobot.ACTION]], axis=1)
     motion = np.abs(np.diff(numbers, axis=0))  # [F - 1, s + a]
     moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1) * _same_episode(frames)
-    fastest = [i for i in np.argsort(-moved, kind="stable")[:_PAIRS].tolist() if moved[i] > 0]
-    pairs = [(_as_picture(frames[i][key]), _as_picture(frames[i + 1][key])) for i in fastest]
+    looked_at, end = list[int](), 0
+    for length in frames.episode_lengths:
+        start, end = end, end + length
+        fastest = start + int(np.argmax(moved[start : end - 1])) if length > 1 else start
+        around = range(max(start, fastest - _PAIRS // 2), min(end - 1, fastest + _PAIRS // 2))
+        looked_at += [i for i in around if moved[i] > 0]
+    pairs = [(_as_picture(frames[i][key]), _as_picture(frames[i + 1][key])) for i in looked_at]
     changes = [np.abs(before.astype(np.float64) - after).mean() for before, after in pairs]
     return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
 
@@ -339,7 +374,7 @@ def _problems(
 ) -> Iterator[Problem]:
     for camera in cameras:
         repeated, looked_at = camera.repeated
-        if repeated > looked_at / 3:
+        if repeated and repeated >= _REPEATED * looked_at:
             yield Problem(
                 camera.key,
                 f"{repeated} of {looked_at} frames in motion show the image before once more: the camera was slower "

@@ -9,6 +9,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling
 from torchpi.data.recording import Recording, write_parquet
+from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool, default_encoder, encode_video, video_info
 from torchpi.data.video_copy import codec_of, cut_video
 from torchpi.errors import DatasetError
@@ -75,6 +77,9 @@ def pieces_of(path: str | Path, source: Metadata, indices: Sequence[int] | None 
     wanted = {episode.index for episode in source.episodes} if indices is None else set(indices)
     episodes = [episode for episode in source.episodes if episode.index in wanted]
     download_frames(path, source.root, episodes, source.info.videos)
+    spans, pool = VideoSpans(source.episodes, episodes, source.info.videos, source.info.fps, None), VideoPool()
+    for video in {span.path for episode in episodes for span in episode.videos.values()}:
+        spans.check(video, partial(pool.frame_times, video, source.info.fps))
     rows = _rows_with_stats(source)
     return [Piece(source, episode, rows.get(episode.index, {})) for episode in episodes]
 

@@ -160,16 +160,6 @@ class VideoPool:
             old.close()
 
 
-def video_rate(path: Path) -> float | None:
-    """Frames per second of a file, as its container states them."""
-    reader = VideoReader(path)
-    try:
-        rate = reader._stream.average_rate
-        return None if rate is None else float(rate)
-    finally:
-        reader.close()
-
-
 def default_encoder() -> str:
     """The encoder that new videos are made with: AV1 as LeRobot's, or H.264 where FFmpeg has no SVT-AV1."""
     return find_encoder(_ENCODERS, advice="; or record images (video=False)")
