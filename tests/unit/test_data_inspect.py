@@ -26,7 +26,7 @@ def smooth(length, low, high, seed=0):
     return low + (high - low) * (0.5 - 0.5 * np.cos(phase))
 
 
-def arm_set(path, *, ranges=((-90, 80), (-40, 95), (0, 100)), episodes=3, length=60, change=None, **arguments):
+def arm_set(path, *, ranges=((-90, 80), (-40, 95), (0, 100)), episodes=3, length=40, change=None, **arguments):
     """A set of an arm that is told its next position; `change(e, state, action, images)` before it is written."""
     options = {"fps": 20, "cameras": {"front": (64, 96, 3), "right_wrist": (64, 96, 3)}, "robot_type": "so101"}
     options |= {"state_names": JOINTS, "action_names": JOINTS}
@@ -55,13 +55,13 @@ def problems_of(path):
 
 def test_facts_of_a_set(arm):
     found = inspect_dataset(arm, pictures=3)
-    assert (found.version, found.robot_type, found.fps, found.lengths) == ("v3.0", "so101", 20, (60, 60, 60))
+    assert (found.version, found.robot_type, found.fps, found.lengths) == ("v3.0", "so101", 20, (40, 40, 40))
     assert found.tasks == {"pick it": 2, "put it": 1}
     assert found.clock_fps == pytest.approx(20, rel=1e-4)
     assert [camera.key for camera in found.cameras] == [FRONT, "observation.images.right_wrist"]
     pictures = found.cameras[0].pictures
-    assert [np.array_equal(image, draw(30)) for image in pictures.values()] == [True] * 3
-    assert list(pictures) == [f"episode {e}, frame 30" for e in range(3)]
+    assert [np.array_equal(image, draw(20)) for image in pictures.values()] == [True] * 3
+    assert list(pictures) == [f"episode {e}, frame 20" for e in range(3)]
     assert [dim.unit.value for dim in found.state] == ["deg", "deg", "opening, 0 to 100"]
     assert [dim.command.value for dim in found.actions] == ["position"] * 3
     assert (found.state[0].low, found.state[0].high) == pytest.approx((-90, 80), abs=0.5)
@@ -72,12 +72,12 @@ def test_facts_of_a_set(arm):
 def test_jumps_have_episode_and_frame(tmp_path):
     def change(e, state, action, images):
         if e == 1:
-            state[33, 0] = -60  # a single misreading
+            state[25, 0] = -60  # a single misreading
 
     found = inspect_dataset(arm_set(tmp_path / "set", change=change))
     assert {(jump.dimension, jump.episode, jump.frame) for jump in found.jumps} == {
-        ("observation.state shoulder_pan.pos", 1, 33),
-        ("observation.state shoulder_pan.pos", 1, 34),
+        ("observation.state shoulder_pan.pos", 1, 25),
+        ("observation.state shoulder_pan.pos", 1, 26),
     }
     assert "2 sudden changes" in problems_of(tmp_path / "set")["observation.state shoulder_pan.pos"]
 
@@ -94,7 +94,7 @@ def test_an_angle_that_wraps_is_named(tmp_path):
 
 def test_gripper_that_is_open_or_closed_does_not_jump(tmp_path):
     def change(e, state, action, images):
-        action[:, 2] = 100 * (np.arange(len(action)) // 20 % 2)
+        action[:, 2] = 100 * (np.arange(len(action)) // 10 % 2)
 
     assert inspect_dataset(arm_set(tmp_path / "set", change=change)).jumps == ()
 
@@ -109,7 +109,7 @@ def test_camera_at_half_the_rate_is_found(tmp_path):
 def test_rest_constants_and_short_episodes_are_found(tmp_path):
     def change(e, state, action, images):
         state[:, 1], action[:, 1] = 5, 5
-        state[20:], action[20:] = state[20], state[20]
+        state[10:], action[10:] = state[10], state[10]
 
     path = arm_set(tmp_path / "set", change=change)
     found = problems_of(path)
@@ -125,7 +125,7 @@ def test_unreadable_episodes_do_not_hide_the_others(arm, tmp_path):
 
     def damage(table):
         state = np.array(table["observation.state"].to_pylist(), np.float32)
-        state[70] = np.nan
+        state[50] = np.nan
         place = table.schema.get_field_index("observation.state")
         return table.set_column(place, "observation.state", pa.array(state.tolist(), table.schema.field(place).type))
 
@@ -206,7 +206,7 @@ def test_page_has_pictures_and_is_complete(arm):
 def test_commands_print_text_or_one_document(arm, tmp_path, capsys):
     cli.main(["data", "inspect", str(arm), "--html", str(tmp_path / "page.html"), "--json"])
     document = json.loads(capsys.readouterr().out)
-    assert (document["episodes"], document["frames"], document["problems"]) == (3, 180, [])
+    assert (document["episodes"], document["frames"], document["problems"]) == (3, 120, [])
     assert document["state"][2]["unit"]["value"] == "opening, 0 to 100"
     cli.main(["data", "inspect", str(arm)])
     assert "Nothing to look at was found" in capsys.readouterr().out

@@ -28,9 +28,9 @@ from torchpi.errors import DatasetError, TorchpiError, UnknownKeyError
 
 _ANY_CLOCK = 1e9
 """A tolerance in seconds by which the numbers of a dataset with a wrong clock are read."""
-_REASONS, _JUMPS = 20, 50
-"""At most so many unreadable episodes are explained, and so many jumps listed."""
-_JUMP_OF_RANGE, _JUMP_OF_USUAL = 0.25, 8
+_REASONS = 20
+"""At most so many unreadable episodes are explained."""
+_JUMP_OF_RANGE, _JUMP_OF_USUAL = 0.25, 5
 """A change from one frame to the next is a jump beyond this part of the range, and so many times the 90 % quantile of
 changes: also a fast movement takes several frames."""
 _PAIRS = 4
