@@ -17,6 +17,7 @@ from dataset_helpers import (
     numbers_of,
 )
 from numbered_set import FRONT, read_number
+from pixel_sets import encoded_video, some_picture, turned_video, write_set
 
 from torchpi import cli
 from torchpi.data import LeRobotDataset, recording, rewrite
@@ -246,6 +247,31 @@ def test_episodes_that_share_frames_are_not_written(videos, tmp_path):
         merge_datasets([source], tmp_path / "new")
     delete_episodes(source, tmp_path / "new", "0:2")
     assert numbers_of(tmp_path / "new") == [ramp(2, range(4))]
+
+
+def test_turned_and_depth_videos_stay_what_they_are(tmp_path):
+    turned = write_set(tmp_path / "turned", video=turned_video(some_picture(), ((0, 1), (-1, 0))))
+    upright = write_set(tmp_path / "upright", video=turned_video(some_picture(), ((1, 0), (0, 1))))
+    result = merge_datasets([turned, upright], tmp_path / "both")
+    assert result.videos_copied == 2
+    frames = LeRobotDataset(tmp_path / "both", action_horizon=1)
+    for old, new in ((turned, frames[0]), (upright, frames[3])):
+        assert np.array_equal(LeRobotDataset(old, action_horizon=1)[0][FRONT], new[FRONT])
+    coding = {"is_depth_map": True, "depth_unit": "mm", "video.depth_min": 0.25, "video.use_log": False}
+    codes = np.arange(32 * 48, dtype=np.uint16).reshape(32, 48)
+    near, far = (
+        write_set(
+            tmp_path / name, video=encoded_video([codes] * 2, "gray12le"), info={**coding, "video.depth_max": top}
+        )
+        for name, top in (("near", 4.0), ("far", 8.0))
+    )
+    merge_datasets([near], tmp_path / "depth")
+    before, after = (LeRobotDataset(path, action_horizon=1)[1][FRONT] for path in (near, tmp_path / "depth"))
+    assert np.array_equal(before, after)
+    with pytest.raises(ValueError, match="the coding of depths of observation"):
+        merge_datasets([near, far], tmp_path / "new")
+    with pytest.raises(ValueError, match="depth video that would have to be encoded anew"):
+        resample_dataset(near, tmp_path / "new", 5, commands="position")
 
 
 def test_command_prints_one_document(images, tmp_path, capsys):

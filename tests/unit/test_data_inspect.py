@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 from dataset_helpers import change_info, change_rows, copied, numbered_set
 from numbered_set import FRONT, draw
+from pixel_sets import encoded, some_depth, write_set
 
 from torchpi import cli
 from torchpi.data import LeRobotWriter
@@ -245,6 +246,19 @@ def test_draft_asks_where_the_data_do_not_tell(tmp_path):
     assert [action["command"] for action in document["actions"]] == [None] * 3
     assert [action["kind"] for action in document["actions"]] == ["absolute"] * 3
     assert sum("command unknown" in question for question in questions_of(document)) == 3
+
+
+def test_depth_camera_is_shown_and_drafted_as_one(tmp_path):
+    path = write_set(
+        tmp_path / "set", images=[encoded(some_depth())] * 2, info={"is_depth_map": True, "depth_unit": "mm"}
+    )
+    found = inspect_dataset(path)
+    (camera,) = found.cameras
+    assert camera.kind == "image, depth"
+    assert camera.depths == pytest.approx((0.23, 1.7), abs=0.05)
+    assert "data:image/png" in render_dataset_page(found)
+    with pytest.raises(ValueError, match="no camera that a policy could read"):
+        draft_embodiment(found, "arm")
 
 
 def test_draft_needs_a_camera(tmp_path):

@@ -85,7 +85,11 @@ def _cameras(found: Inspection) -> list[dict[str, Any]]:
         rows.append(row)
     for camera in found.cameras:
         if camera.key not in colour:
-            text = f"{QUESTION}a depth camera is read as an image only with a mapping (docs/datasets.md)"
+            near, far = camera.depths or (0.1, 2.0)
+            mapping = f'"presence": "required", "depth": {{"near": {near:.2g}, "far": {far:.2g}}}'
+            text = (
+                f"{QUESTION}is this depth camera to be read, as one of the model's, with {mapping}? (docs/datasets.md)"
+            )
             rows.append({"name": None, "key": re.split(r"[./]", camera.key)[-1], "presence": "ignored", COMMENT: text})
     return sorted(rows, key=lambda row: (row["name"] is None, row["name"]))
 

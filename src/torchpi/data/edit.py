@@ -13,6 +13,7 @@ from torchpi.atomic import atomic_folder
 from torchpi.data import format as lerobot
 from torchpi.data.episodes import select_episodes
 from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rename import dimension_names
 from torchpi.data.rewrite import Edited, Progress, no_progress, pieces_of, write_pieces
@@ -144,6 +145,8 @@ def _check_alike(first: Metadata, other: Metadata, *, any_robot: bool) -> None:
             continue
         compare(f"the dtype of {key}", left.get("dtype"), right.get("dtype"))
         compare(f"the shape of {key}", left.get("shape"), right.get("shape"))
+        if is_depth_map(left) or is_depth_map(right):
+            compare(f"the coding of depths of {key}", *map(_depth_coding, (left, right)))
         if key not in first.info.cameras and left.get("shape") == right.get("shape"):
             names = (dimension_names(feature, feature["shape"][0]) for feature in (left, right))
             compare(f"the order of dimensions of {key}", *(None if of is None else ", ".join(of) for of in names))
@@ -153,6 +156,11 @@ def _check_alike(first: Metadata, other: Metadata, *, any_robot: bool) -> None:
             "another rate, --robot-type states the robot where only its name differs, and `torchpi train` takes "
             "different datasets as a mixture (docs/training.md)."
         )
+
+
+def _depth_coding(feature: Mapping[str, Any]) -> dict[str, Any]:
+    """The properties that say what a depth camera's numbers are."""
+    return {name: value for name, value in stated_info(feature).items() if re.search("depth|shift|use_log", name)}
 
 
 @contextlib.contextmanager

@@ -24,11 +24,12 @@ _CODING = ("depth_min", "depth_max", "shift", "use_log")
 
 def is_depth_map(feature: Mapping[str, Any]) -> bool:
     """True for the feature of a depth camera."""
-    stated = _stated(feature)
+    stated = stated_info(feature)
     return bool(stated.get("is_depth_map") or stated.get("video.is_depth_map"))  # LeRobot's before 0.6
 
 
-def _stated(feature: Mapping[str, Any]) -> dict[str, Any]:
+def stated_info(feature: Mapping[str, Any]) -> dict[str, Any]:
+    """The properties of a camera's videos and images, as meta/info.json states them."""
     return {**(feature.get("video_info") or {}), **(feature.get("info") or {})}
 
 
@@ -44,7 +45,7 @@ class DepthCoding:
     @classmethod
     def of(cls, key: str, feature: Mapping[str, Any]) -> "DepthCoding":
         """The coding that a depth camera's feature states."""
-        stated = _stated(feature)
+        stated = stated_info(feature)
         unit = stated.get("depth_unit")
         if unit not in (None, *UNITS):
             raise DatasetError(

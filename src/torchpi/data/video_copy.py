@@ -48,7 +48,9 @@ def codec_of(path: Path) -> str:
     with require("av", "data").open(str(path)) as container:
         stream = container.streams.video[0]
         context = stream.codec_context
-        return repr((context.name, context.width, context.height, context.pix_fmt, stream.time_base, context.extradata))
+        sizes = context.name, context.width, context.height, context.pix_fmt, stream.time_base
+        turn = next(container.decode(stream)).side_data.get("DISPLAYMATRIX")
+        return repr((*sizes, context.extradata, None if turn is None else bytes(turn)))
 
 
 def _packets(container: Any) -> Iterator[Any]:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from torchpi.data import format as lerobot
 from torchpi.data.guesses import Guess
-from torchpi.data.inspect import CameraFacts, Dimension, Inspection
+from torchpi.data.inspect import CameraFacts, Dimension, Inspection, as_picture
 from torchpi.transforms.images import resize_with_pad
 from torchpi.ui.format import format_count, format_number
 from torchpi.ui.page import camera_images, commands, figure, html_page, page_header, page_section
@@ -88,12 +88,15 @@ def _cameras_text(found: Inspection) -> str:
 
 
 def _camera_text(camera: CameraFacts) -> str:
+    depths = "" if camera.depths is None else f", {camera.depths[0]:.2f} to {camera.depths[1]:.2f} m"
     rate = "" if camera.video_fps is None else f", {camera.video_fps:g} frames per second"
-    return f"{camera.key} {' × '.join(map(str, camera.shape))} ({camera.kind}{rate})"
+    return f"{camera.key} {' × '.join(map(str, camera.shape))} ({camera.kind}{depths}{rate})"
 
 
 def _camera(camera: CameraFacts) -> str:
-    pictures = ((place, data_uri(resize_with_pad(image, 224, 224))) for place, image in camera.pictures.items())
+    pictures = (
+        (place, data_uri(resize_with_pad(as_picture(image), 224, 224))) for place, image in camera.pictures.items()
+    )
     return f'<h3 class="gap">{escape(camera.key)}</h3>{camera_images(pictures)}'
 
 
