@@ -11,9 +11,11 @@ import pytest
 
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter, select_episodes
+from torchpi.robots import Embodiment
 
 CAMERA = "observation.images.front"
 LENGTHS = (4, 3, 5)
+ROBOT = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["a", "b"], actions=["a", "b"])
 DATA = "data/chunk-000/file-000.parquet"
 VIDEO = f"videos/{CAMERA}/chunk-000/file-000.mp4"
 EPISODES = "meta/episodes/chunk-000/file-000.parquet"
@@ -215,15 +217,18 @@ def test_episode_without_its_video_matters_where_it_is_asked_for(lost, value, v3
         LeRobotDataset(v3_video, action_horizon=1)
 
 
-def test_empty_episodes_are_left_out(v21):
+def test_empty_episodes_are_left_out(v21, tmp_path, capsys):
     lengths = [4, 0, 5]
-    write_lines(v21, [{"episode_index": i, "tasks": [], "length": length} for i, length in enumerate(lengths)])
+    write_lines(v21, [{"episode_index": i, "tasks": ["push it"], "length": length} for i, length in enumerate(lengths)])
     change_info(v21, total_frames=9)
     path = v21 / "data/chunk-000/episode_000001.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     with pytest.warns(UserWarning, match="the episodes 1 have no frames, and are left out"):
         dataset = LeRobotDataset(v21, action_horizon=1)
     assert dataset.episode_indices == (0, 2)
+    main(["data", "merge", str(v21), "--out", str(tmp_path / "merged")])
+    assert "the episodes 1 have no frames" in capsys.readouterr().err
+    assert LeRobotDataset(tmp_path / "merged", action_horizon=1).episode_lengths == (4, 5)
     with pytest.raises(ValueError, match="the episodes 1 have no frames; choose others"):
         LeRobotDataset(v21, action_horizon=1, episodes=[1])
 
@@ -266,8 +271,11 @@ def test_prompt_stands_in_for_missing_instructions(remove, v3):
     assert assert_reads(v3, task="wave", prompt="wave").tasks == {0: "wave"}
 
 
-def test_commands_take_a_prompt(v3, tmp_path, capsys):
+def test_commands_take_a_prompt_where_they_read_one(v3, tmp_path, capsys):
     without_tasks(v3)
+    (tmp_path / "arm.json").write_text(json.dumps(ROBOT.to_dict()))
+    main(["stats", str(v3), "--embodiment", str(tmp_path / "arm.json"), "--json"])
+    assert json.loads(capsys.readouterr().out)["frames"] == 12
     options = [
         "bench",
         "data",

@@ -114,6 +114,7 @@ class Stats:
             cameras=(),
             columns=(),
             rename=parse_rename(self.rename),
+            prompt="",  # instructions are not read
             fps=self.fps,
             tolerance_s=self.tolerance_s,
         )

@@ -60,7 +60,7 @@ def to_text(document: Mapping[str, Any]) -> str:
     """JSON with a line for each camera, part of the state and dimension of the action."""
 
     def lines(value: Any) -> str:
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             return "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
         return json.dumps(value, ensure_ascii=False)
 

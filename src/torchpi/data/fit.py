@@ -28,7 +28,7 @@ def coverage_with_reasons(
     reasons, outside = [], []
     for what, key in (("state", entry.state), ("actions", entry.actions)):
         if key is None:
-            reasons.append(f"no statistics of {what} there")
+            reasons += [f"no statistics of {what} there"] if found[what].names else []
             continue
         if key.dims != key.checkpoint_dims:
             reasons.append(

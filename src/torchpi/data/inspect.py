@@ -392,7 +392,9 @@ def _problems(
             )
     for column, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names)):
         values = dataset.columns[column]
-        if names is None and values.shape[1]:
+        if not values.shape[1]:
+            yield Problem(column, "The dataset has none; a policy that is trained on it reads none.")
+        elif names is None:
             yield Problem(column, "Its dimensions have no names in meta/info.json; joints can't be told apart by them.")
         if twice := [name for name, count in Counter(names or ()).items() if count > 1]:
             yield Problem(

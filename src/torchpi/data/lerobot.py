@@ -15,7 +15,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.columns import check_names, read_columns
 from torchpi.data.files import require_file
 from torchpi.data.images import ParquetImages
-from torchpi.data.metadata import Episode, download_frames, open_metadata
+from torchpi.data.metadata import Episode, download_frames, open_metadata, with_frames
 from torchpi.data.names import dimension_names
 from torchpi.data.observations import camera_keys_of, in_robot_order
 from torchpi.data.pixels import DepthCoding, is_depth_map
@@ -301,7 +301,7 @@ class LeRobotDataset:
 
 
 def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
-    """The episodes to read; empty ones are left out, with a warning."""
+    """The episodes to read."""
     known = [episode.index for episode in episodes]
     indices = set(known) if wanted is None else {operator.index(index) for index in wanted}
     if unknown := sorted(indices - set(known)):
@@ -310,10 +310,4 @@ def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: P
         )
     if not indices:
         raise DatasetError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
-    empty = [episode.index for episode in episodes if not episode.length and episode.index in indices]
-    if len(empty) == len(indices):
-        raise DatasetError(f"{path}: the episodes {', '.join(map(str, empty))} have no frames; choose others.")
-    if empty:
-        text = f"{path}: the episodes {', '.join(map(str, empty))} have no frames, and are left out."
-        warnings.warn(text, UserWarning, stacklevel=3)
-    return tuple(episode for episode in episodes if episode.index in indices and episode.length)
+    return with_frames([episode for episode in episodes if episode.index in indices], path)

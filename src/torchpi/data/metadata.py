@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import re
+import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,15 @@ def download_frames(path: str | Path, root: Path, episodes: Iterable[Episode], c
         files = {episode.data_file for episode in episodes}
         files |= {span.path for episode in episodes for key, span in episode.videos.items() if key in cameras}
         _download(str(path), [file.relative_to(root).as_posix() for file in sorted(files)])
+
+
+def with_frames(episodes: Sequence[Episode], root: Path) -> tuple[Episode, ...]:
+    """Those of the episodes that have frames; warns about the others, of recordings that were stopped at once."""
+    if empty := ", ".join(str(episode.index) for episode in episodes if not episode.length):
+        if not any(episode.length for episode in episodes):
+            raise DatasetError(f"{root}: the episodes {empty} have no frames; choose others.")
+        warnings.warn(f"{root}: the episodes {empty} have no frames, and are left out.", UserWarning, stacklevel=4)
+    return tuple(episode for episode in episodes if episode.length)
 
 
 def _download(address: str, names: list[str]) -> Path:

@@ -19,7 +19,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
 from torchpi.data.files import is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import file_inside
-from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows
+from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, with_frames
 from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling
@@ -75,7 +75,7 @@ class Piece(NamedTuple):
 def pieces_of(path: str | Path, source: Metadata, indices: Sequence[int] | None = None) -> list[Piece]:
     """Episodes of a dataset, by default all; of an address, their files are downloaded."""
     wanted = {episode.index for episode in source.episodes} if indices is None else set(indices)
-    episodes = [episode for episode in source.episodes if episode.index in wanted]
+    episodes = with_frames([episode for episode in source.episodes if episode.index in wanted], source.root)
     download_frames(path, source.root, episodes, source.info.videos)
     spans, pool = VideoSpans(source.episodes, episodes, source.info.videos, source.info.fps, None), VideoPool()
     for video in {span.path for episode in episodes for span in episode.videos.values()}:
