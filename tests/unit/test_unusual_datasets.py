@@ -217,6 +217,7 @@ def test_episode_without_its_video_matters_where_it_is_asked_for(lost, value, v3
         LeRobotDataset(v3_video, action_horizon=1)
 
 
+@pytest.mark.filterwarnings("always:.*have no frames:UserWarning")
 def test_empty_episodes_are_left_out(v21, tmp_path, capsys):
     lengths = [4, 0, 5]
     write_lines(v21, [{"episode_index": i, "tasks": ["push it"], "length": length} for i, length in enumerate(lengths)])
