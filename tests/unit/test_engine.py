@@ -1,5 +1,6 @@
 """The engine samples what the model samples, in any bucket, and is honest about what it cannot do."""
 
+import contextlib
 import copy
 import dataclasses
 import os
@@ -18,8 +19,9 @@ import torchpi
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.engine import InferenceEngine
 from torchpi.engine.bucket import Bucket
+from torchpi.engine.engine import _best_kernels
 from torchpi.engine.kernels import PLAIN
-from torchpi.engine.runner import Runner
+from torchpi.engine.runner import GraphMemory, Runner
 from torchpi.model.lora import LoraConfig, add_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
@@ -256,6 +258,44 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
     assert torch.equal(first, second)
 
 
+def test_failed_capture_gives_up_its_memory_and_the_devices_generator(monkeypatch):
+    """Else PyTorch refuses further captures, and random numbers of the device, for good."""
+
+    class Generator:
+        state = "in a capture"
+
+        def clone_state(self):
+            return "a copy"
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    def failed(*args):
+        raise RuntimeError("operation failed due to a previous error during capture\n\nCompile with TORCH_USE_CUDA_DSA")
+
+    model, observation, generator = make_model(), make_observation(), Generator()
+    engine = InferenceEngine(model, mode="eager")
+    monkeypatch.setattr(engine, "mode", "graph")
+    monkeypatch.setattr(Runner, "__init__", failed)
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    monkeypatch.setattr(GraphMemory, "new", lambda device: GraphMemory("new", None))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # there is no stream on a CPU
+    with pytest.warns(UserWarning, match="previous error during capture$"):
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
+    assert torch.equal(actions, model.sample_actions(observation, noise=noise_of(), num_steps=1))
+    assert (generator.state, engine._memory.pool) == ("a copy", "new")
+
+
+@pytest.mark.parametrize("error", [ImportError("no triton"), RuntimeError("undefined symbol")])
+def test_triton_that_is_missing_or_broken_is_replaced_with_one_warning(error, monkeypatch):
+    def fails():
+        raise error
+
+    monkeypatch.setattr("torchpi.engine.engine.triton_kernels", fails)
+    with pytest.warns(UserWarning, match=f"runs without fused kernels: {error}"):
+        assert _best_kernels(make_model(dtype=torch.bfloat16), "graph") is PLAIN
+
+
 def test_fused_kernels_that_fail_are_replaced_with_one_warning():
     def broken(*args):
         raise OSError("no C compiler")
@@ -367,31 +407,70 @@ def sample_in_a_fork() -> None:
     assert os.waitpid(process, 0)[1] == 0
 
 
-def test_calls_of_other_cuda_streams_wait_for_each_other(monkeypatch):
-    """Graphs share memory and inputs: on a GPU, a lock on the host ends before their work does."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the event is none of torch's
-    log = []
+class FakeCuda:
+    """`torch.cuda` as far as an engine uses it: a log, and graphs that run their function again."""
 
-    class Event:
-        def record(self, stream):
-            log.append(f"recorded on {stream.name}")
+    def __init__(self):
+        self.log, self.current, self.runner = [], "a", None
 
-    class Stream:
-        def __init__(self, name):
-            self.name = name
+    def install(self, monkeypatch, engine):
+        cuda = self
 
-        def wait_event(self, event):
-            log.append(f"{self.name} waits")
+        class Stream:
+            def __init__(self, name="warm-up"):
+                self.name = name
 
-    engine, samples = InferenceEngine(make_model(), mode="eager"), {"noise": noise_of(), "num_steps": 1}
-    engine.sample_actions(make_observation(), **samples)
-    monkeypatch.setattr(engine, "_last", Event())
-    run = Runner.__call__
-    monkeypatch.setattr(Runner, "__call__", lambda *arguments: (log.append("run"), run(*arguments))[1])
-    for name in ("a", "b"):
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, name=name: Stream(name))
-        engine.sample_actions(make_observation(), **samples)
-    assert log == ["a waits", "run", "recorded on a", "b waits", "run", "recorded on b"]
+            def wait_stream(self, other):
+                cuda.log.append(f"{self.name} waits for {other.name}")
+
+            def wait_event(self, event):
+                cuda.log.append(f"{self.name} waits")
+
+        class Event:
+            def record(self, stream):
+                cuda.log.append(f"recorded on {stream.name}")
+
+        class Graph:
+            def replay(self):
+                cuda.log.append("replay")
+                (runner,) = engine._runners.values()
+                runner.actions.copy_(runner._sample())
+
+        @contextlib.contextmanager
+        def use(stream):
+            cuda.log.append(f"on {stream.name}")
+            yield
+
+        @contextlib.contextmanager
+        def graph(graph, pool, stream, capture_error_mode):
+            cuda.log.append(f"capture in {pool} on {stream.name}, {capture_error_mode}")
+            yield
+
+        for name, fake in {
+            "Stream": lambda device: Stream(),
+            "stream": use,
+            "graph": graph,
+            "CUDAGraph": Graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self.current))
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # none of these is torch's
+        engine._memory, engine._last = GraphMemory("pool", Stream("captures")), Event()
+
+
+def test_graph_is_captured_once_and_replayed_with_new_inputs_behind_the_last_call(monkeypatch):
+    """Graphs share memory and inputs: on a GPU, a lock on the host ends before the work of another stream does."""
+    model, cuda = make_model(), FakeCuda()
+    engine = InferenceEngine(model, mode="eager")
+    cuda.install(monkeypatch, engine)
+    for stream, lengths in (("a", (17, 9, 12)), ("b", (3, 20, 31))):
+        cuda.current, samples = stream, {"noise": noise_of(), "num_steps": 2}
+        actions = engine.sample_actions(make_observation(lengths), **samples)
+        expected = model.sample_actions(make_observation(lengths), **samples)
+        torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    capture = ["warm-up waits for a", "on warm-up", "a waits for warm-up"]
+    capture += ["on captures", "capture in pool on captures, thread_local"]
+    assert cuda.log == [*capture, "a waits", "replay", "recorded on a", "b waits", "replay", "recorded on b"]
 
 
 def test_closed_engine_samples_cold_buckets_with_the_model():

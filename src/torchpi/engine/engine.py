@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import threading
 import warnings
@@ -16,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchpi.engine.bucket import Bucket, Inputs, make_inputs
 from torchpi.engine.kernels import PLAIN, Kernels, triton_kernels
 from torchpi.engine.packed import PackedModel
-from torchpi.engine.runner import Mode, Runner
+from torchpi.engine.runner import GraphMemory, Mode, Runner
 from torchpi.errors import ModelError
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance, check_previous
@@ -25,6 +26,7 @@ from torchpi.types import Observation
 PROMPT_LENGTHS = (32, 64, 128, 200)
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_BUCKETS = 16
+_warm_up_lock = threading.Lock()  # of the process, which captures one CUDA graph at a time
 
 
 class InferenceEngine:
@@ -82,10 +84,9 @@ class InferenceEngine:
         self._failed: set[Bucket] = set()
         self._queued: set[Bucket] = set()
         self._lock = threading.Lock()  # of the collections above and of the runners' static tensors
-        self._warm_up_lock = threading.Lock()
         self.background, self._closed = background, False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
-        self._pool = torch.cuda.graph_pool_handle() if mode == "graph" else None
+        self._memory = GraphMemory.new(self.device) if mode == "graph" else None
         self._last = torch.cuda.Event() if mode != "eager" and self.device.type == "cuda" else None
         self._parameters, self._parts = list(model.parameters()), _parts_of(model)
         self._versions = self._read_versions()
@@ -113,7 +114,9 @@ class InferenceEngine:
             ValueError: as there; or the model's weights have changed since the engine packed them.
         """
         if noise is None:
-            noise = self.model.draw_noise(observation.batch_size, generator)
+            # A GPU's default generator refuses to draw while a graph is captured.
+            with _warm_up_lock if self.mode == "graph" and generator is None else contextlib.nullcontext():
+                noise = self.model.draw_noise(observation.batch_size, generator)
         self.model.check_actions(observation, noise, "Noise")
         check_previous(noise, guidance, action_prefix)
         # A bucket has the model's dtype, whatever the caller's setting.
@@ -172,7 +175,7 @@ class InferenceEngine:
         try:
             with torch.no_grad():
                 times = self.model.step_conditionings(bucket.num_steps, action_prefix=bucket.action_prefix)
-            runner = Runner(self.packed, bucket, self.mode, times, self._pool)
+            runner = Runner(self.packed, bucket, self.mode, times, self._memory)
         except ModelError:  # of the call
             raise
         except Exception as error:  # out of memory, or whatever a compiler, Triton or the driver raises
@@ -185,8 +188,10 @@ class InferenceEngine:
 
     def _fall_back(self, bucket: Bucket, error: Exception) -> None:
         """Do without the fused kernels, or without the bucket."""
-        if self._pool is not None:  # a capture that failed may have left it in use
-            self._pool = torch.cuda.graph_pool_handle()
+        if self.mode == "graph":  # a capture that failed may still hold its memory, and the device's generator
+            self._memory = GraphMemory.new(self.device)
+            drawing = torch.cuda.default_generators[self.device.index or 0]
+            drawing.graphsafe_set_state(drawing.clone_state())
         if self.packed.kernels is not PLAIN and not isinstance(error, torch.OutOfMemoryError):
             warnings.warn(f"PyTorch's operations replace the fused kernels, which fail here: {error}", stacklevel=4)
             self.packed.kernels = PLAIN
@@ -230,7 +235,7 @@ class InferenceEngine:
     def _prepare(self, bucket: Bucket) -> None:
         """Warm a bucket up: one after the other, and once for all threads that need it."""
         try:
-            with self._warm_up_lock:
+            with _warm_up_lock:
                 if bucket not in self._runners and bucket not in self._failed:
                     self.warm_up(bucket)
         finally:
@@ -267,6 +272,6 @@ def _best_kernels(model: Pi0, mode: Mode) -> Kernels:
         return PLAIN
     try:
         return triton_kernels()
-    except ImportError as error:
+    except Exception as error:  # Triton is missing, or fails in a way of its own
         warnings.warn(f"The engine runs without fused kernels: {error}", stacklevel=3)
         return PLAIN

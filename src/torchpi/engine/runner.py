@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,20 @@ Mode = Literal["eager", "compiled", "graph"]
 MAX_COMPILED = 64
 
 
+@dataclasses.dataclass(frozen=True)
+class GraphMemory:
+    """Memory that the graphs of an engine share, since they run one after the other."""
+
+    pool: Any
+    stream: torch.cuda.Stream
+    """Stream of all captures: another one's would not take over memory that earlier graphs have freed."""
+
+    @classmethod
+    def new(cls, device: torch.device) -> "GraphMemory":
+        """Memory of no graph yet."""
+        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+
+
 class Runner:
     """Sampling of one bucket, from static inputs to static actions."""
 
@@ -29,13 +44,13 @@ class Runner:
         bucket: Bucket,
         mode: Mode,
         times: Sequence[TimeConditioning],
-        pool: Any = None,
+        memory: GraphMemory | None = None,
     ) -> None:
         """Allocate the inputs and make the first run, which compiles or captures.
 
         Args:
             times: `Pi0.step_conditionings`.
-            pool: memory that the graphs of an engine share, since they run one after the other.
+            memory: that of the engine's graphs.
         """
         packed = copy.copy(packed)
         packed.kernels = packed.kernels.for_another_stream()  # a graph may run while another one is captured
@@ -49,21 +64,23 @@ class Runner:
             self.limits = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
             self.prefill = torch.compile(self.prefill, dynamic=False, fullgraph=True)
             self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
-        if mode == "graph":
-            self._capture(device, pool)
+        if memory is not None:
+            self._capture(device, memory)
         else:
             self._sample()
 
-    def _capture(self, device: torch.device, pool: Any) -> None:
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(stream):  # a capture that fails does not leave it by itself
+    def _capture(self, device: torch.device, memory: GraphMemory) -> None:
+        # Not the captures' stream, whose workspace of cuBLAS the graphs that run meanwhile have.
+        warm_up, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        warm_up.wait_stream(current)
+        with torch.cuda.stream(warm_up):
             self._sample()  # compiles the kernels, and chooses those of cuBLAS
-            # Other threads go on working with the device meanwhile.
-            with torch.cuda.graph(self.graph, pool, stream, capture_error_mode="thread_local"):
-                self.actions = self._sample()
-        torch.cuda.current_stream(device).wait_stream(stream)
+        current.wait_stream(warm_up)
+        self.graph = torch.cuda.CUDAGraph()
+        # Other threads go on working with the device meanwhile.
+        graph = torch.cuda.graph(self.graph, memory.pool, memory.stream, capture_error_mode="thread_local")
+        with torch.cuda.stream(memory.stream), graph:  # a capture that fails does not leave its stream by itself
+            self.actions = self._sample()
 
     def __call__(self, inputs: Inputs) -> Tensor:
         """Sample actions [B, H, A], of as many samples as `inputs` has."""
