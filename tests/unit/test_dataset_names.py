@@ -52,12 +52,16 @@ OTHER_ORDER = [
 ]
 OTHER_JOINTS = [
     ([*SO[:3], "wrist_yaw", *SO[4:]], SO, "index 3 is 'wrist_yaw', not 'wrist_flex'"),
-    (["shoulder_pan", "elbow_flex", "shoulder_lift", *SO[3:5], "thumb"], SO, "'shoulder_lift' has the index 2"),
+    (
+        ["shoulder_pan", "elbow_flex", "shoulder_lift", *SO[3:5], "thumb"],
+        SO,
+        "has the index 2, not 1, and",
+    ),
     ([*POSE[:3], "roll", "pitch", "yaw"], SO, "index 0 is 'x', not 'shoulder_pan'"),
     ([*POSE, "gripper"], [*(f"joint_{i}" for i in range(6)), "gripper"], "'x', not 'joint_0'"),
     (["left_a", "left_b"], ["right_a", "right_b"], "'left_a' is not 'right_a'"),
     (["joint_1.pos", "joint_2.pos"], ["joint_1_velocity", "joint_2_velocity"], "'joint_1.pos' is not"),
-    (["y", "x", "roll"], ["delta_x", "delta_y", "delta_axis_angle_x"], "'x' has the index 1, 'delta_x' has 0"),
+    (["y", "x", "roll"], ["delta_x", "delta_y", "delta_axis_angle_x"], "'x' has the index 1, not 0"),
 ]
 
 

@@ -15,12 +15,12 @@ _ROLES, _GENERIC, _ROTATION = (
     frozenset(words.split())
     for words in (
         "action actions state states obs observation observations cmd command target goal main delta value",
-        "joint motor dim dimension axis channel index servo actuator dof pad",
-        "roll pitch yaw rx ry rz rw qx qy qz qw axis angle rot rotation euler quat orientation",
+        "left right arm joint motor dim dimension axis channel index servo actuator dof pad",
+        "roll pitch yaw rx ry rz rw qx qy qz qw angle rot rotation euler quat orientation",
     )
 )
 """Words that say nothing about the joint; those that any joint could be called by; those of rotations."""
-_CARTESIAN = _ROTATION | {"x", "y", "z"}
+_POSE = _ROTATION | {"x", "y", "z"}
 _EXCLUSIVE = (frozenset({"left", "right"}), frozenset({"position", "velocity", "effort"}))
 """Words of which the same dimension never has two."""
 
@@ -77,7 +77,7 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
         for i, name in enumerate(theirs):
             if name in ours and ours[i] != name and not _is_generic(name):
                 j = ours.index(name)
-                raise DatasetError(f"{found[j]!r} has the index {j}, {expected[i]!r} has {i}")
+                raise DatasetError(f"{found[j]!r} has the index {j}, not {i}, and not all names are the same")
             if _differ(ours[i], name):
                 raise DatasetError(f"index {i} is {found[i]!r}, not {expected[i]!r}")
     for i, place in enumerate(order):
@@ -100,34 +100,29 @@ def _distinct(names: Sequence[_Name], dropped: frozenset[str]) -> list[_Name]:
     for end in (0, -1):
         while len(parts) > 1 and all(len(name) > 1 for name in parts) and len({name[end] for name in parts}) == 1:
             parts = [name[1:] if end == 0 else name[:-1] for name in parts]
-    families: dict[_Name, list[_Name]] = {}
-    for name in parts:
-        families.setdefault(_letters(name), []).append(name)
-    return [_from_zero(name, families[_letters(name)]) for name in parts]
+    forms = [tuple("#" if word.isdecimal() else word for word in name) for name in parts]
+    numbered = []
+    for name, form in zip(parts, forms, strict=True):
+        alike = [other for other, its_form in zip(parts, forms, strict=True) if its_form == form]
+        first = {i: min(int(other[i]) for other in alike) for i, word in enumerate(form) if word == "#"}
+        numbered.append(tuple(str(int(word) - first[i]) if i in first else word for i, word in enumerate(name)))
+    return numbered
 
 
-def _letters(name: _Name) -> _Name:
-    return tuple("#" if word.isdecimal() else word for word in name)
-
-
-def _from_zero(name: _Name, family: Sequence[_Name]) -> _Name:
-    first = [min(int(other[i]) if other[i].isdecimal() else 0 for other in family) for i in range(len(name))]
-    return tuple(str(int(word) - start) if word.isdecimal() else word for word, start in zip(name, first, strict=True))
+def _letters(name: _Name) -> set[str]:
+    return {word for word in name if not word.isdecimal()}
 
 
 def _is_generic(name: _Name) -> bool:
-    words = {word for word in name if not word.isdecimal()}
-    return all(word in _GENERIC or (len(word) == 1 and word not in "xyz") for word in words)
+    return all(word in _GENERIC or (len(word) == 1 and word not in "xyz") for word in _letters(name))
 
 
 def _differ(found: _Name, expected: _Name) -> bool:
     """True for names that can't be one dimension's."""
-    a, b = ({word for word in name if not word.isdecimal()} for name in (found, expected))
-    for one, other in ((a, b), (b, a)):
-        if "joint" in one and other & _CARTESIAN and other <= _CARTESIAN | _GENERIC - {"joint"}:
-            return not _is_generic(tuple(other))
+    a, b = _letters(found), _letters(expected)
+    is_pose = [bool(words & _POSE) and words <= _POSE | _GENERIC - {"joint"} for words in (a, b)]
     if _is_generic(found) or _is_generic(expected):
-        return False
-    if a <= _CARTESIAN and b <= _CARTESIAN and a & b == set():
+        return ("joint" in a and is_pose[1]) or ("joint" in b and is_pose[0])
+    if all(is_pose) and not a & b:
         return bool(a & _ROTATION) != bool(b & _ROTATION)
     return not (a <= b or b <= a)

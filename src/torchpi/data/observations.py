@@ -154,16 +154,16 @@ def _matched(embodiment: Embodiment, keys: Sequence[str], depth_keys: Collection
 
 
 def _other_kind(camera: Camera, key: str) -> DatasetError:
+    advice = f"Choose another camera (--rename NAME={key}), or "
     if camera.depth is not None:
         return DatasetError(
-            f"{key} of the dataset has colours, but the embodiment's camera {camera.key} maps depth. Choose the depth "
-            f'camera (--rename NAME={key}), or leave "depth" out of the camera.'
+            f"{key} of the dataset has colours, but the embodiment's camera {camera.key} maps depth. {advice}leave "
+            '"depth" out of the camera.'
         )
     return DatasetError(
-        f"{key} is a depth camera, and the model reads colours. Choose another camera (--rename NAME={key}), or map "
-        f'depth to colours in the embodiment\'s camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, "far": 2, '
-        '"unit": "mm", "colormap": "grey"}, with near and far of your scene in metres and the unit that the robot '
-        "sends."
+        f"{key} is a depth camera, and the model reads colours. {advice}map depth to colours in the embodiment's "
+        f'camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, "far": 2, "unit": "mm", "colormap": "grey"}}, '
+        "with near and far of your scene in metres and the unit that the robot sends."
     )
 
 

@@ -123,7 +123,7 @@ class FramePixels:
         plane = frame.planes[0]
         rows = np.frombuffer(plane, "<u2" if wide[2] == "le" else ">u2").reshape(-1, plane.line_size // 2)
         values = rows[: frame.height, : frame.width]
-        metres = depth.metres(values) if depth.table is None else depth.table[values][..., None]
+        metres = depth.metres(values) if depth.table is None else depth.table.take(values, mode="clip")[..., None]
         return _turned(metres, self._turn)
 
 

@@ -75,7 +75,10 @@ class DepthMapping:
                 f"{self.unit}; expected some near {self.near:g} to {self.far:g} m. State the robot's unit in the "
                 "embodiment's camera."
             )
-        return self.colours(metres)
+        visible = (metres >= self.near) & (metres > 0)  # False for NaN
+        fraction = np.where(visible, metres - self.near, 0) / (self.far - self.near)
+        levels = np.rint(255 * np.minimum(fraction, 1)).astype(np.uint8)
+        return _colours(self.colormap)[levels] * visible[..., None]
 
     def as_sent(self, metres: np.ndarray, dtype: str) -> np.ndarray:
         """Depth in metres in the robot's unit and dtype, which `read` takes; NaN as 0 in integers."""
@@ -84,18 +87,10 @@ class DepthMapping:
             return values.astype(np.float32)
         return np.rint(np.nan_to_num(values, posinf=65535)).clip(0, 65535).astype(np.uint16)
 
-    def colours(self, metres: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
-        """The RGB image of depths [h, w] in metres."""
-        visible = (metres >= self.near) & (metres > 0)  # False for NaN
-        fraction = np.where(visible, metres - self.near, 0) / (self.far - self.near)
-        levels = np.rint(255 * np.minimum(fraction, 1)).astype(np.uint8)
-        return _table(self.colormap)[levels] * visible[..., None]
 
-
-def _table(colormap: str) -> UInt8[np.ndarray, "256 3"]:
-    levels = np.arange(256)
-    if colormap == "grey":
-        return np.repeat(levels[:, None], 3, axis=1).astype(np.uint8)
-    # MATLAB's jet: each channel is a trapezoid, a quarter of the range apart from the next.
-    centres = np.array([3, 2, 1])
-    return np.rint(255 * (1.5 - np.abs(levels[:, None] / 255 * 4 - centres)).clip(0, 1)).astype(np.uint8)
+def _colours(colormap: str) -> UInt8[np.ndarray, "256 3"]:
+    """The colours of the levels, near to far."""
+    levels = np.arange(256)[:, None] / 255
+    if colormap == "jet":  # MATLAB's: each channel is a trapezoid, a quarter of the range apart from the next
+        return np.rint(255 * (1.5 - np.abs(4 * levels - [3, 2, 1])).clip(0, 1)).astype(np.uint8)
+    return np.rint(255 * levels * [1, 1, 1]).astype(np.uint8)
