@@ -7,7 +7,6 @@ import pytest
 from PIL import Image
 from pixel_sets import CAMERA, encoded, some_depth, some_picture, turned_video, write_set
 
-from torchpi.cli import main
 from torchpi.data import LeRobotDataset
 from torchpi.data.pixels import image_pixels
 from torchpi.serving.messages import decode_jpegs
@@ -91,14 +90,3 @@ def test_video_that_is_turned_by_another_angle_is_an_error(tmp_path):
     path = write_set(tmp_path / "set", video=turned_video(PICTURE, ((0.71, 0.71), (-0.71, 0.71))))
     with pytest.raises(ValueError, match=r"transformation \[\[0\.71, 0\.71\], .* expected turns by 90 degrees"):
         read(path)
-
-
-def test_merged_datasets_keep_the_transformation_of_each(tmp_path):
-    turned, upright = turned_video(PICTURE, ((0, 1), (-1, 0))), turned_video(PICTURE, ((1, 0), (0, 1)))
-    sets = [write_set(tmp_path / name, video=video) for name, video in (("a", turned), ("b", upright))]
-    main(["data", "merge", *map(str, sets), "--out", str(tmp_path / "both")])
-    both = LeRobotDataset(tmp_path / "both", action_horizon=1)
-    for i, orientation in enumerate((6, 6, 1, 1)):
-        expected = shown(PICTURE, orientation)
-        assert both[i][CAMERA].shape == expected.shape
-        assert np.abs(both[i][CAMERA].astype(int) - expected).mean() < 4

@@ -111,7 +111,7 @@ class FramePixels:
 
     def __call__(self, frame: Any, depth: DepthCoding | None = None) -> Pixels:
         if self._turn is None:  # once: a frame that is asked for it is in a reference cycle from then on
-            self._turn = turn_of(frame)
+            self._turn = _turn(frame)
         name = frame.format.name
         if depth is None:
             _check_depth(None, is_wide=name.startswith("gray") and name != "gray", found=f"is {name}")
@@ -142,7 +142,7 @@ def _check_depth(depth: DepthCoding | None, *, is_wide: bool, found: str) -> Non
         )
 
 
-def turn_of(frame: Any) -> np.ndarray:
+def _turn(frame: Any) -> np.ndarray:
     """The transformation ((a, b), (c, d)) with which a video is to be shown: x' = a x + c y, y' = b x + d y."""
     if (side_data := frame.side_data.get("DISPLAYMATRIX")) is None:
         return np.eye(2)
