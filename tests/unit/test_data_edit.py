@@ -274,6 +274,22 @@ def test_turned_and_depth_videos_stay_what_they_are(tmp_path):
         resample_dataset(near, tmp_path / "new", 5, commands="position")
 
 
+def test_images_in_files_of_their_own_are_put_into_the_data_file(images, tmp_path):
+    source = copied(images, tmp_path / "source")
+    (file,) = source.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    rows = table[FRONT].to_pylist()
+    for i, row in enumerate(rows):
+        name = f"images/{FRONT}/frame_{i:06d}.png"
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(row["bytes"])
+        row |= {"bytes": None, "path": name}
+    place = table.schema.get_field_index(FRONT)
+    pq.write_table(table.set_column(place, FRONT, pa.array(rows, table.schema.field(FRONT).type)), file)
+    delete_episodes(source, tmp_path / "new", "0")
+    assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
+
+
 def test_command_prints_one_document(images, tmp_path, capsys):
     cli.main(["data", "split", str(images), "--parts", "a=0", "b=1:", "--out", str(tmp_path / "new"), "--json"])
     assert [result["episodes"] for result in json.loads(capsys.readouterr().out)] == [1, 2]

@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
@@ -88,8 +88,33 @@ def _inspected(dataset: str, rename: Sequence[str], pictures: int = 1) -> "Inspe
         return inspect_dataset(dataset, rename=parse_rename(rename), pictures=pictures)
 
 
-@dataclasses.dataclass(frozen=True)
-class DataMerge:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Edit:
+    out: pathlib.Path
+    """The new dataset's folder, which must not exist."""
+    json: bool = False
+    """Print one JSON document."""
+
+    def edit(self, progress: "Progress") -> "list[Edited]":
+        """The new datasets."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        with Console(stderr=True).status("opening") as status:  # shown on a terminal only
+            results = self.edit(lambda done, total: status.update(f"{done} of {total} episodes"))
+        if self.json:
+            print_json([dataclasses.asdict(result) for result in results])
+            return
+        for result in results:
+            videos = f"; videos: {result.videos_copied} copied, {result.videos_encoded} encoded anew"
+            has_videos = result.videos_copied + result.videos_encoded > 0
+            print(f"{result.path}: {result.episodes} episodes, {result.frames} frames{videos if has_videos else ''}")
+            for note in result.notes:
+                print(f"left out: {note}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataMerge(_Edit):
     """Write the episodes of several datasets into a new one, one set after the other.
 
     The sets must have the same features, names of dimensions and rate; the error names what differs. They may have any
@@ -99,85 +124,66 @@ class DataMerge:
 
     datasets: Annotated[tuple[str, ...], tyro.conf.Positional]
     """LeRobot datasets, folders or hf://org/name[@revision]."""
-    out: pathlib.Path
-    """The new dataset's folder, which must not exist."""
     robot_type: str | None = None
     """The robot_type of the new dataset, where the sets state different ones."""
-    json: bool = False
-    """Print one JSON document."""
 
-    def run(self) -> None:
+    def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import merge_datasets
 
-        _edit(
-            lambda progress: [merge_datasets(self.datasets, self.out, robot_type=self.robot_type, progress=progress)],
-            self.json,
-        )
+        return [merge_datasets(self.datasets, self.out, robot_type=self.robot_type, progress=progress)]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataSplit:
-    """Write parts of a dataset into new ones, for example to train and to evaluate with."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSplit(_Edit):
+    """Write parts of a dataset into new ones, OUT/NAME, for example to train and to evaluate with."""
 
     dataset: Dataset
     """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     parts: tuple[str, ...]
     """NAME=EPISODES as often as needed: train=0:40 val=40:, drawers="task:open the *", or fractions that follow each
     other from the first episode on, train=0.8 val=0.2. Episodes in no part are left out."""
-    out: pathlib.Path
-    """The folder of the new datasets, OUT/NAME; it must not exist."""
-    json: bool = False
-    """Print one JSON document."""
 
-    def run(self) -> None:
+    def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import split_dataset
 
         parts = dict(part.partition("=")[::2] for part in self.parts)
-        _edit(lambda progress: split_dataset(self.dataset, self.out, parts, progress=progress), self.json)
+        return split_dataset(self.dataset, self.out, parts, progress=progress)
 
 
-@dataclasses.dataclass(frozen=True)
-class DataDelete:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataDelete(_Edit):
     """Write a dataset without some episodes; the others are numbered anew, and the old dataset stays as it is."""
 
     dataset: Dataset
     """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     select: str
     """The episodes to leave out, for example "3,57,100:" or "task:open the *"."""
-    out: pathlib.Path
-    """The new dataset's folder, which must not exist."""
-    json: bool = False
-    """Print one JSON document."""
     aliases: ClassVar = {"--episodes": "--select"}
 
-    def run(self) -> None:
+    def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import delete_episodes
 
-        _edit(lambda progress: [delete_episodes(self.dataset, self.out, self.select, progress=progress)], self.json)
+        return [delete_episodes(self.dataset, self.out, self.select, progress=progress)]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataResample:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataResample(_Edit):
     """Write a dataset at a lower rate: of each time of the new rate the nearest frame.
 
-    Actions that are positions, velocities or efforts are those of these frames; increments are summed up to the next
-    one. Videos are encoded anew.
+    Positions and efforts are those of these frames; increments are summed, and velocities averaged, up to the next one.
+    Videos are encoded anew.
     """
 
     dataset: Dataset
     """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     fps: float
     """The new rate in frames per second."""
-    out: pathlib.Path
-    """The new dataset's folder, which must not exist."""
     command: Literal["position", "velocity", "increment", "effort"] | None = None
     """The command of all dimensions: what the robot does with an action."""
     embodiment: str | None = None
     """The robot, a name or a JSON file, whose actions state it for each dimension."""
-    json: bool = False
-    """Print one JSON document."""
 
-    def run(self) -> None:
+    def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import resample_dataset
         from torchpi.robots import get_embodiment
 
@@ -190,25 +196,7 @@ class DataResample:
         if self.embodiment is not None:
             commands = [action.command or "not stated" for action in get_embodiment(self.embodiment).actions]
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
-        _edit(
-            lambda progress: [resample_dataset(self.dataset, self.out, fps, commands=commands, progress=progress)],
-            self.json,
-        )
-
-
-def _edit(edit: "Callable[[Progress], list[Edited]]", as_json: bool) -> None:
-    """Run an edit with a progress bar, and print its results."""
-    with Console(stderr=True).status("opening") as status:  # shown on a terminal only
-        results = edit(lambda done, total: status.update(f"{done} of {total} episodes"))
-    if as_json:
-        print_json([dataclasses.asdict(result) for result in results])
-        return
-    for result in results:
-        videos = f"; videos: {result.videos_copied} copied, {result.videos_encoded} encoded anew"
-        has_videos = result.videos_copied + result.videos_encoded > 0
-        print(f"{result.path}: {result.episodes} episodes, {result.frames} frames{videos if has_videos else ''}")
-        for note in result.notes:
-            print(f"left out: {note}")
+        return [resample_dataset(self.dataset, self.out, fps, commands=commands, progress=progress)]
 
 
 @dataclasses.dataclass(frozen=True)

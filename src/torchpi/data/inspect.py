@@ -6,6 +6,7 @@ Where training refuses a dataset, the reasons are collected here, and the rest i
 import contextlib
 import dataclasses
 import math
+import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, UInt8
 
+from torchpi.assets import assets
 from torchpi.data import format as lerobot
 from torchpi.data.clock import check_clock, check_tolerance
 from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
@@ -26,6 +28,8 @@ from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError, TorchpiError, UnknownKeyError
 
+_TEXTS = tomllib.loads((assets() / "dataset.toml").read_text(encoding="utf-8"))
+"""Messages by rule."""
 _ANY_CLOCK = 1e9
 """A tolerance in seconds by which the numbers of a dataset with a wrong clock are read."""
 _REASONS = 20
@@ -190,8 +194,7 @@ class _Look:
     def find_readable(self) -> None:
         """Open the episodes whose numbers can be read, and check their clock."""
         if not self.metadata.tasks:
-            text = "The dataset has no instructions; training needs one for all episodes (--prompt)."
-            self.problems.append(Problem("tasks", text))
+            self.problems.append(_problem("no_tasks", "tasks"))
         reasons: dict[str, list[int]] = {}
         readable = list(self._readable([episode.index for episode in self.metadata.episodes], reasons))
         for text, episodes in reasons.items():
@@ -226,19 +229,18 @@ class _Look:
 
     def _check_clock(self, dataset: LeRobotDataset) -> None:
         """Note the episodes whose timestamps don't fit the frames per second."""
-        errors, end = [], 0
-        for episode in self.metadata.episodes:
-            if episode.index not in dataset.episode_indices:
-                continue
-            start, end = end, end + episode.length
+        errors, end, by_index = [], 0, {episode.index: episode for episode in self.metadata.episodes}
+        tolerance_s = check_tolerance(None, dataset.fps)
+        for index, length in zip(dataset.episode_indices, dataset.episode_lengths, strict=True):
+            start, end = end, end + length
+            timestamps = dataset.columns["timestamp"][start:end]
             try:
-                timestamps = dataset.columns["timestamp"][start:end]
-                check_clock(timestamps, [episode], fps=dataset.fps, tolerance_s=check_tolerance(None, dataset.fps))
+                check_clock(timestamps, [by_index[index]], fps=dataset.fps, tolerance_s=tolerance_s)
             except DatasetError as error:
-                errors.append(str(error))
+                errors.append(error)
         if errors:
-            text = f"{errors[0]} ({len(errors)} of {len(dataset.episode_indices)} episodes have such a clock.)"
-            self.problems.append(Problem("clock", text))
+            of = len(dataset.episode_indices)
+            self.problems.append(_problem("clock", "clock", first=errors[0], count=len(errors), of=of))
             self._tolerance_s = _ANY_CLOCK  # for the pictures
 
     def _open(
@@ -384,55 +386,28 @@ def _problems(
     for camera in cameras:
         repeated, looked_at = camera.repeated
         if repeated and repeated >= _REPEATED * looked_at:
-            yield Problem(
-                camera.key,
-                f"{repeated} of {looked_at} frames in motion show the image before once more: the camera was slower "
-                f"than {dataset.fps:g} frames per second, or hung. Record at its rate, or give the dataset a lower "
-                "one: torchpi data resample.",
-            )
+            yield _problem("repeated", camera.key, repeated=repeated, looked_at=looked_at, fps=dataset.fps)
     for column, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names)):
-        values = dataset.columns[column]
-        if not values.shape[1]:
-            yield Problem(column, "The dataset has none; a policy that is trained on it reads none.")
+        moves = np.ptp(dataset.columns[column], axis=0) > 0  # [d]
+        if not len(moves):
+            yield _problem("none", column)
         elif names is None:
-            yield Problem(column, "Its dimensions have no names in meta/info.json; joints can't be told apart by them.")
+            yield _problem("unnamed", column)
         if twice := [name for name, count in Counter(names or ()).items() if count > 1]:
-            yield Problem(
-                column, f"{', '.join(twice)} name several dimensions; write different names in the embodiment."
-            )
-        still = [
-            name for name, moves in zip(names_of(dataset, column), np.ptp(values, axis=0) > 0, strict=True) if not moves
-        ]
-        if still:
-            yield Problem(
-                column, f"{', '.join(still)} never change. Leave them out, or see docs/fine_tune.md on ranges."
-            )
+            yield _problem("named_twice", column, names=", ".join(twice))
+        if still := [name for name, moved in zip(names_of(dataset, column), moves, strict=True) if not moved]:
+            yield _problem("still", column, names=", ".join(still))
     for name, count in Counter(jump.dimension for jump in jumps).items():
-        yield Problem(name, _jumps_text(next(jump for jump in jumps if jump.dimension == name), count))
+        first = next(jump for jump in jumps if jump.dimension == name)
+        is_turn = any(abs(abs(first.after - first.before) / turn - 1) < 0.05 for turn in (2 * math.pi, 360))
+        yield _problem("turn" if is_turn else "jump", name, count=count, **vars(first))
     lengths = {episode.index: episode.length for episode in metadata.episodes}
     median = float(np.median(list(lengths.values())))
     if short := [index for index, length in lengths.items() if length < max(0.2 * median, 0.5 * dataset.fps)]:
-        listed = ", ".join(map(str, short[:_REASONS]))
-        yield Problem(
-            "episodes",
-            f"{listed} are shorter than half a second, or than a fifth of the others ({median:.0f} frames); "
-            "failed attempts? Leave them out (--select), or torchpi data delete.",
-        )
+        yield _problem("short", "episodes", episodes=", ".join(map(str, short)), median=median)
     if idle > _MUCH_IDLE:
-        yield Problem(
-            "idle frames", f"In {idle:.0%} of the frames nothing moves; torchpi train --skip-idle leaves them out."
-        )
+        yield _problem("idle", "idle frames", idle=idle)
 
 
-def _jumps_text(first: Jump, count: int) -> str:
-    change = abs(first.after - first.before)
-    is_turn = any(abs(change / turn - 1) < 0.05 for turn in (2 * math.pi, 360))
-    advice = (
-        "That is a whole turn of an angle: unwrap it (numpy.unwrap) before training."
-        if is_turn
-        else "A misreading, or lost frames? Leave the episode out (--select), or torchpi data delete."
-    )
-    return (
-        f"{count} sudden changes, the first one from {first.before:.4g} to {first.after:.4g} in frame {first.frame} of "
-        f"episode {first.episode}. {advice}"
-    )
+def _problem(rule: str, subject: str, **found: Any) -> Problem:
+    return Problem(subject, _TEXTS[rule].format(**found))

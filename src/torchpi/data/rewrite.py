@@ -31,8 +31,6 @@ from torchpi.errors import DatasetError
 from torchpi.extras import require
 from torchpi.robots.keys import flatten
 
-_FILE_MB = 100, 200
-"""LeRobot's limits of data files and videos, for datasets that state none."""
 _EPISODES_STATS = "meta/episodes_stats.jsonl"
 _WRITTEN_FILES = {lerobot.INFO, lerobot.STATS, lerobot.TASKS_PARQUET, lerobot.TASKS_JSONL, lerobot.EPISODES_JSONL}
 _WRITTEN_FILES |= {_EPISODES_STATS}
@@ -137,8 +135,8 @@ def _v3(info: Info) -> Info:
         fps=info.fps,
         features={**info.features, **bookkeeping},
         robot_type=info.robot_type,
-        data_file_mb=info.data_files_size_in_mb or _FILE_MB[0],
-        video_file_mb=info.video_files_size_in_mb or _FILE_MB[1],
+        data_file_mb=info.data_files_size_in_mb or 100,  # LeRobot's limits
+        video_file_mb=info.video_files_size_in_mb or 200,
     )
 
 
@@ -147,9 +145,8 @@ def _tables(pieces: Sequence[Piece], info: Info, notes: dict[str, None]) -> Iter
     pa = require("pyarrow", "data")
     names = [name for name in info.features if name not in info.videos]
     schema: Any = None
-    for (root, path), group in itertools.groupby(
-        pieces, key=lambda piece: (piece.source.root, piece.episode.data_file)
-    ):
+    by_file = itertools.groupby(pieces, key=lambda piece: (piece.source.root, piece.episode.data_file))
+    for (root, path), group in by_file:
         with open_parquet(path) as file:
             table = file.read()
         runs = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
@@ -181,9 +178,8 @@ def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
     images, kind = table.column(camera), table.schema.field(camera).type
     if pa.types.is_struct(kind) and "bytes" in kind.names and not images.combine_chunks().field("bytes").null_count:
         return table
-    rows: list[dict[str, Any]] = [
-        {"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist()
-    ]
+    found = ({"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist())
+    rows: list[dict[str, Any]] = list(found)
     for number, row in enumerate(rows):
         if row.get("bytes") is None:
             row["bytes"] = file_inside(root, row["path"], f"{path}, row {number}").read_bytes()
@@ -211,7 +207,10 @@ def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int]
     }
     fps = None if resampling is None else resampling.fps
     columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
-    stats = {key: _stated_stats(piece.row, key) for key in recording.info.cameras}
+    stats = {
+        key: {name.rpartition("/")[2]: value for name, value in piece.row.items() if name.startswith(f"stats/{key}/")}
+        for key in recording.info.cameras
+    }
     codecs: dict[str, str] = {}
     encoded = 0
     with recording.saving(SavedEpisode(len(frames), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
@@ -241,12 +240,6 @@ def _instructions(piece: Piece, table: Any) -> list[str]:
             f"{piece.source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
         )
     return [piece.source.tasks[int(index)] for index in indices]
-
-
-def _stated_stats(row: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """A camera's statistics, as the list of episodes has them."""
-    prefix = f"stats/{key}/"
-    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
 
 
 def _resampled(table: Any, frames: np.ndarray, resampling: Resampling) -> Any:

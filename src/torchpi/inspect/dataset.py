@@ -1,5 +1,6 @@
 """Views of a look at a dataset: text, and a page that needs nothing else, whose texts are in assets/dataset.html."""
 
+import shlex
 from collections.abc import Iterator, Sequence
 from functools import partial
 from html import escape
@@ -15,7 +16,7 @@ from torchpi.data.guesses import Guess
 from torchpi.data.inspect import CameraFacts, Dimension, Inspection, as_picture
 from torchpi.transforms.images import resize_with_pad
 from torchpi.ui.format import format_count, format_number
-from torchpi.ui.page import camera_images, commands, figure, html_page, page_header, page_section
+from torchpi.ui.page import camera_images, definitions, figure, html_page, page_header, page_section
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import data_uri, draw_figure, label_axes, to_svg
 from torchpi.ui.tables import Column, Table
@@ -32,14 +33,14 @@ _LISTED = 30
 def render_dataset_page(found: Inspection) -> str:
     """HTML of what was found."""
     name = Path(found.path).name
-    problems = Table([Column("subject", "name"), Column("found")], [(p.subject, p.text) for p in found.problems])
+    problems = definitions((problem.subject, problem.text) for problem in found.problems)
     sections: dict[str, dict[str, object]] = {
-        "problems": {"table": problems.to_html() if found.problems else "", "none": not found.problems},
-        "cameras": {"note": _cameras_text(found), "cameras": "".join(map(_camera, found.cameras))},
+        "problems": {"list": problems if found.problems else "", "none": not found.problems},
+        "cameras": {"note": escape(_cameras_text(found)), "cameras": "".join(map(_camera, found.cameras))},
         "dimensions": {key: _dimensions(getattr(found, key)).to_html() for key in ("state", "actions")},
         "motion": {"figures": "".join(_motion(found)), "jumps": _jumps(found).to_html() if found.jumps else ""},
         "episodes": {"lengths": _lengths(found), "tasks": _tasks(found).to_html()},
-        "next": {"commands": commands(_next(found.path))},
+        "next": {"path": escape(shlex.quote(found.path))},
     }
     return html_page(
         f"{name}: a dataset",
@@ -52,7 +53,7 @@ def render_dataset_page(found: Inspection) -> str:
 def print_inspection(found: Inspection, console: Console) -> None:
     """Print what was found."""
     console.print(Text(f"{found.path}\n{_summary(found)}"), soft_wrap=True)
-    console.print(Text(_cameras_text(found)), soft_wrap=True)
+    console.print(Text(f"Cameras: {_cameras_text(found)}"), soft_wrap=True)
     for title, dimensions in (("state", found.state), ("action", found.actions)):
         if dimensions:
             console.print(_dimensions(dimensions, title, reasons=False).to_rich())
@@ -84,7 +85,7 @@ def _tiles(found: Inspection) -> Iterator[tuple[str, str]]:
 
 
 def _cameras_text(found: Inspection) -> str:
-    return "Cameras: " + ("; ".join(_camera_text(camera) for camera in found.cameras) or "none that can be read") + "."
+    return f"{'; '.join(map(_camera_text, found.cameras)) or 'no cameras'}."
 
 
 def _camera_text(camera: CameraFacts) -> str:
@@ -163,15 +164,9 @@ def _draw_motion(drawing: "Figure", frames: np.ndarray, curves: dict[str, np.nda
 def _lengths(found: Inspection) -> str:
     def draw(drawing: "Figure") -> None:
         axes = drawing.add_subplot()
-        axes.bar(np.arange(len(found.lengths)), found.lengths, color=COLORS["prefix"], width=1.0)
+        axes.stairs(found.lengths, fill=True, color=COLORS["prefix"])
         label_axes(axes, x="episode", y="frames")
 
     return figure(
         "Lengths", "frames of each episode", to_svg(draw_figure(draw, size=(5.4, 2.4)), "Frames per episode.")
     )
-
-
-def _next(path: str) -> Iterator[tuple[str, str]]:
-    yield "Describe the robot: a file to correct", f"torchpi data draft {path} --out my_arm.json"
-    yield "Statistics as the robot sees them", f"torchpi stats {path} --embodiment my_arm.json"
-    yield "Without some episodes", f'torchpi data delete {path} --select "3,57" --out NEW'
