@@ -660,6 +660,21 @@ def test_robot_with_hook_cannot_be_converted_to_lerobot(tmp_path, golden_pi05, g
         )
 
 
+def test_robot_with_mapped_depth_cannot_be_converted_to_lerobot(tmp_path, golden_pi05, golden_root):
+    document = torchpi.robots.get_embodiment("libero").to_dict()
+    document["cameras"][1] |= {"dtype": "uint16", "depth": {"near": 0.1, "far": 1.5, "unit": "mm", "colormap": "grey"}}
+    (tmp_path / "arm.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="maps the depth of observation/wrist_image to colours, which no step of LeRo"):
+        convert(
+            golden_pi05.checkpoint,
+            tmp_path / "out",
+            "lerobot",
+            config=golden_pi05.config,
+            embodiment=str(tmp_path / "arm.json"),
+            tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+        )
+
+
 def test_the_command_reports_and_refuses(golden_pi05, tmp_path, capsys):
     arguments = [
         str(golden_pi05.root / "lerobot"),
