@@ -34,18 +34,7 @@ _HOME_OF = {
     "load_policy": "torchpi.policy",
 }
 
-__all__ = [
-    "ActionChunk",
-    "Embodiment",
-    "GemmaConfig",
-    "Observation",
-    "Pi0",
-    "Pi0Config",
-    "Policy",
-    "VisionConfig",
-    "load_model",
-    "load_policy",
-]
+__all__ = list(_HOME_OF)
 
 # What `torchpi.model.masks.make_attn_mask` needs behind a bare `import torchpi`: the module that brings the others in.
 _SUBPACKAGES = {

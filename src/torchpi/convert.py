@@ -18,8 +18,7 @@ from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
-from torchpi.checkpoints.sizes import adapt
-from torchpi.config import Pi0Config
+from torchpi.checkpoints.sizes import ConfigLike, adapt
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
@@ -87,7 +86,7 @@ def convert(
     to: Format,
     *,
     dtype: torch.dtype | None = None,
-    config: Pi0Config | str | pathlib.Path | None = None,
+    config: ConfigLike | None = None,
     sizes: Mapping[str, int] | None = None,
     lora_alpha: tuple[float, float] | None = None,
     asset_id: str | None = None,
@@ -122,7 +121,7 @@ def convert(
     adapted = adapt(model, sizes or {})
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer()
+            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer(model.config.vocab_size)
             spec = dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
             notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
         else:

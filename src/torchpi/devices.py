@@ -1,10 +1,23 @@
 """Devices: those of this machine, and how to compute on them."""
 
+import pathlib
+import re
 import warnings
 
 import torch
 
 from torchpi.errors import PolicyError
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """True if a device has bfloat16 arithmetic; one without emulates it, on a CPU some ten times slower than float32.
+
+    A CUDA device that is not here is taken for one that has it.
+    """
+    if device.type != "cpu":
+        return not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
+    flags = pathlib.Path("/proc/cpuinfo")  # of Linux; x86's names, and ARM's
+    return flags.is_file() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", flags.read_text()) is not None
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

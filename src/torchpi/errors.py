@@ -1,7 +1,24 @@
-"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been.
+"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been; and
+phrases of their messages.
 
 A message says what failed, what was found, what was expected and what to do. Catch `TorchpiError` for all of them.
 """
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def first_of(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
+    """The first texts of many, and how many there are more."""
+    more = f" and {len(texts) - most} more" if len(texts) > most else ""
+    return f"{separator.join(texts[:most])}{more}"
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None: none is similar."""
+    by_lower = {other.lower(): other for other in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
+    return by_lower[found[0]] if found else None
 
 
 class TorchpiError(Exception):

@@ -12,9 +12,9 @@ import torch
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.sizes import ConfigLike
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.collate import collate, rtc_inputs
-from torchpi.config import Pi0Config
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
 from torchpi.engine.quantize import quantization_of
@@ -82,6 +82,7 @@ class Policy:
             image_size=(config.image_size, config.image_size),
             prompt_format=prompt_format,
             truncation=truncation,
+            names={"state": embodiment.state_names, "actions": embodiment.action_names},
         )
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
         self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
@@ -246,8 +247,20 @@ class Policy:
         self.engine = None if mode == "eager" else InferenceEngine(self.model, mode=mode, **settings)
 
     def example_observation(self) -> dict[str, Any]:
-        """A valid request with made-up contents."""
-        return self.embodiment.example_observation(state_dim=self._state_dim)
+        """A valid request with made-up contents; its state is the mean of the training data, within their range."""
+        stats, rule = self.transforms.norm_stats["state"], self.transforms.normalization["state"]
+        state = np.clip(stats.mean, *stats.training_range(rule.kind))[: self._state_dim]
+        return self.embodiment.example_observation(state_dim=self._state_dim, state=state)
+
+    def __repr__(self) -> str:
+        """The policy in a line."""
+        config, count = self.model.config, sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.model.embedding.dtype).removeprefix("torch.")
+        return (
+            f"<Policy of {self.embodiment.name}: {config.variant}, {count / 1e6:.4g} M parameters, {dtype} on "
+            f"{self.model.device}, chunks of {config.action_horizon or 'any number of'} actions of "
+            f"{self.embodiment.action_size} dimensions>"
+        )
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -345,7 +358,7 @@ def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
 def load_policy(
     path: str | pathlib.Path,
     *,
-    config: Pi0Config | str | pathlib.Path | None = None,
+    config: ConfigLike | None = None,
     embodiment: str | pathlib.Path | Embodiment | None = None,
     normalization: Literal["z_score", "quantile"] | None = None,
     norm_stats: str | pathlib.Path | None = None,
@@ -366,7 +379,7 @@ def load_policy(
     Args:
         path: a folder, see `load_model`; an address hf://… or gs://…, see `checkpoints.hub.fetch`; or "demo". The
             address of a published openpi checkpoint implies robot and config.
-        config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
+        config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
         embodiment: a name ("aloha", "droid", "libero", or that of a published policy), a JSON file, or an Embodiment.
         normalization: by default the checkpoint's; where it states none, z_score for π₀ and quantile for π₀.₅.
         norm_stats: a norm_stats.json, or the folder with it.
@@ -399,7 +412,7 @@ def load_policy(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8)
-    policy = policy_of(model, spec.with_tokenizer())
+    policy = policy_of(model, spec.with_tokenizer(model.config.vocab_size))
     policy.use_engine(engine)
     return policy
 

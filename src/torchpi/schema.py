@@ -1,6 +1,5 @@
 """JSON documents → dataclasses: the one validator of every file that users or other programs write."""
 
-import difflib
 import json
 import pathlib
 import re
@@ -10,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 import msgspec.inspect as schema
 
-from torchpi.errors import ConfigError, MissingFileError, TorchpiError
+from torchpi.errors import ConfigError, MissingFileError, TorchpiError, closest
 
 T = TypeVar("T")
 
@@ -114,8 +113,8 @@ def _at(kind: schema.Type, value: Any, path: str) -> tuple[tuple[schema.Type, ..
 
 
 def _suggestion(path: str, known: tuple[str, ...]) -> str:
-    close = difflib.get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=0.75)
-    return f" (did you mean {close[0]}?)" if close else ""
+    close = closest(path.rpartition(".")[2], known)
+    return f" (did you mean {close}?)" if close else ""
 
 
 def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:

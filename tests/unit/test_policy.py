@@ -12,6 +12,7 @@ import torch
 
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.checkpoints.spec import PolicySpec
 from torchpi.collate import collate
 from torchpi.devices import fastest_dtype
 from torchpi.robots import EMBODIMENTS, Camera, get_embodiment
@@ -496,8 +497,9 @@ def test_an_unknown_embodiment_is_a_key_error_that_lists_the_robots(checkpoint, 
 @pytest.mark.usefixtures("offline")
 def test_without_tokenizer_the_published_models_one_is_fetched(checkpoint):
     add_stats(checkpoint, "tiny_robot")
-    with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand"):
+    with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand") as caught:
         load(checkpoint, None)
+    assert "pass tokenizer= with that of 512 tokens" in caught.value.__notes__[0]
 
 
 def test_a_robot_that_does_not_fit_the_model_is_an_error(checkpoint, tokenizer):
@@ -567,7 +569,7 @@ def test_the_demo_is_a_policy_like_any_other():
 def test_the_demo_is_overruled_like_any_other():
     policy = torchpi.load_policy("demo", device="cpu", normalization="z_score")
     assert {rule.kind for rule in policy.transforms.normalization.values()} == {"z_score"}
-    with pytest.raises(ValueError, match="embodiment 'aloha' has a state of 14 dimensions"):
+    with pytest.raises(ValueError, match="whose state has 4 dimensions; that of embodiment 'aloha' has 14"):
         torchpi.load_policy("demo", embodiment="aloha", device="cpu")
 
 
@@ -614,3 +616,61 @@ def test_an_unknown_engine_is_an_error_that_lists_the_known_ones(make_policy, mo
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which checks types in the tests only
     with pytest.raises(ValueError, match=r"Unknown engine 'fast'; expected one of auto, eager, compiled, graph"):
         make_policy().use_engine("fast")
+
+
+def test_repr_is_a_line(demo_policy):
+    assert repr(demo_policy) == (
+        "<Policy of metaworld: π₀.₅, 3.754 M parameters, float32 on cpu, chunks of 16 actions of 4 dimensions>"
+    )
+
+
+@pytest.fixture(scope="module")
+def demo_policy():
+    return torchpi.load_policy("demo", device="cpu")
+
+
+def test_config_may_be_a_partial_dict(golden_root):
+    path = golden_root / "pi05" / "jax_ckpt_pure"
+    assert torchpi.load_model(path, config={"action_horizon": 7}).config.action_horizon == 7
+    with pytest.raises(ValueError, match=r"unknown fields horizon.*known are pi05"):
+        torchpi.load_model(path, config={"horizon": 7})
+
+
+def test_another_robots_dimensions_need_its_statistics(tmp_path):
+    with pytest.raises(ValueError, match=r"'metaworld', whose state has 4 .* 'two_joints' has 2.* norm_stats="):
+        torchpi.load_policy("demo", embodiment=TWO_JOINTS)
+    one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+    save_norm_stats(tmp_path, {"state": one, "actions": one})
+    policy = torchpi.load_policy("demo", embodiment=TWO_JOINTS, norm_stats=tmp_path, device="cpu")
+    assert policy.infer(policy.example_observation(), num_steps=1)["actions"].shape == (16, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Demo", "did you mean demo?"),
+        ("PI05_base", "did you mean gs://openpi-assets/checkpoints/pi05_base?"),
+        ("pi06", "Published are pi0_base, pi05_base, "),
+        ("org/name", "hf://org/name"),
+    ],
+)
+def test_an_address_at_which_nothing_is_brings_the_ones_that_may_be_meant(name, hint):
+    with pytest.raises(FileNotFoundError, match=re.escape(hint)):
+        torchpi.load_policy(name)
+
+
+def test_example_observation_is_inside_of_the_training_data(demo_policy, golden_root):
+    statistics = demo_policy.transforms.norm_stats["state"]
+    low, high = statistics.training_range()
+    state = demo_policy.example_observation()["state"]
+    assert (low <= state).all()
+    assert (state <= high).all()
+    # In the robot's units, where a hook converts them.
+    aloha = get_embodiment("aloha")
+    inside = np.linspace(0.1, 0.9, 14)
+    sample = aloha.to_model(aloha.example_observation(state=inside))
+    np.testing.assert_allclose(sample["state"], inside, atol=1e-12)
+
+
+def test_the_vocabulary_of_the_packaged_tokenizer_takes_it():
+    assert PolicySpec("a checkpoint").with_tokenizer(1024).tokenizer.name == "tiny_tokenizer.model"

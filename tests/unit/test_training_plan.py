@@ -5,13 +5,16 @@ import gc
 import importlib.util
 import json
 import pathlib
+import random
 
 import pytest
 import torch
+import train_helpers
 from torch.profiler import ProfilerActivity, profile
 
 from torchpi.cli import main
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
+from torchpi.training import loop
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import single_process
@@ -58,7 +61,9 @@ def tiny(tmp_path_factory):
 
 def recipe(folder: pathlib.Path, sizes: Pi0Config) -> TrainConfig:
     (folder / "model.json").write_text(json.dumps(sizes.to_dict()))
-    return TrainConfig(embodiment="metaworld", model=str(folder / "model.json"), batch_size=8, holdout_samples=8)
+    return TrainConfig(
+        embodiment="metaworld", model=str(folder / "model.json"), batch_size=8, holdout_samples=8, dtype="bfloat16"
+    )
 
 
 def measured(config: TrainConfig, sizes: Pi0Config) -> int:
@@ -178,3 +183,46 @@ def test_mistakes_are_named(tiny):
         plan(tiny, world_size=3, local_world_size=3)
     with pytest.raises(ValueError, match="--embodiment"):
         plan(TrainConfig(model="tiny"), world_size=1, local_world_size=1)
+
+
+CHOICES = {
+    "finetune": ("full", "frozen_vision", "expert", "lora", "lora_strict"),
+    "activation_checkpointing": ("none", "full", "selective"),
+    "grad_accum_steps": (1, 2, 4),
+    "flow_samples_per_obs": (1, 3),
+    "loss": ("all", "real"),
+    "max_action_prefix": (0, 3),
+    "ema_decay": (0.0, 0.99),
+    "dtype": ("float32", "bfloat16", None),
+    "frozen_dtype": ("float32", "bfloat16"),
+    "parallel": ("ddp", "fsdp", "hybrid"),
+    "shard_size": (0, 2),
+    "chunk_samples": (0, 2),
+    "state_noise": (0.0, 0.1),
+    "skip_idle": (False, True),
+}
+
+
+@pytest.mark.parametrize(("first", "count"), [(0, 1), pytest.param(1, 12, marks=pytest.mark.slow)])
+def test_what_trains_can_be_planned(first, count, tmp_path):
+    """Random options: each is planned for one process and for two, as it would be shared, and trained."""
+    train_helpers.write_dataset(tmp_path / "set")
+    base = recipe(tmp_path, train_helpers.SIZES)
+    data = {"dataset": str(tmp_path / "set"), "workers": 0, "trackers": (), "num_steps": 1, "holdout_samples": 2}
+    for number in range(first, first + count):
+        rng = random.Random(number)
+        options = {name: rng.choice(values) for name, values in CHOICES.items()}
+        is_lora = options["finetune"].startswith("lora")
+        config = base.replace(**options, init=BASE if is_lora else None)
+        trained = config.replace(**data, **({"init": None, "finetune": "full"} if is_lora else {}))
+        if options["parallel"] == "hybrid" and options["shard_size"] == 2:
+            for refused in (
+                lambda config=config: plan(config, world_size=1, local_world_size=1),
+                lambda config=trained, run=tmp_path / f"run_{number}": loop.train(config, run),
+            ):
+                with pytest.raises(ValueError, match="can't divide the 1 processes into groups of shard_size 2"):
+                    refused()
+            continue
+        for world_size in (1, 2):
+            assert plan(config, world_size=world_size, local_world_size=world_size, device_memory=10**12).fits
+        assert loop.train(trained, tmp_path / f"run_{number}").step == 1, options

@@ -1,12 +1,11 @@
 """Addresses of checkpoints: a folder or one of its files, hf://…, gs://…, or "demo", the embedded policy."""
 
-import difflib
 import pathlib
 import re
 
 from torchpi.assets import assets
 from torchpi.config import PRESETS
-from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.errors import CheckpointError, MissingFileError, closest
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
 PUBLISHED_NAMES = tuple(name for name in PRESETS if name not in ("pi0", "pi05", "tiny", "tiny_pi0"))
@@ -59,8 +58,10 @@ def _hint(path: str) -> str:
         return f"the published one is {PUBLISHED}{path}."
     possible = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
     addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
-    close = difflib.get_close_matches(path, addresses, n=1, cutoff=0.75)
-    return f"did you mean {addresses[close[0]]}? Possible are {possible}" if close else f"expected {possible}"
+    if close := closest(path, addresses):
+        return f"did you mean {addresses[close]}? Possible are {possible}"
+    published = "" if "/" in path else f" Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
+    return f"expected {possible}{published}"
 
 
 def hub_hint(path: str) -> str:

@@ -182,7 +182,7 @@ def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = Non
 def load_model(
     path: str | pathlib.Path,
     *,
-    config: Pi0Config | str | pathlib.Path | None = None,
+    config: ConfigLike | None = None,
     adapt: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -199,7 +199,7 @@ def load_model(
     Args:
         path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, or the folder of a
             training run with a single step; an address hf://… or gs://…; or "demo", the embedded policy.
-        config: a Pi0Config, a JSON file (may be partial), or the name of a preset.
+        config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
         adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
         dtype: of the weights, and so of the computation.
         device: where the weights go.
@@ -230,6 +230,13 @@ def format_of(root: pathlib.Path) -> Format:
     return _probe(root)[0]
 
 
+_BELOW = (
+    *("*/params/_METADATA", "pretrained_model/config.json", "checkpoints/*/pretrained_model/config.json"),
+    *("policy/policy.json", "checkpoints/*/policy/policy.json"),
+)
+"""Files of checkpoints in the folders of training runs, openpi's, LeRobot's and ours."""
+
+
 def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
     """The format of the checkpoint in a folder, the folder of its arrays, and the PyTorch formats' config.json."""
     found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
@@ -249,6 +256,9 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         )
     if found:
         return found[0]
+    inside = [file for pattern in _BELOW for file in sorted(root.glob(pattern))]
+    if inside:
+        raise CheckpointError(f"{root} is no checkpoint itself; the last one in it is {inside[-1].parent}.")
     names = sorted(entry.name for entry in root.iterdir())
     unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
     raise CheckpointError(

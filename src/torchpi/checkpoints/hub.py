@@ -414,5 +414,5 @@ def _explained(source: _Bucket | _Repository, error: Exception) -> Exception:
         by_hand += f"\n  and {len(missing) - 10} more, listed in {_beside(source.listing, '.download.json')}"
     return MissingFileError(
         f"{source.address} is not complete in the cache, and cannot be downloaded now ({cause}). Try again when there "
-        f"is a connection, or place what is missing by hand:{by_hand}\nA whole folder comes with: {source.tool}"
+        f"is a connection, or place what is missing by hand:{by_hand}\nAll of it comes with: {source.tool}"
     )

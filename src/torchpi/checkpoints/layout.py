@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchpi.config import Pi0Config
 from torchpi.engine.quantize import Quantization, attach_quantization, check_device
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, first_of
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_layers
 from torchpi.model.pi0 import Pi0
 
@@ -197,9 +197,8 @@ def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
     if any(problems.values()):
         message = f"{arrays.source} does not fit the model:"
         for problem, names in problems.items():
-            more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
             separator = "; " if problem == "misshapen" else ", "
-            message += f"\n  {problem}: {separator.join(names[:_MOST_NAMED] + more)}" if names else ""
+            message += f"\n  {problem}: {first_of(names, _MOST_NAMED, separator)}" if names else ""
         raise CheckpointError(message)
 
 

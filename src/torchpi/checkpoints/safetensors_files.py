@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchpi.checkpoints.layout import Shapes, require_writable
-from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.errors import CheckpointError, MissingFileError, first_of
 from torchpi.schema import parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -126,8 +126,7 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
 def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mapping[str, pathlib.Path]) -> None:
     wrong = sorted(name for name in {*expected, *found} if name not in found or expected.get(name) != found[name].name)
     if wrong:
-        shown = ", ".join(wrong[:8]) + (f" and {len(wrong) - 8} more" if len(wrong) > 8 else "")
-        raise CheckpointError(f"{index} and the files disagree about {shown}; get the checkpoint again.")
+        raise CheckpointError(f"{index} and the files disagree about {first_of(wrong)}; get the checkpoint again.")
 
 
 def write_safetensors(

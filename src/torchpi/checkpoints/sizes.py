@@ -14,8 +14,8 @@ from torchpi.model.suffix import Pi0Suffix
 from torchpi.robots.keys import flatten
 from torchpi.schema import read_json_object
 
-ConfigLike = Pi0Config | str | pathlib.Path
-"""A Pi0Config, a JSON file (may be partial), or the name of a preset."""
+ConfigLike = Pi0Config | Mapping[str, Any] | str | pathlib.Path
+"""A Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset."""
 
 # Our fields by the names of the PyTorch formats; their names of variants are names of code, and say no sizes.
 _OPENPI_FIELDS = {"action_dim": "action_dim", "action_horizon": "action_horizon"}
@@ -29,9 +29,11 @@ ADAPTABLE = ("action_dim", "action_horizon", "max_token_len", "discrete_state_in
 
 
 def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
-    """The argument `config=`; a file's object may be partial."""
+    """The argument `config=`; a dict and a file's object may be partial."""
     if isinstance(config, Pi0Config):
         return config
+    if isinstance(config, Mapping):
+        return dict(config)
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
     if isinstance(config, str) and not pathlib.Path(config).is_file():

@@ -5,11 +5,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
 from torchpi.config import PRESETS
-from torchpi.errors import MissingFileError, PolicyError
+from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
+from torchpi.transforms.prompt import load_tokenizer
 
 TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
@@ -60,6 +62,7 @@ class PolicySpec:
                 f"{self.source} does not say which robot it is for: pass embodiment=, one of {', '.join(EMBODIMENTS)}, "
                 f"a JSON file, or an Embodiment (and config=, one of {', '.join(PRESETS)}, or your own)."
             )
+        self._check_robot(robot, norm_stats)
         if asset_id is not None and (self.norm_stats or norm_stats):
             other = "norm_stats= gives a file" if norm_stats else f"{self.source} has statistics of its own"
             raise PolicyError(
@@ -83,8 +86,24 @@ class PolicySpec:
             truncation=truncation or self.truncation,
         )
 
-    def with_tokenizer(self, default: str = TOKENIZER) -> "PolicySpec":
-        """The spec with the default tokenizer, downloaded into the cache, where the checkpoint may have none."""
+    def _check_robot(self, robot: Embodiment, norm_stats: str | pathlib.Path | None) -> None:
+        """Refuse another robot than the checkpoint's whose dimensions its statistics can't be those of."""
+        own = self.embodiment
+        if own is None or self.norm_stats is None or norm_stats is not None:
+            return
+        lengths = {"state": (robot.state_dims, own.state_dims), "action": ([robot.action_size], [own.action_size])}
+        for what, (dims, own_dims) in lengths.items():
+            if not {*dims} & {*own_dims}:
+                raise PolicyError(
+                    f"{self.source} is of embodiment {own.name!r}, whose {what} has {own_dims[-1]} dimensions; that of "
+                    f"embodiment {robot.name!r} has {dims[-1]}. Take that robot, or pass norm_stats= with statistics "
+                    "of this one."
+                )
+
+    def with_tokenizer(self, vocab_size: int) -> "PolicySpec":
+        """The spec with a tokenizer, where the checkpoint has none: the packaged one if the model's vocabulary is its
+        own, or the published models', downloaded into the cache.
+        """
         if self.tokenizer:
             return self
         if self.is_policy_folder:
@@ -92,7 +111,14 @@ class PolicySpec:
                 f"{self.source} has no tokenizer.model or tokenizer.json, which a policy folder holds; get it again, "
                 "or pass tokenizer= with the file."
             )
-        return dataclasses.replace(self, tokenizer=existing_file(default))
+        packaged = assets() / "tiny_tokenizer.model"
+        if load_tokenizer(packaged).vocab_size == vocab_size:
+            return dataclasses.replace(self, tokenizer=packaged)
+        try:
+            return dataclasses.replace(self, tokenizer=existing_file(TOKENIZER))
+        except (OSError, CheckpointError, MissingExtraError) as error:
+            error.add_note(f"It is the published models' tokenizer; pass tokenizer= with that of {vocab_size} tokens.")
+            raise
 
     def asset(self, asset_id: str | None, robots_asset_id: str | None = None) -> pathlib.Path:
         """The norm_stats.json of a robot in an openpi checkpoint."""

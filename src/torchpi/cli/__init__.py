@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
-        message = " ".join(map(str, (error, *getattr(error, "__notes__", ()))))
+        separator = "\n" if "\n" in str(error) else " "
+        message = separator.join(map(str, (error, *getattr(error, "__notes__", ()))))
         print("error:", in_options(message, options), file=sys.stderr)
         raise SystemExit(1) from None
     if status:

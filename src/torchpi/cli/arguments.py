@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import tomllib
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -9,43 +10,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from torchpi.assets import assets
 from torchpi.errors import UsageError
 
 REGISTRY = ConstructorRegistry()
-_ELSEWHERE = {
-    "--policy.path": "--init|POLICY",
-    "--policy.pretrained-path": "--init|POLICY",
-    "--policy.dir": "POLICY",
-    "--policy.config": "--config",
-    "--policy.type": "--model",
-    "--policy.device": "--device",
-    "--policy.dtype": "--dtype",
-    "--dataset.repo-id": "--dataset|DATASET",
-    "--dataset.root": "--dataset|DATASET",
-    "--dataset.episodes": "--select",
-    "--rename-map": "--rename",
-    "--output-dir": "--out",
-    "--exp-name": "--out",
-    "--config-path": "--resume",
-    "--steps": "--num-steps",
-    "--num-train-steps": "--num-steps",
-    "--num-workers": "--workers",
-    "--log-freq": "--log-every",
-    "--log-interval": "--log-every",
-    "--eval-freq": "--eval-every",
-    "--save-freq": "--save-every",
-    "--save-interval": "--save-every",
-    "--keep-period": "--keep-every",
-    "--wandb.enable": "--trackers",
-    "--wandb-enabled": "--trackers",
-    "--wandb.project": "--wandb-project",
-    "--job-name": "--wandb-name|--out",
-    "--env.type": "--env",
-    "--env.task": "--tasks",
-    "--eval.n-episodes": "--env-episodes|--episodes",
-    "--eval.batch-size": "--workers",
-}
-"""Arguments that replace options of LeRobot and openpi; of several, the first that the command has."""
 
 
 @REGISTRY.primitive_rule
@@ -100,14 +68,19 @@ def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
         flag = given.replace("_", "-") if given.startswith("--") else given
         if flag in renamed:
             raise UsageError(f"{flag} is now {renamed[flag]}.")
-        here = [option for option in _ELSEWHERE.get(flag, "").split("|") if option in options.values()]
-        if here and flag not in options.values():
-            raise UsageError(f"torchpi {name} has no {flag}, it has {here[0]}; see torchpi {name} --help.")
+        if flag.startswith("--") and flag not in options.values() and (here := _elsewhere(flag, options)):
+            raise UsageError(f"torchpi {name} has no {flag}, it has {here}; see torchpi {name} --help.")
         if flag in by_name:
             by_name[flag] = value if equals else next(remaining, "")
         else:
             words.append(f"{aliases[flag]}{equals}{value}" if flag in aliases else word)
     return [*filter(None, by_name.values()), *words]
+
+
+def _elsewhere(flag: str, options: Mapping[str, str]) -> str | None:
+    """The argument here that replaces an option of LeRobot or openpi."""
+    table = tomllib.loads((assets() / "options.toml").read_text(encoding="utf-8"))
+    return next((option for option in table.get(flag, ()) if option in options.values()), None)
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from torchpi.config import LoraConfig
-from torchpi.errors import UsageError
+from torchpi.errors import TrainingError, UsageError
 from torchpi.training.config import RENAMED, RENAMED_VALUES, Augmentation, TrainConfig
 
 
@@ -62,6 +62,8 @@ class Train:
             return run_plan(config, world_size=self.plan_world, memory_gb=self.plan_memory, as_json=self.json)
         if self.plan_world is not None or self.plan_memory is not None or self.json:
             raise UsageError("--plan-world, --plan-memory and --json belong to --plan.")
+        import torch
+
         from torchpi.training.loop import train
 
         if self.resume is not None and (self.out is not None or self.recipe is not None):
@@ -76,7 +78,13 @@ class Train:
                     f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help."
                 )
         assert out is not None
-        result = train(config, out, resume=self.resume is not None)
+        try:
+            result = train(config, out, resume=self.resume is not None)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"The device has not enough memory: {str(error).splitlines()[0]} torchpi train --plan, with the same "
+                "options, shows what takes it and which options take less."
+            ) from error
         if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
             return 0
         if result.interrupted:

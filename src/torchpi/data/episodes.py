@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from torchpi.data.metadata import Episode, open_metadata
-from torchpi.errors import DatasetError
+from torchpi.errors import DatasetError, first_of
 
 _TASK = "task:"
 _TASKS_SHOWN = 20
@@ -107,8 +107,7 @@ def _of_tasks(episodes: Sequence[Episode], patterns: str) -> set[int]:
         }
         if not found:
             counts = Counter(task for episode in episodes for task in episode.tasks)
-            there = ", ".join(f"{task!r} ({count} episodes)" for task, count in counts.most_common(_TASKS_SHOWN))
-            more = f" and {len(counts) - _TASKS_SHOWN} more" if len(counts) > _TASKS_SHOWN else ""
-            raise DatasetError(f"No task matches {pattern!r}; there are {there}{more}.")
+            there = first_of([f"{task!r} ({count} episodes)" for task, count in counts.most_common()], _TASKS_SHOWN)
+            raise DatasetError(f"No task matches {pattern!r}; there are {there}.")
         chosen |= found
     return chosen

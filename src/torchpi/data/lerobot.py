@@ -132,6 +132,13 @@ class LeRobotDataset:
         """Frames per second of meta/info.json."""
         return self._metadata.info.fps
 
+    def __repr__(self) -> str:
+        cameras = ", ".join(name.removeprefix("observation.images.") for name in self.camera_keys)
+        return (
+            f"<LeRobotDataset {self.path}: {len(self.episode_lengths)} episodes, {len(self)} frames at {self.fps:g} Hz,"
+            f" cameras {cameras or 'not read'}>"
+        )
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from torchpi.errors import first_of
 from torchpi.inspect.diagnosis import (
     RULES,
     ActionCheck,
@@ -78,8 +79,7 @@ def diagnose(
 def _check_weights(policy: Policy) -> Iterator[Finding]:
     broken = [name for name, weight in policy.model.named_parameters() if not torch.isfinite(weight.float()).all()]
     if broken:
-        more = f" and {len(broken) - 5} more" if len(broken) > 5 else ""
-        yield finding("weights_not_finite", "weights", names=", ".join(broken[:5]) + more)
+        yield finding("weights_not_finite", "weights", names=first_of(broken, 5))
 
 
 class _Examination:

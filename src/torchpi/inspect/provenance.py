@@ -16,7 +16,7 @@ from typing import Any
 from torchpi.errors import SimulationError
 from torchpi.policy import Policy
 from torchpi.ui.format import format_count
-from torchpi.ui.tables import Rate, wilson_interval
+from torchpi.ui.tables import Rate
 
 
 def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
@@ -29,11 +29,8 @@ def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
     if results is None:
         return {}
     try:
-        return {
-            task: Rate(float(entry["success_rate"]), (entry["interval"][0], entry["interval"][1]), entry["episodes"])
-            for task, entry in results["tasks"].items()
-        }
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        return {task: Rate.from_json(entry) for task, entry in results["tasks"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SimulationError(
             f"{name} in the policy's provenance is not what `torchpi eval --json` prints: expected tasks, by name, "
             f"each with success_rate, interval and episodes ({type(error).__name__}: {error})."
@@ -42,9 +39,8 @@ def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
 
 def overall(rates: Mapping[str, Rate]) -> Rate:
     """All tasks together."""
-    episodes = sum(rate.episodes for rate in rates.values())
     successes = round(sum(rate.success_rate * rate.episodes for rate in rates.values()))
-    return Rate(successes / episodes, wilson_interval(successes, episodes), episodes)
+    return Rate.of(successes, sum(rate.episodes for rate in rates.values()))
 
 
 def describe_policy(policy: Policy) -> list[tuple[str, str]]:

@@ -38,6 +38,13 @@ def gripper_to_angular(opening: np.ndarray) -> Float[np.ndarray, "..."]:
     return (angle - _ANGLE_CLOSED) / (_ANGLE_OPEN - _ANGLE_CLOSED)
 
 
+def gripper_to_opening(angular: np.ndarray) -> Float[np.ndarray, "..."]:
+    """The inverse of `gripper_to_angular`."""
+    horn = _HORN_RADIUS * np.sin(angular * (_ANGLE_OPEN - _ANGLE_CLOSED) + _ANGLE_CLOSED)
+    linear = horn + np.sqrt(horn**2 + _ARM_LENGTH**2 - _HORN_RADIUS**2)
+    return (linear - _LINEAR_CLOSED) / (_LINEAR_OPEN - _LINEAR_CLOSED)
+
+
 def gripper_from_angular(angular: np.ndarray) -> Float[np.ndarray, "..."]:
     """ALOHA's gripper command from π₀'s gripper action."""
     return (angular + _ANGLE_CLOSED - _COMMAND_CLOSED) / (_COMMAND_OPEN - _COMMAND_CLOSED)
@@ -58,4 +65,5 @@ HOOKS["aloha_pi"] = Hook(
     state_to_model=partial(_converted, gripper=gripper_to_angular),
     actions_to_model=partial(_converted, gripper=gripper_command_to_angular),
     actions_to_robot=partial(_converted, gripper=gripper_from_angular),
+    state_to_robot=partial(_converted, gripper=gripper_to_opening),
 )

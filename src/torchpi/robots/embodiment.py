@@ -291,15 +291,24 @@ class Embodiment:
             actions = absolute_actions(actions, state, self.action_mask)
         return HOOKS[self.hook].actions_to_robot(actions) if self.hook else actions
 
-    def example_observation(self, *, state_dim: int | None = None) -> dict[str, Any]:
-        """A request that `to_model` takes: the same noise images at every call, zeros as the state, by default of its
-        largest length, a prompt."""
-        rng = np.random.default_rng(0)
+    def example_observation(
+        self, *, state_dim: int | None = None, state: Float[np.ndarray, " s"] | None = None
+    ) -> dict[str, Any]:
+        """A request that `to_model` takes: the same noise images at every call, and a prompt.
+
+        Args:
+            state_dim: length of a state of zeros; by default the largest.
+            state: in the model's units, in place of zeros.
+        """
+        rng, hook = np.random.default_rng(0), HOOKS[self.hook] if self.hook else None
         flat: dict[str, Any] = {camera.key: camera.example(rng) for camera in self.read_cameras if camera.key}
-        flat |= {part.key: np.zeros(len(part.names)) for part in self.state}
-        if state_dim is not None and self.state:  # only the last part may be shorter
-            last = self.state[-1]
-            flat[last.key] = np.zeros(len(last.names) - (len(self.state_names) - state_dim))
+        values = np.zeros(len(self.state_names) if state_dim is None else state_dim)
+        if state is not None and hook is None:
+            values = state
+        elif state is not None and hook is not None and hook.state_to_robot is not None:
+            values = hook.state_to_robot(state)
+        for part in self.state:  # only the last part may be shorter
+            flat[part.key], values = values[: len(part.names)], values[len(part.names) :]
         flat["prompt"] = self.default_prompt or "pick up the object"
         return nest(flat)
 

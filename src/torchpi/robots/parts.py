@@ -172,6 +172,8 @@ class Hook:
     """[H, a] to [H, a], the inverse of actions_to_robot."""
     actions_to_robot: Callable[[np.ndarray], np.ndarray]
     """[H, a] to [H, a]."""
+    state_to_robot: Callable[[np.ndarray], np.ndarray] | None = None
+    """[s] to [s], the inverse of state_to_model, for example observations; None: they have a state of zeros."""
 
 
 HOOKS: dict[str, Hook] = {}

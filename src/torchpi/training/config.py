@@ -1,7 +1,6 @@
 """A training recipe: everything that decides a run, in groups, as one JSON document."""
 
 import dataclasses
-import difflib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ import tyro
 
 from torchpi.assets import assets
 from torchpi.config import Finetune, LoraConfig
-from torchpi.errors import MissingFileError, TrainingError
+from torchpi.errors import MissingFileError, TrainingError, closest
 from torchpi.schema import parse, read_json
 
 Schedule = Literal["cosine", "rsqrt", "constant"]
@@ -164,8 +163,9 @@ class ModelConfig(_Checked):
     """Rank and alpha of "lora" and "lora_strict"."""
     frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the frozen weights in memory."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Dtype of the matmuls; weights, accumulated gradients and the optimizer are float32."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the matmuls, by default bfloat16 where the device has such arithmetic and float32 elsewhere; weights,
+    accumulated gradients and the optimizer are float32."""
     activation_checkpointing: Checkpointing = "none"
     """Activations that are recomputed in the backward pass instead of kept: "none", "full" (all but each layer's input)
     or "selective" (all but the results of matmuls with weights)."""
@@ -272,8 +272,8 @@ class _FlatFields(type):
         for group, name in places:
             if (group, name) in _OPTIONS or (not group and name in _GROUPS):
                 continue
-            close = difflib.get_close_matches(name, [*_PLACES, *_GROUPS, *RENAMED], 1)
-            hint = f"did you mean {RENAMED.get(close[0], close[0])}?" if close else "torchpi train --help lists all."
+            close = closest(name, [*_PLACES, *_GROUPS, *RENAMED])
+            hint = f"did you mean {RENAMED.get(close, close)}?" if close else "torchpi train --help lists all."
             raise TrainingError(f"A recipe has no option {name}; {hint}")
         return super().__call__(
             **{
@@ -301,6 +301,10 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
     """Updates between lines in metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Trackers of the metrics besides metrics.jsonl: tensorboard, wandb."""
+    wandb_project: str | None = None
+    """Project at Weights & Biases, by default that of WANDB_PROJECT, or torchpi."""
+    wandb_name: str | None = None
+    """The run's name there, by default that of WANDB_NAME, or of its folder."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)

@@ -73,6 +73,8 @@ def process_group(device: str | None) -> Iterator[World]:
         with warnings.catch_warnings():
             # FSDP2 warns of views that leave a module (values, chunks), because nobody may write to them; nobody does.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+            if dist.get_rank():
+                warnings.simplefilter("ignore")  # the main process gives them
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
             yield World(dist.get_rank(), dist.get_world_size(), own, group)
     finally:
@@ -175,16 +177,23 @@ def _gradients_in_buckets(ddp: nn.parallel.DistributedDataParallel) -> dict[nn.P
     return found
 
 
-def _mesh(strategy: str, world: World, shard_size: int) -> DeviceMesh:
-    if strategy == "fsdp":
-        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    if shard_size < 1 or world.size % shard_size:
+def num_shards(strategy: str, world_size: int, shard_size: int) -> int:
+    """The processes that share one copy of the model."""
+    if strategy != "hybrid":
+        return {"ddp": 1, "fsdp": world_size}[strategy]
+    if shard_size < 1 or world_size % shard_size:
         raise TrainingError(
-            f"parallel 'hybrid' can't divide the {world.size} processes into groups of shard_size {shard_size}; choose "
+            f"parallel 'hybrid' can't divide the {world_size} processes into groups of shard_size {shard_size}; choose "
             "a shard_size that divides their number."
         )
-    shape = (world.size // shard_size, shard_size)
-    return init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    return shard_size
+
+
+def _mesh(strategy: str, world: World, shard_size: int) -> DeviceMesh:
+    shards = num_shards(strategy, world.size, shard_size)
+    if strategy == "fsdp":
+        return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
+    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:

@@ -9,9 +9,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
+from torchpi.data.format import ACTION
 from torchpi.errors import TrainingError
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
 from torchpi.evaluation.errors import errors_of
@@ -208,6 +210,11 @@ class Holdout:
         ]
         self._samples = Samples(frames, SampleRng(self.config.seed, FLOW_SAMPLES))
         self._batches = list(self._prepare(frames)) if frames else []
+        self._recorded = [
+            np.concatenate([part.columns[ACTION] for part in (source.train, source.holdout) if part is not None])
+            for source in data
+        ]
+        """Actions of each dataset, whose ranges the errors are relative to."""
 
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
         """This process' part of each batch, images as bytes, and whether it counts: all processes have as many."""
@@ -251,7 +258,7 @@ class Holdout:
         numbers: dict[str, Any] = {}
         seed, count = self.config.seed, self.config.eval.chunk_samples
         names = robot_names([policy.embodiment for policy in self.policies])
-        for number, (policy, source) in enumerate(zip(self.policies, self.data, strict=True)):
+        for number, (policy, source, recorded) in enumerate(zip(self.policies, self.data, self._recorded, strict=True)):
             if source.holdout is None or not count:
                 continue
             chunks = predict_chunks(
@@ -261,7 +268,7 @@ class Holdout:
                 seed=seed,
                 batch_size=self.batch_size,
             )
-            errors = errors_of(chunks, source.holdout.columns["action"])
+            errors = errors_of(chunks, recorded)
             dimensions = zip(errors.dimensions, errors.mae() / errors.ranges, strict=True)
             name = f"_{names[number]}" if number else ""
             numbers[f"chunk_error{name}"] = errors.overall().mae_scaled

@@ -30,7 +30,7 @@ from torchpi.training.state import STATE, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import Trackers, require_trackers
 from torchpi.training.utilization import Utilization
-from torchpi.training.weights import build_model, model_config, open_init
+from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.progress import progress_bar
 
 
@@ -63,6 +63,8 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
     with process_group(config.device) as world:
         # Build, and find the mistakes before anything is written.
         console = Console(stderr=True, highlight=False, quiet=not world.is_main)
+        require_trackers(config.trackers)
+        config = with_dtype(config, world.device)
         last = find_start(config, run, resume=resume)
         first_step = 0 if last is None else int(last.name)
         checkpoint = open_init(config)
@@ -73,7 +75,6 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         info = run_document(config, world, model, init, data)
         describe(console, config, model, info, data, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
-        require_trackers(config.trackers)
         if world.is_main:
             check_videos(data, console)
         if last is not None:

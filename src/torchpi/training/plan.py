@@ -17,9 +17,10 @@ from torchpi.config import Pi0Config
 from torchpi.errors import TrainingError
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
+from torchpi.training.distributed import num_shards
 from torchpi.training.memory import KINDS, PeakMemory, peak_memory, shard_bytes
 from torchpi.training.summary import flow_samples
-from torchpi.training.weights import build_model, model_config, open_init
+from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 
@@ -84,10 +85,10 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
     robots = [get_embodiment(source.embodiment) for source in config.data.sources]
     cameras = tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
     sizes, device = _sizes(config), _device_type(config)
+    config = with_dtype(config, torch.device(device))
 
     def estimate(config: TrainConfig) -> Plan:
-        hybrid = config.parallel.shard_size or local_world_size
-        shards = {"ddp": 1, "fsdp": world_size, "hybrid": hybrid}[config.parallel.strategy]
+        shards = num_shards(config.parallel.strategy, world_size, config.parallel.shard_size or local_world_size)
         samples = config.micro_batch_size(world_size)
         model, _ = build_model(config, sizes, skeleton=True)
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)

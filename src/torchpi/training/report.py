@@ -7,7 +7,7 @@ import math
 import os
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from html import escape
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from torchpi.atomic import replace_text
+from torchpi.errors import first_of
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     CHUNK_UNIT,
@@ -147,7 +148,10 @@ def _chunks(run: Run) -> dict[str, Any]:
         of, figures = f" of {name}" if len(names) > 1 else "", ""
         dims = run.last_mapping(f"chunk_error_dims{ending}")
         if panel := dimension_panel(run.series, ending, f"Error per dimension{of}"):
-            shown = "" if len(dims) <= len(panel.curves) else f"{len(panel.curves)} of {len(dims)}, the largest"
+            still = [name for name, value in dims.items() if value is None]
+            moving = len(dims) - len(still)
+            notes = [f"{len(panel.curves)} of {moving}, the largest"] if moving > len(panel.curves) else []
+            shown = "; ".join([*notes, *([f"never moving: {', '.join(still)}"] if still else [])])
             description = f"Along: step of the training. Up: {CHUNK_UNIT}. Drawn: a curve per dimension."
             figures += _figure(panel.title, shown, partial(draw_panel, curves=run.series, panel=panel), description)
         if evaluations := chunk_steps(run.lines, ending):
@@ -216,8 +220,7 @@ def _success(run: Run) -> dict[str, Any]:
 
 def _rate(result: Mapping[str, Any]) -> str | Rate:
     try:
-        low, high = map(float, result["interval"])
-        return Rate(float(result["success_rate"]), (low, high), int(result["episodes"]))
+        return Rate.from_json(result)
     except (KeyError, TypeError, ValueError):  # a line of another version
         return _text(result.get("success_rate"))
 
@@ -279,17 +282,12 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):
-        return _listed([f"{name}: {_text(inner)}" for name, inner in value.items()], "; ")
+        return first_of([f"{name}: {_text(inner)}" for name, inner in value.items()], 12, "; ")
     if isinstance(value, list):
-        return _listed([_text(inner) for inner in value], ", ")
+        return first_of([_text(inner) for inner in value], 12)
     if isinstance(value, int):
         return format_count(value) if abs(value) >= 10_000 else str(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _listed(texts: Sequence[str], separator: str) -> str:
-    more = f" and {len(texts) - 12} more" if len(texts) > 12 else ""
-    return f"{separator.join(texts[:12])}{more}"
 
 
 # ---- commands ----

@@ -44,6 +44,7 @@ CHANGEABLE = frozenset(
         *("num_steps", "grad_accum_steps", "activation_checkpointing", "compile", "parallel", "shard_size", "workers"),
         *("image_cache_gb", "device", "holdout_samples", "chunk_samples", "eval_every", "env", "env_tasks"),
         *("tolerance_s", "env_episodes", "save_every", "keep", "keep_every", "log_every", "trackers"),
+        *("wandb_project", "wandb_name"),
     }
 )
 """Options that may change when a run is resumed: they do not change what its updates compute."""
@@ -52,7 +53,9 @@ CHANGEABLE = frozenset(
 def resume_config(run: pathlib.Path) -> TrainConfig:
     """The recipe of a run."""
     if not (run / RECIPE).is_file():
-        raise MissingFileError(f"There is no run to resume in {run}: it has no {RECIPE}.")
+        above = next((folder for folder in run.parents if (folder / RECIPE).is_file()), None)
+        hint = f" The folder of the run is {above}." if above else ""
+        raise MissingFileError(f"There is no run to resume in {run}: it has no {RECIPE}.{hint}")
     return TrainConfig.from_json(run / RECIPE)
 
 

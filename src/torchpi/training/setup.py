@@ -12,14 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
 from torchpi.checkpoints.checkpoint import Checkpoint
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, TOKENIZER, PolicySpec
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.data import (
     LeRobotDataset,
-    compute_norm_stats,
     idle_frames,
     select_episodes,
     to_observation,
@@ -29,7 +27,7 @@ from torchpi.data.fit import unit_problems
 from torchpi.data.metadata import open_metadata
 from torchpi.data.rate import same_rate, with_rate
 from torchpi.data.rename import parse_rename
-from torchpi.data.stats import ModelValues
+from torchpi.data.stats import ModelValues, distributions
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
@@ -37,7 +35,7 @@ from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import Source, TrainConfig
 from torchpi.transforms.normalize import NormStats, load_norm_stats, normalize
-from torchpi.transforms.prompt import digitize_state, load_tokenizer
+from torchpi.transforms.prompt import digitize_state
 from torchpi.version import __version__
 
 
@@ -163,7 +161,8 @@ def _norm_stats(
 ) -> Mapping[str, NormStats]:
     where, _, asset_id = source.norm_stats.partition(":")
     if source.norm_stats == "dataset":
-        return compute_norm_stats(train, embodiment, action_horizon=horizon)
+        found = distributions(train, embodiment, action_horizon=horizon)
+        return {what: values.stats for what, values in found.items()}
     if where != "init":
         return load_norm_stats(source.norm_stats)
     if init is None:
@@ -195,7 +194,7 @@ def build_policies(
         spec = PolicySpec(spec.source)
     if config.model.tokenizer:
         spec = dataclasses.replace(spec, tokenizer=existing_file(config.model.tokenizer))
-    spec = spec.with_tokenizer(_default_tokenizer(model.config))
+    spec = spec.with_tokenizer(model.config.vocab_size)
     max_prefix = config.optim.max_action_prefix
     return [
         policy_of(
@@ -211,11 +210,6 @@ def build_policies(
         )
         for source in data
     ]
-
-
-def _default_tokenizer(sizes: Pi0Config) -> str:
-    packaged = assets() / "tiny_tokenizer.model"
-    return str(packaged) if load_tokenizer(packaged).vocab_size == sizes.vocab_size else TOKENIZER
 
 
 def check_videos(data: Sequence[SourceData], console: Console) -> None:
@@ -259,6 +253,8 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
             f"model's max_token_len {limit}; the longest has {count} tokens: {text!r}. Shorten it, or train with a "
             "larger max_token_len (--model with a JSON file, and --adapt)."
         )
+    # Warns of dimensions that never vary, by name and before the worker processes would, each for itself.
+    policy.prepare(to_observation(data.train[int(data.frames[0])], data.embodiment))
     return longest
 
 

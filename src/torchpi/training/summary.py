@@ -12,6 +12,8 @@ import torch
 from rich.console import Console
 
 from torchpi.data.rate import rate_note
+from torchpi.devices import has_bfloat16
+from torchpi.errors import first_of
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
@@ -24,7 +26,6 @@ from torchpi.ui.format import format_count, large_count
 from torchpi.ui.tables import Column, Table
 from torchpi.version import __version__
 
-_LISTED = 8
 _MOSTLY_INITIAL = 0.5
 
 
@@ -95,6 +96,10 @@ def describe(
         f"{_counted(info['world_size'], 'process', 'es')} ({config.parallel.strategy}) and "
         f"{_counted(config.grad_accum_steps, 'micro-batch', 'es')}"
     )
+    if not has_bfloat16(torch.device(info["device"])):
+        emulated = f"this {info['device']} device has no bfloat16 arithmetic and emulates it, many times slower"
+        is_slow = config.model.dtype == "bfloat16"
+        console.print(f"  warning: {emulated}: --dtype float32" if is_slow else f"matmuls in float32: {emulated}")
     _warn_of_short_run(console, config)
 
 
@@ -105,12 +110,14 @@ def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
         highest = learning_rate(steps - 1, optim, steps)
         console.print(
             f"  warning: warmup_steps {optim.warmup_steps} is not below num_steps {steps}: the learning rate reaches "
-            f"{highest:.2g}, not lr {optim.lr:g}"
+            f"{highest:.2g}, not lr {optim.lr:g}; --warmup-steps {steps // 30}, as openpi's share, reaches it"
         )
+    if (end := optim.decay_steps or steps) < steps and optim.lr_schedule == "cosine":
+        console.print(f"  note: the learning rate stays at min_lr {optim.min_lr:g} from decay_steps {end} on")
     if (kept := optim.ema_decay**steps) > _MOSTLY_INITIAL and optim.ema_decay:
         console.print(
             f"  warning: the EMA weights, with which the policy is saved, keep {100 * kept:.0f} % of the initial ones "
-            f"after {steps} steps (ema_decay {optim.ema_decay:g}); choose a lower ema_decay, or 0"
+            f"after {steps} steps (ema_decay {optim.ema_decay:g}); --ema-decay {max(0, 1 - 10 / steps):.3g} keeps none"
         )
 
 
@@ -142,8 +149,7 @@ def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int
     elif all(map(is_lora, fresh)):
         fresh_text = f"{len(fresh)} fresh: the LoRA matrices" if fresh else "none fresh"
     else:
-        more = f" and {len(fresh) - _LISTED} more" if len(fresh) > _LISTED else ""
-        fresh_text = f"{len(fresh)} fresh: {', '.join(fresh[:_LISTED])}{more}"
+        fresh_text = f"{len(fresh)} fresh: {first_of(fresh)}"
     console.print(f"weights: {init['source']}; {init['loaded']} arrays loaded, {fresh_text}")
     for name, reason in init["left_out"].items():
         console.print(f"  left out: {name} ({reason})")

@@ -60,8 +60,8 @@ class _WandB:
             name.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
         try:
             self._run: Any = self._wandb.init(
-                project=None if "WANDB_PROJECT" in os.environ else "torchpi",
-                name=run.resolve().name,
+                project=config.get("wandb_project") or os.environ.get("WANDB_PROJECT", "torchpi"),
+                name=config.get("wandb_name") or os.environ.get("WANDB_NAME", run.resolve().name),
                 id=name.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=str(run),

@@ -40,7 +40,8 @@ class Utilization:
 
     def __init__(self, model: Pi0, config: TrainConfig, device: torch.device) -> None:
         self.model, self.config, self.flops = model, config, 0
-        self.peak = peak_flops(device, config.model.dtype)
+        self.dtype = str(config.model.dtype)
+        self.peak = peak_flops(device, self.dtype)
         self._of_batch = functools.lru_cache(self._count)
 
     def add(self, stacked: Mapping[str, Any]) -> None:
@@ -50,7 +51,7 @@ class Utilization:
             self.flops += self._of_batch(samples, cameras, round(stacked["prompt_tokens"] / samples))
 
     def _count(self, samples: int, cameras: int, prompt_tokens: int) -> int:
-        dtype, flow_samples = getattr(torch, self.config.model.dtype), self.config.optim.flow_samples_per_obs
+        dtype, flow_samples = getattr(torch, self.dtype), self.config.optim.flow_samples_per_obs
         sizes = (self.model.config, samples, cameras, prompt_tokens)
         return trained_flops(self.model, Workload(*sizes, 1, dtype, flow_samples_per_obs=flow_samples))
 

@@ -10,6 +10,7 @@ from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
+from torchpi.devices import has_bfloat16
 from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
@@ -35,6 +36,11 @@ class InitReport:
     """SHA-256 of the frozen weights; empty where they are on "meta"."""
 
 
+def with_dtype(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The recipe with a dtype of the matmuls, chosen by the device where it states none."""
+    return config if config.model.dtype else config.replace(dtype="bfloat16" if has_bfloat16(device) else "float32")
+
+
 def open_init(config: TrainConfig) -> Checkpoint | None:
     """The headers of the initial checkpoint; None: the model is trained from scratch."""
     init, requested = config.model.init, config.model.config
@@ -53,7 +59,7 @@ def open_init(config: TrainConfig) -> Checkpoint | None:
 def model_config(config: TrainConfig, init: Checkpoint | None) -> Pi0Config:
     """The model's sizes: of the initial checkpoint, or of the recipe."""
     if init is not None:
-        return init.config
+        return _with_horizon(init)
     requested = config.model.config
     if requested is None:
         raise TrainingError(
@@ -62,6 +68,21 @@ def model_config(config: TrainConfig, init: Checkpoint | None) -> Pi0Config:
         )
     sizes = read_config(requested)
     return sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, where=requested)
+
+
+def _with_horizon(init: Checkpoint) -> Pi0Config:
+    """The sizes of an initial checkpoint, or an error that says how to state what a JAX checkpoint does not."""
+    if init.config.action_horizon is not None:
+        return init.config
+    unsaid = {"action_horizon": None, "max_token_len": None, "discrete_state_input": None}
+    own = init.config.to_dict() | unsaid
+    fitting = [name for name, sizes in PRESETS.items() if sizes.to_dict() | unsaid == own]
+    presets = f"the preset that it was trained as, of {', '.join(fitting)}, or " if fitting else ""
+    raise TrainingError(
+        f"{init.address} does not say its action_horizon, which training needs, nor max_token_len and "
+        f"discrete_state_input. State them with the model's sizes (--model): {presets}a JSON file such as "
+        '{"action_horizon": 50}.'
+    )
 
 
 def build_model(
@@ -81,6 +102,7 @@ def build_model(
         model, report = _load(config, init)
     if config.model.trains_lora and lora_config(model) is None:
         add_lora(model, config.model.lora, None if skeleton else torch.Generator("cpu").manual_seed(config.seed))
+    assert config.model.dtype is not None, "with_dtype chooses it"
     model.compute_dtype_override = getattr(torch, config.model.dtype)
     model.requires_grad_(True).train()
     freeze(model, config)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,8 @@ class Transforms:
     """The format of π₀'s text, see `tokenize_prompt`."""
     truncation: str = "instruction"
     """The treatment of a prompt that is too long, see `tokenize_prompt`."""
+    names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    """Names of the dimensions of "state" and "actions", for messages."""
     _constant: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _warned: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
 
@@ -152,10 +154,12 @@ class Transforms:
     def _warn_of_constant(self, key: str, dim: int) -> None:
         # Only dimensions in use: published statistics are as wide as the model, and nothing varies in their padding.
         if dims := [i for i in self._constant[key] if i < dim]:
+            names = self.names.get(key, ())
+            dimensions = ", ".join(f"{i} ({names[i]})" if i < len(names) else str(i) for i in dims)
             self._warn_once(
                 key,
-                f"The statistics of {key} don't vary in dimension {', '.join(map(str, dims))}: whatever differs from "
-                "them there is divided by 1e-6. Check whether they belong to this robot.",
+                f"The statistics of {key} don't vary in dimension {dimensions}: whatever differs from them there is "
+                "divided by 1e-6. Check whether they belong to this robot.",
             )
 
     def _warn_once(self, topic: str, message: str) -> None:

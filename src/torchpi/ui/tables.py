@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Literal
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Column as RichColumn
@@ -30,6 +30,17 @@ class Rate:
     interval: tuple[float, float]
     """Wilson's 95 % interval."""
     episodes: int
+
+    @classmethod
+    def of(cls, successes: int, episodes: int) -> "Rate":
+        """The rate of so many successful episodes."""
+        return cls(successes / episodes, wilson_interval(successes, episodes), episodes)
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Rate":
+        """The rate in a document of `torchpi eval --json`; a KeyError, TypeError or ValueError where it has none."""
+        low, high = map(float, entry["interval"])
+        return cls(float(entry["success_rate"]), (low, high), int(entry["episodes"]))
 
     def __str__(self) -> str:
         successes, (low, high) = round(self.success_rate * self.episodes), self.interval
