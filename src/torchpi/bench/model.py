@@ -102,10 +102,7 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
 
     run()
     if isinstance(sampler, InferenceEngine) and not sampler.metadata["warm_buckets"]:
-        raise UsageError(
-            f"The engine has no bucket for this sampling (at most {max(sampler.batch_sizes)} samples), or it could not "
-            "prepare one, as a warning says; the plain model would be measured."
-        )
+        raise UsageError("The engine has no bucket for so many samples, or could not prepare it: see the warning.")
     name = "sample_actions" if engine is None else f"sample_actions, {engine} engine"
     result = measure(name, run, sampling_ops(work), work, repeats)
     if not busy:

@@ -88,7 +88,7 @@ class InferenceEngine:
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
         self._memory = GraphMemory.new(self.device) if mode == "graph" else None
         self._last = torch.cuda.Event() if mode != "eager" and self.device.type == "cuda" else None
-        self._parameters, self._parts = list(model.parameters()), _parts_of(model)
+        self._parts = _parts_of(model)
         self._versions = self._read_versions()
         _count_fused_steps()
 
@@ -122,10 +122,7 @@ class InferenceEngine:
         # A bucket has the model's dtype, whatever the caller's setting.
         with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False):
             inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
-            bucket = self.bucket(inputs, num_steps, guidance) if inputs is not None else None
-            actions = None
-            if bucket is not None and inputs is not None and self._is_warm(bucket):
-                actions = self._run(bucket, inputs)
+            actions = None if inputs is None else self._sample(inputs, num_steps, guidance)
             if actions is not None:
                 return actions
             self._check_weights()
@@ -133,11 +130,14 @@ class InferenceEngine:
             observation, noise = observation.to(self.device), noise.to(self.device)
             return self.model.sample_actions(observation, noise=noise, num_steps=num_steps, **rtc)
 
-    def _run(self, bucket: Bucket, inputs: Inputs) -> Tensor | None:
-        """Actions of a warm bucket; None if another thread has made room meanwhile."""
+    def _sample(self, inputs: Inputs, num_steps: int, guidance: Guidance | None) -> Tensor | None:
+        """Actions of the inputs' bucket; None if there is none, or it is not warm."""
+        bucket = self.bucket(inputs, num_steps, guidance)
+        if bucket is None or not self._is_warm(bucket):
+            return None
         with self._lock:
             runner = self._runners.get(bucket)
-            if runner is None:
+            if runner is None:  # another thread has made room meanwhile
                 return None
             try:
                 return runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
@@ -229,6 +229,7 @@ class InferenceEngine:
                     self._queued.add(bucket)
                     self._executor.submit(self._prepare, bucket)
                 return False
+        self._check_weights()
         self._prepare(bucket)
         return bucket in self._runners
 
@@ -242,7 +243,7 @@ class InferenceEngine:
             self._queued.discard(bucket)
 
     def _read_versions(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._parameters]
+        return [(part.data_ptr(), part._version) for _, _, part in self._parts if isinstance(part, Tensor)]
 
     def _check_weights(self) -> None:
         if self._read_versions() != self._versions or any(parts.get(name) is not it for parts, name, it in self._parts):

@@ -70,7 +70,10 @@ class QuantizedLinear(Linear):
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.bias = base.bias
         self.kind, self.input_scale, self.emulated = kind, input_scale, emulated
-        self.row_scales = kind == "fp8" and _takes_row_scales()  # here: torch.compile does not trace it
+        # Hopper and data center Blackwell take a scale per row and output. Compute capability 12 refuses them, at least
+        # up to PyTorch 2.10 (its issue 192707), 8.9 below 2.7 (130359). Here, because torch.compile does not trace it.
+        on_gpu = kind == "fp8" and torch.cuda.is_available()
+        self.row_scales = on_gpu and torch.cuda.get_device_capability()[0] in (9, 10)
         weight, scale = quantize_rows(base.weight.detach(), DTYPES[kind])
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
@@ -156,12 +159,6 @@ def _scaled_mm(
         return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16)
     scales = scale.new_full((), input_scale), scale.new_ones(())
     return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16).mul_(scale)
-
-
-def _takes_row_scales() -> bool:
-    """True where `torch._scaled_mm` takes a scale per row and output: on Hopper and data center Blackwell."""
-    # Compute capability 12 refuses it at least up to PyTorch 2.10 (its issue 192707), and 8.9 below 2.7 (130359).
-    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
 
 
 def _round(x: Float32[Tensor, "n i"], dtype: torch.dtype) -> Shaped[Tensor, "n i"]:

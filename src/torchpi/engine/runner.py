@@ -67,7 +67,8 @@ class Runner:
         if memory is not None:
             self._capture(device, memory)
         else:
-            self._sample()
+            with self.limits:
+                self._sample()
 
     def _capture(self, device: torch.device, memory: GraphMemory) -> None:
         # Not the captures' stream, whose workspace of cuBLAS the graphs that run meanwhile have.
@@ -86,7 +87,8 @@ class Runner:
         """Sample actions [B, H, A], of as many samples as `inputs` has."""
         self.inputs.copy_(inputs)
         if self.graph is None:
-            actions = self._sample()
+            with self.limits:
+                actions = self._sample()
         else:
             self.graph.replay()
             actions = self.actions.clone()
@@ -94,10 +96,6 @@ class Runner:
 
     @torch.no_grad()
     def _sample(self) -> Tensor:
-        with self.limits:
-            return self._integrate()
-
-    def _integrate(self) -> Tensor:
         inputs, bucket = self.inputs, self.bucket
         prefix = self.prefill(inputs.images, inputs.tokens, inputs.valid, inputs.state, bucket.horizon)
         guidance = action_prefix = None

@@ -10,7 +10,7 @@ from torchpi.data import LeRobotDataset
 from torchpi.engine.quantize import Quantization, quantize_model
 from torchpi.errors import UsageError
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
-from torchpi.policy import Policy, load_policy
+from torchpi.policy import load_policy
 from torchpi.ui.progress import progress_bar
 
 
@@ -46,23 +46,18 @@ def quantize_policy(
     if kind == "int8" and dataset is not None:
         raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
     check_target(out, overwrite=overwrite)  # not only once all is computed
-    dtype = open_checkpoint(source).dtype
     policy = load_policy(source, engine="eager", **(load or {}))
 
     def observe() -> None:
         assert dataset is not None
-        _sample_actions(policy, dataset, num_observations, seed, **reading)
+        horizon = policy.model.config.require("action_horizon")
+        data = LeRobotDataset(dataset, action_horizon=horizon, embodiment=policy.embodiment, columns=(), **reading)
+        frames = sample_frames(data.episode_lengths, num_observations, seed=seed)
+        with progress_bar("observations", len(frames)) as advance:
+            predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
 
     quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
     calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}
     policy.provenance["quantized"] = {"source": str(source), "kind": kind, **calibration}
-    policy.save(out, dtype=dtype, overwrite=overwrite)
+    policy.save(out, dtype=open_checkpoint(source).dtype, overwrite=overwrite)
     return quantization
-
-
-def _sample_actions(policy: Policy, dataset: str | pathlib.Path, num_frames: int, seed: int, **options: Any) -> None:
-    horizon = policy.model.config.require("action_horizon")
-    data = LeRobotDataset(dataset, action_horizon=horizon, embodiment=policy.embodiment, columns=(), **options)
-    frames = sample_frames(data.episode_lengths, num_frames, seed=seed)
-    with progress_bar("observations", len(frames)) as advance:
-        predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
