@@ -138,7 +138,7 @@ def test_overlap_of_other_episodes_is_no_matter(tmp_path):
     [
         ((0, 1, 2), [0, 1], "isn't the time of frame 20, the first one of episode 1"),  # spans drift
         ((1, 2, 3), [0, 1], "isn't the time of frame 0, the first one of episode 0"),
-        ((0, 0, 1), None, "from 3.6000 s on .* it has 24 of the 25 frames of episode 2"),
+        ((0, 0, 1), None, "from 3.6000 s on .* it has 24 in place of the 25 frames of episode 2"),
         ((0, 0.4, 0), None, "frames are off by 0.0400 s, and tolerance_s= allows for 0.0250 s, in those of episode 1"),
     ],
 )
@@ -190,12 +190,22 @@ def test_frames_of_a_deleted_episode_may_stay_in_the_video(tmp_path):
     assert not wrong_frames(opened(root))
 
 
+def test_frames_of_an_episode_without_a_span_may_be_in_the_video(tmp_path):
+    """A recording that ended before the metadata of its last episode were complete."""
+
+    def unencoded(rows):
+        rows[2][f"videos/{FRONT}/from_timestamp"] = None
+
+    root = write_set(tmp_path / "set", rows=unencoded)
+    assert not wrong_frames(opened(root, episodes=[0, 1]))
+
+
 def test_missing_frame_that_left_a_gap_is_no_matter_for_other_episodes(tmp_path):
     gap = [i for i in range(60) if i != 25]  # of episode 1
     video = {"numbers": [NUMBERS[i] for i in gap], "times": [i / 10 for i in gap]}
     root = write_set(tmp_path / "set", videos={FRONT: video})
     assert not wrong_frames(opened(root, episodes=[0, 2]))
-    refused(root, "from 2.0000 s on .* it has 14 of the 15 frames of episode 1")
+    refused(root, "from 2.0000 s on .* it has 14 in place of the 15 frames of episode 1")
 
 
 def test_each_camera_is_compared_with_its_own_spans(tmp_path):

@@ -674,7 +674,7 @@ def test_check_videos_finds_an_episode_beyond_the_end(copy_of):
     )
     dataset = LeRobotDataset(root, action_horizon=1)
     with pytest.raises(
-        ValueError, match=r"from 0\.2750 s on \(from_timestamp\) it has 14 of the 15 frames of episode 2"
+        ValueError, match=r"from 0\.2750 s on \(from_timestamp\) it has 14 in place of the 15 frames of episode 2"
     ):
         dataset.check_videos()
     LeRobotDataset(root, action_horizon=1, episodes=[0, 1]).check_videos()

@@ -122,8 +122,9 @@ class VideoSpans:
                 "be those of another moment. If the video's rate is true, correct fps and the timestamps; if not, "
                 f"encode the video with {fps:g} frames per second."
             )
+        left_out = lerobot.LEAVE_OUT
         if count != episode.length or (len(times) == total and in_turn is None):
-            cause = f"from {start:.4f} s on (from_timestamp) it has {count} of the {episode.length} frames"
+            cause = f"from {start:.4f} s on (from_timestamp) it has {count} in place of the {episode.length} frames"
         elif distance > self.tolerance_s:
             cause = (
                 f"from {start:.4f} s on (from_timestamp) frames are off by {distance:.4f} s, and tolerance_s= allows "
@@ -133,9 +134,11 @@ class VideoSpans:
             cause = f"{start:.4f} s (from_timestamp) isn't the time of frame {in_turn}, the first one"
         else:
             cause = "which frames are missing or too many isn't known, so that others may be taken for those"
+            indices = [episode.index for episode in episodes]
+            left_out = left_out.replace("the episode", f"the episodes of this video, {min(indices)} to {max(indices)},")
         return (
             f"{found}; {cause} of episode {episode.index}. Encode the video with all frames of its episodes and no "
-            f"others, correct from_timestamp, or {lerobot.LEAVE_OUT}."
+            f"others, correct from_timestamp, or {left_out}."
         )
 
 
