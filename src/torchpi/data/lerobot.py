@@ -1,7 +1,6 @@
 """Reading datasets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
 import concurrent.futures
-import functools
 import operator
 import os
 import warnings
@@ -277,7 +276,7 @@ class LeRobotDataset:
         episode = self._episodes[number]
         span, depth = episode.videos.get(key), self._depth.get(key)
         if span is not None:
-            self._spans.check(span.path, functools.partial(self._videos.frame_times, span.path, self.recorded_fps))
+            self._spans.check(span.path, self._videos)
         try:
             if span is not None:
                 seconds = span.from_timestamp + frame / self.recorded_fps
