@@ -276,7 +276,7 @@ class LeRobotDataset:
         episode = self._episodes[number]
         span, depth = episode.videos.get(key), self._depth.get(key)
         if span is not None:
-            self._spans.check(span.path, self._videos)
+            self._spans.check(span.path, lambda: self._videos.frame_times(span.path, self.recorded_fps))
         try:
             if span is not None:
                 seconds = span.from_timestamp + frame / self.recorded_fps

@@ -1,6 +1,6 @@
 """The places of episodes in video files, compared with each other and with the frames that the files have."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torchpi.data import format as lerobot
 from torchpi.data.clock import check_tolerance
 from torchpi.data.metadata import Episode
-from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError
 
 Times = Float[np.ndarray, " n"]
@@ -50,7 +49,7 @@ class VideoSpans:
             in_file.sort(key=lambda episode: episode.videos[key].from_timestamp)
             self._check_overlaps(path, key, in_file)
 
-    def check(self, path: Path, videos: VideoPool) -> None:
+    def check(self, path: Path, times: Callable[[], Times]) -> None:
         """Refuse a file in which a chosen episode's frames aren't where its metadata say, or may be another's.
 
         Every chosen episode's part has as many frames as the episode, the first and the last one in their places. The
@@ -64,7 +63,7 @@ class VideoSpans:
         if path in self._checked:
             return
         key, episodes = self._files[path]
-        found, fps = videos.frame_times(path, self._fps), self._fps
+        found, fps = times(), self._fps
         if len(episodes) == 1 and len(found) == episodes[0].length:  # in v2.1 every file: quickly
             off = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
             if np.abs(off).max() <= self.tolerance_s:
