@@ -51,7 +51,7 @@ def test_clocks_of_episodes_may_begin_anywhere(version, clock, clock_type, tmp_p
 
 def test_clock_that_cannot_tell_frames_apart_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + 1.7e9)
-    refused(root, r"begins at 1700000000 s, where float32 has a value every 128 s only; write it as float64")
+    refused(root, r"episode 0 begins at 1700000000 s, where float32 has a value every 128 s only; its 10 frames")
 
 
 @pytest.mark.parametrize(
@@ -145,6 +145,11 @@ def test_overlap_of_other_episodes_is_no_matter(tmp_path):
 def test_spans_that_are_not_those_of_the_frames_are_errors(frames, episodes, message, tmp_path):
     root = write_set(tmp_path / "set", rows=shifted(frames))
     refused(root, message, episodes=episodes)
+
+
+def test_video_that_begins_late_is_an_error(tmp_path):
+    root = write_set(tmp_path / "set", videos={FRONT: {"times": [0.2 + i / 10 for i in range(60)]}})
+    refused(root, r"from 0\.2000 to 6\.1000 s, .*; 0\.0000 s \(from_timestamp\), which is before its first frame")
 
 
 def test_rounded_starts_are_no_matter(tmp_path):

@@ -39,18 +39,20 @@ def check_clock(timestamps: np.ndarray, episodes: Sequence[Episode], *, fps: flo
     total = seconds[firsts[i] + episode.length - 1]
     rate = (episode.length - 1) / total if total else np.inf
     units = [name for name, factor in _UNITS.items() if abs(rate * factor / fps - 1) < 0.1]
-    if units:
-        cause = f"The timestamps seem to be {units[0]}; write them in seconds."
-    elif step[i] > 0.5 / fps:
-        cause = (
-            f"The clock begins at {clock[firsts[i]]:.0f} s, where {clock.dtype} has a value every {step[i]:.3g} s "
-            "only; write it as float64, or let each episode begin at 0."
+    if step[i] > 0.5 / fps and not units:
+        raise DatasetError(
+            f"{episode.data_file}: the clock of episode {episode.index} begins at {clock[firsts[i]]:.0f} s, where "
+            f"{clock.dtype} has a value every {step[i]:.3g} s only; its {fps:g} frames per second can't be told apart. "
+            "Write the timestamps as float64, or let each episode begin at 0."
         )
-    else:
-        cause = (
+    cause = (
+        f"The timestamps seem to be {units[0]}; write them in seconds."
+        if units
+        else (
             f"The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if its clock is uneven, "
             f"allow for more with tolerance_s=; if frames are missing, {lerobot.LEAVE_OUT}."
         )
+    )
     raise DatasetError(
         f"{episode.data_file}: frame {i - firsts[i]} of episode {episode.index} was taken {seconds[i]:.4f} s after the "
         f"first one; expected {expected[i]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} frames "

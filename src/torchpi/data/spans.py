@@ -128,7 +128,9 @@ class VideoSpans:
                 f"encode the video with {fps:g} frames per second."
             )
         left_out = lerobot.LEAVE_OUT
-        if count != episode.length or (len(times) == total and in_turn is None):
+        if times[0] - start > self.tolerance_s:
+            cause = f"{start:.4f} s (from_timestamp), which is before its first frame, is said to be the first one"
+        elif count != episode.length or (len(times) == total and in_turn is None):
             cause = f"from {start:.4f} s on (from_timestamp) it has {count} in place of the {episode.length} frames"
         elif distance > self.tolerance_s:
             cause = (
