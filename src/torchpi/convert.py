@@ -126,7 +126,8 @@ def convert(
             notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
         else:
             assets = _write_assets(beside, checkpoint, asset_id, policy)
-            notes = [*_write_openpi(beside, model, to, dtype), *assets]
+            tokenizer = "the tokenizer is not written: openpi has its own, the published models'"
+            notes = [*_write_openpi(beside, model, to, dtype), *assets, tokenizer]
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
         differences = _check(beside, model, dtype) if check else {}
     return _report(

@@ -350,7 +350,9 @@ def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
     if not fitting:
         raise PolicyError(
             f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
-            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less."
+            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less. "
+            "Take statistics of this robot, and a model of larger action_dim: convert --action-dim, or in training "
+            "--model and --adapt."
         )
     return fitting[-1]
 

@@ -228,7 +228,8 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
 
 
 def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapping[str, str]) -> list[str]:
-    notes, state = [], robot.state
+    notes = ["rates, names, units, commands and limits of the robot are not written: LeRobot has no place for them"]
+    state = robot.state
     if robots_own := [key for key in renamed if not key.startswith("observation.")]:
         notes.append(
             f"send LeRobot its own names ({IMAGES}…, {STATE}): it drops {', '.join(robots_own)} before it renames"
