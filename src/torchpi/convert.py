@@ -126,8 +126,7 @@ def convert(
             notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
         else:
             assets = _write_assets(beside, checkpoint, asset_id, policy)
-            tokenizer = "the tokenizer is not written: openpi has its own, the published models'"
-            notes = [*_write_openpi(beside, model, to, dtype), *assets, tokenizer]
+            notes = [*_write_openpi(beside, model, to, dtype), *assets]
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
         differences = _check(beside, model, dtype) if check else {}
     return _report(
@@ -229,7 +228,8 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: Format, dtype: torch.dtype
         }
         write_json(root / "config.json", document)
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
-    return [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+    notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+    return [*notes, "the tokenizer is not written: openpi has the published models'"]
 
 
 def _write_torch(
