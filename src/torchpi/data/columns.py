@@ -248,7 +248,11 @@ def _check_episode(columns: Columns, episode: Episode) -> None:
     """Refuse an episode that lacks frames, or a number in its state or action."""
     numbers = columns["frame_index"]
     if not len(numbers):
-        raise DatasetError(f"{episode.data_file} has no frame of episode {episode.index}; the dataset is damaged.")
+        raise DatasetError(
+            f"{episode.data_file} has no frame of episode {episode.index}; the dataset is damaged. If another file has "
+            f"them, as after some releases of LeRobot's converter to v3.0, correct data/file_index in "
+            f"{lerobot.EPISODES_FOLDER}; otherwise {lerobot.LEAVE_OUT}."
+        )
     if not np.array_equal(numbers, np.arange(episode.length)):
         raise DatasetError(
             f"{episode.data_file}: episode {episode.index} has {len(numbers)} frames, numbered {numbers[0]} to "

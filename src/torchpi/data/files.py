@@ -38,25 +38,26 @@ def unreadable(path: Path, cause: object) -> DatasetError:
         start = file.read(256)
         file.seek(max(0, path.stat().st_size - 4))
         end = file.read()
+    damage = f"is truncated or damaged: {_in_line(cause)}. Get the file again."
     if command := next((command for text, command in _POINTERS.items() if start.startswith(text)), None):
-        return DatasetError(
-            f"{path} is a pointer to a file, not the file itself: the dataset was cloned without its large files. Run "
+        damage = (
+            "is a pointer to a file, not the file itself: the dataset was cloned without its large files. Run "
             f"`{command}` in its folder, or download it again."
         )
-    if start.lstrip().lower().startswith(_WEB_PAGES):
-        return DatasetError(f"{path} is a web page: its download got an error or a login. Download the file again.")
-    if not start.strip(b"\0"):
-        return DatasetError(
-            f"{path} is truncated or damaged: it has {'nothing but zeros' if start else 'no contents'}, because the "
-            "program that wrote it was killed or the disk was full. Get the file again."
+    elif start.lstrip().lower().startswith(_WEB_PAGES):
+        damage = "is a web page: its download got an error or a login. Download the file again."
+    elif not start.strip(b"\0"):
+        damage = (
+            f"is truncated or damaged: it has {'nothing but zeros' if start else 'no contents'}, because the program "
+            "that wrote it was killed or the disk was full. Get the file again."
         )
-    if (start.startswith(b"PAR1") and end != b"PAR1") or (start[4:8] == b"ftyp" and b"moov" not in start):
-        return DatasetError(
-            f"{path} is truncated or damaged: its end, without which nothing can be read, is missing or not valid "
+    elif (start.startswith(b"PAR1") and end != b"PAR1") or (start[4:8] == b"ftyp" and b"moov" not in start):
+        damage = (
+            "is truncated or damaged: its end, without which nothing can be read, is missing or not valid "
             f"({_in_line(cause)}). The recording ended before the file was complete (LeRobot completes it in "
             "dataset.finalize()), or a copy was cut off. Get the whole file, or record its episodes again."
         )
-    return DatasetError(f"{path} is truncated or damaged: {_in_line(cause)}. Get the file again.")
+    return DatasetError(f"{path} {damage}")
 
 
 @contextlib.contextmanager

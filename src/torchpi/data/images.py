@@ -76,7 +76,11 @@ def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
     kind = table.schema.field(0).type
     if pa.types.is_struct(kind):
         return table.flatten().rename_columns([field.name for field in kind])
-    return table.rename_columns(["path" if pa.types.is_string(kind) else "bytes"])
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return table.rename_columns(["bytes"])
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise DatasetError(f"{path}: {camera} is {kind}; expected images as PNG, JPEG or TIFF, or the names of files.")
+    return table.rename_columns(["path"])
 
 
 def file_inside(root: Path, name: str, where: str) -> Path:

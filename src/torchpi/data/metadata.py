@@ -107,17 +107,15 @@ class Metadata:
 
 def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) -> Metadata:
     """Read the metadata of a dataset; of an address, the folder `meta` is downloaded first. See `LeRobotDataset`."""
-    from torchpi.checkpoints.address import hub_hint
-
     text, root = str(path), Path(path).expanduser()
     if text.startswith(_HUB):
         root = _download(text, ["meta/"])
     elif text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
         raise DatasetError(
-            f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{hub_hint(text)}"
+            f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{_hub_hint(text)}"
         )
     elif not root.is_dir():
-        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{hub_hint(text)}")
+        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{_hub_hint(text)}")
     return _read_metadata(root).with_names(rename or {})
 
 
@@ -136,6 +134,12 @@ def with_frames(episodes: Sequence[Episode], root: Path) -> tuple[Episode, ...]:
             raise DatasetError(f"{root}: the episodes {empty} have no frames; choose others.")
         warnings.warn(f"{root}: the episodes {empty} have no frames, and are left out.", UserWarning, stacklevel=4)
     return tuple(episode for episode in episodes if episode.length)
+
+
+def _hub_hint(text: str) -> str:
+    from torchpi.checkpoints.address import hub_hint  # brings torch
+
+    return hub_hint(text)
 
 
 def _download(address: str, names: list[str]) -> Path:
