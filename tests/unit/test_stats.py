@@ -316,3 +316,22 @@ def test_every_registered_robot_has_statistics():
         embodiment = get_embodiment(name)
         dataset = some_set((30, 20), len(embodiment.state_names), embodiment.action_size)
         assert compute_norm_stats(dataset, embodiment, action_horizon=50)["actions"].dim == embodiment.action_size
+
+
+def test_tables_have_units_and_deltas(tmp_path, capsys, golden_root):
+    dimensions = ["x", "y", "z", "gripper"]
+    robot = Embodiment.generic(
+        "arm", cameras={"base_0_rgb": "base"}, state=dimensions, actions=dimensions, delta=["x"], control_hz=80
+    ).to_dict()
+    robot["state"][0]["units"] = ["m", "m", "m", "0 to 1"]
+    robot["actions"][0]["unit"] = "m"
+    (tmp_path / "arm.json").write_text(json.dumps(robot))
+    data = tmp_path / "set"
+    shutil.copytree(golden_root / "datasets" / "lerobot_v3_image", data)
+    info = json.loads((data / "meta" / "info.json").read_text())
+    info["features"]["action"]["names"] = dimensions
+    (data / "meta" / "info.json").write_text(json.dumps(info))
+    main(["stats", str(data), "--embodiment", str(tmp_path / "arm.json"), "--action-horizon", "4"])
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line.startswith("gripper 0 to 1 ")]
+    assert [line for line in lines if line.startswith("x m, delta ")]

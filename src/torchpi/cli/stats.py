@@ -95,7 +95,7 @@ class Stats:
         if self.json:
             print_json(document)
         else:
-            _print_statistics(document)
+            _print_statistics(document, robot)
             _print_comparison(ranked, self.compare)
         for message in messages:
             print(f"warning: {message}", file=sys.stderr)
@@ -176,9 +176,17 @@ def _folder_with_stats(address: str) -> pathlib.Path:
     return existing_folder(address)
 
 
-def _print_statistics(document: Mapping[str, Any]) -> None:
+def _print_statistics(document: Mapping[str, Any], robot: "Embodiment") -> None:
     from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD
 
+    stated = robot.hook is None  # a hook converts the units
+    notes = {
+        "state": [unit if stated else "" for unit in robot.state_units],
+        "actions": [
+            ", ".join(filter(None, (action.unit if stated else "", "delta" if action.kind == "delta" else "")))
+            for action in robot.actions
+        ],
+    }
     print(
         f"{document['dataset']}: {document['episodes']} episodes, {document['frames']} frames, "
         f"as {document['embodiment']} sees them; chunks of {document['action_horizon']} actions\n"
@@ -189,9 +197,13 @@ def _print_statistics(document: Mapping[str, Any]) -> None:
         if not document[what]["names"]:
             print("state: none")
             continue
-        columns = [Column(what, "name"), *(Column(title, "number") for title in list(document[what])[1:])]
-        rows = zip(*document[what].values(), strict=True)
-        texts = [(name, *(f"{number:.4g}" for number in numbers)) for name, *numbers in rows]
+        columns = [
+            Column(what, "name"),
+            Column("unit", "name"),
+            *(Column(title, "number") for title in list(document[what])[1:]),
+        ]
+        rows = zip(notes[what], zip(*document[what].values(), strict=True), strict=False)
+        texts = [(name, note, *(f"{number:.4g}" for number in numbers)) for note, (name, *numbers) in rows]
         Console(highlight=False).print(Table(columns, texts).to_rich())
     if document["out"]:
         print(f"written to {document['out']}")
