@@ -386,7 +386,7 @@ def test_episodes_can_be_chosen(folder, path, capsys):
         (["--dataset", "PATH", "--samples", "0"], "samples is 0"),
         (["--dataset", "PATH", "--batch-size", "0"], "batch_size: got 0; expected 1 or more"),
         (["--dataset", "nowhere"], "nowhere"),
-        (["--dataset", "PATH", "--embodiment", "droid"], "embodiment 'droid' has a state of 8 dimensions"),
+        (["--dataset", "PATH", "--embodiment", "droid"], "that of embodiment 'droid' has 8"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_1(folder, path, capsys, arguments, message):
