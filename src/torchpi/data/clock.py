@@ -53,6 +53,9 @@ def check_clock(timestamps: np.ndarray, episodes: Sequence[Episode], *, fps: flo
             f"allow for more with tolerance_s=; if frames are missing, {lerobot.LEAVE_OUT}."
         )
     )
+    count = len(np.unique(np.searchsorted(np.cumsum(lengths), wrong, side="right")))
+    if count > 1:
+        cause += f" {count} of {len(episodes)} episodes have such a clock."
     raise DatasetError(
         f"{episode.data_file}: frame {i - firsts[i]} of episode {episode.index} was taken {seconds[i]:.4f} s after the "
         f"first one; expected {expected[i]:.4f} s ± {tolerance_s:.4f} s, because {lerobot.INFO} says {fps:g} frames "

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torchpi.data.guesses import is_gripper
@@ -44,92 +45,75 @@ def draft_embodiment(found: Inspection, name: str) -> dict[str, Any]:
     return document
 
 
-def questions_of(document: Any, path: str = "") -> Iterator[str]:
-    """The questions in a document, each with its place."""
-    parts = (
-        enumerate(document) if isinstance(document, list) else document.items() if isinstance(document, dict) else ()
-    )
-    for key, value in parts:
-        if key == COMMENT and str(value).startswith(QUESTION):
-            yield f"{path}: {value.removeprefix(QUESTION)}"
-        name = value.get("name") or value.get("key") if isinstance(value, dict) else None
-        yield from questions_of(value, f"{path} {name or key}".strip())
+def questions_of(document: Mapping[str, Any]) -> Iterator[str]:
+    """The questions in the document of a draft, each with its place."""
+    for part in ("cameras", "state", "actions"):
+        for row in document[part]:
+            if COMMENT in row:
+                yield f"{part} {row.get('name') or row['key']}: {row[COMMENT].removeprefix(QUESTION)}"
 
 
 def to_text(document: Mapping[str, Any]) -> str:
     """JSON with a line for each camera, part of the state and dimension of the action."""
+    encode = partial(json.dumps, ensure_ascii=False)
+    parts = []
+    for key, value in document.items():
+        rows = ",\n".join(f"    {encode(row)}" for row in value) if isinstance(value, list) else ""
+        parts.append(f"  {encode(key)}: " + (f"[\n{rows}\n  ]" if rows else encode(value)))
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
-    def lines(value: Any) -> str:
-        if isinstance(value, list) and value:
-            return "[\n" + ",\n".join(f"    {json.dumps(item, ensure_ascii=False)}" for item in value) + "\n  ]"
-        return json.dumps(value, ensure_ascii=False)
 
-    return "{\n" + ",\n".join(f"  {json.dumps(key)}: {lines(value)}" for key, value in document.items()) + "\n}\n"
+def _row(row: dict[str, Any], question: str) -> dict[str, Any]:
+    return row | ({COMMENT: QUESTION + question} if question else {})
 
 
 def _cameras(found: Inspection) -> list[dict[str, Any]]:
     """The model's cameras: those on a wrist by their names, the others from the first on."""
-    colour = [camera.key for camera in found.cameras if "depth" not in camera.kind]
-    if not colour:
+    if all("depth" in camera.kind for camera in found.cameras):
         raise DatasetError(f"{found.path} has no camera that a policy could read; expected one at least.")
     free, rows = list(_MODEL_CAMERAS), []
-    for key in sorted(colour, key=lambda key: not _WRISTS.search(key)):  # wrists choose first
-        place = next((place for place in free if place in _wishes(key)), None)
-        row: dict[str, Any] = {"name": place, "key": re.split(r"[./]", key)[-1]}
-        if place is None:
-            row |= {"presence": "ignored", COMMENT: f"{QUESTION}the model has three cameras; is this one to be read?"}
+    # Wrists choose first.
+    for camera in sorted(found.cameras, key=lambda camera: not _WRISTS.search(camera.key)):
+        is_wrist, is_right = bool(_WRISTS.search(camera.key)), "right" in camera.key.lower()
+        wishes = _MODEL_CAMERAS[1 + is_right :] if is_wrist else _MODEL_CAMERAS
+        row = {"name": None, "key": re.split(r"[./]", camera.key)[-1], "presence": "ignored"}
+        place = next((place for place in wishes if place in free), None)
+        if "depth" in camera.kind:
+            near, far = camera.depths or (0.1, 2.0)
+            question = (
+                'is this depth camera to be read, as one of the model\'s, with "presence": "required", "depth": '
+                f'{{"near": {near:.2g}, "far": {far:.2g}}}? (docs/datasets.md)'
+            )
+        elif place is None:
+            question = "the model has three cameras; is this one to be read?"
         else:
             free.remove(place)
-            if not _WRISTS.search(key) and place != _MODEL_CAMERAS[0]:
-                row[COMMENT] = f"{QUESTION}a further view of the scene in the place of a wrist camera?"
-        rows.append(row)
-    for camera in found.cameras:
-        if camera.key not in colour:
-            near, far = camera.depths or (0.1, 2.0)
-            mapping = f'"presence": "required", "depth": {{"near": {near:.2g}, "far": {far:.2g}}}'
-            text = (
-                f"{QUESTION}is this depth camera to be read, as one of the model's, with {mapping}? (docs/datasets.md)"
-            )
-            rows.append({"name": None, "key": re.split(r"[./]", camera.key)[-1], "presence": "ignored", COMMENT: text})
+            row = {"name": place, "key": row["key"]}
+            is_odd = not is_wrist and place != _MODEL_CAMERAS[0]
+            question = "a further view of the scene in the place of a wrist camera?" if is_odd else ""
+        rows.append(_row(row, question))
     return sorted(rows, key=lambda row: (row["name"] is None, row["name"]))
 
 
-def _wishes(key: str) -> Sequence[str]:
-    """The model's cameras that a camera may be, by its name."""
-    if not _WRISTS.search(key):
-        return _MODEL_CAMERAS
-    return _MODEL_CAMERAS[2:] if "right" in key.lower() else _MODEL_CAMERAS[1:]
-
-
 def _state(dimensions: Sequence[Dimension]) -> dict[str, Any]:
-    uncertain = [
-        f"{dim.name} {dim.unit.value or 'unknown'} ({dim.unit.reason})" for dim in dimensions if not dim.unit.certain
-    ]
+    asked = [f"{dim.name} {dim.unit}" for dim in dimensions if not dim.unit.certain]
     row = {"key": "state", "names": _unique(dimensions), "units": [dim.unit.value for dim in dimensions]}
-    return row | ({COMMENT: f"{QUESTION}are these units right? {'; '.join(uncertain)}"} if uncertain else {})
+    return _row(row, f"are these units right? {'; '.join(asked)}" if asked else "")
 
 
 def _actions(found: Inspection) -> Iterator[dict[str, Any]]:
-    states = _unique(found.state)
-    for i, (dim, name) in enumerate(zip(found.actions, _unique(found.actions), strict=True)):
-        command = dim.command.value if dim.command else ""
+    states, names = _unique(found.state), _unique(found.actions)
+    for i, (dim, name) in enumerate(zip(found.actions, names, strict=True)):
+        assert dim.command is not None
+        base = name if name in states else states[i] if len(states) == len(names) else None
         is_joint = dim.unit.value in ("rad", "deg") and not is_gripper(name)
-        same_place = i < len(states) and (
-            name == states[i] or (name not in states and len(states) == len(found.actions))
+        is_delta = is_joint and dim.command.value == "position" and base in states[i : i + 1]
+        guesses = {"command": dim.command, "unit": dim.unit}
+        row = {"name": name, "unit": dim.unit.value, "kind": "delta" if is_delta else "absolute"}
+        yield _row(
+            {**row, "command": dim.command.value or None},
+            "; ".join(f"{what} {guess}" for what, guess in guesses.items() if not guess.certain),
         )
-        is_delta = is_joint and same_place and command == "position"
-        row: dict[str, Any] = {
-            "name": name,
-            "unit": dim.unit.value,
-            "kind": "delta" if is_delta else "absolute",
-            "command": command or None,
-        }
-        asked = []
-        if dim.command and not (dim.command.certain and command):
-            asked.append(f"command {command or 'unknown'}: {dim.command.reason}")
-        if not dim.unit.certain:
-            asked.append(f"unit {dim.unit.value or 'unknown'}: {dim.unit.reason}")
-        yield row | ({COMMENT: QUESTION + "; ".join(asked)} if asked else {})
 
 
 def _unique(dimensions: Sequence[Dimension]) -> list[str]:

@@ -10,10 +10,38 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-_GRIPPER = re.compile(r"grip|finger|jaw|claw", re.IGNORECASE)
-_LENGTH = re.compile(r"(^|[._/ ])(eef?_|pos_|tcp_|hand_|delta_|d)?[xyz]([._](pos|m))?$", re.IGNORECASE)
-_QUATERNION = re.compile(r"quat|(^|[._])q[wxyz]$", re.IGNORECASE)
+_KINDS = {
+    "gripper": re.compile(r"grip|finger|jaw|claw", re.IGNORECASE),
+    "quaternion": re.compile(r"quat|(^|[._])q[wxyz]$", re.IGNORECASE),
+    "length": re.compile(r"(^|[._/ ])(eef?_|pos_|tcp_|hand_|delta_|d)?[xyz]([._](pos|m))?$", re.IGNORECASE),
+}
+"""Names of dimensions; others are joints."""
 _SPEED = re.compile(r"vel|speed", re.IGNORECASE)
+_UNITS: dict[str, tuple[tuple[float, float, str, str, bool], ...]] = {
+    "gripper": (
+        (-0.15, 0.15, "m", "an opening", False),
+        (-0.2, 1.05, "opening, 0 to 1", "a gripper", False),
+        (-1.05, 1.05, "-1 to 1", "a gripper", False),
+        (-6.6, 6.6, "", "", False),
+        (-5, 50, "opening, 0 to 100", "a gripper, LeRobot's unit", False),
+        (-5, 101, "opening, 0 to 100", "a gripper, LeRobot's unit", True),
+        (-np.inf, np.inf, "", "", False),
+    ),
+    "quaternion": ((-np.inf, np.inf, "quaternion", "named so", True),),
+    "length": (
+        (-3, 3, "m", "a position", True),
+        (-10, 10, "m", "a position", False),
+        (-np.inf, np.inf, "mm", "a position", False),
+    ),
+    "joint": (
+        (-1.02, 1.02, "rad", "joints, or normalized to -1 to 1", False),
+        (-6.6, 6.6, "rad", "joints within 2π", True),
+        (-100.5, 100.5, "deg", "joints, or LeRobot's normalized -100 to 100", False),
+        (-400, 400, "deg", "joints", True),
+        (-np.inf, np.inf, "", "counts of a motor's encoder?", False),
+    ),
+}
+"""Of each kind the units with the ranges that they need, a reason, and whether it is certain; the first that fits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,60 +51,35 @@ class Guess:
     value: str
     """Empty: no guess."""
     reason: str
-    certain: bool = True
+    certain: bool = False
     """False: something else is possible as well."""
+
+    def __str__(self) -> str:
+        return f"{self.value or 'unknown'}: {self.reason}"
 
 
 def is_gripper(name: str) -> bool:
     """True for the name of a gripper's dimension."""
-    return bool(_GRIPPER.search(name))
+    return bool(_KINDS["gripper"].search(name))
 
 
 def guess_units(names: Sequence[str], low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]) -> list[Guess]:
     """The units of dimensions, by their names and ranges; joints are taken to have the same one."""
-    largest = np.maximum(np.abs(low), np.abs(high))
-    kinds = [next((kind for kind in (_GRIPPER, _QUATERNION, _LENGTH) if kind.search(name)), None) for name in names]
-    joints = [i for i, kind in enumerate(kinds) if kind is None]
-    joint = _joint_unit(float(largest[joints].max())) if joints else Guess("", "")
-    guesses = []
-    for name, kind, value, lowest in zip(names, kinds, largest.tolist(), low.tolist(), strict=True):
-        guess = joint
-        if kind is _GRIPPER:
-            guess = _gripper_unit(value, lowest, joint)
-        elif kind is _QUATERNION:
-            guess = Guess("quaternion", "named so")
-        elif kind is _LENGTH:
-            guess = (
-                Guess("m", f"a position up to {value:.3g}", value < 3)
-                if value < 10
-                else Guess("mm", f"up to {value:.3g}", False)
-            )
-        if _SPEED.search(name) and guess.value:
-            guess = Guess(f"{guess.value}/s", f"named a speed, {guess.reason}", False)
-        guesses.append(guess)
+    kinds = [next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "joint") for name in names]
+    joints = [i for i, kind in enumerate(kinds) if kind == "joint"]
+
+    def guess(kind: str, dims: Sequence[int]) -> Guess:
+        least, most = float(low[dims].min()), float(high[dims].max())
+        unit, reason, is_certain = next(rule[2:] for rule in _UNITS[kind] if rule[0] <= least and most <= rule[1])
+        return Guess(unit, f"from {least:.4g} to {most:.4g}: {reason}", is_certain)
+
+    guesses = [guess(kind, joints if kind == "joint" else [i]) for i, kind in enumerate(kinds)]
+    for i, (name, kind, found) in enumerate(zip(names, kinds, guesses, strict=True)):
+        if kind == "gripper" and not found.value:  # a joint as the others
+            guesses[i] = found = dataclasses.replace(guess("joint", joints or [i]), certain=False)
+        if _SPEED.search(name) and found.value:
+            guesses[i] = Guess(f"{found.value}/s", f"named a speed, {found.reason}")
     return guesses
-
-
-def _joint_unit(largest: float) -> Guess:
-    if largest <= 1.02:
-        return Guess("rad", f"joints up to {largest:.3g}; normalized -1 to 1 as well", False)
-    if largest <= 6.6:
-        return Guess("rad", f"joints up to {largest:.3g}, within 2π")
-    if largest <= 100.5:
-        return Guess("deg", f"joints up to {largest:.3g}; LeRobot's normalized -100 to 100 as well", False)
-    if largest <= 400:
-        return Guess("deg", f"joints up to {largest:.3g}")
-    return Guess("", f"values up to {largest:.4g}: counts of a motor's encoder?", False)
-
-
-def _gripper_unit(largest: float, low: float, joint: Guess) -> Guess:
-    if largest <= 0.15:
-        return Guess("m", f"an opening up to {largest:.3g}", False)
-    if largest <= 1.05:
-        return Guess("opening, 0 to 1" if low > -0.2 else "-1 to 1", f"a gripper up to {largest:.3g}", False)
-    if 6.6 < largest <= 101 and low > -5:
-        return Guess("opening, 0 to 100", f"a gripper up to {largest:.3g}, LeRobot's unit", largest > 50)
-    return dataclasses.replace(joint, certain=False)
 
 
 def guess_command(
@@ -87,32 +90,24 @@ def guess_command(
     Args:
         inside: the frames that have a next one in their episode.
     """
-    if len(inside) < 2:
-        return Guess("", "there are no two frames to compare", False)
-    following, change = state[inside + 1], state[inside + 1] - state[inside]
-    value = action[inside]
-    if not (np.ptp(value) and np.ptp(following) and np.ptp(change)):
-        return Guess("", "it does not move in this dataset", False)
+    value, following, change = action[inside], state[inside + 1], state[inside + 1] - state[inside]
+    if len(inside) < 2 or not (np.ptp(value) and np.ptp(following) and np.ptp(change)):
+        return Guess("", "it does not move in this dataset")
     position, motion = (float(np.corrcoef(value, other)[0, 1]) for other in (following, change))
     if position > 0.9 and abs(float(np.mean(value - following))) < 0.25 * float(np.ptp(following)):
         return Guess("position", f"it is near the next state (correlation {position:.2f})", position > 0.97)
-    if motion > 0.6:
-        slope = float(value @ change / (value @ value))  # change of the state per unit of the action
-        reason = f"it goes with the state's change (correlation {motion:.2f}), which is {slope:.3g} times the action"
-        if 0.6 < slope < 1.5:
-            return Guess("increment", reason, False)
-        if 0.6 < slope * fps < 1.5:
-            return Guess("velocity", reason, False)
-        return Guess("", f"{reason}: an increment or a velocity, scaled?", False)
-    return Guess("", f"neither the state (correlation {position:.2f}) nor its change ({motion:.2f}) follows it", False)
+    if motion <= 0.6:
+        return Guess("", f"neither the state (correlation {position:.2f}) nor its change ({motion:.2f}) follows it")
+    slope = float(value @ change / (value @ value))  # change of the state per unit of the action
+    reason = f"it goes with the state's change (correlation {motion:.2f}), which is {slope:.3g} times the action"
+    for command, scale in (("increment", slope), ("velocity", slope * fps)):
+        if 0.6 < scale < 1.5:
+            return Guess(command, reason)
+    return Guess("", f"{reason}: an increment or a velocity, scaled?")
 
 
 def unit_of_action(unit: Guess, command: Guess) -> Guess:
     """The unit of an action, which is the position's only where the action is one."""
     if command.value == "velocity":
-        return Guess(
-            f"{unit.value}/s" if unit.value and not unit.value.endswith("/s") else unit.value, unit.reason, False
-        )
-    if "scaled" in command.reason:
-        return Guess("", "not the state's: the action is scaled", False)
-    return unit
+        return Guess(f"{unit.value.removesuffix('/s')}/s" if unit.value else "", unit.reason)
+    return Guess("", "not the state's: the action is scaled") if "scaled" in command.reason else unit

@@ -41,17 +41,16 @@ def idle_frames(
         raise DatasetError(f"Expected threshold ≥ 0 and seconds > 0, got {threshold} and {seconds}.")
     window = max(2, math.ceil(seconds * dataset.fps))  # within one frame nothing can change
     columns = [dataset.columns[name] for name in (lerobot.STATE, lerobot.ACTION)]  # [F, d]
-    return np.logical_and(*(_still(values, threshold, window, dataset.episode_lengths) for values in columns))
+    return np.logical_and(*(_still(values, threshold, window, dataset.episode_rows) for values in columns))
 
 
-def _still(values: np.ndarray, threshold: float, window: int, lengths: Sequence[int]) -> Bool[np.ndarray, " F"]:
+def _still(values: np.ndarray, threshold: float, window: int, episodes: Sequence[slice]) -> Bool[np.ndarray, " F"]:
     q01, q99 = np.quantile(values, [0.01, 0.99], axis=0)  # [d]
     still = np.zeros(len(values), bool)
-    end = 0
-    for length in lengths:
-        start, end = end, end + length
+    for rows in episodes:
+        length = rows.stop - rows.start
         if length >= window:
-            windows = np.lib.stride_tricks.sliding_window_view(values[start:end], window, axis=0)  # [T - w + 1, d, w]
+            windows = np.lib.stride_tricks.sliding_window_view(values[rows], window, axis=0)  # [T - w + 1, d, w]
             rests = (np.ptp(windows, axis=-1) <= threshold * (q99 - q01)).all(axis=1)  # [T - w + 1]
-            still[start:end] = rests[np.minimum(np.arange(length), length - window)]
+            still[rows] = rests[np.minimum(np.arange(length), length - window)]
     return still

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,12 @@ from torchpi.data.metadata import Metadata, open_metadata
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
-from torchpi.errors import DatasetError, TorchpiError, UnknownKeyError
+from torchpi.errors import TorchpiError, UnknownKeyError
 
 _TEXTS = tomllib.loads((assets() / "dataset.toml").read_text(encoding="utf-8"))
 """Messages by rule."""
 _ANY_CLOCK = 1e9
-"""A tolerance in seconds by which the numbers of a dataset with a wrong clock are read."""
+"""A tolerance in seconds by which a dataset with a wrong clock is read; clock and videos are checked by themselves."""
 _REASONS = 20
 """At most so many unreadable episodes are explained."""
 _JUMP_OF_RANGE, _JUMP_OF_USUAL = 0.25, 5
@@ -42,17 +42,17 @@ _PAIRS = 4
 _REPEATED = 1 / 4
 """The part of them from which on a camera is said to be too slow."""
 _MUCH_IDLE = 0.05
+_Read = Callable[..., LeRobotDataset]
 _SAME_LEVELS = 0.15
 """Mean difference of two images, of 255 levels, below which they are the same one; encoders' noise is less."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, or that a person should look at."""
+    """Something that is wrong, or that a person should look at, and how to go on."""
 
     subject: str
     text: str
-    """The finding, and how to go on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,15 +93,10 @@ class CameraFacts:
     """Of its first video file, by the times of its frames."""
     repeated: tuple[int, int]
     """Frames in motion that are the same image as the one before, and how many were looked at."""
+    depths: tuple[float, float] | None
+    """Of a depth camera the 2 % and the 98 % quantile of its pictures' depths, in metres."""
     pictures: Mapping[str, np.ndarray]
     """Frames by their place in the dataset, uint8 [h, w, 3], of a depth camera metres; not in documents."""
-
-    @property
-    def depths(self) -> tuple[float, float] | None:
-        """Of a depth camera the 2 % and the 98 % quantile of its pictures' depths, in metres."""
-        found = [image[np.isfinite(image) & (image > 0)] for image in self.pictures.values() if image.dtype != np.uint8]
-        measured = np.concatenate(found) if found else np.zeros(0)
-        return (float(np.quantile(measured, 0.02)), float(np.quantile(measured, 0.98))) if measured.size else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,30 +107,29 @@ class Inspection:
     version: str
     robot_type: str | None
     fps: float | int
-    clock_fps: float | None
-    """Frames per second by the timestamps."""
     lengths: tuple[int, ...]
     """Frames of each episode, as the metadata state them."""
     tasks: Mapping[str, int]
     """Episodes of each instruction."""
     cameras: tuple[CameraFacts, ...]
-    state: tuple[Dimension, ...]
-    actions: tuple[Dimension, ...]
-    idle_share: float | None
-    """Part of the frames that are idle, see `idle_frames`."""
-    jumps: tuple[Jump, ...]
     problems: tuple[Problem, ...]
     dataset: LeRobotDataset | None
-    """The episodes that can be read, without cameras; not in documents."""
+    """The episodes that can be read, without cameras; not in documents. The fields below are about these."""
+    clock_fps: float | None = None
+    """Frames per second by the timestamps."""
+    state: tuple[Dimension, ...] = ()
+    actions: tuple[Dimension, ...] = ()
+    idle_share: float | None = None
+    """Part of the frames that are idle, see `idle_frames`."""
+    jumps: tuple[Jump, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document."""
-        cameras = [
-            {**vars(camera), "depths": camera.depths, "pictures": list(camera.pictures)} for camera in self.cameras
-        ]
-        document = dataclasses.asdict(dataclasses.replace(self, cameras=(), dataset=None))
+        document = dataclasses.asdict(dataclasses.replace(self, dataset=None))
         del document["dataset"]
-        return document | {"episodes": len(self.lengths), "frames": sum(self.lengths), "cameras": cameras}
+        for camera in document["cameras"]:
+            camera["pictures"] = list(camera["pictures"])
+        return document | {"episodes": len(self.lengths), "frames": sum(self.lengths)}
 
 
 def inspect_dataset(path: str | Path, *, rename: Mapping[str, str] | None = None, pictures: int = 4) -> Inspection:
@@ -149,226 +143,123 @@ def inspect_dataset(path: str | Path, *, rename: Mapping[str, str] | None = None
     Raises:
         ValueError, FileNotFoundError, KeyError: it is no dataset, or its metadata can't be read at all.
     """
-    look = _Look(path, rename)
-    look.find_readable()
-    cameras = list(look.cameras(pictures))
-    state: tuple[Dimension, ...] = ()
-    actions: tuple[Dimension, ...] = ()
-    jumps: list[Jump] = []
-    idle = None
-    if (dataset := look.dataset) is not None:
-        state, actions = _dimensions(dataset, lerobot.STATE), _dimensions(dataset, lerobot.ACTION)
-        jumps, idle = list(_jumps(dataset, state, actions)), float(idle_frames(dataset).mean())
-        look.problems += _problems(look.metadata, dataset, cameras, jumps, idle)
-    tasks = Counter(task for episode in look.metadata.episodes for task in episode.tasks)
-    info = look.metadata.info
-    return Inspection(
+    metadata, problems = open_metadata(path, rename=rename), _Problems()
+    if not metadata.tasks:
+        problems.note("no_tasks", "tasks")
+    prompt = None if metadata.tasks else ""
+    options: dict[str, Any] = {
+        "action_horizon": 1,
+        "columns": (),
+        "rename": rename,
+        "prompt": prompt,
+        "tolerance_s": _ANY_CLOCK,
+    }
+    read: _Read = partial(LeRobotDataset, path, **options)
+    readable = _readable(partial(read, cameras=()), [episode.index for episode in metadata.episodes], problems)
+    dataset = read(cameras=(), episodes=readable) if readable else None
+    if dataset is not None:
+        with problems.catch("clock"):
+            indices = set(dataset.episode_indices)
+            episodes = [episode for episode in metadata.episodes if episode.index in indices]
+            tolerance_s = check_tolerance(None, dataset.fps)
+            check_clock(dataset.columns["timestamp"], episodes, fps=dataset.fps, tolerance_s=tolerance_s)
+        shown = np.unique(np.linspace(0, len(dataset.episode_indices) - 1, pictures).round().astype(int))
+        read = partial(read, episodes=[dataset.episode_indices[i] for i in shown])
+    found = Inspection(
         path=str(path),
-        version=info.codebase_version,
-        robot_type=info.robot_type,
-        fps=info.fps,
-        clock_fps=None if dataset is None else _clock_fps(dataset),
-        lengths=tuple(episode.length for episode in look.metadata.episodes),
-        tasks=dict(tasks.most_common()),
-        cameras=tuple(cameras),
-        state=state,
-        actions=actions,
-        idle_share=idle,
-        jumps=tuple(jumps),
-        problems=tuple(look.problems),
+        version=metadata.info.codebase_version,
+        robot_type=metadata.info.robot_type,
+        fps=metadata.info.fps,
+        lengths=tuple(episode.length for episode in metadata.episodes),
+        tasks=dict(Counter(task for episode in metadata.episodes for task in episode.tasks).most_common()),
+        cameras=tuple(_camera(key, metadata, read if dataset else None, problems) for key in metadata.info.cameras),
+        problems=(),
         dataset=dataset,
     )
+    if dataset is not None:
+        found = _with_numbers(found, dataset)
+        _check(found, metadata, dataset, problems)
+    return dataclasses.replace(found, problems=tuple(problems))
 
 
-class _Look:
-    """A dataset, opened piece by piece, and the errors on the way."""
+class _Problems(list[Problem]):
+    """A list that errors are put into."""
 
-    def __init__(self, path: str | Path, rename: Mapping[str, str] | None) -> None:
-        self._path, self._rename = path, rename
-        self.metadata = open_metadata(path, rename=rename)
-        self.problems: list[Problem] = []
-        self.dataset: LeRobotDataset | None = None
-        """The episodes that can be read, without cameras."""
-        self._tolerance_s: float | None = None
-
-    def find_readable(self) -> None:
-        """Open the episodes whose numbers can be read, and check their clock."""
-        if not self.metadata.tasks:
-            self.problems.append(_problem("no_tasks", "tasks"))
-        reasons: dict[str, list[int]] = {}
-        readable = list(self._readable([episode.index for episode in self.metadata.episodes], reasons))
-        for text, episodes in reasons.items():
-            self.problems.append(Problem(f"episode {', '.join(map(str, episodes))}", text))
-        if not readable:
-            return
-        self.dataset = self._open(readable, tolerance_s=_ANY_CLOCK)
-        self._check_clock(self.dataset)
-
-    def cameras(self, pictures: int) -> Iterator[CameraFacts]:
-        """The cameras, each with its problems noted and some pictures, if it can be read."""
-        pool, fps = VideoPool(), self.metadata.info.fps
-        for key, feature in self.metadata.info.features.items():
-            if key not in self.metadata.info.cameras:
-                continue
-            spans = [episode.videos[key] for episode in self.metadata.episodes if key in episode.videos]
-            rate = None
-            with self._noting(key):
-                checked = VideoSpans(self.metadata.episodes, self.metadata.episodes, [key], fps, None)
-                for path in dict.fromkeys(span.path for span in spans):
-                    with self._noting(key):
-                        times = pool.frame_times(path, fps)
-                        rate = rate or (float(1 / np.median(np.diff(times))) if len(times) > 1 else None)
-                        checked.check(path, partial(np.asarray, times))
-            found: dict[str, np.ndarray] = {}
-            repeated = (0, 0)
-            if self.dataset is not None:
-                with self._noting(key):
-                    found, repeated = self._pictures(self.dataset.episode_indices, key, pictures)
-            kind = f"{feature['dtype']}, depth" if is_depth_map(feature) else feature["dtype"]
-            yield CameraFacts(key, tuple(feature.get("shape") or ()), kind, rate, repeated, found)
-
-    def _check_clock(self, dataset: LeRobotDataset) -> None:
-        """Note the episodes whose timestamps don't fit the frames per second."""
-        errors, end, by_index = [], 0, {episode.index: episode for episode in self.metadata.episodes}
-        tolerance_s = check_tolerance(None, dataset.fps)
-        for index, length in zip(dataset.episode_indices, dataset.episode_lengths, strict=True):
-            start, end = end, end + length
-            timestamps = dataset.columns["timestamp"][start:end]
-            try:
-                check_clock(timestamps, [by_index[index]], fps=dataset.fps, tolerance_s=tolerance_s)
-            except DatasetError as error:
-                errors.append(error)
-        if errors:
-            of = len(dataset.episode_indices)
-            self.problems.append(_problem("clock", "clock", first=errors[0], count=len(errors), of=of))
-            self._tolerance_s = _ANY_CLOCK  # for the pictures
-
-    def _open(
-        self, episodes: Sequence[int], cameras: Sequence[str] = (), tolerance_s: float | None = None
-    ) -> LeRobotDataset:
-        return LeRobotDataset(
-            self._path,
-            action_horizon=1,
-            episodes=episodes,
-            cameras=cameras,
-            columns=(),
-            rename=self._rename,
-            prompt=None if self.metadata.tasks else "",
-            tolerance_s=tolerance_s or self._tolerance_s,
-        )
+    def note(self, rule: str, subject: str, **found: Any) -> None:
+        self.append(Problem(subject, _TEXTS[rule].format(**found)))
 
     @contextlib.contextmanager
-    def _noting(self, subject: str) -> Iterator[None]:
-        """Note an error as a problem, and go on."""
+    def catch(self, subject: str) -> Iterator[None]:
+        """Note an error, once, and go on."""
         try:
             yield
         except (TorchpiError, OSError) as error:
-            if (problem := Problem(subject, str(error))) not in self.problems:
-                self.problems.append(problem)
+            if (problem := Problem(subject, str(error))) not in self:
+                self.append(problem)
 
-    def _readable(self, episodes: Sequence[int], reasons: dict[str, list[int]]) -> Iterator[int]:
-        """The episodes that can be read, of the others the reasons; where one can't be, each half of them is tried."""
+
+def _readable(read: _Read, episodes: Sequence[int], problems: _Problems) -> list[int]:
+    """The episodes whose numbers can be read; of a group that can't be, each half is tried."""
+    reasons: dict[str, list[int]] = {}
+
+    def readable(group: Sequence[int]) -> list[int]:
         if sum(map(len, reasons.values())) > _REASONS:
-            return
+            return []
         try:
-            self._open(episodes, tolerance_s=_ANY_CLOCK)
+            read(episodes=group)
         except UnknownKeyError as error:  # of the dataset, not of an episode
-            self.problems.append(Problem("columns", str(error)))
+            problems.append(Problem("columns", str(error)))
+            return []
         except (TorchpiError, OSError) as error:
-            if len(episodes) == 1:
-                reasons.setdefault(str(error), []).extend(episodes)
-                return
-            middle = len(episodes) // 2
-            yield from self._readable(episodes[:middle], reasons)
-            yield from self._readable(episodes[middle:], reasons)
-        else:
-            yield from episodes
+            if len(group) == 1:
+                reasons.setdefault(str(error), []).extend(group)
+                return []
+            middle = len(group) // 2
+            return readable(group[:middle]) + readable(group[middle:])
+        return list(group)
 
-    def _pictures(self, indices: Sequence[int], key: str, count: int) -> tuple[dict[str, np.ndarray], tuple[int, int]]:
-        """A picture of the middle of some episodes, by its place; and how many frames of them are repeated."""
-        places = np.unique(np.linspace(0, len(indices) - 1, count).round().astype(int)).tolist()
-        frames = self._open([indices[place] for place in places], [key])
-        middles = np.cumsum(frames.episode_lengths) - (np.array(frames.episode_lengths) + 1) // 2
-        pictures = {
-            f"episode {index}, frame {frames.columns['frame_index'][i]}": frames[i][key]
-            for index, i in zip(frames.episode_indices, middles.tolist(), strict=True)
-        }
-        return pictures, _repeated(frames, key)
+    found = readable(episodes)
+    problems += [Problem(f"episode {', '.join(map(str, group))}", text) for text, group in reasons.items()]
+    return found
+
+
+def _camera(key: str, metadata: Metadata, read: _Read | None, problems: _Problems) -> CameraFacts:
+    """Check a camera's videos, and `read` it of some episodes; problems are noted."""
+    feature, fps, pool = metadata.info.features[key], metadata.info.fps, VideoPool()
+    video_fps, repeated, pictures = None, (0, 0), dict[str, np.ndarray]()
+    with problems.catch(key):
+        spans = VideoSpans(metadata.episodes, metadata.episodes, [key], fps, None)
+        for path in dict.fromkeys(each.videos[key].path for each in metadata.episodes if key in each.videos):
+            with problems.catch(key):
+                times = pool.frame_times(path, fps)
+                video_fps = video_fps or (float(1 / np.median(np.diff(times))) if len(times) > 1 else None)
+                spans.check(path, partial(np.asarray, times))
+    with problems.catch(key):
+        if read is not None:
+            frames = read(cameras=[key])
+            for index, rows in zip(frames.episode_indices, frames.episode_rows, strict=True):
+                i = (rows.start + rows.stop) // 2
+                pictures[f"episode {index}, frame {frames.columns['frame_index'][i]}"] = frames[i][key]
+            repeated = _repeated(frames, key)
+    depths = None
+    if is_depth_map(feature) and pictures:
+        metres = np.concatenate([image[np.isfinite(image) & (image > 0)] for image in pictures.values()])
+        depths = tuple(np.quantile(metres, [0.02, 0.98]).tolist()) if metres.size else None
+    kind = f"{feature['dtype']}{', depth' if is_depth_map(feature) else ''}"
+    return CameraFacts(key, tuple(feature.get("shape") or ()), kind, video_fps, repeated, depths, pictures)
 
 
 def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
-    """The frames around each episode's fastest motion that show the image before once more, and their number."""
+    """The frames in each episode's fastest motion that show the image before once more, and their number."""
     numbers = np.concatenate([frames.columns[lerobot.STATE], frames.columns[lerobot.ACTION]], axis=1)
     motion = np.abs(np.diff(numbers, axis=0))  # [F - 1, s + a]
-    moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1) * _same_episode(frames)
-    looked_at, end = list[int](), 0
-    for length in frames.episode_lengths:
-        start, end = end, end + length
-        fastest = start + int(np.argmax(moved[start : end - 1])) if length > 1 else start
-        around = range(max(start, fastest - _PAIRS // 2), min(end - 1, fastest + _PAIRS // 2))
-        looked_at += [i for i in around if moved[i] > 0]
-    pairs = [(as_picture(frames[i][key]), as_picture(frames[i + 1][key])) for i in looked_at]
-    changes = [np.abs(before.astype(np.float64) - after).mean() for before, after in pairs]
+    moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1)
+    fastest = [
+        rows.start + np.argsort(moved[rows][: rows.stop - rows.start - 1])[-_PAIRS:] for rows in frames.episode_rows
+    ]
+    pairs = [(frames[i][key], frames[i + 1][key]) for i in np.concatenate(fastest) if moved[i] > 0]
+    changes = [np.abs(as_picture(before).astype(np.float64) - as_picture(after)).mean() for before, after in pairs]
     return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
-
-
-def _dimensions(dataset: LeRobotDataset, column: str) -> tuple[Dimension, ...]:
-    values = dataset.columns[column]  # [F, d]
-    names = names_of(dataset, column)
-    low, q01, q99, high = (np.quantile(values, q, axis=0) for q in (0, 0.01, 0.99, 1))
-    units = guess_units(names, low, high)
-    commands: Sequence[Guess | None] = [None] * len(names)
-    if column == lerobot.ACTION:
-        commands = guesses = list(_commands(dataset, names))
-        units = [unit_of_action(unit, command) for unit, command in zip(units, guesses, strict=True)]
-    ranges = (values.tolist() for values in (low, q01, q99, high))
-    return tuple(Dimension(*row) for row in zip(names, *ranges, units, commands, strict=True))
-
-
-def _commands(dataset: LeRobotDataset, names: Sequence[str]) -> Iterator[Guess]:
-    state, action = dataset.columns[lerobot.STATE], dataset.columns[lerobot.ACTION]
-    state_names = names_of(dataset, lerobot.STATE)
-    inside = np.flatnonzero(_same_episode(dataset))
-    for i, name in enumerate(names):
-        same = state_names.index(name) if name in state_names else i if len(names) == len(state_names) else None
-        if same is None:
-            yield Guess("", "the state has no dimension of this name", False)
-        else:
-            yield guess_command(action[:, i], state[:, same], inside, dataset.fps)
-
-
-def names_of(dataset: LeRobotDataset, column: str) -> tuple[str, ...]:
-    """The dimensions' names of state or action; numbered ones where the dataset has none."""
-    names = dataset.state_names if column == lerobot.STATE else dataset.action_names
-    return names or tuple(f"{column.removeprefix('observation.')}_{i}" for i in range(dataset.columns[column].shape[1]))
-
-
-def _same_episode(dataset: LeRobotDataset) -> Bool[np.ndarray, " n"]:
-    """True for each frame whose next one belongs to the same episode."""
-    return np.diff(dataset.columns["episode_index"]) == 0
-
-
-def _jumps(dataset: LeRobotDataset, *columns: Sequence[Dimension]) -> Iterator[Jump]:
-    inside = _same_episode(dataset)
-    for column, dimensions in zip((lerobot.STATE, lerobot.ACTION), columns, strict=True):
-        for i, dimension in enumerate(dimensions):
-            values = dataset.columns[column][:, i].astype(np.float64)
-            change = np.abs(np.diff(values)) * inside
-            if not len(change) or (dimension.command and dimension.command.value != "position"):
-                continue  # a controller's increments, velocities and efforts may change at once
-            limit = max(_JUMP_OF_RANGE * (dimension.q99 - dimension.q01), _JUMP_OF_USUAL * np.quantile(change, 0.9))
-            if len(np.unique(values)) <= 8:  # a gripper that is open or closed
-                continue
-            for frame in np.flatnonzero(change > limit).tolist():
-                place = int(dataset.columns["episode_index"][frame + 1]), int(dataset.columns["frame_index"][frame + 1])
-                yield Jump(f"{column} {dimension.name}", *place, float(values[frame]), float(values[frame + 1]))
-
-
-def _clock_fps(dataset: LeRobotDataset) -> float | None:
-    """Frames per second by the timestamps."""
-    steps = np.diff(dataset.columns["timestamp"].astype(np.float64).ravel())[_same_episode(dataset)]
-    step = float(np.median(steps)) if len(steps) else 0.0
-    return 1 / step if step > 0 else None
 
 
 def as_picture(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
@@ -380,34 +271,81 @@ def as_picture(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     return np.repeat(np.nan_to_num(grey).astype(np.uint8).reshape(*image.shape[:2], 1), 3, axis=2)
 
 
-def _problems(
-    metadata: Metadata, dataset: LeRobotDataset, cameras: Sequence[CameraFacts], jumps: Sequence[Jump], idle: float
-) -> Iterator[Problem]:
-    for camera in cameras:
+def _with_numbers(found: Inspection, dataset: LeRobotDataset) -> Inspection:
+    """The facts about clock, state and actions."""
+    follows = np.diff(dataset.columns["episode_index"]) == 0  # [F - 1]: the next frame is of the same episode
+    steps = np.diff(dataset.columns["timestamp"].astype(np.float64))[follows]
+    step = float(np.median(steps)) if len(steps) else 0.0
+    found = dataclasses.replace(
+        found,
+        clock_fps=1 / step if step > 0 else None,
+        state=_dimensions(dataset, lerobot.STATE, follows),
+        actions=_dimensions(dataset, lerobot.ACTION, follows),
+        idle_share=float(idle_frames(dataset).mean()),
+    )
+    return dataclasses.replace(found, jumps=tuple(_jumps(found, dataset, follows)))
+
+
+def names_of(dataset: LeRobotDataset, column: str) -> tuple[str, ...]:
+    """The dimensions' names of state or action; numbered ones where the dataset has none."""
+    names = dataset.state_names if column == lerobot.STATE else dataset.action_names
+    return names or tuple(f"{column.removeprefix('observation.')}_{i}" for i in range(dataset.columns[column].shape[1]))
+
+
+def _dimensions(dataset: LeRobotDataset, column: str, follows: Bool[np.ndarray, " n"]) -> tuple[Dimension, ...]:
+    values, names, states = dataset.columns[column], names_of(dataset, column), names_of(dataset, lerobot.STATE)
+    ranges = np.quantile(values, (0, 0.01, 0.99, 1), axis=0)  # [4, d]
+    found = []
+    for i, (name, unit) in enumerate(zip(names, guess_units(names, ranges[0], ranges[-1]), strict=True)):
+        command = None
+        if column == lerobot.ACTION:
+            command = Guess("", "the state has no dimension of this name")
+            if name in states or len(names) == len(states):
+                state = dataset.columns[lerobot.STATE][:, states.index(name) if name in states else i]
+                command = guess_command(values[:, i], state, np.flatnonzero(follows), dataset.fps)
+            unit = unit_of_action(unit, command)
+        low, q01, q99, high = ranges[:, i].tolist()
+        found.append(Dimension(name, low, q01, q99, high, unit, command))
+    return tuple(found)
+
+
+def _jumps(found: Inspection, dataset: LeRobotDataset, follows: Bool[np.ndarray, " n"]) -> Iterator[Jump]:
+    for column, dimensions in ((lerobot.STATE, found.state), (lerobot.ACTION, found.actions)):
+        for dimension, values in zip(dimensions, dataset.columns[column].T.astype(np.float64), strict=True):
+            may_jump = dimension.command and dimension.command.value != "position"  # a controller's increments, speeds
+            if may_jump or len(np.unique(values)) <= 8:  # a gripper that is open or closed
+                continue
+            change = np.abs(np.diff(values)) * follows
+            limit = max(_JUMP_OF_RANGE * (dimension.q99 - dimension.q01), _JUMP_OF_USUAL * np.quantile(change, 0.9))
+            for frame in np.flatnonzero(change > limit).tolist():
+                place = (int(dataset.columns[name][frame + 1]) for name in ("episode_index", "frame_index"))
+                yield Jump(f"{column} {dimension.name}", *place, *values[[frame, frame + 1]].tolist())
+
+
+def _check(found: Inspection, metadata: Metadata, dataset: LeRobotDataset, problems: _Problems) -> None:
+    for camera in found.cameras:
         repeated, looked_at = camera.repeated
         if repeated and repeated >= _REPEATED * looked_at:
-            yield _problem("repeated", camera.key, repeated=repeated, looked_at=looked_at, fps=dataset.fps)
-    for column, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names)):
-        moves = np.ptp(dataset.columns[column], axis=0) > 0  # [d]
-        if not len(moves):
-            yield _problem("none", column)
+            problems.note("repeated", camera.key, repeated=repeated, looked_at=looked_at, fps=found.fps)
+    for column, names, dimensions in (
+        (lerobot.STATE, dataset.state_names, found.state),
+        (lerobot.ACTION, dataset.action_names, found.actions),
+    ):
+        if not dimensions:
+            problems.note("none", column)
         elif names is None:
-            yield _problem("unnamed", column)
+            problems.note("unnamed", column)
         if twice := [name for name, count in Counter(names or ()).items() if count > 1]:
-            yield _problem("named_twice", column, names=", ".join(twice))
-        if still := [name for name, moved in zip(names_of(dataset, column), moves, strict=True) if not moved]:
-            yield _problem("still", column, names=", ".join(still))
-    for name, count in Counter(jump.dimension for jump in jumps).items():
-        first = next(jump for jump in jumps if jump.dimension == name)
+            problems.note("named_twice", column, names=", ".join(twice))
+        if still := [dim.name for dim in dimensions if dim.low == dim.high]:
+            problems.note("still", column, names=", ".join(still))
+    for name, count in Counter(jump.dimension for jump in found.jumps).items():
+        first = next(jump for jump in found.jumps if jump.dimension == name)
         is_turn = any(abs(abs(first.after - first.before) / turn - 1) < 0.05 for turn in (2 * math.pi, 360))
-        yield _problem("turn" if is_turn else "jump", name, count=count, **vars(first))
-    lengths = {episode.index: episode.length for episode in metadata.episodes}
-    median = float(np.median(list(lengths.values())))
-    if short := [index for index, length in lengths.items() if length < max(0.2 * median, 0.5 * dataset.fps)]:
-        yield _problem("short", "episodes", episodes=", ".join(map(str, short)), median=median)
-    if idle > _MUCH_IDLE:
-        yield _problem("idle", "idle frames", idle=idle)
-
-
-def _problem(rule: str, subject: str, **found: Any) -> Problem:
-    return Problem(subject, _TEXTS[rule].format(**found))
+        problems.note("turn" if is_turn else "jump", name, count=count, **vars(first))
+    median = float(np.median(found.lengths))
+    shortest = max(0.2 * median, 0.5 * found.fps)
+    if short := [str(episode.index) for episode in metadata.episodes if episode.length < shortest]:
+        problems.note("short", "episodes", episodes=", ".join(short), median=median)
+    if found.idle_share and found.idle_share > _MUCH_IDLE:
+        problems.note("idle", "idle frames", idle=found.idle_share)

@@ -138,6 +138,11 @@ class LeRobotDataset:
             f" cameras {cameras or 'not read'}>"
         )
 
+    @property
+    def episode_rows(self) -> list[slice]:
+        """The frames of each episode, as rows of `columns`."""
+        return [slice(end - length, end) for end, length in zip(self._ends.tolist(), self.episode_lengths, strict=True)]
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 
