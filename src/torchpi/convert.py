@@ -16,7 +16,15 @@ from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
 from torchpi.checkpoints.layout import stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
-from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING, torch_table
+from torchpi.checkpoints.openpi_torch import (
+    EMBEDDING,
+    EXPERT_LM_HEAD,
+    LEROBOT_PREFIX,
+    TIED_EMBEDDING,
+    EmbeddingChoice,
+    torch_table,
+)
+from torchpi.checkpoints.peft import PeftArrays
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.sizes import ConfigLike, adapt
 from torchpi.errors import CheckpointError
@@ -89,6 +97,7 @@ def convert(
     config: ConfigLike | None = None,
     sizes: Mapping[str, int] | None = None,
     lora_alpha: tuple[float, float] | None = None,
+    embedding: EmbeddingChoice | None = None,
     asset_id: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
@@ -98,22 +107,21 @@ def convert(
     """Write a checkpoint in another format; the target appears complete or not at all.
 
     Args:
-        source, config, lora_alpha: see `load_model`.
+        source, config, lora_alpha, embedding: see `load_model`.
         target: a new folder; with `overwrite` also the place of another checkpoint.
         dtype: of the arrays; by default the source's.
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
         asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
         max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
         check: read the target back, and compare its arrays and sampled actions with the source's.
-        policy: more arguments of `load_policy` (embodiment, norm_stats, tokenizer, …), which torchpi and lerobot need
-            where the source does not say them.
+        policy: more arguments of `load_policy` (embodiment, norm_stats, …), for what the source does not say.
 
     Raises:
         FileNotFoundError, KeyError, ValueError: see `load_model` and `load_policy`; there is something at the target;
             the target can't say what the policy needs.
     """
     path = _checked_target(target, to, overwrite=overwrite)
-    checkpoint = open_checkpoint(source, config=config)
+    checkpoint = open_checkpoint(source, config=config, embedding=embedding)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
@@ -148,7 +156,7 @@ def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
         source_format=checkpoint.format,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mapped=len(checkpoint.table(checkpoint.stored_config)),
-        folded=checkpoint.folded,
+        folded=checkpoint.arrays.folded if isinstance(checkpoint.arrays, PeftArrays) else checkpoint.folded,
         tied=checkpoint.tied,
         dropped=checkpoint.dropped,
         **outcome,
@@ -174,10 +182,11 @@ def _checked_target(target: str | pathlib.Path, to: str, *, overwrite: bool) -> 
 
 def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, Any]:
     """The provenance of a policy, with the SHA-256 of all files of weights, by their names and contents."""
-    in_params = checkpoint.format == "openpi-jax"
-    root = checkpoint.arrays.source if in_params else checkpoint.root
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*") if in_params else root.glob("*.safetensors")):
+    source, digest = checkpoint.arrays.source, hashlib.sha256()
+    root, pattern = (source, "**/*") if source.is_dir() else (checkpoint.root, "*.safetensors")
+    if source.suffix == ".npz":
+        root, pattern = source.parent, source.name
+    for file in sorted(root.glob(pattern)):
         if file.is_file():
             digest.update(file.relative_to(root).as_posix().encode())
             with file.open("rb") as content:

@@ -12,6 +12,7 @@ import torch
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.sizes import ConfigLike
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.collate import collate, rtc_inputs
@@ -43,6 +44,7 @@ class Policy:
         default_prompt: str | None = None,
         prompt_format: str = "openpi",
         truncation: str = "instruction",
+        num_steps: int = 10,
         metadata: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
@@ -54,6 +56,7 @@ class Policy:
             tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
             default_prompt: for requests without a prompt; by default the embodiment's.
             prompt_format, truncation: format and truncation of the prompt, see `transforms.prompt.tokenize_prompt`.
+            num_steps: Euler steps of an inference that does not ask for another number.
             metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway.
             provenance: where the weights come from.
 
@@ -67,6 +70,7 @@ class Policy:
         """Engine that samples in place of the model; None: the model samples. Set by `use_engine`."""
         self.embodiment = embodiment
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
+        self.num_steps = num_steps
         self.provenance = dict(provenance or {})
         self._metadata = dict(metadata or {})
         self._tokenizer_path = find_tokenizer(tokenizer)
@@ -111,7 +115,7 @@ class Policy:
         observation: Mapping[str, Any],
         *,
         noise: np.ndarray | None = None,
-        num_steps: int = 10,
+        num_steps: int | None = None,
         generator: torch.Generator | None = None,
         action_prefix: np.ndarray | None = None,
         delay: int = 0,
@@ -122,7 +126,7 @@ class Policy:
         Args:
             observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
             noise: [H, action_dim], x at t = 1; by default drawn with `generator`.
-            num_steps: Euler steps.
+            num_steps: Euler steps; by default the policy's, which are 10 unless it says otherwise.
             action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
                 observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Delta
                 actions are recomputed relative to the new state.
@@ -148,7 +152,7 @@ class Policy:
         observations: Sequence[Mapping[str, Any]],
         *,
         noise: np.ndarray | None = None,
-        num_steps: int = 10,
+        num_steps: int | None = None,
         generator: torch.Generator | None = None,
         prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
@@ -185,7 +189,8 @@ class Policy:
                 max_action_prefix=int(self._metadata.get(MAX_ACTION_PREFIX, 0)),
                 device=self.model.device,
             )
-        rtc |= {"noise": noise_tensor, "num_steps": num_steps, "generator": generator}
+        steps = self.num_steps if num_steps is None else num_steps
+        rtc |= {"noise": noise_tensor, "num_steps": steps, "generator": generator}
         with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
             if self.engine is None:
                 sampled = self.model.sample_actions(batch.to(self.model.device), **rtc)
@@ -276,6 +281,7 @@ class Policy:
             "action_range": self._action_range(),
             "control_hz": self.embodiment.control_hz,
             "execute_steps": self.embodiment.execute_steps,
+            "num_steps": self.num_steps,
             "default_prompt": self.default_prompt,
             "engine": {"mode": "eager"} if self.engine is None else self.engine.metadata,
             **self.embodiment.metadata,
@@ -333,6 +339,7 @@ class Policy:
             tokenizer=self._tokenizer_path,
             prompt_format=self.transforms.prompt_format,
             truncation=self.transforms.truncation,
+            num_steps=self.num_steps,
             default_prompt=self.default_prompt,
             metadata=self._metadata,
             provenance=self.provenance,
@@ -371,6 +378,7 @@ def load_policy(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     lora_alpha: tuple[float, float] | None = None,
+    embedding: EmbeddingChoice | None = None,
     engine: EngineMode = "auto",
     emulate_fp8: bool = False,
 ) -> Policy:
@@ -388,11 +396,10 @@ def load_policy(
         asset_id: of the checkpoint's assets/<id>/norm_stats.json; by default the embodiment's, or the only one.
         tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models'.
         default_prompt: for requests without a prompt.
-        truncation: of prompts that are too long: "instruction" (shorten the instruction) or "original" (cut the end).
+        truncation: of prompts that are too long: "instruction" (shorten it) or "original" (cut the end).
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
-        lora_alpha, emulate_fp8: of a JAX checkpoint with LoRA weights, and of a quantized policy, see `load_model`.
-        engine: see `Policy.use_engine`.
+        lora_alpha, embedding, emulate_fp8, engine: see `load_model` and `Policy.use_engine`.
 
     Raises:
         FileNotFoundError: there is nothing at one of the paths.
@@ -401,7 +408,7 @@ def load_policy(
     """
     device = usable_device(device)
     dtype = dtype or fastest_dtype(device)
-    checkpoint = open_checkpoint(path, config=config)
+    checkpoint = open_checkpoint(path, config=config, embedding=embedding)
     spec = checkpoint.spec().requested(
         embodiment=embodiment,
         normalization=normalization,

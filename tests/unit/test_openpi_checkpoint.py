@@ -180,7 +180,10 @@ def test_a_training_run_with_several_steps_is_an_error_that_lists_them(golden_pi
     run = tmp_path / "run"
     for step in (20, 100):
         shutil.copytree(golden_pi05.root / "jax_ckpt" / "100", run / str(step))
-    with pytest.raises(ValueError, match=r"run holds several steps, \[20, 100\]; give the path of one"):
+    with pytest.raises(
+        ValueError,
+        match=r"run is no checkpoint itself; the last one in it is .*/100, of 20, 100",
+    ):
         torchpi.load_model(run)
     assert torch.equal(torchpi.load_model(run / "20").embedding, golden_pi05.model().embedding)
 

@@ -17,10 +17,12 @@ _FILES_OF_FORMATS = (
     "config.json",
     "model.safetensors",
     "model.safetensors.index.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
     "_METADATA",
     "manifest.ocdbt",
 )
-UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".npz", ".msgpack")
+UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".msgpack")
 """Endings of files that may run code when they are loaded, or have another format."""
 
 
@@ -34,11 +36,11 @@ def existing_file(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of the checkpoint at a path or address."""
+    """The folder of the checkpoint at a path or address, or the .npz file."""
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not root.exists():
         raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
-    if root.is_dir():
+    if root.is_dir() or root.suffix == ".npz":
         return root
     if root.name in _FILES_OF_FORMATS:
         return root.parent

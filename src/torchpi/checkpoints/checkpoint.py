@@ -12,18 +12,19 @@ from typing import Any, Literal
 
 import torch
 
-from torchpi.checkpoints import folder, lerobot, openpi
+from torchpi.checkpoints import folder, lerobot, openpi, peft
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
 from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import DEFAULT_ALPHA, lora_pairs, stored_lora
-from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table
-from torchpi.checkpoints.openpi_torch import TorchArrays, torch_config, torch_table
+from torchpi.checkpoints.npz import NpzArrays, draw_action_weights, find_npz
+from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
+from torchpi.checkpoints.openpi_torch import EmbeddingChoice, TorchArrays, torch_config, torch_table
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
 from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_config, stated_heads, stated_sizes
 from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
-from torchpi.config import Pi0Config
+from torchpi.config import PRESETS, Pi0Config
 from torchpi.engine.quantize import Quantization
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.pi0 import Pi0
@@ -66,6 +67,8 @@ class Checkpoint:
     """The sizes that `config=` asks for; None: the stored ones."""
     adapted: tuple[str, ...] = ()
     """Changes of sizes when the model is loaded, see `adapt`."""
+    is_paligemma: bool = False
+    """The arrays are PaliGemma's alone; what belongs to the actions is drawn."""
     overruled: tuple[str, ...] = ()
     """Statements of a file next to the arrays that `config=`, or else the arrays, overrule."""
 
@@ -91,7 +94,8 @@ class Checkpoint:
     def notes(self) -> list[str]:
         """Messages on what is overruled and adapted."""
         adapted = [f"{self.root} was adapted: {'; '.join(self.adapted)}"] if self.adapted else []
-        return [*self.overruled, *adapted]
+        fresh = [f"{self.root} is PaliGemma: the action expert and the projections are drawn, and untrained"]
+        return [*self.overruled, *adapted, *(fresh if self.is_paligemma else [])]
 
     def spec(self) -> PolicySpec:
         """Everything of a policy but the weights, as far as the checkpoint says it."""
@@ -146,12 +150,20 @@ class Checkpoint:
                 self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold,
                 quantization=self.quantization, emulate_fp8=emulate_fp8,
             )  # fmt: skip
+            if self.is_paligemma:
+                draw_action_weights(model, seed=0)
         if self.adapted:
             adapt_model(model, self.config)
         return model.eval()
 
 
-def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = None, adapt: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | pathlib.Path,
+    *,
+    config: ConfigLike | None = None,
+    adapt: bool = False,
+    embedding: EmbeddingChoice | None = None,
+) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
@@ -159,11 +171,12 @@ def open_checkpoint(path: str | pathlib.Path, *, config: ConfigLike | None = Non
         config: sizes that the checkpoint does not say, or that overrule what it says; by default those of the published
             checkpoint whose address it is. It states the numbers of heads, which PyTorch's arrays do not.
         adapt: cut or extend the weights to `config` when the model is loaded.
+        embedding: see `load_model`.
     """
     root = existing_folder(path)
     config = published_name(path) if config is None else config
     requested = None if config is None else read_config(config)
-    checkpoint = _read_headers(str(path), root, requested)
+    checkpoint = _read_headers(str(path), root, requested, embedding)
     if requested is None:
         if adapt:
             raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
@@ -188,6 +201,7 @@ def load_model(
     device: str | torch.device = "cpu",
     lora_alpha: tuple[float, float] | None = None,
     lora: LoraChoice = "fold",
+    embedding: EmbeddingChoice | None = None,
     emulate_fp8: bool = False,
 ) -> Pi0:
     """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
@@ -197,8 +211,9 @@ def load_model(
     max_token_len and discrete_state_input) comes from `config`, or stays unset.
 
     Args:
-        path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, or the folder of a
-            training run with a single step; an address hf://… or gs://…; or "demo", the embedded policy.
+        path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, the folder of a
+            training run with a single step, or an .npz file (PaliGemma's: the action expert is drawn);
+            an address hf://… or gs://…; or "demo", the embedded policy.
         config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
         adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
         dtype: of the weights, and so of the computation.
@@ -207,6 +222,8 @@ def load_model(
             openpi's, (16, 32).
         lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
             attaches them to the model, in float32, to be trained on.
+        embedding: which of the two names of the embedding counts in a PyTorch checkpoint that stores both, and in which
+            they differ.
         emulate_fp8: compute fp8 in float32 with the same rounding, as on a CPU; for GPUs without fp8.
 
     Returns:
@@ -217,9 +234,9 @@ def load_model(
         ValueError: it is in no known format, or in two; arrays are missing, left over, misshapen or unreadable; or
             `config` contradicts them.
 
-    Warns: what `adapt` has done; what `config` overrules in a file next to the arrays.
+    Warns: what `adapt` has done; what `config` overrules in a file next to the arrays; what is not in the file.
     """
-    checkpoint = open_checkpoint(path, config=config, adapt=adapt)
+    checkpoint = open_checkpoint(path, config=config, adapt=adapt, embedding=embedding)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     return checkpoint.model(dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora, emulate_fp8=emulate_fp8)
@@ -230,25 +247,23 @@ def format_of(root: pathlib.Path) -> Format:
     return _probe(root)[0]
 
 
-_BELOW = (
-    *("*/params/_METADATA", "pretrained_model/config.json", "checkpoints/*/pretrained_model/config.json"),
-    *("policy/policy.json", "checkpoints/*/policy/policy.json"),
-)
-"""Files of checkpoints in the folders of training runs, openpi's, LeRobot's and ours."""
-
-
 def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
-    """The format of the checkpoint in a folder, the folder of its arrays, and the PyTorch formats' config.json."""
+    """The format of the checkpoint in a folder, the place of its arrays, and the PyTorch formats' config.json."""
     found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
     if folder.is_policy_folder(root):
         found.append(("torchpi", root, {}))
-    if (root / "config.json").is_file() and has_weights(root):
+    has_config, has_adapter = (root / "config.json").is_file(), peft.is_peft(root)
+    if has_adapter and has_weights(root):
+        raise CheckpointError(f"{root} holds whole weights and PEFT's adapter; move one to a folder of its own.")
+    if has_config and (has_weights(root) or has_adapter):
         document = read_json_object(root / "config.json")
         found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
-    elif has_weights(root) and not found:
-        found.append(("openpi-pytorch", root, {}))
-    if (params := openpi.find_params(root)) is not None:
+    elif has_adapter or (has_weights(root) and not found):
+        found.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
+    if root.is_dir() and (params := openpi.find_params(root)) is not None:
         found.append(("openpi-jax", params, {}))
+    if not found and (file := find_npz(root)) is not None:
+        found.append(("openpi-jax", file, {}))
     if len(found) > 1:
         raise CheckpointError(
             f"{root} holds checkpoints in two formats, {' and '.join(kind for kind, *_ in found)}; move one to a "
@@ -256,9 +271,9 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         )
     if found:
         return found[0]
-    inside = [file for pattern in _BELOW for file in sorted(root.glob(pattern))]
-    if inside:
-        raise CheckpointError(f"{root} is no checkpoint itself; the last one in it is {inside[-1].parent}.")
+    if below := _checkpoints_below(root):
+        steps = ", ".join(str(path.relative_to(root)) for path in below[-8:])
+        raise CheckpointError(f"{root} is no checkpoint itself; the last one in it is {below[-1]}, of {steps}.")
     names = sorted(entry.name for entry in root.iterdir())
     unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
     raise CheckpointError(
@@ -269,16 +284,48 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
     )
 
 
-def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mapping[str, Any] | None) -> Checkpoint:
+def _checkpoints_below(root: pathlib.Path) -> list[pathlib.Path]:
+    """Checkpoints in the folder of a training run (openpi's STEP, LeRobot's checkpoints/STEP/pretrained_model, our
+    checkpoints/STEP/policy), the newest last."""
+    found = [
+        path
+        for pattern in ("*", "*/*", "*/*/*")
+        for path in sorted(root.glob(pattern))
+        if folder.is_policy_folder(path)
+        or has_weights(path)
+        or peft.is_peft(path)
+        or (path / "params/_METADATA").is_file()
+    ]
+
+    def step(path: pathlib.Path) -> int:
+        return max((int(part) for part in path.relative_to(root).parts if part.isdecimal()), default=-1)
+
+    # LeRobot's `last`, a link to one of the others, comes first, and is replaced by it.
+    return sorted({path.resolve(): path for path in sorted(found, key=step)}.values(), key=step)
+
+
+def _read_headers(
+    address: str,
+    root: pathlib.Path,
+    requested: Pi0Config | Mapping[str, Any] | None,
+    embedding: EmbeddingChoice | None = None,
+) -> Checkpoint:
     kind, weights, document = _probe(root)
     if kind == "torchpi":
         return _open_policy_folder(address, root)
+    if peft.is_peft(root):
+        return _open_peft(address, root, document, requested, embedding)
     if kind == "openpi-jax":
-        arrays: StoredArrays = openpi.JaxArrays(weights)
+        arrays: StoredArrays = NpzArrays(weights) if weights.is_file() else openpi.JaxArrays(weights)
+        if arrays.shapes and all(name.startswith("PaliGemma.") for name in arrays.shapes):
+            return _open_paligemma(address, root, arrays, requested)
         sizes: Callable[[], Pi0Config] = partial(jax_config, arrays.shapes)
         own: dict[str, Any] = {"table": jax_table}
     else:
-        arrays = ported = TorchArrays(SafetensorsArrays(root))
+        lerobot.require_readable(root, document)
+        stored = SafetensorsArrays(root)
+        lerobot.require_processors(root, stored.shapes)
+        arrays = ported = TorchArrays(stored, embedding)
         sizes = partial(torch_config, arrays.shapes, stated_heads(requested or {}))
         own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped}
     try:
@@ -291,6 +338,48 @@ def _read_headers(address: str, root: pathlib.Path, requested: Pi0Config | Mappi
     stated = stated_sizes(file, document, is_lerobot=kind == "lerobot")
     config, contradicted = add_stated(from_arrays, stated, file, may_contradict=requested is not None)
     return Checkpoint(address, root, kind, config, arrays, document=document, overruled=tuple(contradicted), **own)
+
+
+def _open_paligemma(
+    address: str, root: pathlib.Path, arrays: StoredArrays, requested: Pi0Config | Mapping[str, Any] | None
+) -> Checkpoint:
+    """PaliGemma's weights alone: the published file, from which a training begins."""
+    if arrays.source.is_dir():
+        raise CheckpointError(
+            f"{root} has no action expert, as π₀-FAST has none, which is not read yet; π₀ and π₀.₅ checkpoints are."
+        )
+    if requested is None:
+        raise CheckpointError(
+            f"{root} is PaliGemma, which has no action expert: say which model begins from it, config= (--model of "
+            f"train) with {', '.join(PRESETS)}, or a JSON file."
+        )
+    config = requested if isinstance(requested, Pi0Config) else Pi0Config.from_dict(requested)
+    return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True)
+
+
+def _open_peft(
+    address: str,
+    root: pathlib.Path,
+    document: Mapping[str, Any],
+    requested: Pi0Config | Mapping[str, Any] | None,
+    embedding: EmbeddingChoice | None,
+) -> Checkpoint:
+    """An adapter of PEFT, folded into its base."""
+    adapter, origin = peft.read_adapter_config(root, document)
+    try:
+        base = _read_headers(origin, existing_folder(origin), requested, embedding)
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{root} holds an adapter of {origin}: {error}") from error
+    if base.format not in ("lerobot", "openpi-pytorch"):
+        raise CheckpointError(f"{root} holds an adapter of {origin}, which is {base.format}; expected LeRobot's base.")
+    document = document or base.document
+    stated = stated_sizes(root / "config.json", document, is_lerobot=True)
+    unset = dataclasses.replace(base.stored_config, action_horizon=None, max_token_len=None)
+    config, overruled = add_stated(unset, stated, root / "config.json", may_contradict=requested is not None)
+    return dataclasses.replace(
+        base, address=address, root=root, format="lerobot", stored_config=config,
+        arrays=peft.PeftArrays(root, adapter, base.arrays), document=document, overruled=tuple(overruled),
+    )  # fmt: skip
 
 
 def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:

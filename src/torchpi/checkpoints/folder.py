@@ -30,6 +30,8 @@ from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
 FORMAT_VERSION, QUANTIZED_FORMAT_VERSION = 2, 3
+_OPTIONAL = {"num_steps": 10, "quantization": None}
+"""Values of fields that are left out where they have them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +75,8 @@ class PolicyFile:
     provenance: dict[str, Any]
     """Origin of the weights."""
     image_transform: ImageTransform
+    num_steps: int = 10
+    """Euler steps of an inference that does not ask for another number; stated where it is not 10."""
     quantization: Quantization | None = None
     """Only, and always, in a quantized policy, whose format_version is 3."""
 
@@ -105,6 +109,8 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
             f"{QUANTIZED_FORMAT_VERSION}. A newer file needs a newer torchpi."
         )
     policy = parse(PolicyFile, document, str(file), error=CheckpointError)
+    if policy.num_steps < 1:
+        raise CheckpointError(f"{file}: num_steps is {policy.num_steps}; expected a positive integer.")
     config = Pi0Config.from_dict(policy.model, where=f"{file}: model")
     if (policy.quantization is not None) != (version == QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(
@@ -148,6 +154,7 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
         tokenizer=tokenizer_file(root),
         prompt_format=policy.prompt.format,
         truncation=policy.prompt.truncation,
+        num_steps=policy.num_steps,
         default_prompt=policy.prompt.default,
         metadata=policy.metadata,
         provenance=policy.provenance,
@@ -158,7 +165,7 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
 def _stated(policy: PolicyFile) -> dict[str, Any]:
     """The fields that policy.json has."""
     document = dataclasses.asdict(policy)
-    return {name: value for name, value in document.items() if name != "quantization" or value is not None}
+    return {name: value for name, value in document.items() if value != _OPTIONAL.get(name, ...)}
 
 
 def write_policy_file(
@@ -176,6 +183,7 @@ def write_policy_file(
         metadata=dict(spec.metadata),
         provenance={"torchpi": __version__, **spec.provenance},
         image_transform=ImageTransform(),
+        num_steps=spec.num_steps,
         quantization=quantization,
     )
     try:

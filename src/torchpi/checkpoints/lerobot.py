@@ -3,78 +3,92 @@
 config.json has the sizes and the features, policy_preprocessor.json and policy_postprocessor.json the steps around the
 model, each with its settings; the statistics lie in safetensors files that the steps name.
 
-Source: LeRobot 0.6's processors.
+Source: the processors of LeRobot 0.4 to 0.6.
 """
 
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 import torch
 
+from torchpi.checkpoints.fields import require_fields
 from torchpi.checkpoints.folder import tokenizer_file
-from torchpi.checkpoints.spec import PolicySpec
+from torchpi.checkpoints.lerobot_normalization import (
+    ACTION,
+    POSTPROCESSOR,
+    PREPROCESSOR,
+    STATE,
+    Step,
+    normalizations,
+)
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.robots import ActionDim, Camera, Embodiment, StateKey
-from torchpi.schema import parse, read_json, write_json
-from torchpi.transforms.normalize import Normalization, NormStats
+from torchpi.schema import parse, read_json_object, write_json
+from torchpi.transforms.normalize import NormStats
 
-PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
-STATE, ACTION, IMAGES = "observation.state", "action", "observation.images."
+IMAGES = "observation.images."
 EMPTY_CAMERA = f"{IMAGES}empty_camera_"
 TOKENIZER = "tokenizer"
 EPS = 1e-8
 
-# Steps that change nothing of a sample that is not changed here as well: batch axis, device, and the prompt's text and
-# tokens, whose formats follow the policy's type.
-_NEUTRAL = {
-    "to_batch_processor",
-    "device_processor",
-    "pi0_new_line_processor",
-    "pi05_prepare_state_tokenizer_processor_step",
-}
-_BEFORE = _NEUTRAL | {
-    "rename_observations_processor",
-    "relative_actions_processor",
-    "normalizer_processor",
-    "tokenizer_processor",
-}
-_AFTER = _NEUTRAL | {"unnormalizer_processor", "absolute_actions_processor"}
-_BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX": ("min", "max")}
+MIGRATION = (
+    "python -m lerobot.processor.migrate_policy_normalization --pretrained-path FOLDER, of LeRobot 0.4 or later, which "
+    "writes its statistics into processors"
+)
 
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    registry_name: str
-    config: dict[str, Any] = dataclasses.field(default_factory=dict)
-    state_file: str | None = None
-    artifacts: dict[str, Any] = dataclasses.field(default_factory=dict)
+_NEUTRAL = ("to_batch_processor", "device_processor")
+# The steps, of which each works on what those before it in a line have made.
+_NORMALIZING = ("rename_observations_processor", "relative_actions_processor", "normalizer_processor")
+_TOKENS, _STATE_TEXT = "tokenizer_processor", "pi05_prepare_state_tokenizer_processor_step"
+_BEFORE = {
+    "pi0": (_NORMALIZING, ("rename_observations_processor", "pi0_new_line_processor", _TOKENS)),
+    "pi05": ((*_NORMALIZING, _STATE_TEXT, _TOKENS),),
+}
+_AFTER = (("unnormalizer_processor", "absolute_actions_processor"),)
+_OPTIONAL = {"rename_observations_processor", "relative_actions_processor", "absolute_actions_processor"}
 
 
 @dataclasses.dataclass(frozen=True)
 class _Processor:
-    steps: list[_Step]
+    steps: list[Step]
+    name: str = ""
+
+
+def require_readable(root: pathlib.Path, document: Mapping[str, Any]) -> None:
+    """Refuse, by their names, models whose config.json lies in such a folder and that are not read."""
+    kind = document.get("type") or document.get("model_type")
+    if str(kind) in ("pi0_fast", "pi0fast"):
+        raise CheckpointError(f"{root} is a π₀-FAST policy of LeRobot, which is not read yet; π₀ and π₀.₅ are.")
+    if "model_type" in document and "type" not in document:
+        more = ": its published .npz file is read, with config=" if kind == "paligemma" else ""
+        raise CheckpointError(f"{root} is a {kind} model of transformers; only policies are read{more}.")
+
+
+def require_processors(root: pathlib.Path, names: Iterable[str]) -> None:
+    """Refuse a policy of LeRobot before 0.4, which had its statistics among its weights."""
+    if buffers := [name for name in names if name.startswith(("normalize_", "unnormalize_"))]:
+        raise CheckpointError(
+            f"{root} is a policy of LeRobot before version 0.4, with its statistics among the weights ({buffers[0]}). "
+            f"Migrate it: {MIGRATION}."
+        )
 
 
 def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
     """Everything around the model of the LeRobot policy in a folder, whose config.json is `document`."""
-    before, after = _steps(root / PREPROCESSOR, _BEFORE), _steps(root / POSTPROCESSOR, _AFTER)
-    absent = _Step("")
+    before, after = _steps(root / PREPROCESSOR, _BEFORE[document["type"]]), _steps(root / POSTPROCESSOR, _AFTER)
     try:
-        normalizer, unnormalizer = before["normalizer_processor"], after["unnormalizer_processor"]
-        tokens = before["tokenizer_processor"]
-        relative = before.get("relative_actions_processor", absent).config
-        renamed = before.get("rename_observations_processor", absent).config.get("rename_map", {})
-        embodiment = _embodiment(document, relative, renamed)
-        stats, rules = {}, {}
-        for key, feature, step in (("state", STATE, normalizer), ("actions", ACTION, unnormalizer)):
-            stats[key], rules[key] = _normalization(root, step, feature)
+        relative = _relative_actions(root, before, after)
+        renamed = before.get("rename_observations_processor", Step("")).config.get("rename_map", {})
+        stats, rules = normalizations(root, before["normalizer_processor"], after["unnormalizer_processor"])
+        embodiment = _embodiment(document, relative, renamed, stats.get("state"))
+        tokens = before[_TOKENS]
         length = int(tokens.config["max_length"])
         tokenizer = str(tokens.artifacts.get("tokenizer_name") or tokens.config.get("tokenizer_name", ""))
     except (KeyError, TypeError, AttributeError) as error:
@@ -85,43 +99,80 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
             f"{document.get('tokenizer_max_length')}; correct one of them."
         )
     inside = root.resolve() in (root / tokenizer).resolve().parents  # else the name of PaliGemma's on a hub
+    max_prefix = document.get("rtc_training_max_delay")
     return PolicySpec(
         source=str(root),
         embodiment=embodiment,
-        norm_stats=stats,
+        norm_stats=stats if len(stats) == len(rules) else None,
         normalization=rules,
         tokenizer=tokenizer_file(root / tokenizer) if inside else None,
         prompt_format="lerobot",
+        num_steps=document.get("num_inference_steps") or PolicySpec.num_steps,
+        metadata={MAX_ACTION_PREFIX: max_prefix} if max_prefix else {},
     )
 
 
-def _steps(file: pathlib.Path, known: set[str]) -> dict[str, _Step]:
+def _steps(file: pathlib.Path, lines: Sequence[tuple[str, ...]]) -> dict[str, Step]:
+    """The steps in a file by their names: each known, none missing or doubled, in the order of each of the lines."""
     if not file.is_file():
         raise MissingFileError(
-            f"{file} does not exist; a LeRobot policy since version 0.4 has it. Migrate an older one with LeRobot's "
-            "own script."
+            f"{file} does not exist; a LeRobot policy since version 0.4 has it. Get the file, or migrate an older "
+            f"policy: {MIGRATION}."
         )
-    document = read_json(file, error=CheckpointError)
-    where = f"{file} is not as LeRobot writes it"
-    processor = parse(_Processor, document, where, error=CheckpointError, known_only=False)
-    if unknown := sorted({step.registry_name for step in processor.steps} - known):
+    document = read_json_object(file, error=CheckpointError)
+    steps = parse(_Processor, document, f"{file} is not as LeRobot writes it: it", error=CheckpointError).steps
+    names, ordered = [step.registry_name for step in steps], dict.fromkeys(name for line in lines for name in line)
+    if unknown := sorted({*names} - {*ordered, *_NEUTRAL}):
         raise CheckpointError(
-            f"{file} has steps that are not known here: {', '.join(unknown)}; known are {sorted(known)}."
+            f"{file} has steps that are not known here: {', '.join(unknown)}; known are "
+            f"{', '.join([*ordered, *_NEUTRAL])}."
         )
-    return {step.registry_name: step for step in processor.steps}
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise CheckpointError(f"{file} has the steps {', '.join(doubled)} twice; expected each once.")
+    if missing := [name for name in ordered if name not in {*names, *_OPTIONAL}]:
+        raise CheckpointError(f"{file} lacks the steps {', '.join(missing)}, which such a policy of LeRobot has.")
+    for line in lines:
+        found, expected = ([name for name in order if name in other] for order, other in ((names, line), (line, names)))
+        if found != expected:
+            raise CheckpointError(
+                f"{file} has its steps in the order {', '.join(found)}; expected {', '.join(expected)}."
+            )
+    for step in steps:
+        require_fields(f"lerobot: {step.registry_name}", step.config, f"{file}: {step.registry_name}")
+    return {step.registry_name: step for step in steps}
 
 
-def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str]) -> Embodiment:
+def _relative_actions(root: pathlib.Path, before: Mapping[str, Step], after: Mapping[str, Step]) -> Mapping[str, Any]:
+    """The settings of the step that makes actions relative, with which the one behind the model has to agree."""
+    step, back = (
+        steps.get(f"{name}_actions_processor", Step("")).config
+        for steps, name in ((before, "relative"), (after, "absolute"))
+    )
+    on, on_again = bool(step.get("enabled")), bool(back.get("enabled"))
+    if on != on_again:
+        raise CheckpointError(
+            f"{root}: relative actions are {'on' if on else 'off'} in {PREPROCESSOR}, but not in {POSTPROCESSOR}: the "
+            "robot would be sent actions of the other kind. Set both to what the policy was trained with."
+        )
+    return step
+
+
+def _embodiment(
+    document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str], state: NormStats | None
+) -> Embodiment:
     robots_name = {theirs: robots for robots, theirs in renamed.items()}
     inputs, output = document["input_features"], document["output_features"][ACTION]
     cameras = []
-    for key in (key for key, feature in inputs.items() if feature["type"] == "VISUAL"):
+    visual = [key for key, feature in inputs.items() if feature["type"] == "VISUAL"]
+    empty = [f"{EMPTY_CAMERA}{i}" for i in range(document.get("empty_cameras") or 0)]  # LeRobot adds them when it loads
+    for key in dict.fromkeys([*visual, *empty]):
         name = key.removeprefix(IMAGES)
         if key.startswith(EMPTY_CAMERA):
             cameras.append(Camera(name, None, "masked"))
         else:  # LeRobot masks whichever is missing, as long as one is there
             cameras.append(Camera(name, robots_name.get(key, key), "optional", layout="chw", dtype="any"))
-    num_actions, num_states = output["shape"][0], inputs[STATE]["shape"][0]
+    # The feature may have been left as wide as the base's, whose robot had other joints.
+    num_actions, num_states = output["shape"][0], inputs[STATE]["shape"][0] if state is None else state.dim
     stated = relative.get("action_names") or document.get("action_feature_names") or []
     names = [str(stated[i]) if i < len(stated) else f"action_{i}" for i in range(num_actions)]
     # Without names nothing can be excluded there.
@@ -137,46 +188,6 @@ def _embodiment(document: Mapping[str, Any], relative: Mapping[str, Any], rename
         actions=tuple(actions),
         execute_steps=document.get("n_action_steps"),
     )
-
-
-def _normalization(root: pathlib.Path, step: _Step, feature: str) -> tuple[NormStats, Normalization]:
-    config = step.config
-    if config["eps"] != EPS:
-        raise CheckpointError(f"{root}: the normalization's eps is {config['eps']}; LeRobot's {EPS} is known here.")
-    mode = config["norm_map"].get(config["features"][feature]["type"], "IDENTITY")
-    selected = config.get("normalize_observation_keys")
-    if feature == STATE and selected is not None and STATE not in selected:
-        mode = "IDENTITY"
-    arrays = _statistics(root, step)
-    found = {name.removeprefix(f"{feature}."): a for name, a in arrays.items() if name.startswith(f"{feature}.")}
-    if mode == "IDENTITY" or not found:  # without statistics LeRobot leaves the values as they are
-        dim = config["features"][feature]["shape"][0]
-        return NormStats(np.zeros(dim), np.ones(dim)), Normalization("identity", "lerobot")
-    if mode not in ("MEAN_STD", *_BOUNDS):
-        raise CheckpointError(
-            f"{root}: normalization {mode} is not known here; known are MEAN_STD, {', '.join(_BOUNDS)}."
-        )
-    low, high = _BOUNDS.get(mode, ("q01", "q99"))
-    if missing := sorted({"mean", "std", *((low, high) if mode in _BOUNDS else ())} - set(found)):
-        raise CheckpointError(f"{root}: the statistics of {feature} have no {', '.join(missing)}, which {mode} needs.")
-    # The three kinds of bounds are one formula; whichever a policy has are its q01 and q99 here.
-    stats = NormStats(mean=found["mean"], std=found["std"], q01=found.get(low), q99=found.get(high))
-    return stats, Normalization("quantile" if mode in _BOUNDS else "z_score", "lerobot")
-
-
-def _statistics(root: pathlib.Path, step: _Step) -> dict[str, Any]:
-    name = step.state_file
-    if name is None:
-        return {}
-    if pathlib.PurePath(name).name != name:
-        raise CheckpointError(f"{root}: a processor names the file {name!r}; only files next to it are read.")
-    file = root / name
-    if not file.is_file():
-        raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")
-    try:
-        return dict(safetensors.numpy.load_file(file))
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error
 
 
 # ---- writing ----
@@ -223,13 +234,15 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
             if "state_file" in step:
                 safetensors.numpy.save_file(arrays, root / step["state_file"])
         write_json(root / file, {"name": file.removesuffix(".json"), "steps": steps})
-    write_json(root / "config.json", _document(config, robot, scaling, relative, dtype))
+    write_json(root / "config.json", _document(config, spec, scaling, relative, dtype))
     return _notes(config, spec, robot, renamed)
 
 
 def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapping[str, str]) -> list[str]:
     notes = ["rates, names, units, commands and limits of the robot are not written: LeRobot has no place for them"]
     state = robot.state
+    if MAX_ACTION_PREFIX in spec.metadata:
+        notes.append("rtc_training_max_delay is written, which LeRobot knows after version 0.6.1")
     if robots_own := [key for key in renamed if not key.startswith("observation.")]:
         notes.append(
             f"send LeRobot its own names ({IMAGES}…, {STATE}): it drops {', '.join(robots_own)} before it renames"
@@ -303,10 +316,14 @@ def _relative(robot: Embodiment) -> dict[str, Any]:
 
 
 def _document(
-    config: Pi0Config, robot: Embodiment, scaling: Mapping[str, Any], relative: Mapping[str, Any], dtype: torch.dtype
+    config: Pi0Config, spec: PolicySpec, scaling: Mapping[str, Any], relative: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Any]:
-    features, horizon = scaling["features"], config.require("action_horizon")
+    features, horizon, robot = scaling["features"], config.require("action_horizon"), spec.embodiment
+    assert robot is not None
+    max_prefix = spec.metadata.get(MAX_ACTION_PREFIX, 0)
     return {
+        # Of LeRobot later than 0.6.1; others refuse the field.
+        **({"rtc_training_max_delay": max_prefix} if max_prefix else {}),
         "type": "pi05" if config.pi05 else "pi0",
         "n_obs_steps": 1,
         "input_features": {key: value for key, value in features.items() if key != ACTION},
@@ -319,7 +336,7 @@ def _document(
         "n_action_steps": min(robot.execute_steps or horizon, horizon),
         "max_state_dim": config.action_dim,
         "max_action_dim": config.action_dim,
-        "num_inference_steps": 10,
+        "num_inference_steps": spec.num_steps,
         "use_relative_actions": relative["enabled"],
         "relative_exclude_joints": relative["exclude_joints"],
         "action_feature_names": relative["action_names"],

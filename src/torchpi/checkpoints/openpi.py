@@ -13,7 +13,7 @@ import torch
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError
 
-_DTYPES = ("float32", "bfloat16")
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def find_params(root: pathlib.Path) -> pathlib.Path | None:
@@ -22,11 +22,7 @@ def find_params(root: pathlib.Path) -> pathlib.Path | None:
         if (candidate / "_METADATA").is_file() and (candidate / "manifest.ocdbt").is_file():
             return candidate
     steps = [entry for entry in root.iterdir() if entry.name.isdigit() and (entry / "params").is_dir()]
-    if len(steps) > 1:
-        raise CheckpointError(
-            f"{root} holds several steps, {sorted(int(s.name) for s in steps)}; give the path of one."
-        )
-    return find_params(steps[0]) if steps else None
+    return find_params(steps[0]) if len(steps) == 1 else None
 
 
 def norm_stats_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -65,7 +61,9 @@ class JaxArrays:
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
         self.dtypes = {name: store.dtype.name for name, store in self._stores.items()}
         if others := [f"{name} has {dtype}" for name, dtype in self.dtypes.items() if dtype not in _DTYPES]:
-            raise CheckpointError(f"{params}: float32 and bfloat16 weights are read, but {', '.join(others[:8])}.")
+            raise CheckpointError(
+                f"{params}: float32, bfloat16 and float16 weights are read, but {', '.join(others[:8])}."
+            )
 
     def _open(self, spec: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         import tensorstore

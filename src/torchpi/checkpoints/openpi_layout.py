@@ -44,6 +44,12 @@ def jax_table(config: Pi0Config) -> Table:
     return table | _stored("", _dense("action_out_proj", "action_out_proj", "d", "A"), "", sizes)
 
 
+def paligemma_table(config: Pi0Config) -> Table:
+    """The arrays of `jax_table` that PaliGemma has."""
+    parts = ("vision", "embedding", "backbone")
+    return {name: array for name, array in jax_table(config).items() if array.slices[0].param.split(".")[0] in parts}
+
+
 def _dense(stored: str, module: str, inputs: str, outputs: str) -> Entries:
     kernel = (f"{module}.weight", f"{inputs} {outputs} -> {outputs} {inputs}")
     return {f"{stored}.kernel": kernel, f"{stored}.bias": (f"{module}.bias", outputs)}

@@ -6,6 +6,7 @@ Its modules are those of `transformers`: PaliGemma, and a second Gemma as the ac
 import dataclasses
 import pathlib
 import re
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,40 +17,75 @@ from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 
 LEROBOT_PREFIX = "model."
-_PALIGEMMA, _EXPERT = "paligemma_with_expert.paligemma", "paligemma_with_expert.gemma_expert"
+_MODULE = "paligemma_with_expert."
+_PALIGEMMA, _EXPERT = f"{_MODULE}paligemma", f"{_MODULE}gemma_expert"
 _VISION, _LANGUAGE = f"{_PALIGEMMA}.model.vision_tower.vision_model", f"{_PALIGEMMA}.model.language_model"
 EMBEDDING, TIED_EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight", f"{_PALIGEMMA}.lm_head.weight"
 EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
 
 
+EmbeddingChoice = Literal["embed_tokens", "lm_head"]
+_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that torch.compile, DDP, FSDP and activation checkpointing put in."""
+
+
+def unwrapped(name: str) -> str:
+    """A name without the parts that wrappers of modules put in."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _plain_names(arrays: StoredArrays) -> dict[str, str]:
+    """Stored names by openpi's, which have no prefix."""
+    plain = {unwrapped(name): name for name in arrays.shapes}
+    if len(plain) < len(arrays.shapes):
+        twice = sorted(set(arrays.shapes) - set(plain.values()))
+        raise CheckpointError(f"{arrays.source} has {twice[0]} with and without the prefix of a wrapper; keep one.")
+    prefix = next((name.partition(_MODULE)[0] for name in plain if _MODULE in name), "")
+    if others := [stored for name, stored in plain.items() if not name.startswith(prefix)]:
+        raise CheckpointError(f"{arrays.source}: some arrays have the prefix {prefix!r}, but {others[0]} has not.")
+    return {name.removeprefix(prefix): stored for name, stored in plain.items()}
+
+
 class TorchArrays:
     """The arrays of either port by openpi's names, without those that no computation reads; see `StoredArrays`."""
 
-    def __init__(self, arrays: StoredArrays) -> None:
-        """"""
+    def __init__(self, arrays: StoredArrays, embedding: EmbeddingChoice | None = None) -> None:
+        """Match the names; `embedding` says which counts where both names of the tied embedding are stored."""
         self.source: pathlib.Path = arrays.source
         self.dtype = arrays.dtype
         self._arrays = arrays
-        plain = [name for name in arrays.shapes if not name.startswith(LEROBOT_PREFIX)]
-        if 0 < len(plain) < len(arrays.shapes):
-            raise CheckpointError(
-                f"{arrays.source}: some arrays have the prefix {LEROBOT_PREFIX!r}, but {plain[0]} has not."
-            )
-        self._stored = {name.removeprefix(LEROBOT_PREFIX): name for name in arrays.shapes}
+        self._stored = _plain_names(arrays)
         self.dropped: dict[str, str] = {}
         """Stored arrays that are not loaded, and why."""
         self.tied = ""
         """The stored name of the embedding, where it is that of the text head it is tied to."""
         if stored := self._stored.pop(EXPERT_LM_HEAD, None):
             self.dropped[stored] = "the action expert predicts no tokens"
+        self._copy = ""
+        """The other stored name of the embedding, whose numbers have to be the same."""
         if EMBEDDING in self._stored and TIED_EMBEDDING in self._stored:
-            self.dropped[self._stored.pop(TIED_EMBEDDING)] = "a copy of the embedding, for the text head"
+            if embedding == "lm_head":
+                self._stored[EMBEDDING], self._stored[TIED_EMBEDDING] = (
+                    self._stored[TIED_EMBEDDING],
+                    self._stored[EMBEDDING],
+                )
+            other = self._stored.pop(TIED_EMBEDDING)
+            self._copy = "" if embedding else other
+            self.dropped[other] = "a copy of the embedding, for the text head" if self._copy else f"{embedding} counts"
         elif TIED_EMBEDDING in self._stored:
             self.tied = self._stored[EMBEDDING] = self._stored.pop(TIED_EMBEDDING)
         self.shapes: Shapes = {name: arrays.shapes[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array by openpi's name."""
+        if name == EMBEDDING and self._copy:
+            one, other = (self._arrays.read(stored).view(torch.uint8) for stored in (self._stored[name], self._copy))
+            if not torch.equal(one, other):
+                raise CheckpointError(
+                    f"{self.source} stores the embedding twice, and {self._stored[name]} differs from {self._copy}; "
+                    "one array was trained under both names. Say which of them it is: "
+                    'embedding="embed_tokens" or embedding="lm_head".'
+                )
         return self._arrays.read(self._stored[name], dtype)
 
 

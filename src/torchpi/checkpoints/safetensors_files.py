@@ -16,6 +16,7 @@ from torchpi.schema import parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+_READ = _DTYPES | {"F16": torch.float16}
 _QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 # As PyTorch allocates: an array's alignment selects the CPU's instructions, and so the last bits of matmuls.
 _ALIGNMENT = 64
@@ -53,8 +54,10 @@ class SafetensorsArrays:
                 dtype, expected_dtype = entry.get_dtype(), (quantized or {}).get(name)
                 if expected_dtype is not None and _QUANTIZED.get(dtype) is not expected_dtype:
                     raise CheckpointError(f"{file}: {name} has dtype {dtype}; policy.json says {expected_dtype}.")
-                if expected_dtype is None and dtype not in _DTYPES:
-                    raise CheckpointError(f"{file}: {name} has dtype {dtype}; float32 and bfloat16 weights are read.")
+                if expected_dtype is None and dtype not in _READ:
+                    raise CheckpointError(
+                        f"{file}: {name} has dtype {dtype}; float32, bfloat16 and float16 weights are read."
+                    )
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
         self.shapes: Shapes = shapes
         if expected is not None:
@@ -80,9 +83,9 @@ class SafetensorsArrays:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype of the first array."""
+        """The stored dtype of the first array; float32 for float16, which fits into no other."""
         name, file = next(iter(self._files.items()))
-        return (_DTYPES | _QUANTIZED)[self._open[file].get_slice(name).get_dtype()]
+        return (_DTYPES | _QUANTIZED | {"F16": torch.float32})[self._open[file].get_slice(name).get_dtype()]
 
 
 def _opened(file: pathlib.Path) -> Any:

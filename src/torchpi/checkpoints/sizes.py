@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from torchpi.checkpoints.fields import require_fields
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
@@ -18,12 +19,15 @@ ConfigLike = Pi0Config | Mapping[str, Any] | str | pathlib.Path
 """A Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset."""
 
 # Our fields by the names of the PyTorch formats; their names of variants are names of code, and say no sizes.
-_OPENPI_FIELDS = {"action_dim": "action_dim", "action_horizon": "action_horizon"}
+_OPENPI_FIELDS = {name: name for name in ("action_dim", "action_horizon", "max_token_len")}
+_FLAGS = ("pi05", "discrete_state_input")
 _LEROBOT_FIELDS = {
     "action_dim": "max_action_dim",
     "action_horizon": "chunk_size",
     "max_token_len": "tokenizer_max_length",
 }
+_LEROBOT_COUNTS = {"num_inference_steps": 1, "n_action_steps": 1, "rtc_training_max_delay": 0, "empty_cameras": 0}
+"""Least values of its other counts."""
 ADAPTABLE = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input")
 """The sizes that may change. action_dim changes arrays, the others are in none."""
 
@@ -55,14 +59,18 @@ def stated_heads(config: Pi0Config | Mapping[str, Any]) -> tuple[int, int, int] 
 def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot: bool) -> dict[str, Any]:
     """Fields of Pi0Config out of the config.json of a PyTorch format."""
     fields = _LEROBOT_FIELDS if is_lerobot else _OPENPI_FIELDS
-    stated = {ours: document[theirs] for ours, theirs in fields.items() if theirs in document}
-    for field, value in stated.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{file}: {fields[field]} must be a positive integer, found {value!r}.")
+    require_fields(f"{'lerobot' if is_lerobot else 'openpi-pytorch'}: config.json", document, file)
+    given = {name: value for name, value in document.items() if value is not None}
+    for name in sorted({*fields.values(), *_LEROBOT_COUNTS} & given.keys()):
+        least = _LEROBOT_COUNTS.get(name, 1)
+        if isinstance(given[name], bool) or not isinstance(given[name], int) or given[name] < least:
+            kind = "positive" if least else "non-negative"
+            raise CheckpointError(f"{file}: {name} must be a {kind} integer, found {given[name]!r}.")
+    for name in [name for name in _FLAGS if not isinstance(given.get(name, False), bool)]:
+        raise CheckpointError(f"{file}: {name} must be true or false, found {given[name]!r}.")
+    stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
     if not is_lerobot:
-        return stated
-    if document["type"] not in ("pi0", "pi05"):
-        raise CheckpointError(f"{file}: type is {document['type']!r}; pi0 and pi05 policies are read.")
+        return stated | {name: given[name] for name in _FLAGS if name in given}
     stated["pi05"] = stated["discrete_state_input"] = document["type"] == "pi05"
     if resolution := document.get("image_resolution"):
         if not isinstance(resolution, list) or len(set(resolution)) != 1:

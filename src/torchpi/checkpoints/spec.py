@@ -34,6 +34,8 @@ class PolicySpec:
     prompt_format: str = "openpi"
     truncation: str = "instruction"
     default_prompt: str | None = None
+    num_steps: int = 10
+    """Euler steps of an inference that does not ask for another number."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     assets: Mapping[str, pathlib.Path] = dataclasses.field(default_factory=dict)
@@ -69,10 +71,11 @@ class PolicySpec:
                 f"asset_id={asset_id!r} chooses among the statistics of an openpi checkpoint's assets, but {other}; "
                 "leave it out."
             )
-        stats = self.norm_stats
+        stats, rules = self.norm_stats, self.normalization
         if norm_stats is not None or stats is None:
             stats = load_norm_stats(norm_stats or self.asset(asset_id, robot.asset_id))
-        rules = self.normalization
+            if embodiment is None and self.norm_stats is None and rules is not None and len(robot.state) == 1:
+                robot = _as_wide_as(robot, stats)
         if normalization is not None:
             rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
         return dataclasses.replace(
@@ -120,8 +123,18 @@ class PolicySpec:
             error.add_note(f"It is the published models' tokenizer; pass tokenizer= with that of {vocab_size} tokens.")
             raise
 
+    def require_statistics(self) -> None:
+        """Raise an error where the checkpoint says how it normalizes, and not by which numbers, as LeRobot's bases."""
+        if self.norm_stats is None and self.normalization is not None:
+            kinds = " and ".join(f"{key} by {rule.kind}" for key, rule in self.normalization.items())
+            raise PolicyError(
+                f"{self.source} has no statistics, and normalizes {kinds}: pass norm_stats= with the "
+                "norm_stats.json of the robot, which torchpi stats --out writes, or train it on the robot's dataset."
+            )
+
     def asset(self, asset_id: str | None, robots_asset_id: str | None = None) -> pathlib.Path:
         """The norm_stats.json of a robot in an openpi checkpoint."""
+        self.require_statistics()
         if asset_id is None and robots_asset_id in self.assets:
             asset_id = robots_asset_id
         if asset_id is None and len(self.assets) == 1:
@@ -135,3 +148,9 @@ class PolicySpec:
         if asset_id not in self.assets:
             raise PolicyError(f"{self.source} has no statistics for asset_id {asset_id!r}; it has {names or 'none'}.")
         return self.assets[asset_id]
+
+
+def _as_wide_as(robot: Embodiment, stats: Mapping[str, NormStats]) -> Embodiment:
+    """The robot with the dimensions that the statistics have, where a base's features have more."""
+    state = dataclasses.replace(robot.state[0], names=robot.state[0].names[: stats["state"].dim])
+    return dataclasses.replace(robot, state=(state,), actions=robot.actions[: stats["actions"].dim])

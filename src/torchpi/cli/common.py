@@ -27,6 +27,8 @@ class CheckpointOptions:
     """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
     lora_alpha: tuple[float, float] | None = None
     """Of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32."""
+    embedding: Literal["embed_tokens", "lm_head"] | None = None
+    """The name that counts, in a PyTorch checkpoint that stores the embedding under both, differently."""
     embodiment: str | None = None
     """For a checkpoint that does not state its robot: aloha, droid, libero, … or a JSON file."""
     normalization: Literal["z_score", "quantile"] | None = None

@@ -112,7 +112,7 @@ class Eval:
             dataset,
             samples=options.samples,
             seed=self.seed,
-            num_steps=10 if self.num_steps is None else self.num_steps,
+            num_steps=self.num_steps,
             batch_size=options.batch_size,
             episodes=None if options.select is None else select_episodes(dataset, options.select),
             rename=parse_rename(options.rename),

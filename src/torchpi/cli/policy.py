@@ -55,8 +55,8 @@ class Infer:
     """The observation, an .npz file."""
     out: pathlib.Path
     """The file that the actions are written to, an .npz."""
-    num_steps: int = 10
-    """Euler steps from noise to actions."""
+    num_steps: int | None = None
+    """Euler steps from noise to actions; by default the policy's, which are 10 unless it says otherwise."""
     seed: int = 0
     """Seed of the noise."""
     noise: pathlib.Path | None = None

@@ -149,7 +149,9 @@ def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormSt
         return {file.resolve().parent.name if file.stem == "norm_stats" else file.stem: load_norm_stats(file)}
     root = _folder_with_stats(str(address))
     if (root / PREPROCESSOR).is_file():
-        return {root.name: dict(read_spec(root, read_json_object(root / "config.json")).norm_stats or {})}
+        spec = read_spec(root, read_json_object(root / "config.json"))
+        spec.require_statistics()
+        return {root.name: dict(spec.norm_stats or {})}
     if (root / "norm_stats.json").is_file():
         return {root.name: load_norm_stats(root)}
     params = find_params(root)

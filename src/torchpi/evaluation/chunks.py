@@ -87,7 +87,7 @@ def predict_chunks(
     frames: Sequence[int],
     *,
     seed: int = 0,
-    num_steps: int = 10,
+    num_steps: int | None = None,
     batch_size: int = 32,
     noise_samples: int = 1,
     on_batch: Callable[[int], None] | None = None,

@@ -62,7 +62,7 @@ class Request:
     observation: dict[str, Any]
     noise: np.ndarray
     """[H, action_dim]."""
-    num_steps: int
+    num_steps: int | None
     previous: PreviousChunk | None = None
     """Previous chunk, for real-time chunking."""
     answer: "asyncio.Future[Answer]" = dataclasses.field(
@@ -72,7 +72,7 @@ class Request:
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
-    def kind(self) -> tuple[str, int, bool]:
+    def kind(self) -> tuple[str, int | None, bool]:
         """Common to the requests of one forward pass; guidance by a previous chunk takes longer, for all of them."""
         return self.policy, self.num_steps, self.previous is not None
 

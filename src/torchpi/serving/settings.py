@@ -22,8 +22,9 @@ class ServeSettings:
     token: str | None = None
     """Token that clients must send as Authorization: Bearer TOKEN, or Api-Key TOKEN; by default TORCHPI_TOKEN of the
     environment, or else none is needed."""
-    num_steps: int = 10
-    """Euler steps of a request that does not state them."""
+    num_steps: int | None = None
+    """Euler steps of a request that does not state them; by default the policy's, which are 10 unless it says
+    otherwise."""
     seed: int = 0
     """Seed of the noise of requests that bring none."""
     max_batch: int = 8
@@ -42,12 +43,12 @@ class ServeSettings:
     """Seconds at the end in which requests that were received are still answered."""
 
     def __post_init__(self) -> None:
-        limits = ("num_steps", "max_batch", "max_queue", "deadline", "max_connections", "max_message_mb", "max_rate")
+        limits = ("max_batch", "max_queue", "deadline", "max_connections", "max_message_mb", "max_rate")
         for name in limits:
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if self.num_steps > MAX_NUM_STEPS:
-            raise ServingError(f"num_steps is {self.num_steps}; expected at most {MAX_NUM_STEPS}.")
+        if self.num_steps is not None and not 1 <= self.num_steps <= MAX_NUM_STEPS:
+            raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}.")
         if not 0 <= self.port < 2**16:
             raise ServingError(f"port is {self.port}; expected 0 to 65535.")
         if self.grace < 0:

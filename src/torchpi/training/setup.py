@@ -174,6 +174,7 @@ def _norm_stats(
                 f"{init.address} has statistics of its own: norm_stats must be init, without {asset_id!r}."
             )
         return spec.norm_stats
+    spec.require_statistics()
     files = spec.assets
     asset_id = asset_id or embodiment.asset_id or ""
     if asset_id not in files:
@@ -190,7 +191,7 @@ def build_policies(
 ) -> list[Policy]:
     """A policy for each dataset's robot, around one model, with the preprocessing of the initial checkpoint."""
     spec = PolicySpec("no checkpoint") if init is None else init.spec()
-    if spec.norm_stats is None:  # openpi's checkpoints don't state their preprocessing
+    if spec.normalization is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
     if config.model.tokenizer:
         spec = dataclasses.replace(spec, tokenizer=existing_file(config.model.tokenizer))

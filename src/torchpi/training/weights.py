@@ -8,6 +8,7 @@ import torch
 
 from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torchpi.checkpoints.npz import draw_action_weights
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.devices import has_bfloat16
@@ -125,7 +126,10 @@ def _load(config: TrainConfig, init: Checkpoint) -> tuple[Pi0, InitReport]:
             )
     else:
         model = init.model()
-    loaded = tuple(name for name, _ in model.named_parameters())
+    drawn: tuple[str, ...] = ()
+    if init.is_paligemma:
+        drawn = draw_action_weights(model, config.seed)
+    loaded = tuple(name for name, _ in model.named_parameters() if not name.startswith(drawn))
     return model, InitReport(init.address, loaded, left_out=init.dropped, adapted="; ".join(init.notes))
 
 
