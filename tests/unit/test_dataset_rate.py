@@ -140,6 +140,8 @@ def test_constant_velocity_stays_as_it_is(thirty):
     actions = Resampling(30, 12.5, ("velocity", "increment")).actions(np.full((31, 2), 0.25, np.float32))
     np.testing.assert_allclose(actions[:, 0], 0.25, atol=1e-6)
     np.testing.assert_allclose(actions[:-1, 1], 0.6, atol=1e-6)
+    whole = Resampling(30, 20, ("increment",)).actions(np.arange(6)[:, None])  # one and a half steps each
+    np.testing.assert_allclose(whole[:, 0], [0.5, 2.5, 5, 7][: len(whole)])
 
 
 def test_actions_without_a_command_are_not_resampled(thirty):
@@ -177,7 +179,13 @@ def run(capsys, *arguments):
     return capsys.readouterr()
 
 
-@pytest.mark.parametrize("command", [["stats"], ["bench", "data", "--workers", "0", "--batch", "2", "--repeats", "1"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["stats"],
+        pytest.param(["bench", "data", "--workers", "0", "--batch", "2", "--repeats", "1"], marks=pytest.mark.slow),
+    ],
+)
 def test_commands_compare_and_resample(command, thirty, robot_file, capsys):
     words = [*command, thirty, "--embodiment", robot_file(10)]
     refused = run(capsys, *words).err

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from torchpi.errors import DatasetError
 from torchpi.robots import Embodiment
@@ -44,12 +44,12 @@ class Resampling:
         count = int((length - 1) / step + 1e-6) + 1
         return np.minimum(np.rint(np.arange(count) * step).astype(np.int64), length - 1)
 
-    def actions(self, actions: Float[np.ndarray, "F a"]) -> Float[np.ndarray, "T a"]:
+    def actions(self, actions: Num[np.ndarray, "F a"]) -> Float[np.ndarray, "T a"]:
         """The actions of an episode's frames."""
         frames, step = self.frames(len(actions)), self.recorded_fps / self.fps
         begin = np.arange(len(frames)) * step
         edges = np.stack([begin, np.minimum(begin + step, len(actions))])
-        taken = actions[frames]
+        taken = actions[frames].astype(np.result_type(actions, np.float32))  # sums in proportion are no whole numbers
         for i, command in enumerate(self.commands):
             if command in ("increment", "velocity"):
                 # The motion before each recorded frame, and, between two, in proportion to the time.
