@@ -14,6 +14,7 @@ import warnings
 import jaxtyping
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import torchpi
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
@@ -278,8 +279,8 @@ def test_failed_capture_gives_up_its_memory_and_the_devices_generator(monkeypatc
     monkeypatch.setattr(engine, "mode", "graph")
     monkeypatch.setattr(Runner, "__init__", failed)
     monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
-    monkeypatch.setattr(GraphMemory, "new", lambda device: GraphMemory("new", None))
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # there is no stream on a CPU
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "new")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     with pytest.warns(UserWarning, match="previous error during capture$"):
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
     assert torch.equal(actions, model.sample_actions(observation, noise=noise_of(), num_steps=1))
@@ -455,7 +456,9 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self.current))
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # none of these is torch's
-        engine._memory, engine._last = GraphMemory("pool", Stream("captures")), Event()
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+        engine._memory, engine._last = GraphMemory(engine.device), Event()
+        engine._memory.stream.name = "captures"
 
 
 def test_graph_is_captured_once_and_replayed_with_new_inputs_behind_the_last_call(monkeypatch):
@@ -609,6 +612,13 @@ def compare_compiled(pi05: bool, rtc: tuple[str, ...]) -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3, **conditions(rtc))
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    with torch.device("cpu"):
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3)
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
+    with FlopCounterMode(display=False), warnings.catch_warnings(record=True) as caught:  # it can't be compiled
+        actions = engine.sample_actions(observation, noise=noise_of(), num_steps=3)
+    assert torch.equal(actions, expected)
+    assert "The plain model samples in place of compiled code" in str(caught[-1].message)
 
 
 @pytest.mark.slow

@@ -86,7 +86,7 @@ class InferenceEngine:
         self._lock = threading.Lock()  # of the collections above and of the runners' static tensors
         self.background, self._closed = background, False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, "engine")  # starts its thread at the first bucket
-        self._memory = GraphMemory.new(self.device) if mode == "graph" else None
+        self._memory = GraphMemory(self.device) if mode == "graph" else None
         self._last = torch.cuda.Event() if mode != "eager" and self.device.type == "cuda" else None
         self._parts = _parts_of(model)
         self._versions = self._read_versions()
@@ -140,9 +140,16 @@ class InferenceEngine:
             if runner is None:  # another thread has made room meanwhile
                 return None
             try:
-                return runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
-            finally:
-                self._check_weights()  # while a device still works; an error may come from changed ones too
+                actions = runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
+            except Exception as error:
+                self._check_weights()  # of which it may come
+                if self.mode != "compiled":
+                    raise
+                # torch.compile may have to compile anew, and can't under every mode that a caller may have set.
+                warnings.warn(f"The plain model samples in place of compiled code: {_reason(error)}", stacklevel=4)
+                return None
+            self._check_weights()  # while a device still works
+            return actions
 
     def _in_turn(self, runner: Runner, inputs: Inputs, last: torch.cuda.Event) -> Tensor:
         """Run behind the last call, also one of another stream: all graphs share memory, and inputs are static."""
@@ -189,7 +196,7 @@ class InferenceEngine:
     def _fall_back(self, bucket: Bucket, error: Exception) -> None:
         """Do without the fused kernels, or without the bucket."""
         if self.mode == "graph":  # a capture that failed may still hold its memory, and the device's generator
-            self._memory = GraphMemory.new(self.device)
+            self._memory = GraphMemory(self.device)
             drawing = torch.cuda.default_generators[self.device.index or 0]
             drawing.graphsafe_set_state(drawing.clone_state())
         if self.packed.kernels is not PLAIN and not isinstance(error, torch.OutOfMemoryError):
@@ -198,11 +205,8 @@ class InferenceEngine:
             self.warm_up(bucket)
             return
         self._failed.add(bucket)
-        reason = str(error).partition("\n\n")[0]  # PyTorch's advice for its developers stands behind it
-        warnings.warn(
-            f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on: {reason}",
-            stacklevel=4,
-        )
+        text = f"The engine cannot prepare its bucket {bucket}, which the plain model samples from here on"
+        warnings.warn(f"{text}: {_reason(error)}", stacklevel=4)
 
     @property
     def metadata(self) -> dict[str, Any]:
@@ -248,6 +252,10 @@ class InferenceEngine:
     def _check_weights(self) -> None:
         if self._read_versions() != self._versions or any(parts.get(name) is not it for parts, name, it in self._parts):
             raise ModelError("The model's weights changed after the engine had packed them; build a new engine.")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).partition("\n\n")[0]  # PyTorch's advice for its developers stands behind it
 
 
 def _parts_of(model: Pi0) -> list[tuple[dict[str, Any], str, Any]]:

@@ -2,8 +2,7 @@
 
 import contextlib
 import copy
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,18 +20,19 @@ Mode = Literal["eager", "compiled", "graph"]
 MAX_COMPILED = 64
 
 
-@dataclasses.dataclass(frozen=True)
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """Settings of compiled calls; torch.compile can't trace under a default device, which the engine does not need."""
+    with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED), torch._C.DisableTorchFunction():
+        yield
+
+
 class GraphMemory:
-    """Memory that the graphs of an engine share, since they run one after the other."""
+    """Memory that the graphs of an engine share, since they run one after the other; of no graph yet."""
 
-    pool: Any
-    stream: torch.cuda.Stream
-    """Stream of all captures: another one's would not take over memory that earlier graphs have freed."""
-
-    @classmethod
-    def new(cls, device: torch.device) -> "GraphMemory":
-        """Memory of no graph yet."""
-        return cls(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device))
+    def __init__(self, device: torch.device) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(device)  # of all captures: memory is reused within a stream
 
 
 class Runner:
@@ -59,15 +59,14 @@ class Runner:
         self.inputs = Inputs.empty(bucket, packed.config, device)
         self.prefill, self.velocity = packed.prefill, packed.velocity
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.limits: Any = contextlib.nullcontext()
+        self.settings = _compiling if mode == "compiled" else contextlib.nullcontext
         if mode == "compiled":
-            self.limits = torch._dynamo.config.patch(recompile_limit=MAX_COMPILED)
             self.prefill = torch.compile(self.prefill, dynamic=False, fullgraph=True)
             self.velocity = torch.compile(self.velocity, dynamic=False, fullgraph=True)
         if memory is not None:
             self._capture(device, memory)
         else:
-            with self.limits:
+            with self.settings():
                 self._sample()
 
     def _capture(self, device: torch.device, memory: GraphMemory) -> None:
@@ -87,7 +86,7 @@ class Runner:
         """Sample actions [B, H, A], of as many samples as `inputs` has."""
         self.inputs.copy_(inputs)
         if self.graph is None:
-            with self.limits:
+            with self.settings():
                 actions = self._sample()
         else:
             self.graph.replay()

@@ -106,15 +106,11 @@ class ActionPrefix:
 
 def check_previous(noise: Tensor, guidance: Guidance | None, action_prefix: ActionPrefix | None) -> None:
     """Refuse a previous chunk of another shape than the noise."""
-    chunk, found = noise.shape, list[tuple[str, Tensor, tuple[int, ...]]]()
-    if guidance is not None:
-        found += [("guidance.target", guidance.target, chunk), ("guidance.weight", guidance.weight, chunk)]
-    if action_prefix is not None:
-        found += [("action_prefix.actions", action_prefix.actions, chunk)]
-        found += [("action_prefix.mask", action_prefix.mask, chunk[:2])]
-    for name, tensor, shape in found:
-        if tensor.shape != shape:
-            raise ModelError(f"{name} must be {list(shape)} like the noise, got {list(tensor.shape)}.")
+    for name, part in {"guidance": guidance, "action_prefix": action_prefix}.items():
+        for field, value in vars(part).items() if part is not None else ():
+            shape = noise.shape[:2] if field == "mask" else noise.shape
+            if isinstance(value, Tensor) and value.shape != shape:
+                raise ModelError(f"{name}.{field} must be {list(shape)} like the noise, got {list(value.shape)}.")
 
 
 def integrate(
