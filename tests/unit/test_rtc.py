@@ -1,6 +1,7 @@
 """Real-time chunking: the guidance's sign, gradient and weights, and what a prefix does to a policy's chunks."""
 
 import math
+import pathlib
 
 import jaxtyping
 import numpy as np
@@ -164,7 +165,8 @@ def test_guidance_is_in_the_models_terms_and_counts_only_where_there_is_a_prefix
     robot = torchpi.Embodiment.generic(
         "arm", cameras={"base_0_rgb": "front"}, state=["a", "b", "c", "d"], actions=["a", "b", "c"], delta=["a", "b"]
     )
-    arm = torchpi.load_policy("demo", embodiment=robot, device="cpu")
+    stats = pathlib.Path(torchpi.__file__).parent / "assets" / "demo_policy" / "norm_stats.json"  # of 4 dimensions
+    arm = torchpi.load_policy("demo", embodiment=robot, norm_stats=stats, device="cpu")
     observation = {**arm.example_observation(), "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
     sample, seen = arm.model.sample_actions, {}
 
