@@ -27,6 +27,7 @@ from torchpi.checkpoints.openpi_torch import (
 from torchpi.checkpoints.peft import PeftArrays
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.sizes import ConfigLike, adapt
+from torchpi.checkpoints.spec import PolicySpec
 from torchpi.errors import CheckpointError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
@@ -278,7 +279,9 @@ def _write_assets(
     name = asset_id or spec.embodiment.asset_id or spec.embodiment.name
     (root / "assets" / name).mkdir(parents=True)
     save_norm_stats(root / "assets" / name, spec.norm_stats)
-    return [f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
+    settings = {"num_steps": spec.num_steps if spec.num_steps != PolicySpec.num_steps else None, **spec.metadata}
+    notes = [f"{key} {value} is not written: openpi has none" for key, value in settings.items() if value is not None]
+    return [*notes, f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
 
 
 def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, float]:

@@ -125,10 +125,10 @@ def test_fields_of_every_lerobot_since_04_are_known():
         ({"type": "smolvla"}, 'type is "smolvla"; only "pi0" or "pi05" is read'),
     ],
 )
-def test_config_that_is_another_models_is_refused(lerobot, fields, message):
-    lerobot.configure(**fields)
+def test_config_that_is_another_models_is_refused(pi05, fields, message):
+    pi05.configure(**fields)
     with pytest.raises(ValueError, match=message):
-        lerobot.spec()
+        pi05.spec()
 
 
 def test_number_of_euler_steps_becomes_the_policys(lerobot, tmp_path):
@@ -176,6 +176,11 @@ def test_empty_cameras_are_added_behind_the_others_where_features_lack_them(lero
 def test_statistics_decide_the_width_of_the_state(lerobot, dim):
     lerobot.change_statistics(lambda a: {k: v[:dim] if k.startswith("observation.state.") else v for k, v in a.items()})
     assert len(lerobot.spec().embodiment.state_names) == dim
+
+
+def test_statistics_decide_the_width_of_actions_that_were_left_at_the_bases(pi05):
+    pi05.change_statistics(lambda a: {k: v[:6] if k.startswith("action.") else v for k, v in a.items()})
+    assert pi05.spec().embodiment.action_size == 6
 
 
 # Steps

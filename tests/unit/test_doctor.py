@@ -461,7 +461,7 @@ def test_without_normalization_there_is_nothing_to_compare_with(make_policy):
         normalization={key: Normalization("identity", "lerobot") for key in ("state", "actions")},
     )
     diagnosis = diagnose(policy, request(policy, state=np.array([100.0, -100.0])), **QUICK)
-    assert len(findings(diagnosis, "note", "statistics")) == 2
+    assert len(findings(diagnosis, "warning", "statistics")) == 2
     assert not findings(diagnosis, "problem", "state")
     assert diagnosis.to_dict()["observation"]["state"][0]["low"] is None
 

@@ -350,8 +350,8 @@ def _open_paligemma(
         )
     if requested is None:
         raise CheckpointError(
-            f"{root} is PaliGemma, which has no action expert: say which model begins from it, config= (--model of "
-            f"train) with {', '.join(PRESETS)}, or a JSON file."
+            f"{root} is PaliGemma, which has no action expert: say which model begins from it, config= "
+            f"with {', '.join(PRESETS)}, or a JSON file."
         )
     config = requested if isinstance(requested, Pi0Config) else Pi0Config.from_dict(requested)
     return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True)
@@ -372,13 +372,13 @@ def _open_peft(
         raise MissingFileError(f"{root} holds an adapter of {origin}: {error}") from error
     if base.format not in ("lerobot", "openpi-pytorch"):
         raise CheckpointError(f"{root} holds an adapter of {origin}, which is {base.format}; expected LeRobot's base.")
-    document = document or base.document
+    document, arrays = document or base.document, peft.PeftArrays(root, adapter, base.arrays)
     stated = stated_sizes(root / "config.json", document, is_lerobot=True)
     unset = dataclasses.replace(base.stored_config, action_horizon=None, max_token_len=None)
     config, overruled = add_stated(unset, stated, root / "config.json", may_contradict=requested is not None)
     return dataclasses.replace(
         base, address=address, root=root, format="lerobot", stored_config=config,
-        arrays=peft.PeftArrays(root, adapter, base.arrays), document=document, overruled=tuple(overruled),
+        arrays=arrays, document=document, overruled=tuple(overruled), dropped={**base.dropped, **arrays.dropped},
     )  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         relative = _relative_actions(root, before, after)
         renamed = before.get("rename_observations_processor", Step("")).config.get("rename_map", {})
         stats, rules = normalizations(root, before["normalizer_processor"], after["unnormalizer_processor"])
-        embodiment = _embodiment(document, relative, renamed, stats.get("state"))
+        embodiment = _embodiment(document, relative, renamed, stats)
         tokens = before[_TOKENS]
         length = int(tokens.config["max_length"])
         tokenizer = str(tokens.artifacts.get("tokenizer_name") or tokens.config.get("tokenizer_name", ""))
@@ -158,7 +158,7 @@ def _relative_actions(root: pathlib.Path, before: Mapping[str, Step], after: Map
 
 
 def _embodiment(
-    document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str], state: NormStats | None
+    document: Mapping[str, Any], relative: Mapping[str, Any], renamed: Mapping[str, str], stats: Mapping[str, NormStats]
 ) -> Embodiment:
     robots_name = {theirs: robots for robots, theirs in renamed.items()}
     inputs, output = document["input_features"], document["output_features"][ACTION]
@@ -171,8 +171,9 @@ def _embodiment(
             cameras.append(Camera(name, None, "masked"))
         else:  # LeRobot masks whichever is missing, as long as one is there
             cameras.append(Camera(name, robots_name.get(key, key), "optional", layout="chw", dtype="any"))
-    # The feature may have been left as wide as the base's, whose robot had other joints.
-    num_actions, num_states = output["shape"][0], inputs[STATE]["shape"][0] if state is None else state.dim
+    # Features may have been left as wide as the base's; statistics are of the robot.
+    num_states = stats["state"].dim if "state" in stats else inputs[STATE]["shape"][0]
+    num_actions = min(output["shape"][0], stats["actions"].dim if "actions" in stats else output["shape"][0])
     stated = relative.get("action_names") or document.get("action_feature_names") or []
     names = [str(stated[i]) if i < len(stated) else f"action_{i}" for i in range(num_actions)]
     # Without names nothing can be excluded there.

@@ -55,6 +55,8 @@ class PeftArrays:
         self.source, self.shapes = self._stored.source, base.shapes
         self.folded: dict[str, tuple[str, str]] = {}
         """By the array of the base that they change, the names of A and B."""
+        self.dropped: dict[str, str] = {}
+        """Arrays that are not read, and why."""
         self._scales: dict[str, float] = {}
         self._replaced: dict[str, str] = {}
         pairs: dict[str, dict[str, str]] = {}
@@ -65,9 +67,11 @@ class PeftArrays:
                 self._replaced[_openpi_name(name)] = name
         for layer, pair in pairs.items():
             weight = f"{_openpi_name(layer)}.weight"
-            if weight not in (EXPERT_LM_HEAD, TIED_EMBEDDING):  # text heads, which no computation reads
-                self._scales[weight] = self._scale(layer, weight, pair, config)
-                self.folded[weight] = pair["A"], pair["B"]
+            if weight in (EXPERT_LM_HEAD, TIED_EMBEDDING):
+                self.dropped |= dict.fromkeys(pair.values(), "they change a text head, which is not read")
+                continue
+            self._scales[weight] = self._scale(layer, weight, pair, config)
+            self.folded[weight] = pair["A"], pair["B"]
         if unfit := [n for name, n in self._replaced.items() if self._stored.shapes[n] != base.shapes.get(name)]:
             raise CheckpointError(f"{self.source} has arrays that fit none of the base's: {', '.join(unfit[:8])}.")
         saved = config.get("modules_to_save") or []

@@ -42,7 +42,7 @@ def diagnose(
     observation: Mapping[str, Any] | None = None,
     *,
     num_seeds: int = 8,
-    num_steps: int = 10,
+    num_steps: int | None = None,
     seed: int = 0,
     other_instruction: str | None = None,
 ) -> Diagnosis:
@@ -51,7 +51,7 @@ def diagnose(
     Args:
         observation: of its robot, nested, or flat with '.' between the keys; None: only what needs no observation.
         num_seeds: noises, each with its own chunk.
-        num_steps: Euler steps.
+        num_steps: Euler steps; by default the policy's.
         seed: of the noises.
         other_instruction: replaces the instruction; by default another one that the policy was trained with, or a
             made-up one.
@@ -64,7 +64,8 @@ def diagnose(
     def sample(inputs: Mapping[str, Any]) -> np.ndarray:
         shape = (num_seeds, *policy.model.config.chunk_shape)
         noise = generator_at(seed, "doctor").standard_normal(shape).astype(np.float32)
-        return sample_chunks(policy, inputs, noise, num_steps=num_steps)[..., : policy.embodiment.action_size]
+        chunks = sample_chunks(policy, inputs, noise, num_steps=num_steps or policy.num_steps)
+        return chunks[..., : policy.embodiment.action_size]
 
     of_weights = list(_check_weights(policy))
     findings, checks = [*of_weights, *check_statistics(policy)], None
