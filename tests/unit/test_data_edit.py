@@ -195,6 +195,7 @@ def test_robot_type_may_be_stated(images, tmp_path):
     [
         (lambda path, out: delete_episodes(path, out, ":"), "are all 3 episodes"),
         (lambda path, out: delete_episodes(path, out, "7"), "the episodes are 0 to 2"),
+        (lambda path, out: merge_datasets([], out), "no dataset to merge"),
         (lambda path, out: merge_datasets([path, path], out), "merged with itself"),
         (lambda path, out: merge_datasets([path, "nowhere"], out), "no folder nowhere"),
         (lambda path, out: split_dataset(path, out, {"a": "0:2", "b": "1:"}), "episodes 1 are in two parts"),

@@ -4,7 +4,6 @@ import dataclasses
 import pathlib
 import shlex
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
@@ -18,32 +17,41 @@ if TYPE_CHECKING:
     from torchpi.data.inspect import Inspection
     from torchpi.data.rewrite import Edited, Progress
 
-Dataset = Annotated[str, tyro.conf.Positional]
+_ADDRESS = tyro.conf.arg(help="LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision].")
+Dataset = Annotated[str, tyro.conf.Positional, _ADDRESS]
 
 
-@dataclasses.dataclass(frozen=True)
-class DataInspect:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Look:
+    dataset: Dataset
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
+
+    def inspect(self, pictures: int) -> "Inspection":
+        from torchpi.data.inspect import inspect_dataset
+        from torchpi.data.rename import parse_rename
+
+        with Console(stderr=True).status(f"reading {self.dataset}"):
+            return inspect_dataset(self.dataset, rename=parse_rename(self.rename), pictures=pictures)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataInspect(_Look):
     """Look at a dataset before it is described: cameras, rates, lengths, tasks, ranges with guessed units, jumps, idle
     and repeated frames, and everything for which training would refuse it, each with how to go on.
 
     Nothing is changed. A page with pictures and plots is written with --html.
     """
 
-    dataset: Dataset
-    """A LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
     html: pathlib.Path | None = None
     """The file for a page that needs nothing else."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
-    pictures: int = 4
-    """Frames per camera on the page."""
     json: bool = False
     """Print one JSON document."""
 
     def run(self) -> None:
         from torchpi.inspect.dataset import print_inspection, render_dataset_page
 
-        found = _inspected(self.dataset, self.rename, self.pictures)
+        found = self.inspect(pictures=4)
         if self.html is not None:
             self.html.write_text(render_dataset_page(found), encoding="utf-8")
             print(f"wrote {self.html}", file=sys.stderr)
@@ -53,39 +61,27 @@ class DataInspect:
             print_inspection(found, Console(highlight=False))
 
 
-@dataclasses.dataclass(frozen=True)
-class DataDraft:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataDraft(_Look):
     """Write the description of a dataset's robot, to be corrected: the file for --embodiment.
 
     Names, rate and cameras are the dataset's, units and commands guessed; what is uncertain is a comment that begins
     with QUESTION. Comments are not read.
     """
 
-    dataset: Dataset
-    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     out: pathlib.Path
     """The file, for example my_arm.json; it must not exist."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
 
     def run(self) -> None:
         from torchpi.data.draft import draft_embodiment, questions_of, to_text
 
         if self.out.exists():
             raise UsageError(f"{self.out} exists already; choose another file, because it may have been corrected.")
-        document = draft_embodiment(_inspected(self.dataset, self.rename), self.out.stem)
+        document = draft_embodiment(self.inspect(pictures=1), self.out.stem)
         self.out.write_text(to_text(document), encoding="utf-8")
         print(f"wrote {self.out}")
         for question in questions_of(document):
             print(f"question: {question}")
-
-
-def _inspected(dataset: str, rename: Sequence[str], pictures: int = 1) -> "Inspection":
-    from torchpi.data.inspect import inspect_dataset
-    from torchpi.data.rename import parse_rename
-
-    with Console(stderr=True).status(f"reading {dataset}"):
-        return inspect_dataset(dataset, rename=parse_rename(rename), pictures=pictures)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,8 +118,7 @@ class DataMerge(_Edit):
     where an episode does not begin with a keyframe.
     """
 
-    datasets: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """LeRobot datasets, folders or hf://org/name[@revision]."""
+    datasets: Annotated[tuple[str, ...], tyro.conf.Positional, _ADDRESS]
     robot_type: str | None = None
     """The robot_type of the new dataset, where the sets state different ones."""
 
@@ -138,7 +133,6 @@ class DataSplit(_Edit):
     """Write parts of a dataset into new ones, OUT/NAME, for example to train and to evaluate with."""
 
     dataset: Dataset
-    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     parts: tuple[str, ...]
     """NAME=EPISODES as often as needed: train=0:40 val=40:, drawers="task:open the *", or fractions that follow each
     other from the first episode on, train=0.8 val=0.2. Episodes in no part are left out."""
@@ -155,7 +149,6 @@ class DataDelete(_Edit):
     """Write a dataset without some episodes; the others are numbered anew, and the old dataset stays as it is."""
 
     dataset: Dataset
-    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     select: str
     """The episodes to leave out, for example "3,57,100:" or "task:open the *"."""
     aliases: ClassVar = {"--episodes": "--select"}
@@ -175,7 +168,6 @@ class DataResample(_Edit):
     """
 
     dataset: Dataset
-    """A LeRobot dataset, a folder or hf://org/name[@revision]."""
     fps: float
     """The new rate in frames per second."""
     command: Literal["position", "velocity", "increment", "effort"] | None = None

@@ -1,9 +1,8 @@
 """Editing datasets: new ones in format v3.0 of the episodes of others, which stay as they are."""
 
-import contextlib
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torchpi.data.metadata import Metadata, open_metadata
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rename import dimension_names
-from torchpi.data.rewrite import Edited, Progress, no_progress, pieces_of, write_pieces
+from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
 from torchpi.errors import DatasetError
 
 
@@ -34,14 +33,15 @@ def merge_datasets(
         ValueError: the sets differ, with what differs; one is given twice; a damaged file; `out` exists.
         FileNotFoundError: a dataset, or a file of it, is missing.
     """
+    if not paths:
+        raise DatasetError("There is no dataset to merge; give one at least.")
     if twice := [path for path, count in Counter(map(str, paths)).items() if count > 1]:
         raise DatasetError(f"{', '.join(twice)} would be merged with itself; give each dataset once.")
     first, *others = sources = [open_metadata(path) for path in paths]
     for other in others:
-        _check_alike(first, other, any_robot=robot_type is not None)
+        _check_alike(first, other, robot_type)
     pieces = [piece for path, source in zip(paths, sources, strict=True) for piece in pieces_of(path, source)]
-    with _new_folder(out) as folder:
-        return write_pieces(folder, pieces, shown_as=out, robot_type=robot_type, progress=progress)
+    return _write(out, {"": pieces}, robot_type=robot_type, progress=progress)[0]
 
 
 def split_dataset(
@@ -58,12 +58,7 @@ def split_dataset(
     """
     source = open_metadata(path)
     chosen = _chosen_parts(path, [episode.index for episode in source.episodes], parts)
-    with _new_folder(out) as folder:
-        results = []
-        for name, indices in chosen.items():
-            pieces = pieces_of(path, source, indices)
-            results.append(write_pieces(folder / name, pieces, shown_as=out / name, progress=progress))
-    return results
+    return _write(out, {name: pieces_of(path, source, part) for name, part in chosen.items()}, progress=progress)
 
 
 def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: Progress = no_progress) -> Edited:
@@ -72,12 +67,11 @@ def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: P
     Raises:
         ValueError: none would be left; see also `merge_datasets`.
     """
-    source, left_out = open_metadata(path), set(select_episodes(path, expression))
-    kept = [episode.index for episode in source.episodes if episode.index not in left_out]
+    source, left_out = open_metadata(path), select_episodes(path, expression)
+    kept = {episode.index for episode in source.episodes} - set(left_out)
     if not kept:
         raise DatasetError(f"{expression!r} are all {len(left_out)} episodes of {path}; expected that one is left.")
-    with _new_folder(out) as folder:
-        return write_pieces(folder, pieces_of(path, source, kept), shown_as=out, progress=progress)
+    return _write(out, {"": pieces_of(path, source, kept)}, progress=progress)[0]
 
 
 def resample_dataset(
@@ -104,8 +98,7 @@ def resample_dataset(
             "frames that were not recorded can't be made."
         )
     resampling = Resampling(source.info.fps, fps, stated)
-    with _new_folder(out) as folder:
-        return write_pieces(folder, pieces_of(path, source), shown_as=out, resampling=resampling, progress=progress)
+    return _write(out, {"": pieces_of(path, source)}, resampling=resampling, progress=progress)[0]
 
 
 def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]) -> dict[str, list[int]]:
@@ -127,30 +120,14 @@ def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]
     return chosen
 
 
-def _check_alike(first: Metadata, other: Metadata, *, any_robot: bool) -> None:
+def _check_alike(first: Metadata, other: Metadata, robot_type: str | None) -> None:
     """Raise an error that says in what two datasets differ."""
-    found = []
-
-    def compare(label: str, left: Any, right: Any) -> None:
-        if left != right:
-            found.append(f"{label} is {left} there and {right} here")
-
-    compare("fps", first.info.fps, other.info.fps)
-    if not any_robot:
-        compare("robot_type", first.info.robot_type, other.info.robot_type)
-    for key in {**first.info.features, **other.info.features}:
-        left, right = (of.info.features.get(key) for of in (first, other))
-        if left is None or right is None:
-            found.append(f"{key} is only {'here' if left is None else 'there'}")
-            continue
-        compare(f"the dtype of {key}", left.get("dtype"), right.get("dtype"))
-        compare(f"the shape of {key}", left.get("shape"), right.get("shape"))
-        if is_depth_map(left) or is_depth_map(right):
-            compare(f"the coding of depths of {key}", *map(_depth_coding, (left, right)))
-        if key not in first.info.cameras and left.get("shape") == right.get("shape"):
-            names = (dimension_names(feature, feature["shape"][0]) for feature in (left, right))
-            compare(f"the order of dimensions of {key}", *(None if of is None else ", ".join(of) for of in names))
-    if found:
+    left, right = (_properties(of) | ({"robot_type": robot_type} if robot_type else {}) for of in (first, other))
+    differing = [name for name in left | right if left.get(name) != right.get(name)]
+    if differing:
+        found = (
+            f"{name} is {left.get(name, 'missing')} there and {right.get(name, 'missing')} here" for name in differing
+        )
         raise DatasetError(
             f"{other.root} can't be merged with {first.root}: {'; '.join(found)}. `torchpi data resample` gives a set "
             "another rate, --robot-type states the robot where only its name differs, and `torchpi train` takes "
@@ -158,15 +135,26 @@ def _check_alike(first: Metadata, other: Metadata, *, any_robot: bool) -> None:
         )
 
 
-def _depth_coding(feature: Mapping[str, Any]) -> dict[str, Any]:
-    """The properties that say what a depth camera's numbers are."""
-    return {name: value for name, value in stated_info(feature).items() if re.search("depth|shift|use_log", name)}
+def _properties(metadata: Metadata) -> dict[str, Any]:
+    """The properties that datasets have to share to be merged, by their names in a message."""
+    found: dict[str, Any] = {"fps": metadata.info.fps, "robot_type": metadata.info.robot_type}
+    for key, feature in metadata.info.features.items():
+        found |= {f"the {name} of {key}": feature.get(name) for name in ("dtype", "shape")}
+        if is_depth_map(feature):
+            coding = stated_info(feature).items()
+            found[f"the coding of depths of {key}"] = {k: v for k, v in coding if re.search("depth|shift|use_log", k)}
+        if key not in metadata.info.cameras and feature.get("shape"):
+            names = dimension_names(feature, feature["shape"][0])
+            found[f"the order of dimensions of {key}"] = names and ", ".join(names)
+    return found
 
 
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears complete, or not at all."""
+def _write(out: Path, parts: Mapping[str, Sequence[Piece]], **options: Any) -> list[Edited]:
+    """Write new datasets, the folders `out`/NAME: `out` appears complete, or not at all."""
     if out.exists():
         raise DatasetError(f"{out} exists already; choose a path for the new dataset where nothing is.")
+    results = [Edited(str(out / name)) for name in parts]
     with atomic_folder(out) as folder:
-        yield folder
+        for (name, pieces), result in zip(parts.items(), results, strict=True):
+            write_pieces(folder / name, pieces, result, **options)
+    return results

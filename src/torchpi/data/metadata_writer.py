@@ -53,7 +53,10 @@ def new_info(
     data_file_mb: int | float,
     video_file_mb: int | float,
 ) -> Info:
-    """The settings of a dataset, as meta/info.json has them, without any episode."""
+    """The settings of a dataset, as meta/info.json has them, without any episode; `BOOKKEEPING` is added."""
+    features = features | {
+        key: {"dtype": kind, "shape": [1], "names": None} for key, kind in lerobot.BOOKKEEPING.items()
+    }
     is_video = any(feature["dtype"] == "video" for feature in features.values())
     info = Info("v3.0", fps, features, lerobot.DATA_PATH, lerobot.VIDEO_PATH if is_video else None, robot_type)
     return dataclasses.replace(info, data_files_size_in_mb=data_file_mb, video_files_size_in_mb=video_file_mb)

@@ -50,6 +50,7 @@ class Recording:
         self.folder = root / lerobot.RECORDING_FOLDER
         self._lock: int | None = None
         self.episodes: list[SavedEpisode] = []
+        self.tasks: dict[str, None] = {}  # the instructions so far, in the order of their task_index
         self._groups: list[list[int]] = []
 
     @classmethod
@@ -87,11 +88,6 @@ class Recording:
     def num_frames(self) -> int:
         return sum(episode.length for episode in self.episodes)
 
-    @property
-    def tasks(self) -> list[str]:
-        """The instructions so far, by their task_index."""
-        return list(dict.fromkeys(task for episode in self.episodes for task in episode.tasks))
-
     @contextlib.contextmanager
     def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
         """Yield the paths to write the data file ("data") and each camera's video of an episode to: when the block
@@ -107,6 +103,7 @@ class Recording:
             self._grow_reserve()
             self._put_json(self._json_file(len(self.episodes)), dataclasses.asdict(episode))
             self.episodes.append(dataclasses.replace(episode, histograms={}))
+            self.tasks |= dict.fromkeys(episode.tasks)
         except BaseException:
             self.reload()  # an interrupt may come right after the episode was saved
             raise
@@ -116,6 +113,7 @@ class Recording:
         self.episodes = []
         while self._json_file(len(self.episodes)).is_file():
             self.episodes.append(dataclasses.replace(self._read(len(self.episodes)), histograms={}))
+        self.tasks = dict.fromkeys(task for episode in self.episodes for task in episode.tasks)
         groups = self.folder / "groups.json"
         self._groups = json.loads(groups.read_bytes()) if groups.is_file() else []
         for pattern in ("*.part", f"episode_{len(self.episodes):06d}.*"):
@@ -224,7 +222,7 @@ class Recording:
         write_table = require("pyarrow.parquet", "data").write_table
         episodes = [self._read(index) for index in range(len(self.episodes))]
         columns = self._numeric_columns()
-        tasks = metadata_writer.tasks_table(self.tasks)
+        tasks = metadata_writer.tasks_table(list(self.tasks))
         table = metadata_writer.episodes_table(self.info, episodes, self._groups, columns)
         stats = metadata_writer.feature_stats(self.info, episodes, columns)
         info = dataclasses.replace(

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,8 +32,8 @@ from torchpi.extras import require
 from torchpi.robots.keys import flatten
 
 _EPISODES_STATS = "meta/episodes_stats.jsonl"
-_WRITTEN_FILES = {lerobot.INFO, lerobot.STATS, lerobot.TASKS_PARQUET, lerobot.TASKS_JSONL, lerobot.EPISODES_JSONL}
-_WRITTEN_FILES |= {_EPISODES_STATS}
+_WRITTEN_FILES = {lerobot.INFO, lerobot.STATS, lerobot.TASKS_PARQUET}
+_WRITTEN_FILES |= {lerobot.TASKS_JSONL, lerobot.EPISODES_JSONL, _EPISODES_STATS}
 """Files of meta that are written anew, of all formats."""
 _WRITTEN_COLUMNS = re.compile("episode_index|tasks|length|dataset_(from|to)_index|(data|videos|stats|meta)/.*")
 """Columns of the list of episodes that are written anew."""
@@ -46,18 +46,18 @@ def no_progress(done: int, total: int) -> None:
     """Show nothing."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Edited:
     """A new dataset."""
 
     path: str
-    episodes: int
-    frames: int
-    videos_copied: int
+    episodes: int = 0
+    frames: int = 0
+    videos_copied: int = 0
     """Videos, of one episode and camera each, that were copied."""
-    videos_encoded: int
+    videos_encoded: int = 0
     """Those that were encoded anew."""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
     """Parts of the old datasets that the new one has not."""
 
 
@@ -70,91 +70,72 @@ class Piece(NamedTuple):
     """Its row in the list of episodes, statistics included."""
 
 
-def pieces_of(path: str | Path, source: Metadata, indices: Sequence[int] | None = None) -> list[Piece]:
+def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | None = None) -> list[Piece]:
     """Episodes of a dataset, by default all; of an address, their files are downloaded."""
-    wanted = {episode.index for episode in source.episodes} if indices is None else set(indices)
-    episodes = with_frames([episode for episode in source.episodes if episode.index in wanted], source.root)
+    wanted = [episode for episode in source.episodes if indices is None or episode.index in indices]
+    episodes = with_frames(wanted, source.root)
     download_frames(path, source.root, episodes, source.info.videos)
     spans, pool = VideoSpans(source.episodes, episodes, source.info.videos, source.info.fps, None), VideoPool()
     for video in {span.path for episode in episodes for span in episode.videos.values()}:
         spans.check(video, partial(pool.frame_times, video, source.info.fps))
-    rows = _rows_with_stats(source)
-    return [Piece(source, episode, rows.get(episode.index, {})) for episode in episodes]
+    rows = {row["episode_index"]: row for row in episode_rows(source.root, source.info, stats=True)}
+    if (path := source.root / _EPISODES_STATS).is_file():
+        for row in read_json_lines(path):
+            rows.setdefault(row["episode_index"], {}).update(flatten(row, "/"))
+    return [Piece(source, episode, rows[episode.index]) for episode in episodes]
 
 
 def write_pieces(
     folder: Path,
     pieces: Sequence[Piece],
+    result: Edited,
     *,
-    shown_as: Path,
     robot_type: str | None = None,
     resampling: Resampling | None = None,
-    progress: Progress = no_progress,
-) -> Edited:
+    progress: Progress,
+) -> None:
     """Write episodes of datasets that are alike into a new or empty folder.
 
     Args:
-        shown_as: the path of the folder in the result.
+        result: gets the counts and notes.
         robot_type: by default the first dataset's.
         resampling: by default none.
     """
-    info = pieces[0].source.info
-    fps = info.fps if resampling is None else resampling.fps
-    info = _v3(dataclasses.replace(info, fps=fps, robot_type=robot_type or info.robot_type))
-    recording, notes = Recording.create(folder, info), dict[str, None]()
-    numbers: dict[str, int] = {}
-    encoded = 0
+    old = pieces[0].source.info
+    info = new_info(
+        fps=old.fps if resampling is None else resampling.fps,
+        features=old.features,
+        robot_type=robot_type or old.robot_type,
+        data_file_mb=old.data_files_size_in_mb or 100,  # LeRobot's limits
+        video_file_mb=old.video_files_size_in_mb or 200,
+    )
+    recording = Recording.create(folder, info)
     try:
-        for done, (piece, table) in enumerate(_tables(pieces, info, notes), start=1):
-            encoded += _add(recording, piece, table, numbers, resampling)
+        for done, (piece, table) in enumerate(_tables(pieces, info, result), start=1):
+            _add(recording, piece, table, result, resampling)
             progress(done, len(pieces))
         recording.finish(recoverable=False)
     except BaseException:
         recording.abandon()
         raise
-    _copy_other_files(folder, list({piece.source.root: None for piece in pieces}), notes)
-    copied = len(pieces) * len(info.videos) - encoded
-    return Edited(str(shown_as), len(pieces), recording.num_frames, copied, encoded, tuple(notes))
+    result.episodes, result.frames = len(pieces), recording.num_frames
+    _copy_other_files(folder, list(dict.fromkeys(piece.source.root for piece in pieces)), result)
 
 
-def _rows_with_stats(source: Metadata) -> dict[int, dict[str, Any]]:
-    """The list of episodes with all of its columns, by episode_index."""
-    found: dict[int, dict[str, Any]] = {}
-    for row in episode_rows(source.root, source.info, stats=True):
-        found[int(row["episode_index"])] = row
-    if (path := source.root / _EPISODES_STATS).is_file():
-        for row in read_json_lines(path):
-            found.setdefault(int(row["episode_index"]), {}).update(flatten(row, "/"))
-    return found
-
-
-def _v3(info: Info) -> Info:
-    """The same settings in format v3.0."""
-    bookkeeping = {name: {"dtype": dtype, "shape": [1], "names": None} for name, dtype in lerobot.BOOKKEEPING.items()}
-    return new_info(
-        fps=info.fps,
-        features={**info.features, **bookkeeping},
-        robot_type=info.robot_type,
-        data_file_mb=info.data_files_size_in_mb or 100,  # LeRobot's limits
-        video_file_mb=info.video_files_size_in_mb or 200,
-    )
-
-
-def _tables(pieces: Sequence[Piece], info: Info, notes: dict[str, None]) -> Iterator[tuple[Piece, Any]]:
+def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tuple[Piece, Any]]:
     """The rows of each episode, all with the same columns."""
     pa = require("pyarrow", "data")
     names = [name for name in info.features if name not in info.videos]
     schema: Any = None
-    by_file = itertools.groupby(pieces, key=lambda piece: (piece.source.root, piece.episode.data_file))
-    for (root, path), group in by_file:
+    for (root, path), group in itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file)):
         with open_parquet(path) as file:
             table = file.read()
-        runs = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
+        rows = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
         if others := sorted(set(table.column_names) - set(names)):
-            notes[f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}"] = None
+            result.notes += (f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}",)
         table = table.select([name for name in names if name in table.column_names])
-        for camera in info.cameras:
-            table = table if camera in info.videos else _with_images(table, camera, root, path)
+        for camera in set(info.cameras) - set(info.videos):
+            table = _with_images(table, camera, root, path)
         schema = schema or table.schema
         try:
             table = table.select(schema.names).cast(schema)
@@ -163,13 +144,13 @@ def _tables(pieces: Sequence[Piece], info: Info, notes: dict[str, None]) -> Iter
                 f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
             ) from error
         for piece in group:
-            rows = runs.get(piece.episode.index, slice(0, 0))
-            if rows.stop - rows.start != piece.episode.length:
+            of_piece = table[rows.get(piece.episode.index, slice(0, 0))]
+            if len(of_piece) != piece.episode.length:
                 raise DatasetError(
-                    f"{path}: episode {piece.episode.index} has {rows.stop - rows.start} frames; expected "
+                    f"{path}: episode {piece.episode.index} has {len(of_piece)} frames; expected "
                     f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
-            yield piece, table.slice(rows.start, piece.episode.length)
+            yield piece, of_piece
 
 
 def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
@@ -178,107 +159,98 @@ def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
     images, kind = table.column(camera), table.schema.field(camera).type
     if pa.types.is_struct(kind) and "bytes" in kind.names and not images.combine_chunks().field("bytes").null_count:
         return table
-    found = ({"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist())
-    rows: list[dict[str, Any]] = list(found)
+    rows: list[dict[str, Any]] = [
+        {"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist()
+    ]
     for number, row in enumerate(rows):
         if row.get("bytes") is None:
             row["bytes"] = file_inside(root, row["path"], f"{path}, row {number}").read_bytes()
-    return _with_column(table, camera, pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
+    return _with_column(table, camera, rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
 
 
-def _add(recording: Recording, piece: Piece, table: Any, numbers: dict[str, int], resampling: Resampling | None) -> int:
-    """Save an episode; the number of its videos that had to be encoded.
-
-    Args:
-        numbers: the task_index of each instruction so far; new ones are added.
-    """
+def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None) -> None:
+    """Save an episode."""
     texts = _instructions(piece, table)
-    tasks = tuple(dict.fromkeys((*texts, *piece.episode.tasks)))
-    for text in tasks:
-        numbers.setdefault(text, len(numbers))
+    tasks = tuple(dict.fromkeys([*texts, *piece.episode.tasks]))
+    numbers = {text: number for number, text in enumerate(recording.tasks | dict.fromkeys(tasks))}
     frames = np.arange(len(table)) if resampling is None else resampling.frames(len(table))
     seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
-    new: dict[str, np.ndarray] = {
+    new = {
         "timestamp": seconds - seconds[0] if resampling is None else np.arange(len(frames)) / resampling.fps,
         "frame_index": np.arange(len(frames)),
         "episode_index": np.full(len(frames), len(recording.episodes)),
         "index": recording.num_frames + np.arange(len(frames)),
         "task_index": np.array([numbers[text] for text in texts])[frames],
     }
-    fps = None if resampling is None else resampling.fps
-    columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
+    if resampling is not None:
+        actions, kind = to_numpy(table.column(lerobot.ACTION)), table.schema.field(lerobot.ACTION).type
+        taken = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
+        table = _with_column(table.take(frames), lerobot.ACTION, taken.tolist(), kind)
+    for name, dtype in lerobot.BOOKKEEPING.items():
+        table = _with_column(table, name, new[name].astype(dtype))
     stats = {
         key: {name.rpartition("/")[2]: value for name, value in piece.row.items() if name.startswith(f"stats/{key}/")}
         for key in recording.info.cameras
     }
+    columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
     codecs: dict[str, str] = {}
-    encoded = 0
     with recording.saving(SavedEpisode(len(frames), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
-        rows = table if resampling is None else _resampled(table, frames, resampling)
-        for name, dtype in lerobot.BOOKKEEPING.items():
-            rows = _with_column(rows, name, require("pyarrow", "data").array(new[name].astype(dtype)))
-        with write_parquet(files["data"], rows.schema) as file:
-            file.write_table(rows)
+        with write_parquet(files["data"], table.schema) as file:
+            file.write_table(table)
         for camera in recording.info.videos:
-            is_copied = _write_video(files[camera], piece, camera, frames.tolist(), fps)
-            encoded += not is_copied
+            _write_video(files[camera], recording, piece, camera, None if resampling is None else frames, result)
             codecs[camera] = codec_of(files[camera])
-            if not is_copied and not recording.episodes:  # LeRobot, too, describes the first file
-                feature = recording.info.features[camera]
-                height, width = feature["shape"][:2]
-                info = video_info(default_encoder(), height=height, width=width, fps=recording.info.fps)
-                recording.info.features[camera] = {**feature, "info": info}
-    return encoded
 
 
 def _instructions(piece: Piece, table: Any) -> list[str]:
     """The instruction of each frame."""
-    indices = to_numpy(table.column("task_index")).ravel()
-    if missing := {index for index in indices.tolist() if not isinstance(piece.source.tasks.get(index), str)}:
-        raise DatasetError(
-            f"Episode {piece.episode.index} of {piece.source.root} has the task_index {min(missing)}, for which "
-            f"{piece.source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
-        )
-    return [piece.source.tasks[int(index)] for index in indices]
+    texts = []
+    for index in to_numpy(table.column("task_index")).ravel().tolist():
+        if not isinstance(text := piece.source.tasks.get(index), str):
+            raise DatasetError(
+                f"Episode {piece.episode.index} of {piece.source.root} has the task_index {index}, for which "
+                f"{piece.source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
+            )
+        texts.append(text)
+    return texts
 
 
-def _resampled(table: Any, frames: np.ndarray, resampling: Resampling) -> Any:
-    actions = to_numpy(table.column(lerobot.ACTION))
-    new = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
-    array = require("pyarrow", "data").array(new.tolist(), table.schema.field(lerobot.ACTION).type)
-    return _with_column(table.take(frames), lerobot.ACTION, array)
-
-
-def _with_column(table: Any, name: str, array: Any) -> Any:
-    place = table.schema.get_field_index(name)
+def _with_column(table: Any, name: str, values: Any, kind: Any = None) -> Any:
+    place, array = table.schema.get_field_index(name), require("pyarrow", "data").array(values, kind)
     return table.append_column(name, array) if place < 0 else table.set_column(place, name, array)
 
 
-def _write_video(path: Path, piece: Piece, camera: str, frames: Sequence[int], fps: float | int | None) -> bool:
-    """Write an episode's video, at another rate if it is given; True if it could be copied."""
-    index, recorded_fps, length = piece.episode.index, piece.source.info.fps, piece.episode.length
-    if camera not in piece.episode.videos:
+def _write_video(
+    path: Path, recording: Recording, piece: Piece, camera: str, frames: np.ndarray | None, result: Edited
+) -> None:
+    """Copy an episode's video, or encode it anew: some of its frames, at the new dataset's rate, if they are given."""
+    (source, episode, _), feature = piece, recording.info.features[camera]
+    if camera not in episode.videos:
         raise DatasetError(
-            f"{camera} of episode {index} has no video: it was not encoded before the recording ended. Leave the "
-            "episode out (torchpi data delete)."
+            f"{camera} of episode {episode.index} has no video: it was not encoded before the recording ended. Leave "
+            "the episode out (torchpi data delete)."
         )
-    span = piece.episode.videos[camera]
-    if fps is None and cut_video(path, span.path, span.from_timestamp, num_frames=length, fps=recorded_fps):
-        return True
-    feature = piece.source.info.features[camera]
+    span, fps = episode.videos[camera], source.info.fps
+    if frames is None and cut_video(path, span.path, span.from_timestamp, num_frames=episode.length, fps=fps):
+        result.videos_copied += 1
+        return
     if is_depth_map(feature):
         raise DatasetError(
-            f"{camera} of episode {index} is a depth video that would have to be encoded anew, which "
+            f"{camera} of episode {episode.index} is a depth video that would have to be encoded anew, which "
             "would change its depths; it can be copied only where it begins with a keyframe, at the same rate."
         )
-    pool = VideoPool(limit=1)
-    period = 1 / recorded_fps
-    images = (pool.read(span.path, span.from_timestamp + frame * period, 0.25 * period, period) for frame in frames)
-    encode_video(path, images, fps=fps or recorded_fps, encoder=default_encoder())
-    return False
+    result.videos_encoded += 1
+    pool, encoder = VideoPool(limit=1), default_encoder()
+    seconds = span.from_timestamp + (np.arange(episode.length) if frames is None else frames) / fps
+    images = (pool.read(span.path, second, 0.25 / fps, 1 / fps) for second in seconds.tolist())
+    encode_video(path, images, fps=recording.info.fps, encoder=encoder)
+    if not recording.episodes:  # LeRobot, too, describes the first file
+        height, width = feature["shape"][:2]
+        info = video_info(encoder, height=height, width=width, fps=recording.info.fps)
+        recording.info.features[camera] = {**feature, "info": info}
 
 
-def _copy_other_files(folder: Path, roots: Sequence[Path], notes: dict[str, None]) -> None:
+def _copy_other_files(folder: Path, roots: Sequence[Path], result: Edited) -> None:
     """Copy the files of meta that LeRobot's format doesn't have, if they are the same in all datasets."""
     files = [file for root in roots for file in (root / "meta").iterdir() if file.is_file()]
     names = {f"meta/{file.name}" for file in files if not is_hidden(Path(file.name))}
@@ -287,4 +259,4 @@ def _copy_other_files(folder: Path, roots: Sequence[Path], notes: dict[str, None
         if len(contents) == 1:
             shutil.copy(roots[0] / name, folder / name)
         else:
-            notes[f"{name}: differs between the datasets"] = None
+            result.notes += (f"{name}: differs between the datasets",)

@@ -70,7 +70,6 @@ class LeRobotWriter:
             **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
             **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names is not None else {}),
             lerobot.ACTION: _numbers_feature("action_names", action_names),
-            **{key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in lerobot.BOOKKEEPING.items()},
         }
         self._info = new_info(
             fps=int(fps),
@@ -79,7 +78,7 @@ class LeRobotWriter:
             data_file_mb=data_file_mb,
             video_file_mb=video_file_mb,
         )
-        self._schema = _data_schema(features)
+        self._schema = _data_schema(self._info.features)
         self._recording: Recording | None = Recording.create(self.path, self._info)
         self.discard_episode()
 
