@@ -27,7 +27,7 @@ _TABLE = 0.02
 _LIFTED, _CARRIED, _PLACED = 0.08, 0.05, 0.03
 _GRASP, _ABOVE = 0.015, 0.06  # over the cube, when the jaws close, and on the way to it or to the disc
 _NEAR = 0.012  # beside the target: the way down begins
-_CLEARANCE = 0.006  # between fixed jaw and cube on the way down; the moving jaw closes it
+_CLEARANCE = 0.012  # from the fixed jaw to the cube on the way down, to have room for errors; the moving jaw closes it
 # The furthest that a target is ahead of the arm and, in radians, of a joint.
 _AHEAD, _JOINT_AHEAD = 0.02, np.deg2rad(12)
 
@@ -53,8 +53,8 @@ class SO101Environment:
         self._goal, self._tip = model.site("goal").id, model.site("gripperframe").id
         self._tip_offset = package.grasp_point_offset(model, self._tip)
         front = mujoco.MjvCamera()
-        front.lookat[:] = (0.2, 0, 0.04)
-        front.distance, front.azimuth, front.elevation = 0.5, 180, -40
+        front.lookat[:] = (0.22, 0, 0.04)
+        front.distance, front.azimuth, front.elevation = 0.4, 180, -45
         self._cameras = Cameras(model, {"front": front, "wrist": "wrist"})
         self._was_carried = False
 
@@ -90,7 +90,7 @@ class SO101Environment:
     def expert_action(self) -> np.ndarray:
         """The joints' targets, from the present state alone: the expert begins again after a miss."""
         way, is_open = self._plan()
-        target = self._point() + way * min(1, _AHEAD / max(float(np.linalg.norm(way)), 1e-9))
+        target = self._point() + way * min(0.6, _AHEAD / max(float(np.linalg.norm(way)), 1e-9))
         model, data, arm = self._model, self._plan_data, np.arange(5)
         data.qpos[:] = self._data.qpos
         self._mujoco.mj_kinematics(model, data)
@@ -113,9 +113,11 @@ class SO101Environment:
         if self.task == "place" and self._was_carried and height < _TABLE + 5e-3 and np.linalg.norm(to_goal) < 0.015:
             return up * (self._joints()[-1] > 50), True
         if not self._is_held():
-            off = np.linalg.norm(way[:2])
-            is_there = off < _NEAR and -way[2] < _GRASP + 6e-3
-            return np.add(way, (0, -_CLEARANCE, _GRASP + _slope(off))), not is_there
+            aside = way[:2] - [0, np.clip(way[1], 0, _CLEARANCE)]
+            off = np.linalg.norm(aside)
+            if off < _NEAR and -way[2] < _GRASP + 6e-3:
+                return np.append(aside, way[2] + _GRASP), False
+            return np.add(way, (0, -_CLEARANCE, _GRASP + _slope(off))), True
         if self.task == "lift":
             return up, False
         rise = _TABLE + _slope(np.linalg.norm(to_goal)) - height
