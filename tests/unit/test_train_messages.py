@@ -38,12 +38,22 @@ def without_bfloat16(monkeypatch):
         monkeypatch.setattr(module, "has_bfloat16", lambda device: False)
 
 
-def test_matmuls_are_in_float32_where_the_device_has_no_bfloat16(recipe, tmp_path, capsys, without_bfloat16):
-    loop.train(recipe.replace(dtype=None), tmp_path / "run")
-    assert "matmuls in float32: this cpu device has no bfloat16 arithmetic" in unwrapped(capsys)
-    assert resume_config(tmp_path / "run").model.dtype == "float32"
-    loop.train(recipe.replace(dtype="bfloat16"), tmp_path / "slow")
-    assert "warning: this cpu device has no bfloat16 arithmetic and emulates it" in unwrapped(capsys)
+@pytest.mark.parametrize(
+    ("stated", "used", "message"),
+    [
+        (None, "float32", "matmuls in float32: this cpu device has no bfloat16 arithmetic"),
+        pytest.param(
+            *("bfloat16", "bfloat16", "warning: this cpu device has no bfloat16 arithmetic and emulates it"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_matmuls_are_in_float32_where_the_device_has_no_bfloat16(
+    recipe, tmp_path, capsys, without_bfloat16, stated, used, message
+):
+    loop.train(recipe.replace(dtype=stated, holdout=0.0), tmp_path / "run")
+    assert message in unwrapped(capsys)
+    assert resume_config(tmp_path / "run").model.dtype == used
 
 
 def test_a_cpus_flags_say_whether_it_has_bfloat16(monkeypatch):
@@ -100,7 +110,7 @@ def read_lines(run):
 
 def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
     run = tmp_path / "run"
-    loop.train(recipe, run)
+    loop.train(recipe.replace(holdout=0.0), run)
     with pytest.raises(FileNotFoundError, match=re.escape(f"The folder of the run is {run}.")):
         resume_config(run / "checkpoints" / "00000001")
     with pytest.raises(ValueError, match=r"is no checkpoint itself; the last one in it is .*/00000001/policy"):
@@ -108,7 +118,7 @@ def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
 
 
 def test_more_steps_than_the_schedule_has_are_noted(recipe, tmp_path, capsys):
-    loop.train(recipe.replace(num_steps=2, decay_steps=1, warmup_steps=0, ema_decay=0.0), tmp_path / "run")
+    loop.train(recipe.replace(num_steps=2, decay_steps=1, ema_decay=0.0, holdout=0.0), tmp_path / "run")
     assert "the learning rate stays at min_lr 2.5e-06 from decay_steps 1 on" in unwrapped(capsys)
 
 

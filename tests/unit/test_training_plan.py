@@ -197,19 +197,25 @@ CHOICES = {
     "frozen_dtype": ("float32", "bfloat16"),
     "parallel": ("ddp", "fsdp", "hybrid"),
     "shard_size": (0, 2),
-    "chunk_samples": (0, 2),
     "state_noise": (0.0, 0.1),
     "skip_idle": (False, True),
 }
 
 
-@pytest.mark.parametrize(("first", "count"), [(0, 1), pytest.param(1, 12, marks=pytest.mark.slow)])
-def test_what_trains_can_be_planned(first, count, tmp_path):
+@pytest.mark.parametrize("trains", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_what_trains_can_be_planned(trains, tmp_path):
     """Random options: each is planned for one process and for two, as it would be shared, and trained."""
     train_helpers.write_dataset(tmp_path / "set")
     base = recipe(tmp_path, train_helpers.SIZES)
-    data = {"dataset": str(tmp_path / "set"), "workers": 0, "trackers": (), "num_steps": 1, "holdout_samples": 2}
-    for number in range(first, first + count):
+    data = {
+        "dataset": str(tmp_path / "set"),
+        "workers": 0,
+        "trackers": (),
+        "num_steps": 1,
+        "holdout_samples": 2,
+        "chunk_samples": 0,
+    }
+    for number in range(12 if trains else 1):
         rng = random.Random(number)
         options = {name: rng.choice(values) for name, values in CHOICES.items()}
         is_lora = options["finetune"].startswith("lora")
@@ -225,4 +231,5 @@ def test_what_trains_can_be_planned(first, count, tmp_path):
             continue
         for world_size in (1, 2):
             assert plan(config, world_size=world_size, local_world_size=world_size, device_memory=10**12).fits
-        assert loop.train(trained, tmp_path / f"run_{number}").step == 1, options
+        if trains:
+            assert loop.train(trained, tmp_path / f"run_{number}").step == 1, options
