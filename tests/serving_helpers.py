@@ -80,7 +80,7 @@ class FakePolicy:
             raise self.failure
         return [
             {
-                "actions": (one[:, :2] * num_steps + sample["state"]).astype(np.float32),
+                "actions": (one[:, :2] * (num_steps or 10) + sample["state"]).astype(np.float32),
                 "policy_timing": {"infer_ms": 1.0},
             }
             for sample, one in zip(samples, noise, strict=True)

@@ -489,7 +489,7 @@ def test_number_of_entries_in_a_message_is_limited():
         ({"max_batch": 0}, "max_batch is 0"),
         ({"deadline": float("nan")}, "deadline is nan"),
         ({"port": 65536}, "port is 65536"),
-        ({"num_steps": 101}, "at most 100"),
+        ({"num_steps": 101}, "expected 1 to 100"),
         ({"token": " "}, "token"),
         ({"token": "naïve"}, "ASCII"),
         ({"grace": -1.0}, "grace is -1.0"),
