@@ -11,7 +11,7 @@ from rich.console import Console
 
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
-from torchpi.data import LeRobotDataset, select_episodes
+from torchpi.data import LeRobotDataset
 from torchpi.data.rate import rate_note
 from torchpi.errors import UsageError
 from torchpi.randomness import generator_at
@@ -36,7 +36,6 @@ def run_bench_data(
     workers: int,
     repeats: int,
     step_seconds: float | None,
-    episodes: str | None,
     as_json: bool,
     **reading: Any,
 ) -> None:
@@ -52,7 +51,6 @@ def run_bench_data(
             path,
             action_horizon=config.require("action_horizon"),
             embodiment=robot,
-            episodes=None if episodes is None else select_episodes(path, episodes),
             columns=(),
             **reading,
         )

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from torchpi.cli.common import EpisodeOptions, Episodes
 from torchpi.errors import UsageError
 from torchpi.serving import require_extra
 from torchpi.threads import spin_briefly
@@ -111,16 +112,6 @@ class BenchData:
     """Sizes of the model: mid, a preset's name, or a JSON file."""
     embodiment: str | None = None
     """The dataset's robot, whose cameras are read; by default all cameras are."""
-    select: str | None = None
-    """Only these episodes, for example "0:40,57" or "task:open the *"."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names where the dataset has others, OLD=NEW or, joined, OLD+OLD=NEW."""
-    prompt: str | None = None
-    """The instruction of all frames, in place of their tasks."""
-    fps: float | None = None
-    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
-    tolerance_s: float | None = None
-    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     batch: int = 32
     """Samples in a batch."""
     workers: int = 1
@@ -131,16 +122,17 @@ class BenchData:
     """Duration of a training step; shows for which fraction of the time it would wait."""
     json: bool = False
     """Print one JSON document."""
+    episodes: Episodes = EpisodeOptions()
     aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
         from torchpi.bench.data import run_bench_data
         from torchpi.bench.model import bench_config
-        from torchpi.data.rename import parse_rename
 
-        arguments = vars(self) | {"config": bench_config(self.config), "rename": parse_rename(self.rename)}
-        named = {"as_json": arguments.pop("json"), "episodes": arguments.pop("select")}
-        run_bench_data(arguments.pop("dataset"), **named, **arguments)
+        arguments = vars(self) | {"config": bench_config(self.config), "as_json": self.json}
+        for name in ("dataset", "episodes", "json"):
+            del arguments[name]
+        run_bench_data(self.dataset, **arguments, **self.episodes.reading_of(self.dataset))
 
 
 @dataclasses.dataclass(frozen=True)

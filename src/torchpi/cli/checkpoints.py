@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, LoadModel, PolicyOptions
+from torchpi.cli.common import Checkpoint, CheckpointOptions, EpisodeOptions, Episodes, LoadModel, PolicyOptions
 from torchpi.ui.format import print_json
 
 
@@ -86,22 +86,14 @@ class Quantize:
     """Frames of the dataset to calibrate on, spread evenly over the episodes and the time in each."""
     seed: int = 0
     """Seed of the frames and the noise."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW, as for eval."""
-    prompt: str | None = None
-    """The instruction of all frames of the dataset, in place of their tasks."""
-    fps: float | None = None
-    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
-    tolerance_s: float | None = None
-    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     overwrite: bool = False
     """Replace a policy folder that is there."""
     json: bool = False
     """Print one JSON document: the quantized layers and their scales."""
+    episodes: Episodes = EpisodeOptions()
     load: LoadModel = PolicyOptions()
 
     def run(self) -> None:
-        from torchpi.data.rename import parse_rename
         from torchpi.evaluation.quantization import quantize_policy
 
         quantization = quantize_policy(
@@ -111,12 +103,9 @@ class Quantize:
             dataset=self.dataset,
             num_observations=self.num_observations,
             seed=self.seed,
-            rename=parse_rename(self.rename),
-            prompt=self.prompt,
-            fps=self.fps,
-            tolerance_s=self.tolerance_s,
             overwrite=self.overwrite,
             load=self.load.given(),
+            **(self.episodes.reading_of(self.dataset) if self.dataset else {}),
         )
         if self.json:
             print_json({"out": str(self.out), **dataclasses.asdict(quantization)})

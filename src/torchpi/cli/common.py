@@ -66,6 +66,45 @@ class SamplingOptions(PolicyOptions):
     (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
 
 
+@dataclasses.dataclass(frozen=True)
+class FrameOptions:
+    """Settings of a dataset that is read: arguments of `LeRobotDataset`."""
+
+    rename: tuple[str, ...] = ()
+    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW: state=observation.state
+    actions=action. Columns that have to be joined: joint_position+gripper_position=observation.state."""
+    fps: float | None = None
+    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
+    tolerance_s: float | None = None
+    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
+
+    def reading(self) -> dict[str, Any]:
+        """The arguments of `LeRobotDataset`."""
+        from torchpi.data.rename import parse_rename
+
+        return {"rename": parse_rename(self.rename), "fps": self.fps, "tolerance_s": self.tolerance_s}
+
+
+@dataclasses.dataclass(frozen=True)
+class EpisodeOptions(FrameOptions):
+    """The same, and which episodes with which instruction."""
+
+    select: str | None = None
+    """Of the dataset only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the
+    *"."""
+    prompt: str | None = None
+    """The instruction of all frames of the dataset, in place of their tasks."""
+
+    def reading_of(self, dataset: str) -> dict[str, Any]:
+        """The arguments of `LeRobotDataset`."""
+        from torchpi.data import select_episodes
+
+        episodes = None if self.select is None else select_episodes(dataset, self.select)
+        return {**self.reading(), "episodes": episodes, "prompt": self.prompt}
+
+
+Frames = Annotated[FrameOptions, tyro.conf.arg(name="")]
+Episodes = Annotated[EpisodeOptions, tyro.conf.arg(name="")]
 Checkpoint = Annotated[CheckpointOptions, tyro.conf.arg(name="")]
 LoadModel = Annotated[PolicyOptions, tyro.conf.arg(name="")]
 Load = Annotated[SamplingOptions, tyro.conf.arg(name="")]

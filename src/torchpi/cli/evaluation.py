@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from torchpi.cli.common import Load, SamplingOptions, split_names
+from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
 
@@ -38,23 +38,9 @@ class SimulationOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class DatasetOptions:
+class DatasetOptions(EpisodeOptions):
     """Options of --dataset."""
 
-    select: str | None = None
-    """With --dataset: only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the
-    *"."""
-    rename: tuple[str, ...] = ()
-    """With --dataset: LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW:
-    state=observation.state actions=action. Columns that have to be joined:
-    joint_position+gripper_position=observation.state."""
-    prompt: str | None = None
-    """With --dataset: the instruction of all frames, in place of their tasks."""
-    fps: float | None = None
-    """With --dataset: frames per second to read it at, where the robot acts at another rate than was recorded."""
-    tolerance_s: float | None = None
-    """With --dataset: seconds by which timestamps and frames of videos may be off their times; by default a quarter of
-    a frame."""
     samples: int = 256
     """With --dataset: frames, spread evenly over the episodes and the time in each."""
     batch_size: int = 32
@@ -102,26 +88,19 @@ class Eval:
 
     def _predict(self, dataset: str) -> None:
         """Evaluate on recorded episodes."""
-        from torchpi.data import select_episodes
-        from torchpi.data.rename import parse_rename
         from torchpi.evaluation.report import run_dataset_evaluation
 
-        options = self.recorded
         run_dataset_evaluation(
             self.policy,
             dataset,
-            samples=options.samples,
+            samples=self.recorded.samples,
             seed=self.seed,
             num_steps=self.num_steps,
-            batch_size=options.batch_size,
-            episodes=None if options.select is None else select_episodes(dataset, options.select),
-            rename=parse_rename(options.rename),
-            prompt=options.prompt,
-            fps=options.fps,
-            tolerance_s=options.tolerance_s,
+            batch_size=self.recorded.batch_size,
             out=self.out,
             load=self.load.given(),
             as_json=self.json,
+            **self.recorded.reading_of(dataset),
         )
 
     def _simulate(self) -> None:

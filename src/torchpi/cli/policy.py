@@ -8,7 +8,7 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
-from torchpi.cli.common import Load, LoadModel, PolicyOptions, SamplingOptions, split_names
+from torchpi.cli.common import FrameOptions, Frames, Load, LoadModel, PolicyOptions, SamplingOptions, split_names
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
@@ -120,12 +120,9 @@ class Trace:
     """Of the episode."""
     prompt: str | None = None
     """The instruction of the dataset's frame, in place of its task."""
-    fps: float | None = None
-    """Frames per second to read it at, where the robot acts at another rate than it was recorded with."""
-    tolerance_s: float | None = None
-    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
+    frames: Frames = FrameOptions()
     load: LoadModel = PolicyOptions()
 
     def run(self) -> None:
@@ -141,7 +138,7 @@ class Trace:
                 self.dataset,
                 self.episode,
                 self.frame,
-                {"prompt": self.prompt, "fps": self.fps, "tolerance_s": self.tolerance_s},
+                self.frames.reading() | {"prompt": self.prompt},
                 demo=demo_observation(),
             ),
             html=self.html,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 from rich.console import Console
 
+from torchpi.cli.common import FrameOptions, Frames
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, Table
 
@@ -37,18 +38,12 @@ class Stats:
     """Actions in a chunk."""
     select: str | None = None
     """Only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
-    rename: tuple[str, ...] = ()
-    """LeRobot's names for columns that the dataset calls otherwise, OLD=NEW: state=observation.state actions=action.
-    Columns that have to be joined: joint_position+gripper_position=observation.state."""
-    fps: float | None = None
-    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
-    tolerance_s: float | None = None
-    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
     compare: tuple[str, ...] | None = None
     """Checkpoints or norm_stats.json files: rank their robots by the fraction of the data inside [q01, q99], with
     reasons. Without any: rank the robots of the released checkpoints by their descriptions; nothing is downloaded."""
     json: bool = False
     """Print one JSON document."""
+    frames: Frames = FrameOptions()
     aliases: ClassVar = {"--episodes": "--select"}
 
     def run(self) -> None:
@@ -104,7 +99,6 @@ class Stats:
         """The numbers of the dataset; neither images nor other columns are read."""
         from torchpi.data import LeRobotDataset, select_episodes
         from torchpi.data.rate import rate_note
-        from torchpi.data.rename import parse_rename
 
         dataset = LeRobotDataset(
             self.dataset,
@@ -113,10 +107,8 @@ class Stats:
             episodes=None if self.select is None else select_episodes(self.dataset, self.select),
             cameras=(),
             columns=(),
-            rename=parse_rename(self.rename),
             prompt="",  # instructions are not read
-            fps=self.fps,
-            tolerance_s=self.tolerance_s,
+            **self.frames.reading(),
         )
         if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
             print(f"{self.dataset} is {note}", file=sys.stderr)
