@@ -16,7 +16,7 @@ from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rename import dimension_names
 from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
-from torchpi.errors import DatasetError
+from torchpi.errors import DatasetError, first_of
 
 
 def merge_datasets(
@@ -116,7 +116,9 @@ def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]
             raise DatasetError(f"The part {name}={text} of {len(indices)} episodes has none, or more than there are.")
     counts = Counter(index for part in chosen.values() for index in part)
     if shared := [index for index, count in counts.items() if count > 1]:
-        raise DatasetError(f"The episodes {', '.join(map(str, shared[:20]))} are in two parts; expected each in one.")
+        raise DatasetError(
+            f"The episodes {first_of(list(map(str, shared)), 20)} are in two parts; expected each in one."
+        )
     return chosen
 
 

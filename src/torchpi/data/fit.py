@@ -10,6 +10,7 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.stats import Distribution, StatsCoverage
+from torchpi.errors import first_of
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.presets import RELEASED
 from torchpi.transforms.normalize import NormStats
@@ -74,7 +75,7 @@ def misfits(what: str, names: Sequence[str], ours: NormStats, theirs: NormStats)
         "seems inverted: rests at the other end of its range": at_other_end & is_gripper,
     }
     found = [
-        f"{what} {_listed(list(itertools.compress(names, dims_of)))}: {text}"
+        f"{what} {first_of(list(itertools.compress(names, dims_of)), 3)}: {text}"
         for text, dims_of in causes.items()
         if dims_of.any()
     ]
@@ -116,7 +117,7 @@ def released_fits(robot: Embodiment) -> list[ReleasedFit]:
             num_different += abs(extra) + len(different)
             for dim, here, there in different:
                 differences[f'"{here}" here, "{there}" there'].append(dim)
-        reasons += [f"{_listed(list(dict.fromkeys(dims)))}: {text}" for text, dims in differences.items()]
+        reasons += [f"{first_of(list(dict.fromkeys(dims)), 3)}: {text}" for text, dims in differences.items()]
         if robot.control_hz != other.control_hz:
             reasons.append(f"{robot.control_hz or 'not stated'} Hz here, {other.control_hz} there")
         fits.append(ReleasedFit(name, other.name, tuple(released["checkpoints"]), num_different, tuple(reasons)))
@@ -148,7 +149,3 @@ def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
                 "or state unit and limits in a file of your own."
             )
     return problems
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

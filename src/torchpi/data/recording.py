@@ -88,6 +88,19 @@ class Recording:
     def num_frames(self) -> int:
         return sum(episode.length for episode in self.episodes)
 
+    def bookkeeping(self, texts: Sequence[str], timestamps: np.ndarray) -> dict[str, np.ndarray]:
+        """The columns `BOOKKEEPING` of the next episode, from the instruction and the time of each frame."""
+        numbers = {task: number for number, task in enumerate(self.tasks | dict.fromkeys(texts))}
+        frame_index = np.arange(len(texts))
+        columns = {
+            "timestamp": timestamps,
+            "frame_index": frame_index,
+            "episode_index": np.full_like(frame_index, len(self.episodes)),
+            "index": self.num_frames + frame_index,
+            "task_index": np.array([numbers[text] for text in texts]),
+        }
+        return {name: columns[name].astype(dtype) for name, dtype in lerobot.BOOKKEEPING.items()}
+
     @contextlib.contextmanager
     def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
         """Yield the paths to write the data file ("data") and each camera's video of an episode to: when the block

@@ -171,34 +171,29 @@ def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
 def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None) -> None:
     """Save an episode."""
     texts = _instructions(piece, table)
-    tasks = tuple(dict.fromkeys([*texts, *piece.episode.tasks]))
-    numbers = {text: number for number, text in enumerate(recording.tasks | dict.fromkeys(tasks))}
-    frames = np.arange(len(table)) if resampling is None else resampling.frames(len(table))
     seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
-    new = {
-        "timestamp": seconds - seconds[0] if resampling is None else np.arange(len(frames)) / resampling.fps,
-        "frame_index": np.arange(len(frames)),
-        "episode_index": np.full(len(frames), len(recording.episodes)),
-        "index": recording.num_frames + np.arange(len(frames)),
-        "task_index": np.array([numbers[text] for text in texts])[frames],
-    }
+    seconds -= seconds[0]
+    frames = None
     if resampling is not None:
+        frames = resampling.frames(len(table))
+        texts, seconds = [texts[i] for i in frames], np.arange(len(frames)) / resampling.fps
         actions, kind = to_numpy(table.column(lerobot.ACTION)), table.schema.field(lerobot.ACTION).type
         taken = resampling.actions(actions.reshape(len(table), -1)).reshape(-1, *actions.shape[1:])
         table = _with_column(table.take(frames), lerobot.ACTION, taken.tolist(), kind)
-    for name, dtype in lerobot.BOOKKEEPING.items():
-        table = _with_column(table, name, new[name].astype(dtype))
+    for name, values in recording.bookkeeping(texts, seconds).items():
+        table = _with_column(table, name, values)
+    tasks = tuple(dict.fromkeys([*texts, *piece.episode.tasks]))
     stats = {
         key: {name.rpartition("/")[2]: value for name, value in piece.row.items() if name.startswith(f"stats/{key}/")}
         for key in recording.info.cameras
     }
     columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
     codecs: dict[str, str] = {}
-    with recording.saving(SavedEpisode(len(frames), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
+    with recording.saving(SavedEpisode(len(texts), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
         with write_parquet(files["data"], table.schema) as file:
             file.write_table(table)
         for camera in recording.info.videos:
-            _write_video(files[camera], recording, piece, camera, None if resampling is None else frames, result)
+            _write_video(files[camera], recording, piece, camera, frames, result)
             codecs[camera] = codec_of(files[camera])
 
 

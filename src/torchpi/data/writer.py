@@ -279,14 +279,8 @@ class LeRobotWriter:
 
     def _table(self, recording: Recording, task: str) -> Any:
         """The rows of the episode in progress."""
-        frame_index = np.arange(self.num_frames_in_progress)
-        columns: dict[str, Any] = {
-            "timestamp": frame_index / self._info.fps,
-            "frame_index": frame_index,
-            "episode_index": np.full_like(frame_index, len(recording.episodes)),
-            "index": recording.num_frames + frame_index,
-            "task_index": np.full_like(frame_index, list(dict.fromkeys([*recording.tasks, task])).index(task)),
-        }
+        seconds = np.arange(self.num_frames_in_progress) / self._info.fps
+        columns: dict[str, Any] = {**recording.bookkeeping([task] * len(seconds), seconds)}
         for key in self._frames.keys() - set(self._info.videos):
             values = self._frames[key]
             if key in self._histograms:
