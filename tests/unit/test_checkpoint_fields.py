@@ -318,6 +318,15 @@ def test_stats_compare_says_that_a_base_has_none(lerobot):
         checkpoint_stats(lerobot.root)
 
 
+@pytest.mark.parametrize("kind", ["act", "pi0_fast", None])
+def test_stats_compare_names_policies_of_another_type(pi05, kind):
+    from torchpi.cli.stats import checkpoint_stats
+
+    pi05.configure(type=kind)
+    with pytest.raises(ValueError, match=f"type is {kind!r}; pi0 and pi05 policies are read"):
+        checkpoint_stats(pi05.root)
+
+
 # openpi's config.json
 
 

@@ -162,6 +162,8 @@ def test_base_may_lie_next_to_the_adapter_and_config_name_it(adapter, golden_pi0
         ({"init_lora_weights": "olora"}, 'init_lora_weights is "olora"'),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is"),
+        ({"r": None}, "r is None; expected a positive number"),
+        ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a positive number"),
         ({"use_magic": 1}, "has the field use_magic"),
         ({"base_model_name_or_path": ""}, "does not name the base that the adapter belongs to"),
         ({"r": 4}, r"A \[3, .* do not fit rank 4, which adapter_config.json states"),

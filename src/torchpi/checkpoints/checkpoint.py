@@ -284,24 +284,26 @@ def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
     )
 
 
+# In the folders of training runs: openpi's steps, LeRobot's and ours.
+_BELOW = (
+    "[0-9]*",
+    *(f"{step}{name}" for step in ("", "*/", "checkpoints/*/") for name in ("policy", "pretrained_model")),
+)
+
+
 def _checkpoints_below(root: pathlib.Path) -> list[pathlib.Path]:
-    """Checkpoints in the folder of a training run (openpi's STEP, LeRobot's checkpoints/STEP/pretrained_model, our
-    checkpoints/STEP/policy), the newest last."""
-    found = [
-        path
-        for pattern in ("*", "*/*", "*/*/*")
-        for path in sorted(root.glob(pattern))
-        if folder.is_policy_folder(path)
-        or has_weights(path)
-        or peft.is_peft(path)
-        or (path / "params/_METADATA").is_file()
-    ]
+    """Checkpoints in the folder of a training run, the newest last."""
 
     def step(path: pathlib.Path) -> int:
         return max((int(part) for part in path.relative_to(root).parts if part.isdecimal()), default=-1)
 
+    found = sorted((path for pattern in _BELOW for path in sorted(root.glob(pattern))), key=step)
     # LeRobot's `last`, a link to one of the others, comes first, and is replaced by it.
-    return sorted({path.resolve(): path for path in sorted(found, key=step)}.values(), key=step)
+    return [
+        path
+        for path in sorted({path.resolve(): path for path in found}.values(), key=step)
+        if folder.is_policy_folder(path) or has_weights(path) or peft.is_peft(path) or (path / "params").is_dir()
+    ]
 
 
 def _read_headers(

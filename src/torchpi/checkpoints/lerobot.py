@@ -82,7 +82,9 @@ def require_processors(root: pathlib.Path, names: Iterable[str]) -> None:
 
 def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
     """Everything around the model of the LeRobot policy in a folder, whose config.json is `document`."""
-    before, after = _steps(root / PREPROCESSOR, _BEFORE[document["type"]]), _steps(root / POSTPROCESSOR, _AFTER)
+    if (kind := document.get("type")) not in _BEFORE:
+        raise CheckpointError(f"{root / 'config.json'}: type is {kind!r}; {' and '.join(_BEFORE)} policies are read.")
+    before, after = _steps(root / PREPROCESSOR, _BEFORE[kind]), _steps(root / POSTPROCESSOR, _AFTER)
     try:
         relative = _relative_actions(root, before, after)
         renamed = before.get("rename_observations_processor", Step("")).config.get("rename_map", {})

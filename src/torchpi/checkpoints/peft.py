@@ -30,6 +30,9 @@ def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[
     """adapter_config.json, checked, and the address of the base that it, or else config.json, names."""
     document = read_json_object(root / CONFIG, error=CheckpointError)
     require_fields(f"lerobot: {CONFIG}", document, root / CONFIG)
+    for number in ("r", "lora_alpha"):
+        if isinstance(value := document.get(number), bool) or not isinstance(value, int | float) or value <= 0:
+            raise CheckpointError(f"{root / CONFIG}: {number} is {value!r}; expected a positive number.")
     name = str(document.get("base_model_name_or_path") or policy.get("pretrained_path") or "")
     if not name:
         raise CheckpointError(
@@ -75,7 +78,7 @@ class PeftArrays:
         if unfit := [n for name, n in self._replaced.items() if self._stored.shapes[n] != base.shapes.get(name)]:
             raise CheckpointError(f"{self.source} has arrays that fit none of the base's: {', '.join(unfit[:8])}.")
         saved = config.get("modules_to_save") or []
-        if missing := [m for m in saved if not any(re.match(rf"(.*\.)?{m}\.", name) for name in self._replaced)]:
+        if missing := [m for m in saved if not any(f".{m}." in f".{name}" for name in self._replaced)]:
             raise CheckpointError(f"{self.source} lacks {', '.join(missing)}, which {CONFIG} names; get it again.")
 
     def _scale(self, layer: str, weight: str, pair: Mapping[str, str], config: Mapping[str, Any]) -> float:
