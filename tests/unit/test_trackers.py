@@ -157,6 +157,17 @@ def test_wandb_gets_the_step_as_a_number_of_its_own(tmp_path, wandb, plot):
     ]
 
 
+def test_wandb_has_the_project_and_name_of_the_recipe_the_environment_or_the_folder(tmp_path, wandb, monkeypatch):
+    recipe = {"wandb_project": "arms", "wandb_name": "third try"}
+    Trackers(["wandb"], tmp_path, {}, 0).close()
+    monkeypatch.setenv("WANDB_PROJECT", "lab")
+    monkeypatch.setenv("WANDB_NAME", "second try")
+    Trackers(["wandb"], tmp_path, dict.fromkeys(recipe), 0).close()
+    Trackers(["wandb"], tmp_path, recipe, 0).close()
+    found = [(call[1]["project"], call[1]["name"]) for call in wandb.calls if call[0] == "init"]
+    assert found == [("torchpi", tmp_path.name), ("lab", "second try"), ("arms", "third try")]
+
+
 def test_wandb_knows_a_resumed_run_and_no_other(tmp_path, wandb):
     for resume_step in (0, 10, 0):
         Trackers(["wandb"], tmp_path, {}, resume_step).close()
