@@ -66,8 +66,8 @@ def test_facts_of_a_set(arm):
     assert [dim.unit.value for dim in found.state] == ["deg", "deg", "opening, 0 to 100"]
     assert [dim.command.value for dim in found.actions] == ["position"] * 3
     assert (found.state[0].low, found.state[0].high) == pytest.approx((-90, 80), abs=0.5)
-    assert found.problems == ()
-    assert found.jumps == ()
+    assert found.problems == []
+    assert found.jumps == []
 
 
 def test_jumps_have_episode_and_frame(tmp_path):
@@ -97,7 +97,7 @@ def test_gripper_that_is_open_or_closed_does_not_jump(tmp_path):
     def change(e, state, action, images):
         action[:, 2] = 100 * (np.arange(len(action)) // 10 % 2)
 
-    assert inspect_dataset(arm_set(tmp_path / "set", change=change)).jumps == ()
+    assert inspect_dataset(arm_set(tmp_path / "set", change=change)).jumps == []
 
 
 def test_camera_at_half_the_rate_is_found(tmp_path):

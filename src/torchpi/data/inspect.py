@@ -99,7 +99,7 @@ class CameraFacts:
     """Frames by their place in the dataset, uint8 [h, w, 3], of a depth camera metres; not in documents."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Inspection:
     """The result of `inspect_dataset`."""
 
@@ -111,17 +111,29 @@ class Inspection:
     """Frames of each episode, as the metadata state them."""
     tasks: Mapping[str, int]
     """Episodes of each instruction."""
-    cameras: tuple[CameraFacts, ...]
-    problems: tuple[Problem, ...]
-    dataset: LeRobotDataset | None
+    problems: list[Problem] = dataclasses.field(default_factory=list)
+    cameras: list[CameraFacts] = dataclasses.field(default_factory=list)
+    dataset: LeRobotDataset | None = None
     """The episodes that can be read, without cameras; not in documents. The fields below are about these."""
     clock_fps: float | None = None
     """Frames per second by the timestamps."""
-    state: tuple[Dimension, ...] = ()
-    actions: tuple[Dimension, ...] = ()
+    state: list[Dimension] = dataclasses.field(default_factory=list)
+    actions: list[Dimension] = dataclasses.field(default_factory=list)
     idle_share: float | None = None
     """Part of the frames that are idle, see `idle_frames`."""
-    jumps: tuple[Jump, ...] = ()
+    jumps: list[Jump] = dataclasses.field(default_factory=list)
+
+    def note(self, rule: str, subject: str, **found: Any) -> None:
+        self.problems.append(Problem(subject, _TEXTS[rule].format(**found)))
+
+    @contextlib.contextmanager
+    def noting(self, subject: str) -> Iterator[None]:
+        """Note an error as a problem, once, and go on."""
+        try:
+            yield
+        except (TorchpiError, OSError) as error:
+            if (problem := Problem(subject, str(error))) not in self.problems:
+                self.problems.append(problem)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document."""
@@ -143,62 +155,40 @@ def inspect_dataset(path: str | Path, *, rename: Mapping[str, str] | None = None
     Raises:
         ValueError, FileNotFoundError, KeyError: it is no dataset, or its metadata can't be read at all.
     """
-    metadata, problems = open_metadata(path, rename=rename), _Problems()
+    metadata = open_metadata(path, rename=rename)
+    info, episodes, prompt = metadata.info, metadata.episodes, None if metadata.tasks else ""
+    tasks = Counter(task for episode in episodes for task in episode.tasks).most_common()
+    lengths = tuple(episode.length for episode in episodes)
+    found = Inspection(str(path), info.codebase_version, info.robot_type, info.fps, lengths, dict(tasks))
     if not metadata.tasks:
-        problems.note("no_tasks", "tasks")
-    prompt = None if metadata.tasks else ""
-    options: dict[str, Any] = {
-        "action_horizon": 1,
-        "columns": (),
-        "rename": rename,
-        "prompt": prompt,
-        "tolerance_s": _ANY_CLOCK,
-    }
-    read: _Read = partial(LeRobotDataset, path, **options)
-    readable = _readable(partial(read, cameras=()), [episode.index for episode in metadata.episodes], problems)
-    dataset = read(cameras=(), episodes=readable) if readable else None
-    if dataset is not None:
-        with problems.catch("clock"):
-            indices = set(dataset.episode_indices)
-            episodes = [episode for episode in metadata.episodes if episode.index in indices]
-            tolerance_s = check_tolerance(None, dataset.fps)
-            check_clock(dataset.columns["timestamp"], episodes, fps=dataset.fps, tolerance_s=tolerance_s)
-        shown = np.unique(np.linspace(0, len(dataset.episode_indices) - 1, pictures).round().astype(int))
-        read = partial(read, episodes=[dataset.episode_indices[i] for i in shown])
-    found = Inspection(
-        path=str(path),
-        version=metadata.info.codebase_version,
-        robot_type=metadata.info.robot_type,
-        fps=metadata.info.fps,
-        lengths=tuple(episode.length for episode in metadata.episodes),
-        tasks=dict(Counter(task for episode in metadata.episodes for task in episode.tasks).most_common()),
-        cameras=tuple(_camera(key, metadata, read if dataset else None, problems) for key in metadata.info.cameras),
-        problems=(),
-        dataset=dataset,
+        found.note("no_tasks", "tasks")
+    read: _Read = partial(
+        LeRobotDataset, path, action_horizon=1, columns=(), rename=rename, prompt=prompt, tolerance_s=_ANY_CLOCK
     )
-    if dataset is not None:
-        found = _with_numbers(found, dataset)
-        _check(found, metadata, dataset, problems)
-    return dataclasses.replace(found, problems=tuple(problems))
+    readable = _readable(found, partial(read, cameras=()), [episode.index for episode in episodes])
+    if not readable:
+        found.cameras = [_camera(found, metadata, key) for key in info.cameras]
+        return found
+    found.dataset = dataset = read(cameras=(), episodes=readable)
+    indices = dataset.episode_indices
+    with found.noting("clock"):
+        known, tolerance_s = set(indices), check_tolerance(None, info.fps)
+        chosen = [episode for episode in episodes if episode.index in known]
+        check_clock(dataset.columns["timestamp"], chosen, fps=info.fps, tolerance_s=tolerance_s)
+    shown = np.unique(np.linspace(0, len(indices) - 1, pictures).round().astype(int))
+    read = partial(read, episodes=[indices[i] for i in shown])
+    found.cameras = [_camera(found, metadata, key, read) for key in info.cameras]
+    follows = np.diff(dataset.columns["episode_index"]) == 0  # [F - 1]: the next frame is of the same episode
+    steps = np.diff(dataset.columns["timestamp"].astype(np.float64))[follows]
+    found.clock_fps = float(1 / np.median(steps)) if len(steps) and np.median(steps) > 0 else None
+    found.state, found.actions = (_dimensions(dataset, key, follows) for key in (lerobot.STATE, lerobot.ACTION))
+    found.idle_share = float(idle_frames(dataset).mean())
+    found.jumps = list(_jumps(found, dataset, follows))
+    _check(found, metadata, dataset)
+    return found
 
 
-class _Problems(list[Problem]):
-    """A list that errors are put into."""
-
-    def note(self, rule: str, subject: str, **found: Any) -> None:
-        self.append(Problem(subject, _TEXTS[rule].format(**found)))
-
-    @contextlib.contextmanager
-    def catch(self, subject: str) -> Iterator[None]:
-        """Note an error, once, and go on."""
-        try:
-            yield
-        except (TorchpiError, OSError) as error:
-            if (problem := Problem(subject, str(error))) not in self:
-                self.append(problem)
-
-
-def _readable(read: _Read, episodes: Sequence[int], problems: _Problems) -> list[int]:
+def _readable(found: Inspection, read: _Read, episodes: Sequence[int]) -> list[int]:
     """The episodes whose numbers can be read; of a group that can't be, each half is tried."""
     reasons: dict[str, list[int]] = {}
 
@@ -208,7 +198,7 @@ def _readable(read: _Read, episodes: Sequence[int], problems: _Problems) -> list
         try:
             read(episodes=group)
         except UnknownKeyError as error:  # of the dataset, not of an episode
-            problems.append(Problem("columns", str(error)))
+            found.problems.append(Problem("columns", str(error)))
             return []
         except (TorchpiError, OSError) as error:
             if len(group) == 1:
@@ -218,23 +208,23 @@ def _readable(read: _Read, episodes: Sequence[int], problems: _Problems) -> list
             return readable(group[:middle]) + readable(group[middle:])
         return list(group)
 
-    found = readable(episodes)
-    problems += [Problem(f"episode {', '.join(map(str, group))}", text) for text, group in reasons.items()]
-    return found
+    indices = readable(episodes)
+    found.problems += [Problem(f"episode {', '.join(map(str, group))}", text) for text, group in reasons.items()]
+    return indices
 
 
-def _camera(key: str, metadata: Metadata, read: _Read | None, problems: _Problems) -> CameraFacts:
+def _camera(found: Inspection, metadata: Metadata, key: str, read: _Read | None = None) -> CameraFacts:
     """Check a camera's videos, and `read` it of some episodes; problems are noted."""
     feature, fps, pool = metadata.info.features[key], metadata.info.fps, VideoPool()
     video_fps, repeated, pictures = None, (0, 0), dict[str, np.ndarray]()
-    with problems.catch(key):
+    with found.noting(key):
         spans = VideoSpans(metadata.episodes, metadata.episodes, [key], fps, None)
         for path in dict.fromkeys(each.videos[key].path for each in metadata.episodes if key in each.videos):
-            with problems.catch(key):
+            with found.noting(key):
                 times = pool.frame_times(path, fps)
                 video_fps = video_fps or (float(1 / np.median(np.diff(times))) if len(times) > 1 else None)
                 spans.check(path, partial(np.asarray, times))
-    with problems.catch(key):
+    with found.noting(key):
         if read is not None:
             frames = read(cameras=[key])
             for index, rows in zip(frames.episode_indices, frames.episode_rows, strict=True):
@@ -254,10 +244,9 @@ def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
     numbers = np.concatenate([frames.columns[lerobot.STATE], frames.columns[lerobot.ACTION]], axis=1)
     motion = np.abs(np.diff(numbers, axis=0))  # [F - 1, s + a]
     moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1)
-    fastest = [
-        rows.start + np.argsort(moved[rows][: rows.stop - rows.start - 1])[-_PAIRS:] for rows in frames.episode_rows
-    ]
-    pairs = [(frames[i][key], frames[i + 1][key]) for i in np.concatenate(fastest) if moved[i] > 0]
+    rows = ((rows.start, rows.stop - 1) for rows in frames.episode_rows)
+    fastest = np.concatenate([start + np.argsort(moved[start:last])[-_PAIRS:] for start, last in rows])
+    pairs = [(frames[i][key], frames[i + 1][key]) for i in fastest if moved[i] > 0]
     changes = [np.abs(as_picture(before).astype(np.float64) - as_picture(after)).mean() for before, after in pairs]
     return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
 
@@ -271,28 +260,13 @@ def as_picture(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     return np.repeat(np.nan_to_num(grey).astype(np.uint8).reshape(*image.shape[:2], 1), 3, axis=2)
 
 
-def _with_numbers(found: Inspection, dataset: LeRobotDataset) -> Inspection:
-    """The facts about clock, state and actions."""
-    follows = np.diff(dataset.columns["episode_index"]) == 0  # [F - 1]: the next frame is of the same episode
-    steps = np.diff(dataset.columns["timestamp"].astype(np.float64))[follows]
-    step = float(np.median(steps)) if len(steps) else 0.0
-    found = dataclasses.replace(
-        found,
-        clock_fps=1 / step if step > 0 else None,
-        state=_dimensions(dataset, lerobot.STATE, follows),
-        actions=_dimensions(dataset, lerobot.ACTION, follows),
-        idle_share=float(idle_frames(dataset).mean()),
-    )
-    return dataclasses.replace(found, jumps=tuple(_jumps(found, dataset, follows)))
-
-
 def names_of(dataset: LeRobotDataset, column: str) -> tuple[str, ...]:
     """The dimensions' names of state or action; numbered ones where the dataset has none."""
     names = dataset.state_names if column == lerobot.STATE else dataset.action_names
     return names or tuple(f"{column.removeprefix('observation.')}_{i}" for i in range(dataset.columns[column].shape[1]))
 
 
-def _dimensions(dataset: LeRobotDataset, column: str, follows: Bool[np.ndarray, " n"]) -> tuple[Dimension, ...]:
+def _dimensions(dataset: LeRobotDataset, column: str, follows: Bool[np.ndarray, " n"]) -> list[Dimension]:
     values, names, states = dataset.columns[column], names_of(dataset, column), names_of(dataset, lerobot.STATE)
     ranges = np.quantile(values, (0, 0.01, 0.99, 1), axis=0)  # [4, d]
     found = []
@@ -306,7 +280,7 @@ def _dimensions(dataset: LeRobotDataset, column: str, follows: Bool[np.ndarray, 
             unit = unit_of_action(unit, command)
         low, q01, q99, high = ranges[:, i].tolist()
         found.append(Dimension(name, low, q01, q99, high, unit, command))
-    return tuple(found)
+    return found
 
 
 def _jumps(found: Inspection, dataset: LeRobotDataset, follows: Bool[np.ndarray, " n"]) -> Iterator[Jump]:
@@ -322,30 +296,30 @@ def _jumps(found: Inspection, dataset: LeRobotDataset, follows: Bool[np.ndarray,
                 yield Jump(f"{column} {dimension.name}", *place, *values[[frame, frame + 1]].tolist())
 
 
-def _check(found: Inspection, metadata: Metadata, dataset: LeRobotDataset, problems: _Problems) -> None:
+def _check(found: Inspection, metadata: Metadata, dataset: LeRobotDataset) -> None:
     for camera in found.cameras:
         repeated, looked_at = camera.repeated
         if repeated and repeated >= _REPEATED * looked_at:
-            problems.note("repeated", camera.key, repeated=repeated, looked_at=looked_at, fps=found.fps)
+            found.note("repeated", camera.key, repeated=repeated, looked_at=looked_at, fps=found.fps)
     for column, names, dimensions in (
         (lerobot.STATE, dataset.state_names, found.state),
         (lerobot.ACTION, dataset.action_names, found.actions),
     ):
         if not dimensions:
-            problems.note("none", column)
+            found.note("none", column)
         elif names is None:
-            problems.note("unnamed", column)
+            found.note("unnamed", column)
         if twice := [name for name, count in Counter(names or ()).items() if count > 1]:
-            problems.note("named_twice", column, names=", ".join(twice))
+            found.note("named_twice", column, names=", ".join(twice))
         if still := [dim.name for dim in dimensions if dim.low == dim.high]:
-            problems.note("still", column, names=", ".join(still))
+            found.note("still", column, names=", ".join(still))
     for name, count in Counter(jump.dimension for jump in found.jumps).items():
         first = next(jump for jump in found.jumps if jump.dimension == name)
         is_turn = any(abs(abs(first.after - first.before) / turn - 1) < 0.05 for turn in (2 * math.pi, 360))
-        problems.note("turn" if is_turn else "jump", name, count=count, **vars(first))
+        found.note("turn" if is_turn else "jump", name, count=count, **vars(first))
     median = float(np.median(found.lengths))
     shortest = max(0.2 * median, 0.5 * found.fps)
     if short := [str(episode.index) for episode in metadata.episodes if episode.length < shortest]:
-        problems.note("short", "episodes", episodes=", ".join(short), median=median)
+        found.note("short", "episodes", episodes=", ".join(short), median=median)
     if found.idle_share and found.idle_share > _MUCH_IDLE:
-        problems.note("idle", "idle frames", idle=found.idle_share)
+        found.note("idle", "idle frames", idle=found.idle_share)
