@@ -287,6 +287,9 @@ def test_images_in_files_of_their_own_are_put_into_the_data_file(images, tmp_pat
         row |= {"bytes": None, "path": name}
     place = table.schema.get_field_index(FRONT)
     pq.write_table(table.set_column(place, FRONT, pa.array(rows, table.schema.field(FRONT).type)), file)
+    (source / rows[0]["path"]).unlink()
+    with pytest.raises(FileNotFoundError, match="frame_000000.png, which is not in the dataset's folder"):
+        delete_episodes(source, tmp_path / "new", "1")
     delete_episodes(source, tmp_path / "new", "0")
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
 

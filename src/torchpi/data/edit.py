@@ -12,9 +12,9 @@ from torchpi.atomic import atomic_folder
 from torchpi.data import format as lerobot
 from torchpi.data.episodes import select_episodes
 from torchpi.data.metadata import Metadata, open_metadata
+from torchpi.data.names import dimension_names
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
-from torchpi.data.rename import dimension_names
 from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
 from torchpi.errors import DatasetError, first_of
 
@@ -35,9 +35,9 @@ def merge_datasets(
     """
     if not paths:
         raise DatasetError("There is no dataset to merge; give one at least.")
-    if twice := [path for path, count in Counter(map(str, paths)).items() if count > 1]:
-        raise DatasetError(f"{', '.join(twice)} would be merged with itself; give each dataset once.")
     first, *others = sources = [open_metadata(path) for path in paths]
+    if twice := [str(root) for root, count in Counter(of.root.resolve() for of in sources).items() if count > 1]:
+        raise DatasetError(f"{', '.join(twice)} would be merged with itself; give each dataset once.")
     for other in others:
         _check_alike(first, other, robot_type)
     pieces = [piece for path, source in zip(paths, sources, strict=True) for piece in pieces_of(path, source)]

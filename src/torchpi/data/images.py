@@ -25,13 +25,9 @@ class ParquetImages:
         self._first_rows: dict[Path, np.ndarray] = {}
 
     def read(self, path: Path, camera: str, row: int, depth: DepthCoding | None = None) -> Pixels:
-        compressed = self._compressed(path, camera, row)
-        if compressed is None:
-            raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
-        if isinstance(compressed, str):
-            compressed = file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
+        file = io.BytesIO(self.file(path, camera, row))
         try:
-            return image_pixels(io.BytesIO(compressed), depth)
+            return image_pixels(file, depth)
         except UnidentifiedImageError as error:
             raise DatasetError(
                 f"{path}: the image of {camera} in row {row} is in no format that Pillow reads, such as TIFF with "
@@ -40,6 +36,15 @@ class ParquetImages:
             ) from error
         except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
             raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
+
+    def file(self, path: Path, camera: str, row: int) -> bytes:
+        """An image as it is stored."""
+        compressed = self._compressed(path, camera, row)
+        if compressed is None:
+            raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
+        if isinstance(compressed, str):
+            return _file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
+        return bytes(compressed)
 
     def _compressed(self, path: Path, camera: str, row: int) -> Any:
         if path not in self._first_rows:
@@ -83,7 +88,7 @@ def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
     return table.rename_columns(["path"])
 
 
-def file_inside(root: Path, name: str, where: str) -> Path:
+def _file_inside(root: Path, name: str, where: str) -> Path:
     """An image's file in the dataset's folder, also where its name is a path on the computer that recorded it."""
     parts = name.replace("\\", "/").split("/")
     starts = [0] if parts[0] and ":" not in parts[0] else []

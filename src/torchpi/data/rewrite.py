@@ -18,7 +18,7 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
 from torchpi.data.files import is_hidden, open_parquet, read_json_lines
-from torchpi.data.images import file_inside
+from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, with_frames
 from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
@@ -125,47 +125,44 @@ def write_pieces(
 def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tuple[Piece, Any]]:
     """The rows of each episode, all with the same columns."""
     pa = require("pyarrow", "data")
-    names = [name for name in info.features if name not in info.videos]
-    schema: Any = None
-    for (root, path), group in itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file)):
+    names, schema = [name for name in info.features if name not in info.videos], None
+    by_file = itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file))
+    for (root, path), group in by_file:
         with open_parquet(path) as file:
             table = file.read()
         rows = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
         if others := sorted(set(table.column_names) - set(names)):
             result.notes += (f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}",)
-        table = table.select([name for name in names if name in table.column_names])
-        for camera in set(info.cameras) - set(info.videos):
-            table = _with_images(table, camera, root, path)
-        schema = schema or table.schema
-        try:
-            table = table.select(schema.names).cast(schema)
-        except (KeyError, pa.ArrowInvalid, ValueError) as error:
-            raise DatasetError(
-                f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
-            ) from error
+        table, images = table.select([name for name in names if name in table.column_names]), ParquetImages(root, 0)
         for piece in group:
-            of_piece = table[rows.get(piece.episode.index, slice(0, 0))]
-            if len(of_piece) != piece.episode.length:
+            place = rows.get(piece.episode.index, slice(0, 0))
+            if place.stop - place.start != piece.episode.length:
                 raise DatasetError(
-                    f"{path}: episode {piece.episode.index} has {len(of_piece)} frames; expected "
+                    f"{path}: episode {piece.episode.index} has {place.stop - place.start} frames; expected "
                     f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
+            of_piece = table[place]
+            for camera in set(info.cameras) - set(info.videos):
+                of_piece = _with_images(of_piece, camera, images, path, place.start)
+            schema = schema or of_piece.schema
+            try:
+                of_piece = of_piece.select(schema.names).cast(schema)
+            except (KeyError, pa.ArrowInvalid, ValueError) as error:
+                raise DatasetError(
+                    f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
+                ) from error
             yield piece, of_piece
 
 
-def _with_images(table: Any, camera: str, root: Path, path: Path) -> Any:
-    """The table with a camera's images in it, also those that it has names of files for."""
+def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, first_row: int) -> Any:
+    """The table of an episode with a camera's images in it, also those that it has names of files for."""
     pa = require("pyarrow", "data")
-    images, kind = table.column(camera), table.schema.field(camera).type
-    if pa.types.is_struct(kind) and "bytes" in kind.names and not images.combine_chunks().field("bytes").null_count:
+    column, kind = table.column(camera), table.schema.field(camera).type
+    if pa.types.is_struct(kind) and "bytes" in kind.names and not column.combine_chunks().field("bytes").null_count:
         return table
-    rows: list[dict[str, Any]] = [
-        {"path": each} if isinstance(each, str) else each or {} for each in images.to_pylist()
-    ]
-    for number, row in enumerate(rows):
-        if row.get("bytes") is None:
-            row["bytes"] = file_inside(root, row["path"], f"{path}, row {number}").read_bytes()
-    return _with_column(table, camera, rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    files = (images.file(path, camera, first_row + i) for i in range(len(table)))
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    return _with_column(table, camera, [{"bytes": file} for file in files], kind)
 
 
 def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None) -> None:
