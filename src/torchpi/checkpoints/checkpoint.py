@@ -324,9 +324,8 @@ def _read_headers(
         sizes: Callable[[], Pi0Config] = partial(jax_config, arrays.shapes)
         own: dict[str, Any] = {"table": jax_table}
     else:
-        lerobot.require_readable(root, document)
         stored = SafetensorsArrays(root)
-        lerobot.require_processors(root, stored.shapes)
+        lerobot.require_readable(root, document, stored.shapes)
         arrays = ported = TorchArrays(stored, embedding)
         sizes = partial(torch_config, arrays.shapes, stated_heads(requested or {}))
         own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped}

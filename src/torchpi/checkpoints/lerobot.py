@@ -61,18 +61,14 @@ class _Processor:
     name: str = ""
 
 
-def require_readable(root: pathlib.Path, document: Mapping[str, Any]) -> None:
-    """Refuse, by their names, models whose config.json lies in such a folder and that are not read."""
+def require_readable(root: pathlib.Path, document: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse by their names models that are not read, by config.json and the names of the arrays in their folder."""
     kind = document.get("type") or document.get("model_type")
     if str(kind) in ("pi0_fast", "pi0fast"):
         raise CheckpointError(f"{root} is a π₀-FAST policy of LeRobot, which is not read yet; π₀ and π₀.₅ are.")
     if "model_type" in document and "type" not in document:
         more = ": its published .npz file is read, with config=" if kind == "paligemma" else ""
         raise CheckpointError(f"{root} is a {kind} model of transformers; only policies are read{more}.")
-
-
-def require_processors(root: pathlib.Path, names: Iterable[str]) -> None:
-    """Refuse a policy of LeRobot before 0.4, which had its statistics among its weights."""
     if buffers := [name for name in names if name.startswith(("normalize_", "unnormalize_"))]:
         raise CheckpointError(
             f"{root} is a policy of LeRobot before version 0.4, with its statistics among the weights ({buffers[0]}). "

@@ -147,7 +147,7 @@ class ModelConfig(_Checked):
     """The initial weights, and how much of the model is trained in which precision."""
 
     init: str | None = None
-    """Initial weights: a policy folder, a checkpoint, hf://… or gs://…; by default random."""
+    """Initial weights: a policy folder, a checkpoint, PaliGemma's .npz file, hf://… or gs://…; by default random."""
     config: Annotated[str | None, tyro.conf.arg(name="model")] = None
     """The model's sizes, a preset's name or a JSON file; by default those of the initial weights. Without these, a
     model of these sizes is trained from scratch."""
