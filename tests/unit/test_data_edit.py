@@ -288,7 +288,7 @@ def test_images_in_files_of_their_own_are_put_into_the_data_file(images, tmp_pat
     place = table.schema.get_field_index(FRONT)
     pq.write_table(table.set_column(place, FRONT, pa.array(rows, table.schema.field(FRONT).type)), file)
     (source / rows[0]["path"]).unlink()
-    with pytest.raises(FileNotFoundError, match="frame_000000.png, which is not in the dataset's folder"):
+    with pytest.raises(FileNotFoundError, match=r"frame_000000\.png, which is not in the dataset's folder"):
         delete_episodes(source, tmp_path / "new", "1")
     delete_episodes(source, tmp_path / "new", "0")
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
@@ -302,3 +302,6 @@ def test_command_prints_one_document(images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["data", "resample", str(images), "--fps", "5", "--out", str(tmp_path / "third")])
     assert "give --command, or --embodiment" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["data", "split", str(images), "--parts", "a=0", "a=1", "--out", str(tmp_path / "third")])
+    assert "The parts are a=0 a=1; expected" in capsys.readouterr().err

@@ -141,6 +141,8 @@ class DataSplit(_Edit):
         from torchpi.data.edit import split_dataset
 
         parts = dict(part.partition("=")[::2] for part in self.parts)
+        if len(parts) < len(self.parts) or not all(parts.values()):
+            raise UsageError(f"The parts are {' '.join(self.parts)}; expected NAME=EPISODES, each name once.")
         return split_dataset(self.dataset, self.out, parts, progress=progress)
 
 
