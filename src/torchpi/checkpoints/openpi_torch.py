@@ -84,7 +84,7 @@ class TorchArrays:
                 raise CheckpointError(
                     f"{self.source} stores the embedding twice, and {self._stored[name]} differs from {self._copy}; "
                     "one array was trained under both names. Say which of them it is: "
-                    'embedding="embed_tokens" or embedding="lm_head".'
+                    'embedding="embed_tokens" or embedding="lm_head" (before a training, of torchpi convert).'
                 )
         return self._arrays.read(self._stored[name], dtype)
 
