@@ -6,7 +6,15 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import Checkpoint, CheckpointOptions, EpisodeOptions, Episodes, LoadModel, PolicyOptions
+from torchpi.cli.common import (
+    Checkpoint,
+    CheckpointOptions,
+    EpisodeOptions,
+    Episodes,
+    LoadModel,
+    PolicyOptions,
+    refuse_changed,
+)
 from torchpi.ui.format import print_json
 
 
@@ -96,6 +104,8 @@ class Quantize:
     def run(self) -> None:
         from torchpi.evaluation.quantization import quantize_policy
 
+        if self.dataset is None:
+            refuse_changed(self.episodes, belongs_to="--dataset")
         quantization = quantize_policy(
             self.policy,
             self.out,

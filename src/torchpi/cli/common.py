@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 import tyro
 
+from torchpi.errors import UsageError
+
 
 @runtime_checkable
 class Command(Protocol):
@@ -113,3 +115,11 @@ Load = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 def split_names(text: str) -> list[str]:
     """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def refuse_changed(options: Any, *, belongs_to: str) -> None:
+    """Refuse options that are not at their default, though they have no effect here."""
+    fields = [field for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
+    if fields:
+        changed = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields)
+        raise UsageError(f"{changed} can only be given with {belongs_to}.")

@@ -3,11 +3,11 @@
 import dataclasses
 import os
 import pathlib
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, split_names
+from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, refuse_changed, split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
 
@@ -80,10 +80,10 @@ class Eval:
         if (self.env is None) == (self.dataset is None):
             raise UsageError("eval needs either --env, a simulator, or --dataset, recorded episodes.")
         if self.dataset is None:
-            _refuse_changed(self.recorded, belongs_to="--dataset")
+            refuse_changed(self.recorded, belongs_to="--dataset")
             self._simulate()
         else:
-            _refuse_changed(self.simulation, belongs_to="--env")
+            refuse_changed(self.simulation, belongs_to="--env")
             self._predict(self.dataset)
 
     def _predict(self, dataset: str) -> None:
@@ -135,11 +135,3 @@ class Eval:
             print_json(result.to_dict())
         else:
             print_evaluation(result)
-
-
-def _refuse_changed(options: Any, *, belongs_to: str) -> None:
-    """Refuse options that are not at their default, though they have no effect here."""
-    fields = [field for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
-    if fields:
-        changed = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields)
-        raise UsageError(f"{changed} can only be given with {belongs_to}.")

@@ -8,7 +8,16 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
-from torchpi.cli.common import FrameOptions, Frames, Load, LoadModel, PolicyOptions, SamplingOptions, split_names
+from torchpi.cli.common import (
+    FrameOptions,
+    Frames,
+    Load,
+    LoadModel,
+    PolicyOptions,
+    SamplingOptions,
+    refuse_changed,
+    split_names,
+)
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
@@ -130,6 +139,8 @@ class Trace:
         from torchpi.inspect.commands import run_trace
         from torchpi.inspect.inputs import Shapes, Source
 
+        if self.dataset is None:
+            refuse_changed(self.frames, belongs_to="--dataset")
         run_trace(
             [*([self.target] if self.target else []), *self.compare],
             Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim),
