@@ -238,6 +238,18 @@ def test_a_damaged_episode_can_be_deleted(videos, tmp_path):
     assert numbers_of(tmp_path / "new") == [ramp(1, range(3)), ramp(2, range(4))]
 
 
+def test_a_missing_column_is_named(images, tmp_path):
+    source = copied(images, tmp_path / "source")
+    (file,) = source.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.drop_columns(["task_index", FRONT]))
+    with pytest.raises(ValueError, match=f"has no column {FRONT}, task_index, which"):
+        delete_episodes(source, tmp_path / "new", "0")
+    features = open_metadata(source).info.features
+    change_info(source, features={"actions" if key == "action" else key: value for key, value in features.items()})
+    with pytest.raises(KeyError, match="has no column action, without which"):
+        resample_dataset(source, tmp_path / "new", 5, commands="position")
+
+
 def test_episodes_that_share_frames_are_not_written(videos, tmp_path):
     source = copied(videos, tmp_path / "source")
     (file,) = source.glob("meta/episodes/*/*.parquet")

@@ -16,7 +16,7 @@ from torchpi.data.names import dimension_names
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
-from torchpi.errors import DatasetError, first_of
+from torchpi.errors import DatasetError, UnknownKeyError, first_of
 
 
 def merge_datasets(
@@ -88,6 +88,11 @@ def resample_dataset(
         ValueError: a rate that is not lower; another number of commands; see also `merge_datasets`.
     """
     source = open_metadata(path)
+    if lerobot.ACTION not in source.info.features:
+        raise UnknownKeyError(
+            f"{source.root} has no column {lerobot.ACTION}, without which it is not known what to sum or to average; its "
+            f"columns are {', '.join(source.info.features)}."
+        )
     num_dims = int(np.prod(source.info.features[lerobot.ACTION]["shape"]))
     stated = (commands,) * num_dims if isinstance(commands, str) else tuple(commands)
     if len(stated) != num_dims:

@@ -126,10 +126,13 @@ def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tup
     """The rows of each episode, all with the same columns."""
     pa = require("pyarrow", "data")
     names, schema = [name for name in info.features if name not in info.videos], None
+    images_in_rows = set(info.cameras) - set(info.videos)
     by_file = itertools.groupby(pieces, lambda piece: (piece.source.root, piece.episode.data_file))
     for (root, path), group in by_file:
         with open_parquet(path) as file:
             table = file.read()
+        if missing := ({"timestamp", "episode_index", "task_index"} | images_in_rows) - set(table.column_names):
+            raise DatasetError(f"{path} has no column {', '.join(sorted(missing))}, which a new dataset needs.")
         rows = rows_of_episodes(to_numpy(table.column("episode_index")).ravel(), path)
         if others := sorted(set(table.column_names) - set(names)):
             result.notes += (f"{', '.join(others)} of {path}: no feature in {lerobot.INFO}",)
@@ -142,7 +145,7 @@ def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tup
                     f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
             of_piece = table[place]
-            for camera in set(info.cameras) - set(info.videos):
+            for camera in images_in_rows:
                 of_piece = _with_images(of_piece, camera, images, path, place.start)
             schema = schema or of_piece.schema
             try:
