@@ -90,7 +90,7 @@ def resample_dataset(
     source = open_metadata(path)
     if lerobot.ACTION not in source.info.features:
         raise UnknownKeyError(
-            f"{source.root} has no column {lerobot.ACTION}, without which it is not known what to sum or to average; its "
+            f"{source.root} has no column {lerobot.ACTION}, without which nothing says what is summed or averaged; its "
             f"columns are {', '.join(source.info.features)}."
         )
     num_dims = int(np.prod(source.info.features[lerobot.ACTION]["shape"]))
