@@ -296,8 +296,14 @@ def test_a_mistyped_option_brings_suggestions_of_its_own_command_alone(capsys):
 # Help
 
 
+def annotated(field, property):
+    """A property of an argument that its type states, such as its name or help; None: it states none."""
+    found = (getattr(annotation, property, None) for annotation in getattr(field.type, "__metadata__", ()))
+    return next(filter(None, found), None)
+
+
 def documented_fields(arguments):
-    """The fields of a dataclass and of those inside it, each with its docstring."""
+    """The fields of a dataclass and of those inside it, each with its docstring or the help of its type."""
     body = ast.parse(textwrap.dedent(inspect.getsource(arguments))).body[0].body
     docstrings = {
         field.target.id: after.value.value
@@ -312,9 +318,8 @@ def documented_fields(arguments):
             yield from documented_fields(type(field.default))
         elif dataclasses.is_dataclass(field.default_factory):
             yield from documented_fields(field.default_factory)
-        elif field.name in docstrings:
-            names = [getattr(annotation, "name", None) for annotation in getattr(field.type, "__metadata__", ())]
-            yield next(filter(None, names), field.name), docstrings[field.name]
+        elif docstring := docstrings.get(field.name) or annotated(field, "help"):
+            yield annotated(field, "name") or field.name, docstring
         else:
             inherited = (base.__dataclass_fields__ for base in arguments.__bases__)
             assert any(field.name in fields for fields in inherited), f"{field.name} is not documented"
