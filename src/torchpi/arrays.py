@@ -19,7 +19,9 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
     except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-        raise UsageError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}") from error
+        hint = "np.savez(PATH, **torchpi.robots.flatten(observation)) saves a nested observation, by its joined keys."
+        hint = f". {hint}" if "Object arrays" in str(error) else ""
+        raise UsageError(f"{path} is not an .npz file of plain arrays, or is damaged: {error}{hint}") from error
 
 
 def read_npy(path: pathlib.Path) -> np.ndarray:

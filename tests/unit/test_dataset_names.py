@@ -98,6 +98,7 @@ def test_names_of_other_joints_are_errors(found, expected, message):
         ({"b": 1, "a": 0}, ("a", "b")),
         ({"motors": ["a", "b"], "units": ["rad", "m"]}, ("a", "b")),
         (["state"], None),
+        (["a", "b", "c"], ("a", "b")),
         (None, None),
         ({}, None),
     ],
@@ -162,6 +163,35 @@ def test_stats_command_says_once_what_it_reorders(tmp_path, capsys):
     assert json.loads(out)["state"]["mean"] == [25, 26, 27, 28]
     assert err.count("observation.state has gripper, elbow, lift, pan") == 1
     assert err.count("action has gripper") == 1
+
+
+@pytest.mark.parametrize("silent", [None, ["motor_0", "motor_1", "motor_2", "motor_3"]])
+@pytest.mark.parametrize("column", ["observation.state", "action"])
+def test_order_that_one_of_state_and_action_does_not_tell_is_an_error(column, silent, tmp_path):
+    path = write_set(tmp_path / "set", state=JOINTS[::-1], action=JOINTS[::-1])
+    rename_dimensions(path, {column: silent})
+    with (
+        pytest.warns(UserWarning, match="put into that order"),
+        pytest.raises(ValueError, match=rf"names of {column} \(.*\) don't tell whether it has that one"),
+    ):
+        LeRobotDataset(path, action_horizon=3, embodiment=robot())
+    LeRobotDataset(rename_dimensions(path, dict.fromkeys(["observation.state", "action"], silent)), action_horizon=3)
+
+
+def test_list_with_too_few_names_may_contradict_the_robots(tmp_path):
+    path = write_set(tmp_path / "set")
+    LeRobotDataset(rename_dimensions(path, {"action": ["pan", "lift", "elbow"]}), action_horizon=3, embodiment=robot())
+    rename_dimensions(path, {"action": ["lift", "pan", "elbow"]})
+    with pytest.raises(ValueError, match="'pan' has the index 1, not 0"):
+        LeRobotDataset(path, action_horizon=3, embodiment=robot())
+
+
+def rename_dimensions(path, names):
+    info = json.loads((path / "meta" / "info.json").read_text())
+    for column, each in names.items():
+        info["features"][column]["names"] = each
+    (path / "meta" / "info.json").write_text(json.dumps(info))
+    return path
 
 
 def test_other_joints_are_refused_with_both_lists(tmp_path):

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from torchpi.arrays import read_npz
 from torchpi.robots import (
     EMBODIMENTS,
     ActionDim,
@@ -19,6 +20,7 @@ from torchpi.robots import (
     StateKey,
     aloha,
     droid,
+    flatten,
     get_embodiment,
     libero,
 )
@@ -521,3 +523,13 @@ def test_unknown_names(tmp_path):
         get_embodiment("alhoa")
     with pytest.raises(FileNotFoundError, match=r"robot\.json"):
         get_embodiment(tmp_path / "robot.json")
+
+
+def test_nested_observation_goes_through_a_file(tmp_path):
+    robot = get_embodiment("so101")
+    observation, file = robot.example_observation(), tmp_path / "observation.npz"
+    np.savez(file, **flatten(observation))
+    assert robot.to_model(read_npz(file))["state"].tolist() == robot.to_model(observation)["state"].tolist()
+    np.savez(file, **observation)
+    with pytest.raises(ValueError, match=r"np\.savez\(PATH, \*\*torchpi\.robots\.flatten"):
+        read_npz(file)

@@ -1,5 +1,6 @@
 """Reasons for and against the statistics of another robot, and units that contradict the robot."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ from torchpi.cli import main
 from torchpi.data import LeRobotDataset
 from torchpi.data.fit import misfits, released_fits, unit_problems
 from torchpi.data.writer import LeRobotWriter
-from torchpi.robots import get_embodiment
+from torchpi.robots import Embodiment, get_embodiment
 from torchpi.transforms import NormStats, save_norm_stats
 
 NAMES = ("pan", "lift", "elbow", "gripper")
@@ -136,6 +137,19 @@ def test_training_refuses_actions_in_another_unit(tmp_path, capsys):
         main(["train", "--model=tiny", f"--dataset={root}", "--embodiment=ur5e", f"--out={tmp_path}/run"])
     assert "The action shoulder_pan_joint of" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_action_relative_to_a_state_in_another_unit_is_found(tmp_path):
+    robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=NAMES, actions=NAMES, delta=NAMES[:3])
+    angles = np.sin(np.arange(40)[:, None] / 8 + np.arange(4))
+    with LeRobotWriter(tmp_path / "set", fps=10, cameras={}, state_names=NAMES, action_names=NAMES) as writer:
+        for now, then in itertools.pairwise(angles):
+            action = then * [1, 0.5, 180 / np.pi, 100]  # a weak motor, degrees, and an absolute gripper of 0 to 100
+            writer.add_frame({"observation.state": np.float32(now), "action": np.float32(action)})
+        writer.save_episode("go")
+    (problem,) = unit_problems(LeRobotDataset(tmp_path / "set", action_horizon=1), robot)
+    assert "The action elbow of" in problem
+    assert "seem to have different units" in problem
 
 
 def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Statistics of a dataset, against every frame taken through the embodiment one by one."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
 from torchpi.cli import main
 from torchpi.cli.stats import checkpoint_stats
@@ -14,6 +16,7 @@ from torchpi.data.stats import distributions, stats_coverage
 from torchpi.robots import Embodiment, aloha, droid, get_embodiment, libero, metaworld
 from torchpi.transforms import NormStats, load_norm_stats, save_norm_stats
 from torchpi.transforms.normalize import narrow_dims
+from torchpi.ui.tables import Column, Table
 
 H = 6
 
@@ -335,3 +338,12 @@ def test_tables_have_units_and_deltas(tmp_path, capsys, golden_root):
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if line.startswith("gripper 0 to 1 ")]
     assert [line for line in lines if line.startswith("x m, delta ")]
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_numbers_and_names_are_whole_on_a_narrow_terminal(width):
+    columns = [Column("state", "name"), Column("unit"), *(Column(title, "number") for title in ("q01", "q99"))]
+    table = Table(columns, [("shoulder_pan.pos", "-100 to 100 of the calibrated range", "-103.8", "-0.0475")])
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table.to_rich(), crop=False)
+    assert {"shoulder_pan.pos", "-103.8", "-0.0475"} <= set(console.file.getvalue().split())

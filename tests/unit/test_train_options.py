@@ -13,6 +13,7 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
 from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
+from torchpi.cli import main
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
 from torchpi.model.lora import LoraConfig, trainable_parameters
@@ -427,6 +428,15 @@ def test_a_mixture_survives_its_file(recipe, tmp_path):
     config = recipe.replace(dataset="", embodiment="", mixture=(Source("a", "aloha", 2.0), Source("b", "droid")))
     (tmp_path / "recipe.json").write_text(config.to_json())
     assert TrainConfig.from_json(tmp_path / "recipe.json") == config
+
+
+def test_train_takes_the_recipe_of_a_mixture(recipe, tmp_path, capsys):
+    sources = (Source("a", "aloha", 2.0), Source("b", "metaworld", fps=10.0), Source("c", "metaworld"))
+    file = tmp_path / "recipe.json"
+    file.write_text(recipe.replace(dataset="", embodiment="", mixture=sources).to_json())
+    with pytest.raises(SystemExit):
+        main(["train", "--recipe", str(file), "--out", str(tmp_path / "run")])
+    assert "no folder a;" in capsys.readouterr().err
 
 
 def test_chosen_episodes_and_frames_alone_are_trained_on(recipe):

@@ -60,7 +60,7 @@ class Result:
             for name, (flops, size, floor) in sorted(totals.items(), key=lambda item: -item[1][2])
         ]
         columns = [Column("operation"), *(Column(title, "number") for title in ("GFLOP", "GB", "floor ms", "share"))]
-        console.print(Table(columns, rows).to_rich())
+        console.print(Table(columns, rows).to_rich(), crop=False)
 
 
 def measure(name: str, run: Callable[[], Any], operations: list[Op], work: Workload, repeats: int) -> Result:

@@ -168,7 +168,8 @@ def run_bench_serving(
     )
     titles = {"server_ms": "torchpi serve, ms", "minimal_ms": "minimal server, ms", "ratio": "ratio"}
     rows = [(title, *(f"{value:.2f}" for value in overhead[key].values())) for key, title in titles.items()]
-    console.print(Table([Column(""), *(Column(name, "number") for name in overhead["ratio"])], rows).to_rich())
+    columns = [Column(""), *(Column(name, "number") for name in overhead["ratio"])]
+    console.print(Table(columns, rows).to_rich(), crop=False)
     console.print(
         f"{clients} clients, {seconds:g} s: {load['requests_per_second']:.0f} requests/s, {load['errors']} errors, "
         f"{load['mean_batch']:.1f} requests per pass; slowest client {load['slowest_to_mean']:.2f} of the mean; "

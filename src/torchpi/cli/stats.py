@@ -193,12 +193,12 @@ def _print_statistics(document: Mapping[str, Any], robot: "Embodiment") -> None:
             continue
         columns = [
             Column(what, "name"),
-            Column("unit", "name"),
+            Column("unit"),
             *(Column(title, "number") for title in list(document[what])[1:]),
         ]
         rows = zip(notes[what], zip(*document[what].values(), strict=True), strict=False)
-        texts = [(name, note, *(f"{number:.4g}" for number in numbers)) for note, (name, *numbers) in rows]
-        Console(highlight=False).print(Table(columns, texts).to_rich())
+        texts = [(name, note, *(f"{number:.3g}" for number in numbers)) for note, (name, *numbers) in rows]
+        Console(highlight=False).print(Table(columns, texts).to_rich(), crop=False)
     if document["out"]:
         print(f"written to {document['out']}")
 
@@ -211,7 +211,7 @@ def _print_comparison(ranked: Sequence[Any], addresses: Sequence[str] | None) ->
         ]
         numbers = (Column(title, "number") for title in ("all", "state", "actions"))
         print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
-        Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich())
+        Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich(), crop=False)
     elif ranked:
         print(
             "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a "

@@ -20,6 +20,9 @@ _MARGIN = 0.25
 _EXPECTED = 0.98
 """Fraction inside q01 to q99 of the data that these were computed from."""
 
+_OTHER_SCALE = 20.0
+"""An action and its state don't differ by this factor on a robot that goes where it is sent; rad and degrees by 57."""
+
 
 def coverage_with_reasons(
     entry: StatsCoverage, found: Mapping[str, Distribution], theirs: Mapping[str, NormStats]
@@ -132,8 +135,9 @@ def _meanings(robot: Embodiment) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
-    """Sentences on the actions most of whose values are far outside of their limits, as those in another unit are."""
-    problems = []
+    """Sentences on the actions most of whose values are far outside of their limits, as those in another unit are, and
+    on those that are relative to a state in another unit."""
+    problems = _scale_problems(dataset, embodiment)
     for i, action in enumerate(embodiment.actions):
         if action.low is None or action.high is None:
             continue
@@ -148,4 +152,22 @@ def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
                 f"{'; the values look like degrees' if in_degrees else ''}. Choose the embodiment in the set's unit, "
                 "or state unit and limits in a file of your own."
             )
+    return problems
+
+
+def _scale_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
+    problems = []
+    for i, is_delta in enumerate(embodiment.action_mask):
+        if not is_delta:
+            continue
+        action, state = (dataset.columns[key][:, i].astype(float) for key in (lerobot.ACTION, lerobot.STATE))
+        moves = action.std(), state.std()
+        if min(moves) < 1e-6 or max(moves) < _OTHER_SCALE * min(moves) or np.corrcoef(action, state)[0, 1] < 0.8:
+            continue
+        problems.append(
+            f"The action {embodiment.action_names[i]} of {dataset.path} goes from {action.min():.4g} to "
+            f"{action.max():.4g} as its state goes from {state.min():.4g} to {state.max():.4g}: they seem to have "
+            "different units, and the policy would learn their difference. Convert one of them in the dataset, or make "
+            f"the action absolute in embodiment '{embodiment.name}'."
+        )
     return problems

@@ -30,12 +30,16 @@ _Name = tuple[str, ...]
 def dimension_names(feature: Mapping[str, Any], num_dims: int) -> tuple[str, ...] | None:
     """The names of a column's dimensions; None: the dataset doesn't name each of them.
 
-    They lie in a list, in lists of lists, in groups {"motors": ["shoulder", …]}, or have indices {"shoulder": 0, …}.
+    They lie in a list, in lists of lists, in groups {"motors": ["shoulder", …]}, or have indices {"shoulder": 0, …}. A
+    list of two or more that is too short or too long names the first dimensions: these may contradict the robot's.
     """
     names = feature.get("names")
     groups = list(names.values()) if isinstance(names, Mapping) else []
     found = (tuple(_flat(value)) for value in (names, *groups))
-    return next((each for each in found if each and len(each) == num_dims), None)
+    whole = next((each for each in found if each and len(each) == num_dims), None)
+    if whole is None and isinstance(names, list) and len(some := list(_flat(names))) > 1:
+        return tuple([*some, *(f"dim_{i}" for i in range(len(some), num_dims))][:num_dims])
+    return whole
 
 
 def _flat(value: Any, group: str = "") -> Iterator[str]:
@@ -86,6 +90,15 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
             if a and b and a != b:
                 raise DatasetError(f"{found[place]!r} is not {expected[i]!r}")
     return order
+
+
+def tell_order(found: Sequence[str] | None, expected: Sequence[str]) -> bool:
+    """False for names that fit the expected ones in any order, such as "motor_0"; None: no names."""
+    orders = (expected, expected[::-1], [*expected[1:], *expected[:1]])
+    try:
+        return found is not None and any(order_of(found, each) != list(range(len(found))) for each in orders)
+    except DatasetError:
+        return True
 
 
 def _words(name: str) -> _Name:

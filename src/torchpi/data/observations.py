@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import format as lerobot
-from torchpi.data.names import order_of
+from torchpi.data.names import order_of, tell_order
 from torchpi.errors import DatasetError, UnknownKeyError
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.keys import nest
@@ -90,7 +90,8 @@ def in_robot_order(
         where: the dataset, for messages.
 
     Raises:
-        ValueError: another length or other joints than the robot's; actions relative to the state of other joints.
+        ValueError: another length or other joints than the robot's; actions relative to the state of other joints; one
+            of both in another order, and that of the other not known.
 
     Warns: about another order than the robot's.
     """
@@ -98,9 +99,17 @@ def in_robot_order(
     s = s if embodiment.state else 0  # a state that the policy doesn't read
     check_dims(embodiment, state=s, action=a)
     order = {lerobot.STATE: list(range(s)), lerobot.ACTION: list(range(a))}
-    for key, robots in ((lerobot.STATE, embodiment.state_names), (lerobot.ACTION, embodiment.action_names)):
-        if robots and (found := names[key]) is not None:
-            order[key] = _order(found, robots[: len(found)], f"{where}: {key}", embodiment.name)
+    robots = {lerobot.STATE: embodiment.state_names[:s], lerobot.ACTION: embodiment.action_names}
+    for key, expected in robots.items():
+        if expected and (found := names[key]) is not None:
+            order[key] = _order(found, expected, f"{where}: {key}", embodiment.name)
+    for key, other in ((lerobot.STATE, lerobot.ACTION), (lerobot.ACTION, lerobot.STATE)):
+        if s == a and order[key] != sorted(order[key]) and not tell_order(names[other], robots[other]):
+            raise DatasetError(
+                f"{where}: {key} has {', '.join(names[key] or ())}, another order than embodiment '{embodiment.name}', "
+                f"and the names of {other} ({', '.join(names[other] or ['none'])}) don't tell whether it has that one, "
+                f"too. Write its names, in its own order, in {lerobot.INFO}."
+            )
     state, action = ([found[i] for i in places] if (found := names[key]) else None for key, places in order.items())
     deltas = [i for i, is_delta in enumerate(embodiment.action_mask) if is_delta]
     if state and action and deltas:

@@ -133,10 +133,10 @@ def _print_frames(console: Console, demo: Demo) -> None:
     console.print("\nThe policy sees packaged camera frames instead. The means of the chunks that it predicts:")
     numbers = [Column(action.name, "number") for action in demo.policy.embodiment.actions]
     means = [(name, *(f"{mean:+.2f}" for mean in frame.actions.mean(axis=0))) for name, frame in demo.frames.items()]
-    console.print(Table([Column("task", "name"), *numbers], means).to_rich())
+    console.print(Table([Column("task", "name"), *numbers], means).to_rich(), crop=False)
     console.print(f"The chunk for {demo.task}, action by action:")
     actions = [(str(i), *(f"{value:+.3f}" for value in action)) for i, action in enumerate(demo.flow.actions)]
-    console.print(Table([Column("", "number"), *numbers], actions).to_rich())
+    console.print(Table([Column("", "number"), *numbers], actions).to_rich(), crop=False)
 
 
 def _write_page(console: Console, demo: Demo, page: pathlib.Path) -> None:

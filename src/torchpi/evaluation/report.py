@@ -155,7 +155,7 @@ def _print_tables(result: DatasetEvaluation, console: Console) -> None:
     )
     console.print(title, soft_wrap=True, markup=False)
     for table in (_dimension_table(errors), _overall_table(errors), _horizon_table(errors)):
-        console.print(table.to_rich())
+        console.print(table.to_rich(), crop=False)
     console.print(
         "hold: the robot stays where it is. mean: the dataset's mean action. Range: 1 % to 99 % quantile of the "
         "dataset's actions. n/a: no hold command is known, or the action hardly ever changes.",

@@ -62,8 +62,8 @@ def print_inspection(found: Inspection, console: Console) -> None:
     console.print(Text(f"{found.path}\n{_summary(found)}\nCameras: {_cameras(found)}"), soft_wrap=True)
     for title, dimensions in (("state", found.state), ("action", found.actions)):
         if dimensions:
-            console.print(_dimensions(dimensions, title, reasons=False).to_rich())
-    console.print(_tasks(found).to_rich())
+            console.print(_dimensions(dimensions, title, reasons=False).to_rich(), crop=False)
+    console.print(_tasks(found).to_rich(), crop=False)
     for problem in found.problems:
         console.print(Text.assemble((problem.subject, "yellow"), f": {problem.text}"), soft_wrap=True)
     if not found.problems:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torchpi.errors import EmbodimentError, MissingFileError, UnknownKeyError
 from torchpi.robots.embodiment import Embodiment as Embodiment
+from torchpi.robots.keys import flatten as flatten
 from torchpi.robots.parts import HOOKS as HOOKS
 from torchpi.robots.parts import ActionDim as ActionDim
 from torchpi.robots.parts import Camera as Camera

@@ -109,7 +109,7 @@ def success_table(
 
 def print_evaluation(evaluation: Evaluation) -> None:
     console = Console(highlight=False)
-    console.print(success_table(evaluation).to_rich())
+    console.print(success_table(evaluation).to_rich(), crop=False)
     console.print(
         f"steps: mean of the successful episodes. {evaluation.chunk_ms:.0f} ms per chunk, "
         f"{evaluation.steps_per_second:.0f} steps/s, {evaluation.seconds:.0f} s altogether."

@@ -110,7 +110,7 @@ class DataConfig(_Checked):
     control_hz."""
     tolerance_s: Positive | None = None
     """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
-    mixture: tuple[Source, ...] = ()
+    mixture: Annotated[tuple[Source, ...], tyro.conf.Fixed, tyro.conf.Suppress] = ()
     """Several datasets in place of one, mixed by their weights; in a recipe's file, a list of objects. The policy is
     saved for the first one's robot."""
     norm_stats: str = "dataset"

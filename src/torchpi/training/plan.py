@@ -197,7 +197,7 @@ def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     sizes += [("total", found.peak.total), ("host: a checkpoint that is being written", found.staged)]
     sizes += [("host: frozen weights, main process", found.frozen)] if found.frozen else []
     columns = [Column("per process, at the peak"), Column("GB", "number")]
-    console.print(Table(columns, [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in sizes]).to_rich())
+    console.print(Table(columns, [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in sizes]).to_rich(), crop=False)
     moment = "an update" if found.peak.moment == "update" else "an evaluation on the held-out samples"
     console.print(f"The peak is in {moment}. An estimate, not a measurement; docs/memory.md says what is not counted.")
     if found.device_memory is None:

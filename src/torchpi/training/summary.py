@@ -83,7 +83,7 @@ def describe(
     """
     text, table = show_parameters(info["parameters"])
     console.print(f"{model.config.variant}, {config.model.finetune}: {text}")
-    console.print(table.to_rich())
+    console.print(table.to_rich(), crop=False)
     _describe_weights(console, info, first_step)
     weights = sum(dataset["weight"] for dataset in info["datasets"])
     for dataset, source in zip(info["datasets"], data, strict=True):

@@ -7,7 +7,6 @@ from html import escape
 from typing import Any, Literal
 
 from rich import box
-from rich.table import Column as RichColumn
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -18,7 +17,8 @@ class Column:
 
     title: str
     kind: Literal["text", "name", "number", "rate", "soft"] = "text"
-    """text wraps; name and rate don't; number is aligned to the right; soft is a text of less weight."""
+    """text and soft, a text of less weight, wrap on a narrow terminal, the others do not; number is
+    aligned to the right."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,16 +77,16 @@ class Table:
 
     def to_rich(self) -> RichTable:
         """The table for a terminal."""
-        heads = (
-            RichColumn(
+        table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        for i, column in enumerate(self.columns):
+            width = max((len(str(row[i])) for row in (*self.rows, *filter(None, [self.total]))), default=0)
+            table.add_column(
                 column.title,
                 justify="right" if column.kind == "number" else "left",
                 no_wrap=column.kind in ("name", "number", "rate"),
+                min_width=min(width, 12) if column.kind in ("text", "soft") else width,  # -103 is not to become -10
                 overflow="fold",
             )
-            for column in self.columns
-        )
-        table = RichTable(*heads, box=box.SIMPLE_HEAD, padding=(0, 1))
         for row in self.rows:
             table.add_row(*map(_rich_cell, row))
         if self.total is not None:
