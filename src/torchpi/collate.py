@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchpi.errors import PolicyError
 from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
-from torchpi.types import Observation, PreviousChunk
+from torchpi.types import ActionChunk, Observation, PreviousChunk
 
 
 def stack_inputs(samples: Sequence[Mapping[str, Any]], prompt_lengths: Sequence[int] = ()) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def rtc_inputs(
         if _is_prefix(chunk, max_action_prefix):
             is_prefix[i, : min(chunk.delay, len(rest))] = True
         else:
-            delays[i], executed[i] = chunk.delay, steps
+            delays[i], executed[i] = int(chunk.delay), steps
             present[i, : len(rest), :action_size] = 1
     inputs: dict[str, Any] = {}
     if is_prefix.any():
@@ -86,4 +86,23 @@ def _is_prefix(chunk: PreviousChunk, longest: int) -> bool:
             f"The policy was trained to continue at most {longest} actions, not {chunk.delay}; use guidance, or train "
             "with a larger max_action_prefix."
         )
-    return chunk.method == "trained" or (chunk.method is None and 0 < chunk.delay <= longest)
+    return chunk.method == "trained" or (chunk.method is None and 0 < int(chunk.delay) <= longest)
+
+
+def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[PreviousChunk | None]:
+    """The previous chunk of each of `count` observations, or None."""
+    chunks = [None] * count if prefixes is None else list(prefixes)
+    if len(chunks) != count or not all(isinstance(each, PreviousChunk | None) for each in chunks):
+        kinds = ", ".join(type(each).__name__ for each in chunks[:8])
+        raise PolicyError(f"prefixes are [{kinds}]; expected {count} of PreviousChunk or None.")
+    if not isinstance(generator, torch.Generator | None):
+        raise PolicyError(f"generator is {generator!r:.80}; expected a torch.Generator, or noise=.")
+    return chunks
+
+
+def answer_of(actions: np.ndarray, timing: Mapping[str, float], sample: Mapping[str, Any]) -> ActionChunk:
+    """The answer to one observation, with the number of tokens that its prompt lost."""
+    answer = ActionChunk(actions=actions, policy_timing=dict(timing))
+    if "prompt_tokens_cut" in sample:
+        answer["prompt_tokens_cut"] = sample["prompt_tokens_cut"]
+    return answer

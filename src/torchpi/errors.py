@@ -1,11 +1,13 @@
-"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been; and
-phrases of their messages.
+"""The errors of users' mistakes: one class per subject, each of them the built-in error that it has always been;
+phrases of their messages, and a check.
 
 A message says what failed, what was found, what was expected and what to do. Catch `TorchpiError` for all of them.
 """
 
 import difflib
+import numbers
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def first_of(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
@@ -19,6 +21,11 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     by_lower = {other.lower(): other for other in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
     return by_lower[found[0]] if found else None
+
+
+def is_whole(value: Any) -> bool:
+    """True for a whole number, NumPy's included; a bool is none, nor is 2.0."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 class TorchpiError(Exception):

@@ -15,7 +15,7 @@ from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.sizes import ConfigLike
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
-from torchpi.collate import collate, rtc_inputs
+from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
 from torchpi.engine.quantize import quantization_of
@@ -115,11 +115,11 @@ class Policy:
         observation: Mapping[str, Any],
         *,
         noise: np.ndarray | None = None,
-        num_steps: int | None = None,
+        num_steps: int | np.integer | None = None,
         generator: torch.Generator | None = None,
         action_prefix: np.ndarray | None = None,
-        delay: int = 0,
-        execution_horizon: int | None = None,
+        delay: int | np.integer = 0,
+        execution_horizon: int | np.integer | None = None,
     ) -> ActionChunk:
         """One observation to one action chunk.
 
@@ -134,13 +134,19 @@ class Policy:
             execution_horizon: number of steps executed since the inference of that chunk; by default H − k.
 
         Returns:
-            "actions" float32 [H, a] in the robot's units, and "policy_timing" in milliseconds.
+            "actions" float32 [H, a] in the robot's units, "policy_timing" in milliseconds, and for a prompt beyond
+            max_token_len "prompt_tokens_cut", the number of tokens that are missing.
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
-            ValueError: anything else about the observation, the noise or num_steps that is not as expected.
+            ValueError: anything else about the observation or the arguments that is not as expected.
         """
         noises = None if noise is None else self._finite_noise(noise, batch=())[None]
+        if action_prefix is None and (delay != 0 or execution_horizon is not None):
+            given = f"delay {delay!r} and execution_horizon {execution_horizon!r}"
+            raise PolicyError(
+                f"infer got {given} without an action_prefix; pass what is left of the chunk, or neither."
+            )
         prefix = None if action_prefix is None else PreviousChunk(action_prefix, delay, execution_horizon)
         return self.infer_batch(
             [observation], noise=noises, num_steps=num_steps, generator=generator, prefixes=[prefix]
@@ -152,7 +158,7 @@ class Policy:
         observations: Sequence[Mapping[str, Any]],
         *,
         noise: np.ndarray | None = None,
-        num_steps: int | None = None,
+        num_steps: int | np.integer | None = None,
         generator: torch.Generator | None = None,
         prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
@@ -167,7 +173,7 @@ class Policy:
         if not observations:
             raise PolicyError("infer_batch got no observations; it needs at least one.")
         start = time.perf_counter()
-        prefixes = prefixes or [None] * len(observations)
+        prefixes = checked_arguments(prefixes, generator, count=len(observations))
         requests = [
             # Converted as in training: relative to the new state, and normalized.
             observation if prefix is None else {**observation, "actions": prefix.actions}
@@ -190,6 +196,7 @@ class Policy:
                 device=self.model.device,
             )
         steps = self.num_steps if num_steps is None else num_steps
+        steps = int(steps) if isinstance(steps, np.integer) else steps
         rtc |= {"noise": noise_tensor, "num_steps": steps, "generator": generator}
         with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
             if self.engine is None:
@@ -204,7 +211,7 @@ class Policy:
             "infer_ms": 1e3 * (inferred - prepared),
             "postprocess_ms": 1e3 * (time.perf_counter() - inferred),
         }
-        return [ActionChunk(actions=chunk, policy_timing=dict(timing)) for chunk in actions]
+        return [answer_of(chunk, timing, sample) for chunk, sample in zip(actions, samples, strict=True)]
 
     def prepare(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """One observation to the model's inputs.
@@ -223,16 +230,18 @@ class Policy:
     def _finite_noise(self, noise: Any, *, batch: tuple[int, ...]) -> np.ndarray:
         array, config = np.asarray(noise), self.model.config
         found = f"got {array.dtype} {list(array.shape)}"
-        if array.dtype.kind != "f":
-            raise PolicyError(f"Noise must be floating-point numbers, {found}.")
+        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+            raise PolicyError(f"Noise must be floating-point numbers, {found}; at most 64 bits are read.")
         # Where the horizon is unset, the noise decides it.
         horizon = config.action_horizon or (array.shape[-2] if array.ndim > 1 else "H")
         expected = (*batch, horizon, config.action_dim)
         if array.shape != expected or not array.size:
             raise PolicyError(f"Noise must be [{', '.join(map(str, expected))}], {found}.")
+        with np.errstate(over="ignore"):
+            array = array.astype(np.float32)
         if not np.isfinite(array).all():
-            raise PolicyError("There is NaN or infinity in the noise; it must be finite.")
-        return array.astype(np.float32)
+            raise PolicyError("There is NaN or infinity in the noise; it must be finite, in float32.")
+        return array
 
     def use_engine(self, mode: EngineMode, **settings: Any) -> None:
         """Sample with an engine from here on; the model's weights must not change any more.

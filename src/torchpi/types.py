@@ -11,14 +11,14 @@ Shape legend, used in every signature and comment:
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
 
-from torchpi.errors import ObservationError, UnknownKeyError
+from torchpi.errors import ObservationError, UnknownKeyError, is_whole
 
 
 class ActionChunk(TypedDict):
@@ -28,6 +28,8 @@ class ActionChunk(TypedDict):
     """float32 [H, a], in the robot's units."""
     policy_timing: dict[str, float]
     """Milliseconds per stage."""
+    prompt_tokens_cut: NotRequired[int]
+    """The number of tokens by which the prompt was cut to max_token_len; absent: it was not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,9 @@ class PreviousChunk:
 
     actions: np.ndarray
     """[k, a] in the robot's units, from the moment of the new observation on."""
-    delay: int
+    delay: int | np.integer
     """d, the number of them that will have been executed when the new chunk arrives."""
-    execution_horizon: int | None = None
+    execution_horizon: int | np.integer | None = None
     """s, the number of steps executed since its own inference began; None: H − k, the actions that are missing."""
     method: Literal["trained", "guidance"] | None = None
     """"trained": the first `delay` actions are an action prefix, for a policy that was trained with such; "guidance":
@@ -46,10 +48,13 @@ class PreviousChunk:
     "guidance". See `model.rtc`."""
 
     def __post_init__(self) -> None:
-        for name in ("delay", "execution_horizon"):
+        for name in ("delay", "execution_horizon") if self.execution_horizon is not None else ("delay",):
             value = getattr(self, name)
-            if value is not None and not isinstance(value, int | np.integer):
+            if not is_whole(value):
                 raise ObservationError(f"{name} is a number of actions, an integer; got {value!r}. Round a delay up.")
+            object.__setattr__(self, name, int(value))  # NumPy's small integers overflow
+        if self.method not in (None, "trained", "guidance"):
+            raise ObservationError(f"method is {self.method!r}; expected 'trained', 'guidance' or None.")
 
     def steps_executed(self, horizon: int) -> int:
         """s, for chunks of H actions."""
@@ -60,7 +65,13 @@ class PreviousChunk:
                 f"execution_horizon {executed} and H {horizon}: the chunk that is being executed ends before the new "
                 "one arrives. Ask sooner, or without a prefix."
             )
-        return executed
+        sent, left = len(self.actions), horizon - executed
+        if not self.delay <= sent <= left:
+            raise ObservationError(
+                f"The action prefix has {sent} actions; expected at least delay, {self.delay}, and at most the {left} "
+                f"that a chunk of {horizon} has left after {executed} (execution_horizon)."
+            )
+        return int(executed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,6 +20,7 @@ from websockets.server import ServerProtocol
 from websockets.sync.server import serve
 
 from torchpi_client import AsyncWebsocketPolicy, ServerError, WebsocketPolicy, pack, unpack
+from torchpi_client.client import Interrupt
 from torchpi_client.images import decode_images, encode_images, jpeg_cost
 from torchpi_client.protocol import DEADLINE, JPEG, RTC, PreviousChunk
 from torchpi_client.watchdog import Watchdog
@@ -894,6 +895,61 @@ def test_invalid_previous_chunk_is_refused(change, message):
     wire = PreviousChunk(np.ones((3, 2), np.float32), delay=2, execution_horizon=5).to_wire()
     with pytest.raises(ValueError, match=message):
         PreviousChunk.from_wire({**wire, **change})
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numpys_integers_are_integers_of_a_previous_chunk(kind):
+    wire = PreviousChunk(np.ones((3, 2), np.float32), delay=kind(2), execution_horizon=kind(5)).to_wire()
+    assert same((wire["delay"], wire["execution_horizon"]), (2, 5))
+
+
+# ---- errors name the server ----
+
+
+@pytest.mark.parametrize(
+    "frame", [b"<html>502 Bad Gateway</html>", pack({"actions": np.zeros((4, 2))})[:-5], pack([1])]
+)
+@pytest.mark.parametrize("instead_of", ["metadata", "answer"])
+def test_unreadable_frames_name_the_server(frame, instead_of):
+    def handler(connection):
+        connection.send(frame if instead_of == "metadata" else pack(METADATA))
+        for _ in connection:
+            connection.send(frame)
+
+    def ask(url):
+        with WebsocketPolicy(url) as policy:
+            policy.infer({"state": np.zeros(2)})
+
+    with running(handler) as url, pytest.raises(ValueError, match=re.escape(url)):
+        ask(url)
+
+
+@pytest.mark.parametrize("observation", [{"x": {1, 2}}, {"prompt": "go \ud800"}, {"a\ud800": 1}, [1], {"x": 2**70}])
+def test_requests_that_cannot_be_sent_name_the_server_and_keep_the_connection(observation):
+    with running(echo) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ValueError, match=re.escape(url)):
+            policy.infer(observation)
+        assert policy.infer({"state": np.ones(1)})["actions"] == 2
+        assert policy.reconnects == 0
+
+
+def test_other_errors_name_the_server():
+    def busy(connection):
+        connection.send(pack(METADATA))
+        connection.recv()
+        connection.send(json.dumps({"code": "queue_full", "message": "later"}))
+        connection.recv()
+        connection.close()
+
+    with running(busy) as url, WebsocketPolicy(url) as policy:
+        with pytest.raises(ServerError, match=re.escape(url)):
+            policy.infer({"state": np.zeros(1)})
+        stopped = Interrupt()
+        stopped.set()
+        with pytest.raises(ConnectionError, match=f"{url} was interrupted"):
+            policy.infer({"state": np.zeros(1)}, interrupt=stopped)
+    with running(echo) as url, pytest.raises(ValueError, match=f"{url} doesn't support {JPEG}"):
+        WebsocketPolicy(url, jpeg_quality=90)
 
 
 def test_closed_client_refuses_requests():

@@ -831,6 +831,16 @@ def test_invalid_server_metadata_are_refused(said, message):
         controlled(ScriptedPolicy(**said))
 
 
+def test_recommendation_beyond_the_chunk_is_refused_unless_the_settings_overrule_it():
+    policy = ScriptedPolicy(execute_steps=9)
+    policy.url = "ws://robot:8000"
+    with pytest.raises(
+        ValueError, match=r"The policy at ws://robot:8000 recommends execute_steps 9, but .* only 8 actions"
+    ):
+        controlled(policy)
+    assert controlled(ScriptedPolicy(execute_steps=9), execute_steps=8, steps=3)[1].actions == 2
+
+
 def test_rtc_refuses_execute_steps_of_whole_chunk():
     with pytest.raises(ValueError, match=r'8 of 8 steps at 10 Hz are executed.*mode "rtc" needs at least one left'):
         controlled(rtc_policy(), mode="rtc", execute_steps=HORIZON)

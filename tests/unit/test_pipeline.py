@@ -143,12 +143,27 @@ def test_a_constant_dimension_warns_once_and_follows_the_formula():
     np.testing.assert_allclose(chunks[0], [[1 + 1e-6, 1e-6, 1 + 1e-6]])
 
 
-def test_a_long_prompt_warns_once():
+def test_each_long_prompt_warns_once_and_counts_its_missing_tokens():
     policy = transforms()
+    prompts = ["put the bowl in it " * 9, "open it " * 40]
     with pytest.warns(UserWarning, match="max_token_len is 60") as caught:
-        outputs = [policy.forward(sample(prompt=prompt)) for prompt in ("put the bowl in it " * 9, "open it " * 40)]
-    assert len(caught) == 1
-    assert all(output["tokenized_prompt_mask"].sum() > 50 for output in outputs)
+        outputs = [policy.forward(sample(prompt=prompt)) for prompt in prompts * 2]
+    assert len(caught) == 2
+    for prompt, warning, output in zip(prompts * 2, [*caught] * 2, outputs, strict=True):
+        assert prompt[:20] in str(warning.message)
+        valid = int(output["tokenized_prompt_mask"].sum())
+        assert valid > 50
+        needed = int(str(warning.message).split(" tokens")[0].split()[-1])
+        assert output["prompt_tokens_cut"] == needed - valid
+    assert "prompt_tokens_cut" not in policy.forward(sample(prompt="open it"))
+
+
+def test_number_of_warnings_is_bounded(monkeypatch):
+    policy, said = transforms(), []
+    monkeypatch.setattr("warnings.warn", lambda message, *_, **__: said.append(message))
+    for i in range(1010):
+        policy._warn_once(f"prompt {i}", "cut")
+    assert len(said) == 1000
 
 
 def test_original_truncation():

@@ -15,6 +15,7 @@ from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.collate import collate
 from torchpi.devices import fastest_dtype
+from torchpi.errors import TorchpiError
 from torchpi.robots import EMBODIMENTS, Camera, get_embodiment
 from torchpi.robots.presets import ROBOT_FILES
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
@@ -554,6 +555,125 @@ def test_a_long_prompt_is_shortened_or_cut_as_asked(checkpoint, tokenizer, tmp_p
     newline = policy.transforms.tokenizer.encode("\n", add_bos=False)
     assert newline[-1] in tokens[None]
     assert newline[-1] not in tokens["original"]
+
+
+# What a request says beside the robot's keys
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Types as users pass them: annotations are checked in the tests only."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+PREFIX = np.full((2, 2), 0.1, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"delay": 1}, "infer got delay 1 and execution_horizon None without an action_prefix"),
+        ({"execution_horizon": 2}, "execution_horizon 2 without an action_prefix"),
+        ({"action_prefix": PREFIX, "delay": True}, "delay is a number of actions, an integer; got True"),
+        ({"action_prefix": PREFIX, "delay": None}, "delay is a number of actions, an integer; got None"),
+        ({"action_prefix": PREFIX, "execution_horizon": 2.0}, "execution_horizon is a number of actions, an integer"),
+        ({"action_prefix": PREFIX, "delay": 2, "execution_horizon": 3}, "needs 0 ≤ delay ≤ H − execution_horizon"),
+        (
+            {"action_prefix": PREFIX[:1], "delay": 2, "execution_horizon": 1},
+            "prefix has 1 actions; expected at least delay, 2",
+        ),
+        ({"action_prefix": np.zeros((5, 2))}, "prefix has 5 actions; expected .* at most the 4 that a chunk of 4 has"),
+        (
+            {"action_prefix": np.zeros((2, 2)), "execution_horizon": 3},
+            "at most the 1 that a chunk of 4 has left after 3",
+        ),
+        ({"action_prefix": np.full((2, 2), 1e300)}, "Cannot read actions: it reaches a magnitude of 1e.300"),
+        ({"num_steps": 2.0}, "num_steps must be a positive integer, got 2.0"),
+        ({"num_steps": np.float32(2)}, "num_steps must be a positive integer"),
+        ({"num_steps": np.True_}, "num_steps must be a positive integer"),
+        ({"generator": 0, "noise": None}, "generator is 0; expected a torch.Generator"),
+        (
+            {"noise": np.full((HORIZON, ACTION_DIM), 1e300)},
+            "NaN or infinity in the noise; it must be finite, in float32",
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense_are_errors(make_policy, unchecked, arguments, message):
+    policy = make_policy()
+    with pytest.raises(TorchpiError, match=message):
+        infer(policy, request(policy), **arguments)
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_numpys_integers_are_integers(make_policy, kind):
+    policy = make_policy()
+    one = request(policy)
+    np.testing.assert_array_equal(infer(policy, one, num_steps=kind(3)), infer(policy, one, num_steps=3))
+    found, expected = (
+        infer(policy, one, action_prefix=PREFIX, delay=number(1), execution_horizon=number(2)) for number in (kind, int)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("prefixes", [[], [None], [PREFIX, None], np.stack([PREFIX, PREFIX]), [None] * 3])
+def test_a_batch_takes_one_previous_chunk_per_observation(make_policy, unchecked, prefixes):
+    policy = make_policy()
+    with pytest.raises(TorchpiError, match=r"prefixes are \[.*\]; expected 2 of PreviousChunk or None"):
+        policy.infer_batch([request(policy)] * 2, prefixes=prefixes)
+
+
+def test_an_unknown_method_of_continuing_is_an_error(unchecked):
+    with pytest.raises(TorchpiError, match="method is 'guided'; expected 'trained', 'guidance' or None"):
+        torchpi.types.PreviousChunk(PREFIX, delay=1, method="guided")
+
+
+@pytest.mark.parametrize("prompt", ["go \ud800", np.array("\udfff"), b"\xff go".decode(errors="surrogateescape")])
+def test_a_lone_surrogate_in_the_prompt_is_an_error(make_policy, prompt):
+    policy = make_policy()
+    with pytest.raises(TorchpiError, match=r"The prompt has the code point 0xd.*, no Unicode character"):
+        policy.infer_batch([request(policy), request(policy, prompt=prompt)])
+
+
+def test_a_code_point_beyond_unicode_in_the_prompt_is_an_error(make_policy):
+    policy = make_policy()
+    with pytest.raises(TorchpiError, match="0x110000, no Unicode character"):
+        policy.infer(request(policy, prompt=np.array([0x110000], np.uint32).view("U1").reshape(())))
+
+
+@pytest.mark.skipif(np.dtype(np.longdouble).itemsize == 8, reason="long double is float64 here")
+def test_long_doubles_are_errors_that_name_them(make_policy):
+    policy = make_policy()
+    one = request(policy)
+    with pytest.raises(TorchpiError, match="Cannot read state 'state': it is float128; expected floats of at most"):
+        policy.infer(one | {"state": one["state"].astype(np.longdouble)})
+    with pytest.raises(TorchpiError, match="Cannot read actions: it is float128"):
+        policy.infer(one, action_prefix=PREFIX.astype(np.longdouble))
+    with pytest.raises(TorchpiError, match=r"got float128 .*; at most 64 bits are read"):
+        policy.infer(one, noise=noise().astype(np.longdouble))
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, requires_grad=True)])
+def test_tensors_that_numpy_does_not_read_are_errors_that_name_the_state(make_policy, tensor):
+    policy = make_policy()
+    with pytest.raises(TorchpiError, match="Cannot read state 'state': "):
+        policy.infer(request(policy, state=tensor))
+
+
+def test_an_answer_counts_the_tokens_that_its_prompt_lost(make_policy):
+    policy = make_policy(small_config(max_token_len=60))
+    observations = [request(policy, prompt=prompt) for prompt in ("open it " * 40, "go", "open it " * 40)]
+    with pytest.warns(UserWarning, match="max_token_len is 60") as caught:
+        long, short, again = policy.infer_batch(observations)
+    assert len(caught) == 1
+    assert again["prompt_tokens_cut"] == long["prompt_tokens_cut"]
+    assert long["prompt_tokens_cut"] > 0
+    assert "prompt_tokens_cut" not in short
+
+
+@pytest.mark.parametrize("number", [2.5, True])
+def test_fractions_of_an_action_are_not_executed(unchecked, number):
+    with pytest.raises(TorchpiError, match=r"execute_steps is .*; expected a positive number, and a whole one"):
+        dataclasses.replace(TWO_JOINTS, execute_steps=number)
 
 
 # The demo

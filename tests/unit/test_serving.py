@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import re
 import socket
@@ -567,6 +568,29 @@ def test_metrics_count_requests_batches_and_connections():
         # A pass that failed, by a bad observation, has no time and no size.
         assert metric(url, 'torchpi_batch_size_count{policy="p0"}') == 1
         assert metric(url, "torchpi_queue_length") == 0
+
+
+def test_cut_prompts_are_counted_and_said_in_the_answer():
+    policy = FakePolicy()
+    infer_all = policy.infer_batch
+
+    def infer_batch(observations, **arguments):
+        chunks = infer_all(observations, **arguments)
+        return [chunk | {"prompt_tokens_cut": 7} if "cut" in observations[0]["prompt"] else chunk for chunk in chunks]
+
+    policy.infer_batch = infer_batch
+    policy.example_observation = lambda: observation(-1.0, prompt="go")
+    with served(policy) as (url, _), clients(url) as [client]:
+        answers = [client.ask(observation(prompt=text)) for text in ("cut", "go", "cut")]
+        assert [answer.get("prompt_tokens_cut") for answer in answers] == [7, None, 7]
+        assert metric(url, 'torchpi_cut_prompts_total{policy="p0"}') == 2
+
+
+def test_recommendation_beyond_the_chunk_is_logged(caplog):
+    policy = FakePolicy()
+    policy.embodiment = dataclasses.replace(policy.embodiment, execute_steps=9)
+    with served(policy) as (url, _), clients(url):
+        assert "policy p0: execute_steps is 9, but its chunk has only 4 actions" in caplog.text
 
 
 # ---- the command ----

@@ -1,5 +1,6 @@
 """Requests that the server reads, and those that it refuses before a model sees them."""
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -86,6 +87,49 @@ def test_jpeg_entry_is_left_to_its_decoder():
         deep = [deep]
     for value in (deep, {b"x": 2}):
         assert count_jpegs(read({"camera": {"torchpi/jpeg": value}})[0]) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"torchpi/deadline": True}, "torchpi/deadline is True; expected a positive number"),
+        ({"torchpi/num_steps": 2.0}, "torchpi/num_steps is 2.0; expected a whole number"),
+        ({"torchpi/rtc": {**PREFIX, "delay": True}}, "delay is True; expected an integer, 0 to 2"),
+        (
+            {"torchpi/rtc": {**PREFIX, "execution_horizon": 3}},
+            "The action prefix has 2 actions; expected at least delay, 1",
+        ),
+    ],
+)
+def test_numbers_of_options_are_whole_and_within_the_chunk(value, message):
+    assert refusal(value).startswith(message)
+
+
+def test_numpys_integers_are_integers():
+    rtc = {**PREFIX, "delay": np.uint8(1), "execution_horizon": np.int64(2)}
+    _, options = read({"torchpi/rtc": rtc, "torchpi/num_steps": np.int16(3), "torchpi/deadline": np.int32(4)})
+    assert (options.previous.delay, options.previous.execution_horizon) == (1, 2)
+    assert (options.num_steps, options.deadline) == (3, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("packed", "origin"),
+    [
+        ({b"nd": True, b"type": "<f4", b"kind": b"", b"shape": [1], b"data": b"1234"}, "the package msgpack-numpy"),
+        ({b"nd": False, b"type": "<f4", b"data": b"1234"}, "the package msgpack-numpy"),
+        ({"nd": True, "type": "<f4", "kind": "", "shape": [1], "data": b"1234"}, "the package msgpack-numpy"),
+        ({"__ndarray__": True, "data": b"1234", "dtype": "<f4", "shape": [1]}, "makes text of the byte-string keys"),
+        ({"__numpy__": "MTIzNA==", "dtype": "<f4", "shape": [1]}, "the package json-numpy"),
+        ({"__ndarray_class__": True, "as_npy": b"..."}, "GR00T's client"),
+    ],
+)
+def test_arrays_of_other_formats_are_named(packed, origin):
+    frame = msgpack.packb({"prompt": "go", "images": {"base": packed}})
+    with pytest.raises(
+        RequestError, match=f"{origin}.*expected msgpack as openpi_client.msgpack_numpy and torchpi_client"
+    ):
+        read_request(frame, noise_shape=(H, A))
+    assert read_request(msgpack.packb({"nd": 1, "data": 2}), noise_shape=(H, A))[0] == {"nd": 1, "data": 2}
 
 
 # ---- text ----

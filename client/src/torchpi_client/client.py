@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.frames import CloseCode
@@ -91,7 +91,7 @@ class WebsocketPolicy:
         """The server's metadata of its policy."""
         if jpeg_quality is not None:
             try:
-                require_support(self.metadata, JPEG, "Send uncompressed images: leave jpeg_quality out.")
+                require_support(self.metadata, JPEG, "Send uncompressed images: leave jpeg_quality out.", server=url)
             except ValueError:
                 self.close()
                 raise
@@ -118,13 +118,15 @@ class WebsocketPolicy:
         """
         if not isinstance(observation, dict):
             raise ValueError(
-                f"The observation is a {type(observation).__name__}; expected a dict with the robot's keys."
+                f"The observation for {self.url} is a {type(observation).__name__}; expected a dict "
+                "with the robot's keys."
             )
         interrupt = interrupt or Interrupt()
         seconds = self.answer_timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
         if self._jpeg_quality is not None:
-            observation = encode_images(observation, quality=self._jpeg_quality)
+            with _naming(self.url):
+                observation = encode_images(observation, quality=self._jpeg_quality)
         # Answers carry no id: each belongs to the request before it.
         if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
             raise no_answer(self.url, seconds)
@@ -159,7 +161,8 @@ class WebsocketPolicy:
     def _exchange(self, observation: dict[str, Any], deadline: float | None, interrupt: Interrupt) -> str | bytes:
         for attempt in (1, 2):
             link = self._connected(deadline, interrupt)
-            request = self._packed(observation, deadline)
+            with _naming(self.url):
+                request = self._packed(observation, deadline)
             try:
                 interrupt.watch(link.shut)
                 self._check_wanted(interrupt)
@@ -251,7 +254,7 @@ class WebsocketPolicy:
         if self._closed:
             raise is_closed(self.url)
         if interrupt.is_set:
-            raise ConnectionError("The request was interrupted.")
+            raise ConnectionError(f"The request to {self.url} was interrupted.")
 
     def _no_connection(self, error: Exception) -> ConnectionError:
         if isinstance(error, ConnectionRefusedError):
@@ -435,6 +438,15 @@ def _may_pass(error: Exception, again: bool) -> bool:
     if isinstance(error, InvalidStatus):
         return bool(error.response.status_code >= 500)  # a proxy whose server is not up yet
     return isinstance(error, ConnectionRefusedError) or again
+
+
+@contextlib.contextmanager
+def _naming(url: str) -> Iterator[None]:
+    """Name the server in the error about a request that cannot be packed."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"The request to {url} cannot be sent: {error}") from error
 
 
 def no_answer(url: str, seconds: float | None) -> TimeoutError:

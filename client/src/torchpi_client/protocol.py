@@ -62,9 +62,15 @@ class PreviousChunk:
             ("delay", self.delay, 0, len(actions)),
             ("execution_horizon", self.execution_horizon, 1, None),
         ):
-            if type(value) is not int or value < low or (high is not None and value > high):
+            if (
+                not isinstance(value, (int, np.integer))
+                or isinstance(value, bool)
+                or value < low
+                or (high is not None and value > high)
+            ):
                 limit = f"at least {low}" if high is None else f"{low} to {high}, the length of action_prefix"
                 raise ValueError(f"{name} is {value!r}; expected an integer, {limit}.")
+            object.__setattr__(self, name, int(value))  # NumPy's small integers overflow
 
     def to_wire(self) -> dict[str, Any]:
         """The value of the field `RTC`: {"action_prefix": float32 [k, a], "delay": d, "execution_horizon": s}."""
@@ -88,7 +94,7 @@ class PreviousChunk:
         return cls(actions, value["delay"], value["execution_horizon"])
 
 
-def require_support(metadata: dict[str, Any], feature: str, instead: str) -> None:
+def require_support(metadata: dict[str, Any], feature: str, instead: str, *, server: str = "The server") -> None:
     """Refuse a feature that the server's metadata do not list.
 
     Raises:
@@ -96,7 +102,7 @@ def require_support(metadata: dict[str, Any], feature: str, instead: str) -> Non
     """
     if metadata.get(feature) is not True:
         raise ValueError(
-            f"The server doesn't support {feature}: its metadata have {feature}={metadata.get(feature)!r}; "
+            f"{server} doesn't support {feature}: its metadata have {feature}={metadata.get(feature)!r}; "
             f"expected True. {instead}"
         )
 
@@ -111,7 +117,12 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
     if isinstance(frame, str):
         code, message = _read_error(frame)
         raise ServerError(f"The server at {url} reports an error:\n{message}", code)
-    value = unpack(frame)
+    try:
+        value = unpack(frame)
+    except ValueError as error:
+        raise ValueError(
+            f"Cannot read what {url} sent, {frame[:40]!r}: {error} Is it a policy server, without a proxy that answers?"
+        ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")
     return value

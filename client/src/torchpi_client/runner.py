@@ -67,6 +67,7 @@ class ControlLoop:
     ) -> None:
         self._robot = robot
         self._policy = policy
+        self._name = f"The policy at {policy.url}" if hasattr(policy, "url") else "The policy"
         self._settings = settings = settings or ControlSettings()
         self._clock = clock or MonotonicClock()
         self._inference = inference or BackgroundInference(policy, self._clock)
@@ -75,7 +76,8 @@ class ControlLoop:
         self._policy_hz, self.control_hz = settings.rates(metadata.get("control_hz"))
         self._commands = check_commands(settings.action_commands, metadata)
         if settings.mode == "rtc":
-            require_support(dict(metadata), RTC, 'Use mode "async", which switches from chunk to chunk as it is.')
+            instead = 'Use mode "async", which switches from chunk to chunk as it is.'
+            require_support(dict(metadata), RTC, instead, server=self._name)
         self._check_length("limits", None if settings.limits is None else settings.limits.low)
         self._check_length("start", settings.start)
         zeros = np.zeros(len(self._commands), np.int64)
@@ -186,9 +188,13 @@ class ControlLoop:
             )
         recommended = self._policy.metadata.get("execute_steps") if self._settings.mode != "ensemble" else 1
         check_positive("The server's execute_steps", recommended, whole=True)
-        steps = self._settings.execute_steps or min(recommended or max(self._horizon // 2, 1), self._horizon)
+        steps = self._settings.execute_steps or recommended or max(self._horizon // 2, 1)
         if steps > self._horizon:
-            raise ValueError(f"execute_steps is {steps}, but the policy's chunk has only {self._horizon} actions.")
+            source = "execute_steps is" if self._settings.execute_steps else f"{self._name} recommends execute_steps"
+            raise ValueError(
+                f"{source} {steps}, but the policy's chunk has only {self._horizon} actions; "
+                "state execute_steps= up to that in ControlSettings."
+            )
         if self._resamples:
             steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
         if self._settings.mode == "rtc" and steps == length:
@@ -390,7 +396,7 @@ class ControlLoop:
             raise answer.error
         assert answer.content is not None
         if "actions" not in answer.content:
-            raise ValueError(f"The policy's answer has {', '.join(answer.content)}; expected actions.")
+            raise ValueError(f"{self._name} answered {', '.join(answer.content) or 'nothing'}; expected actions.")
         chunk = np.asarray(answer.content["actions"])
         fits = chunk.ndim == 2 and len(chunk) and chunk.dtype.kind == "f"
         stated = self._settings.action_commands
@@ -398,7 +404,7 @@ class ControlLoop:
             raise ValueError(wrong_count(stated, chunk.shape[1], self.report.names))
         if not fits or chunk.shape[1] != len(self._commands):
             raise ValueError(
-                f"The policy returned actions {chunk.dtype} {list(chunk.shape)}; "
+                f"{self._name} returned actions {chunk.dtype} {list(chunk.shape)}; "
                 f"expected floats [H, {len(self._commands)}], as many dimensions as there are action_commands."
             )
         if self._on_chunk is not None:

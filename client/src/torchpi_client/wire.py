@@ -24,6 +24,15 @@ SCALAR_KEYS = {SCALAR, b"data", b"dtype"}
 ARRAY_KINDS = "biufSUmM"
 SCALAR_KINDS = "biuf"
 
+# Maps that other formats write for an array or a scalar: they would arrive as maps, and fail far from here.
+FOREIGN = (
+    ({"nd", "type", "data"}, "the package msgpack-numpy"),
+    ({"__ndarray__", "data", "dtype", "shape"}, "a packer that makes text of the byte-string keys"),
+    ({"__npgeneric__", "data", "dtype"}, "a packer that makes text of the byte-string keys"),
+    ({"__numpy__", "dtype", "shape"}, "the package json-numpy"),
+    ({"__ndarray_class__", "as_npy"}, "GR00T's client"),
+)
+
 # What dtype.str writes, and plain names ("float32"). Commas and brackets would let NumPy parse structured types.
 DTYPE = re.compile(r"[<>=|]?[A-Za-z]+[0-9]*(\[[0-9A-Za-z]+\])?")
 
@@ -32,9 +41,16 @@ def pack(obj: Any) -> bytes:
     """Pack `obj`: dicts with str or bytes keys, lists, str, bytes, numbers, bool, None, NumPy arrays and scalars.
 
     Raises:
-        ValueError: a value has another type, an integer exceeds 64 bits, or the nesting is about 500 deep.
+        ValueError: a value has another type, a text is not Unicode, an integer exceeds 64 bits, or the nesting is about
+            500 deep.
     """
-    packed: bytes = msgpack.packb(obj, default=_encode)
+    try:
+        packed: bytes = msgpack.packb(obj, default=_encode)
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"Cannot pack the text {error.object!r:.80}: its character {error.start} is the lone surrogate "
+            f"{ord(error.object[error.start]):#x}; expected Unicode characters. Decode the text again."
+        ) from error
     return packed
 
 
@@ -54,7 +70,10 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
     # UnpackException: some versions of msgpack raise errors that are no ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__
-        raise ValueError(f"Cannot unpack {len(data)} bytes: {reason}; expected msgpack as openpi writes it.") from error
+        raise ValueError(
+            f"Cannot unpack {len(data)} bytes: {reason}; expected msgpack as openpi_client.msgpack_numpy and "
+            "torchpi_client.pack write it."
+        ) from error
 
 
 def _hooks(max_items: int | None) -> dict[str, Any]:
@@ -108,6 +127,10 @@ def _decode(value: dict[Any, Any]) -> Any:
         return _array(value)
     if SCALAR in value:
         return _scalar(value)
+    names = {key.decode("latin-1") if isinstance(key, bytes) else key for key in value}
+    for keys, origin in FOREIGN:
+        if keys <= names:
+            raise ValueError(f"It has an array or a number as {origin} packs them")
     return value
 
 

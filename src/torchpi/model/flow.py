@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
-from torchpi.errors import ModelError
+from torchpi.errors import ModelError, is_whole
 
 # The timescales of the time embedding (π₀'s appendix B has the formula).
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -82,7 +82,7 @@ def token_times(time: Float32[Tensor, " B"], prefix_len: Int[Tensor, " B"], hori
 
 def euler_times(num_steps: int) -> list[float]:
     """The times at which the velocity is evaluated: 1, 1 − 1/n, … 1/n, accumulated in float32 as the original does."""
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
+    if not is_whole(num_steps) or num_steps < 1:
         raise ModelError(f"num_steps must be a positive integer, got {num_steps!r}.")
     dt = np.float32(-1.0 / num_steps)
     times, t = [], np.float32(1.0)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from torchpi import schema
-from torchpi.errors import EmbodimentError, UnknownKeyError
+from torchpi.errors import EmbodimentError, UnknownKeyError, is_whole
 from torchpi.robots.keys import flatten, nest
 from torchpi.robots.parts import HOOKS, LIMITS, ActionDim, Camera, StateKey, numbers
 from torchpi.transforms.actions import absolute_actions, delta_actions
@@ -92,9 +92,10 @@ class Embodiment:
                 f"no hook {self.hook!r}; known are {sorted(HOOKS)}. "
                 "Import the module that registers it in torchpi.robots.HOOKS first."
             )
-        for field in ("control_hz", "execute_steps"):
-            if (value := getattr(self, field)) is not None and not value > 0:
-                return f"{field} is {value}; expected a positive number."
+        if self.control_hz is not None and not self.control_hz > 0:
+            return f"control_hz is {self.control_hz}; expected a positive number."
+        if (steps := self.execute_steps) is not None and not (is_whole(steps) and steps > 0):
+            return f"execute_steps is {steps}; expected a positive number, and a whole one."
         return None
 
     def check_names(self, where: str | None = None) -> None:

@@ -183,12 +183,18 @@ def numbers(value: Any, label: str) -> np.ndarray:
     """A floating-point array; floats keep their dtype, because the state's text depends on it."""
     try:
         array = np.asarray(value)
-    except ValueError as error:  # ragged lists
-        raise EmbodimentError(f"Cannot read {label}: {error}.") from error
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors that NumPy does not read
+        raise EmbodimentError(
+            f"Cannot read {label}: {str(error).rstrip('.')}; expected an array of numbers."
+        ) from error
     if array.dtype.kind in "biu":
         return array.astype(np.float64)
     if array.dtype.kind != "f":
         raise EmbodimentError(f"Cannot read {label}: it has dtype {array.dtype}; expected numbers.")
+    if array.dtype.itemsize > 8:  # PyTorch has no dtype for them
+        raise EmbodimentError(f"Cannot read {label}: it is {array.dtype}; expected floats of at most 64 bits.")
+    if np.isfinite(array).all() and (magnitude := np.abs(array).max(initial=0)) > np.finfo(np.float32).max:
+        raise EmbodimentError(f"Cannot read {label}: it reaches a magnitude of {magnitude:.3g}, beyond float32.")
     return array
 
 

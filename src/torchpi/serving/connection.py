@@ -141,6 +141,8 @@ class Connection:
             state.metrics.requests.labels(self._policy, outcome).inc()
             if outcome == "answered":
                 state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
+                if "prompt_tokens_cut" in answer.chunk:
+                    state.metrics.cut_prompts.labels(self._policy).inc()
                 state.dashboard.answered(robot, observation, answer, time.monotonic())
                 if state.recorder is not None:
                     policy, actions = state.policies[self._policy], answer.chunk["actions"]

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import ServingError
+from torchpi.errors import ServingError, is_whole
 from torchpi.serving.settings import MAX_NUM_STEPS
+from torchpi.transforms.prompt import invalid_code_point
 from torchpi.types import PreviousChunk
 from torchpi_client import unpack
 from torchpi_client.images import decode_images
@@ -135,13 +136,8 @@ def _check_leaf(value: Any, where: str) -> None:
         raise ServingError(f"{where} is {dtype}; expected floating-point numbers of at most 64 bits.")
     if dtype.kind in "US" and value.nbytes > 4 * MAX_TEXT:
         raise ServingError(f"{where} is text of {value.nbytes} bytes; expected at most {4 * MAX_TEXT}.")
-    if dtype.kind == "U":
-        # NumPy keeps any 32 bits as a character; Python makes no str of what is beyond Unicode, and no bytes of
-        # surrogates. In msgpack's own text there is neither.
-        codes = value.reshape(-1).view(np.dtype(np.uint32).newbyteorder(dtype.byteorder))
-        wrong = codes[(codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF))]
-        if wrong.size:
-            raise ServingError(f"{where} is text with the code point {int(wrong[0]):#x}; expected Unicode characters.")
+    if (code := invalid_code_point(value)) is not None:  # in msgpack's own text there is none
+        raise ServingError(f"{where} is text with the code point {code:#x}; expected Unicode characters.")
 
 
 def _check_float32(value: Any, where: str) -> None:
@@ -177,14 +173,13 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> Reques
         _check_magnitude(noise, "torchpi/noise", MAX_NOISE, "it is drawn from N(0, 1)")
         noise = noise.astype(np.float32)
     if num_steps is not None:
-        whole = isinstance(num_steps, int | np.integer) and not isinstance(num_steps, bool)
-        if not whole or not 1 <= num_steps <= MAX_NUM_STEPS:
+        if not is_whole(num_steps) or not 1 <= num_steps <= MAX_NUM_STEPS:
             raise ServingError(
                 f"torchpi/num_steps is {num_steps!r:.80}; expected a whole number from 1 to {MAX_NUM_STEPS}."
             )
         num_steps = int(num_steps)
     if deadline is not None:
-        if not isinstance(deadline, int | float | np.integer | np.floating) or not deadline > 0:
+        if not (is_whole(deadline) or isinstance(deadline, float | np.floating)) or not deadline > 0:
             raise ServingError(f"torchpi/deadline is {deadline!r:.80}; expected a positive number of seconds.")
         deadline = float(deadline)
     if previous is not None:

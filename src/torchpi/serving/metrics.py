@@ -31,6 +31,9 @@ class Metrics:
             "Requests by outcome: answered; the code of an error; client_left, before the answer",
             ["policy", "outcome"],
         )
+        self.cut_prompts = counter(
+            "torchpi_cut_prompts_total", "Answered requests whose prompt was cut to max_token_len", ["policy"]
+        )
         self.queue_seconds = histogram(
             "torchpi_queue_seconds", "Time that a request waited for the model", buckets=_SECONDS
         )

@@ -168,6 +168,10 @@ class Scheduler:
     def _warm_up(self, name: str) -> None:
         """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
         policy = self._policies[name]
+        executed, horizon = policy.embodiment.execute_steps, policy.model.config.action_horizon
+        if executed and horizon and executed > horizon:
+            text = "policy %s: execute_steps is %d, but its chunk has only %d actions; correct its policy.json"
+            _log.warning(text, name, executed, horizon)
         for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
             noise = np.zeros((size, *policy.model.config.chunk_shape), np.float32)

@@ -3,7 +3,7 @@
 import dataclasses
 import hmac
 
-from torchpi.errors import ServingError
+from torchpi.errors import ServingError, is_whole
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -47,8 +47,8 @@ class ServeSettings:
         for name in limits:
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if self.num_steps is not None and not 1 <= self.num_steps <= MAX_NUM_STEPS:
-            raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}.")
+        if self.num_steps is not None and not (is_whole(self.num_steps) and 1 <= self.num_steps <= MAX_NUM_STEPS):
+            raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
         if not 0 <= self.port < 2**16:
             raise ServingError(f"port is {self.port}; expected 0 to 65535.")
         if self.grace < 0:

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from torchpi.errors import SimulationError
+from torchpi.errors import SimulationError, is_whole
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten, nest
@@ -40,8 +40,8 @@ class Rollout:
 
     def __post_init__(self) -> None:
         for name in ("execute_steps", "num_steps", "max_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise SimulationError(f"{name} must be at least 1, got {value}.")
+            if (value := getattr(self, name)) is not None and (not is_whole(value) or value < 1):
+                raise SimulationError(f"{name} must be at least 1, got {value}; expected a whole number.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torchpi.transforms.normalize import (
     require_finite,
     unnormalize,
 )
-from torchpi.transforms.prompt import Tokenizer, check_prompt_settings, prompt_text, tokenize_prompt
+from torchpi.transforms.prompt import Tokenizer, as_text, check_prompt_settings, prompt_text, tokenize_prompt
 
 QUANTITIES = ("state", "actions")
 
@@ -32,7 +32,7 @@ class Transforms:
         KeyError: statistics or normalization lack "state" or "actions".
         ValueError: a rule asks for quantiles and the statistics have none; an unknown truncation.
 
-    Warns, once per object: about dimensions in use whose statistics don't vary, and when it first shortens a prompt.
+    Warns, once per object: about dimensions in use whose statistics don't vary; about each prompt that is cut.
     """
 
     norm_stats: Mapping[str, NormStats]
@@ -79,7 +79,8 @@ class Transforms:
 
         Returns:
             "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" [action_dim],
-            "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" [H, action_dim] if given.
+            "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" [H, action_dim] if given,
+            "prompt_tokens_cut" int, the number of tokens that are missing, if the prompt was cut.
             Numbers are float64, or float32 with LeRobot's normalization. Cameras keep their order; an absent one is
             black.
 
@@ -91,7 +92,8 @@ class Transforms:
         if state_noise is not None:
             state = state + state_noise
         # Before padding and casting: the text describes the state as the robot sent it.
-        tokens, mask = self._tokenize(sample["prompt"], state, self.max_token_len)
+        cut: list[str] = []
+        tokens, mask = self._tokenize(sample["prompt"], state, self.max_token_len, warn=cut.append)
         black = np.zeros((*self.image_size, 3), np.uint8)
         out: dict[str, Any] = {
             "image": {
@@ -103,6 +105,9 @@ class Transforms:
             "tokenized_prompt": tokens,
             "tokenized_prompt_mask": mask,
         }
+        for message in cut:
+            self._warn_once(f"prompt {hash(as_text(sample['prompt']))}", message)  # by the hash: texts may be large
+            out["prompt_tokens_cut"] = self.num_prompt_tokens(sample["prompt"], state) - int(mask.sum())
         if "actions" in sample:
             out["actions"] = pad_to_dim(self._normalize(sample["actions"], "actions"), self.action_dim)
         return out
@@ -117,7 +122,9 @@ class Transforms:
         """The number of a prompt's tokens before anything is cut."""
         return len(self._tokenize(prompt, state, None)[0])
 
-    def _tokenize(self, prompt: Any, state: np.ndarray, max_token_len: int | None) -> tuple[np.ndarray, np.ndarray]:
+    def _tokenize(
+        self, prompt: Any, state: np.ndarray, max_token_len: int | None, warn: Callable[[str], None] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         return tokenize_prompt(
             self.tokenizer,
             prompt,
@@ -126,7 +133,7 @@ class Transforms:
             max_token_len=max_token_len,
             prompt_format=self.prompt_format,
             truncation=self.truncation,
-            warn=lambda message: self._warn_once("prompt", f"{message} Further prompts may be too long as well."),
+            warn=warn,
         )
 
     def inverse(self, actions: np.ndarray, *, action_size: int) -> Float[np.ndarray, "H {action_size}"]:
@@ -163,6 +170,6 @@ class Transforms:
             )
 
     def _warn_once(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
+        if topic not in self._warned and len(self._warned) < 1000:  # a server's clients may send any prompts
             self._warned.add(topic)
             warnings.warn(message, UserWarning, stacklevel=4)

@@ -33,6 +33,8 @@ _BIN_EDGES = np.linspace(-1, 1, 257)[:-1]
 
 def as_text(prompt: Any) -> str:
     """The prompt as str; str, bytes (UTF-8) and 0-d arrays of them, as they come over the wire and out of npz files."""
+    if isinstance(prompt, str | np.ndarray) and (code := invalid_code_point(prompt)) is not None:
+        raise TransformError(f"The prompt has the code point {code:#x}, no Unicode character; decode its bytes again.")
     value = prompt.item() if isinstance(prompt, np.ndarray) and prompt.ndim == 0 else prompt
     if isinstance(value, bytes):
         try:
@@ -44,6 +46,17 @@ def as_text(prompt: Any) -> str:
             f"The prompt is a {type(prompt).__name__}; expected a str (or UTF-8 bytes, or a 0-d array of one)."
         )
     return str(value)
+
+
+def invalid_code_point(text: Any) -> int | None:
+    """The first code point that is no Unicode character, in a str or an array of any dtype; None: all are."""
+    # NumPy keeps any 32 bits as a character; Python makes no str of what is beyond Unicode, and no bytes of surrogates.
+    array = np.asarray(text)
+    if array.dtype.kind != "U":
+        return None
+    codes = array.reshape(-1).view(np.dtype(np.uint32).newbyteorder(array.dtype.byteorder))
+    invalid = codes[(codes > 0x10FFFF) | ((codes >= 0xD800) & (codes <= 0xDFFF))]
+    return int(invalid[0]) if invalid.size else None
 
 
 def clean_text(text: str) -> str:
