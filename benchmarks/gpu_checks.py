@@ -145,6 +145,9 @@ def _kernel_calls(
     yield f"expert, {depth} wide", "linear_geglu", lambda: (
         normal(1, suffix, depth), normal(8 * depth, depth) * depth**-0.5
     )  # fmt: skip
+    # Triton's interpreter does not round to e4m3 as a GPU does.
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+    yield "SigLIP", "to_fp8", lambda: (normal(*vision), 0.01 if has_fp8 else None)
     heads, slots = f"8 heads of {dim}", prefix + suffix
     yield f"backbone, {heads}", "attend", lambda: attention(1, prefix, prefix, prefix)
     yield f"expert, {heads}", "attend", lambda: attention(1, suffix, slots, prefix)

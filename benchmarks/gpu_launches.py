@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torchpi.bench.model import make_observation
 from torchpi.engine import InferenceEngine
 from torchpi.engine.kernels import PLAIN, Kernels
+from torchpi.engine.quantize import Quantization, attach_quantization, large_layers, quantized_layers
 from torchpi.model.operations import Workload
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import ActionPrefix, Guidance
@@ -63,10 +64,11 @@ class LaunchCounter(TorchDispatchMode):
         """Stand-ins of the Triton kernels: their plain twins, each counted as one launch."""
 
         def once(name: str, twin: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
                 before = self.counts.copy()
-                out = twin(*args)
-                self.counts = before + Counter({f"triton {name}": 1})
+                out = twin(*args, **kwargs)
+                launches = 0 if out is args[0] else 1  # to_fp8 in front of what is not fp8
+                self.counts = before + Counter({f"triton {name}": launches})
                 return out
 
             return run
@@ -91,7 +93,7 @@ def _select(args: Any) -> Tensor | None:
 
 
 def count_launches(
-    work: Workload, *, engine: bool, guided: bool = False, action_prefix: bool = False
+    work: Workload, *, engine: bool, guided: bool = False, action_prefix: bool = False, fp8: bool = False
 ) -> tuple[int, dict[str, int]]:
     """Launches of one sampling of a workload and their number by operation, the largest first.
 
@@ -99,11 +101,16 @@ def count_launches(
         engine: an engine with Triton kernels, whose bucket is warm; otherwise the plain model, eagerly.
         guided: with guidance by a previous chunk.
         action_prefix: behind known actions.
+        fp8: of an fp8 model on Hopper or Blackwell's data center GPUs, whose matmul has a scale per output.
     """
     counter = LaunchCounter("meta")
     shape = (work.batch, work.config.require("action_horizon"), work.config.action_dim)
     with without_data("cuda") as device:
         model = Pi0(work.config, device=device, dtype=work.dtype)
+        if fp8:
+            attach_quantization(model, Quantization("fp8", dict.fromkeys(large_layers(model), 1.0)))
+            for layer in quantized_layers(model).values():
+                layer.row_scales = True
         # The engine reads masks on the host.
         observation = make_observation(work, torch.device("cpu" if engine else device))
         chunk = torch.empty(shape, device=device)

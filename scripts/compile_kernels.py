@@ -17,7 +17,7 @@ import pathlib
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -29,7 +29,8 @@ from torchpi.engine.kernels.jit import Kernel
 
 CAPABILITIES = {80: "A100", 86: "RTX 30", 89: "L4, RTX 40", 90: "H100, H200", 100: "B200", 120: "RTX 50"}
 TENSOR_CORE = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
-TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32"}
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv"}
+FP8_CAPABILITY = 89
 
 ROOT = pathlib.Path(__file__).parents[1]
 PREFIX, SUFFIX = 3 * 256 + 200, 50
@@ -60,6 +61,11 @@ Each computes in float32 from the first load to the last store, and returns its 
 | `geglu` | gelu(gate)·up, the tanh form | GeGLU's activation of many rows (prefix) |
 | `linear_geglu` | gelu(x·Wgᵀ)·(x·Wuᵀ) | GeGLU's first matmul and activation, few rows (suffix) |
 | `attend` | softmax(q·keysᵀ/√K over the allowed keys)·values | mask, grouped-query attention |
+| `to_fp8` | e4m3(x / scale), at most 448 | the rounding in front of an [fp8](quantization.md) matmul, behind SigLIP's attention and activation |
+
+In an fp8 policy every operation in front of a matmul takes that matmul's calibrated scale and writes e4m3: its output in
+its input's dtype, divided by the scale and rounded, to the bit what `to_fp8` makes of that output. `linear_geglu` then
+reads e4m3 too; its matmul adds in float32, multiplies by the scale of each output, and what it writes is rounded once.
 
 A layer of the action expert is eight launches: a norm, the QKV matmul, `split_rope_store`, `attend`, the output matmul,
 a norm, `linear_geglu`, and the down projection.
@@ -124,6 +130,8 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
     angles = empty(2, 1, slots, HEAD_DIM // 2, dtype=torch.float32)
     table = empty(2, 1, 1, 3 * EXPERT, dtype=torch.float32)
     prefix, vision = empty(1, PREFIX, BACKBONE), empty(3, PATCHES, VISION)
+    expert_fp8 = [empty(*shape, dtype=torch.float8_e4m3fn) for shape in ((1, SUFFIX, EXPERT), (2 * 4096, EXPERT))]
+    fp8 = {"fp8_scale": 0.01}
     calls: dict[str, Callable[[], Any]] = {
         "rms_norm, backbone": lambda: kernels.rms_norm(prefix),
         "residual_rms_norm, backbone": lambda: kernels.residual_rms_norm(prefix, prefix),
@@ -154,6 +162,25 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
         ),
         "attend, expert, batch 8": lambda: kernels.attend(
             empty(8, SUFFIX, HEADS, HEAD_DIM), *empty(2, 8, slots, 1, HEAD_DIM), empty(8, dtype=torch.int32), PREFIX
+        ),
+        "rms_norm, backbone, to fp8": lambda: kernels.rms_norm(prefix, **fp8),
+        "residual_rms_norm, backbone, to fp8": lambda: kernels.residual_rms_norm(prefix, prefix, **fp8),
+        "ada_rms_norm, expert, to fp8": lambda: kernels.ada_rms_norm(x, table[0], **fp8),
+        "gated_residual_ada_rms_norm, expert, to fp8": lambda: kernels.gated_residual_ada_rms_norm(x, x, *table, **fp8),
+        "layer_norm, SigLIP, to fp8": lambda: kernels.layer_norm(vision, vision[0, 0], vision[0, 1], **fp8),
+        "residual_layer_norm, SigLIP, to fp8": lambda: kernels.residual_layer_norm(
+            vision, vision, *vision[0, :2], **fp8
+        ),
+        "to_fp8, SigLIP's attention": lambda: kernels.to_fp8(vision, 0.01),
+        "geglu, backbone, to fp8": lambda: kernels.geglu(empty(1, PREFIX, 2 * 16_384), **fp8),
+        "linear_geglu, expert, of and to fp8": lambda: kernels.linear_geglu(
+            *expert_fp8, empty(2 * 4096, dtype=torch.float32), **fp8
+        ),
+        "attend, backbone, to fp8": lambda: kernels.attend(
+            empty(1, PREFIX, HEADS, HEAD_DIM), *cache[:, :, :PREFIX], valid, PREFIX, **fp8
+        ),
+        "attend, expert, to fp8": lambda: kernels.attend(
+            empty(1, SUFFIX, HEADS, HEAD_DIM), *cache, valid, PREFIX, **fp8
         ),
     }
     for name, call in calls.items():
@@ -187,8 +214,9 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         if compiled_in or (isinstance(value, int) and value == 1):
             signature[name], constants[name] = "constexpr", value
             continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else "i32"
-        if (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
+        number = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = TYPES[value.dtype] if isinstance(value, Tensor) else number
+        if number == "i32" and (value.data_ptr() if isinstance(value, Tensor) else value) % 16 == 0:
             attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel.compiled, signature, constants, attributes)
     with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -200,8 +228,16 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     return Compiled(int(registers), sum(map(int, spills)), compiled.metadata.shared, by_name)
 
 
-def cell(figures: Compiled) -> str:
+def compile_for_all(launch: Launch, capabilities: Sequence[int]) -> list[Compiled | None]:
+    """Figures for each architecture; None: it has no e4m3, and the launch needs it."""
+    fp8 = any(isinstance(value, Tensor) and value.dtype is torch.float8_e4m3fn for value in launch.arguments.values())
+    return [None if fp8 and each < FP8_CAPABILITY else compile_launch(launch, each) for each in capabilities]
+
+
+def cell(figures: Compiled | None) -> str:
     """Registers of a thread, shared memory of a program, and tensor-core instructions."""
+    if figures is None:
+        return "–"
     parts = [f"{figures.registers} r", f"{figures.shared / 1024:.0f} KB" if figures.shared >= 1024 else ""]
     parts += [f"{count} {name.partition('.')[0]}" for name, count in figures.tensor_core.items()]
     if figures.spills:
@@ -220,8 +256,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"TRITON_CACHE_DIR": folder, "TRITON_DUMP_PTXAS_LOG": "1"}
         for name, launch in launches(triton_kernels()):
-            figures = [compile_launch(launch, capability) for capability in options.capabilities]
-            spills += sum(each.spills for each in figures)
+            figures = compile_for_all(launch, options.capabilities)
+            spills += sum(each.spills for each in figures if each is not None)
             lines.append([name, " × ".join(str(n) for n in launch.grid if n > 1), *map(cell, figures)])
             print(f"{name}: {'; '.join(map(cell, figures))}", flush=True)
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)

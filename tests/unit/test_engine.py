@@ -298,7 +298,7 @@ def test_triton_that_is_missing_or_broken_is_replaced_with_one_warning(error, mo
 
 
 def test_fused_kernels_that_fail_are_replaced_with_one_warning():
-    def broken(*args):
+    def broken(*args, **options):
         raise OSError("no C compiler")
 
     model, observation = make_model(), make_observation()

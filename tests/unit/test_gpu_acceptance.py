@@ -142,6 +142,13 @@ def test_engine_needs_at_most_2000_launches_at_full_size():
 
 
 @pytest.mark.slow
+def test_fp8_engine_needs_at_most_2000_launches_at_full_size():
+    total, by_operation = gpu_launches.count_launches(workload(preset("pi05")), engine=True, fp8=True)
+    assert total <= gpu_report.TARGET_LAUNCHES
+    assert by_operation["_scaled_mm"] == 27 * 4 + 17 * 4 + 1 + 180 * 3  # and gate-up in linear_geglu
+
+
+@pytest.mark.slow
 def test_action_prefix_needs_at_most_2000_launches_and_the_plain_model_five_times_as_many():
     work = workload(preset("pi05"))
     assert gpu_launches.count_launches(work, engine=True, action_prefix=True)[0] <= gpu_report.TARGET_LAUNCHES

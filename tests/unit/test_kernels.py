@@ -114,7 +114,14 @@ def test_attend_equals_the_models_with_its_mask(groups, num_state_tokens):
     torch.testing.assert_close(over_prefix, layers.attend(q, keys, values, mask[:, -1:]), **NEAR)
 
 
-@pytest.mark.parametrize("subject", ["orm or rope or geglu", "attend or stream or engine"])
+@pytest.mark.parametrize(
+    "subject",
+    [
+        "orm or rope or geglu or to_fp8 or fp8_output",
+        "attend or stream or (engine and not of_fp8)",
+        pytest.param("engine and of_fp8", marks=pytest.mark.slow),
+    ],
+)
 def test_triton_kernels_equal_the_twins_in_the_interpreter(subject):
     pytest.importorskip("triton")
     file = pathlib.Path(__file__).with_name("triton_kernels.py")

@@ -60,8 +60,7 @@ def test_fp8_rounds_as_e4m3_by_hand():
     values = torch.cat([torch.randn(200, generator=torch.Generator().manual_seed(1)) * 10.0**i for i in range(-4, 4)])
     ties = torch.tensor([0.0, 17.0, 18.0, 19.0, 2**-10, 3 * 2**-10, 448.0, 449.0, 1e9, -1e9])
     values = torch.cat([values, ties])
-    rounded = q._round(values[None], torch.float8_e4m3fn)[0].float()
-    assert rounded.tolist() == [e4m3(value) for value in values.tolist()]
+    assert q.to_fp8(values, 1.0).float().tolist() == [e4m3(value) for value in values.tolist()]
 
 
 def test_fp8_emulation_equals_the_formula_and_scaled_mm():
@@ -87,12 +86,43 @@ def test_fp8_emulation_equals_the_formula_and_scaled_mm():
 def test_matmul_of_every_gpu_with_fp8_equals_the_emulation(capability, row_scales, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    layer, x = random_linear()
+    generator = torch.Generator().manual_seed(0)
+    layer = Linear(16, 16, bias=True)
+    for parameter in layer.parameters():
+        parameter.data.normal_(generator=generator)
+    x = torch.randn(5, 16, generator=generator)
     fp8 = q.QuantizedLinear(layer, "fp8", 0.004)
     assert fp8.row_scales is row_scales
-    rounded = (x / 0.004).to(torch.float8_e4m3fn)
-    found = q._scaled_mm(rounded, fp8.weight, fp8.weight_scale, 0.004, row_scales)
-    torch.testing.assert_close(found.float(), fp8(x), rtol=2**-7, atol=1e-6)  # two roundings to bfloat16
+    # On "meta" the layer takes a GPU's matmul, here computed by a CPU's.
+    scaled_mm, calls = torch._scaled_mm, []
+
+    def compute(*arguments, bias=None, **options):
+        calls.append((arguments[2].shape, arguments[3].shape, bias))
+        return scaled_mm(*arguments, bias=bias, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", compute)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", False)
+    packed = q.takes_rounded(fp8, torch.float32)
+    found = packed(q.to_fp8(x, 0.004)), fp8(x)
+    monkeypatch.undo()
+    shapes = (torch.Size([5, 1]), torch.Size([1, 16])) if row_scales else (torch.Size([]), torch.Size([]))
+    assert [call[:2] for call in calls] == [shapes] * 2
+    assert (calls[0][2] is not None) == row_scales  # the bias is added by the matmul
+    for each in found:  # up to three roundings to bfloat16
+        torch.testing.assert_close(each, packed(q.to_fp8(x, 0.004)), rtol=2**-6, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_input_that_is_rounded_before_gives_the_same_bits(dtype):
+    layer, x = random_linear(bias=True)
+    fp8, x = q.QuantizedLinear(layer, "fp8", 0.004), x.to(dtype)
+    packed = q.takes_rounded(fp8, dtype)
+    assert torch.equal(packed(q.to_fp8(x, packed.input_scale)), fp8(x))
+    assert torch.equal(packed.rows(q.to_fp8(x, packed.input_scale), 3), fp8.rows(x, 3))
+    assert torch.equal(packed(x), fp8(x))
+    fp8.emulated = True  # on a device that may have no e4m3
+    assert q.takes_rounded(fp8, dtype) is fp8
+    assert q.takes_rounded(layer, dtype) is layer
 
 
 def test_int8_equals_its_formula():
@@ -142,7 +172,7 @@ def test_layers_keep_dtypes_and_values_when_the_model_is_cast(kind):
 
 def test_calibrated_scales_are_the_maxima_that_were_seen():
     model, seen = make_model(), {}
-    for name, layer in q._large_layers(model).items():
+    for name, layer in q.large_layers(model).items():
         forward = layer.rows
 
         def rows(x, first, name=name, forward=forward):
@@ -156,7 +186,7 @@ def test_calibrated_scales_are_the_maxima_that_were_seen():
     quantization = q.quantization_of(quantized("fp8"))
     assert quantization.input_scales == {name: peak / 448 for name, peak in seen.items()}
     unused = {f"backbone.layers.1.{name}" for name in ("attention.out", "feed_forward.gate_up", "feed_forward.down")}
-    assert set(q._large_layers(model)) - set(seen) == unused
+    assert set(q.large_layers(model)) - set(seen) == unused
 
 
 @pytest.mark.parametrize("pi05", [True, False], ids=["pi05", "pi0"])

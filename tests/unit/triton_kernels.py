@@ -18,6 +18,7 @@ from test_engine import make_model, make_observation, noise_of
 
 from torchpi.engine import InferenceEngine
 from torchpi.engine.kernels import PLAIN, attention, triton_kernels
+from torchpi.engine.quantize import quantize_model
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -27,7 +28,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 @pytest.fixture(scope="module", autouse=True)
 def rounding_interpreter():
-    """Give the interpreter the bfloat16 of a GPU: it truncates where a GPU rounds, and multiplies bit patterns."""
+    """Give the interpreter a GPU's bfloat16 and e4m3: it truncates where a GPU rounds, and multiplies bit patterns."""
     if not INTERPRETED:
         yield
         return
@@ -37,8 +38,16 @@ def rounding_interpreter():
     cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
 
     def to_float32(handle):
-        bits = handle.data.astype(np.uint32) << 16
-        return TensorHandle(bits.view(np.float32), tl.float32)
+        if handle.dtype.scalar == tl.float8e4nv:
+            wide = torch.from_numpy(np.ascontiguousarray(handle.data)).view(torch.float8_e4m3fn).float().numpy()
+        else:
+            wide = (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return TensorHandle(wide, tl.float32)
+
+    def to_e4m3(self, source, kind, rounding_mode):
+        assert (source.dtype.scalar, kind.scalar) == (tl.float32, tl.float8e4nv)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn).view(torch.uint8)
+        return TensorHandle(rounded.numpy(), tl.float8e4nv)
 
     def rounding_cast(self, source, kind):
         if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
@@ -47,13 +56,14 @@ def rounding_interpreter():
         return TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
 
     def float_dot(self, a, b, *others):
-        a, b = (to_float32(x) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        a, b = (to_float32(x) if x.dtype.scalar in (tl.bfloat16, tl.float8e4nv) else x for x in (a, b))
         return dot(self, a, b, *others)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounding_cast)
         for name in ("create_fp_trunc", "create_fp_ext"):
             patch.setattr(InterpreterBuilder, name, rounding_cast)
+        patch.setattr(InterpreterBuilder, "create_fp_to_fp", to_e4m3)
         patch.setattr(InterpreterBuilder, "create_dot", float_dot)
         yield
 
@@ -188,17 +198,72 @@ def test_attend_is_deterministic_and_resets_its_counters(kernels):
     assert not counters.any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_to_fp8_rounds_to_the_bits_of_the_twin(kernels, dtype):
+    edges = [0.0, -0.0, 17, 18, 19, 2**-10, 3 * 2**-10, 2**-11, 447, 448, 464, 465, -1e30, np.inf, -np.inf, np.nan]
+    edges = torch.tensor(edges, device=DEVICE)
+    values = torch.cat([edges, edges * 0.3, *(normal(200) * 10.0**i for i in range(-4, 4))]).to(dtype)[None, None]
+    for scale in (1.0, 0.3, 1 / 448, 7e-5):
+        got, expected = kernels.to_fp8(values, scale), PLAIN.to_fp8(values, scale)
+        assert got.dtype == torch.float8_e4m3fn
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8))
+    assert kernels.to_fp8(values, None) is values
+
+
+def fp8_calls(dtype):
+    """By operation that rounds to e4m3, its arguments."""
+    x, y = normal(2, 2, 7, 72, dtype=dtype)
+    table, q, cache = normal(2, 1, 1, 216), normal(1, 33, 4, 24, dtype=dtype), normal(2, 1, 83, 1, 24, dtype=dtype)
+    valid = torch.tensor([40], dtype=torch.int32, device=DEVICE)
+    return {
+        "rms_norm": (x,), "residual_rms_norm": (x, y), "ada_rms_norm": (x, table[0]),
+        "gated_residual_ada_rms_norm": (x, y, *table), "layer_norm": (x, *x[0, :2]),
+        "residual_layer_norm": (x, y, *x[0, :2]), "geglu": (x,),
+        "linear_geglu": (x, normal(40, 72, dtype=dtype)), "attend": (q, *cache, valid, 50),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("processors", [132, 1], ids=["splits", "one_split"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", fp8_calls(torch.float32))
+def test_fp8_output_of_every_kernel_is_its_output_rounded(kernels, monkeypatch, name, dtype, processors):
+    monkeypatch.setattr(attention, "num_processors", lambda device: processors)
+    arguments = fp8_calls(dtype)[name]
+    for implementation in (kernels, PLAIN):
+        plain, rounded = (getattr(implementation, name)(*arguments, **k) for k in ({}, {"fp8_scale": 0.001}))
+        if isinstance(plain, tuple):
+            assert torch.equal(plain[0], rounded[0])
+            plain, rounded = plain[1], rounded[1]
+        expected = PLAIN.to_fp8(plain, 0.001)
+        assert torch.equal(rounded.view(torch.uint8), expected.view(torch.uint8))
+        assert expected.float().abs().max() == 448  # some are too large
+
+
+def test_linear_geglu_of_fp8_equals_the_twin(kernels):
+    x, weight = PLAIN.to_fp8(normal(2, 17, 72), 0.01), PLAIN.to_fp8(normal(200, 72), 0.01)
+    arguments = x, weight, 1e-4 * (1 + torch.rand(200, device=DEVICE)), 0.3
+    got, expected = (operations.linear_geglu(*arguments).float() for operations in (kernels, PLAIN))
+    # Float32 sums in another order: where one is near the middle of two numbers of e4m3, the next one.
+    torch.testing.assert_close(got, expected, rtol=2**-3, atol=2**-9)
+    assert (got != expected).float().mean() < 0.01
+
+
 def test_another_stream_has_counters_of_its_own(kernels):
     assert kernels.for_another_stream().attend is not kernels.attend
     assert PLAIN.for_another_stream() is PLAIN
 
 
+@pytest.mark.parametrize("fp8", [False, True], ids=["float32", "of_fp8"])
 @pytest.mark.parametrize("pi05", [True, False])
-def test_engine_on_the_kernels_samples_what_the_model_samples(kernels, pi05):
+def test_engine_on_the_kernels_samples_what_the_model_samples(kernels, pi05, fp8):
     model = make_model(pi05=pi05).to(DEVICE)
     observation, noise = make_observation(lengths=(17, 9)).to(DEVICE), noise_of(2).to(DEVICE)
+    if fp8:
+        quantize_model(model, "fp8", lambda: model.sample_actions(observation, noise=noise, num_steps=2))
     engine = InferenceEngine(model, mode="eager", kernels=kernels, prompt_lengths=[20], batch_sizes=[2])
     actions = engine.sample_actions(observation, noise=noise, num_steps=2)
     assert len(engine.metadata["warm_buckets"]) == 1
     expected = model.sample_actions(observation, noise=noise, num_steps=2)
-    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=2e-5)
+    # A rounded activation may be the next one where the sums before it differ in their last bits.
+    atol = 2e-3 * expected.abs().max().item() if fp8 else 2e-5
+    torch.testing.assert_close(actions, expected, rtol=1e-5, atol=atol)

@@ -4,6 +4,7 @@ The same numbers as `Pi0`, in fewer and larger operations (`engine.kernels`):
 
 - 1 + scale of an RMSNorm is folded in float32 into the matmul behind it;
 - a norm is one operation with the residual before it, RoPE with writing keys and values into the cache;
+- what an fp8 matmul reads is rounded by the operation that computes it;
 - projections that run in float32 have float32 weights, which `Pi0` casts in every call;
 - shapes are static: the valid tokens of a prefix come first, padding fills it up, and `valid` says how many there are.
 """
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 
 from torchpi.engine.kernels import PLAIN, Kernels
 from torchpi.engine.kernels.rope import split_rope
-from torchpi.engine.quantize import QuantizedLinear, folded_weight
+from torchpi.engine.quantize import Fp8Linear, QuantizedLinear, folded_weight, takes_rounded
 from torchpi.errors import ModelError
 from torchpi.model.gemma import Gemma, Modulation, rope_table
 from torchpi.model.layers import Linear, attend, gelu_tanh
@@ -30,12 +31,14 @@ from torchpi.model.pi0 import Pi0
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """Matrices of one Gemma layer, in the dtype of the computation or quantized."""
+    """Matrices of one layer, in the dtype of the computation or quantized."""
 
-    qkv: Linear
-    out: Linear
-    gate_up: Linear
-    down: Linear
+    qkv: Linear | Fp8Linear
+    out: Linear | Fp8Linear
+    first: Linear | Fp8Linear
+    """Gate and up; SigLIP's fc1."""
+    second: Linear | Fp8Linear
+    """Down; SigLIP's fc2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,10 @@ class PackedModel:
         self.embedding = model.embedding.detach()
         # The original rounds the scale to the dtype of the computation before it multiplies.
         self.text_scale = torch.tensor(model.config.paligemma.width**0.5, dtype=self.dtype).item()
+        self.blocks = [
+            PackedLayer(*(takes_rounded(layer, self.dtype) for layer in (block.qkv, block.out, block.fc1, block.fc2)))
+            for block in self.vision.blocks
+        ]
         self.backbone = _pack(model.backbone, self.dtype)
         self.expert = _pack(model.expert, self.dtype)
         self.suffix = _as_dtype(model.suffix, torch.float32)
@@ -84,16 +91,17 @@ class PackedModel:
         kernels, vision = self.kernels, self.vision
         num_cameras, batch = images.shape[:2]
         x = (self.patch_embed(vision.patchify(images.flatten(0, 1))) + self.position).to(self.dtype)  # [N·B, P, W]
-        norms = [norm for block in vision.blocks for norm in (block.norm1, block.norm2)]
-        n = kernels.layer_norm(x, norms[0].weight, norms[0].bias)
-        for i, block in enumerate(vision.blocks):
-            qkv = block.qkv(n).unflatten(-1, (3, block.num_heads, -1))  # [N·B, P, 3, heads, K]
+        norms = [norm for block in vision.blocks for norm in (block.norm1, block.norm2)] + [vision.norm]
+        n = kernels.layer_norm(x, norms[0].weight, norms[0].bias, fp8_scale=_scale(self.blocks[0].qkv))
+        for i, block in enumerate(self.blocks):
+            qkv = block.qkv(n).unflatten(-1, (3, vision.config.num_heads, -1))  # [N·B, P, 3, heads, K]
             q, k, v = qkv.unbind(dim=2)
-            y = block.out(attend(q, k, v, mask=None))
-            x, n = kernels.residual_layer_norm(x, y, norms[2 * i + 1].weight, norms[2 * i + 1].bias)
-            y = block.fc2(gelu_tanh(block.fc1(n)))
-            following = norms[2 * i + 2] if 2 * i + 2 < len(norms) else vision.norm
-            x, n = kernels.residual_layer_norm(x, y, following.weight, following.bias)
+            y = block.out(kernels.to_fp8(attend(q, k, v, mask=None), _scale(block.out)))
+            norm, following = norms[2 * i + 1 : 2 * i + 3]
+            x, n = kernels.residual_layer_norm(x, y, norm.weight, norm.bias, fp8_scale=_scale(block.first))
+            y = block.second(kernels.to_fp8(gelu_tanh(block.first(n)), _scale(block.second)))
+            scale = _scale(self.blocks[i + 1].qkv) if i + 1 < len(self.blocks) else None
+            x, n = kernels.residual_layer_norm(x, y, following.weight, following.bias, fp8_scale=scale)
         tokens: Tensor = vision.head(n)  # [N·B, P, D]
         return tokens.unflatten(0, (num_cameras, batch)).transpose(0, 1).flatten(1, 2)
 
@@ -115,17 +123,18 @@ class PackedModel:
         cos, sin = (table[:, :, 0] for table in rope_table(position[None, :length], sizes.head_dim))  # [1, S, K/2]
         shape = (batch, length + num_suffix, sizes.num_kv_heads, sizes.head_dim)
         keys, values = ([x.new_empty(shape) for _ in self.backbone] for _ in range(2))
-        n = kernels.rms_norm(x)
+        n = kernels.rms_norm(x, _scale(self.backbone[0].qkv))
         for i, layer in enumerate(self.backbone):
             if layer is self.backbone[-1]:  # of the last layer, the action expert reads keys and values
                 first = sizes.num_heads * sizes.head_dim
                 kernels.split_rope_store(layer.qkv.rows(n, first), cos, sin, keys[i], values[i], 0)
                 break
             q = kernels.split_rope_store(layer.qkv(n), cos, sin, keys[i], values[i], 0)
-            y = kernels.attend(q, keys[i][:, :length], values[i][:, :length], valid, length)
-            x, n = kernels.residual_rms_norm(x, layer.out(y))
-            y = layer.down(kernels.geglu(layer.gate_up(n)))
-            x, n = kernels.residual_rms_norm(x, y)
+            cache = keys[i][:, :length], values[i][:, :length]
+            y = layer.out(kernels.attend(q, *cache, valid, length, fp8_scale=_scale(layer.out)))
+            x, n = kernels.residual_rms_norm(x, y, _scale(layer.first))
+            y = layer.second(kernels.geglu(layer.first(n), _scale(layer.second)))
+            x, n = kernels.residual_rms_norm(x, y, _scale(self.backbone[i + 1].qkv))
         suffix_rope = rope_table(valid[:, None] + position[None, :num_suffix], self.config.action_expert.head_dim)
         cos, sin = (table[:, :, 0] for table in suffix_rope)  # [B, T, K/2]
         return Prefix(keys, values, valid, length, cos, sin, state)
@@ -141,12 +150,14 @@ class PackedModel:
         # Guidance differentiates it: the plain operations have gradients, and do not write into the cache.
         kernels = PLAIN if torch.is_grad_enabled() else self.kernels
         x = self.suffix(prefix.state, x_t, time_features).to(self.dtype)  # [B, T, d]
-        n = kernels.rms_norm(x) if modulations is None else kernels.ada_rms_norm(x, modulations[0])
+        scale = _scale(self.expert[0].qkv)
+        n = kernels.rms_norm(x, scale) if modulations is None else kernels.ada_rms_norm(x, modulations[0], scale)
         for i, layer in enumerate(self.expert):
             y = layer.out(self._attend(prefix, i, layer.qkv(n), kernels))
-            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i)
-            y = layer.down(_linear_geglu(kernels, n, layer.gate_up))
-            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i + 1)
+            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i, _scale(layer.first))
+            y = layer.second(_linear_geglu(kernels, n, layer))
+            scale = _scale(self.expert[i + 1].qkv) if i + 1 < len(self.expert) else None
+            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i + 1, scale)
         return F.linear(n[:, self.num_state_tokens :].float(), self.out_weight, self.out_bias)
 
     def _attend(self, prefix: Prefix, i: int, qkv: Tensor, kernels: Kernels) -> Tensor:
@@ -156,22 +167,32 @@ class PackedModel:
             keys, values = torch.cat([keys[:, :length], k], dim=1), torch.cat([values[:, :length], v], dim=1)
         else:
             q = kernels.split_rope_store(qkv, prefix.cos, prefix.sin, keys, values, length)
-        return kernels.attend(q, keys, values, prefix.valid, length, self.num_state_tokens)
+        scale = _scale(self.expert[i].out)
+        return kernels.attend(q, keys, values, prefix.valid, length, self.num_state_tokens, fp8_scale=scale)
 
 
 def _add_and_norm(
-    kernels: Kernels, x: Tensor, y: Tensor, modulations: Sequence[Modulation] | None, norm: int
+    kernels: Kernels, x: Tensor, y: Tensor, modulations: Sequence[Modulation] | None, norm: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The residual behind norm number `norm`, and the norm after it."""
     if modulations is None:
-        return kernels.residual_rms_norm(x, y)
-    return kernels.gated_residual_ada_rms_norm(x, y, modulations[norm], modulations[norm + 1])
+        return kernels.residual_rms_norm(x, y, scale)
+    return kernels.gated_residual_ada_rms_norm(x, y, modulations[norm], modulations[norm + 1], scale)
 
 
-def _linear_geglu(kernels: Kernels, x: Tensor, gate_up: Linear) -> Tensor:
-    if isinstance(gate_up, QuantizedLinear):
-        return kernels.geglu(gate_up(x))
-    return kernels.linear_geglu(x, gate_up.weight)
+def _linear_geglu(kernels: Kernels, x: Tensor, layer: PackedLayer) -> Tensor:
+    """The expert's gate, up and activation: in one operation, but of int8, and of fp8 without Triton's."""
+    gate_up, scale = layer.first, _scale(layer.second)
+    if isinstance(gate_up, Fp8Linear) and scale is not None and kernels is not PLAIN:
+        return kernels.linear_geglu(x, gate_up.layer.weight.detach(), gate_up.scale, scale)
+    if isinstance(gate_up, Fp8Linear | QuantizedLinear):
+        return kernels.geglu(gate_up(x), scale)
+    return kernels.linear_geglu(x, gate_up.weight, fp8_scale=scale)
+
+
+def _scale(layer: Linear | Fp8Linear) -> float | None:
+    """s_x by which the operation before a layer rounds; None: not at all, and where gradients pass, by the layer."""
+    return layer.input_scale if isinstance(layer, Fp8Linear) and not torch.is_grad_enabled() else None
 
 
 def _pack(stack: Gemma, dtype: torch.dtype) -> list[PackedLayer]:
@@ -186,10 +207,10 @@ def _pack(stack: Gemma, dtype: torch.dtype) -> list[PackedLayer]:
     ]
 
 
-def _fold(linear: Linear, norm: nn.Module | None, dtype: torch.dtype) -> Linear:
+def _fold(linear: Linear, norm: nn.Module | None, dtype: torch.dtype) -> Linear | Fp8Linear:
     """The layer behind a norm, with the norm's 1 + scale in its matrix; a quantized one has it."""
     if isinstance(linear, QuantizedLinear):
-        return linear
+        return takes_rounded(linear, dtype)
     packed = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
     packed.weight = nn.Parameter(folded_weight(linear, norm).to(dtype), requires_grad=False)
     return packed

@@ -18,6 +18,7 @@ from jaxtyping import Float, Float32, Shaped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchpi.engine.kernels.fp8 import LARGEST_E4M3, to_fp8
 from torchpi.errors import ModelError
 from torchpi.model.gemma import RMSNorm
 from torchpi.model.layers import Linear
@@ -26,7 +27,7 @@ from torchpi.model.pi0 import Pi0
 
 Kind = Literal["fp8", "int8"]
 DTYPES: Mapping[Kind, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-LARGEST: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+LARGEST: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: LARGEST_E4M3, torch.int8: 127.0}
 FP8_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs with fp8 matmuls, Ada's."""
 
@@ -123,7 +124,8 @@ def quantize_rows(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> tuple[Ten
     wide = weight.float()
     scale = wide.abs().amax(dim=1) / LARGEST[dtype]
     scale = torch.where(scale > 0, scale, 1.0)
-    return _round(wide / scale[:, None], dtype), scale
+    wide = wide / scale[:, None]
+    return (wide.round().to(dtype) if dtype is torch.int8 else to_fp8(wide, 1.0)), scale
 
 
 def quantized_matmul(
@@ -138,34 +140,69 @@ def quantized_matmul(
     if input_scale is None:
         wide = x.float()
         row_scale = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / LARGEST[weight.dtype]
-        sums = torch._int_mm(_round(wide / row_scale, torch.int8), weight.t())
+        sums = torch._int_mm((wide / row_scale).round().to(torch.int8), weight.t())
         return sums.float().mul_(row_scale).mul_(scale).to(x.dtype)
-    rounded = _round(x.float() / input_scale, weight.dtype)
-    if x.is_cuda and not emulated and not any(side % 16 for side in weight.shape):
-        return _scaled_mm(rounded, weight, scale, input_scale, row_scales).to(x.dtype)
-    return (F.linear(rounded.float(), weight.float()) * (input_scale * scale)).to(x.dtype)
+    rounded = to_fp8(x, input_scale)
+    return _fp8_matmul(rounded, weight, input_scale * scale, None, emulated, row_scales).to(x.dtype)
 
 
-def _scaled_mm(
-    x: Shaped[Tensor, "M i"],
-    weight: Shaped[Tensor, "o i"],
+def _fp8_matmul(
+    x: Float[Tensor, "M i"],
+    weight: Float[Tensor, "o i"],
     scale: Float32[Tensor, " o"],
-    input_scale: float,
+    bias: Float[Tensor, " o"] | None,
+    emulated: bool,
     row_scales: bool,
+    ones: Float32[Tensor, "rows 1"] | None = None,
 ) -> Float[Tensor, "M o"]:
-    """(x·Wᵀ)·s_x·s_W in bfloat16 by the GPU's matmul, with s_W in it, or multiplied behind it."""
+    """(x·Wᵀ)·scale + bias of x and weight in e4m3, in float32, or in bfloat16 by a GPU's matmul.
+
+    Args:
+        scale: s_x·s_W.
+        row_scales: the GPU's matmul multiplies by it; otherwise it is multiplied behind the matmul.
+        ones: as many as x has rows, or more.
+    """
+    if x.is_cpu or emulated or any(side % 16 for side in weight.shape):
+        y = F.linear(x.float(), weight.float()) * scale
+        return y if bias is None else y.to(bias.dtype) + bias
+    ones = scale.new_ones(len(x), 1) if ones is None or len(ones) < len(x) else ones[: len(x)]
     if row_scales:
-        scales = scale.new_full((len(x), 1), input_scale), scale[None]
-        return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16)
-    scales = scale.new_full((), input_scale), scale.new_ones(())
-    return torch._scaled_mm(x, weight.t(), *scales, out_dtype=torch.bfloat16).mul_(scale)
+        bias = None if bias is None else bias.bfloat16()
+        return torch._scaled_mm(x, weight.t(), ones, scale[None], bias=bias, out_dtype=torch.bfloat16)
+    y = torch._scaled_mm(x, weight.t(), ones[0, 0], ones[0, 0], out_dtype=torch.bfloat16).mul_(scale)
+    return y if bias is None else y + bias
 
 
-def _round(x: Float32[Tensor, "n i"], dtype: torch.dtype) -> Shaped[Tensor, "n i"]:
-    """The nearest values of the dtype; values beyond its largest become that."""
-    if dtype is torch.int8:  # whose scale follows x
-        return x.round().to(dtype)
-    return x.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+class Fp8Linear:
+    """An fp8 layer that also takes inputs in e4m3, rounded with its scale; what is constant in it is computed once.
+
+    The outputs of such inputs have the stated dtype.
+    """
+
+    def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
+        assert layer.input_scale is not None
+        self.layer, self.dtype, self.input_scale = layer, dtype, layer.input_scale
+        self.scale = layer.input_scale * layer.weight_scale.detach()
+        self.ones = self.scale.new_ones(8192, 1)  # tokens of 8 samples, three cameras and 200 prompt tokens; 32 KB
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+
+    def __call__(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
+        return self.rows(x, 0)
+
+    def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
+        """The outputs from `first` on."""
+        if x.dtype is not torch.float8_e4m3fn:
+            return self.layer.rows(x, first)
+        weight, bias = self.layer.weight.detach()[first:], None if self.bias is None else self.bias[first:]
+        settings = False, self.layer.row_scales, self.ones
+        y = _fp8_matmul(x.flatten(0, -2), weight, self.scale[first:], bias, *settings)
+        return y.to(self.dtype).unflatten(0, x.shape[:-1])
+
+
+def takes_rounded(layer: Linear, dtype: torch.dtype) -> Linear | Fp8Linear:
+    """The layer itself, or one of fp8 that takes rounded inputs, unless it is emulated on a device without e4m3."""
+    rounds = isinstance(layer, QuantizedLinear) and layer.kind == "fp8" and not layer.emulated
+    return Fp8Linear(cast("QuantizedLinear", layer), dtype) if rounds else layer
 
 
 def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] | None = None) -> Quantization:
@@ -190,7 +227,7 @@ def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] |
         raise ModelError(
             "fp8 needs the activations of real observations: give a dataset of the robot (--dataset), or choose int8."
         )
-    layers = _large_layers(model)
+    layers = large_layers(model)
     if bad := [name for name, layer in layers.items() if not layer.weight.isfinite().all()]:
         raise ModelError(f"There is NaN or infinity in the weights of {', '.join(bad[:4])}; 8 bits can't hold it.")
     _fold_norms(model)
@@ -209,7 +246,7 @@ def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] |
 
 def attach_quantization(model: Pi0, quantization: Quantization, *, emulate_fp8: bool = False) -> None:
     """Put quantized layers in place of the model's own; on "meta" they wait for their weights."""
-    layers = _large_layers(model)
+    layers = large_layers(model)
     if unknown := sorted(set(quantization.input_scales) - set(layers)):
         raise ModelError(f"The model has no layer {', '.join(unknown[:4])} that can be quantized.")
     for name, input_scale in quantization.input_scales.items():
@@ -259,7 +296,7 @@ def _fold_norms(model: Pi0) -> None:
                 norm.scale.zero_()
 
 
-def _large_layers(model: Pi0) -> dict[str, Linear]:
+def large_layers(model: Pi0) -> dict[str, Linear]:
     """The layers that are quantized, by name; not the small ones of AdaRMSNorm."""
     stacks = ("vision.blocks.", "backbone.layers.", "expert.layers.")
     return {

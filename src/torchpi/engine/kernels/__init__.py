@@ -1,8 +1,8 @@
 """The operations of the engine's layers, each as plain PyTorch and as one launch of a Triton kernel.
 
 Each file has an operation's formula, its plain twin, and the kernel. All compute in float32 and return their input's
-dtype; batch and token are the leading axes. A Triton kernel runs on the current CUDA device and has no gradient; at
-full size, `attend` and `linear_geglu` are for 16-bit dtypes.
+dtype, or e4m3 in front of an fp8 matmul; batch and token are the leading axes. A Triton kernel runs on the current CUDA
+device and has no gradient; at full size, `attend` and `linear_geglu` are for dtypes of 16 bits or fewer.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from torchpi.engine.kernels import attention, geglu, norms, rope
+from torchpi.engine.kernels import attention, fp8, geglu, norms, rope
 from torchpi.extras import require
 
 _One = Callable[..., Tensor]
@@ -33,6 +33,7 @@ class Kernels:
     geglu: _One
     linear_geglu: _One
     attend: _One
+    to_fp8: _One
 
     def for_another_stream(self) -> "Kernels":
         """The same kernels, which may run at the same time: Triton's attention gets counters of its own."""
@@ -42,8 +43,8 @@ class Kernels:
 
 PLAIN = Kernels(
     "plain", norms.rms_norm, norms.residual_rms_norm, norms.ada_rms_norm, norms.gated_residual_ada_rms_norm,
-    norms.layer_norm, norms.residual_layer_norm, rope.split_rope_store, geglu.geglu, geglu.linear_geglu,
-    attention.attend,
+    norms.layer_norm, norms.residual_layer_norm, rope.split_rope_store, geglu.geglu,
+    geglu.linear_geglu, attention.attend, fp8.to_fp8,
 )  # fmt: skip
 """Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
 
@@ -54,5 +55,6 @@ def triton_kernels() -> Kernels:
     return Kernels(
         "triton", norms.triton_rms_norm, norms.triton_residual_rms_norm, norms.triton_ada_rms_norm,
         norms.triton_gated_residual_ada_rms_norm, norms.triton_layer_norm, norms.triton_residual_layer_norm,
-        rope.triton_split_rope_store, geglu.triton_geglu, geglu.triton_linear_geglu, attention.TritonAttention(),
+        rope.triton_split_rope_store, geglu.triton_geglu, geglu.triton_linear_geglu,
+        attention.TritonAttention(), fp8.triton_to_fp8,
     )  # fmt: skip

@@ -3,7 +3,7 @@
     out = softmax(q·keysᵀ / √K over the allowed keys)·values
 
 Key j of sample b is allowed if j < valid[b], or j ≥ num_prefix: the suffix. The first `num_state_tokens` queries (π₀'s
-state) see of the suffix only themselves.
+state) see of the suffix only themselves. With an `fp8_scale`, out is rounded to e4m3 (`kernels.fp8`).
 """
 
 import math
@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from torchpi.engine.kernels.jit import Kernel, constexpr, num_processors, power_of_two, tl
+from torchpi.engine.kernels.fp8 import empty_output, to_fp8
+from torchpi.engine.kernels.jit import Kernel, as_output, constexpr, num_processors, power_of_two, tl
 from torchpi.model import layers
 
 BLOCK_SLOTS, MAX_SPLITS = 32, 8
@@ -25,6 +26,7 @@ def attend(
     valid: Int[Tensor, " B"],
     num_prefix: int,
     num_state_tokens: int = 0,
+    fp8_scale: float | None = None,
 ) -> Float[Tensor, "B T heads"]:
     """Attention of all query heads; every query needs a key that it may attend to.
 
@@ -37,12 +39,13 @@ def attend(
     if num_state_tokens:
         mask = mask.repeat(1, q.shape[1], 1)
         mask[:, :num_state_tokens, num_prefix + num_state_tokens :] = False
-    return layers.attend(q, keys, values, mask)
+    return to_fp8(layers.attend(q, keys, values, mask), fp8_scale)
 
 
 @Kernel
 def attend_kernel(  # a program per block of rows (a group's queries of all tokens), split of the slots, and group
     q: "tl.tensor", keys: "tl.tensor", values: "tl.tensor", valid: "tl.tensor", out: "tl.tensor",
+    fp8_scale: "tl.tensor",  # None: `out` is not rounded
     partial: "tl.tensor",  # float32 [blocks, splits, block_rows, block_dim]: of one split's keys
     logsums: "tl.tensor",  # float32 [blocks, splits, block_rows]: log2 of the softmax's denominator
     counters: "tl.tensor",  # [blocks], all 0
@@ -97,9 +100,9 @@ def attend_kernel(  # a program per block of rows (a group's queries of all toke
                 other = tl.load(partial + part * block_rows * block_dim + at_part, cache_modifier=".cg")
                 total += weight
                 mixed += other * weight[:, None]
-            tl.store(out + at_row, (mixed / total[:, None]).to(out.dtype.element_ty), mask=stored)
+            tl.store(out + at_row, as_output(mixed / total[:, None], q.dtype.element_ty, fp8_scale), mask=stored)
     else:
-        tl.store(out + at_row, mixed.to(out.dtype.element_ty), mask=stored)
+        tl.store(out + at_row, as_output(mixed, q.dtype.element_ty, fp8_scale), mask=stored)
 
 
 class TritonAttention:
@@ -109,8 +112,9 @@ class TritonAttention:
         self._counters: dict[torch.device, Tensor] = {}
 
     def __call__(
-        self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, num_prefix: int, num_state_tokens: int = 0
-    ) -> Tensor:
+        self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, num_prefix: int, num_state_tokens: int = 0,
+        fp8_scale: float | None = None,
+    ) -> Tensor:  # fmt: skip
         """The same as `attend`."""
         (batch, num_tokens, num_heads, head_dim), (_, slots, groups, _) = q.shape, keys.shape
         assert q.is_contiguous()
@@ -125,7 +129,8 @@ class TritonAttention:
         splits = 1 if many else max(1, min(MAX_SPLITS, processors // blocks))
         slots_per_split = -(-slots // (splits * BLOCK_SLOTS)) * BLOCK_SLOTS
         splits = -(-slots // slots_per_split)
-        out, block_dim = q.new_empty(batch, num_tokens, num_heads * head_dim), max(16, power_of_two(head_dim))
+        out = empty_output(q, (batch, num_tokens, num_heads * head_dim), fp8_scale)
+        block_dim = max(16, power_of_two(head_dim))
         workspace: tuple[Tensor | None, ...] = (None, None, None)
         if splits > 1:  # there are fewer blocks than processors
             if q.device not in self._counters:
@@ -140,5 +145,5 @@ class TritonAttention:
         # Left to choose, ptxas spills a few registers for a third program per processor.
         options["maxnreg"] = 255
         launch = attend_kernel[(row_blocks, splits, batch * groups)]
-        launch(q, keys, values, valid, out, *workspace, *counts, **sizes, **options)
+        launch(q, keys, values, valid, out, fp8_scale, *workspace, *counts, **sizes, **options)
         return out

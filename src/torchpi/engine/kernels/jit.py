@@ -24,7 +24,7 @@ else:
 class Kernel:
     """A function in Triton's language, compiled and launched by `kernel[grid](...)`.
 
-    The names `tl` and `constexpr` of its file become Triton's then.
+    The names `tl`, `constexpr` and `as_output` of its file become Triton's then.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
@@ -35,11 +35,29 @@ class Kernel:
         """The function that Triton compiles or, with TRITON_INTERPRET=1, interprets."""
         triton = require("triton", "gpu")
         language = require("triton.language", "gpu")
-        self.function.__globals__.update(tl=language, constexpr=language.constexpr)
+        names = {"tl": language, "constexpr": language.constexpr, "as_output": _compiled_as_output()}
+        self.function.__globals__.update(names)
         return triton.jit(self.function)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         return self.compiled[grid]
+
+
+def as_output(x: "tl.tensor", dtype: constexpr, fp8_scale: "tl.tensor") -> Any:
+    """In Triton's language: x in the dtype or, with a scale, e4m3 of that (see `kernels.fp8`)."""
+    x = x.to(dtype)
+    if fp8_scale is not None:
+        # A plain / is approximate on a GPU, and the cast to e4m3 rounds to nearest, ties to even.
+        x = tl.clamp(tl.div_rn(x.to(tl.float32), fp8_scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        x = x.to(tl.float8e4nv)
+    return x
+
+
+@functools.cache
+def _compiled_as_output(function: Any = as_output) -> Any:
+    function, language = inspect.unwrap(function), require("triton.language", "gpu")
+    function.__globals__.update(tl=language, constexpr=language.constexpr)
+    return require("triton", "gpu").jit(function)
 
 
 def power_of_two(size: int) -> int:

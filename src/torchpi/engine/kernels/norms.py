@@ -5,6 +5,7 @@
     n = (x − mean(x)) / sqrt(var(x) + ε)·weight + bias      LayerNorm
 
 With a residual, x is x + y or x + y·gate, rounded to its dtype before it is normalized, as it is in the plain model.
+With an `fp8_scale`, n is rounded to e4m3 (`kernels.fp8`).
 A modulation is scale, shift and gate of one AdaRMSNorm, one behind the other. A norm's gate belongs to the sublayer
 behind it, and so to the residual of the *next* norm.
 """
@@ -17,28 +18,31 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchpi.engine.kernels.jit import Kernel, constexpr, power_of_two, tl, token_strides
+from torchpi.engine.kernels.fp8 import empty_output, to_fp8
+from torchpi.engine.kernels.jit import Kernel, as_output, constexpr, power_of_two, tl, token_strides
 from torchpi.model.gemma import RMS_NORM_EPS, over_rms
 from torchpi.model.siglip import LAYER_NORM_EPS
 
 
-def rms_norm(x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+def rms_norm(x: Float[Tensor, "B T D"], fp8_scale: float | None = None) -> Float[Tensor, "B T D"]:
     """x / rms(x)."""
-    return over_rms(x).to(x.dtype)
+    return to_fp8(over_rms(x).to(x.dtype), fp8_scale)
 
 
 def residual_rms_norm(
-    x: Float[Tensor, "B T D"], y: Float[Tensor, "B T D"]
+    x: Float[Tensor, "B T D"], y: Float[Tensor, "B T D"], fp8_scale: float | None = None
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
     """x + y, and it normalized."""
     x = x + y
-    return x, rms_norm(x)
+    return x, rms_norm(x, fp8_scale)
 
 
-def ada_rms_norm(x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"]) -> Float[Tensor, "B T d"]:
+def ada_rms_norm(
+    x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"], fp8_scale: float | None = None
+) -> Float[Tensor, "B T d"]:
     """x / rms(x)·(1 + scale) + shift."""
     scale, shift, _ = modulation.float().chunk(3, dim=-1)
-    return (over_rms(x) * (1 + scale) + shift).to(x.dtype)
+    return to_fp8((over_rms(x) * (1 + scale) + shift).to(x.dtype), fp8_scale)
 
 
 def gated_residual_ada_rms_norm(
@@ -46,18 +50,20 @@ def gated_residual_ada_rms_norm(
     y: Float[Tensor, "B T d"],
     gate_modulation: Float[Tensor, "#B #T 3*d"],
     modulation: Float[Tensor, "#B #T 3*d"],
+    fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
     """x + y·gate with the gate of the norm in front of y's sublayer, and it normalized with `modulation`."""
     gate = gate_modulation.chunk(3, dim=-1)[2]
     x = (x.float() + y.float() * gate.float()).to(x.dtype)
-    return x, ada_rms_norm(x, modulation)
+    return x, ada_rms_norm(x, modulation, fp8_scale)
 
 
 def layer_norm(
-    x: Float[Tensor, "B T W"], weight: Float[Tensor, " W"], bias: Float[Tensor, " W"], eps: float = LAYER_NORM_EPS
+    x: Float[Tensor, "B T W"], weight: Float[Tensor, " W"], bias: Float[Tensor, " W"], fp8_scale: float | None = None
 ) -> Float[Tensor, "B T W"]:
     """(x − mean) / deviation·weight + bias."""
-    return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+    n = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), LAYER_NORM_EPS).to(x.dtype)
+    return to_fp8(n, fp8_scale)
 
 
 def residual_layer_norm(
@@ -65,11 +71,11 @@ def residual_layer_norm(
     y: Float[Tensor, "B T W"],
     weight: Float[Tensor, " W"],
     bias: Float[Tensor, " W"],
-    eps: float = LAYER_NORM_EPS,
+    fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
     """x + y, and it normalized."""
     x = x + y
-    return x, layer_norm(x, weight, bias, eps)
+    return x, layer_norm(x, weight, bias, fp8_scale)
 
 
 @Kernel
@@ -81,6 +87,7 @@ def norm_kernel(  # a program per token
     shift: "tl.tensor",
     total: "tl.tensor",
     normed: "tl.tensor",
+    fp8_scale: "tl.tensor",  # None: `normed` is not rounded
     num_tokens: "tl.tensor",
     gate_batch: "tl.tensor",  # strides of batch and token
     gate_token: "tl.tensor",
@@ -113,56 +120,59 @@ def norm_kernel(  # a program per token
         factor = tl.load(scale + at_scale, mask=inside, other=0.0).to(tl.float32)
         out *= factor if centered else 1 + factor
         out += tl.load(shift + at_scale, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + at, out.to(normed.dtype.element_ty), mask=inside)
+    tl.store(normed + at, as_output(out, x.dtype.element_ty, fp8_scale), mask=inside)
 
 
-def _launch(x: Tensor, y: Tensor | None, gate: Tensor | None, affine: Sequence[Tensor], **options: Any) -> Any:
+def _launch(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, affine: Sequence[Tensor], fp8_scale: float | None, **options: Any
+) -> Any:
     """x + y·gate, and it normalized; `affine` is empty, or scale and shift."""
     assert x.is_contiguous()
     assert y is None or y.is_contiguous()
-    total, normed = x if y is None else torch.empty_like(x), torch.empty_like(x)
+    total, normed = x if y is None else torch.empty_like(x), empty_output(x, x.shape, fp8_scale)
     scale, shift = affine or (None, None)
     strides = [(0, 0) if table is None else token_strides(table) for table in (gate, scale)]
     batch, num_tokens, width = x.shape
     options |= {"width": width, "block": power_of_two(width)}
     norm_kernel[(batch * num_tokens,)](
-        x, y, gate, scale, shift, total, normed, num_tokens, *strides[0], *strides[1], **options
+        x, y, gate, scale, shift, total, normed, fp8_scale, num_tokens, *strides[0], *strides[1], **options
     )
     return total, normed
 
 
 _RMS: Mapping[str, Any] = {"centered": False, "eps": RMS_NORM_EPS}
+_LAYER: Mapping[str, Any] = {"centered": True, "eps": LAYER_NORM_EPS}
 
 
-def triton_rms_norm(x: Tensor) -> Tensor:
+def triton_rms_norm(x: Tensor, fp8_scale: float | None = None) -> Tensor:
     """`rms_norm` in one launch."""
-    return _launch(x, None, None, (), **_RMS)[1]
+    return _launch(x, None, None, (), fp8_scale, **_RMS)[1]
 
 
-def triton_residual_rms_norm(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def triton_residual_rms_norm(x: Tensor, y: Tensor, fp8_scale: float | None = None) -> tuple[Tensor, Tensor]:
     """`residual_rms_norm` in one launch."""
-    return _launch(x, y, None, (), **_RMS)
+    return _launch(x, y, None, (), fp8_scale, **_RMS)
 
 
-def triton_ada_rms_norm(x: Tensor, modulation: Tensor) -> Tensor:
+def triton_ada_rms_norm(x: Tensor, modulation: Tensor, fp8_scale: float | None = None) -> Tensor:
     """`ada_rms_norm` in one launch."""
-    return _launch(x, None, None, modulation.chunk(3, dim=-1)[:2], **_RMS)[1]
+    return _launch(x, None, None, modulation.chunk(3, dim=-1)[:2], fp8_scale, **_RMS)[1]
 
 
 def triton_gated_residual_ada_rms_norm(
-    x: Tensor, y: Tensor, gate_modulation: Tensor, modulation: Tensor
+    x: Tensor, y: Tensor, gate_modulation: Tensor, modulation: Tensor, fp8_scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`gated_residual_ada_rms_norm` in one launch."""
-    return _launch(x, y, gate_modulation.chunk(3, dim=-1)[2], modulation.chunk(3, dim=-1)[:2], **_RMS)
+    return _launch(x, y, gate_modulation.chunk(3, dim=-1)[2], modulation.chunk(3, dim=-1)[:2], fp8_scale, **_RMS)
 
 
-def triton_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS) -> Tensor:
+def triton_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, fp8_scale: float | None = None) -> Tensor:
     """`layer_norm` in one launch."""
-    return _launch(x, None, None, (weight[None, None], bias[None, None]), centered=True, eps=eps)[1]
+    return _launch(x, None, None, (weight[None, None], bias[None, None]), fp8_scale, **_LAYER)[1]
 
 
 def triton_residual_layer_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float = LAYER_NORM_EPS
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, fp8_scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """`residual_layer_norm` in one launch."""
-    return _launch(x, y, None, (weight[None, None], bias[None, None]), centered=True, eps=eps)
+    return _launch(x, y, None, (weight[None, None], bias[None, None]), fp8_scale, **_LAYER)
