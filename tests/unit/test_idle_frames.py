@@ -16,7 +16,8 @@ def frames(state, action, lengths=None):
         "action": np.asarray(action, np.float32).reshape(len(action), -1),
     }
     dataset = object.__new__(LeRobotDataset)
-    vars(dataset).update(columns=columns, episode_lengths=tuple(lengths or [len(state)]), path="some_set", fps=FPS)
+    lengths = tuple(lengths or [len(state)])
+    vars(dataset).update(columns=columns, episode_lengths=lengths, _ends=np.cumsum(lengths), path="some_set", fps=FPS)
     return dataset
 
 

@@ -473,7 +473,7 @@ def test_eval_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise
     assert found == {**expected, "dataset": root, "seconds": found["seconds"]}
     with pytest.raises(SystemExit):
         cli.main(["eval", "demo", "--env", "metaworld", "--select", "1", "--rename", "a=b"])
-    assert "--select, --rename can only be given with --dataset" in capsys.readouterr().err
+    assert "--rename, --select can only be given with --dataset" in capsys.readouterr().err
 
 
 def test_stats_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
