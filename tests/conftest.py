@@ -75,12 +75,12 @@ def golden_root() -> pathlib.Path:
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
     """No server answers, and nothing is cached."""
-    from torchpi.checkpoints import hub
+    from torchpi.checkpoints import sources
 
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(hub, "_RETRIES", 0)
+    monkeypatch.setattr(sources, "_RETRIES", 0)
 
 
 @pytest.fixture(scope="session")

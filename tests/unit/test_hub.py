@@ -1,7 +1,9 @@
 """Downloads, from servers in this process that speak the protocols of Google Cloud Storage and the Hugging Face Hub."""
 
 import collections
+import contextlib
 import errno
+import gzip
 import hashlib
 import http.server
 import json
@@ -11,7 +13,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import types
 import urllib.parse
 from urllib.parse import quote, unquote
 from xml.sax.saxutils import escape
@@ -19,7 +20,7 @@ from xml.sax.saxutils import escape
 import filelock
 import pytest
 
-from torchpi.checkpoints import hub
+from torchpi.checkpoints import hub, sources
 from torchpi.checkpoints.hub import fetch, fetch_dataset
 from torchpi.cli import main
 from torchpi.cli.stats import checkpoint_stats
@@ -27,6 +28,7 @@ from torchpi.data import LeRobotDataset, select_episodes
 from torchpi.data.metadata import open_metadata
 
 BIG = random.Random(0).randbytes(300_000)
+ENDLESS = object()
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 BRANCHES = ("feature/two_arms", "refs/pr/1")
 BASE = "checkpoints/pi05_base"
@@ -66,6 +68,10 @@ class Server:
         self.drops = collections.defaultdict(list)  # file: after how many bytes each connection breaks
         self.sends = {}  # file: What is sent instead, with a fitting Content-Length
         self.lists = {}  # file: what the list says of it instead
+        self.no_ranges = False  # files are sent whole, whatever range is asked for
+        self.wrong_ranges = False  # ranges begin at the first byte, whatever is asked for
+        self.encoding = None  # of all files
+        self.sent = 0
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -137,16 +143,30 @@ class Server:
         if name not in self.files:
             return self.send(handler, b"{}", 404)
         body, range_ = self.sends.get(name, self.files[name]), handler.headers.get("Range")
+        if body is ENDLESS:
+            return self.send_endless(handler)
         if handler.command == "HEAD":
             return self.send(handler, body, headers=self.headers_of(name))
         drop_after = self.drops[name].pop(0) if self.drops[name] else None
-        if not range_:
-            return self.send(handler, body, headers=self.headers_of(name), drop_after=drop_after)
+        if not range_ or self.no_ranges:
+            headers = self.headers_of(name) | ({"Content-Encoding": self.encoding} if self.encoding else {})
+            return self.send(handler, body, headers=headers, drop_after=drop_after)
         start = int(range_.removeprefix("bytes=").partition("-")[0])
         if start >= len(body):
             return self.send(handler, b"", 416)
+        start = 0 if self.wrong_ranges else start
         headers = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} | self.headers_of(name)
         return self.send(handler, body[start:], 206, headers, drop_after)
+
+    def send_endless(self, handler):
+        handler.send_response(200)
+        handler.send_header("Transfer-Encoding", "chunked")
+        handler.end_headers()
+        handler.close_connection = True
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                handler.wfile.write(b"100000\r\n" + bytes(0x100000) + b"\r\n")
+                self.sent += 0x100000
 
     def headers_of(self, name):
         return {}
@@ -217,8 +237,7 @@ class DatasetHub(Hub):
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "_CHUNK_BYTES", 1000)
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 1000)
     monkeypatch.setenv("TORCHPI_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     return tmp_path / "home"
@@ -253,15 +272,17 @@ def server(request):
 @pytest.fixture
 def waits(monkeypatch):
     """The libraries retry without waiting."""
-    monkeypatch.setattr(hub, "_RETRIES", 2)
-    monkeypatch.setattr("huggingface_hub.file_download.time", types.SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(sources, "_RETRIES", 2)
+    monkeypatch.setattr(sources.Repository, "retries", 2)
+    monkeypatch.setattr(hub, "_PAUSE", 0)
 
 
 def interrupt(server, monkeypatch, arrived=100_000):
     """A download that ends when so many bytes of the large file have arrived."""
     with monkeypatch.context() as patch:
-        patch.setattr(hub, "_RETRIES", 0)
-        patch.setattr("huggingface_hub.file_download.time", types.SimpleNamespace(sleep=lambda _: None))
+        patch.setattr(sources, "_RETRIES", 0)
+        patch.setattr(sources.Repository, "retries", 0)
+        patch.setattr(hub, "_PAUSE", 0)
         server.drops[server.big] = [arrived, *[0] * 7]
         with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
             fetch(server.address)
@@ -470,7 +491,7 @@ def test_waiting_for_another_process_prints_a_message(bucket, home, capfd):
 
 @pytest.mark.parametrize(
     ("sent", "found"),
-    [(BIG[:-1], "299999 bytes"), (BIG + b"x", "300001 bytes"), (BIG[:-1] + b"x", "another checksum")],
+    [(BIG[:-1], "299999 bytes"), (BIG + b"x", "more than 300000 bytes"), (BIG[:-1] + b"x", "another checksum")],
     ids=["short", "long", "other"],
 )
 def test_a_file_of_wrong_size_or_checksum_is_an_error_and_deleted(server, waits, sent, found):
@@ -487,9 +508,105 @@ def test_a_file_of_wrong_size_or_checksum_is_an_error_and_deleted(server, waits,
 
 def test_a_small_file_of_a_repository_has_a_size_to_fit(repository, waits):
     repository.sends["config.json"] = b"{}}"
-    with pytest.raises(ValueError, match=r"resolve/main/config\.json: got 3 bytes; expected 2 bytes\."):
+    with pytest.raises(ValueError, match=r"resolve/main/config\.json: got more than 2 bytes; expected 2 bytes\."):
         fetch(repository.address)
     assert "config.json" not in contents(repository.root)
+
+
+def test_endless_body_is_not_taken(repository):
+    repository.sends["config.json"] = ENDLESS
+    with pytest.raises(ValueError, match=r"config\.json: got more than 2 bytes; expected 2 bytes\. They are deleted"):
+        fetch(repository.address)
+    assert repository.sent < 10_000_000
+    assert not list(repository.top.rglob("config.json*"))
+
+
+@pytest.mark.parametrize("fault", ["no_ranges", "wrong_ranges"])
+def test_file_begins_anew_where_ranges_are_not_honoured(server, waits, fault):
+    setattr(server, fault, True)
+    server.drops[server.big] = [100_000]
+    fetch(server.address)
+    first, second = server.reads()[server.big][:2]
+    assert first is None
+    assert second.startswith("bytes=100000-")
+    assert contents(server.root) == complete(server)
+
+
+def test_attempts_without_progress_end(server, waits):
+    server.no_ranges = True
+    server.drops[server.big] = [100_000] * 50
+    with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
+        fetch(server.address)
+    assert len(server.reads()[server.big]) < 10
+
+
+def test_pauses_between_attempts_are_an_argument(repository):
+    pauses = []
+    repository.drops[repository.big] = [0, 0]
+    fetch(repository.address, sleep=pauses.append)
+    assert pauses == [1, 1]
+
+
+def test_compressed_answers_are_bounded_by_the_listed_size(repository, waits):
+    repository.files = {"model.safetensors": BIG}
+    repository.encoding, repository.sends["model.safetensors"] = "gzip", gzip.compress(BIG)
+    assert contents(fetch(repository.address)) == {"model.safetensors": BIG}
+    shutil.rmtree(repository.top)
+    repository.sends["model.safetensors"] = gzip.compress(bytes(20_000_000))
+    with pytest.raises(ValueError, match="got more than 300000 bytes; expected 300000 bytes"):
+        fetch(repository.address)
+    repository.encoding = "zstd"
+    with pytest.raises(ValueError, match="Content-Encoding 'zstd'; expected identity"):
+        fetch(repository.address)
+
+
+@pytest.mark.parametrize("size", [-5, "2", 2.5, None, [2], True])
+def test_listed_sizes_are_numbers_of_bytes(repository, size):
+    repository.lists["config.json"] = {"size": size}
+    with pytest.raises(ValueError, match=r"'config\.json' with a size of .*; expected a name and a number of bytes"):
+        fetch(repository.address)
+    assert not repository.reads()
+
+
+def test_more_than_the_disk_has_room_for_is_not_begun(server):
+    server.lists[server.big] = {
+        "size": 10**18,
+        "Size": 10**18,
+        "lfs": {"oid": "0" * 64, "size": 10**18, "pointerSize": 9},
+    }
+    if isinstance(server, Bucket):
+        server.lists[server.big] = {"Size": 10**18}
+    with pytest.raises(ValueError, match=r"lists 10{12,}\d* bytes that are missing here, and .* has room for"):
+        fetch(server.address)
+    assert not server.reads()
+
+
+def test_list_without_an_end_is_an_error(repository, bucket, monkeypatch):
+    monkeypatch.setattr(sources, "_MAX_FILES", 3)
+    for server in (repository, bucket):
+        with pytest.raises(ValueError, match="the server lists more than 3 files; it is damaged"):
+            fetch(server.address)
+    monkeypatch.setattr(sources, "_MAX_FILES", 1000)
+    monkeypatch.setattr(repository, "entry", lambda _: {"type": "file", "oid": "0", "path": "config.json", "size": 2})
+    with pytest.raises(ValueError, match=r"the server lists 'config\.json' twice"):
+        fetch(repository.address)
+
+
+@pytest.mark.parametrize("entry", [{}, {"type": "file"}, {"type": "file", "path": 3, "oid": "0", "size": 2}, 3])
+def test_answers_of_another_kind_of_server_are_errors(repository, monkeypatch, entry):
+    monkeypatch.setattr(repository, "entry", lambda _: entry)
+    with pytest.raises(ValueError, match=r"the server's answer is not that of a Hub|lists 3 with a size of 2"):
+        fetch(repository.address)
+
+
+def test_redirects_in_a_circle_are_an_error(repository, waits, monkeypatch):
+    monkeypatch.setattr(
+        repository,
+        "send_file",
+        lambda handler, name: repository.send(handler, b"", 302, {"Location": handler.path}),
+    )
+    with pytest.raises(FileNotFoundError, match=r"cannot be downloaded now .*TooManyRedirects"):
+        fetch(repository.address)
 
 
 def test_an_object_that_was_put_together_from_parts_has_a_size_to_fit(bucket, waits):
@@ -777,7 +894,7 @@ def test_files_of_a_dataset_are_of_one_commit(datasets):
 
 def test_download_of_a_dataset_is_continued(datasets, waits):
     name = "data/chunk-000/episode_000000.parquet"
-    datasets.drops[name] = [1000, *[0] * 6]
+    datasets.drops[name] = [1000, *[0] * 3]
     with pytest.raises(FileNotFoundError, match="cannot be downloaded now"):
         fetch_dataset("hf://org/name", ["meta/", name])
     fetch_dataset("hf://org/name", ["meta/", name])

@@ -16,30 +16,22 @@ placed by hand, and is used as it is.
 
 import dataclasses
 import errno
-import fnmatch
-import hashlib
 import json
-import os
 import pathlib
 import re
+import shutil
 import sys
-from collections.abc import Collection
-from datetime import timedelta
-from typing import Any
-from urllib.parse import quote, unquote
+import time
+from collections.abc import Callable, Collection
+from urllib.parse import quote
 
 import filelock
 
 from torchpi.atomic import replace_text
+from torchpi.checkpoints.sources import Bucket, File, Record, Repository, beside, size_of, stays_inside
 from torchpi.errors import CheckpointError, MissingFileError
-from torchpi.extras import require
-from torchpi.schema import parse, read_json
 
-# The files of a policy; and what is never downloaded: pickles, which can run code, and states of optimizers.
-_WANTED = ("*.json", "*.safetensors", "*tokenizer*", "*.model", "*/params/*", "*/assets/*")
-_NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*/train_state/*", "*/training_state/*")
-_RETRIES = 5
-_CHUNK_BYTES = 1 << 20
+_PAUSE = 1.0
 _GS = re.compile(r"gs://(?P<bucket>[a-z0-9][a-z0-9._-]+)/(?P<path>.+?)/?")
 # A commit, tag or branch; of a checkpoint, whose path follows, one with a slash is written %2F, but for refs/pr/1.
 _HF = re.compile(
@@ -49,7 +41,7 @@ _HF = re.compile(
 _HF_DATASET = re.compile(r"hf://(datasets/)?(?P<name>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\w[\w.+%/-]*?))?/?", re.ASCII)
 
 
-def fetch(address: str) -> pathlib.Path:
+def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
     """The folder or file of an address, from the cache, or downloaded into it first.
 
     Of a folder, the files of a policy are downloaded: JSON, safetensors and tokenizer files, `params` and `assets`;
@@ -61,284 +53,79 @@ def fetch(address: str) -> pathlib.Path:
         address: gs://bucket/path, of a public bucket, or hf://org/name[@revision][/path], where a slash in a branch's
             name is written %2F; private repositories need HF_TOKEN or `hf auth login`. STORAGE_EMULATOR_HOST and
             HF_ENDPOINT name other servers.
+        sleep: waits between attempts.
     """
-    if (match := _GS.fullmatch(address)) and _stays_inside(match["path"]):
-        return _complete(_Bucket(address, match["bucket"], match["path"]))
-    if (match := _HF.fullmatch(address)) and (not match["path"] or _stays_inside(match["path"])):
-        return _complete(_Repository(address, match["name"], match["revision"], path=match["path"] or ""))
+    if (match := _GS.fullmatch(address)) and stays_inside(match["path"]):
+        return _complete(Bucket(address, match["bucket"], match["path"]), sleep)
+    if (match := _HF.fullmatch(address)) and (not match["path"] or stays_inside(match["path"])):
+        return _complete(Repository(address, match["name"], match["revision"], path=match["path"] or ""), sleep)
     raise CheckpointError(
         f"Malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]."
     )
 
 
-def fetch_dataset(address: str, names: Collection[str]) -> pathlib.Path:
+def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
     """The folder of a dataset of the Hugging Face Hub in the cache, with some of its files; see `fetch`.
 
     Args:
         address: hf://org/name[@revision].
         names: of the files, or of folders with a '/' at the end.
+        sleep: waits between attempts.
     """
     match = _HF_DATASET.fullmatch(address)
     if match is None:
         raise CheckpointError(f"Malformed address {address!r} of a dataset; expected hf://org/name[@revision].")
-    if outside := [name for name in names if not _stays_inside(name.removesuffix("/"))]:
+    if outside := [name for name in names if not stays_inside(name.removesuffix("/"))]:
         raise CheckpointError(f"{address}: the dataset names the file {outside[0]!r}, which would be outside of it.")
-    return _complete(_Repository(address, match["name"], match["revision"], names=frozenset(names)))
+    return _complete(Repository(address, match["name"], match["revision"], names=frozenset(names)), sleep)
 
 
-def _stays_inside(name: str) -> bool:
-    """A name in a bucket or repository stays in its folder when it is a path."""
-    return not {"", ".", ".."} & set(name.split("/")) and not set("\\\0") & set(name)
+def _read(
+    source: Bucket | Repository, name: str, file: File, part: pathlib.Path, sleep: Callable[[float], None]
+) -> None:
+    """Append what is missing of a file, and at most one byte beyond its listed size, which tells that there is more.
 
+    `source.body` answers a request for the bytes from `start` on: the place of the first byte that comes, and all that
+    come. A server that does not honour the range is not asked for one again; the file begins anew.
+    """
+    from huggingface_hub.utils import tqdm
 
-def _beside(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    return path.with_name(path.name + suffix)
-
-
-def _size(file: pathlib.Path) -> int:
-    return file.stat().st_size if file.is_file() else -1
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    size: int
-    version: str
-    """ETag of an object, commit of a repository."""
-    checksum: str = ""
-    """"md5:…" or "sha256:…"; "": only the size is known."""
-
-    def fits(self, path: pathlib.Path) -> bool:
-        """True if a local file has the size and the checksum."""
-        if _size(path) != self.size or not self.checksum:
-            return _size(path) == self.size
-        algorithm, _, expected = self.checksum.partition(":")
-        with path.open("rb") as content:
-            return hashlib.file_digest(content, algorithm).hexdigest() == expected
-
-
-@dataclasses.dataclass(frozen=True)
-class _Record:
-    """A .download.json."""
-
-    address: str
-    files: dict[str, _File]
-
-
-class _Source:
-    """An address, and its place in the cache."""
-
-    def __init__(self, address: str, top: str, path: str, names: frozenset[str] = frozenset()) -> None:
-        home = pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
-        self.address, self.path, self.names = address, path, names
-        self._folders = tuple(name for name in names if name.endswith("/"))
-        self.top, self.root = home / top, home / top / path
-        """Places of the bucket or repository, and of the address."""
-        self.listing = self.root
-        """The file or folder that a record of this address lists."""
-
-    def record(self) -> _Record | None:
-        """The record of a download here or of a folder above, that has files of this address."""
-        for folder in (self.root, *self.root.parents):
-            file = _beside(folder, ".download.json")
-            if file.is_file():
-                try:
-                    record = parse(_Record, read_json(file, error=CheckpointError), "The file", error=CheckpointError)
-                except CheckpointError as error:
-                    raise CheckpointError(f"{file} is damaged ({error}); delete it, and fetch again.") from error
-                if self.wanted(record):
-                    return record
-            if folder == self.top:
-                break
-        return None
-
-    def wanted(self, record: _Record) -> dict[str, _File]:
-        """The files of the address that are needed: those of a policy, or the named ones."""
-        return {name: file for name, file in record.files.items() if self._is_wanted(name)}
-
-    def _is_wanted(self, name: str) -> bool:
-        if _matches(name, _NEVER):
-            return False
-        if self.names:
-            return name in self.names or name.startswith(self._folders)
-        return name == self.path or ((self.top / name).is_relative_to(self.root) and _matches(name, _WANTED))
-
-    def missing(self, record: _Record) -> dict[str, _File]:
-        """The wanted files that are not in the cache."""
-        return {name: file for name, file in self.wanted(record).items() if _size(self.top / name) != file.size}
-
-    def is_complete(self) -> bool:
-        if (record := self.record()) is not None:
-            return not self.missing(record) and not self.absent(record)
-        if self.names:
-            return all((self.top / name).exists() for name in self.names)
-        if self.root.is_dir():
-            is_filled = any(not entry.name.startswith(".") for entry in self.root.iterdir())
-            return is_filled and not any(self.root.rglob("*.download.json"))
-        return self.root.is_file()
-
-    def absent(self, record: _Record) -> list[str]:
-        """The names that are not on the server."""
-        files = self.wanted(record)
-        folders = {f"{folder.as_posix()}/" for name in files for folder in pathlib.PurePosixPath(name).parents}
-        return sorted(self.names - set(files) - folders)
-
-    def require_files(self, record: _Record) -> None:
-        """Raise an error where the server lacks what is needed, or names a place outside of the cache."""
-        if outside := [name for name in record.files if not _stays_inside(name)]:
-            raise CheckpointError(
-                f"{self.address}: the server lists {outside[0]!r}, which would be outside of {self.top}."
-            )
-        if absent := self.absent(record):
-            tops = ", ".join(sorted({name.split("/")[0] for name in record.files})) or "nothing"
-            raise MissingFileError(
-                f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
-                "Expected a complete LeRobot dataset."
-            )
-        if not self.names and not self.wanted(record):
-            here = [name for name in record.files if (self.top / name).is_relative_to(self.root)]
-            found = ", ".join(here[:5] + ["…"] * (len(here) > 5)) or "nothing"
-            raise MissingFileError(
-                f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never "
-                f"downloaded are {', '.join(_NEVER)}: pickles can run code."
-            )
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(f"/{name.lower()}", pattern) for pattern in patterns)
-
-
-class _Bucket(_Source):
-    """A bucket of Google Cloud Storage, read without an account."""
-
-    def __init__(self, address: str, bucket: str, path: str) -> None:
-        super().__init__(address, f"gs/{bucket}", path)
-        self.bucket = bucket
-        self.files_url = f"https://storage.googleapis.com/{bucket}/"
-        self.page = f"{self.files_url}{quote(path)}"
-        self.tool = f"gcloud storage cp -r gs://{bucket}/{path} {self.root.parent}"
-        self.if_private = f"only public buckets are read; with an account: {self.tool}"
-
-    def connect(self) -> None:
-        obstore = require("obstore", "gcs")
-        from obstore.store import GCSStore
-
-        server = os.environ.get("STORAGE_EMULATOR_HOST")
-        self.errors: tuple[type[Exception], ...] = (obstore.exceptions.BaseError, FileNotFoundError)
-        self.store = GCSStore(
-            self.bucket,
-            config={"skip_signature": True, **({"base_url": server} if server else {})},
-            # The library's limit of 30 s is for a whole file.
-            client_options={"allow_http": bool(server), "timeout": timedelta(days=1), "read_timeout": "60s"},
-            retry_config={"max_retries": _RETRIES},
-        )
-
-    def status(self, error: Exception) -> int | None:
-        """The HTTP status of a failed request, which obstore has in its message only; None: no answer."""
-        found = re.search(r"status code: (\d{3})", str(error))
-        return int(found[1]) if found else None
-
-    def files(self) -> dict[str, _File]:
-        import obstore
-
-        try:
+    furthest = size = part.stat().st_size
+    failures, failure, ranges = 0, None, True
+    with part.open("ab") as out, tqdm(total=file.size, initial=size, desc=name, unit="B", unit_scale=True) as bar:
+        while size < file.size and failures <= source.retries:
+            start, honoured, failure = size if ranges else 0, ranges, None
             try:
-                entries: Any = [obstore.head(self.store, self.path)]
-            except FileNotFoundError:
-                entries = self.store.list(self.path).collect()
-        except obstore.exceptions.InvalidPathError as error:
-            raise CheckpointError(
-                f"{self.address}: the server lists a name which would be outside of {self.top} ({error})."
-            ) from error
-        found = {}
-        for entry in entries:
-            tag = (entry["e_tag"] or "").strip('"')
-            # The ETag of an object is its MD5, unless it was put together from parts.
-            checksum = f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else ""
-            found[entry["path"]] = _File(entry["size"], tag, checksum)
-        return found
-
-    def read(self, name: str, file: _File, part: pathlib.Path) -> None:
-        """Append what is missing of a file."""
-        import obstore
-        from huggingface_hub.utils import tqdm
-
-        arrived, before = part.stat().st_size, -1
-        with tqdm(total=file.size, initial=arrived, desc=name, unit="B", unit_scale=True) as bar:
-            while before < arrived < file.size:
-                try:
-                    with part.open("ab") as out:
-                        found = obstore.get(self.store, name, options={"range": {"offset": arrived}})
-                        for chunk in found.stream(_CHUNK_BYTES):
-                            out.write(chunk)
-                            bar.update(len(chunk))
-                except obstore.exceptions.BaseError as error:
-                    if self.status(error) == 416:  # the file ends before
-                        return
-                    if part.stat().st_size == arrived:  # else ask again: obstore's own retries end after some minutes
-                        raise
-                before, arrived = arrived, part.stat().st_size
+                with source.body(name, file, start) as (begin, chunks):
+                    ranges = ranges and begin == start
+                    if begin != size:
+                        out.truncate(begin)
+                        bar.n = size = begin
+                    for chunk in chunks:
+                        bar.update(len(chunk))
+                        size += out.write(chunk[: file.size + 1 - size])
+                        if size > file.size:
+                            return
+            except source.errors[0] as error:
+                failure, status = error, source.status(error)
+                if status == 416 and start:  # the file ends before
+                    return
+                if status is not None and size <= furthest:
+                    raise
+            failures = 0 if size > furthest or ranges != honoured else failures + 1
+            furthest = max(furthest, size)
+            if 0 < failures <= source.retries:
+                sleep(_PAUSE)
+    if failure is not None and size < file.size:
+        raise failure
 
 
-class _Repository(_Source):
-    """A model or dataset on the Hugging Face Hub, read with the user's token if there is one."""
-
-    def __init__(
-        self, address: str, name: str, revision: str | None, *, path: str = "", names: frozenset[str] = frozenset()
-    ) -> None:
-        self.name, self.revision = name, unquote(revision or "main")
-        in_url = quote(self.revision, safe="")
-        self.kind, folder, pages = ("dataset", "hf-datasets", "datasets/") if names else ("model", "hf", "")
-        super().__init__(address, f"{folder}/{name}/{in_url}", path, names)
-        self.listing = self.top
-        self.endpoint = os.environ.get("HF_ENDPOINT") or None
-        page = f"https://huggingface.co/{pages}{name}"
-        self.files_url = f"{page}/resolve/{in_url}/"
-        self.page = f"{page}/tree/{in_url}/{quote(path)}"
-        self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
-        self.if_private = f"ask for access on {page}, and set HF_TOKEN or run `hf auth login`"
-
-    def connect(self) -> None:
-        # HTTPError is the base of what the HTTP library raises, which is another library in other versions.
-        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
-
-        self.errors = (HTTPError, OfflineModeIsEnabled)
-
-    def status(self, error: Exception) -> int | None:
-        """The HTTP status of a failed request; None: no answer."""
-        return getattr(getattr(error, "response", None), "status_code", None)
-
-    def files(self) -> dict[str, _File]:
-        from huggingface_hub import HfApi
-        from huggingface_hub.hf_api import RepoFile
-
-        api = HfApi(endpoint=self.endpoint)
-        commit = api.repo_info(self.name, repo_type=self.kind, revision=self.revision, timeout=60).sha or ""
-        tree = api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
-        return {
-            file.path: _File(file.size, commit, f"sha256:{file.lfs.sha256}" if file.lfs else "")
-            for file in tree
-            if isinstance(file, RepoFile)
-        }
-
-    def read(self, name: str, file: _File, part: pathlib.Path) -> None:
-        """Append what is missing of a file. (`hf_hub_download` starts over in each process.)"""
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.file_download import http_get
-        from huggingface_hub.utils import build_hf_headers
-
-        url = hf_hub_url(self.name, name, repo_type=self.kind, revision=file.version, endpoint=self.endpoint)
-        headers = {**build_hf_headers(), "Accept-Encoding": "identity"}
-        with part.open("ab") as out:
-            start = out.tell()
-            http_get(url, out, resume_size=start, headers=headers, expected_size=file.size, displayed_filename=name)
-
-
-def _complete(source: _Bucket | _Repository) -> pathlib.Path:
+def _complete(source: Bucket | Repository, sleep: Callable[[float], None]) -> pathlib.Path:
     """The address's place in the cache, with everything there."""
     if source.is_complete():
         return source.root
     source.top.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(_beside(source.top, ".lock"))  # several addresses may have files in common
+    lock = filelock.FileLock(beside(source.top, ".lock"))  # several addresses may have files in common
     try:
         held = lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -346,58 +133,69 @@ def _complete(source: _Bucket | _Repository) -> pathlib.Path:
         held = lock.acquire()
     with held:
         if not source.is_complete():
-            _download(source)
+            _download(source, sleep)
     return source.root
 
 
-def _download(source: _Bucket | _Repository) -> None:
+def _download(source: Bucket | Repository, sleep: Callable[[float], None]) -> None:
     source.connect()
     try:
         record = source.record()
         is_new = record is None or bool(source.absent(record))
         if record is None or is_new:
-            record = _Record(source.address, source.files())
+            record = Record(source.address, source.files())
         source.require_files(record)
         if is_new:
-            note = _beside(source.listing, ".download.json")
+            note = beside(source.listing, ".download.json")
             note.parent.mkdir(parents=True, exist_ok=True)
             replace_text(note, json.dumps(dataclasses.asdict(record), indent=1))
+        _require_space(source, source.missing(record))
         for name, file in source.missing(record).items():
-            _download_file(source, name, file)
+            _download_file(source, name, file, sleep)
     except source.errors as error:
         raise _explained(source, error) from error
 
 
-def _download_file(source: _Bucket | _Repository, name: str, file: _File) -> None:
+def _require_space(source: Bucket | Repository, missing: dict[str, File]) -> None:
+    """Raise an error where the disk has no room for the missing files."""
+    needed = sum(file.size - max(0, size_of(beside(source.top / name, ".part"))) for name, file in missing.items())
+    if needed > (free := shutil.disk_usage(source.top.parent).free):
+        raise CheckpointError(
+            f"{source.address}: the server lists {needed} bytes that are missing here, and {source.top} has room for "
+            f"{free}: make room, or set TORCHPI_HOME to a folder on another disk."
+        )
+
+
+def _download_file(source: Bucket | Repository, name: str, file: File, sleep: Callable[[float], None]) -> None:
     path = source.top / name
-    part = _beside(path, ".part")
+    part = beside(path, ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not file.checksum or _size(part) > file.size:
+    if not file.checksum or size_of(part) > file.size:
         part.unlink(missing_ok=True)  # it may be of another version, and nothing would tell
     part.touch()
     try:
         if part.stat().st_size < file.size:
-            source.read(name, file, part)
+            _read(source, name, file, part, sleep)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             error.add_note(
                 f"{part} has {part.stat().st_size} of {file.size} bytes: make room, or set TORCHPI_HOME to a folder on "
                 "another disk, and try again; what has arrived is kept, and continued"
             )
-        if error.errno is not None or isinstance(error, source.errors):
-            raise  # else the library found another size than expected, as is found here
+        raise
     if not file.fits(part):
-        found = f"{_size(part)} bytes" if _size(part) != file.size else "another checksum"
+        found = f"{size_of(part)} bytes" if size_of(part) < file.size else "another checksum"
+        found = f"more than {file.size} bytes" if size_of(part) > file.size else found
         part.unlink()
         raise CheckpointError(
             f"{source.files_url}{quote(name)}: got {found}; expected {file.size} bytes"
             f"{' with ' + file.checksum if file.checksum else ''}. They are deleted; try again, or delete "
-            f"{_beside(source.listing, '.download.json')} if the address has a newer version."
+            f"{beside(source.listing, '.download.json')} if the address has a newer version."
         )
     part.replace(path)
 
 
-def _explained(source: _Bucket | _Repository, error: Exception) -> Exception:
+def _explained(source: Bucket | Repository, error: Exception) -> Exception:
     """The error that tells a user what to do after a failed request."""
     status = source.status(error)
     cause = " ".join(f"{type(error).__name__}: {error}".partition("\n\nDebug source")[0].split())
@@ -411,7 +209,7 @@ def _explained(source: _Bucket | _Repository, error: Exception) -> Exception:
     places = [(f"{source.files_url}{quote(name)}", source.top / name) for name in missing[:10]]
     by_hand = "".join(f"\n  {url}\n    to {place}" for url, place in places or [(source.page, source.root)])
     if len(missing) > 10:
-        by_hand += f"\n  and {len(missing) - 10} more, listed in {_beside(source.listing, '.download.json')}"
+        by_hand += f"\n  and {len(missing) - 10} more, listed in {beside(source.listing, '.download.json')}"
     return MissingFileError(
         f"{source.address} is not complete in the cache, and cannot be downloaded now ({cause}). Try again when there "
         f"is a connection, or place what is missing by hand:{by_hand}\nAll of it comes with: {source.tool}"
