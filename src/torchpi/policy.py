@@ -14,7 +14,7 @@ from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.sizes import ConfigLike
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, check_metadata
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
@@ -57,7 +57,8 @@ class Policy:
             default_prompt: for requests without a prompt; by default the embodiment's.
             prompt_format, truncation: format and truncation of the prompt, see `transforms.prompt.tokenize_prompt`.
             num_steps: Euler steps of an inference that does not ask for another number.
-            metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway.
+            metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway. A key of what the embodiment
+                and the model say is an error.
             provenance: where the weights come from.
 
         Raises:
@@ -73,6 +74,7 @@ class Policy:
         self.num_steps = num_steps
         self.provenance = dict(provenance or {})
         self._metadata = dict(metadata or {})
+        check_metadata(self._metadata, embodiment, self.default_prompt, f"A policy of {embodiment.name}")
         self._tokenizer_path = find_tokenizer(tokenizer)
         config = model.config
         by_variant = Normalization("quantile" if config.pi05 else "z_score", "openpi")
@@ -192,7 +194,7 @@ class Policy:
                 prefixes,
                 horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[1],
                 action_size=self.embodiment.action_size,
-                max_action_prefix=int(self._metadata.get(MAX_ACTION_PREFIX, 0)),
+                max_action_prefix=self._metadata.get(MAX_ACTION_PREFIX, 0),
                 device=self.model.device,
             )
         steps = self.num_steps if num_steps is None else num_steps

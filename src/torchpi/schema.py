@@ -3,16 +3,18 @@
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import msgspec
 import msgspec.inspect as schema
 
+from torchpi.atomic import replace_text
 from torchpi.errors import ConfigError, MissingFileError, TorchpiError, closest
 
 T = TypeVar("T")
 
+MAX_DEPTH = 32
 COMMENT = "comment"
 """The field of an object for readers, in files that people write."""
 
@@ -24,6 +26,8 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
         raise MissingFileError(f"There is no file {path}.")
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
+    except RecursionError as problem:
+        raise error(f"{path} is not valid JSON: objects and lists are nested too deeply.") from problem
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
         raise error(f"{path} is not valid JSON: {problem}.") from problem
 
@@ -48,7 +52,25 @@ def without_comments(value: Any) -> Any:
 def write_json(path: pathlib.Path, document: Any) -> None:
     """Write a document as JSON that people can read; NaN is a ValueError."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    path.write_text(f"{text}\n", encoding="utf-8")
+    replace_text(path, f"{text}\n")
+
+
+def check_json(value: Any, where: str, *, error: type[TorchpiError] = ConfigError, max_bytes: int = 10**8) -> None:
+    """Raise an error unless a value can be written as JSON and sent as msgpack, in so many bytes and not too deep."""
+    try:
+        json.dumps(value, allow_nan=False)
+        size, depth = len(msgspec.msgpack.encode(value)), _depth(value)  # integers of 64 bits, texts in Unicode
+    except (TypeError, ValueError, OverflowError, RecursionError) as problem:
+        reason = "it is nested too deeply" if isinstance(problem, RecursionError) else f"{problem}".rstrip(".")
+        raise error(f"{where} can't be written as JSON, or sent: {reason:.200}.") from problem
+    if depth > MAX_DEPTH or size > max_bytes:
+        found = f"{depth} objects and lists in each other" if depth > MAX_DEPTH else f"{size} bytes"
+        raise error(f"{where} has {found}; expected at most {MAX_DEPTH if depth > MAX_DEPTH else max_bytes}.")
+
+
+def _depth(value: Any) -> int:
+    items = value.values() if isinstance(value, Mapping) else value
+    return 1 + max(map(_depth, items), default=0) if isinstance(items, Iterable) and not isinstance(items, str) else 0
 
 
 def parse(

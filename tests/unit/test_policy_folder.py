@@ -1,6 +1,7 @@
 """A policy folder: What is saved is loaded bit for bit, and every way in which it can be broken has its message."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -17,6 +18,8 @@ import torch
 
 import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.spec import FACTS
 from torchpi.transforms import Normalization, NormStats
 
 FILES = ["model.safetensors", "norm_stats.json", "policy.json", "tokenizer.model"]
@@ -69,7 +72,7 @@ def tokenizer(golden_root):
 
 @pytest.fixture
 def make_policy(tokenizer):
-    def make(config=None, dtype=torch.float32, **fields):
+    def make(config=None, dtype=torch.float32, embodiment=EMBODIMENT, **fields):
         defaults = {
             "norm_stats": {"state": stats(), "actions": stats()},
             "normalization": {"state": Normalization("quantile"), "actions": Normalization("z_score")},
@@ -78,7 +81,7 @@ def make_policy(tokenizer):
             "metadata": {"robot": "left"},
             "provenance": {"source": "a test"},
         }
-        return Policy(random_model(config or small_config(), dtype), EMBODIMENT, **(defaults | fields))
+        return Policy(random_model(config or small_config(), dtype), embodiment, **(defaults | fields))
 
     return make
 
@@ -343,11 +346,83 @@ def test_a_failure_of_the_last_rename_brings_the_old_folder_back(make_policy, fo
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
 
 
-@pytest.mark.parametrize("value", [np.zeros(2), {1, 2}, float("nan")])
-def test_metadata_that_json_cannot_hold_is_an_error_and_leaves_nothing_behind(make_policy, tmp_path, value):
+def nested(depth):
+    return [nested(depth - 1)] if depth else 0
+
+
+UNSENDABLE = [
+    np.zeros(2),
+    {1, 2},
+    float("nan"),
+    float("-inf"),
+    2**70,
+    "\ud800",
+    nested(40),
+    nested(400),
+    "x" * 2_000_000,
+]
+
+
+@pytest.mark.parametrize("value", UNSENDABLE, ids=lambda value: f"{type(value).__name__}-{value!a:.8}")
+def test_metadata_that_cannot_be_sent_is_an_error(make_policy, tmp_path, value):
+    with pytest.raises(ValueError, match=r"of two_joints: metadata.*(can't be written as JSON|expected at most)"):
+        make_policy(metadata={"pose": value})
     with pytest.raises(ValueError, match="metadata or provenance of the policy can't be written as JSON"):
-        make_policy(metadata={"pose": value}).save(tmp_path / "policy")
+        make_policy(provenance={"pose": np.zeros(2)}).save(tmp_path / "policy")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["metadata", "embodiment"])
+@pytest.mark.parametrize("value", [value for value in UNSENDABLE if isinstance(value, int | float | str | list)])
+def test_folder_with_metadata_that_cannot_be_sent_is_an_error(make_policy, tmp_path, place, value):
+    make_policy().save(tmp_path / "policy")
+    file = tmp_path / "policy/policy.json"
+    document = json.loads(file.read_text())
+    (document if place == "metadata" else document["embodiment"])["metadata"]["pose"] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"policy.*(can't be written as JSON, or sent|expected at most)"):
+        torchpi.load_policy(tmp_path / "policy")
+
+
+def test_deeply_nested_policy_file_is_an_error(make_policy, tmp_path):
+    make_policy().save(tmp_path / "policy")
+    file = tmp_path / "policy/policy.json"
+    file.write_text(file.read_text().replace('"left"', "[" * 100_000 + "]" * 100_000))
+    assert "[" * 100 in file.read_text()
+    with pytest.raises(ValueError, match=r"policy\.json is not valid JSON: .* nested too deeply"):
+        torchpi.load_policy(tmp_path / "policy")
+
+
+@pytest.mark.parametrize("key", [*sorted(FACTS), "torchpi/jpeg"])
+def test_metadata_cannot_replace_what_embodiment_and_model_say(make_policy, key):
+    with pytest.raises(ValueError, match=f"metadata can't have {key}: clients are told there"):
+        make_policy(metadata={key: None})
+    with pytest.raises(ValueError, match=f"metadata can't have {key}: clients are told there"):
+        make_policy(embodiment=dataclasses.replace(EMBODIMENT, metadata={key: None}))
+
+
+def test_clashes_of_a_folder_are_named(make_policy, tmp_path):
+    make_policy().save(tmp_path / "policy")
+    edit(tmp_path / "policy", lambda document: document["metadata"].update(control_hz=1e9, action_limits=None))
+    with pytest.raises(ValueError, match=r"policy: metadata can't have control_hz, action_limits"):
+        open_checkpoint(tmp_path / "policy").spec()
+
+
+def test_every_fact_of_the_metadata_is_protected(make_policy):
+    policy = make_policy(metadata={})
+    assert set(policy.metadata) - set(policy.embodiment.metadata) == FACTS
+
+
+def test_metadata_agree_with_the_embodiments(make_policy):
+    assert make_policy(metadata={"reset_pose": [0.0, 0.5]}).metadata["reset_pose"] == [0.0, 0.5]
+    with pytest.raises(ValueError, match="metadata can't have reset_pose"):
+        make_policy(metadata={"reset_pose": None})
+
+
+@pytest.mark.parametrize("longest", ["2", -1, True, 1.5, None])
+def test_longest_action_prefix_is_a_number_of_steps(make_policy, longest):
+    with pytest.raises(ValueError, match=r"max_action_prefix is .*; expected an integer from 0 on"):
+        make_policy(metadata={"max_action_prefix": longest})
 
 
 # Corruption

@@ -25,7 +25,7 @@ from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import with_guessed_commands
-from torchpi.schema import parse, read_json_object, require_stated, write_json
+from torchpi.schema import check_json, parse, read_json_object, require_stated, write_json
 from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
@@ -108,6 +108,7 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
             f"{file}: format_version is {version!r}; this torchpi reads 1, {FORMAT_VERSION} and "
             f"{QUANTIZED_FORMAT_VERSION}. A newer file needs a newer torchpi."
         )
+    check_json(document, str(file), error=CheckpointError)
     policy = parse(PolicyFile, document, str(file), error=CheckpointError)
     if policy.num_steps < 1:
         raise CheckpointError(f"{file}: num_steps is {policy.num_steps}; expected a positive integer.")

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
 from torchpi.config import PRESETS
-from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError
+from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError, first_of
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.schema import check_json
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
 from torchpi.transforms.prompt import load_tokenizer
 
@@ -17,6 +18,29 @@ TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
 MAX_ACTION_PREFIX = "max_action_prefix"
 """Key of a policy's metadata: the longest action prefix that it was trained to continue (training-time RTC)."""
+_ACTIONS = ("action_horizon", "action_names", "action_commands", "action_limits", "action_range", "execute_steps")
+FACTS = frozenset(("embodiment", "observation", *_ACTIONS, "control_hz", "num_steps", "default_prompt", "engine"))
+"""Keys of `Policy.metadata` that embodiment and model decide."""
+_MAX_METADATA = 1_000_000
+"""Bytes that every client gets at each connection."""
+
+
+def check_metadata(metadata: Mapping[str, Any], robot: Embodiment | None, prompt: str | None, source: str) -> None:
+    """Raise an error where free metadata can't be sent, or replace what the embodiment and the model say."""
+    own = dict(robot.metadata) if robot else {}
+    for name, value in {**own, **metadata, "default_prompt": prompt}.items():
+        check_json({f"{name}": value}, f"{source}: metadata: {name!a:.80}", error=PolicyError)
+    check_json([own, dict(metadata), prompt], f"{source}: metadata", error=PolicyError, max_bytes=_MAX_METADATA)
+    clashes = [name for name in {**own, **metadata} if name in FACTS or f"{name}".startswith("torchpi/")]
+    clashes += [name for name in metadata if name in own and metadata[name] != own[name]]
+    if clashes:
+        raise PolicyError(
+            f"{source}: metadata can't have {first_of([f'{name!s:.80}' for name in clashes])}: clients are told there "
+            "what the embodiment, the model and the server say. Take them out, or give them other names."
+        )
+    longest = metadata.get(MAX_ACTION_PREFIX, 0)
+    if type(longest) is not int or longest < 0:
+        raise PolicyError(f"{source}: metadata: {MAX_ACTION_PREFIX} is {longest!a:.80}; expected an integer from 0 on.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +66,10 @@ class PolicySpec:
     """Paths of an openpi checkpoint's norm_stats.json files, by asset ID; one per robot."""
     is_policy_folder: bool = False
     """It is of a policy folder, which holds its tokenizer itself."""
+
+    def __post_init__(self) -> None:
+        """Check the metadata, before any weight is read."""
+        check_metadata(self.metadata, self.embodiment, self.default_prompt, self.source)
 
     def requested(
         self,
