@@ -1,12 +1,16 @@
-"""Files and folders that appear complete under their name, or not at all."""
+"""Files and folders that appear complete under their name, or not at all; an error of the disk has the name."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
 import sys
 import uuid
 from collections.abc import Iterator
+
+_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Errors of writing: a full disk or quota, too large a file, a broken disk."""
 
 
 @contextlib.contextmanager
@@ -21,18 +25,51 @@ def atomic_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     beside = target.parent / f".{target.name}.{uuid.uuid4().hex}.tmp"
     beside.mkdir()
     try:
-        yield beside
-        make_durable(beside)
-        _move_into_place(beside, target)
+        with naming(target):
+            yield beside
+            make_durable(beside)
+            _move_into_place(beside, target)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A path beside a file to write to, which takes the file's place when the context ends without an error.
+
+    Of a link, the file that it leads to is replaced. A device or pipe (/dev/stdout) is written to directly.
+    """
+    target = pathlib.Path(os.path.realpath(path))
+    with naming(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not path.is_file():
+            yield path
+            return
+        part = target.with_name(f".{uuid.uuid4().hex}.tmp")  # whose length does not depend on the name's
+        try:
+            yield part
+            os.replace(part, target)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a text file; a process that is killed leaves the old text or the new one."""
-    part = path.with_name(f".{path.name}.tmp")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Name the file or folder that is being written in the errors of a disk, which have no name, and in those that have
+    a temporary file's."""
+    try:
+        yield
+    except OSError as error:
+        is_unnamed = error.filename is None and error.errno in _OF_DISKS
+        if not is_unnamed and not str(error.filename).endswith(".tmp"):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def make_durable(folder: pathlib.Path) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 from rich.console import Console
 
+from torchpi.atomic import replace_text
 from torchpi.cli.common import split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
@@ -53,7 +54,7 @@ class DataInspect(_Look):
 
         found = self.inspect(pictures=4)
         if self.html is not None:
-            self.html.write_text(render_dataset_page(found), encoding="utf-8")
+            replace_text(self.html, render_dataset_page(found))
             print(f"wrote {self.html}", file=sys.stderr)
         if self.json:
             print_json(found.to_dict())
@@ -78,7 +79,7 @@ class DataDraft(_Look):
         if self.out.exists():
             raise UsageError(f"{self.out} exists already; choose another file, because it may have been corrected.")
         document = draft_embodiment(self.inspect(pictures=1), self.out.stem)
-        self.out.write_text(to_text(document), encoding="utf-8")
+        replace_text(self.out, to_text(document))
         print(f"wrote {self.out}")
         for question in questions_of(document):
             print(f"question: {question}")

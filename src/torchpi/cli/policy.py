@@ -8,6 +8,7 @@ import numpy as np
 import tyro
 
 from torchpi.arrays import read_npy, read_npz
+from torchpi.atomic import atomic_file
 from torchpi.cli.common import (
     FrameOptions,
     Frames,
@@ -86,8 +87,7 @@ class Infer:
         generator = torch.Generator(policy.model.device).manual_seed(self.seed)
         noise = None if self.noise is None else read_npy(self.noise)
         result = policy.infer(observation, noise=noise, num_steps=self.num_steps, generator=generator)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with self.out.open("wb") as file:  # an open file, because np.savez appends .npz to names without it
+        with atomic_file(self.out) as part, part.open("wb") as file:  # np.savez appends .npz to names
             np.savez(file, actions=result["actions"])
         horizon, dims = result["actions"].shape
         timing = result["policy_timing"]

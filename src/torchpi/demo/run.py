@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
+from torchpi.atomic import replace_text
 from torchpi.demo.flow import DemoFrame, describe_flow, trace_request
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.demo.next_steps import next_steps
@@ -140,7 +141,7 @@ def _print_frames(console: Console, demo: Demo) -> None:
 
 
 def _write_page(console: Console, demo: Demo, page: pathlib.Path) -> None:
-    page.write_text(render_demo(demo, page.parent), encoding="utf-8")
+    replace_text(page, render_demo(demo, page.parent))
     content = "the plot of a chunk, and all of this, as a page"
     if demo.evaluation is not None:
         content = "the videos and all of this as one page"

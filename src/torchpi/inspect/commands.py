@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from torchpi.arrays import read_npz
+from torchpi.atomic import replace_text
 from torchpi.checkpoints.address import existing_folder
 from torchpi.checkpoints.folder import is_policy_folder
 from torchpi.errors import UsageError
@@ -50,8 +51,7 @@ def run_trace(
         if html is not None:
             from torchpi.inspect.page import render_page
 
-            html.parent.mkdir(parents=True, exist_ok=True)
-            html.write_text(render_page(*traces), encoding="utf-8")
+            replace_text(html, render_page(*traces))
     if as_json:
         print_json([entry.to_json() for entry in traces[0].entries] if len(traces) == 1 else _comparison(*traces))
     elif len(traces) == 1:

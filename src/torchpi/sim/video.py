@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from torchpi.atomic import atomic_file
 from torchpi.data.video import encode_video, find_encoder
 from torchpi.robots import Embodiment
 from torchpi.sim.environment import Environment, ShowsHands
@@ -57,13 +58,8 @@ def record_video(
     recorder = _Recorder(environment, instruction)
     yield recorder
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with atomic_file(path) as part:
         encode_video(part, recorder.frames(), fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
+from torchpi.atomic import naming
 from torchpi.data.format import ACTION
 from torchpi.errors import TrainingError
 from torchpi.evaluation.chunks import predict_chunks, sample_frames
@@ -32,6 +33,7 @@ from torchpi.training.state import TrainState
 from torchpi.training.trackers import Trackers
 from torchpi.training.utilization import Utilization
 from torchpi.ui.format import without_nan
+from torchpi.ui.plots import save_figure
 
 CURVES, PLOTS = "curves.png", "plots"
 FLOW_SAMPLES = 4
@@ -88,7 +90,7 @@ class LiveRun:
         if self.world.is_main and values:
             line = {"step": self.state.step, **values} | ({"resumed": True} if self.resumed else {})
             self.resumed = False
-            with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            with naming(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self.trackers.log(self.state.step, scalars(line))
 
@@ -277,7 +279,6 @@ class Holdout:
             if self.world.is_main:
                 for kind, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
                     path = run.folder / PLOTS / f"{run.state.step:08d}_{kind}{name}.png"
-                    path.parent.mkdir(exist_ok=True)
-                    figure.savefig(path, dpi=80)
+                    save_figure(figure, path, dpi=80)
                     run.trackers.image(run.state.step, f"{kind}{name}", path)
         return without_nan(numbers)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from torchpi.atomic import replace_text
 from torchpi.errors import MissingFileError, TransformError
 from torchpi.schema import read_json
 
@@ -243,7 +244,7 @@ def save_norm_stats(path: str | Path, stats: Mapping[str, NormStats]) -> None:
         key: {name: None if value is None else value.tolist() for name, value in vars(entry).items()}
         for key, entry in stats.items()
     }
-    file.write_text(json.dumps({"norm_stats": content}, indent=2) + "\n", encoding="utf-8")
+    replace_text(file, json.dumps({"norm_stats": content}, indent=2) + "\n")
 
 
 def require_known(what: str, value: str, known: Sequence[str]) -> None:

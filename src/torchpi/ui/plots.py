@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from torchpi.atomic import atomic_file
 from torchpi.ui.page import figure as page_figure
 from torchpi.ui.palette import COLORS
 
@@ -104,9 +105,10 @@ def marker(count: int, limit: int = 40) -> str | None:
 # ---- into files and pages ----
 
 
-def save_figure(figure: "Figure", path: pathlib.Path) -> None:
+def save_figure(figure: "Figure", path: pathlib.Path, *, dpi: int = 110) -> None:
     """Save a figure as PNG."""
-    figure.savefig(path, dpi=110)
+    with atomic_file(path) as part:
+        figure.savefig(part, dpi=dpi, format="png")
 
 
 def to_svg(figure: "Figure", description: str) -> str:
