@@ -21,6 +21,7 @@ def write_droid_set(path: pathlib.Path, *, episodes: int = 3, length: int = 20, 
     """
     rng = np.random.default_rng(0)
     states = rng.normal(size=(episodes, length, 8)).astype(np.float32)
+    low, high = [-1] * 7 + [0], [1] * 8  # the robot's velocities and gripper
     with LeRobotWriter(
         path, fps=15, cameras=dict.fromkeys(CAMERAS, (18, 32, 3)), state_names=list("abcdefgh"),
         action_names=list("abcdefgh"), robot_type="panda",
@@ -28,7 +29,7 @@ def write_droid_set(path: pathlib.Path, *, episodes: int = 3, length: int = 20, 
         for episode in states:
             for state in episode:
                 images = {f"observation.images.{name}": rng.integers(0, 256, (18, 32, 3), np.uint8) for name in CAMERAS}
-                writer.add_frame({**images, "observation.state": state, "action": rng.normal(size=8)})
+                writer.add_frame({**images, "observation.state": state, "action": rng.uniform(low, high)})
             writer.save_episode("put the marker into the cup")
     for file in path.glob("data/*/*.parquet"):
         pq.write_table(_in_parts(pq.read_table(file), gripper), file)

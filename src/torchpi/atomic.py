@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import os
 import pathlib
 import shutil
@@ -45,7 +46,8 @@ def atomic_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
         if path.exists() and not path.is_file():
             yield path
             return
-        part = target.with_name(f".{uuid.uuid4().hex}.tmp")  # whose length does not depend on the name's
+        # Always the same name, so that the next writing replaces what a killed process has left; short for any name.
+        part = target.with_name(f".{hashlib.sha256(os.fsencode(target.name)).hexdigest()[:32]}.tmp")
         try:
             yield part
             os.replace(part, target)

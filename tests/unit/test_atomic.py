@@ -29,6 +29,14 @@ def write_plot(path):
 WRITERS = [write_page, write_document, write_plot]
 
 
+def test_what_a_killed_process_leaves_is_replaced_by_the_next_writing(tmp_path):
+    with atomic_file(tmp_path / "report.html") as first:
+        first.touch()
+    with atomic_file(tmp_path / "report.html") as second:
+        second.touch()
+    assert first == second
+
+
 @pytest.fixture
 def full_disk(monkeypatch):
     """A disk that takes nothing more: the error of writing has no name, as the system's."""

@@ -184,6 +184,7 @@ def test_a_cube_in_the_air_is_not_lifted_unless_the_jaws_hold_it(arms):
 # Recording and evaluation
 
 
+@pytest.mark.slow
 def test_recording_has_the_experts_episodes(arms, tmp_path):
     record("so101", ["lift", "place"], 1, tmp_path / "set", image_size=48, noise=0, workers=1, progress=False)
     description = json.loads((tmp_path / "set" / RECORDING_FILE).read_text())

@@ -42,7 +42,7 @@ def dataset(tmp_path_factory):
     return write(tmp_path_factory.mktemp("stateless") / "set", None)
 
 
-@pytest.fixture(scope="module", params=["pi05", "pi0"])
+@pytest.fixture(scope="module", params=["pi05", pytest.param("pi0", marks=pytest.mark.slow)])
 def policy(request, dataset, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     (root / "arm.json").write_text(json.dumps(ROBOT.to_dict()))
