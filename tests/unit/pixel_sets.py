@@ -55,10 +55,10 @@ def write_set(path, *, images=None, video=None, info=None, camera="front"):
     with LeRobotWriter(
         path, fps=10, cameras={camera: (HEIGHT, WIDTH, 3)}, state_names=["a"], action_names=["a"], video=bool(video)
     ) as writer:
-        for _ in range(2):
+        for i in range(2):
             image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
             writer.add_frame(
-                {f"observation.images.{camera}": image, "observation.state": np.zeros(1), "action": np.zeros(1)}
+                {f"observation.images.{camera}": image, "observation.state": np.full(1, i), "action": np.zeros(1)}
             )
         writer.save_episode("go")
     key = f"observation.images.{camera}"

@@ -1,5 +1,6 @@
 """`torchpi data merge | split | delete | resample`: the right frames with the right numbers, whole or not at all."""
 
+import dataclasses
 import errno
 import json
 
@@ -20,10 +21,11 @@ from numbered_set import FRONT, read_number
 from pixel_sets import encoded_video, some_picture, turned_video, write_set
 
 from torchpi import cli
-from torchpi.data import LeRobotDataset, recording, rewrite
+from torchpi.data import LeRobotDataset, LeRobotWriter, recording, rewrite
 from torchpi.data.edit import delete_episodes, merge_datasets, resample_dataset, split_dataset
 from torchpi.data.metadata import open_metadata
 from torchpi.data.metadata_writer import merged_stats
+from torchpi.robots import ActionDim, Embodiment
 
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
@@ -118,6 +120,24 @@ def test_resampled_frames_are_the_nearest_and_increments_are_summed(is_video, vi
     halves = [0 + 1 + 2 / 2, 2 / 2 + 3 + 4, 1000 + 1001 + 1002 / 2, 2000 + 2001 + 2002 / 2, 2002 / 2 + 2003]
     assert actions[:, 2].tolist() == halves  # 0.25 s are two and a half frames
     assert [read_number(dataset[i][FRONT]) for i in range(5)] == [0, 2, 1000, 2000, 2002]
+
+
+def test_commands_of_a_robot_are_found_by_the_names_of_its_actions(tmp_path):
+    actions = (ActionDim("turn", command="increment"), ActionDim("lift", command="position"))
+    robot = dataclasses.replace(
+        Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["lift"], actions=["lift"]), actions=actions
+    )
+    with LeRobotWriter(
+        tmp_path / "set", fps=10, cameras={}, state_names=["lift"], action_names=["lift", "turn"]
+    ) as writer:
+        values = np.repeat(np.arange(1, 5, dtype=np.float32)[:, None], 2, axis=1)
+        writer.add_episode({"observation.state": values[:, :1], "action": values}, "go")
+    resample_dataset(tmp_path / "set", tmp_path / "new", 5, commands=robot)
+    actions = LeRobotDataset(tmp_path / "new", action_horizon=1).columns["action"]
+    assert actions.tolist() == [[1, 1 + 2], [3, 3 + 4]]
+    wrong = dataclasses.replace(robot, actions=(robot.actions[0], ActionDim("wrist", command="position")))
+    with pytest.raises(ValueError, match=r"action has lift, turn; embodiment 'arm' has turn, wrist: "):
+        resample_dataset(tmp_path / "set", tmp_path / "other", 5, commands=wrong)
 
 
 def test_an_episode_without_its_own_keyframe_is_encoded_anew(videos, tmp_path):

@@ -239,13 +239,49 @@ def test_draft_is_read_as_it_is_and_statistics_work(arm, tmp_path, capsys):
 
 def test_draft_asks_where_the_data_do_not_tell(tmp_path):
     def change(e, state, action, images):
-        action[:] = 40 * np.diff(np.concatenate([state, state[-1:]]), axis=0)
+        action[:] = [40, 50, 60] * np.diff(np.concatenate([state, state[-1:]]), axis=0)
 
     found = inspect_dataset(arm_set(tmp_path / "set", change=change, action_names=["a", "b", "c"]))
     document = draft_embodiment(found, "arm")
     assert [action["command"] for action in document["actions"]] == [None] * 3
     assert [action["kind"] for action in document["actions"]] == ["absolute"] * 3
-    assert sum("command unknown" in question for question in questions_of(document)) == 3
+    (question,) = (question for question in questions_of(document) if "command unknown" in question)
+    assert question.startswith("actions a, b, c: command unknown: ")
+    assert "which is … times the action" in question
+
+
+def test_draft_asks_equal_questions_once(tmp_path):
+    names = [f"joint_{i}" for i in range(6)]
+    options = {"ranges": ((-0.5, 0.6),) * 6, "state_names": names, "action_names": names}
+    document = draft_embodiment(inspect_dataset(arm_set(tmp_path / "set", **options)), "arm")
+    joints, reason = ", ".join(names), "rad: from -0.5 to 0.6: joints, or normalized to -1 to 1"
+    assert list(questions_of(document)) == [
+        f"state state: are these units right? {joints} {reason}",
+        f"actions {joints}: unit {reason}",
+    ]
+    assert len([row for row in document["actions"] if "comment" in row]) == 6
+
+
+def test_action_in_another_unit_than_the_state_is_found(tmp_path):
+    def change(e, state, action, images):
+        action[:, :2] = np.radians(action[:, :2])
+
+    found = inspect_dataset(arm_set(tmp_path / "set", change=change))
+    (problem,) = found.problems
+    assert problem.subject == "action"
+    assert problem.text.startswith("shoulder_pan.pos, elbow_flex.pos go with the state at a scale of 20 or more")
+
+
+@pytest.mark.parametrize(("step", "repeated"), [(1, 0), (0, 1)])
+def test_depth_that_changes_by_a_millimetre_is_no_repeat(tmp_path, step, repeated):
+    depth = some_depth()
+    path = write_set(
+        tmp_path / "set",
+        images=[encoded(depth), encoded(depth + np.uint16(step))],
+        info={"is_depth_map": True, "depth_unit": "mm"},
+    )
+    (camera,) = inspect_dataset(path).cameras
+    assert camera.repeated == (repeated, 1)
 
 
 def test_depth_camera_is_shown_and_drafted_as_one(tmp_path):

@@ -333,6 +333,26 @@ def test_the_command_prints_one_document(folder, path, dataset, policy, capsys):
     assert document["plots"] == []
 
 
+@pytest.mark.filterwarnings("always")
+def test_a_dataset_in_another_unit_is_said(policy, path, golden_root, tmp_path, capsys):
+    ends = np.array([-90.0, 0]), np.array([90.0, 1])
+    degrees = NormStats(np.zeros(2), np.ones(2), *ends)
+    Policy(
+        policy.model,
+        ARM,
+        norm_stats={"state": degrees, "actions": degrees},
+        tokenizer=golden_root / "tokenizer" / "tiny_spm.model",
+    ).save(tmp_path / "degrees")
+    captured = run([tmp_path / "degrees", "--dataset", path, "--num-steps", 1, "--samples", 2, "--json"], capsys)
+    for what in ("state", "actions"):
+        assert f"that normalize it: {what} elbow: looks like radians, there are degrees." in captured.err
+    json.loads(captured.out)
+    limited = dataclasses.replace(ARM, actions=(dataclasses.replace(ARM.actions[0], low=50, high=60), ARM.actions[1]))
+    (tmp_path / "limited.json").write_text(json.dumps(limited.to_dict()))
+    options = ["--embodiment", tmp_path / "limited.json", "--num-steps", 1, "--samples", 2]
+    assert "embodiment 'arm' takes 50 to 60" in run([tmp_path / "degrees", "--dataset", path, *options], capsys).err
+
+
 def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, path, tmp_path, capsys):
     out = tmp_path / "new" / "plots"
     captured = run([folder, "--dataset", path, "--num-steps", 1, "--out", out], capsys)

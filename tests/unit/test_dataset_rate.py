@@ -235,5 +235,9 @@ def test_mixture_has_one_rate_per_robot(thirty, tmp_path, robot_file):
         open_data(mixture(Source(str(thirty), file), Source(str(ten), file)), SIZES)
     data = open_data(mixture(Source(str(thirty), file, fps=10.0), Source(str(ten), file)), SIZES)
     assert [source.train.fps for source in data] == [10, 10]
-    with pytest.raises(TrainingError, match="or a mixture"):
-        TrainConfig(mixture=(Source(str(ten), file),), fps=10.0)
+    with pytest.raises(TrainingError, match="either fps, norm_stats, or a mixture"):
+        TrainConfig(mixture=(Source(str(ten), file),), fps=10.0, norm_stats="init")
+    with pytest.raises(DatasetError, match=r"acts at 10 Hz") as caught:
+        open_data(mixture(Source(str(ten), file), Source(str(thirty), robot_file(10))), SIZES)
+    note = f"({thirty} is in a mixture: its options are those of its entry in the recipe.)"
+    assert caught.value.__notes__ == [note]

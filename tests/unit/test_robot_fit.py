@@ -53,6 +53,14 @@ def test_likely_causes_of_misfits(ours, expected):
     assert misfits("state", NAMES, ours, THEIRS) == expected
 
 
+def test_radians_for_degrees_are_told_from_small_movements():
+    theirs, ours = stats(*IN_DEGREES), stats(LOW, HIGH)
+    expected = ["state pan, lift, elbow: looks like radians, there are degrees"]
+    assert misfits("state", NAMES, ours, theirs) == expected
+    one_rests = stats(np.where([1, 0, 0, 0], 0, IN_DEGREES[0]), np.where([1, 0, 0, 0], 0, IN_DEGREES[1]))
+    assert misfits("state", NAMES, one_rests, theirs) == []
+
+
 def test_arms_in_the_other_order_are_recognized():
     theirs = stats([*LOW, *(LOW + 3)], [*HIGH, *(HIGH + 3)])
     ours = stats([*(LOW + 3), *LOW], [*(HIGH + 3), *HIGH])

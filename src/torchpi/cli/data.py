@@ -187,10 +187,8 @@ class DataResample(_Edit):
                 "Resampling needs to know what the robot does with an action, because increments are summed over the "
                 "frames that are left out: give --command, or --embodiment of a robot that states it, and not both."
             )
-        commands: str | list[str] = self.command or ""
-        if self.embodiment is not None:
-            commands = [action.command or "not stated" for action in get_embodiment(self.embodiment).actions]
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
+        commands = self.command or get_embodiment(self.embodiment)
         return [resample_dataset(self.dataset, self.out, fps, commands=commands, progress=progress)]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +15,8 @@ from torchpi.schema import COMMENT, without_comments
 
 QUESTION = "QUESTION: "
 """The beginning of a comment about something that the dataset does not tell."""
+_MEASURED = re.compile(r"(correlation |change \(|which is |[:,] from )-?[\d.]+(?:e[+-]?\d+)?(?: to -?[\d.e+-]+)?")
+"""Numbers in the reasons of guesses, see `torchpi.data.guesses`."""
 _WRISTS = re.compile(r"wrist|hand|grip|ego", re.IGNORECASE)
 _MODEL_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """The cameras of the published weights."""
@@ -46,11 +49,16 @@ def draft_embodiment(found: Inspection, name: str) -> dict[str, Any]:
 
 
 def questions_of(document: Mapping[str, Any]) -> Iterator[str]:
-    """The questions in the document of a draft, each with its place."""
+    """The questions in the document of a draft, each once with its places, and without measured numbers that differ."""
     for part in ("cameras", "state", "actions"):
+        found = defaultdict[str, dict[str, str]](dict)
         for row in document[part]:
             if COMMENT in row:
-                yield f"{part} {row.get('name') or row['key']}: {row[COMMENT].removeprefix(QUESTION)}"
+                text = row[COMMENT].removeprefix(QUESTION)
+                found[_MEASURED.sub(r"\1…", text)][row.get("name") or row["key"]] = text
+        for general, texts in found.items():
+            differing = set(texts.values())
+            yield f"{part} {', '.join(texts)}: {general if len(differing) > 1 else differing.pop()}"
 
 
 def to_text(document: Mapping[str, Any]) -> str:
@@ -96,9 +104,13 @@ def _cameras(found: Inspection) -> list[dict[str, Any]]:
 
 
 def _state(dimensions: Sequence[Dimension]) -> dict[str, Any]:
-    asked = [f"{dim.name} {dim.unit}" for dim in dimensions if not dim.unit.certain]
+    asked = defaultdict[str, list[str]](list)
+    for dim in dimensions:
+        if not dim.unit.certain:
+            asked[str(dim.unit)].append(dim.name)
     row = {"key": "state", "names": _unique(dimensions), "units": [dim.unit.value for dim in dimensions]}
-    return _row(row, f"are these units right? {'; '.join(asked)}" if asked else "")
+    texts = "; ".join(f"{', '.join(names)} {unit}" for unit, names in asked.items())
+    return _row(row, f"are these units right? {texts}" if asked else "")
 
 
 def _actions(found: Inspection) -> Iterator[dict[str, Any]]:

@@ -12,11 +12,12 @@ from torchpi.atomic import atomic_folder
 from torchpi.data import format as lerobot
 from torchpi.data.episodes import select_episodes
 from torchpi.data.metadata import Metadata, open_metadata
-from torchpi.data.names import dimension_names
+from torchpi.data.names import dimension_names, order_of
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
 from torchpi.errors import DatasetError, UnknownKeyError, first_of
+from torchpi.robots import Embodiment
 
 
 def merge_datasets(
@@ -75,14 +76,19 @@ def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: P
 
 
 def resample_dataset(
-    path: str | Path, out: Path, fps: float | int, *, commands: str | Sequence[str], progress: Progress = no_progress
+    path: str | Path,
+    out: Path,
+    fps: float | int,
+    *,
+    commands: str | Sequence[str] | Embodiment,
+    progress: Progress = no_progress,
 ) -> Edited:
     """Write a dataset at a lower rate: of each time of the new rate the nearest frame, actions by their command.
 
     Args:
         fps: the new rate.
-        commands: what the robot does with an action, see `ActionDim`: one for all dimensions, or each; it decides what
-            becomes of the actions, see `Resampling`.
+        commands: what the robot does with an action, see `ActionDim`: one for all dimensions, each, or the robot that
+            states them by the names of its actions; it decides what becomes of the actions, see `Resampling`.
 
     Raises:
         ValueError: a rate that is not lower; another number of commands; see also `merge_datasets`.
@@ -94,6 +100,8 @@ def resample_dataset(
             f"columns are {', '.join(source.info.features)}."
         )
     num_dims = int(np.prod(source.info.features[lerobot.ACTION]["shape"]))
+    if isinstance(commands, Embodiment):
+        commands = _commands_of(commands, dimension_names(source.info.features[lerobot.ACTION], num_dims), source.root)
     stated = (commands,) * num_dims if isinstance(commands, str) else tuple(commands)
     if len(stated) != num_dims:
         raise DatasetError(f"There are {len(stated)} commands; expected one for each of the {num_dims} dimensions.")
@@ -104,6 +112,21 @@ def resample_dataset(
         )
     resampling = Resampling(source.info.fps, fps, stated)
     return _write(out, {"": pieces_of(path, source)}, resampling=resampling, progress=progress)[0]
+
+
+def _commands_of(robot: Embodiment, names: Sequence[str] | None, path: Path) -> list[str]:
+    """The commands of a dataset's actions, in its order."""
+    stated = [action.command or "not stated" for action in robot.actions]
+    if names is None or len(names) != len(stated):
+        return stated
+    try:
+        order = order_of(names, robot.action_names)
+    except DatasetError as error:
+        raise DatasetError(
+            f"{path}: {lerobot.ACTION} has {', '.join(names)}; embodiment '{robot.name}' has "
+            f"{', '.join(robot.action_names)}: {error}. Choose the robot's embodiment, or state --command."
+        ) from error
+    return [stated[order.index(i)] for i in range(len(names))]
 
 
 def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]) -> dict[str, list[int]]:

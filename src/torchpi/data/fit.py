@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from torchpi.data import format as lerobot
+from torchpi.data.guesses import OTHER_SCALE, differ_in_unit, is_gripper
 from torchpi.data.lerobot import LeRobotDataset
-from torchpi.data.stats import Distribution, StatsCoverage
+from torchpi.data.stats import Distribution, StatsCoverage, distributions
 from torchpi.errors import first_of
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.presets import RELEASED
@@ -19,9 +20,6 @@ _MARGIN = 0.25
 """Part of a training range by which values may exceed it and still have its unit and direction."""
 _EXPECTED = 0.98
 """Fraction inside q01 to q99 of the data that these were computed from."""
-
-_OTHER_SCALE = 20.0
-"""An action and its state don't differ by this factor on a robot that goes where it is sent; rad and degrees by 57."""
 
 
 def coverage_with_reasons(
@@ -65,17 +63,21 @@ def misfits(what: str, names: Sequence[str], ours: NormStats, theirs: NormStats)
 
     outside = ~fits(low, high)
     degrees = outside & fits(np.radians(low), np.radians(high)) & (their_reach < 2 * np.pi) & (reach > 2 * np.pi)
-    is_gripper = np.array(["gripper" in name.lower() for name in names])
-    percent = outside & is_gripper & fits(low / 100, high / 100) & (their_reach < 2) & (reach > 10)
+    grippers = np.array(list(map(is_gripper, names)), bool)
+    # Small values are inside, too: they tell the unit only if those of all joints are too small.
+    joints, ratio = ~grippers & (their_reach > 2 * np.pi), their_reach / np.maximum(reach, 1e-9)
+    radians = joints & (joints.any() and ratio[joints].min() > OTHER_SCALE and np.median(ratio[joints]) < 200)
+    percent = outside & grippers & fits(low / 100, high / 100) & (their_reach < 2) & (reach > 10)
     # Within its range, only the end at which a gripper rests tells its direction.
     mean, their_mean = ours.mean[dims], theirs.mean[dims]
     is_mirrored = abs(least + most - mean - their_mean) < abs(mean - their_mean) / 3
     at_other_end = ~outside & is_mirrored & (abs(mean - their_mean) > 0.3 * (most - least))
     causes = {
         "looks like degrees, there are radians": degrees,
+        "looks like radians, there are degrees": radians,
         "looks like 0 to 100, there it is 0 to 1": percent,
         "seems to turn the other way: inside with the opposite sign": outside & fits(-high, -low),
-        "seems inverted: rests at the other end of its range": at_other_end & is_gripper,
+        "seems inverted: rests at the other end of its range": at_other_end & grippers,
     }
     found = [
         f"{what} {first_of(list(itertools.compress(names, dims_of)), 3)}: {text}"
@@ -137,37 +139,36 @@ def _meanings(robot: Embodiment) -> tuple[dict[str, str], dict[str, str]]:
 def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
     """Sentences on the actions most of whose values are far outside of their limits, as those in another unit are, and
     on those that are relative to a state in another unit."""
-    problems = _scale_problems(dataset, embodiment)
+    problems, states = [], dataset.columns[lerobot.STATE]
     for i, action in enumerate(embodiment.actions):
+        values = dataset.columns[lerobot.ACTION][:, i]
+        low, high = float(values.min()), float(values.max())
+        found = f"The action {action.name} of {dataset.path} goes from {low:.4g} to {high:.4g}"
+        if embodiment.action_mask[i] and differ_in_unit(values, states[:, i]):
+            problems.append(
+                f"{found} as its state goes from {states[:, i].min():.4g} to {states[:, i].max():.4g}: they seem to "
+                "have different units, and the policy would learn their difference. Convert one of them in the "
+                f"dataset, or make the action absolute in embodiment '{embodiment.name}'."
+            )
         if action.low is None or action.high is None:
             continue
-        values = dataset.columns[lerobot.ACTION][:, i]
         margin = (action.high - action.low) / 4
         if np.mean((values < action.low - margin) | (values > action.high + margin)) > 0.5:
-            low, high = float(values.min()), float(values.max())
             in_degrees = action.unit == "rad" and np.radians(max(-low, high)) < 2 * np.pi
             problems.append(
-                f"The action {action.name} of {dataset.path} goes from {low:.4g} to {high:.4g}, but embodiment "
-                f"'{embodiment.name}' takes {action.low:g} to {action.high:g} ({action.unit or 'no unit stated'})"
-                f"{'; the values look like degrees' if in_degrees else ''}. Choose the embodiment in the set's unit, "
-                "or state unit and limits in a file of your own."
+                f"{found}, but embodiment '{embodiment.name}' takes {action.low:g} to {action.high:g} "
+                f"({action.unit or 'no unit stated'}){'; the values look like degrees' if in_degrees else ''}. Choose "
+                "the embodiment in the set's unit, or state unit and limits in a file of your own."
             )
     return problems
 
 
-def _scale_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
-    problems = []
-    for i, is_delta in enumerate(embodiment.action_mask):
-        if not is_delta:
-            continue
-        action, state = (dataset.columns[key][:, i].astype(float) for key in (lerobot.ACTION, lerobot.STATE))
-        moves = action.std(), state.std()
-        if min(moves) < 1e-6 or max(moves) < _OTHER_SCALE * min(moves) or np.corrcoef(action, state)[0, 1] < 0.8:
-            continue
-        problems.append(
-            f"The action {embodiment.action_names[i]} of {dataset.path} goes from {action.min():.4g} to "
-            f"{action.max():.4g} as its state goes from {state.min():.4g} to {state.max():.4g}: they seem to have "
-            "different units, and the policy would learn their difference. Convert one of them in the dataset, or make "
-            f"the action absolute in embodiment '{embodiment.name}'."
-        )
-    return problems
+def stats_problems(dataset: LeRobotDataset, embodiment: Embodiment, theirs: Mapping[str, NormStats]) -> list[str]:
+    """Sentences on values that seem to have another unit, direction or order than the statistics of a policy."""
+    found = distributions(dataset, embodiment, action_horizon=dataset.action_horizon)
+    return [
+        f"{dataset.path} doesn't fit the statistics that normalize it: {cause}."
+        for what, ours in found.items()
+        if what in theirs
+        for cause in misfits(what, ours.names[: theirs[what].dim], ours.stats, theirs[what])
+    ]

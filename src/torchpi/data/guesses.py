@@ -16,6 +16,10 @@ _KINDS = {
     "length": re.compile(r"(^|[._/ ])(eef?_|pos_|tcp_|hand_|delta_|d)?[xyz]([._](pos|m))?$", re.IGNORECASE),
 }
 """Names of dimensions; others are joints."""
+OTHER_UNIT = "it goes with the state in another unit"
+"""The reason of a guess for such an action."""
+OTHER_SCALE = 20.0
+"""An action and its state don't differ by this factor on a robot that goes where it is sent; rad and degrees by 57."""
 _SPEED = re.compile(r"vel|speed", re.IGNORECASE)
 _UNITS: dict[str, tuple[tuple[float, float, str, str, bool], ...]] = {
     "gripper": (
@@ -82,6 +86,14 @@ def guess_units(names: Sequence[str], low: Float[np.ndarray, " d"], high: Float[
     return guesses
 
 
+def differ_in_unit(action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"]) -> bool:
+    """True for an action that goes with its state at another scale."""
+    moves = float(action.std(dtype=np.float64)), float(state.std(dtype=np.float64))
+    if min(moves) < 1e-6 or max(moves) < OTHER_SCALE * min(moves):
+        return False
+    return bool(np.corrcoef(action, state)[0, 1] >= 0.8)
+
+
 def guess_command(
     action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"], inside: Int[np.ndarray, " n"], fps: float | int
 ) -> Guess:
@@ -93,6 +105,8 @@ def guess_command(
     value, following, change = action[inside], state[inside + 1], state[inside + 1] - state[inside]
     if len(inside) < 2 or not (np.ptp(value) and np.ptp(following) and np.ptp(change)):
         return Guess("", "it does not move in this dataset")
+    if differ_in_unit(action, state):
+        return Guess("", OTHER_UNIT)
     position, motion = (float(np.corrcoef(value, other)[0, 1]) for other in (following, change))
     if position > 0.9 and abs(float(np.mean(value - following))) < 0.25 * float(np.ptp(following)):
         return Guess("position", f"it is near the next state (correlation {position:.2f})", position > 0.97)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, UInt8
 from torchpi.assets import assets
 from torchpi.data import format as lerobot
 from torchpi.data.clock import check_clock, check_tolerance
-from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
+from torchpi.data.guesses import OTHER_UNIT, Guess, guess_command, guess_units, is_gripper, unit_of_action
 from torchpi.data.idle import idle_frames
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.metadata import Metadata, open_metadata
@@ -247,8 +247,13 @@ def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
     rows = ((rows.start, rows.stop - 1) for rows in frames.episode_rows)
     fastest = np.concatenate([start + np.argsort(moved[start:last])[-_PAIRS:] for start, last in rows])
     pairs = [(frames[i][key], frames[i + 1][key]) for i in fastest if moved[i] > 0]
-    changes = [np.abs(as_picture(before).astype(np.float64) - as_picture(after)).mean() for before, after in pairs]
-    return sum(bool(change < _SAME_LEVELS) for change in changes), len(changes)
+    return sum(_are_same(*pair) for pair in pairs), len(pairs)
+
+
+def _are_same(before: np.ndarray, after: np.ndarray) -> bool:
+    if before.dtype != np.uint8:  # depth, which is stored exactly, or whose noise changes in any case
+        return np.array_equal(before, after, equal_nan=True)
+    return bool(np.abs(before.astype(np.float64) - after).mean() < _SAME_LEVELS)
 
 
 def as_picture(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
@@ -313,6 +318,9 @@ def _check(found: Inspection, metadata: Metadata, dataset: LeRobotDataset) -> No
             found.note("named_twice", column, names=", ".join(twice))
         if still := [dim.name for dim in dimensions if dim.low == dim.high]:
             found.note("still", column, names=", ".join(still))
+    other = [dim.name for dim in found.actions if dim.command and dim.command.reason == OTHER_UNIT]
+    if joints := [name for name in other if not is_gripper(name)]:
+        found.note("other_unit", lerobot.ACTION, names=", ".join(joints))
     for name, count in Counter(jump.dimension for jump in found.jumps).items():
         first = next(jump for jump in found.jumps if jump.dimension == name)
         is_turn = any(abs(abs(first.after - first.before) / turn - 1) < 0.05 for turn in (2 * math.pi, 360))

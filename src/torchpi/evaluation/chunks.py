@@ -2,7 +2,9 @@
 
 import bisect
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import Bool, Float32
 
 from torchpi.data import LeRobotDataset, to_observation
 from torchpi.data import format as lerobot
+from torchpi.data.fit import stats_problems, unit_problems
 from torchpi.errors import UsageError
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
@@ -44,6 +47,21 @@ class Chunks:
     """Past the end of the episode."""
     state: Float32[np.ndarray, "F s"]
     """In the embodiment's order."""
+
+
+def open_recorded(policy: Policy, path: str | Path, **reading: Any) -> LeRobotDataset:
+    """Open a dataset of the policy's robot, with chunks as long as the policy's.
+
+    Args:
+        reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
+
+    Warns: about values that seem to have another unit than the robot's or the policy's statistics.
+    """
+    horizon, robot = policy.model.config.require("action_horizon"), policy.embodiment
+    dataset = LeRobotDataset(path, action_horizon=horizon, embodiment=robot, columns=(), **reading)
+    for problem in unit_problems(dataset, robot) + stats_problems(dataset, robot, policy.transforms.norm_stats):
+        warnings.warn(problem, UserWarning, stacklevel=2)
+    return dataset
 
 
 def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> list[int]:

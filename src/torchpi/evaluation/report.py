@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from torchpi.data import format as lerobot
-from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.rate import rate_note
-from torchpi.evaluation.chunks import predict_chunks, sample_frames
+from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_frames
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
 from torchpi.policy import load_policy
@@ -85,8 +84,7 @@ def evaluate_on_dataset(
         reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
     """
     loaded = load_policy(policy, **(load or {}))
-    horizon = loaded.model.config.require("action_horizon")
-    data = LeRobotDataset(dataset, action_horizon=horizon, embodiment=loaded.embodiment, columns=(), **reading)
+    data = open_recorded(loaded, dataset, **reading)
     frames = sample_frames(data.episode_lengths, samples, seed=seed)
     predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()

@@ -1,10 +1,9 @@
 """Robots as data; `get_embodiment` finds one by name, by file or as the object itself."""
 
-import difflib
 from pathlib import Path
 from typing import Any
 
-from torchpi.errors import EmbodimentError, MissingFileError, UnknownKeyError
+from torchpi.errors import EmbodimentError, MissingFileError, UnknownKeyError, closest
 from torchpi.robots.embodiment import Embodiment as Embodiment
 from torchpi.robots.keys import flatten as flatten
 from torchpi.robots.parts import HOOKS as HOOKS
@@ -42,8 +41,8 @@ def get_embodiment(embodiment: Any) -> Embodiment:
         return read_embodiment(file)
     if file.suffix == ".json":
         raise MissingFileError(f"No embodiment file at {file}.")
-    close = difflib.get_close_matches(str(embodiment).lower(), EMBODIMENTS, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
+    close = closest(str(embodiment), EMBODIMENTS)
     raise UnknownKeyError(
-        f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file.{hint}"
+        f"Unknown embodiment '{embodiment}'; known are {', '.join(EMBODIMENTS)}, or give a JSON file."
+        + (f" Did you mean {close}?" if close else "")
     )

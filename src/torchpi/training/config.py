@@ -89,6 +89,9 @@ class Source(_Checked):
     """Normalization statistics, see `DataConfig.norm_stats`."""
 
 
+_OF_ONE_DATASET = ("dataset", "embodiment", "episodes", "prompt", "rename", "fps", "tolerance_s", "norm_stats")
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig(_Checked):
     """Samples: the dataset, its statistics and its augmentation."""
@@ -129,17 +132,17 @@ class DataConfig(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mixture and (self.dataset or self.embodiment or self.episodes or self.fps or self.tolerance_s):
+        given = [name for name in _OF_ONE_DATASET if getattr(self, name) != getattr(DataConfig, name)]
+        if self.mixture and given:
             raise TrainingError(
-                "A recipe has either dataset, embodiment, episodes, fps and tolerance_s, or a mixture of several "
-                "datasets with theirs."
+                f"A recipe has either {', '.join(given)}, or a mixture of several datasets with theirs; state them in "
+                "the mixture's entries."
             )
 
     @property
     def sources(self) -> tuple[Source, ...]:
         """The datasets of the run."""
-        names = ("dataset", "embodiment", "episodes", "prompt", "rename", "fps", "tolerance_s", "norm_stats")
-        return self.mixture or (Source(**{name: getattr(self, name) for name in names}),)
+        return self.mixture or (Source(**{name: getattr(self, name) for name in _OF_ONE_DATASET}),)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torchpi.data.metadata import open_metadata
 from torchpi.data.rate import same_rate, with_rate
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues, distributions
-from torchpi.errors import TrainingError
+from torchpi.errors import TorchpiError, TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.randomness import generator_at
@@ -79,10 +79,14 @@ def open_data(
     """
     recorded = [None] * len(config.data.sources) if held_out is None else held_out
     horizon = sizes.require("action_horizon")
-    data = [
-        _open_source(source, config, init, horizon, held)
-        for source, held in zip(config.data.sources, recorded, strict=True)
-    ]
+    data = []
+    for source, held in zip(config.data.sources, recorded, strict=True):
+        try:
+            data.append(_open_source(source, config, init, horizon, held))
+        except TorchpiError as error:
+            if config.data.mixture:
+                error.add_note(f"({source.dataset} is in a mixture: its options are those of its entry in the recipe.)")
+            raise
     _check_rates(data)
     return data
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from torchpi.data.fit import stats_problems
 from torchpi.data.rate import rate_note
 from torchpi.devices import has_bfloat16
 from torchpi.errors import first_of
@@ -169,6 +170,9 @@ def _describe_dataset(
     )
     if note := rate_note(data.train.fps, data.train.recorded_fps, data.embodiment):
         console.print(f"  {note}")
+    if data.source.norm_stats != "dataset":
+        for problem in stats_problems(data.train, data.embodiment, data.norm_stats):
+            console.print(f"  warning: {problem}")
     blank = [index for index, text in data.train.tasks.items() if not text.strip()]
     without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
     if without:
