@@ -34,7 +34,7 @@ from torchpi.training.run_folder import METRICS, resume_config
 from torchpi.training.samples import Frames, SampleRng, Samples, TrainingOrder
 from torchpi.training.setup import build_policies, open_data
 from torchpi.training.weights import build_model, model_config
-from torchpi.transforms.normalize import save_norm_stats
+from torchpi.transforms.normalize import NormStats, save_norm_stats
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +261,15 @@ def test_a_run_keeps_the_episodes_that_it_holds_out(recipe, tmp_path):
     (run / "run.json").unlink()
     with pytest.raises(ValueError, match=r"run\.json does not tell which episodes the run holds out"):
         loop.train(longer, run, resume=True)
+
+
+def test_a_file_of_statistics_in_another_unit_is_said(recipe, tmp_path, capsys):
+    degrees = NormStats(np.zeros(4), np.ones(4), np.full(4, -200.0), np.full(4, 200.0))
+    save_norm_stats(tmp_path / "norm_stats.json", {"state": degrees, "actions": degrees})
+    loop.train(recipe.replace(num_steps=1, norm_stats=str(tmp_path / "norm_stats.json")), tmp_path / "run")
+    printed = capsys.readouterr()
+    shown = " ".join((printed.out + printed.err).split())
+    assert "state hand_x, hand_y, hand_z: looks like radians, there are degrees." in shown
 
 
 def stats_file(recipe: TrainConfig, folder: pathlib.Path) -> pathlib.Path:
