@@ -12,7 +12,7 @@ from pixel_sets import encoded, some_depth, write_set
 from torchpi import cli
 from torchpi.data import LeRobotWriter
 from torchpi.data.draft import draft_embodiment, questions_of
-from torchpi.data.guesses import guess_command, guess_units
+from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
 from torchpi.data.inspect import inspect_dataset
 from torchpi.inspect.dataset import render_dataset_page
 from torchpi.robots import get_embodiment
@@ -165,6 +165,7 @@ def test_missing_video_is_a_problem_of_its_camera(tmp_path):
         (["a", "b"], [-100, -2], [100, 2], ["deg?", "deg?"]),
         (["a", "b"], [-150, -2], [150, 2], ["deg", "deg"]),
         (["a", "gripper"], [-150, 0], [150, 98], ["deg", "opening, 0 to 100"]),
+        (["a", "gripper"], [-150, 0], [150, 101.4], ["deg", "opening, 0 to 100"]),  # its motor goes a little beyond
         (["a", "gripper"], [-2, 0], [2, 1], ["rad", "opening, 0 to 1?"]),
         (["a", "finger"], [-2, 0], [2, 0.04], ["rad", "m?"]),
         (["x", "ee_y", "qw"], [0, 0, -1], [0.5, 0.6, 1], ["m", "m", "quaternion"]),
@@ -176,6 +177,13 @@ def test_units_are_guessed_from_names_and_ranges(names, low, high, units):
     guesses = guess_units(names, np.array(low, np.float64), np.array(high, np.float64))
     assert [guess.value + "?" * (not guess.certain) for guess in guesses] == units
     assert all(guess.reason for guess in guesses)
+
+
+def test_unit_of_an_action_whose_command_is_unknown_is_uncertain():
+    metres = guess_units(["z"], np.array([-1.0]), np.array([1.0]))[0]
+    assert unit_of_action(metres, Guess("position", "it is near the next state", certain=True)).certain
+    unknown = unit_of_action(metres, Guess("", "neither the state nor its change follows it"))
+    assert (unknown.value, unknown.certain) == ("m", False)
 
 
 @pytest.mark.parametrize(

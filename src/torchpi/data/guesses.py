@@ -28,7 +28,7 @@ _UNITS: dict[str, tuple[tuple[float, float, str, str, bool], ...]] = {
         (-1.05, 1.05, "-1 to 1", "a gripper", False),
         (-6.6, 6.6, "", "", False),
         (-5, 50, "opening, 0 to 100", "a gripper, LeRobot's unit", False),
-        (-5, 101, "opening, 0 to 100", "a gripper, LeRobot's unit", True),
+        (-5, 105, "opening, 0 to 100", "a gripper, LeRobot's unit", True),
         (-np.inf, np.inf, "", "", False),
     ),
     "quaternion": ((-np.inf, np.inf, "quaternion", "named so", True),),
@@ -124,4 +124,6 @@ def unit_of_action(unit: Guess, command: Guess) -> Guess:
     """The unit of an action, which is the position's only where the action is one."""
     if command.value == "velocity":
         return Guess(f"{unit.value.removesuffix('/s')}/s" if unit.value else "", unit.reason)
-    return Guess("", "not the state's: the action is scaled") if "scaled" in command.reason else unit
+    if "scaled" in command.reason:
+        return Guess("", "not the state's: the action is scaled")
+    return unit if command.value else dataclasses.replace(unit, certain=False)
