@@ -119,6 +119,8 @@ def test_fields_of_every_lerobot_since_04_are_known():
         ({"state_cond": True}, r"has the field state_cond \(true\), of which it is not known here what it changes"),
         ({"discrete_state_input": False}, r"has the field discrete_state_input \(false\)"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, found 0"),
+        ({"num_inference_steps": 10**9}, "num_steps must be a positive integer, got 1000000000; at most 1000"),
+        ({"image_resolution": [[1], [1]]}, "only squares are read"),
         ({"num_inference_steps": True}, "num_inference_steps must be a positive integer, found True"),
         ({"rtc_training_max_delay": -1}, "rtc_training_max_delay must be a non-negative integer, found -1"),
         ({"type": "pi0_fast"}, "is a π₀-FAST policy of LeRobot, which is not read yet"),
@@ -148,7 +150,7 @@ def test_number_of_euler_steps_becomes_the_policys(lerobot, tmp_path):
     assert "num_steps" not in json.loads((tmp_path / "saved/policy.json").read_text())
 
 
-@pytest.mark.parametrize("found", [0, -3, 2.5, "10"])
+@pytest.mark.parametrize("found", [0, -3, 2.5, "10", 10**9])
 def test_policy_file_with_an_impossible_number_of_steps_is_refused(found, tmp_path):
     demo = pathlib.Path(torchpi.__file__).parent / "assets/demo_policy/policy.json"
     (tmp_path / "policy.json").write_text(json.dumps({**json.loads(demo.read_text()), "num_steps": found}))

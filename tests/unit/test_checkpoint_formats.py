@@ -281,6 +281,7 @@ def test_lerobots_other_normalizations(lerobot, golden_pi05, mode, kind, bounds)
         ("config.json", lambda d: d.update(chunk_size=0), "chunk_size must be a positive integer, found 0"),
         ("config.json", lambda d: d.update(image_resolution=[224, 200]), "only squares are read"),
         ("config.json", lambda d: d["output_features"].pop("action"), "not as LeRobot writes them"),
+        ("config.json", lambda d: d["output_features"]["action"].update(shape=[]), "not as LeRobot writes them"),
     ],
 )  # fmt: skip
 def test_lerobot_policy_with_contradicting_settings_is_refused(lerobot, golden_pi05, name, change, message):

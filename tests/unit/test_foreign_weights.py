@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 
 import torchpi
+from torchpi.checkpoints import peft
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi import JaxArrays, write_params
 from torchpi.checkpoints.openpi_torch import EMBEDDING, TIED_EMBEDDING
@@ -162,16 +164,25 @@ def test_base_may_lie_next_to_the_adapter_and_config_name_it(adapter, golden_pi0
         ({"init_lora_weights": "olora"}, 'init_lora_weights is "olora"'),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true"),
         ({"layer_replication": [[0, 2]]}, "layer_replication is"),
-        ({"r": None}, "r is None; expected a positive number"),
-        ({"lora_alpha": "8"}, "lora_alpha is '8'; expected a positive number"),
+        ({"r": None}, "Expected `int`, got `null` at `r`"),
+        ({"lora_alpha": "8"}, "Expected `float`, got `str` at `lora_alpha`"),
         ({"use_magic": 1}, "has the field use_magic"),
         ({"base_model_name_or_path": ""}, "does not name the base that the adapter belongs to"),
         ({"r": 4}, r"A \[3, .* do not fit rank 4, which adapter_config.json states"),
         ({"rank_pattern": {"q_proj": 8}}, "do not fit rank 8"),
+        ({"r": 0}, "A rank or an alpha is 0; expected positive numbers"),
+        ({"lora_alpha": float("nan")}, "A rank or an alpha is nan"),
+        ({"alpha_pattern": {"q_proj": -1}}, "A rank or an alpha is -1"),
+        ({"alpha_pattern": {"q_proj": "8"}}, r"Expected `float`, got `str` at `alpha_pattern"),
+        ({"rank_pattern": ["q_proj"]}, "got `list` at `rank_pattern`"),
+        ({"rank_pattern": {"(": 3}}, r"\( can't be matched with the layers: .*missing \)"),
+        ({"alpha_pattern": {"(.*)*(.*)*(.*)*!": 3}}, r"can't be matched with the layers: that takes too long"),
+        ({"modules_to_save": "time_mlp_in"}, "got `str` at `modules_to_save`"),
         ({"modules_to_save": ["time_mlp_in"]}, r"lacks time_mlp_in, which adapter_config.json names"),
     ],
 )
-def test_adapter_that_is_more_than_lora_is_refused_by_name(adapter, golden_pi05, config, message):
+def test_adapter_that_is_more_than_lora_is_refused_by_name(adapter, golden_pi05, monkeypatch, config, message):
+    monkeypatch.setattr(peft, "_MATCH_SECONDS", 0.5)
     with pytest.raises(ValueError, match=message):
         torchpi.load_model(adapter.write(**config), config=golden_pi05.config)
 
@@ -183,6 +194,11 @@ def test_adapter_that_is_more_than_lora_is_refused_by_name(adapter, golden_pi05,
         (lambda a: a.update({"base_model.model.model.action_in_proj.lora_A.weight": torch.zeros(3, 5)}), "fit rank 3"),
         (lambda a: a.update({"base_model.model.x.lora_magnitude_vector": torch.zeros(3)}), "fit none of the base's"),
         (lambda a: a.update({"base_model.model.model.other_proj.weight": torch.zeros(3)}), "fit none of the base's"),
+        (lambda a: a.clear(), "has no arrays; get it again"),
+        (lambda a: a.update({"base_model.model.model.action_in_proj.lora_A.default.weight": torch.zeros(3, 32)}),
+         "lora_A.*weight and another change of it"),
+        (lambda a: a.update({"base_model.model.model.action_in_proj.weight": torch.zeros(32, 32)}),
+         "action_in_proj.weight and another change of it"),
     ],
 )  # fmt: skip
 def test_arrays_of_an_adapter_that_fit_nothing_are_named(adapter, golden_pi05, change, message):
@@ -192,8 +208,26 @@ def test_arrays_of_an_adapter_that_fit_nothing_are_named(adapter, golden_pi05, c
 
 
 def test_adapter_whose_base_is_missing_names_it(adapter, golden_pi05):
-    with pytest.raises(FileNotFoundError, match="holds an adapter of /nowhere/base: There is no checkpoint"):
+    with pytest.raises(
+        FileNotFoundError, match="holds the changes of a LoRA training to /nowhere/base: There is no checkpoint"
+    ):
         torchpi.load_model(adapter.write(base_model_name_or_path="/nowhere/base"), config=golden_pi05.config)
+
+
+def test_adapters_that_are_each_others_base_are_an_error(adapter, golden_pi05, tmp_path):
+    root = adapter.write(base_model_name_or_path=str(tmp_path / "other"))
+    shutil.copytree(root, tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text(
+        json.dumps(adapter.config | {"base_model_name_or_path": str(root)})
+    )
+    with pytest.raises(ValueError, match="which leads back to it"):
+        torchpi.load_model(root, config=golden_pi05.config)
+
+
+@pytest.mark.parametrize("path", ["~no_such_user/base", "a" * 5000])
+def test_path_that_no_file_can_have_is_not_there(path):
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint at"):
+        torchpi.load_model(path)
 
 
 def test_adapter_beside_whole_weights_is_an_error(adapter, golden_pi05):
@@ -321,6 +355,32 @@ def test_damaged_npz_is_named(tmp_path, content):
     (tmp_path / "weights.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"weights.npz is no .npz file, or is damaged"):
         torchpi.load_model(tmp_path / "weights.npz", config="pi05")
+
+
+def npz_with(file, header, data=b"", compression=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("x.npy", b"\x93NUMPY\x01\0" + len(header).to_bytes(2, "little") + header.encode() + data)
+
+
+@pytest.mark.parametrize(
+    ("header", "options", "message"),
+    [
+        ("{'descr': (((\n", {}, "EOF in multi-line statement"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000000,), }\n", {},
+         "x has .* bytes, of which its header says"),
+        ("{'descr': '<f4', 'fortran_order': False, 'shape': (0,), }\n", {"compression": zipfile.ZIP_LZMA},
+         "x is encrypted, or compressed as NumPy does not"),
+    ],
+)  # fmt: skip
+def test_npz_whose_members_lie_is_refused_before_it_is_read(tmp_path, header, options, message):
+    npz_with(tmp_path / "weights.npz", header, **options)
+    with pytest.raises(ValueError, match=f"no .npz file, or is damaged: .*{message}"):
+        torchpi.load_model(tmp_path / "weights.npz", config="pi05")
+
+
+def test_npz_of_a_big_endian_machine_is_read(golden, jax_arrays, tmp_path):
+    np.savez(tmp_path / "weights.npz", **flat(jax_arrays, skip="", dtype=">f4"))
+    assert_same_weights(torchpi.load_model(tmp_path / "weights.npz", config=golden.config), golden.model())
 
 
 @pytest.mark.parametrize("array", [np.zeros(2, np.int8), np.array([{}], dtype=object), np.zeros(2, np.float64)])

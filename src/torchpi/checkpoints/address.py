@@ -1,5 +1,6 @@
 """Addresses of checkpoints: a folder or one of its files, hf://…, gs://…, or "demo", the embedded policy."""
 
+import os
 import pathlib
 import re
 
@@ -29,7 +30,7 @@ UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".msgpack")
 def existing_file(path: str | pathlib.Path) -> pathlib.Path:
     """The path; a remote address is downloaded into the cache first."""
     if not str(path).startswith(REMOTE):
-        return pathlib.Path(path).expanduser()
+        return pathlib.Path(os.path.expanduser(path))
     from torchpi.checkpoints import hub  # imports huggingface_hub
 
     return hub.fetch(str(path))
@@ -38,7 +39,7 @@ def existing_file(path: str | pathlib.Path) -> pathlib.Path:
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
     """The folder of the checkpoint at a path or address, or the .npz file."""
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
-    if not root.exists():
+    if not os.path.exists(root):
         raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
     if root.is_dir() or root.suffix == ".npz":
         return root

@@ -3,10 +3,12 @@
 The format is recognised by what is in the folder, never by its name.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, Literal
 
@@ -33,6 +35,8 @@ from torchpi.schema import read_json_object
 
 Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
 LoraChoice = Literal["fold", "keep"]
+_opening: ContextVar[tuple[pathlib.Path, ...]] = ContextVar("opening", default=())
+"""Folders whose bases are being opened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +362,20 @@ def _open_paligemma(
     return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True)
 
 
+@contextlib.contextmanager
+def _naming_base(root: pathlib.Path, base: str) -> Iterator[None]:
+    """Name the folder in errors about its base; one that leads back to the folder is an error."""
+    if root.resolve() in _opening.get():
+        raise CheckpointError(f"{root} holds the changes of a LoRA training to {base}, which leads back to it.")
+    token = _opening.set((*_opening.get(), root.resolve()))
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(f"{root} holds the changes of a LoRA training to {base}: {error}") from error
+    finally:
+        _opening.reset(token)
+
+
 def _open_peft(
     address: str,
     root: pathlib.Path,
@@ -367,10 +385,8 @@ def _open_peft(
 ) -> Checkpoint:
     """An adapter of PEFT, folded into its base."""
     adapter, origin = peft.read_adapter_config(root, document)
-    try:
+    with _naming_base(root, origin):
         base = _read_headers(origin, existing_folder(origin), requested, embedding)
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{root} holds an adapter of {origin}: {error}") from error
     if base.format not in ("lerobot", "openpi-pytorch"):
         raise CheckpointError(f"{root} holds an adapter of {origin}, which is {base.format}; expected LeRobot's base.")
     document, arrays = document or base.document, peft.PeftArrays(root, adapter, base.arrays)
@@ -393,12 +409,8 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
             address, root, "torchpi", config, arrays, table, policy_file=policy_file, quantization=quantization
         )
     adapter = read_adapter(root)
-    try:
+    with _naming_base(root, adapter.base.address):
         base = open_checkpoint(adapter.base.address, config=config)
-    except FileNotFoundError as error:
-        raise MissingFileError(
-            f"{root} holds the changes of a LoRA training to {adapter.base.address}: {error}"
-        ) from error
     return Checkpoint(
         address, root, "torchpi", config, base.arrays, base.table, tied=base.tied, dropped=base.dropped,
         policy_file=policy_file, adapter=adapter, base=base,

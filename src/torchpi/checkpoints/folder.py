@@ -21,6 +21,7 @@ from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
 from torchpi.config import Pi0Config
 from torchpi.engine.quantize import Quantization, quantization_of
 from torchpi.errors import CheckpointError, EmbodimentError
+from torchpi.model.flow import check_num_steps
 from torchpi.model.lora import lora_config
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
@@ -110,8 +111,7 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
         )
     check_json(document, str(file), error=CheckpointError)
     policy = parse(PolicyFile, document, str(file), error=CheckpointError)
-    if policy.num_steps < 1:
-        raise CheckpointError(f"{file}: num_steps is {policy.num_steps}; expected a positive integer.")
+    check_num_steps(policy.num_steps, f"{file}: ")
     config = Pi0Config.from_dict(policy.model, where=f"{file}: model")
     if (policy.quantization is not None) != (version == QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(

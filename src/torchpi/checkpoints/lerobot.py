@@ -87,10 +87,12 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         stats, rules = normalizations(root, before["normalizer_processor"], after["unnormalizer_processor"])
         embodiment = _embodiment(document, relative, renamed, stats)
         tokens = before[_TOKENS]
-        length = int(tokens.config["max_length"])
+        length = tokens.config["max_length"]
         tokenizer = str(tokens.artifacts.get("tokenizer_name") or tokens.config.get("tokenizer_name", ""))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"The processors of {root} are not as LeRobot writes them: no {error}") from error
+    except (LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{root}: config.json or a processor is not as LeRobot writes them ({error!r}); get the files again."
+        ) from error
     if length != document.get("tokenizer_max_length"):
         raise CheckpointError(
             f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "

@@ -1,6 +1,8 @@
 """JAX weights in an .npz file, by key paths that are joined with "/": PaliGemma's as published, or a whole model's."""
 
+import math
 import pathlib
+import tokenize
 import zipfile
 import zlib
 
@@ -16,7 +18,7 @@ from torchpi.model.suffix import init_projections
 
 # NumPy does not know bfloat16, and writes two bytes of no type.
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "void16": torch.bfloat16}
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, ValueError, EOFError)
 
 
 def find_npz(root: pathlib.Path) -> pathlib.Path | None:
@@ -34,8 +36,10 @@ class NpzArrays:
         shapes, dtypes = {}, {}
         try:
             with zipfile.ZipFile(file) as archive:
-                for member in archive.namelist():
-                    name = _openpi_name(member.removesuffix(".npy"))
+                for member in archive.infolist():
+                    name = _openpi_name(member.filename.removesuffix(".npy"))
+                    if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                        raise ValueError(f"{name} is encrypted, or compressed as NumPy does not")
                     with archive.open(member) as content:
                         header = (
                             npy.read_array_header_1_0
@@ -43,7 +47,10 @@ class NpzArrays:
                             else npy.read_array_header_2_0
                         )
                         shapes[name], _, dtypes[name] = header(content)
-                    self._members[name] = member
+                        size = content.tell() + math.prod(shapes[name]) * dtypes[name].itemsize
+                    if size != member.file_size and not dtypes[name].hasobject:
+                        raise ValueError(f"{name} has {member.file_size} bytes, of which its header says {size}")
+                    self._members[name] = member.filename
         except _DAMAGED as error:
             raise CheckpointError(f"{file} is no .npz file, or is damaged: {error}; get the file again.") from error
         if others := [f"{name} has dtype {dtype.name}" for name, dtype in dtypes.items() if dtype.name not in _DTYPES]:
@@ -61,6 +68,7 @@ class NpzArrays:
                 array = npy.read_array(content, allow_pickle=False)
         except _DAMAGED as error:
             raise CheckpointError(f"{self.source}: {name} is damaged: {error}; get the file again.") from error
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
         is_bfloat16 = array.dtype.kind == "V"
         tensor = (
             torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16) if is_bfloat16 else torch.from_numpy(array)

@@ -1,9 +1,14 @@
 """LoRA adapters of PEFT, as LeRobot saves them, folded into the arrays of their base as these are read."""
 
+import dataclasses
+import json
 import math
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,11 +19,39 @@ from torchpi.checkpoints.layout import StoredArrays
 from torchpi.checkpoints.openpi_torch import EXPERT_LM_HEAD, LEROBOT_PREFIX, TIED_EMBEDDING
 from torchpi.checkpoints.safetensors_files import SafetensorsArrays
 from torchpi.errors import CheckpointError
-from torchpi.schema import read_json_object
+from torchpi.schema import parse, read_json_object
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _PAIRS = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_MATCH = """
+import json, re, sys
+keys, layers = json.load(sys.stdin)
+found = [next((key for key in keys if re.match(rf"(.*\\.)?({key})$", layer)), None) for layer in layers]
+json.dump(found, sys.stdout)
+"""
+"""PEFT's rule: a layer's pattern is the first that its name ends with."""
+_MATCH_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterConfig:
+    """The fields of adapter_config.json that are used."""
+
+    r: int
+    lora_alpha: float
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        numbers = (self.r, self.lora_alpha, *(self.rank_pattern or {}).values(), *(self.alpha_pattern or {}).values())
+        if wrong := [number for number in numbers if not 0 < number < math.inf]:
+            raise CheckpointError(f"A rank or an alpha is {wrong[0]}; expected positive numbers.")
 
 
 def is_peft(root: pathlib.Path) -> bool:
@@ -26,24 +59,22 @@ def is_peft(root: pathlib.Path) -> bool:
     return (root / CONFIG).is_file()
 
 
-def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[AdapterConfig, str]:
     """adapter_config.json, checked, and the address of the base that it, or else config.json, names."""
     document = read_json_object(root / CONFIG, error=CheckpointError)
     require_fields(f"lerobot: {CONFIG}", document, root / CONFIG)
-    for number in ("r", "lora_alpha"):
-        if isinstance(value := document.get(number), bool) or not isinstance(value, int | float) or value <= 0:
-            raise CheckpointError(f"{root / CONFIG}: {number} is {value!r}; expected a positive number.")
-    name = str(document.get("base_model_name_or_path") or policy.get("pretrained_path") or "")
+    config = parse(AdapterConfig, document, str(root / CONFIG), error=CheckpointError, known_only=False)
+    name = str(config.base_model_name_or_path or policy.get("pretrained_path") or "")
     if not name:
         raise CheckpointError(
             f"{root / CONFIG} does not name the base that the adapter belongs to; write its folder, or its repository "
             "on the Hugging Face Hub, into base_model_name_or_path."
         )
-    for folder in (pathlib.Path(name).expanduser(), root / name):
-        if folder.exists():
-            return document, str(folder)
-    revision = f"@{document['revision']}" if document.get("revision") else ""
-    return document, f"hf://{name}{revision}" if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) else name
+    for folder in (os.path.expanduser(name), str(root / name)):
+        if os.path.exists(folder):
+            return config, folder
+    revision = f"@{config.revision}" if config.revision else ""
+    return config, f"hf://{name}{revision}" if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) else name
 
 
 class PeftArrays:
@@ -52,7 +83,7 @@ class PeftArrays:
     dtype = torch.float32
     """The changes are float32, whatever the base is stored in."""
 
-    def __init__(self, root: pathlib.Path, config: Mapping[str, Any], base: StoredArrays) -> None:
+    def __init__(self, root: pathlib.Path, config: AdapterConfig, base: StoredArrays) -> None:
         """Match the adapter's arrays with the base's; each changes or replaces one."""
         self._stored, self._base = SafetensorsArrays(root, WEIGHTS), base
         self.source, self.shapes = self._stored.source, base.shapes
@@ -68,31 +99,38 @@ class PeftArrays:
                 pairs.setdefault(found[1].removeprefix(_PREFIX), {})[found[2]] = name
             else:
                 self._replaced[_openpi_name(name)] = name
+        ranks = _of_layers(pairs, config.rank_pattern, config.r, self.source)
+        alphas = _of_layers(pairs, config.alpha_pattern, config.lora_alpha, self.source)
         for layer, pair in pairs.items():
             weight = f"{_openpi_name(layer)}.weight"
             if weight in (EXPERT_LM_HEAD, TIED_EMBEDDING):
                 self.dropped |= dict.fromkeys(pair.values(), "they change a text head, which is not read")
                 continue
-            self._scales[weight] = self._scale(layer, weight, pair, config)
+            self._require_fit(layer, weight, pair, ranks[layer])
+            self._scales[weight] = alphas[layer] / (math.sqrt(ranks[layer]) if config.use_rslora else ranks[layer])
             self.folded[weight] = pair["A"], pair["B"]
+        used = {*self.dropped, *self._replaced.values(), *(name for pair in self.folded.values() for name in pair)}
+        twice = [*(self._stored.shapes.keys() - used), *(self.folded.keys() & self._replaced.keys())]
+        if twice or not used:
+            raise CheckpointError(
+                f"{self.source} has {f'{twice[0]} and another change of it' if twice else 'no arrays'}; get it again."
+            )
         if unfit := [n for name, n in self._replaced.items() if self._stored.shapes[n] != base.shapes.get(name)]:
             raise CheckpointError(f"{self.source} has arrays that fit none of the base's: {', '.join(unfit[:8])}.")
-        saved = config.get("modules_to_save") or []
-        if missing := [m for m in saved if not any(f".{m}." in f".{name}" for name in self._replaced)]:
+        if missing := [
+            m for m in config.modules_to_save or () if not any(f".{m}." in f".{name}" for name in self._replaced)
+        ]:
             raise CheckpointError(f"{self.source} lacks {', '.join(missing)}, which {CONFIG} names; get it again.")
 
-    def _scale(self, layer: str, weight: str, pair: Mapping[str, str], config: Mapping[str, Any]) -> float:
-        """The factor of B·A, after a check that they fit the weight and adapter_config.json."""
+    def _require_fit(self, layer: str, weight: str, pair: Mapping[str, str], rank: int) -> None:
+        """Raise an error unless A and B fit the weight and adapter_config.json."""
         a, b = (self._stored.shapes.get(pair.get(half, ""), ()) for half in "AB")
         out, *inputs = self.shapes.get(weight, ())
-        rank = _of_layer(layer, config.get("rank_pattern"), config["r"])
         if (a, b) != ((rank, *inputs), (out, rank)) or len(inputs) != 1:
             raise CheckpointError(
                 f"{self.source}: A {list(a)} and B {list(b)} of {layer} do not fit rank {rank}, which {CONFIG} states, "
                 f"and the base's {weight} {list(self.shapes.get(weight, ()))}."
             )
-        alpha = _of_layer(layer, config.get("alpha_pattern"), config["lora_alpha"])
-        return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array by openpi's name, with its change."""
@@ -111,6 +149,21 @@ def _openpi_name(name: str) -> str:
     return name
 
 
-def _of_layer(layer: str, patterns: Mapping[str, Any] | None, default: Any) -> Any:
-    """The value of a layer: of the first of PEFT's patterns that its name ends with, or the default."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer)), default)
+def _of_layers(
+    layers: Iterable[str], patterns: Mapping[str, Any] | None, default: Any, source: pathlib.Path
+) -> dict[str, Any]:
+    """The value of each layer. Regular expressions of strangers may take forever: they run in a process that ends."""
+    names = list(layers)
+    if not patterns or not names:
+        return dict.fromkeys(names, default)
+    command, texts = [sys.executable, "-I", "-c", _MATCH], json.dumps([[*patterns], names])
+    try:
+        done = subprocess.run(command, input=texts, capture_output=True, text=True, check=True, timeout=_MATCH_SECONDS)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        timed_out = isinstance(error, subprocess.TimeoutExpired)
+        reason = "that takes too long" if timed_out else str(error.stderr).strip().rpartition("\n")[2]
+        raise CheckpointError(
+            f"{source.with_name(CONFIG)}: the patterns {', '.join(patterns):.200} can't be matched with the layers: "
+            f"{reason}. Write the layers' names there."
+        ) from error
+    return {name: patterns.get(key, default) for name, key in zip(names, json.loads(done.stdout), strict=True)}

@@ -9,7 +9,7 @@ from torch import nn
 
 from torchpi.checkpoints.fields import require_fields
 from torchpi.config import PRESETS, Pi0Config
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, is_whole
 from torchpi.model.pi0 import Pi0
 from torchpi.model.suffix import Pi0Suffix
 from torchpi.robots.keys import flatten
@@ -71,9 +71,9 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
     stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
     if not is_lerobot:
         return stated | {name: given[name] for name in _FLAGS if name in given}
-    stated["pi05"] = stated["discrete_state_input"] = document["type"] == "pi05"
+    stated["pi05"] = stated["discrete_state_input"] = document.get("type") == "pi05"
     if resolution := document.get("image_resolution"):
-        if not isinstance(resolution, list) or len(set(resolution)) != 1:
+        if not isinstance(resolution, list) or len({*map(repr, resolution)}) != 1 or not is_whole(resolution[0]):
             raise CheckpointError(f"{file}: image_resolution is {resolution}; only squares are read.")
         stated["image_size"] = resolution[0]
     return stated

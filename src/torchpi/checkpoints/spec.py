@@ -9,6 +9,7 @@ from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
 from torchpi.config import PRESETS
 from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError, first_of
+from torchpi.model.flow import check_num_steps
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.schema import check_json
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
@@ -68,7 +69,8 @@ class PolicySpec:
     """It is of a policy folder, which holds its tokenizer itself."""
 
     def __post_init__(self) -> None:
-        """Check the metadata, before any weight is read."""
+        """Check what can be checked before any weight is read."""
+        check_num_steps(self.num_steps, f"{self.source}: ")
         check_metadata(self.metadata, self.embodiment, self.default_prompt, self.source)
 
     def requested(

@@ -15,6 +15,7 @@ from torchpi.errors import ModelError, is_whole
 
 # The timescales of the time embedding (π₀'s appendix B has the formula).
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
+MAX_NUM_STEPS = 1000
 
 
 def posemb_sincos(
@@ -80,10 +81,17 @@ def token_times(time: Float32[Tensor, " B"], prefix_len: Int[Tensor, " B"], hori
     return time[:, None].masked_fill(is_known, 0.0)
 
 
+def check_num_steps(num_steps: int, where: str = "") -> None:
+    """Raise an error unless so many Euler steps can be made."""
+    if not is_whole(num_steps) or not 1 <= num_steps <= MAX_NUM_STEPS:
+        raise ModelError(
+            f"{where}num_steps must be a positive integer, got {num_steps!r}; at most {MAX_NUM_STEPS} are made."
+        )
+
+
 def euler_times(num_steps: int) -> list[float]:
     """The times at which the velocity is evaluated: 1, 1 − 1/n, … 1/n, accumulated in float32 as the original does."""
-    if not is_whole(num_steps) or num_steps < 1:
-        raise ModelError(f"num_steps must be a positive integer, got {num_steps!r}.")
+    check_num_steps(num_steps)
     dt = np.float32(-1.0 / num_steps)
     times, t = [], np.float32(1.0)
     while t >= -dt / 2:
