@@ -127,7 +127,7 @@ def loading_part(part: Part) -> Iterator[Row]:
     def work() -> Row:
         with tempfile.TemporaryDirectory(prefix="torchpi_acceptance_") as scratch:
             root, model = pathlib.Path(scratch), make_model(part)
-            write_policy_file(root, part.config, open_checkpoint("demo").spec())
+            write_policy_file(root, model, open_checkpoint("demo").spec())
             write_weights(root, model)
             load = functools.partial(load_model, root, dtype=torch.bfloat16, device=part.device)
             seconds = [timed(load, part.device) for _ in range(2)]

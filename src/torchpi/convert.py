@@ -26,9 +26,9 @@ from torchpi.checkpoints.openpi_torch import (
 )
 from torchpi.checkpoints.peft import PeftArrays
 from torchpi.checkpoints.safetensors_files import write_safetensors
-from torchpi.checkpoints.sizes import ConfigLike, adapt
+from torchpi.checkpoints.sizes import ConfigLike, adapt, untrained_note
 from torchpi.checkpoints.spec import PolicySpec
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, first_of
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.schema import write_json
@@ -208,6 +208,11 @@ def _write_policy(
         policy.write_spec(root)
         folder.write_weights(root, policy.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
         return []
+    if untrained := policy.transforms.untrained_actions:
+        raise CheckpointError(
+            f"Nothing has trained the policy's {first_of(untrained)}, and LeRobot would send the robot the model's "
+            "noise: train it first (torchpi train --init), and convert the result."
+        )
     _write_torch(root, policy.model, dtype, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
     notes = lerobot.write_spec(root, policy.model.config, policy.spec, dtype)
     (root / lerobot.TOKENIZER).mkdir()
@@ -239,6 +244,7 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: Format, dtype: torch.dtype
         write_json(root / "config.json", document)
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
     notes = [f"{field} {value} is not written: it is in openpi's training config" for field, value in values.items()]
+    notes += untrained_note(model.trained_action_dim, config.action_dim)
     return [*notes, "the tokenizer is not written: openpi has the published models'"]
 
 

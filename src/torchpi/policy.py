@@ -18,7 +18,6 @@ from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, check_metada
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
-from torchpi.engine.quantize import quantization_of
 from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
@@ -66,13 +65,11 @@ class Policy:
             KeyError: statistics or rules lack "state" or "actions".
             ValueError: the parts do not fit together.
         """
-        self.model = model
+        self.model, self.embodiment = model, embodiment
         self.engine: InferenceEngine | None = None
         """Engine that samples in place of the model; None: the model samples. Set by `use_engine`."""
-        self.embodiment = embodiment
         self.default_prompt = embodiment.default_prompt if default_prompt is None else default_prompt
-        self.num_steps = num_steps
-        self.provenance = dict(provenance or {})
+        self.num_steps, self.provenance = num_steps, dict(provenance or {})
         self._metadata = dict(metadata or {})
         check_metadata(self._metadata, embodiment, self.default_prompt, f"A policy of {embodiment.name}")
         self._tokenizer_path = find_tokenizer(tokenizer)
@@ -88,11 +85,13 @@ class Policy:
             image_size=(config.image_size, config.image_size),
             prompt_format=prompt_format,
             truncation=truncation,
+            trained_action_dim=model.trained_action_dim,
             names={"state": embodiment.state_names, "actions": embodiment.action_names},
         )
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
         self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
         self._check_sizes(norm_stats)
+        self.transforms.warn_of_untrained()
 
     def _check_sizes(self, norm_stats: Mapping[str, NormStats]) -> None:
         actions, config = self.embodiment.action_size, self.model.config
@@ -290,6 +289,7 @@ class Policy:
             "action_commands": [action.command for action in self.embodiment.actions],
             "action_limits": self.embodiment.action_limits,
             "action_range": self._action_range(),
+            "untrained_actions": list(self.transforms.untrained_actions),
             "control_hz": self.embodiment.control_hz,
             "execute_steps": self.embodiment.execute_steps,
             "num_steps": self.num_steps,
@@ -335,7 +335,7 @@ class Policy:
 
     def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder into a folder that is there, without the weights."""
-        folder.write_policy_file(root, self.model.config, self.spec, quantization_of(self.model))
+        folder.write_policy_file(root, self.model, self.spec)
         save_norm_stats(root / "norm_stats.json", self.transforms.norm_stats)
         self.write_tokenizer(root)
 

@@ -65,12 +65,6 @@ def test_lora_weights_are_folded_as_the_original_uses_them(golden):
     with np.load(root / "outputs.npz") as outputs, torch.no_grad():
         found = model.sample_actions(golden.observation(), noise=golden.inputs["noise"])
         np.testing.assert_allclose(found.numpy(), outputs["sample_actions_10"], atol=2e-5)
-    default = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json")
-    explicit = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(16.0, 32.0))
-    assert_same_weights(default, explicit)
-    assert not torch.equal(
-        default.backbone.layers[0].attention.qkv.weight, model.backbone.layers[0].attention.qkv.weight
-    )
     # In bfloat16 the sum is rounded, not its parts.
     rounded = torchpi.load_model(
         root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0), dtype=torch.bfloat16

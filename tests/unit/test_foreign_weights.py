@@ -315,6 +315,7 @@ def test_paligemma_gives_vision_and_backbone_and_the_rest_is_drawn(golden, jax_a
         torchpi.load_model(file)
     with pytest.warns(UserWarning, match="is PaliGemma: the action expert and the projections are drawn"):
         model = torchpi.load_model(file, config=golden.config)
+    assert model.trained_action_dim == 0
     drawn, whole = torchpi.Pi0(model.config), golden.model()
     for name, parameter in model.named_parameters():
         expected = whole.get_parameter(name).detach()

@@ -1,5 +1,6 @@
 """LoRA: attaching, merging, what is trained, and the files in which it is kept."""
 
+import contextlib
 import copy
 import json
 
@@ -15,9 +16,11 @@ from torchpi.checkpoints.lora import write_lora_params
 from torchpi.checkpoints.openpi import JaxArrays, find_params
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig, preset
+from torchpi.convert import convert
 from torchpi.model.layers import Linear
 from torchpi.model.lora import LoraConfig, add_lora, is_lora, lora_config, merge_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
+from torchpi.robots import Embodiment
 
 LORA = LoraConfig(backbone_rank=2, backbone_alpha=6.0, expert_rank=3, expert_alpha=1.5)
 BASE = {"address": "gs://openpi-assets/checkpoints/pi05_base", "dtype": "float32"}
@@ -289,6 +292,46 @@ def test_lora_of_plain_multi_head_attention_and_of_one_stack_round_trips(lora, t
     folded = state(torchpi.load_model(tmp_path, config=config, lora_alpha=alpha))
     for name, found in state(model).items():
         torch.testing.assert_close(found, folded[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lora", "is_known"),
+    [
+        (LoraConfig(), True),
+        (LoraConfig(backbone_rank=0), True),
+        (LoraConfig(backbone_rank=8), False),
+        (LoraConfig(backbone_rank=32, expert_rank=16), False),
+        (LoraConfig(backbone_rank=0, expert_rank=16), False),
+        (LoraConfig(backbone_rank=8, attention=False), True),  # the feed-forward's update is not scaled
+    ],
+)
+def test_alphas_are_asked_for_unless_the_ranks_are_openpis(lora, is_known, tmp_path):
+    config = sizes()
+    write_lora_params(tmp_path, lora_model(config, lora))
+    with contextlib.nullcontext() if is_known else pytest.raises(ValueError, match=r"Pass lora_alpha=\(backbone"):
+        default = torchpi.load_model(tmp_path, config=config)
+        assert_same(state(default), state(torchpi.load_model(tmp_path, config=config, lora_alpha=(16.0, 32.0))))
+
+
+@pytest.mark.parametrize("alpha", [(8.0, 0.0), (8.0, float("nan")), (-1.0, 3.0)])
+def test_alphas_that_are_not_positive_numbers_are_errors(alpha, jax_lora):
+    path, options = jax_lora
+    with pytest.raises(ValueError, match=r"must be a positive number"):
+        torchpi.load_model(path, **options | {"lora_alpha": alpha})
+
+
+def test_every_way_to_a_policy_asks_for_alphas(golden_root, tmp_path):
+    root, spm = golden_root / "lora" / "pi05", golden_root / "tokenizer" / "tiny_spm.model"
+    robot = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=["a", "b"], actions=["a", "b"])
+    options = {"config": root / "model_config.json", "embodiment": robot, "tokenizer": spm}
+    for attempt in (
+        lambda: torchpi.load_policy(root / "jax_ckpt", **options),
+        lambda: convert(root / "jax_ckpt", tmp_path / "out", "torchpi", **options),
+        lambda: convert(root / "jax_ckpt", tmp_path / "out", "openpi-jax", config=root / "model_config.json"),
+    ):
+        with pytest.raises(ValueError, match=r"rank 4 in the backbone and rank 6 in the action expert.*--lora-alpha"):
+            attempt()
+    assert not (tmp_path / "out").exists()
 
 
 def test_only_a_lora_checkpoint_has_lora_to_keep(golden_pi05):

@@ -20,7 +20,10 @@ import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.spec import FACTS
+from torchpi.convert import convert
+from torchpi.inspect import diagnose
 from torchpi.transforms import Normalization, NormStats
+from torchpi.transforms.normalize import save_norm_stats
 
 FILES = ["model.safetensors", "norm_stats.json", "policy.json", "tokenizer.model"]
 EMBODIMENT = Embodiment.generic(
@@ -694,3 +697,65 @@ def test_weights_are_saved_in_the_dtype_that_is_asked_for(tmp_path):
     # The demo's weights are bfloat16 already, so that nothing is lost.
     again = torchpi.load_policy(tmp_path / "half", device="cpu").model
     assert all(torch.equal(a, b) for a, b in zip(policy.model.parameters(), again.parameters(), strict=True))
+
+
+# Untrained actions
+
+WIDE = Embodiment.generic(
+    "four_joints", cameras={"base_0_rgb": "front"}, state=list("abcd"), actions=list("abcd"), delta=["d"], control_hz=20
+)
+UNTRAINED = "Nothing has trained this policy's d: of these actions, which are noise in the model"
+
+
+@pytest.fixture
+def wide(folder, tmp_path):
+    """A policy whose model was extended from three actions to the four of its robot."""
+    save_norm_stats(tmp_path / "wide.json", {"state": stats(4), "actions": stats(4)})
+    with pytest.warns(UserWarning, match=UNTRAINED):
+        report = convert(
+            folder, tmp_path / "wide", "torchpi", sizes={"action_dim": 4}, embodiment=WIDE,
+            norm_stats=tmp_path / "wide.json",
+        )  # fmt: skip
+    assert "actions from 3 on, counted from 0, are noise until they are trained" in str(report)
+    return tmp_path / "wide"
+
+
+@pytest.mark.parametrize("kind", ["z_score", "quantile"])
+def test_actions_that_nothing_has_trained_are_their_mean(kind, wide, tmp_path):
+    with pytest.warns(UserWarning, match=UNTRAINED):
+        load(wide, normalization=kind).save(tmp_path / "again")
+    with pytest.warns(UserWarning, match=UNTRAINED):
+        policy = load(tmp_path / "again")
+    assert policy.metadata["untrained_actions"] == ["d"]
+    (finding,) = [found for found in diagnose(policy).findings if found.about == "actions"]
+    assert (finding.level, finding.message[:22]) == ("problem", "nothing has trained d:")
+    observation = policy.example_observation()
+    noises = np.random.default_rng(0).standard_normal((2, 4, 4), np.float32)
+    first, second = (policy.infer(observation, noise=noise)["actions"] for noise in noises)
+    np.testing.assert_allclose(first[:, 3], observation["state"][3] + stats(4).mean[3], rtol=1e-6)  # a delta
+    np.testing.assert_array_equal(first[:, 3], second[:, 3])
+    assert not np.isclose(first[:, :3], second[:, :3]).any()
+
+
+def test_untrained_actions_stay_so_in_further_conversions(wide, tmp_path):
+    with pytest.warns(UserWarning, match="Nothing has trained this policy's d"):
+        convert(wide, tmp_path / "wider", "torchpi", sizes={"action_dim": 6})
+    assert json.loads((tmp_path / "wider" / "policy.json").read_text())["trained_action_dim"] == 3
+    report = convert(tmp_path / "wider", tmp_path / "jax", "openpi-jax")
+    assert "note: actions from 3 on, counted from 0, are noise" in str(report)
+    with (
+        pytest.warns(UserWarning, match=UNTRAINED),
+        pytest.raises(ValueError, match="trained the policy's d, and LeRobot would send"),
+    ):
+        convert(wide, tmp_path / "lerobot", "lerobot")
+    assert not (tmp_path / "lerobot").exists()
+    narrow = {"embodiment": EMBODIMENT, "norm_stats": tmp_path / "wide.json"}  # a robot without them
+    assert load(wide, **narrow).metadata["untrained_actions"] == []
+
+
+@pytest.mark.parametrize("value", [-1, 3, 4])
+def test_a_number_of_trained_actions_that_is_impossible_is_an_error(value, folder):
+    document = json.loads((folder / "policy.json").read_text())
+    (folder / "policy.json").write_text(json.dumps({**document, "trained_action_dim": value}))
+    with pytest.raises(ValueError, match=f"trained_action_dim is {value}; expected less than action_dim 3"):
+        load(folder)

@@ -16,7 +16,7 @@ from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
 from torchpi.cli import main
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
-from torchpi.model.lora import LoraConfig, trainable_parameters
+from torchpi.model.lora import LoraConfig, merge_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training import activation_checkpointing, loop, state
@@ -85,6 +85,16 @@ def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path)
     (model, beginning), _ = begin(other.replace(adapt=True))
     assert model.config.action_dim == 8
     assert "suffix.action_in_proj.weight" in beginning.adapted
+    assert "actions from 6 on, counted from 0, are noise until they are trained" in beginning.adapted
+    assert model.trained_action_dim == 6
+
+
+def test_training_ends_that_actions_are_untrained(recipe):
+    (model, _), data = begin(recipe)
+    model.trained_action_dim = 1
+    (policy,) = build_policies(recipe, model, data)
+    assert model.trained_action_dim == policy.embodiment.action_size
+    assert policy.transforms.untrained_actions == ()
 
 
 def test_norm_stats_option_selects_the_statistics(further, dataset, trained, tmp_path):
@@ -546,7 +556,33 @@ def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):
     chunks = [p.infer(observation, noise=noise)["actions"] for p in (policy, again)]
     np.testing.assert_allclose(chunks[0], chunks[1], atol=5e-5)
     with pytest.raises(ValueError, match="use the same, or fold it"):
-        build_model(config.replace(lora=LoraConfig()), init.config, init, skeleton=False)
+        build_model(config.replace(lora=LoraConfig(), lora_alpha=(8.0, 3.0)), init.config, init, skeleton=False)
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
+    """In the headers: neither a plan nor a run begins without them."""
+    root = golden_root / "lora" / "pi05"
+    ranks = LoraConfig(backbone_rank=4, expert_rank=6)
+    config = TrainConfig(init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune=finetune)
+    with pytest.raises(ValueError, match=r"rank 4 in the backbone .*--lora-alpha"):
+        open_init(config.replace(lora=ranks))
+    expected = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0))
+    before = dataclasses.replace(ranks, backbone_alpha=8.0, expert_alpha=3.0)  # how recipes stated it before
+    for stated in (config.replace(lora_alpha=(8.0, 3.0), lora=before), config.replace(lora=before)):
+        stated = stated.replace(dtype="float32", frozen_dtype="float32")
+        init = open_init(stated)
+        model, _ = build_model(stated, init.config, init, skeleton=False)
+        if finetune == "lora":
+            merge_lora(model)
+        torch.testing.assert_close(model.state_dict(), expected.state_dict(), atol=1e-6, rtol=1e-6)
+
+
+def test_alphas_without_initial_lora_weights_are_an_error(recipe, further):
+    with pytest.raises(ValueError, match="lora_alpha is that of initial weights"):
+        recipe.replace(lora_alpha=(16.0, 32.0))
+    with pytest.raises(ValueError, match="lora_alpha= belongs to a checkpoint with LoRA"):
+        open_init(further.replace(lora_alpha=(16.0, 32.0)))
 
 
 def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, trained, tmp_path):

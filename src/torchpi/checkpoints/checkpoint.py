@@ -18,7 +18,7 @@ from torchpi.checkpoints import folder, lerobot, openpi, peft
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
 from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
-from torchpi.checkpoints.lora import DEFAULT_ALPHA, lora_pairs, stored_lora
+from torchpi.checkpoints.lora import lora_pairs, stored_lora
 from torchpi.checkpoints.npz import NpzArrays, draw_action_weights, find_npz
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice, TorchArrays, torch_config, torch_table
@@ -29,6 +29,7 @@ from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.engine.quantize import Quantization
 from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.model.lora import LoraConfig
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, get_embodiment
 from torchpi.schema import read_json_object
@@ -86,6 +87,13 @@ class Checkpoint:
         """The sizes of `model`."""
         return self.requested_config or self.stored_config
 
+    @property
+    def trained_action_dim(self) -> int:
+        """See `Pi0.trained_action_dim`."""
+        stated = None if self.policy_file is None else self.policy_file.trained_action_dim
+        dims = (self.config.action_dim, self.stored_config.action_dim, *(() if stated is None else (stated,)))
+        return 0 if self.is_paligemma else min(dims)
+
     def require_full_precision(self, purpose: str) -> None:
         """Refuse quantized weights where those that they were made of are needed."""
         if self.quantization is not None:
@@ -117,6 +125,20 @@ class Checkpoint:
             )
         return dataclasses.replace(spec, provenance={"source": self.address})
 
+    def lora(self, alpha: tuple[float, float] | None) -> LoraConfig | None:
+        """The LoRA of a JAX checkpoint, or None; an error where alpha is needed, or of a checkpoint without LoRA."""
+        if self.folded:
+            return stored_lora(self.arrays, alpha)
+        if alpha is not None:
+            raise self._without_lora("lora_alpha=")
+        return None
+
+    def _without_lora(self, option: str) -> CheckpointError:
+        return CheckpointError(
+            f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; {self.root} "
+            f"({self.format}) has none."
+        )
+
     @torch.inference_mode(False)  # weights that were made in inference mode have no gradients ever after
     def model(
         self,
@@ -128,12 +150,9 @@ class Checkpoint:
         emulate_fp8: bool = False,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model`."""
-        if (lora_alpha is not None or lora == "keep") and not self.folded:
-            option = 'lora="keep"' if lora_alpha is None else "lora_alpha="
-            raise CheckpointError(
-                f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; "
-                f"{self.root} ({self.format}) has none."
-            )
+        matrices = self.lora(lora_alpha)
+        if lora == "keep" and matrices is None:
+            raise self._without_lora('lora="keep"')
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:
             # What was learned belongs to weights as they were in training; those are compared, too.
@@ -145,11 +164,9 @@ class Checkpoint:
             merge_adapter(self.root, self.adapter, model)
             model = model.to(dtype)
         else:
-            table, matrices = self.table(config), None
-            if self.folded:
-                matrices = stored_lora(self.arrays.shapes, lora_alpha or DEFAULT_ALPHA)
+            table, fold = self.table(config), lora == "fold"
+            if matrices is not None:
                 table |= lora_table(config, matrices)
-            fold = lora == "fold"
             model = load_arrays(
                 self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold,
                 quantization=self.quantization, emulate_fp8=emulate_fp8,
@@ -158,6 +175,7 @@ class Checkpoint:
                 draw_action_weights(model, seed=0)
         if self.adapted:
             adapt_model(model, self.config)
+        model.trained_action_dim = self.trained_action_dim
         return model.eval()
 
 
@@ -189,7 +207,9 @@ def open_checkpoint(
     if not isinstance(explicit, Pi0Config):
         explicit = Pi0Config.from_dict(explicit, stored, where=str(config))
     if adapt:
-        adapted = adapt_model(Pi0(stored, device="meta"), explicit)
+        model = Pi0(stored, device="meta")
+        model.trained_action_dim = checkpoint.trained_action_dim
+        adapted = adapt_model(model, explicit)
         return dataclasses.replace(checkpoint, requested_config=explicit, adapted=tuple(adapted))
     in_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
     overruled = overrule(root, stored, explicit, in_file=in_file)
@@ -223,7 +243,7 @@ def load_model(
         dtype: of the weights, and so of the computation.
         device: where the weights go.
         lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
-            openpi's, (16, 32).
+            openpi's (16, 32) where the ranks are openpi's, 16 and 32, and with other ranks it must be stated.
         lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
             attaches them to the model, in float32, to be trained on.
         embedding: which of the two names of the embedding counts in a PyTorch checkpoint that stores both, and in which

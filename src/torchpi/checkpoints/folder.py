@@ -31,7 +31,7 @@ from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
 FORMAT_VERSION, QUANTIZED_FORMAT_VERSION = 2, 3
-_OPTIONAL = {"num_steps": 10, "quantization": None}
+_OPTIONAL = {"num_steps": 10, "trained_action_dim": None, "quantization": None}
 """Values of fields that are left out where they have them."""
 
 
@@ -78,6 +78,8 @@ class PolicyFile:
     image_transform: ImageTransform
     num_steps: int = 10
     """Euler steps of an inference that does not ask for another number; stated where it is not 10."""
+    trained_action_dim: int | None = None
+    """See `Pi0.trained_action_dim`; only where it is less than the model's action_dim."""
     quantization: Quantization | None = None
     """Only, and always, in a quantized policy, whose format_version is 3."""
 
@@ -113,6 +115,11 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
     policy = parse(PolicyFile, document, str(file), error=CheckpointError)
     check_num_steps(policy.num_steps, f"{file}: ")
     config = Pi0Config.from_dict(policy.model, where=f"{file}: model")
+    if policy.trained_action_dim is not None and not 0 <= policy.trained_action_dim < config.action_dim:
+        raise CheckpointError(
+            f"{file}: trained_action_dim is {policy.trained_action_dim}; expected less than action_dim "
+            f"{config.action_dim}, or no such field where all actions are trained."
+        )
     if (policy.quantization is not None) != (version == QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(
             f"{file}: format_version is {version}, and quantization is {'missing' if version == 3 else 'stated'}; it "
@@ -169,15 +176,14 @@ def _stated(policy: PolicyFile) -> dict[str, Any]:
     return {name: value for name, value in document.items() if value != _OPTIONAL.get(name, ...)}
 
 
-def write_policy_file(
-    root: pathlib.Path, config: Pi0Config, spec: PolicySpec, quantization: Quantization | None = None
-) -> None:
+def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
     """Write policy.json."""
+    trained, quantization = model.trained_action_dim, quantization_of(model)
     assert spec.embodiment is not None
     assert spec.normalization is not None
     policy = PolicyFile(
         format_version=FORMAT_VERSION if quantization is None else QUANTIZED_FORMAT_VERSION,
-        model=config.to_dict(),
+        model=model.config.to_dict(),
         embodiment=spec.embodiment.to_dict(),
         normalization=NormalizationRules(**spec.normalization),
         prompt=PromptRules(spec.default_prompt, spec.prompt_format, spec.truncation),
@@ -185,6 +191,7 @@ def write_policy_file(
         provenance={"torchpi": __version__, **spec.provenance},
         image_transform=ImageTransform(),
         num_steps=spec.num_steps,
+        trained_action_dim=trained if trained < model.config.action_dim else None,
         quantization=quantization,
     )
     try:

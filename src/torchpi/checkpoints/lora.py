@@ -7,7 +7,7 @@ import pathlib
 
 import torch
 
-from torchpi.checkpoints.layout import Shapes, StoredArrays, stored_array
+from torchpi.checkpoints.layout import StoredArrays, stored_array
 from torchpi.checkpoints.openpi import write_params
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.errors import CheckpointError
@@ -16,6 +16,7 @@ from torchpi.model.pi0 import Pi0
 
 DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
 """Alphas of backbone and action expert in openpi's variants gemma_2b_lora and gemma_300m_lora."""
+_STACKS = {False: "backbone", True: "action expert"}
 
 
 def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
@@ -44,15 +45,26 @@ def _is_experts(name: str) -> bool:
     return name.split(".")[-2].endswith("_1")  # attn.q_einsum_1.w, mlp_1.linear_lora_a
 
 
-def stored_lora(shapes: Shapes, alpha: tuple[float, float] = DEFAULT_ALPHA) -> LoraConfig:
-    """The LoRA of a checkpoint whose arrays have these shapes; alpha is in none of them."""
+def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) -> LoraConfig:
+    """The LoRA of a checkpoint. Its alphas are in no array: None, where the ranks tell that they are openpi's."""
+    shapes = arrays.shapes
     ranks = {_is_experts(name): shape[-1] for name, shape in shapes.items() if name.endswith("lora_a")}
+    attention = any("lora_" in name and ".attn." in name for name in shapes)
+    known = {False: LoraConfig.backbone_rank, True: LoraConfig.expert_rank}
+    if alpha is None and attention and not ranks.items() <= known.items():
+        found = " and ".join(f"rank {ranks[i]} in the {stack}" for i, stack in _STACKS.items() if i in ranks)
+        raise CheckpointError(
+            f"{arrays.source} has LoRA of {found}, whose alpha, by which its update is scaled, is in no array; it is "
+            f"known for openpi's ranks {known[False]} and {known[True]} only. Pass lora_alpha=(backbone, expert), "
+            "--lora-alpha BACKBONE EXPERT, as in the training config that the checkpoint is of."
+        )
+    backbone_alpha, expert_alpha = DEFAULT_ALPHA if alpha is None else alpha
     return LoraConfig(
         backbone_rank=ranks.get(False, 0),
-        backbone_alpha=float(alpha[0]),
+        backbone_alpha=backbone_alpha,
         expert_rank=ranks.get(True, 0),
-        expert_alpha=float(alpha[1]),
-        attention=any("lora_" in name and ".attn." in name for name in shapes),
+        expert_alpha=expert_alpha,
+        attention=attention,
         feed_forward=any("lora_" in name and ".mlp" in name for name in shapes),
     )
 

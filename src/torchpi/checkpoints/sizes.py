@@ -134,7 +134,8 @@ def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
     """Give a model the sizes of a config, or other values of some `ADAPTABLE` fields, in place; the changes as text.
 
     Rows and columns of dimensions that both have stay as they are; new ones are 0, so that a new dimension of the state
-    is not read, and one of the actions is predicted as its mean.
+    is not read. One of the actions has the velocity 0, and stays the noise that it begins as until it is trained:
+    `trained_action_dim` tells, and a policy gives the mean of the statistics instead.
     """
     if not isinstance(sizes, Pi0Config) and (unknown := sorted(set(sizes) - set(ADAPTABLE))):
         raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(ADAPTABLE)} can.")
@@ -147,9 +148,21 @@ def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
         )
     report = [f"{field}: {old[field]} to {new[field]}" for field in ADAPTABLE if field in different]
     if "action_dim" in different:
-        report += _resize(model, config.action_dim)
+        trained = min(model.trained_action_dim, old["action_dim"], config.action_dim)
+        report += [*_resize(model, config.action_dim), *untrained_note(trained, config.action_dim)]
+        model.trained_action_dim = trained
     model.config = config
     return report
+
+
+def untrained_note(trained: int, action_dim: int) -> list[str]:
+    """A sentence on the actions that no training has seen, if there are any."""
+    if trained == action_dim:
+        return []
+    return [
+        f"actions from {trained} on, counted from 0, are noise until they are trained, and policies of torchpi give "
+        "their mean instead"
+    ]
 
 
 def _resize(model: Pi0, width: int) -> list[str]:

@@ -19,8 +19,9 @@ TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
 MAX_ACTION_PREFIX = "max_action_prefix"
 """Key of a policy's metadata: the longest action prefix that it was trained to continue (training-time RTC)."""
-_ACTIONS = ("action_horizon", "action_names", "action_commands", "action_limits", "action_range", "execute_steps")
-FACTS = frozenset(("embodiment", "observation", *_ACTIONS, "control_hz", "num_steps", "default_prompt", "engine"))
+_ACTIONS = ("action_horizon", "action_names", "action_commands", "action_limits", "action_range", "untrained_actions")
+_RATES = ("control_hz", "execute_steps", "num_steps")
+FACTS = frozenset(("embodiment", "observation", *_ACTIONS, *_RATES, "default_prompt", "engine"))
 """Keys of `Policy.metadata` that embodiment and model decide."""
 _MAX_METADATA = 1_000_000
 """Bytes that every client gets at each connection."""

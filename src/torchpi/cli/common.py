@@ -28,7 +28,7 @@ class CheckpointOptions:
     config: str | None = None
     """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
     lora_alpha: tuple[float, float] | None = None
-    """Of the backbone and the action expert in a JAX LoRA checkpoint; by default openpi's, 16 32."""
+    """Of the backbone and the action expert in a JAX LoRA checkpoint; needed unless the ranks are openpi's."""
     embedding: Literal["embed_tokens", "lm_head"] | None = None
     """The name that counts, in a PyTorch checkpoint that stores the embedding under both, differently."""
     embodiment: str | None = None

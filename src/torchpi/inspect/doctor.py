@@ -69,6 +69,8 @@ def diagnose(
 
     of_weights = list(_check_weights(policy))
     findings, checks = [*of_weights, *check_statistics(policy)], None
+    if policy.transforms.untrained_actions:
+        findings.append(finding("untrained_actions", "actions", names=first_of(policy.transforms.untrained_actions, 5)))
     if observation is not None:
         examination = _Examination(policy, observation, other_instruction)
         findings += examination.run(None if of_weights else sample)

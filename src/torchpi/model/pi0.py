@@ -82,6 +82,7 @@ class Pi0(nn.Module):
         """Build the model; its weights are those of `init_weights` with seed 0, on "meta" there are none."""
         super().__init__()
         self.config = config
+        self.trained_action_dim = config.action_dim  # what `checkpoints.sizes.adapt` adds is noise until it is trained
         self.compute_dtype_override = compute_dtype
         with torch.device("meta"):
             self.vision = SigLIP(config.siglip, image_size=config.image_size, out_width=config.paligemma.width)

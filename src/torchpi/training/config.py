@@ -164,6 +164,9 @@ class ModelConfig(_Checked):
     "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     """Rank and alpha of "lora" and "lora_strict"."""
+    lora_alpha: tuple[float, float] | None = None
+    """Of the backbone and the action expert, of the LoRA in initial weights of openpi's JAX; needed unless its ranks
+    are openpi's."""
     frozen_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Dtype of the frozen weights in memory."""
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -179,6 +182,8 @@ class ModelConfig(_Checked):
         super().__post_init__()
         if self.trains_lora and self.init is None:
             raise TrainingError(f"finetune {self.finetune!r} needs initial weights: set init (--init).")
+        if self.lora_alpha is not None and self.init is None:
+            raise TrainingError("lora_alpha is that of initial weights: set init (--init).")
 
     @property
     def trains_lora(self) -> bool:

@@ -125,7 +125,8 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
 def _sizes(config: TrainConfig) -> Pi0Config:
     """Those of a published checkpoint are known by its name, so that nothing is downloaded."""
     if config.model.init is not None and (name := published_name(config.model.init)) is not None:
-        return model_config(config.replace(init=None, finetune="full", model=config.model.config or name), None)
+        alone = {"init": None, "lora_alpha": None, "finetune": "full", "model": config.model.config or name}
+        return model_config(config.replace(**alone), None)
     return model_config(config, open_init(config))
 
 

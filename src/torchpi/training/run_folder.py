@@ -44,7 +44,7 @@ CHANGEABLE = frozenset(
         *("num_steps", "grad_accum_steps", "activation_checkpointing", "compile", "parallel", "shard_size", "workers"),
         *("image_cache_gb", "device", "holdout_samples", "chunk_samples", "eval_every", "env", "env_tasks"),
         *("tolerance_s", "env_episodes", "save_every", "keep", "keep_every", "log_every", "trackers"),
-        *("wandb_project", "wandb_name"),
+        *("wandb_project", "wandb_name", "lora_alpha"),
     }
 )
 """Options that may change when a run is resumed: they do not change what its updates compute."""

@@ -201,6 +201,7 @@ def build_policies(
         spec = dataclasses.replace(spec, tokenizer=existing_file(config.model.tokenizer))
     spec = spec.with_tokenizer(model.config.vocab_size)
     max_prefix = config.optim.max_action_prefix
+    model.trained_action_dim = max(model.trained_action_dim, *(source.embodiment.action_size for source in data))
     return [
         policy_of(
             model,

@@ -8,6 +8,7 @@ import torch
 
 from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torchpi.checkpoints.lora import DEFAULT_ALPHA
 from torchpi.checkpoints.npz import draw_action_weights
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
@@ -50,6 +51,7 @@ def open_init(config: TrainConfig) -> Checkpoint | None:
     try:
         checkpoint = open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None)
         checkpoint.require_full_precision("trained")
+        checkpoint.lora(_init_alpha(config, checkpoint))
         return checkpoint
     except ValueError as error:
         if not config.model.adapt and requested is not None:
@@ -113,19 +115,23 @@ def build_model(
     return model, dataclasses.replace(report, fresh=fresh, frozen_sha256=sha256)
 
 
+def _init_alpha(config: TrainConfig, init: Checkpoint) -> tuple[float, float] | None:
+    """The alphas of the initial weights' LoRA, where the recipe states them."""
+    stated, lora = config.model.lora_alpha, config.model.lora
+    trained = (lora.backbone_alpha, lora.expert_alpha)
+    # Those of the LoRA that is trained are both's, in recipes from before lora_alpha.
+    return trained if stated is None and init.folded and trained != DEFAULT_ALPHA else stated
+
+
 def _load(config: TrainConfig, init: Checkpoint) -> tuple[Pi0, InitReport]:
-    lora = config.model.lora
     # LoRA in the checkpoint is trained on where LoRA is trained, and a part of the weights elsewhere.
-    if init.folded:
-        keep = config.model.trains_lora
-        model = init.model(lora_alpha=(lora.backbone_alpha, lora.expert_alpha), lora="keep" if keep else "fold")
-        if keep and lora_config(model) != lora:
-            raise TrainingError(
-                f"{init.address} has {lora_config(model)}, the recipe {lora}: use the same, or fold it into the "
-                "weights first with torchpi convert."
-            )
-    else:
-        model = init.model()
+    alpha, keep = _init_alpha(config, init), config.model.trains_lora and bool(init.folded)
+    if keep and (stored := init.lora(alpha)) != config.model.lora:
+        raise TrainingError(
+            f"{init.address} has {stored}, the recipe {config.model.lora}: use the same, or fold it into the weights "
+            "first with torchpi convert."
+        )
+    model = init.model(lora_alpha=alpha, lora="keep" if keep else "fold")
     drawn: tuple[str, ...] = ()
     if init.is_paligemma:
         drawn = draw_action_weights(model, config.seed)

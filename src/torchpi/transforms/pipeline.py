@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.errors import TransformError, UnknownKeyError
+from torchpi.errors import TransformError, UnknownKeyError, first_of
 from torchpi.transforms.actions import pad_to_dim, unpad
 from torchpi.transforms.images import resize_with_pad
 from torchpi.transforms.normalize import (
@@ -53,6 +53,9 @@ class Transforms:
     """The format of π₀'s text, see `tokenize_prompt`."""
     truncation: str = "instruction"
     """The treatment of a prompt that is too long, see `tokenize_prompt`."""
+    trained_action_dim: int | None = None
+    """Dimensions of the actions that training has seen; the others are given as the mean of their statistics, because
+    the model's are noise. None: all."""
     names: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     """Names of the dimensions of "state" and "actions", for messages."""
     _constant: dict[str, list[int]] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -143,9 +146,29 @@ class Transforms:
             ValueError: NaN or infinity in what the model returned; action_size is wider than the chunk.
         """
         require_finite(actions, "the model's action chunk")
-        chunk = unnormalize(actions, self.norm_stats["actions"], self.normalization["actions"], what="actions")
+        stats, trained = self.norm_stats["actions"], self.trained_action_dim
+        chunk = unpad(unnormalize(actions, stats, self.normalization["actions"], what="actions"), action_size)
         self._warn_of_constant("actions", action_size)
-        return unpad(chunk, action_size)
+        if trained is None or trained >= action_size:
+            return chunk
+        return np.where(np.arange(action_size) < trained, chunk, stats.mean[:action_size].astype(chunk.dtype))
+
+    @property
+    def untrained_actions(self) -> tuple[str, ...]:
+        """Names of the robot's actions that no training has seen, see `checkpoints.sizes.adapt`."""
+        first = self.action_dim if self.trained_action_dim is None else self.trained_action_dim
+        return tuple(self.names.get("actions", ())[first:])
+
+    def warn_of_untrained(self) -> None:
+        """Warn of actions that no training has seen."""
+        if self.untrained_actions:
+            warnings.warn(
+                f"Nothing has trained this policy's {first_of(self.untrained_actions)}: of these actions, which are "
+                "noise in the model, the robot gets the mean of the statistics. Train it on data of the robot "
+                "(torchpi train --init) before the robot moves.",
+                UserWarning,
+                stacklevel=4,
+            )
 
     def _normalize(self, value: Any, key: str) -> np.ndarray:
         x = np.asarray(value)
