@@ -412,3 +412,12 @@ def test_help_lists_the_commands_in_a_process_of_its_own():
     assert result.stderr == ""
     for command in COMMANDS:
         assert command in result.stdout
+
+
+@pytest.mark.parametrize("words", [[], ["data"], ["sim", "--help"]])
+def test_commands_are_listed_in_groups_a_line_each(words, capsys):
+    run(words)
+    lines = capsys.readouterr().out.splitlines()
+    listed = [name for name in COMMANDS if name.startswith(" ".join(words[:1]))]
+    assert [line[2:15].strip() for line in lines if line.startswith("  ")] == listed
+    assert max(map(len, lines)) <= 80

@@ -1,5 +1,6 @@
 """The command line: commands by name. Each is a dataclass of its arguments in one of these modules."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -7,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import tyro
+from rich.console import Console
 
 from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
@@ -14,30 +16,35 @@ from torchpi.cli.common import Command
 from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
 
-COMMANDS: dict[str, type[Command]] = {
-    "demo": policy.Demo,
-    "trace": policy.Trace,
-    "bench": bench.Bench,
-    "bench load": bench.BenchLoad,
-    "bench data": bench.BenchData,
-    "bench serve": bench.BenchServe,
-    "stats": stats.Stats,
-    "infer": policy.Infer,
-    "convert": checkpoints.Convert,
-    "quantize": checkpoints.Quantize,
-    "doctor": checkpoints.Doctor,
-    "compare": checkpoints.Compare,
-    "train": training.Train,
-    "eval": evaluation.Eval,
-    "serve": serving.Serve,
-    "data inspect": data.DataInspect,
-    "data draft": data.DataDraft,
-    "data merge": data.DataMerge,
-    "data split": data.DataSplit,
-    "data delete": data.DataDelete,
-    "data resample": data.DataResample,
-    "sim record": data.SimRecord,
+GROUPS: dict[str, dict[str, type[Command]]] = {
+    "a policy": {
+        "demo": policy.Demo,
+        "infer": policy.Infer,
+        "serve": serving.Serve,
+        "trace": policy.Trace,
+        "doctor": checkpoints.Doctor,
+        "compare": checkpoints.Compare,
+    },
+    "recordings": {
+        "data inspect": data.DataInspect,
+        "data draft": data.DataDraft,
+        "data merge": data.DataMerge,
+        "data split": data.DataSplit,
+        "data delete": data.DataDelete,
+        "data resample": data.DataResample,
+        "sim record": data.SimRecord,
+        "stats": stats.Stats,
+    },
+    "training and evaluation": {"train": training.Train, "eval": evaluation.Eval},
+    "checkpoints": {"convert": checkpoints.Convert, "quantize": checkpoints.Quantize},
+    "speed": {
+        "bench": bench.Bench,
+        "bench load": bench.BenchLoad,
+        "bench data": bench.BenchData,
+        "bench serve": bench.BenchServe,
+    },
 }
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
 def train_recipe(recipe: TrainConfig) -> None:
@@ -56,6 +63,10 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
     if args == ["--version"]:
         print(f"torchpi {__version__}")
         return
+    begin = " ".join(word for word in args if word not in ("-h", "--help"))
+    if begin not in COMMANDS and any(f"{name} ".startswith(f"{begin} ".lstrip()) for name in COMMANDS):
+        _print_commands(begin)
+        return
     name = max((name for name in COMMANDS if args[: len(name.split())] == name.split()), key=len, default="")
     options = options_of(COMMANDS[name]) if name else {}
     warnings.showwarning = partial(_show_warning, options)
@@ -73,9 +84,25 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         raise SystemExit(status)
 
 
+def _print_commands(begin: str) -> None:
+    """The page of `torchpi` alone, or of `torchpi data`: the commands in groups, with the beginning of their help."""
+    lines = ["torchpi COMMAND [OPTIONS]: π₀ and π₀.₅ in plain PyTorch"]
+    for title, group in GROUPS.items():
+        commands = {name: command for name, command in group.items() if name.startswith(begin)}
+        lines += [f"\n[bold]{title}[/bold]"] if commands else []
+        for name, command in commands.items():
+            summary = re.split(r"[.,:;(]", command.__doc__ or "", maxsplit=1)[0]
+            lines.append(f"  [cyan]{name:<13}[/cyan]  {summary}")
+    lines += [
+        "\ntorchpi COMMAND --help explains one, torchpi --version prints the version.",
+        "Completion of the shell: torchpi --tyro-print-completion bash (or zsh, tcsh)",
+    ]
+    Console(highlight=False).print("\n".join(lines), soft_wrap=True)
+
+
 def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
     """The command of that name with its arguments."""
-    if not name:  # prints the list of commands, or an error with similar names
+    if not name:  # ends with an error that has similar names
         commands: dict[str, Callable[..., Command]] = {**COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
             commands,
