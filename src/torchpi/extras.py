@@ -10,6 +10,7 @@ from torchpi.errors import MissingExtraError
 
 _NEEDS = {
     "adamw8bit": "The optimizer adamw8bit needs the extra 'adamw8bit'",
+    "aloha": "Simulating ALOHA needs the extra 'sim' and Python 3.11 or 3.12 (labmaze has no wheel for newer ones)",
     "client": "Asking a served policy needs torchpi-client",
     "data": "Datasets, videos and TensorBoard need the extra 'data'",
     "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
@@ -20,6 +21,7 @@ _NEEDS = {
     "track": "Weights & Biases needs the extra 'track'",
 }
 _COMMANDS = {
+    "aloha": "pip install 'torchpi[sim]'",
     "client": "pip install torchpi-client",
     "serve": "pip install ./client '.[serve]' in torchpi's repository",
 }

@@ -43,7 +43,7 @@ class AlohaSimEnvironment:
         self.image_size = image_size
         self.max_steps = MAX_STEPS
         # Its own step and reset render three cameras each time; physics and task are driven here without them.
-        env = require("gym_aloha.env", "sim").AlohaEnv(task)._env
+        env = require("gym_aloha.env", "aloha").AlohaEnv(task)._env
         self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
         sides, name2id = ("left", "right"), self._physics.model.name2id
         self._fingers = [[name2id(f"vx300s_{arm}/10_{side}_gripper_finger", "geom") for side in sides] for arm in sides]
