@@ -84,8 +84,8 @@ $(ENV): pyproject.toml client/pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache client/.ruff_cache .hypothesis
-	find src client tests scripts benchmarks examples -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache client/.ruff_cache integrations/ros2/.ruff_cache .hypothesis
+	find src client tests scripts benchmarks examples integrations -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean
 	rm -rf $(VENV)

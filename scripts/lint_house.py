@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 450, 60
 TARGET_LINES, TARGET_MEDIAN = 20_000, 140
 """Of src/torchpi; reported, and no error."""
 QUESTION = re.compile(r"(What|How|Where|Who|Whom|Whose|Which|Whether|Why|When)\b")
-PYTHON = ("src", "client/src", "tests", "scripts", "benchmarks", "recipes", "examples")
+PYTHON = ("src", "client/src", "tests", "scripts", "benchmarks", "recipes", "examples", "integrations")
 READING_PATH = ("types", "model/flow", "model/gemma", "model/suffix", "model/pi0", "transforms/pipeline", "policy")
 READING_PATH += ("training/loop",)
 

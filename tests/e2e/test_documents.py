@@ -6,7 +6,7 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDERS = (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "client")
+FOLDERS = (ROOT, ROOT / "docs", ROOT / "benchmarks", ROOT / "client", ROOT / "integrations" / "ros2")
 DOCUMENTS = sorted(document for folder in FOLDERS for document in folder.glob("*.md"))
 
 

@@ -1,0 +1,298 @@
+"""The node without ROS: sensors to observations, commands to messages, one run of the control loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from torchpi_ros2.config import JOINT_STATE, CameraTopic, Config, StateTopic
+from torchpi_ros2.errors import UnusableError
+from torchpi_ros2.images import check_image
+from torchpi_ros2.joints import command_message, read_joints, to_ros
+from torchpi_ros2.plan import Plan
+from torchpi_ros2.sync import Source, Synchronizer
+
+_log = logging.getLogger(__name__)
+
+STRING = "std_msgs/msg/String"
+REPORT_SECONDS = 2.0
+"""Between reports of what the node waits for."""
+_MESSAGES, _PROBLEM = "torchpi_ros2/messages", "torchpi_ros2/problem"
+
+
+class Ros(Protocol):
+    """The part of ROS that the node needs; `node.RclpyRos` is it."""
+
+    def subscribe(self, topic: str, kind: str, callback: Callable[[Any], None]) -> None:
+        """Call back with each message, in any thread."""
+
+    def advertise(self, topic: str, kind: str) -> Callable[[Any], None]:
+        """The function that publishes a message."""
+
+    def types(self, kind: str) -> Any:
+        """The class of messages of this name, such as "std_msgs/msg/Header"."""
+
+    def publishers(self, topic: str) -> Sequence[str]:
+        """The types with which the topic is published at present."""
+
+    def subscribers(self, topic: str) -> Sequence[str]:
+        """The types with which the topic is subscribed to at present."""
+
+    def now(self) -> float:
+        """ROS time in seconds: the system's, or the simulation's with use_sim_time."""
+
+
+class Sensors:
+    """The topics of an observation.
+
+    Args:
+        monotonic: seconds of a clock that is never set.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, ros: Ros, *, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._plan = plan
+        self._ros = ros
+        self._stop_after = config.stop_after
+        self._monotonic = monotonic
+        self._prompt = config.prompt
+        self._needs_prompt = config.prompt_topic if config.prompt is None else None
+        self._unusable_since: float | None = None
+        self._damaged: str | None = None  # the reason for which the last messages could not be decoded
+        self._cameras = [(Source(one.topic.key, one.topic.topic), one) for one in plan.cameras]
+        self._parts = [(Source(part.key, part.topic), part) for part in config.state]
+        self._sync = Synchronizer(
+            [source for source, _ in (*self._cameras, *self._parts)],
+            max_age=config.max_age,
+            slop=config.slop,
+            by_header=config.time == "header",
+            monotonic=monotonic,
+            now=ros.now,
+        )
+        for source, camera in self._cameras:
+            ros.subscribe(camera.topic.topic, camera.topic.type, self._camera_callback(source, camera.topic))
+        for source, part in self._parts:
+            ros.subscribe(part.topic, JOINT_STATE, self._joints_callback(source, part))
+        if config.prompt_topic is not None:
+            ros.subscribe(config.prompt_topic, STRING, self._take_prompt)
+
+    @property
+    def problem(self) -> str | None:
+        """The reason for which there is no observation at present, or None."""
+        if self._needs_prompt is not None and self._prompt is None:
+            return f"no instruction has come on {self._needs_prompt}"
+        try:
+            self._sync.match()
+        except UnusableError as error:
+            return str(error)
+        return self._damaged
+
+    def ages(self) -> dict[str, float | None]:
+        """Seconds since the last usable message of each topic."""
+        return self._sync.ages()
+
+    def wait(self, seconds: float, stopping: threading.Event) -> bool:
+        """Wait until there is an observation; False: `stopping` was set before.
+
+        Raises:
+            TimeoutError: there is none after this time; the message names the topics.
+        """
+        begin = self._monotonic()
+        report = begin + REPORT_SECONDS
+        while (problem := self.problem) is not None:
+            if stopping.wait(0.05):
+                return False
+            if (now := self._monotonic()) > begin + seconds:
+                raise TimeoutError(f"No observation after {seconds:g} s: {problem}{self._about_publishers()}.")
+            if now > report:
+                report = now + REPORT_SECONDS
+                _log.info("Waiting for an observation: %s%s", problem, self._about_publishers())
+        return not stopping.is_set()
+
+    def snapshot(self) -> dict[str, Any]:
+        """The present observation for `decode`: its messages, or the reason for none.
+
+        Raises:
+            TimeoutError: there was none for longer than `stop_after`.
+        """
+        if (since := self._unusable_since) is not None and self._monotonic() - since > self._stop_after:
+            raise TimeoutError(f"No usable observation for {self._stop_after:g} s (stop_after): {self.problem}.")
+        try:
+            return {_MESSAGES: self._sync.match()}
+        except UnusableError as error:
+            return {_PROBLEM: str(error)}
+
+    def decode(self, snapshot: Mapping[str, Any]) -> dict[str, Any]:
+        """The observation of a snapshot, with further fields as they are.
+
+        Raises:
+            UnusableError: there is none.
+        """
+        fields = dict(snapshot)
+        messages, problem = fields.pop(_MESSAGES, None), fields.pop(_PROBLEM, None)
+        try:
+            if messages is None:
+                raise UnusableError(problem)
+            observation = self._observation(messages)
+        except UnusableError:
+            if self._unusable_since is None:
+                self._unusable_since = self._monotonic()
+            raise
+        self._unusable_since = None
+        return {**observation, **fields}
+
+    def state(self, snapshot: Mapping[str, Any]) -> dict[str, float]:
+        """The numbers of a snapshot's state by the names of their dimensions."""
+        found: dict[str, float] = {}
+        for source, part in self._parts:
+            values = read_joints(snapshot[_MESSAGES][source], part.dimensions)
+            assert values is not None  # such messages are not kept
+            found.update(zip((dimension.name for dimension in part.dimensions), map(float, values), strict=True))
+        return found
+
+    def _observation(self, messages: Mapping[Source, Any]) -> dict[str, Any]:
+        observation: dict[str, Any] = {}
+        for source, camera in self._cameras:
+            try:
+                _put(observation, camera.topic.key, camera.read(messages[source]))
+            except UnusableError as error:
+                self._damaged = f"{source}: {error}"
+                raise UnusableError(self._damaged) from error
+        self._damaged = None
+        state = self.state({_MESSAGES: messages})
+        for key, names in self._plan.state.items():
+            _put(observation, key, np.array([state[name] for name in names], np.float32))
+        if self._prompt is not None:
+            observation["prompt"] = self._prompt
+        return observation
+
+    def _camera_callback(self, source: Source, topic: CameraTopic) -> Callable[[Any], None]:
+        def take(message: Any) -> None:
+            self._take(source, message, lambda: check_image(message, topic.type, topic.depth_unit))
+
+        return take
+
+    def _joints_callback(self, source: Source, part: StateTopic) -> Callable[[Any], None]:
+        def take(message: Any) -> None:
+            if not {dimension.joint for dimension in part.dimensions}.isdisjoint(message.name):
+                self._take(source, message, lambda: read_joints(message, part.dimensions))
+            elif not source.messages:
+                self._sync.refuse(source, f"its messages have other joints: {', '.join(message.name) or 'none'}")
+
+        return take
+
+    def _take(self, source: Source, message: Any, check: Callable[[], object]) -> None:
+        before = source.problem
+        try:
+            check()
+        except UnusableError as error:
+            self._sync.refuse(source, str(error))
+        else:
+            self._sync.add(source, message, message.header)
+        if source.problem is not None and before is None:
+            _log.warning("A message of %s is not used: %s", source, source.problem)
+
+    def _take_prompt(self, message: Any) -> None:
+        if text := message.data.strip():
+            _log.info("The instruction is now %r", text)
+            self._prompt = text
+        else:
+            _log.warning("An empty instruction is not used; it remains %r", self._prompt)
+
+    def _about_publishers(self) -> str:
+        """Topics without a publisher, or of another type than expected."""
+        expected = {camera.topic.topic: camera.topic.type for _, camera in self._cameras}
+        expected.update({part.topic: JOINT_STATE for _, part in self._parts})
+        found = []
+        for topic, kind in expected.items():
+            kinds = sorted(set(self._ros.publishers(topic)))
+            if not kinds:
+                found.append(f"nothing publishes {topic}")
+            elif kinds != [kind]:
+                found.append(f"{topic} is published as {', '.join(kinds)}, and expected as {kind}")
+        return f" ({'; '.join(found)})" if found else ""
+
+
+@dataclasses.dataclass
+class RosRobot:
+    """`torchpi_client.Robot` in topics."""
+
+    sensors: Sensors
+    plan: Plan
+    ros: Ros
+    period: float
+    """Of the control loop, in seconds."""
+
+    def __post_init__(self) -> None:
+        self._publish = [self.ros.advertise(output.topic, output.type) for output in self.plan.outputs]
+
+    def warn_of_deaf_topics(self) -> None:
+        """Log command topics to which nothing listens: the robot would not move, and nothing else would say so."""
+        for output in self.plan.outputs:
+            kinds = sorted(set(self.ros.subscribers(output.topic)))
+            if output.type not in kinds:
+                _log.warning(
+                    "Nothing subscribes to %s as %s%s: is the controller active, and is this its topic?",
+                    output.topic,
+                    output.type,
+                    f", only as {', '.join(kinds)}" if kinds else "",
+                )
+
+    def observe(self) -> dict[str, Any]:
+        """The messages of this moment, which `RosPolicy` decodes in its own thread."""
+        return self.sensors.snapshot()
+
+    def act(self, action: np.ndarray) -> None:
+        """Publish one command."""
+        values = dict(zip(self.plan.action_names, zip(action, self.plan.commands, strict=True), strict=True))
+        for output, publish in zip(self.plan.outputs, self._publish, strict=True):
+            numbers = [to_ros(float(values[one.name][0]), one, values[one.name][1]) for one in output.dimensions]
+            publish(command_message(self.ros.types, output, numbers, self.period))
+
+
+class RosPolicy:
+    """A policy that is asked with the snapshots of `Sensors`.
+
+    Without a usable observation it raises a TimeoutError, as for a request without an answer: the control loop executes
+    the actions that it has, holds the robot, and asks anew.
+    """
+
+    def __init__(self, policy: Any, sensors: Sensors) -> None:
+        self._policy = policy
+        self._sensors = sensors
+        self.url = policy.url
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The server's."""
+        metadata: Mapping[str, Any] = self._policy.metadata
+        return metadata
+
+    @property
+    def reconnects(self) -> int:
+        """The client's."""
+        return int(self._policy.reconnects)
+
+    def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
+        """The chunk for a snapshot, which may have further fields."""
+        try:
+            decoded = self._sensors.decode(observation)
+        except UnusableError as error:
+            raise TimeoutError(f"No observation: {error}") from error
+        answer: Mapping[str, Any] = self._policy.infer(decoded)
+        return answer
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a value at a key whose nested keys are joined by '.'."""
+    *folders, last = key.split(".")
+    for folder in folders:
+        tree = tree.setdefault(folder, {})
+    tree[last] = value
