@@ -1,6 +1,7 @@
 """The ROS 2 node without ROS: settings, joints, synchronisation, and runs of the control loop between topics."""
 
 import copy
+import dataclasses
 import itertools
 import pathlib
 import re
@@ -143,6 +144,15 @@ def test_example_settings_fit_their_robots():
         assert plan.action_names == embodiment.action_names
         assert plan.settings.dry_run
         assert sum(len(output.dimensions) for output in plan.outputs) == len(embodiment.actions)
+
+
+def test_settings_of_the_documentation_are_valid():
+    page = (CONFIGS.parents[2] / "docs" / "ros2.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    config = parse_config(yaml.safe_load(block))
+    table = page[page.index("| key |") : page.index("**Units.**")]
+    documented = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert sorted(documented) == sorted([*(field.name for field in dataclasses.fields(config)), "joints"])
 
 
 @pytest.mark.parametrize(

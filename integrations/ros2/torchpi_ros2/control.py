@@ -221,5 +221,5 @@ class RosClock:
 
     def sleep_until(self, moment: float) -> None:
         """Sleep until this time, or until the run is to end."""
-        while self.now() < moment and not self._stopping.wait(0.001):
+        while self.now() < moment and not self._stopping.wait(0.002):
             pass
