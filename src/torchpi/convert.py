@@ -270,7 +270,7 @@ def _write_assets(
     root: pathlib.Path, checkpoint: Checkpoint, asset_id: str | None, policy: Mapping[str, Any]
 ) -> list[str]:
     """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one."""
-    if unknown := sorted(set(policy) - {"norm_stats", "embodiment"}):
+    if unknown := sorted(set(policy) - {"norm_stats", "embodiment", "preprocessing"}):
         raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
     spec = checkpoint.spec()
     if spec.norm_stats is None and not policy:
@@ -280,6 +280,7 @@ def _write_assets(
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
         return [] if chosen else ["there are no statistics in the source, and so none in the target"]
     spec = spec.requested(**policy)
+    resized = spec.require_preprocessing("openpi", checkpoint.config)
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     name = asset_id or spec.embodiment.asset_id or spec.embodiment.name
@@ -287,7 +288,11 @@ def _write_assets(
     save_norm_stats(root / "assets" / name, spec.norm_stats)
     settings = {"num_steps": spec.num_steps if spec.num_steps != PolicySpec.num_steps else None, **spec.metadata}
     notes = [f"{key} {value} is not written: openpi has none" for key, value in settings.items() if value is not None]
-    return [*notes, f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
+    return [
+        *notes,
+        *resized,
+        f"the robot is not written: openpi's training config has it; its statistics are assets/{name}",
+    ]
 
 
 def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """A policy: a robot's observation in, a chunk of the robot's actions out."""
 
+import dataclasses
 import pathlib
 import time
 import warnings
@@ -14,13 +15,14 @@ from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.sizes import ConfigLike
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, check_metadata
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, Preprocessing, check_metadata
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
 from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
+from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
 from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import find_tokenizer, load_tokenizer
@@ -43,6 +45,8 @@ class Policy:
         default_prompt: str | None = None,
         prompt_format: str = "openpi",
         truncation: str = "instruction",
+        prompt_state_dim: int | None = None,
+        image_transform: ImageTransform = OPENPI_IMAGES,
         num_steps: int = 10,
         metadata: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
@@ -54,7 +58,7 @@ class Policy:
             normalization: the rule for "state" and for "actions"; by default openpi's, which follows the variant.
             tokenizer: a SentencePiece model or tokenizer.json; the file travels with the policy when it is saved.
             default_prompt: for requests without a prompt; by default the embodiment's.
-            prompt_format, truncation: format and truncation of the prompt, see `transforms.prompt.tokenize_prompt`.
+            prompt_format, truncation, prompt_state_dim, image_transform: of prompt and images, see `Transforms`.
             num_steps: Euler steps of an inference that does not ask for another number.
             metadata: free, for clients; the embodiment's is in `Policy.metadata` anyway. A key of what the embodiment
                 and the model say is an error.
@@ -76,18 +80,15 @@ class Policy:
         config = model.config
         by_variant = Normalization("quantile" if config.pi05 else "z_score", "openpi")
         self.transforms = Transforms(
-            norm_stats=norm_stats,
-            normalization=normalization or dict.fromkeys(("state", "actions"), by_variant),
-            tokenizer=load_tokenizer(self._tokenizer_path),
-            discrete_state_input=config.state_in_prompt,
+            norm_stats, normalization or dict.fromkeys(("state", "actions"), by_variant),
+            tokenizer=load_tokenizer(self._tokenizer_path), discrete_state_input=config.state_in_prompt,
             max_token_len=config.max_token_len,  # None, where a checkpoint does not say it: the prompt is not cut
             action_dim=config.action_dim,
-            image_size=(config.image_size, config.image_size),
-            prompt_format=prompt_format,
-            truncation=truncation,
-            trained_action_dim=model.trained_action_dim,
+            image_size=(config.image_size, config.image_size), image_transform=image_transform,
+            prompt_format=prompt_format, truncation=truncation, trained_action_dim=model.trained_action_dim,
+            prompt_state_dim=prompt_state_dim if config.state_in_prompt else None,
             names={"state": embodiment.state_names, "actions": embodiment.action_names},
-        )
+        )  # fmt: skip
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
         self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
         self._check_sizes(norm_stats)
@@ -284,6 +285,7 @@ class Policy:
         return {
             "embodiment": self.embodiment.name,
             "observation": self.embodiment.observation_format,
+            "image_transform": {"size": config.image_size, **dataclasses.asdict(self.transforms.image_transform)},
             "action_horizon": config.action_horizon,
             "action_names": list(self.embodiment.action_names),
             "action_commands": [action.command for action in self.embodiment.actions],
@@ -350,6 +352,8 @@ class Policy:
             tokenizer=self._tokenizer_path,
             prompt_format=self.transforms.prompt_format,
             truncation=self.transforms.truncation,
+            prompt_state_dim=self.transforms.prompt_state_dim,
+            image_transform=self.transforms.image_transform,
             num_steps=self.num_steps,
             default_prompt=self.default_prompt,
             metadata=self._metadata,
@@ -386,6 +390,7 @@ def load_policy(
     tokenizer: str | pathlib.Path | None = None,
     default_prompt: str | None = None,
     truncation: Literal["instruction", "original"] | None = None,
+    preprocessing: Preprocessing | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     lora_alpha: tuple[float, float] | None = None,
@@ -408,6 +413,8 @@ def load_policy(
         tokenizer: a SentencePiece model or tokenizer.json; by default the folder's, or else the published models'.
         default_prompt: for requests without a prompt.
         truncation: of prompts that are too long: "instruction" (shorten it) or "original" (cut the end).
+        preprocessing: the program as which images are resized and the state is written into the prompt: "openpi",
+            "lerobot" (0.5 and later) or "lerobot_0.4"; by default that of the training, as far as the checkpoint says.
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
         lora_alpha, embedding, emulate_fp8, engine: see `load_model` and `Policy.use_engine`.
@@ -421,14 +428,9 @@ def load_policy(
     dtype = dtype or fastest_dtype(device)
     checkpoint = open_checkpoint(path, config=config, embedding=embedding)
     spec = checkpoint.spec().requested(
-        embodiment=embodiment,
-        normalization=normalization,
-        norm_stats=norm_stats,
-        asset_id=asset_id,
-        tokenizer=tokenizer,
-        default_prompt=default_prompt,
-        truncation=truncation,
-    )
+        embodiment=embodiment, normalization=normalization, norm_stats=norm_stats, asset_id=asset_id,
+        tokenizer=tokenizer, default_prompt=default_prompt, truncation=truncation, preprocessing=preprocessing,
+    )  # fmt: skip
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8)
@@ -442,5 +444,5 @@ def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None
-    fields = {name: value for name, value in vars(spec).items() if name not in ("source", "assets", "is_policy_folder")}
-    return Policy(model, **fields)
+    others = ("source", "assets", "is_policy_folder", "unstated")
+    return Policy(model, **{name: value for name, value in vars(spec).items() if name not in others})

@@ -10,8 +10,9 @@ import dataclasses
 import pathlib
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -27,11 +28,13 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.robots.commands import with_guessed_commands
 from torchpi.schema import check_json, parse, read_json_object, require_stated, write_json
+from torchpi.transforms.images import ImageTransform
 from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
 FORMAT_VERSION, QUANTIZED_FORMAT_VERSION = 2, 3
-_OPTIONAL = {"num_steps": 10, "trained_action_dim": None, "quantization": None}
+_OPTIONAL = {"num_steps": 10, "prompt.state_dim": None, "image_transform.bars": -1}
+_OPTIONAL |= {"trained_action_dim": None, "quantization": None}
 """Values of fields that are left out where they have them."""
 
 
@@ -42,6 +45,8 @@ class PromptRules:
     default: str | None
     format: str
     truncation: str
+    state_dim: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
+    """Dimensions of the state in the prompt, zeros behind the robot's; stated where they are not the robot's own."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +55,6 @@ class NormalizationRules:
 
     state: Normalization
     actions: Normalization
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageTransform:
-    """The one resize there is (transforms.images), stated so that a policy stays right should there be another."""
-
-    resize: Literal["pad"] = "pad"
-    filter: Literal["bilinear_antialiased"] = "bilinear_antialiased"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +159,8 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
         tokenizer=tokenizer_file(root),
         prompt_format=policy.prompt.format,
         truncation=policy.prompt.truncation,
+        prompt_state_dim=policy.prompt.state_dim,
+        image_transform=policy.image_transform,
         num_steps=policy.num_steps,
         default_prompt=policy.prompt.default,
         metadata=policy.metadata,
@@ -173,7 +172,12 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
 def _stated(policy: PolicyFile) -> dict[str, Any]:
     """The fields that policy.json has."""
     document = dataclasses.asdict(policy)
-    return {name: value for name, value in document.items() if value != _OPTIONAL.get(name, ...)}
+    for path, default in _OPTIONAL.items():
+        *inside, name = path.split(".")
+        fields = document[inside[0]] if inside else document
+        if fields[name] == default:
+            del fields[name]
+    return document
 
 
 def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
@@ -186,10 +190,10 @@ def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
         model=model.config.to_dict(),
         embodiment=spec.embodiment.to_dict(),
         normalization=NormalizationRules(**spec.normalization),
-        prompt=PromptRules(spec.default_prompt, spec.prompt_format, spec.truncation),
+        prompt=PromptRules(spec.default_prompt, spec.prompt_format, spec.truncation, spec.prompt_state_dim),
         metadata=dict(spec.metadata),
         provenance={"torchpi": __version__, **spec.provenance},
-        image_transform=ImageTransform(),
+        image_transform=spec.image_transform,
         num_steps=spec.num_steps,
         trained_action_dim=trained if trained < model.config.action_dim else None,
         quantization=quantization,

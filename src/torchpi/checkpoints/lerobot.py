@@ -26,9 +26,9 @@ from torchpi.checkpoints.lerobot_normalization import (
     Step,
     normalizations,
 )
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PREPROCESSING, PolicySpec, Preprocessing
 from torchpi.config import Pi0Config
-from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.errors import CheckpointError, MissingFileError, is_whole
 from torchpi.robots import ActionDim, Camera, Embodiment, StateKey
 from torchpi.schema import parse, read_json_object, write_json
 from torchpi.transforms.normalize import NormStats
@@ -52,6 +52,8 @@ _BEFORE = {
     "pi05": ((*_NORMALIZING, _STATE_TEXT, _TOKENS),),
 }
 _AFTER = (("unnormalizer_processor", "absolute_actions_processor"),)
+_SINCE_051 = {"use_relative_actions", "use_visual_memory", "pretrained_revision", "rtc_training_max_delay"}
+"""Fields of config.json that LeRobot writes since 0.5.1, or later; so is the step for relative actions."""
 _OPTIONAL = {"rename_observations_processor", "relative_actions_processor", "absolute_actions_processor"}
 
 
@@ -100,6 +102,11 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         )
     inside = root.resolve() in (root / tokenizer).resolve().parents  # else the name of PaliGemma's on a hub
     max_prefix = document.get("rtc_training_max_delay")
+    program, unstated = _preprocessing(root, document, before, has_statistics=bool(stats))
+    transform, state_dim = PREPROCESSING[program]
+    width = document.get("max_state_dim", state_dim)
+    if state_dim and not (is_whole(width) and 0 < width <= 1000):
+        raise CheckpointError(f"{root / 'config.json'}: max_state_dim is {width!r:.80}; expected 1 to 1000.")
     return PolicySpec(
         source=str(root),
         embodiment=embodiment,
@@ -107,8 +114,33 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
         normalization=rules,
         tokenizer=tokenizer_file(root / tokenizer) if inside else None,
         prompt_format="lerobot",
+        prompt_state_dim=width if state_dim else None,  # the step is saved without it
+        image_transform=transform,
+        unstated=unstated,
         num_steps=document.get("num_inference_steps") or PolicySpec.num_steps,
         metadata={MAX_ACTION_PREFIX: max_prefix} if max_prefix else {},
+    )
+
+
+def _preprocessing(
+    root: pathlib.Path, document: Mapping[str, Any], before: Mapping[str, Step], *, has_statistics: bool
+) -> tuple[Preprocessing, str]:
+    """The version by which a policy was trained, and a warning if the folder does not say it.
+
+    LeRobot 0.5.0 made the bars black and left the zeros behind the state out of the prompt. It writes the fields of
+    0.4.4, and `cudnn_deterministic` in the settings of its trainings.
+    """
+    if (file := root / "train_config.json").is_file():
+        later = "cudnn_deterministic" in read_json_object(file, error=CheckpointError)
+        return ("lerobot" if later else "lerobot_0.4"), ""
+    if _SINCE_051 & {*document} or "relative_actions_processor" in before:
+        return "lerobot", ""
+    # A base has no statistics: it is openpi's, and a training begins from it.
+    assumed: Preprocessing = "lerobot_0.4" if has_statistics else "lerobot"
+    return assumed, (
+        f"{root} does not say whether LeRobot 0.4 or 0.5.0 trained it: 0.4 put bars of -3 beside images that are not "
+        "square, and zeros behind the state in π₀.₅'s prompt. Pass preprocessing= with lerobot_0.4, lerobot (0.5 and "
+        f"later) or openpi, whichever trained it; here it is read as {assumed}."
     )
 
 
@@ -218,6 +250,7 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
             f"discrete_state_input is {config.discrete_state_input}: LeRobot always has the state in π₀.₅'s prompt and "
             "never in π₀'s, so the policy would read another prompt there."
         )
+    resized = spec.require_preprocessing("lerobot", config)
     features, renamed = _features(robot, config, stats["state"].dim)
     modes = {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}
     norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
@@ -236,7 +269,7 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
                 safetensors.numpy.save_file(arrays, root / step["state_file"])
         write_json(root / file, {"name": file.removesuffix(".json"), "steps": steps})
     write_json(root / "config.json", _document(config, spec, scaling, relative, dtype))
-    return _notes(config, spec, robot, renamed)
+    return [*_notes(config, spec, robot, renamed), *resized]
 
 
 def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapping[str, str]) -> list[str]:

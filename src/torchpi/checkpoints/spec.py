@@ -2,16 +2,18 @@
 
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
-from torchpi.config import PRESETS
+from torchpi.config import PRESETS, Pi0Config
 from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError, first_of
 from torchpi.model.flow import check_num_steps
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.schema import check_json
+from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
 from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
 from torchpi.transforms.prompt import load_tokenizer
 
@@ -21,8 +23,16 @@ MAX_ACTION_PREFIX = "max_action_prefix"
 """Key of a policy's metadata: the longest action prefix that it was trained to continue (training-time RTC)."""
 _ACTIONS = ("action_horizon", "action_names", "action_commands", "action_limits", "action_range", "untrained_actions")
 _RATES = ("control_hz", "execute_steps", "num_steps")
-FACTS = frozenset(("embodiment", "observation", *_ACTIONS, *_RATES, "default_prompt", "engine"))
+FACTS = frozenset(("embodiment", "observation", "image_transform", *_ACTIONS, *_RATES, "default_prompt", "engine"))
 """Keys of `Policy.metadata` that embodiment and model decide."""
+Preprocessing = Literal["openpi", "lerobot", "lerobot_0.4"]
+"""The program as which images are resized, and the state is written into the prompt; lerobot: 0.5 and later."""
+PREPROCESSING: Mapping[Preprocessing, tuple[ImageTransform, int | None]] = {
+    "openpi": (OPENPI_IMAGES, None),
+    "lerobot": (ImageTransform(filter="bilinear"), None),
+    "lerobot_0.4": (ImageTransform(filter="bilinear", bars=-3), 32),
+}
+"""The images of each, and the dimensions to which it pads the state."""
 _MAX_METADATA = 1_000_000
 """Bytes that every client gets at each connection."""
 
@@ -59,6 +69,11 @@ class PolicySpec:
     tokenizer: pathlib.Path | None = None
     prompt_format: str = "openpi"
     truncation: str = "instruction"
+    prompt_state_dim: int | None = None
+    """Dimensions of the state in the prompt, zeros behind the robot's; None: the robot's."""
+    image_transform: ImageTransform = OPENPI_IMAGES
+    unstated: str = ""
+    """Warning about images and state in the prompt, where the checkpoint leaves them open; empty: it does not."""
     default_prompt: str | None = None
     num_steps: int = 10
     """Euler steps of an inference that does not ask for another number."""
@@ -84,6 +99,7 @@ class PolicySpec:
         tokenizer: str | pathlib.Path | None = None,
         default_prompt: str | None = None,
         truncation: Literal["instruction", "original"] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> "PolicySpec":
         """The spec with what the arguments of `load_policy` add and overrule; embodiment and statistics are known then.
 
@@ -110,7 +126,7 @@ class PolicySpec:
         if normalization is not None:
             rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
         return dataclasses.replace(
-            self,
+            self.preprocessed_by(preprocessing),
             embodiment=robot,
             norm_stats=stats,
             normalization=rules,
@@ -119,6 +135,30 @@ class PolicySpec:
             default_prompt=self.default_prompt if default_prompt is None and embodiment is None else default_prompt,
             truncation=truncation or self.truncation,
         )
+
+    def preprocessed_by(self, program: Preprocessing | None) -> "PolicySpec":
+        """The spec with a program's images and prompt; None: the checkpoint's, with a warning where it is silent."""
+        if program is not None:
+            transform, state_dim = PREPROCESSING[program]
+            return dataclasses.replace(self, image_transform=transform, prompt_state_dim=state_dim)
+        if self.unstated:
+            warnings.warn(self.unstated, UserWarning, stacklevel=3)
+        return self
+
+    def require_preprocessing(self, program: Literal["openpi", "lerobot"], config: Pi0Config) -> list[str]:
+        """Refuse images and prompts that a program does not make; a note on a resize that it does otherwise."""
+        wanted, images, dim = PREPROCESSING[program][0], self.image_transform, self.prompt_state_dim or 0
+        problems = [f"bars of {images.bars} beside images that are not square"] * (images.bars != wanted.bars)
+        if config.state_in_prompt and self.embodiment and (own := self.embodiment.state_dims[-1]) < dim:
+            problems.append(f"{dim - own} zeros behind the state in the prompt")
+        if problems:
+            raise CheckpointError(
+                f"{self.source} was trained with {' and '.join(problems)}, which {program} does not make (LeRobot not "
+                "since 0.5): the policy would act otherwise. If it was trained without, or, as to the bars, sees "
+                f'square images only, pass preprocessing="{program}".'
+            )
+        note = f"images are resized otherwise there ({wanted.filter}); send them in the model's size, resized by "
+        return [f"{note}torchpi.transforms.resize_with_pad ({images.filter})"] * (images.filter != wanted.filter)
 
     def _check_robot(self, robot: Embodiment, norm_stats: str | pathlib.Path | None) -> None:
         """Refuse another robot than the checkpoint's whose dimensions its statistics can't be those of."""

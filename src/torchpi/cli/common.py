@@ -43,6 +43,9 @@ class CheckpointOptions:
     """A SentencePiece model or tokenizer.json, instead of the policy's own."""
     default_prompt: str | None = None
     """For observations without a prompt."""
+    preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
+    """As which program to resize images and to write the state into the prompt, for a LeRobot checkpoint that does not
+    state its version; lerobot is 0.5 and later."""
 
     def given(self) -> dict[str, Any]:
         """The options that were given, by name."""

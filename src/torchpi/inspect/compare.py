@@ -202,7 +202,9 @@ def _settings(policy: Policy) -> dict[str, Any]:
             "format": transforms.prompt_format,
             "truncation": transforms.truncation,
             "with state": transforms.discrete_state_input,
+            "state_dim": transforms.prompt_state_dim,
         },
+        "images": dataclasses.asdict(transforms.image_transform),
     }
 
 

@@ -175,6 +175,8 @@ def describe(policy: Policy) -> dict[str, Any]:
         "prompt_format": transforms.prompt_format,
         "max_token_len": transforms.max_token_len,
         "truncation": transforms.truncation,
+        "prompt_state_dim": transforms.prompt_state_dim,
+        "image_transform": dataclasses.asdict(transforms.image_transform),
         "default_prompt": policy.default_prompt,
         "action_horizon": config.action_horizon,
         "execute_steps": robot.execute_steps,

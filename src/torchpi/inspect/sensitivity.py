@@ -20,6 +20,7 @@ from jaxtyping import Float32
 from torchpi.collate import collate
 from torchpi.inspect.diagnosis import IGNORED_BELOW, Finding, Sensitivity, finding, state_input
 from torchpi.policy import Policy
+from torchpi.transforms.images import black_like
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import clean_text
 
@@ -84,8 +85,8 @@ def sensitivities(
 
     images = {name: image for name, image in inputs["image"].items() if inputs["image_mask"][name]}
     for name, image in images.items():
-        blank = with_images(**{name: np.zeros_like(image)})
-        yield tried(f"camera {name}", "blanked", blank, "" if image.any() else "it is black already")
+        blank, black = with_images(**{name: black_like(image)}), "it is black already"
+        yield tried(f"camera {name}", "blanked", blank, "" if (image > black_like(image)).any() else black)
     for one, other in itertools.combinations(images, 2):
         swapped = with_images(**{one: images[other], other: images[one]})
         are_same = np.array_equal(images[one], images[other])

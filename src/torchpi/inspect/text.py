@@ -104,7 +104,8 @@ def _facts(policy: Policy, stated: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "model", f"{stated['variant']}, {parameters} parameters, {dtype} on {stated['device']}"
     for name in ("paligemma", "action_expert", "siglip"):
         yield name, ", ".join(f"{field} {value}" for field, value in model[name].items())
-    yield "images", f"{model['image_size']}×{model['image_size']} pixels"
+    filter_, bars = stated["image_transform"]["filter"].replace("_", ", "), stated["image_transform"]["bars"]
+    yield "images", f"{model['image_size']}×{model['image_size']} pixels, {filter_}, bars of {bars}"
     yield "robot", stated["embodiment"] + (f", units converted by {stated['hook']}" if stated["hook"] else "")
     for i, camera in enumerate(stated["cameras"]):
         where = "the robot has none" if camera["key"] is None else f"from {camera['key']}"
@@ -117,7 +118,8 @@ def _facts(policy: Policy, stated: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for key, rule in stated["normalization"].items():
         yield f"normalization of {key}", f"{rule['kind']}, eps rule {rule['eps_rule']} ({_EPS_RULES[rule['eps_rule']]})"
     length = "any number of" if stated["max_token_len"] is None else f"at most {stated['max_token_len']}"
-    with_state = "instruction and state" if policy.transforms.discrete_state_input else "instruction"
+    padded = f" (zeros up to {stated['prompt_state_dim']} dimensions)" if stated["prompt_state_dim"] else ""
+    with_state = f"instruction and state{padded}" if policy.transforms.discrete_state_input else "instruction"
     yield "prompt", f"{with_state} as text ({stated['prompt_format']}'s format), {length} tokens"
     yield "prompts that are too long", _TRUNCATIONS[stated["truncation"]]
     yield "default prompt", "none" if stated["default_prompt"] is None else repr(stated["default_prompt"])

@@ -247,7 +247,7 @@ def _values(inputs: TraceInputs, kept: Mapping[tuple[str, str], Tensor]) -> Valu
     images: dict[str, np.ndarray | None] = dict.fromkeys(inputs.cameras)
     for name, image in observation_of(inputs.batch).images.items():
         if inputs.batch.get(f"image_mask.{name}", torch.ones(1))[0]:
-            images[name] = ((image[0] + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+            images[name] = ((image[0] + 1) * 127.5).round().clamp_min(0).to(torch.uint8).cpu().numpy()
     steps = [tensor for (_, name), tensor in kept.items() if name.startswith("x_t/") or name == "action_chunk"]
     return Values(images, torch.cat(steps).cpu().numpy(), _modulation(inputs), _agreement(inputs, kept, len(steps) - 1))
 

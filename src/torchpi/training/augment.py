@@ -109,7 +109,7 @@ def jitter(
     else:
         out = _from_hsv(_hue(rgb, high, high - low) + h, _toward_one(1 - low / high.clamp_min(1e-12), s), value)
     result = images.clone()
-    result[changed] = out
+    result[changed] = torch.where(rgb < 0, rgb, out)  # bars beyond black, as of ImageTransform, have no colour
     return result
 
 

@@ -159,6 +159,9 @@ class ModelConfig(_Checked):
     tokenizer: str | None = None
     """A SentencePiece model or tokenizer.json; by default that of the initial weights, or from scratch the published
     models', for a small vocabulary the packaged one."""
+    preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
+    """As which program to resize images and to write the state into the prompt, lerobot is 0.5 and later; by default as
+    the initial weights, or from scratch openpi."""
     finetune: Finetune = "full"
     """Trained parameters: "full"; "frozen_vision" (all but SigLIP); "expert" (the action expert and the projections);
     "lora" (openpi's rule: LoRA matrices, SigLIP and the projections); "lora_strict" (LoRA matrices and projections)."""

@@ -25,6 +25,7 @@ from torchpi.robots import Embodiment
 from torchpi.training.augment import OFF, Augmentation, augment, draw
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import to_device
+from torchpi.transforms.images import black_like
 from torchpi.transforms.pipeline import Transforms
 from torchpi.types import Observation
 
@@ -225,7 +226,7 @@ class Samples(Dataset):
 
     def _with_all_cameras(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         images, masks = inputs["image"], inputs["image_mask"]
-        black = np.zeros_like(next(iter(images.values())))
+        black = black_like(next(iter(images.values())))
         return {
             **inputs,
             "image": {name: images.get(name, black) for name in self.cameras},
@@ -242,7 +243,7 @@ class Samples(Dataset):
         return {name: first if config.like_openpi else drawn.get(name, OFF) for name in self.cameras}
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Stack samples; images stay uint8, a quarter of the bytes to move."""
+        """Stack samples; images stay uint8 where the transform gives such, a quarter of the bytes to move."""
 
         def stacked(values: Iterable[np.ndarray], dtype: Any = np.float32) -> Tensor:
             return torch.from_numpy(np.stack(list(values)).astype(dtype))

@@ -197,6 +197,7 @@ def build_policies(
     spec = PolicySpec("no checkpoint") if init is None else init.spec()
     if spec.normalization is None:  # openpi's checkpoints don't state their preprocessing
         spec = PolicySpec(spec.source)
+    spec = spec.preprocessed_by(config.model.preprocessing)
     if config.model.tokenizer:
         spec = dataclasses.replace(spec, tokenizer=existing_file(config.model.tokenizer))
     spec = spec.with_tokenizer(model.config.vocab_size)

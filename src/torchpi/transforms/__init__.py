@@ -6,6 +6,7 @@ from torchpi.transforms.actions import bool_mask as bool_mask
 from torchpi.transforms.actions import delta_actions as delta_actions
 from torchpi.transforms.actions import pad_to_dim as pad_to_dim
 from torchpi.transforms.actions import unpad as unpad
+from torchpi.transforms.images import ImageTransform as ImageTransform
 from torchpi.transforms.images import resize_with_pad as resize_with_pad
 from torchpi.transforms.images import to_uint8_hwc as to_uint8_hwc
 from torchpi.transforms.normalize import Normalization as Normalization

@@ -1,9 +1,10 @@
 """Camera images: the check against what the embodiment states, and the one resize that everything uses."""
 
-from typing import Any
+import dataclasses
+from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, Shaped, UInt8
 
 from torchpi.errors import TransformError
 
@@ -11,15 +12,42 @@ LAYOUTS = ("hwc", "chw")
 DTYPES = ("uint8", "float32", "any")
 
 
-def resize_with_pad(image: Any, height: int, width: int) -> UInt8[np.ndarray, "{height} {width} 3"]:
-    """Scale an image into height x width with its aspect ratio, and centre it on black.
+@dataclasses.dataclass(frozen=True)
+class ImageTransform:
+    """The resize that a policy was trained with."""
 
-    The result is what `openpi_client` computes on the robot, bit for bit: Pillow's antialiased bilinear filter, scaled
-    sizes cut to integers. An image that already has the size is returned as it is, not copied.
+    resize: Literal["pad"] = "pad"
+    """The aspect ratio stays, the image is centred, and bars fill the rest."""
+    filter: Literal["bilinear_antialiased", "bilinear"] = "bilinear_antialiased"
+    """"bilinear_antialiased": Pillow's, in uint8, as openpi resizes; "bilinear": each pixel from the four around it, in
+    float32, as LeRobot does (`torch.nn.functional.interpolate`)."""
+    bars: Literal[-1, -3] = -1
+    """Value of the bars in the model's images, in which -1 is black; LeRobot's until 0.4.4 was -3."""
+
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.float32]:
+        """Of the resized image: bytes where they hold it, or else the model's values in [-1, 1]."""
+        return np.uint8 if self == OPENPI_IMAGES else np.float32
+
+
+OPENPI_IMAGES = ImageTransform()
+
+
+def resize_with_pad(
+    image: Any, height: int, width: int, transform: ImageTransform = OPENPI_IMAGES
+) -> Shaped[np.ndarray, "{height} {width} 3"]:
+    """Scale an image into height x width with its aspect ratio, and centre it between bars.
+
+    By default the result is what `openpi_client` computes on the robot, bit for bit: Pillow's antialiased bilinear
+    filter, black bars, scaled sizes cut to integers. An image that already has the size is not copied then.
 
     Args:
         image: uint8 [h, w, 3].
         height, width: of the result, in pixels.
+        transform: filter and bars.
+
+    Returns:
+        The image in the transform's dtype.
 
     Raises:
         ValueError: the image isn't uint8 [h, w, 3].
@@ -29,18 +57,49 @@ def resize_with_pad(image: Any, height: int, width: int) -> UInt8[np.ndarray, "{
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
         raise TransformError(f"Cannot resize {_describe(image)}; expected uint8 [height, width, 3].")
     h, w = image.shape[:2]
-    if (h, w) == (height, width):
-        return image
     if 0 in (h, w):
         raise TransformError(f"Cannot resize an empty image of shape {list(image.shape)}.")
     ratio = max(w / width, h / height)
     # At least one pixel: a 1 x 1000 image would otherwise shrink to nothing.
-    scaled_h, scaled_w = max(1, int(h / ratio)), max(1, int(w / ratio))
-    scaled = Image.fromarray(image).resize((scaled_w, scaled_h), resample=Image.Resampling.BILINEAR)
-    out = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - scaled_h) // 2, (width - scaled_w) // 2
-    out[top : top + scaled_h, left : left + scaled_w] = np.asarray(scaled)
+    size = max(1, int(h / ratio)), max(1, int(w / ratio))
+    scaled = image
+    if transform.filter == "bilinear":
+        scaled = _bilinear(image, *size)
+    elif size != (h, w):
+        scaled = np.asarray(Image.fromarray(image).resize(size[::-1], resample=Image.Resampling.BILINEAR))
+    if transform.dtype is np.float32:
+        scaled = scaled.astype(np.float32) / 255 * 2 - 1
+    if size == (height, width):
+        return scaled
+    out = np.full((height, width, 3), 0 if transform.dtype is np.uint8 else transform.bars, transform.dtype)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    out[top : top + size[0], left : left + size[1]] = scaled
     return out
+
+
+def black_like(image: np.ndarray) -> np.ndarray:
+    """A black image of the model: 0 in uint8, -1 in float32."""
+    return np.full_like(image, 0 if image.dtype == np.uint8 else -1)
+
+
+def _bilinear(image: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "{height} {width} 3"]:
+    """Each pixel from the four around its place, as PyTorch with align_corners False.
+
+    Of the image only these pixels are converted, so that the time does not grow with its size.
+    """
+
+    def neighbours(size: int, scaled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        ratio = float(np.float32(size) / np.float32(scaled))  # rounded twice, as there: the ratio, and the places
+        places = np.maximum((ratio * (np.arange(scaled) + 0.5) - 0.5).astype(np.float32), 0)
+        first = np.minimum(places.astype(np.int64), size - 1)
+        return first, np.minimum(first + 1, size - 1), (places - first).astype(np.float32)
+
+    rows, below, v = neighbours(image.shape[0], height)
+    columns, right, u = neighbours(image.shape[1], width)
+    rows, below, v, u = rows[:, None], below[:, None], v[:, None, None], u[:, None]
+    upper = (1 - u) * image[rows, columns] + u * image[rows, right]
+    lower = (1 - u) * image[below, columns] + u * image[below, right]
+    return ((1 - v) * upper + v * lower).clip(0, 255)
 
 
 def to_uint8_hwc(image: Any, *, layout: str, dtype: str, camera: str) -> UInt8[np.ndarray, "h w 3"]:

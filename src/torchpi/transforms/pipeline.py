@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from torchpi.errors import TransformError, UnknownKeyError, first_of
 from torchpi.transforms.actions import pad_to_dim, unpad
-from torchpi.transforms.images import resize_with_pad
+from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform, black_like, resize_with_pad
 from torchpi.transforms.normalize import (
     Normalization,
     NormStats,
@@ -49,10 +49,14 @@ class Transforms:
     """A: the width to which state and actions are padded."""
     image_size: tuple[int, int] = (224, 224)
     """Height and width of the model's images in pixels."""
+    image_transform: ImageTransform = OPENPI_IMAGES
+    """Filter and bars of the resize to that size."""
     prompt_format: str = "openpi"
     """The format of π₀'s text, see `tokenize_prompt`."""
     truncation: str = "instruction"
     """The treatment of a prompt that is too long, see `tokenize_prompt`."""
+    prompt_state_dim: int | None = None
+    """The dimensions of the state in the prompt: zeros stand behind a narrower one; None: its own."""
     trained_action_dim: int | None = None
     """Dimensions of the actions that training has seen; the others are given as the mean of their statistics, because
     the model's are noise. None: all."""
@@ -81,7 +85,7 @@ class Transforms:
             state_noise: [s], added to the normalized state, in training.
 
         Returns:
-            "image" {camera: uint8 [S, S, 3]}, "image_mask" {camera: bool}, "state" [action_dim],
+            "image" {camera: [S, S, 3], see `resize_with_pad`}, "image_mask" {camera: bool}, "state" [action_dim],
             "tokenized_prompt" int64 [L], "tokenized_prompt_mask" bool [L], "actions" [H, action_dim] if given,
             "prompt_tokens_cut" int, the number of tokens that are missing, if the prompt was cut.
             Numbers are float64, or float32 with LeRobot's normalization. Cameras keep their order; an absent one is
@@ -97,10 +101,11 @@ class Transforms:
         # Before padding and casting: the text describes the state as the robot sent it.
         cut: list[str] = []
         tokens, mask = self._tokenize(sample["prompt"], state, self.max_token_len, warn=cut.append)
-        black = np.zeros((*self.image_size, 3), np.uint8)
+        size, resize = self.image_size, self.image_transform
+        black = black_like(np.empty((*size, 3), resize.dtype))
         out: dict[str, Any] = {
             "image": {
-                name: resize_with_pad(image, *self.image_size) if sample["image_mask"][name] else black
+                name: resize_with_pad(image, *size, resize) if sample["image_mask"][name] else black
                 for name, image in sample["image"].items()
             },
             "image_mask": {name: np.bool_(present) for name, present in sample["image_mask"].items()},
@@ -117,6 +122,7 @@ class Transforms:
 
     def prompt_text(self, prompt: Any, state: np.ndarray) -> str:
         """The whole text of a prompt, from a normalized state [s] without padding."""
+        state = pad_to_dim(state, self.prompt_state_dim or 0)
         return prompt_text(
             prompt, state, discrete_state_input=self.discrete_state_input, prompt_format=self.prompt_format
         )
@@ -131,7 +137,7 @@ class Transforms:
         return tokenize_prompt(
             self.tokenizer,
             prompt,
-            state,
+            pad_to_dim(state, self.prompt_state_dim or 0),
             discrete_state_input=self.discrete_state_input,
             max_token_len=max_token_len,
             prompt_format=self.prompt_format,
