@@ -243,7 +243,7 @@ def test_another_resize_of_the_target_is_a_note(program, target, config, expecte
 def test_what_no_target_makes_is_refused(target):
     with pytest.raises(CheckpointError, match=r"bars of -3 .* and 25 zeros behind the state in the prompt"):
         spec_of("lerobot_0.4").require_preprocessing(target, PI05)
-    with pytest.raises(CheckpointError, match=r"trained with bars of -3 [^0-9]*, which"):
+    with pytest.raises(CheckpointError, match=r"trained with bars of -3 [^0-9]*, as by"):
         spec_of("lerobot_0.4").require_preprocessing(target, PI0)  # has no state in its prompt
     square = dataclasses.replace(spec_of("lerobot_0.4", state=32), image_transform=LEROBOT)
     square.require_preprocessing(target, PI05)  # as wide as the padding

@@ -153,8 +153,8 @@ class PolicySpec:
             problems.append(f"{dim - own} zeros behind the state in the prompt")
         if problems:
             raise CheckpointError(
-                f"{self.source} was trained with {' and '.join(problems)}, which {program} does not make (LeRobot not "
-                "since 0.5): the policy would act otherwise. If it was trained without, or, as to the bars, sees "
+                f"{self.source} was trained with {' and '.join(problems)}, as by LeRobot until 0.4.4; {program} makes "
+                "none now, and the policy would act otherwise. If it was trained without, or, as to the bars, sees "
                 f'square images only, pass preprocessing="{program}".'
             )
         note = f"images are resized otherwise there ({wanted.filter}); send them in the model's size, resized by "

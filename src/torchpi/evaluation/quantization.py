@@ -57,5 +57,6 @@ def quantize_policy(
     quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
     calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}
     policy.provenance["quantized"] = {"source": str(source), "kind": kind, **calibration}
-    policy.save(out, dtype=open_checkpoint(source).dtype, overwrite=overwrite)
+    said = {name: value for name, value in (load or {}).items() if name in ("config", "embedding")}
+    policy.save(out, dtype=open_checkpoint(source, **said).dtype, overwrite=overwrite)
     return quantization
