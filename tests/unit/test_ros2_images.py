@@ -1,6 +1,7 @@
 """Camera messages of ROS as images: encodings, padding, byte order, compression, and what is refused."""
 
 import numpy as np
+import PIL.Image
 import pytest
 from ros2_helpers import compressed, image, rgb
 
@@ -150,6 +151,16 @@ def test_grey_and_transparent_images_have_three_channels():
     assert grey.shape == (4, 4, 3)
     clear = read_image(compressed(np.full((4, 4, 4), 9, np.uint8), "png"), COMPRESSED)
     assert clear.shape == (4, 4, 3)
+
+
+def test_orientation_of_a_file_is_applied():
+    upside_down = PIL.Image.Exif()
+    upside_down[0x0112] = 3
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[4:] = 200
+    read = read_image(compressed(pixels, "png", exif=upside_down), COMPRESSED)
+    assert (read[:4] == 200).all()
+    assert not read[4:].any()
 
 
 def test_compressed_depth_is_png_of_16_bits():

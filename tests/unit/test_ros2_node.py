@@ -211,6 +211,7 @@ def test_files_that_are_no_settings(tmp_path):
             r"actions are arm, foot; the outputs carry arm, hand: hand unknown, foot missing",
         ),
         ({"action_commands": ["position", "velocity"]}, {}, "trajectory of positions, but hand command no position"),
+        ({"action_names": ["arm", "hand", "hand"]}, {}, "actions have the name hand more than once"),
         ({"action_commands": None}, {}, "they do not say"),
         ({"control_hz": None}, {}, "control_hz"),
         ({}, {"control": {"control_hz": 5}}, "control_hz is 5, but the policy's actions are for 10 Hz"),
@@ -582,6 +583,32 @@ def test_command_topic_without_listener_is_logged(caplog):
     rig.ros.listeners = {"/arm/joint_trajectory": [TRAJECTORY]}
     rig.run()
     assert "Nothing subscribes" not in caplog.text
+    assert "publish" not in caplog.text
+
+
+def test_topics_of_several_publishers_are_logged(caplog):
+    rig = Rig()
+    rig.ros.others = {"/arm/joint_trajectory": [TRAJECTORY] * 2, "/front": [IMAGE] * 2, "/joint_states": ["any"] * 2}
+    rig.run()
+    assert "1 others publish /arm/joint_trajectory: the robot gets their commands, too" in caplog.text
+    assert "images.front (/front) has 2 publishers" in caplog.text
+    assert "/joint_states" not in caplog.text  # joints of several publishers are told apart by name
+
+
+def test_simulated_time_sets_the_pace():
+    rig = Rig(time="arrival", monotonic=lambda: 0.0)
+    ticks = itertools.count(1000 * 1000)
+    rig.ros.now = lambda: next(ticks) / 1000  # a millisecond passes whenever someone looks
+    rig.control = Control(
+        settings(time="arrival"),
+        rig.ros,
+        connect=rig.server,
+        simulated=True,
+        make_inference=lambda policy: DirectInference(policy, rig.ros),
+        monotonic=lambda: 0.0,
+    )
+    assert rig.run(steps=3).steps == 3
+    assert 0.3 <= next(ticks) / 1000 - 1000 < 0.4
 
 
 def test_damaged_images_hold_the_robot_and_are_named():

@@ -116,6 +116,12 @@ class Sensors:
                 _log.info("Waiting for an observation: %s%s", problem, self._about_publishers())
         return not stopping.is_set()
 
+    def warn_of_other_publishers(self) -> None:
+        """Log cameras whose topic has several publishers: their images alternate."""
+        for source, camera in self._cameras:
+            if (count := len(self._ros.publishers(camera.topic.topic))) > 1:
+                _log.warning("%s has %d publishers: images of several cameras would alternate", source, count)
+
     def snapshot(self) -> dict[str, Any]:
         """The present observation for `decode`: its messages, or the reason for none.
 
@@ -233,8 +239,8 @@ class RosRobot:
     def __post_init__(self) -> None:
         self._publish = [self.ros.advertise(output.topic, output.type) for output in self.plan.outputs]
 
-    def warn_of_deaf_topics(self) -> None:
-        """Log command topics to which nothing listens: the robot would not move, and nothing else would say so."""
+    def warn_of_topics(self) -> None:
+        """Log command topics to which nothing listens, or that others publish, too: nothing else would say so."""
         for output in self.plan.outputs:
             kinds = sorted(set(self.ros.subscribers(output.topic)))
             if output.type not in kinds:
@@ -244,6 +250,8 @@ class RosRobot:
                     output.type,
                     f", only as {', '.join(kinds)}" if kinds else "",
                 )
+            if (count := len(self.ros.publishers(output.topic))) > 1:
+                _log.warning("%d others publish %s: the robot gets their commands, too", count - 1, output.topic)
 
     def observe(self) -> dict[str, Any]:
         """The messages of this moment, which `RosPolicy` decodes in its own thread."""

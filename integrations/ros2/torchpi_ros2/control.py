@@ -83,8 +83,9 @@ class Control:
     def stop(self) -> None:
         """End the run; from a signal handler or another thread."""
         self._stopping.set()
-        self._interrupt.set()
-        if self._loop is not None:
+        if self._loop is None:
+            self._interrupt.set()
+        else:
             self._loop.stop()
 
     def beat(self) -> None:
@@ -119,7 +120,8 @@ class Control:
             settings = self._started(plan, sensors, policy.metadata)
             _, hz = settings.rates(policy.metadata.get("control_hz"))
             robot = RosRobot(sensors, plan, self._ros, 1 / hz)
-            robot.warn_of_deaf_topics()
+            sensors.warn_of_other_publishers()
+            robot.warn_of_topics()
             asked = RosPolicy(policy, sensors)
             inference = None if self._make_inference is None else self._make_inference(asked)
             self._loop = ControlLoop(robot, asked, settings, clock=self._clock, inference=inference)

@@ -148,6 +148,10 @@ def _action_names(config: Config, stated: Sequence[str] | None) -> tuple[str, ..
     given = [dimension.name for output in config.actions for dimension in output.dimensions]
     if not stated:
         return tuple(given)
+    if twice := sorted({name for name in stated if list(stated).count(name) > 1}):
+        raise ValueError(
+            f"The policy's actions have the name {', '.join(twice)} more than once; rename them in its file."
+        )
     if set(given) != set(stated):
         unknown, missing = sorted(set(given) - set(stated)), sorted(set(stated) - set(given))
         raise ValueError(
