@@ -2,6 +2,7 @@
 # make test      the tests but for those marked slow
 # make test-all  all tests
 # make lint      ruff, mypy and the rules of this house
+# make docs      the documentation as a site: build/site/index.html
 # make format    let ruff fix and format the code
 # make clean     remove caches and build results; make distclean: the environment too
 #
@@ -28,7 +29,7 @@ endif
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help opengl demo test test-slow test-all lint format clean distclean
+.PHONY: help opengl demo test test-slow test-all lint docs format clean distclean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -55,6 +56,9 @@ lint: $(ENV)
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python scripts/lint_house.py
+
+docs: $(ENV)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(ENV)
 	$(BIN)/ruff check --fix

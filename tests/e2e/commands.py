@@ -17,9 +17,11 @@ import pytest
 
 from torchpi.checkpoints import hub
 from torchpi.checkpoints.address import PUBLISHED
-from torchpi.cli import main
+from torchpi.cli import COMMANDS, _parse, main
+from torchpi.cli.common import Command
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.convert import convert
+from torchpi.training.config import TrainConfig
 from torchpi_client import WebsocketPolicy
 
 SMALL_TRAINING = (
@@ -101,3 +103,9 @@ def serve_once(arguments: list[str], observation: dict[str, Any]) -> np.ndarray:
         main([*arguments, "--port", str(port)])
     client.join()
     return answers[0]
+
+
+def parsed(arguments: list[str]) -> Command:
+    """The command with its arguments, without running it."""
+    name = max((name for name in COMMANDS if arguments[: len(name.split())] == name.split()), key=len, default="")
+    return _parse(name, arguments, TrainConfig())
