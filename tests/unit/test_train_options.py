@@ -595,6 +595,30 @@ def test_initial_policy_folder_without_its_tokenizer_is_an_error(further, traine
     build_policies(config.replace(tokenizer=str(tmp_path / "elsewhere.model")), model, data, open_init(config))
 
 
+def test_images_and_prompt_are_made_as_by_the_initial_policy(further, trained, tmp_path):
+    root = shutil.copytree(trained, tmp_path / "policy")
+    document = json.loads((root / "policy.json").read_text())
+    document["image_transform"].update(filter="bilinear", bars=-3)
+    document["prompt"]["state_dim"] = 6
+    (root / "policy.json").write_text(json.dumps(document))
+    config = further.replace(init=str(root))
+    (model, _), data = begin(config)
+    (policy,) = build_policies(config, model, data, open_init(config))
+    samples = Samples(
+        [Frames(data[0].train, data[0].embodiment, policy.transforms)], SampleRng(seed=0, flow_samples_per_obs=1)
+    )
+    sample = samples[0, 0, 0, 0]
+    assert {image.dtype for image in sample["image"].values()} == {np.dtype(np.float32)}
+    assert len(policy.transforms.prompt_text("go", np.zeros(4)).split("State: ")[1].split(";")[0].split()) == 6
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/policy.json").read_text())["image_transform"] == document["image_transform"]
+    (other,) = build_policies(config.replace(preprocessing="openpi"), model, data, open_init(config))
+    assert (other.transforms.image_transform.filter, other.transforms.prompt_state_dim) == (
+        "bilinear_antialiased",
+        None,
+    )
+
+
 def test_one_instruction_for_all_episodes(recipe, tmp_path):
     """As the policy is asked later, where its client sends none."""
     config = recipe.replace(prompt="transfer the cube")

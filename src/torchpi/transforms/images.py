@@ -44,10 +44,7 @@ def resize_with_pad(
     Args:
         image: uint8 [h, w, 3].
         height, width: of the result, in pixels.
-        transform: filter and bars.
-
-    Returns:
-        The image in the transform's dtype.
+        transform: filter and bars; the result is in its dtype.
 
     Raises:
         ValueError: the image isn't uint8 [h, w, 3].
@@ -83,10 +80,7 @@ def black_like(image: np.ndarray) -> np.ndarray:
 
 
 def _bilinear(image: np.ndarray, height: int, width: int) -> Float32[np.ndarray, "{height} {width} 3"]:
-    """Each pixel from the four around its place, as PyTorch with align_corners False.
-
-    Of the image only these pixels are converted, so that the time does not grow with its size.
-    """
+    """Each pixel from the four around its place, as PyTorch with align_corners False; of them only, for speed."""
 
     def neighbours(size: int, scaled: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         ratio = float(np.float32(size) / np.float32(scaled))  # rounded twice, as there: the ratio, and the places
