@@ -25,6 +25,7 @@ from rosbags.typesys import Stores, get_typestore
 
 from torchpi.robots import get_embodiment
 from torchpi_client import ServerError
+from torchpi_client.protocol import RTC
 from torchpi_ros2.bridge import RosPolicy, Sensors
 from torchpi_ros2.config import ARRAY, COMPRESSED, IMAGE, TRAJECTORY, load_config, parse_config
 from torchpi_ros2.control import Control, RosClock
@@ -559,6 +560,20 @@ def test_instruction_of_a_topic():
     )
     rig.run()
     assert [rig.server.requests[i]["prompt"] for i in (0, -1)] == ["go", "stop"]
+
+
+def test_node_waits_for_the_instruction_of_a_topic():
+    rig = Rig(prompt=None, prompt_topic="/prompt", wait=3, monotonic=itertools.count().__next__, max_age=100)
+    with pytest.raises(TimeoutError, match="No observation after 3 s: no instruction has come on /prompt"):
+        rig.run()
+
+
+def test_real_time_chunking_reaches_the_server_beside_the_observation():
+    rig = Rig(metadata={**METADATA, RTC: True}, control={"mode": "rtc"})
+    rig.run()
+    request = rig.server.requests[-1]
+    assert request[RTC]["action_prefix"].shape[1] == 2
+    assert set(request) == {"images", "state", "prompt", RTC}
 
 
 def test_topic_that_never_comes_is_named_with_its_publishers():

@@ -86,35 +86,31 @@ class Sensors:
     @property
     def problem(self) -> str | None:
         """The reason for which there is no observation at present, or None."""
-        if self._needs_prompt is not None and self._prompt is None:
-            return f"no instruction has come on {self._needs_prompt}"
-        try:
-            self._sync.match()
-        except UnusableError as error:
-            return str(error)
-        return self._damaged
+        return self._problem_of(self._present()) or self._damaged
 
     def ages(self) -> dict[str, float | None]:
         """Seconds since the last usable message of each topic."""
         return self._sync.ages()
 
-    def wait(self, seconds: float, stopping: threading.Event) -> bool:
-        """Wait until there is an observation; False: `stopping` was set before.
+    def wait(self, seconds: float, stopping: threading.Event) -> dict[str, Any] | None:
+        """Wait for the first observation's snapshot; None: `stopping` was set before.
 
         Raises:
             TimeoutError: there is none after this time; the message names the topics.
         """
         begin = self._monotonic()
         report = begin + REPORT_SECONDS
-        while (problem := self.problem) is not None:
-            if stopping.wait(0.05):
-                return False
+        while not stopping.is_set():
+            snapshot = self._present()
+            if (problem := self._problem_of(snapshot)) is None:
+                return snapshot
             if (now := self._monotonic()) > begin + seconds:
                 raise TimeoutError(f"No observation after {seconds:g} s: {problem}{self._about_publishers()}.")
             if now > report:
                 report = now + REPORT_SECONDS
                 _log.info("Waiting for an observation: %s%s", problem, self._about_publishers())
-        return not stopping.is_set()
+            stopping.wait(0.05)
+        return None
 
     def warn_of_other_publishers(self) -> None:
         """Log cameras whose topic has several publishers: their images alternate."""
@@ -130,10 +126,7 @@ class Sensors:
         """
         if (since := self._unusable_since) is not None and self._monotonic() - since > self._stop_after:
             raise TimeoutError(f"No usable observation for {self._stop_after:g} s (stop_after): {self.problem}.")
-        try:
-            return {_MESSAGES: self._sync.match()}
-        except UnusableError as error:
-            return {_PROBLEM: str(error)}
+        return self._present()
 
     def decode(self, snapshot: Mapping[str, Any]) -> dict[str, Any]:
         """The observation of a snapshot, with further fields as they are.
@@ -162,6 +155,17 @@ class Sensors:
             assert values is not None  # such messages are not kept
             found.update(zip((dimension.name for dimension in part.dimensions), map(float, values), strict=True))
         return found
+
+    def _present(self) -> dict[str, Any]:
+        try:
+            return {_MESSAGES: self._sync.match()}
+        except UnusableError as error:
+            return {_PROBLEM: str(error)}
+
+    def _problem_of(self, snapshot: Mapping[str, Any]) -> str | None:
+        if self._needs_prompt is not None and self._prompt is None:
+            return f"no instruction has come on {self._needs_prompt}"
+        return snapshot.get(_PROBLEM)
 
     def _observation(self, messages: Mapping[Source, Any]) -> dict[str, Any]:
         observation: dict[str, Any] = {}

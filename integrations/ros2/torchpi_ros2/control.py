@@ -115,9 +115,10 @@ class Control:
             plan = make_plan(self._config, policy.metadata)
             self._sensors = sensors = Sensors(self._config, plan, self._ros, monotonic=self._monotonic)
             self._phase = "waiting for topics"
-            if not sensors.wait(self._config.wait, self._stopping):
+            first = sensors.wait(self._config.wait, self._stopping)
+            if first is None:
                 return None
-            settings = self._started(plan, sensors, policy.metadata)
+            settings = _settings_at(plan, sensors.state(first), policy.metadata)
             _, hz = settings.rates(policy.metadata.get("control_hz"))
             robot = RosRobot(sensors, plan, self._ros, 1 / hz)
             sensors.warn_of_other_publishers()
@@ -130,30 +131,6 @@ class Control:
             self._phase = "first inference"
             _log.info("Controlling %s at %g Hz", ", ".join(plan.action_names), hz)
             return self._loop.run(steps=steps)
-
-    def _started(self, plan: Plan, sensors: Sensors, metadata: Mapping[str, Any]) -> ControlSettings:
-        """The settings, with the robot's position as the command before the first for the limit of steps. Warns of a
-        position outside those of the training."""
-        state = sensors.state(sensors.snapshot())
-        if not set(plan.action_names) <= set(state) or set(plan.commands) != {"position"}:
-            return plan.settings
-        start = np.array([state[name] for name in plan.action_names], np.float32)
-        if (trained := metadata.get("action_range")) is not None:
-            low, high = np.array(trained["low"]), np.array(trained["high"])
-            margin = 0.1 * (high - low)
-            for i in np.flatnonzero((start < low - margin) | (start > high + margin)):
-                _log.warning(
-                    "%s is at %.4g, outside the positions of the training, %.4g to %.4g: is its unit, direction or "
-                    "zero another one?",
-                    plan.action_names[i],
-                    start[i],
-                    low[i],
-                    high[i],
-                )
-        limits = plan.settings.limits
-        if limits is None or not np.isfinite(limits.max_step).any():
-            return plan.settings
-        return dataclasses.replace(plan.settings, start=start)
 
     def _status(self) -> tuple[str, str]:
         """A level of DiagnosticStatus and a message."""
@@ -181,6 +158,30 @@ class Control:
             for source, age in self._sensors.ages().items():
                 values[f"age_ms {source}"] = "none" if age is None else f"{1e3 * age:.0f}"
         return values
+
+
+def _settings_at(plan: Plan, state: Mapping[str, float], metadata: Mapping[str, Any]) -> ControlSettings:
+    """The settings, with the robot's position as the command before the first for the limit of steps. Warns of a
+    position outside those of the training."""
+    if not set(plan.action_names) <= set(state) or set(plan.commands) != {"position"}:
+        return plan.settings
+    start = np.array([state[name] for name in plan.action_names], np.float32)
+    if (trained := metadata.get("action_range")) is not None:
+        low, high = np.array(trained["low"]), np.array(trained["high"])
+        margin = 0.1 * (high - low)
+        for i in np.flatnonzero((start < low - margin) | (start > high + margin)):
+            _log.warning(
+                "%s is at %.4g, outside the positions of the training, %.4g to %.4g: is its unit, direction or "
+                "zero another one?",
+                plan.action_names[i],
+                start[i],
+                low[i],
+                high[i],
+            )
+    limits = plan.settings.limits
+    if limits is None or not np.isfinite(limits.max_step).any():
+        return plan.settings
+    return dataclasses.replace(plan.settings, start=start)
 
 
 class _Progress:

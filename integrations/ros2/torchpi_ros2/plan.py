@@ -55,11 +55,6 @@ class Plan:
     outputs: tuple[Output, ...]
     settings: ControlSettings
 
-    @property
-    def control_hz(self) -> float | None:
-        """The rate of the settings; None: the server's."""
-        return self.settings.control_hz
-
 
 def make_plan(config: Config, metadata: Mapping[str, Any]) -> Plan:
     """Put the settings and a server's metadata together.
