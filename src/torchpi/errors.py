@@ -16,6 +16,21 @@ def first_of(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
     return f"{separator.join(texts[:most])}{more}"
 
 
+def printable(text: object, most: int = 500, keep: str = "") -> str:
+    """Text from outside, for messages, logs and terminals: in one line, and of a bounded length.
+
+    Control characters, line breaks, changes of the writing direction and lone surrogates are escaped, but for those in
+    `keep`; of more than `most` characters the middle is left out.
+    """
+    found = str(text)
+    if len(found) > most:
+        found = f"{found[: most // 2]} … {found[len(found) - most // 3 :]} ({len(found)} characters)"
+    if found.isprintable():
+        return found
+    escaped = (c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in found)
+    return "".join(escaped)[: 2 * most]
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None: none is similar."""
     by_lower = {other.lower(): other for other in known}

@@ -13,6 +13,7 @@ from rich.console import Console
 from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
+from torchpi.errors import printable
 from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
 
@@ -45,6 +46,8 @@ GROUPS: dict[str, dict[str, type[Command]]] = {
     },
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
+_MAX_MESSAGE = 20_000
+"""Characters of an error or a warning: a file from outside may have names of any length and number."""
 
 
 def train_recipe(recipe: TrainConfig) -> None:
@@ -78,7 +81,7 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         separator = "\n" if "\n" in str(error) else " "
         message = separator.join(map(str, (error, *getattr(error, "__notes__", ()))))
-        print("error:", in_options(message, options), file=sys.stderr)
+        print("error:", printable(in_options(message, options), _MAX_MESSAGE, keep="\n\t"), file=sys.stderr)
         raise SystemExit(1) from None
     if status:
         raise SystemExit(status)
@@ -130,4 +133,4 @@ def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
 def _show_warning(
     options: Mapping[str, str], message: Warning | str, category: type[Warning], *_: Any, **__: Any
 ) -> None:
-    print("warning:", in_options(str(message), options), file=sys.stderr)
+    print("warning:", printable(in_options(str(message), options), _MAX_MESSAGE, keep="\n\t"), file=sys.stderr)

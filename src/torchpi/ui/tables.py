@@ -10,6 +10,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from torchpi.errors import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class Column:
@@ -60,6 +62,8 @@ def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
     return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
 
 
+_MAX_CELL = 2000
+"""Characters of a cell on a terminal; names from outside may have any number."""
 Cell = str | Text | Rate
 """A text, a text with a style on the terminal, or a rate, which a page draws as a bar with its interval."""
 
@@ -127,7 +131,7 @@ def grid(columns: Sequence[str], rows: Iterable[Sequence[str | Text]], *, right:
 
 
 def _rich_cell(cell: Cell) -> str | Text:
-    return cell if isinstance(cell, Text) else Text(str(cell))
+    return cell if isinstance(cell, Text) else Text(printable(cell, _MAX_CELL, keep="\n"))
 
 
 def _html_cell(cell: Cell) -> str:
