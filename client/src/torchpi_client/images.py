@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
+import struct
 import time
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import numpy as np
 
@@ -21,6 +23,29 @@ MAX_PIXELS = 4096 * 4096
 """Largest image that is decoded; larger ones are refused before anything is allocated."""
 MAX_SIDE = 65500
 """Longest side of an image in pixels, as limited by libjpeg."""
+MAX_SCANS = 32
+"""Passes over the image that a JPEG may ask for; libjpeg's own have at most ten. An empty one costs a few bytes to send,
+and as much as the whole image to decode."""
+MAX_SEGMENTS = 1000
+MAX_METADATA = 2**20
+"""Segments of a JPEG, and bytes of all that is not its image: tables, colour profile, Exif."""
+
+# Markers (ITU T.81, table B.1). Of the frames' the number of pixels that a byte can hold: each block of 8 × 8 has at
+# least one bit in the first scan of a progressive image, and two in the others. Arithmetic coding and what else there
+# is are not for cameras.
+_FRAMES = {0xC0: 256, 0xC1: 256, 0xC2: 512}
+_SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
+_NEEDED = (*_FRAMES, 0xC4, _SCAN, 0xDB, 0xDD, 0xE0, 0xEE)
+"""Frame, Huffman tables, scan, quantization tables, restart interval; JFIF and Adobe say what the colours are."""
+_IGNORED = (*range(0xE1, 0xF0), 0xFE)
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+"""The next marker, behind those within a scan."""
+_OTHER_BYTES = bytes(range(64, 192))
+_TURNS = (
+    *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
+    *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
+)
+"""Pillow's names for the Exif orientations from 2 on."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +114,7 @@ def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) 
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: an encoded image is malformed or too large.
+        ValueError: an encoded image is malformed, too large, or costs more to decode than what it shows.
     """
 
     def decode(key: str, value: Any) -> Any:
@@ -152,21 +177,94 @@ def _layout(key: str, image: np.ndarray) -> str:
 
 def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarray:
     pillow = _pillow()
-    from PIL import ImageOps
-
     data, layout = value[JPEG], value.get("layout")
     if set(value) != {JPEG, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
-        raise ValueError(f"{key} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
+        raise ValueError(f"{key:.80} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
     try:
-        with pillow.open(io.BytesIO(data), formats=["JPEG"]) as image:
-            width, height = image.size
-            if width * height > max_pixels or image.mode != "RGB":
-                raise ValueError(f"{width}×{height} pixels in mode {image.mode}; expected at most {max_pixels} in RGB.")
-            pixels = np.array(ImageOps.exif_transpose(image))  # as a dataset's images
+        parts, orientation = _needed_parts(data, max_pixels)
+        with pillow.open(io.BytesIO(b"".join(parts)), formats=["JPEG"]) as image:
+            if image.mode != "RGB" or image.width * image.height > max_pixels:
+                raise ValueError(f"{image.width}×{image.height} pixels in mode {image.mode}; expected RGB")
+            turned = image.transpose(pillow.Transpose[_TURNS[orientation - 2]]) if orientation > 1 else image
+            pixels = np.array(turned)  # as a dataset's images
+            _check_complete(parts, image)
     # Pillow raises many kinds of errors for damaged files: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
-        raise ValueError(f"Cannot decode the JPEG of {key} ({len(data)} bytes): {str(error).rstrip('.')}.") from error
+        reason = f"{error}".rstrip(".")
+        raise ValueError(f"Cannot decode the JPEG of {key:.80} ({len(data)} bytes): {reason:.200}.") from error
     return pixels if layout == "hwc" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+
+
+def _needed_parts(data: bytes, max_pixels: int) -> tuple[list[bytes], int]:
+    """The parts of a JPEG on which its pixels depend, and its Exif orientation.
+
+    An error if decoding it would cost more than what it shows: from its headers, before anything is decoded.
+    """
+    frame, pixels, scans, scan_bytes, orientation = 0, 0, 0, 0, 0
+    parts = [data[:2]]
+    for number, (marker, start, body, end) in enumerate(_segments(data)):
+        scans, scan_bytes = scans + (marker == _SCAN), scan_bytes + end - body
+        if number >= MAX_SEGMENTS or scans > MAX_SCANS or end - scan_bytes > MAX_METADATA:
+            limits = f"{MAX_SCANS} scans, {MAX_SEGMENTS} segments, or {MAX_METADATA} bytes beside the image"
+            raise ValueError(f"it has more than {limits}")
+        if marker not in _NEEDED + _IGNORED or (frame and marker in _FRAMES):
+            raise ValueError(f"it has a segment {marker:#x}; expected one image, baseline or progressive")
+        if marker in _NEEDED:
+            parts.append(data[start:end])
+        if marker in _FRAMES:
+            height, width = (int.from_bytes(data[start + i : start + i + 2], "big") for i in (5, 7))
+            frame, pixels = marker, width * height
+        elif marker == _EXIF and not orientation and data[start + 4 : start + 10] == b"Exif\0\0":
+            orientation = _orientation(data[start + 10 : body])
+    if not frame or not scans:
+        raise ValueError("there is no image in it")
+    if pixels > max_pixels or pixels > _FRAMES[frame] * scan_bytes:
+        limits = f"at most {max_pixels}, and its {scan_bytes} bytes hold at most {_FRAMES[frame] * scan_bytes}"
+        raise ValueError(f"its header has {width}×{height} pixels; expected {limits}")
+    return [*parts, data[end : end + 2]], orientation
+
+
+def _check_complete(parts: list[bytes], image: Any) -> None:
+    """Raise an error for a picture whose data end before it does.
+
+    libjpeg fills it up with the last colour, and says nothing. So if the last block has one colour, it is decoded again
+    with other bytes behind its data: what they change was missing.
+    """
+    left, top = (max((side - 1) // 8 * 8, side - 4) for side in image.size)
+    if any(low != high for low, high in image.crop((left, top, *image.size)).getextrema()):
+        return
+    padded = [part + _OTHER_BYTES if part[:2] == b"\xff\xda" else part for part in parts]
+    with _pillow().open(io.BytesIO(b"".join(padded)), formats=["JPEG"]) as other:
+        if other.tobytes() != image.tobytes():
+            raise ValueError("its data end before the picture of its header does")
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
+    """The marker of each segment of a JPEG, where it begins, where its scan begins (else: ends), and where it ends."""
+    if data[:3] != b"\xff\xd8\xff":
+        raise ValueError("it does not begin as a JPEG file")
+    found = _MARKER.search(data, 2)
+    while found is not None and (marker := data[found.start() + 1]) != _END:
+        body = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
+        following = _MARKER.search(data, body)
+        end = len(data) if following is None else following.start()
+        yield marker, found.start(), body, end if marker == _SCAN else min(body, end)
+        found = following
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation in the first directory of Exif data, 1 to 8; 1 where there is none."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    try:
+        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, first)
+        for i in range(count):
+            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * i)
+            if (tag, kind) == (0x0112, 3):
+                return value if 1 <= value <= 8 else 1
+    except struct.error:  # damaged: Pillow ignores it, too
+        pass
+    return 1
 
 
 def _pillow() -> Any:
