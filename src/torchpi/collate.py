@@ -100,9 +100,11 @@ def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[Prev
     return chunks
 
 
-def answer_of(actions: np.ndarray, timing: Mapping[str, float], sample: Mapping[str, Any]) -> ActionChunk:
-    """The answer to one observation, with the number of tokens that its prompt lost."""
+def answer_of(actions: np.ndarray, clipped: int, timing: Mapping[str, float], sample: Mapping[str, Any]) -> ActionChunk:
+    """The answer to one observation, with the numbers of clipped values and of tokens that its prompt lost."""
     answer = ActionChunk(actions=actions, policy_timing=dict(timing))
+    if clipped:
+        answer["actions_clipped"] = clipped
     if "prompt_tokens_cut" in sample:
         answer["prompt_tokens_cut"] = sample["prompt_tokens_cut"]
     return answer

@@ -11,9 +11,9 @@ from typing import Any
 
 
 def first_of(texts: Sequence[str], most: int = 8, separator: str = ", ") -> str:
-    """The first texts of many, and how many there are more."""
+    """The first texts of many, printable, and how many there are more."""
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
-    return f"{separator.join(texts[:most])}{more}"
+    return f"{separator.join(map(printable, texts[:most]))}{more}"
 
 
 def printable(text: object, most: int = 500, keep: str = "") -> str:
@@ -73,6 +73,10 @@ class CheckpointError(TorchpiError, ValueError):
 
 class PolicyError(TorchpiError, ValueError):
     """The parts of a policy, or the arguments of an inference, do not fit together."""
+
+
+class ActionError(PolicyError):
+    """Actions that no robot is to be sent: not finite, or beyond its limits."""
 
 
 class DatasetError(TorchpiError, ValueError):

@@ -22,6 +22,7 @@ from torchpi.engine import InferenceEngine
 from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
+from torchpi.robots.limits import within_limits
 from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
 from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
@@ -136,11 +137,13 @@ class Policy:
             execution_horizon: number of steps executed since the inference of that chunk; by default H − k.
 
         Returns:
-            "actions" float32 [H, a] in the robot's units, "policy_timing" in milliseconds, and for a prompt beyond
-            max_token_len "prompt_tokens_cut", the number of tokens that are missing.
+            "actions" float32 [H, a] in the robot's units, finite and within its limits; "policy_timing" in
+            milliseconds; "actions_clipped", the number of values that were beyond these limits, if any were; and for a
+            prompt beyond max_token_len "prompt_tokens_cut", the number of tokens that are missing.
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
+            ActionError: the actions are not finite, or beyond limits that the embodiment refuses.
             ValueError: anything else about the observation or the arguments that is not as expected.
         """
         noises = None if noise is None else self._finite_noise(noise, batch=())[None]
@@ -207,13 +210,13 @@ class Policy:
                 sampled = self.engine.sample_actions(batch, **rtc)
         chunks = sampled.cpu().numpy()  # waits for the device
         inferred = time.perf_counter()
-        actions = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
+        answers = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
         timing = {
             "preprocess_ms": 1e3 * (prepared - start),
             "infer_ms": 1e3 * (inferred - prepared),
             "postprocess_ms": 1e3 * (time.perf_counter() - inferred),
         }
-        return [answer_of(chunk, timing, sample) for chunk, sample in zip(actions, samples, strict=True)]
+        return [answer_of(*answer, timing, sample) for answer, sample in zip(answers, samples, strict=True)]
 
     def prepare(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """One observation to the model's inputs.
@@ -225,9 +228,10 @@ class Policy:
         sample = self.embodiment.to_model(observation, default_prompt=self.default_prompt, state_dim=self._state_dim)
         return sample["state"], self.transforms.forward(sample)
 
-    def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+    def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, int]:
+        """The actions to send, and the number of values that were clipped."""
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
-        return self.embodiment.from_model(actions, state).astype(np.float32)
+        return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
 
     def _finite_noise(self, noise: Any, *, batch: tuple[int, ...]) -> np.ndarray:
         array, config = np.asarray(noise), self.model.config

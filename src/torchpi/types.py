@@ -30,6 +30,8 @@ class ActionChunk(TypedDict):
     """Milliseconds per stage."""
     prompt_tokens_cut: NotRequired[int]
     """The number of tokens by which the prompt was cut to max_token_len; absent: it was not."""
+    actions_clipped: NotRequired[int]
+    """The number of values of the chunk that were clipped to the robot's limits; absent: none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,8 @@ MAX_PIXELS = 4096 * 4096
 MAX_SIDE = 65500
 """Longest side of an image in pixels, as limited by libjpeg."""
 MAX_SCANS = 32
-"""Passes over the image that a JPEG may ask for; libjpeg's own have at most ten. An empty one costs a few bytes to send,
-and as much as the whole image to decode."""
+"""Passes over the image that a JPEG may ask for; libjpeg's own have at most ten. An empty one has a few bytes, and
+takes as long to decode as the whole image."""
 MAX_SEGMENTS = 1000
 MAX_METADATA = 2**20
 """Segments of a JPEG, and bytes of all that is not its image: tables, colour profile, Exif."""

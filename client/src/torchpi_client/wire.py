@@ -147,7 +147,9 @@ def _array(value: dict[Any, Any]) -> np.ndarray[Any, Any]:
     for size in shape:
         expected *= size
     if len(data) != expected:
-        raise ValueError(f"An array of shape {shape} and dtype {dtype} has {len(data)} bytes; expected {expected}.")
+        raise ValueError(
+            f"An array of shape {shape!s:.80} and dtype {dtype} has {len(data)} bytes; expected {expected}."
+        )
     # A copy: the buffer is read-only. NumPy itself refuses sizes and numbers of dimensions beyond its limits.
     return np.ndarray(tuple(shape), dtype, buffer=data).copy()
 
@@ -178,4 +180,5 @@ def _dtype(name: Any, kinds: str) -> np.dtype[Any]:
 
 def _require_keys(value: dict[Any, Any], keys: set[bytes], what: str) -> None:
     if set(value) != keys:
-        raise ValueError(f"{what} has the keys {sorted(map(str, value))}; expected {sorted(map(str, keys))}.")
+        found = str(sorted(f"{key}"[:40] for key in value))
+        raise ValueError(f"{what} has the keys {found:.200}; expected {sorted(map(str, keys))}.")

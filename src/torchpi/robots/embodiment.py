@@ -3,16 +3,26 @@
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from torchpi import schema
-from torchpi.errors import EmbodimentError, UnknownKeyError, is_whole
+from torchpi.errors import EmbodimentError, UnknownKeyError, first_of, is_whole
 from torchpi.robots.keys import flatten, nest
-from torchpi.robots.parts import HOOKS, LIMITS, ActionDim, Camera, StateKey, numbers
+from torchpi.robots.parts import (
+    BEYOND_LIMITS,
+    HOOKS,
+    LIMITS,
+    ActionDim,
+    Camera,
+    StateKey,
+    check_dict,
+    name_list,
+    numbers,
+)
 from torchpi.transforms.actions import absolute_actions, delta_actions
 from torchpi.transforms.normalize import require_finite
 from torchpi.transforms.prompt import as_text
@@ -59,6 +69,9 @@ class Embodiment:
     """Recommended number of a chunk's actions to execute before asking for the next chunk."""
     default_prompt: str | None = None
     """The instruction of a request that has none."""
+    beyond_limits: str = "clip"
+    """Treatment of actions below `low` or above `high` of their dimension: "clip" them, and count them in the answer,
+    or "refuse" the chunk."""
     asset_id: str | None = None
     """The name of the checkpoint's statistics for this robot: assets/<asset_id>."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -92,6 +105,8 @@ class Embodiment:
                 f"no hook {self.hook!r}; known are {sorted(HOOKS)}. "
                 "Import the module that registers it in torchpi.robots.HOOKS first."
             )
+        if self.beyond_limits not in BEYOND_LIMITS:
+            return f"beyond_limits is {self.beyond_limits!r:.80}; expected one of {', '.join(BEYOND_LIMITS)}."
         if self.control_hz is not None and not self.control_hz > 0:
             return f"control_hz is {self.control_hz}; expected a positive number."
         if (steps := self.execute_steps) is not None and not (is_whole(steps) and steps > 0):
@@ -152,11 +167,11 @@ class Embodiment:
         """
         label = f"Embodiment '{name}'"
         state, actions, delta = (
-            _names(f"{label}: {field}", value)
+            name_list(f"{label}: {field}", value)
             for field, value in (("state", state), ("actions", actions), ("delta", delta))
         )
         for field, value in (("cameras", cameras), ("command", command), ("limits", limits)):
-            _check_dict(f"{label}: {field}", field, value)
+            check_dict(f"{label}: {field}", field, value)
         commands = dict.fromkeys(actions, command) if isinstance(command, str) else command or {}
         limits = limits or {}
         for field, names in (("delta", delta), ("command", commands), ("limits", limits)):
@@ -320,6 +335,8 @@ class Embodiment:
             for limit in LIMITS:
                 if action[limit] is None:
                     del action[limit]
+        if self.beyond_limits == "clip":
+            del fields["beyond_limits"]
         for camera in fields["cameras"]:
             if camera["depth"] is None:
                 del camera["depth"]
@@ -343,14 +360,14 @@ class Embodiment:
         unknown_cameras = [key for key in unknown if getattr(found[key], "ndim", 0) >= 3 or _folder(key) in folders]
         if unknown_cameras:
             raise UnknownKeyError(
-                f"Embodiment '{self.name}' has no camera {', '.join(map(repr, unknown_cameras))}; "
+                f"Embodiment '{self.name}' has no camera {first_of([f'{key!r}' for key in unknown_cameras])}; "
                 f"its cameras are {self._cameras_text()}. Rename it, leave it out, or add it to the embodiment "
                 "(presence 'ignored' if the model shall not read it)."
             )
         if unknown and not self._warned:  # type: ignore[attr-defined]
             object.__setattr__(self, "_warned", True)
             warnings.warn(
-                f"Embodiment '{self.name}' doesn't read {', '.join(unknown)} of the observation; "
+                f"Embodiment '{self.name}' doesn't read {first_of(unknown)} of the observation; "
                 f"it knows {', '.join(sorted(known))}.",
                 UserWarning,
                 stacklevel=4,
@@ -419,31 +436,8 @@ class Embodiment:
             )
 
 
-def _names(label: str, names: Any) -> tuple[str, ...]:
-    """A tuple of names from a list of them."""
-    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
-    if isinstance(names, str) or not all(isinstance(name, str) for name in found):
-        raise EmbodimentError(f'{label} is {names!r:.80}; expected a list of names, such as ["shoulder", "elbow"].')
-    return found
-
-
-# The dicts that `Embodiment.generic` takes: what else may be passed, the type of their values, and their meaning.
-_DICTS: dict[str, tuple[Any, Any, str]] = {
-    "cameras": ((), str, 'the model\'s camera names to the observation\'s keys, such as {"base_0_rgb": "front"}'),
-    "command": (str | None, object, 'action names to commands, or one as text for all actions, such as "position"'),
-    "limits": (type(None), Mapping, 'action names to limits, such as {"elbow": {"low": -1, "high": 1}}'),
-}
-
-
-def _check_dict(label: str, field: str, value: Any) -> None:
-    other, kind, expected = _DICTS[field]
-    is_dict = isinstance(value, Mapping) and all(isinstance(v, kind) for v in value.values())
-    if not (is_dict or isinstance(value, other)):
-        raise EmbodimentError(f"{label} is {value!r:.80}; expected a dict of {expected}.")
-
-
 def _listed(found: Mapping[str, Any]) -> str:
-    return ", ".join(found) or "nothing"
+    return first_of([*found]) or "nothing"
 
 
 def _folder(key: str) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ KINDS = ("absolute", "delta")
 COMMANDS = ("position", "velocity", "increment", "effort")
 LIMITS = ("low", "high", "max_step")
 """The fields of an `ActionDim` that limit what the robot is sent."""
+BEYOND_LIMITS = ("clip", "refuse")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,3 +202,26 @@ def numbers(value: Any, label: str) -> np.ndarray:
 def _check_choice(label: str, field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise EmbodimentError(f"{label}: {field} is {value!r}; expected one of {', '.join(allowed)}.")
+
+
+def name_list(label: str, names: Any) -> tuple[str, ...]:
+    """A tuple of names from a list of them."""
+    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
+    if isinstance(names, str) or not all(isinstance(name, str) for name in found):
+        raise EmbodimentError(f'{label} is {names!r:.80}; expected a list of names, such as ["shoulder", "elbow"].')
+    return found
+
+
+# The dicts that `Embodiment.generic` takes: what else may be passed, the type of their values, and their meaning.
+_DICTS: dict[str, tuple[Any, Any, str]] = {
+    "cameras": ((), str, 'the model\'s camera names to the observation\'s keys, such as {"base_0_rgb": "front"}'),
+    "command": (str | None, object, 'action names to commands, or one as text for all actions, such as "position"'),
+    "limits": (type(None), Mapping, 'action names to limits, such as {"elbow": {"low": -1, "high": 1}}'),
+}
+
+
+def check_dict(label: str, field: str, value: Any) -> None:
+    other, kind, expected = _DICTS[field]
+    is_dict = isinstance(value, Mapping) and all(isinstance(v, kind) for v in value.values())
+    if not (is_dict or isinstance(value, other)):
+        raise EmbodimentError(f"{label} is {value!r:.80}; expected a dict of {expected}.")

@@ -6,8 +6,10 @@ answered by a binary frame with "actions", "policy_timing" and "server_timing", 
 """
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import logging
+import os
 import time
 from typing import Any
 
@@ -18,6 +20,7 @@ from websockets.frames import CloseCode
 
 from torchpi.randomness import generator_at
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
+from torchpi.serving.memory import CountedConnection, size_of
 from torchpi.serving.messages import SUPPORTED, RequestError, count_jpegs, decode_jpegs, read_request
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
@@ -28,6 +31,8 @@ from torchpi_client import pack
 _log = logging.getLogger(__name__)
 
 GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
+_MAX_DECODERS = 4
+"""JPEGs that are decoded at once; each needs up to seven times the memory of its pixels."""
 _CLIENT_LEFT = "client_left", "The client closed the connection before its answer."
 
 
@@ -45,6 +50,13 @@ class ServerState:
     policies: dict[str, ServedPolicy] = dataclasses.field(default_factory=dict)
     """By name, once they are loaded and warm."""
     connections: "set[Connection]" = dataclasses.field(default_factory=set)
+    decoders: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
+        default_factory=lambda: concurrent.futures.ThreadPoolExecutor(
+            min(_MAX_DECODERS, os.cpu_count() or 1), "torchpi-decoder"
+        )
+    )
+    decoding: set[concurrent.futures.Future[dict[str, Any]]] = dataclasses.field(default_factory=set)
+    """Observations whose JPEGs are waiting for a decoder, or in one."""
     stopping: bool = False
 
     @property
@@ -56,7 +68,7 @@ class ServerState:
 class Connection:
     """One client, from the metadata to the last answer."""
 
-    def __init__(self, websocket: ServerConnection, state: ServerState, *, number: int, policy: str) -> None:
+    def __init__(self, websocket: CountedConnection, state: ServerState, *, number: int, policy: str) -> None:
         self.websocket = websocket
         self.answering = False
         """A request has been received, and its answer not been sent."""
@@ -65,6 +77,8 @@ class Connection:
         self._closed = asyncio.create_task(websocket.wait_closed())
         self._pending: Request | None = None
         """The request that waits for the model."""
+        self._kept = self._held = 0
+        """Bytes of the last observation on the dashboard, and with those of the request that is being answered."""
         self._num_requests = 0
         self._last_seconds: float | None = None
         """From the last request's arrival to its answer being sent."""
@@ -119,6 +133,7 @@ class Connection:
         """Answer one message, by a chunk or an error."""
         state, began = self._state, time.perf_counter()
         frame: str | bytes
+        self._hold(self._kept + len(message))  # as much again, as arrays
         try:
             observation, answer = await self._infer(message, noise, robot)
             timing = {
@@ -138,11 +153,16 @@ class Connection:
         finally:  # not before: until then the client waits
             self._num_requests += 1
             self._last_seconds = time.perf_counter() - began
+            self._kept = size_of(observation) if outcome == "answered" else self._kept
+            self._hold(self._kept)
+            self.websocket.count(-len(message.encode() if isinstance(message, str) else message))
             state.metrics.requests.labels(self._policy, outcome).inc()
             if outcome == "answered":
                 state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
                 if "prompt_tokens_cut" in answer.chunk:
                     state.metrics.cut_prompts.labels(self._policy).inc()
+                if "actions_clipped" in answer.chunk:
+                    state.metrics.clipped.labels(self._policy).inc()
                 state.dashboard.answered(robot, observation, answer, time.monotonic())
                 if state.recorder is not None:
                     policy, actions = state.policies[self._policy], answer.chunk["actions"]
@@ -159,14 +179,38 @@ class Connection:
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
         config = self._state.policies[self._policy].model.config
         observation, options = read_request(message, noise_shape=config.chunk_shape)
-        if count_jpegs(observation):  # milliseconds for each
-            observation = await asyncio.to_thread(decode_jpegs, observation, max_bytes=settings.max_message_bytes)
         noise = noise if options.noise is None else options.noise
         num_steps = options.num_steps or settings.num_steps
         self._state.dashboard.asked(robot, options.previous, time.monotonic())
         deadline = min(settings.deadline, options.deadline or settings.deadline)
+        if count_jpegs(observation):  # milliseconds for each
+            began = time.monotonic()
+            observation = await self._decode(observation, deadline)
+            deadline = max(0.0, deadline - (time.monotonic() - began))
+            self._hold(self._kept + size_of(observation))
         request = Request(self._policy, observation, noise, num_steps, options.previous)
         return observation, await self._wait_for(request, deadline)
+
+    def _hold(self, num_bytes: int) -> None:
+        """Count these bytes as this client's, in place of those until now."""
+        self.websocket.count(num_bytes - self._held)
+        self._held = num_bytes
+
+    async def _decode(self, observation: dict[str, Any], deadline: float) -> dict[str, Any]:
+        """The observation with arrays in place of JPEGs, in `deadline` seconds, and as long as the client is there."""
+        state = self._state
+        work = state.decoders.submit(decode_jpegs, observation, max_bytes=state.settings.max_message_bytes)
+        state.decoding.add(work)
+        work.add_done_callback(state.decoding.discard)
+        decoded = asyncio.wrap_future(work)
+        first: list[asyncio.Future[Any]] = [decoded, self._closed]
+        await asyncio.wait(first, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        if decoded.done():
+            return decoded.result()
+        decoded.cancel()  # what has begun ends soon by itself, see `torchpi_client.images`
+        if self._closed.done():
+            raise RequestError(*_CLIENT_LEFT)
+        raise RequestError("deadline_exceeded", f"Its JPEGs were not decoded in {deadline:g} s: others are before it.")
 
     async def _wait_for(self, request: Request, deadline: float) -> Answer:
         """The model's answer; the request is withdrawn if it has not begun in `deadline` seconds, or nobody waits."""

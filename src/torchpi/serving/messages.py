@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import ServingError, is_whole
+from torchpi.errors import ServingError, is_whole, printable
 from torchpi.serving.settings import MAX_NUM_STEPS
 from torchpi.transforms.prompt import invalid_code_point
 from torchpi.types import PreviousChunk
@@ -39,6 +39,8 @@ SUPPORTED = dict.fromkeys((*OPTIONS, JPEG), True)
 MAX_ITEMS = 10_000
 MAX_DEPTH = 16
 MAX_TEXT = 10_000
+MAX_KEY = 256
+"""Characters of a key: those of nested maps are joined for every value within."""
 
 # Magnitudes. Models compute in float32, and larger numbers overflow there sooner or later: the request would fail, and
 # with it the forward pass that others share. Noise is drawn from N(0, 1); actions are in the robot's units, whatever
@@ -51,12 +53,13 @@ MAX_FLOAT32 = float(np.finfo(np.float32).max)
 class RequestError(Exception):
     """The reason why a request is not answered with actions, for the client.
 
-    Codes: malformed_message (the connection is closed as well), bad_observation, rate_limited, queue_full,
-    deadline_exceeded, shutting_down, internal; client_left, which nobody receives.
+    Codes: malformed_message (the connection is closed as well), bad_observation, unsafe_actions, rate_limited,
+    queue_full, deadline_exceeded, shutting_down, internal; client_left, which nobody receives. The message is made
+    printable, and cut to some hundred characters: it may quote what the client sent.
     """
 
     def __init__(self, code: str, message: str) -> None:
-        super().__init__(message)
+        super().__init__(printable(message))
         self.code = code
 
     def frame(self) -> str:
@@ -115,9 +118,13 @@ def _leaves(value: Any, where: str = "the observation", depth: int = MAX_DEPTH) 
     if isinstance(value, dict):
         for key, item in value.items():
             if not isinstance(key, str):
-                raise ServingError(f"{where} has the key {key!r:.80}; expected text.")
+                raise ServingError(f"{where} has the key {key[:80]!r}; expected text.")
+            if len(key) > MAX_KEY:
+                raise ServingError(
+                    f"{where} has a key of {len(key)} characters; expected at most {MAX_KEY}: {key:.80}."
+                )
             if key != JPEG:
-                yield from _leaves(item, key[:80], depth - 1)
+                yield from _leaves(item, key, depth - 1)
     elif isinstance(value, list):
         for item in value:
             yield from _leaves(item, where, depth - 1)

@@ -34,6 +34,9 @@ class Metrics:
         self.cut_prompts = counter(
             "torchpi_cut_prompts_total", "Answered requests whose prompt was cut to max_token_len", ["policy"]
         )
+        self.clipped = counter(
+            "torchpi_clipped_answers_total", "Answers with actions clipped to the robot's limits", ["policy"]
+        )
         self.queue_seconds = histogram(
             "torchpi_queue_seconds", "Time that a request waited for the model", buckets=_SECONDS
         )
@@ -44,6 +47,7 @@ class Metrics:
             "torchpi_batch_size", "Requests in one successful forward pass", buckets=_BATCH_SIZES
         )
         self.queue_length = gauge("torchpi_queue_length", "Requests that wait for the model")
+        self.message_bytes = gauge("torchpi_message_bytes", "Bytes that the messages of all clients hold")
         self.connections = gauge("torchpi_connections", "Open websockets")
         self.refused = counter("torchpi_refused_connections_total", "Refused connections by reason", ["reason"])
         self.recorded = counter("torchpi_recorded_total", "Requests to --record by result: kept, lost", ["result"])

@@ -17,19 +17,17 @@ from typing import Any
 from websockets.asyncio.server import ServerConnection
 from websockets.http11 import Request, Response
 
-from torchpi.errors import UnknownKeyError
+from torchpi.errors import UnknownKeyError, printable
 from torchpi.serving.connection import ServerState, address_of
 from torchpi.serving.dashboard import dashboard_page, encode_jpeg
 from torchpi.serving.settings import LOCAL_HOSTS
 
 _log = logging.getLogger(__name__)
 
-_LOGGED_TEXT = 500
-"""Characters of a refusal that the log has; the path in it may be of any length."""
 _REFUSAL_PAUSE = 60.0
 """Seconds between two lines of the log about connections that were refused for the same reason."""
 _DASHBOARD_PATHS = ("/dashboard.json", "/chunk/", "/frame/")
-_DASHBOARD_HEADERS = {
+_PAGE_HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
@@ -49,6 +47,18 @@ class Pages:
 
     async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to an HTTP request; None: continue with the handshake of a websocket."""
+        method = getattr(request, "method", "GET")  # older websockets read no other
+        if method not in ("GET", "HEAD"):
+            text = f"{method:.20} is no method of this server; use GET."
+            response = self._refuse(connection, "method", http.HTTPStatus.METHOD_NOT_ALLOWED, text)
+            response.headers["Allow"] = "GET, HEAD"
+            return response
+        page = await self._page(connection, request)
+        if page is not None and method == "HEAD":
+            page.body = b""
+        return page
+
+    async def _page(self, connection: ServerConnection, request: Request) -> Response | None:
         state, path = self._state, path_of(request)
         if path == "/healthz":
             if state.ready:
@@ -59,7 +69,9 @@ class Pages:
         if refusal := self._refusal(request, path, browser=browser, dashboard=dashboard):
             return self._refuse(connection, *refusal)
         if path == "/metrics":
-            return _with_body(connection, state.metrics.text(), state.metrics.content_type)
+            response = _with_body(connection, state.metrics.text(), state.metrics.content_type)
+            response.headers.update(_PAGE_HEADERS)
+            return response
         if dashboard:
             return await self._dashboard(connection, path)
         return None
@@ -72,27 +84,28 @@ class Pages:
         if not settings.admits(authorization[0] if len(authorization) == 1 else None):
             text = "A valid token is needed" + ("; in a browser: /?token=TOKEN" if browser else ".")
             return "token", http.HTTPStatus.UNAUTHORIZED, text
-        if dashboard:
+        if dashboard or path == "/metrics":
             # A web page whose host name is made to lead here could read the robots' cameras.
             if settings.local and settings.token is None and not _names_this_machine(request):
-                text = "Without a --token the dashboard is for http://127.0.0.1 and http://localhost alone."
+                text = "Without a --token dashboard and metrics are for http://127.0.0.1 and http://localhost alone."
                 return "host", http.HTTPStatus.FORBIDDEN, text
-        elif path not in ("/", "/metrics") and path[1:] not in self._state.names:
+            if request.headers.get_all("Origin"):  # the dashboard's own script sends none
+                return "origin", http.HTTPStatus.FORBIDDEN, "Other web pages read nothing here."
+        elif path != "/" and path[1:] not in self._state.names:
             names = ", ".join(f"/{name}" for name in self._state.names)
             return "path", http.HTTPStatus.NOT_FOUND, f"There is no policy at {path}; this server has {names}."
-        elif path != "/metrics" and (count := len(self._state.connections)) >= settings.max_connections:
+        elif (count := len(self._state.connections)) >= settings.max_connections:
             text = f"{count} clients are connected, which is the limit (--max-connections)."
             return "connections", http.HTTPStatus.SERVICE_UNAVAILABLE, text
         return None
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._state.metrics.refused.labels(reason).inc()
-        now = time.monotonic()
-        # A client that floods the server must not flood its log, nor write control characters to it.
+        now, text = time.monotonic(), printable(text)  # the path in it may be of any length
+        # A client that floods the server must not flood its log.
         if now - self._logged_at.get(reason, -math.inf) >= _REFUSAL_PAUSE:
             self._logged_at[reason] = now
-            printable = text.encode("unicode_escape").decode()[:_LOGGED_TEXT]
-            _log.warning("refused %s: %s", address_of(connection), printable)
+            _log.warning("refused %s: %s", address_of(connection), text)
         response = connection.respond(status, f"{text}\n")
         if status == http.HTTPStatus.UNAUTHORIZED:
             response.headers["WWW-Authenticate"] = "Bearer"
@@ -112,8 +125,8 @@ class Pages:
                 content = json.dumps(self._dashboard_json(path), allow_nan=False).encode()
                 response = _with_body(connection, content, "application/json")
         except KeyError as error:
-            return connection.respond(http.HTTPStatus.NOT_FOUND, f"{error}\n")
-        response.headers.update(_DASHBOARD_HEADERS)
+            return connection.respond(http.HTTPStatus.NOT_FOUND, f"{printable(error)}\n")
+        response.headers.update(_PAGE_HEADERS)
         return response
 
     def _dashboard_json(self, path: str) -> dict[str, Any]:

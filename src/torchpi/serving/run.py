@@ -14,6 +14,7 @@ from typing import Any
 from torchpi.checkpoints.address import existing_folder
 from torchpi.errors import ServingError
 from torchpi.policy import Policy, load_policy
+from torchpi.serving.log import log_to_stderr
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.server import PolicyServer
@@ -36,9 +37,12 @@ def run_serve(
     load: Mapping[str, Any],
     run: Mapping[str, Any],
 ) -> None:
-    """Serve until SIGINT or SIGTERM; the arguments are those of the command: `load` those of `load_policy` for POLICY,
-    `run` those for all policies (device, engine), `named` "name=path" of further policies: without `policy` the first
-    of them is served at "/" as well."""
+    """Serve until SIGINT, SIGTERM or SIGHUP.
+
+    The arguments are those of the command: `load` those of `load_policy` for POLICY, `run` those for all policies
+    (device, engine), `named` "name=path" of further policies: without `policy` the first of them is served at "/" as
+    well.
+    """
     paths = policy_paths(policy, named)
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
@@ -53,7 +57,7 @@ def run_serve(
         name: functools.partial(_load, path, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
     }
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    log_to_stderr()
     logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
     if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server; protect it with --token", settings.host)
@@ -64,7 +68,7 @@ def run_serve(
         with Recorder(folders, Metrics()) as recorder:
             ended = asyncio.run(_serve(loaders, settings, recorder))
     if not ended:  # the model's thread is inside PyTorch, which the interpreter's end would tear down under it
-        _log.warning("the model is still running; ending without it")
+        _log.warning("the model or a decoder is still running; ending without it")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
@@ -97,22 +101,25 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
 async def _serve(
     loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, recorder: Recorder | None
 ) -> bool:
-    """Serve until a signal; False: the model's thread has not ended."""
+    """Serve until a signal; False: the model's thread or a decoder's has not ended."""
     server = PolicyServer(loaders, settings, recorder=recorder)
     loop = asyncio.get_running_loop()
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+        signals.append(signal.SIGHUP)
 
     def stop(signum: int) -> None:
         name = signal.Signals(signum).name
         _log.info("%s: answering the requests that were received; a second signal ends at once", name)
         server.stop()
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in signals:
             loop.remove_signal_handler(each)  # the second one acts as if there were no handler
 
     def listening(address: str) -> None:
         dashboard = f"http{address.removeprefix('ws')}"
         _log.info("listening at %s, warming up; dashboard at %s", address, dashboard)
-        for each in (signal.SIGINT, signal.SIGTERM):
+        for each in signals:
             loop.add_signal_handler(each, stop, each)
 
     await server.run(listening)
-    return server.scheduler.join(1.0)
+    return server.join(1.0)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from torchpi.errors import ActionError
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.settings import ServeSettings
@@ -205,6 +206,8 @@ class Scheduler:
                 prefixes=[request.previous for request in batch],
             )
             assert len(chunks) == len(batch)
+            if not all(np.isfinite(chunk["actions"]).all() for chunk in chunks):  # of whatever policy
+                raise ActionError("There is NaN or infinity in the actions; no robot is sent such.")
         except Exception as error:
             if len(batch) == 1:
                 batch[0].settle_soon(_failure(policy, batch[0], error))
@@ -222,6 +225,8 @@ class Scheduler:
 
 def _failure(policy: ServedPolicy, request: Request, error: Exception) -> RequestError:
     """The error for the client: its own mistakes in full, of the server's only that there was one."""
+    if isinstance(error, ActionError):
+        return RequestError("unsafe_actions", str(error))
     if isinstance(error, KeyError | ValueError):
         try:
             previous = {} if request.previous is None else {"actions": request.previous.actions}

@@ -16,6 +16,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 
 from torchpi.serving.connection import GOODBYE, Connection, ServerState
+from torchpi.serving.memory import CountedConnection, MessageMemory
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.pages import Pages, path_of
@@ -45,6 +46,7 @@ class PolicyServer:
         metrics = recorder.metrics if recorder else Metrics()
         self.scheduler = Scheduler(load, settings, metrics)
         self._state = ServerState(settings, list(load), metrics, self.scheduler, recorder)
+        self._memory = MessageMemory(int(settings.max_memory_mb * 2**20), metrics)
         self._numbers = itertools.count()
         self._stopped = asyncio.Event()
 
@@ -86,7 +88,8 @@ class PolicyServer:
                 process_request=Pages(self._state).respond,
                 compression=None,  # of images it costs more time than it saves
                 max_size=settings.max_message_bytes,
-                max_queue=4,  # frames of one connection that wait here for the answer to the one before them
+                max_queue=1,  # frames of one connection that wait here for the answer to the one before them
+                create_connection=self._memory.connect,  # type: ignore[arg-type]  # a factory will do
                 close_timeout=_CLOSE_TIMEOUT,
                 origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
                 logger=logging.getLogger(f"{__name__}.websockets"),
@@ -105,6 +108,7 @@ class PolicyServer:
 
     async def _handle(self, websocket: ServerConnection) -> None:
         assert websocket.request is not None
+        assert isinstance(websocket, CountedConnection)
         policy = path_of(websocket.request)[1:] or self._state.names[0]
         connection = Connection(websocket, self._state, number=next(self._numbers), policy=policy)
         await connection.run(self._ready)
@@ -125,6 +129,12 @@ class PolicyServer:
         await self._until_answered(_CLOSE_TIMEOUT)
         await asyncio.gather(*(websocket.close(*GOODBYE) for websocket in server.connections))
         await server.wait_closed()
+        state.decoders.shutdown(wait=False, cancel_futures=True)
+
+    def join(self, timeout: float) -> bool:
+        """Wait at most so many seconds for the end of the model's thread and the decoders'; False: some are running."""
+        decoding = concurrent.futures.wait([*self._state.decoding], timeout).not_done
+        return self.scheduler.join(timeout) and not decoding
 
     async def _until_answered(self, timeout: float) -> None:
         """Wait until the clients that were being answered are gone, at most so many seconds."""
@@ -155,4 +165,4 @@ def running_server(
         finally:
             server.stop()
             ended.result()
-            server.scheduler.join(1.0)
+            server.join(1.0)

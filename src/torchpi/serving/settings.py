@@ -37,16 +37,32 @@ class ServeSettings:
     """Clients at once."""
     max_message_mb: float = 32.0
     """Size of a request in MiB."""
+    max_memory_mb: float = 1024.0
+    """MiB that the messages of all clients may hold together, until they are answered, and the last one of each on the
+    dashboard; beyond it the client that holds most is disconnected."""
     max_rate: float = 200.0
     """Requests per second of one client, on average over a second."""
     grace: float = 10.0
     """Seconds at the end in which requests that were received are still answered."""
 
     def __post_init__(self) -> None:
-        limits = ("max_batch", "max_queue", "deadline", "max_connections", "max_message_mb", "max_rate")
+        limits = (
+            "max_batch",
+            "max_queue",
+            "deadline",
+            "max_connections",
+            "max_message_mb",
+            "max_memory_mb",
+            "max_rate",
+        )
         for name in limits:
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
+        if self.max_memory_mb < 4 * self.max_message_mb:
+            raise ServingError(
+                f"max_memory_mb is {self.max_memory_mb:g}; expected at least {4 * self.max_message_mb:g}, four times "
+                "max_message_mb: a message, its arrays, the message behind it, and the last one on the dashboard."
+            )
         if self.num_steps is not None and not (is_whole(self.num_steps) and 1 <= self.num_steps <= MAX_NUM_STEPS):
             raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
         if not 0 <= self.port < 2**16:
@@ -76,14 +92,14 @@ class ServeSettings:
 
 
 class RateLimit:
-    """A token bucket: `rate` requests per second, and as many at once after a second of silence."""
+    """A token bucket: `rate` per second, and `burst` at once after a silence, by default those of a second."""
 
-    def __init__(self, rate: float, now: float) -> None:
-        self._rate, self._size = rate, max(rate, 1.0)
+    def __init__(self, rate: float, now: float, burst: float | None = None) -> None:
+        self._rate, self._size = rate, max(burst or rate, 1.0)
         self._left, self._at = self._size, now
 
     def allows(self, now: float) -> bool:
-        """Count one more request at this time, in seconds; False: it exceeds the rate."""
+        """Count one more at this time, in seconds; False: it exceeds the rate."""
         self._left = min(self._size, self._left + (now - self._at) * self._rate)
         self._at = now
         if self._left < 1:

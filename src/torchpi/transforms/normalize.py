@@ -18,6 +18,8 @@ EPS_RULES = ("openpi", "lerobot")
 
 DEVIATIONS = 2.326
 """From a normal distribution's mean to its q01 and q99."""
+MAX_STATISTIC = 1e12
+"""Largest magnitude of a statistic; no robot's numbers are as large, and actions that it scales stay within float32."""
 _ROUNDING = 1e-6  # relative; what varies less than this is constant
 _EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
 _LEROBOT_EPS = np.float32(1e-8)
@@ -28,8 +30,8 @@ class NormStats:
     """Statistics of one quantity (state or actions), one value per dimension, float64; none of a state without any.
 
     Raises:
-        ValueError: not one-dimensional, of unequal lengths, NaN or infinite, a negative deviation, q99 below q01, or
-            one quantile without the other.
+        ValueError: not one-dimensional, of unequal lengths, NaN, infinite or beyond 1e12, a negative deviation, q99
+            below q01, or one quantile without the other.
     """
 
     mean: np.ndarray
@@ -273,6 +275,7 @@ def _statistic(name: str, value: Any) -> np.ndarray:
             f"Statistics: {name} has shape {list(array.shape)}; expected one value per dimension, [d]."
         )
     _require_none(f"{name} is NaN or infinite", ~np.isfinite(array))
+    _require_none(f"{name} is beyond {MAX_STATISTIC:g}, as no robot's numbers are,", abs(array) > MAX_STATISTIC)
     array.flags.writeable = False
     return array
 

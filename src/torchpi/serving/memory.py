@@ -1,0 +1,95 @@
+"""The memory that clients' messages hold, bounded over all connections."""
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+from websockets.asyncio.server import ServerConnection
+from websockets.frames import DATA_OPCODES, CloseCode, Frame
+
+from torchpi.serving.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_GOODBYE = CloseCode.TRY_AGAIN_LATER, "messages of all clients fill the server's memory, yours most of it"
+_GOODBYE_SECONDS = 0.2
+
+
+class MessageMemory:
+    """The bytes that all connections hold; beyond the limit those that hold most are disconnected."""
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit, self._metrics = limit, metrics
+        self.num_bytes: dict[CountedConnection, int] = {}
+        """Per connection, in the thread of the event loop."""
+        self._total = 0
+        self._goodbyes: set[asyncio.Task[None]] = set()
+        metrics.message_bytes.set_function(lambda: self._total)
+
+    def connect(self, *arguments: Any, **settings: Any) -> "CountedConnection":
+        """A new connection, for `websockets.serve`."""
+        connection = CountedConnection(*arguments, **settings)
+        connection.memory, self.num_bytes[connection] = self, 0
+        return connection
+
+    def count(self, connection: "CountedConnection", change: int) -> None:
+        """Count bytes that a connection holds from now on, or less than 0: no more."""
+        if connection in self.num_bytes:  # else it is lost, and its handler is about to end
+            self.num_bytes[connection] += change
+            self._total += change
+
+    def forget(self, connection: "CountedConnection") -> None:
+        self._total -= self.num_bytes.pop(connection, 0)
+
+    def check(self) -> None:
+        """Disconnect who holds most, until the limit is kept."""
+        while self._total > self._limit:
+            connection = max(self.num_bytes, key=lambda each: self.num_bytes[each])
+            _log.warning("a client's messages hold %d bytes; it is disconnected", self.num_bytes[connection])
+            self._metrics.refused.labels("memory").inc()
+            self.forget(connection)
+            goodbye = asyncio.create_task(_disconnect(connection))
+            self._goodbyes.add(goodbye)
+            goodbye.add_done_callback(self._goodbyes.discard)
+
+
+async def _disconnect(connection: ServerConnection) -> None:
+    """Say why, and do not wait for what the client is sending."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(connection.close(*_GOODBYE), _GOODBYE_SECONDS)
+    connection.transport.abort()
+
+
+class CountedConnection(ServerConnection):
+    """A websocket whose messages count as they arrive; its handler counts the rest, and what is done with."""
+
+    memory: MessageMemory
+    _arriving = 0
+    """Bytes since the last complete frame."""
+
+    def count(self, change: int) -> None:
+        self.memory.count(self, change)
+
+    def data_received(self, data: bytes) -> None:
+        self._arriving += len(data)
+        self.count(len(data))
+        super().data_received(data)
+        self.memory.check()
+
+    def process_event(self, event: Any) -> None:
+        is_data = isinstance(event, Frame) and event.opcode in DATA_OPCODES
+        self.count((len(event.data) if is_data else 0) - self._arriving)
+        self._arriving = 0
+        super().process_event(event)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.memory.forget(self)
+        super().connection_lost(exc)
+
+
+def size_of(value: Any) -> int:
+    """Bytes of the arrays and byte strings in an observation."""
+    if isinstance(value, dict | list):
+        return sum(map(size_of, value.values() if isinstance(value, dict) else value))
+    return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))
