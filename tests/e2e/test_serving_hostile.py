@@ -1,19 +1,34 @@
 """Messages of a broken or malicious client; another client is served meanwhile, and after it."""
 
 import contextlib
+import http.client
+import io
 import json
+import logging
 import random
+import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
+import threading
+import time
 
 import msgpack
 import numpy as np
+import psutil
 import pytest
-from serving_helpers import SECONDS, FakePolicy, clients, http, metric, observation, serve_fake, served
+from PIL import Image
+from serving_helpers import SECONDS, FakePolicy, clients, metric, observation, serve_fake, served, until
+from serving_helpers import http as get
 from websockets.exceptions import ConnectionClosed
 
+import torchpi.serving.connection
 from torchpi.bench.serve import server_process
+from torchpi.serving.log import LogFormatter, LogLimit
 from torchpi_client import pack
+from torchpi_client.images import encode_images
 
 # Of keys that no embodiment reads a policy warns once.
 pytestmark = pytest.mark.filterwarnings("ignore:Embodiment 'fake' doesn't read")
@@ -102,7 +117,7 @@ def bombard(url, count, seed):
             if sent % 10 == 0:
                 assert "actions" in good.ask(observation())
         assert "actions" in good.ask(observation())
-    assert http(url, "/healthz")[0] == 200
+    assert get(url, "/healthz")[0] == 200
     assert metric(url, 'torchpi_requests_total{outcome="internal",policy="p0"}') == 0
 
 
@@ -153,4 +168,279 @@ def test_client_that_does_not_read_delays_nobody():
         for _ in range(20):
             deaf.send(observation())
         for _ in range(5):
+            assert "actions" in good.ask(observation())
+
+
+# ---- images ----
+
+
+def scan_bomb(side, scans):
+    """A progressive JPEG whose last scan, of a few bytes, is repeated: each costs a pass over the whole image."""
+    file = io.BytesIO()
+    Image.new("RGB", (side, side), (127, 127, 127)).save(file, "JPEG", progressive=True, optimize=True)
+    data = file.getvalue()
+    return data[:-2] + data[data.rindex(b"\xff\xda") : -2] * scans + data[-2:]
+
+
+def with_jpeg(data):
+    return {**observation(), "camera": {"torchpi/jpeg": data, "layout": "hwc"}}
+
+
+def test_repeated_scans_keep_no_decoder_from_others():
+    with served(FakePolicy()) as (url, server), clients(url, 8) as bombers, clients(url) as [good]:
+        bomb = with_jpeg(scan_bomb(1000, 10_000))
+        for client in bombers:
+            client.send(bomb)
+        assert "actions" in good.ask(encode_images(observation()))
+        for client in bombers:
+            assert "more than 32 scans" in json.loads(client.receive())["message"]
+        assert not server._state.decoding
+
+
+def test_decoding_has_the_deadline_and_ends_with_the_client_and_the_server(monkeypatch):
+    free, decode = threading.Event(), torchpi.serving.connection.decode_jpegs
+
+    def decode_later(*arguments, **settings):
+        assert free.wait(SECONDS)
+        return decode(*arguments, **settings)
+
+    monkeypatch.setattr(torchpi.serving.connection, "decode_jpegs", decode_later)
+    request = encode_images(observation())
+    with contextlib.ExitStack() as stack:
+        url, server = stack.enter_context(served(FakePolicy(), grace=0.0))
+        with clients(url, 6) as [first, *others]:
+            answer = json.loads(first.ask({**request, "torchpi/deadline": 0.05}))
+            assert (answer["code"], "JPEGs were not decoded" in answer["message"]) == ("deadline_exceeded", True)
+            for client in others:
+                client.send(request)
+            until(lambda: len(server._state.decoding) >= 5)
+        running = len(server._state.decoders._threads)
+        until(lambda: len(server._state.decoding) <= running)  # the others' wait no longer
+        stack.close()  # the server ends although its decoders do not
+        assert not server.join(0.0)
+        free.set()
+        assert server.join(SECONDS)
+
+
+# ---- actions ----
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_actions_that_are_not_finite_are_not_sent_whatever_the_policy(bad):
+    policy = FakePolicy()
+    infer_all = policy.infer_batch
+
+    def infer_batch(observations, **arguments):
+        chunks = infer_all(observations, **arguments)
+        for sent, chunk in zip(observations, chunks, strict=True):
+            if sent["state"][0] == 7:
+                chunk["actions"][1, 0] = bad
+        return chunks
+
+    policy.infer_batch = infer_batch
+    with served(policy) as (url, _), clients(url) as [client]:
+        answer = json.loads(client.ask(observation(7.0)))
+        assert (answer["code"], "NaN or infinity" in answer["message"]) == ("unsafe_actions", True)
+        assert np.isfinite(client.ask(observation())["actions"]).all()
+
+
+def test_clipped_actions_are_counted():
+    policy = FakePolicy()
+    infer_all = policy.infer_batch
+    policy.infer_batch = lambda *a, **b: [chunk | {"actions_clipped": 3} for chunk in infer_all(*a, **b)]
+    with served(policy) as (url, _), clients(url) as [client]:
+        assert client.ask(observation())["actions_clipped"] == 3
+        assert metric(url, 'torchpi_clipped_answers_total{policy="p0"}') == 1
+
+
+# ---- errors and the log ----
+
+FORGED = "x\n2026-01-01 00:00:00,000 INFO ready: /forged\x1b[2J\u202e"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {f"k{i}" + "x" * 3000: 1 for i in range(900)},
+        {f"k{i}" + "x" * 200: 1 for i in range(9000)},
+        {FORGED: np.zeros((4, 4, 3)), **observation()},
+        {"camera": {"torchpi/jpeg": b"x", "layout": "hwc", FORGED: 1}},
+        {**observation(), "state": {FORGED * 3: 1.0}},
+        {**observation(), f"torchpi/{FORGED}": 1},
+        {FORGED.encode() * 100_000: 1},
+        {**observation(), "state": {b"__ndarray__": True, **{f"{i}" + "x" * 3000: 1 for i in range(3000)}}},
+        {**observation(), "state": np.zeros((1,) * 30)},
+        {**observation(), "torchpi/rtc": {FORGED: "x" * 9000}},
+    ],
+)
+def test_error_is_short_and_in_one_line_in_the_answer_the_log_and_the_dashboard(request_, caplog):
+    with served(FakePolicy()) as (url, _), clients(url) as [client]:
+        message = json.loads(client.ask(request_))["message"]
+        dashboard = json.loads(get(url, "/dashboard.json")[1])
+    shown = [message, *(robot["error"] for robot in dashboard["robots"]), *caplog.messages]
+    for text in shown:
+        assert len(text) < 1200
+        assert text.isprintable()
+
+
+def test_flattened_keys_need_no_more_memory_than_the_message():
+    # Joined to each of its leaves, a key of 2 MB would need 18 GB.
+    with served(FakePolicy()) as (url, _), clients(url) as [client]:
+        assert "expected at most 256" in client.ask(
+            {**observation(), "x" * 2_000_000: {f"{i}": 1 for i in range(9000)}}
+        )
+        assert "actions" in client.ask(observation())
+
+
+def logged(*records):
+    """What the log of `torchpi serve` has of them."""
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LogFormatter("%(levelname)s %(message)s"))
+    handler.addFilter(LogLimit())
+    for record in records:
+        handler.handle(record)
+    return stream.getvalue()
+
+
+def test_logged_text_forges_no_line():
+    error = ValueError(FORGED)
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "client %s", (FORGED,), (ValueError, error, None))
+    first, *traceback = logged(record).splitlines()
+    assert first == r"INFO client x\n2026-01-01 00:00:00,000 INFO ready: /forged\x1b[2J\u202e"
+    assert all(line.startswith("    ") and line.isprintable() for line in traceback)
+    assert len(logged(logging.LogRecord("x", logging.INFO, "x", 1, "x" * 10**7, (), None))) < 2000
+
+
+def test_log_has_a_number_of_lines_per_second():
+    lines = logged(*(logging.LogRecord("x", logging.INFO, "x", 1, "line", (), None) for _ in range(1000))).splitlines()
+    assert 200 <= len(lines) < 300
+
+
+# ---- memory ----
+
+
+def test_memory_of_all_messages_is_bounded_and_who_holds_most_is_disconnected():
+    # Twelve clients each begin a message of 1 MiB, of which the last byte does not come; 4 MiB are for all.
+    limits = {"max_message_mb": 1.0, "max_memory_mb": 4.0}
+    with served(FakePolicy(), **limits) as (url, server), sockets(url) as connected, clients(url) as [good]:
+        for _ in range(12):
+            liar = connected(HANDSHAKE)
+            liar.recv(1)
+            with contextlib.suppress(OSError):
+                liar.sendall(header(2**20) + bytes(2**20 - 1))
+            assert server._memory._total <= 4 * 2**20
+        assert "actions" in good.ask(observation())
+        assert metric(url, 'torchpi_refused_connections_total{reason="memory"}') >= 8
+        assert metric(url, "torchpi_message_bytes") <= 4 * 2**20
+
+
+def test_memory_of_messages_is_given_back():
+    junk = np.zeros(100_000, np.uint8)
+    with served(FakePolicy()) as (url, server), clients(url, 3) as three:
+        for client in three:
+            for _ in range(3):
+                client.ask({**observation(), "junk": junk})
+        kept = junk.nbytes + 6 * 8 * 3 + 8  # the last observation of each is on the dashboard
+        until(lambda: server._memory._total == 3 * kept)
+        for client in three:
+            client.ask({"state": 1})
+        until(lambda: server._memory._total == 3 * kept)
+    assert server._memory._total == 0
+
+
+# ---- HTTP ----
+
+
+def ask_http(url, method, path, **headers):
+    """Status, headers and body."""
+    connection = http.client.HTTPConnection(url.removeprefix("ws://"), timeout=SECONDS)
+    connection.request(method, path, headers=headers)
+    response = connection.getresponse()
+    with contextlib.closing(connection):
+        return response.status, response.headers, response.read()
+
+
+@pytest.mark.parametrize("path", ["/", "/healthz", "/metrics", "/dashboard.json", "/p0"])
+def test_no_method_but_get_and_head_is_answered(path):
+    with served(FakePolicy()) as (url, _), clients(url):
+        for method in ("POST", "PUT", "DELETE", "OPTIONS", "TRACE", "X" * 100):
+            status, headers, _ = ask_http(url, method, path)
+            assert (status, headers["Allow"]) == (405, "GET, HEAD")
+        if path != "/p0":
+            body = ask_http(url, "GET", path)[2]
+            status, headers, nothing = ask_http(url, "HEAD", path)
+            assert (status, nothing) == (200, b"")
+            assert path in ("/metrics", "/dashboard.json") or int(headers["Content-Length"]) == len(body)
+
+
+@pytest.mark.parametrize("path", ["/", "/metrics", "/dashboard.json"])
+def test_pages_of_other_hosts_read_neither_metrics_nor_dashboard(path):
+    with served(FakePolicy()) as (url, _), clients(url):
+        host = url.removeprefix("ws://")
+        assert ask_http(url, "GET", path, Host=host)[1]["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert ask_http(url, "GET", path, Host="evil.example")[0] == 403
+        for origin in ("https://evil.example", "null", f"http://{host}"):
+            assert ask_http(url, "GET", path, Host=host, Origin=origin)[0] == 403
+    with served(FakePolicy(), token="t") as (url, _):
+        given = {"Authorization": "Bearer t", "Host": "robot.example"}
+        assert ask_http(url, "GET", path, **given)[0] == 200
+        assert ask_http(url, "GET", path, **given, Origin="https://evil.example")[0] == 403
+
+
+# ---- the process ----
+
+
+@contextlib.contextmanager
+def serving_process(folder, *arguments):
+    """`torchpi serve demo`: its address, log and process."""
+    command = [sys.executable, "-m", "torchpi.cli", "serve", "demo", "--port", "0", *arguments]
+    log = folder / "log"
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        try:
+            until_logged(log, "ready: ")
+            yield re.search(r"ws://\S+?:\d+", log.read_text())[0], log, process
+        finally:
+            process.kill()
+
+
+def until_logged(log, text):
+    pause = threading.Event()
+    for _ in range(1200):
+        if text in log.read_text():
+            return
+        pause.wait(0.1)
+    raise AssertionError(log.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_signal_ends_the_process_after_the_grace_while_bombs_arrive(name, tmp_path):
+    with (
+        serving_process(tmp_path, "--grace", "1") as (url, log, process),
+        clients(url, 8, close_timeout=0.1) as bombers,
+    ):
+        for client in bombers:
+            client.send({**observation(), "base": {"torchpi/jpeg": scan_bomb(3300, 20), "layout": "hwc"}})
+        began = time.monotonic()
+        process.send_signal(signal.Signals[name])
+        assert process.wait(60) == 0
+        print(f"{name}: {time.monotonic() - began:.1f} s")
+        assert f"{name}: answering" in log.read_text()
+
+
+@pytest.mark.slow
+def test_many_large_messages_leave_the_memory_of_the_process_bounded():
+    settings = {"max_message_mb": 8.0, "max_memory_mb": 64.0, "max_rate": 1e6}
+    with server_process(serve_fake, settings) as (url, process), sockets(url) as connected:
+        before = process.memory_info().rss / 2**20
+        for _ in range(64):
+            liar = connected(HANDSHAKE)
+            liar.recv(1)
+            with contextlib.suppress(OSError):
+                liar.sendall(header(8 * 2**20) + bytes(8 * 2**20 - 1))
+        growth = psutil.Process(process.pid).memory_info().rss / 2**20 - before
+        print(f"memory of the server: {before:.0f} MiB, {growth:+.0f} MiB with 64 × 8 MiB on their way")
+        assert growth < 2 * 64
+        with clients(url) as [good]:
             assert "actions" in good.ask(observation())

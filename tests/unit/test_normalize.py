@@ -17,6 +17,7 @@ from torchpi.transforms import (
     save_norm_stats,
     unnormalize,
 )
+from torchpi.transforms.normalize import MAX_STATISTIC
 
 RULES = [Normalization("z_score"), Normalization("quantile")]
 numbers = st.floats(-100, 100, width=32)
@@ -107,6 +108,8 @@ TWO, THREE = np.ones(2), np.ones(3)
         ({"mean": TWO, "std": -TWO}, r"std is negative in dimension \[0, 1\]"),
         ({"mean": np.array([0, np.nan]), "std": TWO}, r"mean is NaN or infinite in dimension \[1\]"),
         ({"mean": TWO, "std": np.array([np.inf, 1])}, r"std is NaN or infinite in dimension \[0\]"),
+        ({"mean": TWO, "std": np.array([1, 1.1e12])}, r"std is beyond 1e\+12.*dimension \[1\]"),
+        ({"mean": TWO, "std": TWO, "q01": -1e308 * TWO, "q99": TWO}, r"q01 is beyond 1e\+12.*dimension \[0, 1\]"),
         ({"mean": TWO, "std": TWO, "q01": TWO}, "only one of q01 and q99"),
         ({"mean": TWO, "std": TWO, "q01": TWO, "q99": TWO - 1}, "q99 is less than q01"),
         ({"mean": np.ones((1, 2)), "std": TWO}, r"mean has shape \[1, 2\]"),
@@ -122,7 +125,7 @@ def test_refused_statistics(values, message):
 
 
 @settings(deadline=None)
-@given(values=hnp.arrays(np.float64, 4, elements=st.floats(allow_nan=False, allow_infinity=False)))
+@given(values=hnp.arrays(np.float64, 4, elements=st.floats(-MAX_STATISTIC, MAX_STATISTIC)))
 def test_a_saved_file_has_the_same_bits(values, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "norm_stats.json"
     save_norm_stats(

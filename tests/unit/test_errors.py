@@ -1,0 +1,38 @@
+"""Text from outside in messages."""
+
+import pytest
+
+from torchpi.errors import first_of, printable
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("Größe π₀ 机器人", "Größe π₀ 机器人"),
+        ("a\nb\rc", r"a\nb\rc"),
+        ("\x1b[2J\x00", r"\x1b[2J\x00"),
+        ("\u202egnp.exe\u2028\ufeff", r"\u202egnp.exe\u2028\ufeff"),
+        ("\ud800", r"\ud800"),
+        (ValueError("x\ty"), r"x\ty"),
+    ],
+)
+def test_text_from_outside_is_one_line_without_control_characters(text, shown):
+    assert printable(text) == shown
+    assert printable(text).encode()
+
+
+def test_long_text_keeps_its_ends_and_states_its_length():
+    text = printable("begin" + "x" * 10**6 + "end", 100)
+    assert len(text) < 150
+    assert text.startswith("begin")
+    assert "end (1000008 characters)" in text
+    assert len(printable("\x00" * 10**6, 100)) <= 200
+
+
+def test_line_breaks_can_be_kept():
+    assert printable("a\nb\tc\x1b", keep="\n\t") == "a\nb\tc\\x1b"
+
+
+def test_list_of_names_is_short_and_printable():
+    assert first_of(["a\nb", *("k" * 3000 for _ in range(9000))]).startswith(r"a\nb, kkk")
+    assert len(first_of(["k" * 3000] * 9000)) < 5000

@@ -1,0 +1,55 @@
+"""The last check of what a robot is sent."""
+
+import numpy as np
+import pytest
+
+from torchpi.errors import ActionError
+from torchpi.robots import Embodiment
+from torchpi.robots.limits import within_limits
+
+
+def arm(**fields):
+    return Embodiment.generic(
+        "arm",
+        cameras={"base_0_rgb": "front"},
+        state=["x"],
+        actions=["x", "y", "z"],
+        limits={"x": {"low": -0.1, "high": 0.1}, "y": {"high": 1e300}},
+        **fields,
+    )
+
+
+def test_actions_beyond_the_limits_are_clipped_and_counted():
+    sent, clipped = within_limits(np.array([[0.2, 9.0, -5.0], [-0.05, -1e30, 5.0], [-7.0, 0.0, 0.0]]), arm())
+    assert clipped == 2
+    assert sent.dtype == np.float32
+    np.testing.assert_array_equal(sent[:, 1:], np.array([[9, -5], [-1e30, 5], [0, 0]], np.float32))
+    # Not even by the rounding to float32.
+    assert (np.abs(sent[:, 0].astype(np.float64)) <= 0.1).all()
+    assert sent[0, 0] == pytest.approx(0.1, rel=1e-6)
+
+
+def test_actions_within_the_limits_are_the_same_bits():
+    actions = np.random.default_rng(0).uniform(-0.099, 0.099, (4, 3))
+    sent, clipped = within_limits(actions, arm())
+    assert clipped == 0
+    assert sent.tobytes() == actions.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
+def test_actions_that_are_not_finite_are_refused_by_name(bad):
+    actions = np.zeros((5, 3))
+    actions[2:, 1] = bad
+    with pytest.raises(ActionError, match=r"y is not finite in 3 of 5 steps, at step 2 it is"):
+        within_limits(actions, arm())
+
+
+def test_embodiment_may_refuse_actions_beyond_its_limits():
+    robot = arm(beyond_limits="refuse")
+    assert Embodiment.from_dict(robot.to_dict()) == robot
+    assert within_limits(np.zeros((2, 3)), robot)[1] == 0
+    with pytest.raises(ActionError, match=r"x is beyond the robot's limits in 1 of 2 steps.*-0\.1 to 0\.1"):
+        within_limits(np.array([[0, 0, 0], [0.2, 0, 0]]), robot)
+    with pytest.raises(ValueError, match="expected one of clip, refuse"):
+        arm(beyond_limits="send")
+    assert "beyond_limits" not in arm().to_dict()  # files of before stay as they were
