@@ -293,7 +293,7 @@ def test_flattened_keys_need_no_more_memory_than_the_message():
 
 
 def logged(*records):
-    """What the log of `torchpi serve` has of them."""
+    """The lines that the log of `torchpi serve` has of them."""
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LogFormatter("%(levelname)s %(message)s"))

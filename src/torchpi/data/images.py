@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from torchpi.data.files import open_parquet
 from torchpi.data.pixels import DepthCoding, Pixels, image_pixels
@@ -34,8 +34,10 @@ class ParquetImages:
                 "floating-point numbers of 64 or 16 bits. Store it as PNG, JPEG, or TIFF of 16-bit integers or 32-bit "
                 "floating-point numbers."
             ) from error
-        except (OSError, SyntaxError) as error:  # SyntaxError: Pillow's, for a damaged PNG
-            raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error}.") from error
+        except DatasetError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow has many kinds
+            raise DatasetError(f"{path}: the image of {camera} in row {row} is damaged: {error!s:.200}.") from error
 
     def file(self, path: Path, camera: str, row: int) -> bytes:
         """An image as it is stored."""

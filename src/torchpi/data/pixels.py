@@ -17,6 +17,10 @@ from torchpi.transforms.depth import UNITS
 
 Pixels = UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 1"]
 
+_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "PPM")
+"""Pillow knows some that run other programs."""
+MAX_PIXELS = 2**26
+"""Of an image file; a compressed one of some kB can have any number."""
 _NUM_CODES = 4096
 """LeRobot quantizes depth to 12 bits in videos."""
 _CODING = ("depth_min", "depth_max", "shift", "use_log")
@@ -87,10 +91,13 @@ def image_pixels(file: io.BytesIO, depth: DepthCoding | None = None) -> Pixels:
     Colours of 16 bits are cut to 8; alpha is left out; grey, palettes and CMYK become RGB.
 
     Raises:
-        ValueError: numbers of more than 8 bits without colour that are not said to be depth, or depth in 8 bits.
+        ValueError: numbers of more than 8 bits without colour that are not said to be depth, or depth in 8 bits; more
+            than 8192 × 8192 pixels, or the like.
         OSError, SyntaxError: a damaged file, or a format that Pillow doesn't read.
     """
-    with Image.open(file) as image:
+    with Image.open(file, formats=_FORMATS) as image:
+        if image.width * image.height > MAX_PIXELS:
+            raise DatasetError(f"The image has {image.width} × {image.height} pixels; expected at most {MAX_PIXELS}.")
         ImageOps.exif_transpose(image, in_place=True)
         is_wide = image.mode in ("I", "F") or image.mode.startswith("I;")
         found = f"is of {'floating-point' if image.mode == 'F' else 'integers of 16 or 32 bits'}, without colour"

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import re
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torchpi.data.writer import LeRobotWriter
 from torchpi.errors import ServingError
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
+from torchpi.serving.memory import size_of
 from torchpi.serving.metrics import Metrics
 from torchpi.transforms.prompt import as_text
 
@@ -33,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 EPISODE_MB = 256
 """MiB of frames that the episodes of one policy's clients may hold in memory together; the largest is saved then."""
-MAX_WAITING = 256
+MAX_WAITING, MAX_WAITING_MB = 256, 256
 """Requests that may wait to be recorded; more are lost, and counted, because robots don't wait for disks."""
 NO_INSTRUCTION = "(no instruction)"
 """The task of an empty prompt; LeRobot's format has no empty tasks."""
@@ -59,15 +60,20 @@ class Recorder:
         self.metrics = metrics
         self._recordings: dict[str, _Recording] = {}
         self._free = threading.Semaphore(MAX_WAITING)
+        self._bytes: deque[int] = deque()
+        """Of the requests that wait."""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="torchpi-recorder")
 
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         """Record one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
-        if self._free.acquire(blocking=False):
+        size = size_of(observation)
+        has_room = sum(self._bytes) + size <= MAX_WAITING_MB * 2**20
+        if has_room and self._free.acquire(blocking=False):
+            self._bytes.append(size)
             self._thread.submit(self._keep, name, client, policy, observation, actions)
         else:
             self.metrics.recorded.labels("lost").inc()
-            _log.error("a request is not recorded: %d wait for the disk already", MAX_WAITING)
+            _log.error("a request is not recorded: %d wait for the disk already", len(self._bytes))
 
     def end(self, client: int) -> None:
         """End the episode of a client that has left."""
@@ -85,6 +91,7 @@ class Recorder:
             action(recording)
 
     def _keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
+        self._bytes.popleft()
         self._free.release()
         with _counted_failures(1, self.metrics):
             frame = request_frame(policy.embodiment, observation, actions)
