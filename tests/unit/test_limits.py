@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from torchpi.errors import ActionError
-from torchpi.robots import Embodiment
+from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.limits import within_limits
 
 
@@ -50,6 +50,13 @@ def test_embodiment_may_refuse_actions_beyond_its_limits():
     assert within_limits(np.zeros((2, 3)), robot)[1] == 0
     with pytest.raises(ActionError, match=r"x is beyond the robot's limits in 1 of 2 steps.*-0\.1 to 0\.1"):
         within_limits(np.array([[0, 0, 0], [0.2, 0, 0]]), robot)
-    with pytest.raises(ValueError, match="expected one of clip, refuse"):
-        arm(beyond_limits="send")
+    with pytest.raises(ValueError, match="expected one of clip, refuse, send"):
+        arm(beyond_limits="ignore")
     assert "beyond_limits" not in arm().to_dict()  # files of before stay as they were
+
+
+def test_openpis_robots_are_sent_what_openpi_sends_but_nothing_that_is_not_finite():
+    actions = np.full((2, 8), 3.0)
+    assert within_limits(actions, get_embodiment("droid")) == (pytest.approx(actions), 0)
+    with pytest.raises(ActionError, match="not finite"):
+        within_limits(actions * np.inf, get_embodiment("droid"))

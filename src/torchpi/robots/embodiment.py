@@ -70,8 +70,8 @@ class Embodiment:
     default_prompt: str | None = None
     """The instruction of a request that has none."""
     beyond_limits: str = "clip"
-    """Treatment of actions below `low` or above `high` of their dimension: "clip" them, and count them in the answer,
-    or "refuse" the chunk."""
+    """Treatment of actions below `low` or above `high` of their dimension: "clip" them, and count them in the answer;
+    "refuse" the chunk; "send" them, as openpi does, to robots and control loops that keep the limits themselves."""
     asset_id: str | None = None
     """The name of the checkpoint's statistics for this robot: assets/<asset_id>."""
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)

@@ -11,7 +11,7 @@ from torchpi.robots.parts import ActionDim
 
 
 def within_limits(actions: np.ndarray, robot: Embodiment) -> tuple[Float[np.ndarray, "H a"], int]:
-    """The actions as float32 that may be sent, and the number of values that were clipped to `low` and `high`.
+    """The actions as float32 that may be sent, and the number of values that were clipped, see `beyond_limits`.
 
     A `max_step` is left to the control loop, which knows what the robot was sent before.
 
@@ -24,6 +24,8 @@ def within_limits(actions: np.ndarray, robot: Embodiment) -> tuple[Float[np.ndar
     with np.errstate(over="ignore"):
         sent = actions.astype(np.float32)
     _require_none(~np.isfinite(sent), "is not finite", sent, robot)
+    if robot.beyond_limits == "send":
+        return sent, 0
     low, high = (_limits(robot.actions, field) for field in ("low", "high"))
     beyond = (sent < low) | (sent > high)  # [H, a]
     if robot.beyond_limits == "refuse":

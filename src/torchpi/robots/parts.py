@@ -17,7 +17,7 @@ KINDS = ("absolute", "delta")
 COMMANDS = ("position", "velocity", "increment", "effort")
 LIMITS = ("low", "high", "max_step")
 """The fields of an `ActionDim` that limit what the robot is sent."""
-BEYOND_LIMITS = ("clip", "refuse")
+BEYOND_LIMITS = ("clip", "refuse", "send")
 
 
 @dataclasses.dataclass(frozen=True)
