@@ -137,9 +137,8 @@ class Policy:
             execution_horizon: number of steps executed since the inference of that chunk; by default H − k.
 
         Returns:
-            "actions" float32 [H, a] in the robot's units, finite and within its limits; "policy_timing" in
-            milliseconds; "actions_clipped", the number of values that were beyond these limits, if any were; and for a
-            prompt beyond max_token_len "prompt_tokens_cut", the number of tokens that are missing.
+            "actions" float32 [H, a] in the robot's units, finite and within its limits, "policy_timing" in
+            milliseconds, and where there are some "actions_clipped" and "prompt_tokens_cut", see `ActionChunk`.
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
@@ -229,7 +228,6 @@ class Policy:
         return sample["state"], self.transforms.forward(sample)
 
     def _to_robot(self, chunk: np.ndarray, state: np.ndarray) -> tuple[np.ndarray, int]:
-        """The actions to send, and the number of values that were clipped."""
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
         return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
 
