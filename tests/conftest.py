@@ -68,6 +68,11 @@ def golden_pi05() -> Golden:
 
 
 @pytest.fixture(scope="session")
+def golden_pi0() -> Golden:
+    return Golden("pi0")
+
+
+@pytest.fixture(scope="session")
 def golden_root() -> pathlib.Path:
     return GOLDEN
 

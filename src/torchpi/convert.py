@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
+from torchpi.assets import assets
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
-from torchpi.checkpoints.layout import stored_array
+from torchpi.checkpoints.layout import Rounding, array_dtype, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import (
     EMBEDDING,
@@ -22,20 +24,25 @@ from torchpi.checkpoints.openpi_torch import (
     LEROBOT_PREFIX,
     TIED_EMBEDDING,
     EmbeddingChoice,
+    stated_dtype,
     torch_table,
 )
 from torchpi.checkpoints.peft import PeftArrays
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.sizes import ConfigLike, adapt, untrained_note
 from torchpi.checkpoints.spec import PolicySpec
+from torchpi.collate import collate
+from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, first_of
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.schema import write_json
-from torchpi.transforms.normalize import save_norm_stats
-from torchpi.types import Observation
+from torchpi.transforms.normalize import openpi_rules, save_norm_stats
+from torchpi.transforms.prompt import load_tokenizer
 
 MAX_SHARD_BYTES = 5 * 10**9
+OPENPI_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
+_ROUGH = ", and where images have to be resized or the prompt has white space around it, _ or newlines"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,7 @@ class Conversion:
     target: str
     target_format: Format
     dtype: str
-    """Dtype of the written arrays."""
+    """Dtypes of the written arrays."""
     num_parameters: int
     mapped: int
     """Arrays of the source that went into the target."""
@@ -65,7 +72,9 @@ class Conversion:
     array_difference: float | None = None
     """The largest difference between an array that was meant and the one read back; None: not checked."""
     action_difference: float | None = None
-    """The same of sampled actions."""
+    """The same of actions that are sampled by the source's and the target's own rules, in the robot's units."""
+    input_difference: float | None = None
+    """The same where images have to be resized and the prompt to be cleaned; None: both do it alike."""
 
     def __str__(self) -> str:
         lines = [
@@ -85,6 +94,7 @@ class Conversion:
             lines.append(
                 f"read back: arrays differ by at most {self.array_difference:g}, sampled actions by "
                 f"{self.action_difference:g}"
+                + ("" if self.input_difference is None else f"{_ROUGH} by {self.input_difference:g}")
             )
         return "\n".join(lines)
 
@@ -110,7 +120,7 @@ def convert(
     Args:
         source, config, lora_alpha, embedding: see `load_model`.
         target: a new folder; with `overwrite` also the place of another checkpoint.
-        dtype: of the arrays; by default the source's.
+        dtype: of the arrays; by default each keeps its own, and is float32 where LoRA weights change it.
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
         asset_id: which of the source's statistics; for a target of openpi also the name under which they are written.
         max_shard_bytes: above it a policy folder's weights are written in shards; other systems' loaders read one file.
@@ -126,24 +136,24 @@ def convert(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
-    model = checkpoint.model(dtype=(dtype := dtype or checkpoint.dtype), lora_alpha=lora_alpha)
+    spec, rounding = _spec(checkpoint, to, asset_id, policy), Rounding()
+    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None)
     adapted = adapt(model, sizes or {})
+    notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
-            spec = checkpoint.spec().requested(asset_id=asset_id, **policy).with_tokenizer(model.config.vocab_size)
-            spec = dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
-            notes = _write_policy(beside, policy_of(model, spec), to, dtype, max_shard_bytes)
+            assert spec is not None
+            notes += _write_policy(beside, policy_of(model, spec), to, max_shard_bytes)
         else:
-            assets = _write_assets(beside, checkpoint, asset_id, policy)
-            notes = [*_write_openpi(beside, model, to, dtype), *assets]
+            notes += _write_openpi(beside, model, to)
+            notes += _write_assets(beside, checkpoint, model.config, spec, asset_id)
         files = sorted(str(file.relative_to(beside)) for file in beside.rglob("*") if file.is_file())
-        differences = _check(beside, model, dtype) if check else {}
+        differences = _check(beside, model, spec) if check else {}
     return _report(
         checkpoint,
         model,
         target=str(path),
         target_format=to,
-        dtype=str(dtype).removeprefix("torch."),
         adapted=adapted,
         notes=notes,
         files=[name for name in files if not name.startswith(("params/d/", "params/ocdbt."))],
@@ -151,10 +161,27 @@ def convert(
     )
 
 
+def _spec(checkpoint: Checkpoint, to: Format, asset_id: str | None, policy: Mapping[str, Any]) -> PolicySpec | None:
+    """Everything around the model; None: the statistics of an openpi checkpoint stay as they are, or there are none."""
+    spec = checkpoint.spec()
+    if to in ("torchpi", "lerobot"):
+        spec = spec.requested(asset_id=asset_id, **policy).with_tokenizer(checkpoint.config.vocab_size)
+        return dataclasses.replace(spec, provenance=_provenance(checkpoint, spec.provenance))
+    if unknown := sorted(set(policy) - {"norm_stats", "normalization", "embodiment", "preprocessing"}):
+        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
+    if spec.norm_stats is None and not policy:
+        return None
+    chosen = asset_id if asset_id in spec.assets and "norm_stats" not in policy else None
+    spec = spec.requested(asset_id=chosen, **policy)
+    rules = spec.normalization or openpi_rules(checkpoint.config.pi05)
+    return dataclasses.replace(spec, normalization=rules)
+
+
 def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
     return Conversion(
         source=checkpoint.address,
         source_format=checkpoint.format,
+        dtype=" and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mapped=len(checkpoint.table(checkpoint.stored_config)),
         folded=checkpoint.arrays.folded if isinstance(checkpoint.arrays, PeftArrays) else checkpoint.folded,
@@ -201,20 +228,18 @@ def _provenance(checkpoint: Checkpoint, before: Mapping[str, Any]) -> dict[str, 
     return {**{key: value for key, value in before.items() if key != "source"}, "converted": converted}
 
 
-def _write_policy(
-    root: pathlib.Path, policy: Policy, to: Format, dtype: torch.dtype, max_shard_bytes: int
-) -> list[str]:
+def _write_policy(root: pathlib.Path, policy: Policy, to: Format, max_shard_bytes: int) -> list[str]:
     if to == "torchpi":
         policy.write_spec(root)
-        folder.write_weights(root, policy.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        folder.write_weights(root, policy.model, max_shard_bytes=max_shard_bytes)
         return []
     if untrained := policy.transforms.untrained_actions:
         raise CheckpointError(
             f"Nothing has trained the policy's {first_of(untrained)}, and LeRobot would send the robot the model's "
             "noise: train it first (torchpi train --init), and convert the result."
         )
-    _write_torch(root, policy.model, dtype, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
-    notes = lerobot.write_spec(root, policy.model.config, policy.spec, dtype)
+    stated = _write_torch(root, policy.model, prefix=LEROBOT_PREFIX, embeddings=(TIED_EMBEDDING, EMBEDDING))
+    notes = lerobot.write_spec(root, policy.model.config, policy.spec, stated)
     (root / lerobot.TOKENIZER).mkdir()
     policy.write_tokenizer(root / lerobot.TOKENIZER)
     lerobot.write_tokenizer_config(root / lerobot.TOKENIZER, policy.transforms.tokenizer.special_tokens)
@@ -223,23 +248,23 @@ def _write_policy(
     return notes
 
 
-def _write_openpi(root: pathlib.Path, model: Pi0, to: Format, dtype: torch.dtype) -> list[str]:
+def _write_openpi(root: pathlib.Path, model: Pi0, to: Format) -> list[str]:
     config, unsaid = model.config, ["max_token_len", "discrete_state_input"]
     if to == "openpi-jax":
         table = jax_table(config)
         shapes = {name: array.shape for name, array in table.items()}
         (root / "params").mkdir()
-        openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)
+        openpi.write_params(root / "params", shapes, lambda name: stored_array(model, table[name]))
         unsaid.insert(0, "action_horizon")
     else:
         # Under the text head's name, as `safetensors.torch.save_model` leaves one of two tied arrays.
-        _write_torch(root, model, dtype, prefix="", embeddings=(TIED_EMBEDDING,))
+        stated = _write_torch(root, model, prefix="", embeddings=(TIED_EMBEDDING,))
         document = {
             "action_dim": config.action_dim,
             "action_horizon": config.require("action_horizon"),
             "paligemma_variant": "gemma_2b",
             "action_expert_variant": "gemma_300m",
-            "precision": str(dtype).removeprefix("torch."),
+            "precision": stated,
         }
         write_json(root / "config.json", document)
     values = {field: getattr(config, field) for field in unsaid if getattr(config, field) is not None}
@@ -248,75 +273,118 @@ def _write_openpi(root: pathlib.Path, model: Pi0, to: Format, dtype: torch.dtype
     return [*notes, "the tokenizer is not written: openpi has the published models'"]
 
 
-def _write_torch(
-    root: pathlib.Path, model: Pi0, dtype: torch.dtype, *, prefix: str, embeddings: tuple[str, ...]
-) -> None:
+def _write_torch(root: pathlib.Path, model: Pi0, *, prefix: str, embeddings: tuple[str, ...]) -> str:
     """Write the arrays of openpi's PyTorch port, with those that a strict loader misses otherwise, in one file: neither
-    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights)."""
+    openpi nor LeRobot reads shards (LeRobot 0.6 then uses random weights). Returns the dtype for config.json."""
     table = torch_table(model.config)
     table |= dict.fromkeys(embeddings, table.pop(EMBEDDING))
     head = (model.config.vocab_size, model.config.action_expert.width)  # nobody reads the expert's
+    dtypes = {f"{prefix}{name}": array_dtype(model, array) for name, array in table.items()}
+    dtypes[f"{prefix}{EXPERT_LM_HEAD}"] = model.embedding.dtype
     shapes = {f"{prefix}{name}": array.shape for name, array in table.items()} | {f"{prefix}{EXPERT_LM_HEAD}": head}
 
     def read(name: str) -> torch.Tensor:
         entry = table.get(name.removeprefix(prefix))
-        return torch.zeros(head, dtype=dtype) if entry is None else stored_array(model, entry, dtype)
+        return torch.zeros(head) if entry is None else stored_array(model, entry)
 
     alias = {} if EMBEDDING in embeddings else {EMBEDDING: TIED_EMBEDDING}
-    write_safetensors(root, shapes, read, dtype=dtype, metadata=alias)
+    write_safetensors(root, shapes, read, dtypes=dtypes, metadata=alias)
+    return stated_dtype(dtypes)
 
 
 def _write_assets(
-    root: pathlib.Path, checkpoint: Checkpoint, asset_id: str | None, policy: Mapping[str, Any]
+    root: pathlib.Path, checkpoint: Checkpoint, config: Pi0Config, spec: PolicySpec | None, asset_id: str | None
 ) -> list[str]:
-    """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one."""
-    if unknown := sorted(set(policy) - {"norm_stats", "embodiment", "preprocessing"}):
-        raise CheckpointError(f"A checkpoint of openpi says nothing of {', '.join(unknown)}; leave it out.")
-    spec = checkpoint.spec()
-    if spec.norm_stats is None and not policy:
-        chosen = spec.assets if asset_id is None else {asset_id: spec.asset(asset_id)}
+    """Statistics beside weights of openpi: all of an openpi checkpoint, or the policy's one, as openpi uses them."""
+    if spec is None:
+        source = checkpoint.spec()
+        chosen = source.assets if asset_id is None else {asset_id: source.asset(asset_id)}
         for name, file in chosen.items():
             (root / "assets" / name).mkdir(parents=True)
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
-        return [] if chosen else ["there are no statistics in the source, and so none in the target"]
-    spec = spec.requested(**policy)
-    resized = spec.require_preprocessing("openpi", checkpoint.config)
+        unlike = ""
+        if source.normalization and source.normalization != (theirs := openpi_rules(config.pi05)):
+            kinds = " and ".join(f"{key} by {rule.kind}" for key, rule in source.normalization.items())
+            unlike = f"; the source normalizes {kinds}, openpi both by {theirs['state'].kind}"
+        return [] if chosen else [f"there are no statistics in the source, and so none in the target{unlike}"]
+    resized = spec.require_preprocessing("openpi", config)
+    spec, notes = spec.normalized_by(openpi_rules(config.pi05))
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
-    name = asset_id or spec.embodiment.asset_id or spec.embodiment.name
+    robot, name = spec.embodiment, asset_id or spec.embodiment.asset_id or spec.embodiment.name
     (root / "assets" / name).mkdir(parents=True)
     save_norm_stats(root / "assets" / name, spec.norm_stats)
     settings = {"num_steps": spec.num_steps if spec.num_steps != PolicySpec.num_steps else None, **spec.metadata}
-    notes = [f"{key} {value} is not written: openpi has none" for key, value in settings.items() if value is not None]
-    return [
-        *notes,
-        *resized,
-        f"the robot is not written: openpi's training config has it; its statistics are assets/{name}",
-    ]
+    settings["the default prompt"] = spec.default_prompt
+    notes += [f"{key} {value} is not written: openpi has none" for key, value in settings.items() if value is not None]
+    if spec.prompt_format != "openpi" and not config.state_in_prompt:
+        notes.append("the prompt is cleaned there (white space around it, _ and newlines), its newline tokenized alone")
+    notes += [*resized, f"the robot is not written: openpi's training config has it; its statistics are assets/{name}"]
+    if robot.camera_names != OPENPI_CAMERAS[: len(robot.camera_names)]:
+        sent = ", ".join(camera.name or "" for camera in robot.read_cameras if camera.key is not None)
+        if sent.count(",") >= len(OPENPI_CAMERAS):
+            raise CheckpointError(
+                f"{robot.name} has the cameras {sent}; openpi reads {', '.join(OPENPI_CAMERAS)} and drops others, so "
+                "the policy would act otherwise there. Convert it to torchpi or lerobot."
+            )
+        notes.append(f"its cameras {sent} are openpi's {', '.join(OPENPI_CAMERAS)}, in this order")
+    return notes
 
 
-def _check(root: pathlib.Path, model: Pi0, dtype: torch.dtype) -> dict[str, float]:
-    """Read back what was written; the differences of arrays and of sampled actions from what was meant."""
+def _check(root: pathlib.Path, model: Pi0, spec: PolicySpec | None) -> dict[str, float | None]:
+    """Read back what was written: the differences of arrays, and of actions that are sampled as its own programs do."""
     written = open_checkpoint(root, config=model.config)
     difference = 0.0
     for name, entry in written.table(model.config).items():
-        meant, found = stored_array(model, entry, dtype), written.arrays.read(name)
-        if not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):  # bits: NaN equals itself
-            off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)
+        meant, found = stored_array(model, entry), written.arrays.read(name)
+        if meant.dtype is not found.dtype or not torch.equal(meant.view(torch.uint8), found.view(torch.uint8)):
+            off = (meant.float() - found.float()).abs().nan_to_num(nan=torch.inf)  # NaN equals itself, in its bits
             difference = max(difference, float(off.max()))
-    config, random = model.config, torch.Generator().manual_seed(0)
-    observation = Observation(
-        images={"base_0_rgb": 2 * torch.rand(1, config.image_size, config.image_size, 3, generator=random) - 1},
-        image_masks={"base_0_rgb": torch.ones(1, dtype=torch.bool)},
-        state=torch.randn(1, config.action_dim, generator=random),
-        tokenized_prompt=torch.randint(config.vocab_size, (1, 12), generator=random),
-        tokenized_prompt_mask=torch.ones(1, 12, dtype=torch.bool),
-    )
-    noise = torch.randn(1, config.action_horizon or 10, config.action_dim, generator=random)
-    with torch.no_grad():
-        expected = model.sample_actions(observation, noise=noise, num_steps=2)
-        again = written.model(dtype=dtype)
-        found = again.sample_actions(observation, noise=noise, num_steps=2)
+    again = written.model(dtype=None)
+    model.compute_dtype_override = again.compute_dtype_override = torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a made-up observation
+        actions = [difference] if difference == torch.inf else _action_differences(model, again, spec, written.spec())
     del again
     gc.collect()
-    return {"array_difference": difference, "action_difference": float((expected - found).abs().max())}
+    return {"array_difference": difference, "action_difference": actions[0], "input_difference": (*actions, None)[1]}
+
+
+def _action_differences(model: Pi0, again: Pi0, spec: PolicySpec | None, theirs: PolicySpec) -> list[float]:
+    """The largest difference of actions that are sampled by each side's own rules: for images and a prompt that are
+    used as they are, and, if the two treat others otherwise, for images to be resized and a prompt to be cleaned."""
+    config, random, stand_in = model.config, np.random.default_rng(0), assets() / "tiny_tokenizer.model"
+    noise = torch.from_numpy(random.standard_normal((1, config.action_horizon or 10, config.action_dim))).float()
+    side = config.image_size
+
+    def sample(model: Pi0, inputs: Mapping[str, Any]) -> np.ndarray:
+        with torch.no_grad():
+            return model.sample_actions(collate([inputs]), noise=noise, num_steps=2)[0].numpy()
+
+    # For a comparison any tokenizer is as good as the published models'.
+    if spec and not spec.tokenizer and load_tokenizer(stand_in).vocab_size <= config.vocab_size:
+        spec = dataclasses.replace(spec, tokenizer=stand_in)
+    if spec is None or spec.tokenizer is None:  # there is nothing but the model
+        inputs = {
+            "image": {"base_0_rgb": random.integers(0, 256, (side, side, 3), np.uint8)},
+            "image_mask": {"base_0_rgb": np.True_},
+            "state": random.standard_normal(config.action_dim),
+            "tokenized_prompt": random.integers(config.vocab_size, size=12),
+            "tokenized_prompt_mask": np.ones(12, bool),
+        }
+        return [float(np.abs(sample(model, inputs) - sample(again, inputs)).max())]
+    unsaid: dict[str, Any] = {} if theirs.embodiment else {"embodiment": spec.embodiment, "truncation": "original"}
+    policies = policy_of(model, spec), policy_of(again, theirs.requested(tokenizer=spec.tokenizer, **unsaid))
+    rough = policies[0].embodiment.to_model(policies[0].example_observation(deviations=0.7))
+    plain = rough | {"image": {name: image[:side, :side] for name, image in rough["image"].items()}}
+    found: list[float] = []
+    for observation in (plain, rough | {"prompt": " pick_up the object\n"}):
+        both = [policy.transforms.forward(observation) for policy in policies]
+        if found and all(map(np.array_equal, *([x["tokenized_prompt"], *x["image"].values()] for x in both))):
+            break
+        actions = []
+        for policy, inputs in zip(policies, both, strict=True):
+            chunk = policy.transforms.inverse(sample(policy.model, inputs), action_size=policy.embodiment.action_size)
+            actions.append(policy.embodiment.from_model(chunk, observation["state"]))
+        found.append(float(np.abs(actions[0] - actions[1]).max()))
+    return found

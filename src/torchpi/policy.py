@@ -24,7 +24,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.robots.limits import within_limits
 from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
-from torchpi.transforms.normalize import Normalization, NormStats, save_norm_stats
+from torchpi.transforms.normalize import Normalization, NormStats, openpi_rules, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import find_tokenizer, load_tokenizer
 from torchpi.types import ActionChunk, PreviousChunk
@@ -79,9 +79,8 @@ class Policy:
         check_metadata(self._metadata, embodiment, self.default_prompt, f"A policy of {embodiment.name}")
         self._tokenizer_path = find_tokenizer(tokenizer)
         config = model.config
-        by_variant = Normalization("quantile" if config.pi05 else "z_score", "openpi")
         self.transforms = Transforms(
-            norm_stats, normalization or dict.fromkeys(("state", "actions"), by_variant),
+            norm_stats, normalization or openpi_rules(config.pi05),
             tokenizer=load_tokenizer(self._tokenizer_path), discrete_state_input=config.state_in_prompt,
             max_token_len=config.max_token_len,  # None, where a checkpoint does not say it: the prompt is not cut
             action_dim=config.action_dim,
@@ -264,10 +263,11 @@ class Policy:
             mode = "graph" if self.model.device.type == "cuda" else "eager"
         self.engine = None if mode == "eager" else InferenceEngine(self.model, mode=mode, **settings)
 
-    def example_observation(self) -> dict[str, Any]:
-        """A valid request with made-up contents; its state is the mean of the training data, within their range."""
+    def example_observation(self, *, deviations: float = 0.0) -> dict[str, Any]:
+        """A valid request with made-up contents; its state is the mean of the training data, within their range, or
+        some standard deviations above it."""
         stats, rule = self.transforms.norm_stats["state"], self.transforms.normalization["state"]
-        state = np.clip(stats.mean, *stats.training_range(rule.kind))[: self._state_dim]
+        state = np.clip(stats.mean + deviations * stats.std, *stats.training_range(rule.kind))[: self._state_dim]
         return self.embodiment.example_observation(state_dim=self._state_dim, state=state)
 
     def __repr__(self) -> str:

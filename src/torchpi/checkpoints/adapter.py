@@ -88,7 +88,7 @@ def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Ca
     document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(adapter)}
     document["base"] = {name: value for name, value in document["base"].items() if value is not None}
     write_json(root / DOCUMENT, document)
-    write_safetensors(root, shapes, read, dtype=torch.float32, single=WEIGHTS)
+    write_safetensors(root, shapes, read, dtypes=dict.fromkeys(shapes, torch.float32), single=WEIGHTS)
 
 
 def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:

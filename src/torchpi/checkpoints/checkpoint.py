@@ -17,7 +17,7 @@ import torch
 from torchpi.checkpoints import folder, lerobot, openpi, peft
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
-from torchpi.checkpoints.layout import StoredArrays, Table, load_arrays, own_table
+from torchpi.checkpoints.layout import Rounding, StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import lora_pairs, stored_lora
 from torchpi.checkpoints.npz import NpzArrays, draw_action_weights, find_npz
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
@@ -79,8 +79,9 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the stored arrays; what a LoRA training learned is float32, whatever its base is stored in."""
-        return self.arrays.dtype if self.adapter is None else torch.float32
+        """The dtype that holds the numbers of all arrays; what a LoRA training learned is float32."""
+        is_half = self.adapter is None and {*self.arrays.dtypes.values()} == {torch.bfloat16}
+        return torch.bfloat16 if is_half else torch.float32
 
     @property
     def config(self) -> Pi0Config:
@@ -143,33 +144,38 @@ class Checkpoint:
     def model(
         self,
         *,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
         lora_alpha: tuple[float, float] | None = None,
         lora: LoraChoice = "fold",
         emulate_fp8: bool = False,
+        rounding: Rounding | None = None,
     ) -> Pi0:
-        """The model in eval mode, with gradients enabled; arguments as of `load_model`."""
+        """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
         matrices = self.lora(lora_alpha)
         if lora == "keep" and matrices is None:
             raise self._without_lora('lora="keep"')
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:
             # What was learned belongs to weights as they were in training; those are compared, too.
-            wide = torch.float32 if self.adapter.base.dtype == "float32" else dtype
+            is_wide = dtype is None or rounding is not None or self.adapter.base.dtype == "float32"
+            wide = torch.float32 if is_wide else dtype
             base, alpha = dataclasses.replace(self.base, requested_config=config), None
             if base.folded:  # LoRA that the adapter's training continued
                 alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
             model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep" if alpha else "fold")
             merge_adapter(self.root, self.adapter, model)
-            model = model.to(dtype)
+            for name, parameter in model.named_parameters():
+                wide_data, parameter.data = parameter.data, parameter.data.to(dtype or torch.float32)
+                if rounding is not None:
+                    rounding.record(name, wide_data, parameter.data)
         else:
             table, fold = self.table(config), lora == "fold"
             if matrices is not None:
                 table |= lora_table(config, matrices)
             model = load_arrays(
                 self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold,
-                quantization=self.quantization, emulate_fp8=emulate_fp8,
+                quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
             )  # fmt: skip
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)

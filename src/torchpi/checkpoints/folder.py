@@ -218,16 +218,17 @@ def write_weights(
     max_shard_bytes: int | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a model's weights into a policy folder, by default in the model's dtype and in one file; `read` returns a
-    weight by its name, by default the model's."""
+    """Write a model's weights into a policy folder, by default each in its own dtype and all in one file; `read`
+    returns a weight by its name, by default the model's."""
     if read is None and lora_config(model) is not None:
         raise CheckpointError(
             "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
             "save_adapter writes it on its own."
         )
-    quantization, dtype = quantization_of(model), dtype or model.embedding.dtype
+    quantization = quantization_of(model)
     shapes = {name: array.shape for name, array in own_table(model.config, quantization).items()}
+    dtypes = {name: dtype or model.get_parameter(name).dtype for name in shapes}
     scales = (name for name in shapes if name.endswith(".weight_scale"))
-    quantized = {**(quantization.dtypes if quantization else {}), **dict.fromkeys(scales, torch.float32)}
+    dtypes |= {**(quantization.dtypes if quantization else {}), **dict.fromkeys(scales, torch.float32)}
     read = read or model.get_parameter
-    write_safetensors(root, shapes, read, dtype=dtype, quantized=quantized, max_shard_bytes=max_shard_bytes)
+    write_safetensors(root, shapes, read, dtypes=dtypes, max_shard_bytes=max_shard_bytes)

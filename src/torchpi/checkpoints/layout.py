@@ -5,6 +5,7 @@ parameter is filled.
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
@@ -93,8 +94,8 @@ class StoredArrays(Protocol):
     shapes: Shapes
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype of the first array."""
+    def dtypes(self) -> Mapping[str, torch.dtype]:
+        """The dtype that holds each array's numbers: as stored, but float32 for float16, which fits into no other."""
         ...
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -102,25 +103,36 @@ class StoredArrays(Protocol):
         ...
 
 
+class Rounding(dict[str, float]):
+    """By the parameter, the largest change of a number where weights are cast to a narrower dtype."""
+
+    def record(self, param: str, wide: Tensor, rounded: Tensor) -> None:
+        """Take an array into account that has become another one."""
+        if wide.dtype is not rounded.dtype and (change := float(torch.sub(wide, rounded).abs_().max())):
+            self[param] = max(change, self.get(param, 0.0))
+
+
 def load_arrays(
     arrays: StoredArrays,
     table: Table,
     config: Pi0Config,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     device: str | torch.device,
     lora: LoraConfig | None = None,
     fold: bool = False,
     quantization: Quantization | None = None,
     emulate_fp8: bool = False,
+    rounding: Rounding | None = None,
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
     The float32 matrices of `lora`, which are in the table then, are attached, or with `fold` added to what they change,
-    before any cast.
+    before any cast. Without a dtype each weight keeps its own, and is float32 where it is changed. What a cast changes
+    is recorded in `rounding`.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
-    model = with_lora = Pi0(config, device="meta", dtype=dtype)
+    model = with_lora = Pi0(config, device="meta", dtype=dtype or torch.float32)
     if quantization is not None:
         check_device(quantization.kind, torch.device(device), emulate_fp8=emulate_fp8)
         attach_quantization(model, quantization, emulate_fp8=emulate_fp8)
@@ -129,22 +141,42 @@ def load_arrays(
         with_lora = Pi0(config, device="meta") if fold else model
         attach_lora(with_lora, lora)
         updates = {f"{name}.weight": layer.update for name, layer in lora_layers(with_lora) if fold}
+    if dtype is None:
+        for param, own in _own_dtypes(arrays, table).items():
+            if param not in updates:
+                _set_parameter(model, param, torch.empty_like(model.get_parameter(param), dtype=own))
     for name, entry in sorted(table.items(), key=_place_in_order):
         param = entry.slices[0].param
         target = with_lora if is_lora(param) else model
-        array = arrays.read(name, torch.float32 if param in updates else target.get_parameter(param).dtype)
+        into = target.get_parameter(param).dtype
+        array = arrays.read(name, torch.float32 if param in updates else into if rounding is None else None)
         for part in entry.slices:
             parameter = target.get_parameter(part.param)
             if entry.is_parameter:  # no copy
-                _set_parameter(target, part.param, array.to(device).view(parameter.shape))
+                value = array.to(device, into).view(parameter.shape)
+                if rounding is not None:
+                    rounding.record(part.param, array.view(parameter.shape), value)
+                _set_parameter(target, part.param, value)
                 continue
             if parameter.is_meta:
                 parameter = _set_parameter(target, part.param, torch.empty_like(parameter, device=device))
             source = part.of_array(array)
             if part.param in updates:
                 source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
-            part.of_parameter(parameter).view(source.shape).copy_(source)
+            filled = part.of_parameter(parameter).view(source.shape)
+            filled.copy_(source)
+            if rounding is not None:
+                rounding.record(part.param, source, filled)
     return model
+
+
+def _own_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
+    """By parameter, the dtype that holds the numbers of all arrays that fill it, but for LoRA's, which are float32."""
+    dtypes: dict[str, torch.dtype] = {}
+    for name, entry in table.items():
+        for param in {part.param for part in entry.slices if not is_lora(part.param)}:
+            dtypes[param] = torch.promote_types(arrays.dtypes[name], dtypes.get(param, arrays.dtypes[name]))
+    return dtypes
 
 
 def _place_in_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
@@ -161,10 +193,15 @@ def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:
     return parameter
 
 
+def array_dtype(model: Pi0, entry: CheckpointArray) -> torch.dtype:
+    """The dtype that holds the numbers of all parameters in an array."""
+    return functools.reduce(torch.promote_types, (model.get_parameter(part.param).dtype for part in entry.slices))
+
+
 def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None = None) -> Tensor:
     """The array that a checkpoint holds of the model's parameters, on the CPU: the inverse of `load_arrays`."""
     parameters = [model.get_parameter(part.param) for part in entry.slices]
-    dtype = dtype or parameters[0].dtype
+    dtype = dtype or array_dtype(model, entry)
     if entry.is_parameter:
         return parameters[0].detach().to("cpu", dtype).reshape(entry.shape)
     array = torch.empty(entry.shape, dtype=dtype)

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 
 from torchpi.checkpoints.fields import require_fields
 from torchpi.checkpoints.folder import tokenizer_file
@@ -226,12 +225,11 @@ def _embodiment(
 # ---- writing ----
 
 
-def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: torch.dtype) -> list[str]:
+def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: str) -> list[str]:
     """Write config.json and both processors with their statistics, as LeRobot 0.6 does; notes on what it does
     differently with this policy. The tokenizer is expected in the folder `TOKENIZER` beside them."""
-    robot, stats, rules = spec.embodiment, spec.norm_stats, spec.normalization
+    robot, rules = spec.embodiment, spec.normalization
     assert robot is not None
-    assert stats is not None
     assert rules is not None
     if robot.hook is not None:
         raise CheckpointError(
@@ -251,6 +249,9 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
             "never in π₀'s, so the policy would read another prompt there."
         )
     resized = spec.require_preprocessing("lerobot", config)
+    eps_rules = {key: dataclasses.replace(rule, eps_rule="lerobot") for key, rule in rules.items()}
+    spec, notes = spec.normalized_by(eps_rules)
+    stats = spec.norm_stats or {}
     features, renamed = _features(robot, config, stats["state"].dim)
     modes = {"z_score": "MEAN_STD", "quantile": "QUANTILES", "identity": "IDENTITY"}
     norm_map = {"VISUAL": "IDENTITY", "STATE": modes[rules["state"].kind], "ACTION": modes[rules["actions"].kind]}
@@ -269,7 +270,7 @@ def write_spec(root: pathlib.Path, config: Pi0Config, spec: PolicySpec, dtype: t
                 safetensors.numpy.save_file(arrays, root / step["state_file"])
         write_json(root / file, {"name": file.removesuffix(".json"), "steps": steps})
     write_json(root / "config.json", _document(config, spec, scaling, relative, dtype))
-    return [*_notes(config, spec, robot, renamed), *resized]
+    return [*notes, *_notes(config, spec, robot, renamed), *resized]
 
 
 def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapping[str, str]) -> list[str]:
@@ -284,8 +285,6 @@ def _notes(config: Pi0Config, spec: PolicySpec, robot: Embodiment, renamed: Mapp
     if len(state) > 1:
         keys = ", ".join(part.key for part in state)
         notes.append(f"the state is one vector there: send {keys} one behind the other as {STATE}")
-    if any(rule.eps_rule != "lerobot" and rule.kind != "identity" for rule in (spec.normalization or {}).values()):
-        notes.append("normalization has LeRobot's eps there: about 1e-6 of a deviation or range less")
     if not config.pi05 and spec.prompt_format != "lerobot":
         notes.append("the prompt is not cleaned there, and its newline is tokenized with it")
     return notes
@@ -350,7 +349,7 @@ def _relative(robot: Embodiment) -> dict[str, Any]:
 
 
 def _document(
-    config: Pi0Config, spec: PolicySpec, scaling: Mapping[str, Any], relative: Mapping[str, Any], dtype: torch.dtype
+    config: Pi0Config, spec: PolicySpec, scaling: Mapping[str, Any], relative: Mapping[str, Any], dtype: str
 ) -> dict[str, Any]:
     features, horizon, robot = scaling["features"], config.require("action_horizon"), spec.embodiment
     assert robot is not None
@@ -365,7 +364,7 @@ def _document(
         "device": "cpu",
         "paligemma_variant": "gemma_2b",
         "action_expert_variant": "gemma_300m",
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype,
         "chunk_size": horizon,
         "n_action_steps": min(robot.execute_steps or horizon, horizon),
         "max_state_dim": config.action_dim,

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import safetensors
-import safetensors.numpy
+import safetensors.torch
+import torch
 
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.transforms.normalize import Normalization, NormStats
@@ -106,6 +107,7 @@ def _statistics(root: pathlib.Path, step: Step) -> dict[str, Any]:
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")
     try:
-        return dict(safetensors.numpy.load_file(file))
+        # By way of PyTorch, because NumPy does not know bfloat16.
+        return {name: array.to(torch.float64).numpy() for name, array in safetensors.torch.load_file(file).items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error

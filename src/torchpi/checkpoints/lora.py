@@ -80,4 +80,4 @@ def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = 
         raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
     table = jax_table(model.config) | lora_table(model.config, config)
     shapes = {name: array.shape for name, array in table.items()}
-    write_params(params, shapes, lambda name: stored_array(model, table[name], dtype), dtype=dtype)
+    write_params(params, shapes, lambda name: stored_array(model, table[name]), dtype=dtype)

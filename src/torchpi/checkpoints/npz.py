@@ -58,8 +58,8 @@ class NpzArrays:
                 f"{file}: float32, bfloat16 and float16 weights are read, but {', '.join(others[:8])}."
             )
         self.shapes: Shapes = shapes
-        # float16 fits into float32 only.
-        self.dtype = torch.bfloat16 if {dtype.name for dtype in dtypes.values()} == {"void16"} else torch.float32
+        halves = {name for name, dtype in dtypes.items() if dtype.name == "void16"}
+        self.dtypes = {name: torch.bfloat16 if name in halves else torch.float32 for name in shapes}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array by openpi's name."""

@@ -13,7 +13,8 @@ import torch
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
+"""By the stored dtype, the one that holds its numbers here."""
 
 
 def find_params(root: pathlib.Path) -> pathlib.Path | None:
@@ -59,11 +60,12 @@ class JaxArrays:
         futures = {name: self._open(spec, path) for name, path in zip(names, paths, strict=True)}
         self._stores = {name: self._wait(name, future) for name, future in futures.items()}
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
-        self.dtypes = {name: store.dtype.name for name, store in self._stores.items()}
-        if others := [f"{name} has {dtype}" for name, dtype in self.dtypes.items() if dtype not in _DTYPES]:
+        dtypes = {name: store.dtype.name for name, store in self._stores.items()}
+        if others := [f"{name} has {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
             raise CheckpointError(
                 f"{params}: float32, bfloat16 and float16 weights are read, but {', '.join(others[:8])}."
             )
+        self.dtypes = {name: _DTYPES[dtype] for name, dtype in dtypes.items()}
 
     def _open(self, spec: Mapping[str, Any], path: tuple[str, ...]) -> Any:
         import tensorstore
@@ -82,11 +84,6 @@ class JaxArrays:
             raise CheckpointError(
                 f"{self.source}: array {name!r} is missing, truncated or corrupt: {reason}; get the checkpoint again."
             ) from error
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype of the first array."""
-        return torch.bfloat16 if next(iter(self.dtypes.values())) == "bfloat16" else torch.float32
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The array as a tensor in `dtype`, by default its stored one.
@@ -111,20 +108,22 @@ def _array_name(path: tuple[str, ...]) -> str:
 
 
 def write_params(
-    params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor], *, dtype: torch.dtype
+    params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor], *, dtype: torch.dtype | None = None
 ) -> None:
     """Write a `params` folder that orbax restores: key paths without 'value', as openpi's published checkpoints.
 
-    The folder exists and is empty. One zstd-compressed chunk per array, one array after the other, read by name.
+    The folder exists and is empty. One zstd-compressed chunk per array, one array after the other, read by name; by
+    default each keeps its dtype.
     """
-    require_writable(dtype)
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
     single = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": "TFRT_CPU_0"})
     for name, shape in shapes.items():
         keys = ("params", *name.split("."))
         path, size = ".".join(keys), list(shape)
-        _write_array(params, path, read(name).to(dtype).contiguous())
+        array = read(name)
+        require_writable(dtype or array.dtype)
+        _write_array(params, path, array.to(dtype or array.dtype).contiguous())
         value = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": size}
         tree[str(keys)] = {"key_metadata": [{"key": key, "key_type": 2} for key in keys], "value_metadata": value}
         sharding[base64.b64encode(path.encode()).decode()] = single

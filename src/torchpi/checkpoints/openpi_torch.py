@@ -6,6 +6,7 @@ Its modules are those of `transformers`: PaliGemma, and a second Gemma as the ac
 import dataclasses
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -52,7 +53,6 @@ class TorchArrays:
     def __init__(self, arrays: StoredArrays, embedding: EmbeddingChoice | None = None) -> None:
         """Match the names; `embedding` says which counts where both names of the tied embedding are stored."""
         self.source: pathlib.Path = arrays.source
-        self.dtype = arrays.dtype
         self._arrays = arrays
         self._stored = _plain_names(arrays)
         self.dropped: dict[str, str] = {}
@@ -75,6 +75,7 @@ class TorchArrays:
         elif TIED_EMBEDDING in self._stored:
             self.tied = self._stored[EMBEDDING] = self._stored.pop(TIED_EMBEDDING)
         self.shapes: Shapes = {name: arrays.shapes[stored] for name, stored in self._stored.items()}
+        self.dtypes = {name: arrays.dtypes[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array by openpi's name."""
@@ -87,6 +88,18 @@ class TorchArrays:
                     'embedding="embed_tokens" or embedding="lm_head" (before a training, of torchpi convert).'
                 )
         return self._arrays.read(self._stored[name], dtype)
+
+
+_KEPT_WIDE = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
+
+
+def stated_dtype(dtypes: Mapping[str, torch.dtype]) -> str:
+    """The dtype in a config.json beside arrays of these: "bfloat16" only where every float32 array is one that LeRobot
+    has in float32 then, and so rounds none when it loads them. (Source: LeRobot 0.6; older ones also round the vision
+    tower.)"""
+    bodies = {name: dtype for name, dtype in dtypes.items() if _MODULE in name and name != EXPERT_LM_HEAD}
+    rounded = [dtype for name, dtype in bodies.items() if not any(part in name for part in _KEPT_WIDE)]
+    return "float32" if torch.float32 in rounded else "bfloat16"
 
 
 # Regular expressions of our names, and the port's instead; the last two hold several of its arrays.

@@ -80,9 +80,6 @@ def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[
 class PeftArrays:
     """The arrays of a base by openpi's names, with an adapter's changes; see `StoredArrays`."""
 
-    dtype = torch.float32
-    """The changes are float32, whatever the base is stored in."""
-
     def __init__(self, root: pathlib.Path, config: AdapterConfig, base: StoredArrays) -> None:
         """Match the adapter's arrays with the base's; each changes or replaces one."""
         self._stored, self._base = SafetensorsArrays(root, WEIGHTS), base
@@ -121,6 +118,9 @@ class PeftArrays:
             m for m in config.modules_to_save or () if not any(f".{m}." in f".{name}" for name in self._replaced)
         ]:
             raise CheckpointError(f"{self.source} lacks {', '.join(missing)}, which {CONFIG} names; get it again.")
+        # Changed arrays are float32, whatever the base is stored in.
+        replaced = {name: self._stored.dtypes[n] for name, n in self._replaced.items()}
+        self.dtypes = {**base.dtypes, **dict.fromkeys(self.folded, torch.float32), **replaced}
 
     def _require_fit(self, layer: str, weight: str, pair: Mapping[str, str], rank: int) -> None:
         """Raise an error unless A and B fit the weight and adapter_config.json."""

@@ -42,6 +42,7 @@ class SafetensorsArrays:
         if not whole.is_file() and not index.is_file():
             raise MissingFileError(f"{root} has neither {whole.name} nor {index.name}; the weights are expected there.")
         self._files: dict[str, pathlib.Path] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
         expected = None if whole.is_file() else _read_index(index)
         files = [whole] if expected is None else [root / name for name in sorted(set(expected.values()))]
         self._open = {file: _opened(file) for file in files}
@@ -59,6 +60,7 @@ class SafetensorsArrays:
                         f"{file}: {name} has dtype {dtype}; float32, bfloat16 and float16 weights are read."
                     )
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
+                self.dtypes[name] = (_DTYPES | _QUANTIZED).get(dtype, torch.float32)
         self.shapes: Shapes = shapes
         if expected is not None:
             _check_index(index, expected, self._files)
@@ -80,12 +82,6 @@ class SafetensorsArrays:
         except safetensors.SafetensorError as error:
             raise _corrupt(file, error) from error
         return tensor.to(dtype or tensor.dtype, copy=True)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The stored dtype of the first array; float32 for float16, which fits into no other."""
-        name, file = next(iter(self._files.items()))
-        return (_DTYPES | _QUANTIZED | {"F16": torch.float32})[self._open[file].get_slice(name).get_dtype()]
 
 
 def _opened(file: pathlib.Path) -> Any:
@@ -137,16 +133,15 @@ def write_safetensors(
     shapes: Shapes,
     read: Callable[[str], Tensor],
     *,
-    dtype: torch.dtype,
-    quantized: Mapping[str, torch.dtype] | None = None,
+    dtypes: Mapping[str, torch.dtype],
     max_shard_bytes: int | None = None,
     metadata: Mapping[str, str] | None = None,
     single: str = SINGLE,
 ) -> None:
-    """Write arrays, read by name, into one file, or into shards with an index where they are more than
-    `max_shard_bytes`; the files' headers have the `metadata`. `quantized`: dtypes of arrays with another one."""
-    require_writable(dtype)
-    dtypes = dict.fromkeys(shapes, dtype) | dict(quantized or {})
+    """Write arrays of these dtypes, read by name, into one file, or into shards with an index where they are more than
+    `max_shard_bytes`; the files' headers have the `metadata`."""
+    for dtype in {*dtypes.values()} - {*_QUANTIZED.values()}:
+        require_writable(dtype)
     size = {name: dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
     shards: list[dict[str, int]] = [{}]
     room = max_shard_bytes or sum(size.values())

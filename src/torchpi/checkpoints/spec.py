@@ -14,7 +14,7 @@ from torchpi.model.flow import check_num_steps
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.schema import check_json
 from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
-from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats
+from torchpi.transforms.normalize import Normalization, NormStats, load_norm_stats, rewrite_stats
 from torchpi.transforms.prompt import load_tokenizer
 
 TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
@@ -193,6 +193,30 @@ class PolicySpec:
         except (OSError, CheckpointError, MissingExtraError) as error:
             error.add_note(f"It is the published models' tokenizer; pass tokenizer= with that of {vocab_size} tokens.")
             raise
+
+    def normalized_by(self, rules: Mapping[str, Normalization]) -> tuple["PolicySpec", list[str]]:
+        """The spec by other rules, with statistics that give the same numbers; and notes on them.
+
+        Raises:
+            ValueError: no statistics say it, see `rewrite_stats`.
+        """
+        assert self.embodiment and self.norm_stats and self.normalization  # noqa: PT018
+        stats, notes = dict(self.norm_stats), []
+        for key, names in (("state", self.embodiment.state_names), ("actions", self.embodiment.action_names)):
+            here, there = self.normalization[key], rules[key]
+            stats[key], constant = rewrite_stats(stats[key], here, there, what=key, names=names)
+            if stats[key] is self.norm_stats[key]:
+                continue
+            both = f"{here.kind} with {here.eps_rule}'s eps here, {there.kind} with {there.eps_rule}'s there"
+            unlike = ", which are no quantiles of the data," if there.kind == "quantile" != here.kind else ""
+            changed = "mean and std" if there.kind == "z_score" else f"q01 and q99{unlike}"
+            notes.append(f"normalization of {key} is {both}: {changed} are rewritten to give the same numbers")
+            if constant:
+                notes.append(
+                    f"{key} {', '.join(constant)} (nearly) never changed in the data: values that differ from that are "
+                    "scaled otherwise there, by another eps"
+                )
+        return dataclasses.replace(self, norm_stats=stats, normalization=rules), notes
 
     def require_statistics(self) -> None:
         """Raise an error where the checkpoint says how it normalizes, and not by which numbers, as LeRobot's bases."""

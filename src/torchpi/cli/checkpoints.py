@@ -22,8 +22,9 @@ from torchpi.ui.format import print_json
 class Convert:
     """Write a checkpoint in another format.
 
-    Every array of SOURCE is written, folded or named. TARGET is complete or not there. Afterwards it is read back, and
-    its arrays and the actions sampled from them are compared with the source's.
+    Every array of SOURCE is written, folded or named. Statistics are rewritten where TARGET normalizes otherwise. It is
+    complete or not there. Afterwards it is read back: its arrays, and the actions that are sampled by its own rules,
+    are compared with the source's.
     """
 
     source: Annotated[str, tyro.conf.Positional]
@@ -33,7 +34,7 @@ class Convert:
     to: Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
     """The format."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the arrays; by default the source's."""
+    """Dtype of the arrays; by default each keeps its own. What is rounded is reported."""
     action_dim: int | None = None
     """Another width of actions and state: weights are cut, or extended by zeros."""
     action_horizon: int | None = None

@@ -23,6 +23,7 @@ MAX_STATISTIC = 1e12
 _ROUNDING = 1e-6  # relative; what varies less than this is constant
 _EPS = 1e-6  # openpi's, added to the deviation or the range in both directions
 _LEROBOT_EPS = np.float32(1e-8)
+_TOLERANCE = 2e-5  # of a dimension's range, in statistics that are rewritten for another rule
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,6 +155,70 @@ def unnormalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: s
     out = x.astype(np.float64)
     out[..., :known] = (x[..., :known] + 1.0) / 2.0 * (q99[:known] - q01[:known] + _EPS) + q01[:known]
     return out
+
+
+def openpi_rules(pi05: bool) -> dict[str, Normalization]:
+    """openpi's normalization of state and actions, which follows the variant."""
+    return dict.fromkeys(("state", "actions"), Normalization("quantile" if pi05 else "z_score", "openpi"))
+
+
+def rewrite_stats(
+    stats: NormStats, rule: Normalization, target: Normalization, *, what: str, names: Sequence[str]
+) -> tuple[NormStats, list[str]]:
+    """Statistics with which the rule `target` gives the numbers of `rule`; the other statistics stay as they are.
+
+    Args:
+        what: "state", which has to be the same on the way to the model, or "actions", the same on the way back.
+        names: of the dimensions that are used.
+
+    Returns:
+        The statistics, and the names of dimensions that (nearly) don't vary, where whatever differs from their constant
+        is scaled otherwise: a rule can't divide by less than its eps.
+
+    Raises:
+        ValueError: a dimension that varies would be off by more than 2e-5 of its range.
+    """
+    if rule == target or rule.kind == target.kind == "identity":
+        return stats, []
+    value, at, scale = _line(stats, rule, what)
+    eps = _EPS if target.eps_rule == "openpi" else 0.0
+    if target.kind == "z_score":
+        eps = float(_LEROBOT_EPS) if target.eps_rule == "lerobot" and what == "state" else eps
+        std = np.maximum(scale - eps, 0)
+        new = dataclasses.replace(stats, mean=value - at * (std + eps), std=std)
+    else:
+        span = np.maximum(2 * scale - eps, 0)
+        q01 = value - (at + 1) * (span + eps) / 2
+        new = dataclasses.replace(stats, q01=q01, q99=q01 + span)
+    there, at_there, scale_there = _line(new, target, what)
+    shift = abs((there - at_there * scale_there) - (value - at * scale))
+    off = np.maximum(shift, abs(scale_there - scale)) > 2 * _TOLERANCE * scale
+    constant = set(constant_dims(stats, rule.kind, what=what))
+    different = {i: name for i, (name, is_off) in enumerate(zip(names, off, strict=False)) if is_off}
+    if wrong := [name for i, name in different.items() if i not in constant]:
+        raise TransformError(
+            f"Normalization by {rule.kind} can't be said as {target.kind} with {target.eps_rule}'s eps for {what} "
+            f"{', '.join(wrong)}: the range there is too narrow, the numbers would change by more than "
+            f"{_TOLERANCE:g} of it. Give the dimension a larger unit, or leave it out."
+        )
+    return new, list(different.values())
+
+
+def _line(stats: NormStats, rule: Normalization, what: str) -> tuple[np.ndarray, float, np.ndarray]:
+    """The straight line that a rule is, in float64: a value, the number that it becomes, and the values per number."""
+    if rule.kind == "identity":
+        return np.zeros(stats.dim), 0.0, np.ones(stats.dim)
+    is_lerobot, d = rule.eps_rule == "lerobot", stats.dim
+    if rule.kind == "z_score" and is_lerobot:
+        std = _float32(stats.std, d) + (_LEROBOT_EPS if what == "state" else np.float32(0))
+        return _float32(stats.mean, d).astype(np.float64), 0.0, std.astype(np.float64)
+    if rule.kind == "z_score":
+        return stats.mean, 0.0, stats.std + _EPS
+    if is_lerobot:
+        low, span = _lerobot_range(stats, d, what)
+        return low.astype(np.float64), -1.0, span.astype(np.float64) / 2
+    q01, q99 = _quantiles(stats, what)
+    return q01, -1.0, (q99 - q01 + _EPS) / 2
 
 
 def constant_dims(stats: NormStats, kind: str, *, what: str = "x") -> list[int]:
