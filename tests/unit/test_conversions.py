@@ -173,7 +173,7 @@ def test_openpi_normalizes_pi05_otherwise_and_acts_alike(golden_pi05, tmp_path, 
     assert {rule.kind for rule in there.transforms.normalization.values()} == {"quantile"}
     assert_same_actions(actions(there), actions(policy))
     assert report.action_difference < 1e-5
-    assert report.input_difference is None
+    assert report.action_difference < report.input_difference  # LeRobot resizes images otherwise
     printed = str(report)
     assert f"normalization of state is {state} with lerobot's eps here, quantile with openpi's there" in printed
     assert "q01 and q99, which are no quantiles of the data, are rewritten" in printed
