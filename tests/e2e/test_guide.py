@@ -11,8 +11,8 @@ from commands import serve_once, shortened, use_small_weights
 
 import torchpi
 from torchpi.cli import main
-from torchpi.data import LeRobotDataset, LeRobotWriter
-from torchpi.robots import get_embodiment
+from torchpi.data import LeRobotDataset, LeRobotWriter, to_observation
+from torchpi.robots import flatten, get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.run_folder import CHANGEABLE
 
@@ -116,6 +116,35 @@ def test_commands_of_fine_tuning_run(tmp_path, monkeypatch, capsys, golden_root)
         assert pathlib.Path(run, "report.html").stat().st_size > 0
     with np.load("actions.npz") as actions:
         assert actions["actions"].shape == (50, 7)
+
+
+@pytest.mark.slow
+def test_commands_of_the_short_guide_run(tmp_path, monkeypatch, capsys, golden_root):
+    """From recordings to a server, with the drafted description of the robot as it is."""
+    monkeypatch.chdir(tmp_path)
+    use_small_weights(monkeypatch, tmp_path / "published", golden_root)
+    record("my_set", episodes=4)
+    record("my_test_set", episodes=2)
+    lines = commands((DOCS / "your_robot.md").read_text(encoding="utf-8"))
+    known = ["data", "data", "train", "train", "eval", "convert", "serve", "doctor"]
+    assert [line.split()[0] for line in lines] == known
+    observation: dict[str, np.ndarray] = {}
+    for line in lines:
+        if line.startswith("serve"):
+            frame = LeRobotDataset("my_test_set", action_horizon=1)[0]
+            observation = to_observation(frame, get_embodiment("my_arm.json"))
+            del observation["actions"]
+            np.savez("observation.npz", **flatten(observation))
+            arguments = shortened(line.removesuffix(" --host 0.0.0.0 --token SECRET"))
+            assert serve_once(arguments, observation).shape == (50, 7)
+        elif line.startswith("doctor"):
+            with pytest.raises(SystemExit, match="1"):  # after so few steps its actions are noise
+                main(shortened(line))
+        else:
+            main(shortened(line))
+    assert "error" not in capsys.readouterr().err
+    assert pathlib.Path("my_set.html").stat().st_size > 0
+    assert torchpi.load_policy("try/checkpoints/00000020/policy").model.config.action_horizon == 16
 
 
 @pytest.mark.slow
