@@ -126,19 +126,17 @@ class Checkpoint:
             )
         return dataclasses.replace(spec, provenance={"source": self.address})
 
-    def lora(self, alpha: tuple[float, float] | None) -> LoraConfig | None:
-        """The LoRA of a JAX checkpoint, or None; an error where alpha is needed, or of a checkpoint without LoRA."""
+    def lora(self, alpha: tuple[float, float] | None, choice: LoraChoice = "fold") -> LoraConfig | None:
+        """The LoRA of a JAX checkpoint, or None; an error where alpha is needed, or an option belongs to LoRA."""
         if self.folded:
             return stored_lora(self.arrays, alpha)
-        if alpha is not None:
-            raise self._without_lora("lora_alpha=")
+        if alpha is not None or choice == "keep":
+            option = 'lora="keep"' if alpha is None else "lora_alpha="
+            raise CheckpointError(
+                f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; "
+                f"{self.root} ({self.format}) has none."
+            )
         return None
-
-    def _without_lora(self, option: str) -> CheckpointError:
-        return CheckpointError(
-            f"{option} belongs to a checkpoint with LoRA weights, which openpi's JAX checkpoints may have; {self.root} "
-            f"({self.format}) has none."
-        )
 
     @torch.inference_mode(False)  # weights that were made in inference mode have no gradients ever after
     def model(
@@ -152,9 +150,7 @@ class Checkpoint:
         rounding: Rounding | None = None,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
-        matrices = self.lora(lora_alpha)
-        if lora == "keep" and matrices is None:
-            raise self._without_lora('lora="keep"')
+        matrices = self.lora(lora_alpha, lora)
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:
             # What was learned belongs to weights as they were in training; those are compared, too.

@@ -128,24 +128,31 @@ class Quantize:
 class Doctor:
     """Describe a policy, and find what would make a robot misbehave.
 
-    Checks weights and statistics; with an observation also its state, prompt and cameras, the actions that result, and
-    the policy's inputs: how far the chunk moves when a camera is black, cameras are swapped, the instruction is
-    another one or the state is its mean. The exit status is 1 if something is wrong.
+    Checks weights and statistics; with a dataset whether it fits them; with an observation also its state, prompt and
+    cameras, the actions that result, and the policy's inputs: how far the chunk moves when a camera is black, cameras
+    are swapped, the instruction is another one or the state is its mean. The exit status is 1 if something is wrong.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
     inputs: pathlib.Path | None = None
     """An observation, an .npz file with the robot's own keys, as for infer."""
+    dataset: str | None = None
+    """A LeRobot dataset of the policy's robot, a folder or hf://org/name; its images are not read."""
     json: bool = False
     """Print one JSON document."""
+    episodes: Episodes = EpisodeOptions()
     load: LoadModel = PolicyOptions()
     aliases: ClassVar = {"--observation": "--inputs"}
 
     def run(self) -> int:
         from torchpi.inspect.commands import run_doctor
 
-        return run_doctor(self.policy, observation=self.inputs, as_json=self.json, **self.load.given())
+        if self.dataset is None:
+            refuse_changed(self.episodes, belongs_to="--dataset")
+        data = {"path": self.dataset, **self.episodes.reading_of(self.dataset)} if self.dataset else None
+        options = self.load.given()
+        return run_doctor(self.policy, observation=self.inputs, dataset=data, as_json=self.json, **options)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,16 +10,22 @@ import numpy as np
 from torchpi.data import format as lerobot
 from torchpi.data.guesses import OTHER_SCALE, differ_in_unit, is_gripper
 from torchpi.data.lerobot import LeRobotDataset
-from torchpi.data.stats import Distribution, StatsCoverage, distributions
-from torchpi.errors import first_of
+from torchpi.data.stats import Distribution, KeyCoverage, ModelValues, StatsCoverage, distributions, key_coverage
+from torchpi.errors import DatasetError, first_of
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.presets import RELEASED
 from torchpi.transforms.normalize import NormStats
+from torchpi.transforms.pipeline import Transforms
 
 _MARGIN = 0.25
 """Part of a training range by which values may exceed it and still have its unit and direction."""
 _EXPECTED = 0.98
 """Fraction inside q01 to q99 of the data that these were computed from."""
+_EPS = 1e-6  # the normalization's
+_NARROW = 0.02
+"""Part of a training range that is less than any task fills, as in metres and millimetres, or rad and degrees."""
+_MOST_NORMALIZED, _ABSURD = 20.0, "normalized, they are"
+"""The root mean square of normalized values is about 1; the loss of these is hundreds of times as large."""
 
 
 def coverage_with_reasons(
@@ -163,12 +169,45 @@ def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
     return problems
 
 
-def stats_problems(dataset: LeRobotDataset, embodiment: Embodiment, theirs: Mapping[str, NormStats]) -> list[str]:
-    """Sentences on values that seem to have another unit, direction or order than the statistics of a policy."""
-    found = distributions(dataset, embodiment, action_horizon=dataset.action_horizon)
-    return [
-        f"{dataset.path} doesn't fit the statistics that normalize it: {cause}."
-        for what, ours in found.items()
-        if what in theirs
-        for cause in misfits(what, ours.names[: theirs[what].dim], ours.stats, theirs[what])
-    ]
+def stats_problems(dataset: LeRobotDataset, embodiment: Embodiment, transforms: Transforms) -> list[str]:
+    """A sentence on the state and one on the actions of a dataset, where the statistics of a policy don't fit them.
+
+    Raises:
+        ValueError: they are so far off that nothing can be trained or judged.
+    """
+    values = ModelValues.of(dataset, embodiment, action_horizon=dataset.action_horizon)
+    found, problems = distributions(dataset, embodiment, action_horizon=dataset.action_horizon), list[str]()
+    for what, rule in transforms.normalization.items():
+        theirs = transforms.norm_stats[what]
+        if rule.kind == "z_score":  # which divides by std, whatever the quantiles are
+            theirs = NormStats(theirs.mean, theirs.std)
+        if rule.kind != "identity" and values.names[what]:
+            problems.append(_misfit(what, key_coverage(values, what, theirs), found[what].stats, theirs))
+    problems = [f"{dataset.path} doesn't fit the statistics that normalize it: {text}." for text in problems if text]
+    if absurd := [text for text in problems if _ABSURD in text]:
+        raise DatasetError(
+            f"{' '.join(absurd)} Nothing can be trained or judged so: take the statistics of the dataset (torchpi stats --out "
+            "writes them for --norm-stats), or check embodiment and units."
+        )
+    return problems
+
+
+def _misfit(what: str, key: KeyCoverage, ours: NormStats, theirs: NormStats) -> str:
+    """Share of the values outside of other statistics, the worst dimensions and likely causes; "": they fit."""
+    dims = slice(len(key.names))
+    (low, high), (least, most) = ([end[dims] for end in stats.training_range()] for stats in (ours, theirs))
+    outside, half = 1 - np.array(key.inside), (most - least) / 2 + _EPS
+    normalized = np.hypot(ours.mean[dims] - (least + most) / 2, ours.std[dims]) / half  # root of the mean square
+    causes = misfits(what, key.names, ours, theirs)
+    if not causes and np.median((high - low) / half) < 2 * _NARROW:
+        causes = [f"the {what} fill less than {_NARROW:.0%} of most ranges"]
+    if not causes and outside.max() < 0.5 and outside.mean() < 0.2:
+        return ""
+    worst = ", ".join(
+        f"{key.names[i]} {outside[i]:.0%} ({low[i]:.4g} to {high[i]:.4g}, there {least[i]:.4g} to {most[i]:.4g})"
+        for i in np.argsort(-outside, kind="stable")[:3]
+    )
+    is_absurd = ((outside > 0.5) & (normalized > _MOST_NORMALIZED)).any()
+    causes += [f"{_ABSURD} {normalized.max():.3g} in place of about 1"] if is_absurd else []
+    share = f"{outside.mean():.1%} of the {what} are outside of {key.range}, where 2% are expected"
+    return "; ".join((f"{share}, most of {worst}", *causes))

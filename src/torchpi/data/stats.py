@@ -231,7 +231,7 @@ def stats_coverage(
 
 def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) -> StatsCoverage:
     present = [what for what, names in values.names.items() if names]  # a robot may have no state
-    keys = {what: _key_coverage(values, what, stats[what]) for what in present if what in stats}
+    keys = {what: key_coverage(values, what, stats[what]) for what in present if what in stats}
     if not keys:
         raise DatasetError(f"The statistics of {name} have neither state nor actions, but {', '.join(stats)}.")
     comparable = len(keys) == len(present) and all(key.dims == key.checkpoint_dims for key in keys.values())
@@ -239,7 +239,8 @@ def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) ->
     return StatsCoverage(name, comparable, overall, keys.get("state"), keys.get("actions"))
 
 
-def _key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverage:
+def key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverage:
+    """Compare "state" or "actions" of a dataset with statistics."""
     dims = len(values.names[what])
     common = min(dims, stats.dim)
     # Published statistics are padded with zeros to the model's width.

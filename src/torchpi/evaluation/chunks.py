@@ -55,11 +55,14 @@ def open_recorded(policy: Policy, path: str | Path, **reading: Any) -> LeRobotDa
     Args:
         reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
 
-    Warns: about values that seem to have another unit than the robot's or the policy's statistics.
+    Raises:
+        ValueError: the policy's statistics are those of something else.
+
+    Warns: about values that seem to have another unit than the robot's, or don't fit the policy's statistics.
     """
     horizon, robot = policy.model.config.require("action_horizon"), policy.embodiment
     dataset = LeRobotDataset(path, action_horizon=horizon, embodiment=robot, columns=(), **reading)
-    for problem in unit_problems(dataset, robot) + stats_problems(dataset, robot, policy.transforms.norm_stats):
+    for problem in unit_problems(dataset, robot) + stats_problems(dataset, robot, policy.transforms):
         warnings.warn(problem, UserWarning, stacklevel=2)
     return dataset
 

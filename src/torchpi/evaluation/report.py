@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
 from torchpi.data.rate import rate_note
 from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_frames
@@ -91,7 +92,11 @@ def evaluate_on_dataset(
     with progress_bar("chunks", len(frames)) as advance:
         chunks = predict(frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count))
     note = rate_note(data.fps, data.recorded_fps, loaded.embodiment)
-    errors = errors_of(chunks, data.columns[lerobot.ACTION])
+    whole = data
+    if reading.get("episodes") is not None:  # ranges and baseline are the dataset's, whichever episodes are chosen
+        alone = {**reading, "episodes": None, "cameras": (), "columns": ()}
+        whole = LeRobotDataset(dataset, action_horizon=1, embodiment=loaded.embodiment, **alone)
+    errors = errors_of(chunks, whole.columns[lerobot.ACTION])
     if out is not None:
         few = [frames[i] for i in plotted_frames(len(frames))]
         plotted = predict(few, noise_samples=_PLOTTED_NOISE_SAMPLES)

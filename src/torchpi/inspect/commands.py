@@ -84,12 +84,19 @@ def _comparison(left: Trace, right: Trace) -> dict[str, Any]:
     }
 
 
-def run_doctor(path: str, *, observation: pathlib.Path | None = None, as_json: bool = False, **load: Any) -> int:
+def run_doctor(
+    path: str,
+    *,
+    observation: pathlib.Path | None = None,
+    dataset: Mapping[str, Any] | None = None,
+    as_json: bool = False,
+    **load: Any,
+) -> int:
     """Examine a policy and print the diagnosis; the exit status is 1 if there is a problem."""
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = None if observation is None else read_npz(observation)
         policy = load_policy(path, engine="eager", **load)
-        diagnosis = diagnose(policy, request)
+        diagnosis = diagnose(policy, request, dataset=dataset)
     if as_json:
         print_json(diagnosis.to_dict())
     else:

@@ -45,6 +45,7 @@ def diagnose(
     num_steps: int | None = None,
     seed: int = 0,
     other_instruction: str | None = None,
+    dataset: Mapping[str, Any] | None = None,
 ) -> Diagnosis:
     """Examine a policy; nothing about it is changed.
 
@@ -55,6 +56,7 @@ def diagnose(
         seed: of the noises.
         other_instruction: replaces the instruction; by default another one that the policy was trained with, or a
             made-up one.
+        dataset: of the robot, compared with its statistics and units: arguments of `LeRobotDataset`.
 
     Returns:
         A description of the policy, findings, and what the observation shows. An observation that the policy cannot
@@ -71,12 +73,29 @@ def diagnose(
     findings, checks = [*of_weights, *check_statistics(policy)], None
     if policy.transforms.untrained_actions:
         findings.append(finding("untrained_actions", "actions", names=first_of(policy.transforms.untrained_actions, 5)))
+    if dataset is not None:
+        findings += _check_dataset(policy, dataset)
     if observation is not None:
         examination = _Examination(policy, observation, other_instruction)
         findings += examination.run(None if of_weights else sample)
         checks = examination.checks
     findings.sort(key=lambda found: _LEVELS.index(found.level))
     return Diagnosis(describe(policy), tuple(findings), checks)
+
+
+def _check_dataset(policy: Policy, reading: Mapping[str, Any]) -> Iterator[Finding]:
+    from torchpi.data import LeRobotDataset
+    from torchpi.data.fit import stats_problems, unit_problems
+
+    horizon, robot = policy.model.config.require("action_horizon"), policy.embodiment
+    data = LeRobotDataset(action_horizon=horizon, embodiment=robot, columns=(), cameras=(), **reading)
+    yield from (finding("dataset_warning", "dataset", warning=problem) for problem in unit_problems(data, robot))
+    try:
+        problems = stats_problems(data, robot, policy.transforms)
+    except ValueError as error:
+        yield finding("dataset", "dataset", error=error)
+    else:
+        yield from (finding("dataset_warning", "dataset", warning=problem) for problem in problems)
 
 
 def _check_weights(policy: Policy) -> Iterator[Finding]:

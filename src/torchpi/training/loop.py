@@ -73,7 +73,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         model, init = build_model(config, sizes, checkpoint, skeleton=not world.is_main)
         policies = build_policies(config, model, data, checkpoint)
         info = run_document(config, world, model, init, data)
-        describe(console, config, model, info, data, check_prompts(policies, data), first_step)
+        describe(console, config, model, info, data, policies, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)
         if world.is_main:
             check_videos(data, console)

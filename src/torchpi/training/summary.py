@@ -17,6 +17,7 @@ from torchpi.devices import has_bfloat16
 from torchpi.errors import first_of
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
+from torchpi.policy import Policy
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
 from torchpi.training.optim import learning_rate
@@ -72,6 +73,7 @@ def describe(
     model: Pi0,
     info: Mapping[str, Any],
     data: Sequence[SourceData],
+    policies: Sequence[Policy],
     prompts: Mapping[str, int],
     first_step: int = 0,
 ) -> None:
@@ -80,15 +82,18 @@ def describe(
     Args:
         info: the run's document.
         prompts: tokens of each task's longest prompt.
-        first_step: that of the checkpoint from which the run is resumed; 0: it begins.
+        first_step: that of the checkpoint from which the run is resumed; 0: it begins, unless `stats_problems` raises.
     """
     text, table = show_parameters(info["parameters"])
     console.print(f"{model.config.variant}, {config.model.finetune}: {text}")
     console.print(table.to_rich(), crop=False)
     _describe_weights(console, info, first_step)
     weights = sum(dataset["weight"] for dataset in info["datasets"])
-    for dataset, source in zip(info["datasets"], data, strict=True):
+    for dataset, source, policy in zip(info["datasets"], data, policies, strict=True):
         _describe_dataset(console, config, dataset, source, dataset["weight"] / weights)
+        if source.source.norm_stats != "dataset" and not first_step:
+            for problem in stats_problems(source.train, source.embodiment, policy.transforms):
+                console.print(f"  warning: {problem}")
     longest = max(prompts, key=lambda text: prompts[text])
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
@@ -170,9 +175,6 @@ def _describe_dataset(
     )
     if note := rate_note(data.train.fps, data.train.recorded_fps, data.embodiment):
         console.print(f"  {note}")
-    if data.source.norm_stats != "dataset":
-        for problem in stats_problems(data.train, data.embodiment, data.norm_stats):
-            console.print(f"  warning: {problem}")
     blank = [index for index, text in data.train.tasks.items() if not text.strip()]
     without = int(np.isin(data.train.columns["task_index"][data.frames], blank).sum())
     if without:
