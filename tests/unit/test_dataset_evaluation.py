@@ -1,9 +1,12 @@
 """Judging a policy on recorded episodes: which frames, the errors, the baselines, the report and what a user gets
 wrong."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
+import re
+import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from torchpi.evaluation.chunks import Frame
 from torchpi.evaluation.report import evaluate_on_dataset
 from torchpi.robots import ActionDim, StateKey, aloha, droid, libero, metaworld
 from torchpi.robots.commands import hold_commands
-from torchpi.transforms import Normalization, NormStats
+from torchpi.transforms import Normalization, NormStats, save_norm_stats
 
 HORIZON = 4
 LENGTHS = (6, 3, 9)
@@ -71,7 +74,7 @@ def make_policy(golden_root):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(std=0.3, generator=generator)
-        one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+        one = NormStats(np.zeros(2), np.ones(2), np.full(2, -2.0), np.full(2, 2.0))
         return Policy(
             model,
             ARM,
@@ -345,12 +348,45 @@ def test_a_dataset_in_another_unit_is_said(policy, path, golden_root, tmp_path, 
     ).save(tmp_path / "degrees")
     captured = run([tmp_path / "degrees", "--dataset", path, "--num-steps", 1, "--samples", 2, "--json"], capsys)
     for what in ("state", "actions"):
-        assert f"that normalize it: {what} elbow: looks like radians, there are degrees." in captured.err
+        assert f"{what} elbow: looks like radians, there are degrees." in captured.err
     json.loads(captured.out)
     limited = dataclasses.replace(ARM, actions=(dataclasses.replace(ARM.actions[0], low=50, high=60), ARM.actions[1]))
     (tmp_path / "limited.json").write_text(json.dumps(limited.to_dict()))
     options = ["--embodiment", tmp_path / "limited.json", "--num-steps", 1, "--samples", 2]
-    assert "embodiment 'arm' takes 50 to 60" in run([tmp_path / "degrees", "--dataset", path, *options], capsys).err
+    assert "'arm' takes 50 to 60 (rad)" in run([tmp_path / "degrees", "--dataset", path, *options], capsys).err
+
+
+def test_ranges_and_mean_are_the_datasets_whichever_episodes_are_selected(folder, path, capsys):
+    options = [folder, "--dataset", path, "--num-steps", 1, "--samples", 2, "--json"]
+    whole, part = (json.loads(run([*options, *more], capsys).out) for more in ([], ["--select", "2"]))
+    assert part["episodes"] == [2]
+    for ours, theirs in zip(part["dimensions"], whole["dimensions"], strict=True):
+        assert ours["range"] == theirs["range"]
+        assert ours["baselines"]["mean_action"]["action"] == theirs["baselines"]["mean_action"]["action"]
+
+
+@pytest.mark.filterwarnings("always")
+def test_doctor_compares_a_dataset_with_the_statistics(folder, path, tmp_path, capsys):
+    def findings(mean, *options) -> list[tuple[str, str]]:
+        other = shutil.copytree(folder, tmp_path / f"{mean}")
+        shifted = NormStats(np.full(2, mean), np.ones(2), np.full(2, mean - 2), np.full(2, mean + 2))
+        save_norm_stats(other / "norm_stats.json", dict.fromkeys(("state", "actions"), shifted))
+        with contextlib.suppress(SystemExit):
+            main(["doctor", str(other), "--device", "cpu", "--json", *map(str, options)])
+        found = json.loads(capsys.readouterr().out)["findings"]
+        return [(entry["level"], entry["message"]) for entry in found if entry["about"] == "dataset"]
+
+    assert findings(0.0, "--dataset", path) == []
+    assert findings(99.0) == []
+    (level, message), _ = findings(1.5, "--dataset", path)
+    assert level == "warning"
+    assert re.search(r"\d\d\.\d% of the state are outside of q01\.\.q99, where 2% are expected, most of", message)
+    ((level, message),) = findings(100.0, "--dataset", path, "--select", "0,2")
+    assert level == "problem"
+    assert "100.0% of the actions are outside" in message
+    with pytest.raises(SystemExit):
+        run([tmp_path / "100.0", "--dataset", path, "--num-steps", 1, "--samples", 2], capsys)
+    assert "Nothing can be trained or judged so" in capsys.readouterr().err
 
 
 def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, path, tmp_path, capsys):

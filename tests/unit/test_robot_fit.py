@@ -2,18 +2,23 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
 
+from torchpi.assets import assets
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset
-from torchpi.data.fit import misfits, released_fits, unit_problems
+from torchpi.data.fit import misfits, released_fits, stats_problems, unit_problems
 from torchpi.data.writer import LeRobotWriter
 from torchpi.robots import Embodiment, get_embodiment
-from torchpi.transforms import NormStats, save_norm_stats
+from torchpi.transforms import Normalization, NormStats, save_norm_stats
+from torchpi.transforms.pipeline import Transforms
+from torchpi.transforms.prompt import load_tokenizer
 
 NAMES = ("pan", "lift", "elbow", "gripper")
+UR5E = get_embodiment("ur5e").action_names
 LOW, HIGH = np.array([-1.0, 0.2, 1.0, 0.0]), np.array([0.4, 2.0, 3.0, 1.0])
 
 
@@ -126,16 +131,12 @@ def shown(capsys, *arguments):
 
 def test_actions_in_another_unit_than_the_robots_are_found(ur5e, capsys):
     degrees, radians = ur5e
-    problems = unit_problems(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
-    assert [problem.split()[2] for problem in problems] == list(get_embodiment("ur5e").action_names[:6])
-    assert (
-        "goes from -84.84 to 85.43, but embodiment 'ur5e' takes -6.2832 to 6.2832 (rad); the values look" in problems[0]
-    )
+    (problem,) = unit_problems(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
+    assert "shoulder_pan_joint goes from -84.84 to 85.43, 'ur5e' takes -6.2832 to 6.2832 (rad); " in problem
+    assert "and 3 more; the values look like degrees. Choose the embodiment in the set's unit" in problem
     assert unit_problems(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e")) == []
     arguments = ("--embodiment", "ur5e", "--action-horizon", "2")
-    assert (
-        shown(capsys, degrees, *arguments).err.count("look like degrees. Choose the embodiment in the set's unit") == 6
-    )
+    assert shown(capsys, degrees, *arguments).err.count("look like degrees. Choose the embodiment") == 1
     assert "degrees" not in shown(capsys, radians, *arguments).err
 
 
@@ -143,7 +144,7 @@ def test_training_refuses_actions_in_another_unit(tmp_path, capsys):
     root = record(tmp_path / "set", "ur5e", np.full((8, 7), 90, np.float32), "base_rgb")
     with pytest.raises(SystemExit):
         main(["train", "--model=tiny", f"--dataset={root}", "--embodiment=ur5e", f"--out={tmp_path}/run"])
-    assert "The action shoulder_pan_joint of" in capsys.readouterr().err
+    assert "shoulder_pan_joint goes from 90 to 90, 'ur5e' takes" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -156,8 +157,57 @@ def test_action_relative_to_a_state_in_another_unit_is_found(tmp_path):
             writer.add_frame({"observation.state": np.float32(now), "action": np.float32(action)})
         writer.save_episode("go")
     (problem,) = unit_problems(LeRobotDataset(tmp_path / "set", action_horizon=1), robot)
-    assert "The action elbow of" in problem
+    assert problem.count("goes from") == 1
+    assert "elbow goes from" in problem
     assert "seem to have different units" in problem
+
+
+ABSOLUTE = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=UR5E, actions=UR5E)
+UNIFORM = np.random.default_rng(0).uniform(-1, 1, (400, 7)).astype(np.float32) + np.linspace(0, 2, 7, dtype=np.float32)
+ENDS = np.quantile(UNIFORM, [0.01, 0.99], axis=0)
+ELBOW = np.arange(7) == 2
+
+
+def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
+    """Those of a policy with these statistics of state and actions."""
+    stated = dict.fromkeys(("state", "actions"), given)
+    transforms = Transforms(
+        stated, dict.fromkeys(stated, Normalization(kind)), load_tokenizer(assets() / "tiny_tokenizer.model"),
+        discrete_state_input=True, max_token_len=None, action_dim=7,
+    )  # fmt: skip
+    dataset = LeRobotDataset(record(tmp_path / f"set_{kind}", "ur5e", UNIFORM), action_horizon=2)
+    return stats_problems(dataset, ABSOLUTE, transforms)
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        (ENDS, None),
+        (ENDS + 0.1, None),  # a little another place of work
+        (ENDS * 1000, "fill less than 2% of most ranges"),  # millimetres
+        (ENDS + 1.2, r"6\d\.\d% of the (state|actions) are outside of q01\.\.q99, where 2% are expected"),
+        (ENDS + 1.6 * ELBOW, r"most of elbow_joint [78]\d% \(-0\.\d+ to 1\.\d+, there 1\.\d+ to 3\.\d+\)"),
+    ],
+)
+def test_statistics_that_do_not_fit_are_said_once_for_state_and_actions(tmp_path, ends, expected):
+    found = problems(tmp_path, stats(*ends), "quantile")
+    assert len(found) == (0 if expected is None else 2)
+    assert all(re.search(expected or "", problem) for problem in found)
+
+
+@pytest.mark.parametrize("ends", [ENDS / 1000, np.array([[99.0] * 7, [99.1] * 7])])
+def test_statistics_that_are_absurd_are_an_error(tmp_path, ends):
+    with pytest.raises(ValueError, match=r"of the state .* of the actions .* Nothing can be trained or judged"):
+        problems(tmp_path, stats(*ends), "quantile")
+
+
+def test_z_scores_are_judged_by_their_deviation(tmp_path):
+    """Of a gripper that hardly ever moves both quantiles are the same; only the deviation divides."""
+    resting = NormStats(UNIFORM.mean(0), UNIFORM.std(0), UNIFORM[0], UNIFORM[0])
+    assert problems(tmp_path, resting, "z_score") == []
+    assert problems(tmp_path, resting, "identity") == []
+    with pytest.raises(ValueError, match="normalized, they are"):
+        problems(tmp_path, resting, "quantile")
 
 
 def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, capsys):

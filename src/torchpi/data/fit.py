@@ -143,29 +143,35 @@ def _meanings(robot: Embodiment) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def unit_problems(dataset: LeRobotDataset, embodiment: Embodiment) -> list[str]:
-    """Sentences on the actions most of whose values are far outside of their limits, as those in another unit are, and
-    on those that are relative to a state in another unit."""
-    problems, states = [], dataset.columns[lerobot.STATE]
+    """A sentence on the actions most of whose values are far outside of their limits, as those in another unit are, and
+    one on those that are relative to a state in another unit."""
+    apart, beyond, in_degrees = list[str](), list[str](), False
     for i, action in enumerate(embodiment.actions):
-        values = dataset.columns[lerobot.ACTION][:, i]
+        values, state = dataset.columns[lerobot.ACTION][:, i], dataset.columns[lerobot.STATE][:, i : i + 1]
         low, high = float(values.min()), float(values.max())
-        found = f"The action {action.name} of {dataset.path} goes from {low:.4g} to {high:.4g}"
-        if embodiment.action_mask[i] and differ_in_unit(values, states[:, i]):
-            problems.append(
-                f"{found} as its state goes from {states[:, i].min():.4g} to {states[:, i].max():.4g}: they seem to "
-                "have different units, and the policy would learn their difference. Convert one of them in the "
-                f"dataset, or make the action absolute in embodiment '{embodiment.name}'."
-            )
+        found = f"{action.name} goes from {low:.4g} to {high:.4g}"
+        if embodiment.action_mask[i] and differ_in_unit(values, state[:, 0]):
+            apart.append(f"{found}, its state from {state.min():.4g} to {state.max():.4g}")
         if action.low is None or action.high is None:
             continue
         margin = (action.high - action.low) / 4
         if np.mean((values < action.low - margin) | (values > action.high + margin)) > 0.5:
-            in_degrees = action.unit == "rad" and np.radians(max(-low, high)) < 2 * np.pi
-            problems.append(
-                f"{found}, but embodiment '{embodiment.name}' takes {action.low:g} to {action.high:g} "
-                f"({action.unit or 'no unit stated'}){'; the values look like degrees' if in_degrees else ''}. Choose "
-                "the embodiment in the set's unit, or state unit and limits in a file of your own."
-            )
+            in_degrees |= bool(action.unit == "rad" and np.radians(max(-low, high)) < 2 * np.pi)
+            unit = action.unit or "no unit stated"
+            beyond.append(f"{found}, '{embodiment.name}' takes {action.low:g} to {action.high:g} ({unit})")
+    problems, of = [], f"actions of {dataset.path}"
+    if apart:
+        problems.append(
+            f"The {of} and the state that they are relative to seem to have different units, and the policy would "
+            f"learn their difference: {first_of(apart, 3, '; ')}. Convert one of them in the dataset, or make the "
+            f"action absolute in embodiment '{embodiment.name}'."
+        )
+    if beyond:
+        looks = "; the values look like degrees" if in_degrees else ""
+        problems.append(
+            f"The {of} are not in the unit of embodiment '{embodiment.name}': {first_of(beyond, 3, '; ')}{looks}. "
+            "Choose the embodiment in the set's unit, or state unit and limits in a file of your own."
+        )
     return problems
 
 
@@ -186,8 +192,8 @@ def stats_problems(dataset: LeRobotDataset, embodiment: Embodiment, transforms: 
     problems = [f"{dataset.path} doesn't fit the statistics that normalize it: {text}." for text in problems if text]
     if absurd := [text for text in problems if _ABSURD in text]:
         raise DatasetError(
-            f"{' '.join(absurd)} Nothing can be trained or judged so: take the statistics of the dataset (torchpi stats --out "
-            "writes them for --norm-stats), or check embodiment and units."
+            f"{' '.join(absurd)} Nothing can be trained or judged so: take the statistics of the dataset (torchpi "
+            "stats --out writes them for --norm-stats), or check embodiment and units."
         )
     return problems
 
