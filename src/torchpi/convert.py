@@ -113,12 +113,13 @@ def convert(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     check: bool = True,
+    verify: bool = True,
     **policy: Any,
 ) -> Conversion:
     """Write a checkpoint in another format; the target appears complete or not at all.
 
     Args:
-        source, config, lora_alpha, embedding: see `load_model`.
+        source, config, lora_alpha, embedding, verify: see `load_model`.
         target: a new folder; with `overwrite` also the place of another checkpoint.
         dtype: of the arrays; by default each keeps its own, and is float32 where LoRA weights change it.
         sizes: other values of action_dim, action_horizon or max_token_len: weights are cut or extended by zeros.
@@ -137,7 +138,9 @@ def convert(
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
     spec, rounding = _spec(checkpoint, to, asset_id, policy), Rounding()
-    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None)
+    model = checkpoint.model(
+        dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify
+    )
     adapted = adapt(model, sizes or {})
     notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
     with atomic_folder(path) as beside:

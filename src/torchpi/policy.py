@@ -399,6 +399,7 @@ def load_policy(
     embedding: EmbeddingChoice | None = None,
     engine: EngineMode = "auto",
     emulate_fp8: bool = False,
+    verify: bool = True,
 ) -> Policy:
     """Load a policy folder or a LeRobot policy, which say everything themselves, or an openpi checkpoint.
 
@@ -419,7 +420,7 @@ def load_policy(
             "lerobot" (0.5 and later) or "lerobot_0.4"; by default that of the training, as far as the checkpoint says.
         device: by default a CUDA device if there is one, else the CPU.
         dtype: of the weights and the computation; by default bfloat16 on a CUDA device that has it, or else float32.
-        lora_alpha, embedding, emulate_fp8, engine: see `load_model` and `Policy.use_engine`.
+        lora_alpha, embedding, emulate_fp8, verify, engine: see `load_model` and `Policy.use_engine`.
 
     Raises:
         FileNotFoundError: there is nothing at one of the paths.
@@ -435,7 +436,9 @@ def load_policy(
     )  # fmt: skip
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8)
+    model = checkpoint.model(
+        device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8, verify=verify
+    )
     policy = policy_of(model, spec.with_tokenizer(model.config.vocab_size))
     policy.use_engine(engine)
     return policy

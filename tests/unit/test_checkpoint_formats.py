@@ -393,7 +393,7 @@ def shards(golden_pi05, tmp_path):
 def test_other_systems_get_one_file_which_is_all_that_they_read(to, golden_pi05, tmp_path):
     """LeRobot 0.6 continues with random weights where there are shards."""
     convert(golden_pi05.root / "lerobot", tmp_path / "out", to, config=golden_pi05.config, max_shard_bytes=300_000)
-    assert [file.name for file in (tmp_path / "out").glob("model*")] == ["model.safetensors"]
+    assert [file.name for file in (tmp_path / "out").glob("model*.safetensors")] == ["model.safetensors"]
 
 
 def test_lerobot_gets_a_tokenizer_that_transformers_can_read(golden_pi05, tmp_path):

@@ -373,7 +373,8 @@ def test_an_adapter_makes_the_trained_model_of_its_base(saved):
 
 def test_adapter_holds_only_trained_parameters(saved, tmp_path):
     path, model = saved
-    assert {file.name for file in path.iterdir()} == {"adapter.json", "adapter.safetensors"}
+    names = {"adapter.json", "adapter.safetensors", "adapter.safetensors.checksums.json"}
+    assert {file.name for file in path.iterdir()} == names
     with safe_open(path / "adapter.safetensors", framework="pt") as arrays:
         stored = set(arrays.keys())
     assert stored == {name for name, on in trainable_parameters(model, "lora").items() if on}

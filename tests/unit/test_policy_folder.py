@@ -25,7 +25,8 @@ from torchpi.inspect import diagnose
 from torchpi.transforms import Normalization, NormStats
 from torchpi.transforms.normalize import save_norm_stats
 
-FILES = ["model.safetensors", "norm_stats.json", "policy.json", "tokenizer.model"]
+CHECKSUMS = "model.safetensors.checksums.json"
+FILES = ["model.safetensors", CHECKSUMS, "norm_stats.json", "policy.json", "tokenizer.model"]
 EMBODIMENT = Embodiment.generic(
     "two_joints",
     cameras={"base_0_rgb": "front", "left_wrist_0_rgb": "wrist"},
@@ -164,7 +165,7 @@ def test_the_loaded_model_is_in_eval_mode_with_gradients_enabled(folder):
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
 
 
-def test_a_folder_has_exactly_four_files_and_none_can_run_code(folder):
+def test_a_folder_has_exactly_five_files_and_none_can_run_code(folder):
     assert sorted(path.name for path in folder.iterdir()) == FILES
     for file in folder.iterdir():  # neither a pickle nor a zip archive, in which torch.save hides one
         assert not file.read_bytes().startswith((b"\x80", b"PK"))
@@ -213,7 +214,7 @@ def test_a_tokenizer_json_keeps_its_name(make_policy, tmp_path):
 
     Tokenizer(models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a")).save(str(tmp_path / "words"))
     make_policy(tokenizer=tmp_path / "words").save(tmp_path / "policy")
-    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [*FILES[:3], "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "policy").iterdir()) == [*FILES[:4], "tokenizer.json"]
     assert load(tmp_path / "policy").transforms.tokenizer.vocab_size == 2
 
 

@@ -15,7 +15,7 @@ import torch
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints.layout import Shapes, require_shapes
-from torchpi.checkpoints.safetensors_files import SafetensorsArrays, write_safetensors
+from torchpi.checkpoints.safetensors_files import SafetensorsArrays, require_intact, write_safetensors
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora, lora_config, merge_lora
 from torchpi.model.pi0 import Pi0
@@ -126,12 +126,13 @@ def read_adapter(path: str | pathlib.Path) -> Adapter:
     return adapter
 
 
-def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
+def load_adapter(path: str | pathlib.Path, model: Pi0, *, verify: bool = True) -> Adapter:
     """Attach an adapter to the base model that it belongs to, in place; nothing is changed if something is wrong.
 
     Args:
         model: the base, without LoRA or with the adapter's own, whose values are replaced. The caller sees to it that
             it is the base that `Adapter.base` names: another model of the same sizes can't be told from it.
+        verify: compare the file with its checksum, if there is one.
 
     Raises:
         FileNotFoundError: there is no adapter at the path.
@@ -151,6 +152,8 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
         _shapes(planned, adapter.trained, "The adapter's field trained"),
     )
     require_shapes(arrays, expected)
+    if verify:
+        require_intact(arrays.source)
     if present is None:
         attach_lora(model, adapter.lora)
     with torch.no_grad():
@@ -160,7 +163,7 @@ def load_adapter(path: str | pathlib.Path, model: Pi0) -> Adapter:
 
 
 @torch.no_grad()
-def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0) -> None:
+def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0, *, verify: bool = True) -> None:
     """Merge an adapter into its base, in place; weights that differ from the base's in training are an error."""
     dtype = getattr(torch, adapter.base.dtype)  # what was trained beside them saw them rounded
     frozen = {name: p for name, p in model.named_parameters() if name not in adapter.trained and not is_lora(name)}
@@ -172,5 +175,5 @@ def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0) -> None:
             f"{root} holds the changes of a LoRA training to {adapter.base.address}, whose weights differ now from "
             "those that it was trained with; restore that checkpoint."
         )
-    load_adapter(root, model)
+    load_adapter(root, model, verify=verify)
     merge_lora(model)

@@ -22,7 +22,7 @@ from torchpi.checkpoints.lora import lora_pairs, stored_lora
 from torchpi.checkpoints.npz import NpzArrays, draw_action_weights, find_npz
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice, TorchArrays, torch_config, torch_table
-from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights
+from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights, require_intact
 from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_config, stated_heads, stated_sizes
 from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
@@ -148,6 +148,7 @@ class Checkpoint:
         lora: LoraChoice = "fold",
         emulate_fp8: bool = False,
         rounding: Rounding | None = None,
+        verify: bool = True,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
         matrices = self.lora(lora_alpha, lora)
@@ -159,8 +160,10 @@ class Checkpoint:
             base, alpha = dataclasses.replace(self.base, requested_config=config), None
             if base.folded:  # LoRA that the adapter's training continued
                 alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
-            model = base.model(dtype=wide, device=device, lora_alpha=alpha, lora="keep" if alpha else "fold")
-            merge_adapter(self.root, self.adapter, model)
+            model = base.model(
+                dtype=wide, device=device, lora_alpha=alpha, lora="keep" if alpha else "fold", verify=verify
+            )
+            merge_adapter(self.root, self.adapter, model, verify=verify)
             for name, parameter in model.named_parameters():
                 wide_data, parameter.data = parameter.data, parameter.data.to(dtype or torch.float32)
                 if rounding is not None:
@@ -175,6 +178,10 @@ class Checkpoint:
             )  # fmt: skip
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)
+            if verify:  # after what tells more about a file that does not fit
+                require_intact(self.arrays.source)
+                if isinstance(self.arrays, peft.PeftArrays):
+                    require_intact(self.arrays.base.source)
         if self.adapted:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim
@@ -229,6 +236,7 @@ def load_model(
     lora: LoraChoice = "fold",
     embedding: EmbeddingChoice | None = None,
     emulate_fp8: bool = False,
+    verify: bool = True,
 ) -> Pi0:
     """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
 
@@ -251,6 +259,7 @@ def load_model(
         embedding: which of the two names of the embedding counts in a PyTorch checkpoint that stores both, and in which
             they differ.
         emulate_fp8: compute fp8 in float32 with the same rounding, as on a CPU; for GPUs without fp8.
+        verify: compare the weights files with their checksums, where there are any (torchpi writes them).
 
     Returns:
         The model in eval mode, with gradients enabled.
@@ -265,7 +274,9 @@ def load_model(
     checkpoint = open_checkpoint(path, config=config, adapt=adapt, embedding=embedding)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    return checkpoint.model(dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora, emulate_fp8=emulate_fp8)
+    return checkpoint.model(
+        dtype=dtype, device=device, lora_alpha=lora_alpha, lora=lora, emulate_fp8=emulate_fp8, verify=verify
+    )
 
 
 def format_of(root: pathlib.Path) -> Format:

@@ -82,7 +82,7 @@ class PeftArrays:
 
     def __init__(self, root: pathlib.Path, config: AdapterConfig, base: StoredArrays) -> None:
         """Match the adapter's arrays with the base's; each changes or replaces one."""
-        self._stored, self._base = SafetensorsArrays(root, WEIGHTS), base
+        self._stored, self.base = SafetensorsArrays(root, WEIGHTS), base
         self.source, self.shapes = self._stored.source, base.shapes
         self.folded: dict[str, tuple[str, str]] = {}
         """By the array of the base that they change, the names of A and B."""
@@ -137,9 +137,9 @@ class PeftArrays:
         if name in self._replaced:
             return self._stored.read(self._replaced[name], dtype)
         if name not in self.folded:
-            return self._base.read(name, dtype)
+            return self.base.read(name, dtype)
         a, b = (self._stored.read(part, torch.float32) for part in self.folded[name])
-        return (b @ a).mul_(self._scales[name]).add_(self._base.read(name, torch.float32)).to(dtype or torch.float32)
+        return (b @ a).mul_(self._scales[name]).add_(self.base.read(name, torch.float32)).to(dtype or torch.float32)
 
 
 def _openpi_name(name: str) -> str:

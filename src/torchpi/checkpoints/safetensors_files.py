@@ -10,6 +10,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from torchpi.checkpoints import checksums
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError, first_of
 from torchpi.schema import parse, read_json, write_json
@@ -20,6 +21,14 @@ _READ = _DTYPES | {"F16": torch.float16}
 _QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
 # As PyTorch allocates: an array's alignment selects the CPU's instructions, and so the last bits of matmuls.
 _ALIGNMENT = 64
+
+
+def require_intact(weights: pathlib.Path) -> None:
+    """Raise an error where a safetensors file, or a shard that an index names, has another checksum than is stated
+    beside it; files without one, of other programs and of earlier versions, are taken as they are."""
+    if weights.suffix in (".safetensors", ".json"):
+        files = sorted(set(_read_index(weights).values())) if weights.suffix == ".json" else [weights.name]
+        checksums.require_intact(weights, files)
 
 
 def has_weights(root: pathlib.Path) -> bool:
@@ -139,7 +148,7 @@ def write_safetensors(
     single: str = SINGLE,
 ) -> None:
     """Write arrays of these dtypes, read by name, into one file, or into shards with an index where they are more than
-    `max_shard_bytes`; the files' headers have the `metadata`."""
+    `max_shard_bytes`, and their checksums; the files' headers have the `metadata`."""
     for dtype in {*dtypes.values()} - {*_QUANTIZED.values()}:
         require_writable(dtype)
     size = {name: dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
@@ -159,6 +168,7 @@ def write_safetensors(
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
         write_json(root / INDEX, document)
+    checksums.write_checksums(root, single, files)
 
 
 def _write_file(

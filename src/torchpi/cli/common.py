@@ -46,10 +46,13 @@ class CheckpointOptions:
     preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
     """As which program to resize images and to write the state into the prompt, for a LeRobot checkpoint that does not
     state its version; lerobot is 0.5 and later."""
+    verify: bool = True
+    """Compare the weights files with their checksums, where there are any."""
 
     def given(self) -> dict[str, Any]:
         """The options that were given, by name."""
-        return {name: value for name, value in vars(self).items() if value is not None and value is not False}
+        values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {field.name: value for field, value in values if value != field.default}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -114,6 +114,7 @@ def run_compare(
     dtype: torch.dtype = torch.float32,
     device: str | None = None,
     emulate_fp8: bool = False,
+    verify: bool = True,
     **load: Any,
 ) -> int:
     """Compare two policies and print the comparison; the exit status is 1 if they differ.
@@ -123,8 +124,8 @@ def run_compare(
 
     def loaded(path: str) -> Policy:
         states_everything = is_policy_folder(existing_folder(path))
-        more = {} if states_everything else load
-        return load_policy(path, device=device, dtype=dtype, emulate_fp8=emulate_fp8, engine="eager", **more)
+        more = {"emulate_fp8": emulate_fp8, "verify": verify, **({} if states_everything else load)}
+        return load_policy(path, device=device, dtype=dtype, engine="eager", **more)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
         request = read_npz(observation)

@@ -109,9 +109,10 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
             f"a robot's observations{keys}. Trace a policy folder, name the robot with --embodiment, or give a batch "
             "in the model's terms: image.<camera>, state, tokenized_prompt, tokenized_prompt_mask."
         )
-    unused = {name: value for name, value in load.items() if name not in ("config", "device", "lora_alpha")}
+    unused = {name: value for name, value in load.items() if name not in ("config", "device", "lora_alpha", "verify")}
     _refuse_ignored(unused, f"{path} is traced as a model without a robot")
-    model = checkpoint.model(device=load.get("device") or "cpu", lora_alpha=load.get("lora_alpha"))
+    own = {name: load[name] for name in ("lora_alpha", "verify") if name in load}
+    model = checkpoint.model(device=load.get("device") or "cpu", **own)
     if arrays is not None:
         return inputs_of_model(model, shapes, arrays, title=title)
     note = "The checkpoint says nothing about a robot: images, state and prompt are random numbers."
