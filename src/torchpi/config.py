@@ -19,14 +19,25 @@ from torchpi.schema import parse, read_json_object
 _FOLLOWS_VARIANT: Any = "follows pi05"
 
 
+# Far above any model's: a file of a stranger must not ask for more memory and time than there are.
+MAX_SIZES: Mapping[str, int] = {
+    "action_dim": 4096, "action_horizon": 4096, "max_token_len": 16_384, "vocab_size": 1 << 22, "image_size": 4096,
+    "width": 65_536, "depth": 512, "mlp_dim": 1 << 19, "num_heads": 1024, "num_kv_heads": 1024, "head_dim": 8192,
+    "patch": 1024,
+}  # fmt: skip
+
+
 def _require_types(config: Any) -> None:
-    """Raise an error unless a config's numbers are positive integers, and None stands only where it may."""
+    """Raise an error unless a config's numbers are positive integers that a model may have, and None stands only where
+    it may."""
     for field in dataclasses.fields(config):
         value, where = getattr(config, field.name), f"{type(config).__name__}.{field.name}"
         if value is None and field.type in (int | None, bool | None):
             continue
         if field.type in (int, int | None) and (isinstance(value, bool) or not isinstance(value, int) or value <= 0):
             raise ConfigError(f"{where} must be a positive integer, got {value!r}.")
+        if field.name in MAX_SIZES and value > MAX_SIZES[field.name]:
+            raise ConfigError(f"{where} must be at most {MAX_SIZES[field.name]}, got {value}.")
         if field.type in (bool, bool | None) and not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false, got {value!r}.")
         if get_origin(field.type) is Literal and value not in get_args(field.type):

@@ -436,9 +436,7 @@ def load_policy(
     )  # fmt: skip
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
-    model = checkpoint.model(
-        device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8, verify=verify
-    )
+    model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8, verify=verify)
     policy = policy_of(model, spec.with_tokenizer(model.config.vocab_size))
     policy.use_engine(engine)
     return policy

@@ -1,6 +1,7 @@
 """JSON documents → dataclasses: the one validator of every file that users or other programs write."""
 
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torchpi.errors import ConfigError, MissingFileError, TorchpiError, closest
 T = TypeVar("T")
 
 MAX_DEPTH = 32
+_MAX_DIGITS = 40
 COMMENT = "comment"
 """The field of an object for readers, in files that people write."""
 
@@ -24,12 +26,41 @@ def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigErr
     path = pathlib.Path(path)
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")
+    return parse_json(path.read_bytes(), str(path), error=error)
+
+
+def parse_json(text: str | bytes, where: str, *, error: type[TorchpiError] = ConfigError) -> Any:
+    """The value that a text, the contents of `where`, is in JSON; errors as of `read_json`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a mark in front
+        # Some editors put a mark in front.
+        return bounded(DECODER.decode(text if isinstance(text, str) else text.decode("utf-8-sig")))
     except RecursionError as problem:
-        raise error(f"{path} is not valid JSON: objects and lists are nested too deeply.") from problem
+        raise error(f"{where} is not valid JSON: objects and lists are nested too deeply.") from problem
     except ValueError as problem:  # JSONDecodeError and UnicodeDecodeError
-        raise error(f"{path} is not valid JSON: {problem}.") from problem
+        raise error(f"{where} is not valid JSON: {str(problem).rstrip('.')}.") from problem
+
+
+def bounded(value: Any) -> Any:
+    """A JSON value, if it is not nested too deeply; else a plain ValueError."""
+    if (depth := _depth(value)) > MAX_DEPTH:
+        raise ValueError(f"{depth} objects and lists are in each other; expected at most {MAX_DEPTH}.")
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > _MAX_DIGITS:
+        raise ValueError(f"the number {text:.20}… has {len(text)} digits; expected at most {_MAX_DIGITS}.")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"the number {text:.20}{'…' * (len(text) > 20)} is too large.")
+    return number
+
+
+DECODER = json.JSONDecoder(parse_int=_integer, parse_float=_float)
+"""For several values in one text. Refuses numbers that no field holds."""
 
 
 def read_json_object(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> dict[str, Any]:
@@ -69,8 +100,10 @@ def check_json(value: Any, where: str, *, error: type[TorchpiError] = ConfigErro
 
 
 def _depth(value: Any) -> int:
+    if isinstance(value, str | int | float):  # most values, and fast
+        return 0
     items = value.values() if isinstance(value, Mapping) else value
-    return 1 + max(map(_depth, items), default=0) if isinstance(items, Iterable) and not isinstance(items, str) else 0
+    return 1 + max(map(_depth, items), default=0) if isinstance(items, Iterable) else 0
 
 
 def parse(

@@ -1,11 +1,13 @@
 """JSON documents become dataclasses, or one error that names the field."""
 
 import dataclasses
+import re
 from typing import Annotated, Literal
 
 import msgspec
 import pytest
 
+from torchpi.data.files import read_json_lines
 from torchpi.errors import DatasetError
 from torchpi.schema import parse, read_json, read_json_object, require_stated, write_json
 
@@ -105,3 +107,25 @@ def test_a_written_document_is_read_again_and_nan_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="JSON"):
         write_json(tmp_path / "nan.json", {"x": float("nan")})
     assert not (tmp_path / "nan.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 200_000, "nested too deeply"),
+        ('{"a":' * 40 + "1" + "}" * 40, "40 objects and lists are in each other; expected at most 32"),
+        ('{"fps": ' + "9" * 400 + "}", "the number 99999999999999999999… has 400 digits; expected at most 40"),
+        ('{"fps": -1' + "0" * 5000 + "}", "has 5002 digits"),
+        ('{"fps": ' + "9" * 400 + ".5}", "the number 99999999999999999999… is too large"),
+        ('{"fps": 1e999}', "the number 1e999 is too large"),
+        ("\0", "Expecting value"),
+    ],
+)
+def test_json_of_strangers_is_bounded_in_depth_and_numbers(tmp_path, text, message):
+    file = tmp_path / "robot.json"
+    file.write_text(text)
+    with pytest.raises(DatasetError, match=rf"robot\.json is not valid JSON: .*{re.escape(message)}"):
+        read_json(file, error=DatasetError)
+    if text.startswith("{"):
+        with pytest.raises(DatasetError, match=r"robot\.json is .*not valid JSON"):
+            read_json_lines(file)

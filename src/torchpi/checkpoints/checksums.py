@@ -2,8 +2,8 @@
 
 <name>.checksums.json       of model.safetensors or adapter.safetensors, or of the shards of that name
 
-CRC-32 finds accidents, not forgeries: whoever can change the weights can change their checksums. Blocks, so that several
-threads read a file.
+CRC-32 finds accidents, not forgeries: whoever can change the weights can change their checksums. A file has one per
+block, so that several threads can read it.
 """
 
 import dataclasses

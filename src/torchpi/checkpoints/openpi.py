@@ -12,6 +12,7 @@ import torch
 
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError
+from torchpi.schema import read_json
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
 """By the stored dtype, the one that holds its numbers here."""
@@ -40,7 +41,7 @@ class JaxArrays:
         """Read the metadata and open every array; no data is read yet."""
         self.source = params
         try:
-            metadata = json.loads((params / "_METADATA").read_text(encoding="utf-8"))
+            metadata = read_json(params / "_METADATA", error=CheckpointError)
             paths = [
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()

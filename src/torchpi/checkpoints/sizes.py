@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from torchpi.checkpoints.fields import require_fields
-from torchpi.config import PRESETS, Pi0Config
+from torchpi.config import MAX_SIZES, PRESETS, Pi0Config
 from torchpi.errors import CheckpointError, is_whole
+from torchpi.model.flow import MAX_NUM_STEPS
 from torchpi.model.pi0 import Pi0
 from torchpi.model.suffix import Pi0Suffix
 from torchpi.robots.keys import flatten
@@ -26,8 +27,13 @@ _LEROBOT_FIELDS = {
     "action_horizon": "chunk_size",
     "max_token_len": "tokenizer_max_length",
 }
-_LEROBOT_COUNTS = {"num_inference_steps": 1, "n_action_steps": 1, "rtc_training_max_delay": 0, "empty_cameras": 0}
-"""Least values of its other counts."""
+_LEROBOT_COUNTS = {
+    "num_inference_steps": (1, MAX_NUM_STEPS),
+    "n_action_steps": (1, MAX_SIZES["action_horizon"]),
+    "rtc_training_max_delay": (0, MAX_SIZES["action_horizon"]),
+    "empty_cameras": (0, 100),
+}
+"""Least and most of its other counts."""
 ADAPTABLE = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input")
 """The sizes that may change. action_dim changes arrays, the others are in none."""
 
@@ -61,11 +67,13 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
     fields = _LEROBOT_FIELDS if is_lerobot else _OPENPI_FIELDS
     require_fields(f"{'lerobot' if is_lerobot else 'openpi-pytorch'}: config.json", document, file)
     given = {name: value for name, value in document.items() if value is not None}
-    for name in sorted({*fields.values(), *_LEROBOT_COUNTS} & given.keys()):
-        least = _LEROBOT_COUNTS.get(name, 1)
-        if isinstance(given[name], bool) or not isinstance(given[name], int) or given[name] < least:
-            kind = "positive" if least else "non-negative"
-            raise CheckpointError(f"{file}: {name} must be a {kind} integer, found {given[name]!r}.")
+    bounds = {theirs: (1, MAX_SIZES[ours]) for ours, theirs in fields.items()} | _LEROBOT_COUNTS
+    for name in sorted(bounds.keys() & given.keys()):
+        least, most = bounds[name]
+        if not is_whole(given[name]) or not least <= given[name] <= most:
+            kind = "a positive integer" if least else "a non-negative integer"
+            kind = f"at most {most}" if is_whole(given[name]) and given[name] > most else kind
+            raise CheckpointError(f"{file}: {name} must be {kind}, found {given[name]!r:.80}.")
     for name in [name for name in _FLAGS if not isinstance(given.get(name, False), bool)]:
         raise CheckpointError(f"{file}: {name} must be true or false, found {given[name]!r}.")
     stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}

@@ -1,5 +1,6 @@
 """The command line: commands by name. Each is a dataclass of its arguments in one of these modules."""
 
+import os
 import re
 import sys
 import warnings
@@ -13,6 +14,7 @@ from rich.console import Console
 from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
+from torchpi.data.files import ALLOW_OUTSIDE
 from torchpi.errors import printable
 from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         argv: the command's words; by default the process'.
         recipe: the defaults of `train`.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = _allowed_outside(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
         print(f"torchpi {__version__}")
         return
@@ -98,9 +100,23 @@ def _print_commands(begin: str) -> None:
             lines.append(f"  [cyan]{name:<13}[/cyan]  {summary}")
     lines += [
         "\ntorchpi COMMAND --help explains one, torchpi --version prints the version.",
+        "Links in datasets lead nowhere outside of them, but with --allow-outside FOLDER.",
         "Completion of the shell: torchpi --tyro-print-completion bash (or zsh, tcsh)",
     ]
     Console(highlight=False).print("\n".join(lines), soft_wrap=True)
+
+
+def _allowed_outside(args: Sequence[str]) -> list[str]:
+    """The words without each `--allow-outside FOLDER`: the folders go to all readers of datasets, in worker processes
+    too, by the variable."""
+    words, rest = list[str](), iter(args)
+    for word in rest:
+        option, _, folder = word.partition("=")
+        if option in ("--allow-outside", "--allow_outside") and (folder := folder or next(rest, "")):
+            os.environ[ALLOW_OUTSIDE] = os.pathsep.join(filter(None, (os.environ.get(ALLOW_OUTSIDE), folder)))
+        else:
+            words.append(word)
+    return words
 
 
 def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
@@ -110,7 +126,8 @@ def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="torchpi",
-            description="π₀ and π₀.₅ in plain PyTorch. torchpi --version prints the version.",
+            description="π₀ and π₀.₅ in plain PyTorch. torchpi --version prints the version. Links "
+            "in datasets lead nowhere outside of them, but with --allow-outside FOLDER.",
             args=args,
             sort_subcommands=False,
         )

@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from torchpi.data import format as lerobot
 from torchpi.data.clock import check_clock
-from torchpi.data.files import open_parquet
+from torchpi.data.files import open_parquet, read_table
 from torchpi.data.metadata import Episode, Metadata
 from torchpi.data.rename import is_named_otherwise, suggested_rename
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
@@ -117,7 +117,7 @@ def _read_file(
     """
     with open_parquet(path) as file:
         names = _wanted_names(metadata, path, file.schema_arrow, required, others)
-        table = file.read(columns=[part for parts in names.values() for part in parts])
+        table = read_table(file, path, [part for parts in names.values() for part in parts])
     index = _one_per_frame(_column(table, names["episode_index"], path), "episode_index", path)
     rows = rows_of_episodes(index, path)
     if not rows.keys() <= set(chosen):  # what the other episodes lack is nobody's concern
@@ -253,7 +253,7 @@ def _check_episode(columns: Columns, episode: Episode) -> None:
             f"them, as after some releases of LeRobot's converter to v3.0, correct data/file_index in "
             f"{lerobot.EPISODES_FOLDER}; otherwise {lerobot.LEAVE_OUT}."
         )
-    if not np.array_equal(numbers, np.arange(episode.length)):
+    if len(numbers) != episode.length or not np.array_equal(numbers, np.arange(episode.length)):
         raise DatasetError(
             f"{episode.data_file}: episode {episode.index} has {len(numbers)} frames, numbered {numbers[0]} to "
             f"{numbers[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from torchpi.data.files import open_parquet
+from torchpi.data.files import DatasetFolder, open_parquet
 from torchpi.data.pixels import DepthCoding, Pixels, image_pixels
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 from torchpi.extras import require
@@ -97,6 +97,7 @@ def _file_inside(root: Path, name: str, where: str) -> Path:
     starts += [i for i, part in enumerate(parts) if part == "images" and i]
     inside = [root.joinpath(*parts[i:]) for i in starts if ".." not in parts[i:]]
     if found := next((file for file in inside if file.is_file()), None):
+        DatasetFolder(root).check(found)
         return found
     raise MissingFileError(
         f"{where} names the image {name}, which is not in the dataset's folder {root}: expected it there under "

@@ -1,8 +1,8 @@
 """Metadata of LeRobot datasets: features, tasks, and the files of each episode. Formats v3.0, v2.1 and v2.0."""
 
 import dataclasses
-import functools
 import re
+import string
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from torchpi.data import format as lerobot
-from torchpi.data.files import is_hidden, open_parquet, read_json_lines, unreadable
+from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines, read_table, unreadable
 from torchpi.data.rename import renamed_features, resolve_rename
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.schema import parse, read_json
 
 _HUB = "hf://"
+_MAX_FPS, _MAX_NUMBER = 100_000, 10**9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,15 +150,16 @@ def _download(address: str, names: list[str]) -> Path:
 
 
 def _read_metadata(root: Path) -> Metadata:
-    info = _read_info(root)
-    tasks = _tasks(root, info)
-    episodes = [_episode(row, info, root, tasks) for row in episode_rows(root, info)]
+    folder = DatasetFolder(root)
+    info = _read_info(folder)
+    tasks = _tasks(folder, info)
+    episodes = [_episode(row, info, folder, tasks) for row in episode_rows(root, info)]
     _check_episodes(episodes, info, root)
     return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
 
 
-def _read_info(root: Path) -> Info:
-    path = root / lerobot.INFO
+def _read_info(folder: DatasetFolder) -> Info:
+    root, path = folder.root, folder.file(lerobot.INFO)
     if not path.is_file() and (root / lerobot.RECORDING_FOLDER).is_dir():
         raise DatasetError(
             f"The recording of {root} is still in progress, or was killed. If it was killed, "
@@ -176,8 +178,12 @@ def _read_info(root: Path) -> Info:
     if version not in lerobot.VERSIONS:
         raise DatasetError(f"{path}: the format's version is {version!r}; {_advice_about(version)}")
     info = parse(Info, document, str(path), error=DatasetError, known_only=False)
-    if info.fps <= 0:
-        raise DatasetError(f"{path}: fps is {info.fps}; expected frames per second.")
+    if not 0 < info.fps <= _MAX_FPS:
+        raise DatasetError(f"{path}: fps is {info.fps}; expected frames per second, at most {_MAX_FPS}.")
+    if info.chunks_size < 1:
+        raise DatasetError(f"{path}: chunks_size is {info.chunks_size}; expected the number of files in a folder.")
+    _check_template(info.data_path, info, f"{path}: data_path")
+    _check_template(info.video_path or "", info, f"{path}: video_path")
     for key, feature in info.features.items():
         if not isinstance(feature, dict):
             raise DatasetError(f"{path}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
@@ -201,14 +207,32 @@ def _advice_about(version: Any) -> str:
     return f"{read} LeRobot's own scripts convert older datasets" + ("." if numbers else ", and write the version.")
 
 
-def _tasks(root: Path, info: Info) -> dict[int, str]:
+def _check_template(template: str, info: Info, where: str) -> None:
+    """Refuse a template of paths with other fields than LeRobot's, or with widths that no path has."""
+    known = {"chunk_index", "file_index"} if info.is_v3 else {"episode_chunk", "episode_index"}
+    try:
+        fields = [
+            (name, spec, change) for _, name, spec, change in string.Formatter().parse(template) if name is not None
+        ]
+    except ValueError as error:
+        raise DatasetError(f"{where} is {template!a:.200}: {error}. The file is damaged.") from error
+    for name, spec, change in fields:
+        is_number = name in known and re.fullmatch(r"(0?\d{1,2})?d?", spec or "")
+        if change or not (is_number or (name == "video_key" and not spec)):
+            raise DatasetError(
+                f"{where} is {template!a:.200}; expected the fields {', '.join(sorted(known))} with widths below "
+                "100, and video_key. The file is damaged."
+            )
+
+
+def _tasks(folder: DatasetFolder, info: Info) -> dict[int, str]:
     """The instructions by their task_index; none where the dataset has no file of them."""
-    path = root / info.tasks_file
+    path = folder.file(info.tasks_file)
     if not path.is_file() and not path.is_symlink():
         return {}
     if info.is_v3:
         with open_parquet(path) as file:
-            columns = file.read().to_pydict()
+            columns = read_table(file, path).to_pydict()
     else:
         rows = read_json_lines(path)
         columns = {name: [row.get(name) for row in rows] for name in ("task_index", "task")}
@@ -223,6 +247,9 @@ def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[dic
     """The list of episodes; `stats`: with the columns of statistics of v3.0."""
     path, folder = root / lerobot.EPISODES_JSONL, root / lerobot.EPISODES_FOLDER
     files = sorted(file for file in folder.glob("*/*.parquet") if not is_hidden(file.relative_to(folder)))
+    inside = DatasetFolder(root)
+    for file in (*files, path):
+        inside.check(file)
     if not (files if info.is_v3 else path.is_file()):
         raise _no_list(folder if info.is_v3 else path, info, other_format=path.is_file() or bool(files))
     if not info.is_v3:
@@ -231,7 +258,7 @@ def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[dic
     for path in files:
         with open_parquet(path) as file:
             names = [name for name in file.schema_arrow.names if stats or not name.startswith("stats/")]
-            rows = file.read(columns=names).to_pylist()
+            rows = read_table(file, path, names).to_pylist()
         yield from rows
 
 
@@ -251,14 +278,15 @@ def _no_list(path: Path, info: Info, *, other_format: bool) -> Exception:
     )
 
 
-def _episode(row: Mapping[str, Any], info: Info, root: Path, tasks: Mapping[int, str]) -> Episode:
+def _episode(row: Mapping[str, Any], info: Info, folder: DatasetFolder, tasks: Mapping[int, str]) -> Episode:
+    root = folder.root
     index = _whole_number(row, "episode_index", root)
 
     def file(template: str | None, part: str, **names: str) -> Path:
         place = {"episode_index": index, "episode_chunk": index // info.chunks_size}
         if info.is_v3:
             place = {name: _whole_number(row, f"{part}/{name}", root) for name in ("chunk_index", "file_index")}
-        return _path(root, str(template).format(**place, **names))
+        return folder.file(str(template).format(**place, **names))
 
     def span(key: str) -> VideoSpan | None:
         place: list[Any] = [0.0]
@@ -284,18 +312,12 @@ def _whole_number(row: Mapping[str, Any], column: str, root: Path) -> int:
     value = row.get(column)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or not 0 <= value <= _MAX_NUMBER:
         raise DatasetError(
-            f"The list of episodes of {root} has {value} as the {column} of episode {row.get('episode_index')}; "
-            "expected a whole number. The dataset is damaged."
+            f"The list of episodes of {root} has {value!s:.80} as the {column} of episode "
+            f"{row.get('episode_index')!s:.80}; expected a whole number up to {_MAX_NUMBER}. The dataset is damaged."
         )
     return value
-
-
-@functools.lru_cache
-def _path(root: Path, name: str) -> Path:
-    """A file, which consecutive episodes may share."""
-    return root / name
 
 
 def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:

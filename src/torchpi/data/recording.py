@@ -128,7 +128,7 @@ class Recording:
             self.episodes.append(dataclasses.replace(self._read(len(self.episodes)), histograms={}))
         self.tasks = dict.fromkeys(task for episode in self.episodes for task in episode.tasks)
         groups = self.folder / "groups.json"
-        self._groups = json.loads(groups.read_bytes()) if groups.is_file() else []
+        self._groups = read_json(groups, error=DatasetError) if groups.is_file() else []
         for pattern in ("*.part", f"episode_{len(self.episodes):06d}.*"):
             for path in self.folder.glob(pattern):
                 path.unlink()

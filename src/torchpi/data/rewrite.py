@@ -17,7 +17,7 @@ import numpy as np
 
 from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
-from torchpi.data.files import is_hidden, open_parquet, read_json_lines
+from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import ParquetImages
 from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, with_frames
 from torchpi.data.metadata_writer import SavedEpisode, new_info
@@ -79,7 +79,7 @@ def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | Non
     for video in {span.path for episode in episodes for span in episode.videos.values()}:
         spans.check(video, partial(pool.frame_times, video, source.info.fps))
     rows = {row["episode_index"]: row for row in episode_rows(source.root, source.info, stats=True)}
-    if (path := source.root / _EPISODES_STATS).is_file():
+    if (path := DatasetFolder(source.root).file(_EPISODES_STATS)).is_file():
         for row in read_json_lines(path):
             rows.setdefault(row["episode_index"], {}).update(flatten(row, "/"))
     return [Piece(source, episode, rows[episode.index]) for episode in episodes]

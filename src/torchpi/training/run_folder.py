@@ -22,6 +22,7 @@ from rich.console import Console
 
 from torchpi.atomic import replace_text
 from torchpi.errors import MissingFileError, TrainingError
+from torchpi.schema import parse_json, read_json, read_json_object
 from torchpi.training.config import TrainConfig, flat_options
 from torchpi.training.setup import ROBOTS, SourceData, robot_names
 from torchpi.training.state import checkpoints
@@ -83,7 +84,7 @@ def find_start(config: TrainConfig, run: pathlib.Path, *, resume: bool) -> pathl
 def held_out_episodes(run: pathlib.Path) -> list[list[int]]:
     """The episodes that a run holds out, per dataset: it must never train on what it evaluates."""
     try:
-        info = json.loads((run / RUN).read_text(encoding="utf-8"))
+        info = read_json(run / RUN, error=TrainingError)
         return [[int(index) for index in dataset["held_out"]] for dataset in info["datasets"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
@@ -102,7 +103,7 @@ def check_resumed(
 ) -> None:
     """Refuse to resume with other data or other frozen weights than those the run started with."""
     _check_statistics(last, data)
-    saved = json.loads((run / RUN).read_text(encoding="utf-8")).get("init", {})
+    saved = read_json_object(run / RUN, error=TrainingError).get("init", {})
     before = saved.get("frozen_sha256", saved.get("constant_sha256"))  # the latter of earlier versions
     if before is None:
         console.print(f"{run / RUN} has no SHA-256 of the frozen weights: they are not compared")
@@ -185,14 +186,10 @@ class Run:
         if not (path := self.folder / name).is_file():
             return {}
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+            return read_json_object(path, error=TrainingError)
+        except TrainingError as error:
             self.notes.append(f"{name} cannot be read: {error}")
             return {}
-        if not isinstance(found, Mapping):
-            self.notes.append(f"{name} is no JSON object.")
-            return {}
-        return found
 
     @property
     def step(self) -> int:
@@ -259,8 +256,8 @@ def parse_metrics(text: str) -> tuple[list[Line], list[int]]:
     *complete, last = text.split("\n")
     for i, line in enumerate([*complete, last], start=1):
         try:
-            found = json.loads(line)
-        except json.JSONDecodeError:
+            found = parse_json(line, METRICS, error=TrainingError)
+        except TrainingError:
             found = None
         if isinstance(found, dict) and type(found.get("step")) is int:
             lines.append({_OLD_KEYS.get(key) or key: value for key, value in found.items()})

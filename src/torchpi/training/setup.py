@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -33,6 +32,7 @@ from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
+from torchpi.schema import read_json_object
 from torchpi.training.config import Source, TrainConfig
 from torchpi.transforms.normalize import NormStats, load_norm_stats, normalize
 from torchpi.transforms.prompt import digitize_state
@@ -270,7 +270,7 @@ def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
     recording = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
     if recording.is_file():
-        recorded = json.loads(recording.read_text(encoding="utf-8"))
+        recorded = read_json_object(recording, error=TrainingError)
         episodes = recorded.pop("episodes")  # the seed decides them
         frames = sum(episode["length"] for episode in episodes)
         provenance["dataset"] = {**recorded, "num_episodes": len(episodes), "num_frames": frames}

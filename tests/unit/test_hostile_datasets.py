@@ -1,0 +1,137 @@
+"""Datasets of strangers: nothing is read outside of their folders, and no number in them asks for all memory."""
+
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dataset_helpers import change_info, numbered_set
+
+from torchpi.cli import _allowed_outside
+from torchpi.data import LeRobotDataset
+from torchpi.data.files import ALLOW_OUTSIDE, open_parquet, read_table
+from torchpi.data.metadata import open_metadata
+from torchpi.errors import DatasetError
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    return numbered_set(tmp_path_factory.mktemp("sets") / "set", video=False)
+
+
+@pytest.fixture
+def dataset(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("data_path", "data/chunk-{chunk_index:0999999999d}/file-{file_index:03d}.parquet"),
+        ("data_path", "data/{chunk_index.__class__}/{file_index}.parquet"),
+        ("data_path", "data/{chunk_index!r}/{file_index}.parquet"),
+        ("data_path", "data/{chunk_index:{file_index}}.parquet"),
+        ("data_path", "data/{chunk_index:>99999999}"),
+        ("data_path", "data/{episode_chunk:03d}/{episode_index:06d}.parquet"),  # of another version
+        ("data_path", "data/{chunk_index"),
+        ("data_path", "data/{}"),
+        ("video_path", "{video_key:099999}"),
+    ],
+)
+def test_templates_of_paths_with_other_fields_or_wide_ones_are_refused(dataset, field, value):
+    change_info(dataset, **{field: value})
+    with pytest.raises(DatasetError, match=rf"info\.json: {field} is .*The file is damaged"):
+        open_metadata(dataset)
+
+
+@pytest.mark.parametrize(
+    "path", ["../set/data/file.parquet", "/etc/passwd", "data/../../x", "a\0b", "C:\\x", "..\\x", "x" * 300]
+)
+def test_names_of_files_that_cannot_be_in_the_folder_are_refused(dataset, path):
+    change_info(dataset, data_path=path)
+    with pytest.raises(DatasetError, match=r"its metadata name the file .*, which can't be in the folder"):
+        open_metadata(dataset)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"chunks_size": 0}, {"fps": 1e300}, {"fps": float("nan")}, {"fps": -1}, {"chunks_size": -5}]
+)
+def test_impossible_numbers_of_info_are_refused(dataset, changes):
+    change_info(dataset, **changes)
+    with pytest.raises(DatasetError, match=rf"info\.json: {next(iter(changes))} is "):
+        open_metadata(dataset)
+
+
+@pytest.mark.parametrize("name", ["data/chunk-000", "data/chunk-000/file-000.parquet", "meta", "meta/tasks.parquet"])
+def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    (dataset / name).rename(elsewhere)
+    (dataset / name).symlink_to(elsewhere)
+    with pytest.raises(DatasetError, match=r"is a link to .*elsewhere.*, outside of .*--allow-outside"):
+        LeRobotDataset(dataset, action_horizon=1)
+    monkeypatch.setenv(ALLOW_OUTSIDE, "")
+    assert _allowed_outside(["data", "inspect", "--allow-outside", str(tmp_path), "x"]) == ["data", "inspect", "x"]
+    assert len(LeRobotDataset(dataset, action_horizon=1)) == 12
+
+
+def test_links_within_the_folder_and_into_the_blobs_of_a_cache_are_followed(dataset, tmp_path):
+    (dataset / "data").rename(dataset / "other")
+    (dataset / "data").symlink_to("other")
+    assert len(LeRobotDataset(dataset, action_horizon=1)) == 12
+    (dataset / "data").unlink()
+    (dataset / "other").rename(dataset / "data")
+    cache = tmp_path / "datasets--org--name"
+    snapshot = shutil.copytree(dataset, cache / "snapshots/0123")
+    (cache / "blobs").mkdir()
+    for number, file in enumerate(sorted(file for file in snapshot.rglob("*") if file.is_file())):
+        file.rename(cache / "blobs" / str(number))
+        file.symlink_to(cache / "blobs" / str(number))
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert len(LeRobotDataset(tmp_path / "mine", action_horizon=1)) == 12
+
+
+@pytest.mark.parametrize("length", [10**15, 10**9, -1, 10**30])
+def test_absurd_numbers_of_frames_are_refused(dataset, length):
+    file = next((dataset / "meta/episodes").glob("*/*.parquet"))
+    table = pq.read_table(file)
+    values = [float(length) if length > 2**62 else length, *table["length"].to_pylist()[1:]]
+    pq.write_table(table.set_column(table.column_names.index("length"), "length", [values]), file)
+    change_info(dataset, total_frames=None)
+    with pytest.raises(DatasetError, match=r"expected a whole number up to|episode 0 has 5 frames, numbered 0 to 4"):
+        LeRobotDataset(dataset, action_horizon=1)
+
+
+@pytest.mark.parametrize("kind", ["numbers", "lists", "texts"])
+def test_a_few_bytes_that_stand_for_more_than_the_memory_are_refused(tmp_path, kind, monkeypatch):
+    class Memory:
+        available = 4_000_000
+
+    monkeypatch.setattr("psutil.virtual_memory", Memory)
+    rows = 500_000
+    column = {
+        "numbers": lambda: pa.array(np.zeros(rows)),
+        "lists": lambda: pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(2 * rows)), 2).cast(
+            pa.list_(pa.float64())
+        ),
+        "texts": lambda: pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), ["x" * 100]),
+    }[kind]()
+    file = tmp_path / "file.parquet"
+    pq.write_table(pa.table({"observation.a": column}), file, compression="zstd", use_dictionary=True)
+    assert file.stat().st_size < 10_000
+    with (
+        pytest.raises(DatasetError, match=r"file\.parquet has 500000 rows, which take more than 2000000 bytes"),
+        open_parquet(file) as opened,
+    ):
+        read_table(opened, file, ["observation.a"])
+    pq.write_table(pa.table({"observation.a": column[:1000], "observation.b": column[:1000]}), file)
+    with open_parquet(file) as opened:
+        table = read_table(opened, file, ["observation.a"])
+    assert table.column_names == ["observation.a"]
+    assert table["observation.a"].to_pylist() == column[:1000].to_pylist()
+
+
+def test_a_table_without_rows_keeps_its_columns(tmp_path):
+    pq.write_table(pa.table({"a": pa.array([], pa.float64())}), tmp_path / "file.parquet")
+    with open_parquet(tmp_path / "file.parquet") as opened:
+        assert read_table(opened, tmp_path / "file.parquet").column_names == ["a"]
