@@ -129,8 +129,7 @@ def convert(
         policy: more arguments of `load_policy` (embodiment, norm_stats, …), for what the source does not say.
 
     Raises:
-        FileNotFoundError, KeyError, ValueError: see `load_model` and `load_policy`; there is something at the target;
-            the target can't say what the policy needs.
+        FileNotFoundError, KeyError, ValueError: see `load_policy`; the target is there, or can't say what it needs to.
     """
     path = _checked_target(target, to, overwrite=overwrite)
     checkpoint = open_checkpoint(source, config=config, embedding=embedding)

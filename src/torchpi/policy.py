@@ -423,8 +423,7 @@ def load_policy(
         lora_alpha, embedding, emulate_fp8, verify, engine: see `load_model` and `Policy.use_engine`.
 
     Raises:
-        FileNotFoundError: there is nothing at one of the paths.
-        KeyError: unknown embodiment.
+        FileNotFoundError, KeyError: there is nothing at one of the paths; unknown embodiment.
         ValueError: something is neither in the checkpoint nor among the arguments, contradictory, or corrupt.
     """
     device = usable_device(device)

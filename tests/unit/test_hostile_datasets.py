@@ -9,9 +9,10 @@ import pytest
 from dataset_helpers import change_info, numbered_set
 
 from torchpi.cli import _allowed_outside
-from torchpi.data import LeRobotDataset
+from torchpi.data import LeRobotDataset, video
 from torchpi.data.files import ALLOW_OUTSIDE, open_parquet, read_table
 from torchpi.data.metadata import open_metadata
+from torchpi.data.video import VideoReader, encode_video
 from torchpi.errors import DatasetError
 
 
@@ -135,3 +136,11 @@ def test_a_table_without_rows_keeps_its_columns(tmp_path):
     pq.write_table(pa.table({"a": pa.array([], pa.float64())}), tmp_path / "file.parquet")
     with open_parquet(tmp_path / "file.parquet") as opened:
         assert read_table(opened, tmp_path / "file.parquet").column_names == ["a"]
+
+
+def test_frames_of_videos_with_more_pixels_than_a_camera_has_are_not_decoded(tmp_path, monkeypatch):
+    encode_video(tmp_path / "a.mp4", [np.zeros((64, 96, 3), np.uint8)] * 2, fps=10, encoder="libx264")
+    assert VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1).shape == (64, 96, 3)
+    monkeypatch.setattr(video, "_MAX_PIXELS", 64 * 64)
+    with pytest.raises(DatasetError, match=r"a\.mp4 has no frame at 0\.0000 s: .*max_pixels"):
+        VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1)

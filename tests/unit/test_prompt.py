@@ -258,3 +258,17 @@ def test_refused_calls():
         tokenize("a", truncation="middle")
     with pytest.raises(ValueError, match="prompt is a int"):
         tokenize(3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patterns_of_a_tokenizer_that_never_end_are_an_error(tmp_path, capfd):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    slow = Tokenizer(models.WordLevel({"<bos>": 0, "a": 1}, unk_token="a"))
+    slow.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "removed")
+    slow.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("a", add_bos=True) == [0]
+    with pytest.raises(TransformError, match=r"tokenizer\.json fails at 'aaaa.*: Onig"):
+        tokenizer.encode("a" * 60 + "b", add_bos=True)
+    capfd.readouterr()

@@ -208,7 +208,12 @@ class HFTokenizer:
         return {name: found[0] for name, found in known.items() if found}
 
     def encode(self, text: str, add_bos: bool) -> list[int]:
-        ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        try:
+            ids = list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the library's, which is no Exception and has no module
+                raise
+            raise TransformError(f"The policy's tokenizer.json fails at {text!a:.80}: {error}.") from error
         return [self._bos, *ids] if add_bos else ids  # type: ignore[list-item]
 
 
