@@ -12,6 +12,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchpi.errors import TransformError
 from torchpi.transforms import (
     HFTokenizer,
     SentencePieceTokenizer,

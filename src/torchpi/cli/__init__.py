@@ -126,8 +126,7 @@ def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
         return tyro.extras.subcommand_cli_from_dict(
             commands,
             prog="torchpi",
-            description="π₀ and π₀.₅ in plain PyTorch. torchpi --version prints the version. Links "
-            "in datasets lead nowhere outside of them, but with --allow-outside FOLDER.",
+            description="π₀ and π₀.₅ in plain PyTorch. torchpi --version prints the version.",
             args=args,
             sort_subcommands=False,
         )
