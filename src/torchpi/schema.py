@@ -21,6 +21,11 @@ COMMENT = "comment"
 """The field of an object for readers, in files that people write."""
 
 
+def is_file_name(text: str) -> bool:
+    """True for the name of a file that may lie next to the one that names it: no folder, nothing unprintable."""
+    return pathlib.PurePath(text).name == text != ".." and text.isprintable() and len(text.encode()) <= 255
+
+
 def read_json(path: str | pathlib.Path, *, error: type[TorchpiError] = ConfigError) -> Any:
     """The value in a JSON file; `error` is raised where it is not JSON."""
     path = pathlib.Path(path)

@@ -119,7 +119,12 @@ def test_fields_of_every_lerobot_since_04_are_known():
         ({"state_cond": True}, r"has the field state_cond \(true\), of which it is not known here what it changes"),
         ({"discrete_state_input": False}, r"has the field discrete_state_input \(false\)"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, found 0"),
-        ({"num_inference_steps": 10**9}, "num_steps must be a positive integer, got 1000000000; at most 1000"),
+        ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 1000, found 1000000000"),
+        ({"empty_cameras": 10**6}, "empty_cameras must be at most 100, found 1000000"),
+        ({"chunk_size": 10**9}, "chunk_size must be at most 4096, found 1000000000"),
+        ({"tokenizer_max_length": 10**7}, "tokenizer_max_length must be at most 16384, found 10000000"),
+        ({"n_action_steps": 10**7}, "n_action_steps must be at most 4096"),
+        ({"rtc_training_max_delay": 10**7}, "rtc_training_max_delay must be at most 4096"),
         ({"image_resolution": [[1], [1]]}, "only squares are read"),
         ({"num_inference_steps": True}, "num_inference_steps must be a positive integer, found True"),
         ({"rtc_training_max_delay": -1}, "rtc_training_max_delay must be a non-negative integer, found -1"),
@@ -130,6 +135,18 @@ def test_fields_of_every_lerobot_since_04_are_known():
 def test_config_that_is_another_models_is_refused(pi05, fields, message):
     pi05.configure(**fields)
     with pytest.raises(ValueError, match=message):
+        pi05.spec()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800", "a\nb"])
+def test_names_that_no_file_has_are_refused(pi05, name):
+    pi05.edit(BEFORE, lambda document: step(document, "normalizer_processor").update(state_file=name))
+    with pytest.raises(ValueError, match=r"a processor names the file .*; only files next to it are read"):
+        pi05.spec()
+    pi05.forget_statistics()
+    pi05.edit(BEFORE, lambda document: step(document, "tokenizer_processor").pop("artifacts", None))
+    pi05.set(BEFORE, "tokenizer_processor", tokenizer_name=name)
+    with pytest.raises(ValueError, match=r"tokenizer_name .* can't be the name of a folder"):
         pi05.spec()
 
 

@@ -99,7 +99,7 @@ def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
             f"{root}: the tokenizer's step has max_length {length}, config.json tokenizer_max_length "
             f"{document.get('tokenizer_max_length')}; correct one of them."
         )
-    if "\0" in tokenizer or len(tokenizer) > 255:
+    if not tokenizer.isprintable() or len(tokenizer.encode()) > 255:
         raise CheckpointError(f"{root / PREPROCESSOR}: tokenizer_name {tokenizer!a:.80} can't be the name of a folder.")
     inside = root.resolve() in (root / tokenizer).resolve().parents  # else the name of PaliGemma's on a hub
     max_prefix = document.get("rtc_training_max_delay")

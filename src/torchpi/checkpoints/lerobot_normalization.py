@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from torchpi.errors import CheckpointError, MissingFileError
+from torchpi.schema import is_file_name
 from torchpi.transforms.normalize import Normalization, NormStats
 
 PREPROCESSOR, POSTPROCESSOR = "policy_preprocessor.json", "policy_postprocessor.json"
@@ -101,8 +102,8 @@ def _statistics(root: pathlib.Path, step: Step) -> dict[str, Any]:
     name = step.state_file
     if name is None:
         return {}
-    if pathlib.PurePath(name).name != name:
-        raise CheckpointError(f"{root}: a processor names the file {name!r}; only files next to it are read.")
+    if not is_file_name(name):
+        raise CheckpointError(f"{root}: a processor names the file {name!a:.300}; only files next to it are read.")
     file = root / name
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")

@@ -40,8 +40,8 @@ class JaxArrays:
     def __init__(self, params: pathlib.Path) -> None:
         """Read the metadata and open every array; no data is read yet."""
         self.source = params
+        metadata = read_json(params / "_METADATA", error=CheckpointError)
         try:
-            metadata = read_json(params / "_METADATA", error=CheckpointError)
             paths = [
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchpi.checkpoints import checksums
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError, first_of
-from torchpi.schema import parse, read_json, write_json
+from torchpi.schema import is_file_name, parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -126,8 +126,8 @@ def _read_index(index: pathlib.Path) -> dict[str, str]:
     if not weight_map:
         raise CheckpointError(f"{index} is no index: weight_map is empty.")
     for file in set(weight_map.values()):
-        if pathlib.PurePath(file).name != file or "\\" in file or file in ("", ".", ".."):
-            raise CheckpointError(f"{index} names the file {file!r}; only files next to the index are read.")
+        if not is_file_name(file) or "\\" in file:
+            raise CheckpointError(f"{index} names the file {file!a:.300}; only files next to the index are read.")
     return weight_map
 
 
