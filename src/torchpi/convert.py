@@ -137,9 +137,7 @@ def convert(
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
     spec, rounding = _spec(checkpoint, to, asset_id, policy), Rounding()
-    model = checkpoint.model(
-        dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify
-    )
+    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify)
     adapted = adapt(model, sizes or {})
     notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
     with atomic_folder(path) as beside:

@@ -179,9 +179,7 @@ class Checkpoint:
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)
             if verify:  # after what tells more about a file that does not fit
-                require_intact(self.arrays.source)
-                if isinstance(self.arrays, peft.PeftArrays):
-                    require_intact(self.arrays.base.source)
+                require_intact((self.arrays.base if isinstance(self.arrays, peft.PeftArrays) else self.arrays).source)
         if self.adapted:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim
@@ -249,15 +247,14 @@ def load_model(
             training run with a single step, or an .npz file (PaliGemma's: the action expert is drawn);
             an address hf://… or gs://…; or "demo", the embedded policy.
         config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
-        adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
+        adapt: cut or extend the weights to the action_dim of `config`, and take its horizon and max_token_len.
         dtype: of the weights, and so of the computation.
         device: where the weights go.
         lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
             openpi's (16, 32) where the ranks are openpi's, 16 and 32, and with other ranks it must be stated.
         lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
             attaches them to the model, in float32, to be trained on.
-        embedding: which of the two names of the embedding counts in a PyTorch checkpoint that stores both, and in which
-            they differ.
+        embedding: the name that counts in a PyTorch checkpoint that stores the embedding under both, differently.
         emulate_fp8: compute fp8 in float32 with the same rounding, as on a CPU; for GPUs without fp8.
         verify: compare the weights files with their checksums, where there are any (torchpi writes them).
 
@@ -266,8 +263,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ValueError: it is in no known format, or in two; arrays are missing, left over, misshapen or unreadable; or
-            `config` contradicts them.
+        ValueError: it is in no format, or in two; arrays are missing, left over, misshapen, damaged, not `config`'s.
 
     Warns: what `adapt` has done; what `config` overrules in a file next to the arrays; what is not in the file.
     """
