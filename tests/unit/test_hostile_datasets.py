@@ -69,7 +69,7 @@ def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monk
     elsewhere = tmp_path / "elsewhere"
     (dataset / name).rename(elsewhere)
     (dataset / name).symlink_to(elsewhere)
-    with pytest.raises(DatasetError, match=r"is a link to .*elsewhere.*, outside of .*--allow-outside"):
+    with pytest.raises(DatasetError, match=r"leads through a link to .*elsewhere.*, outside of .*--allow-outside"):
         LeRobotDataset(dataset, action_horizon=1)
     monkeypatch.setenv(ALLOW_OUTSIDE, "")
     assert _allowed_outside(["data", "inspect", "--allow-outside", str(tmp_path), "x"]) == ["data", "inspect", "x"]

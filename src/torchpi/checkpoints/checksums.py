@@ -53,7 +53,7 @@ def require_intact(weights: pathlib.Path, files: Collection[str]) -> None:
             raise CheckpointError(
                 f"{file} is damaged, or of another checkpoint: from byte {start} on it has another checksum than "
                 f"{document.name} states. Get the folder again. If the file was changed on purpose, delete {document}, "
-                "or load it with --no-verify (verify=False in Python)."
+                "or load it with --no-verify (verify= in Python)."
             )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError
-from torchpi.schema import read_json
+from torchpi.schema import DECODER, bounded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
 """By the stored dtype, the one that holds its numbers here."""
@@ -40,8 +40,8 @@ class JaxArrays:
     def __init__(self, params: pathlib.Path) -> None:
         """Read the metadata and open every array; no data is read yet."""
         self.source = params
-        metadata = read_json(params / "_METADATA", error=CheckpointError)
         try:
+            metadata = bounded(DECODER.decode((params / "_METADATA").read_text(encoding="utf-8")))
             paths = [
                 tuple(str(part["key"]) for part in entry["key_metadata"])
                 for entry in metadata["tree_metadata"].values()
@@ -52,7 +52,7 @@ class JaxArrays:
                 # A chunk that is not there is zeros, unless the writer says that it wrote zeros as well.
                 "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
             }
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{params / '_METADATA'} is corrupt: {type(error).__name__}: {error}; get the file again."
             ) from error

@@ -69,8 +69,8 @@ class DatasetFolder:
         real = path.resolve()
         if not any(real.is_relative_to(folder) for folder in self._allowed):
             raise DatasetError(
-                f"{path} is a link to {real}, outside of the dataset's folder; nothing is read there, as the dataset "
-                f"may be a stranger's. If the link is yours: --allow-outside {real.parent if real.is_file() else real} "
+                f"{path} leads through a link to {real}, outside of the dataset's folder; nothing is read there, as the "
+                f"dataset may be a stranger's. If the link is yours: --allow-outside {real.parent if real.is_file() else real} "
                 f"(or the variable {ALLOW_OUTSIDE})."
             )
 
