@@ -68,10 +68,11 @@ class DatasetFolder:
     def _require_inside(self, path: Path) -> None:
         real = path.resolve()
         if not any(real.is_relative_to(folder) for folder in self._allowed):
+            folder = real.parent if real.is_file() else real
             raise DatasetError(
                 f"{path} leads through a link to {real}, outside of the dataset's folder; nothing is read there, as the "
-                f"dataset may be a stranger's. If the link is yours: --allow-outside {real.parent if real.is_file() else real} "
-                f"(or the variable {ALLOW_OUTSIDE})."
+                f"dataset may be a stranger's. If the link is yours: --allow-outside {folder} (or the variable "
+                f"{ALLOW_OUTSIDE})."
             )
 
 
