@@ -70,8 +70,8 @@ class DatasetFolder:
         if not any(real.is_relative_to(folder) for folder in self._allowed):
             folder = real.parent if real.is_file() else real
             raise DatasetError(
-                f"{path} leads through a link to {real}, outside of the dataset's folder; nothing is read there, as the "
-                f"dataset may be a stranger's. If the link is yours: --allow-outside {folder} (or the variable "
+                f"{path} leads through a link to {real}, outside of the dataset's folder; nothing is read there, as "
+                f"the dataset may be a stranger's. If the link is yours: --allow-outside {folder} (or the variable "
                 f"{ALLOW_OUTSIDE})."
             )
 
