@@ -17,8 +17,8 @@ from torchpi.transforms.depth import UNITS
 
 Pixels = UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 1"]
 
-_FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "PPM")
-"""Pillow knows some that run other programs."""
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")
+"""Pillow knows some that run other programs. A JPEG of several pictures (MPO) is opened as JPEG."""
 MAX_PIXELS = 2**26
 """Of an image file; a compressed one of some kB can have any number."""
 _NUM_CODES = 4096
