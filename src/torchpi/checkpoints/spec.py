@@ -195,11 +195,7 @@ class PolicySpec:
             raise
 
     def normalized_by(self, rules: Mapping[str, Normalization]) -> tuple["PolicySpec", list[str]]:
-        """The spec by other rules, with statistics that give the same numbers; and notes on them.
-
-        Raises:
-            ValueError: no statistics say it, see `rewrite_stats`.
-        """
+        """The spec by other rules, with `rewrite_stats` of its statistics, which give the same numbers; and notes."""
         assert self.embodiment and self.norm_stats and self.normalization  # noqa: PT018
         stats, notes = dict(self.norm_stats), []
         for key, names in (("state", self.embodiment.state_names), ("actions", self.embodiment.action_names)):

@@ -165,25 +165,19 @@ def openpi_rules(pi05: bool) -> dict[str, Normalization]:
 def rewrite_stats(
     stats: NormStats, rule: Normalization, target: Normalization, *, what: str, names: Sequence[str]
 ) -> tuple[NormStats, list[str]]:
-    """Statistics with which the rule `target` gives the numbers of `rule`; the other statistics stay as they are.
-
-    Args:
-        what: "state", which has to be the same on the way to the model, or "actions", the same on the way back.
-        names: of the dimensions that are used.
-
-    Returns:
-        The statistics, and the names of dimensions that (nearly) don't vary, where whatever differs from their constant
-        is scaled otherwise: a rule can't divide by less than its eps.
+    """Statistics with which the rule `target` gives the numbers of `rule`: of the "state" on the way to the model, of
+    "actions" on the way back. And of the dimensions in `names` those that (nearly) don't vary, where whatever differs
+    from their constant is scaled otherwise, because a rule can't divide by less than its eps.
 
     Raises:
-        ValueError: a dimension that varies would be off by more than 2e-5 of its range.
+        ValueError: another dimension would be off by more than 2e-5 of its range.
     """
     if rule == target or rule.kind == target.kind == "identity":
         return stats, []
     value, at, scale = _line(stats, rule, what)
     eps = _EPS if target.eps_rule == "openpi" else 0.0
     if target.kind == "z_score":
-        eps = float(_LEROBOT_EPS) if target.eps_rule == "lerobot" and what == "state" else eps
+        eps = eps or (float(_LEROBOT_EPS) if what == "state" else 0.0)
         std = np.maximum(scale - eps, 0)
         new = dataclasses.replace(stats, mean=value - at * (std + eps), std=std)
     else:
