@@ -307,7 +307,7 @@ def test_damaged_files_are_named(tmp_path):
     (run / "run.json").write_text('{"device": ')
     text = page_of(run).text
     assert "metrics.jsonl has 2 lines that cannot be read, first in line 2; left out here." in text
-    assert "run.json cannot be read: Expecting value" in text
+    assert "run.json is not valid JSON: Expecting value" in text
     assert "2 steps of" in text
 
 

@@ -188,7 +188,7 @@ class Run:
         try:
             return read_json_object(path, error=TrainingError)
         except TrainingError as error:
-            self.notes.append(f"{name} cannot be read: {error}")
+            self.notes.append(f"{name} {str(error).removeprefix(f'{path} ')}")
             return {}
 
     @property
