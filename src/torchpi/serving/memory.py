@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import ctypes
 import logging
+import sys
 from typing import Any
 
 from websockets.asyncio.server import ServerConnection
@@ -14,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 _GOODBYE = CloseCode.TRY_AGAIN_LATER, "messages of all clients fill the server's memory, yours most of it"
 _GOODBYE_SECONDS = 0.2
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
 
 class MessageMemory:
@@ -49,6 +53,7 @@ class MessageMemory:
             _log.warning("a client's messages hold %d bytes; it is disconnected", self.num_bytes[connection])
             self._metrics.refused.labels("memory").inc()
             self.forget(connection)
+            connection.transport.pause_reading()
             goodbye = asyncio.create_task(_disconnect(connection))
             self._goodbyes.add(goodbye)
             goodbye.add_done_callback(self._goodbyes.discard)
@@ -70,16 +75,17 @@ class CountedConnection(ServerConnection):
 
     def count(self, change: int) -> None:
         self.memory.count(self, change)
+        self.memory.check()
 
     def data_received(self, data: bytes) -> None:
         self._arriving += len(data)
-        self.count(len(data))
+        self.memory.count(self, len(data))
         super().data_received(data)
         self.memory.check()
 
     def process_event(self, event: Any) -> None:
         is_data = isinstance(event, Frame) and event.opcode in DATA_OPCODES
-        self.count((len(event.data) if is_data else 0) - self._arriving)
+        self.memory.count(self, (len(event.data) if is_data else 0) - self._arriving)
         self._arriving = 0
         super().process_event(event)
 
@@ -93,3 +99,14 @@ def size_of(value: Any) -> int:
     if isinstance(value, dict | list):
         return sum(map(size_of, value.values() if isinstance(value, dict) else value))
     return len(value) if isinstance(value, bytes) else int(getattr(value, "nbytes", 0))
+
+
+def return_large_buffers() -> None:
+    """Let glibc return buffers of 4 MiB and more to the system when they are freed.
+
+    By itself it takes larger ones into its heap, the larger the buffers that it has freed, and keeps that: five times
+    what the messages held.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # else another libc
+        libc.mallopt(_MMAP_THRESHOLD, 2**22)
+        libc.mallopt(_TRIM_THRESHOLD, 2**26)

@@ -15,6 +15,7 @@ from torchpi.checkpoints.address import existing_folder
 from torchpi.errors import ServingError
 from torchpi.policy import Policy, load_policy
 from torchpi.serving.log import log_to_stderr
+from torchpi.serving.memory import return_large_buffers
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.server import PolicyServer
@@ -58,6 +59,7 @@ def run_serve(
         for name, path in paths.items()
     }
     log_to_stderr()
+    return_large_buffers()
     logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
     if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server; protect it with --token", settings.host)
