@@ -96,6 +96,7 @@ class Connection:
                 await self._converse()
         except ConnectionClosed as error:
             _log.info("client %d: %s", self._number, error)
+            error.__traceback__ = None  # see `_failure`
         finally:
             state.connections.remove(self)
             state.metrics.connections.dec()
@@ -118,10 +119,8 @@ class Connection:
                 # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
                 noise = generator.standard_normal(policy.model.config.chunk_shape, np.float32)
-                message = await self.websocket.recv()
-                self.answering = True
                 try:
-                    await self._respond(message, noise, robot)
+                    await self._respond(await self.websocket.recv(), noise, robot)
                 finally:
                     self.answering = False
         finally:
@@ -131,6 +130,7 @@ class Connection:
 
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
         """Answer one message, by a chunk or an error."""
+        self.answering = True
         state, began = self._state, time.perf_counter()
         frame: str | bytes
         self._hold(self._kept + len(message))  # as much again, as arrays
@@ -239,6 +239,7 @@ class Connection:
             # A client that floods the server must not flood its log; one that has left is in the log already.
             level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
             _log.log(level, "client %d: %s: %s", self._number, error.code, error)
+            error.__traceback__ = None  # whose frames would hold the request until the garbage collector comes
             return error
         _log.error("client %d: the server failed on a request", self._number, exc_info=error)
         return RequestError("internal", "The server failed on this request; its log says why.")

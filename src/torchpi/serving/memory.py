@@ -54,6 +54,7 @@ class MessageMemory:
             self._metrics.refused.labels("memory").inc()
             self.forget(connection)
             connection.transport.pause_reading()
+            connection.drop_buffers()
             goodbye = asyncio.create_task(_disconnect(connection))
             self._goodbyes.add(goodbye)
             goodbye.add_done_callback(self._goodbyes.discard)
@@ -92,6 +93,15 @@ class CountedConnection(ServerConnection):
     def connection_lost(self, exc: Exception | None) -> None:
         self.memory.forget(self)
         super().connection_lost(exc)
+        self.drop_buffers()
+        if self.protocol.parser_exc is not None:  # its frames have the last message
+            self.protocol.parser_exc.__traceback__ = None
+
+    def drop_buffers(self) -> None:
+        """Free what has arrived and is not read: reference cycles would hold it until the garbage collector comes."""
+        self.protocol.reader.discard()
+        if (frames := self.recv_messages.frames).get_waiter is None:  # else one is about to be taken out
+            frames.queue.clear()
 
 
 def size_of(value: Any) -> int:
@@ -102,11 +112,11 @@ def size_of(value: Any) -> int:
 
 
 def return_large_buffers() -> None:
-    """Let glibc return buffers of 4 MiB and more to the system when they are freed.
+    """Let glibc return buffers of 1 MiB and more to the system when they are freed.
 
     By itself it takes larger ones into its heap, the larger the buffers that it has freed, and keeps that: five times
     what the messages held.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # else another libc
-        libc.mallopt(_MMAP_THRESHOLD, 2**22)
-        libc.mallopt(_TRIM_THRESHOLD, 2**26)
+        libc.mallopt(_MMAP_THRESHOLD, 2**20)
+        libc.mallopt(_TRIM_THRESHOLD, 2**25)
