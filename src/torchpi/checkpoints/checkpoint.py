@@ -144,6 +144,7 @@ class Checkpoint:
         *,
         dtype: torch.dtype | None = torch.float32,
         device: str | torch.device = "cpu",
+        dtypes: Mapping[str, torch.dtype] | None = None,
         lora_alpha: tuple[float, float] | None = None,
         lora: LoraChoice = "fold",
         emulate_fp8: bool = False,
@@ -158,14 +159,17 @@ class Checkpoint:
             is_wide = dtype is None or rounding is not None or self.adapter.base.dtype == "float32"
             wide = torch.float32 if is_wide else dtype
             base, alpha = dataclasses.replace(self.base, requested_config=config), None
+            narrow = None if self.adapter.base.dtype == "float32" else dtypes
             if base.folded:  # LoRA that the adapter's training continued
                 alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
             model = base.model(
-                dtype=wide, device=device, lora_alpha=alpha, lora="keep" if alpha else "fold", verify=verify
-            )
+                dtype=wide, device=device, dtypes=narrow, lora_alpha=alpha, lora="keep" if alpha else "fold",
+                verify=verify,
+            )  # fmt: skip
             merge_adapter(self.root, self.adapter, model, verify=verify)
             for name, parameter in model.named_parameters():
-                wide_data, parameter.data = parameter.data, parameter.data.to(dtype or torch.float32)
+                own = (dtypes or {}).get(name, dtype or torch.float32)
+                wide_data, parameter.data = parameter.data, parameter.data.to(own)
                 if rounding is not None:
                     rounding.record(name, wide_data, parameter.data)
         else:
@@ -173,7 +177,7 @@ class Checkpoint:
             if matrices is not None:
                 table |= lora_table(config, matrices)
             model = load_arrays(
-                self.arrays, table, config, dtype=dtype, device=device, lora=matrices, fold=fold,
+                self.arrays, table, config, dtype=dtype, device=device, dtypes=dtypes, lora=matrices, fold=fold,
                 quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
             )  # fmt: skip
             if self.is_paligemma:

@@ -119,6 +119,7 @@ def load_arrays(
     *,
     dtype: torch.dtype | None,
     device: str | torch.device,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     lora: LoraConfig | None = None,
     fold: bool = False,
     quantization: Quantization | None = None,
@@ -127,12 +128,13 @@ def load_arrays(
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
-    The float32 matrices of `lora`, which are in the table then, are attached, or with `fold` added to what they change,
-    before any cast. Without a dtype each weight keeps its own, and is float32 where it is changed. What a cast changes
-    is recorded in `rounding`.
+    Parameters in `dtypes` have those instead of `dtype`. The float32 matrices of `lora`, which are in the table then,
+    are attached, or with `fold` added to what they change, before any cast. Without a dtype each weight keeps its own,
+    and is float32 where it is changed. What a cast changes is recorded in `rounding`.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = with_lora = Pi0(config, device="meta", dtype=dtype or torch.float32)
+    cast(model, dtypes or {})
     if quantization is not None:
         check_device(quantization.kind, torch.device(device), emulate_fp8=emulate_fp8)
         attach_quantization(model, quantization, emulate_fp8=emulate_fp8)
@@ -183,6 +185,13 @@ def _place_in_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
     """LoRA's small matrices first; then the largest array, when little else is allocated, so that the peak stays near
     the model's own size."""
     return not is_lora(item[1].slices[0].param), -math.prod(item[1].shape)
+
+
+def cast(model: Pi0, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Bring parameters to their dtypes, by name, in place and one at a time."""
+    for name, dtype in dtypes.items():
+        parameter = model.get_parameter(name)
+        parameter.data = parameter.data.to(dtype)
 
 
 def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:

@@ -18,6 +18,8 @@ from torchpi.model.suffix import init_projections
 
 # NumPy does not know bfloat16, and writes two bytes of no type.
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "void16": torch.bfloat16}
+DRAWN = ("expert.", "suffix.", "action_out_proj.")
+"""The beginnings of the names of parameters that PaliGemma does not have."""
 _DAMAGED = (zipfile.BadZipFile, zlib.error, tokenize.TokenError, ValueError, EOFError)
 
 
@@ -82,12 +84,11 @@ def _openpi_name(path: str) -> str:
 
 
 @torch.no_grad()
-def draw_action_weights(model: Pi0, seed: int) -> tuple[str, ...]:
-    """Draw the weights that PaliGemma does not have, as for training from scratch; the beginnings of their names."""
+def draw_action_weights(model: Pi0, seed: int) -> None:
+    """Draw the weights that PaliGemma does not have, as for training from scratch."""
     generator = torch.Generator(model.device).manual_seed(seed)
     for part in (model.expert, model.suffix, model.action_out_proj):
         part.to_empty(device=model.device)
     model.expert.init_weights(generator)
     init_projections(model.suffix, generator)
     init_projections(model.action_out_proj, generator)
-    return "expert.", "suffix.", "action_out_proj."

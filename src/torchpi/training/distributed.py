@@ -16,10 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchpi.devices import usable_device
 from torchpi.errors import TrainingError
@@ -107,11 +106,15 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
     if strategy == "ddp":
         return _replicate(model, world)
     mesh = _mesh(strategy, world, shard_size)
-    full = {name: value.detach() for name, value in model.state_dict().items()} if world.is_main else {}
+    whole = {name: value.detach() for name, value in model.named_parameters()} if world.is_main else {}
     model.to("meta")
     sharded = _shard(model, mesh)
     model.to_empty(device=world.device)
-    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, parameter in model.named_parameters():
+        # One after the other: an array of the main process is freed before the next one is distributed.
+        array = whole.pop(name) if world.is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
+        shards = distribute_tensor(array.to(world.device), mesh, parameter.placements)
+        local(parameter.detach()).copy_(shards.to_local())
 
     @contextlib.contextmanager
     def sync_gradients(sync: bool) -> Iterator[None]:

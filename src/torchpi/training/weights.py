@@ -8,8 +8,9 @@ import torch
 
 from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torchpi.checkpoints.layout import cast
 from torchpi.checkpoints.lora import DEFAULT_ALPHA
-from torchpi.checkpoints.npz import draw_action_weights
+from torchpi.checkpoints.npz import DRAWN, draw_action_weights
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import PRESETS, Pi0Config
 from torchpi.devices import has_bfloat16
@@ -93,26 +94,40 @@ def build_model(
 ) -> tuple[Pi0, InitReport]:
     """The model before the first update: from scratch or out of `init`, with LoRA where it is trained.
 
+    Each weight is read straight into the dtype in which it is kept, so that no second set of them is ever in memory.
+
     Args:
         skeleton: leave the weights on "meta".
     """
-    if init is None or skeleton:
-        model, report = Pi0(sizes, device="meta"), InitReport("random")
-        if not skeleton:
-            model.to_empty(device="cpu")
-            model.init_weights(torch.Generator().manual_seed(config.seed))
-    else:
-        model, report = _load(config, init)
-    if config.model.trains_lora and lora_config(model) is None:
-        add_lora(model, config.model.lora, None if skeleton else torch.Generator("cpu").manual_seed(config.seed))
+    model, report = Pi0(sizes, device="meta"), InitReport("random")
+    if config.model.trains_lora:
+        add_lora(model, config.model.lora, None)
+    freeze(model, config)
+    if not skeleton:
+        model, report = _fill(config, model, init)
     assert config.model.dtype is not None, "with_dtype chooses it"
     model.compute_dtype_override = getattr(torch, config.model.dtype)
-    model.requires_grad_(True).train()
-    freeze(model, config)
+    model.train()
     fresh = tuple(name for name, _ in model.named_parameters() if name not in report.loaded)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     sha256 = "" if skeleton else digest(frozen, model.get_parameter)
     return model, dataclasses.replace(report, fresh=fresh, frozen_sha256=sha256)
+
+
+def _fill(config: TrainConfig, planned: Pi0, init: Checkpoint | None) -> tuple[Pi0, InitReport]:
+    """The weights of a model whose dtypes and trainable parameters are planned on "meta"."""
+    narrow = {name: p.dtype for name, p in planned.named_parameters() if p.dtype is not torch.float32}
+    if init is None:
+        model, report = Pi0(planned.config, device="meta").to_empty(device="cpu"), InitReport("random")
+        model.init_weights(torch.Generator().manual_seed(config.seed))
+    else:
+        model, report = _load(config, init, narrow)
+    if config.model.trains_lora and lora_config(model) is None:
+        add_lora(model, config.model.lora, torch.Generator("cpu").manual_seed(config.seed))
+    cast(model, narrow)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(planned.get_parameter(name).requires_grad)
+    return model, report
 
 
 def _init_alpha(config: TrainConfig, init: Checkpoint) -> tuple[float, float] | None:
@@ -123,7 +138,7 @@ def _init_alpha(config: TrainConfig, init: Checkpoint) -> tuple[float, float] | 
     return trained if stated is None and init.folded and trained != DEFAULT_ALPHA else stated
 
 
-def _load(config: TrainConfig, init: Checkpoint) -> tuple[Pi0, InitReport]:
+def _load(config: TrainConfig, init: Checkpoint, narrow: Mapping[str, torch.dtype]) -> tuple[Pi0, InitReport]:
     # LoRA in the checkpoint is trained on where LoRA is trained, and a part of the weights elsewhere.
     alpha, keep = _init_alpha(config, init), config.model.trains_lora and bool(init.folded)
     if keep and (stored := init.lora(alpha)) != config.model.lora:
@@ -131,10 +146,11 @@ def _load(config: TrainConfig, init: Checkpoint) -> tuple[Pi0, InitReport]:
             f"{init.address} has {stored}, the recipe {config.model.lora}: use the same, or fold it into the weights "
             "first with torchpi convert."
         )
-    model = init.model(lora_alpha=alpha, lora="keep" if keep else "fold")
-    drawn: tuple[str, ...] = ()
+    drawn = DRAWN if init.is_paligemma else ()
+    dtypes = {name: dtype for name, dtype in narrow.items() if not name.startswith(drawn)}  # draws differ by the dtype
+    model = init.model(dtypes=dtypes, lora_alpha=alpha, lora="keep" if keep else "fold")
     if init.is_paligemma:
-        drawn = draw_action_weights(model, config.seed)
+        draw_action_weights(model, config.seed)
     loaded = tuple(name for name, _ in model.named_parameters() if not name.startswith(drawn))
     return model, InitReport(init.address, loaded, left_out=init.dropped, adapted="; ".join(init.notes))
 
@@ -153,7 +169,8 @@ def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     """The parameters that the loss does not depend on: of the backbone's last layer all behind keys and values, and its
     final norm. A backward pass on "meta" finds them.
     """
-    sizes = dataclasses.replace(model.config, action_horizon=1, max_token_len=2)
+    vision = dataclasses.replace(model.config.siglip, depth=1)  # whose layers all have one
+    sizes = dataclasses.replace(model.config, action_horizon=1, max_token_len=2, siglip_variant=vision)
     twin = Pi0(sizes, device="meta")
     if config.model.trains_lora:
         add_lora(twin, config.model.lora, None)
