@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 
@@ -13,6 +14,7 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
 from torchpi.checkpoints.adapter import Adapter, Base, write_adapter
+from torchpi.checkpoints.safetensors_files import SafetensorsArrays
 from torchpi.cli import main
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
@@ -521,6 +523,38 @@ def test_action_prefix_is_drawn_and_masked_in_the_loss(recipe, tmp_path):
     assert num_loss_elements(batch, "all") == int(elements.sum())
     result = loop.train(config, tmp_path / "run")
     assert torchpi.load_policy(result.policy).metadata["max_action_prefix"] == 2
+
+
+def test_frozen_weights_are_read_into_the_dtype_that_they_have_in_training(further, monkeypatch):
+    config = further.replace(finetune="lora", lora=LoraConfig(backbone_rank=2, expert_rank=2), frozen_dtype="bfloat16")
+    init, read = open_init(config), dict[str, torch.dtype]()
+
+    def record(arrays, name, dtype=None, original=SafetensorsArrays.read):
+        read[name] = dtype
+        return original(arrays, name, dtype)
+
+    monkeypatch.setattr(SafetensorsArrays, "read", record)
+    built, _ = build_model(config, init.config, init, skeleton=False)
+    whole = init.model()
+    trained = trainable_parameters(built, "lora")
+    assert not all(trained.values())
+    for name, parameter in whole.named_parameters():
+        dtype = torch.float32 if trained[name] else torch.bfloat16
+        assert torch.equal(built.get_parameter(name), parameter.to(dtype)), name
+    read.clear()
+    build_model(config, init.config, init, skeleton=False)
+    assert {name: dtype for name, dtype in read.items() if not trained[name]} == dict.fromkeys(
+        [name for name, _ in whole.named_parameters() if not trained[name]], torch.bfloat16
+    )
+
+
+def test_file_that_is_cut_after_it_was_opened_is_an_error(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "policy")
+    init = open_init(TrainConfig(init=str(tmp_path / "policy"), dtype="float32"))
+    file = tmp_path / "policy" / "model.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"model\.safetensors had \d+ bytes when it was opened, and has \d+ now"):
+        init.model()
 
 
 def test_lora_of_the_originals_checkpoints_is_trained_on(golden_root, tmp_path):

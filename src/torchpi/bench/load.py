@@ -33,9 +33,9 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
         parent = existing_folder(path).resolve().parent if what == "convert" else None  # on the checkpoint's disk
         with tempfile.TemporaryDirectory(dir=parent, prefix=".torchpi_bench_") as scratch:
             arguments = (path, getattr(torch, dtype), config, pathlib.Path(scratch) if what == "convert" else None)
-            _measure(_floor, *arguments)  # warms the disk's cache
-            floor = _measure(_floor, *arguments)["seconds"]
-            found = results[what] = {**_measure(_load, *arguments), "floor": floor}
+            measure(_floor, *arguments)  # warms the disk's cache
+            floor = measure(_floor, *arguments)["seconds"]
+            found = results[what] = {**measure(_load, *arguments), "floor": floor}
         size = found["model_bytes"]
         print(
             f"{what} {path}: {found['seconds']:.2f} s, {found['seconds'] / floor:.2f} × its floor of {floor:.2f} s; "
@@ -47,8 +47,8 @@ def run_bench_load(path: str, *, dtype: str, config: str | None, as_json: bool) 
         print_json(results)
 
 
-def _measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
-    """Run a function in a fresh process."""
+def measure(work: Callable[..., int], *arguments: object) -> dict[str, int | float]:
+    """Run a function that returns a model's bytes in a fresh process: its time, wall clock and CPU, and peak memory."""
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
         return pool.submit(_watched, work, *arguments).result()
@@ -65,13 +65,13 @@ def _watched(work: Callable[..., int], *arguments: object) -> dict[str, int | fl
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     size = work(*arguments)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     done.set()
     watcher.join()
     rss, anonymous = (max(each) - least for each, least in zip(zip(*found, strict=True), before, strict=True))
-    return {"seconds": seconds, "model_bytes": size, "peak_rss": rss, "peak_anonymous": anonymous}
+    return {"seconds": seconds, "cpu": cpu, "model_bytes": size, "peak_rss": rss, "peak_anonymous": anonymous}
 
 
 def _memory() -> tuple[int, int]:

@@ -55,6 +55,7 @@ class SafetensorsArrays:
         expected = None if whole.is_file() else _read_index(index)
         files = [whole] if expected is None else [root / name for name in sorted(set(expected.values()))]
         self._open = {file: _opened(file) for file in files}
+        self._sizes = {file: file.stat().st_size for file in files}
         shapes: dict[str, tuple[int, ...]] = {}
         for file, arrays in self._open.items():
             for name in arrays.keys():  # noqa: SIM118
@@ -81,6 +82,12 @@ class SafetensorsArrays:
         does not change the file.
         """
         file = self._files[name]
+        # A mapped page that is gone would end the process.
+        if file.is_file() and (size := file.stat().st_size) != self._sizes[file]:
+            raise CheckpointError(
+                f"{file} had {self._sizes[file]} bytes when it was opened, and has {size} now: it is being written; "
+                "load it when it is complete."
+            )
         try:
             mapped: Tensor = self._open[file].get_tensor(name)
             if dtype in (None, mapped.dtype) and mapped.data_ptr() % _ALIGNMENT == 0:

@@ -1,23 +1,26 @@
 """Estimated peak memory of a run: its own code on tensors without data, and every storage counted while it lives.
 
-Where several processes share a model, the size of their shards follows from the shapes.
+The layers of a stack are alike, so two runs with few of them show what each further one adds. Where several processes
+share a model, the size of their shards follows from the shapes.
 """
 
 import contextlib
 import dataclasses
+import functools
 import math
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import Optimizer, TrainConfig
@@ -29,6 +32,10 @@ from torchpi.training.state import TrainState
 
 KINDS = ("weights", "gradients", "optimizer", "ema", "data", "activations", "gathered")
 Moment = Literal["update", "evaluation"]
+Bytes = Mapping[tuple[str, str], int]
+"""By kind, and by the stacks with whose depth they grow: "vision" or "gemma"."""
+_LAYERS = {"vision": 2, "gemma": 3}
+"""Layers of the first run: the first one may differ from those behind it, and so does the backbone's last one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,32 +62,70 @@ class PeakMemory:
 
 
 def peak_memory(
-    model: Pi0, config: TrainConfig, cameras: Sequence[str], *, world_size: int, shards: int, device: str
+    model: Pi0,
+    build: Callable[[Pi0Config], Pi0],
+    config: TrainConfig,
+    cameras: Sequence[str],
+    *,
+    world_size: int,
+    shards: int,
+    device: str,
 ) -> PeakMemory:
-    """The peak of a run in one process.
+    """The peak of a run in one process, without what is always there: the optimizer's moments and the EMA weights.
 
     Args:
-        model: on "meta", as `build_model` makes it; it is used up.
+        model: on "meta", as `build_model` makes it.
+        build: makes that of other sizes.
         shards: processes that share what belongs to a weight.
         device: "cpu" or "cuda", which need not exist here.
     """
     is_ddp = config.parallel.strategy == "ddp"
-    live = _LiveTensors(shards, buckets=is_ddp and world_size > 1)
-    groups = [] if is_ddp else _gathered_groups(model)
-    with without_data(device) as stand_in, live:
-        model.to_empty(device=stand_in)
-        for group in groups[:-1]:
-            live.ignore_casts(group)
-        _run(model, config, cameras, world_size, live, torch.device(stand_in))
-    peaks = [PeakMemory(moment, **kinds) for moment, kinds in live.peaks.items()]
-    if groups:
-        *layers, root = groups
+
+    def peaks_of(sizes: Pi0Config) -> dict[tuple[Moment, str], Bytes]:
+        shallow, live = build(sizes), _LiveTensors(shards, buckets=is_ddp and world_size > 1)
+        with without_data(), live:
+            for group in [] if is_ddp else _gathered_groups(shallow)[:-1]:
+                live.ignore_casts(group)
+            _run(shallow, config, cameras, world_size, live, on_cpu=device == "cpu")
+        return live.peaks
+
+    depths = {"vision": model.config.siglip.depth, "gemma": model.config.paligemma.depth}
+    least, one_more = (peaks_of(_with_depth(model.config, more)) for more in (0, 1))
+    left = {stacks: max(0, depths[stacks] - layers) for stacks, layers in _LAYERS.items()}
+    peaks = [
+        PeakMemory(moment, **_deeper(found, one_more[moment, part], left)) for (moment, part), found in least.items()
+    ]
+    if not is_ddp:
+        *layers, root = _gathered_groups(model)
         peaks = [dataclasses.replace(peak, gathered=_gathered_bytes(layers, root, peak.moment)) for peak in peaks]
         # The root ends last: nothing but its own gradients, whole and in the buffer that is reduced, lives then.
         gradients = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
         gathered = root.weights + root.gradients + root.reduced
         peaks.append(dataclasses.replace(peaks[0], gradients=gradients, activations=0, gathered=gathered))
     return max(peaks, key=lambda peak: peak.total)
+
+
+def _with_depth(sizes: Pi0Config, more: int) -> Pi0Config:
+    """The sizes with as many layers as `_LAYERS` and `more` say, or with all where they are fewer."""
+
+    def cut(stack: Any, stacks: str) -> Any:
+        return dataclasses.replace(stack, depth=min(stack.depth, _LAYERS[stacks] + more))
+
+    return dataclasses.replace(
+        sizes,
+        siglip_variant=cut(sizes.siglip, "vision"),
+        paligemma_variant=cut(sizes.paligemma, "gemma"),
+        action_expert_variant=cut(sizes.action_expert, "gemma"),
+    )
+
+
+def _deeper(least: Bytes, one_more: Bytes, left: Mapping[str, int]) -> dict[str, int]:
+    """Bytes by kind with all layers, each of which adds what one more did."""
+    found = dict.fromkeys(KINDS, 0)
+    for kind, stacks in {*least, *one_more}:
+        before = least.get((kind, stacks), 0)
+        found[kind] += before + left[stacks] * (one_more.get((kind, stacks), 0) - before)
+    return found
 
 
 class _Group:
@@ -121,29 +166,51 @@ def _gathered_bytes(layers: Sequence[_Group], root: _Group, moment: Moment) -> i
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that live, by kind, and their values at the peak of each moment.
+    """Bytes of the tensors that live, and their values at the peak of each part of each moment.
 
-    With `buckets`, gradients are in buckets that stay, as DistributedDataParallel has them. While `in_shards` is set,
-    the tensors that are made belong to shards.
+    The parts are the stacks' layers, forward and backward, and what is between them. In the layers memory grows or
+    shrinks by the same bytes from one to the next, so that each part's peak is linear in the number of layers.
+
+    With `buckets`, gradients are in buckets that stay, as DistributedDataParallel has them.
     """
+
+    _made: ClassVar[dict[Any, tuple[Any, Any, torch.dtype] | None]] = {}
+    """Sizes, strides and dtype of an operation's new tensor, by what it gets: PyTorch finds them in Python, slowly."""
 
     def __init__(self, shards: int, *, buckets: bool) -> None:
         super().__init__()
-        self.shards, self.buckets, self.in_shards = shards, buckets, False
-        self.now = dict.fromkeys(KINDS, 0)
-        self.moment: Moment = "update"
-        self.peaks = dict[Moment, dict[str, int]]()
-        self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self.shards, self.buckets = shards, buckets
+        self.moment: Moment | None = None
+        self.part = "between"
+        self.now, self.total = Counter[tuple[str, str]](), 0
+        self.peaks, self._most = dict[tuple[Moment, str], Bytes](), dict[tuple[Moment, str], int]()
+        self._known: dict[int, tuple[weakref.ref[Any], tuple[str, str], int]] = {}
         self._ignored_casts: dict[int, torch.dtype] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
             return 1.0  # there is no number: a norm that is clipped, a loss that is finite
-        out = func(*args, **(kwargs or {}))
+        out = self._result(func, args, kwargs or {})
         for tensor in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._known:
-                nbytes = 0 if self._is_ignored(func, args, tensor) else tensor.untyped_storage().nbytes()
-                self.count(tensor, "activations", shard_bytes(tensor, self.shards) if self.in_shards else nbytes)
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self.count(tensor, "activations", 0 if self._is_ignored(func, args, tensor) else storage.nbytes())
+        return out
+
+    def start(self, moment: Moment) -> None:
+        """Take note of peaks, as those of a moment."""
+        self.moment, self.part = moment, "between"
+        self.add(("data", "gemma"), 0)
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        key = func, _signature((*args, *kwargs.items()))
+        if (made := self._made.get(key)) is not None:
+            sizes, strides, dtype = made
+            return torch.empty_strided(sizes, strides, dtype=dtype, device="meta")
+        out = func(*args, **kwargs)
+        if key not in self._made:
+            given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            is_new = isinstance(out, Tensor) and out.is_meta and out.untyped_storage()._cdata not in given
+            self._made[key] = (out.shape, out.stride(), out.dtype) if is_new else None
         return out
 
     def _is_ignored(self, func: Any, args: Any, made: Tensor) -> bool:
@@ -156,50 +223,86 @@ class _LiveTensors(TorchDispatchMode):
         if group.dtype is not None:
             self._ignored_casts |= {p.untyped_storage()._cdata: group.dtype for p in group.parameters}
 
-    def count(self, tensor: Tensor, kind: str, nbytes: int | None = None) -> None:
-        """Count a tensor's storage, by default its shard's bytes, for as long as it lives."""
+    def count(self, tensor: Tensor, kind: str, nbytes: int | None = None, *, owner: str | None = None) -> None:
+        """Count a tensor's storage, by default its shard's bytes, for as long as it lives. It belongs to the `owner`, a
+        parameter's name, or to the part that is at work."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._forget(key)
         nbytes = shard_bytes(tensor, self.shards) if nbytes is None else nbytes
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, nbytes
-        self.now[kind] += nbytes
-        if sum(self.now.values()) > sum(self.peaks.get(self.moment, {}).values()):
-            self.peaks[self.moment] = dict(self.now)
+        counted = kind, "vision" if (owner or self.part).startswith("vision") else "gemma"
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), counted, nbytes
+        self.add(counted, nbytes)
+
+    def add(self, counted: tuple[str, str], nbytes: int) -> None:
+        """Count bytes that no tensor of this model holds."""
+        self.now[counted] += nbytes
+        self.total += nbytes
+        if self.moment is not None and self.total > self._most.get((self.moment, self.part), -1):
+            place = self.moment, self.part
+            self._most[place], self.peaks[place] = self.total, dict(self.now)
 
     def _forget(self, key: int) -> None:
         if key in self._known:
-            _, kind, nbytes = self._known.pop(key)
-            self.now[kind] -= nbytes
+            _, counted, nbytes = self._known.pop(key)
+            self.now[counted] -= nbytes
+            self.total -= nbytes
 
-    def count_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def count_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Count gradients as such from the moment at which they are made."""
 
-        def made(parameter: Tensor) -> None:
+        def made(name: str, parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self.count(parameter.grad, "gradients", 0 if self.buckets else None)  # 0: added to what is in the bucket
+            # 0: added to what is in the bucket
+            self.count(parameter.grad, "gradients", 0 if self.buckets else None, owner=name)
 
-        for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(made)
+        for name, parameter in parameters.items():
+            parameter.register_post_accumulate_grad_hook(functools.partial(made, name))
             if self.buckets:
-                self.now["gradients"] += parameter.nbytes
+                self.add(("gradients", "vision" if name.startswith("vision") else "gemma"), parameter.nbytes)
+
+    def follow(self, model: Pi0) -> None:
+        """Take note of the part that is at work."""
+
+        def enter(part: str, *_: Any) -> None:
+            self.part = part
+
+        def before(stack: str, is_first: bool, layer: nn.Module, args: Any) -> None:
+            enter(f"{stack} forward")
+            if is_first and args[0].requires_grad:
+                args[0].register_hook(functools.partial(enter, f"behind the backward pass of {stack}"))
+
+        def after(stack: str, layer: nn.Module, args: Any, out: Any) -> None:
+            enter(f"behind {stack}")
+            x = out if isinstance(out, Tensor) else out[0]
+            if x.requires_grad:
+                x.register_hook(functools.partial(enter, f"{stack} backward"))
+
+        backbone = list(model.backbone.layers)[:-1]
+        for stack, blocks in (("vision", model.vision.blocks), ("backbone", backbone), ("expert", model.expert.layers)):
+            for number, layer in enumerate(blocks):
+                layer.register_forward_pre_hook(functools.partial(before, stack, number == 0))
+                layer.register_forward_hook(functools.partial(after, stack))
+
+
+def _signature(value: Any) -> Any:
+    """All of an operation's argument that its result's sizes and dtype can depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_signature, value)) if isinstance(value, list | tuple) else (type(value), value)
 
 
 @contextlib.contextmanager
-def without_data(device: str) -> Iterator[str]:
-    """Tensors with shapes alone; yields the device on which to make them."""
-    if device == "cpu":
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield "cpu"
-    else:
-        # Not tensors that pretend to be on CUDA: where it is missing, autograd can't run them. On "meta" PyTorch writes
-        # attention's products out; a mode that replaces it would be off in the backward pass, which runs layers again.
-        with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
-            yield "meta"
+def without_data() -> Iterator[None]:
+    """On "meta", attention as fused kernels have it, on CUDA and on the CPU, whose backward pass needs the output and a
+    number per row; PyTorch writes its products out there."""
+    # Not tensors that pretend to be on a device: they are slow, and without CUDA autograd can't run those on it.
+    # A mode that replaces the operation would be off in the backward pass, which runs layers again.
+    with mock.patch.object(F, "scaled_dot_product_attention", _fused_attention):
+        yield
 
 
 def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Attention as CUDA's fused kernels have it, whose backward pass needs the output and a number per row."""
     bias = None if attn_mask is None else attn_mask.to(q.dtype).expand(*q.shape[:-1], k.shape[-2])
     attention = torch.ops.aten._scaled_dot_product_efficient_attention
     out: Tensor = attention(q, k, v, bias, torch.is_grad_enabled())[0]
@@ -207,22 +310,20 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None) 
 
 
 def _run(
-    model: Pi0, config: TrainConfig, cameras: Sequence[str], world_size: int, live: _LiveTensors, device: torch.device
+    model: Pi0, config: TrainConfig, cameras: Sequence[str], world_size: int, live: _LiveTensors, *, on_cpu: bool
 ) -> None:
-    """An update, which finds the moments as those after the first one do, and an evaluation."""
-    sizes, optim, evaluation = model.config, config.optim, config.eval
+    """An update and an evaluation, without what is always there: the optimizer's moments and the EMA weights."""
+    sizes, optim, evaluation, device = model.config, config.optim, config.eval, torch.device("meta")
     config = config.replace(loss="all")  # the number of real elements is data
     checkpoint_activations(model, config.model.activation_checkpointing)
+    live.follow(model)
     parallel = single_process(model)
-    state = TrainState.create(model, weight_decay=optim.weight_decay, ema=optim.ema_decay > 0)
+    state = TrainState.create(model, weight_decay=optim.weight_decay, ema=False)
     state.optimizer = torch.optim.SGD(state.local_shards.values(), lr=0.0)  # in place, as AdamW, without its moments
-    live.now["optimizer"] = sum(_moment_bytes(p, optim.optimizer, live.shards) for p in state.local_shards.values())
-    for parameter in model.parameters():
-        live.count(parameter, "weights")
-    for average in state.ema.values():
-        live.count(average, "ema")
-    live.count_gradients(state.trainable.values())
-    live.peaks.clear()
+    for name, parameter in model.named_parameters():
+        live.count(parameter, "weights", owner=name)
+    live.count_gradients(state.trainable)
+    live.start("update")
 
     def batch(samples: int, flow_samples: int) -> Batch:
         made = example_batch(sizes, cameras, samples, flow_samples, device)
@@ -231,30 +332,24 @@ def _run(
         return made
 
     samples = config.micro_batch_size(world_size)
-    if evaluation.holdout and device.type == "cpu":  # elsewhere they wait in the host's memory
+    if evaluation.holdout and on_cpu:  # elsewhere they wait in the host's memory
         rounds = math.ceil(evaluation.holdout_samples / (samples * world_size))
         shape = (rounds * samples, len(cameras), sizes.image_size, sizes.image_size, 3)
-        waiting = torch.empty(shape, dtype=torch.uint8)
+        waiting = torch.empty(shape, dtype=torch.uint8, device=device)
         live.count(waiting, "data", waiting.nbytes)
     batches = [batch(samples, optim.flow_samples_per_obs) for _ in range(config.grad_accum_steps)]
     update(state, config, batches[:2], parallel)  # all micro-batches after the first one find its gradients
     if evaluation.holdout:
-        live.moment = "evaluation"
-        with contextlib.ExitStack() as stack, torch.no_grad():
-            live.in_shards = True
-            stack.enter_context(state.ema_weights())
-            live.in_shards = False
-            loss_sum(parallel.forward, batch(samples, FLOW_SAMPLES), "all")
-            if evaluation.chunk_samples:  # sampling: the same forward passes, with one noise each
-                loss_sum(parallel.forward, batch(min(samples, evaluation.chunk_samples), 1), "all")
-            live.in_shards = True  # while the EMA weights go back
+        live.start("evaluation")
+        with torch.no_grad():
+            loss_sum(parallel.forward, batch(samples, FLOW_SAMPLES), "all")  # sampling takes less: one noise each
 
 
 # bitsandbytes' AdamW8bit: moments of smaller arrays are float32; of others each block has a float32 scale.
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256
 
 
-def _moment_bytes(shard: Tensor, kind: Optimizer, shards: int) -> int:
+def moment_bytes(shard: Tensor, kind: Optimizer, shards: int) -> int:
     """Bytes of the optimizer's two moments of a parameter."""
     if kind == "adamw" or shard.numel() < _MIN_8BIT:
         return 2 * shard_bytes(shard, shards)

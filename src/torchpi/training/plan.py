@@ -5,7 +5,9 @@ and with `compile` what the compiler saves or takes.
 """
 
 import dataclasses
+import functools
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import psutil
@@ -15,10 +17,11 @@ from rich.console import Console
 from torchpi.checkpoints.address import published_name
 from torchpi.config import Pi0Config
 from torchpi.errors import TrainingError
+from torchpi.model.pi0 import Pi0
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import num_shards
-from torchpi.training.memory import KINDS, PeakMemory, peak_memory, shard_bytes
+from torchpi.training.memory import KINDS, PeakMemory, moment_bytes, peak_memory, shard_bytes
 from torchpi.training.summary import flow_samples
 from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.format import print_json
@@ -48,8 +51,11 @@ class Plan:
     staged: int
     """Bytes of host memory for the copy of a checkpoint that is being written, in each process."""
     frozen: int
-    """Bytes of host memory for the frozen weights, which the main process keeps for its policies; 0 where the model is
-    on the CPU."""
+    """Bytes of host memory for the frozen weights, which the main process keeps for its policies; 0 where its model on
+    the CPU has them whole."""
+    building: int
+    """Bytes of host memory in the main process while the model is built: its weights, whole, and the largest array,
+    which is read or distributed."""
     device_memory: int | None
     """Bytes that a process can have on its device; None: unknown."""
     alternatives: tuple[dict[str, Any], ...] = ()
@@ -57,8 +63,10 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes of the device's memory; on the CPU with the copy of a checkpoint."""
-        return self.peak.total + (self.staged if self.device == "cpu" else 0)
+        """Bytes of the device's memory; on the CPU with all that is the host's."""
+        if self.device != "cpu":
+            return self.peak.total
+        return max(self.peak.total + self.staged + self.frozen, self.building)
 
     @property
     def fits(self) -> bool | None:
@@ -87,13 +95,29 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
     sizes, device = _sizes(config), _device_type(config)
     config = with_dtype(config, torch.device(device))
 
+    @functools.cache
+    def build(config: TrainConfig, sizes: Pi0Config) -> Pi0:
+        return build_model(config, sizes, skeleton=True)[0]
+
+    @functools.cache
+    def peak_without_moments(config: TrainConfig, shards: int) -> PeakMemory:
+        model, other = build(config, sizes), functools.partial(build.__wrapped__, config)  # others are used up
+        return peak_memory(model, other, config, cameras, world_size=world_size, shards=shards, device=device)
+
     def estimate(config: TrainConfig) -> Plan:
         shards = num_shards(config.parallel.strategy, world_size, config.parallel.shard_size or local_world_size)
         samples = config.micro_batch_size(world_size)
-        model, _ = build_model(config, sizes, skeleton=True)
+        plain = config.replace(optimizer="adamw", ema_decay=0.0)
+        model = build(plain, sizes)
+        sizes_of = {p: p.nbytes if config.model.init else 4 * p.numel() for p in model.parameters()}  # drawn in float32
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
-        trainable = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
-        peak = peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        trainable = sum(shard_bytes(p, shards) for p in trained)
+        peak = dataclasses.replace(
+            peak_without_moments(plain, shards),
+            optimizer=sum(moment_bytes(p, config.optim.optimizer, shards) for p in trained),
+            ema=trainable if config.optim.ema_decay else 0,
+        )
         return Plan(
             device=device,
             world_size=world_size,
@@ -102,24 +126,37 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
             prompt_tokens=sizes.require("max_token_len"),
             peak=peak,
             staged=trainable + peak.optimizer + peak.ema,
-            frozen=0 if device == "cpu" else frozen,
+            frozen=0 if device == "cpu" and shards == 1 else frozen,
+            building=sum(sizes_of.values()) + max(sizes_of.values()),
             device_memory=device_memory,
         )
 
     found = estimate(config)
     if found.fits is not False:
         return found
+    return dataclasses.replace(found, alternatives=tuple(_alternatives(config, world_size, estimate)))
+
+
+def _alternatives(
+    config: TrainConfig, world_size: int, estimate: Callable[[TrainConfig], Plan]
+) -> Iterator[dict[str, Any]]:
+    def tried(fields: dict[str, Any]) -> dict[str, Any]:
+        other = estimate(config.replace(**fields))
+        return {"fields": fields, "total": other.needed, "fits": bool(other.fits)}
+
     single, joint = _changes(config, world_size)
-    others: list[dict[str, Any]] = []
-    for series in (*single, joint):
-        if series is joint and any(other["fits"] for other in others):
+    is_enough = False
+    for series in filter(None, single):
+        # Each goes further than those before it: if the last one does not fit, none does.
+        found = tried(series[-1])
+        if found["fits"]:
+            found, is_enough = next(other for other in map(tried, series) if other["fits"]), True
+        yield found
+    for fields in joint:
+        if is_enough:
             break
-        for fields in series:  # each goes further than the one before; the first one that fits is enough
-            other = estimate(config.replace(**fields))
-            others.append({"fields": fields, "total": other.needed, "fits": bool(other.fits)})
-            if other.fits:
-                break
-    return dataclasses.replace(found, alternatives=tuple(others))
+        yield (found := tried(fields))
+        is_enough = found["fits"]
 
 
 def _sizes(config: TrainConfig) -> Pi0Config:
@@ -197,6 +234,7 @@ def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
     sizes = [(_ROWS.get(name, name), getattr(found.peak, name)) for name in KINDS]
     sizes += [("total", found.peak.total), ("host: a checkpoint that is being written", found.staged)]
     sizes += [("host: frozen weights, main process", found.frozen)] if found.frozen else []
+    sizes += [("host: building the model, main process", found.building)]
     columns = [Column("per process, at the peak"), Column("GB", "number")]
     console.print(Table(columns, [(name, f"{nbytes / 1e9:.2f}") for name, nbytes in sizes]).to_rich(), crop=False)
     moment = "an update" if found.peak.moment == "update" else "an evaluation on the held-out samples"

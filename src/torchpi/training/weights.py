@@ -1,6 +1,7 @@
 """The initial weights of a run, and which of them are trained."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,10 @@ from torchpi.checkpoints.layout import cast
 from torchpi.checkpoints.lora import DEFAULT_ALPHA
 from torchpi.checkpoints.npz import DRAWN, draw_action_weights
 from torchpi.checkpoints.sizes import read_config
-from torchpi.config import PRESETS, Pi0Config
+from torchpi.config import PRESETS, LoraConfig, Pi0Config
 from torchpi.devices import has_bfloat16
 from torchpi.errors import TrainingError
-from torchpi.model.lora import add_lora, is_lora, lora_config, trainable_parameters
+from torchpi.model.lora import add_lora, attach_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch, loss_sum
@@ -101,7 +102,7 @@ def build_model(
     """
     model, report = Pi0(sizes, device="meta"), InitReport("random")
     if config.model.trains_lora:
-        add_lora(model, config.model.lora, None)
+        attach_lora(model, config.model.lora)
     freeze(model, config)
     if not skeleton:
         model, report = _fill(config, model, init)
@@ -167,15 +168,29 @@ def freeze(model: Pi0, config: TrainConfig) -> None:
 
 def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     """The parameters that the loss does not depend on: of the backbone's last layer all behind keys and values, and its
-    final norm. A backward pass on "meta" finds them.
+    final norm. A backward pass on "meta" finds them, with two layers: those in front of the last one are alike.
     """
-    vision = dataclasses.replace(model.config.siglip, depth=1)  # whose layers all have one
-    sizes = dataclasses.replace(model.config, action_horizon=1, max_token_len=2, siglip_variant=vision)
-    twin = Pi0(sizes, device="meta")
-    if config.model.trains_lora:
-        add_lora(twin, config.model.lora, None)
-    loss_sum(twin, example_batch(sizes, ["camera"], 1, 1, torch.device("meta")), "all").backward()
-    return frozenset(name for name, parameter in twin.named_parameters() if parameter.grad is None)
+    whole, depth = model.config, min(model.config.paligemma.depth, 2)
+    sizes = dataclasses.replace(
+        whole,
+        action_horizon=1,
+        max_token_len=2,
+        siglip_variant=dataclasses.replace(whole.siglip, depth=1),
+        paligemma_variant=dataclasses.replace(whole.paligemma, depth=depth),
+        action_expert_variant=dataclasses.replace(whole.action_expert, depth=depth),
+    )
+    last, own = f".layers.{depth - 1}.", f".layers.{whole.paligemma.depth - 1}."
+    found = _without_gradient(sizes, config.model.lora if config.model.trains_lora else None)
+    return frozenset(name.replace(last, own) for name in found)
+
+
+@functools.cache
+def _without_gradient(sizes: Pi0Config, lora: LoraConfig | None) -> tuple[str, ...]:
+    model = Pi0(sizes, device="meta")
+    if lora is not None:
+        attach_lora(model, lora)
+    loss_sum(model, example_batch(sizes, ["camera"], 1, 1, torch.device("meta")), "all").backward()
+    return tuple(name for name, parameter in model.named_parameters() if parameter.grad is None)
 
 
 @dataclasses.dataclass(frozen=True)
