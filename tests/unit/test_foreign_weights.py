@@ -137,6 +137,18 @@ def test_policy_of_an_adapter_has_its_processors_and_converts(adapter, golden_pi
     assert_same_weights(torchpi.load_model(tmp_path / "out"), policy.model)
 
 
+def test_changed_weights_of_a_bfloat16_base_are_float32_and_the_others_stay(adapter, golden_pi05, tmp_path):
+    rewrite(adapter.base, lambda arrays: {name: array.bfloat16() for name, array in arrays.items()})
+    root = adapter.write()
+    report = convert(root, tmp_path / "out", "lerobot", config=golden_pi05.config, check=False)
+    assert report.dtype == "bfloat16 and float32"
+    written = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert {written[f"{module}.weight"].dtype for module in adapter.modules} == {torch.float32}
+    assert sum(array.dtype is torch.bfloat16 for array in written.values()) > 100
+    expected = torchpi.load_model(root, config=golden_pi05.config)
+    assert_same_weights(torchpi.load_model(tmp_path / "out", config=golden_pi05.config), expected)
+
+
 def test_changes_of_text_heads_are_dropped_and_said(adapter, golden_pi05):
     for half, shape in (("A", (3, 64)), ("B", (512, 3))):
         name = f"base_model.model.model.paligemma_with_expert.paligemma.lm_head.lora_{half}.weight"
