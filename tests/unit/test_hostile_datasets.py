@@ -144,3 +144,12 @@ def test_frames_of_videos_with_more_pixels_than_a_camera_has_are_not_decoded(tmp
     monkeypatch.setattr(video, "_MAX_PIXELS", 64 * 64)
     with pytest.raises(DatasetError, match=r"a\.mp4 has no frame at 0\.0000 s: .*max_pixels"):
         VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1)
+
+
+def test_a_name_of_a_column_that_is_no_text_is_an_error_that_names_the_file(dataset):
+    file = next(dataset.glob("data/*/*.parquet"))
+    data = file.read_bytes()
+    assert b"timestamp" in data
+    file.write_bytes(data.replace(b"timestamp", b"\xff\xfemestamp"))
+    with pytest.raises(DatasetError, match=rf"{file.name} is truncated or damaged"):
+        LeRobotDataset(dataset, action_horizon=1)
