@@ -29,6 +29,7 @@ from torchpi.training.hooks import FLOW_SAMPLES
 from torchpi.training.loop import update
 from torchpi.training.samples import Batch, example_batch, loss_sum
 from torchpi.training.state import TrainState
+from torchpi.training.weights import with_depth
 
 KINDS = ("weights", "gradients", "optimizer", "ema", "data", "activations", "gathered")
 Moment = Literal["update", "evaluation"]
@@ -90,7 +91,10 @@ def peak_memory(
         return live.peaks
 
     depths = {"vision": model.config.siglip.depth, "gemma": model.config.paligemma.depth}
-    least, one_more = (peaks_of(_with_depth(model.config, more)) for more in (0, 1))
+    least, one_more = (
+        peaks_of(with_depth(model.config, **{stacks: layers + more for stacks, layers in _LAYERS.items()}))
+        for more in (0, 1)
+    )
     left = {stacks: max(0, depths[stacks] - layers) for stacks, layers in _LAYERS.items()}
     peaks = [
         PeakMemory(moment, **_deeper(found, one_more[moment, part], left)) for (moment, part), found in least.items()
@@ -103,20 +107,6 @@ def peak_memory(
         gathered = root.weights + root.gradients + root.reduced
         peaks.append(dataclasses.replace(peaks[0], gradients=gradients, activations=0, gathered=gathered))
     return max(peaks, key=lambda peak: peak.total)
-
-
-def _with_depth(sizes: Pi0Config, more: int) -> Pi0Config:
-    """The sizes with as many layers as `_LAYERS` and `more` say, or with all where they are fewer."""
-
-    def cut(stack: Any, stacks: str) -> Any:
-        return dataclasses.replace(stack, depth=min(stack.depth, _LAYERS[stacks] + more))
-
-    return dataclasses.replace(
-        sizes,
-        siglip_variant=cut(sizes.siglip, "vision"),
-        paligemma_variant=cut(sizes.paligemma, "gemma"),
-        action_expert_variant=cut(sizes.action_expert, "gemma"),
-    )
 
 
 def _deeper(least: Bytes, one_more: Bytes, left: Mapping[str, int]) -> dict[str, int]:

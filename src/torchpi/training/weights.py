@@ -166,19 +166,26 @@ def freeze(model: Pi0, config: TrainConfig) -> None:
             parameter.data = parameter.data.to(frozen_dtype)
 
 
+def with_depth(sizes: Pi0Config, *, vision: int, gemma: int) -> Pi0Config:
+    """The sizes with so many layers, or with all where they are fewer."""
+
+    def cut(stack: Any, depth: int) -> Any:
+        return dataclasses.replace(stack, depth=min(stack.depth, depth))
+
+    return dataclasses.replace(
+        sizes,
+        siglip_variant=cut(sizes.siglip, vision),
+        paligemma_variant=cut(sizes.paligemma, gemma),
+        action_expert_variant=cut(sizes.action_expert, gemma),
+    )
+
+
 def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
     """The parameters that the loss does not depend on: of the backbone's last layer all behind keys and values, and its
     final norm. A backward pass on "meta" finds them, with two layers: those in front of the last one are alike.
     """
     whole, depth = model.config, min(model.config.paligemma.depth, 2)
-    sizes = dataclasses.replace(
-        whole,
-        action_horizon=1,
-        max_token_len=2,
-        siglip_variant=dataclasses.replace(whole.siglip, depth=1),
-        paligemma_variant=dataclasses.replace(whole.paligemma, depth=depth),
-        action_expert_variant=dataclasses.replace(whole.action_expert, depth=depth),
-    )
+    sizes = with_depth(dataclasses.replace(whole, action_horizon=1, max_token_len=2), vision=1, gemma=depth)
     last, own = f".layers.{depth - 1}.", f".layers.{whole.paligemma.depth - 1}."
     found = _without_gradient(sizes, config.model.lora if config.model.trains_lora else None)
     return frozenset(name.replace(last, own) for name in found)
