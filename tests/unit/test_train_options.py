@@ -91,6 +91,15 @@ def test_init_of_other_sizes_is_an_error_unless_it_is_adapted(further, tmp_path)
     assert model.trained_action_dim == 6
 
 
+def test_policy_of_a_lora_training_from_adapted_weights_is_loaded(further, tmp_path):
+    sizes = tmp_path / "wider.json"
+    sizes.write_text(json.dumps({**SIZES.to_dict(), "action_dim": 8}))
+    config = further.replace(model=str(sizes), adapt=True, finetune="lora", ema_decay=0.0, num_steps=1)
+    policy = torchpi.load_policy(loop.train(config, tmp_path / "run").policy)
+    assert policy.model.trained_action_dim == 6  # the robot has four actions
+    policy.infer(policy.example_observation())
+
+
 def test_training_ends_that_actions_are_untrained(recipe):
     (model, _), data = begin(recipe)
     model.trained_action_dim = 1
@@ -599,7 +608,7 @@ def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
     root = golden_root / "lora" / "pi05"
     ranks = LoraConfig(backbone_rank=4, expert_rank=6)
     config = TrainConfig(init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune=finetune)
-    with pytest.raises(ValueError, match=r"rank 4 in the backbone .*--lora-alpha"):
+    with pytest.raises(ValueError, match=r"rank 4 in the backbone .*Pass lora_alpha="):
         open_init(config.replace(lora=ranks))
     expected = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0))
     before = dataclasses.replace(ranks, backbone_alpha=8.0, expert_alpha=3.0)  # how recipes stated it before

@@ -443,7 +443,7 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
         )
     adapter = read_adapter(root)
     with _naming_base(root, adapter.base.address):
-        base = open_checkpoint(adapter.base.address, config=config)
+        base = open_checkpoint(adapter.base.address, config=config, adapt=True)  # as the training may have done
     return Checkpoint(
         address, root, "torchpi", config, base.arrays, base.table, tied=base.tied, dropped=base.dropped,
         policy_file=policy_file, adapter=adapter, base=base,

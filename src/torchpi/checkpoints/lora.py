@@ -55,8 +55,8 @@ def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) 
         found = " and ".join(f"rank {ranks[i]} in the {stack}" for i, stack in _STACKS.items() if i in ranks)
         raise CheckpointError(
             f"{arrays.source} has LoRA of {found}, whose alpha, by which its update is scaled, is in no array; it is "
-            f"known for openpi's ranks {known[False]} and {known[True]} only. Pass lora_alpha=(backbone, expert), "
-            "--lora-alpha BACKBONE EXPERT, as in the training config that the checkpoint is of."
+            f"known for openpi's ranks {known[False]} and {known[True]} only. Pass lora_alpha= with those of the "
+            "backbone and of the expert, as in the training config that the checkpoint is of."
         )
     backbone_alpha, expert_alpha = DEFAULT_ALPHA if alpha is None else alpha
     return LoraConfig(

@@ -13,6 +13,7 @@ from rich.console import Console
 from torchpi.arrays import read_npz
 from torchpi.atomic import replace_text
 from torchpi.checkpoints.address import existing_folder
+from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.folder import is_policy_folder
 from torchpi.errors import UsageError
 from torchpi.inspect.compare import TOLERANCE, compare_policies
@@ -125,6 +126,9 @@ def run_compare(
     def loaded(path: str) -> Policy:
         states_everything = is_policy_folder(existing_folder(path))
         more = {"emulate_fp8": emulate_fp8, "verify": verify, **({} if states_everything else load)}
+        sizes = {name: more[name] for name in ("config", "embedding") if name in more}
+        if "lora_alpha" in more and not open_checkpoint(path, **sizes).folded:
+            del more["lora_alpha"]  # it is the other one's
         return load_policy(path, device=device, dtype=dtype, engine="eager", **more)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):
