@@ -1,8 +1,11 @@
 """Text from outside in messages."""
 
+import io
+
 import pytest
 
 from torchpi.errors import first_of, printable
+from torchpi.ui.tables import Column, PlainConsole, Table, grid
 
 
 @pytest.mark.parametrize(
@@ -36,3 +39,12 @@ def test_line_breaks_can_be_kept():
 def test_list_of_names_is_short_and_printable():
     assert first_of(["a\nb", *("k" * 3000 for _ in range(9000))]).startswith(r"a\nb, kkk")
     assert len(first_of(["k" * 3000] * 9000)) < 5000
+
+
+def test_names_from_outside_are_text_on_the_terminal():
+    file = io.StringIO()
+    name = "x\x1b[2J [bold]y[/bold]\r"
+    console = PlainConsole(file=file, width=200, force_terminal=True, color_system=None)
+    console.print(name, Table([Column("name")], [[name]]).to_rich(), grid(["a"], [[name]]))
+    assert file.getvalue().count(r"x\x1b[2J [bold]y[/bold]\r") == 3
+    assert "\x1b[2J" not in file.getvalue()

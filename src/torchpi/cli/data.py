@@ -13,6 +13,7 @@ from torchpi.atomic import replace_text
 from torchpi.cli.common import split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import PlainConsole
 
 if TYPE_CHECKING:
     from torchpi.data.inspect import Inspection
@@ -59,7 +60,7 @@ class DataInspect(_Look):
         if self.json:
             print_json(found.to_dict())
         else:
-            print_inspection(found, Console(highlight=False))
+            print_inspection(found, PlainConsole())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ class Serve:
 
     Connections are accepted once "listening" is logged; the policy's metadata are sent when it is loaded and warm.
     /healthz answers 200 from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows the robots'
-    cameras, their action chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C or SIGTERM ends
-    the server once the requests that it has received are answered.
+    cameras, their action chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C, SIGTERM or
+    SIGHUP ends the server once the requests that it has received are answered.
     """
 
     policy: Annotated[str | None, tyro.conf.Positional] = None

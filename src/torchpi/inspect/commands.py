@@ -24,11 +24,12 @@ from torchpi.inspect.text import print_compared, print_comparison, print_diagnos
 from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy, load_policy
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import PlainConsole
 
 
 def plain_console(width: int = 120) -> Console:
-    """A console of plain text, so wide where stdout is no terminal; "[4, 200]" in a name or prompt is no markup."""
-    return Console(width=None if sys.stdout.isatty() else width, markup=False, emoji=False, highlight=False)
+    """A console of plain text, so wide where stdout is no terminal."""
+    return PlainConsole(width=None if sys.stdout.isatty() else width)
 
 
 def run_trace(

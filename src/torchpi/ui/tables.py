@@ -7,10 +7,21 @@ from html import escape
 from typing import Any, Literal
 
 from rich import box
+from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from torchpi.errors import printable
+
+
+class PlainConsole(Console):
+    """A terminal on which strings, which may be names from outside, are neither markup nor control sequences."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str(printable(text, _MAX_CELL, keep="\n"), **settings)
 
 
 @dataclasses.dataclass(frozen=True)
