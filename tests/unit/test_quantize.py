@@ -265,7 +265,7 @@ def source(tmp_path_factory, golden_root):
     model, generator = Pi0(config), torch.Generator().manual_seed(3)
     for parameter in model.parameters():
         parameter.data.normal_(std=0.2, generator=generator)
-    one = NormStats(np.zeros(2), np.ones(2), -np.ones(2), np.ones(2))
+    one = NormStats(np.zeros(2), np.ones(2), np.full(2, -2.0), np.full(2, 2.0))
     policy = Policy(
         model,
         ARM,
