@@ -112,10 +112,11 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
     model.to_empty(device=world.device)
     for name, parameter in model.named_parameters():
         # One after the other: an array of the main process is freed before the next one is distributed.
-        array = whole.pop(name) if world.is_main else torch.empty(parameter.shape, dtype=parameter.dtype)
         target = parameter.detach()
         assert isinstance(target, DTensor)
-        target.to_local().copy_(distribute_tensor(array.to(world.device), mesh, target.placements).to_local())
+        array = whole.pop(name) if world.is_main else torch.empty(target.shape, dtype=target.dtype, device=world.device)
+        array = array.to(world.device)
+        target.to_local().copy_(distribute_tensor(array, mesh, target.placements).to_local())
 
     @contextlib.contextmanager
     def sync_gradients(sync: bool) -> Iterator[None]:
