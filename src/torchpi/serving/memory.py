@@ -16,6 +16,8 @@ _log = logging.getLogger(__name__)
 
 _GOODBYE = CloseCode.TRY_AGAIN_LATER, "messages of all clients fill the server's memory, yours most of it"
 _GOODBYE_SECONDS = 0.2
+_STEP = 2**18
+"""Bytes of an incomplete frame by which the memory is counted."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -71,8 +73,8 @@ class CountedConnection(ServerConnection):
     """A websocket whose messages count as they arrive; its handler counts the rest, and what is done with."""
 
     memory: MessageMemory
-    _arriving = 0
-    """Bytes since the last complete frame."""
+    _arriving = _counted = 0
+    """Bytes since the last complete frame, and those of them that count already."""
 
     def count(self, change: int) -> None:
         self.memory.count(self, change)
@@ -80,14 +82,16 @@ class CountedConnection(ServerConnection):
 
     def data_received(self, data: bytes) -> None:
         self._arriving += len(data)
-        self.memory.count(self, len(data))
         super().data_received(data)
-        self.memory.check()
+        if self._arriving - self._counted >= _STEP:  # each byte that arrives would cost requests per second
+            self.memory.count(self, self._arriving - self._counted)
+            self._counted = self._arriving
+            self.memory.check()
 
     def process_event(self, event: Any) -> None:
         is_data = isinstance(event, Frame) and event.opcode in DATA_OPCODES
-        self.memory.count(self, (len(event.data) if is_data else 0) - self._arriving)
-        self._arriving = 0
+        self.memory.count(self, (len(event.data) if is_data else 0) - self._counted)
+        self._arriving = self._counted = 0
         super().process_event(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
