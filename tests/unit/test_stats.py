@@ -261,12 +261,13 @@ def test_command_reads_neither_images_nor_other_columns(golden_root, tmp_path, c
     root = tmp_path / "set"
     shutil.copytree(golden_root / "datasets/lerobot_v3_image", root)
     columns = []
-    read = pq.ParquetFile.read
-    monkeypatch.setattr(pq.ParquetFile, "read", lambda self, columns=None: (seen(columns), read(self, columns))[1])
+    read = pq.ParquetFile.iter_batches
 
-    def seen(names):
-        columns.append(names)
+    def reading(file, **options):
+        columns.append(options["columns"])
+        return read(file, **options)
 
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", reading)
     run(capsys, root, "--embodiment", "metaworld", "--json")
     (of_data,) = [names for names in columns if names and "action" in names]
     assert set(of_data) == {

@@ -90,9 +90,7 @@ def to_numpy(column: Any) -> np.ndarray:
     pa, pc = require("pyarrow", "data"), require("pyarrow.compute", "data")
     array = column.combine_chunks()
     shape = [len(array)]
-    while pa.types.is_nested(array.type):
-        if array.null_count:
-            raise DatasetError(f"{array.null_count} values are missing.")
+    while not array.null_count and pa.types.is_nested(array.type):
         lengths = pc.unique(pc.list_value_length(array)).to_pylist()
         if len(lengths) > 1:
             raise DatasetError(f"Its lists have the lengths {', '.join(map(str, lengths))}; expected one.")

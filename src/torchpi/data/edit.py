@@ -12,7 +12,8 @@ from torchpi.atomic import atomic_folder
 from torchpi.data import format as lerobot
 from torchpi.data.episodes import select_episodes
 from torchpi.data.metadata import Metadata, open_metadata
-from torchpi.data.names import dimension_names, order_of
+from torchpi.data.names import dimension_names
+from torchpi.data.observations import robot_order
 from torchpi.data.pixels import is_depth_map, stated_info
 from torchpi.data.rate import Resampling
 from torchpi.data.rewrite import Edited, Piece, Progress, no_progress, pieces_of, write_pieces
@@ -119,13 +120,7 @@ def _commands_of(robot: Embodiment, names: Sequence[str] | None, path: Path) -> 
     stated = [action.command or "not stated" for action in robot.actions]
     if names is None or len(names) != len(stated):
         return stated
-    try:
-        order = order_of(names, robot.action_names)
-    except DatasetError as error:
-        raise DatasetError(
-            f"{path}: {lerobot.ACTION} has {', '.join(names)}; embodiment '{robot.name}' has "
-            f"{', '.join(robot.action_names)}: {error}. Choose the robot's embodiment, or state --command."
-        ) from error
+    order = robot_order(names, robot.action_names, f"{path}: {lerobot.ACTION}", robot.name)
     return [stated[order.index(i)] for i in range(len(names))]
 
 

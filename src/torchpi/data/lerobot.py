@@ -1,6 +1,7 @@
 """Reading datasets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
 import concurrent.futures
+import itertools
 import operator
 import os
 import warnings
@@ -295,20 +296,12 @@ class LeRobotDataset:
             ) from error
 
     def _check_cameras(self) -> None:
-        there: set[Path] = set()
-        keys = [key for key in self._metadata.info.videos if key in self.camera_keys]
-        for episode in self._episodes:
-            for key in keys:
-                if key not in episode.videos:
-                    raise DatasetError(
-                        f"Episode {episode.index} of {self.path} has no video of {key}: the list of episodes names "
-                        "none, as it was not encoded before the recording ended. Encode it with LeRobot, or "
-                        f"{lerobot.LEAVE_OUT}."
-                    )
-                path = episode.videos[key].path
-                if path not in there:
-                    require_file(path, f"video of {key}, episode {episode.index},")
-                    there.add(path)
+        """Require the videos of all episodes, each file once."""
+        keys, labels = [key for key in self._metadata.info.videos if key in self.camera_keys], dict[Path, str]()
+        for episode, key in itertools.product(self._episodes, keys):
+            labels.setdefault(episode.video(key).path, f"video of {key}, episode {episode.index},")
+        for path, label in labels.items():
+            require_file(path, label)
 
 
 def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import string
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -79,6 +78,15 @@ class Episode:
     videos: Mapping[str, VideoSpan]
     """Per camera that is a video; without those that are not encoded yet."""
 
+    def video(self, key: str) -> VideoSpan:
+        """A camera's video, which must be there."""
+        if key not in self.videos:
+            raise DatasetError(
+                f"Episode {self.index} of {self.data_file} has no video of {key}: the list of episodes names none, as "
+                f"it was not encoded before the recording ended. Encode it with LeRobot, or {lerobot.LEAVE_OUT}."
+            )
+        return self.videos[key]
+
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
@@ -111,13 +119,21 @@ def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) 
     text, root = str(path), Path(path).expanduser()
     if text.startswith(_HUB):
         root = _download(text, ["meta/"])
-    elif text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
-        raise DatasetError(
-            f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{_hub_hint(text)}"
-        )
     elif not root.is_dir():
-        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{_hub_hint(text)}")
-    return _read_metadata(root).with_names(rename or {})
+        from torchpi.checkpoints.address import hub_hint  # brings torch
+
+        if text.startswith(("hf:/", "gs:/", "s3:/", "http:/", "https:/")):  # a Path makes one slash of two
+            raise DatasetError(
+                f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{hub_hint(text)}"
+            )
+        raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{hub_hint(text)}")
+    folder = DatasetFolder(root)
+    info = _read_info(folder)
+    tasks = _tasks(folder, info)
+    episodes = [_episode(row, info, folder, tasks) for row in episode_rows(root, info)]
+    _check_episodes(episodes, info, root)
+    episodes.sort(key=lambda episode: episode.index)
+    return Metadata(root, info, tasks, tuple(episodes)).with_names(rename or {})
 
 
 def download_frames(path: str | Path, root: Path, episodes: Iterable[Episode], cameras: Collection[str]) -> None:
@@ -137,25 +153,10 @@ def with_frames(episodes: Sequence[Episode], root: Path) -> tuple[Episode, ...]:
     return tuple(episode for episode in episodes if episode.length)
 
 
-def _hub_hint(text: str) -> str:
-    from torchpi.checkpoints.address import hub_hint  # brings torch
-
-    return hub_hint(text)
-
-
 def _download(address: str, names: list[str]) -> Path:
     from torchpi.checkpoints.hub import fetch_dataset  # brings huggingface_hub
 
     return fetch_dataset(address, names)
-
-
-def _read_metadata(root: Path) -> Metadata:
-    folder = DatasetFolder(root)
-    info = _read_info(folder)
-    tasks = _tasks(folder, info)
-    episodes = [_episode(row, info, folder, tasks) for row in episode_rows(root, info)]
-    _check_episodes(episodes, info, root)
-    return Metadata(root, info, tasks, tuple(sorted(episodes, key=lambda episode: episode.index)))
 
 
 def _read_info(folder: DatasetFolder) -> Info:
@@ -209,20 +210,12 @@ def _advice_about(version: Any) -> str:
 
 def _check_template(template: str, info: Info, where: str) -> None:
     """Refuse a template of paths with other fields than LeRobot's, or with widths that no path has."""
-    known = {"chunk_index", "file_index"} if info.is_v3 else {"episode_chunk", "episode_index"}
-    try:
-        fields = [
-            (name, spec, change) for _, name, spec, change in string.Formatter().parse(template) if name is not None
-        ]
-    except ValueError as error:
-        raise DatasetError(f"{where} is {template!a:.200}: {error}. The file is damaged.") from error
-    for name, spec, change in fields:
-        is_number = name in known and re.fullmatch(r"(0?\d{1,2})?d?", spec or "")
-        if change or not (is_number or (name == "video_key" and not spec)):
-            raise DatasetError(
-                f"{where} is {template!a:.200}; expected the fields {', '.join(sorted(known))} with widths below "
-                "100, and video_key. The file is damaged."
-            )
+    known = ("chunk_index", "file_index") if info.is_v3 else ("episode_chunk", "episode_index")
+    if not re.fullmatch(rf"([^{{}}]|{{({'|'.join(known)})(:0?\d{{0,2}}d?)?}}|{{video_key}})*", template):
+        raise DatasetError(
+            f"{where} is {template!a:.200}; expected the fields {', '.join(known)} with widths below 100, and "
+            "video_key. The file is damaged."
+        )
 
 
 def _tasks(folder: DatasetFolder, info: Info) -> dict[int, str]:
@@ -265,17 +258,14 @@ def episode_rows(root: Path, info: Info, *, stats: bool = False) -> Iterator[dic
 def _no_list(path: Path, info: Info, *, other_format: bool) -> Exception:
     """The error about a dataset without its list of episodes."""
     missing = f"{path}, the list of episodes, is missing"
-    if other_format:
-        return MissingFileError(
-            f"{missing}. There is one of another format than {info.codebase_version}, which {lerobot.INFO} states: two "
-            "versions are mixed. Get the whole dataset again, in one of them."
-        )
-    if info.total_episodes == 0:  # then LeRobot has not written the other files of meta either
+    if info.total_episodes == 0 and not other_format:  # then LeRobot has not written the other files of meta either
         return DatasetError(f"The dataset has no episodes: {missing}, and {lerobot.INFO} says so; record some first.")
-    return MissingFileError(
-        f"{missing}, and {lerobot.INFO} says {info.total_episodes or 'no number of'} episodes: the recording ended "
-        "before LeRobot wrote it (in dataset.finalize()), or the dataset was not copied as a whole. Get it again."
-    )
+    cause = f"and {lerobot.INFO} says {info.total_episodes or 'no number of'} episodes: the recording ended before "
+    cause += "LeRobot wrote it (in dataset.finalize()), or not everything was copied"
+    if other_format:
+        cause = f"but there is one of another format than {info.codebase_version}, which {lerobot.INFO} states: "
+        cause += "two versions are mixed"
+    return MissingFileError(f"{missing}, {cause}. Get the whole dataset again.")
 
 
 def _episode(row: Mapping[str, Any], info: Info, folder: DatasetFolder, tasks: Mapping[int, str]) -> Episode:
@@ -333,6 +323,6 @@ def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:
     if differing := [f"{field} {stated[field]}" for field in found if stated[field] not in (None, found[field])]:
         raise DatasetError(
             f"{root / lerobot.INFO} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
-            f"{found['total_frames']} frames; the dataset is incomplete or damaged: a recording or copy ended early, "
-            "or it was edited by hand. Get it again; or if what is listed is all that you want, correct these numbers."
+            f"{found['total_frames']} frames: a recording or copy ended early, or it was edited. Get the set again, "
+            "or if what is listed is all that you want, correct these numbers."
         )

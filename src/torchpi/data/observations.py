@@ -37,7 +37,7 @@ def to_observation(frame: Mapping[str, Any], embodiment: Embodiment) -> dict[str
     depths = [key for key, value in arrays.items() if value.dtype == np.float32 and value.shape[2:] == (1,)]
     images = [key for key, value in arrays.items() if value.dtype == np.uint8 and value.ndim == 3]
     matched = _matched(embodiment, [*images, *depths], depths)
-    flat = {str(camera.key): _as_sent(camera, frame[key]) for camera, key in matched}
+    flat = {str(camera.key): camera.as_sent(frame[key]) for camera, key in matched}
     if embodiment.state and lerobot.STATE not in frame:
         raise UnknownKeyError(f"The frame has no {lerobot.STATE}; it has {', '.join(frame)}.")
     check_dims(embodiment, state=frame[lerobot.STATE].shape[-1] if embodiment.state else None)
@@ -102,7 +102,15 @@ def in_robot_order(
     robots = {lerobot.STATE: embodiment.state_names[:s], lerobot.ACTION: embodiment.action_names}
     for key, expected in robots.items():
         if expected and (found := names[key]) is not None:
-            order[key] = _order(found, expected, f"{where}: {key}", embodiment.name)
+            order[key] = robot_order(found, expected, f"{where}: {key}", embodiment.name)
+            if order[key] != sorted(order[key]):
+                # The same place in the code for every dataset that is opened: said once.
+                warnings.warn(
+                    f"{where}: {key} has {', '.join(found)}; embodiment '{embodiment.name}' has {', '.join(expected)}. "
+                    "They are put into that order.",
+                    UserWarning,
+                    stacklevel=1,
+                )
     for key, other in ((lerobot.STATE, lerobot.ACTION), (lerobot.ACTION, lerobot.STATE)):
         if s == a and order[key] != sorted(order[key]) and not tell_order(names[other], robots[other]):
             raise DatasetError(
@@ -127,20 +135,16 @@ def in_robot_order(
     return order
 
 
-def _order(found: Sequence[str], expected: Sequence[str], column: str, robot: str) -> list[int]:
-    both = f"{column} has {', '.join(found)}; embodiment '{robot}' has {', '.join(expected)}"
+def robot_order(found: Sequence[str], expected: Sequence[str], column: str, robot: str) -> list[int]:
+    """`order_of`, with an error that says which column and which robot."""
     try:
-        order = order_of(found, expected)
+        return order_of(found, expected)
     except DatasetError as error:
         raise DatasetError(
-            f"{both}: {error}. Choose the robot's embodiment, or give it the dataset's names; if other columns are "
-            f"meant, join them with --rename; if the dataset's names are wrong, correct them in {lerobot.INFO} (null: "
-            "the order decides)."
+            f"{column} has {', '.join(found)}; embodiment '{robot}' has {', '.join(expected)}: {error}. Choose the "
+            "robot's embodiment, or give it the dataset's names; if other columns are meant, join them with --rename; "
+            f"if the dataset's names are wrong, correct them in {lerobot.INFO} (null: the order decides)."
         ) from error
-    if order != sorted(order):
-        # The same place in the code for every dataset that is opened: said once.
-        warnings.warn(f"{both}. They are put into that order.", UserWarning, stacklevel=1)
-    return order
 
 
 def _matched(embodiment: Embodiment, keys: Sequence[str], depth_keys: Collection[str]) -> list[tuple[Camera, str]]:
@@ -189,12 +193,3 @@ def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> Unk
 
 def _last(key: str) -> str:
     return re.split(r"[./]", key)[-1]
-
-
-def _as_sent(camera: Camera, image: np.ndarray) -> np.ndarray:
-    """An image, or depth in metres, as the robot sends it."""
-    if camera.depth is not None:
-        image = camera.depth.as_sent(image, camera.dtype)
-    elif camera.dtype == "float32":
-        image = image.astype(np.float32) / 255
-    return np.moveaxis(image, -1, 0) if camera.layout == "chw" else image

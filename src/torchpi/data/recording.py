@@ -321,9 +321,7 @@ def join_parquet(path: Path, parts: Sequence[Path]) -> None:
             writer.write_table(pq.read_table(part))
 
 
-@contextlib.contextmanager
-def write_parquet(path: Path, schema: Any) -> Iterator[Any]:
+def write_parquet(path: Path, schema: Any) -> Any:
     """A data file's writer; images are compressed already, and a dictionary of them would only take time."""
     plain = [field.name for field in schema if not field.name.startswith(lerobot.IMAGES)]
-    with require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain) as writer:
-        yield writer
+    return require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain)

@@ -199,15 +199,13 @@ def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampl
 
 def _instructions(piece: Piece, table: Any) -> list[str]:
     """The instruction of each frame."""
-    texts = []
-    for index in to_numpy(table.column("task_index")).ravel().tolist():
-        if not isinstance(text := piece.source.tasks.get(index), str):
-            raise DatasetError(
-                f"Episode {piece.episode.index} of {piece.source.root} has the task_index {index}, for which "
-                f"{piece.source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
-            )
-        texts.append(text)
-    return texts
+    indices, source = to_numpy(table.column("task_index")).ravel().tolist(), piece.source
+    if missing := [index for index in indices if not isinstance(source.tasks.get(index), str)]:
+        raise DatasetError(
+            f"Episode {piece.episode.index} of {source.root} has the task_index {missing[0]}, for which "
+            f"{source.info.tasks_file} has no text. Add the instruction there, or delete the episode."
+        )
+    return [source.tasks[index] for index in indices]
 
 
 def _with_column(table: Any, name: str, values: Any, kind: Any = None) -> Any:
@@ -220,12 +218,7 @@ def _write_video(
 ) -> None:
     """Copy an episode's video, or encode it anew: some of its frames, at the new dataset's rate, if they are given."""
     (source, episode, _), feature = piece, recording.info.features[camera]
-    if camera not in episode.videos:
-        raise DatasetError(
-            f"{camera} of episode {episode.index} has no video: it was not encoded before the recording ended. Leave "
-            "the episode out (torchpi data delete)."
-        )
-    span, fps = episode.videos[camera], source.info.fps
+    span, fps = episode.video(camera), source.info.fps
     if frames is None and cut_video(path, span.path, span.from_timestamp, num_frames=episode.length, fps=fps):
         result.videos_copied += 1
         return

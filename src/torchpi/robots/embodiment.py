@@ -12,20 +12,22 @@ from jaxtyping import Float
 from torchpi import schema
 from torchpi.errors import EmbodimentError, UnknownKeyError, first_of, is_whole
 from torchpi.robots.keys import flatten, nest
-from torchpi.robots.parts import (
-    BEYOND_LIMITS,
-    HOOKS,
-    LIMITS,
-    ActionDim,
-    Camera,
-    StateKey,
-    check_dict,
-    name_list,
-    numbers,
-)
+from torchpi.robots.parts import BEYOND_LIMITS, HOOKS, LIMITS, ActionDim, Camera, StateKey, numbers
 from torchpi.transforms.actions import absolute_actions, delta_actions
 from torchpi.transforms.normalize import require_finite
 from torchpi.transforms.prompt import as_text
+
+
+@dataclasses.dataclass(frozen=True)
+class _Generic:
+    """The arguments of `Embodiment.generic`, for a check of their types."""
+
+    cameras: dict[str, str]
+    state: tuple[str, ...]
+    actions: tuple[str, ...]
+    delta: tuple[str, ...]
+    command: str | dict[str, str]
+    limits: dict[str, dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,27 +168,23 @@ class Embodiment:
                 occur twice; a delta whose name the state has at another index; what the constructor raises.
         """
         label = f"Embodiment '{name}'"
-        state, actions, delta = (
-            name_list(f"{label}: {field}", value)
-            for field, value in (("state", state), ("actions", actions), ("delta", delta))
-        )
-        for field, value in (("cameras", cameras), ("command", command), ("limits", limits)):
-            check_dict(f"{label}: {field}", field, value)
-        commands = dict.fromkeys(actions, command) if isinstance(command, str) else command or {}
-        limits = limits or {}
-        for field, names in (("delta", delta), ("command", commands), ("limits", limits)):
-            if unknown := [action for action in names if action not in actions]:
-                raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(actions)}.")
-        if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
+        names = {"cameras": cameras, "state": state, "actions": actions, "delta": delta}
+        values = {"command": command or {}, "limits": limits or {}}
+        of = schema.parse(_Generic, names | values, label, error=EmbodimentError)
+        commands = dict.fromkeys(of.actions, of.command) if isinstance(of.command, str) else of.command
+        for field, some in (("delta", of.delta), ("command", commands), ("limits", of.limits)):
+            if unknown := [action for action in some if action not in of.actions]:
+                raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(of.actions)}.")
+        if unknown := sorted({field for limit in of.limits.values() for field in limit} - set(LIMITS)):
             raise EmbodimentError(f"{label}: limits have {unknown}; expected {', '.join(LIMITS)}.")
         dimensions = []
-        for action in actions:
-            kind = "delta" if action in delta else "absolute"
-            dimensions.append(ActionDim(action, "", kind, commands.get(action), **limits.get(action, {})))
+        for action in of.actions:
+            kind = "delta" if action in of.delta else "absolute"
+            dimensions.append(ActionDim(action, "", kind, commands.get(action), **of.limits.get(action, {})))
         robot = cls(
             name,
-            cameras=tuple(Camera(model_name, key) for model_name, key in cameras.items()),
-            state=(StateKey(state_key, state),) if state else (),
+            cameras=tuple(Camera(model_name, key) for model_name, key in of.cameras.items()),
+            state=(StateKey(state_key, of.state),) if of.state else (),
             actions=tuple(dimensions),
             **fields,
         )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,14 +63,19 @@ class Camera:
         read = to_uint8_hwc if self.depth is None else self.depth.read
         return read(image, layout=self.layout, dtype=self.dtype, camera=f"{self.name} ({self.key})")
 
+    def as_sent(self, image: np.ndarray) -> np.ndarray:
+        """An image uint8 [h, w, 3], or depth [h, w, 1] in metres, as the robot sends it."""
+        if self.depth is not None:
+            image = self.depth.as_sent(image, self.dtype)
+        elif self.dtype == "float32":
+            image = image.astype(np.float32) / 255
+        return np.moveaxis(image, -1, 0) if self.layout == "chw" else image
+
     def example(self, rng: np.random.Generator) -> np.ndarray:
         """A noise image as the robot would send it."""
         if self.depth is not None:
-            metres = rng.uniform(self.depth.near, self.depth.far, (480, 640))
-            return self.depth.as_sent(metres, self.dtype)
-        image = rng.integers(0, 256, (480, 640, 3), np.uint8)
-        image = np.ascontiguousarray(np.moveaxis(image, -1, 0)) if self.layout == "chw" else image
-        return image.astype(np.float32) / 255 if self.dtype == "float32" else image
+            return self.depth.as_sent(rng.uniform(self.depth.near, self.depth.far, (480, 640)), self.dtype)
+        return np.ascontiguousarray(self.as_sent(rng.integers(0, 256, (480, 640, 3), np.uint8)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,26 +207,3 @@ def numbers(value: Any, label: str) -> np.ndarray:
 def _check_choice(label: str, field: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise EmbodimentError(f"{label}: {field} is {value!r}; expected one of {', '.join(allowed)}.")
-
-
-def name_list(label: str, names: Any) -> tuple[str, ...]:
-    """A tuple of names from a list of them."""
-    found = (names,) if isinstance(names, str) or not isinstance(names, Iterable) else tuple(names)
-    if isinstance(names, str) or not all(isinstance(name, str) for name in found):
-        raise EmbodimentError(f'{label} is {names!r:.80}; expected a list of names, such as ["shoulder", "elbow"].')
-    return found
-
-
-# The dicts that `Embodiment.generic` takes: what else may be passed, the type of their values, and their meaning.
-_DICTS: dict[str, tuple[Any, Any, str]] = {
-    "cameras": ((), str, 'the model\'s camera names to the observation\'s keys, such as {"base_0_rgb": "front"}'),
-    "command": (str | None, object, 'action names to commands, or one as text for all actions, such as "position"'),
-    "limits": (type(None), Mapping, 'action names to limits, such as {"elbow": {"low": -1, "high": 1}}'),
-}
-
-
-def check_dict(label: str, field: str, value: Any) -> None:
-    other, kind, expected = _DICTS[field]
-    is_dict = isinstance(value, Mapping) and all(isinstance(v, kind) for v in value.values())
-    if not (is_dict or isinstance(value, other)):
-        raise EmbodimentError(f"{label} is {value!r:.80}; expected a dict of {expected}.")
