@@ -51,7 +51,7 @@ def test_clocks_of_episodes_may_begin_anywhere(version, clock, clock_type, tmp_p
 
 def test_clock_that_cannot_tell_frames_apart_is_an_error(tmp_path):
     root = write_set(tmp_path / "set", clock=lambda e, t: t + 1.7e9)
-    refused(root, r"episode 0 begins at 1700000000 s, where float32 has a value every 128 s only; its 10 frames")
+    refused(root, r"episode 0 begins at 1700000000 s, where float32 has a value every 128 s only; write it as float64")
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_a_table_without_rows_keeps_its_columns(tmp_path):
 def test_frames_of_videos_with_more_pixels_than_a_camera_has_are_not_decoded(tmp_path, monkeypatch):
     encode_video(tmp_path / "a.mp4", [np.zeros((64, 96, 3), np.uint8)] * 2, fps=10, encoder="libx264")
     assert VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1).shape == (64, 96, 3)
-    monkeypatch.setattr(video, "_MAX_PIXELS", 64 * 64)
+    monkeypatch.setattr(video, "MAX_PIXELS", 64 * 64)
     with pytest.raises(DatasetError, match=r"a\.mp4 has no frame at 0\.0000 s: .*max_pixels"):
         VideoReader(tmp_path / "a.mp4").read(0.0, 0.01, 0.1)
 

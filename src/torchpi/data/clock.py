@@ -39,20 +39,14 @@ def check_clock(timestamps: np.ndarray, episodes: Sequence[Episode], *, fps: flo
     total = seconds[firsts[i] + episode.length - 1]
     rate = (episode.length - 1) / total if total else np.inf
     units = [name for name, factor in _UNITS.items() if abs(rate * factor / fps - 1) < 0.1]
-    if step[i] > 0.5 / fps and not units:
-        raise DatasetError(
-            f"{episode.data_file}: the clock of episode {episode.index} begins at {clock[firsts[i]]:.0f} s, where "
-            f"{clock.dtype} has a value every {step[i]:.3g} s only; its {fps:g} frames per second can't be told apart. "
-            "Write the timestamps as float64, or let each episode begin at 0."
-        )
-    cause = (
-        f"The timestamps seem to be {units[0]}; write them in seconds."
-        if units
-        else (
-            f"The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if its clock is uneven, "
-            f"allow for more with tolerance_s=; if frames are missing, {lerobot.LEAVE_OUT}."
-        )
-    )
+    if units:
+        cause = f"The timestamps seem to be {units[0]}; write them in seconds."
+    elif step[i] > 0.5 / fps:
+        cause = f"The clock of episode {episode.index} begins at {clock[firsts[i]]:.0f} s, where {clock.dtype} has a "
+        cause += f"value every {step[i]:.3g} s only; write it as float64, or let each episode begin at 0."
+    else:
+        cause = f"The whole episode has {rate:.4g}. If that is its true rate, correct fps there; if its clock is "
+        cause += f"uneven, allow for more with tolerance_s=; if frames are missing, {lerobot.LEAVE_OUT}."
     count = len(np.unique(np.searchsorted(np.cumsum(lengths), wrong, side="right")))
     if count > 1:
         cause += f" {count} of {len(episodes)} episodes have such a clock."

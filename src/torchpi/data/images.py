@@ -41,14 +41,15 @@ class ParquetImages:
 
     def file(self, path: Path, camera: str, row: int) -> bytes:
         """An image as it is stored."""
-        compressed = self._compressed(path, camera, row)
-        if compressed is None:
+        found = self._row(path, camera, row)
+        if (compressed := found.get("bytes")) is not None:
+            return bytes(compressed)
+        if (name := found.get("path")) is None:
             raise DatasetError(f"{path} has no image of {camera} in row {row}, and names no file of it.")
-        if isinstance(compressed, str):
-            return _file_inside(self._root, compressed, f"{path}, row {row}").read_bytes()
-        return bytes(compressed)
+        return _file_inside(self._root, name, f"{path}, row {row}").read_bytes()
 
-    def _compressed(self, path: Path, camera: str, row: int) -> Any:
+    def _row(self, path: Path, camera: str, row: int) -> dict[str, Any]:
+        """The "bytes" and "path" of a row, as far as it has them."""
         if path not in self._first_rows:
             with open_parquet(path) as file:
                 counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -66,10 +67,7 @@ class ParquetImages:
             while self._cached_bytes > self._cache_bytes and len(self._row_groups) > 1:
                 self._cached_bytes -= self._row_groups.popitem(last=False)[1].nbytes
         place = row - int(self._first_rows[path][row_group])
-        compressed = images["bytes"][place].as_buffer() if "bytes" in images.column_names else None
-        if compressed is None and "path" in images.column_names:
-            return images["path"][place].as_py()
-        return compressed
+        return {name: images[name][place].as_py() for name in images.column_names}
 
 
 def _read_row_group(path: Path, camera: str, row_group: int) -> Any:

@@ -150,15 +150,9 @@ def tasks_table(tasks: Sequence[str]) -> Any:
 def number_stats(values: Num[np.ndarray, "F d"]) -> dict[str, list[Any]]:
     """Exact statistics of a numeric feature, one value per dimension."""
     exact = np.asarray(values, np.float64)
-    quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0)
-    return {
-        "min": exact.min(axis=0).tolist(),
-        "max": exact.max(axis=0).tolist(),
-        "mean": exact.mean(axis=0).tolist(),
-        "std": exact.std(axis=0).tolist(),
-        "count": [len(exact)],
-        **dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
-    }
+    stats = {name: getattr(exact, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")}
+    quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0).tolist()
+    return {**stats, "count": [len(exact)], **dict(zip(_QUANTILES, quantiles, strict=True))}
 
 
 def image_histogram(image: UInt8[np.ndarray, "h w 3"]) -> Int64[np.ndarray, "3 256"]:
@@ -172,24 +166,14 @@ def image_stats(histogram: Int64[np.ndarray, "3 256"], num_frames: int) -> dict[
     """Statistics of a camera in [0, 1], each [3, 1, 1], from the sum of its images' histograms."""
     levels = np.arange(256) / 255
     total, cumulative = histogram.sum(axis=1), np.cumsum(histogram, axis=1)  # [3], [3, 256]
-    mean = np.array([counts @ levels for counts in histogram]) / total  # [3]
-    std = np.sqrt([counts @ (levels - centre) ** 2 for counts, centre in zip(histogram, mean, strict=True)] / total)
-
-    def as_list(channels: np.ndarray) -> list[Any]:
-        return list(channels.reshape(3, 1, 1).tolist())
-
-    def level(rank: np.ndarray) -> list[Any]:
-        """The value that the `rank`-th pixel has, in the order of their values."""
-        return as_list((cumulative < rank[:, None]).sum(axis=1) / 255)
-
-    return {
-        "min": level(np.ones(3)),
-        "max": level(total),
-        "mean": as_list(mean),
-        "std": as_list(std),
-        "count": [num_frames],
-        **{name: level(q * total) for name, q in _QUANTILES.items()},
-    }
+    mean = histogram @ levels / total  # [3]
+    std = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
+    ranks = {"min": np.ones(3), "max": total, **{name: q * total for name, q in _QUANTILES.items()}}
+    # The value that a pixel of this rank has, in the order of their values.
+    found = {name: (cumulative < rank[:, None]).sum(axis=1) / 255 for name, rank in ranks.items()}
+    found |= {"mean": mean, "std": std}
+    stats = {name: values.reshape(3, 1, 1).tolist() for name, values in found.items()} | {"count": [num_frames]}
+    return {name: stats[name] for name in ("min", "max", "mean", "std", "count", *_QUANTILES)}  # LeRobot's order
 
 
 def _place(number: int) -> dict[str, int]:

@@ -62,20 +62,20 @@ def camera_keys_of(embodiment: Embodiment, camera_keys: Sequence[str], depth_key
 
 def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int | None = None) -> None:
     """Raise an error if the dataset's state or action has another length than the embodiment's, or it has no state."""
-    names = {lerobot.STATE: embodiment.state_names, lerobot.ACTION: embodiment.action_names}
-    fitting = {lerobot.STATE: embodiment.state_dims, lerobot.ACTION: (embodiment.action_size,)}
     if state == 0 and embodiment.state:
         raise UnknownKeyError(
             f"The dataset has no {lerobot.STATE}, of which embodiment '{embodiment.name}' reads "
             f"{', '.join(embodiment.state_names)}. If another of its columns is the state, say so: --rename NAME="
             f'{lerobot.STATE}, or rename= in Python; a policy without state needs an embodiment with "state": [].'
         )
-    for key, found in ((lerobot.STATE, state), (lerobot.ACTION, action)):
-        if found is not None and found not in fitting[key]:
+    for key, found, fitting, names in (
+        (lerobot.STATE, state, embodiment.state_dims, embodiment.state_names),
+        (lerobot.ACTION, action, (embodiment.action_size,), embodiment.action_names),
+    ):
+        if found is not None and found not in fitting:
             raise DatasetError(
                 f"The dataset's {key} has {found} dimensions; embodiment '{embodiment.name}' has "
-                f"{' or '.join(map(str, fitting[key]))}: {', '.join(names[key])}. Choose the embodiment of the robot "
-                "that it was recorded with."
+                f"{' or '.join(map(str, fitting))}: {', '.join(names)}. Choose the robot that it was recorded with."
             )
 
 
@@ -169,15 +169,12 @@ def _matched(embodiment: Embodiment, keys: Sequence[str], depth_keys: Collection
 def _other_kind(camera: Camera, key: str) -> DatasetError:
     advice = f"Choose another camera (--rename NAME={key}), or "
     if camera.depth is not None:
-        return DatasetError(
-            f"{key} of the dataset has colours, but the embodiment's camera {camera.key} maps depth. {advice}leave "
-            '"depth" out of the camera.'
-        )
-    return DatasetError(
-        f"{key} is a depth camera, and the model reads colours. {advice}map depth to colours in the embodiment's "
-        f'camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, "far": 2, "unit": "mm", "colormap": "grey"}}, '
-        "with near and far of your scene in metres and the unit that the robot sends."
-    )
+        found, way = f"has colours, but the embodiment's camera {camera.key} maps depth", 'leave "depth" out of it'
+    else:
+        found = "is a depth camera, and the model reads colours"
+        way = f'map depth to colours in the embodiment\'s camera {camera.key}: "dtype": "any", "depth": {{"near": 0.2, '
+        way += '"far": 2, "unit": "mm", "colormap": "grey"}, in metres, with the unit that the robot sends'
+    return DatasetError(f"{key} {found}. {advice}{way}.")
 
 
 def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> UnknownKeyError:

@@ -20,7 +20,7 @@ Pixels = UInt8[np.ndarray, "h w 3"] | Float32[np.ndarray, "h w 1"]
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")
 """Pillow knows some that run other programs. A JPEG of several pictures (MPO) is opened as JPEG."""
 MAX_PIXELS = 2**26
-"""Of an image file; a compressed one of some kB can have any number."""
+"""Of an image file or a frame, whatever its container says; a compressed one of some kB can have any number."""
 _NUM_CODES = 4096
 """LeRobot quantizes depth to 12 bits in videos."""
 _CODING = ("depth_min", "depth_max", "shift", "use_log")

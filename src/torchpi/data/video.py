@@ -14,14 +14,12 @@ import numpy as np
 from jaxtyping import Float
 
 from torchpi.data.files import require_file, unreadable
-from torchpi.data.pixels import DepthCoding, FramePixels, Pixels
+from torchpi.data.pixels import MAX_PIXELS, DepthCoding, FramePixels, Pixels
 from torchpi.errors import DatasetError
 from torchpi.extras import environment_defaults, require
 
 # LeRobot's defaults: a keyframe at every second frame, so that any frame is found by decoding at most two.
 _GOP = 2
-# Of a frame, whatever the container or the stream says: 8192 × 8192.
-_MAX_PIXELS = 1 << 26
 # The first one that this build of FFmpeg has.
 _ENCODERS: dict[str, dict[str, int | str]] = {
     "libsvtav1": {"crf": 30, "preset": 12},
@@ -45,7 +43,7 @@ class VideoReader:
             raise unreadable(path, error) from error
         # With several threads, decoders hold frames back, and a single frame takes longer.
         self._stream.codec_context.thread_count = 1
-        self._stream.codec_context.options = {"max_pixels": str(_MAX_PIXELS)}
+        self._stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         self._pixels = FramePixels()
         self._frames: Any = None
         self._frame: Any = None

@@ -299,25 +299,17 @@ def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
 def _data_schema(features: Mapping[str, Any]) -> Any:
     """The data files' columns; videos are in files of their own."""
     pa = require("pyarrow", "data")
-    fields = []
-    described: dict[str, Any] = {}
+    kinds, described = dict[str, Any](), dict[str, Any]()
     for key, feature in features.items():
         dtype, dim = feature["dtype"], feature["shape"][0]
-        if dtype == "video":
-            continue
         if dtype == "image":
-            fields.append(pa.field(key, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
-            described[key] = {"_type": "Image"}
-            continue
-        number = {"dtype": dtype, "_type": "Value"}
-        arrow = {"float32": pa.float32(), "int64": pa.int64()}[dtype]
-        if dim == 1:  # LeRobot has plain numbers for a single dimension
-            fields.append(pa.field(key, arrow))
-            described[key] = number
-        else:
-            fields.append(pa.field(key, pa.list_(pa.field("element", arrow), dim)))
-            described[key] = {"feature": number, "length": dim, "_type": "List"}
-    return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+            kinds[key], described[key] = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
+        elif dtype != "video":
+            kinds[key], described[key] = pa.type_for_alias(dtype), {"dtype": dtype, "_type": "Value"}
+            if dim > 1:  # LeRobot has plain numbers for a single dimension
+                kinds[key] = pa.list_(pa.field("element", kinds[key]), dim)
+                described[key] = {"feature": described[key], "length": dim, "_type": "List"}
+    return pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": described}})})
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -314,13 +314,11 @@ class Embodiment:
             state_dim: length of a state of zeros; by default the largest.
             state: in the model's units, in place of zeros.
         """
-        rng, hook = np.random.default_rng(0), HOOKS[self.hook] if self.hook else None
+        rng, to_robot = np.random.default_rng(0), HOOKS[self.hook].state_to_robot if self.hook else np.asarray
         flat: dict[str, Any] = {camera.key: camera.example(rng) for camera in self.read_cameras if camera.key}
         values = np.zeros(len(self.state_names) if state_dim is None else state_dim)
-        if state is not None and hook is None:
-            values = state
-        elif state is not None and hook is not None and hook.state_to_robot is not None:
-            values = hook.state_to_robot(state)
+        if state is not None and to_robot is not None:
+            values = to_robot(state)
         for part in self.state:  # only the last part may be shorter
             flat[part.key], values = values[: len(part.names)], values[len(part.names) :]
         flat["prompt"] = self.default_prompt or "pick up the object"
@@ -329,15 +327,12 @@ class Embodiment:
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values, but for limits and mappings of depth that there aren't; `from_dict` reads it."""
         fields = dataclasses.asdict(dataclasses.replace(self, metadata=dict(self.metadata)))
-        for action in fields["actions"]:
-            for limit in LIMITS:
-                if action[limit] is None:
-                    del action[limit]
+        for part, optional in (("actions", LIMITS), ("cameras", ("depth",))):
+            for row in fields[part]:
+                for name in [name for name in optional if row[name] is None]:
+                    del row[name]
         if self.beyond_limits == "clip":
             del fields["beyond_limits"]
-        for camera in fields["cameras"]:
-            if camera["depth"] is None:
-                del camera["depth"]
         try:
             return dict(json.loads(json.dumps(fields, allow_nan=False)))
         except (TypeError, ValueError) as error:
