@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -143,7 +143,9 @@ def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
     std = math.sqrt(((exact - mean) ** 2) @ counts / total)
     order = np.argsort(exact)
     ranked, ends = exact[order], np.cumsum(counts[order])
-    q01, q99 = _quantiles(total, lambda ranks: ranked[np.searchsorted(ends, ranks, side="right")])
+    ranks = np.array([0.01, 0.99]) * (total - 1)
+    low, high = (ranked[np.searchsorted(ends, edge(ranks), side="right")] for edge in (np.floor, np.ceil))
+    q01, q99 = (low + (high - low) * (ranks % 1)).tolist()  # as np.quantile has them
     smallest, largest = float(ranked[0]), float(ranked[-1])
     # 0 where nothing varies, not what the rounding of the mean leaves.
     return mean, std if smallest < largest else 0.0, q01, q99, smallest, largest
@@ -154,24 +156,12 @@ def _of_all(values: np.ndarray) -> tuple[float, ...]:
     total = len(values)
     mean = float(values.mean(dtype=np.float64))
     smallest, largest = float(values.min()), float(values.max())
-
-    def at(ranks: np.ndarray) -> np.ndarray:
-        values.partition(ranks.ravel())
-        return values[ranks]
-
-    q01, q99 = _quantiles(total, at)
+    q01, q99 = np.quantile(values, np.array([0.01, 0.99]), overwrite_input=True).tolist()
     squares = 0.0
     for start in range(0, total, _BLOCK):  # in float64, without a copy of all
         centred = values[start : start + _BLOCK].astype(np.float64) - mean
         squares += float(centred @ centred)
     return mean, math.sqrt(squares / total) if smallest < largest else 0.0, q01, q99, smallest, largest
-
-
-def _quantiles(total: int, at: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """q01 and q99 as np.quantile has them, linear between two ranks; `at` returns the values of ranks."""
-    ranks = np.array([0.01, 0.99]) * (total - 1)
-    low, high = at(np.array([np.floor(ranks), np.ceil(ranks)], np.int64)).astype(np.float64)
-    return (low + (high - low) * (ranks % 1)).tolist()
 
 
 @dataclasses.dataclass(frozen=True)
