@@ -52,13 +52,8 @@ def hold_out(tasks: Sequence[Hashable], share: float, rng: np.random.Generator) 
     """Choose episodes to measure a training with, from all tasks alike.
 
     Each task gives its share, rounded as parliaments round seats (Sainte-Laguë's method): episodes are ordered by how
-    far they are in their own task, in random order, and the first ones are taken. A task's last episode is never taken,
-    so that each is trained on; where no two episodes have the same task, the tasks are not looked at.
-
-    Args:
-        tasks: of each episode.
-        share: of all episodes; at least one is taken.
-        rng: which episodes of a task, and which tasks where not all can be as near to their share.
+    far they are in their own task, in random order, and the first ones are taken, at least one. A task's last episode
+    is never taken, so that each is trained on; where no two episodes have the same task, the tasks are not looked at.
 
     Returns:
         The episodes' positions in `tasks`, sorted; fewer than the share where tasks have single episodes.

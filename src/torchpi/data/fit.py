@@ -51,13 +51,8 @@ def coverage_with_reasons(
 
 
 def misfits(what: str, names: Sequence[str], ours: NormStats, theirs: NormStats) -> list[str]:
-    """Likely causes of values outside of other statistics, or at the other end of them.
-
-    Args:
-        what: "state" or "actions", for the texts.
-        names: of the first dimensions, those that both have.
-        ours, theirs: of the dataset and of a checkpoint, in the model's terms.
-    """
+    """Likely causes of values outside of other statistics, or at the other end of them, in the first dimensions, whose
+    names are given; ours are of the dataset, theirs of a checkpoint."""
     dims = slice(len(names))
     (low, high), (least, most) = ours.training_range(), theirs.training_range()
     low, high, least, most = low[dims], high[dims], least[dims], most[dims]
@@ -137,8 +132,7 @@ def released_fits(robot: Embodiment) -> list[ReleasedFit]:
 
 def _meanings(robot: Embodiment) -> tuple[dict[str, str], dict[str, str]]:
     """Unit of each dimension of the state; unit of each action, with the command unless it is a position."""
-    commands = {dim.name: "" if dim.command == "position" else f"{dim.command}: " for dim in robot.actions}
-    actions = {dim.name: commands[dim.name] + dim.unit for dim in robot.actions}
+    actions = {a.name: a.unit if a.command == "position" else f"{a.command}: {a.unit}" for a in robot.actions}
     return dict(zip(robot.state_names, robot.state_units, strict=True)), actions
 
 

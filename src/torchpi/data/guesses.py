@@ -97,11 +97,8 @@ def differ_in_unit(action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F
 def guess_command(
     action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"], inside: Int[np.ndarray, " n"], fps: float | int
 ) -> Guess:
-    """The command of an action's dimension, by the state's dimension that it moves.
-
-    Args:
-        inside: the frames that have a next one in their episode.
-    """
+    """The command of an action's dimension, by the state's dimension that it moves; `inside`: the frames that have a
+    next one in their episode."""
     value, following, change = action[inside], state[inside + 1], state[inside + 1] - state[inside]
     if len(inside) < 2 or not (np.ptp(value) and np.ptp(following) and np.ptp(change)):
         return Guess("", "it does not move in this dataset")

@@ -72,20 +72,17 @@ class ParquetImages:
 
 def _read_row_group(path: Path, camera: str, row_group: int) -> Any:
     """A table of the images' "bytes" and "path"s, of which a dataset may have one only."""
-    pa = require("pyarrow", "data")
     with open_parquet(path) as file:
         table = file.read_row_group(row_group, columns=[camera])
         columns = ", ".join(file.schema_arrow.names)
     if table.column_names != [camera]:
         raise UnknownKeyError(f"{path} has no images of {camera}; its columns are {columns}.")
     kind = table.schema.field(0).type
-    if pa.types.is_struct(kind):
+    if require("pyarrow", "data").types.is_struct(kind):
         return table.flatten().rename_columns([field.name for field in kind])
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        return table.rename_columns(["bytes"])
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+    if (name := {"binary": "bytes", "string": "path"}.get(str(kind).removeprefix("large_"))) is None:
         raise DatasetError(f"{path}: {camera} is {kind}; expected images as PNG, JPEG or TIFF, or the names of files.")
-    return table.rename_columns(["path"])
+    return table.rename_columns([name])
 
 
 def _file_inside(root: Path, name: str, where: str) -> Path:

@@ -24,7 +24,7 @@ class Info:
 
     codebase_version: str
     fps: int | float
-    features: dict[str, dict[str, Any]]
+    features: dict[str, Any]
     data_path: str
     video_path: str | None = None
     robot_type: str | None = None
@@ -186,6 +186,8 @@ def _read_info(folder: DatasetFolder) -> Info:
     _check_template(info.data_path, info, f"{path}: data_path")
     _check_template(info.video_path or "", info, f"{path}: video_path")
     for key, feature in info.features.items():
+        if not isinstance(feature, dict):
+            raise DatasetError(f"{path}: the feature {key} is {feature!r}; expected an object. The file is damaged.")
         if feature.get("dtype") == "video" and info.video_path is None:
             raise DatasetError(
                 f"{path}: {key} is a video, but video_path, the place of videos, is None; expected a text. The file is "

@@ -64,9 +64,8 @@ def new_info(
 
 def file_path(root: Path, number: int, key: str) -> Path:
     """The number-th data file (key "data") or video of a camera."""
-    if key == "data":
-        return root / lerobot.DATA_PATH.format(**_place(number))
-    return root / lerobot.VIDEO_PATH.format(video_key=key, **_place(number))
+    template = lerobot.DATA_PATH if key == "data" else lerobot.VIDEO_PATH
+    return root / template.format(video_key=key, **_place(number))
 
 
 def feature_stats(

@@ -61,14 +61,7 @@ def order_of(found: Sequence[str], expected: Sequence[str]) -> list[int]:
 
     Names are the same up to case, separators, what all of them begin or end with, words such as "pos" or "action", and
     the number that counting starts with. The names decide where both have the same ones; the order does where the names
-    say too little.
-
-    Args:
-        found: the dataset's names.
-        expected: the robot's, as many.
-
-    Raises:
-        ValueError: names that contradict each other; the message has a pair of them.
+    say too little. Names that contradict each other are a ValueError, with a pair of them.
     """
     words, wanted = [_words(name) for name in found], [_words(name) for name in expected]
     order = list(range(len(found)))

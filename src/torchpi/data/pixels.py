@@ -86,14 +86,9 @@ def _metres_of_codes(key: str, stated: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def image_pixels(file: io.BytesIO, depth: DepthCoding | None = None) -> Pixels:
-    """Decode an image file.
+    """Decode an image file: colours of 16 bits are cut to 8; alpha is left out; grey, palettes and CMYK become RGB.
 
-    Colours of 16 bits are cut to 8; alpha is left out; grey, palettes and CMYK become RGB.
-
-    Raises:
-        ValueError: numbers of more than 8 bits without colour that are not said to be depth, or depth in 8 bits; more
-            than 8192 × 8192 pixels, or the like.
-        OSError, SyntaxError: a damaged file, or a format that Pillow doesn't read.
+    A damaged file, or a format that Pillow doesn't read, is an OSError or a SyntaxError, as Pillow has it.
     """
     with Image.open(file, formats=_FORMATS) as image:
         if image.width * image.height > MAX_PIXELS:

@@ -62,15 +62,8 @@ class Resampling:
 def resampling_for(
     path: Path, recorded_fps: float | int, embodiment: Embodiment | None, fps: float | int | None
 ) -> Resampling | None:
-    """The resampling of a dataset to the rate of its robot; None: it has that rate.
-
-    Args:
-        path: of the dataset, for messages.
-        fps: the rate to read it at; by default the recorded one.
-
-    Raises:
-        ValueError: the rate isn't the embodiment's control_hz; the command of an action isn't stated.
-    """
+    """The resampling of a dataset to `fps`, by default the recorded rate, which must be the robot's control_hz; None:
+    it was recorded so."""
     rate, hz = recorded_fps if fps is None else fps, None if embodiment is None else embodiment.control_hz
     if not 0 < rate < np.inf:
         raise DatasetError(f"fps is {rate}; expected a positive number of frames per second.")

@@ -94,13 +94,7 @@ def write_pieces(
     resampling: Resampling | None = None,
     progress: Progress,
 ) -> None:
-    """Write episodes of datasets that are alike into a new or empty folder.
-
-    Args:
-        result: gets the counts and notes.
-        robot_type: by default the first dataset's.
-        resampling: by default none.
-    """
+    """Write episodes of datasets that are alike into a new or empty folder; `result` gets the counts and notes."""
     old = pieces[0].source.info
     info = new_info(
         fps=old.fps if resampling is None else resampling.fps,

@@ -104,13 +104,8 @@ class VideoSpans:
                 last, last_end = episode, end
 
     def _explained(self, path: Path, times: Times, i: int, count: int, in_turn: int | None, distance: float) -> str:
-        """The error of the file's episode `i`.
-
-        Args:
-            count: frames in its part.
-            in_turn: frames of the episodes before it, if the file has as many as all episodes.
-            distance: of its first or last frame from where the metadata say, in seconds.
-        """
+        """The error of the file's episode `i`, with `count` frames in its part, of which the first or the last one is
+        off by `distance` seconds; `in_turn`: frames before it, if the file has as many as all episodes."""
         (key, episodes), fps = self._files[path], self._fps
         episode, total = episodes[i], sum(episode.length for episode in episodes)
         steps = np.diff(times) if len(times) > 1 else np.array([1 / fps])

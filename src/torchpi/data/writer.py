@@ -261,20 +261,17 @@ class LeRobotWriter:
             raise UnknownKeyError(f"A frame {' and '.join(found)}; expected {', '.join(self._frames)}.")
 
     def _checked(self, key: str, value: Any) -> np.ndarray:
-        feature = self._info.features[key]
-        array = np.asarray(value)
-        image = key in self._histograms
-        expected = (
-            f"uint8 {feature['shape']}" if image else f"numbers {feature['shape']}: {', '.join(feature['names'])}"
-        )
-        right_dtype = array.dtype == np.uint8 if image else array.dtype.kind in "fiu"
-        if not right_dtype or list(array.shape) != feature["shape"]:
+        array, is_image = np.asarray(value), key in self._histograms
+        shape, names = self._info.features[key]["shape"], self._info.features[key]["names"]
+        right_dtype = array.dtype == np.uint8 if is_image else array.dtype.kind in "fiu"
+        if not right_dtype or list(array.shape) != shape:
+            expected = f"uint8 {shape}" if is_image else f"numbers {shape}: {', '.join(names)}"
             raise DatasetError(f"{key} is {array.dtype} {list(array.shape)}; expected {expected}.")
-        if image:
+        if is_image:
             return array
         with np.errstate(over="ignore"):
             array = array.astype(np.float32)  # a copy
-        require_finite(array, key, feature["names"])
+        require_finite(array, key, names)
         return array
 
     def _table(self, recording: Recording, task: str) -> Any:

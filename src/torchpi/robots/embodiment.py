@@ -120,11 +120,9 @@ class Embodiment:
 
         Not in the constructor: a trained policy is loaded as it is, with a warning.
         """
-        where = where or f"Embodiment '{self.name}'"
-        states = self.state_names
-        parts = [("actions", self.action_names)]
-        parts += [(f"names of state {part.key!r}", part.names) for part in self.state]
-        for label, names in parts:
+        where, states = where or f"Embodiment '{self.name}'", self.state_names
+        lists = {"actions": self.action_names, **{f"names of state {part.key!r}": part.names for part in self.state}}
+        for label, names in lists.items():
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise EmbodimentError(
                     f"{where}: the {label} have {', '.join(twice)} more than once; rename all but one."
@@ -132,10 +130,9 @@ class Embodiment:
         for i, action in enumerate(self.actions):
             if action.kind == "delta" and action.name in states and states[i] != action.name:
                 raise EmbodimentError(
-                    f"{where}: action {action.name!r} is a delta at index {i}, but the state has "
-                    f"{action.name!r} at index {states.index(action.name)} and {states[i]!r} at {i}; a delta refers to "
-                    "the state of its index, so it would be taken between different joints. List state and actions in "
-                    "the same order, or make the action absolute."
+                    f"{where}: action {action.name!r} is a delta at index {i}, but the state has {action.name!r} at "
+                    f"index {states.index(action.name)} and {states[i]!r} at {i}; it would be taken between different "
+                    "joints. List state and actions in the same order, or make the action absolute."
                 )
 
     @classmethod

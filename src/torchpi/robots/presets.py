@@ -18,12 +18,7 @@ ROBOT_FILES = {file.stem: file for file in sorted((assets() / "robots").glob("*.
 
 
 def read_embodiment(file: Path) -> Embodiment:
-    """The robot in a JSON file as `Embodiment.to_dict` gives it, with comments or without.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file isn't JSON or not an embodiment.
-    """
+    """The robot in a JSON file as `Embodiment.to_dict` gives it, with comments or without; see `get_embodiment`."""
     where = f"The embodiment {file}"
     robot = Embodiment.from_dict(without_comments(read_json(file, error=EmbodimentError)), where=where)
     robot.check_names(where)
