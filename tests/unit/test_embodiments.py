@@ -494,8 +494,11 @@ def test_refused_robots(make, message):
         ({"actions": [1, 2]}, "Expected `str`, got `int` at `actions"),
         ({"delta": "a"}, "Expected `list`, got `str` at `delta`"),
         ({"delta": True}, "Expected `list`, got `bool` at `delta`"),
-        ({"command": ["position"]}, "Expected `str | object`, got `list` at `command`"),
-        ({"limits": [(0, 1)]}, "Expected `object`, got `list` at `limits`"),
+        ({"command": ["position"]}, r"Expected `.*str.*`, got `list` at `command`"),
+        ({"command": ""}, "command is ''; expected one of position"),
+        ({"limits": []}, r"Expected `object.*`, got `list` at `limits`"),
+        ({"limits": {"a": {"low": "x"}}}, "Action 'a': low is x; expected a finite number"),
+        ({"limits": [(0, 1)]}, r"Expected `object.*`, got `list` at `limits`"),
         ({"limits": {"a": (0, 1)}}, "Expected `object`, got `list` at `limits"),
     ],
 )

@@ -26,8 +26,8 @@ class _Generic:
     state: tuple[str, ...]
     actions: tuple[str, ...]
     delta: tuple[str, ...]
-    command: str | dict[str, str]
-    limits: dict[str, dict[str, Any]]
+    command: str | dict[str, str | None] | None
+    limits: dict[str, dict[str, Any]] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,18 +166,19 @@ class Embodiment:
         """
         label = f"Embodiment '{name}'"
         names = {"cameras": cameras, "state": state, "actions": actions, "delta": delta}
-        values = {"command": command or {}, "limits": limits or {}}
-        of = schema.parse(_Generic, names | values, label, error=EmbodimentError)
-        commands = dict.fromkeys(of.actions, of.command) if isinstance(of.command, str) else of.command
-        for field, some in (("delta", of.delta), ("command", commands), ("limits", of.limits)):
+        given = names | {"command": command, "limits": limits}
+        of = schema.parse(_Generic, given, label, error=EmbodimentError)
+        commands = dict.fromkeys(of.actions, of.command) if isinstance(of.command, str) else of.command or {}
+        limits = of.limits or {}
+        for field, some in (("delta", of.delta), ("command", commands), ("limits", limits)):
             if unknown := [action for action in some if action not in of.actions]:
                 raise EmbodimentError(f"{label}: {field} names {unknown}; expected some of {list(of.actions)}.")
-        if unknown := sorted({field for limit in of.limits.values() for field in limit} - set(LIMITS)):
+        if unknown := sorted({field for limit in limits.values() for field in limit} - set(LIMITS)):
             raise EmbodimentError(f"{label}: limits have {unknown}; expected {', '.join(LIMITS)}.")
         dimensions = []
         for action in of.actions:
             kind = "delta" if action in of.delta else "absolute"
-            dimensions.append(ActionDim(action, "", kind, commands.get(action), **of.limits.get(action, {})))
+            dimensions.append(ActionDim(action, "", kind, commands.get(action), **limits.get(action, {})))
         robot = cls(
             name,
             cameras=tuple(Camera(model_name, key) for model_name, key in of.cameras.items()),

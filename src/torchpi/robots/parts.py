@@ -160,7 +160,8 @@ class ActionDim:
         if self.command is not None:
             _check_choice(label, "command", self.command, COMMANDS)
         for field in LIMITS:
-            if (value := getattr(self, field)) is not None and not math.isfinite(value):
+            value = getattr(self, field)
+            if value is not None and not (isinstance(value, float | int | np.number) and math.isfinite(value)):
                 raise EmbodimentError(f"{label}: {field} is {value}; expected a finite number, or none.")
         if self.low is not None and self.high is not None and not self.low < self.high:
             raise EmbodimentError(f"{label}: low is {self.low} and high {self.high}; low must be below high.")
