@@ -274,6 +274,13 @@ def test_statistics_of_actions_that_differ_before_and_behind_the_model_are_refus
         lerobot.spec()
 
 
+def test_statistics_of_actions_on_one_side_of_the_model_only_are_refused(lerobot):
+    others = {"state.q01": np.zeros(1, np.float32)}
+    lerobot.change_statistics(lambda a: {k: v for k, v in a.items() if k[:7] != "action."} | others, "pre*.safetensors")
+    with pytest.raises(ValueError, match="actions are normalized otherwise, or by other statistics"):
+        lerobot.spec()
+
+
 # Statistics
 
 

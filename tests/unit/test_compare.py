@@ -287,6 +287,18 @@ def test_a_checkpoint_and_its_policy_folder_are_the_same(golden_root, tmp_path, 
     assert 'normalization.state.kind: "quantile" in A, "z_score" in B' in capsys.readouterr().out
 
 
+def test_options_that_neither_side_takes_are_refused(files, golden_root):
+    with pytest.raises(ValueError, match="are policy folders, which state everything: leave out --lora-alpha"):
+        run_compare(**files, lora_alpha=(16.0, 32.0))
+    golden = golden_root / "pi05"
+    sides = {"a": str(golden / "jax_ckpt_pure"), "b": str(golden / "openpi_pytorch")}
+    load = {"config": str(golden / "model_config.json"), "embodiment": "libero"}
+    with pytest.raises(ValueError, match="lora_alpha= belongs to a checkpoint with LoRA weights"):
+        run_compare(**sides, observation=files["observation"], lora_alpha=(16.0, 32.0), **load)
+    with pytest.raises(ValueError, match="embedding='lm_head' belongs to a PyTorch checkpoint that stores"):
+        run_compare(sides["a"], files["b"], observation=files["observation"], embedding="lm_head", **load)
+
+
 def test_missing_input_is_an_error(files):
     with pytest.raises(FileNotFoundError):
         run_compare(files["a"], files["b"] + "x", observation=files["observation"])

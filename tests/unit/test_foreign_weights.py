@@ -292,6 +292,21 @@ def test_embeddings_that_differ_are_an_error_with_the_choice(base, golden_pi05):
     assert open_checkpoint(base, config=golden_pi05.config, embedding="lm_head").dropped[E] == "lm_head counts"
 
 
+def test_choice_of_an_embedding_that_is_stored_once_is_refused(golden_pi05):
+    with pytest.raises(ValueError, match="stores the embedding under two names"):
+        torchpi.load_model("demo", embedding="lm_head")
+    with pytest.raises(ValueError, match="stores the embedding under two names"):
+        torchpi.load_model(golden_pi05.root / "jax_ckpt_pure", config=golden_pi05.config, embedding="embed_tokens")
+
+
+def test_policy_folder_without_its_policy_json_is_named(golden_pi05, tmp_path):
+    policy = tmp_path / "policy"
+    convert(golden_pi05.root / "lerobot", policy, "torchpi", config=golden_pi05.config, check=False)
+    (policy / "policy.json").unlink()
+    with pytest.raises(ValueError, match=r"has the weights of a policy folder, but no policy\.json"):
+        torchpi.load_model(policy)
+
+
 # .npz
 
 

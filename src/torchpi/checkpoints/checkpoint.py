@@ -57,6 +57,8 @@ class Checkpoint:
     """By the array that they change, the LoRA arrays of an openpi JAX checkpoint."""
     tied: str = ""
     """The array that is read as the embedding, where it has another name."""
+    has_both: bool = False
+    """The embedding is stored under both of its names, of which the option `embedding` chooses one."""
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Arrays that no computation reads, which are not loaded, and why."""
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -210,6 +212,11 @@ def open_checkpoint(
     config = published_name(path) if config is None else config
     requested = None if config is None else read_config(config)
     checkpoint = _read_headers(str(path), root, requested, embedding)
+    if embedding is not None and not checkpoint.has_both:
+        raise CheckpointError(
+            f"embedding={embedding!r} belongs to a PyTorch checkpoint that stores the embedding under two names; "
+            f"{root} ({checkpoint.format}) does not. Leave it out."
+        )
     if requested is None:
         if adapt:
             raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
@@ -362,10 +369,14 @@ def _read_headers(
         own: dict[str, Any] = {"table": jax_table}
     else:
         stored = SafetensorsArrays(root)
+        if "backbone.final_norm.scale" in stored.shapes:
+            raise CheckpointError(
+                f"{root} has the weights of a policy folder, but no policy.json; get all files again."
+            )
         lerobot.require_readable(root, document, stored.shapes)
         arrays = ported = TorchArrays(stored, embedding)
         sizes = partial(torch_config, arrays.shapes, stated_heads(requested or {}))
-        own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped}
+        own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped, "has_both": ported.has_both}
     try:
         from_arrays = sizes()
     except ValueError as error:

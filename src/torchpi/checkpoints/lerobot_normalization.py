@@ -94,7 +94,7 @@ def _identity(width: int) -> NormStats:
 def _differ(one: tuple[str, NormStats | None], other: tuple[str, NormStats | None]) -> bool:
     (mode, stats), (other_mode, others) = one, other
     if mode != other_mode or stats is None or others is None:
-        return mode != other_mode
+        return mode != other_mode or stats is not others  # without statistics, LeRobot leaves numbers as they are
     return any(not np.array_equal(value, vars(others)[name]) for name, value in vars(stats).items())
 
 

@@ -63,7 +63,9 @@ class TorchArrays:
             self.dropped[stored] = "the action expert predicts no tokens"
         self._copy = ""
         """The other stored name of the embedding, whose numbers have to be the same."""
-        if EMBEDDING in self._stored and TIED_EMBEDDING in self._stored:
+        self.has_both = EMBEDDING in self._stored and TIED_EMBEDDING in self._stored
+        """The embedding is stored under both of its names."""
+        if self.has_both:
             if embedding == "lm_head":
                 self._stored[EMBEDDING], self._stored[TIED_EMBEDDING] = (
                     self._stored[TIED_EMBEDDING],

@@ -139,6 +139,8 @@ class PolicySpec:
     def preprocessed_by(self, program: Preprocessing | None) -> "PolicySpec":
         """The spec with a program's images and prompt; None: the checkpoint's, with a warning where it is silent."""
         if program is not None:
+            if program not in PREPROCESSING:
+                raise PolicyError(f"preprocessing={program!r} is not one of {', '.join(PREPROCESSING)}.")
             transform, state_dim = PREPROCESSING[program]
             return dataclasses.replace(self, image_transform=transform, prompt_state_dim=state_dim)
         if self.unstated:

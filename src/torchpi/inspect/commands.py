@@ -121,15 +121,21 @@ def run_compare(
 ) -> int:
     """Compare two policies and print the comparison; the exit status is 1 if they differ.
 
-    A policy folder states everything, and does not take the options of `load`.
+    A policy folder states everything, and does not take the options of `load`; at least one of the two has to.
     """
+    takers = [path for path in (a, b) if not is_policy_folder(existing_folder(path))]
+    if load and not takers:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in load)
+        raise UsageError(f"{a} and {b} are policy folders, which state everything: leave out {options}.")
+    owners: dict[str, list[str]] = {"lora_alpha": [], "embedding": []}
+    for path in takers if owners.keys() & load.keys() else ():
+        checkpoint = open_checkpoint(path, config=load.get("config"))
+        owners["lora_alpha"] += [path] if checkpoint.folded else []
+        owners["embedding"] += [path] if checkpoint.has_both else []
 
     def loaded(path: str) -> Policy:
-        states_everything = is_policy_folder(existing_folder(path))
-        more = {"emulate_fp8": emulate_fp8, "verify": verify, **({} if states_everything else load)}
-        sizes = {name: more[name] for name in ("config", "embedding") if name in more}
-        if "lora_alpha" in more and not open_checkpoint(path, **sizes).folded:
-            del more["lora_alpha"]  # it is the other one's
+        own = {name: value for name, value in load.items() if path in (owners.get(name) or takers)}
+        more = {"emulate_fp8": emulate_fp8, "verify": verify, **(own if path in takers else {})}
         return load_policy(path, device=device, dtype=dtype, engine="eager", **more)
 
     with contextlib.redirect_stdout(sys.stderr if as_json else sys.stdout):

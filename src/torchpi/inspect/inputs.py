@@ -95,7 +95,7 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
     """A policy with an observation, or a bare checkpoint with a batch of the model's own keys."""
     arrays = None if source.inputs is None else read_npz(source.inputs)
     of_model = arrays is not None and "tokenized_prompt" in arrays
-    checkpoint = open_checkpoint(path, config=load.get("config"))
+    checkpoint = open_checkpoint(path, config=load.get("config"), embedding=load.get("embedding"))
     if not of_model and ("embodiment" in load or checkpoint.spec().embodiment is not None):
         policy, notes = load_policy(path, engine="eager", **load), ""
         observation = source.demo if path == "demo" and source.dataset is None and arrays is None else arrays
@@ -109,7 +109,8 @@ def _inputs_of_path(path: str, title: str, shapes: Shapes, source: Source, load:
             f"a robot's observations{keys}. Trace a policy folder, name the robot with --embodiment, or give a batch "
             "in the model's terms: image.<camera>, state, tokenized_prompt, tokenized_prompt_mask."
         )
-    unused = {name: value for name, value in load.items() if name not in ("config", "device", "lora_alpha", "verify")}
+    used = ("config", "embedding", "device", "lora_alpha", "verify")
+    unused = {name: value for name, value in load.items() if name not in used}
     _refuse_ignored(unused, f"{path} is traced as a model without a robot")
     own = {name: load[name] for name in ("lora_alpha", "verify") if name in load}
     model = checkpoint.model(device=load.get("device") or "cpu", **own)
