@@ -15,7 +15,8 @@ import torch
 from torchpi.assets import assets
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
-from torchpi.checkpoints.checkpoint import Checkpoint, Format, format_of, open_checkpoint
+from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torchpi.checkpoints.formats import Format, format_of
 from torchpi.checkpoints.layout import Rounding, array_dtype, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import (

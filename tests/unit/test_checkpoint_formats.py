@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 
 import torchpi
-from torchpi.checkpoints.checkpoint import format_of, open_checkpoint
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.formats import format_of
 from torchpi.checkpoints.openpi_torch import EMBEDDING, EXPERT_LM_HEAD, TIED_EMBEDDING, torch_table
 from torchpi.cli import main
 from torchpi.config import preset

@@ -169,6 +169,7 @@ def test_width_of_the_state_that_is_no_width_is_refused(unstated, golden, width)
 # The one path from there
 
 
+@pytest.mark.parametrize("golden", ["pi05"], indirect=True)
 def test_policy_folder_keeps_images_and_prompt(unstated, golden, tmp_path):
     loaded = load(unstated, golden, preprocessing="lerobot_0.4")
     loaded.save(tmp_path / "saved")

@@ -1,7 +1,4 @@
-"""A checkpoint, opened once: its format, the sizes of its model, everything around the model, and the weights.
-
-The format is recognised by what is in the folder, never by its name.
-"""
+"""A checkpoint, opened once: its format, the sizes of its model, everything around the model, and the weights."""
 
 import contextlib
 import dataclasses
@@ -16,13 +13,14 @@ import torch
 
 from torchpi.checkpoints import folder, lerobot, openpi, peft
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
-from torchpi.checkpoints.address import UNREAD_SUFFIXES, existing_folder, published_name
+from torchpi.checkpoints.address import existing_folder, published_name
+from torchpi.checkpoints.formats import Format, probe
 from torchpi.checkpoints.layout import Rounding, StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import lora_pairs, stored_lora
-from torchpi.checkpoints.npz import NpzArrays, draw_action_weights, find_npz
+from torchpi.checkpoints.npz import NpzArrays, draw_action_weights
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice, TorchArrays, torch_config, torch_table
-from torchpi.checkpoints.safetensors_files import SafetensorsArrays, has_weights, require_intact
+from torchpi.checkpoints.safetensors_files import SafetensorsArrays, require_intact
 from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_config, stated_heads, stated_sizes
 from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
@@ -32,9 +30,7 @@ from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, get_embodiment
-from torchpi.schema import read_json_object
 
-Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
 LoraChoice = Literal["fold", "keep"]
 _opening: ContextVar[tuple[pathlib.Path, ...]] = ContextVar("opening", default=())
 """Folders whose bases are being opened."""
@@ -286,77 +282,13 @@ def load_model(
     )
 
 
-def format_of(root: pathlib.Path) -> Format:
-    """The format of the checkpoint in a folder."""
-    return _probe(root)[0]
-
-
-def _probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
-    """The format of the checkpoint in a folder, the place of its arrays, and the PyTorch formats' config.json."""
-    found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
-    if folder.is_policy_folder(root):
-        found.append(("torchpi", root, {}))
-    has_config, has_adapter = (root / "config.json").is_file(), peft.is_peft(root)
-    if has_adapter and has_weights(root):
-        raise CheckpointError(f"{root} holds whole weights and PEFT's adapter; move one to a folder of its own.")
-    if has_config and (has_weights(root) or has_adapter):
-        document = read_json_object(root / "config.json")
-        found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
-    elif has_adapter or (has_weights(root) and not found):
-        found.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
-    if root.is_dir() and (params := openpi.find_params(root)) is not None:
-        found.append(("openpi-jax", params, {}))
-    if not found and (file := find_npz(root)) is not None:
-        found.append(("openpi-jax", file, {}))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"{root} holds checkpoints in two formats, {' and '.join(kind for kind, *_ in found)}; move one to a "
-            "folder of its own."
-        )
-    if found:
-        return found[0]
-    if below := _checkpoints_below(root):
-        steps = ", ".join(str(path.relative_to(root)) for path in below[-8:])
-        raise CheckpointError(f"{root} is no checkpoint itself; the last one in it is {below[-1]}, of {steps}.")
-    names = sorted(entry.name for entry in root.iterdir())
-    unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
-    raise CheckpointError(
-        f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
-        "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
-        f"has; found {names[:12] or 'an empty folder'}"
-        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
-    )
-
-
-# In the folders of training runs: openpi's steps, LeRobot's and ours.
-_BELOW = (
-    "[0-9]*",
-    *(f"{step}{name}" for step in ("", "*/", "checkpoints/*/") for name in ("policy", "pretrained_model")),
-)
-
-
-def _checkpoints_below(root: pathlib.Path) -> list[pathlib.Path]:
-    """Checkpoints in the folder of a training run, the newest last."""
-
-    def step(path: pathlib.Path) -> int:
-        return max((int(part) for part in path.relative_to(root).parts if part.isdecimal()), default=-1)
-
-    found = sorted((path for pattern in _BELOW for path in sorted(root.glob(pattern))), key=step)
-    # LeRobot's `last`, a link to one of the others, comes first, and is replaced by it.
-    return [
-        path
-        for path in sorted({path.resolve(): path for path in found}.values(), key=step)
-        if folder.is_policy_folder(path) or has_weights(path) or peft.is_peft(path) or (path / "params").is_dir()
-    ]
-
-
 def _read_headers(
     address: str,
     root: pathlib.Path,
     requested: Pi0Config | Mapping[str, Any] | None,
     embedding: EmbeddingChoice | None = None,
 ) -> Checkpoint:
-    kind, weights, document = _probe(root)
+    kind, weights, document = probe(root)
     if kind == "torchpi":
         return _open_policy_folder(address, root)
     if peft.is_peft(root):
