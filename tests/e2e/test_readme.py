@@ -64,7 +64,14 @@ def test_training_commands_are_those_of_the_guide():
         ), line
 
 
-@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not in_simulation(line) and not of_the_guide(line)])
+@pytest.mark.parametrize(
+    "line",
+    [
+        pytest.param(line, marks=[pytest.mark.slow] if line.startswith("trace --compare") else [])
+        for line in COMMAND_LINES
+        if not in_simulation(line) and not of_the_guide(line)
+    ],
+)
 def test_command_runs(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("observation.npz", **demo_observation())

@@ -362,6 +362,7 @@ def test_a_process_that_ends_with_an_open_environment_is_silent(env, task):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_torch_compile_is_imported_behind_a_rendered_image():
     """Triton's LLVM behind that of Mesa's software renderer would end the process."""
     require_simulator()

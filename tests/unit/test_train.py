@@ -125,6 +125,7 @@ def test_resuming_gives_the_same_bits_as_never_having_stopped(whole_run, recipe,
     assert_same_bits(weights(run), weights(whole_run[0]))
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe, tmp_path):
     """As a terminal sends it: to all processes of the command."""
     run, arguments = tmp_path / "run", ["--dataset", recipe.data.dataset, "--embodiment", "metaworld", "--out"]
@@ -199,6 +200,7 @@ def test_loss_falls_on_repeated_data(recipe, tmp_path):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_old_checkpoints_are_removed(recipe, tmp_path):
     loop.train(recipe.replace(save_every=1, keep=2), tmp_path / "run")
     assert [path.name for path in state.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
@@ -210,6 +212,7 @@ def test_checkpoints_at_round_numbers_can_be_kept(recipe, tmp_path):
     assert kept == ["00000002", "00000004", "00000006"]
 
 
+@pytest.mark.slow
 def test_full_disk_leaves_the_last_checkpoint_and_no_remains(recipe, tmp_path):
     run = tmp_path / "run"
     loop.train(recipe.replace(num_steps=3), run)

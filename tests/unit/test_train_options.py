@@ -348,6 +348,7 @@ def test_layers_are_compiled_with_activation_checkpointing(kind, monkeypatch):
     torch.testing.assert_close(x.grad, layer.weight.sum(dim=0).expand(2, 4))
 
 
+@pytest.mark.slow
 def test_adamw_in_eight_bits_trains_and_resumes_to_the_bit(recipe, tmp_path):
     config = recipe.replace(optimizer="adamw8bit", num_steps=4)
     loop.train(config, tmp_path / "whole")
@@ -410,6 +411,7 @@ def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_
     assert {"chunk_error", "chunk_error_arm", "holdout_loss"} <= set(last)
 
 
+@pytest.mark.slow
 def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path):
     """Each with its own statistics, in the policy's folder and when the run is gone on with."""
     copy = tmp_path / "copy"
