@@ -1,5 +1,6 @@
 """Messages of a broken or malicious client; another client is served meanwhile, and after it."""
 
+import collections
 import contextlib
 import http.client
 import io
@@ -26,6 +27,7 @@ from websockets.exceptions import ConnectionClosed
 
 import torchpi.serving.connection
 from torchpi.bench.serve import server_process
+from torchpi.errors import MissingExtraError
 from torchpi.serving.log import LogFormatter, LogLimit
 from torchpi_client import pack
 from torchpi_client.images import encode_images
@@ -333,6 +335,32 @@ def test_memory_of_all_messages_is_bounded_and_who_holds_most_is_disconnected():
         assert "actions" in good.ask(observation())
         assert metric(url, 'torchpi_refused_connections_total{reason="memory"}') >= 8
         assert metric(url, "torchpi_message_bytes") <= 4 * 2**20
+
+
+def test_who_does_not_read_the_answers_to_pings_is_not_read():
+    pings = (b"\x89\xfdmask" + bytes(125)) * 2000
+    with served(FakePolicy()) as (url, _), sockets(url) as connected, clients(url) as [good]:
+        client = connected(HANDSHAKE)
+        client.recv(1)
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            collections.deque(map(client.sendall, [pings] * 200))  # of 52 MB the systems' buffers have some
+        assert "actions" in good.ask(observation())
+
+
+def test_connections_without_a_handshake_are_bounded():
+    with served(FakePolicy()) as (url, server), sockets(url) as connected:
+        for _ in range(200):
+            connected(b"")
+        with clients(url) as [good]:
+            assert "actions" in good.ask(observation())
+        assert len(server._memory.num_bytes) <= 65
+
+
+def test_websockets_that_would_not_bound_the_memory_is_an_error_at_the_start(monkeypatch):
+    monkeypatch.delattr("websockets.asyncio.messages.MAX_FRAGMENTS")
+    with pytest.raises(MissingExtraError, match=r"has no messages\.MAX_FRAGMENTS.*pip install"), served(FakePolicy()):
+        pass
 
 
 def test_memory_of_messages_is_given_back():

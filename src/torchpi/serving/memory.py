@@ -7,9 +7,14 @@ import logging
 import sys
 from typing import Any
 
+import websockets
+from websockets.asyncio import messages
 from websockets.asyncio.server import ServerConnection
 from websockets.frames import DATA_OPCODES, CloseCode, Frame
+from websockets.protocol import State
+from websockets.server import ServerProtocol
 
+from torchpi.errors import MissingExtraError
 from torchpi.serving.metrics import Metrics
 
 _log = logging.getLogger(__name__)
@@ -17,7 +22,9 @@ _log = logging.getLogger(__name__)
 _GOODBYE = CloseCode.TRY_AGAIN_LATER, "messages of all clients fill the server's memory, yours most of it"
 _GOODBYE_SECONDS = 0.2
 _STEP = 2**18
-"""Bytes of an incomplete frame by which the memory is counted."""
+"""Bytes of an incomplete frame by which the memory is counted, and bytes that a client may leave unread."""
+_MAX_HANDSHAKES = 64
+"""Connections whose handshake is not complete; any number would use up the files that a process may open."""
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 
@@ -36,8 +43,17 @@ class MessageMemory:
     def connect(self, *arguments: Any, **settings: Any) -> "CountedConnection":
         """A new connection, for `websockets.serve`."""
         connection = CountedConnection(*arguments, **settings)
-        connection.memory, self.num_bytes[connection] = self, 0
+        connection.memory = self
         return connection
+
+    def admit(self, connection: "CountedConnection") -> None:
+        """Begin to count; of too many connections without a handshake the oldest is closed."""
+        self.num_bytes[connection] = 0
+        waiting = [each for each in self.num_bytes if each.protocol.state is State.CONNECTING]
+        if len(waiting) > _MAX_HANDSHAKES:
+            self._metrics.refused.labels("handshakes").inc()
+            self.forget(waiting[0])
+            waiting[0].transport.abort()
 
     def count(self, connection: "CountedConnection", change: int) -> None:
         """Count bytes that a connection holds from now on, or less than 0: no more."""
@@ -76,6 +92,10 @@ class CountedConnection(ServerConnection):
     _arriving = _counted = 0
     """Bytes since the last complete frame, and those of them that count already."""
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self.memory.admit(self)
+
     def count(self, change: int) -> None:
         self.memory.count(self, change)
         self.memory.check()
@@ -87,6 +107,13 @@ class CountedConnection(ServerConnection):
             self.memory.count(self, self._arriving - self._counted)
             self._counted = self._arriving
             self.memory.check()
+        if self.transport.get_write_buffer_size() > _STEP:  # answers to pings, which do not wait until they are read
+            self.transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if not self.recv_messages.paused:
+            self.transport.resume_reading()
 
     def process_event(self, event: Any) -> None:
         is_data = isinstance(event, Frame) and event.opcode in DATA_OPCODES
@@ -106,6 +133,26 @@ class CountedConnection(ServerConnection):
         self.protocol.reader.discard()
         if (frames := self.recv_messages.frames).get_waiter is None:  # else one is about to be taken out
             frames.queue.clear()
+
+
+def require_internals() -> None:
+    """Raise an error for a version of websockets in which memory would not be counted, or not be bounded; called in
+    the event loop."""
+    arriving = messages.Assembler()
+    needed = {
+        "Connection": (vars(ServerConnection.__base__), "data_received", "connection_lost", "resume_writing"),
+        "ServerConnection": (vars(ServerConnection), "process_event"),
+        "ServerProtocol": (dir(ServerProtocol()), "reader", "parser_exc"),
+        "StreamReader": (dir(ServerProtocol().reader), "discard"),
+        "Assembler": (dir(arriving), "frames", "paused"),
+        "SimpleQueue": (dir(arriving.frames), "queue", "get_waiter"),
+        "messages": (vars(messages), "MAX_FRAGMENTS"),  # before 17.4 a message could have any number of empty ones
+    }
+    if lacks := [f"{where}.{name}" for where, (has, *names) in needed.items() for name in names if name not in has]:
+        raise MissingExtraError(
+            f"websockets {websockets.__version__} has no {', '.join(lacks)}, by which the server bounds its memory; "
+            "expected a version from 17.4 on: pip install 'torchpi[serve]', or websockets==17.4."
+        )
 
 
 def size_of(value: Any) -> int:

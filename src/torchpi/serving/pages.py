@@ -47,14 +47,14 @@ class Pages:
 
     async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
         """The response to an HTTP request; None: continue with the handshake of a websocket."""
-        method = getattr(request, "method", "GET")  # older websockets read no other
-        if method not in ("GET", "HEAD"):
+        if (method := request.method) not in ("GET", "HEAD"):
             text = f"{method:.20} is no method of this server; use GET."
             response = self._refuse(connection, "method", http.HTTPStatus.METHOD_NOT_ALLOWED, text)
             response.headers["Allow"] = "GET, HEAD"
             return response
         page = await self._page(connection, request)
-        if page is not None and method == "HEAD":
+        if method == "HEAD":
+            page = page or connection.respond(http.HTTPStatus.UPGRADE_REQUIRED, "")
             page.body = b""
         return page
 

@@ -16,7 +16,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 
 from torchpi.serving.connection import GOODBYE, Connection, ServerState
-from torchpi.serving.memory import CountedConnection, MessageMemory
+from torchpi.serving.memory import CountedConnection, MessageMemory, require_internals
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.pages import Pages, path_of
@@ -80,6 +80,7 @@ class PolicyServer:
 
     async def _listen(self) -> Server:
         settings = self._state.settings
+        require_internals()
         try:
             return await serve(
                 self._handle,
