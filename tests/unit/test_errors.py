@@ -48,3 +48,4 @@ def test_names_from_outside_are_text_on_the_terminal():
     console.print(name, Table([Column("name")], [[name]]).to_rich(), grid(["a"], [[name]]))
     assert file.getvalue().count(r"x\x1b[2J [bold]y[/bold]\r") == 3
     assert "\x1b[2J" not in file.getvalue()
+    assert console.status("reading data[/bold]\x1b").renderable.text.plain == r"reading data[/bold]\x1b"

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from torchpi.assets import assets
 from torchpi.config import Pi0Config
@@ -22,6 +21,7 @@ from torchpi.transforms.normalize import Normalization, NormStats
 from torchpi.transforms.pipeline import QUANTITIES, Transforms
 from torchpi.transforms.prompt import load_tokenizer
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import PlainConsole
 
 _NUM_FRAMES = 200
 """Timed one by one, in random order."""
@@ -46,7 +46,7 @@ def run_bench_data(
             f"{step_seconds}."
         )
     robot = None if embodiment is None else get_embodiment(embodiment)
-    with Console(stderr=True).status(f"reading {path}"):  # shown on a terminal only
+    with PlainConsole(stderr=True).status(f"reading {path}"):  # shown on a terminal only
         dataset = LeRobotDataset(
             path,
             action_horizon=config.require("action_horizon"),
@@ -59,7 +59,7 @@ def run_bench_data(
         samples = _samples(dataset, robot, config)
         seconds = _batch_seconds(samples, len(dataset), batch, workers, repeats)
     share = None if step_seconds is None else wait_share(seconds, step_seconds, workers)
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=as_json, soft_wrap=True)
     console.print(
         f"{pathlib.PurePath(path).name}: {batch / seconds:.1f} samples/s with {workers} workers, {seconds:.3f} s per "
         f"batch of {batch}; {frame_ms:.2f} ms per decoded frame of {len(dataset.camera_keys)} cameras"

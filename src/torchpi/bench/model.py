@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Sequence
 
 import torch
-from rich.console import Console
 
 from torchpi.bench.floor import Result, measure, timed
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig, preset
@@ -27,6 +26,7 @@ from torchpi.training.samples import Batch
 from torchpi.training.state import TrainState
 from torchpi.types import Observation
 from torchpi.ui.format import print_json
+from torchpi.ui.tables import PlainConsole
 
 # A model that two CPU cores run in a second: big enough that matmuls dominate, as they do at full size.
 MID = Pi0Config(
@@ -66,7 +66,7 @@ def run_bench(
         raise UsageError(f"Expected positive numbers, got {wrong}.")
     if work.prompt_tokens > (longest := work.config.require("max_token_len")):
         raise UsageError(f"{work.prompt_tokens} prompt tokens do not fit into max_token_len {longest}.")
-    console = Console(stderr=as_json, highlight=False)
+    console = PlainConsole(stderr=as_json)
     console.print(describe_machine(torch.device(work.device)))
     results = []
     for name in what:

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-from rich.console import Console
 from websockets.asyncio.server import ServerConnection, serve
 
 from torchpi.config import Pi0Config
@@ -28,7 +27,7 @@ from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
 from torchpi.types import ActionChunk
 from torchpi.ui.format import print_json
-from torchpi.ui.tables import Column, Table
+from torchpi.ui.tables import Column, PlainConsole, Table
 from torchpi_client import WebsocketPolicy, pack, unpack
 
 CAMERAS, SIZE = 3, 224
@@ -143,7 +142,7 @@ def run_bench_serving(
     if wrong := [name for name, value in counts.items() if value <= 0] + ["model_ms"] * (model_ms < 0):
         raise UsageError(f"{wrong[0]} is too small; expected a positive number, and at least two requests.")
     # No progress bar: drawing it would take the client's time, and be measured.
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=True, soft_wrap=True)
     observation = PausePolicy(0.0).example_observation()
     found = []
     with server_process(serve_policy, model_ms, clients + 1) as (address, process):
@@ -161,7 +160,7 @@ def run_bench_serving(
     if as_json:
         print_json(document)
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     console.print(
         f"three cameras of {SIZE} x {SIZE}, a model of {model_ms:g} ms, loopback; round trip minus inference of one "
         f"client, medians of {runs} runs of {requests} requests"

@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
-from rich.console import Console
 
 from torchpi.atomic import replace_text
 from torchpi.cli.common import split_names
@@ -33,7 +32,7 @@ class _Look:
         from torchpi.data.inspect import inspect_dataset
         from torchpi.data.rename import parse_rename
 
-        with Console(stderr=True).status(f"reading {self.dataset}"):
+        with PlainConsole(stderr=True).status(f"reading {self.dataset}"):
             return inspect_dataset(self.dataset, rename=parse_rename(self.rename), pictures=pictures)
 
 
@@ -98,7 +97,7 @@ class _Edit:
         raise NotImplementedError
 
     def run(self) -> None:
-        with Console(stderr=True).status("opening") as status:  # shown on a terminal only
+        with PlainConsole(stderr=True).status("opening") as status:  # shown on a terminal only
             results = self.edit(lambda done, total: status.update(f"{done} of {total} episodes"))
         if self.json:
             print_json([dataclasses.asdict(result) for result in results])

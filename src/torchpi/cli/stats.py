@@ -7,11 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
-from rich.console import Console
 
 from torchpi.cli.common import FrameOptions, Frames
 from torchpi.ui.format import print_json
-from torchpi.ui.tables import Column, Table
+from torchpi.ui.tables import Column, PlainConsole, Table
 
 if TYPE_CHECKING:
     from torchpi.data import LeRobotDataset
@@ -56,7 +55,7 @@ class Stats:
         robot, horizon = get_embodiment(self.embodiment), self.action_horizon
         robots = _stats_of_all(self.compare or ())
         dataset = self._open(robot)
-        with Console(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
+        with PlainConsole(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
             found = distributions(dataset, robot, action_horizon=horizon)
             num_idle = int(idle_frames(dataset).sum())
             coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
@@ -198,7 +197,7 @@ def _print_statistics(document: Mapping[str, Any], robot: "Embodiment") -> None:
         ]
         rows = zip(notes[what], zip(*document[what].values(), strict=True), strict=False)
         texts = [(name, note, *(f"{number:.3g}" for number in numbers)) for note, (name, *numbers) in rows]
-        Console(highlight=False).print(Table(columns, texts).to_rich(), crop=False)
+        PlainConsole().print(Table(columns, texts).to_rich(), crop=False)
     if document["out"]:
         print(f"written to {document['out']}")
 
@@ -211,7 +210,7 @@ def _print_comparison(ranked: Sequence[Any], addresses: Sequence[str] | None) ->
         ]
         numbers = (Column(title, "number") for title in ("all", "state", "actions"))
         print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
-        Console(highlight=False).print(Table([Column("robot", "name"), *numbers], rows).to_rich(), crop=False)
+        PlainConsole().print(Table([Column("robot", "name"), *numbers], rows).to_rich(), crop=False)
     elif ranked:
         print(
             "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a "

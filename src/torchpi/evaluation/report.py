@@ -25,7 +25,7 @@ from torchpi.robots.parts import COMMANDS
 from torchpi.ui.format import format_number, print_json
 from torchpi.ui.plots import save_figure
 from torchpi.ui.progress import progress_bar
-from torchpi.ui.tables import Cell, Column, Table
+from torchpi.ui.tables import Cell, Column, PlainConsole, Table
 
 _PLOTTED_NOISE_SAMPLES = 8
 _NAMES = {POLICY: "policy", HOLD: "hold", MEAN_ACTION: "mean"}
@@ -141,11 +141,11 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
     result = evaluate_on_dataset(policy, dataset, samples=samples, **options)
     if result.samples < samples:
         note = f"{dataset} has only {result.frames} frames to sample {samples} from; all of them were used."
-        Console(stderr=True, highlight=False).print(Text(note), soft_wrap=True)
+        PlainConsole(stderr=True).print(note, soft_wrap=True)
     if as_json:
         print_json(result.to_dict())
     else:
-        _print_tables(result, Console(highlight=False))
+        _print_tables(result, PlainConsole())
 
 
 def _print_tables(result: DatasetEvaluation, console: Console) -> None:
@@ -156,7 +156,7 @@ def _print_tables(result: DatasetEvaluation, console: Console) -> None:
         f"episodes, chunks of {len(errors.counts)} actions, {int(errors.counts.sum())} recorded actions, "
         f"{result.seconds:.0f} s"
     )
-    console.print(title, soft_wrap=True, markup=False)
+    console.print(title, soft_wrap=True)
     for table in (_dimension_table(errors), _overall_table(errors), _horizon_table(errors)):
         console.print(table.to_rich(), crop=False)
     console.print(
@@ -167,9 +167,9 @@ def _print_tables(result: DatasetEvaluation, console: Console) -> None:
     for baseline in BASELINES:
         worse = errors.is_worse_than(baseline)
         if names := ", ".join(dim.name for dim, is_worse in zip(errors.dimensions, worse, strict=True) if is_worse):
-            console.print(Text(f"worse than the baseline {_NAMES[baseline]}: {names}", style="yellow"))
+            console.print(f"worse than the baseline {_NAMES[baseline]}: {names}", style="yellow")
     for line in (*result.notes, *(f"plot: {path}" for path in result.plots)):
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def _dimension_table(errors: ChunkErrors) -> Table:

@@ -5,9 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-
-from torchpi.ui.tables import Cell, Column, Rate, Table, wilson_interval
+from torchpi.ui.tables import Cell, Column, PlainConsole, Rate, Table, wilson_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +106,7 @@ def success_table(
 
 
 def print_evaluation(evaluation: Evaluation) -> None:
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(success_table(evaluation).to_rich(), crop=False)
     console.print(
         f"steps: mean of the successful episodes. {evaluation.chunk_ms:.0f} ms per chunk, "

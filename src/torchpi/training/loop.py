@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 import torch._dynamo
 import torch.distributed as dist
-from rich.console import Console
 
 from torchpi.config import Pi0Config
 from torchpi.engine.engine import PROMPT_LENGTHS
@@ -32,6 +31,7 @@ from torchpi.training.trackers import Trackers, require_trackers
 from torchpi.training.utilization import Utilization
 from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.progress import progress_bar
+from torchpi.ui.tables import PlainConsole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
     """
     with process_group(config.device) as world:
         # Build, and find the mistakes before anything is written.
-        console = Console(stderr=True, highlight=False, quiet=not world.is_main)
+        console = PlainConsole(stderr=True, quiet=not world.is_main)
         require_trackers(config.trackers)
         config = with_dtype(config, world.device)
         last = find_start(config, run, resume=resume)

@@ -25,7 +25,7 @@ from torchpi.training.memory import KINDS, PeakMemory, moment_bytes, peak_memory
 from torchpi.training.summary import flow_samples
 from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.format import print_json
-from torchpi.ui.tables import Column, Table
+from torchpi.ui.tables import Column, PlainConsole, Table
 
 USABLE = 0.93
 """Fraction of a device's memory that tensors may take; a rule of thumb for what is not counted."""
@@ -203,12 +203,12 @@ def run_plan(config: TrainConfig, *, world_size: int | None, memory_gb: float | 
     size = world_size or int(os.environ.get("WORLD_SIZE", 1))
     local = min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     memory = _device_memory(config, local) if memory_gb is None else int(memory_gb * 1e9)
-    with Console(stderr=True, highlight=False).status("estimating the memory"):
+    with PlainConsole(stderr=True).status("estimating the memory"):
         found = plan(config, world_size=size, local_world_size=local, device_memory=memory)
     if as_json:
         print_json(found.to_dict())
     else:
-        _print_plan(found, config, Console(highlight=False))
+        _print_plan(found, config, PlainConsole())
     return 1 if found.fits is False else 0
 
 

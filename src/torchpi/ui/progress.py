@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from torchpi.errors import printable
 from torchpi.ui.format import format_duration
+from torchpi.ui.tables import PlainConsole
 
 LOG_SECONDS = 60.0
 """Time between two lines of a log."""
@@ -19,23 +21,23 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = PlainConsole(stderr=True, soft_wrap=True)
     if shown and not console.is_terminal:
         yield _log_lines(console, title, total, completed, clock)
         return
     with Progress(*columns, console=console, disable=not shown) as progress:
-        task = progress.add_task(title, total=total, completed=completed, note="")
+        task = progress.add_task(printable(title), total=total, completed=completed, note="")
 
         def advance(note: str = "", by: int = 1) -> None:
-            progress.update(task, advance=by, note=note)
+            progress.update(task, advance=by, note=printable(note))
 
         yield advance
 

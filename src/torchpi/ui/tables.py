@@ -7,7 +7,8 @@ from html import escape
 from typing import Any, Literal
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.status import Status
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -22,6 +23,9 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str(printable(text, _MAX_CELL, keep="\n"), **settings)
+
+    def status(self, status: RenderableType, **settings: Any) -> Status:
+        return super().status(self.render_str(status) if isinstance(status, str) else status, **settings)
 
 
 @dataclasses.dataclass(frozen=True)
