@@ -612,8 +612,9 @@ def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
     root = golden_root / "lora" / "pi05"
     ranks = LoraConfig(backbone_rank=4, expert_rank=6)
     config = TrainConfig(init=str(root / "jax_ckpt"), model=str(root / "model_config.json"), finetune=finetune)
-    with pytest.raises(ValueError, match=r"rank 4 in the backbone .*Pass lora_alpha="):
+    with pytest.raises(ValueError, match=r"rank 4 in the backbone .*Pass lora_alpha=") as caught:
         open_init(config.replace(lora=ranks))
+    assert not getattr(caught.value, "__notes__", [])  # a hint at --adapt would lead elsewhere
     expected = torchpi.load_model(root / "jax_ckpt", config=root / "model_config.json", lora_alpha=(8.0, 3.0))
     before = dataclasses.replace(ranks, backbone_alpha=8.0, expert_alpha=3.0)  # how recipes stated it before
     for stated in (config.replace(lora_alpha=(8.0, 3.0), lora=before), config.replace(lora=before)):

@@ -52,13 +52,13 @@ def open_init(config: TrainConfig) -> Checkpoint | None:
         return None
     try:
         checkpoint = open_checkpoint(init, config=requested, adapt=config.model.adapt and requested is not None)
-        checkpoint.require_full_precision("trained")
-        checkpoint.lora(_init_alpha(config, checkpoint))
-        return checkpoint
     except ValueError as error:
         if not config.model.adapt and requested is not None:
             error.add_note("Weights of another action_dim are cut or extended on request: adapt (--adapt).")
         raise
+    checkpoint.require_full_precision("trained")
+    checkpoint.lora(_init_alpha(config, checkpoint))
+    return checkpoint
 
 
 def model_config(config: TrainConfig, init: Checkpoint | None) -> Pi0Config:
