@@ -29,6 +29,13 @@ def test_actions_beyond_the_limits_are_clipped_and_counted():
     assert sent[0, 0] == pytest.approx(0.1, rel=1e-6)
 
 
+@pytest.mark.parametrize("beyond_limits", ["clip", "refuse"])
+def test_limit_itself_is_neither_refused_nor_counted(beyond_limits):
+    sent, clipped = within_limits(np.array([[0.1, 0.0, 0.0], [-0.1, 0.0, 0.0]]), arm(beyond_limits=beyond_limits))
+    assert clipped == 0
+    assert (np.abs(sent[:, 0].astype(np.float64)) <= 0.1).all()
+
+
 def test_actions_within_the_limits_are_the_same_bits():
     actions = np.random.default_rng(0).uniform(-0.099, 0.099, (4, 3))
     sent, clipped = within_limits(actions, arm())

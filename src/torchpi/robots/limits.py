@@ -27,7 +27,8 @@ def within_limits(actions: np.ndarray, robot: Embodiment) -> tuple[Float[np.ndar
     if robot.beyond_limits == "send":
         return sent, 0
     low, high = (_limits(robot.actions, field) for field in ("low", "high"))
-    beyond = (sent < low) | (sent > high)  # [H, a]
+    with np.errstate(over="ignore"):  # a limit itself, rounded to float32, is not beyond it
+        beyond = (sent < np.nextafter(low, np.float32(-np.inf))) | (sent > np.nextafter(high, np.float32(np.inf)))
     if robot.beyond_limits == "refuse":
         _require_none(beyond, "is beyond the robot's limits", sent, robot)
     return np.clip(sent, low, high), int(beyond.sum())
