@@ -153,6 +153,7 @@ def test_processes_share_the_samples_and_with_fsdp_the_model(tiny):
     assert fsdp.peak.activations < ddp.peak.activations
 
 
+@pytest.mark.slow
 def test_plan_of_deep_stacks_equals_that_of_all_their_layers(tmp_path, monkeypatch):
     deep = dataclasses.replace(TINY_GEMMA, depth=6)
     vision = VisionConfig(width=16, depth=5, mlp_dim=32, num_heads=2, patch=14)
