@@ -422,7 +422,9 @@ def test_pages_of_other_hosts_read_neither_metrics_nor_dashboard(path):
 @contextlib.contextmanager
 def serving_process(folder, *arguments):
     """`torchpi serve demo`: its address, log and process."""
-    command = [sys.executable, "-m", "torchpi.cli", "serve", "demo", "--port", "0", *arguments]
+    # SIGHUP as at a terminal: under nohup it is ignored, also by the processes that the tests start.
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL); from torchpi.cli import main; main()"
+    command = [sys.executable, "-c", code, "serve", "demo", "--port", "0", *arguments]
     log = folder / "log"
     with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
