@@ -35,7 +35,7 @@ from torchpi.serving.messages import MAX_DEPTH, MAX_ITEMS, MAX_TEXT, RequestErro
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.run import policy_paths, run_serve
 from torchpi.serving.scheduler import Request, Scheduler
-from torchpi.serving.server import running_server
+from torchpi.serving.server import PolicyServer, running_server
 from torchpi.serving.settings import RateLimit, ServeSettings
 from torchpi_client import ServerError, WebsocketPolicy, pack, unpack
 from torchpi_client.images import encode_images
@@ -171,8 +171,9 @@ def test_error_names_the_policy_that_cannot_be_loaded():
         raise ValueError("There is nothing")
 
     load = {"arm": FakePolicy, "hand": fails}
-    with pytest.raises(ValueError, match="There is nothing") as caught, running_server(load, ServeSettings(port=0)):
-        pass
+    server = PolicyServer(load, ServeSettings(port=0))
+    with pytest.raises(ValueError, match="There is nothing") as caught:
+        asyncio.run(server.run(lambda address: None))  # nobody stops it
     assert caught.value.__notes__ == ["(policy hand)"]
 
 
