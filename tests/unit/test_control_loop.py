@@ -572,8 +572,10 @@ def test_limits_in_embodiment_file_limit_commands(tmp_path):
         how = ControlSettings(limits=limits, start=np.zeros(4, np.float32))
         inference = VirtualInference(remote, toy.clock, (0.0,))
         report = ControlLoop(toy, remote, how, clock=toy.clock, inference=inference).run(steps=4)
+        answer = remote.infer(toy.observe())
     commands = np.array(toy.commands)
-    assert 0.0009 < np.abs(commands[:, 0]).max() <= 0.001  # clipped by the policy
+    assert 0.0009 < np.abs(commands[:, 0]).max() <= 0.001
+    assert answer["actions_clipped"] > 0  # by the policy, so that nothing is left for the loop's range
     assert np.abs(np.diff(commands[:, 3])).max() <= 0.0101
     assert report.step_clipped[3] > 0
     # The range of the others is that of the training.
