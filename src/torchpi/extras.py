@@ -16,6 +16,7 @@ _NEEDS = {
     "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
     "gpu": "The fused kernels for GPUs need the extra 'gpu'",
     "hdf5": "HDF5 needs the extra 'hdf5'",
+    "libero": "LIBERO needs the extra 'libero'",
     "serve": "Serving needs the extra 'serve' and torchpi-client",
     "sim": "Simulation needs the extra 'sim'",
     "track": "Weights & Biases needs the extra 'track'",

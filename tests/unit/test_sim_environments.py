@@ -280,7 +280,7 @@ def test_aloha_has_no_expert(cube):
 def test_instructions_are_words_and_differ():
     for env in ENVIRONMENTS:
         instructions = list(simulator(env).instructions.values())
-        assert len(set(instructions)) == len(instructions)
+        assert len(set(instructions)) == len(instructions) or env == "libero_90"  # which has some in several scenes
         assert not any("_" in text or "-" in text for text in instructions)
 
 
@@ -292,8 +292,8 @@ def test_all_of_metaworlds_tasks_are_there():
 
 
 def test_unknown_names_are_errors_that_list_the_known():
-    with pytest.raises(KeyError, match="no environment 'libero'; there are metaworld, aloha_sim, so101"):
-        make_environment("libero", "reach")
+    with pytest.raises(KeyError, match="no environment 'maniskill'; there are metaworld, aloha_sim, so101"):
+        make_environment("maniskill", "reach")
     with pytest.raises(KeyError, match="metaworld has no task 'fly'; its tasks are assembly, basketball"):
         make_environment("metaworld", "fly")
     with pytest.raises(KeyError, match="aloha_sim has no task 'reach'; its tasks are transfer_cube, insertion"):

@@ -3,12 +3,29 @@
 from collections.abc import Sequence
 
 from torchpi.errors import SimulationError, UnknownKeyError
-from torchpi.sim import aloha_sim, metaworld, so101
+from torchpi.sim import aloha_sim, libero, metaworld, so101
 from torchpi.sim.environment import Environment as Environment
 from torchpi.sim.environment import Simulator as Simulator
 
-_SIMULATORS = {"metaworld": metaworld.SIMULATOR, "aloha_sim": aloha_sim.SIMULATOR, "so101": so101.SIMULATOR}
+_SIMULATORS = {
+    "metaworld": metaworld.SIMULATOR,
+    "aloha_sim": aloha_sim.SIMULATOR,
+    "so101": so101.SIMULATOR,
+    **libero.SIMULATORS,
+}
 ENVIRONMENTS = tuple(_SIMULATORS)
+
+
+def environment_name(env: str, suite: str | None = None) -> str:
+    """The environment of a command's --env and --suite."""
+    if env != "libero" and suite is None:
+        return env
+    if env != "libero" or suite not in libero.NAMES:
+        raise SimulationError(
+            f"--env {env} and --suite {suite} do not go together; expected --env libero and a suite: "
+            f"{', '.join(libero.NAMES)}."
+        )
+    return f"libero_{suite}"
 
 
 def simulator(env: str) -> Simulator:

@@ -52,10 +52,14 @@ class Cameras:
     after its context, that is, in the context of another renderer where there is one, which shows garbage from then on.
     """
 
-    def __init__(self, model: Any, cameras: Mapping[str, Any], *, effects: bool = False) -> None:
+    def __init__(
+        self, model: Any, cameras: Mapping[str, Any], *, effects: bool = False, hidden_group: int | None = None
+    ) -> None:
         """Views of cameras, by the model's names for them or as MjvCamera; with the model's effects (shadows,
-        reflections and smooth edges), which take five sixths of the time without a GPU."""
+        reflections and smooth edges), which take five sixths of the time without a GPU; without a group of geometries,
+        such as those for collisions."""
         self._model, self._effects, self._size = model, effects, (0, 0)
+        self._hidden_group = hidden_group
         self._cameras = {name: _camera(model, camera) for name, camera in cameras.items()}
         self._free: weakref.finalize[..., Any] | None = None  # frees the context; None: there is none
 
@@ -89,6 +93,8 @@ class Cameras:
             raise _no_opengl(error) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
         self._scene, self._option = mujoco.MjvScene(self._model, maxgeom=10_000), mujoco.MjvOption()
+        if self._hidden_group is not None:
+            self._option.geomgroup[self._hidden_group] = 0
         if not self._effects:
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self._scene.flags[flag] = False

@@ -310,7 +310,7 @@ def _environment(run: Run) -> str | None:
 
     robot = run.source.get("embodiment")
     found = [name for name in ENVIRONMENTS if robot in (name, simulator(name).embodiment.name)]
-    return str(run.recipe.get("env") or (found[0] if found else "")) or None
+    return str(run.recipe.get("env") or (found[0] if len(found) == 1 else "")) or None
 
 
 def _dataset(run: Run) -> str | None:
