@@ -1,6 +1,8 @@
 """Progress of long runs in a log."""
 
 import itertools
+import sys
+import types
 
 from torchpi.ui.progress import progress_bar
 
@@ -21,3 +23,12 @@ def test_progress_that_is_not_shown_prints_nothing(capsys):
     with progress_bar("frames", 1, shown=False) as advance:
         advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_notebook_gets_lines_of_a_log(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as notebooks have it
+    with progress_bar("steps", 2) as advance:
+        advance("loss 1")
+        advance("loss 0.5")
+    assert capsys.readouterr().err.startswith("steps 2/2, loss 0.5")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, Literal
@@ -19,6 +20,8 @@ class PlainConsole(Console):
     """A terminal on which strings, which may be names from outside, are neither markup nor control sequences."""
 
     def __init__(self, **settings: Any) -> None:
+        if "ipykernel" in sys.modules:  # a notebook: Rich's own display needs ipywidgets, and no line can be redrawn
+            settings = {"force_jupyter": False, "force_terminal": False} | settings
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
 
     def render_str(self, text: str, **settings: Any) -> Text:
