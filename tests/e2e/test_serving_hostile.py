@@ -200,19 +200,19 @@ def test_repeated_scans_keep_no_decoder_from_others():
 
 
 def test_decoding_has_the_deadline_and_ends_with_the_client_and_the_server(monkeypatch):
-    free, decode = threading.Event(), torchpi.serving.connection.decode_jpegs
+    free, decode = threading.Event(), torchpi.serving.connection.decode_encoded
 
     def decode_later(*arguments, **settings):
         assert free.wait(SECONDS)
         return decode(*arguments, **settings)
 
-    monkeypatch.setattr(torchpi.serving.connection, "decode_jpegs", decode_later)
+    monkeypatch.setattr(torchpi.serving.connection, "decode_encoded", decode_later)
     request = encode_images(observation())
     with contextlib.ExitStack() as stack:
         url, server = stack.enter_context(served(FakePolicy(), grace=0.0))
         with clients(url, 6) as [first, *others]:
             answer = json.loads(first.ask({**request, "torchpi/deadline": 0.05}))
-            assert (answer["code"], "JPEGs were not decoded" in answer["message"]) == ("deadline_exceeded", True)
+            assert (answer["code"], "images were not decoded" in answer["message"]) == ("deadline_exceeded", True)
             for client in others:
                 client.send(request)
             until(lambda: len(server._state.decoding) >= 5)

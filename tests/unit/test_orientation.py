@@ -9,7 +9,7 @@ from pixel_sets import CAMERA, encoded, some_depth, some_picture, turned_video, 
 
 from torchpi.data import LeRobotDataset
 from torchpi.data.pixels import image_pixels
-from torchpi.serving.messages import decode_jpegs
+from torchpi.serving.messages import decode_encoded
 
 PICTURE = some_picture()
 
@@ -55,7 +55,7 @@ def test_orientation_of_depth_is_applied(tmp_path):
 
 def test_orientation_of_a_request_is_applied():
     image = with_orientation(PICTURE, "JPEG", 8, quality=95)
-    found = decode_jpegs({"front": {"torchpi/jpeg": image, "layout": "hwc"}}, max_bytes=1 << 20)["front"]
+    found = decode_encoded({"front": {"torchpi/jpeg": image, "layout": "hwc"}}, max_bytes=1 << 20)["front"]
     assert np.abs(found.astype(int) - shown(PICTURE, 8)).mean() < 4
 
 

@@ -4,7 +4,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from torchpi.serving.messages import RequestError, count_jpegs, read_request
+from torchpi.serving.messages import RequestError, count_encoded, read_request
 from torchpi_client import pack, unpack
 
 H, A = 4, 3
@@ -86,7 +86,7 @@ def test_jpeg_entry_is_left_to_its_decoder():
     for _ in range(900):
         deep = [deep]
     for value in (deep, {b"x": 2}):
-        assert count_jpegs(read({"camera": {"torchpi/jpeg": value}})[0]) == 1
+        assert count_encoded(read({"camera": {"torchpi/jpeg": value}})[0]) == 1
 
 
 @pytest.mark.parametrize(

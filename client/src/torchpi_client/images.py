@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from torchpi_client.protocol import JPEG
+from torchpi_client.protocol import JPEG, PNG
 
 QUALITY = 90
 MAX_PIXELS = 4096 * 4096
@@ -110,7 +110,7 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
 
 
 def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
-    """The inverse of `encode_images`, for servers: each encoded image as a uint8 array in its layout.
+    """The inverse of `encode_images`, for servers: each image as JPEG or PNG becomes a uint8 array in its layout.
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
@@ -119,7 +119,11 @@ def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) 
 
     def decode(key: str, value: Any) -> Any:
         if isinstance(value, dict):
-            return _decode_image(key, value, max_pixels) if JPEG in value else _walk(value, decode, f"{key}.")
+            return (
+                _decode_image(key, value, max_pixels)
+                if JPEG in value or PNG in value
+                else _walk(value, decode, f"{key}.")
+            )
         return value
 
     return _walk(observation, decode)
@@ -177,21 +181,24 @@ def _layout(key: str, image: np.ndarray) -> str:
 
 def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarray:
     pillow = _pillow()
-    data, layout = value[JPEG], value.get("layout")
-    if set(value) != {JPEG, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
-        raise ValueError(f"{key:.80} is no image: expected {{{JPEG!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
+    kind, name = (JPEG, "JPEG") if JPEG in value else (PNG, "PNG")
+    data, layout = value[kind], value.get("layout")
+    if set(value) != {kind, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
+        raise ValueError(f"{key:.80} is no image: expected {{{kind!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
     try:
-        parts, orientation = _needed_parts(data, max_pixels)
-        with pillow.open(io.BytesIO(b"".join(parts)), formats=["JPEG"]) as image:
+        parts, orientation = _needed_parts(data, max_pixels) if kind == JPEG else ([data], 1)
+        with pillow.open(io.BytesIO(b"".join(parts)), formats=[name]) as image:
             if image.mode != "RGB" or image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width}×{image.height} pixels in mode {image.mode}; expected RGB")
+                found = f"{image.width}×{image.height} pixels in mode {image.mode}"
+                raise ValueError(f"{found}; expected RGB, and at most {max_pixels} pixels")
             turned = image.transpose(pillow.Transpose[_TURNS[orientation - 2]]) if orientation > 1 else image
             pixels = np.array(turned)  # as a dataset's images
-            _check_complete(parts, image)
+            if kind == JPEG:  # of a PNG that ends too early Pillow says so
+                _check_complete(parts, image)
     # Pillow raises many kinds of errors for damaged files: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
         reason = f"{error}".rstrip(".")
-        raise ValueError(f"Cannot decode the JPEG of {key:.80} ({len(data)} bytes): {reason:.200}.") from error
+        raise ValueError(f"Cannot decode the {name} of {key:.80} ({len(data)} bytes): {reason:.200}.") from error
     return pixels if layout == "hwc" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 

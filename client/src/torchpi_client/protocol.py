@@ -20,6 +20,9 @@ DEADLINE = "torchpi/deadline"
 JPEG = "torchpi/jpeg"
 """The key of the map that replaces an image in a request; see `images.encode_images`."""
 
+PNG = "torchpi/png"
+"""The same for an image as PNG, which is exact."""
+
 BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
 """Error codes of a busy server: the next request may succeed."""
 

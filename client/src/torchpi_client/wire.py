@@ -11,7 +11,7 @@ To msgpack np.float64, np.str_ and np.bytes_ are Python's float, str and bytes, 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Callable
 
 import msgpack
 import numpy as np
@@ -66,7 +66,7 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
             many entries.
     """
     try:
-        return msgpack.unpackb(data, **_hooks(max_items))
+        return msgpack.unpackb(data, **hooks(max_items, decode_map))
     # UnpackException: some versions of msgpack raise errors that are no ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__
@@ -76,10 +76,11 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
         ) from error
 
 
-def _hooks(max_items: int | None) -> dict[str, Any]:
-    """msgpack's hooks, called for each complete list and map; until then its own limits apply."""
+def hooks(max_items: int | None, decode: Callable[[dict[Any, Any]], Any]) -> dict[str, Any]:
+    """msgpack's hooks, called for each complete list and map; until then its own limits apply. `decode` gives the value
+    of a map: `decode_map`, or what another format needs."""
     if max_items is None:
-        return {"object_hook": _decode}
+        return {"object_hook": decode}
     left = max_items
 
     def counted(container: Any) -> Any:
@@ -91,7 +92,7 @@ def _hooks(max_items: int | None) -> dict[str, Any]:
 
     return {
         "list_hook": counted,
-        "object_hook": lambda value: _decode(counted(value)),
+        "object_hook": lambda value: decode(counted(value)),
         "max_array_len": max_items,
         "max_map_len": max_items,
     }
@@ -121,7 +122,7 @@ def _has_bytes(dtype: np.dtype[Any], kinds: str) -> bool:
     return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: from another library, unknown to np.dtype(dtype.str)
 
 
-def _decode(value: dict[Any, Any]) -> Any:
+def decode_map(value: dict[Any, Any]) -> Any:
     """A plain map as it is, or the array or scalar of a tagged map."""
     if ARRAY in value:
         return _array(value)

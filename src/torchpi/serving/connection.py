@@ -21,7 +21,14 @@ from websockets.frames import CloseCode
 from torchpi.randomness import generator_at
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
 from torchpi.serving.memory import CountedConnection, size_of
-from torchpi.serving.messages import SUPPORTED, RequestError, count_jpegs, decode_jpegs, read_request
+from torchpi.serving.messages import (
+    SUPPORTED,
+    RequestError,
+    RequestOptions,
+    count_encoded,
+    decode_encoded,
+    read_request,
+)
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy
@@ -32,7 +39,7 @@ _log = logging.getLogger(__name__)
 
 GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
 _MAX_DECODERS = 4
-"""JPEGs that are decoded at once; each needs up to seven times the memory of its pixels."""
+"""Observations whose images are decoded at once; each image needs up to seven times the memory of its pixels."""
 _CLIENT_LEFT = "client_left", "The client closed the connection before its answer."
 
 
@@ -56,7 +63,7 @@ class ServerState:
         )
     )
     decoding: set[concurrent.futures.Future[dict[str, Any]]] = dataclasses.field(default_factory=set)
-    """Observations whose JPEGs are waiting for a decoder, or in one."""
+    """Observations whose images are waiting for a decoder, or in one."""
     stopping: bool = False
 
     @property
@@ -66,7 +73,7 @@ class ServerState:
 
 
 class Connection:
-    """One client, from the metadata to the last answer."""
+    """One client, from the metadata to the last answer. Its messages are openpi's; `vla_eval.py` has others."""
 
     def __init__(self, websocket: CountedConnection, state: ServerState, *, number: int, policy: str) -> None:
         self.websocket = websocket
@@ -112,7 +119,7 @@ class Connection:
     async def _converse(self) -> None:
         """Send the metadata, then answer requests; the client is on the dashboard meanwhile, and for some seconds."""
         state, name, policy = self._state, self._policy, self._state.policies[self._policy]
-        await self.websocket.send(pack({**policy.metadata, **SUPPORTED}))
+        await self._greet()
         robot = state.dashboard.join(self._number, name, policy, address_of(self.websocket))
         try:
             while not state.stopping:
@@ -120,7 +127,7 @@ class Connection:
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
                 noise = generator.standard_normal(policy.model.config.chunk_shape, np.float32)
                 try:
-                    await self._respond(await self.websocket.recv(), noise, robot)
+                    await self._respond(await self._receive(robot), noise, robot)
                 finally:
                     self.answering = False
         finally:
@@ -143,11 +150,11 @@ class Connection:
             }
             if self._last_seconds is not None:
                 timing["prev_total_ms"] = 1e3 * self._last_seconds
-            outcome, frame = "answered", pack({**answer.chunk, "server_timing": timing})
+            outcome, frame = "answered", self._answer_frame(answer, timing)
         except Exception as error:
             failure = self._failure(error)
             state.dashboard.failed(robot, f"{failure.code}: {failure}")
-            outcome, frame = failure.code, failure.frame()
+            outcome, frame = failure.code, self._error_frame(failure)
         try:
             await self.websocket.send(frame)
         finally:  # not before: until then the client waits
@@ -155,7 +162,7 @@ class Connection:
             self._last_seconds = time.perf_counter() - began
             self._kept = size_of(observation) if outcome == "answered" else self._kept
             self._hold(self._kept)
-            self.websocket.count(-len(message.encode() if isinstance(message, str) else message))
+            self._done_with(message)
             state.metrics.requests.labels(self._policy, outcome).inc()
             if outcome == "answered":
                 state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
@@ -172,18 +179,39 @@ class Connection:
         elif state.stopping:
             await self.websocket.close(*GOODBYE)
 
+    async def _greet(self) -> None:
+        await self.websocket.send(pack({**self._state.policies[self._policy].metadata, **SUPPORTED}))
+
+    async def _receive(self, robot: Robot) -> str | bytes:
+        """The next message that the model answers."""
+        return await self.websocket.recv()
+
+    def _read(self, message: str | bytes, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
+        """The observation and the options in a message that was received."""
+        return read_request(message, noise_shape=noise_shape)
+
+    def _answer_frame(self, answer: Answer, timing: dict[str, float]) -> bytes:
+        return pack({**answer.chunk, "server_timing": timing})
+
+    def _error_frame(self, error: RequestError) -> str | bytes:
+        return error.frame()
+
+    def _done_with(self, message: str | bytes) -> None:
+        """Count a message no more."""
+        self.websocket.count(-len(message.encode() if isinstance(message, str) else message))
+
     async def _infer(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> tuple[dict[str, Any], Answer]:
         """The observation in one message, and the model's answer."""
         settings = self._state.settings
         if not self._limit.allows(time.monotonic()):
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
         config = self._state.policies[self._policy].model.config
-        observation, options = read_request(message, noise_shape=config.chunk_shape)
+        observation, options = self._read(message, config.chunk_shape)
         noise = noise if options.noise is None else options.noise
         num_steps = options.num_steps or settings.num_steps
         self._state.dashboard.asked(robot, options.previous, time.monotonic())
         deadline = min(settings.deadline, options.deadline or settings.deadline)
-        if count_jpegs(observation):  # milliseconds for each
+        if count_encoded(observation):  # milliseconds for each
             began = time.monotonic()
             observation = await self._decode(observation, deadline)
             deadline = max(0.0, deadline - (time.monotonic() - began))
@@ -197,9 +225,9 @@ class Connection:
         self._held = num_bytes
 
     async def _decode(self, observation: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """The observation with arrays in place of JPEGs, in `deadline` seconds, and as long as the client is there."""
+        """The observation with decoded images, in `deadline` seconds, and as long as the client is there."""
         state = self._state
-        work = state.decoders.submit(decode_jpegs, observation, max_bytes=state.settings.max_message_bytes)
+        work = state.decoders.submit(decode_encoded, observation, max_bytes=state.settings.max_message_bytes)
         state.decoding.add(work)
         work.add_done_callback(state.decoding.discard)
         decoded = asyncio.wrap_future(work)
@@ -210,7 +238,7 @@ class Connection:
         decoded.cancel()  # what has begun ends soon by itself, see `torchpi_client.images`
         if self._closed.done():
             raise RequestError(*_CLIENT_LEFT)
-        raise RequestError("deadline_exceeded", f"Its JPEGs were not decoded in {deadline:g} s: others are before it.")
+        raise RequestError("deadline_exceeded", f"Its images were not decoded in {deadline:g} s: others are before it.")
 
     async def _wait_for(self, request: Request, deadline: float) -> Answer:
         """The model's answer; the request is withdrawn if it has not begun in `deadline` seconds, or nobody waits."""

@@ -10,7 +10,8 @@ stand next to these, under keys of their own; the metadata have each that a serv
     torchpi/rtc          the rest of the chunk that is being executed, for real-time chunking; its actions, in the
                          robot's units, are refused above a magnitude of 1e12
 
-An image may be a JPEG, {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}; the last two forms are torchpi_client's.
+An image may be a JPEG, {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}, or a PNG, {"torchpi/png": …}; these forms and
+torchpi/rtc are torchpi_client's.
 """
 
 import dataclasses
@@ -27,13 +28,14 @@ from torchpi.transforms.prompt import invalid_code_point
 from torchpi.types import PreviousChunk
 from torchpi_client import unpack
 from torchpi_client.images import decode_images
-from torchpi_client.protocol import JPEG, RTC
+from torchpi_client.protocol import JPEG, PNG, RTC
 from torchpi_client.protocol import PreviousChunk as WirePreviousChunk
 
 OPTION_PREFIX = "torchpi/"
 OPTIONS = ("torchpi/noise", "torchpi/num_steps", "torchpi/deadline", RTC)
-SUPPORTED = dict.fromkeys((*OPTIONS, JPEG), True)
+SUPPORTED = dict.fromkeys((*OPTIONS, JPEG, PNG), True)
 """A part of the metadata."""
+_ENCODED = (JPEG, PNG)
 
 # Far above what a robot sends, far below what would hold up the others.
 MAX_ITEMS = 10_000
@@ -88,31 +90,36 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
     try:
         if not isinstance(content, dict):
             raise ServingError(f"A request is a map with the robot's keys; found a {type(content).__name__}.")
-        for where, value in _leaves(content):
-            _check_leaf(value, where)
-        observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
-        for where, value in _leaves(observation):  # options have limits of their own
-            _check_float32(value, where)
-        return observation, _options(content, noise_shape)
+        return check_observation(content), _options(content, noise_shape)
     except ValueError as error:
         raise RequestError("bad_observation", str(error)) from error
 
 
-def decode_jpegs(observation: dict[str, Any], *, max_bytes: int) -> dict[str, Any]:
-    """The observation with arrays in place of JPEGs, which have at most `max_bytes` together."""
+def check_observation(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The observation in a request's content; a ServingError for values that no robot sends."""
+    for where, value in _leaves(content):
+        _check_leaf(value, where)
+    observation = {key: value for key, value in content.items() if not key.startswith(OPTION_PREFIX)}
+    for where, value in _leaves(observation):  # options have limits of their own
+        _check_float32(value, where)
+    return observation
+
+
+def decode_encoded(observation: dict[str, Any], *, max_bytes: int) -> dict[str, Any]:
+    """The observation with arrays in place of JPEGs and PNGs, which have at most `max_bytes` together."""
     try:
-        return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_jpegs(observation)))
+        return decode_images(observation, max_pixels=max_bytes // 3 // max(1, count_encoded(observation)))
     except ValueError as error:
         raise RequestError("bad_observation", str(error)) from error
 
 
-def count_jpegs(value: Any) -> int:
-    """Number of images in an observation that are JPEGs."""
-    return sum(key == JPEG or count_jpegs(item) for key, item in value.items()) if isinstance(value, dict) else 0
+def count_encoded(value: Any) -> int:
+    """Number of images in an observation that are JPEGs or PNGs."""
+    return sum(key in _ENCODED or count_encoded(item) for key, item in value.items()) if isinstance(value, dict) else 0
 
 
 def _leaves(value: Any, where: str = "the observation", depth: int = MAX_DEPTH) -> Iterator[tuple[str, Any]]:
-    """The key of every value that is no map or list, and the value; JPEGs are left to their decoder."""
+    """The key of every value that is no map or list, and the value; JPEGs and PNGs are left to their decoder."""
     if isinstance(value, dict | list) and depth == 0:
         raise ServingError(f"{where} is nested more than {MAX_DEPTH} deep.")
     if isinstance(value, dict):
@@ -123,7 +130,7 @@ def _leaves(value: Any, where: str = "the observation", depth: int = MAX_DEPTH) 
                 raise ServingError(
                     f"{where} has a key of {len(key)} characters; expected at most {MAX_KEY}: {key:.80}."
                 )
-            if key != JPEG:
+            if key not in _ENCODED:
                 yield from _leaves(item, key, depth - 1)
     elif isinstance(value, list):
         for item in value:

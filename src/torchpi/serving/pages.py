@@ -64,6 +64,8 @@ class Pages:
             if state.ready:
                 return connection.respond(http.HTTPStatus.OK, "ready\n")
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n")
+        if state.settings.protocol == "vla-eval" and path in ("/health", "/config"):
+            return self._harness(connection, request, path)
         browser = path == "/" and "Upgrade" not in request.headers
         dashboard = browser or path.startswith(_DASHBOARD_PATHS)
         if refusal := self._refusal(request, path, browser=browser, dashboard=dashboard):
@@ -94,10 +96,30 @@ class Pages:
         elif path != "/" and path[1:] not in self._state.names:
             names = ", ".join(f"/{name}" for name in self._state.names)
             return "path", http.HTTPStatus.NOT_FOUND, f"There is no policy at {path}; this server has {names}."
+        elif self._state.settings.protocol == "vla-eval" and not self._state.ready:
+            # Its client tries again for a minute, but gives up soon where it is connected and not answered.
+            return "not_ready", http.HTTPStatus.SERVICE_UNAVAILABLE, "The policy is being loaded; connect again later."
         elif (count := len(self._state.connections)) >= settings.max_connections:
             text = f"{count} clients are connected, which is the limit (--max-connections)."
             return "connections", http.HTTPStatus.SERVICE_UNAVAILABLE, text
         return None
+
+    def _harness(self, connection: ServerConnection, request: Request, path: str) -> Response:
+        """The pages that the vla-evaluation-harness asks for; its /config may change settings, this one may not."""
+        content: dict[str, Any]
+        status, ready = http.HTTPStatus.OK, self._state.ready
+        if path == "/health":
+            status = status if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
+            content = {"status": "ok" if ready else "not ready"}
+        elif "?" in request.path:
+            status = http.HTTPStatus.UNPROCESSABLE_ENTITY
+            content = {"errors": ["No setting changes while the server runs; start it with --max-batch."]}
+        else:
+            content = {"config": {"max_batch_size": self._state.settings.max_batch}}
+        response = connection.respond(status, f"{json.dumps(content)}\n")
+        del response.headers["Content-Type"]
+        response.headers["Content-Type"] = "application/json"
+        return response
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._state.metrics.refused.labels(reason).inc()

@@ -20,13 +20,14 @@ from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.server import PolicyServer
 from torchpi.serving.settings import ServeSettings
+from torchpi.serving.vla_eval import key_sources
 from torchpi.threads import limit_threads
 
 _log = logging.getLogger("torchpi.serving")
 
 DEFAULT = "default"
 """The name of the policy that is given without one."""
-_NOT_POLICIES = ("healthz", "metrics", "dashboard.json")
+_NOT_POLICIES = ("healthz", "metrics", "dashboard.json", "health", "config")
 
 
 def run_serve(
@@ -55,7 +56,7 @@ def run_serve(
                 where = "" if name == DEFAULT and policy is not None else f"--policies {name}: "
                 raise type(error)(f"{where}{error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
-        name: functools.partial(_load, path, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
+        name: functools.partial(_load, path, settings, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
     }
     log_to_stderr()
@@ -76,8 +77,10 @@ def run_serve(
         os._exit(0)
 
 
-def _load(path: str, is_alone: bool, **load: Any) -> Policy:
+def _load(path: str, settings: ServeSettings, is_alone: bool, **load: Any) -> Policy:
     policy = load_policy(path, **load)
+    if settings.protocol == "vla-eval":
+        key_sources(policy.embodiment, settings.rename)  # raises before the warm-up
     if is_alone:  # the number of threads is the process'
         limit_threads(policy.model)
     return policy

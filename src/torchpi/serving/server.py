@@ -23,6 +23,7 @@ from torchpi.serving.pages import Pages, path_of
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Scheduler, ServedPolicy
 from torchpi.serving.settings import ServeSettings
+from torchpi.serving.vla_eval import BenchmarkConnection
 
 _log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ class PolicyServer:
                 compression=None,  # of images it costs more time than it saves
                 max_size=settings.max_message_bytes,
                 max_queue=1,  # frames of one connection that wait here for the answer to the one before them
+                # A benchmark answers no ping while its simulator steps; TCP finds out whether it is there.
+                ping_timeout=20 if settings.protocol == "openpi" else None,
                 create_connection=self._memory.connect,  # type: ignore[arg-type]  # a factory will do
                 close_timeout=_CLOSE_TIMEOUT,
                 origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
@@ -111,7 +114,8 @@ class PolicyServer:
         assert websocket.request is not None
         assert isinstance(websocket, CountedConnection)
         policy = path_of(websocket.request)[1:] or self._state.names[0]
-        connection = Connection(websocket, self._state, number=next(self._numbers), policy=policy)
+        kind = Connection if self._state.settings.protocol == "openpi" else BenchmarkConnection
+        connection = kind(websocket, self._state, number=next(self._numbers), policy=policy)
         await connection.run(self._ready)
 
     async def _close(self, server: Server) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hmac
+from typing import Literal
 
 from torchpi.errors import ServingError, is_whole
 
@@ -19,6 +20,11 @@ class ServeSettings:
     """Address to listen at; 0.0.0.0: on every network of this machine."""
     port: int = 8000
     """0: a free one."""
+    protocol: Literal["openpi", "vla-eval"] = "openpi"
+    """openpi's, for robots; vla-eval: the vla-evaluation-harness', for its benchmarks."""
+    rename: tuple[str, ...] = ()
+    """With --protocol vla-eval: the benchmark's keys and the policy's, for example images.agentview=observation/image;
+    by default LIBERO's, for policies of its robot."""
     token: str | None = None
     """Token that clients must send as Authorization: Bearer TOKEN, or Api-Key TOKEN; by default TORCHPI_TOKEN of the
     environment, or else none is needed."""
@@ -67,6 +73,10 @@ class ServeSettings:
             raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
         if not 0 <= self.port < 2**16:
             raise ServingError(f"port is {self.port}; expected 0 to 65535.")
+        if self.rename and self.protocol != "vla-eval":
+            raise ServingError("rename is for --protocol vla-eval; openpi's clients send the policy's own keys.")
+        if self.token is not None and self.protocol == "vla-eval":
+            raise ServingError("vla-eval's client sends no token; expected none (--token, TORCHPI_TOKEN).")
         if self.grace < 0:
             raise ServingError(f"grace is {self.grace}; expected 0 or more seconds.")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
