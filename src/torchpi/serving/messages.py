@@ -95,7 +95,7 @@ def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple
         raise RequestError("bad_observation", str(error)) from error
 
 
-def check_observation(content: Mapping[str, Any]) -> dict[str, Any]:
+def check_observation(content: Mapping[Any, Any]) -> dict[str, Any]:
     """The observation in a request's content; a ServingError for values that no robot sends."""
     for where, value in _leaves(content):
         _check_leaf(value, where)

@@ -57,8 +57,8 @@ def key_sources(robot: Embodiment, rename: Sequence[str]) -> dict[str, str]:
     missing = [key for key in presence if key not in sources]
     if required := [key for key in missing if presence[key] == "required"]:
         raise ServingError(
-            f"Embodiment {robot.name!r} reads {', '.join(required)}, for which no key of a benchmark is known; give all "
-            "of them by --rename BENCHMARKS_KEY=KEY, for example --rename images.agentview=KEY states=KEY."
+            f"Embodiment {robot.name!r} reads {', '.join(required)}, for which no key of a benchmark is known; give "
+            "all of them by --rename BENCHMARKS_KEY=KEY, for example --rename images.agentview=KEY states=KEY."
         )
     if missing:
         _log.warning("no --rename gives %s: the model does not see these cameras", ", ".join(missing))
@@ -130,7 +130,7 @@ class BenchmarkConnection(Connection):
         self._observation = observation
         return None
 
-    def _hello(self, payload: Mapping[str, Any]) -> bytes:
+    def _hello(self, payload: Mapping[Any, Any]) -> bytes:
         """The server's hello: which observations the benchmark shall send, and which actions it gets."""
         found = payload.get("protocol_version")
         self._welcomed = is_whole(found) and found == PROTOCOL
@@ -160,7 +160,7 @@ class BenchmarkConnection(Connection):
         }
         return _frame("hello", reply, self._seq)
 
-    def _renamed(self, payload: Mapping[str, Any]) -> dict[str, Any]:
+    def _renamed(self, payload: Mapping[Any, Any]) -> dict[str, Any]:
         """The benchmark's observation as the robot's, flat."""
         try:
             found = dict(_leaves(check_observation(payload)))
@@ -191,7 +191,7 @@ class BenchmarkConnection(Connection):
         return _frame("error", {"error": f"{error.code}: {error}"}, self._seq)
 
 
-def _read_message(frame: str | bytes) -> tuple[str, dict[str, Any], int]:
+def _read_message(frame: str | bytes) -> tuple[str, dict[Any, Any], int]:
     """Type, payload and seq of a frame, with arrays, and with images as torchpi-client sends them."""
     try:
         if isinstance(frame, str):
