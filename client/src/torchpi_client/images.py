@@ -27,6 +27,8 @@ MAX_SCANS = 32
 """Passes over the image that a JPEG may ask for; libjpeg's own have at most ten. An empty one has a few bytes, and
 takes as long to decode as the whole image."""
 MAX_SEGMENTS = 1000
+MAX_CHUNKS = 10_000
+"""Chunks of a PNG; encoders write some kilobytes of pixels into each."""
 MAX_METADATA = 2**20
 """Segments of a JPEG, and bytes of all that is not its image: tables, colour profile, Exif."""
 
@@ -186,7 +188,7 @@ def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarra
     if set(value) != {kind, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
         raise ValueError(f"{key:.80} is no image: expected {{{kind!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
     try:
-        parts, orientation = _needed_parts(data, max_pixels) if kind == JPEG else ([data], 1)
+        parts, orientation = _needed_parts(data, max_pixels) if kind == JPEG else (_needed_chunks(data), 1)
         with pillow.open(io.BytesIO(b"".join(parts)), formats=[name]) as image:
             if image.mode != "RGB" or image.width * image.height > max_pixels:
                 found = f"{image.width}×{image.height} pixels in mode {image.mode}"
@@ -229,6 +231,21 @@ def _needed_parts(data: bytes, max_pixels: int) -> tuple[list[bytes], int]:
         limits = f"at most {max_pixels}, and its {scan_bytes} bytes hold at most {_FRAMES[frame] * scan_bytes}"
         raise ValueError(f"its header has {width}×{height} pixels; expected {limits}")
     return [*parts, data[end : end + 2]], orientation
+
+
+def _needed_chunks(data: bytes) -> list[bytes]:
+    """The parts of a PNG on which its pixels depend; the others may unpack to a thousand times their size."""
+    if data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("it does not begin as a PNG file")
+    parts, start = [data[:8]], 8
+    for _ in range(MAX_CHUNKS):
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if data[start + 4 : start + 8] in (b"IHDR", b"IDAT", b"IEND"):
+            parts.append(data[start:end])
+        if end >= len(data):
+            return parts
+        start = end
+    raise ValueError(f"it has more than {MAX_CHUNKS} chunks")
 
 
 def _check_complete(parts: list[bytes], image: Any) -> None:
