@@ -280,8 +280,8 @@ def test_a_wrong_argument_is_an_error(corridor, policy, options, error, message)
 
 
 def test_an_unknown_environment_is_an_error(policy):
-    with pytest.raises(KeyError, match="There is no environment 'libero'; there are metaworld, aloha_sim"):
-        quiet(policy, "libero")
+    with pytest.raises(KeyError, match="There is no environment 'maniskill'; there are metaworld, aloha_sim"):
+        quiet(policy, "maniskill")
 
 
 @pytest.mark.parametrize("pair", ["short", "short:", ":long", "short:long:short"])
@@ -495,7 +495,7 @@ def test_the_command_prints_a_table(folder, capsys):
     ("arguments", "message"),
     [
         (["nowhere", "--env", "metaworld"], "There is no checkpoint at nowhere"),
-        (["FOLDER", "--env", "libero"], "There is no environment 'libero'"),
+        (["FOLDER", "--env", "libero"], "--env libero is no environment; expected --env libero --suite"),
         (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
         (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
         (["FOLDER", "--env", "metaworld", "--videos", "1"], "Videos need a folder"),

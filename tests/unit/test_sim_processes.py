@@ -123,8 +123,8 @@ def test_workers_must_be_positive():
 
 def test_default_workers_are_as_many_as_cores_jobs_and_memory_allow():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    assert default_workers(1) == 1
-    assert default_workers(10_000) <= cores
+    assert default_workers(1, bytes_each=1) == 1
+    assert default_workers(10_000, bytes_each=1) <= cores
     assert default_workers(10_000, bytes_each=2**60) == 1
 
 

@@ -3,10 +3,11 @@
 import dataclasses
 import os
 import pathlib
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
+from torchpi.atomic import replace_text
 from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, refuse_changed, split_names
 from torchpi.errors import UsageError
 from torchpi.ui.format import print_json
@@ -16,14 +17,20 @@ from torchpi.ui.format import print_json
 class SimulationOptions:
     """Options of --env."""
 
+    suite: Literal["spatial", "object", "goal", "10", "90"] | None = None
+    """With --env libero: its suite of tasks, which are called 0, 1, …"""
+    protocol: Literal["openpi", "lerobot"] | None = None
+    """With --env libero: as which program to evaluate, by default openpi. lerobot: 280 steps in spatial, 10 episodes,
+    another seed, images of 256 pixels, and as many actions of a chunk as the policy recommends."""
     tasks: str | None = None
-    """With --env: tasks by name, separated by commas; by default those that the policy was trained on."""
-    episodes: int = 20
-    """With --env: episodes per task."""
+    """With --env: tasks by name, separated by commas; by default those of the policy's training, of LIBERO all."""
+    episodes: int | None = None
+    """With --env: episodes per task, by default 20, and in LIBERO one for each of its 50 initial states."""
     workers: int | None = None
     """With --env: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU."""
     execute_steps: int | None = None
-    """With --env: actions of each chunk to execute; by default what the policy recommends, or half of the chunk."""
+    """With --env: actions of each chunk to execute; by default what the policy recommends, or half of the chunk, and in
+    LIBERO 5."""
     max_steps: int | None = None
     """With --env: actions after which an episode has failed; by default the simulator's."""
     swap: str | None = None
@@ -61,15 +68,17 @@ class Eval:
     policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, "demo", or, with --env, the address of a server (ws://HOST:PORT)."""
     env: str | None = None
-    """A simulator: metaworld, so101 or aloha_sim."""
+    """A simulator: metaworld, so101, aloha_sim, or libero with --suite."""
     dataset: str | None = None
     """A LeRobot dataset of the policy's robot, a folder or hf://org/name."""
-    seed: int = 0
-    """Seed of episodes, frames and noise; no seed has episodes that `sim record` records."""
+    seed: int | None = None
+    """Seed of episodes, frames and noise, by default 0, and in LIBERO 7; no seed has episodes that `sim record`
+    records."""
     num_steps: int | None = None
     """Euler steps from noise to actions; by default 10."""
     out: pathlib.Path | None = None
-    """Folder of the videos, or of the plots of errors and chunks; by default nothing is drawn."""
+    """Folder of the plots of errors and chunks, or of each simulated episode as it ends, with the videos and a page: if
+    interrupted, the same command goes on from there. By default nothing is kept or drawn."""
     json: bool = False
     """Print one JSON document."""
     simulation: Annotated[SimulationOptions, tyro.conf.arg(name="")] = SimulationOptions()
@@ -94,7 +103,7 @@ class Eval:
             self.policy,
             dataset,
             samples=self.recorded.samples,
-            seed=self.seed,
+            seed=self.seed or 0,
             num_steps=self.num_steps,
             batch_size=self.recorded.batch_size,
             out=self.out,
@@ -106,32 +115,39 @@ class Eval:
     def _simulate(self) -> None:
         """Evaluate in a simulator."""
         assert self.env is not None
-        from torchpi.sim import swapped_instructions
+        from torchpi.sim import environment_name, swapped_instructions
         from torchpi.sim.actors import is_address
         from torchpi.sim.evaluate import evaluate
+        from torchpi.sim.page import render_evaluation
         from torchpi.sim.result import print_evaluation
         from torchpi.sim.rollout import Rollout
 
         options = self.simulation
+        env = environment_name(self.env, options.suite, options.protocol)
         # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
         token = os.environ.get("TORCHPI_TOKEN") if options.token is None and is_address(self.policy) else options.token
         result = evaluate(
             self.policy,
-            self.env,
+            env,
             tasks=None if options.tasks is None else split_names(options.tasks),
             episodes=options.episodes,
             seed=self.seed,
             rollout=Rollout(
                 options.execute_steps, self.num_steps, options.max_steps, blank_images=options.blank_images
             ),
-            instructions=swapped_instructions(self.env, split_names(options.swap or "")),
+            instructions=swapped_instructions(env, split_names(options.swap or "")),
             workers=options.workers,
             videos=options.videos,
             out=self.out,
+            resume=self.out is not None,
             load=self.load.given(),
             token=token,
         )
+        if self.out is not None:
+            replace_text(self.out / "index.html", render_evaluation(result, self.out))
         if self.json:
             print_json(result.to_dict())
-        else:
-            print_evaluation(result)
+            return
+        print_evaluation(result)
+        if self.out is not None:
+            print(f"page: {self.out / 'index.html'}")

@@ -1,13 +1,10 @@
 """The demo as one page: videos, success, the policy and its data flow. Its texts are in assets/demo.html."""
 
-import base64
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
-from urllib.parse import quote
 
 import numpy as np
 
@@ -15,7 +12,8 @@ from torchpi.demo.flow import DataFlow, DemoFrame
 from torchpi.inspect.page import trace_section
 from torchpi.inspect.provenance import describe_policy, measured, overall
 from torchpi.policy import Policy
-from torchpi.sim.result import Episode, Evaluation, success_table
+from torchpi.sim.page import video_figure
+from torchpi.sim.result import Evaluation, success_table
 from torchpi.training.curves import PANELS, draw_panel
 from torchpi.training.run_folder import series
 from torchpi.ui.format import large_count
@@ -103,8 +101,8 @@ def _episodes(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> dict[
     shown = [(episode, pathlib.Path(episode.video)) for episode in evaluation.episodes if episode.video]
     embedded = sum(path.stat().st_size for _, path in shown) <= EMBEDDED_BYTES
     videos = (
-        _video(episode, path, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
-        for episode, path in shown
+        video_figure(episode, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
+        for episode, _ in shown
     )
     return {"size": demo.policy.model.config.image_size, "videos": "".join(videos)}
 
@@ -114,19 +112,6 @@ def _success(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
     table = success_table(evaluation, rates, overall(rates) if rates else None)
     few = max(task.episodes for task in evaluation.tasks.values()) < 20
     return {"max_steps": evaluation.max_steps, "few": few, "table": table.to_html()}
-
-
-def _video(episode: Episode, path: pathlib.Path, instruction: str, folder: pathlib.Path, *, embedded: bool) -> str:
-    link = quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
-    source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}" if embedded else link
-    css, outcome = ("good", "✓ done") if episode.success else ("bad", "✗ not done")
-    return (
-        f'<figure><video src="{source}" controls autoplay muted loop playsinline '
-        f'aria-label="{escape(episode.task)}"></video><figcaption><b>“{escape(instruction)}”</b>'
-        f'<span class="outcome {css}">{outcome}</span>'
-        f'<span class="mono">{escape(episode.task)} · <a href="{link}">{escape(path.name)}</a></span>'
-        f'<span class="right">{episode.steps} steps</span></figcaption></figure>'
-    )
 
 
 def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:

@@ -16,16 +16,18 @@ _SIMULATORS = {
 ENVIRONMENTS = tuple(_SIMULATORS)
 
 
-def environment_name(env: str, suite: str | None = None) -> str:
-    """The environment of a command's --env and --suite."""
-    if env != "libero" and suite is None:
+def environment_name(env: str, suite: str | None = None, protocol: str | None = None) -> str:
+    """The environment of a command's --env, --suite and --protocol."""
+    if env != "libero" and suite is None and protocol is None:
         return env
-    if env != "libero" or suite not in libero.NAMES:
+    if env != "libero" or suite not in libero.NAMES or protocol not in (None, *libero.CLIENTS):
+        options = {"env": env, "suite": suite, "protocol": protocol}
+        given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
         raise SimulationError(
-            f"--env {env} and --suite {suite} do not go together; expected --env libero and a suite: "
-            f"{', '.join(libero.NAMES)}."
+            f"{given} is no environment; expected --env libero --suite {'|'.join(libero.NAMES)}, with --protocol "
+            f"{' or '.join(libero.CLIENTS)} or without."
         )
-    return f"libero_{suite}"
+    return f"libero_{suite}{libero.CLIENTS[protocol or 'openpi'].suffix}"
 
 
 def simulator(env: str) -> Simulator:

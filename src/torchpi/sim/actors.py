@@ -1,11 +1,15 @@
 """The policy that is evaluated, in this process or behind a websocket, and whether it fits an environment."""
 
 import dataclasses
+import hashlib
 import http
+import json
 import pathlib
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torchpi.checkpoints.adapter import digest
 from torchpi.errors import SimulationError
 from torchpi.extras import require
 from torchpi.policy import Policy, load_policy
@@ -80,9 +84,26 @@ def noise_shape(actor: Actor) -> tuple[int, int] | None:
     return actor.model.config.chunk_shape if isinstance(actor, Policy) else None
 
 
+def fingerprint(actor: Actor) -> str:
+    """SHA-256 of all that a policy is made of; of a served one, of what its server says about it."""
+    if isinstance(actor, RemotePolicy):
+        return hashlib.sha256(json.dumps(actor.metadata, sort_keys=True, default=repr).encode()).hexdigest()
+    if not isinstance(actor, Policy):
+        return type(actor).__name__
+    weights = actor.model.state_dict()
+    whole = hashlib.sha256(digest(weights, lambda name: weights[name].cpu()).encode())
+    with tempfile.TemporaryDirectory() as folder:
+        actor.write_spec(pathlib.Path(folder))
+        for file in sorted(pathlib.Path(folder).iterdir()):
+            whole.update(file.read_bytes())
+    return whole.hexdigest()
+
+
 def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[str]:
     """The tasks to evaluate: those that are named, or those of the policy's training, or all if they are few."""
     known = tasks_of(env)
+    if tasks is None and simulator(env).protocol.initial_states:
+        tasks = known
     if tasks is None:
         stated = actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
         trained = list(stated.get("tasks") or ())
@@ -109,9 +130,11 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
     elif isinstance(actor, Policy):
         check_embodiment(actor.embodiment, robot)
         recommended, horizon = actor.embodiment.execute_steps, actor.model.config.require("action_horizon")
-    execute_steps = rollout.execute_steps or recommended
+    protocol = simulator(env).protocol.execute_steps
+    execute_steps = rollout.execute_steps or protocol or recommended
     if execute_steps and horizon and execute_steps > horizon:
-        source = "execute_steps is" if rollout.execute_steps else "The policy recommends to execute"
+        source = f"{env} executes" if protocol else "The policy recommends to execute"
+        source = "execute_steps is" if rollout.execute_steps else source
         raise SimulationError(
             f"{source} {execute_steps}, but its chunk has only {horizon} actions; choose --execute-steps up to that."
         )

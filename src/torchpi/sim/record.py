@@ -117,8 +117,9 @@ def record(
     size = place.image_size if image_size is None else image_size
     done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
     jobs = [(task, index) for task in tasks for index in range(episodes)]
+    most = default_workers(len(jobs), bytes_each=place.memory_bytes)
     try:
-        _record(done, jobs, default_workers(len(jobs)) if workers is None else workers, video, progress)
+        _record(done, jobs, most if workers is None else workers, video, progress)
     except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
         if not (complete := done.describe_complete(error)):
             raise

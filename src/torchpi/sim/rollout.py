@@ -11,7 +11,7 @@ from torchpi.errors import SimulationError, is_whole
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten, nest
-from torchpi.sim.environment import Environment, UnstableError
+from torchpi.sim.environment import Environment, HasInitialStates, UnstableError
 
 
 @runtime_checkable
@@ -83,6 +83,7 @@ def run_episode(
     environment: Environment,
     seed: int,
     *,
+    episode: int | None = None,
     rollout: Rollout | None = None,
     noise: Callable[[int], np.ndarray] | None = None,
     callback: Callback | None = None,
@@ -93,13 +94,19 @@ def run_episode(
 
     Args:
         seed: of the environment's reset.
+        episode: begin in this one of the initial states of an environment that `HasInitialStates`; None: as the seed
+            alone says.
         noise: the number of a chunk to the noise [H, action_dim] that it begins from; None: the policy draws its own.
         callback: called with each new chunk, and after each step.
     """
     rollout = rollout or Rollout()
     start = time.perf_counter()
     times: list[float] = []
-    environment.reset(seed)
+    if episode is None:
+        environment.reset(seed)
+    else:
+        assert isinstance(environment, HasInitialStates)
+        environment.reset_to(episode, seed)
     steps, success, unstable, limit = 0, False, False, rollout.max_steps or environment.max_steps
     while steps < limit and not success and not unstable:
         observation = _observe(environment, rollout)

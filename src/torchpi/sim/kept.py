@@ -1,0 +1,62 @@
+"""Episodes of an evaluation in a folder, where they are kept as they end, so that an interrupted one goes on.
+
+evaluation.json               the settings that decide an episode
+episodes/<task>_<number>.json the outcome of each
+"""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from torchpi.errors import SimulationError
+from torchpi.schema import parse, read_json, read_json_object, write_json
+from torchpi.sim import simulator
+from torchpi.sim.actors import fingerprint
+from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout
+
+SETTINGS = "evaluation.json"
+
+
+def begin_or_resume(
+    folder: pathlib.Path, actor: Actor, env: str, seed: int, rollout: Rollout, instructions: Mapping[str, str]
+) -> None:
+    """Note an evaluation's settings in a folder; an error if it has episodes of others, which are not to be mixed."""
+    packages = ("torchpi", "torch", "mujoco", simulator(env).package)
+    settings: dict[str, Any] = {
+        "policy": fingerprint(actor),
+        "env": env,
+        "seed": seed,
+        **dataclasses.asdict(rollout),
+        "instructions": dict(instructions),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+    }
+    if (file := folder / SETTINGS).exists():
+        before = read_json_object(file, error=SimulationError)
+        if changed := [name for name in {**settings, **before} if settings.get(name) != before.get(name)]:
+            found = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in changed)
+            raise SimulationError(
+                f"{folder} has episodes of an evaluation with {found}: they would be mixed. Choose another folder with "
+                "--out, or delete this one."
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, settings)
+
+
+def episode_file(folder: pathlib.Path, task: str, index: int) -> pathlib.Path:
+    """The file of an episode's outcome."""
+    return folder / "episodes" / f"{task}_{index}.json"
+
+
+def write_outcome(file: pathlib.Path, outcome: EpisodeOutcome) -> None:
+    """Keep an outcome: its file is there whole, or not at all."""
+    write_json(file, dataclasses.asdict(outcome))
+
+
+def read_outcome(file: pathlib.Path) -> EpisodeOutcome | None:
+    """The outcome in a file; None: that episode has not ended yet."""
+    if not file.exists():
+        return None
+    return parse(EpisodeOutcome, read_json(file, error=SimulationError), f"{file}: it", error=SimulationError)
