@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import tomllib
 
 import pytest
 
@@ -32,3 +33,13 @@ def test_links_lead_to_files_and_headings(document):
 def test_readme_links_every_document():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in (ROOT / "docs").glob("*.md") if f"docs/{path.name}" not in readme] == []
+
+
+def test_dockerfile_installs_what_the_guide_says():
+    """Its packages of Debian are the guide's, and the extras exist."""
+    dockerfile, guide = ((ROOT / name).read_text(encoding="utf-8") for name in ("Dockerfile", "docs/install.md"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    (chosen,) = re.findall(r"\./client '\.\[(.+)\]'", dockerfile)
+    assert set(chosen.split(",")) <= set(extras)
+    (packages,) = re.findall(r"apt-get install (lib[\w -]+)`", guide)
+    assert packages in dockerfile
