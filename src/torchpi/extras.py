@@ -17,6 +17,7 @@ _NEEDS = {
     "gpu": "The fused kernels for GPUs need the extra 'gpu'",
     "hdf5": "HDF5 needs the extra 'hdf5'",
     "libero": "LIBERO needs the extra 'libero'",
+    "rerun": "Viewing needs the extra 'rerun' and torchpi-client",
     "serve": "Serving needs the extra 'serve' and torchpi-client",
     "sim": "Simulation needs the extra 'sim'",
     "track": "Weights & Biases needs the extra 'track'",
@@ -24,6 +25,7 @@ _NEEDS = {
 _COMMANDS = {
     "aloha": "pip install 'torchpi[sim]'",
     "client": "pip install torchpi-client",
+    "rerun": "pip install ./client '.[rerun]' in torchpi's repository",
     "serve": "pip install ./client '.[serve]' in torchpi's repository",
 }
 

@@ -5,6 +5,7 @@ from torchpi_client.client import Interrupt, WebsocketPolicy
 from torchpi_client.limits import ActionLimits
 from torchpi_client.protocol import ServerError
 from torchpi_client.report import ControlReport
+from torchpi_client.rerun_log import RerunLog
 from torchpi_client.robot import Robot
 from torchpi_client.runner import ControlLoop
 from torchpi_client.settings import ControlSettings
@@ -19,6 +20,7 @@ __all__ = [
     "ControlReport",
     "ControlSettings",
     "Interrupt",
+    "RerunLog",
     "Robot",
     "ServerError",
     "WebsocketPolicy",

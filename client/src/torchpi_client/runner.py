@@ -15,6 +15,7 @@ from torchpi_client.latency import LatencyEstimate
 from torchpi_client.limits import Limited
 from torchpi_client.protocol import BUSY, RTC, PreviousChunk, require_support
 from torchpi_client.report import ControlReport
+from torchpi_client.rerun_log import RobotLog
 from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command, wrong_count
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
@@ -50,6 +51,7 @@ class ControlLoop:
         settings: mode, rate, limits and reactions; by default `ControlSettings()`.
         clock, inference: replacements for tests.
         on_chunk: called with each chunk [H, a] as the policy returned it.
+        log: gets the observations, chunks and commands of a run, see `RerunLog`.
 
     Raises:
         ValueError: the settings contradict the policy's metadata.
@@ -64,8 +66,10 @@ class ControlLoop:
         clock: Clock | None = None,
         inference: Inference | None = None,
         on_chunk: Callable[[np.ndarray], None] | None = None,
+        log: RobotLog | None = None,
     ) -> None:
         self._robot = robot
+        self._run_log = log
         self._policy = policy
         self._name = f"The policy at {policy.url}" if hasattr(policy, "url") else "The policy"
         self._settings = settings = settings or ControlSettings()
@@ -124,6 +128,7 @@ class ControlLoop:
             return self.report
         self._schedule = schedule
         pacer = Pacer(self._clock, 1 / self.control_hz)
+        self._began = self._clock.now()
         try:
             while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
                 self._step()
@@ -246,6 +251,8 @@ class ControlLoop:
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)
         chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
+        if self._run_log is not None:
+            self._run_log.predict(pending.since - self._began, chunk)
         age = self._clock.now() - pending.since
         discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
         if discarded is None:
@@ -280,6 +287,8 @@ class ControlLoop:
             return
         since = self._clock.now()
         observation = dict(self._robot.observe())
+        if self._run_log is not None:
+            self._run_log.observe(since - self._began, observation)
         request = self._schedule.request()
         if self._settings.mode == "rtc":
             observation.update(self._rtc_fields(request))
@@ -361,6 +370,8 @@ class ControlLoop:
 
     def _act(self, command: np.ndarray) -> None:
         self._last = np.asarray(command, np.float32)
+        if self._run_log is not None:
+            self._run_log.execute(self._clock.now() - self._began, self._last)
         if not self._settings.dry_run:
             self._robot.act(self._last.copy())
 

@@ -31,6 +31,8 @@ class Serve:
     record: pathlib.Path | None = None
     """Record requests and chunks as a LeRobot dataset in this folder, new or empty; of several policies, one dataset
     per name."""
+    rerun: str | None = None
+    """Show requests and chunks in Rerun: an .rrd file, new, or the address of its viewer, HOST:PORT."""
     load: Load = SamplingOptions()
 
     def run(self) -> None:
@@ -43,4 +45,4 @@ class Serve:
             settings = dataclasses.replace(settings, token=os.environ["TORCHPI_TOKEN"])
         load = self.load.given()
         run: dict[str, Any] = {name: load.pop(name) for name in ("device", "engine") if name in load}
-        run_serve(self.policy, self.policies, settings, record=self.record, load=load, run=run)
+        run_serve(self.policy, self.policies, settings, record=self.record, rerun=self.rerun, load=load, run=run)

@@ -232,14 +232,16 @@ class Embodiment:
     @property
     def observation_format(self) -> dict[str, Any]:
         """The form of an observation for a client: the keys of "cameras", with layout, dtype, presence and the unit of
-        depths, and of the parts of the "state", with the names of their dimensions; the instruction's is "prompt"."""
+        depths, and of the parts of the "state", with the names and units of their dimensions; the instruction's is
+        "prompt"."""
         cameras = [
             {"key": camera.key, "layout": camera.layout, "dtype": camera.dtype, "presence": camera.presence}
             | ({"depth_unit": camera.depth.unit} if camera.depth else {})
             for camera in self.read_cameras
             if camera.key is not None
         ]
-        return {"cameras": cameras, "state": [{"key": part.key, "names": list(part.names)} for part in self.state]}
+        state = [{"key": part.key, "names": list(part.names), "units": list(part.units or ())} for part in self.state]
+        return {"cameras": cameras, "state": state}
 
     @property
     def action_limits(self) -> dict[str, list[float | int | None]] | None:

@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from torchpi.serving.messages import (
     read_request,
 )
 from torchpi.serving.metrics import Metrics
+from torchpi.serving.live import LiveView
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy
 from torchpi.serving.settings import RateLimit, ServeSettings
@@ -52,7 +54,8 @@ class ServerState:
     """Names of the policies; the first one is also served at "/"."""
     metrics: Metrics
     scheduler: Scheduler
-    recorder: Recorder | None
+    observers: Sequence[Recorder | LiveView]
+    """They get every answered request."""
     dashboard: Dashboard = dataclasses.field(default_factory=Dashboard)
     policies: dict[str, ServedPolicy] = dataclasses.field(default_factory=dict)
     """By name, once they are loaded and warm."""
@@ -108,8 +111,8 @@ class Connection:
             state.connections.remove(self)
             state.metrics.connections.dec()
             self._closed.cancel()
-            if state.recorder is not None:
-                state.recorder.end(self._number)
+            for observer in state.observers:
+                observer.end(self._number)
 
     def give_up(self, error: RequestError) -> None:
         """Answer the request that waits for the model with an error."""
@@ -171,9 +174,9 @@ class Connection:
                 if "actions_clipped" in answer.chunk:
                     state.metrics.clipped.labels(self._policy).inc()
                 state.dashboard.answered(robot, observation, answer, time.monotonic())
-                if state.recorder is not None:
+                for observer in state.observers:
                     policy, actions = state.policies[self._policy], answer.chunk["actions"]
-                    state.recorder.keep(self._policy, self._number, policy, observation, actions)
+                    observer.keep(self._policy, self._number, policy, observation, actions)
         if outcome == "malformed_message":
             await self.websocket.close(CloseCode.INVALID_DATA, "malformed message")
         elif state.stopping:

@@ -1,6 +1,7 @@
 """`torchpi serve`: load policies and serve them until a signal."""
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from torchpi.checkpoints.address import existing_folder
 from torchpi.errors import ServingError
 from torchpi.policy import Policy, load_policy
+from torchpi.serving.live import LiveView
 from torchpi.serving.log import log_to_stderr
 from torchpi.serving.memory import return_large_buffers
 from torchpi.serving.metrics import Metrics
@@ -36,6 +38,7 @@ def run_serve(
     settings: ServeSettings,
     *,
     record: Path | None,
+    rerun: str | None,
     load: Mapping[str, Any],
     run: Mapping[str, Any],
 ) -> None:
@@ -64,12 +67,14 @@ def run_serve(
     logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
     if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server; protect it with --token", settings.host)
-    if record is None:
-        ended = asyncio.run(_serve(loaders, settings, None))
-    else:
-        folders = {name: record if len(paths) == 1 else record / name for name in paths}
-        with Recorder(folders, Metrics()) as recorder:
-            ended = asyncio.run(_serve(loaders, settings, recorder))
+    with contextlib.ExitStack() as stack:
+        observers: dict[str, Any] = {}
+        if record is not None:
+            folders = {name: record if len(paths) == 1 else record / name for name in paths}
+            observers["recorder"] = stack.enter_context(Recorder(folders, Metrics()))
+        if rerun is not None:
+            observers["view"] = stack.enter_context(LiveView(rerun))
+        ended = asyncio.run(_serve(loaders, settings, observers))
     if not ended:  # the model's thread is inside PyTorch, which the interpreter's end would tear down under it
         _log.warning("the model or a decoder is still running; ending without it")
         logging.shutdown()
@@ -104,10 +109,10 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
 
 
 async def _serve(
-    loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, recorder: Recorder | None
+    loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, observers: Mapping[str, Any]
 ) -> bool:
     """Serve until a signal; False: the model's thread or a decoder's has not ended."""
-    server = PolicyServer(loaders, settings, recorder=recorder)
+    server = PolicyServer(loaders, settings, **observers)
     loop = asyncio.get_running_loop()
     signals = [signal.SIGINT, signal.SIGTERM]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it

@@ -16,6 +16,7 @@ from typing import Any
 from websockets.asyncio.server import Server, ServerConnection, serve
 
 from torchpi.serving.connection import GOODBYE, Connection, ServerState
+from torchpi.serving.live import LiveView
 from torchpi.serving.memory import CountedConnection, MessageMemory, require_internals
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
@@ -34,7 +35,7 @@ _CLOSE_TIMEOUT = 2.0
 class PolicyServer:
     """Serves policies by name; the first one also at the path "/".
 
-    They are loaded by the functions `load`, in the model's thread. The recorder is closed by its owner.
+    They are loaded by the functions `load`, in the model's thread. Recorder and view are closed by their owner.
     """
 
     def __init__(
@@ -43,10 +44,12 @@ class PolicyServer:
         settings: ServeSettings,
         *,
         recorder: Recorder | None = None,
+        view: LiveView | None = None,
     ) -> None:
         metrics = recorder.metrics if recorder else Metrics()
+        observers = tuple(observer for observer in (recorder, view) if observer is not None)
         self.scheduler = Scheduler(load, settings, metrics)
-        self._state = ServerState(settings, list(load), metrics, self.scheduler, recorder)
+        self._state = ServerState(settings, list(load), metrics, self.scheduler, observers)
         self._memory = MessageMemory(int(settings.max_memory_mb * 2**20), metrics)
         self._numbers = itertools.count()
         self._stopped = asyncio.Event()
@@ -154,10 +157,11 @@ def running_server(
     settings: ServeSettings | None = None,
     *,
     recorder: Recorder | None = None,
+    view: LiveView | None = None,
 ) -> Iterator[tuple[str, PolicyServer]]:
     """A server in a thread of this process until the block ends, for tests and measurements: its address ws://HOST:PORT,
     and the server, which listens from the beginning on, though its policies may not be warm yet."""
-    server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder)
+    server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder, view=view)
     started: concurrent.futures.Future[str] = concurrent.futures.Future()
     with concurrent.futures.ThreadPoolExecutor(1, "torchpi-server") as thread:
         ended = thread.submit(asyncio.run, server.run(started.set_result))

@@ -1,0 +1,153 @@
+"""Recorded episodes in the viewer Rerun: cameras, state, actions, and the chunks that a policy predicts there."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from torchpi.data import LeRobotDataset
+from torchpi.data import format as lerobot
+from torchpi.errors import DatasetError, UsageError
+from torchpi.evaluation.chunks import open_recorded, predict_chunks
+from torchpi.extras import require
+from torchpi.policy import Policy
+from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.ui.progress import progress_bar
+
+_STEP = re.compile(r"(?P<name>.*)@\d+")
+"""An action of a server's recording: dimension and step of the chunk, see `torchpi.serving.recorder`."""
+
+
+def write_view(
+    source: str,
+    target: Path,
+    *,
+    policy: Policy | None = None,
+    embodiment: str | Embodiment | None = None,
+    stride: int = 1,
+    every: int | None = None,
+    seed: int = 0,
+    **reading: Any,
+) -> LeRobotDataset:
+    """Write a dataset, or a server's recording, as an .rrd file.
+
+    Episodes follow each other; "frame" counts through them, "time" is the dataset's clock.
+
+    Args:
+        source: a folder or hf://org/name.
+        policy: predicts chunks, which are drawn over the recorded actions.
+        embodiment: the robot, for names and units; by default those of the dataset, or the policy's robot.
+        stride: frames from one that is shown to the next, of the cameras; numbers are shown of all.
+        every: frames from one predicted chunk to the next; by default what the policy executes of one, or half of it.
+        seed: of the predictions' noise.
+        reading: further arguments of `LeRobotDataset`.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: see `LeRobotDataset`; a robot whose control rate nobody states.
+    """
+    for name, value in (("stride", stride), ("every", every)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; expected 1 or more.")
+    names = LeRobotDataset(source, action_horizon=1, cameras=(), columns=(), **reading).action_names or ()
+    if names and all(map(_STEP.fullmatch, names)):
+        if policy is not None:
+            raise UsageError(f"{source} is a server's recording, which has chunks already; leave the policy out.")
+        dataset = LeRobotDataset(source, action_horizon=1, columns=(), **reading)
+        robot, is_requests = _robot_of_requests(dataset, embodiment), True
+    elif policy is not None:
+        dataset, robot, is_requests = open_recorded(policy, source, **reading), policy.embodiment, False
+    else:
+        robot, is_requests = None if embodiment is None else get_embodiment(embodiment), False
+        dataset = LeRobotDataset(source, action_horizon=1, embodiment=robot, columns=(), **reading)
+    seconds = _seconds(dataset)
+    with rerun_log(target) as log:
+        seen = log.robot(_described(dataset, robot, is_requests))
+        if policy is not None:
+            _write_chunks(seen, seconds, policy, dataset, every, seed)
+        with progress_bar("frames", len(dataset)) as advance:
+            for i in range(len(dataset)):
+                item = dataset[i] if i % stride == 0 else dataset.numbers(i)
+                _write_frame(seen, seconds[i], item, None if is_requests else i, robot)
+                advance()
+    return dataset
+
+
+def rerun_log(target: str | os.PathLike[str]) -> Any:
+    """A `RerunLog` that leaves nothing out."""
+    require("rerun", "rerun")
+    return require("torchpi_client.rerun_log", "rerun").RerunLog(target, wait=True)
+
+
+def _robot_of_requests(dataset: LeRobotDataset, embodiment: str | Embodiment | None) -> Embodiment:
+    """The robot of a server's recording, whose control rate says when the actions of a chunk are due."""
+    named = dataset.robot_type if dataset.robot_type in EMBODIMENTS else None
+    robot = get_embodiment(embodiment or named) if embodiment or named else None
+    if robot is None or robot.control_hz is None:
+        raise DatasetError(
+            f"{dataset.path} is a server's recording of {dataset.robot_type}, and nobody says when the actions of a "
+            "chunk were due: give its robot with a control_hz, embodiment=."
+        )
+    found = list(dict.fromkeys(name.rpartition("@")[0] for name in dataset.action_names or ()))
+    if found != list(robot.action_names):
+        raise DatasetError(
+            f"{dataset.path} has chunks of the actions {', '.join(found)}; embodiment '{robot.name}' has "
+            f"{', '.join(robot.action_names)}. Give the robot that was served, embodiment=."
+        )
+    return robot
+
+
+def _described(dataset: LeRobotDataset, robot: Embodiment | None, is_requests: bool) -> dict[str, Any]:
+    """The dataset in the terms of a policy's metadata."""
+    sizes = {key: dataset.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
+    names = {lerobot.STATE: dataset.state_names, lerobot.ACTION: dataset.action_names}
+    state, action = ([*(names[key] or map(str, range(size)))] for key, size in sizes.items())
+    depths = dataset.depth_keys
+    cameras = [{"key": _short(key)} | ({"depth_unit": "m"} if key in depths else {}) for key in dataset.camera_keys]
+    units = (robot.state_units[: len(state)], [each.unit for each in robot.actions]) if robot else ((), ())
+    return {
+        "observation": {"cameras": cameras, "state": [{"key": "state", "names": state, "units": units[0]}]},
+        "action_names": list(robot.action_names) if robot and is_requests else action,
+        "action_units": units[1],
+        "control_hz": robot.control_hz if robot and is_requests else dataset.fps,
+    }
+
+
+def _short(key: str) -> str:
+    return key.removeprefix(lerobot.IMAGES)
+
+
+def _seconds(dataset: LeRobotDataset) -> Float[np.ndarray, "F"]:
+    """The times of all frames: of an episode by its own clock, behind the episode before it."""
+    clock = dataset.columns["timestamp"].astype(np.float64).copy()
+    for rows in dataset.episode_rows:
+        clock[rows] += rows.start / dataset.fps - clock[rows.start]
+    return clock
+
+
+def _write_frame(
+    seen: Any, seconds: float, item: Mapping[str, Any], frame: int | None, robot: Embodiment | None
+) -> None:
+    """One frame; of a server's recording, where it has no number, a request with its chunk."""
+    images = {_short(key): value for key, value in item.items() if key.startswith(lerobot.IMAGES)}
+    text = f"episode {int(item['episode_index'])}: {item['task']}"
+    seen.observe(seconds, images | {"state": item[lerobot.STATE], "prompt": text}, frame=frame)
+    if frame is None and robot is not None:
+        seen.predict(seconds, item[lerobot.ACTION][0].reshape(-1, robot.action_size))
+    else:
+        seen.execute(seconds, item[lerobot.ACTION][0], frame=frame)
+
+
+def _write_chunks(
+    seen: Any, seconds: np.ndarray, policy: Policy, dataset: LeRobotDataset, every: int | None, seed: int
+) -> None:
+    """The chunks of every so many frames of each episode, up to its end."""
+    every = every or policy.embodiment.execute_steps or max(1, dataset.action_horizon // 2)
+    frames = [frame for rows in dataset.episode_rows for frame in range(rows.start, rows.stop, every)]
+    with progress_bar("chunks", len(frames)) as advance:
+        found = predict_chunks(policy, dataset, frames, seed=seed, on_batch=lambda count: advance(by=count))
+    for frame, chunk, is_pad in zip(frames, found.predicted[:, 0], found.is_pad, strict=True):
+        seen.predict(seconds[frame], chunk[~is_pad], frame=frame)

@@ -1,0 +1,52 @@
+"""Requests and chunks of a server in the viewer Rerun, live or as a file; robots never wait for it."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchpi.errors import ServingError
+from torchpi.extras import require
+from torchpi.serving.scheduler import ServedPolicy
+from torchpi_client.rerun_log import RerunLog, RobotLog
+
+
+def described(policy: ServedPolicy) -> dict[str, Any]:
+    """The metadata of a policy, with the units of its actions."""
+    return {"action_units": [action.unit for action in policy.embodiment.actions], **policy.metadata}
+
+
+class LiveView:
+    """The robots of a server by client, at the times of their answers; see `RerunLog` for what is dropped.
+
+    Raises:
+        ModuleNotFoundError: the extra is not installed.
+        ValueError: the target is neither a new .rrd file nor an address.
+    """
+
+    def __init__(self, target: str) -> None:
+        require("rerun", "rerun")
+        if Path(target).exists():
+            raise ServingError(f"{target} exists already; choose another file for --rerun.")
+        self._log = RerunLog(target)
+        self._robots: dict[int, RobotLog] = {}
+
+    def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
+        """Show one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
+        if client not in self._robots:
+            self._robots[client] = self._log.robot(described(policy), label=f"{name} {client}")
+        robot, now = self._robots[client], time.monotonic() - self._log.began
+        robot.observe(now, observation)
+        robot.predict(now, actions)
+
+    def end(self, client: int) -> None:
+        """Forget a client that has left; the file keeps it."""
+        self._robots.pop(client, None)
+
+    def __enter__(self) -> "LiveView":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._log.close()
