@@ -105,11 +105,11 @@ def observation(first=0.0, **fields):
 
 
 @contextlib.contextmanager
-def served(*policies, recorder=None, **settings):
+def served(*policies, recorder=None, view=None, **settings):
     """A server of these policies as /p0, /p1, …; they are released at the end, so that it can end."""
     load = {f"p{i}": lambda policy=policy: policy for i, policy in enumerate(policies)}
     settings = ServeSettings(**{"port": 0, "max_batch": 3, **settings})
-    with running_server(load, settings, recorder=recorder) as (address, server):
+    with running_server(load, settings, recorder=recorder, view=view) as (address, server):
         try:
             yield address, server
         finally:

@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import re
+import socket
 import threading
 import time
 from typing import Any, Callable, Iterator, Mapping, Sequence
@@ -72,10 +73,15 @@ class RerunLog:
                 self._ending = True
                 self._changed.notify()
             self._thread.join()
-        self.stream.flush(timeout_sec=5.0)
+        try:
+            self.stream.flush(timeout_sec=5.0)
+        except (RuntimeError, ValueError) as error:
+            _log.warning("the end of Rerun's log did not arrive: %s", error)
         self.stream.disconnect()
         if self.dropped:
-            _log.warning("%d entries are not in Rerun's log: writing was slower than they came, or failed", self.dropped)
+            _log.warning(
+                "%d entries are not in Rerun's log: writing was slower than they came, or failed", self.dropped
+            )
 
     def __enter__(self) -> RerunLog:
         return self
@@ -135,15 +141,20 @@ class RerunLog:
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"There is no folder {folder} for {target}.")
             stream.save(target)
-        elif re.match(r"rerun(\+https?)?://", target):
-            stream.connect_grpc(target)
-        elif re.fullmatch(r"[\w.-]+:\d+", target):
-            stream.connect_grpc(f"rerun+http://{target}/proxy")
-        else:
+            return stream
+        address = re.fullmatch(r"(?:rerun(?:\+https?)?://)?(\[[\da-fA-F:]+\]|[\w.-]+):(\d+)(/proxy)?/?", target)
+        if address is None:
             raise ValueError(
                 f"Rerun's log can't go to {target!r}; expected a file that ends in .rrd, or the address of a viewer, "
                 "rerun+http://HOST:9876/proxy or HOST:PORT."
             )
+        try:  # without a viewer, Rerun keeps everything in memory
+            socket.create_connection((address[1].strip("[]"), int(address[2])), timeout=3.0).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"No viewer of Rerun answers at {target} ({error}); start it there: rerun."
+            ) from error
+        stream.connect_grpc(target if "://" in target else f"rerun+http://{target}/proxy")
         return stream
 
 
@@ -291,7 +302,7 @@ def import_rerun() -> Any:
     try:
         return importlib.import_module("rerun")
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"Rerun's log needs rerun-sdk: pip install 'rerun-sdk>=0.24' ({error}).") from error
+        raise ModuleNotFoundError(f"Rerun's log needs rerun-sdk: pip install 'rerun-sdk>=0.26' ({error}).") from error
 
 
 def _flatten(observation: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ from torchpi.cli.common import (
     refuse_changed,
     split_names,
 )
+from torchpi.extras import require
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
@@ -44,11 +45,22 @@ class Demo:
     """Seed of episodes and noise."""
     workers: int | None = None
     """Processes; by default as many as the CPU's cores and the memory allow."""
+    rerun: pathlib.Path | None = None
+    """Write the first episode of each task as an .rrd file for the viewer Rerun."""
 
     def run(self) -> None:
         from torchpi.demo.run import run_demo
 
-        run_demo(**vars(self) | {"tasks": None if self.tasks is None else split_names(self.tasks)})
+        if self.rerun is not None:
+            require("rerun", "rerun")
+        options = vars(self) | {"tasks": None if self.tasks is None else split_names(self.tasks)}
+        target = options.pop("rerun")
+        demo = run_demo(**options)
+        if target is not None:
+            from torchpi.demo.replay import write_episodes
+
+            write_episodes(demo, target)
+            print(f"wrote {target}; show it with: rerun {target}")
 
 
 @dataclasses.dataclass(frozen=True)

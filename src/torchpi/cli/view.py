@@ -45,19 +45,7 @@ class View:
     aliases: ClassVar = {"--episodes": "--select", "--out": "--save"}
 
     def run(self) -> None:
-        source = pathlib.Path(self.source)
-        if self.source == "demo" or any((source / name).exists() for name in ("policy.json", "config.json", "params")):
-            raise UsageError(
-                f"{self.source} is a policy, which is shown on recorded episodes: torchpi view DATASET --policy "
-                f"{self.source}; the embedded one in simulation: torchpi demo --rerun demo.rrd."
-            )
-        if source.suffix == ".rrd":
-            raise UsageError(f"{self.source} is a file of Rerun already; show it with: rerun {self.source}")
-        if self.save is not None and (self.web or self.save.suffix != ".rrd"):
-            raise UsageError(f"--save {self.save}: expected a file that ends in .rrd, and no --web.")
-        screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-        if self.save is None and not self.web and not screen:
-            raise UsageError("There is no screen here to open the viewer on; write a file, --save FILE.rrd, or --web.")
+        self._check()
         require("rerun", "rerun")
         if self.save is not None:
             with atomic_file(self.save) as part:
@@ -73,26 +61,29 @@ class View:
         if status:
             raise UsageError(f"The viewer ended with status {status}; --save FILE.rrd writes a file for another one.")
 
+    def _check(self) -> None:
+        source = pathlib.Path(self.source)
+        if self.source == "demo" or any((source / name).exists() for name in ("policy.json", "config.json", "params")):
+            raise UsageError(
+                f"{self.source} is a policy, which is shown on recorded episodes: torchpi view DATASET --policy "
+                f"{self.source}; the embedded one in simulation: torchpi demo --rerun demo.rrd."
+            )
+        if self.save is not None and (self.web or self.save.suffix != ".rrd"):
+            raise UsageError(f"--save {self.save}: expected a file that ends in .rrd, and no --web.")
+        has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+        if self.save is None and not self.web and not has_screen:
+            raise UsageError("There is no screen here to open the viewer on; write a file, --save FILE.rrd, or --web.")
+        if self.policy is None:
+            refuse_changed(dataclasses.replace(self.load, embodiment=None), belongs_to="--policy")
+            if self.every is not None:
+                raise UsageError("--every can only be given with --policy.")
+
     def _write(self, target: pathlib.Path) -> None:
         from torchpi.evaluation.view import write_view
         from torchpi.policy import load_policy
 
-        load = self.load.given()
-        embodiment = load.get("embodiment")
-        if self.policy is None:
-            others = dataclasses.replace(self.load, embodiment=None)
-            refuse_changed(others, belongs_to="--policy")
-            if self.every is not None:
-                raise UsageError("--every can only be given with --policy.")
+        reading, load = self.recorded.reading_of(self.source), self.load.given()
+        reading |= {"stride": self.stride, "every": self.every, "seed": self.seed, "embodiment": load.get("embodiment")}
         policy = None if self.policy is None else load_policy(self.policy, **load)
-        dataset = write_view(
-            self.source,
-            target,
-            policy=policy,
-            embodiment=embodiment,
-            stride=self.stride,
-            every=self.every,
-            seed=self.seed,
-            **self.recorded.reading_of(self.source),
-        )
+        dataset = write_view(self.source, target, policy=policy, **reading)
         print(f"{len(dataset.episode_lengths)} episodes, {len(dataset)} frames", file=sys.stderr)

@@ -11,11 +11,13 @@ from jaxtyping import Float
 
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
+from torchpi.data.metadata import open_metadata
+from torchpi.data.names import dimension_names
 from torchpi.errors import DatasetError, UsageError
 from torchpi.evaluation.chunks import open_recorded, predict_chunks
 from torchpi.extras import require
 from torchpi.policy import Policy
-from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.robots import Embodiment, get_embodiment
 from torchpi.ui.progress import progress_bar
 
 _STEP = re.compile(r"(?P<name>.*)@\d+")
@@ -35,34 +37,24 @@ def write_view(
 ) -> LeRobotDataset:
     """Write a dataset, or a server's recording, as an .rrd file.
 
-    Episodes follow each other; "frame" counts through them, "time" is the dataset's clock.
-
-    Args:
-        source: a folder or hf://org/name.
-        policy: predicts chunks, which are drawn over the recorded actions.
-        embodiment: the robot, for names and units; by default those of the dataset, or the policy's robot.
-        stride: frames from one that is shown to the next, of the cameras; numbers are shown of all.
-        every: frames from one predicted chunk to the next; by default what the policy executes of one, or half of it.
-        seed: of the predictions' noise.
-        reading: further arguments of `LeRobotDataset`.
-
-    Raises:
-        ValueError, KeyError, FileNotFoundError: see `LeRobotDataset`; a robot whose control rate nobody states.
+    Episodes follow each other; "frame" counts through them, "time" is the dataset's clock. The arguments are those of
+    `torchpi view`, and `reading` further ones of `LeRobotDataset`.
     """
     for name, value in (("stride", stride), ("every", every)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
-    names = LeRobotDataset(source, action_horizon=1, cameras=(), columns=(), **reading).action_names or ()
-    if names and all(map(_STEP.fullmatch, names)):
-        if policy is not None:
-            raise UsageError(f"{source} is a server's recording, which has chunks already; leave the policy out.")
-        dataset = LeRobotDataset(source, action_horizon=1, columns=(), **reading)
-        robot, is_requests = _robot_of_requests(dataset, embodiment), True
-    elif policy is not None:
-        dataset, robot, is_requests = open_recorded(policy, source, **reading), policy.embodiment, False
+    robot: Embodiment | None
+    action = open_metadata(source, rename=reading.get("rename")).info.features.get(lerobot.ACTION, {})
+    is_requests = all(map(_STEP.fullmatch, dimension_names(action, *action.get("shape", [0])) or ("",)))
+    if is_requests and policy is not None:
+        raise UsageError(f"{source} is a server's recording, which has chunks already; leave the policy out.")
+    if policy is not None:
+        dataset, robot = open_recorded(policy, source, **reading), policy.embodiment
     else:
-        robot, is_requests = None if embodiment is None else get_embodiment(embodiment), False
+        robot = None if embodiment is None or is_requests else get_embodiment(embodiment)
         dataset = LeRobotDataset(source, action_horizon=1, embodiment=robot, columns=(), **reading)
+    if is_requests:
+        robot = _robot_of_requests(dataset, embodiment)
     seconds = _seconds(dataset)
     with rerun_log(target) as log:
         seen = log.robot(_described(dataset, robot, is_requests))
@@ -84,40 +76,36 @@ def rerun_log(target: str | os.PathLike[str]) -> Any:
 
 def _robot_of_requests(dataset: LeRobotDataset, embodiment: str | Embodiment | None) -> Embodiment:
     """The robot of a server's recording, whose control rate says when the actions of a chunk are due."""
-    named = dataset.robot_type if dataset.robot_type in EMBODIMENTS else None
-    robot = get_embodiment(embodiment or named) if embodiment or named else None
-    if robot is None or robot.control_hz is None:
+    robot = get_embodiment(embodiment or dataset.robot_type or "")
+    found = dict.fromkeys(name.rpartition("@")[0] for name in dataset.action_names or ())
+    if robot.control_hz is None or list(found) != list(robot.action_names):
         raise DatasetError(
-            f"{dataset.path} is a server's recording of {dataset.robot_type}, and nobody says when the actions of a "
-            "chunk were due: give its robot with a control_hz, embodiment=."
-        )
-    found = list(dict.fromkeys(name.rpartition("@")[0] for name in dataset.action_names or ()))
-    if found != list(robot.action_names):
-        raise DatasetError(
-            f"{dataset.path} has chunks of the actions {', '.join(found)}; embodiment '{robot.name}' has "
-            f"{', '.join(robot.action_names)}. Give the robot that was served, embodiment=."
+            f"{dataset.path} is a server's recording of chunks of {', '.join(found)}; embodiment '{robot.name}' has "
+            f"{', '.join(robot.action_names)} at {robot.control_hz} Hz. Give the robot that was served, embodiment=, "
+            "with its control_hz, which says when the actions were due."
         )
     return robot
 
 
 def _described(dataset: LeRobotDataset, robot: Embodiment | None, is_requests: bool) -> dict[str, Any]:
     """The dataset in the terms of a policy's metadata."""
-    sizes = {key: dataset.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
-    names = {lerobot.STATE: dataset.state_names, lerobot.ACTION: dataset.action_names}
-    state, action = ([*(names[key] or map(str, range(size)))] for key, size in sizes.items())
-    depths = dataset.depth_keys
-    cameras = [{"key": _short(key)} | ({"depth_unit": "m"} if key in depths else {}) for key in dataset.camera_keys]
-    units = (robot.state_units[: len(state)], [each.unit for each in robot.actions]) if robot else ((), ())
+    state, action = (
+        names or tuple(map(str, range(dataset.columns[key].shape[1])))
+        for key, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names))
+    )
+    if robot is not None:  # state and actions are in its order
+        state, action = robot.state_names[: len(state)] or state, robot.action_names
+    cameras = [
+        {"key": key.removeprefix(lerobot.IMAGES)} | ({"depth_unit": "m"} if key in dataset.depth_keys else {})
+        for key in dataset.camera_keys
+    ]
+    units = robot.state_units[: len(state)] if robot else ()
     return {
-        "observation": {"cameras": cameras, "state": [{"key": "state", "names": state, "units": units[0]}]},
-        "action_names": list(robot.action_names) if robot and is_requests else action,
-        "action_units": units[1],
+        "observation": {"cameras": cameras, "state": [{"key": "state", "names": state, "units": units}]},
+        "action_names": action,
+        "action_units": robot.action_units if robot else (),
         "control_hz": robot.control_hz if robot and is_requests else dataset.fps,
     }
-
-
-def _short(key: str) -> str:
-    return key.removeprefix(lerobot.IMAGES)
 
 
 def _seconds(dataset: LeRobotDataset) -> Float[np.ndarray, "F"]:
@@ -132,7 +120,7 @@ def _write_frame(
     seen: Any, seconds: float, item: Mapping[str, Any], frame: int | None, robot: Embodiment | None
 ) -> None:
     """One frame; of a server's recording, where it has no number, a request with its chunk."""
-    images = {_short(key): value for key, value in item.items() if key.startswith(lerobot.IMAGES)}
+    images = {key.removeprefix(lerobot.IMAGES): value for key, value in item.items() if key.startswith(lerobot.IMAGES)}
     text = f"episode {int(item['episode_index'])}: {item['task']}"
     seen.observe(seconds, images | {"state": item[lerobot.STATE], "prompt": text}, frame=frame)
     if frame is None and robot is not None:

@@ -215,6 +215,11 @@ class Embodiment:
         return tuple(action.name for action in self.actions)
 
     @property
+    def action_units(self) -> tuple[str, ...]:
+        """The units of an action's dimensions; "": not stated."""
+        return tuple(action.unit for action in self.actions)
+
+    @property
     def state_dims(self) -> range:
         """The lengths that the state may have."""
         return range(sum(part.dims[0] for part in self.state), len(self.state_names) + 1)

@@ -21,6 +21,7 @@ from websockets.frames import CloseCode
 
 from torchpi.randomness import generator_at
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
+from torchpi.serving.live import LiveView
 from torchpi.serving.memory import CountedConnection, size_of
 from torchpi.serving.messages import (
     SUPPORTED,
@@ -183,7 +184,9 @@ class Connection:
             await self.websocket.close(*GOODBYE)
 
     async def _greet(self) -> None:
-        await self.websocket.send(pack({**self._state.policies[self._policy].metadata, **SUPPORTED}))
+        policy = self._state.policies[self._policy]
+        units = list(policy.embodiment.action_units)
+        await self.websocket.send(pack({"action_units": units, **policy.metadata, **SUPPORTED}))
 
     async def _receive(self, robot: Robot) -> str | bytes:
         """The next message that the model answers."""

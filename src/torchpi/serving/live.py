@@ -9,13 +9,7 @@ import numpy as np
 
 from torchpi.errors import ServingError
 from torchpi.extras import require
-from torchpi.serving.scheduler import ServedPolicy
 from torchpi_client.rerun_log import RerunLog, RobotLog
-
-
-def described(policy: ServedPolicy) -> dict[str, Any]:
-    """The metadata of a policy, with the units of its actions."""
-    return {"action_units": [action.unit for action in policy.embodiment.actions], **policy.metadata}
 
 
 class LiveView:
@@ -36,10 +30,17 @@ class LiveView:
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         """Show one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
         if client not in self._robots:
-            self._robots[client] = self._log.robot(described(policy), label=f"{name} {client}")
-        robot, now = self._robots[client], time.monotonic() - self._log.began
-        robot.observe(now, observation)
-        robot.predict(now, actions)
+            robot = policy.embodiment
+            described = {
+                "observation": robot.observation_format,
+                "action_names": robot.action_names,
+                "action_units": robot.action_units,
+                "control_hz": robot.control_hz,
+            }
+            self._robots[client] = self._log.robot(described, label=f"{name} {client}")
+        seen, now = self._robots[client], time.monotonic() - self._log.began
+        seen.observe(now, observation)
+        seen.predict(now, actions)
 
     def end(self, client: int) -> None:
         """Forget a client that has left; the file keeps it."""

@@ -38,9 +38,9 @@ def run_serve(
     settings: ServeSettings,
     *,
     record: Path | None,
-    rerun: str | None,
     load: Mapping[str, Any],
     run: Mapping[str, Any],
+    rerun: str | None = None,
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 

@@ -1,0 +1,41 @@
+"""The demo's episodes in the viewer Rerun: the first one of each task, as in its video."""
+
+import pathlib
+
+from torchpi.demo.page import Demo
+from torchpi.errors import SimulationError
+from torchpi.evaluation.view import rerun_log
+from torchpi.sim import LatestEnvironment
+from torchpi.sim.actors import checked_rollout
+from torchpi.sim.rollout import Rollout, RolloutStep, episode_noise, run_episode
+from torchpi.ui.progress import progress_bar
+
+
+def write_episodes(demo: Demo, target: pathlib.Path) -> None:
+    """Run these episodes again, which are decided by their seeds, and write them one after the other."""
+    policy, evaluation = demo.policy, demo.evaluation
+    if evaluation is None:
+        raise SimulationError(f"There are no episodes for {target}, as nothing can be rendered: {demo.problem}.")
+    first = [episode for episode in evaluation.episodes if episode.index == 0]
+    rollout = checked_rollout(policy, evaluation.env, Rollout())
+    latest, began = LatestEnvironment(evaluation.env), 0.0
+    with rerun_log(target) as log, progress_bar("episodes for Rerun", len(first)) as advance:
+        seen = log.robot({"action_units": policy.embodiment.action_units, **policy.metadata})
+        for episode in first:
+            environment, text = latest.of(episode.task), evaluation.tasks[episode.task].instruction
+            period = 1 / (environment.embodiment.control_hz or 1)
+
+            def show(step: RolloutStep) -> None:
+                now = began + step.step * period  # noqa: B023  called in this round only
+                if step.executed:
+                    seen.execute(now - period, step.chunk[step.executed - 1])  # noqa: B023
+                else:
+                    seen.predict(now, step.chunk)
+                if step.executed == 0 or step.step % 2 == 0:
+                    seen.observe(now, environment.observe() | {"prompt": text})  # noqa: B023
+
+            noise = episode_noise(evaluation.seed, episode.task, 0, policy.model.config.chunk_shape)
+            outcome = run_episode(policy, environment, episode.seed, rollout=rollout, noise=noise, callback=show)
+            began += outcome.steps * period
+            advance()
+    latest.close()

@@ -1,0 +1,292 @@
+"""Recordings and live robots in the viewer Rerun; the files are read back with its own reader."""
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+from rerun.chunk import RrdReader
+from serving_helpers import FakePolicy, H, clients, observation, served
+
+from torchpi.cli import main
+from torchpi.data import LeRobotWriter
+from torchpi.evaluation.chunks import open_recorded, predict_chunks
+from torchpi.evaluation.view import write_view
+from torchpi.policy import load_policy
+from torchpi.serving.live import LiveView
+from torchpi.serving.metrics import Metrics
+from torchpi.serving.recorder import Recorder
+from torchpi_client import ControlLoop, ControlSettings, RerunLog, rerun_log
+from torchpi_client.clock import MonotonicClock
+
+ROBOT = {
+    "control_hz": 10.0,
+    "action_names": ["elbow", "grip/per"],
+    "action_units": ["deg", ""],
+    "action_commands": ["position", "position"],
+    "execute_steps": 3,
+    "observation": {
+        "cameras": [{"key": "images.front", "layout": "chw", "dtype": "uint8"}, {"key": "depth", "depth_unit": "mm"}],
+        "state": [{"key": "state", "names": ["elbow", "lift"], "units": ["deg", "m"]}],
+    },
+}
+
+
+def rows(path, entity):
+    """The rows of an entity, by time: (frame, seconds, value); None: an empty one, which ends a line."""
+    found = []
+    for chunk in RrdReader(str(path)).stream():
+        if chunk.entity_path == entity and not chunk.is_static:
+            batch = chunk.to_record_batch()
+            (name,) = (
+                name for name in batch.schema.names if name.split(":")[-1] in ("scalars", "blob", "buffer", "text")
+            )
+            seconds = [time / 1e9 for time in batch.column("time").cast("int64").to_pylist()]
+            first = [value[0] if value else None for value in batch.column(name).to_pylist()]
+            found += zip(batch.column("frame").to_pylist(), seconds, first, strict=True)
+    return sorted(found, key=lambda row: row[1])
+
+
+def values(path, entity):
+    return [value for _, _, value in rows(path, entity)]
+
+
+def entities(path):
+    return {chunk.entity_path for chunk in RrdReader(str(path)).stream()}
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two episodes of 6 and 4 frames at 10 Hz."""
+    with LeRobotWriter(
+        tmp_path / "set", fps=10, cameras={"front": (8, 12, 3)}, state_names=["a", "b"], action_names=["a", "g"]
+    ) as writer:
+        for begin, length in ((0, 6), (10, 4)):
+            for i in range(begin, begin + length):
+                image = np.full((8, 12, 3), 10 * i, np.uint8)
+                frame = {"observation.state": [i, -i], "action": [i + 0.5, 1]}
+                writer.add_frame({"observation.images.front": image, **frame})
+            writer.save_episode(f"task {begin}")
+    return tmp_path / "set"
+
+
+def test_dataset_is_shown_with_its_frames_times_and_instructions(dataset, tmp_path):
+    main(["view", str(dataset), "--save", str(tmp_path / "view.rrd"), "--stride", "3"])
+    shown = tmp_path / "view.rrd"
+    numbers = [0, 1, 2, 3, 4, 5, 10, 11, 12, 13]
+    assert rows(shown, "/action/a") == [(i, pytest.approx(i / 10), n + 0.5) for i, n in enumerate(numbers)]
+    assert values(shown, "/state/b") == [-n for n in numbers]
+    assert [frame for frame, _, _ in rows(shown, "/cameras/front")] == [0, 3, 6, 9]
+    assert values(shown, "/prompt") == ["episode 0: task 0", "episode 1: task 10"]
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_selected_episode_begins_at_frame_0_and_keeps_the_clock(dataset, tmp_path):
+    main(["view", str(dataset), "--save", str(tmp_path / "view.rrd"), "--episodes", "1"])
+    assert rows(tmp_path / "view.rrd", "/action/a")[0] == (0, 0.0, 10.5)
+
+
+def test_policy_predicts_chunks_over_the_recorded_actions(golden_root, tmp_path):
+    source, policy = golden_root / "datasets" / "lerobot_v3_video", load_policy("demo", device="cpu")
+    shown = tmp_path / "view.rrd"
+    write_view(str(source), shown, policy=policy, every=5, episodes=[0])
+    data = open_recorded(policy, source, episodes=[0])
+    expected = predict_chunks(policy, data, [0, 5, 10]).predicted[:, 0, :, 0]
+    for lane, start in enumerate((0, 5, 10)):  # chunks end with the episode
+        found = rows(shown, f"/predicted/delta_x/{lane}")
+        assert [frame for frame, _, _ in found] == list(range(start, len(data) + 1))
+        np.testing.assert_allclose(
+            [value for _, _, value in found[:-1]], expected[lane][: len(data) - start], atol=1e-6
+        )
+        assert found[-1][2] is None
+    assert len(values(shown, "/action/delta_x")) == len(data)
+
+
+def test_servers_recording_is_shown_as_the_chunks_of_its_robot(tmp_path):
+    policy = FakePolicy()
+    robot = tmp_path / "fake.json"
+    robot.write_text(json.dumps(policy.embodiment.to_dict()))
+    chunk = np.arange(2 * H, dtype=np.float32).reshape(H, 2)
+    with Recorder({"p0": tmp_path / "set"}, Metrics()) as recorder:
+        for i in range(2):
+            recorder.keep("p0", 0, policy, observation(float(i)), chunk + i)
+    main(["view", str(tmp_path / "set"), "--embodiment", str(robot), "--save", str(tmp_path / "view.rrd")])
+    # Requests are execute_steps / control_hz = 0.2 s apart, actions 0.1 s.
+    assert [round(t, 3) for _, t, _ in rows(tmp_path / "view.rrd", "/predicted/x/1")] == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert values(tmp_path / "view.rrd", "/predicted/x/1") == [1, 3, 5, 7, None]
+    assert "/action/x" not in entities(tmp_path / "view.rrd")
+    with pytest.raises(KeyError, match="Unknown embodiment 'fake'"):
+        write_view(str(tmp_path / "set"), tmp_path / "other.rrd")
+    with pytest.raises(ValueError, match="server's recording of chunks of x, y; embodiment 'so101' has shoulder"):
+        write_view(str(tmp_path / "set"), tmp_path / "other.rrd", embodiment="so101")
+
+
+def test_served_robots_are_shown_by_client(tmp_path):
+    target = tmp_path / "live.rrd"
+    with LiveView(str(target)) as view:
+        with served(FakePolicy(), view=view) as (url, _), clients(url, 2) as [one, other]:
+            answer = one.ask(observation(1.0))
+            other.ask(observation(2.0))
+        for client in (0, 1):
+            assert view._log.dropped == 0, client
+    assert values(target, "/p0\\ 0/state/x") == [1.0]
+    assert values(target, "/p0\\ 1/state/x") == [2.0]
+    assert values(target, "/p0\\ 0/predicted/y/0") == [*answer["actions"][:, 1].tolist(), None]
+    with pytest.raises(ValueError, match=r"live.rrd exists already; choose another file for --rerun"):
+        LiveView(str(target))
+
+
+class Clock(MonotonicClock):
+    """Moves only by sleeping."""
+
+    time = 100.0
+
+    def now(self):
+        return self.time
+
+    def sleep_until(self, moment):
+        self.time = max(self.time, moment)
+
+
+class Robot:
+    def __init__(self):
+        self.commands = []
+        self.image = np.zeros((3, 8, 12), np.uint8)
+
+    def observe(self):
+        self.image[:] = len(self.commands)  # one buffer for all observations
+        depth = np.full((4, 4, 1), 1500, np.uint16)
+        return {"images": {"front": self.image}, "depth": depth, "state": np.array([1.0, 2.0]), "prompt": "go"}
+
+    def act(self, action):
+        self.commands.append(action)
+
+
+class Policy:
+    metadata = ROBOT
+
+    def infer(self, observation):
+        return {"actions": np.arange(16, dtype=np.float32).reshape(8, 2)}
+
+
+def test_control_loop_logs_observations_chunks_and_commands(tmp_path):
+    robot, clock, target = Robot(), Clock(), tmp_path / "run.rrd"
+    with RerunLog(target, wait=True) as log:
+        settings = ControlSettings(mode="sync")
+        ControlLoop(robot, Policy(), settings, clock=clock, log=log.robot(ROBOT)).run(steps=12)
+    executed = rows(target, "/action/elbow")
+    assert [value for _, _, value in executed] == [command[0] for command in robot.commands]
+    assert executed[-1][:2] == (11, pytest.approx(1.1))
+    assert values(target, "/predicted/grip\\/per/0")[:8] == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert values(target, "/state/lift")[0] == 2.0
+    assert {"/cameras/images.front", "/cameras/depth"} <= {path.replace("\\", "") for path in entities(target)}
+
+
+def test_log_in_a_thread_drops_and_counts_what_it_has_no_room_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(rerun_log, "MAX_WAITING_MB", 1)
+    begun, free, written = threading.Event(), threading.Event(), []
+
+    def write(number, values):
+        begun.set()
+        assert free.wait(20)
+        if number == 1:
+            raise OSError("disk full")
+        written.append(number)
+
+    with RerunLog(tmp_path / "log.rrd") as log:
+        log.put(write, 0, np.zeros(10))
+        assert begun.wait(20)
+        for number in range(1, 6):
+            log.put(write, number, np.zeros(300_000, np.uint8))  # three fit into a MiB
+        assert log.dropped == 2
+        free.set()
+    assert written == [0, 2, 3]
+    assert log.dropped == 3
+    assert "3 entries are not in Rerun's log" in caplog.text
+    assert "disk full" in caplog.text
+
+
+def test_robots_without_metadata_are_logged_by_the_shapes_of_their_arrays(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    with RerunLog(tmp_path / "log.rrd", wait=True) as log:
+        robot = log.robot({})
+        robot.observe(0.5, {"image": np.zeros((8, 8, 3), np.uint8), "state": np.array([3.0, 4.0])})
+        robot.predict(0.5, np.ones((3, 1)))
+    assert values(tmp_path / "log.rrd", "/state/state_1") == [4.0]
+    assert [seconds for _, seconds, _ in rows(tmp_path / "log.rrd", "/predicted/0/0")] == [0.5, 1.5, 2.5, 3.5]
+    assert "states no control_hz: Rerun's log shows its actions a second apart" in caplog.text
+
+
+def test_chunks_that_overlap_are_lines_of_their_own(tmp_path):
+    with RerunLog(tmp_path / "log.rrd", wait=True) as log:
+        robot = log.robot(ROBOT)
+        for i in range(6):
+            robot.predict(0.2 * i, np.full((4, 2), i))
+    lanes = [values(tmp_path / "log.rrd", f"/predicted/elbow/{lane}") for lane in range(3)]
+    assert lanes == [[i, i, i, i, None, i + 3, i + 3, i + 3, i + 3, None] for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("target", "error", "message"),
+    [
+        ("somewhere", ValueError, "a file that ends in .rrd, or the address of a viewer"),
+        ("nowhere/log.rrd", FileNotFoundError, "There is no folder"),
+        ("127.0.0.1:9", ConnectionError, "No viewer of Rerun answers at 127.0.0.1:9"),
+    ],
+)
+def test_target_that_cannot_be_written_is_an_error(target, error, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=message):
+        RerunLog(target)
+
+
+def test_missing_rerun_is_an_error_with_the_command(monkeypatch, dataset, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "rerun", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install 'rerun-sdk"):
+        RerunLog(tmp_path / "log.rrd")
+    with pytest.raises(SystemExit):
+        main(["view", str(dataset), "--save", str(tmp_path / "view.rrd")])
+    assert "Viewing needs the extra 'rerun'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo"], "demo is a policy, which is shown on recorded episodes: torchpi view DATASET --policy demo"),
+        (["SET"], "There is no screen here to open the viewer on; write a file, --save FILE.rrd, or --web"),
+        (["SET", "--save", "x.txt"], "expected a file that ends in .rrd"),
+        (["SET", "--save", "x.rrd", "--every", "3"], "--every can only be given with --policy"),
+        (["SET", "--save", "x.rrd", "--device", "cpu"], "--device can only be given with --policy"),
+        (["SET", "--save", "x.rrd", "--stride", "0"], "stride is 0; expected 1 or more"),
+        (["SET", "--save", "x.rrd", "--embodiment", "so101"], "has 10 frames per second, and embodiment 'so101'"),
+    ],
+)
+def test_impossible_view_is_an_error(words, message, dataset, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    with pytest.raises(SystemExit):
+        main(["view", *(str(dataset) if word == "SET" else word for word in words)])
+    assert message in re.sub(r"\s+", " ", capsys.readouterr().err)
+    assert not (tmp_path / "x.rrd").exists()
+
+
+def test_web_viewer_listens_on_this_machine_only(dataset, monkeypatch):
+    seen = []
+    monkeypatch.setattr(subprocess, "run", lambda words: seen.append(words) or subprocess.CompletedProcess(words, 0))
+    main(["view", str(dataset), "--web", "--port", "9123"])
+    assert seen[0][1:3] == ["-m", "rerun"]
+    assert " ".join(seen[0][4:]) == "--bind 127.0.0.1 --web-viewer --web-viewer-port 9123"
+
+
+@pytest.mark.slow
+def test_demo_writes_the_first_episode_of_its_video(tmp_path):
+    words = f"demo --tasks drawer-open --episodes 1 --workers 1 --out {tmp_path / 'demo'}"
+    main([*words.split(), "--rerun", str(tmp_path / "demo.rrd")])
+    assert set(values(tmp_path / "demo.rrd", "/prompt")) == {"open the drawer"}
+    assert len(values(tmp_path / "demo.rrd", "/action/delta_x")) > 20
