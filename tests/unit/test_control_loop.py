@@ -8,12 +8,13 @@ import threading
 
 import numpy as np
 import pytest
+from rrd_helpers import rows
 
 from torchpi.policy import load_policy
 from torchpi.robots import get_embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
-from torchpi_client import ActionLimits, ControlLoop, ControlSettings, Robot, ServerError, WebsocketPolicy
+from torchpi_client import ActionLimits, ControlLoop, ControlSettings, RerunLog, Robot, ServerError, WebsocketPolicy
 from torchpi_client.clock import MonotonicClock, Pacer
 from torchpi_client.inference import Answer, BackgroundInference
 from torchpi_client.latency import LatencyEstimate
@@ -115,7 +116,7 @@ class VirtualInference:
         return self.poll()
 
 
-def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, on_chunk=None, **settings):
+def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, on_chunk=None, log=None, **settings):
     """Run the loop; return the robot and the report."""
     clock = VirtualClock()
     robot = ToyRobot(clock, len(policy.metadata["action_commands"] or "?"), busy)
@@ -126,9 +127,25 @@ def controlled(policy, *, latencies=(0.0,), steps=20, busy=None, seconds=None, o
         clock=clock,
         inference=VirtualInference(policy, clock, latencies),
         on_chunk=on_chunk,
+        log=log,
     )
     report = loop.run(seconds=seconds, steps=None if seconds else steps)
     return robot, report
+
+
+def test_log_gets_observations_chunks_and_commands_at_their_times(tmp_path):
+    observation = {"cameras": [], "state": [{"key": "state", "names": ["lift"], "units": ["m"]}]}
+    policy, target = ScriptedPolicy(observation=observation, execute_steps=4), tmp_path / "run.rrd"
+    with RerunLog(target, wait=True) as log:
+        robot, _ = controlled(policy, latencies=[0.0, 0.2], steps=12, mode="async", log=log.robot(policy.metadata))
+    executed = rows(target, "/action/a")
+    assert [value for _, _, value in executed] == robot.positions
+    assert [frame for frame, _, _ in executed] == [round(HZ * time) for time in robot.times]
+    chunks = [rows(target, f"/predicted/a/{lane}") for lane in range(2)]
+    assert [value for _, _, value in chunks[1][:-1]] == list(range(100, 100 + HORIZON))
+    begin = chunks[1][0][1]  # the time of its observation: the action of that time is the chunk before it
+    assert [seconds for _, seconds, _ in chunks[1]] == pytest.approx(begin + np.arange(HORIZON + 1) / HZ)
+    assert begin in [seconds for _, seconds, _ in rows(target, "/state/lift")]
 
 
 # ---- modes ----

@@ -1,5 +1,6 @@
 """Recordings and live robots in the viewer Rerun; the files are read back with its own reader."""
 
+import io
 import json
 import logging
 import re
@@ -9,7 +10,8 @@ import threading
 
 import numpy as np
 import pytest
-from rerun.chunk import RrdReader
+from PIL import Image
+from rrd_helpers import entities, rows, values
 from serving_helpers import FakePolicy, H, clients, observation, served
 
 from torchpi.cli import main
@@ -20,43 +22,9 @@ from torchpi.policy import load_policy
 from torchpi.serving.live import LiveView
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.recorder import Recorder
-from torchpi_client import ControlLoop, ControlSettings, RerunLog, rerun_log
-from torchpi_client.clock import MonotonicClock
+from torchpi_client import RerunLog, rerun_log
 
-ROBOT = {
-    "control_hz": 10.0,
-    "action_names": ["elbow", "grip/per"],
-    "action_units": ["deg", ""],
-    "action_commands": ["position", "position"],
-    "execute_steps": 3,
-    "observation": {
-        "cameras": [{"key": "images.front", "layout": "chw", "dtype": "uint8"}, {"key": "depth", "depth_unit": "mm"}],
-        "state": [{"key": "state", "names": ["elbow", "lift"], "units": ["deg", "m"]}],
-    },
-}
-
-
-def rows(path, entity):
-    """The rows of an entity, by time: (frame, seconds, value); None: an empty one, which ends a line."""
-    found = []
-    for chunk in RrdReader(str(path)).stream():
-        if chunk.entity_path == entity and not chunk.is_static:
-            batch = chunk.to_record_batch()
-            (name,) = (
-                name for name in batch.schema.names if name.split(":")[-1] in ("scalars", "blob", "buffer", "text")
-            )
-            seconds = [time / 1e9 for time in batch.column("time").cast("int64").to_pylist()]
-            first = [value[0] if value else None for value in batch.column(name).to_pylist()]
-            found += zip(batch.column("frame").to_pylist(), seconds, first, strict=True)
-    return sorted(found, key=lambda row: row[1])
-
-
-def values(path, entity):
-    return [value for _, _, value in rows(path, entity)]
-
-
-def entities(path):
-    return {chunk.entity_path for chunk in RrdReader(str(path)).stream()}
+ROBOT = {"control_hz": 10.0, "action_names": ["elbow", "gripper"]}
 
 
 @pytest.fixture
@@ -140,52 +108,6 @@ def test_served_robots_are_shown_by_client(tmp_path):
         LiveView(str(target))
 
 
-class Clock(MonotonicClock):
-    """Moves only by sleeping."""
-
-    time = 100.0
-
-    def now(self):
-        return self.time
-
-    def sleep_until(self, moment):
-        self.time = max(self.time, moment)
-
-
-class Robot:
-    def __init__(self):
-        self.commands = []
-        self.image = np.zeros((3, 8, 12), np.uint8)
-
-    def observe(self):
-        self.image[:] = len(self.commands)  # one buffer for all observations
-        depth = np.full((4, 4, 1), 1500, np.uint16)
-        return {"images": {"front": self.image}, "depth": depth, "state": np.array([1.0, 2.0]), "prompt": "go"}
-
-    def act(self, action):
-        self.commands.append(action)
-
-
-class Policy:
-    metadata = ROBOT
-
-    def infer(self, observation):
-        return {"actions": np.arange(16, dtype=np.float32).reshape(8, 2)}
-
-
-def test_control_loop_logs_observations_chunks_and_commands(tmp_path):
-    robot, clock, target = Robot(), Clock(), tmp_path / "run.rrd"
-    with RerunLog(target, wait=True) as log:
-        settings = ControlSettings(mode="sync")
-        ControlLoop(robot, Policy(), settings, clock=clock, log=log.robot(ROBOT)).run(steps=12)
-    executed = rows(target, "/action/elbow")
-    assert [value for _, _, value in executed] == [command[0] for command in robot.commands]
-    assert executed[-1][:2] == (11, pytest.approx(1.1))
-    assert values(target, "/predicted/grip\\/per/0")[:8] == [1, 3, 5, 7, 9, 11, 13, 15]
-    assert values(target, "/state/lift")[0] == 2.0
-    assert {"/cameras/images.front", "/cameras/depth"} <= {path.replace("\\", "") for path in entities(target)}
-
-
 def test_log_in_a_thread_drops_and_counts_what_it_has_no_room_for(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(rerun_log, "MAX_WAITING_MB", 1)
     begun, free, written = threading.Event(), threading.Event(), []
@@ -219,6 +141,19 @@ def test_robots_without_metadata_are_logged_by_the_shapes_of_their_arrays(tmp_pa
     assert values(tmp_path / "log.rrd", "/state/state_1") == [4.0]
     assert [seconds for _, seconds, _ in rows(tmp_path / "log.rrd", "/predicted/0/0")] == [0.5, 1.5, 2.5, 3.5]
     assert "states no control_hz: Rerun's log shows its actions a second apart" in caplog.text
+
+
+def test_images_are_logged_as_they_were_in_their_layout_and_unit(tmp_path):
+    cameras = [{"key": "front", "layout": "chw"}, {"key": "depth", "depth_unit": "mm"}]
+    image, depth = np.zeros((3, 8, 12), np.float32), np.full((4, 4, 1), 1500, np.uint16)
+    with RerunLog(tmp_path / "log.rrd") as log:
+        robot = log.robot({**ROBOT, "observation": {"cameras": cameras, "state": []}})
+        for i in range(2):
+            image[:] = i  # a robot's driver may use one buffer for all
+            robot.observe(i / 10, {"front": image, "depth": depth})
+    shown = [np.asarray(Image.open(io.BytesIO(bytes(blob)))) for blob in values(tmp_path / "log.rrd", "/cameras/front")]
+    assert [(each.shape, int(each.mean())) for each in shown] == [((8, 12, 3), 0), ((8, 12, 3), 255)]
+    assert np.frombuffer(bytes(values(tmp_path / "log.rrd", "/cameras/depth")[0]), np.uint16).tolist() == [1500] * 16
 
 
 def test_chunks_that_overlap_are_lines_of_their_own(tmp_path):

@@ -32,7 +32,6 @@ from torchpi.serving.messages import (
     read_request,
 )
 from torchpi.serving.metrics import Metrics
-from torchpi.serving.live import LiveView
 from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy
 from torchpi.serving.settings import RateLimit, ServeSettings
