@@ -28,7 +28,8 @@ def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         raise CheckpointError(f"{root} holds whole weights and PEFT's adapter; move one to a folder of its own.")
     if has_config and (has_weights(root) or has_adapter):
         document = read_json_object(root / "config.json")
-        found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
+        if not (found and document.get("type") == "torchpi"):  # a policy folder that LeRobot wrote, with its options
+            found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
     elif has_adapter or (has_weights(root) and not found):
         found.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
     if root.is_dir() and (params := openpi.find_params(root)) is not None:
