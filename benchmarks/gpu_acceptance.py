@@ -255,7 +255,7 @@ def plain_breakdown(model: Pi0, observation: Any, noise: Tensor, device: torch.d
     parts = {
         "vision_ms": lambda: model.vision(images, model.compute_dtype),
         "prefill_ms": lambda: model.prefill(observation, prefix, no_padding=True),
-        "steps_ms": lambda: model.denoise(cache, noise, num_steps=NUM_STEPS),
+        "steps_ms": lambda: model.denoise(cache, noise[:, None], num_steps=NUM_STEPS),
     }
     return {name: median_ms(run, device, 3) for name, run in parts.items()}
 

@@ -100,9 +100,12 @@ def checked_arguments(prefixes: Any, generator: Any, *, count: int) -> list[Prev
     return chunks
 
 
-def answer_of(actions: np.ndarray, clipped: int, timing: Mapping[str, float], sample: Mapping[str, Any]) -> ActionChunk:
-    """The answer to one observation, with the numbers of clipped values and of tokens that its prompt lost."""
-    answer = ActionChunk(actions=actions, policy_timing=dict(timing))
+def answer_of(
+    actions: np.ndarray, clipped: int, about: Any, timing: Mapping[str, float], sample: Mapping[str, Any]
+) -> ActionChunk:
+    """The answer to one observation, with the numbers of clipped values and of tokens that its prompt lost; `about`:
+    its samples, if there are several."""
+    answer = ActionChunk(actions=actions, policy_timing=dict(timing), **about)
     if clipped:
         answer["actions_clipped"] = clipped
     if "prompt_tokens_cut" in sample:

@@ -15,7 +15,7 @@ from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.sizes import ConfigLike
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, Preprocessing, check_metadata
+from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, Preprocessing, check_metadata, state_dim_of
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
@@ -23,6 +23,7 @@ from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment
 from torchpi.robots.limits import within_limits
+from torchpi.samples import Pick, checked_pick, choose, finite_noise
 from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
 from torchpi.transforms.normalize import Normalization, NormStats, openpi_rules, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
@@ -90,7 +91,7 @@ class Policy:
             names={"state": embodiment.state_names, "actions": embodiment.action_names},
         )  # fmt: skip
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
-        self._state_dim = _state_dim(embodiment, norm_stats["state"].dim, config.action_dim)
+        self._state_dim = state_dim_of(embodiment, norm_stats["state"].dim, config.action_dim)
         self._check_sizes(norm_stats)
         self.transforms.warn_of_untrained()
 
@@ -118,6 +119,8 @@ class Policy:
         *,
         noise: np.ndarray | None = None,
         num_steps: int | np.integer | None = None,
+        num_samples: int | np.integer | None = None,
+        pick: Pick | None = None,
         generator: torch.Generator | None = None,
         action_prefix: np.ndarray | None = None,
         delay: int | np.integer = 0,
@@ -127,8 +130,11 @@ class Policy:
 
         Args:
             observation: the robot's own keys, as the embodiment says; `example_observation` shows one.
-            noise: [H, action_dim], x at t = 1; by default drawn with `generator`.
+            noise: [H, action_dim], x at t = 1, or with `num_samples` [N, H, action_dim]; by default drawn with
+                `generator`.
             num_steps: Euler steps; by default the policy's, which are 10 unless it says otherwise.
+            num_samples: N chunks for the observation, which share the work on its images and its prompt.
+            pick: the choice among them, see `samples.Pick`; by default "consensus".
             action_prefix: [k, a] in the robot's units, the rest of the chunk that is being executed, from the
                 observation's moment on: the new chunk continues it (real-time chunking, see `model.rtc`). Delta
                 actions are recomputed relative to the new state.
@@ -137,14 +143,15 @@ class Policy:
 
         Returns:
             "actions" float32 [H, a] in the robot's units, finite and within its limits, "policy_timing" in
-            milliseconds, and where there are some "actions_clipped" and "prompt_tokens_cut", see `ActionChunk`.
+            milliseconds, and where there are some "actions_clipped" and "prompt_tokens_cut", see `ActionChunk`. With
+            `num_samples` also "samples" [N, H, a], and their spread "action_std" [H, a] and "uncertainty".
 
         Raises:
             KeyError: a camera or a part of the state is missing or unknown.
-            ActionError: the actions are not finite, or beyond limits that the embodiment refuses.
+            ActionError: the actions of a sample are not finite, or beyond limits that the embodiment refuses.
             ValueError: anything else about the observation or the arguments that is not as expected.
         """
-        noises = None if noise is None else self._finite_noise(noise, batch=())[None]
+        noises = None if noise is None else finite_noise(noise, self.model.config, num_samples)[None]
         if action_prefix is None and (delay != 0 or execution_horizon is not None):
             given = f"delay {delay!r} and execution_horizon {execution_horizon!r}"
             raise PolicyError(
@@ -152,8 +159,9 @@ class Policy:
             )
         prefix = None if action_prefix is None else PreviousChunk(action_prefix, delay, execution_horizon)
         return self.infer_batch(
-            [observation], noise=noises, num_steps=num_steps, generator=generator, prefixes=[prefix]
-        )[0]
+            [observation], noise=noises, num_steps=num_steps, num_samples=num_samples, pick=pick, generator=generator,
+            prefixes=[prefix],
+        )[0]  # fmt: skip
 
     @torch.inference_mode(False)  # guidance needs gradients, also for callers in inference mode
     def infer_batch(
@@ -162,20 +170,23 @@ class Policy:
         *,
         noise: np.ndarray | None = None,
         num_steps: int | np.integer | None = None,
+        num_samples: int | np.integer | None = None,
+        pick: Pick | None = None,
         generator: torch.Generator | None = None,
         prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
-        """Several observations, independent of each other, in one pass; `noise` is [B, H, action_dim].
+        """Several observations, independent of each other, in one pass.
 
         Args:
+            noise: [B, H, action_dim], or with `num_samples` [B, N, H, action_dim].
             prefixes: for each observation the previous chunk that it continues, or None.
 
         Raises:
             As `infer`.
         """
+        start = time.perf_counter()
         if not observations:
             raise PolicyError("infer_batch got no observations; it needs at least one.")
-        start = time.perf_counter()
         prefixes = checked_arguments(prefixes, generator, count=len(observations))
         requests = [
             # Converted as in training: relative to the new state, and normalized.
@@ -186,29 +197,27 @@ class Policy:
         batch = collate(samples)
         noise_tensor = None
         if noise is not None:
-            noise_tensor = torch.from_numpy(self._finite_noise(noise, batch=(len(samples),))).to(self.model.device)
+            noise = finite_noise(noise, self.model.config, num_samples, batch=(len(samples),))
+            noise_tensor = torch.from_numpy(noise.reshape(len(samples), -1, *noise.shape[-2:])).to(self.model.device)
+        steps = self.num_steps if num_steps is None else num_steps
+        steps = int(steps) if isinstance(steps, np.integer) else steps
+        pick = checked_pick(pick, num_samples, steps)
         prepared = time.perf_counter()
         rtc: dict[str, Any] = {}
         if any(prefixes):
             rtc = rtc_inputs(
-                samples,
-                prefixes,
-                horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[1],
-                action_size=self.embodiment.action_size,
+                samples, prefixes, action_size=self.embodiment.action_size, device=self.model.device,
+                horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[2],
                 max_action_prefix=self._metadata.get(MAX_ACTION_PREFIX, 0),
-                device=self.model.device,
-            )
-        steps = self.num_steps if num_steps is None else num_steps
-        steps = int(steps) if isinstance(steps, np.integer) else steps
-        rtc |= {"noise": noise_tensor, "num_steps": steps, "generator": generator}
+            )  # fmt: skip
+        rtc |= {"noise": noise_tensor, "num_samples": int(num_samples or 1), "num_steps": steps, "generator": generator}
         with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
-            if self.engine is None:
-                sampled = self.model.sample_actions(batch.to(self.model.device), **rtc)
-            else:
-                sampled = self.engine.sample_actions(batch, **rtc)
-        chunks = sampled.cpu().numpy()  # waits for the device
+            inputs = batch if self.engine else batch.to(self.model.device)
+            sampled = (self.engine or self.model).sample_many(inputs, **rtc)
+        chunks = sampled.actions.cpu().numpy()  # waits for the device
+        bends = [None] * len(chunks) if sampled.residual is None else sampled.residual.cpu().numpy()
         inferred = time.perf_counter()
-        answers = [self._to_robot(chunk, state) for chunk, state in zip(chunks, states, strict=True)]
+        answers = [self._answer(pick, *each) for each in zip(chunks, bends, states, observations, strict=True)]
         timing = {
             "preprocess_ms": 1e3 * (prepared - start),
             "infer_ms": 1e3 * (inferred - prepared),
@@ -230,21 +239,18 @@ class Policy:
         actions = self.transforms.inverse(chunk, action_size=self.embodiment.action_size)
         return within_limits(self.embodiment.from_model(actions, state), self.embodiment)
 
-    def _finite_noise(self, noise: Any, *, batch: tuple[int, ...]) -> np.ndarray:
-        array, config = np.asarray(noise), self.model.config
-        found = f"got {array.dtype} {list(array.shape)}"
-        if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-            raise PolicyError(f"Noise must be floating-point numbers, {found}; at most 64 bits are read.")
-        # Where the horizon is unset, the noise decides it.
-        horizon = config.action_horizon or (array.shape[-2] if array.ndim > 1 else "H")
-        expected = (*batch, horizon, config.action_dim)
-        if array.shape != expected or not array.size:
-            raise PolicyError(f"Noise must be [{', '.join(map(str, expected))}], {found}.")
-        with np.errstate(over="ignore"):
-            array = array.astype(np.float32)
-        if not np.isfinite(array).all():
-            raise PolicyError("There is NaN or infinity in the noise; it must be finite, in float32.")
-        return array
+    def _answer(
+        self, pick: Pick | None, chunks: np.ndarray, bends: np.ndarray | None, state: np.ndarray, observation: Any
+    ) -> tuple[np.ndarray, int, dict[str, Any]]:
+        """One observation's actions in the robot's units, the number of clipped values, and with `pick` its samples."""
+        robot = [self._to_robot(chunk, state) for chunk in chunks]
+        if pick is None:
+            return *robot[0], {}
+        real = min(self.embodiment.action_size, self.model.trained_action_dim)  # the others are padding or noise
+        bends = None if bends is None else bends[..., :real]
+        kind, samples = self.transforms.normalization["actions"].kind, np.stack([actions for actions, _ in robot])
+        about = choose(pick, samples, chunks[..., :real], bends, kind=kind, observation=observation)
+        return *robot[about["sample_index"]], about
 
     def use_engine(self, mode: EngineMode, **settings: Any) -> None:
         """Sample with an engine from here on; the model's weights must not change any more.
@@ -366,19 +372,6 @@ class Policy:
         """Write the tokenizer into a folder, as tokenizer.model or tokenizer.json."""
         is_json = self._tokenizer_bytes.lstrip().startswith(b"{")
         (root / ("tokenizer.json" if is_json else "tokenizer.model")).write_bytes(self._tokenizer_bytes)
-
-
-def _state_dim(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
-    """Length of the state that this policy takes: the last of the embodiment's that fits statistics and model."""
-    fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
-    if not fitting:
-        raise PolicyError(
-            f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
-            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less. "
-            "Take statistics of this robot, and a model of larger action_dim: convert --action-dim, or in training "
-            "--model and --adapt."
-        )
-    return fitting[-1]
 
 
 def load_policy(

@@ -32,6 +32,16 @@ class ActionChunk(TypedDict):
     """The number of tokens by which the prompt was cut to max_token_len; absent: it was not."""
     actions_clipped: NotRequired[int]
     """The number of values of the chunk that were clipped to the robot's limits; absent: none."""
+    samples: NotRequired[np.ndarray]
+    """float32 [N, H, a], all samples, in the robot's units and within its limits; with `num_samples`."""
+    sample_index: NotRequired[int]
+    """The one of `samples` that `actions` is."""
+    velocity_residuals: NotRequired[np.ndarray]
+    """float32 [N]: RMS of v_t − (x_1 − x_0) over steps and actions, normalized; 0: the path is straight. For N > 1."""
+    action_std: NotRequired[np.ndarray]
+    """float32 [H, a]: standard deviation over the samples (of N − 1), in the robot's units. For N > 1."""
+    uncertainty: NotRequired[float]
+    """The same as a fraction of the training range, q01 to q99, mean over actions and dimensions. For N > 1."""
 
 
 @dataclasses.dataclass(frozen=True)

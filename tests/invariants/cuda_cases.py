@@ -62,7 +62,7 @@ SINUSOID = dataclasses.replace(PI05, siglip_variant=dataclasses.replace(PI05.sig
 SIZES = {"pi05": PI05, "pi0": PI0}
 CAMERAS = ("base", "wrist")
 BATCH, VALID = 2, 9  # of 2·4 patches and 7 tokens, so that padding is dropped
-DROPPED = {"Pi0._embed_valid_prefix": VALID, "Pi0.sample_actions": False}
+DROPPED = {"Pi0._embed_valid_prefix": VALID, "Pi0.sample_many": False}
 """Reads of sampling, and their numbers: that of the valid tokens; some are padding."""
 ONCE = {"TimeEmbedding.__call__": None}
 """Copies that a model does once: the frequencies of the time embedding."""
@@ -131,7 +131,9 @@ def sampling(sizes: Pi0Config, kind: str, dtype: str, device: str = GPU, steps: 
         prefix = model.embed_prefix(observation)
         for no_padding in (False, True):
             cache = model.prefill(observation, prefix, no_padding=no_padding)
-            assert model.denoise(cache, actions, num_steps=steps, **rtc).dtype is torch.float32
+            for samples in (1, 2):
+                noises = actions[:, None].expand(-1, samples, -1, -1)
+                assert model.denoise(cache, noises, num_steps=steps, **rtc).actions.dtype is torch.float32
         assert record.border_crossings == before
     return result(record, dtypes=wrong_dtypes(record, model))
 
@@ -146,6 +148,7 @@ def engine(sizes: Pi0Config, kind: str, dtype: str) -> dict[str, Any]:
             len(CAMERAS),
             prompt_tokens=5,
             horizon=sizes.require("action_horizon"),
+            num_samples=2,
             num_steps=2,
             guidance=5.0 if "guidance" in rtc else None,
             action_prefix="action_prefix" in rtc,
@@ -153,10 +156,10 @@ def engine(sizes: Pi0Config, kind: str, dtype: str) -> dict[str, Any]:
         packed, times = PackedModel(model), model.step_conditionings(2, action_prefix=bucket.action_prefix)
         before = record.border_crossings.copy()
         runner = Runner(packed, bucket, "eager", times)
-        actions = runner(runner.inputs)
+        actions, residual = runner(runner.inputs)
         assert record.border_crossings == before
         assert on_device(record, actions)
-        assert actions.dtype is torch.float32
+        assert actions.dtype is residual.dtype is torch.float32
     return result(record, dtypes=[])
 
 
@@ -284,7 +287,7 @@ def policy(kind: str) -> dict[str, Any]:
         policy._metadata["max_action_prefix"] = 4
     borders = {
         "Pi0._embed_valid_prefix": 9,
-        "Pi0.sample_actions": False,
+        "Pi0.sample_many": False,
         "Observation.to": None,
         "rtc_inputs": None,
         "Policy.infer_batch": None,
@@ -434,7 +437,7 @@ def mistaken() -> dict[str, dict[str, Any]]:
         return step(self, cache, x_t, time)
 
     with device_of(model) as record, torch.no_grad(), mock.patch.object(Pi0, "denoise_step", denoise_step):
-        noise = torch.zeros(BATCH, PI05.action_horizon, PI05.action_dim, device=GPU)
+        noise = torch.zeros(BATCH, 1, PI05.action_horizon, PI05.action_dim, device=GPU)
         model.denoise(model.prefill(observation_on(GPU, PI05)), noise, num_steps=len(mistakes))
     findings = result(record)["findings"]
     assert {finding["function"] for finding in findings} == {function.__name__ for function in mistakes}

@@ -45,7 +45,7 @@ def test_a_gpu_objects_to_nothing(results, name):
     assert found["borders"].pop("TimeEmbedding.__call__", 0) == (not name.startswith("batch"))
     if name.startswith("sampling"):
         times = 2 if name == "sampling LoRA" else 1
-        assert found["borders"] == {"Pi0._embed_valid_prefix": 3 * times, "Pi0.sample_actions": times}
+        assert found["borders"] == {"Pi0._embed_valid_prefix": 3 * times, "Pi0.sample_many": times}
         assert set(found["borders"]) == set(DROPPED)
     elif name.startswith("update"):  # two of them
         assert found["borders"] == dict.fromkeys(IN_UPDATE, 2)

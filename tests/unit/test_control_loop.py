@@ -949,3 +949,78 @@ def test_pacer_sleeps_until_next_period():
     clock.time = 0.03
     assert pacer.wait() == (0, 0)
     assert clock.time == pytest.approx(0.1)
+
+
+# ---- uncertainty ----
+
+
+class UncertainPolicy(ScriptedPolicy):
+    """Answers these uncertainties in turn, the warm-up's first; None: without one; the last one repeats."""
+
+    def __init__(self, uncertainties, **arguments):
+        super().__init__(**arguments)
+        self.uncertainties = list(uncertainties)
+
+    def infer(self, observation):
+        value = self.uncertainties.pop(0) if len(self.uncertainties) > 1 else self.uncertainties[0]
+        return super().infer(observation) | ({} if value is None else {"uncertainty": value})
+
+
+@pytest.mark.parametrize("command", ["position", "increment"])
+@pytest.mark.parametrize("mode", ["sync", "async", "rtc", "ensemble"])
+def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
+    warm_ups = 2 if mode == "rtc" else 1
+    uncertainties = [0.9] * warm_ups + [0.1] * 2 + [0.5] * 3 + [0.2]
+    policy = UncertainPolicy(uncertainties, action_commands=[command], **{RTC: mode == "rtc"})
+    settings = {"mode": mode, "execute_steps": 4, "max_uncertainty": 0.2, "late": "stop"}
+    with caplog.at_level("INFO"):
+        robot, report = controlled(policy, latencies=(0.0,), steps=24, **settings)
+    assert report.stopped is None  # held for another reason than a late chunk
+    assert report.uncertain_chunks == 3
+    assert report.holds >= 2
+    held = [
+        n
+        for n in range(1, len(robot.commands))
+        if command == "position" and robot.positions[n] == robot.positions[n - 1]
+    ]
+    still = [n for n, position in enumerate(robot.positions) if n and position == 0] if command == "increment" else held
+    assert len(still) >= report.holds
+    assert report.actions + report.holds + report.waits == report.steps
+    text = [record.getMessage() for record in caplog.records if "certain" in record.getMessage()]
+    assert text == [
+        "The policy is uncertain: 0.5 is above max_uncertainty, 0.2; the robot is held until a chunk is not",
+        "The policy is certain again: 0.2 is not above max_uncertainty",
+    ]
+    assert "3 chunks refused as uncertain" in report.summary()
+
+
+def test_uncertainty_drops_what_is_left_of_the_chunk_before():
+    # Chunk 0 is asked for at once, chunk 1 when two of its actions are executed: from then on the robot is held.
+    policy = UncertainPolicy([0.0, 0.0, 0.7])
+    robot, report = controlled(policy, mode="async", execute_steps=2, max_uncertainty=0.5, steps=8)
+    assert robot.positions[-4:] == [robot.positions[-5]] * 4
+    assert max(robot.positions) < 100
+    assert report.uncertainty.largest == 0.7
+
+
+def test_uncertainty_without_a_limit_is_counted_only():
+    _, report = controlled(UncertainPolicy([0.1, 0.4]), steps=8)
+    assert (report.uncertain_chunks, report.holds) == (0, 0)
+    assert report.uncertainty.mean == pytest.approx(0.4)
+    for nothing in (None, "low", np.zeros(3), True):  # of a server that means something else
+        _, report = controlled(UncertainPolicy([nothing]), steps=8)
+        assert report.uncertainty.count == 0
+
+
+@pytest.mark.parametrize("answered", [None, math.nan, "low", np.zeros(3)])
+def test_limit_of_uncertainty_needs_a_server_that_samples_several(answered):
+    policy = UncertainPolicy([answered])
+    with pytest.raises(ValueError, match=r"The policy answered .*start the server with --num-samples 2 or more"):
+        controlled(policy, max_uncertainty=0.5)
+    assert len(policy.requests) == 1  # before the robot moves
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, math.inf, "0.5", True])
+def test_limit_of_uncertainty_is_a_positive_number(wrong):
+    with pytest.raises(ValueError, match="max_uncertainty is"):
+        ControlSettings(max_uncertainty=wrong)

@@ -435,7 +435,7 @@ class FakeCuda:
             def replay(self):
                 cuda.log.append("replay")
                 (runner,) = engine._runners.values()
-                runner.actions.copy_(runner._sample())
+                runner.samples.actions.copy_(runner._sample().actions)
 
         @contextlib.contextmanager
         def use(stream):

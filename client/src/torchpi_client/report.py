@@ -43,7 +43,7 @@ class ControlReport:
     waits: int = 0
     """Steps for which no action was expected: before the first chunk, and between chunks in mode "sync"."""
     holds: int = 0
-    """Steps in which the robot was held because a chunk was late."""
+    """Steps in which the robot was held because a chunk was late or too uncertain."""
     slowed: int = 0
     """Actions that took two steps because a chunk was late."""
     chunks: int = 0
@@ -52,6 +52,10 @@ class ControlReport:
     """Requests during which the actions ran out."""
     stale_chunks: int = 0
     """Chunks that arrived too late and were refused, or whose rest became stale during an overrun."""
+    uncertain_chunks: int = 0
+    """Chunks that were refused because of their uncertainty, see `ControlSettings.max_uncertainty`."""
+    uncertainty: Tally = dataclasses.field(default_factory=Tally)
+    """Uncertainty of each chunk, where the server answers one, without the warm-up."""
     failed_requests: int = 0
     """Requests that exceeded their deadline or that a busy server refused."""
     reconnects: int = 0
@@ -93,6 +97,11 @@ class ControlReport:
         ]
         if self.limited:
             lines.append(f"too large a step: {self._per_dimension(self.step_clipped)}")
+        if self.uncertainty.count:
+            lines.append(
+                f"uncertainty {self.uncertainty.mean:.3g} on average, {self.uncertainty.largest:.3g} at most; "
+                f"{self.uncertain_chunks} chunks refused as uncertain"
+            )
         if self.stopped is not None:
             lines.append(f"stopped: {self.stopped}")
         return "\n".join(lines)

@@ -20,6 +20,7 @@ from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command, wrong_count
 from torchpi_client.schedule import ActionQueue, Ensemble, Request
 from torchpi_client.settings import ControlSettings, check_positive
+from torchpi_client.uncertainty import UncertaintyLimit
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +104,7 @@ class ControlLoop:
         self._stale_in_a_row = 0
         self._unanswered_in_a_row = 0
         self._held_in_a_row = 0
+        self._uncertainty = UncertaintyLimit(settings.max_uncertainty, self._name, self.report)
         self._stale_after = math.inf  # seconds, of the chunk under execution
         self._behind = 0.0  # seconds that its steps are delayed by skipped steps
         self._reconnects_before = self._reconnects
@@ -250,6 +252,9 @@ class ControlLoop:
         self._unanswered_in_a_row = 0
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)
+        if self._uncertainty.refuses(answer.content or {}):
+            self._clear()  # the policy was certain of another observation
+            return
         chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
         if self._run_log is not None:
             self._run_log.predict(pending.since - self._began, chunk)
@@ -335,6 +340,9 @@ class ControlLoop:
         return self._limited(action)
 
     def _without_action(self) -> np.ndarray | None:
+        if self._uncertainty.exceeded:
+            self.report.holds += 1
+            return self._hold()
         if self._settings.mode == "sync" or not self.report.chunks:
             self.report.waits += 1
             return self._hold()
@@ -384,10 +392,14 @@ class ControlLoop:
         self.report.missed_steps += tick.missed
         self._behind += tick.missed / self.control_hz
         if max(tick.overrun, self._behind) > self._stale_after:
-            self._schedule.clear()
-            self._queued.clear()
-            self._stale_after = math.inf
+            self._clear()
             self.report.stale_chunks += 1
+
+    def _clear(self) -> None:
+        """Drop what is left of the chunk under execution."""
+        self._schedule.clear()
+        self._queued.clear()
+        self._stale_after = math.inf
 
     def _halt(self) -> None:
         """Hold the robot regardless of limits: this is the last command. Position control stays put without it."""
@@ -418,6 +430,7 @@ class ControlLoop:
                 f"{self._name} returned actions {chunk.dtype} {list(chunk.shape)}; "
                 f"expected floats [H, {len(self._commands)}], as many dimensions as there are action_commands."
             )
+        self._uncertainty.read(answer.content)  # raises, before the robot moves
         if self._on_chunk is not None:
             self._on_chunk(chunk)
         return chunk.astype(np.float32)

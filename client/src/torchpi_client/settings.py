@@ -46,6 +46,10 @@ class ControlSettings:
     max_age: float | None = None
     """Largest age of a chunk, in seconds from its observation; older chunks are refused as stale. None: the chunk's
     duration; no limit in "sync", in which the robot is held."""
+    max_uncertainty: float | None = None
+    """Largest "uncertainty" of a chunk that is executed, which a server with --num-samples answers: the spread of its
+    samples as a fraction of the training range. Above it the robot is held until a less uncertain chunk arrives. None:
+    any."""
     action_commands: Sequence[str] | None = None
     """The command of each dimension, see `robot.COMMANDS`; None: from the server's metadata."""
     limits: ActionLimits | None = None
@@ -71,7 +75,7 @@ class ControlSettings:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(map(str, allowed))}.")
-        for name in ("execute_steps", "control_hz", "max_age"):
+        for name in ("execute_steps", "control_hz", "max_age", "max_uncertainty"):
             check_positive(name, getattr(self, name), whole=name == "execute_steps")
         if self.action_commands is not None:
             check_command_list(self.action_commands)

@@ -73,11 +73,14 @@ const key = (...entries) => el("p", { class: "key" },
   ...entries.map(([css, shape, text]) => el("span", {}, el("i", { class: `${css} ${shape}` }), text)));
 const latencyKey = () => key(["prefix", "", "inference"], ["suffix", "", "queue"], ["plain", "line", "slowest request"]);
 
-// One dimension of a chunk over its steps; the first `executed` of them are done, null: unknown.
-function jointPlot({ name, unit, span: trained, values }, executed) {
+// One dimension of a chunk over its steps; the first `executed` of them are done, null: unknown. Around it a band of
+// one standard deviation of the samples, if there are several.
+function jointPlot({ name, unit, span: trained, values, std }, executed) {
   const width = 200, height = 70, left = 50, right = width - 5, top = 7, bottom = height - 7;
   const known = values.filter((value) => value !== null);
-  const low = Math.min(...known), high = Math.max(...known);
+  const off = values.map((value, i) => (value === null ? 0 : std[i] ?? 0)), spread = off.some((value) => value > 0);
+  const edge = (sign) => values.map((value, i) => (value === null ? null : value + sign * off[i])).filter((value) => value !== null);
+  const low = Math.min(...edge(-1)), high = Math.max(...edge(1));
   // Neither rounding nor the jitter of a joint at rest shall look like motion.
   const span = Math.max(high - low, 0.01 * Math.max(Math.abs(low), Math.abs(high)), 0.1 * (trained ?? 0));
   const x = (i) => left + ((right - left) * i) / Math.max(1, values.length - 1);
@@ -86,6 +89,11 @@ function jointPlot({ name, unit, span: trained, values }, executed) {
     value === null ? [] : [`${x(from + i).toFixed(1)},${y(value).toFixed(1)}`]).join(" ");
   const at = Math.min(executed ?? 0, values.length - 1);
   const plot = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": name });
+  if (spread) {
+    const side = (sign) => values.flatMap((value, i) =>
+      value === null ? [] : [`${x(i).toFixed(1)},${y(value + sign * off[i]).toFixed(1)}`]);
+    plot.append(svg("polygon", { class: "spread", points: [...side(1), ...side(-1).reverse()].join(" ") }));
+  }
   if (executed) {
     plot.append(svg("rect", { class: "past", x: left, y: 0, width: x(at) - left, height }));
   }
@@ -154,6 +162,12 @@ function executedText({ executed, horizon, control_hz }) {
     : `about ${executed.steps} of ${horizon} actions executed, estimated from the time at ${short(control_hz)} Hz`;
 }
 
+function uncertaintyText({ num_samples, uncertainty }) {
+  if (uncertainty === null) return null;
+  return el("p", { class: "uncertainty" }, `uncertainty ${short(100 * uncertainty)} % of the training range, ` +
+    `the standard deviation of ${num_samples} samples; the band is one on either side`);
+}
+
 function drawCard(card, robot) {
   const { part } = card, answered = robot.answered;
   card.root.classList.toggle("left", robot.left);
@@ -172,7 +186,7 @@ function drawCard(card, robot) {
   part.latency.replaceChildren(latencyPlot(robot.timeline, isWide() ? 720 : 360, 110));
   if (card.chunk === null) return;
   part.executed.replaceChildren(el("p", { class: "executed" }, executedText(answered)),
-    key(["prefix", "line", "executed"], ["suffix", "line dash", "predicted"]));
+    key(["prefix", "line", "executed"], ["suffix", "line dash", "predicted"]), ...[uncertaintyText(answered)].filter(Boolean));
   part.joints.replaceChildren(...card.chunk.dimensions.map((dimension) =>
     jointPlot(dimension, answered.executed && answered.executed.steps)));
 }

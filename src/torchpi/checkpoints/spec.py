@@ -247,3 +247,16 @@ def _as_wide_as(robot: Embodiment, stats: Mapping[str, NormStats]) -> Embodiment
     """The robot with the dimensions that the statistics have, where a base's features have more."""
     state = dataclasses.replace(robot.state[0], names=robot.state[0].names[: stats["state"].dim])
     return dataclasses.replace(robot, state=(state,), actions=robot.actions[: stats["actions"].dim])
+
+
+def state_dim_of(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:
+    """Length of the state that this policy takes: the last of the embodiment's that fits statistics and model."""
+    fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
+    if not fitting:
+        raise PolicyError(
+            f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
+            f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less. "
+            "Take statistics of this robot, and a model of larger action_dim: convert --action-dim, or in training "
+            "--model and --adapt."
+        )
+    return fitting[-1]

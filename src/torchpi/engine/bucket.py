@@ -20,6 +20,8 @@ class Bucket:
     """Cameras that are present."""
     prompt_tokens: int
     horizon: int
+    num_samples: int = 1
+    """Chunks per observation."""
     num_steps: int = 10
     guidance: float | None = None
     """β of the guidance; None: no guidance."""
@@ -27,6 +29,7 @@ class Bucket:
 
     def __str__(self) -> str:
         text = f"batch {self.batch}, {self.cameras} cameras, {self.prompt_tokens} prompt tokens, {self.horizon} actions"
+        text += f" × {self.num_samples}" * (self.num_samples > 1)
         guided = "" if self.guidance is None else f", guided (β = {self.guidance:g})"
         return f"{text}, {self.num_steps} steps{guided}" + ", action prefix" * self.action_prefix
 
@@ -40,7 +43,7 @@ class Inputs:
     valid: Int[Tensor, " B"]
     """Number of valid tokens of the prefix, which come first."""
     state: Float32[Tensor, "B A"]
-    noise: Float32[Tensor, "B H A"]
+    noise: Float32[Tensor, "B R H A"]
     target: Float32[Tensor, "B H A"] | None
     """Target of the guidance; None in a bucket without guidance."""
     weight: Float32[Tensor, "B H A"] | None
@@ -63,7 +66,7 @@ class Inputs:
             tokens=zeros(batch, bucket.prompt_tokens, dtype=torch.int64),
             valid=torch.full((batch,), valid, dtype=torch.int32, device=device),
             state=zeros(batch, config.action_dim),
-            noise=zeros(*chunk),
+            noise=zeros(batch, bucket.num_samples, *chunk[1:]),
             target=None if bucket.guidance is None else zeros(*chunk),
             weight=None if bucket.guidance is None else zeros(*chunk),
             known=zeros(*chunk) if bucket.action_prefix else None,
@@ -86,7 +89,7 @@ class Inputs:
 
 def make_inputs(
     observation: Observation,
-    noise: Float32[Tensor, "B H A"],
+    noise: Float32[Tensor, "B R H A"],
     num_patches: int,
     guidance: Guidance | None,
     action_prefix: ActionPrefix | None,

@@ -20,7 +20,7 @@ from torchpi.engine.packed import PackedModel
 from torchpi.engine.runner import GraphMemory, Mode, Runner
 from torchpi.errors import ModelError
 from torchpi.model.pi0 import Pi0
-from torchpi.model.rtc import ActionPrefix, Guidance, check_previous
+from torchpi.model.rtc import ActionPrefix, Guidance, Samples, check_previous
 from torchpi.types import Observation
 
 PROMPT_LENGTHS = (32, 64, 128, 200)
@@ -108,7 +108,27 @@ class InferenceEngine:
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
     ) -> Float32[Tensor, "B H A"]:
-        """`Pi0.sample_actions`; the observation may be on the host, whose masks are then read without waiting.
+        """`Pi0.sample_actions`; see `sample_many`."""
+        if noise is not None:
+            self.model.check_actions(observation, noise, "Noise")
+            noise = noise[:, None]
+        rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
+        return self.sample_many(observation, noise=noise, num_steps=num_steps, generator=generator, **rtc).actions[:, 0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sample_many(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32[Tensor, "B R H A"] | None = None,
+        num_samples: int = 1,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+        guidance: Guidance | None = None,
+        action_prefix: ActionPrefix | None = None,
+    ) -> Samples:
+        """`Pi0.sample_many`; the observation may be on the host, whose masks are then read without waiting.
 
         Raises:
             ValueError: as there; or the model's weights have changed since the engine packed them.
@@ -116,22 +136,22 @@ class InferenceEngine:
         if noise is None:
             # A GPU's default generator refuses to draw while a graph is captured.
             with _warm_up_lock if self.mode == "graph" and generator is None else contextlib.nullcontext():
-                noise = self.model.draw_noise(observation.batch_size, generator)
-        self.model.check_actions(observation, noise, "Noise")
-        check_previous(noise, guidance, action_prefix)
+                noise = self.model.draw_noise(observation.batch_size, generator, num_samples)
+        self.model.check_actions(observation, noise, "Noise", num_samples="R, ")
+        check_previous(noise[:, 0], guidance, action_prefix)
         # A bucket has the model's dtype, whatever the caller's setting.
         with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False):
             inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
-            actions = None if inputs is None else self._sample(inputs, num_steps, guidance)
-            if actions is not None:
-                return actions
+            samples = None if inputs is None else self._sample(inputs, num_steps, guidance)
+            if samples is not None:
+                return samples
             self._check_weights()
             rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
             observation, noise = observation.to(self.device), noise.to(self.device)
-            return self.model.sample_actions(observation, noise=noise, num_steps=num_steps, **rtc)
+            return self.model.sample_many(observation, noise=noise, num_steps=num_steps, **rtc)
 
-    def _sample(self, inputs: Inputs, num_steps: int, guidance: Guidance | None) -> Tensor | None:
-        """Actions of the inputs' bucket; None if there is none, or it is not warm."""
+    def _sample(self, inputs: Inputs, num_steps: int, guidance: Guidance | None) -> Samples | None:
+        """Samples of the inputs' bucket; None if there is none, or it is not warm."""
         bucket = self.bucket(inputs, num_steps, guidance)
         if bucket is None or not self._is_warm(bucket):
             return None
@@ -140,7 +160,7 @@ class InferenceEngine:
             if runner is None:  # another thread has made room meanwhile
                 return None
             try:
-                actions = runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
+                samples = runner(inputs) if self._last is None else self._in_turn(runner, inputs, self._last)
             except Exception as error:
                 self._check_weights()  # of which it may come
                 if self.mode != "compiled":
@@ -149,19 +169,19 @@ class InferenceEngine:
                 warnings.warn(f"The plain model samples in place of compiled code: {_reason(error)}", stacklevel=4)
                 return None
             self._check_weights()  # while a device still works
-            return actions
+            return samples
 
-    def _in_turn(self, runner: Runner, inputs: Inputs, last: torch.cuda.Event) -> Tensor:
+    def _in_turn(self, runner: Runner, inputs: Inputs, last: torch.cuda.Event) -> Samples:
         """Run behind the last call, also one of another stream: all graphs share memory, and inputs are static."""
         stream = torch.cuda.current_stream(self.device)
         stream.wait_event(last)
-        actions = runner(inputs)
+        samples = runner(inputs)
         last.record(stream)
-        return actions
+        return samples
 
     def bucket(self, inputs: Inputs, num_steps: int, guidance: Guidance | None = None) -> Bucket | None:
         """The smallest bucket that the inputs fit into; None if there is none."""
-        batch, horizon, _ = inputs.noise.shape
+        batch, num_samples, horizon, _ = inputs.noise.shape
         sizes = [size for size in self.batch_sizes if size >= batch]
         lengths = [length for length in self.prompt_lengths if length >= inputs.tokens.shape[1]]
         size, width = self.model.config.image_size, self.model.config.action_dim
@@ -172,6 +192,7 @@ class InferenceEngine:
             cameras=len(inputs.images),
             prompt_tokens=lengths[0],
             horizon=horizon,
+            num_samples=num_samples,
             num_steps=num_steps,
             guidance=None if guidance is None else guidance.maximum,
             action_prefix=inputs.known is not None,

@@ -56,6 +56,14 @@ class Prefix:
     sin: Float32[Tensor, "B T half"]
     state: Float32[Tensor, "B A"]
 
+    def repeat(self, times: int) -> "Prefix":
+        """Repeat each sample `times` times in a row; every suffix writes into slots of its own."""
+        if times == 1:
+            return self
+        keys, values = ([x.repeat_interleave(times, 0) for x in each] for each in (self.keys, self.values))
+        valid, cos, sin, state = (x.repeat_interleave(times, 0) for x in (self.valid, self.cos, self.sin, self.state))
+        return Prefix(keys, values, valid, self.length, cos, sin, state)
+
 
 class PackedModel:
     """Forward pass of a `Pi0` over weights that are packed once. Large weights that need no change are shared."""

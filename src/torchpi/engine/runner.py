@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchpi.engine.bucket import Bucket, Inputs
 from torchpi.engine.packed import PackedModel
-from torchpi.model.rtc import ActionPrefix, Guidance, integrate
+from torchpi.model.rtc import ActionPrefix, Guidance, Samples, integrate
 from torchpi.model.suffix import TimeConditioning
 
 Mode = Literal["eager", "compiled", "graph"]
@@ -80,23 +80,24 @@ class Runner:
         # Other threads go on working with the device meanwhile.
         graph = torch.cuda.graph(self.graph, memory.pool, memory.stream, capture_error_mode="thread_local")
         with torch.cuda.stream(memory.stream), graph:  # a capture that fails does not leave its stream by itself
-            self.actions = self._sample()
+            self.samples = self._sample()
 
-    def __call__(self, inputs: Inputs) -> Tensor:
-        """Sample actions [B, H, A], of as many samples as `inputs` has."""
+    def __call__(self, inputs: Inputs) -> Samples:
+        """Sample for as many observations as `inputs` has."""
         self.inputs.copy_(inputs)
         if self.graph is None:
             with self.settings():
-                actions = self._sample()
+                samples = self._sample()
         else:
             self.graph.replay()
-            actions = self.actions.clone()
-        return actions[: len(inputs.noise)]
+            samples = self.samples.map(Tensor.clone)
+        return samples.map(lambda tensor: tensor[: len(inputs.noise)])
 
     @torch.no_grad()
-    def _sample(self) -> Tensor:
+    def _sample(self) -> Samples:
         inputs, bucket = self.inputs, self.bucket
         prefix = self.prefill(inputs.images, inputs.tokens, inputs.valid, inputs.state, bucket.horizon)
+        prefix = prefix.repeat(bucket.num_samples)
         guidance = action_prefix = None
         if inputs.target is not None and inputs.weight is not None and bucket.guidance is not None:
             guidance = Guidance(inputs.target, inputs.weight, bucket.guidance)

@@ -43,12 +43,10 @@ def sample_chunks(policy: Policy, inputs: Mapping[str, Any], noise: Chunks, *, n
     Returns:
         Normalized actions, padded to action_dim.
     """
-    model = policy.model
-    observation = collate([inputs]).to(model.device)
-    prefix = model.embed_prefix(observation, drop_padding=True)
-    cache = model.prefill(observation, prefix, action_horizon=noise.shape[1]).repeat(len(noise))
-    chunks = model.denoise(cache, torch.from_numpy(noise).to(model.device), num_steps=num_steps)
-    return chunks.cpu().numpy()
+    observation, noises = collate([inputs]), torch.from_numpy(noise)[None]
+    device = policy.model.device
+    chunks = policy.model.sample_many(observation.to(device), noise=noises.to(device), num_steps=num_steps)
+    return chunks.actions[0].cpu().numpy()
 
 
 def spread_of(chunks: np.ndarray) -> float:

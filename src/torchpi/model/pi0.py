@@ -7,10 +7,10 @@ gradient flow through the cache, inference keeps the cache for all Euler steps.
 Sources: π₀ (arXiv:2410.24164), π₀.₅ (arXiv:2504.16054).
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Float32, Int
@@ -19,47 +19,17 @@ from torch import Tensor, nn
 from torchpi.config import Pi0Config
 from torchpi.errors import ModelError
 from torchpi.model import flow
-from torchpi.model.gemma import Gemma, KeyValue, Rope, rope_table
+from torchpi.model.cache import AttentionInputs, KVCache
+from torchpi.model.gemma import Gemma, rope_table
 from torchpi.model.layers import Linear
 from torchpi.model.masks import make_attn_mask, token_positions
-from torchpi.model.rtc import ActionPrefix, Guidance, check_previous, integrate
+from torchpi.model.rtc import ActionPrefix, Guidance, Samples, check_previous, integrate
 from torchpi.model.siglip import SigLIP
 from torchpi.model.suffix import Pi0Suffix, Pi05Suffix, TimeConditioning, init_projections
 from torchpi.types import Observation
 
 # flax's normal() by default, which openpi's code calls for it.
 EMBEDDING_STD = 0.01
-
-
-@dataclasses.dataclass(frozen=True)
-class AttentionInputs:
-    """Positions and mask of a suffix behind a prefix; the same in all Euler steps."""
-
-    rope: Rope
-    mask: Bool[Tensor, "B #T keys"] | None
-    """Rows of suffix tokens, columns of prefix and suffix; None: every token attends to every token."""
-
-
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the prefix, and what else the action expert needs for a suffix behind it."""
-
-    key_values: list[KeyValue]
-    """Keys and values of each backbone layer."""
-    suffix: AttentionInputs
-    """Positions and mask of the suffix that follows the prefix."""
-    state: Float32[Tensor, "B A"]
-    """State of the observation, which π₀'s suffix reads."""
-
-    def repeat(self, times: int) -> "KVCache":
-        """Repeat each sample `times` times in a row, for several suffixes behind one prefix."""
-        if times == 1:
-            return self
-        (cos, sin), mask = self.suffix.rope, self.suffix.mask
-        rope = cos.repeat_interleave(times, 0), sin.repeat_interleave(times, 0)
-        suffix = AttentionInputs(rope, None if mask is None else mask.repeat_interleave(times, 0))
-        key_values = [key_value.repeat(times) for key_value in self.key_values]
-        return KVCache(key_values, suffix, self.state.repeat_interleave(times, 0))
 
 
 class Pi0(nn.Module):
@@ -405,45 +375,75 @@ class Pi0(nn.Module):
         Raises:
             ValueError: shapes do not fit the model or each other, or the horizon is neither given nor set.
         """
+        if noise is not None:
+            self.check_actions(observation, noise, "Noise")
+            noise = noise[:, None]
+        rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
+        return self.sample_many(observation, noise=noise, num_steps=num_steps, generator=generator, **rtc).actions[:, 0]
+
+    @torch.no_grad()
+    def sample_many(
+        self,
+        observation: Observation,
+        *,
+        noise: Float32[Tensor, "B R H A"] | None = None,
+        num_samples: int = 1,
+        num_steps: int = 10,
+        generator: torch.Generator | None = None,
+        guidance: Guidance | None = None,
+        action_prefix: ActionPrefix | None = None,
+    ) -> Samples:
+        """R samples of the actions of each observation, which share one pass over its prefix.
+
+        Args:
+            num_samples: R, where no noise is given; sample i is the same for every R above i.
+            guidance, action_prefix: one per observation, for all its samples. Others as in `sample_actions`.
+        """
         if noise is None:
-            noise = self.draw_noise(observation.batch_size, generator)
-        self.check_actions(observation, noise, "Noise")
-        check_previous(noise, guidance, action_prefix)
+            noise = self.draw_noise(observation.batch_size, generator, num_samples)
+        self.check_actions(observation, noise, "Noise", num_samples="R, ")
+        check_previous(noise[:, 0], guidance, action_prefix)
         prefix = self.embed_prefix(observation, drop_padding=True)
         no_padding = bool(prefix[1].all())  # the last value that is read on the host
-        cache = self.prefill(observation, prefix, action_horizon=noise.shape[1], no_padding=no_padding)
+        cache = self.prefill(observation, prefix, action_horizon=noise.shape[2], no_padding=no_padding)
         return self.denoise(cache, noise, num_steps=num_steps, guidance=guidance, action_prefix=action_prefix)
 
     @torch.no_grad()
     def denoise(
         self,
         cache: KVCache,
-        noise: Float32[Tensor, "B H A"],
+        noise: Float32[Tensor, "B R H A"],
         *,
         num_steps: int = 10,
         guidance: Guidance | None = None,
         action_prefix: ActionPrefix | None = None,
-    ) -> Float32[Tensor, "B H A"]:
-        """The Euler steps of `sample_actions` from a prefilled cache; arguments as there. Reads nothing on the host."""
+    ) -> Samples:
+        """The Euler steps of `sample_many` from a prefilled cache; arguments as there. Reads nothing on the host."""
         times = self.step_conditionings(num_steps, action_prefix=action_prefix is not None)
-        velocity = functools.partial(self.denoise_step, cache)
+        velocity = functools.partial(self.denoise_step, cache.repeat(noise.shape[1]))
         return integrate(velocity, noise, times, guidance=guidance, action_prefix=action_prefix)
 
-    def draw_noise(self, batch: int, generator: torch.Generator | None) -> Float32[Tensor, "B H A"]:
-        """Noise from N(0, 1) for chunks of the config's horizon."""
+    def draw_noise(
+        self, batch: int, generator: torch.Generator | None, num_samples: int = 1
+    ) -> Float32[Tensor, "B R H A"]:
+        """Noise from N(0, 1) for chunks of the config's horizon; drawn sample by sample, so that the first ones are the
+        same for any number."""
         shape = (batch, *self.config.chunk_shape)
-        return torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device)
+        draws = [
+            torch.randn(shape, generator=generator, dtype=torch.float32, device=self.device) for _ in range(num_samples)
+        ]
+        return torch.stack(draws, dim=1)
 
-    def check_actions(self, observation: Observation, actions: Tensor, name: str) -> None:
-        """Refuse actions or noise of another shape or dtype."""
+    def check_actions(self, observation: Observation, actions: Tensor, name: str, *, num_samples: str = "") -> None:
+        """Refuse actions or noise of another shape or dtype; `num_samples` "R, ": with that axis behind the batch's."""
         horizon = self.config.action_horizon
-        expected = f"[{observation.batch_size or 'B'}, {horizon or 'H'}, {self.config.action_dim}]"
+        expected = f"[{observation.batch_size or 'B'}, {num_samples}{horizon or 'H'}, {self.config.action_dim}]"
         if (
-            actions.ndim != 3
+            actions.ndim != (4 if num_samples else 3)
             or not actions.numel()
             or actions.shape[0] != observation.batch_size
-            or actions.shape[2] != self.config.action_dim
-            or (horizon is not None and actions.shape[1] != horizon)
+            or actions.shape[-1] != self.config.action_dim
+            or (horizon is not None and actions.shape[-2] != horizon)
         ):
             raise ModelError(f"{name} must be {expected}, got {list(actions.shape)}.")
         if actions.dtype is not torch.float32:

@@ -15,6 +15,7 @@ wrap `Pi0.denoise_step`:
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float32, Int
@@ -104,6 +105,31 @@ class ActionPrefix:
         return prefixed
 
 
+class Samples(NamedTuple):
+    """R chunks per observation, and how their paths bend."""
+
+    actions: Float32[Tensor, "B R H A"]
+    residual: Float32[Tensor, "B R H A"] | None
+    """(v_t − (x_1 − x_0))², mean over the Euler steps: 0 on a straight path, on which all steps have one velocity
+    ("Flow Straight and Fast", arXiv:2209.03003, its measure of straightness). None for R = 1."""
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Samples":
+        """Both, each by the function."""
+        return Samples(function(self.actions), None if self.residual is None else function(self.residual))
+
+
+_Part = TypeVar("_Part", Guidance, ActionPrefix)
+
+
+def _repeated(part: _Part | None, times: int) -> _Part | None:
+    """The same previous chunk for `times` samples in a row."""
+    if part is None or times == 1:
+        return part
+    tensors = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+    repeated: dict[str, Any] = {name: value.repeat_interleave(times, 0) for name, value in tensors.items()}
+    return dataclasses.replace(part, **repeated)
+
+
 def check_previous(noise: Tensor, guidance: Guidance | None, action_prefix: ActionPrefix | None) -> None:
     """Refuse a previous chunk of another shape than the noise."""
     for name, part in {"guidance": guidance, "action_prefix": action_prefix}.items():
@@ -115,28 +141,41 @@ def check_previous(noise: Tensor, guidance: Guidance | None, action_prefix: Acti
 
 def integrate(
     velocity: Velocity,
-    noise: Float32[Tensor, "B H A"],
+    noise: Float32[Tensor, "B R H A"],
     times: Sequence[TimeConditioning],
     *,
     guidance: Guidance | None = None,
     action_prefix: ActionPrefix | None = None,
-) -> Float32[Tensor, "B H A"]:
+) -> Samples:
     """Euler steps from noise to actions.
 
     Args:
+        velocity: of B·R chunks, the R of an observation in a row.
         times: the conditioning of each step, and behind them that of the action prefix, if there is one.
+        guidance, action_prefix: one for each observation.
     """
-    steps = times
+    num_samples = noise.shape[1]
+    guidance, action_prefix = _repeated(guidance, num_samples), _repeated(action_prefix, num_samples)
+    steps, x_1 = times, noise.flatten(0, 1)
     if action_prefix is not None:
         *steps, at_zero = times
-        noise, velocity = action_prefix.insert(noise), action_prefix.wrap(velocity, at_zero)
+        x_1, velocity = action_prefix.insert(x_1), action_prefix.wrap(velocity, at_zero)
     if guidance is not None:
         velocity = guidance.wrap(velocity)
 
-    x_t, dt = noise, -1.0 / len(steps)
+    x_t, dt = x_1, -1.0 / len(steps)
+    squares = torch.zeros_like(x_1) if num_samples > 1 else None
     for time in steps:
-        x_t = x_t + dt * velocity(x_t, time)
-    return x_t
+        v_t = velocity(x_t, time)
+        x_t = x_t + dt * v_t
+        if squares is not None:
+            squares += v_t.square() / len(steps)
+    actions = x_t.unflatten(0, noise.shape[:2])
+    if squares is None:
+        return Samples(actions, None)
+    # The mean velocity is x_1 − x_0, so this is the variance of v_t over the steps.
+    residual = (squares - (x_1 - x_t).square()).clamp(min=0)
+    return Samples(actions, residual.unflatten(0, noise.shape[:2]))
 
 
 def prefix_weights(

@@ -20,6 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.frames import CloseCode
 
 from torchpi.randomness import generator_at
+from torchpi.samples import checked_pick
 from torchpi.serving.dashboard import FORGET_AFTER, Dashboard, Robot
 from torchpi.serving.live import LiveView
 from torchpi.serving.memory import CountedConnection, size_of
@@ -128,7 +129,9 @@ class Connection:
             while not state.stopping:
                 # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
-                noise = generator.standard_normal(policy.model.config.chunk_shape, np.float32)
+                noise = generator.standard_normal(
+                    state.settings.noise_shape(policy.model.config.chunk_shape), np.float32
+                )
                 try:
                     await self._respond(await self._receive(robot), noise, robot)
                 finally:
@@ -173,6 +176,8 @@ class Connection:
                     state.metrics.cut_prompts.labels(self._policy).inc()
                 if "actions_clipped" in answer.chunk:
                     state.metrics.clipped.labels(self._policy).inc()
+                if "uncertainty" in answer.chunk:
+                    state.metrics.uncertainty.labels(self._policy).observe(answer.chunk["uncertainty"])
                 state.dashboard.answered(robot, observation, answer, time.monotonic())
                 for observer in state.observers:
                     policy, actions = state.policies[self._policy], answer.chunk["actions"]
@@ -191,7 +196,7 @@ class Connection:
         """The next message that the model answers."""
         return await self.websocket.recv()
 
-    def _read(self, message: str | bytes, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
+    def _read(self, message: str | bytes, noise_shape: tuple[int, ...]) -> tuple[dict[str, Any], RequestOptions]:
         """The observation and the options in a message that was received."""
         return read_request(message, noise_shape=noise_shape)
 
@@ -211,9 +216,13 @@ class Connection:
         if not self._limit.allows(time.monotonic()):
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
         config = self._state.policies[self._policy].model.config
-        observation, options = self._read(message, config.chunk_shape)
+        observation, options = self._read(message, settings.noise_shape(config.chunk_shape))
         noise = noise if options.noise is None else options.noise
         num_steps = options.num_steps or settings.num_steps
+        try:
+            checked_pick(settings.pick, settings.num_samples, num_steps)
+        except ValueError as error:
+            raise RequestError("bad_observation", f"torchpi/num_steps: {error}") from error
         self._state.dashboard.asked(robot, options.previous, time.monotonic())
         deadline = min(settings.deadline, options.deadline or settings.deadline)
         if count_encoded(observation):  # milliseconds for each

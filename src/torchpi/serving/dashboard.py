@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
 from PIL import Image
 
 from torchpi.assets import assets
@@ -24,7 +23,7 @@ from torchpi.errors import UnknownKeyError
 from torchpi.robots.keys import flatten
 from torchpi.serving.scheduler import Answer, ServedPolicy
 from torchpi.transforms.prompt import as_text
-from torchpi.types import PreviousChunk
+from torchpi.types import ActionChunk, PreviousChunk
 from torchpi.ui.page import page_footer, page_head, style_sheet
 
 SECONDS = 60
@@ -88,7 +87,7 @@ class Exchange:
     """An answered request."""
 
     observation: Mapping[str, Any]
-    chunk: Float[np.ndarray, "H a"]
+    answer: ActionChunk
     begin: float
     """Time of the chunk's first action: of the answer; with real-time chunking, of the request."""
     answered_at: float
@@ -119,7 +118,7 @@ class Robot:
         from the time up to the next request or the robot's leaving. None: there is no chunk, or no control rate."""
         if self.last is None:
             return None
-        horizon = len(self.last.chunk)
+        horizon = len(self.last.answer["actions"])
         if self.previous is not None:
             return {"steps": self.previous.steps_executed(horizon), "source": "reported"}
         if (control_hz := self.policy.embodiment.control_hz) is None:
@@ -161,7 +160,9 @@ class Robot:
                 for name, value in zip(part.names, np.atleast_1d(sent[part.key]).tolist(), strict=False)
             ],
             "executed": self.executed(now),
-            "horizon": len(last.chunk),
+            "horizon": len(last.answer["actions"]),
+            "num_samples": len(last.answer.get("samples", "1")),
+            "uncertainty": _rounded(last.answer.get("uncertainty", math.nan)),
             "control_hz": embodiment.control_hz,
         }
 
@@ -185,7 +186,7 @@ class Dashboard:
     def answered(self, robot: Robot, observation: Mapping[str, Any], answer: Answer, now: float) -> None:
         assert robot.asked_at is not None
         begin = now if robot.previous is None else robot.asked_at
-        robot.last = Exchange(observation, answer.chunk["actions"], begin, now)
+        robot.last = Exchange(observation, answer.chunk, begin, now)
         robot.requests += 1
         robot.asked_at = robot.previous = robot.error = None
         for timeline in (robot.timeline, self._timeline):
@@ -237,18 +238,26 @@ class Dashboard:
         }
 
     def chunk(self, number: int) -> dict[str, Any]:
-        """JSON document of a robot's last chunk: per dimension its name, unit, values, and the width of its range in
-        the training data (0: unknown).
+        """JSON document of a robot's last chunk: per dimension its name, unit, values, their standard deviation over
+        the samples (0 for one), and the width of its range in the training data (0: unknown).
         """
         robot, last = self._answered_robot(number)
-        trained = robot.policy.metadata.get("action_range")
-        spans = np.zeros(last.chunk.shape[1]) if trained is None else np.subtract(trained["high"], trained["low"])
-        dimensions = zip(robot.policy.embodiment.actions, spans.tolist(), last.chunk.T.tolist(), strict=True)
+        trained, chunk = robot.policy.metadata.get("action_range"), last.answer["actions"]
+        spans = np.zeros(chunk.shape[1]) if trained is None else np.subtract(trained["high"], trained["low"])
+        std = last.answer.get("action_std", np.zeros_like(chunk))
+        robots = robot.policy.embodiment.actions
+        dimensions = zip(robots, spans.tolist(), chunk.T.tolist(), std.T.tolist(), strict=True)
         return {
             "request": robot.requests,
             "dimensions": [
-                {"name": dim.name, "unit": dim.unit, "span": _rounded(span), "values": [*map(_rounded, values)]}
-                for dim, span, values in dimensions
+                {
+                    "name": dim.name,
+                    "unit": dim.unit,
+                    "span": _rounded(span),
+                    "values": [*map(_rounded, values)],
+                    "std": [*map(_rounded, stds)],
+                }
+                for dim, span, values, stds in dimensions
             ],
         }
 

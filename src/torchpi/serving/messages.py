@@ -4,7 +4,8 @@ A request is an observation, a map with the robot's own keys, as openpi's client
 stand next to these, under keys of their own; the metadata have each that a server knows, as True:
 
     torchpi/noise        floating-point [H, action_dim], the start of the flow, instead of the server's own; drawn from
-                         N(0, 1), and refused above a magnitude of 1e6
+                         N(0, 1), and refused above a magnitude of 1e6; [N, H, action_dim] of a server with
+                         --num-samples N
     torchpi/num_steps    Euler steps, instead of the server's
     torchpi/deadline     seconds that the request may wait for the model, at most the server's
     torchpi/rtc          the rest of the chunk that is being executed, for real-time chunking; its actions, in the
@@ -79,8 +80,8 @@ class RequestOptions:
     previous: PreviousChunk | None = None
 
 
-def read_request(message: str | bytes, *, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
-    """The observation and the options in one message; `noise_shape` is the policy's [H, action_dim]."""
+def read_request(message: str | bytes, *, noise_shape: tuple[int, ...]) -> tuple[dict[str, Any], RequestOptions]:
+    """The observation and the options in one message; `noise_shape` is that of a request."""
     if isinstance(message, str):
         raise RequestError("malformed_message", "A request came as a text frame; expected a binary one with msgpack.")
     try:
@@ -171,7 +172,7 @@ def _magnitude(array: np.ndarray) -> float:
     return max(float(array.max(initial=0)), -float(array.min(initial=0)))
 
 
-def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> RequestOptions:
+def _options(content: Mapping[str, Any], noise_shape: tuple[int, ...]) -> RequestOptions:
     if unknown := sorted(key for key in content if key.startswith(OPTION_PREFIX) and key not in OPTIONS):
         raise ServingError(
             f"The request has the unknown option {unknown[0]:.80}; this server knows {', '.join(OPTIONS)}."
@@ -200,7 +201,7 @@ def _options(content: Mapping[str, Any], noise_shape: tuple[int, int]) -> Reques
         sent = WirePreviousChunk.from_wire(previous)
         _check_magnitude(sent.actions, f"action_prefix of {RTC}", MAX_ACTION, "no robot's actions are as large")
         previous = PreviousChunk(sent.actions, sent.delay, sent.execution_horizon)
-        previous.steps_executed(noise_shape[0])  # raises
+        previous.steps_executed(noise_shape[-2])  # raises
     return RequestOptions(noise, num_steps, deadline, previous)
 
 

@@ -9,6 +9,7 @@ _SECONDS = (
     *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
     *(1.0, 2.0, 5.0, 10.0, 30.0, 60.0),
 )
+_FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
 _BATCH_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
@@ -36,6 +37,11 @@ class Metrics:
         )
         self.clipped = counter(
             "torchpi_clipped_answers_total", "Answers with actions clipped to the robot's limits", ["policy"]
+        )
+        self.uncertainty = histogram(
+            "torchpi_uncertainty",
+            "Spread of an answer's samples: standard deviation as a fraction of the training range, mean over a chunk",
+            buckets=_FRACTIONS,
         )
         self.queue_seconds = histogram(
             "torchpi_queue_seconds", "Time that a request waited for the model", buckets=_SECONDS

@@ -62,7 +62,7 @@ class Request:
     policy: str
     observation: dict[str, Any]
     noise: np.ndarray
-    """[H, action_dim]."""
+    """[H, action_dim], or [N, H, action_dim] with the server's `num_samples`."""
     num_steps: int | None
     previous: PreviousChunk | None = None
     """Previous chunk, for real-time chunking."""
@@ -114,6 +114,12 @@ class Scheduler:
     def start(self) -> None:
         """Begin to load; see `ready`."""
         self._thread.start()
+
+    @property
+    def _samples(self) -> dict[str, Any]:
+        """The arguments of `Policy.infer_batch` for several samples, if there are to be several."""
+        settings = self._settings
+        return {} if settings.num_samples is None else {"num_samples": settings.num_samples, "pick": settings.pick}
 
     @property
     def num_waiting(self) -> int:
@@ -175,8 +181,9 @@ class Scheduler:
             _log.warning(text, name, executed, horizon)
         for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
-            noise = np.zeros((size, *policy.model.config.chunk_shape), np.float32)
-            policy.infer_batch([policy.example_observation()] * size, noise=noise, num_steps=self._settings.num_steps)
+            noise = np.zeros((size, *self._settings.noise_shape(policy.model.config.chunk_shape)), np.float32)
+            observations, steps = [policy.example_observation()] * size, self._settings.num_steps
+            policy.infer_batch(observations, noise=noise, num_steps=steps, **self._samples)
             _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
         if policy.engine is not None:
             policy.engine.background = True  # no client waits for further sizes to be compiled
@@ -204,6 +211,7 @@ class Scheduler:
                 noise=np.stack([request.noise for request in batch]),
                 num_steps=batch[0].num_steps,
                 prefixes=[request.previous for request in batch],
+                **self._samples,
             )
             assert len(chunks) == len(batch)
             if not all(np.isfinite(chunk["actions"]).all() for chunk in chunks):  # of whatever policy

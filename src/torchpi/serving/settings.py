@@ -5,6 +5,7 @@ import hmac
 from typing import Literal
 
 from torchpi.errors import ServingError, is_whole
+from torchpi.samples import PickName, checked_pick
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
 
@@ -31,6 +32,12 @@ class ServeSettings:
     num_steps: int | None = None
     """Euler steps of a request that does not state them; by default the policy's, which are 10 unless it says
     otherwise."""
+    num_samples: int | None = None
+    """Chunks that are sampled for each request; the answer has all of them and their spread. They share the work on the
+    images and the prompt."""
+    pick: PickName | None = None
+    """The choice among them: consensus, the one nearest to the others (by default), velocity_residual, the straightest
+    path from noise to actions, or first, as without --num-samples."""
     seed: int = 0
     """Seed of the noise of requests that bring none."""
     max_batch: int = 8
@@ -71,6 +78,7 @@ class ServeSettings:
             )
         if self.num_steps is not None and not (is_whole(self.num_steps) and 1 <= self.num_steps <= MAX_NUM_STEPS):
             raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
+        checked_pick(self.pick, self.num_samples, self.num_steps)
         if not 0 <= self.port < 2**16:
             raise ServingError(f"port is {self.port}; expected 0 to 65535.")
         if self.rename and self.protocol != "vla-eval":
@@ -81,6 +89,10 @@ class ServeSettings:
             raise ServingError(f"grace is {self.grace}; expected 0 or more seconds.")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
             raise ServingError("The token must be of printable ASCII characters, and not empty.")
+
+    def noise_shape(self, chunk_shape: tuple[int, int]) -> tuple[int, ...]:
+        """Of a request: [H, action_dim], or [N, H, action_dim] with `num_samples`."""
+        return chunk_shape if self.num_samples is None else (self.num_samples, *chunk_shape)
 
     @property
     def max_message_bytes(self) -> int:

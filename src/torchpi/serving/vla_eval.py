@@ -179,7 +179,7 @@ class BenchmarkConnection(Connection):
             raise RequestError("bad_observation", str(error)) from error
         return observation | ({"prompt": found["task_description"]} if "task_description" in found else {})
 
-    def _read(self, message: str | bytes, noise_shape: tuple[int, int]) -> tuple[dict[str, Any], RequestOptions]:
+    def _read(self, message: str | bytes, noise_shape: tuple[int, ...]) -> tuple[dict[str, Any], RequestOptions]:
         assert self._observation is not None
         return self._observation, RequestOptions()
 

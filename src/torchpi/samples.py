@@ -1,0 +1,115 @@
+"""Several chunks for one observation: the choice of the one to execute, and their spread."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Float32
+
+from torchpi.config import Pi0Config
+from torchpi.errors import PolicyError, is_whole
+from torchpi.transforms.normalize import DEVIATIONS
+
+PickName = Literal["consensus", "velocity_residual", "first"]
+Pick = PickName | Callable[[np.ndarray, Mapping[str, Any]], int]
+"""A rule, or a function of the samples [N, H, a], in the robot's units, and the observation; it returns the index.
+
+consensus: the medoid, the sample with the least mean distance to the others.
+velocity_residual: the sample whose path from noise to actions is the straightest, which the Euler steps follow best.
+first: the one that a single inference with the same noise gives.
+"""
+_WIDTHS = {"quantile": 2.0, "z_score": 2 * DEVIATIONS}
+"""From q01 to q99, normalized; "identity" does not know the range: its unit is the actions' own."""
+
+
+def finite_noise(
+    noise: Any, config: Pi0Config, num_samples: Any, batch: tuple[int, ...] = ()
+) -> Float32[np.ndarray, "..."]:
+    """The noise of a call, [*batch, H, A], or [*batch, N, H, A] where N is stated.
+
+    Raises:
+        ValueError: it is of another shape or dtype, or not finite.
+    """
+    array = np.asarray(noise)
+    found = f"got {array.dtype} {list(array.shape)}"
+    if array.dtype.kind != "f" or array.dtype.itemsize > 8:
+        raise PolicyError(f"Noise must be floating-point numbers, {found}; at most 64 bits are read.")
+    if num_samples == 1 and array.ndim == len(batch) + 2:
+        array = np.expand_dims(array, -3)
+    # Where the horizon is unset, the noise decides it.
+    horizon = config.action_horizon or (array.shape[-2] if array.ndim > 1 else "H")
+    expected = (*batch, *(() if num_samples is None else (num_samples,)), horizon, config.action_dim)
+    if array.shape != expected or not array.size:
+        raise PolicyError(f"Noise must be [{', '.join(map(str, expected))}], {found}.")
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32)
+    if not np.isfinite(array).all():
+        raise PolicyError("There is NaN or infinity in the noise; it must be finite, in float32.")
+    return array
+
+
+def checked_pick(pick: Any, num_samples: Any, num_steps: Any) -> Pick | None:
+    """The choice among `num_samples`, by default "consensus"; None without a number, which is one sample.
+
+    Raises:
+        ValueError: the number or the choice is none, or the choice means nothing here.
+    """
+    if num_samples is not None and not (is_whole(num_samples) and num_samples >= 1):
+        raise PolicyError(f"num_samples is {num_samples!r:.80}; expected a positive whole number.")
+    if num_samples is None and pick is not None:
+        raise PolicyError("pick chooses among several samples: pass num_samples= as well, or leave pick out.")
+    if pick is not None and not callable(pick) and pick not in get_args(PickName):
+        names = ", ".join(get_args(PickName))
+        raise PolicyError(f"pick is {pick!r:.80}; expected one of {names}, or a function of samples and observation.")
+    if pick == "velocity_residual" and num_steps == 1:
+        raise PolicyError("pick is velocity_residual, but in one Euler step every path is straight: take two or more.")
+    return None if num_samples is None else pick or "consensus"
+
+
+def choose(
+    pick: Pick,
+    samples: Float[np.ndarray, "N H a"],
+    normalized: Float[np.ndarray, "N H dims"],
+    residual: Float[np.ndarray, "N H dims"] | None,
+    *,
+    kind: str,
+    observation: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The fields of an `ActionChunk` that several samples have.
+
+    Args:
+        samples: in the robot's units.
+        normalized: the dimensions that the robot has and training has seen, as the model gives them.
+        residual: of these, see `model.rtc.Samples`.
+        kind: of the actions' normalization.
+    """
+    residuals = None if residual is None else np.sqrt(residual.mean(axis=(1, 2)))
+    about = {"samples": samples, "sample_index": _index(pick, samples, normalized, residuals, observation)}
+    if residuals is None:
+        return about
+    spread = normalized.std(axis=0, ddof=1, dtype=np.float64)
+    return about | {
+        "velocity_residuals": residuals,
+        "action_std": samples.std(axis=0, ddof=1, dtype=np.float64).astype(np.float32),
+        "uncertainty": float(spread.mean()) / _WIDTHS.get(kind, 1.0),
+    }
+
+
+def _index(
+    pick: Pick,
+    samples: np.ndarray,
+    normalized: np.ndarray,
+    residuals: np.ndarray | None,
+    observation: Mapping[str, Any],
+) -> int:
+    if callable(pick):
+        index: Any = pick(samples.copy(), observation)
+        if not is_whole(index) or not 0 <= index < len(samples):
+            raise PolicyError(f"pick returned {index!r:.80}; expected an index from 0 to {len(samples) - 1}.")
+        return int(index)
+    if pick == "first" or residuals is None:
+        return 0
+    if pick == "velocity_residual":
+        return int(residuals.argmin())
+    flat = normalized.reshape(len(samples), -1).astype(np.float64)
+    return int(np.linalg.norm(flat[:, None] - flat, axis=-1).sum(axis=1).argmin())
