@@ -18,6 +18,8 @@ consensus: the medoid, the sample with the least mean distance to the others.
 velocity_residual: the sample whose path from noise to actions is the straightest, which the Euler steps follow best.
 first: the one that a single inference with the same noise gives.
 """
+SAMPLE_FIELDS = ("samples", "sample_index", "velocity_residuals", "action_std", "uncertainty")
+"""Of an `ActionChunk`."""
 _WIDTHS = {"quantile": 2.0, "z_score": 2 * DEVIATIONS}
 """From q01 to q99, normalized; "identity" does not know the range: its unit is the actions' own."""
 

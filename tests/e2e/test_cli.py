@@ -228,6 +228,21 @@ def test_invalid_npz_inputs_are_an_error(arguments, observation, capsys, write):
     assert f"{observation} is not an .npz file of plain arrays, or is damaged: " in error
 
 
+def test_infer_writes_samples_and_prints_their_spread(arguments, tmp_path, capsys):
+    run([*arguments, "--num-steps", 2])
+    with np.load(tmp_path / "actions.npz") as arrays:
+        alone = arrays["actions"]
+    capsys.readouterr()
+    run([*arguments, "--num-steps", 2, "--num-samples", 3, "--pick", "velocity_residual"])
+    with np.load(tmp_path / "actions.npz") as arrays:
+        found = dict(arrays)
+    assert found["samples"].shape == (3, *alone.shape)
+    np.testing.assert_allclose(found["samples"][0], alone, atol=1e-4)
+    assert found["sample_index"] == found["velocity_residuals"].argmin()
+    assert np.array_equal(found["actions"], found["samples"][found["sample_index"]])
+    assert f"sample {found['sample_index']} of 3; uncertainty " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("write", [write_text, write_nothing, write_objects, write_compressed])
 def test_invalid_noise_file_is_an_error(arguments, tmp_path, capsys, write):
     write(tmp_path / "noise.npy")

@@ -978,12 +978,8 @@ def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
     assert report.stopped is None  # held for another reason than a late chunk
     assert report.uncertain_chunks == 3
     assert report.holds >= 2
-    held = [
-        n
-        for n in range(1, len(robot.commands))
-        if command == "position" and robot.positions[n] == robot.positions[n - 1]
-    ]
-    still = [n for n, position in enumerate(robot.positions) if n and position == 0] if command == "increment" else held
+    before = [0.0, *robot.positions] if command == "position" else [0.0] * len(robot.positions)
+    still = [now for now, last in zip(robot.positions[1:], before[1:], strict=False) if now == last]
     assert len(still) >= report.holds
     assert report.actions + report.holds + report.waits == report.steps
     text = [record.getMessage() for record in caplog.records if "certain" in record.getMessage()]

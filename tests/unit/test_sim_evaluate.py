@@ -141,6 +141,16 @@ def test_the_noise_is_that_of_the_episode_and_chunk(corridor, policy, monkeypatc
     np.testing.assert_array_equal(noises, expected)
 
 
+def test_first_of_several_samples_is_the_one_that_is_sampled_alone(corridor, policy):  # noqa: F811
+    seen = {}
+    for samples in (None, 2):
+        rollout = Rollout(num_steps=1, num_samples=samples, pick=samples and "first")
+        result = evaluate(policy, "corridor", tasks=["short"], episodes=2, rollout=rollout, progress=False)
+        seen[samples] = [(episode.success, episode.steps) for episode in result.episodes]
+        assert (result.num_samples, result.pick) == (samples, samples and "first")
+    assert seen[None] == seen[2]
+
+
 def test_threads_are_as_before_and_the_table_is_printed(corridor, policy, capsys):  # noqa: F811
     import torch
 
@@ -357,6 +367,8 @@ def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
 def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: F811
     with pytest.raises(ValueError, match="is its server's; leave num_steps out"):
         quiet("ws://robot:8000", rollout=Rollout(num_steps=5))
+    with pytest.raises(ValueError, match="number of samples of a served policy is its server's"):
+        quiet("ws://robot:8000", rollout=Rollout(num_samples=5))
     with pytest.raises(ValueError, match="This policy's server loads it; it takes no device"):
         quiet("ws://robot:8000", load={"device": "cpu"})
     with pytest.raises(ConnectionError, match="no policy here"):

@@ -95,6 +95,14 @@ def test_noise_and_number_of_steps_reach_the_policy():
     assert len(policy.asked) == 2
 
 
+def test_samples_and_their_choice_reach_the_policy():
+    policy = forward(8)
+    run_episode(policy, Corridor(), 0, rollout=Rollout(4, num_samples=3, pick="first"))
+    assert [options for _, options in policy.asked] == [{"num_samples": 3, "pick": "first"}] * 2
+    with pytest.raises(ValueError, match="pick chooses among several samples"):
+        Rollout(pick="first")
+
+
 def test_noise_belongs_to_seed_task_episode_and_chunk():
     noises = {}
     for place in [(0, "short", 0), (1, "short", 0), (0, "long", 0), (0, "short", 1)]:

@@ -10,6 +10,7 @@ import tyro
 from torchpi.atomic import replace_text
 from torchpi.cli.common import EpisodeOptions, Load, SamplingOptions, refuse_changed, split_names
 from torchpi.errors import UsageError
+from torchpi.samples import PickName
 from torchpi.ui.format import print_json
 
 
@@ -31,6 +32,10 @@ class SimulationOptions:
     execute_steps: int | None = None
     """With --env: actions of each chunk to execute; by default what the policy recommends, or half of the chunk, and in
     LIBERO 5."""
+    num_samples: int | None = None
+    """With --env: chunks that are sampled each time, of which one is executed; by default one."""
+    pick: PickName | None = None
+    """With --env and --num-samples: the choice among them, see torchpi infer --help."""
     max_steps: int | None = None
     """With --env: actions after which an episode has failed; by default the simulator's."""
     swap: str | None = None
@@ -133,7 +138,12 @@ class Eval:
             episodes=options.episodes,
             seed=self.seed,
             rollout=Rollout(
-                options.execute_steps, self.num_steps, options.max_steps, blank_images=options.blank_images
+                options.execute_steps,
+                self.num_steps,
+                options.max_steps,
+                blank_images=options.blank_images,
+                num_samples=options.num_samples,
+                pick=options.pick,
             ),
             instructions=swapped_instructions(env, split_names(options.swap or "")),
             workers=options.workers,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -20,6 +20,7 @@ from torchpi.cli.common import (
     split_names,
 )
 from torchpi.extras import require
+from torchpi.samples import SAMPLE_FIELDS, PickName
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
 
@@ -68,7 +69,8 @@ class Infer:
     """Run a policy on one observation.
 
     The observation is an .npz file with the robot's own keys, nested ones joined with '.', for example
-    images.cam_high, state and prompt (a 0-d string). The result is an .npz file with `actions` [H, a].
+    images.cam_high, state and prompt (a 0-d string). The result is an .npz file with `actions` [H, a]; with
+    --num-samples N also `samples` [N, H, a], the index of the one that was picked, and their spread.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
@@ -79,10 +81,16 @@ class Infer:
     """The file that the actions are written to, an .npz."""
     num_steps: int | None = None
     """Euler steps from noise to actions; by default the policy's, which are 10 unless it says otherwise."""
+    num_samples: int | None = None
+    """Chunks to sample, of which one is picked; they share the work on the images and the prompt."""
+    pick: PickName | None = None
+    """The choice among them: consensus, the one with the least mean distance to the others (by default),
+    velocity_residual, the one whose path from noise to actions is the straightest, or first, as without
+    --num-samples."""
     seed: int = 0
     """Seed of the noise."""
     noise: pathlib.Path | None = None
-    """An .npy file [H, action_dim] to use as noise instead."""
+    """An .npy file [H, action_dim], or [N, H, action_dim] with --num-samples, to use as noise instead."""
     json: bool = False
     """Print the shape, the file and the timing as one JSON document."""
     load: Load = SamplingOptions()
@@ -98,15 +106,26 @@ class Infer:
         limit_threads(policy.model)
         generator = torch.Generator(policy.model.device).manual_seed(self.seed)
         noise = None if self.noise is None else read_npy(self.noise)
-        result = policy.infer(observation, noise=noise, num_steps=self.num_steps, generator=generator)
+        result: dict[str, Any] = dict(
+            policy.infer(
+                observation, noise=noise, num_steps=self.num_steps, num_samples=self.num_samples, pick=self.pick,
+                generator=generator,
+            )
+        )  # fmt: skip
         with atomic_file(self.out) as part, part.open("wb") as file:  # np.savez appends .npz to names
-            np.savez(file, actions=result["actions"])
+            np.savez(file, **{name: result[name] for name in ("actions", *SAMPLE_FIELDS) if name in result})
         horizon, dims = result["actions"].shape
         timing = result["policy_timing"]
         if self.json:
-            print_json({"out": str(self.out), "shape": [horizon, dims], "policy_timing": timing})
-        else:
-            print(f"{horizon} actions of {dims} dimensions in {timing['infer_ms']:.0f} ms, written to {self.out}")
+            document = {"out": str(self.out), "shape": [horizon, dims], "policy_timing": timing}
+            print_json(document | {name: result[name] for name in ("sample_index", "uncertainty") if name in result})
+            return
+        print(f"{horizon} actions of {dims} dimensions in {timing['infer_ms']:.0f} ms, written to {self.out}")
+        if "uncertainty" in result:
+            print(
+                f"sample {result['sample_index']} of {self.num_samples}; uncertainty "
+                f"{100 * result['uncertainty']:.3g} % of the training range"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,9 +79,11 @@ def close_actor(actor: Actor) -> None:
         actor.close()
 
 
-def noise_shape(actor: Actor) -> tuple[int, int] | None:
-    """[H, action_dim]; None: its noise can't be given."""
-    return actor.model.config.chunk_shape if isinstance(actor, Policy) else None
+def noise_shape(actor: Actor, num_samples: int | None = None) -> tuple[int, ...] | None:
+    """[H, action_dim], or [N, H, action_dim]; None: its noise can't be given."""
+    if not isinstance(actor, Policy):
+        return None
+    return (*(() if num_samples is None else (num_samples,)), *actor.model.config.chunk_shape)
 
 
 def fingerprint(actor: Actor) -> str:
@@ -125,6 +127,10 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
     if isinstance(actor, RemotePolicy):
         if rollout.num_steps is not None:
             raise SimulationError("The number of Euler steps of a served policy is its server's; leave num_steps out.")
+        if rollout.num_samples is not None:
+            raise SimulationError(
+                "The number of samples of a served policy is its server's, serve --num-samples; leave it out here."
+            )
         check_metadata(actor.metadata, robot)
         recommended, horizon = actor.metadata.get("execute_steps"), actor.metadata.get("action_horizon")
     elif isinstance(actor, Policy):

@@ -195,7 +195,7 @@ class _Evaluator:
         self._actor, self._latest = open_policy(), LatestEnvironment(env)
         self._seed, self._rollout = seed, rollout
         self._has_states = simulator(env).protocol.initial_states is not None
-        self._noise_shape = noise_shape(self._actor)
+        self._noise_shape = noise_shape(self._actor, rollout.num_samples)
 
     def __call__(self, job: _Job) -> EpisodeOutcome:
         environment = self._latest.of(job.task)
@@ -262,4 +262,6 @@ def _summary(
         seconds=seconds,
         episodes=episodes,
         videos=tuple(job.video for job in outcomes if job.video),
+        num_samples=rollout.num_samples,
+        pick=None if rollout.num_samples is None else rollout.pick or "consensus",
     )

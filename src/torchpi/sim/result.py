@@ -68,6 +68,10 @@ class Evaluation:
     """In the order of the tasks."""
     videos: tuple[str, ...]
     """Paths."""
+    num_samples: int | None = None
+    """Chunks that were sampled each time, one of which was executed; None: one."""
+    pick: str | None = None
+    """The choice among them."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -11,6 +11,7 @@ from torchpi.errors import SimulationError, is_whole
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten, nest
+from torchpi.samples import PickName, checked_pick
 from torchpi.sim.environment import Environment, HasInitialStates, UnstableError
 
 
@@ -20,7 +21,8 @@ class Actor(Protocol):
 
     @property
     def infer(self) -> Callable[..., Mapping[str, Any]]:
-        """A method: one observation to {"actions": [H, a], …}; `noise` and `num_steps` as in `Policy.infer`."""
+        """A method: one observation to {"actions": [H, a], …}; `noise`, `num_steps`, `num_samples` and `pick` as in
+        `Policy.infer`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,16 @@ class Rollout:
     """The policy's prompt; None: the environment's instruction."""
     blank_images: bool = False
     """Every camera is black: what remains possible without seeing."""
+    num_samples: int | None = None
+    """Chunks that the policy samples each time, to choose one of them; None: one."""
+    pick: PickName | None = None
+    """The choice among them, see `samples.Pick`."""
 
     def __post_init__(self) -> None:
         for name in ("execute_steps", "num_steps", "max_steps"):
             if (value := getattr(self, name)) is not None and (not is_whole(value) or value < 1):
                 raise SimulationError(f"{name} must be at least 1, got {value}; expected a whole number.")
+        checked_pick(self.pick, self.num_samples, self.num_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +103,8 @@ def run_episode(
         seed: of the environment's reset.
         episode: begin in this one of the initial states of an environment that `HasInitialStates`; None: as the seed
             alone says.
-        noise: the number of a chunk to the noise [H, action_dim] that it begins from; None: the policy draws its own.
+        noise: the number of a chunk to the noise that it begins from, as `Policy.infer` takes it; None: the policy
+            draws its own.
         callback: called with each new chunk, and after each step.
     """
     rollout = rollout or Rollout()
@@ -111,8 +119,9 @@ def run_episode(
     while steps < limit and not success and not unstable:
         observation = _observe(environment, rollout)
         options: dict[str, Any] = {} if noise is None else {"noise": noise(len(times))}
-        if rollout.num_steps is not None:
-            options["num_steps"] = rollout.num_steps
+        for name in ("num_steps", "num_samples", "pick"):
+            if (value := getattr(rollout, name)) is not None:
+                options[name] = value
         asked = time.perf_counter()
         chunk = _checked_chunk(policy.infer(observation, **options), environment.embodiment)
         times.append(1e3 * (time.perf_counter() - asked))
@@ -132,7 +141,7 @@ def run_episode(
     return EpisodeOutcome(success, steps, tuple(times), time.perf_counter() - start, unstable)
 
 
-def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, int]) -> Callable[[int], np.ndarray]:
+def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, ...]) -> Callable[[int], np.ndarray]:
     """The noise of each chunk of one episode, for `run_episode`: it depends on these arguments alone."""
 
     def draw(chunk: int) -> np.ndarray:
