@@ -25,6 +25,7 @@ def render_evaluation(evaluation: Evaluation, folder: pathlib.Path) -> str:
         "seed": evaluation.seed,
         "actions executed of each chunk": evaluation.execute_steps or "half",
         "Euler steps": evaluation.num_steps or "the policy's",
+        "samples of each chunk": f"{evaluation.num_samples}, {evaluation.pick}" if evaluation.num_samples else 1,
         "steps at most": evaluation.max_steps,
         "black images": "yes" if evaluation.blank_images else "no",
     }
