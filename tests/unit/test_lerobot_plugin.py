@@ -5,6 +5,7 @@ Tests with LeRobot itself are in integrations/lerobot/tests.
 
 import importlib
 import importlib.metadata
+import json
 import sys
 import types
 
@@ -17,6 +18,7 @@ from lerobot_stand_in import Feature, NormalizationMode, RTCConfig
 import torchpi
 from torchpi.checkpoints.formats import format_of
 from torchpi.data import LeRobotDataset, LeRobotWriter, compute_norm_stats
+from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 
 CHUNK, WIDTH = 16, 8
@@ -218,11 +220,13 @@ def write_dataset(root, *, fps=80, action=("dx", "dy", "dz", "gripper")):
     with LeRobotWriter(root, fps=fps, cameras=cameras, state_names=state, action_names=action) as writer:
         for episode in range(2):
             for step in range(20):
-                values = np.array([0.1 * episode, 0.01 * step, 0.02 * step, step % 2], np.float32)
+                values = np.array([0.1 * episode + 0.001 * step, 0.01 * step, 0.02 * step, step % 2], np.float32)
                 images = {key: rng.integers(0, 256, shape, np.uint8) for key in (BASE, WRIST)}
                 writer.add_frame({**images, STATE: values, "action": np.sin(values)})
             writer.save_episode("open the drawer")
-    return types.SimpleNamespace(root=root, fps=fps, repo_id="local/hand")  # as LeRobot's metadata
+    file = next(root.glob("data/*/*.parquet")).relative_to(root)
+    metadata = {"root": root, "fps": fps, "repo_id": "local/hand", "total_episodes": 2}  # as LeRobot's
+    return types.SimpleNamespace(**metadata, get_data_file_path=lambda episode: file)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +272,42 @@ def test_statistics_are_the_checkpoints_or_the_datasets(plugin, dataset, demo):
     for made, expected in ((own, demo.transforms.norm_stats), (of_dataset, computed)):
         for what, stats in expected.items():
             np.testing.assert_allclose(made.torchpi.transforms.norm_stats[what].q01, stats.q01, atol=1e-6)
+
+
+def test_base_model_is_tuned_for_a_new_robot_with_the_datasets_statistics(plugin, dataset, golden_pi05, tmp_path):
+    names = ["x", "y", "z", "gripper"]
+    cameras = {"base_0_rgb": "base", "left_wrist_0_rgb": "wrist"}
+    arm = Embodiment.generic("arm", cameras=cameras, state=names, actions=names, delta=names[:3], command="position")
+    (tmp_path / "arm.json").write_text(json.dumps(arm.to_dict()))
+    base = {"checkpoint": str(golden_pi05.checkpoint), "model_config": str(golden_pi05.config)}
+    base["tokenizer"] = str(golden_pi05.root.parent / "tokenizer" / "tiny_spm.model")
+    with pytest.raises(KeyError, match=r"does not say which robot.*--policy\.embodiment=.*data draft"):
+        trained(plugin, dataset, **base)
+    made = trained(plugin, dataset, **base, embodiment=str(tmp_path / "arm.json"))
+    horizon = made.metadata["action_horizon"]
+    assert made.config.action_delta_indices == list(range(horizon))
+    frames = LeRobotDataset(dataset.root, action_horizon=horizon)
+    expected = compute_norm_stats(frames, arm, action_horizon=horizon)["actions"]  # relative to the state
+    np.testing.assert_allclose(made.torchpi.transforms.norm_stats["actions"].q99, expected.q99, atol=1e-6)
+    assert made.metadata["control_hz"] == 80
+
+
+def test_episodes_that_lerobot_did_not_download_are_left_out(plugin, dataset):
+    first = {**vars(dataset), "get_data_file_path": lambda i: dataset.get_data_file_path(i) if i == 0 else "none"}
+    made = trained(plugin, types.SimpleNamespace(**first), norm_stats="dataset")
+    assert made.torchpi.transforms.norm_stats["state"].mean[0] < 0.05  # about 0.1 in the second
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"checkpoint": "demo"}, "demo"),
+        ({"pretrained_path": "org/name"}, "hf://org/name"),
+        ({"pretrained_path": "org/name", "pretrained_revision": "v2", "checkpoint": "demo"}, "hf://org/name@v2"),
+    ],
+)
+def test_address_is_lerobots_path_or_the_checkpoint(plugin, options, expected):
+    assert plugin("local").address(plugin("configuration_torchpi").TorchpiConfig(**options)) == expected
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import numpy as np
 from lerobot.robots import Robot, RobotConfig
 
 JOINTS = ("hand_x", "hand_y", "hand_z", "gripper")
+ENOUGH = 24
+"""Actions after which the user ends the run."""
 ROBOTS = []
 """Every robot that was made."""
 
@@ -62,6 +64,8 @@ class MockRobot(Robot):
     def send_action(self, action):
         self.sent.append([action[f"{name}.pos"] for name in JOINTS])
         self.joints = {name: float(action[f"{name}.pos"]) for name in JOINTS}
+        if len(self.sent) == ENOUGH:
+            raise KeyboardInterrupt
         return action
 
     def disconnect(self):

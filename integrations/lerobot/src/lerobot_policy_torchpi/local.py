@@ -130,7 +130,9 @@ def _checked_dataset(meta: Any, robot: Embodiment, horizon: int) -> LeRobotDatas
             f"{meta.root} has {meta.fps:g} frames per second, and '{robot.name}' acts at {robot.control_hz:g} Hz; "
             "resample the dataset (torchpi data resample), or correct control_hz of the embodiment."
         )
-    dataset = LeRobotDataset(meta.root, action_horizon=horizon)
+    # LeRobot downloads the files of the episodes that it is to read.
+    there = [i for i in range(meta.total_episodes) if (meta.root / meta.get_data_file_path(i)).is_file()]
+    dataset = LeRobotDataset(meta.root, action_horizon=horizon, episodes=there, cameras=())
     names = {STATE: dataset.state_names, ACTION: dataset.action_names}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*They are put into that order")  # not here

@@ -3,6 +3,7 @@
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self
 
 import numpy as np
@@ -81,7 +82,9 @@ class TorchpiPolicy(ChunkPolicy, PreTrainedPolicy):
             )
         requests = requests_of(batch, self.metadata["observation"], self.config.cameras)
         rows = zip(requests, batch[ACTION].float().cpu().numpy(), strict=True)
-        samples = [self.torchpi.prepare({**request, "actions": actions})[1] for request, actions in rows]
+        with ThreadPoolExecutor() as threads:  # PIL and the tokenizer leave Python's lock
+            found = threads.map(self.torchpi.prepare, [{**request, "actions": actions} for request, actions in rows])
+            samples = [sample for _, sample in found]
         device = self.model.device
         actions = torch.from_numpy(np.stack([sample["actions"] for sample in samples])).float().to(device)
         if noise is None:
