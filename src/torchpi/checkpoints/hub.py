@@ -55,10 +55,15 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
             HF_ENDPOINT name other servers.
         sleep: waits between attempts.
     """
+    return _complete(source_of(address), sleep)
+
+
+def source_of(address: str) -> Bucket | Repository:
+    """The bucket or repository of an address, of which nothing is asked yet."""
     if (match := _GS.fullmatch(address)) and stays_inside(match["path"]):
-        return _complete(Bucket(address, match["bucket"], match["path"]), sleep)
+        return Bucket(address, match["bucket"], match["path"])
     if (match := _HF.fullmatch(address)) and (not match["path"] or stays_inside(match["path"])):
-        return _complete(Repository(address, match["name"], match["revision"], path=match["path"] or ""), sleep)
+        return Repository(address, match["name"], match["revision"], path=match["path"] or "")
     raise CheckpointError(
         f"Malformed address {address!r}; expected gs://bucket/path or hf://org/name[@revision][/path]."
     )
@@ -72,12 +77,17 @@ def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[floa
         names: of the files, or of folders with a '/' at the end.
         sleep: waits between attempts.
     """
+    return _complete(dataset_source(address, names), sleep)
+
+
+def dataset_source(address: str, names: Collection[str]) -> Repository:
+    """The repository of a dataset's address, of which nothing is asked yet."""
     match = _HF_DATASET.fullmatch(address)
     if match is None:
         raise CheckpointError(f"Malformed address {address!r} of a dataset; expected hf://org/name[@revision].")
     if outside := [name for name in names if not stays_inside(name.removesuffix("/"))]:
         raise CheckpointError(f"{address}: the dataset names the file {outside[0]!r}, which would be outside of it.")
-    return _complete(Repository(address, match["name"], match["revision"], names=frozenset(names)), sleep)
+    return Repository(address, match["name"], match["revision"], names=frozenset(names))
 
 
 def _read(

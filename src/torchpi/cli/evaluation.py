@@ -3,7 +3,8 @@
 import dataclasses
 import os
 import pathlib
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import tyro
 
@@ -84,6 +85,8 @@ class Eval:
     out: pathlib.Path | None = None
     """Folder of the plots of errors and chunks, or of each simulated episode as it ends, with the videos and a page: if
     interrupted, the same command goes on from there. By default nothing is kept or drawn."""
+    dry_run: bool = False
+    """Check policy, tasks and options, and print what would run: nothing is downloaded, loaded or simulated."""
     json: bool = False
     """Print one JSON document."""
     simulation: Annotated[SimulationOptions, tyro.conf.arg(name="")] = SimulationOptions()
@@ -100,10 +103,24 @@ class Eval:
             refuse_changed(self.simulation, belongs_to="--env")
             self._predict(self.dataset)
 
+    def _print_plan(self, plan: Mapping[str, Any]) -> None:
+        """The answer to --dry-run."""
+        if self.json:
+            print_json(plan)
+            return
+        for name, value in plan.items():
+            text = ", ".join(value) if isinstance(value, list) else value
+            print(f"{name}: {'known when the policy is there' if text is None else text}")
+
     def _predict(self, dataset: str) -> None:
         """Evaluate on recorded episodes."""
         from torchpi.evaluation.report import run_dataset_evaluation
 
+        if self.dry_run:
+            from torchpi.cli.dry_run import plan_dataset
+
+            self._print_plan(plan_dataset(self.policy, dataset, self.recorded, self.load.given()))
+            return
         run_dataset_evaluation(
             self.policy,
             dataset,
@@ -129,23 +146,31 @@ class Eval:
 
         options = self.simulation
         env = environment_name(self.env, options.suite, options.protocol)
+        tasks = None if options.tasks is None else split_names(options.tasks)
+        rollout = Rollout(
+            options.execute_steps,
+            self.num_steps,
+            options.max_steps,
+            blank_images=options.blank_images,
+            num_samples=options.num_samples,
+            pick=options.pick,
+        )
+        instructions = swapped_instructions(env, split_names(options.swap or ""))
+        if self.dry_run:
+            from torchpi.cli.dry_run import plan_simulation
+
+            self._print_plan(plan_simulation(self.policy, env, tasks, options.episodes, rollout, self.load.given()))
+            return
         # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
         token = os.environ.get("TORCHPI_TOKEN") if options.token is None and is_address(self.policy) else options.token
         result = evaluate(
             self.policy,
             env,
-            tasks=None if options.tasks is None else split_names(options.tasks),
+            tasks=tasks,
             episodes=options.episodes,
             seed=self.seed,
-            rollout=Rollout(
-                options.execute_steps,
-                self.num_steps,
-                options.max_steps,
-                blank_images=options.blank_images,
-                num_samples=options.num_samples,
-                pick=options.pick,
-            ),
-            instructions=swapped_instructions(env, split_names(options.swap or "")),
+            rollout=rollout,
+            instructions=instructions,
             workers=options.workers,
             videos=options.videos,
             out=self.out,

@@ -83,7 +83,7 @@ def run_demo(
             console.print("Success is defined by the simulator for the task, whatever the instruction.")
     else:
         frames = {name: _packaged_frame(loaded, name, other, seed) for name in chosen}
-    steps = next_steps(ENV, chosen_tasks(loaded, ENV, None), can_render=problem is None)
+    steps = next_steps(ENV, chosen_tasks(loaded.provenance, ENV, None), can_render=problem is None)
     demo = Demo(loaded, task, flow, evaluation, problem, frames, steps)
     if problem is not None:
         _print_frames(console, demo)
@@ -105,7 +105,7 @@ def _make_folder(out: pathlib.Path) -> None:
 
 
 def _chosen_tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str | None) -> list[str]:
-    chosen = chosen_tasks(policy, ENV, tasks)
+    chosen = chosen_tasks(policy.provenance, ENV, tasks)
     if instruction is None:
         return chosen
     if tasks is not None and len(chosen) > 1:

@@ -101,14 +101,18 @@ def fingerprint(actor: Actor) -> str:
     return whole.hexdigest()
 
 
-def chosen_tasks(actor: Actor, env: str, tasks: Sequence[str] | None) -> list[str]:
+def provenance_of(actor: Actor) -> Mapping[str, Any]:
+    """Statements of a policy about its training."""
+    return actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
+
+
+def chosen_tasks(provenance: Mapping[str, Any], env: str, tasks: Sequence[str] | None) -> list[str]:
     """The tasks to evaluate: those that are named, or those of the policy's training, or all if they are few."""
     known = tasks_of(env)
     if tasks is None and simulator(env).protocol.initial_states:
         tasks = known
     if tasks is None:
-        stated = actor.metadata if isinstance(actor, RemotePolicy) else getattr(actor, "provenance", {})
-        trained = list(stated.get("tasks") or ())
+        trained = list(provenance.get("tasks") or ())
         tasks = trained if set(trained) <= set(known) else []
         if not tasks and len(known) > MANY_TASKS:
             raise SimulationError(
@@ -136,6 +140,12 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
     elif isinstance(actor, Policy):
         check_embodiment(actor.embodiment, robot)
         recommended, horizon = actor.embodiment.execute_steps, actor.model.config.require("action_horizon")
+    return fitting_rollout(env, rollout, recommended, horizon)
+
+
+def fitting_rollout(env: str, rollout: Rollout, recommended: int | None, horizon: int | None) -> Rollout:
+    """The rollout with the number of actions to execute that the environment or else the policy recommends, where none
+    is asked for; an error if a chunk has fewer."""
     protocol = simulator(env).protocol.execute_steps
     execute_steps = rollout.execute_steps or protocol or recommended
     if execute_steps and horizon and execute_steps > horizon:

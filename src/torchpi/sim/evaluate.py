@@ -14,7 +14,7 @@ import torch
 from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.policy import Policy
 from torchpi.sim import LatestEnvironment, simulator
-from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor
+from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor, provenance_of
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.kept import begin_or_resume, episode_file, read_outcome, write_outcome
 from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
@@ -78,11 +78,11 @@ def evaluate(
     start = time.perf_counter()
     protocol = simulator(env).protocol
     episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
-    _check_episodes(env, episodes, videos)
+    check_episodes(env, episodes, videos)
     folder = _folder(out, videos, resume)
     open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
     actor = open_policy()
-    rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(actor, env, tasks)
+    rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(provenance_of(actor), env, tasks)
     jobs = _jobs(env, tasks, episodes, seed, instructions or {}, folder, videos, resume)
     if resume:
         begin_or_resume(folder, actor, env, seed, rollout, instructions or {})
@@ -126,7 +126,8 @@ def _jobs(
     return jobs
 
 
-def _check_episodes(env: str, episodes: int, videos: int) -> None:
+def check_episodes(env: str, episodes: int, videos: int) -> None:
+    """Raise an error for numbers of episodes per task, and of their videos, that an environment does not have."""
     if episodes < 1 or not 0 <= videos <= episodes:
         raise SimulationError(
             f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."

@@ -1,0 +1,92 @@
+"""`torchpi eval --dry-run`: the options checked and the size of what would run; no download, weights or simulator."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torchpi.checkpoints.address import REMOTE, published_name
+from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.hub import dataset_source, source_of
+from torchpi.checkpoints.sizes import read_config
+from torchpi.config import Pi0Config
+from torchpi.errors import MissingFileError, UsageError
+from torchpi.model.pi0 import Pi0
+from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
+from torchpi.ui.format import format_gib, large_count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Planned:
+    """A policy that is not loaded. None: known when it is there."""
+
+    embodiment: Embodiment | None = None
+    config: Pi0Config | None = None
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def describe(self, policy: str) -> dict[str, Any]:
+        model = None if self.config is None else Pi0(self.config, device="meta")
+        size = sum(parameter.numel() for parameter in model.parameters()) if model else None
+        return {
+            "policy": policy,
+            "embodiment": None if self.embodiment is None else self.embodiment.name,
+            "parameters": size and large_count(size),
+            "weights": size and f"{format_gib(2 * size)} in bfloat16, {format_gib(4 * size)} in float32",
+        }
+
+
+def _plan(policy: str, load: Mapping[str, Any]) -> _Planned:
+    """The policy at a path by its files, at a published address by its name, at another one by the options."""
+    robot, config = load.get("embodiment"), load.get("config")
+    if policy.startswith(("ws://", "wss://")):
+        if load:
+            raise UsageError(f"{policy} is a server, which loads its policy itself; it takes no {', '.join(load)}.")
+        return _Planned()
+    if not policy.startswith(REMOTE):
+        checkpoint = open_checkpoint(policy, config=config)
+        spec = checkpoint.spec()
+        return _Planned(get_embodiment(robot) if robot else spec.embodiment, checkpoint.config, spec.provenance)
+    source_of(policy)  # raises, if it is malformed
+    name = published_name(policy)
+    robot, config = robot or (name if name in EMBODIMENTS else None), config or name
+    sizes = None if config is None else read_config(config)
+    return _Planned(get_embodiment(robot) if robot else None, sizes if isinstance(sizes, Pi0Config) else None)
+
+
+def plan_simulation(
+    policy: str, env: str, tasks: Sequence[str] | None, episodes: int | None, rollout: Any, load: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The size of an evaluation in a simulator; raises as it does, as far as the policy is known."""
+    from torchpi.sim import simulator
+    from torchpi.sim.actors import check_embodiment, chosen_tasks, fitting_rollout
+    from torchpi.sim.evaluate import check_episodes
+
+    place, planned = simulator(env), _plan(policy, load)
+    if planned.embodiment is not None:
+        check_embodiment(planned.embodiment, place.embodiment)
+    horizon = None if planned.config is None else planned.config.require("action_horizon")
+    recommended = None if planned.embodiment is None else planned.embodiment.execute_steps
+    rollout = fitting_rollout(env, rollout, recommended, horizon)
+    tasks = chosen_tasks(planned.provenance, env, tasks)
+    check_episodes(env, episodes := place.protocol.episodes if episodes is None else episodes, videos=0)
+    steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
+    executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
+    return {
+        **planned.describe(policy),
+        "environment": env,
+        "tasks": list(tasks),
+        "episodes": len(tasks) * episodes,
+        "actions, at most": steps,
+        "chunks, at most": executed and -(-steps // executed),
+        "memory of a simulator": format_gib(place.memory_bytes),
+    }
+
+
+def plan_dataset(policy: str, dataset: str, options: Any, load: Mapping[str, Any]) -> dict[str, Any]:
+    """The size of an evaluation on recorded episodes; of a dataset on the Hub only the address is checked."""
+    options.reading()  # raises
+    if dataset.startswith("hf://"):
+        dataset_source(dataset, {"meta/"})
+    elif not pathlib.Path(dataset).expanduser().is_dir():
+        raise MissingFileError(f"There is no dataset at {dataset}; expected a folder, or hf://org/name.")
+    return {**_plan(policy, load).describe(policy), "dataset": dataset, "chunks, at most": options.samples}
