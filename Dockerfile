@@ -12,7 +12,7 @@ FROM python:3.11-slim-bookworm
 ARG TORCH=cpu
 # OpenGL without a screen, for the simulators; with CUDA the compiler that Triton builds its launcher with.
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libegl1 libgl1-mesa-dri $([ "$TORCH" = cpu ] || echo gcc libc6-dev) \
+    && apt-get install --yes --no-install-recommends libegl1 libgl1-mesa-dri libopengl0 $([ "$TORCH" = cpu ] || echo gcc libc6-dev) \
     && rm -rf /var/lib/apt/lists/*
 COPY . /torchpi
 WORKDIR /torchpi

@@ -4,7 +4,7 @@
 #
 #     sh scripts/install_opengl.sh .venv/bin/python     # the Python that will render
 
-packages="libegl1 libgl1-mesa-dri libgl1 libglib2.0-0" # the last two are OpenCV's, which LIBERO imports
+packages="libegl1 libgl1-mesa-dri libopengl0 libgl1 libglib2.0-0" # the last two are OpenCV's, which LIBERO imports
 
 renders() {
 	MUJOCO_GL=egl "$1" -c "from mujoco.egl import GLContext; GLContext(8, 8).free()

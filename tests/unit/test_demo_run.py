@@ -77,7 +77,7 @@ def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
     arguments = ["-m", "torchpi.cli", "demo", "--tasks", "faucet-open", "--out", tmp_path]
     done = python(*arguments, MUJOCO_GL="disable")
     assert done.returncode == 0
-    assert "apt-get install libegl1 libgl1-mesa-dri" in " ".join(done.stdout.split())
+    assert "apt-get install libegl1 libgl1-mesa-dri libopengl0" in " ".join(done.stdout.split())
     assert "15 " in done.stdout  # the last action
     blocked = "import sys\nfor name in ('av', 'metaworld', 'mujoco', 'pyarrow'): sys.modules[name] = None\n"
     program = f"{blocked}from torchpi.cli import main; main(['demo', '--out', {str(tmp_path)!r}])"

@@ -331,8 +331,19 @@ def test_without_opengl_the_error_says_what_to_install(variables):
     done = python("-c", RENDER.format("metaworld", "reach"), **variables)
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("torchpi.sim.gl.OpenGLError: No OpenGL that renders without a screen (MUJOCO_GL=")
-    assert "apt-get install libegl1 libgl1-mesa-dri" in last
+    assert "apt-get install libegl1 libgl1-mesa-dri libopengl0" in last
     assert issubclass(__import__("torchpi.sim.gl", fromlist=["OpenGLError"]).OpenGLError, OSError)
+
+
+def test_half_an_opengl_is_an_error_with_the_packages():
+    """Without libOpenGL, PyOpenGL loads EGL and fails at its first call."""
+    code = (
+        "import ctypes, torchpi.sim.gl as gl\n"
+        "def broken(*_): raise ctypes.ArgumentError('no glGetError')\n"
+        "gl.require = broken\n"
+        "gl.import_mujoco()"
+    )
+    assert "apt-get install libegl1 libgl1-mesa-dri libopengl0" in python("-c", code).stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
