@@ -24,8 +24,8 @@ class OpenGLError(OSError):
 def _no_opengl(reason: Exception) -> OpenGLError:
     return OpenGLError(
         f"No OpenGL that renders without a screen (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
-        f"{str(reason).rstrip('.')}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0. Or choose another "
-        "backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
+        f"{str(reason).rstrip('.')}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0. Or "
+        "choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
     )
 
 
@@ -41,8 +41,8 @@ def import_mujoco() -> Any:
         return require("mujoco", "sim")
     except MissingExtraError:
         raise
-    # PyOpenGL finds no libEGL or no libOpenGL (ArgumentError) and says so in its own way; MuJoCo does not know the value
-    # of MUJOCO_GL.
+    # PyOpenGL finds no libEGL, or no libOpenGL (ArgumentError), and says so in its own way; MuJoCo does not know the
+    # value of MUJOCO_GL.
     except (ArgumentError, AttributeError, ImportError, OSError, RuntimeError) as error:
         raise _no_opengl(error) from error
 
