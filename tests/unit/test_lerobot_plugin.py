@@ -194,6 +194,7 @@ def test_features_of_another_robot_are_refused_when_the_policy_is_made(plugin, f
         ({"finetune": "lora"}, "finetune is 'lora'; expected one of full"),
         ({"dtype": "float16"}, "expected one of float32, bfloat16"),
         ({"n_action_steps": 0}, "at least 1"),
+        ({"n_action_steps": 17}, "chunks have 16 actions"),
         ({"normalization_mapping": {"STATE": NormalizationMode.MEAN_STD}}, "normalizes STATE"),
         ({"norm_stats": "dataset"}, "there is none to train on"),
         ({"checkpoint": None}, r"--policy\.checkpoint="),

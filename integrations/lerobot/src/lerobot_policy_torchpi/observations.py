@@ -26,12 +26,17 @@ def require_format(metadata: Mapping[str, Any], source: str) -> None:
 
 
 def check_features(config: Any, metadata: Mapping[str, Any]) -> None:
-    """Compare the features of LeRobot's dataset or environment, as far as they are known, with the policy's.
+    """Compare the features of LeRobot's dataset or environment, as far as they are known, with the policy's, and the
+    number of executed actions with its chunks.
 
     Raises:
         KeyError: a camera or the state is missing.
-        ValueError: state or actions have another size.
+        ValueError: state or actions have another size; a chunk has fewer actions.
     """
+    if (config.n_action_steps or 0) > metadata["action_horizon"]:
+        raise PluginError(
+            f"n_action_steps is {config.n_action_steps}; the policy's chunks have {metadata['action_horizon']} actions."
+        )
     names = list(metadata["action_names"])
     action = (config.output_features or {}).get(ACTION)
     if action is not None and action.shape[0] != len(names):
