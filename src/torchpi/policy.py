@@ -12,10 +12,19 @@ import torch
 
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
+from torchpi.checkpoints.address import hub_address
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
+from torchpi.checkpoints.publish import Publishable
 from torchpi.checkpoints.sizes import ConfigLike
-from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec, Preprocessing, check_metadata, state_dim_of
+from torchpi.checkpoints.spec import (
+    MAX_ACTION_PREFIX,
+    PolicySpec,
+    Preprocessing,
+    check_metadata,
+    check_sizes,
+    state_dim_of,
+)
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
@@ -33,7 +42,7 @@ from torchpi.types import ActionChunk, PreviousChunk
 EngineMode = Literal["auto", "eager", "compiled", "graph"]
 
 
-class Policy:
+class Policy(Publishable):
     """A model with everything around it: embodiment, normalization, prompt, and the way back to the robot's units."""
 
     def __init__(
@@ -92,26 +101,9 @@ class Policy:
         )  # fmt: skip
         self._tokenizer_bytes = self._tokenizer_path.read_bytes()  # kept: the policy may outlive the file
         self._state_dim = state_dim_of(embodiment, norm_stats["state"].dim, config.action_dim)
-        self._check_sizes(norm_stats)
+        num_tokens = self.transforms.tokenizer.vocab_size
+        check_sizes(embodiment, norm_stats["actions"].dim, config, self._tokenizer_path, num_tokens)
         self.transforms.warn_of_untrained()
-
-    def _check_sizes(self, norm_stats: Mapping[str, NormStats]) -> None:
-        actions, config = self.embodiment.action_size, self.model.config
-        if actions > config.action_dim:
-            raise PolicyError(
-                f"embodiment {self.embodiment.name!r} has {actions} action dimensions, "
-                f"the model only {config.action_dim}."
-            )
-        if norm_stats["actions"].dim < actions:
-            raise PolicyError(
-                f"The statistics of actions have {norm_stats['actions'].dim} dimensions, embodiment "
-                f"{self.embodiment.name!r} has {actions}; they belong to another robot."
-            )
-        if self.transforms.tokenizer.vocab_size > config.vocab_size:
-            raise PolicyError(
-                f"The tokenizer {self._tokenizer_path} has {self.transforms.tokenizer.vocab_size} tokens, the model's "
-                f"embedding only {config.vocab_size}; it belongs to another model."
-            )
 
     def infer(
         self,
@@ -342,6 +334,12 @@ class Policy:
         with atomic_folder(folder.check_target(path, overwrite=overwrite)) as root:
             self.write_spec(root)
             folder.write_weights(root, self.model, dtype=dtype, max_shard_bytes=max_shard_bytes)
+
+    @classmethod
+    def from_pretrained(cls, address: str | pathlib.Path, *, revision: str | None = None, **options: Any) -> "Policy":
+        """Load a policy by `load_policy`, whose arguments are the `options`; ORG/NAME, if there is no such folder, is
+        hf://ORG/NAME, of a branch, tag or commit `revision`."""
+        return load_policy(hub_address(address, revision), **options)
 
     def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder into a folder that is there, without the weights."""

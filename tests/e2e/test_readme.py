@@ -3,13 +3,16 @@
 import pathlib
 import re
 import shlex
+import shutil
 import types
 
 import numpy as np
 import pytest
 from commands import serve_once, shortened
+from hub_server import running_hub
 
 import torchpi
+from torchpi.assets import assets
 from torchpi.cli import COMMANDS, main
 from torchpi.demo import demo_observation
 from torchpi.serving.server import running_server
@@ -64,6 +67,7 @@ def test_training_commands_are_those_of_the_guide():
         ), line
 
 
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub's own
 @pytest.mark.parametrize(
     "line",
     [
@@ -76,6 +80,14 @@ def test_command_runs(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.savez("observation.npz", **demo_observation())
     arguments = shlex.split(line, comments=True)
+    if arguments[0] in ("push", "pull"):
+        shutil.copytree(assets() / "demo_policy", "my_policy")
+        with running_hub(tmp_path, monkeypatch) as server:
+            server.members["ORG"] = {"alice"}
+            main(["push", "my_policy", "ORG/my_policy"])
+            main(arguments)
+        assert "next: torchpi" in capsys.readouterr().out
+        return
     if arguments[0] == "serve":
         assert serve_once(arguments, demo_observation()).shape == (16, 4)
         return

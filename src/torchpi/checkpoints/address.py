@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+from urllib.parse import quote
 
 from torchpi.assets import assets
 from torchpi.config import PRESETS
@@ -11,6 +12,7 @@ from torchpi.errors import CheckpointError, MissingFileError, closest
 PUBLISHED = "gs://openpi-assets/checkpoints/"
 PUBLISHED_NAMES = tuple(name for name in PRESETS if name not in ("pi0", "pi05", "tiny", "tiny_pi0"))
 REMOTE = ("hf://", "gs://")
+_REPOSITORY = r"\w[\w.-]*/\w[\w.-]*(@\S+)?"
 
 # A path may name one of these files instead of its folder.
 _FILES_OF_FORMATS = (
@@ -67,9 +69,25 @@ def _hint(path: str) -> str:
     return f"expected {possible}{published}"
 
 
+def hub_address(name: str | pathlib.Path, revision: str | None = None) -> str:
+    """The address of what `name` says by the Hub's habit: ORG/NAME, if there is no such folder, is hf://ORG/NAME."""
+    address = str(name)
+    if address != "demo" and not address.startswith(REMOTE) and not os.path.exists(os.path.expanduser(address)):
+        address = f"hf://{address}" if re.fullmatch(_REPOSITORY, address, re.ASCII) else address
+    if revision is None:
+        return address
+    match = re.fullmatch(rf"hf://({_REPOSITORY})(/.+)?", address, re.ASCII)
+    if match is None or "@" in match[1]:
+        raise CheckpointError(
+            f"revision={revision!r} belongs to a repository of the Hugging Face Hub, ORG/NAME, which has none yet; "
+            f"{address} is none of these."
+        )
+    return f"hf://{match[1]}@{revision if revision.startswith('refs/') else quote(revision, safe='')}{match[3] or ''}"
+
+
 def hub_hint(path: str) -> str:
     """A sentence for the error about a folder that is not there, if its name could be a repository's."""
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", path, re.ASCII):
+    if re.fullmatch(_REPOSITORY, path, re.ASCII):
         return f" On the Hugging Face Hub, {path} is hf://{path}."
     if match := re.match(r"https://(?:huggingface\.co|hf\.co)/(?:datasets/)?([^/]+/[^/]+)(?:/tree/(.+?))?/?$", path):
         return f" Its address is hf://{match[1]}{f'@{match[2]}' if match[2] else ''}."

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from torchpi.checkpoints import folder, lerobot, openpi, peft
+from torchpi.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import existing_folder, published_name
 from torchpi.checkpoints.formats import Format, probe
@@ -136,6 +137,12 @@ class Checkpoint:
             )
         return None
 
+    def require_intact(self) -> None:
+        """Compare the weights files with their checksums, where there are any."""
+        require_intact((self.arrays.base if isinstance(self.arrays, peft.PeftArrays) else self.arrays).source)
+        if self.adapter is not None:
+            require_intact(self.root / ADAPTER_WEIGHTS)
+
     @torch.inference_mode(False)  # weights that were made in inference mode have no gradients ever after
     def model(
         self,
@@ -181,7 +188,7 @@ class Checkpoint:
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)
             if verify:  # after what tells more about a file that does not fit
-                require_intact((self.arrays.base if isinstance(self.arrays, peft.PeftArrays) else self.arrays).source)
+                self.require_intact()
         if self.adapted:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim

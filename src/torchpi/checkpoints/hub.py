@@ -58,6 +58,17 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
     return _complete(source_of(address), sleep)
 
 
+def fetch_newest(address: str, *, sleep: Callable[[float], None] = time.sleep) -> tuple[pathlib.Path, str]:
+    """The same with what the address has by now, in place of what it had when it was downloaded; and its version.
+
+    Without a connection, a complete folder stays as it is, with a note on stderr. Files placed by hand stay, too.
+    """
+    source = source_of(address)
+    root = _complete(source, sleep, newest=True)
+    record = source.record()
+    return root, next((file.version for file in record.files.values()), "") if record else ""
+
+
 def source_of(address: str) -> Bucket | Repository:
     """The bucket or repository of an address, of which nothing is asked yet."""
     if (match := _GS.fullmatch(address)) and stays_inside(match["path"]):
@@ -130,9 +141,9 @@ def _read(
         raise failure
 
 
-def _complete(source: Bucket | Repository, sleep: Callable[[float], None]) -> pathlib.Path:
+def _complete(source: Bucket | Repository, sleep: Callable[[float], None], *, newest: bool = False) -> pathlib.Path:
     """The address's place in the cache, with everything there."""
-    if source.is_complete():
+    if source.is_complete() and not newest:
         return source.root
     source.top.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(beside(source.top, ".lock"))  # several addresses may have files in common
@@ -142,9 +153,32 @@ def _complete(source: Bucket | Repository, sleep: Callable[[float], None]) -> pa
         print(f"waiting for another process, which downloads into {source.top}", file=sys.stderr)
         held = lock.acquire()
     with held:
+        if newest:
+            _forget_older(source)
         if not source.is_complete():
             _download(source, sleep)
     return source.root
+
+
+def _forget_older(source: Bucket | Repository) -> None:
+    """Remove from the cache the files of which the address has another version, or none, by now."""
+    source.connect()
+    if (old := source.record()) is None:
+        return
+    try:
+        new = Record(source.address, source.files())
+    except source.errors as error:
+        if source.status(error) is None and source.is_complete():
+            print(f"{source.root} is not compared with {source.address}: {type(error).__name__}", file=sys.stderr)
+            return
+        raise _explained(source, error) from error
+    source.require_files(new)
+    for name, file in source.wanted(old).items():
+        found = new.files.get(name)
+        if found != file and not (found and file.checksum and found.checksum == file.checksum):
+            (source.top / name).unlink(missing_ok=True)
+            beside(source.top / name, ".part").unlink(missing_ok=True)
+    replace_text(beside(source.listing, ".download.json"), json.dumps(dataclasses.asdict(new), indent=1))
 
 
 def _download(source: Bucket | Repository, sleep: Callable[[float], None]) -> None:
@@ -209,10 +243,8 @@ def _explained(source: Bucket | Repository, error: Exception) -> Exception:
     """The error that tells a user what to do after a failed request."""
     status = source.status(error)
     cause = " ".join(f"{type(error).__name__}: {error}".partition("\n\nDebug source")[0].split())
-    if status in (401, 403):
-        return MissingFileError(f"{source.address} is private or does not exist: {source.if_private} ({cause}).")
-    if status == 404:
-        return MissingFileError(f"{source.address} does not exist; check its parts ({cause}).")
+    if status in (401, 403, 404):
+        return MissingFileError(f"{source.address} {source.refused(error)} ({cause}).")
     if status is not None and status not in (408, 429) and status < 500:
         return CheckpointError(f"{source.address}: the server refuses the request ({cause}).")
     missing = list(source.missing(record)) if (record := source.record()) else []

@@ -173,7 +173,6 @@ class Bucket(Source):
         self.files_url = f"https://storage.googleapis.com/{bucket}/"
         self.page = f"{self.files_url}{quote(path)}"
         self.tool = f"gcloud storage cp -r gs://{bucket}/{path} {self.root.parent}"
-        self.if_private = f"only public buckets are read; with an account: {self.tool}"
 
     def connect(self) -> None:
         obstore = require("obstore", "gcs")
@@ -193,6 +192,12 @@ class Bucket(Source):
         """The HTTP status of a failed request, which obstore has in its message only; None: no answer."""
         found = re.search(r"status code: (\d{3})", str(error))
         return int(found[1]) if found else None
+
+    def refused(self, error: Exception) -> str:
+        """The rest of the sentence about a bucket that is not there, or may not be read."""
+        if self.status(error) == 404:
+            return "does not exist; check its parts"
+        return f"is private or does not exist: only public buckets are read; with an account: {self.tool}"
 
     def files(self) -> dict[str, File]:
         import obstore
@@ -231,6 +236,16 @@ class Bucket(Source):
         yield start, found.stream(_CHUNK_BYTES)
 
 
+def token_hint(error: Any, *, right: str = "read") -> str:
+    """The way to a token that has a right on the Hub, after a request that was refused."""
+    request, said = error.response.request, str(error).lower()
+    new = f"set HF_TOKEN or run `hf auth login` with one that may {right} (https://huggingface.co/settings/tokens)"
+    if "authorization" not in request.headers:
+        return f"no token was sent: {new}"
+    known = "invalid credentials" not in said and "invalid user" not in said and "expired" not in said
+    return f"the token that was sent {'has no right to it' if known else 'is not valid'}: {new}"
+
+
 class Repository(Source):
     """A model or dataset on the Hugging Face Hub, read with the user's token if there is one."""
 
@@ -249,7 +264,7 @@ class Repository(Source):
         self.files_url = f"{page}/resolve/{in_url}/"
         self.page = f"{page}/tree/{in_url}/{quote(path)}"
         self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
-        self.if_private = f"ask for access on {page}, and set HF_TOKEN or run `hf auth login`"
+        self.hub_page = page
 
     def connect(self) -> None:
         # HTTPError is the base of what the HTTP library raises, which is another library in other versions.
@@ -260,6 +275,19 @@ class Repository(Source):
     def status(self, error: Exception) -> int | None:
         """The HTTP status of a failed request; None: no answer."""
         return getattr(getattr(error, "response", None), "status_code", None)
+
+    def refused(self, error: Exception) -> str:
+        """The rest of the sentence about a repository that is not there, or may not be read, which the Hub does not
+        always tell apart."""
+        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+        way_in = f"{self.hub_page}, and {token_hint(error)}"
+        if isinstance(error, GatedRepoError):
+            return f"is gated: accept its terms on {way_in}"
+        if self.status(error) != 404:
+            return f"is private or does not exist: ask for access on {way_in}"
+        is_hidden = isinstance(error, RepositoryNotFoundError)
+        return f"does not exist; check its parts{f'. If it is private, ask for access on {way_in}' * is_hidden}"
 
     def files(self) -> dict[str, File]:
         from huggingface_hub import HfApi

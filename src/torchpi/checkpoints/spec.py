@@ -55,6 +55,24 @@ def check_metadata(metadata: Mapping[str, Any], robot: Embodiment | None, prompt
         raise PolicyError(f"{source}: metadata: {MAX_ACTION_PREFIX} is {longest!a:.80}; expected an integer from 0 on.")
 
 
+def check_sizes(robot: Embodiment, stats_dim: int, config: Pi0Config, tokenizer: pathlib.Path, num_tokens: int) -> None:
+    """Raise an error where actions do not fit model and statistics, or a tokenizer of so many tokens the model."""
+    if robot.action_size > config.action_dim:
+        raise PolicyError(
+            f"embodiment {robot.name!r} has {robot.action_size} action dimensions, the model only {config.action_dim}."
+        )
+    if stats_dim < robot.action_size:
+        raise PolicyError(
+            f"The statistics of actions have {stats_dim} dimensions, embodiment {robot.name!r} has "
+            f"{robot.action_size}; they belong to another robot."
+        )
+    if num_tokens > config.vocab_size:
+        raise PolicyError(
+            f"The tokenizer {tokenizer} has {num_tokens} tokens, the model's embedding only {config.vocab_size}; it "
+            "belongs to another model."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class PolicySpec:
     """Everything of a policy but its weights. None: the checkpoint does not say."""

@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from torchpi.cli import bench, checkpoints, data, evaluation, policy, serving, stats, training, view
+from torchpi.cli import bench, checkpoints, data, evaluation, hub, policy, serving, stats, training, view
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
 from torchpi.data.files import ALLOW_OUTSIDE
@@ -40,7 +40,12 @@ GROUPS: dict[str, dict[str, type[Command]]] = {
         "view": view.View,
     },
     "training and evaluation": {"train": training.Train, "eval": evaluation.Eval},
-    "checkpoints": {"convert": checkpoints.Convert, "quantize": checkpoints.Quantize},
+    "checkpoints": {
+        "convert": checkpoints.Convert,
+        "quantize": checkpoints.Quantize,
+        "push": hub.Push,
+        "pull": hub.Pull,
+    },
     "speed": {
         "bench": bench.Bench,
         "bench load": bench.BenchLoad,

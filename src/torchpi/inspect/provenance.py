@@ -11,11 +11,10 @@ results     what `torchpi eval --json` printed, of which "tasks" is read; result
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+from torchpi.checkpoints.card import training_of
 from torchpi.errors import SimulationError
 from torchpi.policy import Policy
-from torchpi.ui.format import format_count
 from torchpi.ui.tables import Rate
 
 
@@ -49,7 +48,7 @@ def describe_policy(policy: Policy) -> list[tuple[str, str]]:
     count = sum(parameter.numel() for parameter in policy.model.parameters())
     rows = [
         ("model", f"{config.variant}, {count / 1e6:.2f} million parameters"),
-        ("weights", _training(stated)),
+        ("weights", "; ".join([*map(str, filter(None, [stated.get("source")])), *training_of(stated)])),
         ("tasks", ", ".join(stated.get("tasks", ()))),
     ]
     for title, name in (
@@ -61,19 +60,3 @@ def describe_policy(policy: Policy) -> list[tuple[str, str]]:
             where = "" if list(rates) == list(stated.get("tasks", ())) else f" of {', '.join(rates)}"
             rows.append((title, f"{overall(rates)} episodes{where}"))
     return [(name, text) for name, text in rows if text]
-
-
-def _training(stated: Mapping[str, Any]) -> str:
-    """Origin of the weights."""
-    parts = [str(stated["source"])] if "source" in stated else []
-    recipe, dataset = stated.get("recipe"), stated.get("dataset")
-    if isinstance(recipe, Mapping) and "batch_size" in recipe and "step" in stated:
-        model = recipe.get("model")  # a group of options; in recipes of earlier versions there are none
-        begun = (model if isinstance(model, Mapping) else recipe).get("init") or "random weights"
-        parts.append(f"{stated['step']} steps of {recipe['batch_size']} samples, from {begun}")
-    if "machine" in stated:
-        parts.append(f"on {stated['machine']}")
-    if isinstance(dataset, Mapping) and {"num_episodes", "num_frames"} <= set(dataset):
-        frames = format_count(dataset["num_frames"])
-        parts.append(f"{dataset['num_episodes']} demonstrations by scripted experts, {frames} frames")
-    return "; ".join(parts)
