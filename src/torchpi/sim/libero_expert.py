@@ -1,0 +1,269 @@
+"""Scripted expert of LIBERO's tasks that put one object in or on something; it looks at the simulation's state.
+
+Metres and radians, in the world's frame with z up. A grasp is where the grip site goes; its x axis is the fingers', its
+z axis points down.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from torchpi.errors import SimulationError
+
+OPEN, CLOSED = -1.0, 1.0
+_POSITION, _ROTATION = 0.05, 0.5  # what an action of 1 adds to the controller's goal
+_READY = np.array([[0, 1, 0], [1, 0, 0], [0, 0, -1.0]])  # the grip site's rotation at a yaw of 0
+_YAWS = np.deg2rad([0, 15, -15, 30, -30, 45, -45, 60, -60, 75, -75, 90])
+_WIDEST = 0.07  # of an object between the fingers; wider ones, such as bowls, are held by the rim
+_PAD_DEPTH = 0.012  # of the grip site at least over what the object stands on: the pads reach 4 mm further down
+# Points of the open gripper, in the grip site's frame.
+_FINGERS = np.array([(x, y, z) for x in (-0.055, -0.042, 0.042, 0.055) for y in (-0.01, 0.01) for z in (0.004, -0.02)])
+_HAND = np.array(
+    [(x, y, z) for x in np.linspace(-0.1, 0.1, 5) for y in (-0.03, 0, 0.03) for z in (-0.031, -0.06, -0.1)]
+)
+_TRIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Boxes:
+    """Boxes of the collision geometry."""
+
+    centers: np.ndarray
+    """[n, 3]"""
+    rotations: np.ndarray
+    """[n, 3, 3], to the world."""
+    sizes: np.ndarray
+    """[n, 3], half of each edge."""
+
+    @property
+    def corners(self) -> np.ndarray:
+        """[n, 8, 3]"""
+        signs = np.array(np.meshgrid([-1, 1], [-1, 1], [-1, 1])).reshape(3, 8)
+        return self.centers[:, None] + np.einsum("nij,nj,jk->nki", self.rotations, self.sizes, signs)
+
+    def count_inside(self, points: np.ndarray) -> int:
+        """The number of points [k, 3] that are inside a box, or 2 mm beside one."""
+        local = np.einsum("nij,nki->nkj", self.rotations, points - self.centers[:, None])
+        return int((np.abs(local) <= self.sizes[:, None] + 2e-3).all(-1).any(0).sum())
+
+    def top_along(self, start: np.ndarray, end: np.ndarray, reach: float) -> float:
+        """The height of the highest corner of boxes that come within `reach` of a path, seen from above."""
+        points = start[:2] + np.linspace(0, 1, 20)[:, None] * (end[:2] - start[:2])
+        corners = self.corners
+        low, high = corners[..., :2].min(1)[:, None] - reach, corners[..., :2].max(1)[:, None] + reach
+        near = ((points > low) & (points < high)).all(-1).any(1)
+        return float(corners[near][..., 2].max(initial=-np.inf))
+
+
+@dataclasses.dataclass(frozen=True)
+class Grasp:
+    """A pose of the grip site that points down."""
+
+    position: np.ndarray
+    yaw: float
+
+    @property
+    def rotation(self) -> np.ndarray:
+        cos, sin = np.cos(self.yaw), np.sin(self.yaw)
+        return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ _READY
+
+    def collisions(self, boxes: Boxes, heights: tuple[float, ...]) -> int:
+        """The gripper's points in boxes, with the gripper at each height over the grasp."""
+
+        def inside(points: np.ndarray) -> int:
+            world = points @ self.rotation.T + self.position
+            return sum(boxes.count_inside(world + [0, 0, height]) for height in heights)
+
+        return 3 * inside(_FINGERS) + inside(_HAND)
+
+
+def grasps_of(corners: np.ndarray, deeper: float = 0.0) -> list[tuple[float, Grasp]]:
+    """Grasps of an object with its boxes' corners [k, 3], each with the cost of its yaw and width."""
+    low, high = corners.min(0), corners.max(0)
+    grasps = []
+    for yaw in _YAWS:
+        axes = np.array([[-np.sin(yaw), np.cos(yaw)], [np.cos(yaw), np.sin(yaw)]])  # the fingers', and across
+        along = corners[:, :2] @ axes.T
+        middle, width = (along.min(0) + along.max(0)) / 2 @ axes, np.ptp(along[:, 0])
+        cost = abs(yaw) / np.deg2rad(15) + 20 * (min(width, _WIDEST) - 0.03)
+        floor = low[2] + _PAD_DEPTH
+        if width <= _WIDEST:
+            z = max(high[2] - 0.026, min((low[2] + high[2]) / 2, high[2] - 0.012)) - deeper
+            grasps.append((cost, Grasp(np.append(middle, max(z, floor)), yaw)))
+            continue
+        rim = corners[corners[:, 2] > high[2] - 0.012, :2]
+        radius = np.median(np.linalg.norm(rim - middle, axis=1)) - 2e-3
+        for side in (-radius, radius):
+            position = np.append(middle + side * axes[0], max(high[2] - 0.013 - deeper, floor))
+            grasps.append((cost, Grasp(position, yaw)))
+    return grasps
+
+
+class Servo:
+    """Steers the gripper: proportional, with a small integral against the joints' friction."""
+
+    def __init__(self) -> None:
+        self._integral = np.zeros(3)
+
+    def __call__(
+        self, error: np.ndarray, rotation: np.ndarray, gripper: float, *, speed: float, gain: float = 1.6
+    ) -> np.ndarray:
+        """The action [7] for an error of the position and a rotation vector that remains, at most at a speed up to 1."""
+        near = np.abs(error) < 0.03
+        self._integral = np.where(near, self._integral + 0.25 * error, 0.8 * self._integral).clip(-0.02, 0.02)
+        move = (gain * error + self._integral) / _POSITION
+        move *= min(1.0, speed / max(np.abs(move).max(), 1e-9))  # the direction is kept
+        turn = (rotation / _ROTATION).clip(-0.25, 0.25) * (np.linalg.norm(rotation) > 0.01)
+        return np.concatenate([move, turn, [gripper]])
+
+
+def rotation_vector(rotation: np.ndarray) -> np.ndarray:
+    """Axis times angle of a rotation [3, 3] of less than half a turn."""
+    axis = np.array([rotation[2, 1] - rotation[1, 2], rotation[0, 2] - rotation[2, 0], rotation[1, 0] - rotation[0, 1]])
+    sin, cos = np.linalg.norm(axis) / 2, (np.trace(rotation) - 1) / 2
+    return axis * (np.arctan2(sin, cos) / max(2 * sin, 1e-9))
+
+
+class Expert:
+    """The expert for one episode of a robosuite environment of LIBERO, from its state after the waiting steps."""
+
+    def __init__(self, env: Any) -> None:
+        goal = env.parsed_problem["goal_state"]
+        if len(goal) != 1 or goal[0][0] not in ("in", "on"):
+            raise SimulationError(f"The expert puts one object in or on something; the goal of this task is {goal}.")
+        (self._relation, self._object, self._target), self._env = goal[0], env
+        self._model, self._data = env.sim.model._model, env.sim.data._data
+        self._site = self._model.site("gripper0_grip_site").id
+        self._body = env.obj_body_id[self._object]
+        self._servo = Servo()
+        self._actions = self._episode()
+
+    def action(self) -> np.ndarray:
+        """The next action [7]; the expert goes on from where the robot is now, in the phase in which it was."""
+        return next(self._actions).clip(-1, 1).astype(np.float32)
+
+    def _episode(self) -> Iterator[np.ndarray]:
+        for attempt in range(_TRIES):
+            grasp = self._choose(deeper=0.004 * attempt)
+            start = self._object_position[2]
+            yield from self._pick(grasp)
+            if self._object_position[2] > start + 0.02:
+                yield from self._place()
+                break
+            yield from self._stay(OPEN, 8)
+        yield from self._stay(OPEN, 10**9)
+
+    def _choose(self, deeper: float) -> Grasp:
+        """The grasp that costs least, counting collisions here and where the object will be put."""
+        goal = self._goal()
+        others = self._boxes(without=(self._body,))
+        shift = goal - self._object_position + [0, 0, 0.02]
+        around_goal = self._boxes(without=(self._body, self._target_body))
+        object_corners = self._boxes(only=self._body).corners.reshape(-1, 3)
+
+        def cost(grasp: Grasp) -> float:
+            placed = dataclasses.replace(grasp, position=grasp.position + shift)
+            hits = grasp.collisions(others, (0, 0.02, 0.05, 0.09)) + placed.collisions(around_goal, (0.01, 0.05, 0.09))
+            return hits + float(np.linalg.norm(grasp.position[:2] - [-0.2, 0]))
+
+        return min(grasps_of(object_corners, deeper), key=lambda item: item[0] + cost(item[1]))[1]
+
+    def _pick(self, grasp: Grasp) -> Iterator[np.ndarray]:
+        self._rotation, boxes, here = grasp.rotation, self._boxes(), self._position
+        top = self._boxes(only=self._body).corners[..., 2].max()
+        over = grasp.position * [1, 1, 0] + [0, 0, max(top + 0.07, grasp.position[2] + 0.06)]
+        clear = boxes.top_along(here, over, 0.05) + 0.05
+        if clear > here[2]:
+            up = here + 0.3 * (over - here)
+            yield from self._go(np.append(up[:2], max(clear, over[2])), OPEN, near=0.02)
+        yield from self._go(over, OPEN, near=0.02)
+        yield from self._go(grasp.position, OPEN, near=0.005, speed=0.6, gain=2.0)
+        self._offset, fingers = grasp.position - self._object_position, self._fingers()
+        for step in range(14):
+            yield from self._stay(CLOSED, 1)
+            moved, fingers = np.abs(self._fingers() - fingers).max(), self._fingers()
+            if step >= 6 and moved < 2e-4:
+                break
+        goal, held = self._goal(), self._position[2] - self._boxes(only=self._body).corners[..., 2].min()
+        on_the_way = self._boxes(without=(self._body,)).top_along(self._position, goal, 0.1)
+        lifted = max(grasp.position[2] + 0.08, on_the_way + held + 0.025, goal[2] + 0.04)
+        yield from self._go(np.append(grasp.position[:2], lifted), CLOSED, near=0.02, speed=0.7)
+
+    def _place(self) -> Iterator[np.ndarray]:
+        height = self._position[2]
+        yield from self._carry(height, near=0.012, speed=0.8)
+        goal = self._goal()[2]
+        if self._relation == "in":  # as deep as the hand, 31 mm over the grip site, fits
+            rim = self._boxes(only=self._target_body).corners[..., 2].max()
+            held = self._object_position[2] - self._position[2]
+            yield from self._carry(max(goal + 0.035, rim - 0.02 + held), near=0.005, speed=0.6, of_object=True)
+        else:
+            yield from self._carry(goal + 0.04, near=0.012, speed=0.8, of_object=True)
+            yield from self._carry(goal - 0.004, near=0.003, speed=0.4, of_object=True)
+        for _ in range(8):  # around the object, which would hang on a finger that touches it still
+            aside = (self._object_position + self._offset - self._position) * [1, 1, 0]
+            yield self._servo(aside, self._turn(), OPEN, speed=0.3)
+        yield from self._go(self._position + [0, 0, 0.12], OPEN, near=0.02)
+
+    def _go(
+        self, target: np.ndarray, gripper: float, *, near: float, speed: float = 1.0, gain: float = 1.6
+    ) -> Iterator[np.ndarray]:
+        for _ in range(80):
+            if np.linalg.norm(error := target - self._position) < near:
+                return
+            yield self._servo(error, self._turn(), gripper, speed=speed, gain=gain)
+
+    def _carry(self, height: float, *, near: float, speed: float, of_object: bool = False) -> Iterator[np.ndarray]:
+        """Move the object, rather than the gripper, over the goal, at a height of either, until the task is done."""
+        for _ in range(60):
+            across = self._goal()[:2] - self._object_position[:2]
+            rise = height - (self._object_position if of_object else self._position)[2]
+            is_there = np.linalg.norm(across) < 0.012 and abs(rise) < near
+            if is_there or (self._relation == "on" and of_object and self._env._check_success()):
+                return
+            yield self._servo(np.append(across, rise), self._turn(), CLOSED, speed=speed)
+
+    def _stay(self, gripper: float, steps: int) -> Iterator[np.ndarray]:
+        for _ in range(steps):
+            yield np.array([0, 0, 0, 0, 0, 0, gripper])
+
+    def _turn(self) -> np.ndarray:
+        return rotation_vector(self._rotation @ self._data.site_xmat[self._site].reshape(3, 3).T)
+
+    @property
+    def _position(self) -> np.ndarray:
+        return self._data.site_xpos[self._site].copy()
+
+    @property
+    def _object_position(self) -> np.ndarray:
+        return self._data.xpos[self._body].copy()
+
+    def _fingers(self) -> np.ndarray:
+        return self._data.qpos[self._env.robots[0]._ref_gripper_joint_pos_indexes].copy()
+
+    def _goal(self) -> np.ndarray:
+        """Where the object's origin goes: on the target, or to the middle of its region."""
+        if self._target in self._env.object_sites_dict:
+            return self._data.site(self._target).xpos.copy()
+        return self._data.xpos[self._env.obj_body_id[self._target]].copy()
+
+    @property
+    def _target_body(self) -> int:
+        """The body of the target, or of what has the region."""
+        if self._target in self._env.object_sites_dict:
+            return int(self._model.site_bodyid[self._model.site(self._target).id])
+        return int(self._env.obj_body_id[self._target])
+
+    def _boxes(self, *, only: int | None = None, without: tuple[int, ...] = ()) -> Boxes:
+        """Boxes that collide: of one body's tree, or of everything but the robot and some bodies' trees."""
+        model, data = self._model, self._data
+        roots = model.body_rootid[model.geom_bodyid]
+        chosen = (model.geom_type == 6) & ((model.geom_contype | model.geom_conaffinity) != 0)  # 6: mjGEOM_BOX
+        if only is not None:
+            chosen &= roots == model.body_rootid[only]
+        else:
+            robot = model.body_rootid[model.site_bodyid[self._site]]
+            chosen &= ~np.isin(roots, [robot, *(model.body_rootid[body] for body in without)])
+        return Boxes(data.geom_xpos[chosen], data.geom_xmat[chosen].reshape(-1, 3, 3), model.geom_size[chosen])
