@@ -22,7 +22,7 @@ from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
-from torchpi.sim.record import RECORDING_FILE, TAIL, record
+from torchpi.sim.record import RECORDING_FILE, record
 
 
 def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, push_rate=0, **options):
@@ -46,7 +46,7 @@ def files(path):
 def test_dataset_has_the_experts_episodes(corridor, tmp_path):  # noqa: F811
     result = quiet(tmp_path / "set", seed=3, noise=0, command="torchpi sim record")
     seeds = [environment_seed("record", 3, task, index) for task in ("short", "long") for index in range(2)]
-    lengths = [5 + seed % 5 + TAIL for seed in seeds]
+    lengths = [5 + seed % 5 + 5 for seed in seeds]
     assert (result.episodes, result.frames, result.failures) == (4, sum(lengths), {"short": 0, "long": 0})
     found = frames(tmp_path / "set")
     assert len(found) == sum(lengths)

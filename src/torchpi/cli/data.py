@@ -202,12 +202,18 @@ class SimRecord:
 
     out: pathlib.Path
     """The dataset's folder, new or empty."""
-    tasks: str
-    """Tasks by name, separated by commas, for example drawer-open,door-open, or with so101 lift,place."""
     episodes: int
     """Episodes per task."""
+    tasks: str | None = None
+    """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with libero 0,1; by
+    default all."""
     env: str = "metaworld"
-    """The simulator: metaworld or so101, which have experts."""
+    """The simulator: metaworld, so101 or libero, which have experts."""
+    suite: str | None = None
+    """Of libero: spatial, object or goal."""
+    render_every: int = 1
+    """Render each n-th frame, and repeat its images in between, which a column says: training begins at new ones alone.
+    For libero, whose rendering takes most of the time."""
     seed: int = 0
     """Seed of the whole recording; no seed has episodes that `eval` runs."""
     noise: float = 0.4
@@ -228,11 +234,13 @@ class SimRecord:
     """Print one JSON document."""
 
     def run(self) -> None:
+        from torchpi.sim import environment_name, tasks_of
         from torchpi.sim.record import record
 
         options = {name: value for name, value in vars(self).items() if name not in ("workers", "json")}
-        command = _as_command("sim record", options)
-        result = record(**options | {"tasks": split_names(self.tasks)}, workers=self.workers, command=command)
+        command, env = _as_command("sim record", options), environment_name(self.env, options.pop("suite"))
+        tasks = tasks_of(env) if self.tasks is None else split_names(self.tasks)
+        result = record(**options | {"env": env, "tasks": tasks}, workers=self.workers, command=command)
         if self.json:
             print_json(dataclasses.asdict(result))
             return

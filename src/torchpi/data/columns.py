@@ -17,7 +17,7 @@ from torchpi.data.rename import is_named_otherwise, suggested_rename
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 from torchpi.extras import require
 
-_KEPT = (lerobot.STATE, lerobot.ACTION, *lerobot.BOOKKEEPING)
+_KEPT = (lerobot.STATE, lerobot.ACTION, lerobot.NEW_IMAGES, *lerobot.BOOKKEEPING)
 Columns = dict[str, np.ndarray]
 
 
@@ -57,7 +57,9 @@ def read_columns(
     pieces: list[Columns] = []
     first_rows: list[int] = []
     left_out: dict[str, str] = {}
-    optional = {lerobot.STATE} - metadata.info.features.keys() | ({"task_index"} if prompt is not None else set())
+    optional = {lerobot.STATE, lerobot.NEW_IMAGES} - metadata.info.features.keys() | (
+        {"task_index"} if prompt is not None else set()
+    )
     required = [name for name in _KEPT if name not in optional]
     for path, group in itertools.groupby(episodes, key=lambda episode: episode.data_file):
         chosen = {episode.index: episode for episode in group}

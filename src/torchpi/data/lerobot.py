@@ -144,6 +144,11 @@ class LeRobotDataset:
         """The frames of each episode, as rows of `columns`."""
         return [slice(end - length, end) for end, length in zip(self._ends.tolist(), self.episode_lengths, strict=True)]
 
+    @property
+    def new_images(self) -> np.ndarray:
+        """The numbers of the frames with images of their own moment: all, unless a column says which are."""
+        return np.flatnonzero(self.columns.get(lerobot.NEW_IMAGES, np.ones(len(self), bool)))
+
     def __len__(self) -> int:
         return int(self._ends[-1])
 

@@ -44,6 +44,7 @@ class LeRobotWriter:
         action_names: Sequence[str],
         robot_type: str | None = None,
         video: bool = False,
+        slow_cameras: bool = False,
         data_file_mb: int | float = 100,
         video_file_mb: int | float = 200,
     ) -> None:
@@ -55,6 +56,7 @@ class LeRobotWriter:
             state_names, action_names: the dimensions; None: there is no state.
             robot_type: for people.
             video: cameras as video (small, lossy), otherwise as PNG (exact).
+            slow_cameras: each frame says in "images_are_new" whether its images are its own, or an earlier frame's.
             data_file_mb, video_file_mb: size in MiB from which on a new file is begun.
 
         Raises:
@@ -70,6 +72,7 @@ class LeRobotWriter:
             **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
             **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names is not None else {}),
             lerobot.ACTION: _numbers_feature("action_names", action_names),
+            **({lerobot.NEW_IMAGES: {"dtype": "bool", "shape": [1], "names": None}} if slow_cameras else {}),
         }
         self._info = new_info(
             fps=int(fps),
@@ -87,7 +90,7 @@ class LeRobotWriter:
 
         Args:
             frame: "observation.images.<camera>" uint8 [h, w, 3] for each camera, "observation.state" [s] and "action"
-                [a], numbers.
+                [a], numbers; with slow cameras "images_are_new", a bool.
 
         Raises:
             KeyError: a key is missing or unknown.
@@ -262,6 +265,10 @@ class LeRobotWriter:
 
     def _checked(self, key: str, value: Any) -> np.ndarray:
         array, is_image = np.asarray(value), key in self._histograms
+        if key == lerobot.NEW_IMAGES:
+            if array.dtype != bool or array.ndim:
+                raise DatasetError(f"{key} is {array.dtype} {list(array.shape)}; expected a bool.")
+            return array[None]
         shape, names = self._info.features[key]["shape"], self._info.features[key]["names"]
         right_dtype = array.dtype == np.uint8 if is_image else array.dtype.kind in "fiu"
         if not right_dtype or list(array.shape) != shape:

@@ -102,6 +102,14 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
     return frames
 
 
+def sample_new_images(dataset: LeRobotDataset, samples: int, *, seed: int = 0) -> list[int]:
+    """As `sample_frames`, of the frames of a dataset that have images of their own."""
+    lengths = [
+        np.count_nonzero(np.isin(range(rows.start, rows.stop), dataset.new_images)) for rows in dataset.episode_rows
+    ]
+    return dataset.new_images[sample_frames(lengths, samples, seed=seed)].tolist()
+
+
 def predict_chunks(
     policy: Policy,
     dataset: LeRobotDataset,

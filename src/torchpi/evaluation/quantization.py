@@ -8,7 +8,7 @@ from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.folder import check_target
 from torchpi.engine.quantize import Quantization, quantize_model
 from torchpi.errors import UsageError
-from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_frames
+from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_new_images
 from torchpi.policy import load_policy
 from torchpi.ui.progress import progress_bar
 
@@ -50,7 +50,7 @@ def quantize_policy(
     def observe() -> None:
         assert dataset is not None
         data = open_recorded(policy, dataset, **reading)
-        frames = sample_frames(data.episode_lengths, num_observations, seed=seed)
+        frames = sample_new_images(data, num_observations, seed=seed)
         with progress_bar("observations", len(frames)) as advance:
             predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
 

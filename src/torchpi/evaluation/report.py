@@ -15,7 +15,7 @@ from rich.text import Text
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
 from torchpi.data.rate import rate_note
-from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_frames
+from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_new_images
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
 from torchpi.policy import load_policy
@@ -86,7 +86,7 @@ def evaluate_on_dataset(
     """
     loaded = load_policy(policy, **(load or {}))
     data = open_recorded(loaded, dataset, **reading)
-    frames = sample_frames(data.episode_lengths, samples, seed=seed)
+    frames = sample_new_images(data, samples, seed=seed)
     predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()
     with progress_bar("chunks", len(frames)) as advance:

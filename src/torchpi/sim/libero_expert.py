@@ -74,7 +74,7 @@ class Grasp:
 
         def inside(points: np.ndarray) -> int:
             world = points @ self.rotation.T + self.position
-            return sum(boxes.count_inside(world + [0, 0, height]) for height in heights)
+            return sum(boxes.count_inside(world + np.array([0, 0, height])) for height in heights)
 
         return 3 * inside(_FINGERS) + inside(_HAND)
 
@@ -110,7 +110,7 @@ class Servo:
     def __call__(
         self, error: np.ndarray, rotation: np.ndarray, gripper: float, *, speed: float, gain: float = 1.6
     ) -> np.ndarray:
-        """The action [7] for an error of the position and a rotation vector that remains, at most at a speed up to 1."""
+        """The action [7] for an error of the position and a rotation vector that remains; its speed is at most 1."""
         near = np.abs(error) < 0.03
         self._integral = np.where(near, self._integral + 0.25 * error, 0.8 * self._integral).clip(-0.02, 0.02)
         move = (gain * error + self._integral) / _POSITION
@@ -151,8 +151,10 @@ class Expert:
             yield from self._pick(grasp)
             if self._object_position[2] > start + 0.02:
                 yield from self._place()
+            else:
+                yield from self._stay(OPEN, 8)
+            if self._env._check_success():
                 break
-            yield from self._stay(OPEN, 8)
         yield from self._stay(OPEN, 10**9)
 
     def _choose(self, deeper: float) -> Grasp:
@@ -205,7 +207,7 @@ class Expert:
         for _ in range(8):  # around the object, which would hang on a finger that touches it still
             aside = (self._object_position + self._offset - self._position) * [1, 1, 0]
             yield self._servo(aside, self._turn(), OPEN, speed=0.3)
-        yield from self._go(self._position + [0, 0, 0.12], OPEN, near=0.02)
+        yield from self._go(self._position + np.array([0, 0, 0.12]), OPEN, near=0.02)
 
     def _go(
         self, target: np.ndarray, gripper: float, *, near: float, speed: float = 1.0, gain: float = 1.6
@@ -220,6 +222,8 @@ class Expert:
         for _ in range(60):
             across = self._goal()[:2] - self._object_position[:2]
             rise = height - (self._object_position if of_object else self._position)[2]
+            if np.linalg.norm(self._object_position + self._offset - self._position) > 0.05:
+                return  # it was lost
             is_there = np.linalg.norm(across) < 0.012 and abs(rise) < near
             if is_there or (self._relation == "on" and of_object and self._env._check_success()):
                 return

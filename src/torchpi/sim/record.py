@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import pathlib
+import re
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -13,22 +14,20 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import LeRobotWriter
-from torchpi.data.format import ACTION, IMAGES, INFO, STATE
+from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, STATE
 from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.schema import read_json, write_json
 from torchpi.sim import ENVIRONMENTS, LatestEnvironment, check_tasks, simulator
-from torchpi.sim.environment import Environment, UnstableError, environment_seed
+from torchpi.sim.environment import Environment, RendersLater, UnstableError, environment_seed
 from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
 from torchpi.sim.rollout import camera_keys
 from torchpi.ui.progress import progress_bar
 
 RECORDING_FILE = "meta/torchpi_recording.json"
 """The file of a dataset that says how it was recorded."""
-TAIL = 5
-"""Frames after success, so that the last chunks before it have actions to the end."""
 MAX_ATTEMPTS = 10
 """Seeds that are tried for one episode."""
 _MIN_ATTEMPTS = 8  # before it is judged that an expert fails too often
@@ -56,6 +55,9 @@ class RecordSettings:
     """One of `ENVIRONMENTS` that has experts."""
     image_size: int
     """Height and width of the cameras."""
+    render_every: int = 1
+    """Each n-th frame is rendered, and the others repeat its images, as of slow cameras: where rendering is dear, there
+    are more episodes in its time. A column of the dataset says which are new; training begins at those alone."""
     seed: int = 0
     """Seed of the recording. No evaluation has the same episodes, whatever its seed."""
     noise: float | int = 0.4
@@ -68,6 +70,8 @@ class RecordSettings:
     steps. Noise alone never leads far enough away to show how to begin again after a miss."""
 
     def __post_init__(self) -> None:
+        if self.render_every < 1:
+            raise SimulationError(f"render_every is {self.render_every}; expected a whole number of at least 1.")
         fractions = 0 <= self.noisy_fraction <= 1 and 0 <= self.push_rate <= 1
         if not self.noise >= 0 or not fractions or self.image_size < 1:
             raise SimulationError(
@@ -150,6 +154,7 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
             action_names=robot.action_names,
             robot_type=robot.name,
             video=video,
+            slow_cameras=settings.render_every > 1,
         ) as writer,
         progress_bar("recording", len(jobs), shown=progress) as advance,
         contextlib.closing(
@@ -238,7 +243,7 @@ class _Recorder:
             seed = environment_seed("record", settings.seed, task, index, attempt)
             generator = generator_at(settings.seed, "record noise", task, index, attempt)
             disturbance = _Disturbance(settings, generator) if noisy else None
-            frames = _demonstrate(environment, seed, disturbance)
+            frames = _demonstrate(environment, seed, disturbance, settings)
             if frames is not None:
                 description = {"task": task, "seed": seed, "noisy": noisy, "length": len(frames[ACTION])}
                 return _Demonstration(frames, description, failures=attempt)
@@ -266,33 +271,51 @@ class _Disturbance:
 
 
 def _demonstrate(
-    environment: Environment, seed: int, disturbance: Callable[[np.ndarray], np.ndarray] | None
+    environment: Environment,
+    seed: int,
+    disturbance: Callable[[np.ndarray], np.ndarray] | None,
+    settings: RecordSettings,
 ) -> dict[str, np.ndarray] | None:
     """An episode of the expert by the keys of the dataset, [T, …]; None if it does not succeed."""
     environment.reset(seed)
-    robot = environment.embodiment
-    frames: dict[str, list[Any]] = defaultdict(list)
-    success_at: int | None = None
-    for step in range(environment.max_steps):
-        observation, action = flatten(environment.observe()), environment.expert_action()
-        for camera, key in _cameras(robot).items():
-            frames[f"{IMAGES}{camera}"].append(observation[key])
-        frames[STATE].append(np.concatenate([observation[part.key] for part in robot.state]))
-        frames[ACTION].append(action)
+    place = simulator(settings.env)
+    moments, actions = list[Any](), list[np.ndarray]()
+    success, end = False, environment.max_steps
+    while len(actions) < end:
+        moments.append(environment.moment() if isinstance(environment, RendersLater) else environment.observe())
+        actions.append(environment.expert_action())
         try:
-            success = environment.step(disturbance(action) if disturbance else action)
+            done = environment.step(disturbance(actions[-1]) if disturbance else actions[-1])
         except UnstableError:
             return None
-        if success and success_at is None:
-            success_at = step
-        if success_at is not None and step >= success_at + TAIL:
-            break
-    return None if success_at is None else {key: np.stack(values) for key, values in frames.items()}
+        if done and not success:
+            end = len(actions) + place.tail if place.success_lasts else min(end, len(actions) + place.tail)
+            success = True
+    if not success or (place.success_lasts and not done):
+        return None
+    return _frames(environment, moments, actions, settings.render_every)
+
+
+def _frames(
+    environment: Environment, moments: Sequence[Any], actions: Sequence[np.ndarray], render_every: int
+) -> dict[str, np.ndarray]:
+    robot = environment.embodiment
+    frames: dict[str, list[Any]] = defaultdict(list)
+    are_new = np.arange(len(actions)) % render_every == 0
+    for moment, is_new in zip(moments, are_new.tolist(), strict=True):
+        later = isinstance(environment, RendersLater)
+        observation = flatten(environment.observe_moment(moment, images=is_new) if later else moment)
+        for camera, key in _cameras(robot).items():
+            images = frames[f"{IMAGES}{camera}"]
+            images.append(observation[key] if is_new else images[-1])
+        frames[STATE].append(np.concatenate([observation[part.key] for part in robot.state]))
+    columns = {NEW_IMAGES: are_new} if render_every > 1 else {}
+    return {**{key: np.stack(values) for key, values in frames.items()}, ACTION: np.stack(actions), **columns}
 
 
 def _cameras(robot: Embodiment) -> dict[str, str]:
     """The dataset's name of each camera, the last part of its key, to the key."""
-    return {key.rpartition(".")[2]: key for key in camera_keys(robot)}
+    return {re.split("[./]", key)[-1]: key for key in camera_keys(robot)}
 
 
 def _fails_too_often(task: str, failures: int, attempts: int) -> str:

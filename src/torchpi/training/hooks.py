@@ -16,7 +16,7 @@ import torch
 from torchpi.atomic import naming
 from torchpi.data.format import ACTION
 from torchpi.errors import TrainingError
-from torchpi.evaluation.chunks import predict_chunks, sample_frames
+from torchpi.evaluation.chunks import predict_chunks, sample_new_images
 from torchpi.evaluation.errors import errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors
 from torchpi.policy import Policy
@@ -223,7 +223,7 @@ class Holdout:
         indices: list[SampleIndex] = []
         for source, part in enumerate(frames):
             rng = generator_at(self.config.seed, "holdout frames", source)
-            chosen = rng.permutation(len(part.dataset))[: self.config.eval.holdout_samples // len(frames)]
+            chosen = rng.permutation(part.dataset.new_images)[: self.config.eval.holdout_samples // len(frames)]
             indices += [(source, int(frame), _HOLDOUT_STEP, len(indices) + i) for i, frame in enumerate(chosen)]
         for at in range(0, len(indices), self.batch_size * self.world.size):
             own = indices[at + self.world.rank * self.batch_size :][: self.batch_size]
@@ -266,7 +266,7 @@ class Holdout:
             chunks = predict_chunks(
                 policy,
                 source.holdout,
-                sample_frames(source.holdout.episode_lengths, count, seed=seed),
+                sample_new_images(source.holdout, count, seed=seed),
                 seed=seed,
                 batch_size=self.batch_size,
             )

@@ -130,9 +130,9 @@ def _open_source(
     kept = [index for index in indices if index not in held]
     train = open_episodes(episodes=kept) if held else whole
     holdout = open_episodes(episodes=held) if held else None
-    frames = np.arange(len(train))
+    frames = train.new_images
     if config.data.skip_idle:
-        frames = frames[~idle_frames(train)]
+        frames = frames[~idle_frames(train)[frames]]
     if len(frames) < config.batch_size:
         raise TrainingError(
             f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
