@@ -30,7 +30,7 @@ BOOKKEEPING = {
 }
 
 NEW_IMAGES = "images_are_new"
-"""Where cameras are slower than the robot: a bool column, False in frames that repeat the images of an earlier one."""
+"""A bool column of slow cameras: False in frames that repeat the images of an earlier one."""
 
 LEAVE_OUT = "leave the episode out (--select, or episodes= in Python)"
 """The advice to go on without an episode, for errors."""

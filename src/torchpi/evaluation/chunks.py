@@ -104,10 +104,8 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
 
 def sample_new_images(dataset: LeRobotDataset, samples: int, *, seed: int = 0) -> list[int]:
     """As `sample_frames`, of the frames of a dataset that have images of their own."""
-    lengths = [
-        np.count_nonzero(np.isin(range(rows.start, rows.stop), dataset.new_images)) for rows in dataset.episode_rows
-    ]
-    return dataset.new_images[sample_frames(lengths, samples, seed=seed)].tolist()
+    ends = np.searchsorted(dataset.new_images, [rows.stop for rows in dataset.episode_rows])
+    return dataset.new_images[sample_frames(np.diff(ends, prepend=0).tolist(), samples, seed=seed)].tolist()
 
 
 def predict_chunks(

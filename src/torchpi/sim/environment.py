@@ -105,10 +105,10 @@ class RendersLater(Protocol):
     frames that it needs."""
 
     def moment(self) -> Any:
-        """What `observe` would show now."""
+        """The state that `observe` would show."""
 
     def observe_moment(self, moment: Any, *, images: bool = True) -> dict[str, Any]:
-        """What `observe` showed at a moment of the present episode; without the images far cheaper."""
+        """The observation of a moment of the present episode; without the images far cheaper."""
 
 
 class UnstableError(Exception):

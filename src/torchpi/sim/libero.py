@@ -168,7 +168,7 @@ class LiberoEnvironment:
         return {key: np.ascontiguousarray(image[:, ::-1]) for key, image in images.items()}
 
     def distance_to_initial_states(self) -> float:
-        """How far the nearest of them is from here: the largest difference of a joint's or an object's coordinate."""
+        """The distance of the nearest one: the largest difference of a joint or of an object's coordinate."""
         positions = self.initial_states[:, 1 : 1 + self._model.nq]  # behind the time
         return float(np.abs(positions - self._data.qpos).max(1).min())
 

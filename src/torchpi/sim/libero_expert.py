@@ -69,7 +69,7 @@ class Grasp:
         cos, sin = np.cos(self.yaw), np.sin(self.yaw)
         return np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ _READY
 
-    def collisions(self, boxes: Boxes, heights: tuple[float, ...]) -> int:
+    def collisions(self, boxes: Boxes, heights: tuple[float | int, ...]) -> int:
         """The gripper's points in boxes, with the gripper at each height over the grasp."""
 
         def inside(points: np.ndarray) -> int:
@@ -87,7 +87,7 @@ def grasps_of(corners: np.ndarray, deeper: float = 0.0) -> list[tuple[float, Gra
         axes = np.array([[-np.sin(yaw), np.cos(yaw)], [np.cos(yaw), np.sin(yaw)]])  # the fingers', and across
         along = corners[:, :2] @ axes.T
         middle, width = (along.min(0) + along.max(0)) / 2 @ axes, np.ptp(along[:, 0])
-        cost = abs(yaw) / np.deg2rad(15) + 20 * (min(width, _WIDEST) - 0.03)
+        cost = abs(yaw) / np.deg2rad(15) + 20 * (width - 0.03)
         floor = low[2] + _PAD_DEPTH
         if width <= _WIDEST:
             z = max(high[2] - 0.026, min((low[2] + high[2]) / 2, high[2] - 0.012)) - deeper
@@ -97,7 +97,7 @@ def grasps_of(corners: np.ndarray, deeper: float = 0.0) -> list[tuple[float, Gra
         radius = np.median(np.linalg.norm(rim - middle, axis=1)) - 2e-3
         for side in (-radius, radius):
             position = np.append(middle + side * axes[0], max(high[2] - 0.013 - deeper, floor))
-            grasps.append((cost, Grasp(position, yaw)))
+            grasps.append((cost + 10, Grasp(position, yaw)))  # only where nothing else is possible
     return grasps
 
 
@@ -248,7 +248,7 @@ class Expert:
         return self._data.qpos[self._env.robots[0]._ref_gripper_joint_pos_indexes].copy()
 
     def _goal(self) -> np.ndarray:
-        """Where the object's origin goes: on the target, or to the middle of its region."""
+        """The target of the object's origin: the origin of what it goes on, or the middle of the region."""
         if self._target in self._env.object_sites_dict:
             return self._data.site(self._target).xpos.copy()
         return self._data.xpos[self._env.obj_body_id[self._target]].copy()

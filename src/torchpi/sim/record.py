@@ -303,8 +303,9 @@ def _frames(
     frames: dict[str, list[Any]] = defaultdict(list)
     are_new = np.arange(len(actions)) % render_every == 0
     for moment, is_new in zip(moments, are_new.tolist(), strict=True):
-        later = isinstance(environment, RendersLater)
-        observation = flatten(environment.observe_moment(moment, images=is_new) if later else moment)
+        if isinstance(environment, RendersLater):
+            moment = environment.observe_moment(moment, images=is_new)
+        observation = flatten(moment)
         for camera, key in _cameras(robot).items():
             images = frames[f"{IMAGES}{camera}"]
             images.append(observation[key] if is_new else images[-1])

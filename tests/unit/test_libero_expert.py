@@ -1,0 +1,105 @@
+"""LIBERO's scripted expert: its grasps and its control law, without a simulator."""
+
+import numpy as np
+import pytest
+
+from torchpi.sim.libero_expert import Boxes, Grasp, Servo, grasps_of, rotation_vector
+
+
+def box(center, size, yaw=0.0):
+    cos, sin = np.cos(yaw), np.sin(yaw)
+    rotation = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    return Boxes(np.array([center], float), rotation[None], np.array([size], float) / 2)
+
+
+def best_of(boxes):
+    return min(grasps_of(boxes.corners.reshape(-1, 3)), key=lambda item: item[0])[1]
+
+
+def fingers(grasp):
+    """The direction of the fingers' axis."""
+    return grasp.rotation[:, 0]
+
+
+def test_narrow_object_is_held_at_its_middle_near_the_top():
+    grasp = best_of(box((0.1, -0.2, 0.07), (0.04, 0.04, 0.14)))
+    np.testing.assert_allclose(grasp.position, [0.1, -0.2, 0.14 - 0.026], atol=1e-9)  # no deeper than the hand allows
+    np.testing.assert_allclose(fingers(grasp), [0, 1, 0], atol=1e-9)
+    np.testing.assert_allclose(grasp.rotation[:, 2], [0, 0, -1], atol=1e-9)
+
+
+def test_flat_object_is_held_above_what_it_lies_on():
+    grasp = best_of(box((0, 0, 0.009), (0.04, 0.07, 0.018)))
+    assert grasp.position[2] >= 0.012  # the pads would touch the floor and jam
+
+
+def test_long_object_is_held_across():
+    grasp = best_of(box((0, 0, 0.03), (0.03, 0.2, 0.06)))
+    assert abs(np.dot(fingers(grasp), [1, 0, 0])) > 0.85
+
+
+def test_turned_object_turns_the_gripper():
+    grasp = best_of(box((0, 0, 0.03), (0.2, 0.03, 0.06), yaw=np.deg2rad(30)))
+    assert np.rad2deg(grasp.yaw) == pytest.approx(30)
+
+
+def test_wide_object_is_held_by_its_rim():
+    angles = np.arange(0, 2 * np.pi, np.pi / 12)
+    ring = np.stack([0.053 * np.cos(angles), 0.053 * np.sin(angles), np.full_like(angles, 0.06)], axis=1)
+    corners = np.concatenate([ring, ring * [0.5, 0.5, 0]])
+    for _, grasp in grasps_of(corners):
+        across = grasp.position[:2]
+        assert np.linalg.norm(across) == pytest.approx(0.051, abs=2e-3)
+        assert abs(np.dot(across / np.linalg.norm(across), fingers(grasp)[:2])) == pytest.approx(1)  # astride the rim
+
+
+def test_each_retry_goes_deeper():
+    corners = box((0, 0, 0.05), (0.04, 0.04, 0.1)).corners.reshape(-1, 3)
+    first, second = grasps_of(corners)[0][1], grasps_of(corners, deeper=0.004)[0][1]
+    assert first.position[2] - second.position[2] == pytest.approx(0.004)
+
+
+def test_neighbours_in_the_way_of_fingers_or_hand_are_counted():
+    grasp = Grasp(np.array([0, 0, 0.1]), yaw=0.0)
+    free, beside, over = box((0.3, 0, 0.1), (0.1,) * 3), box((0, 0.06, 0.1), (0.03,) * 3), box((0, 0, 0.18), (0.03,) * 3)
+    assert grasp.collisions(free, (0, 0.02)) == 0
+    assert grasp.collisions(beside, (0,)) > 0
+    assert grasp.collisions(over, (0,)) > 0
+    turned = Grasp(grasp.position, yaw=np.pi / 2)  # the fingers are along x then
+    assert turned.collisions(box((0, 0.075, 0.1), (0.02,) * 3), (0,)) == 0
+
+
+def test_path_rises_over_boxes_near_it():
+    boxes = box((0.2, 0.03, 0.1), (0.02, 0.02, 0.2))
+    assert boxes.top_along(np.zeros(3), np.array([0.4, 0, 0]), reach=0.05) == pytest.approx(0.2)
+    assert boxes.top_along(np.zeros(3), np.array([0.4, 0, 0]), reach=0.01) == -np.inf
+
+
+def test_servo_keeps_the_direction_and_its_speed():
+    action = Servo()(np.array([0.3, -0.1, 0.05]), np.zeros(3), -1.0, speed=0.8)
+    np.testing.assert_allclose(action[:3] / action[0], [1, -1 / 3, 1 / 6])
+    assert np.abs(action[:3]).max() == pytest.approx(0.8)
+    np.testing.assert_array_equal(action[3:], [0, 0, 0, -1])
+
+
+def test_servo_pushes_harder_against_friction():
+    servo, error = Servo(), np.array([0.01, 0, 0])
+    pushes = [servo(error, np.zeros(3), 1.0, speed=1.0)[0] for _ in range(20)]
+    assert pushes[0] < pushes[3] < pushes[-1]
+    assert pushes[-1] == pytest.approx((1.6 * 0.01 + 0.02) / 0.05)  # bounded
+
+
+def test_servo_turns_slowly_and_leaves_small_angles():
+    servo = Servo()
+    np.testing.assert_allclose(servo(np.zeros(3), np.array([0, 0, 1.0]), 1.0, speed=1.0)[3:6], [0, 0, 0.25])
+    np.testing.assert_array_equal(servo(np.zeros(3), np.array([0, 0, 0.009]), 1.0, speed=1.0)[3:6], 0)
+
+
+@pytest.mark.parametrize("vector", [(0, 0, 0), (0.3, -0.2, 0.1), (0, 0, 3), (-2, 1, 1)])
+def test_rotation_vector_undoes_a_rotation(vector):
+    vector = np.array(vector, float)
+    angle = np.linalg.norm(vector)
+    x, y, z = vector / max(angle, 1e-12)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    np.testing.assert_allclose(rotation_vector(rotation), vector, atol=1e-9)
