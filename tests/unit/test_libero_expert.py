@@ -61,12 +61,12 @@ def test_each_retry_goes_deeper():
 
 def test_neighbours_in_the_way_of_fingers_or_hand_are_counted():
     grasp = Grasp(np.array([0, 0, 0.1]), yaw=0.0)
-    free, beside, over = box((0.3, 0, 0.1), (0.1,) * 3), box((0, 0.06, 0.1), (0.03,) * 3), box((0, 0, 0.18), (0.03,) * 3)
+    free, beside, over = (box(center, (0.05,) * 3) for center in ((0.3, 0, 0.1), (0, 0.06, 0.1), (0, 0, 0.17)))
     assert grasp.collisions(free, (0, 0.02)) == 0
     assert grasp.collisions(beside, (0,)) > 0
     assert grasp.collisions(over, (0,)) > 0
     turned = Grasp(grasp.position, yaw=np.pi / 2)  # the fingers are along x then
-    assert turned.collisions(box((0, 0.075, 0.1), (0.02,) * 3), (0,)) == 0
+    assert turned.collisions(beside, (0,)) < grasp.collisions(beside, (0,))
 
 
 def test_path_rises_over_boxes_near_it():

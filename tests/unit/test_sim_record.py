@@ -280,8 +280,8 @@ def test_command_records_and_prints_result(tmp_path, capsys):
     # What is written down records the same again.
     command = recording(tmp_path / "a")["command"]
     assert command == (
-        f"torchpi sim record --out {tmp_path / 'a'} --tasks faucet-open --episodes 1 --env metaworld "
-        "--seed 0 --noise 0.4 --noisy-fraction 0.5 --push-rate 0.02 --image-size 24 --no-video"
+        f"torchpi sim record --out {tmp_path / 'a'} --episodes 1 --tasks faucet-open --env metaworld "
+        "--render-every 1 --seed 0 --noise 0.4 --noisy-fraction 0.5 --push-rate 0.02 --image-size 24 --no-video"
     )
     assert recording(tmp_path / "b")["command"].endswith("--video")
     assert document["path"] == str(tmp_path / "b")
