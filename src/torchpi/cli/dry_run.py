@@ -1,6 +1,5 @@
 """`torchpi eval --dry-run`: the options checked and the size of what would run; no download, weights or simulator."""
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,42 +14,36 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.ui.format import format_gib, large_count
 
-
-@dataclasses.dataclass(frozen=True)
-class _Planned:
-    """A policy that is not loaded. None: known when it is there."""
-
-    embodiment: Embodiment | None = None
-    config: Pi0Config | None = None
-    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def describe(self, policy: str) -> dict[str, Any]:
-        model = None if self.config is None else Pi0(self.config, device="meta")
-        size = sum(parameter.numel() for parameter in model.parameters()) if model else None
-        return {
-            "policy": policy,
-            "embodiment": None if self.embodiment is None else self.embodiment.name,
-            "parameters": size and large_count(size),
-            "weights": size and f"{format_gib(2 * size)} in bfloat16, {format_gib(4 * size)} in float32",
-        }
+_Known = tuple[Embodiment | None, Pi0Config | None, Mapping[str, Any]]
+"""Robot, sizes and provenance of a policy; None: known when it is there."""
 
 
-def _plan(policy: str, load: Mapping[str, Any]) -> _Planned:
-    """The policy at a path by its files, at a published address by its name, at another one by the options."""
+def _known(policy: str, load: Mapping[str, Any]) -> _Known:
+    """Of the policy at a path by its files, at a published address by its name, at another one by the options."""
     robot, config = load.get("embodiment"), load.get("config")
     if policy.startswith(("ws://", "wss://")):
         if load:
             raise UsageError(f"{policy} is a server, which loads its policy itself; it takes no {', '.join(load)}.")
-        return _Planned()
+        return None, None, {}
     if not policy.startswith(REMOTE):
         checkpoint = open_checkpoint(policy, config=config)
         spec = checkpoint.spec()
-        return _Planned(get_embodiment(robot) if robot else spec.embodiment, checkpoint.config, spec.provenance)
+        return get_embodiment(robot) if robot else spec.embodiment, checkpoint.config, spec.provenance
     source_of(policy)  # raises, if it is malformed
     name = published_name(policy)
     robot, config = robot or (name if name in EMBODIMENTS else None), config or name
     sizes = None if config is None else read_config(config)
-    return _Planned(get_embodiment(robot) if robot else None, sizes if isinstance(sizes, Pi0Config) else None)
+    return get_embodiment(robot) if robot else None, sizes if isinstance(sizes, Pi0Config) else None, {}
+
+
+def _described(policy: str, robot: Embodiment | None, config: Pi0Config | None) -> dict[str, Any]:
+    size = config and sum(parameter.numel() for parameter in Pi0(config, device="meta").parameters())
+    return {
+        "policy": policy,
+        "embodiment": robot and robot.name,
+        "parameters": size and large_count(size),
+        "weights": size and f"{format_gib(2 * size)} in bfloat16, {format_gib(4 * size)} in float32",
+    }
 
 
 def plan_simulation(
@@ -61,18 +54,17 @@ def plan_simulation(
     from torchpi.sim.actors import check_embodiment, chosen_tasks, fitting_rollout
     from torchpi.sim.evaluate import check_episodes
 
-    place, planned = simulator(env), _plan(policy, load)
-    if planned.embodiment is not None:
-        check_embodiment(planned.embodiment, place.embodiment)
-    horizon = None if planned.config is None else planned.config.require("action_horizon")
-    recommended = None if planned.embodiment is None else planned.embodiment.execute_steps
-    rollout = fitting_rollout(env, rollout, recommended, horizon)
-    tasks = chosen_tasks(planned.provenance, env, tasks)
+    place, (robot, config, provenance) = simulator(env), _known(policy, load)
+    if robot is not None:
+        check_embodiment(robot, place.embodiment)
+    horizon = None if config is None else config.require("action_horizon")
+    rollout = fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
+    tasks = chosen_tasks(provenance, env, tasks)
     check_episodes(env, episodes := place.protocol.episodes if episodes is None else episodes, videos=0)
     steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
     executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
     return {
-        **planned.describe(policy),
+        **_described(policy, robot, config),
         "environment": env,
         "tasks": list(tasks),
         "episodes": len(tasks) * episodes,
@@ -89,4 +81,5 @@ def plan_dataset(policy: str, dataset: str, options: Any, load: Mapping[str, Any
         dataset_source(dataset, {"meta/"})
     elif not pathlib.Path(dataset).expanduser().is_dir():
         raise MissingFileError(f"There is no dataset at {dataset}; expected a folder, or hf://org/name.")
-    return {**_plan(policy, load).describe(policy), "dataset": dataset, "chunks, at most": options.samples}
+    robot, config, _ = _known(policy, load)
+    return {**_described(policy, robot, config), "dataset": dataset, "chunks, at most": options.samples}

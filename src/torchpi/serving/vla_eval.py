@@ -78,10 +78,7 @@ class BenchmarkConnection(Connection):
         super().__init__(*arguments, **settings)
         self._robot = self._state.policies[self._policy].embodiment
         self._sources = key_sources(self._robot, self._state.settings.rename)
-        self._layouts = {camera.key: camera.layout for camera in self._robot.read_cameras}
-        self._welcomed = False
-        self._seq = 0
-        """Of the message that is being answered."""
+        self._welcomed, self._seq = False, 0
         self._actions: deque[np.ndarray] = deque()
         """The chunk's actions that are still to be executed."""
         self._observation: dict[str, Any] | None = None
@@ -141,7 +138,8 @@ class BenchmarkConnection(Connection):
                 f"protocol; this server speaks version {PROTOCOL}: install another vla-eval, or another torchpi.",
             )
         self._actions.clear()
-        images = [name.removeprefix("images.") for key, name in self._sources.items() if key in self._layouts]
+        cameras = (self._sources.get(camera.key or "") for camera in self._robot.read_cameras)
+        images = [name.removeprefix("images.") for name in cameras if name]
         params = {"send_wrist_image": len(images) > 1, "send_state": bool(self._robot.state)}
         # robosuite's axis-angle keeps the quaternion's sign, and so do the data that policies are trained on; this
         # benchmark flips it unless it is asked not to.
@@ -170,11 +168,11 @@ class BenchmarkConnection(Connection):
                     "(its params send_wrist_image, send_state), or start the server with another --rename."
                 )
             observation = {key: found[name] for key, name in self._sources.items()}
-            for key in observation:
-                if self._layouts.get(key) == "chw":  # benchmarks send [h, w, 3]
-                    image = observation[key]
-                    is_encoded = isinstance(image, dict)
-                    observation[key] = image | {"layout": "chw"} if is_encoded else np.moveaxis(image, -1, 0)
+            for key in (
+                each.key for each in self._robot.read_cameras if each.layout == "chw" and each.key in observation
+            ):
+                image = observation[key]  # benchmarks send [h, w, 3]
+                observation[key] = {**image, "layout": "chw"} if isinstance(image, dict) else np.moveaxis(image, -1, 0)
         except ValueError as error:
             raise RequestError("bad_observation", str(error)) from error
         return observation | ({"prompt": found["task_description"]} if "task_description" in found else {})
