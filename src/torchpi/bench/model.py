@@ -62,6 +62,7 @@ def run_bench(
     """Run "model" (sampling) and "train" (a training step), and print time, floor and ratio."""
     counts = {"batch": work.batch, "cameras": work.num_cameras, "prompt_tokens": work.prompt_tokens}
     counts |= {"repeats": repeats, "flow_samples_per_obs": work.flow_samples_per_obs}
+    counts["num_samples"] = work.num_samples
     if wrong := {name: count for name, count in counts.items() if count < 1}:
         raise UsageError(f"Expected positive numbers, got {wrong}.")
     if work.prompt_tokens > (longest := work.config.require("max_token_len")):
@@ -94,16 +95,17 @@ def bench_model(work: Workload, *, repeats: int = 5, engine: Mode | None = None,
     """
     model = Pi0(work.config, device=work.device).to(work.dtype).eval()
     observation = make_observation(work, torch.device(work.device))
-    noise = torch.randn(work.batch, *work.config.chunk_shape, device=work.device)
+    noise = torch.randn(work.batch, work.num_samples, *work.config.chunk_shape, device=work.device)
     sampler = model if engine is None else InferenceEngine(model, mode=engine)
 
     def run() -> None:
-        sampler.sample_actions(observation, noise=noise, num_steps=work.num_steps)
+        sampler.sample_many(observation, noise=noise, num_steps=work.num_steps)
 
     run()
     if isinstance(sampler, InferenceEngine) and not sampler.metadata["warm_buckets"]:
         raise UsageError("The engine has no bucket for so many samples, or could not prepare it: see the warning.")
-    name = "sample_actions" if engine is None else f"sample_actions, {engine} engine"
+    name = "sample_actions" if work.num_samples == 1 else f"sample_many, {work.num_samples} samples"
+    name += "" if engine is None else f", {engine} engine"
     result = measure(name, run, sampling_ops(work), work, repeats)
     if not busy:
         return result

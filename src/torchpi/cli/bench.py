@@ -32,6 +32,8 @@ class Bench:
     """Valid tokens of the prompt; sampling drops the padding behind them."""
     num_steps: int = 10
     """Euler steps."""
+    num_samples: int = 1
+    """For model: chunks per observation, which share its prefix."""
     flow_samples_per_obs: int = 1
     """For train: pairs of noise and time per observation, which share one forward pass over the prefix."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -65,7 +67,7 @@ class Bench:
         from torchpi.model.operations import Workload
 
         sizes = bench_config(self.config), self.batch, self.cameras, self.prompt_tokens, self.num_steps
-        work = Workload(*sizes, getattr(torch, self.dtype), self.device, self.flow_samples_per_obs)
+        work = Workload(*sizes, getattr(torch, self.dtype), self.device, self.flow_samples_per_obs, self.num_samples)
         names = ["model", "train"] if self.what == "all" else [self.what]
         if self.what == "model" and self.compile:
             raise UsageError("--compile is for training; bench model takes --engine compiled.")

@@ -31,6 +31,8 @@ class Workload:
     device: str = "cpu"
     flow_samples_per_obs: int = 1
     """Pairs of noise and time per observation, in training."""
+    num_samples: int = 1
+    """Chunks per observation, in sampling."""
 
     @property
     def prefix_tokens(self) -> int:
@@ -141,8 +143,9 @@ def expert_ops(work: Workload, num_steps: int) -> Iterator[Op]:
 
 
 def sampling_ops(work: Workload) -> list[Op]:
-    """All operations of `sample_actions`."""
-    return [*vision_ops(work), *prefix_ops(work), *expert_ops(work, work.num_steps)]
+    """All operations of `sample_actions`, or of `sample_many`."""
+    suffixes = dataclasses.replace(work, batch=work.batch * work.num_samples)
+    return [*vision_ops(work), *prefix_ops(work), *expert_ops(suffixes, work.num_steps)]
 
 
 def forward_ops(work: Workload) -> list[Op]:
