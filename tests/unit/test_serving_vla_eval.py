@@ -145,10 +145,12 @@ def test_peer_of_another_version_is_refused_by_name_until_it_says_the_right_one(
     with benchmarks(FakePolicy()) as (url, _), contextlib.ExitStack() as stack:
         peer = Benchmark(url, stack)
         assert "protocol_version: observation came before a hello" in peer.error("observation", observed())
-        for version in (2, None, "1", 1.0, True):
+        for version in (2, "1", 1.0, True):
             text = peer.error("hello", {"protocol_version": version, "harness_version": "9.9.9"})
-            assert text.startswith(f"protocol_version: The client (vla-eval 9.9.9) speaks version {version!r} of")
+            assert text.startswith(f"protocol_version: The client (vla-eval '9.9.9') speaks version {version!r} of")
             assert "this server speaks version 1" in text
+        assert "speaks version <class 'dict'>" in peer.error("hello", {"protocol_version": {"x": [0] * 9000}})
+        assert "speaks version <class 'NoneType'>" in peer.error("hello", {})
         assert "came before a hello" in peer.error("episode_start", {})
         assert peer.ask("hello", {"protocol_version": 1})[0] == "hello"
         assert peer.ask("observation", observed()).shape == (2,)

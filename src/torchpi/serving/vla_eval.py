@@ -110,9 +110,9 @@ class BenchmarkConnection(Connection):
         self._observation, self._seq = None, 0
         kind, payload, self._seq = _read_message(frame)
         if kind not in _KINDS:
-            raise RequestError("unknown_message", f"The type is {kind!r:.80}; expected {', '.join(_KINDS)}.")
+            raise RequestError("unknown_message", f"The type is {_brief(kind)}; expected {', '.join(_KINDS)}.")
         if kind == "error":
-            _log.warning("client %d: it reports the error %.500s", self._number, payload)
+            _log.warning("client %d: it reports the error %s", self._number, _brief(payload.get("error"), 500))
             return None
         if kind == "hello":
             return self._hello(payload)
@@ -134,7 +134,7 @@ class BenchmarkConnection(Connection):
         if not self._welcomed:
             raise RequestError(
                 "protocol_version",
-                f"The client (vla-eval {payload.get('harness_version')!s:.40}) speaks version {found!r:.40} of the "
+                f"The client (vla-eval {_brief(payload.get('harness_version'))}) speaks version {_brief(found)} of the "
                 f"protocol; this server speaks version {PROTOCOL}: install another vla-eval, or another torchpi.",
             )
         self._actions.clear()
@@ -143,7 +143,7 @@ class BenchmarkConnection(Connection):
         params = {"send_wrist_image": len(images) > 1, "send_state": bool(self._robot.state)}
         # robosuite's axis-angle keeps the quaternion's sign, and so do the data that policies are trained on; this
         # benchmark flips it unless it is asked not to.
-        params["quat_no_antipodal"] = "libero" in str(payload.get("benchmark")).lower()
+        params["quat_no_antipodal"] = "libero" in _brief(payload.get("benchmark"), 500).lower()
         is_libero = _is_libero(self._robot)
         reply = {
             "harness_version": f"torchpi {__version__}",
@@ -198,7 +198,7 @@ def _read_message(frame: str | bytes) -> tuple[str, dict[Any, Any], int]:
         kind, payload, seq, _ = [content[field] for field in _FIELDS]
         if isinstance(kind, str) and isinstance(payload, dict) and is_whole(seq):
             return kind, payload, seq
-        raise ValueError(f"type is a {type(kind).__name__}, payload a {type(payload).__name__}, seq {seq!r:.40}")
+        raise ValueError(f"type is a {type(kind).__name__}, payload a {type(payload).__name__}, seq {_brief(seq)}")
     except (LookupError, TypeError, ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         text = f"Cannot read the message: {reason}; expected vla-eval's msgpack map of {', '.join(_FIELDS)}."
@@ -223,6 +223,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _brief(value: Any, length: int = 80) -> str:
+    """A value that a client sent, as short text; of maps, lists and bytes the type, whatever their size."""
+    return repr(value[:length] if isinstance(value, str) else value if isinstance(value, float | int) else type(value))
 
 
 def _spec(name: str, dims: int, format: str) -> dict[str, Any]:
