@@ -59,14 +59,16 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
 
 
 def fetch_newest(address: str, *, sleep: Callable[[float], None] = time.sleep) -> tuple[pathlib.Path, str]:
-    """The same with what the address has by now, in place of what it had when it was downloaded; and its version.
+    """The same with what the address has by now, in place of what it had when it was downloaded; and its commit.
 
     Without a connection, a complete folder stays as it is, with a note on stderr. Files placed by hand stay, too.
     """
     source = source_of(address)
     root = _complete(source, sleep, newest=True)
     record = source.record()
-    return root, next((file.version for file in record.files.values()), "") if record else ""
+    if record is None or isinstance(source, Bucket):  # whose files have a version each
+        return root, ""
+    return root, next((file.version for file in record.files.values()), "")
 
 
 def source_of(address: str) -> Bucket | Repository:

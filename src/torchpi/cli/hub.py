@@ -116,5 +116,5 @@ class Pull:
         place = root if self.out is None else self.out
         if self.json:
             return print_json({"folder": str(place), "format": kind, "version": version})
-        print(f"{kind}, version {version or 'unknown'}: {place}")
+        print(f"{kind}{f', version {version}' if version else ''}: {place}")
         print(f"next: torchpi doctor {address if self.out is None else place}")
