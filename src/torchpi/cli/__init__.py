@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from torchpi.cli import bench, checkpoints, data, evaluation, hub, policy, serving, stats, training, view
+from torchpi.cli import bench, checkpoints, data, evaluation, hub, init, policy, serving, stats, training, view
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
 from torchpi.data.files import ALLOW_OUTSIDE
@@ -20,6 +20,7 @@ from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
 
 GROUPS: dict[str, dict[str, type[Command]]] = {
+    "the beginning": {"init": init.Init},
     "a policy": {
         "demo": policy.Demo,
         "infer": policy.Infer,
