@@ -63,7 +63,7 @@ def test_commands_are_valid_and_train_what_the_memory_allows(
     weights, hardware, trained, recordings, needed, tmp_path, monkeypatch
 ):
     if hardware == "cpu":
-        monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(total=100e9))
+        monkeypatch.setattr("psutil.virtual_memory", lambda: types.SimpleNamespace(total=100e9, available=100e9))
     script = script_of(tmp_path, monkeypatch, data=recordings, robot="metaworld", weights=weights, hardware=hardware)
     commands = [parsed(words) for words in commands_of(script)]
     config = next(command.config for command in commands if hasattr(command, "config") and hasattr(command, "plan"))
@@ -82,7 +82,9 @@ def test_answers_are_asked_for_until_they_are_right(recordings, tmp_path, needed
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(typed))
     script = script_of(tmp_path, monkeypatch)
-    assert f"torchpi init --data {recordings} --robot metaworld --weights demo --hardware 1x80" in script
+    assert (
+        f"torchpi init --data {recordings} --robot metaworld --weights demo --hardware 1x80 --num-steps 30000" in script
+    )
     printed = capsys.readouterr().out
     for message in ("There is no folder nowhere", "so101", "There is no checkpoint at nothing", "machine is '2 GPUs'"):
         assert message in printed
@@ -121,7 +123,7 @@ def test_impossible_answer_is_an_error(changed, message, recordings, needed, tmp
     assert not (tmp_path / "torchpi_commands.sh").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.*(never change|don't vary|warm-up|EMA)")
+@pytest.mark.filterwarnings("ignore:.*(never change|don't vary|warm-up|EMA|doesn't fit)")
 @pytest.mark.slow
 def test_script_runs_from_the_first_command_to_the_server(recordings, tmp_path, monkeypatch):
     """With the planner, the embedded policy's weights and a small training."""

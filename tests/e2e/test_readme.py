@@ -25,7 +25,9 @@ PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.D
 
 
 def in_simulation(line: str) -> bool:
-    return line.split()[0] in ("demo", "sim", "data", "stats", "train", "eval", "view") and not of_the_guide(line)
+    return line.split()[0] in ("demo", "sim", "data", "stats", "train", "eval", "view", "init") and not of_the_guide(
+        line
+    )
 
 
 def of_the_guide(line: str) -> bool:

@@ -58,6 +58,7 @@ class Init:
             "robot": robot,
             "weights": weights,
             "hardware": f"{gpus}x{memory:g}" if gpus else "cpu",
+            "num_steps": steps,
         }
         lines = ["#!/bin/sh", f"# {len(episodes)} recorded episodes of {robot}, to a robot that acts. Written by:"]
         lines += [f"#   {shlex.join(['torchpi', 'init', *_options(answers)])}", "set -eu"]
