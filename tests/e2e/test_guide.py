@@ -126,7 +126,7 @@ def test_commands_of_the_short_guide_run(tmp_path, monkeypatch, capsys, golden_r
     record("my_set", episodes=4)
     record("my_test_set", episodes=2)
     lines = commands((DOCS / "your_robot.md").read_text(encoding="utf-8"))
-    known = ["data", "data", "train", "train", "eval", "convert", "serve", "doctor"]
+    known = ["init", "data", "data", "train", "train", "eval", "convert", "serve", "doctor"]
     assert [line.split()[0] for line in lines] == known
     observation: dict[str, np.ndarray] = {}
     for line in lines:
