@@ -43,7 +43,7 @@ def test_readme_has_every_command_and_three_blocks():
 
 
 # In so few episodes the gripper stays open.
-@pytest.mark.filterwarnings("ignore:.*(never change|don't vary)")
+@pytest.mark.filterwarnings("ignore:.*(never change|don't vary|doesn't fit)")
 @pytest.mark.slow
 def test_simulator_commands_run(tmp_path, monkeypatch, capsys):
     """One after the other, on a small setting: later ones read what earlier ones wrote."""
