@@ -1,0 +1,122 @@
+"""Evaluations that keep their episodes in a folder: an interrupted one goes on, and equals one that was not."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sim_helpers import (
+    corridor,  # noqa: F401
+    random_policy,
+)
+
+from torchpi.cli import main
+from torchpi.sim.evaluate import evaluate
+from torchpi.sim.rollout import Rollout
+
+
+@pytest.fixture
+def policy():
+    return random_policy()
+
+
+class Fails:
+    """A policy that fails at one request, as a server that ends; remembers its chunks."""
+
+    def __init__(self, monkeypatch, policy, at=None, error=None):
+        self.chunks, infer = [], policy.infer
+
+        def watched(observation, **options):
+            if len(self.chunks) == at:
+                assert error is not None
+                raise error
+            answer = infer(observation, **options)
+            self.chunks.append(answer["actions"])
+            return answer
+
+        monkeypatch.setattr(policy, "infer", watched)
+
+
+def run(policy, out, **options):
+    options = {"episodes": 3, "seed": 2, "rollout": Rollout(6, num_steps=2, max_steps=18), **options}
+    return evaluate(policy, "corridor", out=out, resume=out is not None, progress=False, **options)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("The server is gone."), KeyboardInterrupt()])
+def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, monkeypatch, tmp_path, error):  # noqa: F811
+    with monkeypatch.context() as context:
+        whole = Fails(context, (policy := random_policy()))
+        expected = run(policy, None)
+    with monkeypatch.context() as context:
+        begun = Fails(context, (policy := random_policy()), at=4, error=error)
+        with pytest.raises((OSError, KeyboardInterrupt)) as caught:
+            run(policy, tmp_path)
+    kept = len(list((tmp_path / "episodes").iterdir()))
+    assert 0 < kept < 6
+    assert str(caught.value).endswith(f"{kept} of 6 episodes are in {tmp_path}; the same command goes on from there.")
+    with monkeypatch.context() as context:
+        rest = Fails(context, (policy := random_policy()))
+        result = run(policy, tmp_path)
+    assert (result.episodes, result.tasks, result.interval) == (expected.episodes, expected.tasks, expected.interval)
+    done = sum(episode.num_chunks for episode in expected.episodes[:kept])
+    np.testing.assert_array_equal([*begun.chunks[:done], *rest.chunks], whole.chunks)
+    with monkeypatch.context() as context:
+        nothing = Fails(context, (policy := random_policy()), at=0)
+        assert run(policy, tmp_path).episodes == expected.episodes
+    assert nothing.chunks == []
+
+
+def test_more_episodes_and_other_tasks_are_added(corridor, policy, tmp_path):  # noqa: F811
+    expected = run(policy, None, episodes=3)
+    run(policy, tmp_path, episodes=1, tasks=["long"])
+    assert run(policy, tmp_path, episodes=3).episodes == expected.episodes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 3}, "seed 2, now 3"),
+        ({"rollout": Rollout(5, num_steps=2, max_steps=18)}, "execute_steps 6, now 5"),
+        ({"instructions": {"long": "run"}}, r"instructions \{\}, now \{'long': 'run'\}"),
+    ],
+)
+def test_episodes_of_other_settings_are_not_mixed(corridor, policy, tmp_path, changes, message):  # noqa: F811
+    run(policy, tmp_path, episodes=1)
+    with pytest.raises(ValueError, match=f"{message}: they would be mixed. Choose another folder with --out"):
+        run(policy, tmp_path, **changes)
+
+
+def test_episodes_of_another_policy_are_not_mixed(corridor, policy, tmp_path):  # noqa: F811
+    run(policy, tmp_path, episodes=1)
+    policy.default_prompt = "go"
+    with pytest.raises(ValueError, match="an evaluation with policy"):
+        run(policy, tmp_path)
+    other = random_policy()
+    with torch.no_grad():
+        next(other.model.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match="an evaluation with policy"):
+        run(other, tmp_path)
+
+
+def test_an_episode_without_its_video_runs_again(corridor, policy, tmp_path):  # noqa: F811
+    first = run(policy, tmp_path, episodes=2)
+    again = run(policy, tmp_path, episodes=2, videos=1)
+    assert [(e.task, e.index, e.steps) for e in again.episodes] == [(e.task, e.index, e.steps) for e in first.episodes]
+    assert [(tmp_path / f"{task}_0.mp4").is_file() for task in ("short", "long")] == [True, True]
+
+
+def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path):  # noqa: F811
+    run(policy, tmp_path, episodes=1)
+    (tmp_path / "episodes" / "short_0.json").write_text('{"success": true, "steps": 3}')
+    with pytest.raises(ValueError, match=r"short_0\.json"):
+        run(policy, tmp_path, episodes=1)
+
+
+def test_the_command_keeps_episodes_and_writes_a_page(corridor, tmp_path, capsys):  # noqa: F811
+    arguments = ["eval", "demo", "--env", "corridor", "--episodes", "1", "--max-steps", "2", "--workers", "1"]
+    main([*arguments, "--out", str(tmp_path), "--videos", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["success_rate"] == 0
+    page = (tmp_path / "index.html").read_text()
+    for text in ("0.0%", "go a short way", "95 % interval", 'src="short_0.mp4"', "0 of 2"):
+        assert text in page
+    assert {path.name for path in (tmp_path / "episodes").iterdir()} == {"short_0.json", "long_0.json"}
