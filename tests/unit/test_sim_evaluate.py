@@ -306,7 +306,7 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
 
 def test_a_failing_episode_is_named(corridor):  # noqa: F811
     nan = types.SimpleNamespace(infer=lambda observation: {"actions": np.zeros((2, 3))})
-    with pytest.raises(ValueError, match=r"episode 0 of short \(seed \d+\): The policy returned actions \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"episode 0 of task short \(seed \d+\): The policy returned actions \[2, 3\]"):
         quiet(nan)
 
 

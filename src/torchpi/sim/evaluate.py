@@ -35,7 +35,7 @@ class _Job:
     """File of its outcome; None: it is not kept."""
 
     def __str__(self) -> str:
-        return f"episode {self.index} of {self.task} (seed {self.seed})"
+        return f"episode {self.index} of task {self.task} (seed {self.seed})"
 
 
 def evaluate(
