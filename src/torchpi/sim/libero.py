@@ -85,7 +85,8 @@ class LiberoEnvironment:
             self._env, self.initial_states = _open_task(f"libero_{suite}", name)
         self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
         self._robot, self._warnings = self._env.robots[0], mujoco.mjtWarning
-        self._fixtures = self._model.body_pos.copy(), self._model.body_quat.copy()
+        changing = self._model.body_pos, self._model.body_quat, self._model.site_rgba
+        self._loaded = [(array, array.copy()) for array in changing]
         self._properties = list(self._env.object_property_initializers)
         self._seen = mujoco.MjData(self._model)
         self._positions, self._sites, self._fingers = self._data.qpos.copy(), self._model.site_rgba.copy(), np.zeros(2)
@@ -188,7 +189,10 @@ class LiberoEnvironment:
         self._robot.initialization_noise["magnitude"] = noise
         while True:
             self._env.sim.reset()
-            self._model.body_pos[:], self._model.body_quat[:] = self._fixtures
+            for array, loaded in self._loaded:
+                array[:] = loaded
+            for _ in range(2):  # as often as robosuite, having made model and renderer: the solver begins from there
+                self._env.sim.forward()
             self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
             try:
                 self._env._reset_internal()
@@ -199,7 +203,6 @@ class LiberoEnvironment:
 
     def _wait(self) -> None:
         self._expert = None
-        self._data.qacc_warmstart[:] = 0  # the solver's memory, of the episode before
         for _ in range(_WAIT_STEPS):
             self._act(_WAIT)
 
