@@ -30,6 +30,7 @@ from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
 from torchpi.errors import PolicyError
 from torchpi.model.pi0 import Pi0
+from torchpi.model.rtc import Samples
 from torchpi.robots import Embodiment
 from torchpi.robots.limits import within_limits
 from torchpi.samples import Pick, checked_pick, choose, finite_noise
@@ -37,7 +38,7 @@ from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform
 from torchpi.transforms.normalize import Normalization, NormStats, openpi_rules, save_norm_stats
 from torchpi.transforms.pipeline import Transforms
 from torchpi.transforms.prompt import find_tokenizer, load_tokenizer
-from torchpi.types import ActionChunk, PreviousChunk
+from torchpi.types import ActionChunk, Observation, PreviousChunk
 
 EngineMode = Literal["auto", "eager", "compiled", "graph"]
 
@@ -202,10 +203,8 @@ class Policy(Publishable):
                 horizon=self.model.config.require("action_horizon") if noise_tensor is None else noise_tensor.shape[2],
                 max_action_prefix=self._metadata.get(MAX_ACTION_PREFIX, 0),
             )  # fmt: skip
-        rtc |= {"noise": noise_tensor, "num_samples": int(num_samples or 1), "num_steps": steps, "generator": generator}
-        with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
-            inputs = batch if self.engine else batch.to(self.model.device)
-            sampled = (self.engine or self.model).sample_many(inputs, **rtc)
+        rtc |= {"noise": noise_tensor, "num_steps": steps, "generator": generator}
+        sampled = self._sample(batch, num_samples, **rtc)
         chunks = sampled.actions.cpu().numpy()  # waits for the device
         bends = [None] * len(chunks) if sampled.residual is None else sampled.residual.cpu().numpy()
         inferred = time.perf_counter()
@@ -216,6 +215,14 @@ class Policy(Publishable):
             "postprocess_ms": 1e3 * (time.perf_counter() - inferred),
         }
         return [answer_of(*answer, timing, sample) for answer, sample in zip(answers, samples, strict=True)]
+
+    def _sample(self, batch: Observation, num_samples: Any, *, noise: torch.Tensor | None, **rtc: Any) -> Samples:
+        inputs, sampler = batch if self.engine else batch.to(self.model.device), self.engine or self.model
+        with torch.autocast(self.model.device.type, enabled=False):  # the policy has a dtype of its own
+            if num_samples is not None:
+                return sampler.sample_many(inputs, noise=noise, num_samples=int(num_samples), **rtc)
+            noise = None if noise is None else noise[:, 0]
+            return Samples(sampler.sample_actions(inputs, noise=noise, **rtc)[:, None], None)
 
     def prepare(self, observation: Mapping[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         """One observation to the model's inputs.
