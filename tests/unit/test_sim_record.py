@@ -1,5 +1,6 @@
 """Recording: contents and determinism of the dataset, and its state after an interruption."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -19,10 +20,14 @@ from sim_jobs import interruptible
 
 from torchpi import sim
 from torchpi.cli import main
+from torchpi.config import PRESETS
 from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.evaluation.chunks import sample_new_images
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.record import RECORDING_FILE, record
+from torchpi.training.config import TrainConfig
+from torchpi.training.setup import open_data
 
 
 def quiet(out, tasks=("short", "long"), episodes=2, env="corridor", workers=1, push_rate=0, **options):
@@ -203,9 +208,135 @@ def test_a_wrong_argument_is_an_error_and_leaves_nothing(corridor, tmp_path, opt
 def test_a_folder_that_is_not_empty_is_an_error_and_stays_as_it_is(corridor, tmp_path):  # noqa: F811
     quiet(tmp_path / "set")
     before = files(tmp_path / "set")
+    for other in ({"seed": 5}, {"tasks": ["long", "short"]}, {"video": True}):
+        with pytest.raises(ValueError, match="exists already, with 4 episodes of other arguments"):
+            quiet(tmp_path / "set", **other)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("here")
     with pytest.raises(ValueError, match="exists already and is not an empty folder"):
-        quiet(tmp_path / "set", seed=5)
+        quiet(tmp_path / "mine")
     assert files(tmp_path / "set") == before
+
+
+@pytest.mark.parametrize("ends", [(1,), (3,), (1, 2), (2, 3)])
+def test_an_interrupted_recording_goes_on_and_equals_an_uninterrupted_one(
+    corridor,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    ends,
+):
+    quiet(tmp_path / "whole", noisy_fraction=0.5)
+    add_episode = LeRobotWriter.add_episode
+
+    def interrupted(self, episode, task):
+        add_episode(self, episode, task)
+        if self.num_episodes == after:
+            raise KeyboardInterrupt
+
+    for end, begin in zip(ends, (0, *ends), strict=False):
+        after = end - begin
+        monkeypatch.setattr(LeRobotWriter, "add_episode", interrupted)
+        with pytest.raises(KeyboardInterrupt, match=f"The {end} episodes that were complete"):
+            quiet(tmp_path / "set", noisy_fraction=0.5)
+    monkeypatch.setattr(LeRobotWriter, "add_episode", add_episode)
+    result = quiet(tmp_path / "set", noisy_fraction=0.5)
+    again = quiet(tmp_path / "set", noisy_fraction=0.5)  # nothing is left to do
+    assert result.episodes == again.episodes == 4
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
+    assert recording(tmp_path / "set") == recording(tmp_path / "whole")
+    for frame, expected in zip(frames(tmp_path / "set"), frames(tmp_path / "whole"), strict=True):
+        assert all(np.array_equal(frame[key], expected[key]) for key in expected)
+
+
+def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F811
+    quiet(tmp_path / "whole")
+    finalize = LeRobotWriter.finalize
+    monkeypatch.setattr(LeRobotWriter, "finalize", lambda self: self._recording._release())  # as far as a killed one
+    with contextlib.suppress(FileNotFoundError):
+        quiet(tmp_path / "set")
+    assert (tmp_path / "set" / ".recording").is_dir()
+    monkeypatch.setattr(LeRobotWriter, "finalize", finalize)
+    quiet(tmp_path / "set")
+    assert recording(tmp_path / "set") == recording(tmp_path / "whole")
+    assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "whole"))
+
+
+def test_slow_cameras_repeat_their_images_and_say_so(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "every", tasks=["long"], noise=0)
+    quiet(tmp_path / "set", tasks=["long"], noise=0, render_every=3)
+    data = LeRobotDataset(tmp_path / "set", action_horizon=2)
+    starts = [rows.start for rows in data.episode_rows]
+    expected = [i for rows in data.episode_rows for i in range(rows.start, rows.stop, 3)]
+    assert data.new_images.tolist() == expected
+    assert [bool(data[i]["images_are_new"]) for i in range(len(data))] == [i in expected for i in range(len(data))]
+    every = frames(tmp_path / "every")
+    for i in range(len(data)):
+        latest = max(new for new in expected if new <= i)
+        np.testing.assert_array_equal(data[i]["observation.images.base"], every[latest]["observation.images.base"])
+        np.testing.assert_array_equal(data[i]["observation.state"], every[i]["observation.state"])
+    assert set(sample_new_images(data, 5)) <= set(expected)
+    assert len(starts) == 2
+
+
+def test_training_begins_at_new_images(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "set", render_every=4)
+    config = TrainConfig(dataset=str(tmp_path / "set"), embodiment="metaworld", batch_size=2, holdout=0.0)
+    (source,) = open_data(config, PRESETS["tiny"])
+    np.testing.assert_array_equal(source.frames, source.train.new_images)
+    assert len(source.frames) < len(source.train) / 3
+
+
+class Later(Corridor):
+    """A corridor that renders later, and in which what was put down may fall."""
+
+    falls = False
+
+    def moment(self):
+        return self.position
+
+    def observe_moment(self, moment, *, images=True):
+        now, self.position = self.position, moment
+        seen = self.observe() if images else {"state": np.array([self.position, self.goal, 0, 0]) / 10}
+        self.position = now
+        return seen
+
+    def step(self, action):
+        return super().step(action) and not (self.falls and self.position >= self.goal + 3)
+
+
+def later(monkeypatch, falls, **fields):
+    made = []
+
+    def make(task, *, image_size):
+        made.append(Later(task, image_size=image_size))
+        made[-1].falls = falls
+        return made[-1]
+
+    place = dataclasses.replace(sim.simulator("corridor"), make=make, **fields)
+    monkeypatch.setitem(sim._SIMULATORS, "later", place)
+    return made
+
+
+def test_images_rendered_later_are_those_of_their_frames(corridor, tmp_path, monkeypatch):  # noqa: F811
+    made = later(monkeypatch, falls=False)
+    quiet(tmp_path / "now", noise=0.4, render_every=2)
+    quiet(tmp_path / "later", noise=0.4, render_every=2, env="later")
+    assert files(tmp_path / "now" / "data") != {}
+    # The seeds of an environment do not depend on its name.
+    for frame, expected in zip(frames(tmp_path / "later"), frames(tmp_path / "now"), strict=True):
+        assert all(np.array_equal(frame[key], expected[key]) for key in expected)
+    rendered = sum(entry == "observe" for environment in made for entry in environment.log)
+    assert rendered == sum(frame["images_are_new"] for frame in frames(tmp_path / "later"))
+
+
+def test_success_that_does_not_last_is_no_demonstration(corridor, tmp_path, monkeypatch):  # noqa: F811
+    later(monkeypatch, falls=True, success_lasts=True, tail=6)
+    with pytest.raises(ValueError, match="failed in 10 of 10 episodes"):
+        quiet(tmp_path / "set", env="later", noise=0)
+    later(monkeypatch, falls=False, success_lasts=True, tail=6)
+    quiet(tmp_path / "set", env="later", noise=0)
+    lengths = [episode["length"] for episode in recording(tmp_path / "set")["episodes"]]
+    assert lengths == [5 + episode["seed"] % 5 + 6 for episode in recording(tmp_path / "set")["episodes"]]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64, Num, UInt8
+from jaxtyping import Bool, Int64, Num, UInt8
 
 from torchpi.data import format as lerobot
 from torchpi.data.metadata import Info
@@ -146,7 +146,7 @@ def tasks_table(tasks: Sequence[str]) -> Any:
     return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
 
 
-def number_stats(values: Num[np.ndarray, "F d"]) -> dict[str, list[Any]]:
+def number_stats(values: Num[np.ndarray, "F d"] | Bool[np.ndarray, "F d"]) -> dict[str, list[Any]]:
     """Exact statistics of a numeric feature, one value per dimension."""
     exact = np.asarray(values, np.float64)
     stats = {name: getattr(exact, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")}

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.metadata
 import pathlib
 import re
+import shutil
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from torchpi.data import LeRobotWriter
-from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, STATE
+from torchpi.data.edit import merge_datasets
+from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, RECORDING_FOLDER, STATE
 from torchpi.errors import SimulationError
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
@@ -97,11 +99,12 @@ def record(
 
     In some of them its actions are disturbed as they are executed, and the dataset has the undisturbed ones: it shows
     how to come back from where the expert alone would not go. The same arguments give the same dataset, whatever the
-    number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many.
+    number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many, and the
+    same call again records the others. So it does after the process was killed.
 
     Args:
         env: one of `ENVIRONMENTS` that has experts; tasks: by name; episodes: per task.
-        out: the dataset's folder, new or empty.
+        out: the dataset's folder: new, empty, or of a recording with the same arguments that was interrupted.
         image_size: height and width of the cameras; None: the environment's.
         video: cameras as video (small, lossy), otherwise as PNG (exact).
         workers: processes; None: as many as the CPU's cores and the memory allow; 1: this process alone. More than one
@@ -121,9 +124,12 @@ def record(
     size = place.image_size if image_size is None else image_size
     done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
     jobs = [(task, index) for task in tasks for index in range(episodes)]
+    jobs = jobs[done.resume(jobs, video) :]
     most = default_workers(len(jobs), bytes_each=place.memory_bytes)
     try:
-        _record(done, jobs, most if workers is None else workers, video, progress)
+        if jobs:
+            _record(done, jobs, most if workers is None else workers, video, progress)
+        done.join()
     except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
         if not (complete := done.describe_complete(error)):
             raise
@@ -147,7 +153,7 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
 
     with (
         LeRobotWriter(
-            done.root,
+            done.part,
             fps=int(robot.control_hz),
             cameras=dict.fromkeys(_cameras(robot), (settings.image_size, settings.image_size, 3)),
             state_names=robot.state_names,
@@ -163,6 +169,8 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
     ):
         for demonstration in demonstrations:
             done.add(demonstration)
+            if len(done.episodes) > 1:  # a killed process leaves a dataset, too
+                done.describe(len(done.episodes))
             writer.add_episode(demonstration.frames, place.instructions[demonstration.description["task"]])
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
 
@@ -174,9 +182,7 @@ class _Demonstration:
     frames: dict[str, np.ndarray]
     """By the keys of the dataset, [T, …]."""
     description: dict[str, Any]
-    """Task, seed, noisy and length, for the dataset's description."""
-    failures: int
-    """Attempts before it."""
+    """Task, seed, noisy, length and failures, the attempts before it, for the dataset's description."""
 
 
 class _Done:
@@ -184,21 +190,67 @@ class _Done:
 
     def __init__(self, root: pathlib.Path, settings: RecordSettings, command: str | None) -> None:
         self.root, self.settings, self._command = root, settings, command
+        self.part = root
+        """The folder that is recorded into: one next to the dataset's if that has episodes already."""
         self.episodes: list[dict[str, Any]] = []
-        self.failures: Counter[str] = Counter()
+
+    @property
+    def failures(self) -> dict[str, int]:
+        """See `Recording`."""
+        failures = Counter[str]()
+        for episode in self.episodes:
+            failures[episode["task"]] += episode["failures"]
+        return dict(failures)
+
+    def resume(self, jobs: Sequence[tuple[str, int]], video: bool) -> int:
+        """Take over the episodes of an interrupted recording with the same arguments; their number."""
+        rest = self.root.with_name(f"{self.root.name}.rest")
+        for folder in (self.root, rest):
+            if (folder / RECORDING_FOLDER).is_dir():
+                LeRobotWriter.recover(folder)
+        if not (self.root / RECORDING_FILE).is_file() or not (self.root / INFO).is_file():
+            return 0
+        document = read_json(self.root / RECORDING_FILE)
+        self.part = rest
+        self.join()
+        info, settings = read_json(self.root / INFO), dataclasses.asdict(self.settings)
+        complete = int(info["total_episodes"])
+        self.episodes = document["episodes"][:complete]
+        given = [settings, video, [task for task, _ in jobs[:complete]]]
+        recorded = {name: document.get(name) for name in settings}
+        if given != [recorded, info["video_path"] is not None, [episode["task"] for episode in self.episodes]]:
+            raise SimulationError(
+                f"{self.root} exists already, with {complete} episodes of other arguments ({document['command']}); give "
+                "the same ones to go on, or choose another path."
+            )
+        return complete
+
+    def join(self) -> None:
+        """Add the episodes of a resumed recording to those before them."""
+        if self.part == self.root or not (self.part / INFO).is_file():
+            return
+        joined, before = (self.root.with_name(f"{self.root.name}.{name}") for name in ("joined", "before"))
+        shutil.rmtree(joined, ignore_errors=True)
+        merge_datasets([self.root, self.part], joined)
+        shutil.copy(self.root / RECORDING_FILE, joined / RECORDING_FILE)
+        self.root.rename(before)
+        joined.rename(self.root)
+        shutil.rmtree(before)
+        shutil.rmtree(self.part)
 
     def add(self, demonstration: _Demonstration) -> None:
         """Note an episode."""
         task = demonstration.description["task"]
-        self.failures[task] += demonstration.failures
-        successes = 1 + sum(episode["task"] == task for episode in self.episodes)
-        failures, attempts = self.failures[task], self.failures[task] + successes
-        if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
-            raise SimulationError(_fails_too_often(task, failures, attempts))
         self.episodes.append(demonstration.description)
+        failures = self.failures[task]
+        attempts = failures + sum(episode["task"] == task for episode in self.episodes)
+        if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
+            self.episodes.pop()
+            raise SimulationError(_fails_too_often(task, failures, attempts))
 
     def describe_complete(self, error: BaseException) -> int:
         """Describe the dataset as an error left it; the number of its episodes, 0 where there is none."""
+        self.join()
         info = self.root / INFO  # not even this had room: the writer's error says what to do
         if not self.episodes or not info.exists():
             return 0
@@ -246,7 +298,7 @@ class _Recorder:
             frames = _demonstrate(environment, seed, disturbance, settings)
             if frames is not None:
                 description = {"task": task, "seed": seed, "noisy": noisy, "length": len(frames[ACTION])}
-                return _Demonstration(frames, description, failures=attempt)
+                return _Demonstration(frames, description | {"failures": attempt})
         raise SimulationError(_fails_too_often(task, MAX_ATTEMPTS, MAX_ATTEMPTS))
 
 
