@@ -1,9 +1,15 @@
-"""LIBERO's scripted expert: its grasps and its control law, without a simulator."""
+"""LIBERO's scripted expert: its grasps and its control law, without a simulator; its recordings, with one."""
+
+import json
 
 import numpy as np
 import pytest
+from sim_helpers import require_simulator
 
+from torchpi.data import LeRobotDataset
+from torchpi.sim import make_environment
 from torchpi.sim.libero_expert import Boxes, Grasp, Servo, grasps_of, rotation_vector
+from torchpi.sim.record import RECORDING_FILE, record
 
 
 def box(center, size, yaw=0.0):
@@ -103,3 +109,56 @@ def test_rotation_vector_undoes_a_rotation(vector):
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     rotation = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
     np.testing.assert_allclose(rotation_vector(rotation), vector, atol=1e-9)
+
+
+# With the simulator
+
+
+@pytest.mark.slow
+def test_a_recorded_episode_is_its_replay(tmp_path):
+    require_simulator("libero")
+    settings = {"render_every": 8, "image_size": 48, "noise": 0, "progress": False}
+    record("libero_object", ["1"], 1, tmp_path / "set", workers=1, **settings)
+    data = LeRobotDataset(tmp_path / "set", action_horizon=1)
+    document = json.loads((tmp_path / "set" / RECORDING_FILE).read_text(encoding="utf-8"))
+    environment = make_environment("libero_object", "1", image_size=48)
+    environment.reset(document["episodes"][0]["seed"])
+    assert environment.distance_to_initial_states() > 0.003  # none that policies are evaluated in
+    done = []
+    for i in range(len(data)):
+        frame = data.numbers(i)
+        if frame["images_are_new"]:
+            seen, recorded = environment.observe(), data[i]
+            np.testing.assert_array_equal(recorded["observation.images.image"], seen["observation/image"])
+            np.testing.assert_array_equal(recorded["observation.images.wrist_image"], seen["observation/wrist_image"])
+        else:
+            seen = environment.observe_moment(environment.moment(), images=False)
+        np.testing.assert_array_equal(frame["observation.state"], seen["observation/state"].astype(np.float32))
+        done.append(environment.step(frame["action"][0]))
+    assert done[-1]
+    assert done.index(True) == len(data) - 26  # then it let go of the object, which stayed
+    assert seen["observation/state"][6] > 0.035
+    environment.close()
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_changes_nothing(tmp_path):
+    require_simulator("libero")
+    for workers in (1, 2):
+        settings = {"render_every": 16, "image_size": 32, "workers": workers, "progress": False}
+        record("libero_spatial", ["0", "8"], 1, tmp_path / str(workers), **settings)
+    one, two = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.parquet")}
+        for root in (tmp_path / "1", tmp_path / "2")
+    )
+    assert one == two
+
+
+@pytest.mark.slow
+def test_a_task_with_another_goal_has_no_expert():
+    require_simulator("libero")
+    environment = make_environment("libero_goal", "0", image_size=32)
+    environment.reset(0)
+    with pytest.raises(ValueError, match="puts one object in or on something; the goal of this task is"):
+        environment.expert_action()
+    environment.close()

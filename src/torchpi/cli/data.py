@@ -201,7 +201,7 @@ class SimRecord:
     """
 
     out: pathlib.Path
-    """The dataset's folder, new or empty."""
+    """The dataset's folder: new or empty; or that of an interrupted recording, which goes on."""
     episodes: int
     """Episodes per task."""
     tasks: str | None = None
@@ -217,8 +217,8 @@ class SimRecord:
     seed: int = 0
     """Seed of the whole recording; no seed has episodes that `eval` runs."""
     noise: float = 0.4
-    """Standard deviation of the disturbance of the executed actions; 1 is the largest action of metaworld, and 4° of
-    each joint of so101."""
+    """Standard deviation of the disturbance of the executed actions; 1 is the largest action of metaworld, 4° of each
+    joint of so101, and 0.4 of the largest movement of libero's hand."""
     noisy_fraction: float = 0.5
     """The part of each task's episodes that is disturbed."""
     push_rate: float = 0.02

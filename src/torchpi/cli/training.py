@@ -36,7 +36,7 @@ class Train:
     out: pathlib.Path | None = None
     """The run's folder, new or empty."""
     recipe: str | None = None
-    """Source of the defaults below: a packaged recipe (metaworld, so101), or a JSON file, such as the train.json of
+    """Source of the defaults below: a packaged recipe (metaworld, so101, libero), or a JSON file, such as train.json of
     another run."""
     resume: pathlib.Path | None = None
     """The folder of a run to continue, by default with its own recipe; more steps, another number of processes and

@@ -220,8 +220,8 @@ class _Done:
         recorded = {name: document.get(name) for name in settings}
         if given != [recorded, info["video_path"] is not None, [episode["task"] for episode in self.episodes]]:
             raise SimulationError(
-                f"{self.root} exists already, with {complete} episodes of other arguments ({document['command']}); give "
-                "the same ones to go on, or choose another path."
+                f"{self.root} exists already, with {complete} episodes of other arguments ({document['command']}); "
+                "give the same ones to go on, or choose another path."
             )
         return complete
 
