@@ -299,7 +299,8 @@ def _contained(seed: int = 0) -> Iterator[None]:
 
 
 def _quiet_robosuite() -> None:
-    """Import robosuite without a log file in /tmp, which may be another user's, and without its advice."""
+    """Import robosuite without a log file in /tmp, which may be another user's, without its advice, and without its
+    choice of MUJOCO_GL."""
     if "robosuite" in sys.modules or (spec := importlib.util.find_spec("robosuite")) is None:
         return
     assert spec.submodule_search_locations is not None
@@ -309,7 +310,7 @@ def _quiet_robosuite() -> None:
     assert settings.loader is not None
     macros: Any = importlib.util.module_from_spec(settings)
     settings.loader.exec_module(macros)
-    macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
+    macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL, macros.MUJOCO_GPU_RENDERING = None, "ERROR", False
     sys.modules["robosuite.macros"] = macros
     require("robosuite", "libero").macros = macros
 
