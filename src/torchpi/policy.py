@@ -15,7 +15,7 @@ from torchpi.checkpoints import folder
 from torchpi.checkpoints.address import hub_address
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
-from torchpi.checkpoints.publish import Publishable
+from torchpi.checkpoints.publish import push_to_hub
 from torchpi.checkpoints.sizes import ConfigLike
 from torchpi.checkpoints.spec import (
     MAX_ACTION_PREFIX,
@@ -43,7 +43,7 @@ from torchpi.types import ActionChunk, Observation, PreviousChunk
 EngineMode = Literal["auto", "eager", "compiled", "graph"]
 
 
-class Policy(Publishable):
+class Policy:
     """A model with everything around it: embodiment, normalization, prompt, and the way back to the robot's units."""
 
     def __init__(
@@ -295,6 +295,7 @@ class Policy(Publishable):
             "image_transform": {"size": config.image_size, **dataclasses.asdict(self.transforms.image_transform)},
             "action_horizon": config.action_horizon,
             "action_names": list(self.embodiment.action_names),
+            "action_units": list(self.embodiment.action_units),
             "action_commands": [action.command for action in self.embodiment.actions],
             "action_limits": self.embodiment.action_limits,
             "action_range": self._action_range(),
@@ -347,6 +348,12 @@ class Policy(Publishable):
         """Load a policy by `load_policy`, whose arguments are the `options`; ORG/NAME, if there is no such folder, is
         hf://ORG/NAME, of a branch, tag or commit `revision`."""
         return load_policy(hub_address(address, revision), **options)
+
+    def save_pretrained(self, path: str | pathlib.Path, **options: Any) -> None:
+        """`save`, by its name in transformers and LeRobot."""
+        self.save(path, **options)
+
+    push_to_hub = push_to_hub
 
     def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder into a folder that is there, without the weights."""

@@ -1,6 +1,7 @@
 """The control loop of torchpi-client: a toy robot, a scripted policy and a virtual clock."""
 
 import collections
+import itertools
 import json
 import math
 import re
@@ -140,12 +141,29 @@ def test_log_gets_observations_chunks_and_commands_at_their_times(tmp_path):
         robot, _ = controlled(policy, latencies=[0.0, 0.2], steps=12, mode="async", log=log.robot(policy.metadata))
     executed = rows(target, "/action/a")
     assert [value for _, _, value in executed] == robot.positions
-    assert [frame for frame, _, _ in executed] == [round(HZ * time) for time in robot.times]
+    assert [frame - executed[0][0] for frame, _, _ in executed] == [
+        round(HZ * (time - robot.times[0])) for time in robot.times
+    ]
     chunks = [rows(target, f"/predicted/a/{lane}") for lane in range(2)]
     assert [value for _, _, value in chunks[1][:-1]] == list(range(100, 100 + HORIZON))
     begin = chunks[1][0][1]  # the time of its observation: the action of that time is the chunk before it
     assert [seconds for _, seconds, _ in chunks[1]] == pytest.approx(begin + np.arange(HORIZON + 1) / HZ)
     assert begin in [seconds for _, seconds, _ in rows(target, "/state/lift")]
+
+
+def test_runs_with_one_log_follow_each_other_and_chunks_have_the_loops_rate(tmp_path, monkeypatch):
+    policy, target = ScriptedPolicy(), tmp_path / "run.rrd"
+    with RerunLog(target, wait=True) as log:
+        for began in (0.0, 60.0):
+            monkeypatch.setattr(RerunLog, "seconds", began)
+            rate = {"control_hz": 2 * HZ, "resample": "as_is"}
+            controlled(policy, steps=4, mode="sync", log=log.robot(policy.metadata), **rate)
+    executed = [seconds for _, seconds, _ in rows(target, "/action/a")]
+    assert executed == sorted(executed)
+    assert executed[-1] == pytest.approx(executed[len(executed) // 2 - 1] + 60)
+    chunk = rows(target, "/predicted/a/0")
+    steps = [b - a for (_, a, _), (_, b, _) in itertools.pairwise(chunk[: HORIZON + 1])]
+    assert steps == pytest.approx([1 / (2 * HZ)] * HORIZON)
 
 
 # ---- modes ----

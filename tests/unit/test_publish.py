@@ -208,6 +208,7 @@ def test_nothing_of_this_machine_is_uploaded(hub, folder):
     [
         ("/data/set/", "set"), ("C:\\Users\\al\\set", "set"), ("\\\\server\\al\\set", "set"), ("file:///al/set", "set"),
         ("see (/home/al/x), ok", "see (x), ok"), ("--x=/a/b:/c/d", "--x=b:d"), ("https://al:pw@host/x", "https://host/x"),
+        ("https://t0ken@host/x", "https://host/x"),
         ("hf_abcdefghijklmnopqrstuvwxyz", ""), ("hf://org/name@v1/sub", None), ("gs://a/b", None), ("m/s, 1/2", None),
         ("a / b", None), ("lerobot/set", None),
     ],

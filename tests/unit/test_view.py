@@ -93,10 +93,19 @@ def test_servers_recording_is_shown_as_the_chunks_of_its_robot(tmp_path):
         write_view(str(tmp_path / "set"), tmp_path / "other.rrd", embodiment="so101")
 
 
+class DescribedPolicy(FakePolicy):
+    @property
+    def metadata(self):
+        robot = self.embodiment
+        names, units = robot.action_names, robot.action_units
+        form = {"observation": robot.observation_format, "action_names": names, "action_units": units}
+        return {**super().metadata, **form, "control_hz": robot.control_hz}
+
+
 def test_served_robots_are_shown_by_client(tmp_path):
     target = tmp_path / "live.rrd"
     with LiveView(str(target)) as view:
-        with served(FakePolicy(), view=view) as (url, _), clients(url, 2) as [one, other]:
+        with served(DescribedPolicy(), view=view) as (url, _), clients(url, 2) as [one, other]:
             answer = one.ask(observation(1.0))
             other.ask(observation(2.0))
         for client in (0, 1):

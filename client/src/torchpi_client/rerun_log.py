@@ -50,7 +50,7 @@ class RerunLog:
     def __init__(self, target: str | os.PathLike[str], *, wait: bool = False) -> None:
         self.dropped = 0
         """Entries that were not written: there was no room, or writing failed."""
-        self.began = time.monotonic()
+        self._began = time.monotonic()
         self.rerun = import_rerun()
         self.stream = self._opened(target)
         self._waiting: collections.deque[tuple[int, Callable[..., None], tuple[Any, ...]]] = collections.deque()
@@ -61,6 +61,11 @@ class RerunLog:
         self._thread = None if wait else threading.Thread(target=self._write, name="torchpi-rerun", daemon=True)
         if self._thread is not None:
             self._thread.start()
+
+    @property
+    def seconds(self) -> float:
+        """Time since the log's beginning."""
+        return time.monotonic() - self._began
 
     def robot(self, metadata: Mapping[str, Any], *, label: str = "") -> RobotLog:
         """The log of one robot, by a policy's metadata; a label tells several in one log apart."""
@@ -175,6 +180,11 @@ class RobotLog:
         if self._hz is None:
             _log.warning("The policy states no control_hz: Rerun's log shows its actions a second apart")
 
+    @property
+    def seconds(self) -> float:
+        """Time since the log's beginning."""
+        return self._log.seconds
+
     def observe(self, seconds: float, observation: Mapping[str, Any], *, frame: int | None = None) -> None:
         """Log an observation with the robot's own keys; images are copied."""
         flat = dict(_flatten(observation))
@@ -199,9 +209,9 @@ class RobotLog:
         """Log the action [a] that the robot is sent."""
         self._log.put(self._scalars, self._at(seconds, frame), "action", self._names, np.array(action, np.float64))
 
-    def predict(self, seconds: float, chunk: np.ndarray, *, frame: int | None = None) -> None:
-        """Log a chunk [H, a] whose first action is for this time."""
-        rate = float(self._hz or 1)
+    def predict(self, seconds: float, chunk: np.ndarray, *, frame: int | None = None, hz: float | None = None) -> None:
+        """Log a chunk [H, a] whose first action is for this time; `hz`: of its actions, by default the policy's."""
+        rate = float(hz or self._hz or 1)
         lane = next((i for i, end in enumerate(self._lanes) if end + 0.5 / rate <= seconds), len(self._lanes))
         if lane == MAX_LANES:
             self._log.drop()

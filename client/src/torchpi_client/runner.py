@@ -130,7 +130,8 @@ class ControlLoop:
             return self.report
         self._schedule = schedule
         pacer = Pacer(self._clock, 1 / self.control_hz)
-        self._began = self._clock.now()
+        # Of the log, which may have been there before: earlier runs are in it, and other robots.
+        self._log_began = self._clock.now() - (0.0 if self._run_log is None else self._run_log.seconds)
         try:
             while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
                 self._step()
@@ -257,7 +258,7 @@ class ControlLoop:
             return
         chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
         if self._run_log is not None:
-            self._run_log.predict(pending.since - self._began, chunk)
+            self._run_log.predict(pending.since - self._log_began, chunk, hz=self.control_hz)
         age = self._clock.now() - pending.since
         discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
         if discarded is None:
@@ -293,7 +294,7 @@ class ControlLoop:
         since = self._clock.now()
         observation = dict(self._robot.observe())
         if self._run_log is not None:
-            self._run_log.observe(since - self._began, observation)
+            self._run_log.observe(since - self._log_began, observation)
         request = self._schedule.request()
         if self._settings.mode == "rtc":
             observation.update(self._rtc_fields(request))
@@ -379,7 +380,7 @@ class ControlLoop:
     def _act(self, command: np.ndarray) -> None:
         self._last = np.asarray(command, np.float32)
         if self._run_log is not None:
-            self._run_log.execute(self._clock.now() - self._began, self._last)
+            self._run_log.execute(self._clock.now() - self._log_began, self._last)
         if not self._settings.dry_run:
             self._robot.act(self._last.copy())
 

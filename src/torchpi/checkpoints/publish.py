@@ -1,6 +1,5 @@
 """Policy folders on the Hugging Face Hub: exactly the files of a policy, in one commit, with a model card."""
 
-import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -33,7 +32,7 @@ _FOREIGN = re.compile(r"config\.json|adapter_config\.json|params/.*|[^/]+\.(safe
 _MARK = "\n<!-- Written by torchpi; the next push replaces it, unless it is edited: {} -->\n"
 _RESULTS = ("env", "seed", "success_rate", "interval", "tasks", "num_steps", "execute_steps", "max_steps")
 # Of this machine: credentials; the folders of a path that is the whole text, is in quotes, or stands in a text.
-_SECRET = re.compile(r"(?<=://)[^/\s@]*:[^/\s@]*@|\bhf_\w{20,}|file://")
+_SECRET = re.compile(r"(?<=://)[^/\s@]+@|\bhf_\w{20,}|file://")
 _PLACE = r"(?:~[\w.-]*[\\/]|\.{0,2}/|[A-Za-z]:[\\/]|\\\\)"
 _WHOLE = re.compile(rf"{_PLACE}(?:[^\n]*[\\/])?([^\\/\n]+)[\\/]*")
 _QUOTED = re.compile(rf"(['\"]){_PLACE}(?:[^'\"\n]*[\\/])?([^\\/'\"\n]+)[\\/]*\1")
@@ -277,49 +276,33 @@ def _explained(name: str) -> Iterator[None]:
         raise CheckpointError(f"{message} ({cause}).") from error
 
 
-class Publishable(abc.ABC):
-    """A policy's methods by their names in transformers and LeRobot."""
+def push_to_hub(
+    policy: Any,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    license: str | None = None,
+    dtype: torch.dtype | None = None,
+    token: str | None = None,
+) -> Published:
+    """Upload a policy to the Hugging Face Hub in one commit, with a model card; see docs/hub.md.
 
-    @abc.abstractmethod
-    def save(
-        self, path: str | pathlib.Path, *, overwrite: bool = False, dtype: torch.dtype | None = None,
-        max_shard_bytes: int | None = None,
-    ) -> None:  # fmt: skip
-        """See `Policy.save`."""
+    Args:
+        repo_id: ORG/NAME; made if it is not there.
+        private: whether only its owners see a new repository; an existing public one is an error.
+        revision: a branch, made if it is not there; by default main.
+        create_pr: open a pull request instead.
+        license: for the card, by its name on the Hub, as "apache-2.0".
+        dtype: of the weights; by default their own.
+        token: by default that of `hf auth login` or HF_TOKEN.
 
-    def save_pretrained(self, path: str | pathlib.Path, **options: Any) -> None:
-        """`save`, by its name in transformers and LeRobot."""
-        self.save(path, **options)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str | None = None,
-        license: str | None = None,
-        dtype: torch.dtype | None = None,
-        token: str | None = None,
-    ) -> Published:
-        """Upload the policy to the Hugging Face Hub in one commit, with a model card; see docs/hub.md.
-
-        Args:
-            repo_id: ORG/NAME; made if it is not there.
-            private: whether only its owners see a new repository; an existing public one is an error.
-            revision: a branch, made if it is not there; by default main.
-            create_pr: open a pull request instead.
-            license: for the card, by its name on the Hub, as "apache-2.0".
-            dtype: of the weights; by default their own.
-            token: by default that of `hf auth login` or HF_TOKEN.
-
-        Raises:
-            ValueError: the repository can't be written, or holds another checkpoint.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save(path := pathlib.Path(folder) / "policy", dtype=dtype, max_shard_bytes=5 * 10**9)
-            return publish(
-                package(path, repo_id, license=license), private=private, revision=revision, create_pr=create_pr,
-                commit_message=commit_message, token=token,
-            )  # fmt: skip
+    Raises:
+        ValueError: the repository can't be written, or holds another checkpoint.
+    """
+    options: dict[str, Any] = {"private": private, "revision": revision, "create_pr": create_pr, "token": token}
+    with tempfile.TemporaryDirectory() as folder:
+        policy.save(path := pathlib.Path(folder) / "policy", dtype=dtype, max_shard_bytes=5 * 10**9)
+        return publish(package(path, repo_id, license=license), commit_message=commit_message, **options)

@@ -20,7 +20,7 @@ def write_episodes(demo: Demo, target: pathlib.Path) -> None:
     rollout = checked_rollout(policy, evaluation.env, Rollout())
     latest, began = LatestEnvironment(evaluation.env), 0.0
     with rerun_log(target) as log, progress_bar("episodes for Rerun", len(first)) as advance:
-        seen = log.robot({"action_units": policy.embodiment.action_units, **policy.metadata})
+        seen = log.robot(policy.metadata)
         for episode in first:
             environment, text = latest.of(episode.task), evaluation.tasks[episode.task].instruction
             period = 1 / (environment.embodiment.control_hz or 1)

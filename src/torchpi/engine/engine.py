@@ -96,24 +96,14 @@ class InferenceEngine:
         """A copy, also one in another process, is a new engine of the copied model: it warms up its own buckets."""
         return functools.partial(InferenceEngine, **self._arguments), (self.model,)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def sample_actions(
-        self,
-        observation: Observation,
-        *,
-        noise: Float32[Tensor, "B H A"] | None = None,
-        num_steps: int = 10,
-        generator: torch.Generator | None = None,
-        guidance: Guidance | None = None,
-        action_prefix: ActionPrefix | None = None,
+        self, observation: Observation, *, noise: Float32[Tensor, "B H A"] | None = None, **options: Any
     ) -> Float32[Tensor, "B H A"]:
-        """`Pi0.sample_actions`; see `sample_many`."""
+        """`Pi0.sample_actions`, with its arguments; see `sample_many`."""
         if noise is not None:
             self.model.check_actions(observation, noise, "Noise")
             noise = noise[:, None]
-        rtc: dict[str, Any] = {"guidance": guidance, "action_prefix": action_prefix}
-        return self.sample_many(observation, noise=noise, num_steps=num_steps, generator=generator, **rtc).actions[:, 0]
+        return self.sample_many(observation, noise=noise, **options).actions[:, 0]
 
     @torch.inference_mode(False)
     @torch.no_grad()

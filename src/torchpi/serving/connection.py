@@ -188,9 +188,7 @@ class Connection:
             await self.websocket.close(*GOODBYE)
 
     async def _greet(self) -> None:
-        policy = self._state.policies[self._policy]
-        units = list(policy.embodiment.action_units)
-        await self.websocket.send(pack({"action_units": units, **policy.metadata, **SUPPORTED}))
+        await self.websocket.send(pack({**self._state.policies[self._policy].metadata, **SUPPORTED}))
 
     async def _receive(self, robot: Robot) -> str | bytes:
         """The next message that the model answers."""

@@ -1,6 +1,5 @@
 """Requests and chunks of a server in the viewer Rerun, live or as a file; robots never wait for it."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,8 @@ class LiveView:
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         """Show one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
         if client not in self._robots:
-            robot = policy.embodiment
-            described = {
-                "observation": robot.observation_format,
-                "action_names": robot.action_names,
-                "action_units": robot.action_units,
-                "control_hz": robot.control_hz,
-            }
-            self._robots[client] = self._log.robot(described, label=f"{name} {client}")
-        seen, now = self._robots[client], time.monotonic() - self._log.began
+            self._robots[client] = self._log.robot(policy.metadata, label=f"{name} {client}")
+        seen, now = self._robots[client], self._log.seconds
         seen.observe(now, observation)
         seen.predict(now, actions)
 
