@@ -11,6 +11,7 @@ from sim_helpers import (
 )
 
 from torchpi.cli import main
+from torchpi.sim.actors import RemotePolicy, fingerprint
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.rollout import Rollout
 
@@ -96,6 +97,16 @@ def test_episodes_of_another_policy_are_not_mixed(corridor, policy, tmp_path):  
         next(other.model.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(ValueError, match="an evaluation with policy"):
         run(other, tmp_path)
+
+
+def test_a_served_policy_stays_the_same_while_its_engine_warms_up():
+    served = RemotePolicy.__new__(RemotePolicy)
+    served.metadata = {"embodiment": "so101", "engine": {"mode": "graph", "warm_buckets": []}}
+    before = fingerprint(served)
+    served.metadata["engine"]["warm_buckets"].append("batch 1")
+    assert fingerprint(served) == before
+    served.metadata["embodiment"] = "koch"
+    assert fingerprint(served) != before
 
 
 def test_an_episode_without_its_video_runs_again(corridor, policy, tmp_path):  # noqa: F811

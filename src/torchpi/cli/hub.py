@@ -52,18 +52,13 @@ class Push:
             print(card.decode() if isinstance(card, bytes) else f"{CARD}: the folder's own")
             print("\n".join([*packed.notes, f"files: {', '.join(packed.files)}"]))
             return
-        done = publish(
-            packed,
-            private=self.private or None,
-            revision=self.revision,
-            create_pr=self.create_pr,
-            commit_message=self.message,
-        )
+        options: dict[str, Any] = {"private": self.private or None, "revision": self.revision}
+        done = publish(packed, create_pr=self.create_pr, commit_message=self.message, **options)
         if self.json:
             return print_json(dataclasses.asdict(done))
-        print("\n".join([*done.notes, *(f"removed there: {file}" for file in done.removed)]))
         at = f" --revision {self.revision}" if self.revision else ""
-        print(f"{len(done.files)} files: {done.url}\nnext: torchpi pull {packed.name}{at}")
+        lines = [*done.notes, *(f"removed there: {file}" for file in done.removed)]
+        print("\n".join([*lines, f"{len(done.files)} files: {done.url}", f"next: torchpi pull {packed.name}{at}"]))
 
 
 def _of_run(policy: pathlib.Path) -> Mapping[str, Any] | None:

@@ -89,7 +89,8 @@ def noise_shape(actor: Actor, num_samples: int | None = None) -> tuple[int, ...]
 def fingerprint(actor: Actor) -> str:
     """SHA-256 of all that a policy is made of; of a served one, of what its server says about it."""
     if isinstance(actor, RemotePolicy):
-        return hashlib.sha256(json.dumps(actor.metadata, sort_keys=True, default=repr).encode()).hexdigest()
+        stated = {name: value for name, value in actor.metadata.items() if name != "engine"}  # warms up while it serves
+        return hashlib.sha256(json.dumps(stated, sort_keys=True, default=repr).encode()).hexdigest()
     if not isinstance(actor, Policy):
         return type(actor).__name__
     weights = actor.model.state_dict()

@@ -13,10 +13,11 @@ import torch
 
 from torchpi.errors import SimulationError, UnknownKeyError
 from torchpi.policy import Policy
+from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor, provenance_of
 from torchpi.sim.environment import environment_seed
-from torchpi.sim.kept import begin_or_resume, episode_file, read_outcome, write_outcome
+from torchpi.sim.kept import begin_or_resume, read_outcome
 from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
@@ -79,7 +80,9 @@ def evaluate(
     protocol = simulator(env).protocol
     episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
     check_episodes(env, episodes, videos)
-    folder = _folder(out, videos, resume)
+    if (videos or resume) and out is None:
+        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
+    folder = pathlib.Path(out or "")
     open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
     actor = open_policy()
     rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(provenance_of(actor), env, tasks)
@@ -121,7 +124,7 @@ def _jobs(
         for index in range(episodes):
             video = str(out / f"{task}_{index}.mp4") if index < videos else None
             own = seed if place.protocol.initial_states else environment_seed("eval", seed, task, index)
-            kept = episode_file(out, task, index) if resume else None
+            kept = out / "episodes" / f"{task}_{index}.json" if resume else None
             jobs.append(_Job(task, index, own, instruction_of[task], video, kept))
     return jobs
 
@@ -151,15 +154,9 @@ def _counting_kept(jobs: Sequence[_Job], folder: pathlib.Path) -> Iterator[None]
 
 def _kept(job: _Job) -> EpisodeOutcome | None:
     """Its outcome, if it has ended before, and with the video that is asked for."""
-    if job.kept is None or (job.video is not None and not pathlib.Path(job.video).exists()):
+    if job.kept is None or not job.kept.exists() or (job.video is not None and not pathlib.Path(job.video).exists()):
         return None
     return read_outcome(job.kept)
-
-
-def _folder(out: str | pathlib.Path | None, videos: int, resume: bool) -> pathlib.Path:
-    if (videos or resume) and out is None:
-        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
-    return pathlib.Path(out or "")
 
 
 def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, env: str, workers: int | None, jobs: int) -> int:
@@ -210,7 +207,7 @@ class _Evaluator:
                 self._actor, environment, job.seed, episode=episode, rollout=rollout, noise=noise, callback=callback
             )
         if job.kept is not None:
-            write_outcome(job.kept, outcome)
+            write_json(job.kept, dataclasses.asdict(outcome))
         return outcome
 
     def close(self) -> None:

@@ -16,9 +16,6 @@ from torchpi.sim import simulator
 from torchpi.sim.actors import fingerprint
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout
 
-SETTINGS = "evaluation.json"
-
-
 def begin_or_resume(
     folder: pathlib.Path, actor: Actor, env: str, seed: int, rollout: Rollout, instructions: Mapping[str, str]
 ) -> None:
@@ -32,7 +29,7 @@ def begin_or_resume(
         "instructions": dict(instructions),
         "versions": {package: importlib.metadata.version(package) for package in packages},
     }
-    if (file := folder / SETTINGS).exists():
+    if (file := folder / "evaluation.json").exists():
         before = read_json_object(file, error=SimulationError)
         if changed := [name for name in {**settings, **before} if settings.get(name) != before.get(name)]:
             found = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in changed)
@@ -45,18 +42,6 @@ def begin_or_resume(
         write_json(file, settings)
 
 
-def episode_file(folder: pathlib.Path, task: str, index: int) -> pathlib.Path:
-    """The file of an episode's outcome."""
-    return folder / "episodes" / f"{task}_{index}.json"
-
-
-def write_outcome(file: pathlib.Path, outcome: EpisodeOutcome) -> None:
-    """Keep an outcome: its file is there whole, or not at all."""
-    write_json(file, dataclasses.asdict(outcome))
-
-
-def read_outcome(file: pathlib.Path) -> EpisodeOutcome | None:
-    """The outcome in a file; None: that episode has not ended yet."""
-    if not file.exists():
-        return None
+def read_outcome(file: pathlib.Path) -> EpisodeOutcome:
+    """The outcome of an episode that has ended."""
     return parse(EpisodeOutcome, read_json(file, error=SimulationError), f"{file}: it", error=SimulationError)
