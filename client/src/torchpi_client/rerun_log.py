@@ -51,7 +51,11 @@ class RerunLog:
         self.dropped = 0
         """Entries that were not written: there was no room, or writing failed."""
         self._began = time.monotonic()
-        self.rerun = import_rerun()
+        try:
+            self.rerun, self.blueprint = map(importlib.import_module, ("rerun", "rerun.blueprint"))
+        except ModuleNotFoundError as error:
+            text = f"Rerun's log needs rerun-sdk: pip install 'rerun-sdk>=0.26' ({error})."
+            raise ModuleNotFoundError(text) from error
         self.stream = self._opened(target)
         self._waiting: collections.deque[tuple[int, Callable[..., None], tuple[Any, ...]]] = collections.deque()
         self._bytes = 0
@@ -119,10 +123,9 @@ class RerunLog:
         self._layouts[label] = layout
         if len(self._layouts) > _MAX_LAYOUTS:  # the first one's data stay
             del self._layouts[next(iter(self._layouts))]
-        blueprint = importlib.import_module("rerun.blueprint")
         views = [*self._layouts.values()]
-        shown = views[0] if len(views) == 1 else blueprint.Tabs(*views)
-        self.stream.send_blueprint(blueprint.Blueprint(shown, collapse_panels=True))
+        shown = views[0] if len(views) == 1 else self.blueprint.Tabs(*views)
+        self.stream.send_blueprint(self.blueprint.Blueprint(shown, collapse_panels=True))
 
     def _write(self) -> None:
         while True:
@@ -227,11 +230,10 @@ class RobotLog:
     # ---- in the thread that writes ----
 
     def _scalars(self, at: tuple[int, float], kind: str, names: Sequence[str], values: np.ndarray) -> None:
-        self._set_time(at)
         for i, value in enumerate(values.tolist()):
             path = self._path(kind, _nth(names, i))
             self._style(path, kind)
-            self._log.stream.log(path, self._log.rerun.Scalars(value))
+            self._show(at, path, self._log.rerun.Scalars(value))
 
     def _chunk(self, lane: int, frames: np.ndarray, times: np.ndarray, chunk: np.ndarray) -> None:
         rerun = self._log.rerun
@@ -249,7 +251,6 @@ class RobotLog:
 
     def _image(self, at: tuple[int, float], camera: Mapping[str, Any], image: np.ndarray) -> None:
         rerun = self._log.rerun
-        self._set_time(at)
         if camera.get("layout") == "chw":
             image = np.moveaxis(image, 0, -1)
         if image.ndim == 2 or image.shape[-1] == 1:
@@ -258,15 +259,15 @@ class RobotLog:
         else:
             pixels = image if image.dtype == np.uint8 else np.clip(image * 255.0, 0, 255).astype(np.uint8)
             shown = rerun.Image(pixels).compress(jpeg_quality=JPEG_QUALITY)
-        self._log.stream.log(self._path("cameras", camera["key"]), shown)
+        self._show(at, self._path("cameras", camera["key"]), shown)
 
     def _text(self, at: tuple[int, float], text: str) -> None:
-        self._set_time(at)
-        self._log.stream.log(self._path("prompt"), self._log.rerun.TextDocument(text))
+        self._show(at, self._path("prompt"), self._log.rerun.TextDocument(text))
 
-    def _set_time(self, at: tuple[int, float]) -> None:
+    def _show(self, at: tuple[int, float], path: str, content: Any) -> None:
         self._log.stream.set_time("frame", sequence=at[0])
         self._log.stream.set_time("time", duration=at[1])
+        self._log.stream.log(path, content)
 
     def _style(self, path: str, kind: str) -> None:
         if path not in self._styled:
@@ -280,39 +281,23 @@ class RobotLog:
     def _arrange(self) -> None:
         """Cameras and the instruction on the left, a plot for each dimension on the right."""
         assert self._format is not None
-        blueprint = importlib.import_module("rerun.blueprint")
+        blueprint = self._log.blueprint
         cameras = [
             blueprint.Spatial2DView(origin=self._path("cameras", camera["key"]), name=camera["key"])
             for camera in self._format["cameras"]
         ]
         text = blueprint.TextDocumentView(origin=self._path("prompt"), name="instruction")
-        states = {
-            name: _titled(name, part.get("units") or (), i)
-            for part in self._format["state"]
-            for i, name in enumerate(part["names"])
-        }
-        plots = []
+        plots = {}
         for i, name in enumerate(self._names):
-            title = _titled(name, self._units, i)
-            contents = [self._path("action", name), f"{self._path('predicted', name)}/**"]
-            if states.get(name) == title:
-                contents.append(self._path("state", name))
-                del states[name]
-            plots.append(blueprint.TimeSeriesView(origin="/", contents=contents, name=title))
-        for name, title in states.items():
-            contents = [self._path("state", name)]
-            plots.append(blueprint.TimeSeriesView(origin="/", contents=contents, name=f"state {title}"))
+            plots[_titled(name, self._units, i)] = [self._path("action", name), f"{self._path('predicted', name)}/**"]
+        for part in self._format["state"]:
+            for i, name in enumerate(part["names"]):
+                title = _titled(name, part.get("units") or (), i)
+                plots.setdefault(title if title in plots else f"state {title}", []).append(self._path("state", name))
         left = blueprint.Vertical(*cameras, text, row_shares=[3] * len(cameras) + [1])
-        layout = blueprint.Horizontal(left, blueprint.Grid(*plots), column_shares=[1, 3], name=self._label or "robot")
+        right = [blueprint.TimeSeriesView(origin="/", contents=paths, name=title) for title, paths in plots.items()]
+        layout = blueprint.Horizontal(left, blueprint.Grid(*right), column_shares=[1, 3], name=self._label or "robot")
         self._log.arrange(self._label, layout)
-
-
-def import_rerun() -> Any:
-    """The module of rerun-sdk."""
-    try:
-        return importlib.import_module("rerun")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"Rerun's log needs rerun-sdk: pip install 'rerun-sdk>=0.26' ({error}).") from error
 
 
 def _flatten(observation: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

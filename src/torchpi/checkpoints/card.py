@@ -71,9 +71,7 @@ def model_card(
 
 def origins(provenance: Mapping[str, Any]) -> list[str]:
     """The checkpoints that a policy's weights were made of."""
-    recipe = _mapping(provenance, "recipe")
-    # Options are in groups; in recipes of earlier versions they are not.
-    found = [(_mapping(recipe, "model") or recipe).get("init"), provenance.get("source")]
+    found = [_options(provenance, "model").get("init"), provenance.get("source")]
     found += [_mapping(provenance, step).get("source") for step in ("converted", "quantized")]
     return [text for text in dict.fromkeys(found) if isinstance(text, str) and text != "torchpi train"]
 
@@ -82,7 +80,7 @@ def training_of(provenance: Mapping[str, Any]) -> list[str]:
     """The training, as far as it is stated: steps, the beginning, the machine, recordings."""
     parts, recipe, dataset = list[str](), _mapping(provenance, "recipe"), _mapping(provenance, "dataset")
     if "batch_size" in recipe and "step" in provenance:
-        begun = (_mapping(recipe, "model") or recipe).get("init") or "random weights"
+        begun = _options(provenance, "model").get("init") or "random weights"
         parts.append(f"{provenance['step']} steps of {recipe['batch_size']} samples, from {begun}")
     if "machine" in provenance:
         parts.append(f"on {provenance['machine']}")
@@ -119,12 +117,17 @@ def _facts(spec: PolicySpec, config: Pi0Config, num_parameters: int) -> Iterator
 
 
 def _datasets(provenance: Mapping[str, Any]) -> list[str]:
-    recipe = _mapping(provenance, "recipe")
-    data = _mapping(recipe, "data") or recipe
+    data = _options(provenance, "data")
     mixture = data.get("mixture")
     parts = (data, *(mixture if isinstance(mixture, list | tuple) else ()))
     found = [part.get("dataset") for part in parts if isinstance(part, Mapping)]
     return [dataset for dataset in found if dataset and isinstance(dataset, str)]
+
+
+def _options(provenance: Mapping[str, Any], group: str) -> Mapping[str, Any]:
+    """A group of the recipe's options; in recipes of earlier versions they are in none."""
+    recipe = _mapping(provenance, "recipe")
+    return _mapping(recipe, group) or recipe
 
 
 def _mapping(document: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -16,6 +16,7 @@ from torchpi.sim import simulator
 from torchpi.sim.actors import fingerprint
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout
 
+
 def begin_or_resume(
     folder: pathlib.Path, actor: Actor, env: str, seed: int, rollout: Rollout, instructions: Mapping[str, str]
 ) -> None:
