@@ -65,7 +65,8 @@ def _of_run(policy: pathlib.Path) -> Mapping[str, Any] | None:
     """The success of a checkpoint in the metrics of its training run, as an evaluation's results."""
     from torchpi.training.run_folder import METRICS, RECIPE, read_metrics, resume_config, without_overtaken
 
-    step, run = policy.absolute().parent, policy.absolute().parents[2] if len(policy.absolute().parents) > 2 else policy
+    # RUN/checkpoints/STEP/policy
+    step, run = policy.absolute().parent, policy.absolute().parent.parent.parent
     if not (run / RECIPE).is_file() or not step.name.isdecimal():
         return None
     for line in reversed(without_overtaken(read_metrics(run / METRICS))):

@@ -161,7 +161,7 @@ class Robot:
             ],
             "executed": self.executed(now),
             "horizon": len(last.answer["actions"]),
-            "num_samples": len(last.answer.get("samples", "1")),
+            "num_samples": len(last.answer["samples"]) if "samples" in last.answer else 1,
             "uncertainty": _rounded(last.answer.get("uncertainty", math.nan)),
             "control_hz": embodiment.control_hz,
         }

@@ -106,14 +106,14 @@ class Pages:
 
     def _harness(self, connection: ServerConnection, request: Request, path: str) -> Response:
         """The pages that the vla-evaluation-harness asks for; its /config may change settings, this one may not."""
-        content: dict[str, Any]
-        status, ready = http.HTTPStatus.OK, self._state.ready
-        if path == "/health":
-            status = status if ready else http.HTTPStatus.SERVICE_UNAVAILABLE
-            content = {"status": "ok" if ready else "not ready"}
+        status, content = http.HTTPStatus.OK, dict[str, Any]()
+        if path == "/health" and self._state.ready:
+            content = {"status": "ok"}
+        elif path == "/health":
+            status, content = http.HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready"}
         elif "?" in request.path:
-            status = http.HTTPStatus.UNPROCESSABLE_ENTITY
-            content = {"errors": ["No setting changes while the server runs; start it with --max-batch."]}
+            errors = ["No setting changes while the server runs; start it with --max-batch."]
+            status, content = http.HTTPStatus.UNPROCESSABLE_ENTITY, {"errors": errors}
         else:
             content = {"config": {"max_batch_size": self._state.settings.max_batch}}
         response = connection.respond(status, f"{json.dumps(content)}\n")
