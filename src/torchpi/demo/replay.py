@@ -1,11 +1,13 @@
 """The demo's episodes in the viewer Rerun: the first one of each task, as in its video."""
 
 import pathlib
+from functools import partial
+from typing import Any
 
 from torchpi.demo.page import Demo
 from torchpi.errors import SimulationError
 from torchpi.evaluation.view import rerun_log
-from torchpi.sim import LatestEnvironment
+from torchpi.sim import Environment, LatestEnvironment
 from torchpi.sim.actors import checked_rollout
 from torchpi.sim.rollout import Rollout, RolloutStep, episode_noise, run_episode
 from torchpi.ui.progress import progress_bar
@@ -24,18 +26,20 @@ def write_episodes(demo: Demo, target: pathlib.Path) -> None:
         for episode in first:
             environment, text = latest.of(episode.task), evaluation.tasks[episode.task].instruction
             period = 1 / (environment.embodiment.control_hz or 1)
-
-            def show(step: RolloutStep) -> None:
-                now = began + step.step * period  # noqa: B023  called in this round only
-                if step.executed:
-                    seen.execute(now - period, step.chunk[step.executed - 1])  # noqa: B023
-                else:
-                    seen.predict(now, step.chunk)
-                if step.executed == 0 or step.step % 2 == 0:
-                    seen.observe(now, environment.observe() | {"prompt": text})  # noqa: B023
-
+            show = partial(_show, seen, environment, text, began, period)
             noise = episode_noise(evaluation.seed, episode.task, 0, policy.model.config.chunk_shape)
             outcome = run_episode(policy, environment, episode.seed, rollout=rollout, noise=noise, callback=show)
             began += outcome.steps * period
             advance()
     latest.close()
+
+
+def _show(seen: Any, environment: Environment, text: str, began: float, period: float, step: RolloutStep) -> None:
+    """Log a step of an episode that has begun at a time."""
+    now = began + step.step * period
+    if step.executed:
+        seen.execute(now - period, step.chunk[step.executed - 1])
+    else:
+        seen.predict(now, step.chunk)
+    if step.executed == 0 or step.step % 2 == 0:
+        seen.observe(now, environment.observe() | {"prompt": text})
