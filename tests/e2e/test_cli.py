@@ -308,6 +308,28 @@ def test_a_mistyped_option_brings_suggestions_of_its_own_command_alone(capsys):
     assert "torchpi train" not in printed
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian", "--help"], "There is no command 'trian'; did you mean torchpi train?"),
+        (["inspect", "my_set"], "There is no command 'inspect'; did you mean torchpi data inspect?"),
+        (["data", "drat"], "There is no command 'data drat'; did you mean torchpi data draft?"),
+        (["fly"], "There is no command 'fly'. torchpi --help lists them."),
+    ],
+)
+def test_an_unknown_command_is_one_line(words, message, capsys):
+    assert message in fails(words, capsys)
+
+
+def test_a_pipe_that_ends_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)  # as `torchpi train --help | head` does
+    command = [sys.executable, "-m", "torchpi.cli", "train", "--help"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 # Help
 
 

@@ -264,7 +264,7 @@ def test_draft_asks_equal_questions_once(tmp_path):
     document = draft_embodiment(inspect_dataset(arm_set(tmp_path / "set", **options)), "arm")
     joints, reason = ", ".join(names), "rad: from -0.5 to 0.6: joints, or normalized to -1 to 1"
     assert list(questions_of(document)) == [
-        f"state state: are these units right? {joints} {reason}",
+        f"state: are these units right? {joints} {reason}",
         f"actions {joints}: unit {reason}",
     ]
     assert len([row for row in document["actions"] if "comment" in row]) == 6

@@ -597,6 +597,14 @@ def test_json_is_one_document(file, capsys):
     assert document["observation"]["state"][0]["outside"] is False
 
 
+def test_gaps_that_stop_a_control_loop_are_notes(make_policy, demo):
+    robot = dataclasses.replace(get_embodiment(TWO_JOINTS), execute_steps=99)
+    beyond, unstated = findings(diagnose(make_policy(embodiment=robot)), "note", "robot")
+    assert beyond.startswith("execute_steps is 99, but its chunk has only")
+    assert unstated.startswith("no command is stated for shoulder, elbow, without which the control loop refuses")
+    assert findings(diagnose(demo), "note", "robot") == []
+
+
 def test_report_names_every_part(file, capsys, tmp_path, damaged):
     assert run_doctor("demo", observation=file, device="cpu") == 0
     out, err = capsys.readouterr()

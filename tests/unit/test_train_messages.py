@@ -1,5 +1,6 @@
 """Messages of a run: on the device, the schedule, dimensions that never move, and mistakes in its paths."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -13,6 +14,7 @@ from train_helpers import SIZES, write_dataset
 from torchpi.cli import main
 from torchpi.data import LeRobotWriter
 from torchpi.devices import has_bfloat16
+from torchpi.robots import get_embodiment
 from torchpi.training import loop, summary
 from torchpi.training import weights as training_weights
 from torchpi.training.config import TrainConfig
@@ -120,6 +122,17 @@ def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
 def test_more_steps_than_the_schedule_has_are_noted(recipe, tmp_path, capsys):
     loop.train(recipe.replace(num_steps=2, decay_steps=1, ema_decay=0.0, holdout=0.0), tmp_path / "run")
     assert "the learning rate stays at min_lr 2.5e-06 from decay_steps 1 on" in unwrapped(capsys)
+
+
+def test_what_will_stop_the_control_loop_is_said_before_training(recipe, tmp_path, capsys):
+    robot = get_embodiment("metaworld")
+    actions = [dataclasses.replace(action, command=None) for action in robot.actions]
+    robot = dataclasses.replace(robot, actions=actions, execute_steps=99)
+    (tmp_path / "robot.json").write_text(json.dumps(robot.to_dict()))
+    loop.train(recipe.replace(embodiment=str(tmp_path / "robot.json"), num_steps=1), tmp_path / "run")
+    shown = unwrapped(capsys)
+    assert "warning: embodiment metaworld: execute_steps is 99, but its chunk has only" in shown
+    assert "no command is stated for delta_x, delta_y, delta_z, gripper" in shown
 
 
 def test_too_little_memory_points_to_the_plan(recipe, tmp_path, capsys, monkeypatch):

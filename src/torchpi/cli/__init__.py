@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from torchpi.cli import bench, checkpoints, data, evaluation, hub, init, policy,
 from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
 from torchpi.data.files import ALLOW_OUTSIDE
-from torchpi.errors import printable
+from torchpi.errors import UsageError, closest, printable
 from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
 
@@ -87,6 +88,9 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
+    except BrokenPipeError:  # `torchpi … | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         separator = "\n" if "\n" in str(error) else " "
         message = separator.join(map(str, (error, *getattr(error, "__notes__", ()))))
@@ -128,7 +132,12 @@ def _allowed_outside(args: Sequence[str]) -> list[str]:
 
 def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
     """The command of that name with its arguments."""
-    if not name:  # ends with an error that has similar names
+    if not name:  # an option of torchpi itself, such as the completion of the shell
+        if not args[0].startswith("-"):
+            given = " ".join(args[: 2 if any(known.startswith(f"{args[0]} ") for known in COMMANDS) else 1])
+            near = closest(given, COMMANDS) or next((known for known in COMMANDS if args[0] in known.split()), None)
+            meant = f"; did you mean torchpi {near}?" if near else "."
+            raise UsageError(f"There is no command {printable(given)!r}{meant} torchpi --help lists them.")
         commands: dict[str, Callable[..., Command]] = {**COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -58,7 +58,8 @@ def questions_of(document: Mapping[str, Any]) -> Iterator[str]:
                 found[_MEASURED.sub(r"\1…", text)][row.get("name") or row["key"]] = text
         for general, texts in found.items():
             differing = set(texts.values())
-            yield f"{part} {', '.join(texts)}: {general if len(differing) > 1 else differing.pop()}"
+            names = "" if list(texts) == [part] else f" {', '.join(texts)}"  # the usual state has the key "state"
+            yield f"{part}{names}: {general if len(differing) > 1 else differing.pop()}"
 
 
 def to_text(document: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from torchpi.inspect.sensitivity import check_sensitivities, sample_chunks, sens
 from torchpi.inspect.statistics import check_statistics, excess
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
+from torchpi.robots.commands import control_gaps
 from torchpi.robots.keys import flatten
 from torchpi.transforms.normalize import constant_dims, normalize
 
@@ -73,6 +74,8 @@ def diagnose(
     findings, checks = [*of_weights, *check_statistics(policy)], None
     if policy.transforms.untrained_actions:
         findings.append(finding("untrained_actions", "actions", names=first_of(policy.transforms.untrained_actions, 5)))
+    gaps = control_gaps(policy.embodiment, policy.model.config.action_horizon)
+    findings += [finding("control_gap", "robot", gap=gap) for gap in gaps]
     if dataset is not None:
         findings += _check_dataset(policy, dataset)
     if observation is not None:

@@ -2,9 +2,13 @@
 
 import dataclasses
 import re
+from collections.abc import Iterator
 
+from torchpi.errors import first_of
 from torchpi.robots.embodiment import Embodiment
-from torchpi.robots.parts import ActionDim
+from torchpi.robots.parts import COMMANDS, ActionDim
+
+_WHERE = "in the file of --embodiment, or in policy.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,17 @@ def _hold_command(i: int, action: ActionDim, embodiment: Embodiment) -> HoldComm
     if may_be_missing or (action.unit and unit and action.unit != unit):
         return None
     return HoldCommand(index, f"state {names[index]}")
+
+
+def control_gaps(embodiment: Embodiment, horizon: int | None) -> Iterator[str]:
+    """Warnings about what a control loop needs and the robot's description lacks, for chunks of `horizon` actions."""
+    if (steps := embodiment.execute_steps) and horizon and steps > horizon:
+        yield f"execute_steps is {steps}, but its chunk has only {horizon} actions; write at most {horizon} {_WHERE}."
+    if unstated := [action.name for action in embodiment.actions if action.command is None]:
+        yield (
+            f"no command is stated for {first_of(unstated)}, without which the control loop refuses to begin; write "
+            f'"command", one of {", ".join(COMMANDS)}, for each {_WHERE}.'
+        )
 
 
 def with_guessed_commands(embodiment: Embodiment) -> Embodiment:

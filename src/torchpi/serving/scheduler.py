@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from torchpi.errors import ActionError
+from torchpi.robots.commands import control_gaps
 from torchpi.serving.messages import RequestError
 from torchpi.serving.metrics import Metrics
 from torchpi.serving.settings import ServeSettings
@@ -175,10 +176,8 @@ class Scheduler:
     def _warm_up(self, name: str) -> None:
         """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
         policy = self._policies[name]
-        executed, horizon = policy.embodiment.execute_steps, policy.model.config.action_horizon
-        if executed and horizon and executed > horizon:
-            text = "policy %s: execute_steps is %d, but its chunk has only %d actions; correct its policy.json"
-            _log.warning(text, name, executed, horizon)
+        for gap in control_gaps(policy.embodiment, policy.model.config.action_horizon):
+            _log.warning("policy %s: %s", name, gap)
         for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
             noise = np.zeros((size, *self._settings.noise_shape(policy.model.config.chunk_shape)), np.float32)

@@ -18,6 +18,7 @@ from torchpi.errors import first_of
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
+from torchpi.robots.commands import control_gaps
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import World
 from torchpi.training.optim import learning_rate
@@ -91,6 +92,8 @@ def describe(
     weights = sum(dataset["weight"] for dataset in info["datasets"])
     for dataset, source, policy in zip(info["datasets"], data, policies, strict=True):
         _describe_dataset(console, config, dataset, source, dataset["weight"] / weights)
+        for gap in control_gaps(source.embodiment, model.config.action_horizon):
+            console.print(f"  warning: embodiment {source.embodiment.name}: {gap}")
         if source.source.norm_stats != "dataset" and not first_step:
             for problem in stats_problems(source.train, source.embodiment, policy.transforms):
                 console.print(f"  warning: {problem}")
