@@ -126,7 +126,7 @@ def test_more_steps_than_the_schedule_has_are_noted(recipe, tmp_path, capsys):
 
 def test_what_will_stop_the_control_loop_is_said_before_training(recipe, tmp_path, capsys):
     robot = get_embodiment("metaworld")
-    actions = [dataclasses.replace(action, command=None) for action in robot.actions]
+    actions = tuple(dataclasses.replace(action, command=None) for action in robot.actions)
     robot = dataclasses.replace(robot, actions=actions, execute_steps=99)
     (tmp_path / "robot.json").write_text(json.dumps(robot.to_dict()))
     loop.train(recipe.replace(embodiment=str(tmp_path / "robot.json"), num_steps=1), tmp_path / "run")
