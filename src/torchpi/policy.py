@@ -168,14 +168,11 @@ class Policy:
         generator: torch.Generator | None = None,
         prefixes: Sequence[PreviousChunk | None] | None = None,
     ) -> list[ActionChunk]:
-        """Several observations, independent of each other, in one pass.
+        """Several observations, independent of each other, in one pass; errors as `infer`.
 
         Args:
             noise: [B, H, action_dim], or with `num_samples` [B, N, H, action_dim].
             prefixes: for each observation the previous chunk that it continues, or None.
-
-        Raises:
-            As `infer`.
         """
         start = time.perf_counter()
         if not observations:
@@ -349,10 +346,7 @@ class Policy:
         hf://ORG/NAME, of a branch, tag or commit `revision`."""
         return load_policy(hub_address(address, revision), **options)
 
-    def save_pretrained(self, path: str | pathlib.Path, **options: Any) -> None:
-        """`save`, by its name in transformers and LeRobot."""
-        self.save(path, **options)
-
+    save_pretrained = save  # by its name in transformers and LeRobot
     push_to_hub = push_to_hub
 
     def write_spec(self, root: pathlib.Path) -> None:

@@ -73,8 +73,7 @@ def evaluate(
             1 on a GPU. 1: this process alone, the only possibility for a `Policy`. More need the usual
             `if __name__ == "__main__"` in a script.
         resume: keep each episode in the folder `out` as it ends, and take those that are there as they are.
-        load: more arguments for `load_policy`; token: of a served policy's server, in no result.
-        progress: show a progress bar on stderr.
+        load: more arguments for `load_policy`; token: of a served policy's server, in no result; progress: show a bar.
     """
     start = time.perf_counter()
     protocol = simulator(env).protocol
@@ -96,7 +95,6 @@ def evaluate(
         close_actor(actor)
     else:
         open_policy = partial(open_actor, actor, {})
-    del actor
     with _counting_kept(jobs, folder):
         _run(partial(_Evaluator, open_policy, env, seed, rollout), rest, done, workers, progress)
     name = str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__
