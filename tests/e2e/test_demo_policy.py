@@ -18,6 +18,7 @@ def test_embedded_policy_is_a_small_pi05_with_provenance():
     assert {"recipe", "dataset", "results"} <= set(policy.provenance)
 
 
+@pytest.mark.slow
 def test_it_succeeds_in_most_tasks():
     """One episode per task, always the same; a CPU that rounds otherwise may lose one, not three."""
     result = evaluate("demo", "metaworld", episodes=1, seed=1, workers=1, progress=False)

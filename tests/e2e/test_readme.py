@@ -73,7 +73,9 @@ def test_training_commands_are_those_of_the_guide():
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(line, marks=[pytest.mark.slow] if re.match(r"trace (--compare|pi05)", line) else [])
+        pytest.param(
+            line, marks=[pytest.mark.slow] if re.match(r"(trace (--compare|pi05)|bench|push|pull)", line) else []
+        )
         for line in COMMAND_LINES
         if not in_simulation(line) and not of_the_guide(line)
     ],

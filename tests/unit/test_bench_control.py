@@ -21,7 +21,7 @@ def policy(corridor, monkeypatch):  # noqa: F811
     policy = random_policy()
     policy.requests = []
 
-    def infer_batch(observations, *, noise=None, num_steps=10, generator=None, prefixes=None):
+    def infer_batch(observations, *, noise=None, prefixes=None, **options):
         policy.requests.append(prefixes[0])
         pace = 0.05 + 0.2 * np.round(float(np.mean(noise)), 3)
         return [{"actions": np.tile(np.float32([pace, 0, 0, 0]), (HORIZON, 1)), "policy_timing": {}}]

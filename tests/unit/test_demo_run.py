@@ -72,6 +72,7 @@ def test_without_a_renderer_the_policy_sees_packaged_frames(no_renderer, tmp_pat
     check_page(page.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_without_opengl_or_without_the_simulator_the_command_succeeds(tmp_path):
     """Each in a process of its own, because MuJoCo decides once."""
     arguments = ["-m", "torchpi.cli", "demo", "--tasks", "faucet-open", "--out", tmp_path]

@@ -112,6 +112,7 @@ def test_part_in_a_process_of_its_own_is_stopped_at_its_end(tmp_path, monkeypatc
     assert "ended with status" in json.loads(rows.read_text().splitlines()[-1])["error"]
 
 
+@pytest.mark.slow
 def test_kernel_checks_pass_in_the_interpreter():
     pytest.importorskip("triton")
     program = (

@@ -118,7 +118,7 @@ def test_attend_equals_the_models_with_its_mask(groups, num_state_tokens):
     "subject",
     [
         "orm or rope or geglu or to_fp8 or fp8_output",
-        "attend or stream or (engine and not of_fp8)",
+        pytest.param("attend or stream or (engine and not of_fp8)", marks=pytest.mark.slow),
         pytest.param("engine and of_fp8", marks=pytest.mark.slow),
     ],
 )

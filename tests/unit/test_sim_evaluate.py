@@ -407,6 +407,7 @@ def test_the_command_evaluates_a_server_that_asks_for_a_token(corridor, address,
     assert TOKEN not in out
 
 
+@pytest.mark.slow
 def test_worker_processes_have_the_token_but_not_in_their_command_lines(policy, address, capsys, monkeypatch):
     require_simulator()
     infer_batch, commands = policy.infer_batch, {}
@@ -458,6 +459,7 @@ def test_a_token_without_a_server_is_an_error_unless_it_is_the_environments(corr
 # The command, and the simulator
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(folder):
     require_simulator()
     results = []
@@ -524,7 +526,7 @@ def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys
     assert message in captured.err
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("workers", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_without_opengl_the_command_says_what_to_install(folder, workers):
     pytest.importorskip("metaworld", exc_type=ImportError)
     done = python(

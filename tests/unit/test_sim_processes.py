@@ -33,6 +33,7 @@ def test_every_job_is_done_once(workers, monkeypatch):
         assert "LP_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.slow
 def test_window_keeps_jobs_near_the_first_unfinished_one(tmp_path):
     """The first job takes long; the fourth waits for it, although a process is free."""
     released = []

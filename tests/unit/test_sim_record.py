@@ -380,6 +380,7 @@ def test_complete_episodes_stay_when_something_goes_wrong(
 # Meta-World
 
 
+@pytest.mark.slow
 def test_the_number_of_workers_changes_nothing(tmp_path):
     require_simulator()
     for workers in (1, 2):

@@ -210,6 +210,7 @@ def test_facts_say_how_the_state_is_read(pi05, stated, state):
     assert facts(trace)["architecture"]["state"] == state
 
 
+@pytest.mark.slow
 def test_compared_models_can_have_the_same_sizes(capsys):
     sizes = Shapes(batch=1, max_token_len=48, action_horizon=50, action_dim=32)
     pi0, pi05 = (trace_forward(find_inputs(name, sizes)) for name in ("pi0", "pi05"))

@@ -206,6 +206,7 @@ def test_old_checkpoints_are_removed(recipe, tmp_path):
     assert [path.name for path in state.checkpoints(tmp_path / "run")] == ["00000005", "00000006"]
 
 
+@pytest.mark.slow
 def test_checkpoints_at_round_numbers_can_be_kept(recipe, tmp_path):
     loop.train(recipe.replace(save_every=1, keep=1, keep_every=2), tmp_path / "run")
     kept = [path.name for path in state.checkpoints(tmp_path / "run")]
@@ -597,7 +598,7 @@ def test_the_recipe_gives_the_options_their_defaults(capsys):
     assert run_command("--recipe", "metaworld", "--help") == 0
     assert "(default: 5400)" in " ".join(capsys.readouterr().out.split())
     assert run_command("--recipe", "nowhere") == 1
-    assert "packaged recipes are metaworld" in capsys.readouterr().err
+    assert "packaged recipes are libero, metaworld" in capsys.readouterr().err
 
 
 def test_missing_or_contradicting_options_are_errors(whole_run, capsys):

@@ -88,7 +88,7 @@ def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
         )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_shards_in_one_process_give_the_same_run(recipe, tmp_path, dtype):
     """Including an evaluation with EMA weights, which swaps the weights while FSDP has gathered some. In bfloat16 FSDP
     gathers in bfloat16, except the parameters used in float32."""

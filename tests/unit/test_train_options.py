@@ -393,6 +393,7 @@ def other_robot(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_robot, tmp_path):
     sources = (
         Source(str(dataset), "metaworld", weight=3.0),

@@ -183,6 +183,7 @@ def test_flops_of_a_step_are_those_of_what_is_trained(finetune, factors):
     assert operations.trained_flops(model, work) == expected
 
 
+@pytest.mark.slow
 def test_utilization_is_logged_where_the_peak_is_known(recipe, tmp_path, monkeypatch):
     loop.train(recipe, tmp_path / "unknown")
     assert "mfu" not in (tmp_path / "unknown" / "metrics.jsonl").read_text()

@@ -21,9 +21,10 @@ TOKENIZER = "gs://big_vision/paligemma_tokenizer.model"
 """The published models' tokenizer, which is public."""
 MAX_ACTION_PREFIX = "max_action_prefix"
 """Key of a policy's metadata: the longest action prefix that it was trained to continue (training-time RTC)."""
-_ACTIONS = ("action_horizon", "action_names", "action_commands", "action_limits", "action_range", "untrained_actions")
+_ACTIONS = tuple(f"action_{fact}" for fact in ("horizon", "names", "units", "commands", "limits", "range"))
 _RATES = ("control_hz", "execute_steps", "num_steps")
-FACTS = frozenset(("embodiment", "observation", "image_transform", *_ACTIONS, *_RATES, "default_prompt", "engine"))
+_OTHERS = ("embodiment", "observation", "image_transform", "untrained_actions", "default_prompt", "engine")
+FACTS = frozenset((*_ACTIONS, *_RATES, *_OTHERS))
 """Keys of `Policy.metadata` that embodiment and model decide."""
 Preprocessing = Literal["openpi", "lerobot", "lerobot_0.4"]
 """The program as which images are resized, and the state is written into the prompt; lerobot: 0.5 and later."""
