@@ -113,7 +113,7 @@ def test_served_robots_are_shown_by_client(tmp_path):
     assert values(target, "/p0\\ 0/state/x") == [1.0]
     assert values(target, "/p0\\ 1/state/x") == [2.0]
     assert values(target, "/p0\\ 0/predicted/y/0") == [*answer["actions"][:, 1].tolist(), None]
-    with pytest.raises(ValueError, match=r"live.rrd exists already; choose another file for --rerun"):
+    with pytest.raises(ValueError, match=r"live.rrd exists already; choose another file"):
         LiveView(str(target))
 
 
@@ -234,3 +234,12 @@ def test_demo_writes_the_first_episode_of_its_video(tmp_path):
     main([*words.split(), "--rerun", str(tmp_path / "demo.rrd")])
     assert set(values(tmp_path / "demo.rrd", "/prompt")) == {"open the drawer"}
     assert len(values(tmp_path / "demo.rrd", "/action/delta_x")) > 20
+
+
+def test_demo_refuses_a_file_that_exists_before_it_begins(tmp_path, capsys):
+    (tmp_path / "demo.rrd").write_bytes(b"mine")
+    with pytest.raises(SystemExit):
+        main(["demo", "--out", str(tmp_path / "demo"), "--rerun", str(tmp_path / "demo.rrd")])
+    assert "demo.rrd exists already" in capsys.readouterr().err
+    assert (tmp_path / "demo.rrd").read_bytes() == b"mine"
+    assert not (tmp_path / "demo").exists()

@@ -38,13 +38,13 @@ class RerunLog:
             ControlLoop(robot, policy, settings, log=log.robot(policy.metadata)).run(seconds=60)
 
     Args:
-        target: an .rrd file, or the address of a viewer, rerun+http://HOST:9876/proxy or HOST:PORT; a Path is a file.
+        target: a new .rrd file, or a viewer's address, rerun+http://HOST:9876/proxy or HOST:PORT; a Path is a file.
         wait: True writes in the calling thread. By default a thread of its own writes, calls return at once, and
             entries for which there is no room are dropped.
 
     Raises:
         ModuleNotFoundError: rerun-sdk is not installed.
-        ValueError: the target is neither.
+        ValueError: the target is neither; the file exists.
     """
 
     def __init__(self, target: str | os.PathLike[str], *, wait: bool = False) -> None:
@@ -148,6 +148,8 @@ class RerunLog:
             folder = os.path.dirname(os.path.abspath(target))
             if not os.path.isdir(folder):
                 raise FileNotFoundError(f"There is no folder {folder} for {target}.")
+            if os.path.exists(target):
+                raise ValueError(f"{target} exists already; choose another file for Rerun's log.")
             stream.save(target)
             return stream
         address = re.fullmatch(r"(?:rerun(?:\+https?)?://)?(\[[\da-fA-F:]+\]|[\w.-]+):(\d+)(/proxy)?/?", target)

@@ -19,7 +19,6 @@ from torchpi.cli.common import (
     refuse_changed,
     split_names,
 )
-from torchpi.extras import require
 from torchpi.samples import SAMPLE_FIELDS, PickName
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
@@ -47,21 +46,21 @@ class Demo:
     workers: int | None = None
     """Processes; by default as many as the CPU's cores and the memory allow."""
     rerun: pathlib.Path | None = None
-    """Write the first episode of each task as an .rrd file for the viewer Rerun."""
+    """Write the first episode of each task as a new .rrd file for the viewer Rerun."""
 
     def run(self) -> None:
         from torchpi.demo.run import run_demo
 
-        if self.rerun is not None:
-            require("rerun", "rerun")
         options = vars(self) | {"tasks": None if self.tasks is None else split_names(self.tasks)}
-        target = options.pop("rerun")
-        demo = run_demo(**options)
-        if target is not None:
-            from torchpi.demo.replay import write_episodes
+        if (target := options.pop("rerun")) is None:
+            run_demo(**options)
+            return
+        from torchpi.demo.replay import log_episodes
+        from torchpi.evaluation.view import rerun_log
 
-            write_episodes(demo, target)
-            print(f"wrote {target}; show it with: rerun {target}")
+        with rerun_log(target) as log:  # before the demo, which takes minutes: it may not be possible to write there
+            log_episodes(run_demo(**options), log)
+        print(f"wrote {target}; show it with: rerun {target}")
 
 
 @dataclasses.dataclass(frozen=True)

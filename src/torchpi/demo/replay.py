@@ -1,28 +1,29 @@
 """The demo's episodes in the viewer Rerun: the first one of each task, as in its video."""
 
-import pathlib
+import contextlib
 from functools import partial
 from typing import Any
 
 from torchpi.demo.page import Demo
 from torchpi.errors import SimulationError
-from torchpi.evaluation.view import rerun_log
 from torchpi.sim import Environment, LatestEnvironment
 from torchpi.sim.actors import checked_rollout
 from torchpi.sim.rollout import Rollout, RolloutStep, episode_noise, run_episode
 from torchpi.ui.progress import progress_bar
 
 
-def write_episodes(demo: Demo, target: pathlib.Path) -> None:
-    """Run these episodes again, which are decided by their seeds, and write them one after the other."""
+def log_episodes(demo: Demo, log: Any) -> None:
+    """Run these episodes again, which are decided by their seeds, and log them one after the other to a `RerunLog`."""
     policy, evaluation = demo.policy, demo.evaluation
     if evaluation is None:
-        raise SimulationError(f"There are no episodes for {target}, as nothing can be rendered: {demo.problem}.")
+        raise SimulationError(f"There are no episodes for Rerun, as nothing can be rendered: {demo.problem}.")
     first = [episode for episode in evaluation.episodes if episode.index == 0]
     rollout = checked_rollout(policy, evaluation.env, Rollout())
-    latest, began = LatestEnvironment(evaluation.env), 0.0
-    with rerun_log(target) as log, progress_bar("episodes for Rerun", len(first)) as advance:
-        seen = log.robot(policy.metadata)
+    seen, began = log.robot(policy.metadata), 0.0
+    with (
+        contextlib.closing(LatestEnvironment(evaluation.env)) as latest,
+        progress_bar("episodes for Rerun", len(first)) as advance,
+    ):
         for episode in first:
             environment, text = latest.of(episode.task), evaluation.tasks[episode.task].instruction
             period = 1 / (environment.embodiment.control_hz or 1)
@@ -31,7 +32,6 @@ def write_episodes(demo: Demo, target: pathlib.Path) -> None:
             outcome = run_episode(policy, environment, episode.seed, rollout=rollout, noise=noise, callback=show)
             began += outcome.steps * period
             advance()
-    latest.close()
 
 
 def _show(seen: Any, environment: Environment, text: str, began: float, period: float, step: RolloutStep) -> None:

@@ -1,12 +1,10 @@
 """Requests and chunks of a server in the viewer Rerun, live or as a file; robots never wait for it."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from torchpi.errors import ServingError
 from torchpi.extras import require
 from torchpi_client.rerun_log import RerunLog, RobotLog
 
@@ -21,8 +19,6 @@ class LiveView:
 
     def __init__(self, target: str) -> None:
         require("rerun", "rerun")
-        if Path(target).exists():
-            raise ServingError(f"{target} exists already; choose another file for --rerun.")
         self._log = RerunLog(target)
         self._robots: dict[int, RobotLog] = {}
 
