@@ -314,7 +314,7 @@ def test_episode_can_be_saved_again_after_a_full_disk(tmp_path, monkeypatch):
 @pytest.mark.parametrize("video", [False, True])
 def test_full_disk_leaves_episodes_in_files_of_their_own(video, tmp_path, monkeypatch):
     """They then get a file each, which only has to be moved."""
-    monkeypatch.setattr(recording, "concatenate_videos" if video else "join_parquet", _raise(NO_SPACE))
+    monkeypatch.setattr(recording, "concatenate_videos" if video else "write_parquet", _raise(NO_SPACE))
     record(tmp_path, video=video)
     require_episodes(tmp_path, 4, exact_images=not video)
     assert "data/chunk-000/file-003.parquet" in files_of(tmp_path)
@@ -355,7 +355,7 @@ def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
 
     monkeypatch.setattr(recording.os, "replace", replace)
     if full:
-        monkeypatch.setattr(recording, "join_parquet", _raise(NO_SPACE))
+        monkeypatch.setattr(recording, "write_parquet", _raise(NO_SPACE))
     with new_writer(tmp_path / "set", video=video, data_file_mb=0.012, video_file_mb=0.005) as writer:
         for episode, task in zip(EPISODES[:3], TASKS, strict=False):
             writer.add_episode(episode, task)
@@ -388,20 +388,6 @@ def test_running_recording_is_neither_read_nor_recovered(tmp_path):
             new_writer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no unfinished recording"):
         LeRobotWriter.recover(tmp_path)
-
-
-def test_recording_of_an_earlier_version_is_recovered(tmp_path, monkeypatch):
-    """Its recording.json had settings of its own instead of those of meta/info.json."""
-    monkeypatch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
-    with pytest.raises(OSError, match="No space left"):
-        record(tmp_path, 2)
-    monkeypatch.undo()
-    file = tmp_path / ".recording/recording.json"
-    info = json.loads(file.read_text())
-    kept = {name: info[name] for name in ("fps", "features", "robot_type")}
-    file.write_text(json.dumps({**kept, "data_file_mb": 100, "video_file_mb": 200}))
-    assert LeRobotWriter.recover(tmp_path) == 2
-    require_episodes(tmp_path, 2)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", '{"fps": 30}', "[]"])

@@ -6,15 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 import tyro
 
-from torchpi.cli.common import (
-    Checkpoint,
-    CheckpointOptions,
-    EpisodeOptions,
-    Episodes,
-    LoadModel,
-    PolicyOptions,
-    refuse_changed,
-)
+from torchpi.cli.common import Checkpoint, CheckpointOptions, EpisodeOptions, Episodes, LoadModel, PolicyOptions
 from torchpi.ui.format import print_json
 
 
@@ -105,8 +97,6 @@ class Quantize:
     def run(self) -> None:
         from torchpi.evaluation.quantization import quantize_policy
 
-        if self.dataset is None:
-            refuse_changed(self.episodes, belongs_to="--dataset")
         quantization = quantize_policy(
             self.policy,
             self.out,
@@ -116,7 +106,7 @@ class Quantize:
             seed=self.seed,
             overwrite=self.overwrite,
             load=self.load.given(),
-            **(self.episodes.reading_of(self.dataset) if self.dataset else {}),
+            **self.episodes.reading_of(self.dataset),
         )
         if self.json:
             print_json({"out": str(self.out), **dataclasses.asdict(quantization)})
@@ -148,10 +138,8 @@ class Doctor:
     def run(self) -> int:
         from torchpi.inspect.commands import run_doctor
 
-        if self.dataset is None:
-            refuse_changed(self.episodes, belongs_to="--dataset")
-        data = {"path": self.dataset, **self.episodes.reading_of(self.dataset)} if self.dataset else None
-        options = self.load.given()
+        reading, options = self.episodes.reading_of(self.dataset), self.load.given()
+        data = {"path": self.dataset, **reading} if self.dataset is not None else None
         return run_doctor(self.policy, observation=self.inputs, dataset=data, as_json=self.json, **options)
 
 

@@ -103,10 +103,13 @@ class EpisodeOptions(FrameOptions):
     prompt: str | None = None
     """The instruction of all frames of the dataset, in place of their tasks."""
 
-    def reading_of(self, dataset: str) -> dict[str, Any]:
-        """The arguments of `LeRobotDataset`."""
+    def reading_of(self, dataset: str | None) -> dict[str, Any]:
+        """The arguments of `LeRobotDataset`; none without a dataset, to which these options belong."""
         from torchpi.data import select_episodes
 
+        if dataset is None:
+            refuse_changed(self, belongs_to="--dataset")
+            return {}
         episodes = None if self.select is None else select_episodes(dataset, self.select)
         return {**self.reading(), "episodes": episodes, "prompt": self.prompt}
 

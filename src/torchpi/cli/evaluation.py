@@ -104,7 +104,6 @@ class Eval:
             self._predict(self.dataset)
 
     def _print_plan(self, plan: Mapping[str, Any]) -> None:
-        """The answer to --dry-run."""
         if self.json:
             print_json(plan)
             return
@@ -113,7 +112,6 @@ class Eval:
             print(f"{name}: {'known when the policy is there' if text is None else text}")
 
     def _predict(self, dataset: str) -> None:
-        """Evaluate on recorded episodes."""
         from torchpi.evaluation.report import run_dataset_evaluation
 
         if self.dry_run:
@@ -135,7 +133,6 @@ class Eval:
         )
 
     def _simulate(self) -> None:
-        """Evaluate in a simulator."""
         assert self.env is not None
         from torchpi.sim import environment_name, swapped_instructions
         from torchpi.sim.actors import is_address

@@ -13,7 +13,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.clock import check_clock
 from torchpi.data.files import open_parquet, read_table
 from torchpi.data.metadata import Episode, Metadata
-from torchpi.data.rename import is_named_otherwise, suggested_rename
+from torchpi.data.rename import openpi_name, suggested_rename
 from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
 from torchpi.extras import require
 
@@ -28,7 +28,7 @@ def check_names(metadata: Metadata) -> None:
     """
     features = metadata.info.features
     missing = [name for name in (lerobot.STATE, lerobot.ACTION) if name not in features]
-    if missing == [lerobot.STATE] and not is_named_otherwise(lerobot.STATE, features):
+    if missing == [lerobot.STATE] and openpi_name(lerobot.STATE, features) is None:
         return
     if missing:
         option = suggested_rename(missing, features, metadata.sources)
@@ -201,7 +201,6 @@ def numeric_names(schema: Any) -> list[str]:
 
 
 def rows_of_episodes(episode_index: np.ndarray, path: Path) -> dict[int, slice]:
-    """The rows of each episode in a file."""
     indices, starts, counts = np.unique(episode_index, return_index=True, return_counts=True)
     if np.count_nonzero(np.diff(episode_index)) >= max(1, len(indices)):
         raise DatasetError(f"{path}: the frames of an episode are not in one piece; the file is damaged.")

@@ -25,11 +25,7 @@ _MAX_STEPS = 25
 
 
 def draft_embodiment(found: Inspection, name: str) -> dict[str, Any]:
-    """The document of an embodiment file: what the dataset tells, guesses, and questions as comments.
-
-    Raises:
-        ValueError: the dataset has no camera, or no episode that can be read.
-    """
+    """The document of an embodiment file: what the dataset tells, guesses, and questions as comments."""
     if found.dataset is None:
         raise DatasetError(f"No episode of {found.path} can be read: {found.problems[0].text}")
     task, *more = found.tasks or ("",)

@@ -30,10 +30,6 @@ def merge_datasets(
         paths: datasets with the same features, names of dimensions and rate, in any format that is read.
         out: the folder of the new dataset; it must not exist.
         robot_type: of the new dataset, where the sets state different ones.
-
-    Raises:
-        ValueError: the sets differ, with what differs; one is given twice; a damaged file; `out` exists.
-        FileNotFoundError: a dataset, or a file of it, is missing.
     """
     if not paths:
         raise DatasetError("There is no dataset to merge; give one at least.")
@@ -54,9 +50,6 @@ def split_dataset(
     Args:
         parts: by name an expression of `select_episodes`, or a fraction of the episodes, such as "0.8"; fractions
             follow each other, from the first episode on.
-
-    Raises:
-        ValueError: an episode is in two parts; a part has none; see also `merge_datasets`.
     """
     source = open_metadata(path)
     chosen = _chosen_parts(path, [episode.index for episode in source.episodes], parts)
@@ -64,11 +57,7 @@ def split_dataset(
 
 
 def delete_episodes(path: str | Path, out: Path, expression: str, *, progress: Progress = no_progress) -> Edited:
-    """Write a dataset without some episodes, chosen as by `select_episodes`; the others are numbered anew.
-
-    Raises:
-        ValueError: none would be left; see also `merge_datasets`.
-    """
+    """Write a dataset without some episodes, chosen as by `select_episodes`; the others are numbered anew."""
     source, left_out = open_metadata(path), select_episodes(path, expression)
     kept = {episode.index for episode in source.episodes} - set(left_out)
     if not kept:
@@ -90,9 +79,6 @@ def resample_dataset(
         fps: the new rate.
         commands: what the robot does with an action, see `ActionDim`: one for all dimensions, each, or the robot that
             states them by the names of its actions; it decides what becomes of the actions, see `Resampling`.
-
-    Raises:
-        ValueError: a rate that is not lower; another number of commands; see also `merge_datasets`.
     """
     source = open_metadata(path)
     if lerobot.ACTION not in source.info.features:
@@ -146,7 +132,6 @@ def _chosen_parts(path: str | Path, indices: list[int], parts: Mapping[str, str]
 
 
 def _check_alike(first: Metadata, other: Metadata, robot_type: str | None) -> None:
-    """Raise an error that says in what two datasets differ."""
     left, right = (_properties(of) | ({"robot_type": robot_type} if robot_type else {}) for of in (first, other))
     differing = [name for name in left | right if left.get(name) != right.get(name)]
     if differing:

@@ -5,10 +5,13 @@ They are for people to confirm, with the reason; nothing is computed with them.
 
 import dataclasses
 import re
+import tomllib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from torchpi.assets import assets
 
 _KINDS = {
     "gripper": re.compile(r"grip|finger|jaw|claw", re.IGNORECASE),
@@ -21,30 +24,7 @@ OTHER_UNIT = "it goes with the state in another unit"
 OTHER_SCALE = 20.0
 """An action and its state don't differ by this factor on a robot that goes where it is sent; rad and degrees by 57."""
 _SPEED = re.compile(r"vel|speed", re.IGNORECASE)
-_UNITS: dict[str, tuple[tuple[float, float, str, str, bool], ...]] = {
-    "gripper": (
-        (-0.15, 0.15, "m", "an opening", False),
-        (-0.2, 1.05, "opening, 0 to 1", "a gripper", False),
-        (-1.05, 1.05, "-1 to 1", "a gripper", False),
-        (-6.6, 6.6, "", "", False),
-        (-5, 50, "opening, 0 to 100", "a gripper, LeRobot's unit", False),
-        (-5, 105, "opening, 0 to 100", "a gripper, LeRobot's unit", True),
-        (-np.inf, np.inf, "", "", False),
-    ),
-    "quaternion": ((-np.inf, np.inf, "quaternion", "named so", True),),
-    "length": (
-        (-3, 3, "m", "a position", True),
-        (-10, 10, "m", "a position", False),
-        (-np.inf, np.inf, "mm", "a position", False),
-    ),
-    "joint": (
-        (-1.02, 1.02, "rad", "joints, or normalized to -1 to 1", False),
-        (-6.6, 6.6, "rad", "joints within 2π", True),
-        (-100.5, 100.5, "deg", "joints, or LeRobot's normalized -100 to 100", False),
-        (-400, 400, "deg", "joints", True),
-        (-np.inf, np.inf, "", "counts of a motor's encoder?", False),
-    ),
-}
+_UNITS = tomllib.loads((assets() / "units.toml").read_text(encoding="utf-8"))
 """Of each kind the units with the ranges that they need, a reason, and whether it is certain; the first that fits."""
 
 
@@ -63,7 +43,6 @@ class Guess:
 
 
 def is_gripper(name: str) -> bool:
-    """True for the name of a gripper's dimension."""
     return bool(_KINDS["gripper"].search(name))
 
 

@@ -136,7 +136,6 @@ class Inspection:
                 self.problems.append(problem)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON document."""
         document = dataclasses.asdict(dataclasses.replace(self, dataset=None))
         del document["dataset"]
         for camera in document["cameras"]:
@@ -151,9 +150,6 @@ def inspect_dataset(path: str | Path, *, rename: Mapping[str, str] | None = None
         path: a folder, or hf://org/name[@revision], of which everything is downloaded.
         rename: other names for columns and cameras, see `LeRobotDataset`.
         pictures: frames per camera.
-
-    Raises:
-        ValueError, FileNotFoundError, KeyError: it is no dataset, or its metadata can't be read at all.
     """
     metadata = open_metadata(path, rename=rename)
     info, episodes, prompt = metadata.info, metadata.episodes, None if metadata.tasks else ""

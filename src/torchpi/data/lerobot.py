@@ -310,7 +310,6 @@ class LeRobotDataset:
 
 
 def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
-    """The episodes to read."""
     known = [episode.index for episode in episodes]
     indices = set(known) if wanted is None else {operator.index(index) for index in wanted}
     if unknown := sorted(indices - set(known)):

@@ -43,7 +43,6 @@ class Info:
 
     @property
     def tasks_file(self) -> str:
-        """The file of the instructions."""
         return lerobot.TASKS_PARQUET if self.is_v3 else lerobot.TASKS_JSONL
 
     @property

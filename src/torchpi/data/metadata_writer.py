@@ -41,7 +41,6 @@ class SavedEpisode:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """All of its instructions."""
         return (self.task, *self.other_tasks)
 
 
@@ -147,7 +146,6 @@ def tasks_table(tasks: Sequence[str]) -> Any:
 
 
 def number_stats(values: Num[np.ndarray, "F d"] | Bool[np.ndarray, "F d"]) -> dict[str, list[Any]]:
-    """Exact statistics of a numeric feature, one value per dimension."""
     exact = np.asarray(values, np.float64)
     stats = {name: getattr(exact, name)(axis=0).tolist() for name in ("min", "max", "mean", "std")}
     quantiles = np.quantile(exact, list(_QUANTILES.values()), axis=0).tolist()

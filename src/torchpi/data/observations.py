@@ -83,12 +83,7 @@ def in_robot_order(
     embodiment: Embodiment, columns: Mapping[str, np.ndarray], names: Mapping[str, Sequence[str] | None], where: object
 ) -> dict[str, list[int]]:
     """The places of the robot's dimensions among those of a dataset's "observation.state" [F, s] and "action" [F, a],
-    by their names, see `names.order_of`; None: the order decides. Warns about another order than the robot's.
-
-    Raises:
-        ValueError: another length or other joints than the robot's; actions relative to the state of other joints; one
-            of both in another order, and that of the other not known.
-    """
+    by their names, see `names.order_of`; None: the order decides. Warns about another order than the robot's."""
     s, a = (columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION))
     s = s if embodiment.state else 0  # a state that the policy doesn't read
     check_dims(embodiment, state=s, action=a)

@@ -27,7 +27,6 @@ _CODING = ("depth_min", "depth_max", "shift", "use_log")
 
 
 def is_depth_map(feature: Mapping[str, Any]) -> bool:
-    """True for the feature of a depth camera."""
     stated = stated_info(feature)
     return bool(stated.get("is_depth_map") or stated.get("video.is_depth_map"))  # LeRobot's before 0.6
 

@@ -15,11 +15,12 @@ does the same after a process was killed, whenever that was. Every file appears 
 import contextlib
 import dataclasses
 import errno
+import itertools
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import numeric_names, to_numpy
 from torchpi.data.metadata import Info
-from torchpi.data.metadata_writer import SavedEpisode, file_path, new_info
+from torchpi.data.metadata_writer import SavedEpisode, file_path
 from torchpi.data.video_copy import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
@@ -76,10 +77,7 @@ class Recording:
         file = root / lerobot.RECORDING_FOLDER / "recording.json"
         if not file.is_file():
             raise MissingFileError(f"There is no unfinished recording in {root}.")
-        document = read_json(file, error=DatasetError)
-        if "data_file_mb" in document:  # of an earlier version
-            document = dataclasses.asdict(new_info(**document))
-        recording = cls(root, parse(Info, document, str(file), error=DatasetError))
+        recording = cls(root, parse(Info, read_json(file, error=DatasetError), str(file), error=DatasetError))
         recording._hold()
         recording.reload()
         return recording
@@ -205,7 +203,7 @@ class Recording:
         for key, path in joined.items():
             parts = {self._files(i)[key]: self.episodes[i].length for i in episodes}
             if key == "data":
-                join_parquet(path, list(parts))
+                write_parquet(path, map(require("pyarrow.parquet", "data").read_table, parts))
             else:
                 concatenate_videos(path, parts.items(), fps=self.info.fps)
             fsync(path)
@@ -277,8 +275,7 @@ class Recording:
 
     def _read(self, index: int) -> SavedEpisode:
         file = self._json_file(index)
-        document = read_json(file, error=DatasetError)  # an earlier version's has more fields
-        return parse(SavedEpisode, document, str(file), error=DatasetError, known_only=False)
+        return parse(SavedEpisode, read_json(file, error=DatasetError), str(file), error=DatasetError)
 
     def _put_json(self, target: Path, content: Any, *, indent: int | None = None) -> None:
         self._put(target, lambda path: path.write_text(json.dumps(content, indent=indent), encoding="utf-8"))
@@ -313,15 +310,12 @@ class Recording:
             self._lock = None
 
 
-def join_parquet(path: Path, parts: Sequence[Path]) -> None:
-    """Write the rows of several files into one, a row group for each."""
-    pq = require("pyarrow.parquet", "data")
-    with write_parquet(path, pq.read_schema(parts[0])) as writer:
-        for part in parts:
-            writer.write_table(pq.read_table(part))
-
-
-def write_parquet(path: Path, schema: Any) -> Any:
-    """A data file's writer; images are compressed already, and a dictionary of them would only take time."""
-    plain = [field.name for field in schema if not field.name.startswith(lerobot.IMAGES)]
-    return require("pyarrow.parquet", "data").ParquetWriter(path, schema, use_dictionary=plain)
+def write_parquet(path: Path, tables: Iterable[Any]) -> None:
+    """Write tables with the same columns into a data file, one row group each."""
+    rest = iter(tables)
+    first = next(rest)
+    # Images are compressed already, and a dictionary of them would only take time.
+    plain = [name for name in first.column_names if not name.startswith(lerobot.IMAGES)]
+    with require("pyarrow.parquet", "data").ParquetWriter(path, first.schema, use_dictionary=plain) as writer:
+        for table in itertools.chain([first], rest):
+            writer.write_table(table)

@@ -66,21 +66,16 @@ def renamed_features(features: Mapping[str, Any], sources: Mapping[str, tuple[st
     return renamed
 
 
-def is_named_otherwise(name: str, names: Collection[str]) -> bool:
-    """True if a dataset has a column under a name that openpi's converters give it."""
-    return any(set(old.split(_JOINED)) <= set(names) for old in _OPENPI_NAMES.get(name, ()))
+def openpi_name(name: str, names: Collection[str]) -> str | None:
+    """The name that openpi's converters give a column; None: a dataset has none of such a name."""
+    return next((old for old in _OPENPI_NAMES.get(name, ()) if set(old.split(_JOINED)) <= set(names)), None)
 
 
-def suggested_rename(missing: Iterable[str], names: Iterable[str], given: Mapping[str, tuple[str, ...]]) -> str:
+def suggested_rename(missing: Iterable[str], names: Collection[str], given: Mapping[str, tuple[str, ...]]) -> str:
     """The option --rename that names the columns which a dataset seems to lack, beside those already given."""
-    names = set(names)
-
-    def old_name(new: str) -> str:
-        fitting = (old for old in _OPENPI_NAMES.get(new, ()) if names.issuperset(old.split(_JOINED)))
-        return next(fitting, "NAME")
-
-    pairs = [(_JOINED.join(olds), new) for new, olds in given.items()] + [(old_name(new), new) for new in missing]
-    return f"--rename {' '.join(f'{old}={new}' for old, new in pairs)}"
+    pairs = [f"{_JOINED.join(olds)}={new}" for new, olds in given.items()]
+    pairs += [f"{openpi_name(new, names) or 'NAME'}={new}" for new in missing]
+    return f"--rename {' '.join(pairs)}"
 
 
 def _joined_feature(parts: Mapping[str, Mapping[str, Any]], root: Path) -> dict[str, Any]:

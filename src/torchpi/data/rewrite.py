@@ -54,9 +54,8 @@ class Edited:
     episodes: int = 0
     frames: int = 0
     videos_copied: int = 0
-    """Videos, of one episode and camera each, that were copied."""
+    """Videos are counted per episode and camera."""
     videos_encoded: int = 0
-    """Those that were encoded anew."""
     notes: tuple[str, ...] = ()
     """Parts of the old datasets that the new one has not."""
 
@@ -163,7 +162,6 @@ def _with_images(table: Any, camera: str, images: ParquetImages, path: Path, fir
 
 
 def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampling: Resampling | None) -> None:
-    """Save an episode."""
     texts = _instructions(piece, table)
     seconds = to_numpy(table.column("timestamp")).ravel().astype(np.float64)
     seconds -= seconds[0]
@@ -184,15 +182,13 @@ def _add(recording: Recording, piece: Piece, table: Any, result: Edited, resampl
     columns = {name: value for name, value in piece.row.items() if not _WRITTEN_COLUMNS.fullmatch(name)}
     codecs: dict[str, str] = {}
     with recording.saving(SavedEpisode(len(texts), tasks[0], {}, tasks[1:], stats, codecs, columns)) as files:
-        with write_parquet(files["data"], table.schema) as file:
-            file.write_table(table)
+        write_parquet(files["data"], [table])
         for camera in recording.info.videos:
             _write_video(files[camera], recording, piece, camera, frames, result)
             codecs[camera] = codec_of(files[camera])
 
 
 def _instructions(piece: Piece, table: Any) -> list[str]:
-    """The instruction of each frame."""
     indices, source = to_numpy(table.column("task_index")).ravel().tolist(), piece.source
     if missing := [index for index in indices if not isinstance(source.tasks.get(index), str)]:
         raise DatasetError(

@@ -16,11 +16,8 @@ Times = Float[np.ndarray, " n"]
 
 
 class VideoSpans:
-    """The parts of video files that episodes have, by from_timestamp and length.
-
-    Raises:
-        ValueError: a chosen episode shares frames with another one.
-    """
+    """The parts of video files that the episodes of a dataset have, by from_timestamp and length; those of the chosen
+    ones, which are read, have to be right."""
 
     def __init__(
         self,
@@ -30,11 +27,6 @@ class VideoSpans:
         fps: float | int,
         tolerance_s: float | int | None,
     ) -> None:
-        """
-        Args:
-            episodes: all of the dataset.
-            chosen: those to be read, of which the spans have to be right.
-        """
         self._fps, self.tolerance_s = fps, check_tolerance(tolerance_s, fps)
         self._chosen = frozenset(episode.index for episode in chosen)
         self._files: dict[Path, tuple[str, list[Episode]]] = {}
@@ -56,9 +48,6 @@ class VideoSpans:
         file has those of its episodes, one behind the other, and no others; or the last episode ends with the last
         frame, where an editor has left frames between them. Frames of an episode that has no span may follow. A file is
         checked once.
-
-        Raises:
-            ValueError: see above; says what the file has.
         """
         if path in self._checked:
             return

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -113,26 +113,26 @@ class ModelValues:
             action_horizon,
         )
 
-    def parts(self, what: str, i: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """All values of a dimension of "state" or "actions" in parts [n], and their counts [n]."""
+    def column(self, what: str, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """All values [n] of a dimension of "state" or "actions", and the number of times [n] that each occurs."""
         if what == "state":
-            yield self.state[:, i], np.ones(len(self.state), np.int64)
-        elif not self.is_delta[i]:
-            yield self.actions[:, i], self.in_chunks
-        else:  # of all chunks, less the state at the chunk's beginning; by place in the chunk
-            actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
-            for step in range(min(self.horizon, int(self.left.max()))):
-                inside = self.left[: len(self.left) - step] > step
-                differences = (actions[step:] - state[: len(state) - step])[inside]
-                yield differences, np.ones(len(differences), np.int64)
+            return self.state[:, i], np.ones(len(self.state), np.int64)
+        if not self.is_delta[i]:
+            return self.actions[:, i], self.in_chunks
+        # Of all chunks, less the state at the chunk's beginning; by place in the chunk.
+        actions, state = np.ascontiguousarray(self.actions[:, i]), np.ascontiguousarray(self.state[:, i])
+        differences = [
+            (actions[step:] - state[: len(state) - step])[self.left[: len(state) - step] > step]
+            for step in range(min(self.horizon, int(self.left.max())))
+        ]
+        values = np.concatenate(differences)
+        return values, np.broadcast_to(1, values.shape)
 
 
 def _of_column(values: ModelValues, what: str, i: int) -> tuple[float, ...]:
     """Mean, std, q01, q99, min and max of a dimension of "state" or "actions"."""
-    if what == "actions" and values.is_delta[i]:
-        return _of_all(np.concatenate([part for part, _ in values.parts(what, i)]))
-    ((column, counts),) = values.parts(what, i)
-    return _of_repeated(column, counts)
+    column, counts = values.column(what, i)
+    return _of_all(column) if what == "actions" and values.is_delta[i] else _of_repeated(column, counts)
 
 
 def _of_repeated(values: np.ndarray, counts: np.ndarray) -> tuple[float, ...]:
@@ -230,7 +230,6 @@ def _coverage(values: ModelValues, name: str, stats: Mapping[str, NormStats]) ->
 
 
 def key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverage:
-    """Compare "state" or "actions" of a dataset with statistics."""
     dims = len(values.names[what])
     common = min(dims, stats.dim)
     # Published statistics are padded with zeros to the model's width.
@@ -240,9 +239,6 @@ def key_coverage(values: ModelValues, what: str, stats: NormStats) -> KeyCoverag
     low, high = stats.training_range()
     inside = []
     for i in range(common):
-        total = num_inside = 0
-        for part, counts in values.parts(what, i):
-            total += int(counts.sum())
-            num_inside += int(counts[(part >= low[i]) & (part <= high[i])].sum())
-        inside.append(num_inside / total)
+        column, counts = values.column(what, i)
+        inside.append(int(counts[(column >= low[i]) & (column <= high[i])].sum()) / int(counts.sum()))
     return KeyCoverage(dims, checkpoint_dims, kind, values.names[what][:common], tuple(inside), float(np.mean(inside)))

@@ -125,8 +125,7 @@ class LeRobotWriter:
         with recording.saving(SavedEpisode(self.num_frames_in_progress, task, histograms)) as files:
             for key in self._info.videos:
                 encode_video(files[key], self._frames[key], fps=int(self._info.fps), encoder=str(self._encoder))
-            with write_parquet(files["data"], self._schema) as data_file:
-                data_file.write_table(self._table(recording, task))
+            write_parquet(files["data"], [self._table(recording, task)])
         self.discard_episode()
 
     def add_episode(self, frames: Mapping[str, Any], task: str) -> None:

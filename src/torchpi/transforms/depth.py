@@ -51,9 +51,6 @@ class DepthMapping:
             image: [h, w]; also [h, w, 1] for layout "hwc", [1, h, w] for "chw".
             dtype: "uint16", "float32", or "any": uint16 or floating-point.
             camera: its name, for messages.
-
-        Raises:
-            ValueError: another shape or dtype; depths that are of another unit by their size.
         """
         array = image if isinstance(image, np.ndarray) else None
         if array is not None and array.ndim == 3 and array.shape[-1 if layout == "hwc" else 0] == 1:

@@ -37,11 +37,9 @@ class NormStats:
 
     mean: np.ndarray
     std: np.ndarray
-    """The standard deviation."""
     q01: np.ndarray | None = None
-    """The 1 % quantile."""
+    """The quantiles of 1 % and 99 %."""
     q99: np.ndarray | None = None
-    """The 99 % quantile."""
 
     def __post_init__(self) -> None:
         given = {name: _statistic(name, value) for name, value in vars(self).items() if value is not None}
@@ -60,7 +58,6 @@ class NormStats:
 
     @property
     def dim(self) -> int:
-        """The number of dimensions."""
         return len(self.mean)
 
     def training_range(self, kind: str = "quantile") -> tuple[np.ndarray, np.ndarray]:

@@ -166,7 +166,6 @@ class Transforms:
         return tuple(self.names.get("actions", ())[first:])
 
     def warn_of_untrained(self) -> None:
-        """Warn of actions that no training has seen."""
         if self.untrained_actions:
             warnings.warn(
                 f"Nothing has trained this policy's {first_of(self.untrained_actions)}: of these actions, which are "
