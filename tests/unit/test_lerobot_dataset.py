@@ -476,6 +476,15 @@ def test_eval_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise
     assert "--rename, --select can only be given with --dataset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["doctor demo", "quantize demo --to int8 --out new"])
+def test_options_of_a_dataset_are_refused_without_one(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main([*command.split(), "--select", "1", "--rename", "a=b"])
+    assert "--rename, --select can only be given with --dataset" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_stats_of_a_renamed_dataset_gives_the_same_numbers(golden_sets, otherwise_named, capsys):
     common = ["--embodiment", "metaworld", "--action-horizon", "4", "--json"]
     cli.main(["stats", str(golden_sets / "lerobot_v3_image"), *common])
