@@ -16,7 +16,7 @@ _NEEDS = {
     "gcs": "Addresses that begin with gs:// need the extra 'gcs'",
     "gpu": "The fused kernels for GPUs need the extra 'gpu'",
     "hdf5": "HDF5 needs the extra 'hdf5'",
-    "libero": "LIBERO needs the extra 'libero'",
+    "libero": "LIBERO and robosuite need the extra 'libero'",
     "rerun": "Viewing needs the extra 'rerun' and torchpi-client",
     "serve": "Serving needs the extra 'serve' and torchpi-client",
     "sim": "Simulation needs the extra 'sim'",

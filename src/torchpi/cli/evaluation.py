@@ -74,7 +74,7 @@ class Eval:
     policy: Annotated[str, tyro.conf.Positional]
     """A policy folder, a checkpoint, "demo", or, with --env, the address of a server (ws://HOST:PORT)."""
     env: str | None = None
-    """A simulator: metaworld, so101, aloha_sim, or libero with --suite."""
+    """A simulator: metaworld, so101, aloha_sim, robosuite, or libero with --suite."""
     dataset: str | None = None
     """A LeRobot dataset of the policy's robot, a folder or hf://org/name."""
     seed: int | None = None

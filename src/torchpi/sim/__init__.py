@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from torchpi.errors import SimulationError, UnknownKeyError
-from torchpi.sim import aloha_sim, libero, metaworld, so101
+from torchpi.sim import aloha_sim, libero, metaworld, robosuite, so101
 from torchpi.sim.environment import Environment as Environment
 from torchpi.sim.environment import Simulator as Simulator
 
@@ -11,6 +11,7 @@ _SIMULATORS = {
     "metaworld": metaworld.SIMULATOR,
     "aloha_sim": aloha_sim.SIMULATOR,
     "so101": so101.SIMULATOR,
+    "robosuite": robosuite.PANDA,
     **libero.SIMULATORS,
 }
 ENVIRONMENTS = tuple(_SIMULATORS)

@@ -1,4 +1,4 @@
-"""LIBERO's scripted expert: its grasps and its control law, without a simulator; its recordings, with one."""
+"""The expert of LIBERO and robosuite: its grasps and its control law, without a simulator; its recordings, with one."""
 
 import json
 
@@ -8,7 +8,7 @@ from sim_helpers import require_simulator
 
 from torchpi.data import LeRobotDataset
 from torchpi.sim import make_environment
-from torchpi.sim.libero_expert import Boxes, Grasp, Servo, grasps_of, rotation_vector
+from torchpi.sim.panda_expert import Boxes, Grasp, Servo, grasps_of, rotation_vector
 from torchpi.sim.record import RECORDING_FILE, record
 
 

@@ -1,4 +1,6 @@
-"""Scripted expert of LIBERO's tasks that put one object in or on something; it looks at the simulation's state.
+"""Scripted expert of robosuite's and LIBERO's tasks that lift one object or put it in or on another.
+
+It looks at the simulation's state, and steers a Franka arm.
 
 Metres and radians, in the world's frame with z up. A grasp is where the grip site goes; its x axis is the fingers', its
 z axis points down.
@@ -6,11 +8,9 @@ z axis points down.
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-
-from torchpi.errors import SimulationError
 
 OPEN, CLOSED = -1.0, 1.0
 _POSITION, _ROTATION = 0.05, 0.5  # what an action of 1 adds to the controller's goal
@@ -127,16 +127,17 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
 
 
 class Expert:
-    """The expert for one episode of a robosuite environment of LIBERO, from its state after the waiting steps."""
+    """The expert for one episode of an environment of robosuite, from its present state."""
 
-    def __init__(self, env: Any) -> None:
-        goal = env.parsed_problem["goal_state"]
-        if len(goal) != 1 or goal[0][0] not in ("in", "on"):
-            raise SimulationError(f"The expert puts one object in or on something; the goal of this task is {goal}.")
-        (self._relation, self._object, self._target), self._env = goal[0], env
+    def __init__(
+        self, env: Any, relation: Literal["up", "in", "on"], body: int, target: Any, target_body: int, over: float = 0.0
+    ) -> None:
+        """Put a body up, or in or on another: its origin to that of target, a body or a region of one as MuJoCo shows
+        it, and `over` metres over it."""
+        self._env, self._relation, self._body = env, relation, body
+        self._target, self._target_body, self._over = target, target_body, over
         self._model, self._data = env.sim.model._model, env.sim.data._data
         self._site = self._model.site("gripper0_grip_site").id
-        self._body = env.obj_body_id[self._object]
         self._servo = Servo()
         self._actions = self._episode()
 
@@ -149,10 +150,12 @@ class Expert:
             grasp = self._choose(deeper=0.004 * attempt)
             start = self._object_position[2]
             yield from self._pick(grasp)
-            if self._object_position[2] > start + 0.02:
-                yield from self._place()
-            else:
+            if self._object_position[2] < start + 0.02:
                 yield from self._stay(OPEN, 8)
+            elif self._relation == "up":
+                yield from self._stay(CLOSED, 10**9)
+            else:
+                yield from self._place()
             if self._env._check_success():
                 break
         yield from self._stay(OPEN, 10**9)
@@ -248,17 +251,8 @@ class Expert:
         return self._data.qpos[self._env.robots[0]._ref_gripper_joint_pos_indexes].copy()
 
     def _goal(self) -> np.ndarray:
-        """The target of the object's origin: the origin of what it goes on, or the middle of the region."""
-        if self._target in self._env.object_sites_dict:
-            return self._data.site(self._target).xpos.copy()
-        return self._data.xpos[self._env.obj_body_id[self._target]].copy()
-
-    @property
-    def _target_body(self) -> int:
-        """The body of the target, or of what has the region."""
-        if self._target in self._env.object_sites_dict:
-            return int(self._model.site_bodyid[self._model.site(self._target).id])
-        return int(self._env.obj_body_id[self._target])
+        """The target of the object's origin."""
+        return self._target.xpos + np.array([0, 0, self._over])
 
     def _boxes(self, *, only: int | None = None, without: tuple[int, ...] = ()) -> Boxes:
         """Boxes that collide: of one body's tree, or of everything but the robot and some bodies' trees."""

