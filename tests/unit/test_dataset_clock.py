@@ -153,6 +153,17 @@ def test_video_that_begins_late_is_an_error(tmp_path):
     refused(root, r"from 0\.2000 to 6\.1000 s, .*; 0\.0000 s \(from_timestamp\), which is before its first frame")
 
 
+@pytest.mark.parametrize(("late", "found"), [(0.06, 19), (0.2, 18)])
+def test_no_tolerance_takes_other_frames_of_a_video_that_begins_late(late, found, tmp_path):
+    """In a file of its own, too, more than half a frame off is another frame."""
+    root = write_set(tmp_path / "set", version="v2.1")
+    path = root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
+    encode(path, range(20), 10, times=[late + i / 10 for i in range(20)])
+    refused(root, f"it has {found} in place of the 20 frames of episode 0", tolerance_s=0.3)
+    encode(path, range(20), 10, times=[0.04 + i / 10 for i in range(20)])
+    assert not wrong_frames(opened(root, tolerance_s=0.3))
+
+
 def test_rounded_starts_are_no_matter(tmp_path):
     root = write_set(tmp_path / "set", fps=30, rows=lambda rows: [
         row.update({f"videos/{FRONT}/from_timestamp": round(row[f"videos/{FRONT}/from_timestamp"], 2)}) for row in rows

@@ -55,7 +55,7 @@ class VideoSpans:
         found, fps = times(), self._fps
         if len(episodes) == 1 and len(found) == episodes[0].length:  # in v2.1 every file: quickly
             off = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
-            if np.abs(off).max() <= self.tolerance_s:
+            if np.abs(off).max() <= min(self.tolerance_s, 0.49 / fps):  # farther off, the nearest is another frame
                 self._checked.add(path)
                 return
         starts = np.array([episode.videos[key].from_timestamp for episode in episodes], np.float64)
