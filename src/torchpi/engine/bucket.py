@@ -3,7 +3,7 @@
 import dataclasses
 
 import torch
-from jaxtyping import Bool, Float32, Int
+from jaxtyping import Float32, Int
 from torch import Tensor
 
 from torchpi.config import Pi0Config
@@ -44,12 +44,8 @@ class Inputs:
     """Number of valid tokens of the prefix, which come first."""
     state: Float32[Tensor, "B A"]
     noise: Float32[Tensor, "B R H A"]
-    target: Float32[Tensor, "B H A"] | None
-    """Target of the guidance; None in a bucket without guidance."""
-    weight: Float32[Tensor, "B H A"] | None
-    known: Float32[Tensor, "B H A"] | None
-    """Actions of the action prefix; None in a bucket without one."""
-    known_mask: Bool[Tensor, "B H"] | None
+    guidance: Guidance | None
+    action_prefix: ActionPrefix | None
 
     @classmethod
     def empty(cls, bucket: Bucket, config: Pi0Config, device: torch.device) -> "Inputs":
@@ -67,22 +63,23 @@ class Inputs:
             valid=torch.full((batch,), valid, dtype=torch.int32, device=device),
             state=zeros(batch, config.action_dim),
             noise=zeros(batch, bucket.num_samples, *chunk[1:]),
-            target=None if bucket.guidance is None else zeros(*chunk),
-            weight=None if bucket.guidance is None else zeros(*chunk),
-            known=zeros(*chunk) if bucket.action_prefix else None,
-            known_mask=zeros(*chunk[:2], dtype=torch.bool) if bucket.action_prefix else None,
+            guidance=None if bucket.guidance is None else Guidance(zeros(*chunk), zeros(*chunk), bucket.guidance),
+            action_prefix=ActionPrefix(zeros(*chunk), zeros(*chunk[:2]).bool()) if bucket.action_prefix else None,
         )
+
+    def _tensors(self, num_tokens: int) -> list[Tensor]:
+        """All of them with the batch first, and of the prompt so many tokens."""
+        tensors = [self.images.transpose(0, 1), self.tokens[:, :num_tokens], self.valid, self.state, self.noise]
+        if self.guidance is not None:
+            tensors += [self.guidance.target, self.guidance.weight]
+        if self.action_prefix is not None:
+            tensors += [self.action_prefix.actions, self.action_prefix.mask]
+        return tensors
 
     def copy_(self, other: "Inputs") -> None:
         """Copy inputs of as many samples or fewer; their last sample fills the rest."""
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine is None:
-                continue
-            if field.name == "images":
-                mine, theirs = mine.transpose(0, 1), theirs.transpose(0, 1)
-            elif field.name == "tokens":
-                mine = mine[:, : theirs.shape[1]]
+        length = other.tokens.shape[1]
+        for mine, theirs in zip(self._tensors(length), other._tensors(length), strict=True):
             mine[: len(theirs)].copy_(theirs, non_blocking=True)
             mine[len(theirs) :] = mine[len(theirs) - 1 : len(theirs)]
 
@@ -109,8 +106,6 @@ def make_inputs(
         valid=len(images) * num_patches + lengths,
         state=observation.state,
         noise=noise,
-        target=None if guidance is None else guidance.target,
-        weight=None if guidance is None else guidance.weight,
-        known=None if action_prefix is None else action_prefix.actions,
-        known_mask=None if action_prefix is None else action_prefix.mask,
+        guidance=guidance,
+        action_prefix=action_prefix,
     )

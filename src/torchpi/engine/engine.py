@@ -132,7 +132,7 @@ class InferenceEngine:
         # A bucket has the model's dtype, whatever the caller's setting.
         with torch.autocast("cuda" if self.device.type == "cuda" else "cpu", enabled=False):
             inputs = make_inputs(observation, noise, self.model.config.num_patches, guidance, action_prefix)
-            samples = None if inputs is None else self._sample(inputs, num_steps, guidance)
+            samples = None if inputs is None else self._sample(inputs, num_steps)
             if samples is not None:
                 return samples
             self._check_weights()
@@ -140,9 +140,9 @@ class InferenceEngine:
             observation, noise = observation.to(self.device), noise.to(self.device)
             return self.model.sample_many(observation, noise=noise, num_steps=num_steps, **rtc)
 
-    def _sample(self, inputs: Inputs, num_steps: int, guidance: Guidance | None) -> Samples | None:
+    def _sample(self, inputs: Inputs, num_steps: int) -> Samples | None:
         """Samples of the inputs' bucket; None if there is none, or it is not warm."""
-        bucket = self.bucket(inputs, num_steps, guidance)
+        bucket = self._bucket(inputs, num_steps)
         if bucket is None or not self._is_warm(bucket):
             return None
         with self._lock:
@@ -169,7 +169,7 @@ class InferenceEngine:
         last.record(stream)
         return samples
 
-    def bucket(self, inputs: Inputs, num_steps: int, guidance: Guidance | None = None) -> Bucket | None:
+    def _bucket(self, inputs: Inputs, num_steps: int) -> Bucket | None:
         """The smallest bucket that the inputs fit into; None if there is none."""
         batch, num_samples, horizon, _ = inputs.noise.shape
         sizes = [size for size in self.batch_sizes if size >= batch]
@@ -184,8 +184,8 @@ class InferenceEngine:
             horizon=horizon,
             num_samples=num_samples,
             num_steps=num_steps,
-            guidance=None if guidance is None else guidance.maximum,
-            action_prefix=inputs.known is not None,
+            guidance=None if inputs.guidance is None else inputs.guidance.maximum,
+            action_prefix=inputs.action_prefix is not None,
         )
 
     def warm_up(self, bucket: Bucket) -> None:

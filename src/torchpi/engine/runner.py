@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchpi.engine.bucket import Bucket, Inputs
 from torchpi.engine.packed import PackedModel
-from torchpi.model.rtc import ActionPrefix, Guidance, Samples, integrate
+from torchpi.model.rtc import Samples, integrate
 from torchpi.model.suffix import TimeConditioning
 
 Mode = Literal["eager", "compiled", "graph"]
@@ -98,13 +98,10 @@ class Runner:
         inputs, bucket = self.inputs, self.bucket
         prefix = self.prefill(inputs.images, inputs.tokens, inputs.valid, inputs.state, bucket.horizon)
         prefix = prefix.repeat(bucket.num_samples)
-        guidance = action_prefix = None
-        if inputs.target is not None and inputs.weight is not None and bucket.guidance is not None:
-            guidance = Guidance(inputs.target, inputs.weight, bucket.guidance)
-        if inputs.known is not None and inputs.known_mask is not None:
-            action_prefix = ActionPrefix(inputs.known, inputs.known_mask)
 
         def velocity(x_t: Tensor, time: TimeConditioning) -> Tensor:
             return self.velocity(prefix, x_t, time.features, time.modulations)  # a float would be a graph per step
 
-        return integrate(velocity, inputs.noise, self.times, guidance=guidance, action_prefix=action_prefix)
+        return integrate(
+            velocity, inputs.noise, self.times, guidance=inputs.guidance, action_prefix=inputs.action_prefix
+        )
