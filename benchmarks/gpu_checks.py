@@ -101,7 +101,7 @@ def _compare_kernel(
         expected = getattr(PLAIN, name)(*theirs)
     if name == "split_rope_store":  # the cache as well
         got, expected = (got, *mine[3:5]), (expected, *theirs[3:5])
-    roundings = 2 if name in ("attend", "gated_residual_ada_rms_norm") else 1
+    roundings = 2 if name in ("attend", "ada_rms_norm") else 1
     tolerance = 1e-4 if dtype is torch.float32 else ONE_STEP * roundings
     return difference(got, expected), tolerance
 
@@ -130,15 +130,17 @@ def _kernel_calls(
         valid = torch.arange(num_prefix, num_prefix - batch, -1, dtype=torch.int32, device=device)
         return normal(batch, tokens, 8, dim), *residual(batch, slots, 1, dim), valid, num_prefix, state
 
+    def gated(rows: int) -> Sequence[Any]:
+        (x, y), (gates, modulation) = residual(1, suffix, expert), residual(1, rows, 3 * expert)
+        return x, modulation, y, gates
+
     yield "backbone", "rms_norm", lambda: (normal(1, prefix, width),)
-    yield "backbone", "residual_rms_norm", lambda: residual(1, prefix, width)
+    yield "backbone, residual", "rms_norm", lambda: residual(1, prefix, width)
     yield "expert", "ada_rms_norm", lambda: (normal(1, suffix, expert), normal(1, 1, 3 * expert))
-    for label, rows in (("expert", 1), ("expert, per token", suffix)):
-        yield label, "gated_residual_ada_rms_norm", lambda rows=rows: (  # type: ignore[misc]
-            *residual(1, suffix, expert), *residual(1, rows, 3 * expert)
-        )  # fmt: skip
+    yield "expert, residual", "ada_rms_norm", lambda: gated(1)
+    yield "expert, residual, per token", "ada_rms_norm", lambda: gated(suffix)
     yield "SigLIP", "layer_norm", lambda: (normal(*vision), *residual(vision[-1]))
-    yield "SigLIP", "residual_layer_norm", lambda: (*residual(*vision), *residual(vision[-1]))
+    yield "SigLIP, residual", "layer_norm", lambda: (normal(*vision), *residual(vision[-1]), residual(*vision)[0])
     yield "backbone", "split_rope_store", lambda: rope(prefix, 0)
     yield "expert", "split_rope_store", lambda: rope(suffix, prefix)
     yield "backbone", "geglu", lambda: (4 * normal(1, prefix, 2 * hidden),)

@@ -52,11 +52,9 @@ Each computes in float32 from the first load to the last store, and returns its 
 
 | operation | formula | replaces in the plain model |
 | --- | --- | --- |
-| `rms_norm` | n = x / √(mean x² + 1e-6); 1 + scale is folded into the next matmul | `RMSNorm` |
-| `residual_rms_norm` | x + y, and n of it | residual, `RMSNorm` |
-| `ada_rms_norm` | n·(1 + scale) + shift | `AdaRMSNorm` |
-| `gated_residual_ada_rms_norm` | x + y·gate, and n·(1 + scale) + shift of it | gated residual, the next `AdaRMSNorm` |
-| `layer_norm`, `residual_layer_norm` | (x − mean) / √(var + ε)·weight + bias, of x or x + y | SigLIP's residual and LayerNorm |
+| `rms_norm` | x, or x + y, and n = x / √(mean x² + 1e-6) of it; 1 + scale is folded into the next matmul | residual, `RMSNorm` |
+| `ada_rms_norm` | x, or x + y·gate, and n·(1 + scale) + shift of it | gated residual, the next `AdaRMSNorm` |
+| `layer_norm` | x, or x + y, and (x − mean) / √(var + ε)·weight + bias of it | SigLIP's residual and LayerNorm |
 | `split_rope_store` | (a·cos − b·sin, b·cos + a·sin) of queries and keys; keys and values into the cache | split, RoPE, write into the cache |
 | `geglu` | gelu(gate)·up, the tanh form | GeGLU's activation of many rows (prefix) |
 | `linear_geglu` | gelu(x·Wgᵀ)·(x·Wuᵀ) | GeGLU's first matmul and activation, few rows (suffix) |
@@ -134,11 +132,11 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
     fp8 = {"fp8_scale": 0.01}
     calls: dict[str, Callable[[], Any]] = {
         "rms_norm, backbone": lambda: kernels.rms_norm(prefix),
-        "residual_rms_norm, backbone": lambda: kernels.residual_rms_norm(prefix, prefix),
+        "rms_norm with residual, backbone": lambda: kernels.rms_norm(prefix, prefix),
         "ada_rms_norm, expert": lambda: kernels.ada_rms_norm(x, table[0]),
-        "gated_residual_ada_rms_norm, expert": lambda: kernels.gated_residual_ada_rms_norm(x, x, *table),
+        "ada_rms_norm with residual, expert": lambda: kernels.ada_rms_norm(x, table[1], x, table[0]),
         "layer_norm, SigLIP": lambda: kernels.layer_norm(vision, vision[0, 0], vision[0, 1]),
-        "residual_layer_norm, SigLIP": lambda: kernels.residual_layer_norm(vision, vision, *vision[0, :2]),
+        "layer_norm with residual, SigLIP": lambda: kernels.layer_norm(vision, *vision[0, :2], vision),
         "split_rope_store, backbone": lambda: kernels.split_rope_store(
             empty(1, PREFIX, heads * HEAD_DIM), *angles[:, :, :PREFIX], *cache, 0
         ),
@@ -164,13 +162,11 @@ def launches(kernels: Kernels) -> Iterator[tuple[str, Launch]]:
             empty(8, SUFFIX, HEADS, HEAD_DIM), *empty(2, 8, slots, 1, HEAD_DIM), empty(8, dtype=torch.int32), PREFIX
         ),
         "rms_norm, backbone, to fp8": lambda: kernels.rms_norm(prefix, **fp8),
-        "residual_rms_norm, backbone, to fp8": lambda: kernels.residual_rms_norm(prefix, prefix, **fp8),
+        "rms_norm with residual, backbone, to fp8": lambda: kernels.rms_norm(prefix, prefix, **fp8),
         "ada_rms_norm, expert, to fp8": lambda: kernels.ada_rms_norm(x, table[0], **fp8),
-        "gated_residual_ada_rms_norm, expert, to fp8": lambda: kernels.gated_residual_ada_rms_norm(x, x, *table, **fp8),
+        "ada_rms_norm with residual, expert, to fp8": lambda: kernels.ada_rms_norm(x, table[1], x, table[0], **fp8),
         "layer_norm, SigLIP, to fp8": lambda: kernels.layer_norm(vision, vision[0, 0], vision[0, 1], **fp8),
-        "residual_layer_norm, SigLIP, to fp8": lambda: kernels.residual_layer_norm(
-            vision, vision, *vision[0, :2], **fp8
-        ),
+        "layer_norm with residual, SigLIP, to fp8": lambda: kernels.layer_norm(vision, *vision[0, :2], vision, **fp8),
         "to_fp8, SigLIP's attention": lambda: kernels.to_fp8(vision, 0.01),
         "geglu, backbone, to fp8": lambda: kernels.geglu(empty(1, PREFIX, 2 * 16_384), **fp8),
         "linear_geglu, expert, of and to fp8": lambda: kernels.linear_geglu(

@@ -69,11 +69,6 @@ class PackedModel:
     """Forward pass of a `Pi0` over weights that are packed once. Large weights that need no change are shared."""
 
     def __init__(self, model: Pi0, kernels: Kernels = PLAIN) -> None:
-        """Pack the weights.
-
-        Raises:
-            ValueError: the model has LoRA layers that are not merged.
-        """
         if lora_config(model) is not None:
             raise ModelError("The engine runs plain weights, and this model has LoRA: merge_lora folds it into them.")
         self.config, self.kernels, self.dtype = model.config, kernels, model.compute_dtype
@@ -100,16 +95,16 @@ class PackedModel:
         num_cameras, batch = images.shape[:2]
         x = (self.patch_embed(vision.patchify(images.flatten(0, 1))) + self.position).to(self.dtype)  # [N·B, P, W]
         norms = [norm for block in vision.blocks for norm in (block.norm1, block.norm2)] + [vision.norm]
-        n = kernels.layer_norm(x, norms[0].weight, norms[0].bias, fp8_scale=_scale(self.blocks[0].qkv))
+        x, n = kernels.layer_norm(x, norms[0].weight, norms[0].bias, fp8_scale=_scale(self.blocks[0].qkv))
         for i, block in enumerate(self.blocks):
             qkv = block.qkv(n).unflatten(-1, (3, vision.config.num_heads, -1))  # [N·B, P, 3, heads, K]
             q, k, v = qkv.unbind(dim=2)
             y = block.out(kernels.to_fp8(attend(q, k, v, mask=None), _scale(block.out)))
             norm, following = norms[2 * i + 1 : 2 * i + 3]
-            x, n = kernels.residual_layer_norm(x, y, norm.weight, norm.bias, fp8_scale=_scale(block.first))
+            x, n = kernels.layer_norm(x, norm.weight, norm.bias, y, _scale(block.first))
             y = block.second(kernels.to_fp8(gelu_tanh(block.first(n)), _scale(block.second)))
             scale = _scale(self.blocks[i + 1].qkv) if i + 1 < len(self.blocks) else None
-            x, n = kernels.residual_layer_norm(x, y, following.weight, following.bias, fp8_scale=scale)
+            x, n = kernels.layer_norm(x, following.weight, following.bias, y, scale)
         tokens: Tensor = vision.head(n)  # [N·B, P, D]
         return tokens.unflatten(0, (num_cameras, batch)).transpose(0, 1).flatten(1, 2)
 
@@ -131,7 +126,7 @@ class PackedModel:
         cos, sin = (table[:, :, 0] for table in rope_table(position[None, :length], sizes.head_dim))  # [1, S, K/2]
         shape = (batch, length + num_suffix, sizes.num_kv_heads, sizes.head_dim)
         keys, values = ([x.new_empty(shape) for _ in self.backbone] for _ in range(2))
-        n = kernels.rms_norm(x, _scale(self.backbone[0].qkv))
+        x, n = kernels.rms_norm(x, fp8_scale=_scale(self.backbone[0].qkv))
         for i, layer in enumerate(self.backbone):
             if layer is self.backbone[-1]:  # of the last layer, the action expert reads keys and values
                 first = sizes.num_heads * sizes.head_dim
@@ -140,9 +135,9 @@ class PackedModel:
             q = kernels.split_rope_store(layer.qkv(n), cos, sin, keys[i], values[i], 0)
             cache = keys[i][:, :length], values[i][:, :length]
             y = layer.out(kernels.attend(q, *cache, valid, length, fp8_scale=_scale(layer.out)))
-            x, n = kernels.residual_rms_norm(x, y, _scale(layer.first))
+            x, n = kernels.rms_norm(x, y, _scale(layer.first))
             y = layer.second(kernels.geglu(layer.first(n), _scale(layer.second)))
-            x, n = kernels.residual_rms_norm(x, y, _scale(self.backbone[i + 1].qkv))
+            x, n = kernels.rms_norm(x, y, _scale(self.backbone[i + 1].qkv))
         suffix_rope = rope_table(valid[:, None] + position[None, :num_suffix], self.config.action_expert.head_dim)
         cos, sin = (table[:, :, 0] for table in suffix_rope)  # [B, T, K/2]
         return Prefix(keys, values, valid, length, cos, sin, state)
@@ -158,14 +153,13 @@ class PackedModel:
         # Guidance differentiates it: the plain operations have gradients, and do not write into the cache.
         kernels = PLAIN if torch.is_grad_enabled() else self.kernels
         x = self.suffix(prefix.state, x_t, time_features).to(self.dtype)  # [B, T, d]
-        scale = _scale(self.expert[0].qkv)
-        n = kernels.rms_norm(x, scale) if modulations is None else kernels.ada_rms_norm(x, modulations[0], scale)
+        x, n = _norm(kernels, x, None, modulations, 0, _scale(self.expert[0].qkv))
         for i, layer in enumerate(self.expert):
             y = layer.out(self._attend(prefix, i, layer.qkv(n), kernels))
-            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i, _scale(layer.first))
+            x, n = _norm(kernels, x, y, modulations, 2 * i + 1, _scale(layer.first))
             y = layer.second(_linear_geglu(kernels, n, layer))
             scale = _scale(self.expert[i + 1].qkv) if i + 1 < len(self.expert) else None
-            x, n = _add_and_norm(kernels, x, y, modulations, 2 * i + 1, scale)
+            x, n = _norm(kernels, x, y, modulations, 2 * i + 2, scale)
         return F.linear(n[:, self.num_state_tokens :].float(), self.out_weight, self.out_bias)
 
     def _attend(self, prefix: Prefix, i: int, qkv: Tensor, kernels: Kernels) -> Tensor:
@@ -179,13 +173,14 @@ class PackedModel:
         return kernels.attend(q, keys, values, prefix.valid, length, self.num_state_tokens, fp8_scale=scale)
 
 
-def _add_and_norm(
-    kernels: Kernels, x: Tensor, y: Tensor, modulations: Sequence[Modulation] | None, norm: int, scale: float | None
+def _norm(
+    kernels: Kernels, x: Tensor, y: Tensor | None, modulations: Sequence[Modulation] | None, i: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The residual behind norm number `norm`, and the norm after it."""
+    """The expert's norm number `i`, and the residual before it, that of the sublayer behind norm i − 1."""
     if modulations is None:
-        return kernels.residual_rms_norm(x, y, scale)
-    return kernels.gated_residual_ada_rms_norm(x, y, modulations[norm], modulations[norm + 1], scale)
+        return kernels.rms_norm(x, y, scale)
+    gate = None if y is None else modulations[i - 1]
+    return kernels.ada_rms_norm(x, modulations[i], y, gate, scale)
 
 
 def _linear_geglu(kernels: Kernels, x: Tensor, layer: PackedLayer) -> Tensor:

@@ -23,12 +23,9 @@ class Kernels:
 
     name: str
     """"plain" or "triton"."""
-    rms_norm: _One
-    residual_rms_norm: _Two
-    ada_rms_norm: _One
-    gated_residual_ada_rms_norm: _Two
-    layer_norm: _One
-    residual_layer_norm: _Two
+    rms_norm: _Two
+    ada_rms_norm: _Two
+    layer_norm: _Two
     split_rope_store: _One
     geglu: _One
     linear_geglu: _One
@@ -42,8 +39,7 @@ class Kernels:
 
 
 PLAIN = Kernels(
-    "plain", norms.rms_norm, norms.residual_rms_norm, norms.ada_rms_norm, norms.gated_residual_ada_rms_norm,
-    norms.layer_norm, norms.residual_layer_norm, rope.split_rope_store, geglu.geglu,
+    "plain", norms.rms_norm, norms.ada_rms_norm, norms.layer_norm, rope.split_rope_store, geglu.geglu,
     geglu.linear_geglu, attention.attend, fp8.to_fp8,
 )  # fmt: skip
 """Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
@@ -53,8 +49,7 @@ def triton_kernels() -> Kernels:
     """The Triton kernels, or a ModuleNotFoundError; for one stream at a time (`Kernels.for_another_stream`)."""
     require("triton", "gpu")
     return Kernels(
-        "triton", norms.triton_rms_norm, norms.triton_residual_rms_norm, norms.triton_ada_rms_norm,
-        norms.triton_gated_residual_ada_rms_norm, norms.triton_layer_norm, norms.triton_residual_layer_norm,
+        "triton", norms.triton_rms_norm, norms.triton_ada_rms_norm, norms.triton_layer_norm,
         rope.triton_split_rope_store, geglu.triton_geglu, geglu.triton_linear_geglu,
         attention.TritonAttention(), fp8.triton_to_fp8,
     )  # fmt: skip

@@ -115,7 +115,6 @@ class TritonAttention:
         self, q: Tensor, keys: Tensor, values: Tensor, valid: Tensor, num_prefix: int, num_state_tokens: int = 0,
         fp8_scale: float | None = None,
     ) -> Tensor:  # fmt: skip
-        """The same as `attend`."""
         (batch, num_tokens, num_heads, head_dim), (_, slots, groups, _) = q.shape, keys.shape
         assert q.is_contiguous()
         assert keys.stride() == values.stride()

@@ -50,7 +50,6 @@ def geglu_kernel(
 
 
 def triton_geglu(gate_up: Tensor, fp8_scale: float | None = None) -> Tensor:
-    """`geglu` in one launch."""
     batch, num_tokens, width = gate_up.shape[0], gate_up.shape[1], gate_up.shape[2] // 2
     assert gate_up.is_contiguous()
     out = empty_output(gate_up, (batch, num_tokens, width), fp8_scale)

@@ -24,58 +24,40 @@ from torchpi.model.gemma import RMS_NORM_EPS, over_rms
 from torchpi.model.siglip import LAYER_NORM_EPS
 
 
-def rms_norm(x: Float[Tensor, "B T D"], fp8_scale: float | None = None) -> Float[Tensor, "B T D"]:
-    """x / rms(x)."""
-    return to_fp8(over_rms(x).to(x.dtype), fp8_scale)
-
-
-def residual_rms_norm(
-    x: Float[Tensor, "B T D"], y: Float[Tensor, "B T D"], fp8_scale: float | None = None
+def rms_norm(
+    x: Float[Tensor, "B T D"], y: Float[Tensor, "B T D"] | None = None, fp8_scale: float | None = None
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
     """x + y, and it normalized."""
-    x = x + y
-    return x, rms_norm(x, fp8_scale)
+    x = x if y is None else x + y
+    return x, to_fp8(over_rms(x).to(x.dtype), fp8_scale)
 
 
 def ada_rms_norm(
-    x: Float[Tensor, "B T d"], modulation: Float[Tensor, "#B #T 3*d"], fp8_scale: float | None = None
-) -> Float[Tensor, "B T d"]:
-    """x / rms(x)·(1 + scale) + shift."""
-    scale, shift, _ = modulation.float().chunk(3, dim=-1)
-    return to_fp8((over_rms(x) * (1 + scale) + shift).to(x.dtype), fp8_scale)
-
-
-def gated_residual_ada_rms_norm(
     x: Float[Tensor, "B T d"],
-    y: Float[Tensor, "B T d"],
-    gate_modulation: Float[Tensor, "#B #T 3*d"],
     modulation: Float[Tensor, "#B #T 3*d"],
+    y: Float[Tensor, "B T d"] | None = None,
+    gate_modulation: Float[Tensor, "#B #T 3*d"] | None = None,
     fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
     """x + y·gate with the gate of the norm in front of y's sublayer, and it normalized with `modulation`."""
-    gate = gate_modulation.chunk(3, dim=-1)[2]
-    x = (x.float() + y.float() * gate.float()).to(x.dtype)
-    return x, ada_rms_norm(x, modulation, fp8_scale)
+    if y is not None and gate_modulation is not None:
+        gate = gate_modulation.chunk(3, dim=-1)[2]
+        x = (x.float() + y.float() * gate.float()).to(x.dtype)
+    scale, shift, _ = modulation.float().chunk(3, dim=-1)
+    return x, to_fp8((over_rms(x) * (1 + scale) + shift).to(x.dtype), fp8_scale)
 
 
 def layer_norm(
-    x: Float[Tensor, "B T W"], weight: Float[Tensor, " W"], bias: Float[Tensor, " W"], fp8_scale: float | None = None
-) -> Float[Tensor, "B T W"]:
-    """(x − mean) / deviation·weight + bias."""
-    n = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), LAYER_NORM_EPS).to(x.dtype)
-    return to_fp8(n, fp8_scale)
-
-
-def residual_layer_norm(
     x: Float[Tensor, "B T W"],
-    y: Float[Tensor, "B T W"],
     weight: Float[Tensor, " W"],
     bias: Float[Tensor, " W"],
+    y: Float[Tensor, "B T W"] | None = None,
     fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
     """x + y, and it normalized."""
-    x = x + y
-    return x, layer_norm(x, weight, bias, fp8_scale)
+    x = x if y is None else x + y
+    n = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), LAYER_NORM_EPS).to(x.dtype)
+    return x, to_fp8(n, fp8_scale)
 
 
 @Kernel
@@ -125,8 +107,8 @@ def norm_kernel(  # a program per token
 
 def _launch(
     x: Tensor, y: Tensor | None, gate: Tensor | None, affine: Sequence[Tensor], fp8_scale: float | None, **options: Any
-) -> Any:
-    """x + y·gate, and it normalized; `affine` is empty, or scale and shift."""
+) -> tuple[Tensor, Tensor]:
+    """x + y·gate, and it normalized, in one launch; `affine` is empty, or scale and shift."""
     assert x.is_contiguous()
     assert y is None or y.is_contiguous()
     total, normed = x if y is None else torch.empty_like(x), empty_output(x, x.shape, fp8_scale)
@@ -144,35 +126,22 @@ _RMS: Mapping[str, Any] = {"centered": False, "eps": RMS_NORM_EPS}
 _LAYER: Mapping[str, Any] = {"centered": True, "eps": LAYER_NORM_EPS}
 
 
-def triton_rms_norm(x: Tensor, fp8_scale: float | None = None) -> Tensor:
-    """`rms_norm` in one launch."""
-    return _launch(x, None, None, (), fp8_scale, **_RMS)[1]
-
-
-def triton_residual_rms_norm(x: Tensor, y: Tensor, fp8_scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """`residual_rms_norm` in one launch."""
+def triton_rms_norm(x: Tensor, y: Tensor | None = None, fp8_scale: float | None = None) -> tuple[Tensor, Tensor]:
     return _launch(x, y, None, (), fp8_scale, **_RMS)
 
 
-def triton_ada_rms_norm(x: Tensor, modulation: Tensor, fp8_scale: float | None = None) -> Tensor:
-    """`ada_rms_norm` in one launch."""
-    return _launch(x, None, None, modulation.chunk(3, dim=-1)[:2], fp8_scale, **_RMS)[1]
-
-
-def triton_gated_residual_ada_rms_norm(
-    x: Tensor, y: Tensor, gate_modulation: Tensor, modulation: Tensor, fp8_scale: float | None = None
+def triton_ada_rms_norm(
+    x: Tensor,
+    modulation: Tensor,
+    y: Tensor | None = None,
+    gate_modulation: Tensor | None = None,
+    fp8_scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`gated_residual_ada_rms_norm` in one launch."""
-    return _launch(x, y, gate_modulation.chunk(3, dim=-1)[2], modulation.chunk(3, dim=-1)[:2], fp8_scale, **_RMS)
+    gate = None if gate_modulation is None else gate_modulation.chunk(3, dim=-1)[2]
+    return _launch(x, y, gate, modulation.chunk(3, dim=-1)[:2], fp8_scale, **_RMS)
 
 
-def triton_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, fp8_scale: float | None = None) -> Tensor:
-    """`layer_norm` in one launch."""
-    return _launch(x, None, None, (weight[None, None], bias[None, None]), fp8_scale, **_LAYER)[1]
-
-
-def triton_residual_layer_norm(
-    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, fp8_scale: float | None = None
+def triton_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, y: Tensor | None = None, fp8_scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`residual_layer_norm` in one launch."""
     return _launch(x, y, None, (weight[None, None], bias[None, None]), fp8_scale, **_LAYER)

@@ -92,7 +92,6 @@ def split_rope_store_kernel(  # a program per token; tiles [heads, K/2]
 
 
 def triton_split_rope_store(qkv: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, start: int) -> Tensor:
-    """`split_rope_store` in one launch."""
     (batch, num_tokens, width), (num_kv_heads, head_dim) = qkv.shape, keys.shape[2:]
     num_heads = width // head_dim - 2 * num_kv_heads
     assert qkv.is_contiguous()
