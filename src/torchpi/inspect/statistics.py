@@ -76,15 +76,6 @@ def _check_actions_against_state(policy: Policy, state_names: tuple[str, ...]) -
             continue
         nearest, farthest = (0.0, 0.0) if action.kind == "delta" else (state_low[i], state_high[i])
         if max(nearest - low[i], high[i] - farthest) > _MAX_WIDTHS_BEYOND_STATE * width:
-            yield finding(
-                "other_units",
-                "statistics of actions",
-                **{
-                    "name": name,
-                    "low": low[i],
-                    "high": high[i],
-                    "state_low": state_low[i],
-                    "state_high": state_high[i],
-                },
-                relative=", relative to the state" if action.kind == "delta" else "",
-            )
+            ends = {"low": low[i], "high": high[i], "state_low": state_low[i], "state_high": state_high[i]}
+            relative = ", relative to the state" if action.kind == "delta" else ""
+            yield finding("other_units", "statistics of actions", name=name, relative=relative, **ends)

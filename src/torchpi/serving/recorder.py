@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import logging
 import re
-import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -59,16 +58,14 @@ class Recorder:
                 )
         self.metrics = metrics
         self._recordings: dict[str, _Recording] = {}
-        self._free = threading.Semaphore(MAX_WAITING)
         self._bytes: deque[int] = deque()
-        """Of the requests that wait."""
+        """Of each request that waits."""
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="torchpi-recorder")
 
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         """Record one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
         size = size_of(observation)
-        has_room = sum(self._bytes) + size <= MAX_WAITING_MB * 2**20
-        if has_room and self._free.acquire(blocking=False):
+        if len(self._bytes) < MAX_WAITING and sum(self._bytes) + size <= MAX_WAITING_MB * 2**20:
             self._bytes.append(size)
             self._thread.submit(self._keep, name, client, policy, observation, actions)
         else:
@@ -92,7 +89,6 @@ class Recorder:
 
     def _keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
         self._bytes.popleft()
-        self._free.release()
         with _counted_failures(1, self.metrics):
             frame = request_frame(policy.embodiment, observation, actions)
             prompt = observation.get("prompt")

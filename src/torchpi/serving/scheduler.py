@@ -100,6 +100,8 @@ class Scheduler:
         self, load: Mapping[str, Callable[[], ServedPolicy]], settings: ServeSettings, metrics: Metrics
     ) -> None:
         self._load, self._settings, self._metrics = dict(load), settings, metrics
+        several = settings.num_samples is not None
+        self._samples: dict[str, Any] = {"num_samples": settings.num_samples, "pick": settings.pick} if several else {}
         self._policies: dict[str, ServedPolicy] = {}
         self._waiting: list[Request] = []
         self._lock = threading.Lock()
@@ -115,12 +117,6 @@ class Scheduler:
     def start(self) -> None:
         """Begin to load; see `ready`."""
         self._thread.start()
-
-    @property
-    def _samples(self) -> dict[str, Any]:
-        """The arguments of `Policy.infer_batch` for several samples, if there are to be several."""
-        settings = self._settings
-        return {} if settings.num_samples is None else {"num_samples": settings.num_samples, "pick": settings.pick}
 
     @property
     def num_waiting(self) -> int:

@@ -59,16 +59,8 @@ class ServeSettings:
     """Seconds at the end in which requests that were received are still answered."""
 
     def __post_init__(self) -> None:
-        limits = (
-            "max_batch",
-            "max_queue",
-            "deadline",
-            "max_connections",
-            "max_message_mb",
-            "max_memory_mb",
-            "max_rate",
-        )
-        for name in limits:
+        counts = ("max_batch", "max_queue", "max_connections")
+        for name in (*counts, "deadline", "max_message_mb", "max_memory_mb", "max_rate"):
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
         if self.max_memory_mb < 4 * self.max_message_mb:
@@ -104,7 +96,6 @@ class ServeSettings:
         return self.host in LOCAL_HOSTS
 
     def admits(self, authorization: str | None) -> bool:
-        """Check the Authorization header of a request."""
         if self.token is None:
             return True
         scheme, _, credentials = (authorization or "").partition(" ")
