@@ -27,11 +27,7 @@ _WIDTHS = {"quantile": 2.0, "z_score": 2 * DEVIATIONS}
 def finite_noise(
     noise: Any, config: Pi0Config, num_samples: Any, batch: tuple[int, ...] = ()
 ) -> Float32[np.ndarray, "..."]:
-    """The noise of a call, [*batch, H, A], or [*batch, N, H, A] where N is stated.
-
-    Raises:
-        ValueError: it is of another shape or dtype, or not finite.
-    """
+    """The noise of a call, [*batch, H, A], or [*batch, N, H, A] where N is stated."""
     array = np.asarray(noise)
     found = f"got {array.dtype} {list(array.shape)}"
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
@@ -51,11 +47,7 @@ def finite_noise(
 
 
 def checked_pick(pick: Any, num_samples: Any, num_steps: Any) -> Pick | None:
-    """The choice among `num_samples`, by default "consensus"; None without a number, which is one sample.
-
-    Raises:
-        ValueError: the number or the choice is none, or the choice means nothing here.
-    """
+    """The choice among `num_samples`, by default "consensus"; None without a number, which is one sample."""
     if num_samples is not None and not (is_whole(num_samples) and num_samples >= 1):
         raise PolicyError(f"num_samples is {num_samples!r:.80}; expected a positive whole number.")
     if num_samples is None and pick is not None:

@@ -54,9 +54,6 @@ def options_of(command: Any) -> dict[str, str]:
 def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
     """The words of a command line as the command reads them: former names (`aliases`) are replaced, and a positional
     argument may be given by its name, `--policy demo`.
-
-    Raises:
-        UsageError: an option was renamed (`renamed`), or is one of LeRobot or openpi that has another name here.
     """
     options = options_of(command)
     renamed, aliases = getattr(command, "renamed", {}), getattr(command, "aliases", {})

@@ -49,7 +49,6 @@ class Inputs:
 
     @classmethod
     def empty(cls, bucket: Bucket, config: Pi0Config, device: torch.device) -> "Inputs":
-        """Valid inputs of a bucket's shapes."""
         batch, size = bucket.batch, config.image_size
         chunk = (batch, bucket.horizon, config.action_dim)
         valid = bucket.cameras * config.num_patches + bucket.prompt_tokens

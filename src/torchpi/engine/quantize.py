@@ -80,7 +80,6 @@ class QuantizedLinear(Linear):
         self.weight_scale = nn.Parameter(scale, requires_grad=False)
 
     def forward(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
-        """x·Wᵀ + b in x's dtype."""
         return self.rows(x, 0)
 
     def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
@@ -89,7 +88,6 @@ class QuantizedLinear(Linear):
         return y if self.bias is None else y + self.bias[first:].to(x.dtype)
 
     def matmul(self, x: Float[Tensor, "*batch i"], first: int = 0) -> Float[Tensor, "*batch rows"]:
-        """x·Wᵀ."""
         tokens = x.flatten(0, -2)
         settings: tuple[Any, ...] = (self.input_scale, self.emulated, self.row_scales)
         run = _StraightThrough.apply if torch.is_grad_enabled() and x.requires_grad else quantized_matmul
@@ -190,7 +188,6 @@ class Fp8Linear:
         return self.rows(x, 0)
 
     def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
-        """The outputs from `first` on."""
         if x.dtype is not torch.float8_e4m3fn:
             return self.layer.rows(x, first)
         weight, bias = self.layer.weight.detach()[first:], None if self.bias is None else self.bias[first:]
@@ -213,9 +210,6 @@ def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] |
 
     Args:
         observe: samples actions of real observations with the model, for fp8: s_x is the largest input / 448.
-
-    Raises:
-        ValueError: unknown kind; the model is quantized already, or has LoRA; fp8 without observations.
     """
     if kind not in DTYPES:
         raise ModelError(f"Unknown quantization {kind!r}; expected fp8 or int8.")

@@ -110,9 +110,6 @@ def add_lora(model: Pi0, config: LoraConfig, generator: torch.Generator | None) 
 
     Args:
         generator: on the model's device; None: PyTorch's own.
-
-    Raises:
-        ValueError: the model has LoRA already.
     """
     attach_lora(model, config)
     for _, layer in lora_layers(model):
@@ -144,11 +141,7 @@ def _attach(stack: Gemma, config: LoraConfig, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def merge_lora(model: Pi0) -> None:
-    """Add the low-rank updates to the weights, in float32 before any cast, and leave a plain model, in place.
-
-    Raises:
-        ValueError: the model has no LoRA.
-    """
+    """Add the low-rank updates to the weights, in float32 before any cast, and leave a plain model, in place."""
     if lora_config(model) is None:
         raise ModelError("The model has no LoRA to merge.")
     for name, layer in list(lora_layers(model)):

@@ -47,11 +47,7 @@ class Guidance:
             raise ModelError(f"The guidance's maximum must be a finite number from 0 on, got {self.maximum}.")
 
     def wrap(self, velocity: Velocity) -> Velocity:
-        """The velocity, corrected towards the target (equations 2 to 4).
-
-        Raises:
-            ValueError: in torch.inference_mode, which has no gradients.
-        """
+        """The velocity, corrected towards the target (equations 2 to 4)."""
         if torch.is_inference_mode_enabled():
             raise ModelError(
                 "Guidance needs gradients, and torch.inference_mode has none; sample under torch.no_grad instead, or "

@@ -142,7 +142,6 @@ class Connection:
             later(FORGET_AFTER, lambda: state.dashboard.forget(time.monotonic()))
 
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
-        """Answer one message, by a chunk or an error."""
         self.answering = True
         state, began = self._state, time.perf_counter()
         frame: str | bytes
@@ -209,7 +208,6 @@ class Connection:
         self.websocket.count(-len(message.encode() if isinstance(message, str) else message))
 
     async def _infer(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> tuple[dict[str, Any], Answer]:
-        """The observation in one message, and the model's answer."""
         settings = self._state.settings
         if not self._limit.allows(time.monotonic()):
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")

@@ -10,12 +10,7 @@ from torchpi_client.rerun_log import RerunLog, RobotLog
 
 
 class LiveView:
-    """The robots of a server by client, at the times of their answers; see `RerunLog` for what is dropped.
-
-    Raises:
-        ModuleNotFoundError: the extra is not installed.
-        ValueError: the target is neither a new .rrd file nor an address.
-    """
+    """The robots of a server by client, at the times of their answers; see `RerunLog`."""
 
     def __init__(self, target: str) -> None:
         require("rerun", "rerun")

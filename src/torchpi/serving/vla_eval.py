@@ -235,8 +235,6 @@ def _spec(name: str, dims: int, format: str) -> dict[str, Any]:
 
 
 def _frame(kind: str, payload: Mapping[str, Any], seq: int) -> bytes:
-    """A message to the client."""
-
     def encode(array: np.ndarray) -> dict[str, Any]:
         return {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": list(array.shape)}
 
