@@ -495,6 +495,11 @@ def test_number_of_entries_in_a_message_is_limited():
         ({"token": " "}, "token"),
         ({"token": "naïve"}, "ASCII"),
         ({"grace": -1.0}, "grace is -1.0"),
+        ({"grace": float("nan")}, "grace is nan"),
+        ({"seed": -1}, "seed is -1"),
+        ({"max_memory_mb": float("inf")}, "max_memory_mb is inf; expected at least 128, and below infinity"),
+        ({"max_memory_mb": float("inf"), "max_message_mb": float("inf")}, "max_memory_mb is inf"),
+        ({"max_memory_mb": 100.0}, "max_memory_mb is 100; expected at least 128"),
     ],
 )
 def test_invalid_settings_are_refused(settings, message):

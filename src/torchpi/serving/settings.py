@@ -2,6 +2,7 @@
 
 import dataclasses
 import hmac
+import math
 from typing import Literal
 
 from torchpi.errors import ServingError, is_whole
@@ -63,10 +64,10 @@ class ServeSettings:
         for name in (*counts, "deadline", "max_message_mb", "max_memory_mb", "max_rate"):
             if not getattr(self, name) > 0:
                 raise ServingError(f"{name} is {getattr(self, name)}; expected a positive number.")
-        if self.max_memory_mb < 4 * self.max_message_mb:
+        if not 4 * self.max_message_mb <= self.max_memory_mb < math.inf:
             raise ServingError(
-                f"max_memory_mb is {self.max_memory_mb:g}; expected at least {4 * self.max_message_mb:g}, four times "
-                "max_message_mb: a message, its arrays, the message behind it, and the last one on the dashboard."
+                f"max_memory_mb is {self.max_memory_mb:g}; expected at least {4 * self.max_message_mb:g}, and below "
+                "infinity: four times max_message_mb, for a message, its arrays, the one behind it and the dashboard's."
             )
         if self.num_steps is not None and not (is_whole(self.num_steps) and 1 <= self.num_steps <= MAX_NUM_STEPS):
             raise ServingError(f"num_steps is {self.num_steps}; expected 1 to {MAX_NUM_STEPS}, a whole number.")
@@ -77,8 +78,9 @@ class ServeSettings:
             raise ServingError("rename is for --protocol vla-eval; openpi's clients send the policy's own keys.")
         if self.token is not None and self.protocol == "vla-eval":
             raise ServingError("vla-eval's client sends no token; expected none (--token, TORCHPI_TOKEN).")
-        if self.grace < 0:
-            raise ServingError(f"grace is {self.grace}; expected 0 or more seconds.")
+        for name in ("grace", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ServingError(f"{name} is {getattr(self, name)}; expected 0 or more.")
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
             raise ServingError("The token must be of printable ASCII characters, and not empty.")
 
