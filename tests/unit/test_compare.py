@@ -224,6 +224,14 @@ def test_a_policy_that_cannot_read_the_observation_is_named(make_policy):
         compare(make_policy(), make_policy(), {"state": np.zeros(2), "prompt": "go"})
 
 
+def test_policies_of_a_robot_without_state_are_compared(make_policy):
+    robot = Embodiment.generic("arm", cameras={BASE: "front"}, state=[], actions=["a", "b"], command="velocity")
+    policy = make_policy(embodiment=robot, default_prompt="push it")
+    comparison = compare(policy, copy.deepcopy(policy), policy.example_observation())
+    assert comparison.same
+    assert stage(comparison, "state").shape == (0,)
+
+
 def test_other_cameras_are_a_difference(make_policy):
     robot = dataclasses.replace(TWO_JOINTS, cameras=TWO_JOINTS.cameras[::-1])
     comparison = compare(make_policy(), make_policy(embodiment=robot))

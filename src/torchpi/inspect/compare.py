@@ -179,8 +179,8 @@ def _compare(name: str, one: Any, other: Any, tolerance: float) -> ComparedStage
         return ComparedStage(name, True, shapes)
     a, b = one.astype(np.float64), other.astype(np.float64)
     with np.errstate(invalid="ignore"):  # infinity from infinity
-        largest = float(abs(a - b).max())
-    scale = float(max(abs(a).max(), abs(b).max()))
+        largest = float(abs(a - b).max(initial=0))  # a state may have no dimensions
+    scale = float(max(abs(a).max(initial=0), abs(b).max(initial=0)))
     broken = [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]
     message = f"NaN or infinity in {' and '.join(broken)}" if broken else ""
     return ComparedStage(name, bool(broken) or largest > tolerance * scale, message, one.shape, largest, scale)
