@@ -171,18 +171,8 @@ class Trace:
 
         if self.dataset is None:
             refuse_changed(self.frames, belongs_to="--dataset")
-        run_trace(
-            [*([self.target] if self.target else []), *self.compare],
-            Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim),
-            Source(
-                self.inputs,
-                self.dataset,
-                self.episode,
-                self.frame,
-                self.frames.reading() | {"prompt": self.prompt},
-                demo=demo_observation(),
-            ),
-            html=self.html,
-            as_json=self.json,
-            **self.load.given(),
-        )
+        targets = [*([self.target] if self.target else []), *self.compare]
+        shapes = Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim)
+        reading = self.frames.reading() | {"prompt": self.prompt}
+        source = Source(self.inputs, self.dataset, self.episode, self.frame, reading, demo=demo_observation())
+        run_trace(targets, shapes, source, html=self.html, as_json=self.json, **self.load.given())

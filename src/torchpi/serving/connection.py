@@ -123,15 +123,14 @@ class Connection:
     async def _converse(self) -> None:
         """Send the metadata, then answer requests; the client is on the dashboard meanwhile, and for some seconds."""
         state, name, policy = self._state, self._policy, self._state.policies[self._policy]
+        shape = state.settings.noise_shape(policy.model.config.chunk_shape)
         await self._greet()
         robot = state.dashboard.join(self._number, name, policy, address_of(self.websocket))
         try:
             while not state.stopping:
                 # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
-                noise = generator.standard_normal(
-                    state.settings.noise_shape(policy.model.config.chunk_shape), np.float32
-                )
+                noise = generator.standard_normal(shape, np.float32)
                 try:
                     await self._respond(await self._receive(robot), noise, robot)
                 finally:
@@ -211,8 +210,7 @@ class Connection:
         settings = self._state.settings
         if not self._limit.allows(time.monotonic()):
             raise RequestError("rate_limited", f"More than {settings.max_rate:g} requests per second; send fewer.")
-        config = self._state.policies[self._policy].model.config
-        observation, options = self._read(message, settings.noise_shape(config.chunk_shape))
+        observation, options = self._read(message, noise.shape)
         noise = noise if options.noise is None else options.noise
         num_steps = options.num_steps or settings.num_steps
         try:

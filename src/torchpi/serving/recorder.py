@@ -147,9 +147,8 @@ class _Recording:
                 _log.error(text, client, self._path, misfit)
             return
         num_bytes = sum(value.nbytes for value in frame.values())
-        while (
-            self._episodes and num_bytes + sum(each.num_bytes for each in self._episodes.values()) > EPISODE_MB * 2**20
-        ):
+        room = EPISODE_MB * 2**20 - num_bytes
+        while self._episodes and sum(each.num_bytes for each in self._episodes.values()) > room:
             self._save(max(self._episodes, key=lambda each: self._episodes[each].num_bytes))
         for key, value in frame.items():
             self._shapes.setdefault(key, value.shape)

@@ -168,9 +168,8 @@ class BenchmarkConnection(Connection):
                     "(its params send_wrist_image, send_state), or start the server with another --rename."
                 )
             observation = {key: found[name] for key, name in self._sources.items()}
-            for key in (
-                each.key for each in self._robot.read_cameras if each.layout == "chw" and each.key in observation
-            ):
+            channels_first = {each.key for each in self._robot.read_cameras if each.layout == "chw"}
+            for key in observation.keys() & channels_first:
                 image = observation[key]  # benchmarks send [h, w, 3]
                 observation[key] = {**image, "layout": "chw"} if isinstance(image, dict) else np.moveaxis(image, -1, 0)
         except ValueError as error:
