@@ -10,7 +10,6 @@ from torchpi.errors import MissingFileError, UsageError
 
 
 def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file."""
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")
     try:
@@ -25,7 +24,6 @@ def read_npz(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def read_npy(path: pathlib.Path) -> np.ndarray:
-    """The array of an .npy file."""
     if not path.is_file():
         raise MissingFileError(f"There is no file {path}.")
     try:

@@ -7,9 +7,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
-
-import msgspec
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from torchpi.errors import ConfigError
 from torchpi.schema import parse, read_json_object
@@ -169,22 +167,18 @@ class Pi0Config:
 
     @property
     def paligemma(self) -> GemmaConfig:
-        """The backbone's sizes."""
         return _variant(self.paligemma_variant, GEMMA_VARIANTS, "paligemma_variant")
 
     @property
     def action_expert(self) -> GemmaConfig:
-        """The action expert's sizes."""
         return _variant(self.action_expert_variant, GEMMA_VARIANTS, "action_expert_variant")
 
     @property
     def siglip(self) -> VisionConfig:
-        """The vision tower's sizes."""
         return _variant(self.siglip_variant, VISION_VARIANTS, "siglip_variant")
 
     @property
     def variant(self) -> str:
-        """π₀ or π₀.₅."""
         return "π₀.₅" if self.pi05 else "π₀"
 
     @property
@@ -203,11 +197,7 @@ class Pi0Config:
         return self.require("action_horizon"), self.action_dim
 
     def require(self, field: Literal["action_horizon", "max_token_len", "discrete_state_input"]) -> Any:
-        """The value of a field that a checkpoint may have left unset.
-
-        Raises:
-            ValueError: it is unset; the message says how to set it.
-        """
+        """The value of a field that a checkpoint may have left unset, which is an error then."""
         value = getattr(self, field)
         if value is None:
             raise ConfigError(
@@ -260,12 +250,9 @@ class Pi0Config:
             raise ConfigError(f"{where}: {error}") from error
 
     @classmethod
-    def from_json(cls, path: str | pathlib.Path, base: "Pi0Config | None" = None) -> "Pi0Config":
+    def from_json(cls, path: str | pathlib.Path) -> "Pi0Config":
         """Read a config file in the schema of `to_dict`; arguments and errors as of `from_dict`."""
-        return cls.from_dict(read_json_object(path), base, where=str(path))
-
-
-_Size = Annotated[int, msgspec.Meta(ge=1)]
+        return cls.from_dict(read_json_object(path), where=str(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +260,12 @@ class _Document:
     """The schema of `Pi0Config.to_dict`."""
 
     pi05: bool
-    action_dim: _Size
-    action_horizon: _Size | None
-    max_token_len: _Size | None
+    action_dim: int
+    action_horizon: int | None
+    max_token_len: int | None
     discrete_state_input: bool | None
-    vocab_size: _Size
-    image_size: _Size
+    vocab_size: int
+    image_size: int
     paligemma: GemmaConfig
     action_expert: GemmaConfig
     siglip: VisionConfig
@@ -324,7 +311,6 @@ PRESETS: Mapping[str, Pi0Config] = {
 
 
 def preset(name: str) -> Pi0Config:
-    """The config of that name."""
     if name not in PRESETS:
         raise ConfigError(f"Unknown preset {name!r}; presets are {', '.join(PRESETS)}.")
     return PRESETS[name]

@@ -103,7 +103,6 @@ class UnknownKeyError(TorchpiError, KeyError):
     """A key is missing or unknown."""
 
     def __str__(self) -> str:
-        """The message without the quotes that a KeyError puts around it."""
         return str(self.args[0]) if self.args else ""
 
 

@@ -31,11 +31,7 @@ _COMMANDS = {
 
 
 def require(module: str, extra: str) -> Any:
-    """Import a module that an extra of torchpi installs.
-
-    Raises:
-        ModuleNotFoundError: it, or a module that it imports, is not installed.
-    """
+    """Import a module that an extra of torchpi installs."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -273,7 +273,6 @@ class Policy:
         return self.embodiment.example_observation(state_dim=self._state_dim, state=state)
 
     def __repr__(self) -> str:
-        """The policy in a line."""
         config, count = self.model.config, sum(parameter.numel() for parameter in self.model.parameters())
         dtype = str(self.model.embedding.dtype).removeprefix("torch.")
         return (
@@ -357,7 +356,6 @@ class Policy:
 
     @property
     def spec(self) -> PolicySpec:
-        """Everything but the weights."""
         return PolicySpec(
             source=f"a policy of {self.embodiment.name}",
             embodiment=self.embodiment,
@@ -441,7 +439,6 @@ def load_policy(
 
 
 def policy_of(model: Pi0, spec: PolicySpec) -> Policy:
-    """A policy of a model and everything around it."""
     assert spec.embodiment is not None
     assert spec.norm_stats is not None
     assert spec.tokenizer is not None

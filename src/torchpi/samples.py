@@ -78,7 +78,17 @@ def choose(
         kind: of the actions' normalization.
     """
     residuals = None if residual is None else np.sqrt(residual.mean(axis=(1, 2)))
-    about = {"samples": samples, "sample_index": _index(pick, samples, normalized, residuals, observation)}
+    index: Any = 0  # of "first", and of a single sample
+    if callable(pick):
+        index = pick(samples.copy(), observation)
+        if not is_whole(index) or not 0 <= index < len(samples):
+            raise PolicyError(f"pick returned {index!r:.80}; expected an index from 0 to {len(samples) - 1}.")
+    elif pick == "velocity_residual" and residuals is not None:
+        index = residuals.argmin()
+    elif pick == "consensus":
+        flat = normalized.reshape(len(samples), -1).astype(np.float64)
+        index = np.linalg.norm(flat[:, None] - flat, axis=-1).sum(axis=1).argmin()
+    about = {"samples": samples, "sample_index": int(index)}
     if residuals is None:
         return about
     spread = normalized.std(axis=0, ddof=1, dtype=np.float64)
@@ -87,23 +97,3 @@ def choose(
         "action_std": samples.std(axis=0, ddof=1, dtype=np.float64).astype(np.float32),
         "uncertainty": float(spread.mean()) / _WIDTHS.get(kind, 1.0),
     }
-
-
-def _index(
-    pick: Pick,
-    samples: np.ndarray,
-    normalized: np.ndarray,
-    residuals: np.ndarray | None,
-    observation: Mapping[str, Any],
-) -> int:
-    if callable(pick):
-        index: Any = pick(samples.copy(), observation)
-        if not is_whole(index) or not 0 <= index < len(samples):
-            raise PolicyError(f"pick returned {index!r:.80}; expected an index from 0 to {len(samples) - 1}.")
-        return int(index)
-    if pick == "first" or residuals is None:
-        return 0
-    if pick == "velocity_residual":
-        return int(residuals.argmin())
-    flat = normalized.reshape(len(samples), -1).astype(np.float64)
-    return int(np.linalg.norm(flat[:, None] - flat, axis=-1).sum(axis=1).argmin())

@@ -120,12 +120,10 @@ def parse(
         kind: a dataclass; its fields' types are checked, nested ones as well. Its own checks (`__post_init__`) run.
         where: the document's name, in front of messages.
         known_only: refuse unknown fields; False for documents of other programs, which may add some.
-
-    Raises:
-        ValueError: the value does not fit; of the class `error`. The message names the field.
     """
     if known_only and (unknown := list(_unknown_fields(schema.type_info(kind), value, ""))):
-        fields = ", ".join(path + _suggestion(path, known) for path, known in sorted(unknown))
+        meant = {path: closest(path.rpartition(".")[2], known) for path, known in sorted(unknown)}
+        fields = ", ".join(f"{path} (did you mean {close}?)" if close else path for path, close in meant.items())
         raise error(f"{where} has unknown fields {fields}; known are {', '.join(unknown[0][1])}.")
     try:
         return msgspec.convert(value, kind)
@@ -170,11 +168,6 @@ def _at(kind: schema.Type, value: Any, path: str) -> tuple[tuple[schema.Type, ..
         else:
             value = value[int(step)] if isinstance(value, list | tuple) and step.isdecimal() else ...
     return kinds, value
-
-
-def _suggestion(path: str, known: tuple[str, ...]) -> str:
-    close = closest(path.rpartition(".")[2], known)
-    return f" (did you mean {close}?)" if close else ""
 
 
 def _unknown_fields(kind: schema.Type, value: Any, path: str) -> Iterator[tuple[str, tuple[str, ...]]]:

@@ -149,7 +149,6 @@ class Observation:
 
     @property
     def batch_size(self) -> int:
-        """B."""
         return self.state.shape[0]
 
     def to(self, device: str | torch.device) -> "Observation":

@@ -108,12 +108,10 @@ def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
 
 
 def is_adapter(root: pathlib.Path) -> bool:
-    """True if a folder has an adapter."""
     return (root / DOCUMENT).is_file()
 
 
 def read_adapter(path: str | pathlib.Path) -> Adapter:
-    """Read and check adapter.json."""
     file = pathlib.Path(path).expanduser() / DOCUMENT
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; expected the folder of an adapter.")

@@ -24,9 +24,6 @@ def model_card(
 
     Args:
         license: by its name on the Hub, as "apache-2.0"; None: the card says what the weights come from.
-
-    Raises:
-        ValueError: the results in the provenance are not those of an evaluation.
     """
     robot, stated = spec.embodiment, spec.provenance
     assert robot is not None

@@ -34,7 +34,6 @@ class Checksums:
 
 
 def write_checksums(root: pathlib.Path, name: str, files: Collection[str]) -> None:
-    """Write the checksums of files in a folder, as they are on the disk now."""
     write_json(_document(root / name), {"block_bytes": _BLOCK_BYTES, "crc32": {f: _crc32s(root / f) for f in files}})
 
 

@@ -82,7 +82,6 @@ class PolicyFile:
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
-    """True if a folder is in our own format."""
     return (root / "policy.json").is_file()
 
 
@@ -170,7 +169,6 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
 
 
 def _stated(policy: PolicyFile) -> dict[str, Any]:
-    """The fields that policy.json has."""
     document = dataclasses.asdict(policy)
     for path, default in _OPTIONAL.items():
         *inside, name = path.split(".")
@@ -181,7 +179,6 @@ def _stated(policy: PolicyFile) -> dict[str, Any]:
 
 
 def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
-    """Write policy.json."""
     trained, quantization = model.trained_action_dim, quantization_of(model)
     assert spec.embodiment is not None
     assert spec.normalization is not None
@@ -205,7 +202,6 @@ def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
 
 
 def tokenizer_file(root: pathlib.Path) -> pathlib.Path | None:
-    """The tokenizer in a folder, if there is one."""
     files = (root / "tokenizer.model", root / "tokenizer.json")
     return next((file for file in files if file.is_file()), None)
 

@@ -14,7 +14,6 @@ Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
 
 
 def format_of(root: pathlib.Path) -> Format:
-    """The format of the checkpoint in a folder."""
     return probe(root)[0]
 
 

@@ -58,13 +58,13 @@ def fetch(address: str, *, sleep: Callable[[float], None] = time.sleep) -> pathl
     return _complete(source_of(address), sleep)
 
 
-def fetch_newest(address: str, *, sleep: Callable[[float], None] = time.sleep) -> tuple[pathlib.Path, str]:
+def fetch_newest(address: str) -> tuple[pathlib.Path, str]:
     """The same with what the address has by now, in place of what it had when it was downloaded; and its commit.
 
     Without a connection, a complete folder stays as it is, with a note on stderr. Files placed by hand stay, too.
     """
     source = source_of(address)
-    root = _complete(source, sleep, newest=True)
+    root = _complete(source, newest=True)
     record = source.record()
     if record is None or isinstance(source, Bucket):  # whose files have a version each
         return root, ""
@@ -82,15 +82,14 @@ def source_of(address: str) -> Bucket | Repository:
     )
 
 
-def fetch_dataset(address: str, names: Collection[str], *, sleep: Callable[[float], None] = time.sleep) -> pathlib.Path:
+def fetch_dataset(address: str, names: Collection[str]) -> pathlib.Path:
     """The folder of a dataset of the Hugging Face Hub in the cache, with some of its files; see `fetch`.
 
     Args:
         address: hf://org/name[@revision].
         names: of the files, or of folders with a '/' at the end.
-        sleep: waits between attempts.
     """
-    return _complete(dataset_source(address, names), sleep)
+    return _complete(dataset_source(address, names))
 
 
 def dataset_source(address: str, names: Collection[str]) -> Repository:
@@ -143,8 +142,9 @@ def _read(
         raise failure
 
 
-def _complete(source: Bucket | Repository, sleep: Callable[[float], None], *, newest: bool = False) -> pathlib.Path:
-    """The address's place in the cache, with everything there."""
+def _complete(
+    source: Bucket | Repository, sleep: Callable[[float], None] = time.sleep, *, newest: bool = False
+) -> pathlib.Path:
     if source.is_complete() and not newest:
         return source.root
     source.top.parent.mkdir(parents=True, exist_ok=True)

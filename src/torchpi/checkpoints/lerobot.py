@@ -17,14 +17,7 @@ import safetensors.numpy
 
 from torchpi.checkpoints.fields import require_fields
 from torchpi.checkpoints.folder import tokenizer_file
-from torchpi.checkpoints.lerobot_normalization import (
-    ACTION,
-    POSTPROCESSOR,
-    PREPROCESSOR,
-    STATE,
-    Step,
-    normalizations,
-)
+from torchpi.checkpoints.lerobot_normalization import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE, Step, normalizations
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PREPROCESSING, PolicySpec, Preprocessing
 from torchpi.config import Pi0Config
 from torchpi.errors import CheckpointError, MissingFileError, is_whole

@@ -5,8 +5,6 @@ Their meaning stands in `torchpi.model.lora`.
 
 import pathlib
 
-import torch
-
 from torchpi.checkpoints.layout import StoredArrays, stored_array
 from torchpi.checkpoints.openpi import write_params
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
@@ -41,14 +39,11 @@ def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
     return pairs
 
 
-def _is_experts(name: str) -> bool:
-    return name.split(".")[-2].endswith("_1")  # attn.q_einsum_1.w, mlp_1.linear_lora_a
-
-
 def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) -> LoraConfig:
     """The LoRA of a checkpoint. Its alphas are in no array: None, where the ranks tell that they are openpi's."""
     shapes = arrays.shapes
-    ranks = {_is_experts(name): shape[-1] for name, shape in shapes.items() if name.endswith("lora_a")}
+    # The expert's are attn.q_einsum_1.lora_a, mlp_1.linear_lora_a.
+    ranks = {n.split(".")[-2].endswith("_1"): shape[-1] for n, shape in shapes.items() if n.endswith("lora_a")}
     attention = any("lora_" in name and ".attn." in name for name in shapes)
     known = {False: LoraConfig.backbone_rank, True: LoraConfig.expert_rank}
     if alpha is None and attention and not ranks.items() <= known.items():
@@ -69,7 +64,7 @@ def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) 
     )
 
 
-def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = torch.float32) -> None:
+def write_lora_params(params: pathlib.Path, model: Pi0) -> None:
     """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants,
     into an empty folder.
 
@@ -80,4 +75,4 @@ def write_lora_params(params: pathlib.Path, model: Pi0, *, dtype: torch.dtype = 
         raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
     table = jax_table(model.config) | lora_table(model.config, config)
     shapes = {name: array.shape for name, array in table.items()}
-    write_params(params, shapes, lambda name: stored_array(model, table[name]), dtype=dtype)
+    write_params(params, shapes, lambda name: stored_array(model, table[name]))

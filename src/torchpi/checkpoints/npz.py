@@ -33,7 +33,6 @@ class NpzArrays:
     """The arrays of an .npz file by openpi's names; see `StoredArrays`."""
 
     def __init__(self, file: pathlib.Path) -> None:
-        """Read the headers."""
         self.source, self._members = file, dict[str, str]()
         shapes, dtypes = {}, {}
         try:
@@ -64,7 +63,6 @@ class NpzArrays:
         self.dtypes = {name: torch.bfloat16 if name in halves else torch.float32 for name in shapes}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array by openpi's name."""
         try:
             with zipfile.ZipFile(self.source) as archive, archive.open(self._members[name]) as content:
                 array = npy.read_array(content, allow_pickle=False)

@@ -80,7 +80,6 @@ class TorchArrays:
         self.dtypes = {name: arrays.dtypes[stored] for name, stored in self._stored.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array by openpi's name."""
         if name == EMBEDDING and self._copy:
             one, other = (self._arrays.read(stored).view(torch.uint8) for stored in (self._stored[name], self._copy))
             if not torch.equal(one, other):
@@ -158,7 +157,14 @@ def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Conf
     numbers of heads, see `stated_heads`; None: those of the published models."""
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
     backbone_width = sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
-    vision_heads, heads, kv_heads = stated or _published_heads(width, backbone_width)
+    vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
+    if not stated and (width, backbone_width) != (vision.width, backbone.width):
+        raise CheckpointError(
+            f"The arrays do not say how many heads a vision tower of width {width} and a backbone of width "
+            f"{backbone_width} have, which are not the published model's: pass config= with siglip.num_heads, "
+            "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
+        )
+    vision_heads, heads, kv_heads = stated or (vision.num_heads, backbone.num_heads, backbone.num_kv_heads)
 
     def depth(layers: str) -> int:
         return 1 + max(int(name[len(layers) + 1 :].split(".")[0]) for name in shapes if name.startswith(f"{layers}."))
@@ -192,14 +198,3 @@ def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Conf
         vocab_size=sizes_of(shapes, EMBEDDING, 2)[0],
         image_size=patch * round(num_patches**0.5),
     )
-
-
-def _published_heads(vit_width: int, backbone_width: int) -> tuple[int, int, int]:
-    vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
-    if (vit_width, backbone_width) != (vision.width, backbone.width):
-        raise CheckpointError(
-            f"The arrays do not say how many heads a vision tower of width {vit_width} and a backbone of width "
-            f"{backbone_width} have, which are not the published model's: pass config= with siglip.num_heads, "
-            "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
-        )
-    return vision.num_heads, backbone.num_heads, backbone.num_kv_heads

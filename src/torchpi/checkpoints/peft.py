@@ -48,14 +48,12 @@ class AdapterConfig:
     modules_to_save: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Check the numbers."""
         numbers = (self.r, self.lora_alpha, *(self.rank_pattern or {}).values(), *(self.alpha_pattern or {}).values())
         if wrong := [number for number in numbers if not 0 < number < math.inf]:
             raise CheckpointError(f"A rank or an alpha is {wrong[0]}; expected positive numbers.")
 
 
 def is_peft(root: pathlib.Path) -> bool:
-    """True if a folder has an adapter of PEFT."""
     return (root / CONFIG).is_file()
 
 
@@ -123,7 +121,6 @@ class PeftArrays:
         self.dtypes = {**base.dtypes, **dict.fromkeys(self.folded, torch.float32), **replaced}
 
     def _require_fit(self, layer: str, weight: str, pair: Mapping[str, str], rank: int) -> None:
-        """Raise an error unless A and B fit the weight and adapter_config.json."""
         a, b = (self._stored.shapes.get(pair.get(half, ""), ()) for half in "AB")
         out, *inputs = self.shapes.get(weight, ())
         if (a, b) != ((rank, *inputs), (out, rank)) or len(inputs) != 1:

@@ -1,6 +1,5 @@
 """Arrays in safetensors files: one model.safetensors, or shards with an index."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from torch import Tensor
 from torchpi.checkpoints import checksums
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError, first_of
-from torchpi.schema import is_file_name, parse, read_json, write_json
+from torchpi.schema import is_file_name, parse, read_json_object, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -32,7 +31,6 @@ def require_intact(weights: pathlib.Path) -> None:
 
 
 def has_weights(root: pathlib.Path) -> bool:
-    """True if a folder has weights in safetensors files."""
     return (root / SINGLE).is_file() or (root / INDEX).is_file()
 
 
@@ -72,8 +70,10 @@ class SafetensorsArrays:
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
                 self.dtypes[name] = (_DTYPES | _QUANTIZED).get(dtype, torch.float32)
         self.shapes: Shapes = shapes
-        if expected is not None:
-            _check_index(index, expected, self._files)
+        stored_in = {name: file.name for name, file in self._files.items()}
+        if expected is not None and expected != stored_in:
+            wrong = sorted(name for name in {*expected, *stored_in} if expected.get(name) != stored_in.get(name))
+            raise CheckpointError(f"{index} and the files disagree about {first_of(wrong)}; get the checkpoint again.")
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """An array in `dtype`, by default its stored one.
@@ -121,27 +121,18 @@ def _corrupt(file: pathlib.Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Index:
-    weight_map: dict[str, str]
-    """Names of arrays to names of files."""
-
-
 def _read_index(index: pathlib.Path) -> dict[str, str]:
-    document = read_json(index, error=CheckpointError)
-    weight_map = parse(_Index, document, f"{index} is no index", error=CheckpointError, known_only=False).weight_map
+    """Names of arrays to names of files."""
+    document = read_json_object(index, error=CheckpointError)
+    weight_map = parse(
+        dict[str, str], document.get("weight_map"), f"{index} is no index: weight_map", error=CheckpointError
+    )
     if not weight_map:
         raise CheckpointError(f"{index} is no index: weight_map is empty.")
     for file in set(weight_map.values()):
         if not is_file_name(file) or "\\" in file:
             raise CheckpointError(f"{index} names the file {file!a:.300}; only files next to the index are read.")
     return weight_map
-
-
-def _check_index(index: pathlib.Path, expected: Mapping[str, str], found: Mapping[str, pathlib.Path]) -> None:
-    wrong = sorted(name for name in {*expected, *found} if name not in found or expected.get(name) != found[name].name)
-    if wrong:
-        raise CheckpointError(f"{index} and the files disagree about {first_of(wrong)}; get the checkpoint again.")
 
 
 def write_safetensors(

@@ -141,7 +141,10 @@ class PolicySpec:
         if norm_stats is not None or stats is None:
             stats = load_norm_stats(norm_stats or self.asset(asset_id, robot.asset_id))
             if embodiment is None and self.norm_stats is None and rules is not None and len(robot.state) == 1:
-                robot = _as_wide_as(robot, stats)
+                # A base's features may have more dimensions than the robot, which the statistics are of.
+                state = dataclasses.replace(robot.state[0], names=robot.state[0].names[: stats["state"].dim])
+                actions = robot.actions[: stats["actions"].dim]
+                robot = dataclasses.replace(robot, state=(state,), actions=actions)
         if normalization is not None:
             rules = dict.fromkeys(("state", "actions"), Normalization(normalization, "openpi"))
         return dataclasses.replace(
@@ -260,12 +263,6 @@ class PolicySpec:
         if asset_id not in self.assets:
             raise PolicyError(f"{self.source} has no statistics for asset_id {asset_id!r}; it has {names or 'none'}.")
         return self.assets[asset_id]
-
-
-def _as_wide_as(robot: Embodiment, stats: Mapping[str, NormStats]) -> Embodiment:
-    """The robot with the dimensions that the statistics have, where a base's features have more."""
-    state = dataclasses.replace(robot.state[0], names=robot.state[0].names[: stats["state"].dim])
-    return dataclasses.replace(robot, state=(state,), actions=robot.actions[: stats["actions"].dim])
 
 
 def state_dim_of(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int:

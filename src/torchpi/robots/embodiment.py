@@ -165,9 +165,8 @@ class Embodiment:
                 occur twice; a delta whose name the state has at another index; what the constructor raises.
         """
         label = f"Embodiment '{name}'"
-        names = {"cameras": cameras, "state": state, "actions": actions, "delta": delta}
-        given = names | {"command": command, "limits": limits}
-        of = schema.parse(_Generic, given, label, error=EmbodimentError)
+        given = {"cameras": cameras, "state": state, "actions": actions, "delta": delta, "command": command}
+        of = schema.parse(_Generic, given | {"limits": limits}, label, error=EmbodimentError)
         commands = dict.fromkeys(of.actions, of.command) if isinstance(of.command, str) else of.command or {}
         limits = of.limits or {}
         for field, some in (("delta", of.delta), ("command", commands), ("limits", limits)):
@@ -201,7 +200,6 @@ class Embodiment:
 
     @property
     def state_names(self) -> tuple[str, ...]:
-        """The names of the state's dimensions, of all parts."""
         return tuple(name for part in self.state for name in part.names)
 
     @property
@@ -211,7 +209,6 @@ class Embodiment:
 
     @property
     def action_names(self) -> tuple[str, ...]:
-        """The names of an action's dimensions."""
         return tuple(action.name for action in self.actions)
 
     @property

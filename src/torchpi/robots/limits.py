@@ -17,9 +17,6 @@ def within_limits(actions: np.ndarray, robot: Embodiment) -> tuple[Float[np.ndar
 
     Args:
         actions: [H, a], in the robot's units.
-
-    Raises:
-        ActionError: NaN or infinity; a value beyond the limits of a robot that refuses them.
     """
     with np.errstate(over="ignore"):
         sent = actions.astype(np.float32)

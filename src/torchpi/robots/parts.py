@@ -72,7 +72,6 @@ class Camera:
         return np.moveaxis(image, -1, 0) if self.layout == "chw" else image
 
     def example(self, rng: np.random.Generator) -> np.ndarray:
-        """A noise image as the robot would send it."""
         if self.depth is not None:
             return self.depth.as_sent(rng.uniform(self.depth.near, self.depth.far, (480, 640)), self.dtype)
         return np.ascontiguousarray(self.as_sent(rng.integers(0, 256, (480, 640, 3), np.uint8)))
