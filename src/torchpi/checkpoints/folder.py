@@ -129,7 +129,6 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
 
 
 def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
-    """Everything of the policy in a folder but its weights."""
     where = f"{root / 'policy.json'}: embodiment"
     robot = Embodiment.from_dict(policy.embodiment, where=where)
     stated = robot.to_dict()

@@ -1,5 +1,6 @@
 """Arrays in safetensors files: one model.safetensors, or shards with an index."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchpi.checkpoints import checksums
 from torchpi.checkpoints.layout import Shapes, require_writable
 from torchpi.errors import CheckpointError, MissingFileError, first_of
-from torchpi.schema import is_file_name, parse, read_json_object, write_json
+from torchpi.schema import is_file_name, parse, read_json, write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
@@ -121,12 +122,15 @@ def _corrupt(file: pathlib.Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.")
 
 
-def _read_index(index: pathlib.Path) -> dict[str, str]:
+@dataclasses.dataclass(frozen=True)
+class _Index:
+    weight_map: dict[str, str]
     """Names of arrays to names of files."""
-    document = read_json_object(index, error=CheckpointError)
-    weight_map = parse(
-        dict[str, str], document.get("weight_map"), f"{index} is no index: weight_map", error=CheckpointError
-    )
+
+
+def _read_index(index: pathlib.Path) -> dict[str, str]:
+    document = read_json(index, error=CheckpointError)
+    weight_map = parse(_Index, document, f"{index} is no index", error=CheckpointError, known_only=False).weight_map
     if not weight_map:
         raise CheckpointError(f"{index} is no index: weight_map is empty.")
     for file in set(weight_map.values()):

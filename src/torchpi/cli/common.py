@@ -122,7 +122,6 @@ Load = Annotated[SamplingOptions, tyro.conf.arg(name="")]
 
 
 def split_names(text: str) -> list[str]:
-    """Names separated by commas."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 

@@ -93,7 +93,6 @@ class _Edit:
     """Print one JSON document."""
 
     def edit(self, progress: "Progress") -> "list[Edited]":
-        """The new datasets."""
         raise NotImplementedError
 
     def run(self) -> None:
