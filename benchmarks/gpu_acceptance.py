@@ -323,8 +323,8 @@ def measure_training(part: Part, model: Pi0, state: TrainState, machine: Machine
     """Figures of a row's batch size: three cameras, prompts of the largest length."""
     device, batch, kind = part.device, row["batch"], row["checkpointing"]
     config = TrainConfig(batch_size=batch).replace(activation_checkpointing=kind)
-    meta = functools.partial(Pi0, device="meta", compute_dtype=torch.bfloat16)
-    plan = peak_memory(meta(part.config), meta, config, ("a", "b", "c"), world_size=1, shards=1, device=device.type)
+    meta = Pi0(part.config, device="meta", compute_dtype=torch.bfloat16)
+    plan = peak_memory(meta, config, ("a", "b", "c"), world_size=1, shards=1, device=device.type)
     row["plan_bytes"] = plan.total  # also where the memory is not enough
     work = Workload(part.config, batch, 3, part.config.require("max_token_len"), 1, torch.bfloat16, str(device))
     observation = make_observation(work, device, padded=False)

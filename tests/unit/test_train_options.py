@@ -18,16 +18,16 @@ from torchpi.checkpoints.safetensors_files import SafetensorsArrays
 from torchpi.cli import main
 from torchpi.convert import convert
 from torchpi.data import LeRobotWriter
-from torchpi.model.lora import LoraConfig, merge_lora, trainable_parameters
+from torchpi.model.lora import LoraConfig, attach_lora, merge_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training import activation_checkpointing, loop, state
 from torchpi.training.config import Augmentation, Source, TrainConfig
 from torchpi.training.distributed import single_process
 from torchpi.training.run_folder import resume_config
-from torchpi.training.samples import Frames, SampleRng, Samples, loss_sum, num_loss_elements
+from torchpi.training.samples import Frames, SampleRng, Samples, example_batch, loss_sum, num_loss_elements
 from torchpi.training.setup import build_policies, check_prompts, open_data
-from torchpi.training.weights import build_model, model_config, open_init, parameter_table
+from torchpi.training.weights import build_model, model_config, open_init, parameter_table, without_gradient
 from torchpi.transforms import Normalization, NormStats
 
 
@@ -184,6 +184,14 @@ def test_table_counts_trained_and_frozen_parameters(further):
     assert sum(row.trainable + row.frozen + row.without_gradient for row in rows.values()) == sum(
         parameter.numel() for parameter in model.parameters()
     )
+
+
+@pytest.mark.parametrize("pi05", [True, False])
+def test_parameters_without_gradient_are_those_that_no_backward_pass_reaches(pi05):
+    model = Pi0(dataclasses.replace(SIZES, pi05=pi05), device="meta")
+    attach_lora(model, LoraConfig())
+    loss_sum(model, example_batch(model.config, ["camera"], 1, 1, torch.device("meta")), "all").backward()
+    assert without_gradient(model) == {name for name, p in model.named_parameters() if p.grad is None}
 
 
 @pytest.mark.parametrize("what", ["lora", "lora_strict"])

@@ -1,6 +1,5 @@
-"""Compiled layers, batches on their way to the device, and the share of a device's peak that a run uses."""
+"""Compiled layers, prompts' lengths, and the share of a device's peak that a run uses."""
 
-import contextlib
 import functools
 import json
 
@@ -18,7 +17,7 @@ from torchpi.config import LoraConfig
 from torchpi.model import operations
 from torchpi.model.lora import add_lora, trainable_parameters
 from torchpi.model.pi0 import Pi0
-from torchpi.training import loop, samples, utilization
+from torchpi.training import loop, utilization
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import example_batch
@@ -133,39 +132,6 @@ def test_a_compiled_run_compiles_its_first_step_alone_and_has_the_same_losses(re
         assert graphs.frame_count == 3  # not for the evaluation's shapes
     loop.train(recipe, tmp_path / "eager")
     assert metrics(tmp_path / "compiled") == pytest.approx(metrics(tmp_path / "eager"), rel=1e-4)
-
-
-def test_a_batch_is_copied_to_a_gpu_while_the_one_before_it_is_used(monkeypatch):
-    log = []
-
-    class Stream:
-        def __init__(self, device=None):
-            pass
-
-        def record_event(self):
-            return log[-1]
-
-        def wait_event(self, event):
-            log.append(f"wait for {event}")
-
-    def to_device(tensor, device):
-        assert device.type == "cuda"
-        log.append(f"copy {int(tensor)}")
-        return tensor
-
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-    monkeypatch.setattr(samples, "to_device", to_device)
-    batches = [{"actions": torch.tensor(i), "augmentation": {}, "indices": ((0, i, 0, i),)} for i in range(3)]
-    for batch in samples.prefetched(iter(batches), torch.device("cuda")):
-        log.append(f"use {batch['indices'][0][1]}")
-    assert log == [
-        *("copy 0", "copy 1", "wait for copy 0", "use 0", "copy 2", "wait for copy 1", "use 1"),
-        *("wait for copy 2", "use 2"),
-    ]
-    assert list(samples.prefetched(iter(batches), torch.device("cpu"))) == batches
-    assert list(samples.prefetched(iter([]), torch.device("cuda"))) == []
 
 
 @pytest.mark.parametrize(

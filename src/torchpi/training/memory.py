@@ -1,16 +1,14 @@
 """Estimated peak memory of a run: its own code on tensors without data, and every storage counted while it lives.
 
-The layers of a stack are alike, so two runs with few of them show what each further one adds. Where several processes
-share a model, the size of their shards follows from the shapes.
+Where several processes share a model, the size of their shards follows from the shapes.
 """
 
 import contextlib
 import dataclasses
-import functools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 from unittest import mock
 
@@ -20,7 +18,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from torchpi.config import Pi0Config
 from torchpi.model.pi0 import Pi0
 from torchpi.training.activation_checkpointing import checkpoint_activations
 from torchpi.training.config import Optimizer, TrainConfig
@@ -29,14 +26,9 @@ from torchpi.training.hooks import FLOW_SAMPLES
 from torchpi.training.loop import update
 from torchpi.training.samples import Batch, example_batch, loss_sum
 from torchpi.training.state import TrainState
-from torchpi.training.weights import with_depth
 
 KINDS = ("weights", "gradients", "optimizer", "ema", "data", "activations", "gathered")
 Moment = Literal["update", "evaluation"]
-Bytes = Mapping[tuple[str, str], int]
-"""By kind, and by the stacks with whose depth they grow: "vision" or "gemma"."""
-_LAYERS = {"vision": 2, "gemma": 3}
-"""Layers of the first run: the first one may differ from those behind it, and so does the backbone's last one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,59 +55,30 @@ class PeakMemory:
 
 
 def peak_memory(
-    model: Pi0,
-    build: Callable[[Pi0Config], Pi0],
-    config: TrainConfig,
-    cameras: Sequence[str],
-    *,
-    world_size: int,
-    shards: int,
-    device: str,
+    model: Pi0, config: TrainConfig, cameras: Sequence[str], *, world_size: int, shards: int, device: str
 ) -> PeakMemory:
     """The peak of a run in one process, without what is always there: the optimizer's moments and the EMA weights.
 
     Args:
-        model: on "meta", as `build_model` makes it.
-        build: makes that of other sizes.
+        model: on "meta", as `build_model` makes it; it is used up.
         shards: processes that share what belongs to a weight.
         device: "cpu" or "cuda", which need not exist here.
     """
     is_ddp = config.parallel.strategy == "ddp"
-
-    def peaks_of(sizes: Pi0Config) -> dict[tuple[Moment, str], Bytes]:
-        shallow, live = build(sizes), _LiveTensors(shards, buckets=is_ddp and world_size > 1)
-        with without_data(), live:
-            for group in [] if is_ddp else _gathered_groups(shallow)[:-1]:
-                live.ignore_casts(group)
-            _run(shallow, config, cameras, world_size, live, on_cpu=device == "cpu")
-        return live.peaks
-
-    depths = {"vision": model.config.siglip.depth, "gemma": model.config.paligemma.depth}
-    least, one_more = (
-        peaks_of(with_depth(model.config, **{stacks: layers + more for stacks, layers in _LAYERS.items()}))
-        for more in (0, 1)
-    )
-    left = {stacks: max(0, depths[stacks] - layers) for stacks, layers in _LAYERS.items()}
-    peaks = [
-        PeakMemory(moment, **_deeper(found, one_more[moment, part], left)) for (moment, part), found in least.items()
-    ]
+    *layers, root = _gathered_groups(model)
+    live = _LiveTensors(shards, buckets=is_ddp and world_size > 1)
+    with without_data(), live:
+        for group in [] if is_ddp else layers:
+            live.ignore_casts(group)
+        _run(model, config, cameras, world_size, live, on_cpu=device == "cpu")
+    peaks = [PeakMemory(moment, **dict.fromkeys(KINDS, 0) | found) for moment, (_, found) in live.peaks.items()]
     if not is_ddp:
-        *layers, root = _gathered_groups(model)
         peaks = [dataclasses.replace(peak, gathered=_gathered_bytes(layers, root, peak.moment)) for peak in peaks]
         # The root ends last: nothing but its own gradients, whole and in the buffer that is reduced, lives then.
         gradients = sum(shard_bytes(p, shards) for p in model.parameters() if p.requires_grad)
         gathered = root.weights + root.gradients + root.reduced
         peaks.append(dataclasses.replace(peaks[0], gradients=gradients, activations=0, gathered=gathered))
     return max(peaks, key=lambda peak: peak.total)
-
-
-def _deeper(least: Bytes, one_more: Bytes, left: Mapping[str, int]) -> dict[str, int]:
-    """Bytes by kind with all layers, each of which adds what one more did."""
-    found = dict.fromkeys(KINDS, 0)
-    for kind, stacks in {*least, *one_more}:
-        before = least.get((kind, stacks), 0)
-        found[kind] += before + left[stacks] * (one_more.get((kind, stacks), 0) - before)
-    return found
 
 
 class _Group:
@@ -156,10 +119,7 @@ def _gathered_bytes(layers: Sequence[_Group], root: _Group, moment: Moment) -> i
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Bytes of the tensors that live, and their values at the peak of each part of each moment.
-
-    The parts are the stacks' layers, forward and backward, and what is between them. In the layers memory grows or
-    shrinks by the same bytes from one to the next, so that each part's peak is linear in the number of layers.
+    """Bytes of the tensors that live, by kind, and at the peak of each moment.
 
     With `buckets`, gradients are in buckets that stay, as DistributedDataParallel has them.
     """
@@ -171,10 +131,10 @@ class _LiveTensors(TorchDispatchMode):
         super().__init__()
         self.shards, self.buckets = shards, buckets
         self.moment: Moment | None = None
-        self.part = "between"
-        self.now, self.total = Counter[tuple[str, str]](), 0
-        self.peaks, self._most = dict[tuple[Moment, str], Bytes](), dict[tuple[Moment, str], int]()
-        self._known: dict[int, tuple[weakref.ref[Any], tuple[str, str], int]] = {}
+        self.now = Counter[str]()
+        self.peaks: dict[Moment, tuple[int, dict[str, int]]] = {}
+        """The sum, and the bytes by kind."""
+        self._known: dict[int, tuple[weakref.ref[Any], str, int]] = {}
         self._ignored_casts: dict[int, torch.dtype] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -188,8 +148,8 @@ class _LiveTensors(TorchDispatchMode):
 
     def start(self, moment: Moment) -> None:
         """Take note of peaks, as those of a moment."""
-        self.moment, self.part = moment, "between"
-        self.add(("data", "gemma"), 0)
+        self.moment, self.peaks[moment] = moment, (0, {})
+        self.add("data", 0)
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
         key = func, _signature((*args, *kwargs.items()))
@@ -213,66 +173,37 @@ class _LiveTensors(TorchDispatchMode):
         if group.dtype is not None:
             self._ignored_casts |= {p.untyped_storage()._cdata: group.dtype for p in group.parameters}
 
-    def count(self, tensor: Tensor, kind: str, nbytes: int | None = None, *, owner: str | None = None) -> None:
-        """Count a tensor's storage, by default its shard's bytes, for as long as it lives. It belongs to the `owner`, a
-        parameter's name, or to the part that is at work."""
+    def count(self, tensor: Tensor, kind: str, nbytes: int | None = None) -> None:
+        """Count a tensor's storage, by default its shard's bytes, for as long as it lives."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         self._forget(key)
         nbytes = shard_bytes(tensor, self.shards) if nbytes is None else nbytes
-        counted = kind, "vision" if (owner or self.part).startswith("vision") else "gemma"
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), counted, nbytes
-        self.add(counted, nbytes)
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key)), kind, nbytes
+        self.add(kind, nbytes)
 
-    def add(self, counted: tuple[str, str], nbytes: int) -> None:
+    def add(self, kind: str, nbytes: int) -> None:
         """Count bytes that no tensor of this model holds."""
-        self.now[counted] += nbytes
-        self.total += nbytes
-        if self.moment is not None and self.total > self._most.get((self.moment, self.part), -1):
-            place = self.moment, self.part
-            self._most[place], self.peaks[place] = self.total, dict(self.now)
+        self.now[kind] += nbytes
+        if self.moment is not None and (total := self.now.total()) > self.peaks[self.moment][0]:
+            self.peaks[self.moment] = total, dict(self.now)
 
     def _forget(self, key: int) -> None:
         if key in self._known:
-            _, counted, nbytes = self._known.pop(key)
-            self.now[counted] -= nbytes
-            self.total -= nbytes
+            _, kind, nbytes = self._known.pop(key)
+            self.now[kind] -= nbytes
 
-    def count_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def count_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Count gradients as such from the moment at which they are made."""
 
-        def made(name: str, parameter: Tensor) -> None:
+        def made(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            # 0: added to what is in the bucket
-            self.count(parameter.grad, "gradients", 0 if self.buckets else None, owner=name)
+            self.count(parameter.grad, "gradients", 0 if self.buckets else None)  # 0: added to what is in the bucket
 
-        for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(functools.partial(made, name))
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(made)
             if self.buckets:
-                self.add(("gradients", "vision" if name.startswith("vision") else "gemma"), parameter.nbytes)
-
-    def follow(self, model: Pi0) -> None:
-        """Take note of the part that is at work."""
-
-        def enter(part: str, *_: Any) -> None:
-            self.part = part
-
-        def before(stack: str, is_first: bool, layer: nn.Module, args: Any) -> None:
-            enter(f"{stack} forward")
-            if is_first and args[0].requires_grad:
-                args[0].register_hook(functools.partial(enter, f"behind the backward pass of {stack}"))
-
-        def after(stack: str, layer: nn.Module, args: Any, out: Any) -> None:
-            enter(f"behind {stack}")
-            x = out if isinstance(out, Tensor) else out[0]
-            if x.requires_grad:
-                x.register_hook(functools.partial(enter, f"{stack} backward"))
-
-        backbone = list(model.backbone.layers)[:-1]
-        for stack, blocks in (("vision", model.vision.blocks), ("backbone", backbone), ("expert", model.expert.layers)):
-            for number, layer in enumerate(blocks):
-                layer.register_forward_pre_hook(functools.partial(before, stack, number == 0))
-                layer.register_forward_hook(functools.partial(after, stack))
+                self.add("gradients", parameter.nbytes)
 
 
 def _signature(value: Any) -> Any:
@@ -306,13 +237,12 @@ def _run(
     sizes, optim, evaluation, device = model.config, config.optim, config.eval, torch.device("meta")
     config = config.replace(loss="all")  # the number of real elements is data
     checkpoint_activations(model, config.model.activation_checkpointing)
-    live.follow(model)
     parallel = single_process(model)
     state = TrainState.create(model, weight_decay=optim.weight_decay, ema=False)
     state.optimizer = torch.optim.SGD(state.local_shards.values(), lr=0.0)  # in place, as AdamW, without its moments
-    for name, parameter in model.named_parameters():
-        live.count(parameter, "weights", owner=name)
-    live.count_gradients(state.trainable)
+    for parameter in model.parameters():
+        live.count(parameter, "weights")
+    live.count_gradients(state.trainable.values())
     live.start("update")
 
     def batch(samples: int, flow_samples: int) -> Batch:

@@ -96,25 +96,20 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
     config = with_dtype(config, torch.device(device))
 
     @functools.cache
-    def build(config: TrainConfig, sizes: Pi0Config) -> Pi0:
-        return build_model(config, sizes, skeleton=True)[0]
-
-    @functools.cache
-    def peak_without_moments(config: TrainConfig, shards: int) -> PeakMemory:
-        model, other = build(config, sizes), functools.partial(build.__wrapped__, config)  # others are used up
-        return peak_memory(model, other, config, cameras, world_size=world_size, shards=shards, device=device)
+    def without_moments(config: TrainConfig, shards: int) -> tuple[Pi0, PeakMemory]:
+        model, _ = build_model(config, sizes, skeleton=True)
+        return model, peak_memory(model, config, cameras, world_size=world_size, shards=shards, device=device)
 
     def estimate(config: TrainConfig) -> Plan:
         shards = num_shards(config.parallel.strategy, world_size, config.parallel.shard_size or local_world_size)
         samples = config.micro_batch_size(world_size)
-        plain = config.replace(optimizer="adamw", ema_decay=0.0)
-        model = build(plain, sizes)
+        model, peak = without_moments(config.replace(optimizer="adamw", ema_decay=0.0), shards)
         sizes_of = {p: p.nbytes if config.model.init else 4 * p.numel() for p in model.parameters()}  # drawn in float32
         frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
         trained = [p for p in model.parameters() if p.requires_grad]
         trainable = sum(shard_bytes(p, shards) for p in trained)
         peak = dataclasses.replace(
-            peak_without_moments(plain, shards),
+            peak,
             optimizer=sum(moment_bytes(p, config.optim.optimizer, shards) for p in trained),
             ema=trainable if config.optim.ema_decay else 0,
         )

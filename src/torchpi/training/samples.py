@@ -4,7 +4,6 @@ their batches.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from torchpi.collate import stack_inputs
@@ -269,24 +268,27 @@ class Samples(Dataset):
         return Batch(observation, **tensors, indices=stacked["indices"], prefix_len=prefix_len)
 
     def batches(
-        self, indices: Iterable[list[SampleIndex]], workers: int, device: torch.device | None = None
+        self, indices: Iterable[list[SampleIndex]], workers: int, *, pinned: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """Collated batches in the order of the indices, prepared ahead by worker processes, and `prefetched`."""
+        """Collated batches in the order of the indices, prepared ahead by worker processes.
+
+        Args:
+            pinned: in memory from which a GPU copies while the host goes on.
+        """
         from torchpi.sim.processes import interrupts_held
 
-        device = device or torch.device("cpu")
         loader = DataLoader(
             self,
             batch_sampler=indices,
             num_workers=workers,
             collate_fn=_unchanged,
-            pin_memory=device.type == "cuda",
+            pin_memory=pinned,
             prefetch_factor=4 if workers else None,
             # Not forked: threads of pyarrow and torch would be missing in the child, and their locks held.
             multiprocessing_context="spawn" if workers else None,
         )
         with interrupts_held():  # Ctrl-C is for the loop, which stops after its update; without workers it could not
-            return prefetched(map(_raise_error, loader), device)
+            return map(_raise_error, loader)
 
     def __getitems__(self, indices: list[SampleIndex]) -> dict[str, Any] | Exception:
         """A collated batch, for the loader. A user's mistake is a value: raised in a worker process, it would arrive
@@ -295,31 +297,6 @@ class Samples(Dataset):
             return self.collate([self[index] for index in indices])
         except (FileNotFoundError, KeyError, ValueError) as error:
             return error
-
-
-def prefetched(batches: Iterable[dict[str, Any]], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Collated batches in their order; on a GPU each is copied there while the one before it is used."""
-    if device.type != "cuda":
-        yield from batches
-        return
-    stream, ahead = torch.cuda.Stream(device), None
-    for batch in itertools.chain(batches, [None]):
-        before, ahead = ahead, None if batch is None else _copy_on(stream, batch, device)
-        if before is not None:
-            copied, event = before
-            used_on = torch.cuda.current_stream(device)
-            used_on.wait_event(event)
-            for tensor in tree_leaves(copied):
-                if isinstance(tensor, Tensor) and tensor.is_cuda:
-                    tensor.record_stream(used_on)  # the other stream may use the memory again only behind its work
-            yield copied
-
-
-def _copy_on(stream: Any, batch: dict[str, Any], device: torch.device) -> tuple[dict[str, Any], Any]:
-    """The batch on the device but for the augmentation, which the host reads; and the event of its arrival."""
-    with torch.cuda.stream(stream):
-        moved = tree_map_only(Tensor, functools.partial(to_device, device=device), batch)
-    return moved | {"augmentation": batch["augmentation"]}, stream.record_event()
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,7 +1,6 @@
 """The initial weights of a run, and which of them are trained."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,13 +12,12 @@ from torchpi.checkpoints.layout import cast
 from torchpi.checkpoints.lora import DEFAULT_ALPHA
 from torchpi.checkpoints.npz import DRAWN, draw_action_weights
 from torchpi.checkpoints.sizes import read_config
-from torchpi.config import PRESETS, LoraConfig, Pi0Config
+from torchpi.config import PRESETS, Pi0Config
 from torchpi.devices import has_bfloat16
 from torchpi.errors import TrainingError
 from torchpi.model.lora import add_lora, attach_lora, is_lora, lora_config, trainable_parameters
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
-from torchpi.training.samples import example_batch, loss_sum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +156,7 @@ def _load(config: TrainConfig, init: Checkpoint, narrow: Mapping[str, torch.dtyp
 
 def freeze(model: Pi0, config: TrainConfig) -> None:
     """Freeze the parameters that are not trained, and bring them to their dtype."""
-    changed, unused = trainable_parameters(model, config.model.finetune), without_gradient(model, config)
+    changed, unused = trainable_parameters(model, config.model.finetune), without_gradient(model)
     frozen_dtype = getattr(torch, config.model.frozen_dtype)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(changed[name] and name not in unused)
@@ -166,38 +164,13 @@ def freeze(model: Pi0, config: TrainConfig) -> None:
             parameter.data = parameter.data.to(frozen_dtype)
 
 
-def with_depth(sizes: Pi0Config, *, vision: int, gemma: int) -> Pi0Config:
-    """The sizes with so many layers, or with all where they are fewer."""
-
-    def cut(stack: Any, depth: int) -> Any:
-        return dataclasses.replace(stack, depth=min(stack.depth, depth))
-
-    return dataclasses.replace(
-        sizes,
-        siglip_variant=cut(sizes.siglip, vision),
-        paligemma_variant=cut(sizes.paligemma, gemma),
-        action_expert_variant=cut(sizes.action_expert, gemma),
-    )
-
-
-def without_gradient(model: Pi0, config: TrainConfig) -> frozenset[str]:
-    """The parameters that the loss does not depend on: of the backbone's last layer all behind keys and values, and its
-    final norm. A backward pass on "meta" finds them, with two layers: those in front of the last one are alike.
+def without_gradient(model: Pi0) -> frozenset[str]:
+    """The parameters that the loss does not depend on: it reads the keys and values of the backbone's last layer, and
+    nothing behind them.
     """
-    whole, depth = model.config, min(model.config.paligemma.depth, 2)
-    sizes = with_depth(dataclasses.replace(whole, action_horizon=1, max_token_len=2), vision=1, gemma=depth)
-    last, own = f".layers.{depth - 1}.", f".layers.{whole.paligemma.depth - 1}."
-    found = _without_gradient(sizes, config.model.lora if config.model.trains_lora else None)
-    return frozenset(name.replace(last, own) for name in found)
-
-
-@functools.cache
-def _without_gradient(sizes: Pi0Config, lora: LoraConfig | None) -> tuple[str, ...]:
-    model = Pi0(sizes, device="meta")
-    if lora is not None:
-        attach_lora(model, lora)
-    loss_sum(model, example_batch(sizes, ["camera"], 1, 1, torch.device("meta")), "all").backward()
-    return tuple(name for name, parameter in model.named_parameters() if parameter.grad is None)
+    last = f"backbone.layers.{len(model.backbone.layers) - 1}."
+    behind = ("backbone.final_norm.", *(f"{last}{part}." for part in ("attention.out", "pre_ffw_norm", "feed_forward")))
+    return frozenset(name for name, _ in model.named_parameters() if name.startswith(behind))
 
 
 @dataclasses.dataclass(frozen=True)
