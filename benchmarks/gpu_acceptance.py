@@ -331,7 +331,7 @@ def measure_training(part: Part, model: Pi0, state: TrainState, machine: Machine
     noise = torch.randn(batch, 1, part.config.require("action_horizon"), part.config.action_dim, device=device)
     is_real = torch.ones_like(noise[:, 0], dtype=torch.bool)
     data = Batch(observation, noise[:, 0], is_real, noise, torch.rand(batch, 1, device=device), indices=())
-    state.zero_grad()
+    state.optimizer.zero_grad()
     for layer in layers(model):
         layer.__dict__.pop("forward", None)  # of the row before
     checkpoint_activations(model, kind)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float32, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from torchpi.errors import ObservationError, UnknownKeyError, is_whole
 
@@ -153,13 +154,7 @@ class Observation:
 
     def to(self, device: str | torch.device) -> "Observation":
         """The same observation on another device."""
-        return Observation(
-            images={name: image.to(device) for name, image in self.images.items()},
-            image_masks={name: mask.to(device) for name, mask in self.image_masks.items()},
-            state=self.state.to(device),
-            tokenized_prompt=self.tokenized_prompt.to(device),
-            tokenized_prompt_mask=self.tokenized_prompt_mask.to(device),
-        )
+        return Observation(**tree_map(lambda tensor: tensor.to(device), vars(self)))
 
 
 def _cameras(value: Any, name: str) -> dict[str, Any]:

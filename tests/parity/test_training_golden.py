@@ -120,8 +120,8 @@ def test_twenty_updates(whole):
 def test_activation_checkpointing_changes_nothing(whole, checkpointing):
     recipe = whole.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(whole, whole.recipe, 3), follow(whole, recipe, 3)
-    for name, part in plain.local_shards.items():
-        assert torch.equal(part, again.local_shards[name]), name
+    for name, part in plain.trainable.items():
+        assert torch.equal(part, again.trainable[name]), name
 
 
 @pytest.mark.slow
@@ -129,8 +129,8 @@ def test_activation_checkpointing_changes_nothing(whole, checkpointing):
 def test_activation_checkpointing_with_lora_changes_nothing(with_lora, checkpointing):
     recipe = with_lora.recipe.replace(activation_checkpointing=checkpointing)
     plain, again = follow(with_lora, with_lora.recipe, 2), follow(with_lora, recipe, 2)
-    for name, part in plain.local_shards.items():
-        assert torch.equal(part, again.local_shards[name]), name
+    for name, part in plain.trainable.items():
+        assert torch.equal(part, again.trainable[name]), name
 
 
 @pytest.mark.slow

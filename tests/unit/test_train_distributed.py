@@ -278,7 +278,7 @@ def test_training_continues_while_one_checkpoint_at_a_time_is_written(tmp_path):
         writing = checkpointer(tmp_path, world, lambda folder, step: goes_on.wait(60) and None)
         first = writing.save(some)  # comes back, although the disk has taken nothing yet
         assert not first.exists()
-        for part in some.local_shards.values():
+        for part in some.trainable.values():
             part.data.fill_(2.0)
         some.step = 1
         goes_on.set()

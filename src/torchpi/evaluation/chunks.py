@@ -55,9 +55,6 @@ def open_recorded(policy: Policy, path: str | Path, **reading: Any) -> LeRobotDa
     Args:
         reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
 
-    Raises:
-        ValueError: the policy's statistics are those of something else.
-
     Warns: about values that seem to have another unit than the robot's, or don't fit the policy's statistics.
     """
     horizon, robot = policy.model.config.require("action_horizon"), policy.embodiment

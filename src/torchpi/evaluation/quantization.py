@@ -36,9 +36,6 @@ def quantize_policy(
         seed: of the frames and the noise.
         load: more arguments of `load_policy`.
         reading: further arguments of `LeRobotDataset`: rename, prompt, fps, tolerance_s.
-
-    Raises:
-        ValueError: as `quantize_model`, `predict_chunks` and `Policy.save`.
     """
     if num_observations < 1:
         raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, better 64.")

@@ -105,7 +105,9 @@ def parallelize(model: Pi0, strategy: str, world: World, *, shard_size: int) -> 
     """
     if strategy == "ddp":
         return _replicate(model, world)
-    mesh = _mesh(strategy, world, shard_size)
+    shards = num_shards(strategy, world.size, shard_size)
+    sizes = {"replicate": world.size // shards, "shard": shards} if strategy == "hybrid" else {"shard": shards}
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     whole = {name: value.detach() for name, value in model.named_parameters()} if world.is_main else {}
     model.to("meta")
     sharded = _shard(model, mesh)
@@ -148,9 +150,7 @@ def _replicate(model: Pi0, world: World) -> Parallel:
         model.to(world.device)
     else:
         model.to_empty(device=world.device)
-    for parameter in model.parameters():
-        dist.broadcast(parameter.data, src=0)
-    ddp = nn.parallel.DistributedDataParallel(_ForDDP(model), init_sync=False, gradient_as_bucket_view=True)
+    ddp = nn.parallel.DistributedDataParallel(_ForDDP(model), gradient_as_bucket_view=True)  # broadcasts the weights
     buckets = dict[nn.Parameter, Tensor]()
 
     @contextlib.contextmanager
@@ -192,13 +192,6 @@ def num_shards(strategy: str, world_size: int, shard_size: int) -> int:
             "a shard_size that divides their number."
         )
     return shard_size
-
-
-def _mesh(strategy: str, world: World, shard_size: int) -> DeviceMesh:
-    shards = num_shards(strategy, world.size, shard_size)
-    if strategy == "fsdp":
-        return init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
-    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("replicate", "shard"))
 
 
 def _shard(model: Pi0, mesh: DeviceMesh) -> FSDPModule:
@@ -269,32 +262,9 @@ def copy_number(tensor: Tensor, world: World) -> tuple[int, int]:
     return number, count
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """This process has a shard of the tensor only."""
-    return isinstance(tensor, DTensor)
-
-
 def local(tensor: Tensor) -> Tensor:
     """This process' shard of a tensor, in the same memory; the whole where it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(shard: Tensor, whole: Tensor) -> Tensor:
-    """A local shard as a tensor that is sharded as `whole` is."""
-    if not isinstance(whole, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard, whole.device_mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
-    )
-
-
-def sum_over_shards(value: Tensor, sharded: Tensor) -> Tensor:
-    """The sum of a value over the processes that share the shards of a tensor, in place."""
-    if isinstance(sharded, DTensor):
-        for dim, placement in enumerate(sharded.placements):
-            if placement.is_shard():
-                dist.all_reduce(value, group=sharded.device_mesh.get_group(dim))
-    return value
 
 
 def sum_over_processes(values: Mapping[str, float]) -> dict[str, float]:

@@ -196,18 +196,17 @@ def update(
             part = loss_sum(parallel.forward, batch, optim.loss) / total
             (part * world_size).backward()  # the gradients of the processes are averaged
         loss += part.detach()
-    state.unshard_gradients()
     grad_norm = clip_gradients(list(state.trainable.values()), optim.max_grad_norm)
     mean_loss = float(loss)  # it is there: the norm was computed after it
     if not math.isfinite(grad_norm):
-        state.zero_grad()
+        state.optimizer.zero_grad()
         raise FloatingPointError(f"The gradient at step {state.step} has the norm {grad_norm} (loss {mean_loss:g}).")
     for group in state.optimizer.param_groups:
         group["lr"] = lr
     state.optimizer.step()
     if state.ema:
-        update_ema(list(state.ema.values()), list(state.local_shards.values()), optim.ema_decay)
-    state.zero_grad()  # whatever follows, an evaluation or the next forward pass, has their memory
+        update_ema(list(state.ema.values()), list(state.trainable.values()), optim.ema_decay)
+    state.optimizer.zero_grad()  # whatever follows, an evaluation or the next forward pass, has their memory
     state.step += 1
     return mean_loss, {"grad_norm": grad_norm, "lr": lr}
 

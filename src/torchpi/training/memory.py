@@ -239,7 +239,7 @@ def _run(
     checkpoint_activations(model, config.model.activation_checkpointing)
     parallel = single_process(model)
     state = TrainState.create(model, weight_decay=optim.weight_decay, ema=False)
-    state.optimizer = torch.optim.SGD(state.local_shards.values(), lr=0.0)  # in place, as AdamW, without its moments
+    state.optimizer = torch.optim.SGD(state.trainable.values(), lr=0.0)  # in place, as AdamW, without its moments
     for parameter in model.parameters():
         live.count(parameter, "weights")
     live.count_gradients(state.trainable.values())

@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from torchpi.extras import require
 from torchpi.training.config import OptimConfig, Optimizer
-from torchpi.training.distributed import is_sharded, local, sum_over_shards
+from torchpi.training.distributed import local
 
 BETAS = (0.9, 0.95)
 EPS = 1e-8
@@ -54,19 +55,18 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
 
     Unlike torch's `clip_grad_norm_`, which adds 1e-6 to the norm, clipped gradients have exactly `max_norm`.
     """
-    whole = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    gradients = [local(gradient) for gradient in whole]
-    norm = global_norm(whole)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = global_norm(gradients)
     value = float(norm)  # waits for the device, the only time in an update
     if value >= max_norm:
-        torch._foreach_mul_(gradients, max_norm / norm)
+        torch._foreach_mul_([local(gradient) for gradient in gradients], max_norm / norm)
     return value
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The L2 norm of all numbers together, over the processes where they are sharded (all of them alike)."""
-    norm = torch.stack(torch._foreach_norm([local(tensor.detach()) for tensor in tensors])).norm()
-    return sum_over_shards(norm.square(), tensors[0]).sqrt() if is_sharded(tensors[0]) else norm
+    """The L2 norm of all numbers together, over the processes where they are sharded."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors])))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 @torch.no_grad()

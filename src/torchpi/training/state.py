@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import Optimizer
-from torchpi.training.distributed import is_sharded, like, local, release_gathered
+from torchpi.training.distributed import release_gathered
 from torchpi.training.optim import make_optimizer
 
 STATE, CHECKPOINTS = "state", "checkpoints"
@@ -32,36 +32,19 @@ class TrainState:
 
     model: Pi0
     trainable: dict[str, nn.Parameter]
-    """Trainable parameters by name; DTensors where they are sharded."""
-    local_shards: dict[str, nn.Parameter]
-    """This process' shards of them, in the same memory, for the optimizer."""
+    """Trainable parameters by name; DTensors where they are sharded, and so are gradients, moments and EMA."""
     optimizer: torch.optim.Optimizer
     ema: dict[str, Tensor]
-    """EMA of the local shards; empty without one."""
+    """Empty without one."""
     step: int = 0
 
     @classmethod
     def create(cls, model: Pi0, *, weight_decay: float, ema: bool, optimizer: Optimizer = "adamw") -> "TrainState":
         """The state before the first update; the EMA starts at the weights."""
         trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        shards = {
-            name: nn.Parameter(local(parameter.detach())) if is_sharded(parameter) else parameter
-            for name, parameter in trainable.items()
-        }
-        averages = {name: shard.detach().clone() for name, shard in shards.items()} if ema else {}
-        made = make_optimizer(shards.values(), weight_decay=weight_decay, kind=optimizer)
-        return cls(model, trainable, shards, made, averages)
-
-    def unshard_gradients(self) -> None:
-        """Give the local shards their parameters' gradients, for the optimizer."""
-        for name, parameter in self.trainable.items():
-            if is_sharded(parameter) and parameter.grad is not None:
-                self.local_shards[name].grad = local(parameter.grad)
-
-    def zero_grad(self) -> None:
-        """Free the gradients."""
-        for parameter in (*self.trainable.values(), *self.local_shards.values()):
-            parameter.grad = None
+        averages = {name: parameter.detach().clone() for name, parameter in trainable.items()} if ema else {}
+        made = make_optimizer(trainable.values(), weight_decay=weight_decay, kind=optimizer)
+        return cls(model, trainable, made, averages)
 
     @contextlib.contextmanager
     def ema_weights(self) -> Iterator[Pi0]:
@@ -77,19 +60,19 @@ class TrainState:
         """Swap weights and EMA, one array at a time."""
         release_gathered(self.model)
         for name, average in self.ema.items():
-            shard = self.local_shards[name].detach()
-            before = shard.clone()
-            shard.copy_(average)
+            weights = self.trainable[name]
+            before = weights.clone()
+            weights.copy_(average)
             average.copy_(before)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state under flat names: "weights.NAME", "ema.NAME", and the optimizer's "exp_avg.NAME", …."""
         named: dict[str, Tensor] = {f"weights.{name}": value.detach() for name, value in self.trainable.items()}
-        named |= {f"ema.{name}": like(value, self.trainable[name]) for name, value in self.ema.items()}
-        for name, shard in self.local_shards.items():
-            for key, value in self.optimizer.state.get(shard, {}).items():
+        named |= {f"ema.{name}": value for name, value in self.ema.items()}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor) and value.ndim and not key.startswith("qmap"):
-                    named[f"{key}.{name}"] = like(value, self.trainable[name]) if value.shape == shard.shape else value
+                    named[f"{key}.{name}"] = value
         return named
 
     def load(self, folder: pathlib.Path, step: int) -> None:
@@ -122,10 +105,10 @@ class TrainState:
                     self.optimizer.init_state(group, part, group_number, number)
                     self.optimizer.state[part]["step"] = step
             return
-        for shard in self.local_shards.values():
-            moments = {name: torch.zeros_like(shard, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
+        for parameter in self.trainable.values():
+            moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             # As AdamW makes it: its fused kernel reads the step where the weights are.
-            self.optimizer.state[shard] = {"step": torch.tensor(float(step), device=shard.device), **moments}
+            self.optimizer.state[parameter] = {"step": torch.tensor(float(step), device=parameter.device), **moments}
 
 
 def checkpoints(run: pathlib.Path) -> list[pathlib.Path]:

@@ -9,30 +9,14 @@ import torch
 from torchpi.model.operations import Workload, trained_flops
 from torchpi.model.pi0 import Pi0
 from torchpi.training.config import TrainConfig
-
-# Dense bfloat16 matmuls with float32 sums, FLOP/s, from the vendor's data sheets; by whole names, because a laptop's
-# variant or a part of a GPU (MIG) begins with the same.
-_PEAKS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12,
-    "NVIDIA GeForce RTX 3090": 71e12,
-    "NVIDIA GeForce RTX 4090": 165e12,
-}
+from torchpi.training.curves import TABLES
 
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """The peak of a device's matmuls, per second; None: unknown."""
     if device.type != "cuda" or dtype != "bfloat16":
         return None
-    return _PEAKS.get(torch.cuda.get_device_name(device))
+    return TABLES["peak_flops"].get(torch.cuda.get_device_name(device))
 
 
 class Utilization:
