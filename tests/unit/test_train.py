@@ -406,6 +406,9 @@ def test_loss_of_several_flow_samples_is_the_mean_of_single_ones():
         ({"model": "no_model"}, "presets are"),
         ({"episodes": "0"}, "has 1 episode, of which none can be held out"),
         ({"embodiment": "libero"}, "its cameras are base, wrist"),
+        ({"env": "metaworlds"}, "no environment 'metaworlds'"),
+        ({"env": "so101"}, "do not fit"),
+        ({"env": "metaworld", "env_tasks": "drawer-open, drawer-opens"}, "has no task 'drawer-opens'"),
     ],
 )
 def test_wrong_recipes_are_errors_before_anything_is_written(change, message, recipe, tmp_path):

@@ -272,6 +272,11 @@ class EvalConfig(_Checked):
     env_episodes: Count = 10
     """Episodes per task."""
 
+    @property
+    def tasks(self) -> list[str] | None:
+        """The names in `env_tasks`."""
+        return None if self.env_tasks is None else [name.strip() for name in self.env_tasks.split(",")]
+
 
 class _FlatFields(type):
     """Lets a recipe be written without its groups as well, by options and their old names: TrainConfig(lr=1e-4)."""

@@ -180,10 +180,10 @@ def save_checkpoint(run: LiveRun) -> Mapping[str, Any]:
 def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
     from torchpi.sim.evaluate import evaluate  # brings the simulator
 
-    assert config.eval.env is not None
-    tasks = None if config.eval.env_tasks is None else config.eval.env_tasks.split(",")
+    options = config.eval
+    assert options.env is not None
     result = evaluate(
-        str(policy), config.eval.env, tasks=tasks, episodes=config.eval.env_episodes, seed=config.seed
+        str(policy), options.env, tasks=options.tasks, episodes=options.env_episodes, seed=config.seed
     ).to_dict()
     return {"success_rate": result["success_rate"], "success": result["tasks"]}
 

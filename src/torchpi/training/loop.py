@@ -24,7 +24,7 @@ from torchpi.training.optim import clip_gradients, learning_rate, update_ema
 from torchpi.training.report import REPORT, write_report
 from torchpi.training.run_folder import begin_run, check_resumed, find_start, held_out_episodes, write_run_info
 from torchpi.training.samples import Batch, Frames, SampleRng, Samples, TrainingOrder, loss_sum, num_loss_elements
-from torchpi.training.setup import SourceData, build_policies, check_prompts, check_videos, open_data
+from torchpi.training.setup import SourceData, build_policies, check_prompts, check_simulation, check_videos, open_data
 from torchpi.training.state import STATE, TrainState, checkpoints
 from torchpi.training.summary import describe, now, run_document
 from torchpi.training.trackers import Trackers, require_trackers
@@ -72,6 +72,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
         data = open_data(config, sizes, checkpoint, held_out=None if last is None else held_out_episodes(run))
         model, init = build_model(config, sizes, checkpoint, skeleton=not world.is_main)
         policies = build_policies(config, model, data, checkpoint)
+        check_simulation(config, policies[0])
         info = run_document(config, world, model, init, data)
         describe(console, config, model, info, data, policies, check_prompts(policies, data), first_step)
         order = TrainingOrder([source.frames for source in data], config, first_step, world.rank, world.size)

@@ -219,6 +219,16 @@ def build_policies(
     ]
 
 
+def check_simulation(config: TrainConfig, policy: Policy) -> None:
+    """Find now, and not at the first checkpoint, that `env` is unknown, of another robot, or has no such tasks."""
+    from torchpi.sim import simulator
+    from torchpi.sim.actors import check_embodiment, chosen_tasks
+
+    if (env := config.eval.env) is not None:
+        check_embodiment(policy.embodiment, simulator(env).embodiment)
+        chosen_tasks(policy.provenance, env, config.eval.tasks)
+
+
 def check_videos(data: Sequence[SourceData], console: Console) -> None:
     """Find a video that is too short now, and not hours later."""
     with Progress(console=console, transient=True) as progress:
