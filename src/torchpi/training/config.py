@@ -18,7 +18,6 @@ Schedule = Literal["cosine", "rsqrt", "constant"]
 Optimizer = Literal["adamw", "adamw8bit"]
 Checkpointing = Literal["none", "full", "selective"]
 
-
 Count = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
@@ -381,12 +380,9 @@ Place = tuple[str, str]
 """Group of an option ("": none) and the field's name there."""
 
 _GROUPS: dict[str, Any] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optim": OptimConfig,
-    "parallel": ParallelConfig,
-    "checkpoint": CheckpointConfig,
-    "eval": EvalConfig,
+    field.name: kind
+    for field in dataclasses.fields(TrainConfig)
+    if dataclasses.is_dataclass(kind := field.default_factory)
 }
 _PLACES: dict[str, Place] = {
     **{field.name: ("", field.name) for field in dataclasses.fields(TrainConfig) if field.name not in _GROUPS},
