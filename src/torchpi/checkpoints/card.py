@@ -9,7 +9,8 @@ from typing import Any
 from torchpi.assets import assets
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import Pi0Config
-from torchpi.errors import CheckpointError, printable
+from torchpi.errors import counted, printable
+from torchpi.rates import rates_of
 
 _GEMMA = (
     " PaliGemma, from which the published π₀ and π₀.₅ begin, is subject to the [Gemma Terms of "
@@ -78,28 +79,14 @@ def training_of(provenance: Mapping[str, Any]) -> list[str]:
     parts, recipe, dataset = list[str](), _mapping(provenance, "recipe"), _mapping(provenance, "dataset")
     if "batch_size" in recipe and "step" in provenance:
         begun = _options(provenance, "model").get("init") or "random weights"
-        parts.append(f"{provenance['step']} steps of {recipe['batch_size']} samples, from {begun}")
+        steps, samples = counted(provenance["step"], "step"), counted(recipe["batch_size"], "sample")
+        parts.append(f"{steps} of {samples}, from {begun}")
     if "machine" in provenance:
         parts.append(f"on {provenance['machine']}")
     if {"num_episodes", "num_frames"} <= set(dataset):
         frames = f"{dataset['num_frames']:,}".replace(",", " ")
         parts.append(f"{dataset['num_episodes']} demonstrations by scripted experts, {frames} frames")
     return parts
-
-
-def success_of(results: Any) -> dict[str, str]:
-    """The success by task in what `torchpi eval --env … --json` prints."""
-    try:
-        return {
-            task: f"{entry['success_rate']:.0%} of {entry['episodes']} episodes, 95 % interval {low:.0%} – {high:.0%}"
-            for task, entry in results["tasks"].items()
-            for low, high in (entry["interval"],)
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            "The results are not those of an evaluation in simulation: expected what torchpi eval --env … --json "
-            f"prints, tasks with success_rate, episodes and interval ({type(error).__name__}: {error})."
-        ) from error
 
 
 def _facts(spec: PolicySpec, config: Pi0Config, num_parameters: int) -> Iterator[tuple[str, str]]:
@@ -110,7 +97,10 @@ def _facts(spec: PolicySpec, config: Pi0Config, num_parameters: int) -> Iterator
     yield from (("training", text) for text in training_of(stated))
     if "results" in stated:
         where = f", {stated['results'].get('env', '')}" if isinstance(stated["results"], Mapping) else ""
-        yield from ((f"success{where}: {task}", text) for task, text in success_of(stated["results"]).items())
+        for task, rate in rates_of(stated["results"], "results").items():
+            low, high = rate.interval
+            text = f"{rate.success_rate:.0%} of {rate.episodes} episodes, 95 % interval {low:.0%} – {high:.0%}"
+            yield f"success{where}: {task}", text
 
 
 def _datasets(provenance: Mapping[str, Any]) -> list[str]:

@@ -13,9 +13,8 @@ results     what `torchpi eval --json` printed, of which "tasks" is read; result
 from collections.abc import Mapping
 
 from torchpi.checkpoints.card import training_of
-from torchpi.errors import SimulationError
 from torchpi.policy import Policy
-from torchpi.ui.tables import Rate
+from torchpi.rates import Rate, rates_of
 
 
 def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
@@ -25,15 +24,7 @@ def measured(policy: Policy, name: str = "results") -> dict[str, Rate]:
         name: the evaluation's.
     """
     results = policy.provenance.get(name)
-    if results is None:
-        return {}
-    try:
-        return {task: Rate.from_json(entry) for task, entry in results["tasks"].items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SimulationError(
-            f"{name} in the policy's provenance is not what `torchpi eval --json` prints: expected tasks, by name, "
-            f"each with success_rate, interval and episodes ({type(error).__name__}: {error})."
-        ) from error
+    return {} if results is None else rates_of(results, f"{name} in the policy's provenance")
 
 
 def overall(rates: Mapping[str, Rate]) -> Rate:

@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torchpi.ui.tables import Cell, Column, PlainConsole, Rate, Table, wilson_interval
+from torchpi.rates import Rate, wilson_interval
+from torchpi.ui.tables import Cell, Column, PlainConsole, Table
 
 
 @dataclasses.dataclass(frozen=True)

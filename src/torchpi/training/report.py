@@ -16,7 +16,8 @@ import numpy as np
 from PIL import Image
 
 from torchpi.atomic import replace_text
-from torchpi.errors import first_of
+from torchpi.errors import first_of, listed
+from torchpi.rates import Rate
 from torchpi.training.config import TrainConfig
 from torchpi.training.curves import (
     CHUNK_UNIT,
@@ -35,7 +36,7 @@ from torchpi.training.summary import show_parameters
 from torchpi.ui.format import format_count, format_gib
 from torchpi.ui.page import bars, commands, definitions, figure, html_page, page_header, page_section
 from torchpi.ui.plots import draw_figure, to_svg
-from torchpi.ui.tables import Column, Rate, Table
+from torchpi.ui.tables import Column, Table
 
 REPORT = "report.html"
 IMAGE_BYTES = 400 * 2**10
@@ -132,7 +133,7 @@ def _panel_figure(run: Run, panel: Panel) -> str:
     ends = {label: value for key, label in panel.curves.items() if (value := run.end(key)) is not None}
     texts = {label: f"{value:.1%}" if panel.percent else f"{value:.4g}" for label, value in ends.items()}
     end = ", ".join(f"{label}: {text}" if len(panel.curves) > 1 else text for label, text in texts.items())
-    drawn = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {' and '.join(texts)}."
+    drawn = f"Along: step, to {run.step}. Up: {panel.unit}. Drawn: {listed(texts)}."
     return _figure(panel.title, f"{end} at the end", partial(draw_panel, curves=run.series, panel=panel), drawn)
 
 

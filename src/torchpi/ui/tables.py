@@ -1,9 +1,8 @@
 """Tables: the same rows on the terminal and on a page."""
 
 import dataclasses
-import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from torchpi.errors import printable
+from torchpi.rates import Rate
 
 
 class PlainConsole(Console):
@@ -39,45 +39,6 @@ class Column:
     kind: Literal["text", "name", "number", "rate", "soft"] = "text"
     """text and soft, a text of less weight, wrap on a narrow terminal, the others do not; number is
     aligned to the right."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rate:
-    """A success rate with its confidence interval."""
-
-    success_rate: float
-    """0 to 1."""
-    interval: tuple[float, float]
-    """Wilson's 95 % interval."""
-    episodes: int
-
-    @classmethod
-    def of(cls, successes: int, episodes: int) -> "Rate":
-        """The rate of so many successful episodes."""
-        return cls(successes / episodes, wilson_interval(successes, episodes), episodes)
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Rate":
-        """The rate in a document of `torchpi eval --json`; a KeyError, TypeError or ValueError where it has none."""
-        low, high = map(float, entry["interval"])
-        return cls(float(entry["success_rate"]), (low, high), int(entry["episodes"]))
-
-    def __str__(self) -> str:
-        successes, (low, high) = round(self.success_rate * self.episodes), self.interval
-        return f"{self.success_rate:.0%} ({low:.0%} – {high:.0%}), {successes} of {self.episodes}"
-
-
-def wilson_interval(successes: int, episodes: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a success rate, within 0 and 1.
-
-    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
-    """
-    z = 1.959963984540054  # 97.5 % of the standard normal distribution lie below it
-    rate, spread = successes / episodes, z * z / episodes
-    centre = (rate + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * math.sqrt(rate * (1 - rate) / episodes + spread / episodes / 4)
-    # At 0 and 1 the ends are exact, rounding aside.
-    return (0.0 if successes == 0 else centre - half, 1.0 if successes == episodes else centre + half)
 
 
 _MAX_CELL = 2000
