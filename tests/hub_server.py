@@ -46,6 +46,7 @@ class HubServer:
         self.stored = {}  # by SHA-256
         self.parts = {}
         self.breaks = 0  # uploads that break
+        self.writes_only = False  # tokens may write what is there, but make neither repositories nor branches
         self.requests = []
         server = self
 
@@ -120,7 +121,7 @@ class HubServer:
     def create(self, handler, body):
         said = json.loads(body)
         name = f"{said['organization']}/{said['name']}"
-        if not self.owns(name):
+        if self.writes_only or not self.owns(name):
             message = "You don't have the rights to create a model under this namespace"
             return send(handler, 403, {"error": "no"}, message=message)
         if name in self.repositories:
@@ -145,6 +146,8 @@ class HubServer:
     def branch(self, handler, body, name, branch):
         if (found := self.writable(handler, name)) is None:
             return None
+        if self.writes_only:
+            return send(handler, 403, {"error": "no"}, message="You don't have the rights to create a branch")
         if branch in found.branches:
             return send(handler, 409, {"error": "exists"})
         found.branches[branch] = found.branches["main"]

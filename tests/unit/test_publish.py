@@ -280,7 +280,7 @@ def test_names_from_outside_are_text_in_the_card(make, hub):
 
 
 def test_results_that_are_no_evaluation_are_an_error(saved):
-    with pytest.raises(ValueError, match=r"expected what torchpi eval --env … --json prints"):
+    with pytest.raises(ValueError, match="results is not what `torchpi eval --json` prints: expected tasks"):
         package(saved, "org/name", results={"chunks": 3})
 
 
@@ -356,6 +356,29 @@ def test_a_repository_with_another_checkpoint(file, hub, saved):
     with pytest.raises(ValueError, match=rf"org/name has {file}, of another checkpoint"):
         push(saved)
     assert not hub.repositories["org/name"].messages
+
+
+def test_a_repository_that_the_lerobot_plugin_wrote_gets_the_policy_beside_its_options(hub, saved):
+    written = {"config.json": b'{"type": "torchpi", "n_action_steps": 2}', "policy_preprocessor.json": b"{}"}
+    hub.repositories["org/name"] = Repository(files=written)
+    push(saved)
+    assert hub.repositories["org/name"].files().items() >= written.items()
+    assert (actions(Policy.from_pretrained("org/name", device="cpu")) == actions(torchpi.load_policy(saved))).all()
+    hub.repositories["org/pi0"] = Repository(files={"config.json": b'{"type": "pi0"}'})
+    with pytest.raises(ValueError, match=r"org/pi0 has config\.json, of another checkpoint"):
+        push(saved, "org/pi0")
+
+
+def test_a_token_that_may_write_but_not_create(hub, saved):
+    hub.repositories["org/name"] = repository = Repository()
+    repository.branches["robots/left"] = repository.branches["main"]
+    hub.writes_only = True
+    push(saved)
+    push(saved, revision="robots/left")
+    assert all("policy.json" in repository.files(branch) for branch in ("main", "robots/left"))
+    for options in ({"revision": "other"}, {"name": "org/other"}):
+        with pytest.raises(ValueError, match="has no right to it"):
+            push(saved, **options)
 
 
 def test_an_upload_that_breaks_changes_nothing_and_is_repeated(hub, saved, monkeypatch):

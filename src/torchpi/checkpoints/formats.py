@@ -7,7 +7,7 @@ from torchpi.checkpoints import folder, openpi, peft
 from torchpi.checkpoints.address import UNREAD_SUFFIXES
 from torchpi.checkpoints.npz import find_npz
 from torchpi.checkpoints.safetensors_files import has_weights
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, listed
 from torchpi.schema import read_json_object
 
 Format = Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
@@ -27,7 +27,7 @@ def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         raise CheckpointError(f"{root} holds whole weights and PEFT's adapter; move one to a folder of its own.")
     if has_config and (has_weights(root) or has_adapter):
         document = read_json_object(root / "config.json")
-        if not (found and document.get("type") == "torchpi"):  # a policy folder that LeRobot wrote, with its options
+        if not (found and is_plugin_config(document)):
             found.append(("lerobot" if "type" in document else "openpi-pytorch", root, document))
     elif has_adapter or (has_weights(root) and not found):
         found.append(("lerobot" if has_adapter else "openpi-pytorch", root, {}))
@@ -37,7 +37,7 @@ def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         found.append(("openpi-jax", file, {}))
     if len(found) > 1:
         raise CheckpointError(
-            f"{root} holds checkpoints in two formats, {' and '.join(kind for kind, *_ in found)}; move one to a "
+            f"{root} holds checkpoints in two formats, {listed(kind for kind, *_ in found)}; move one to a "
             "folder of its own."
         )
     if found:
@@ -53,6 +53,11 @@ def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         f"has; found {names[:12] or 'an empty folder'}"
         + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
     )
+
+
+def is_plugin_config(document: Any) -> bool:
+    """True for the config.json that LeRobot writes into a policy folder with this project's plug-in: its options."""
+    return isinstance(document, dict) and document.get("type") == "torchpi"
 
 
 # In the folders of training runs: openpi's steps, LeRobot's and ours.

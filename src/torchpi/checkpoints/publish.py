@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from torchpi.checkpoints.address import REMOTE
-from torchpi.checkpoints.card import model_card, success_of
+from torchpi.checkpoints.card import model_card
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from torchpi.checkpoints.formats import is_plugin_config
 from torchpi.checkpoints.layout import own_table
 from torchpi.checkpoints.sources import token_hint
 from torchpi.errors import CheckpointError, TorchpiError, first_of
-from torchpi.schema import read_json_object
+from torchpi.rates import rates_of
+from torchpi.schema import parse_json, read_json_object
 
 CARD = "README.md"
 _NAME = re.compile(r"(?!.*(--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])(?<!\.git)", re.ASCII)
@@ -104,7 +106,7 @@ def _packed(checkpoint: Checkpoint, name: str, license: str | None, results: Map
     document, notes = read_json_object(root / "policy.json", error=CheckpointError), list[str]()
     stated = document["provenance"]
     if results is not None:
-        success_of(results)
+        rates_of(results, "results")
         stated = {**stated, "results": {key: results[key] for key in _RESULTS if key in results}}
     provenance, removed = without_places(stated, "provenance")
     if removed:
@@ -214,11 +216,15 @@ def _prepared(
         is_private = private
     if private and not is_private:
         raise CheckpointError(f"{name} exists, and is public: make it private in its settings, or push elsewhere.")
-    if revision is not None and not revision.startswith("refs/"):
-        api.create_branch(name, branch=revision, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/") and not api.revision_exists(name, revision):
+        api.create_branch(name, branch=revision)  # which not everybody may who may write
     head = str(api.repo_info(name, revision=revision).sha)
     there = _sizes(api, name, head)
-    if foreign := [file for file in there if _FOREIGN.fullmatch(file) and not _FILES.fullmatch(file)]:
+    foreign = [file for file in there if _FOREIGN.fullmatch(file) and not _FILES.fullmatch(file)]
+    if foreign == ["config.json"]:
+        text, where = _text(api, name, "config.json", head), f"{name}/config.json"
+        foreign = [] if is_plugin_config(parse_json(text, where, error=CheckpointError)) else foreign
+    if foreign:
         raise CheckpointError(
             f"{name} has {first_of(foreign)}, of another checkpoint, with which nobody could read the policy: push "
             "it to another name, or delete them there first."
@@ -232,12 +238,15 @@ def _sizes(api: Any, name: str, commit: str) -> dict[str, int]:
     return {entry.path: entry.size for entry in entries if hasattr(entry, "size")}
 
 
+def _text(api: Any, name: str, file: str, commit: str) -> str:
+    with tempfile.TemporaryDirectory() as cache:
+        path = api.hf_hub_download(name, file, revision=commit, cache_dir=cache)
+        return pathlib.Path(path).read_text("utf-8", "replace")
+
+
 def _is_written(api: Any, name: str, commit: str) -> bool:
     """True if the repository's card is ours, and nobody has edited it."""
-    with tempfile.TemporaryDirectory() as cache:
-        text = pathlib.Path(api.hf_hub_download(name, CARD, revision=commit, cache_dir=cache)).read_text(
-            "utf-8", "replace"
-        )
+    text = _text(api, name, CARD, commit)
     begin, *rest = text.rsplit(_MARK.partition("{")[0], 1)
     return bool(rest) and text == begin + _MARK.format(_digest(begin))
 
