@@ -137,7 +137,7 @@ def test_left_over_that_is_used_up_or_switched_off_is_none(acting):
     ("changes", "message"),
     [
         ({WRIST: None}, r"no camera for wrist.*cameras=.*\"wrist\": \"observation\.images\.base\""),
-        ({"observation.images.left.wrist": torch.zeros(1, 3, 8, 8)}, "both end in wrist"),
+        ({"observation.images.left.wrist": torch.zeros(1, 3, 8, 8)}, "end in wrist; say which"),
         ({STATE: None}, r"no observation\.state, of which the policy reads hand_x, hand_y"),
         ({STATE: torch.zeros(1, 5)}, "has 5 dimensions, the policy reads 4: hand_x"),
         ({STATE: torch.zeros(1, 2)}, "expects 4 numbers: hand_x"),
@@ -394,7 +394,7 @@ def test_remote_policy_is_neither_trained_nor_has_it_weights(plugin, server, tmp
 
 
 def test_server_that_does_not_say_its_observations_is_refused(plugin):
-    with pytest.raises(ValueError, match=r"does not say observation and action_names.*torchpi serve"):
+    with pytest.raises(ValueError, match=r"does not say observation, action_names.*torchpi serve"):
         plugin("observations").require_format({"action_horizon": 10}, "The policy of ws://there")
     with pytest.raises(KeyError, match=r"--policy\.server=ws"):
         remote(plugin, None)

@@ -13,23 +13,51 @@ SOURCE = ("checkpoint", "model_config", "embodiment", "norm_stats", "asset_id", 
 FINETUNE = ("full", "frozen_vision", "expert")
 
 
-def identity() -> dict[str, NormalizationMode]:
+def _identity() -> dict[str, NormalizationMode]:
     """No normalization by LeRobot: the policy normalizes itself."""
     return dict.fromkeys(("VISUAL", "STATE", "ACTION"), NormalizationMode.IDENTITY)
 
 
-def require_identity(mapping: dict[str, NormalizationMode]) -> None:
-    """Refuse a normalization by LeRobot, which would be a second one."""
-    if changed := [name for name, mode in mapping.items() if mode is not NormalizationMode.IDENTITY]:
-        raise PluginError(
-            f"normalization_mapping normalizes {', '.join(changed)}, which the policy does itself, with statistics of "
-            "its own; leave it at IDENTITY."
-        )
+@dataclass
+class CommonConfig(PreTrainedConfig):
+    """Options of both policy types, and what LeRobot asks of each."""
+
+    cameras: dict[str, str] = field(default_factory=dict)
+    """The policy's camera to LeRobot's image, where their keys end differently."""
+    n_action_steps: int | None = None
+    """Actions of a chunk that are executed; by default what the policy recommends, or else all."""
+    rtc_config: RTCConfig | None = None
+    """Set by LeRobot. torchpi's guidance has the schedule and the strength of the paper, whatever is stated here."""
+    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=_identity)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mapping = self.normalization_mapping
+        if changed := [name for name, mode in mapping.items() if mode is not NormalizationMode.IDENTITY]:
+            raise PluginError(
+                f"normalization_mapping normalizes {', '.join(changed)}, which the policy does itself, with statistics "
+                "of its own; leave it at IDENTITY."
+            )
+        if self.n_action_steps is not None and self.n_action_steps < 1:
+            raise PluginError(f"n_action_steps is {self.n_action_steps}; expected at least 1.")
+
+    def validate_features(self) -> None:
+        """Nothing: the policy compares the features with its own, see `observations.check_features`."""
+
+    @property
+    def observation_delta_indices(self) -> None:
+        """One observation."""
+        return None
+
+    @property
+    def reward_delta_indices(self) -> None:
+        """No reward."""
+        return None
 
 
 @PreTrainedConfig.register_subclass("torchpi")
 @dataclass
-class TorchpiConfig(PreTrainedConfig):
+class TorchpiConfig(CommonConfig):
     """Options of the policy; those of `SOURCE` are arguments of `torchpi.load_policy`."""
 
     checkpoint: str | None = None
@@ -47,20 +75,12 @@ class TorchpiConfig(PreTrainedConfig):
     """A SentencePiece model or tokenizer.json."""
     default_prompt: str | None = None
     """The instruction where LeRobot has no task."""
-    cameras: dict[str, str] = field(default_factory=dict)
-    """The policy's camera to LeRobot's image, where their keys end differently."""
-    n_action_steps: int | None = None
-    """Actions of a chunk that are executed; by default what the policy recommends, or else all."""
     num_steps: int | None = None
     """Euler steps of an inference; by default the policy's."""
     dtype: str | None = None
     """Dtype of the computation, "float32" or "bfloat16"; by default the fastest that the device has."""
     engine: str = "auto"
     """Of inference outside of training: "auto" (CUDA graphs on a GPU), "eager", "compiled" or "graph"."""
-    rtc_config: RTCConfig | None = None
-    """Set by LeRobot. torchpi's guidance has the schedule and the strength of the paper, whatever is stated here."""
-    normalization_mapping: dict[str, NormalizationMode] = field(default_factory=identity)
-
     finetune: str = "full"
     """Trained parameters: "full", "frozen_vision" or "expert" (the action expert and the projections)."""
     activation_checkpointing: str = "none"
@@ -74,7 +94,6 @@ class TorchpiConfig(PreTrainedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_identity(self.normalization_mapping)
         for name, known in (
             ("finetune", FINETUNE),
             ("activation_checkpointing", ("none", "selective", "full")),
@@ -84,16 +103,6 @@ class TorchpiConfig(PreTrainedConfig):
             if getattr(self, name) not in known:
                 expected = ", ".join(str(each) for each in known if each)
                 raise PluginError(f"{name} is {getattr(self, name)!r}; expected one of {expected}.")
-        if self.n_action_steps is not None and self.n_action_steps < 1:
-            raise PluginError(f"n_action_steps is {self.n_action_steps}; expected at least 1.")
-
-    def validate_features(self) -> None:
-        """Nothing: the policy compares the features with its own, see `observations.check_features`."""
-
-    @property
-    def observation_delta_indices(self) -> None:
-        """One observation."""
-        return None
 
     @property
     def action_delta_indices(self) -> list[int]:
@@ -101,11 +110,6 @@ class TorchpiConfig(PreTrainedConfig):
         from lerobot_policy_torchpi.local import action_horizon
 
         return list(range(action_horizon(self)))
-
-    @property
-    def reward_delta_indices(self) -> None:
-        """No reward."""
-        return None
 
     def get_optimizer_preset(self) -> AdamWConfig:
         """openpi's optimizer."""

@@ -20,7 +20,7 @@ def require_format(metadata: Mapping[str, Any], source: str) -> None:
     """Refuse a policy that does not say what its observations and actions are, such as that of openpi's server."""
     if missing := [name for name in ("observation", "action_names", "action_horizon") if not metadata.get(name)]:
         raise PluginError(
-            f"{source} does not say {' and '.join(missing)} in its metadata, so LeRobot's cameras and state can't be "
+            f"{source} does not say {', '.join(missing)} in its metadata, so LeRobot's cameras and state can't be "
             "matched with its own. Serve the checkpoint with torchpi serve, with a config that states its horizon."
         )
 
@@ -72,7 +72,7 @@ def match_cameras(form: Mapping[str, Any], keys: Sequence[str], renamed: Mapping
         if "depth_unit" in camera and found:
             raise PluginError(f"The policy's camera {key} reads depth, which this package does not pass on.")
         if len(found) > 1:
-            raise PluginError(f"{' and '.join(found)} both end in {_last(key)}; say which is {key}: {_option(key)}.")
+            raise PluginError(f"{', '.join(found)} end in {_last(key)}; say which is {key}: {_option(key)}.")
         if found:
             matched[key] = found[0]
         elif camera["presence"] == "required":
