@@ -276,6 +276,25 @@ def test_a_bad_observation_fails_alone_and_its_connection_stays():
         assert "actions" in four[2].ask(observation())
 
 
+def test_end_of_a_connection_is_logged_in_words(caplog):
+    caplog.set_level("INFO")
+    with served(FakePolicy()) as (url, _):
+        with clients(url) as [client]:
+            host, port = client.socket.socket.getsockname()[:2]
+            client.socket.socket.shutdown(socket.SHUT_RDWR)
+            until(lambda: f"client 0, {host}:{port}, went away without closing" in caplog.text)
+        with clients(url) as [client]:
+            client.socket.close()
+            until(lambda: re.search(r"client 1, [\d.:]+, closed the connection$", caplog.text, re.MULTILINE))
+        with clients(url) as [client]:
+            client.socket.close(4000, "battery is empty")
+            until(lambda: "closed the connection: battery is empty" in caplog.text)
+        with clients(url) as [client]:
+            client.send(b"nothing")
+            until(lambda: "was disconnected: malformed message" in caplog.text)
+    assert "close frame" not in caplog.text
+
+
 def test_policy_failure_is_logged_and_not_sent(caplog):
     policy = FakePolicy()
     with served(policy) as (url, _), clients(url) as [client]:

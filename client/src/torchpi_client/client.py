@@ -16,7 +16,7 @@ from websockets.sync.client import ClientConnection, connect
 from websockets.uri import parse_uri
 
 from torchpi_client.images import encode_images
-from torchpi_client.protocol import DEADLINE, JPEG, ServerError, content, require_support
+from torchpi_client.protocol import DEADLINE, JPEG, ServerError, closing, content, require_support
 from torchpi_client.watchdog import Watchdog
 from torchpi_client.wire import pack
 
@@ -177,9 +177,9 @@ class WebsocketPolicy:
                     ) from error
                 if attempt == 2:  # this request itself may be the cause
                     raise ConnectionError(
-                        f"The connection to {self.url} was closed twice during one request ({error})."
+                        f"The connection to {self.url} was closed twice during one request (it {closing(error)})."
                     ) from error
-                _log.warning("The connection to %s is lost (%s); reconnecting", self.url, error)
+                _log.warning("The connection to %s is lost (it %s); reconnecting", self.url, closing(error))
             except BaseException:  # interrupted, or too late: the answer may still arrive
                 self._drop(link)
                 raise
@@ -373,7 +373,8 @@ class _Link:
             try:
                 frame = self._connection.recv(timeout=left(0.0))
             except (TimeoutError, ConnectionClosed) as error:
-                raise _NoMetadataError(str(error)) from error
+                cause = f"it {closing(error)}" if isinstance(error, ConnectionClosed) else error
+                raise _NoMetadataError(str(cause)) from error
             self.metadata = content(frame, self._url)
             self._stack = stack.pop_all()  # the connection outlives this block
 

@@ -8,6 +8,8 @@ import json
 from typing import Any
 
 import numpy as np
+from websockets.exceptions import ConnectionClosed
+from websockets.frames import CloseCode
 
 from torchpi_client.wire import unpack
 
@@ -25,6 +27,15 @@ PNG = "torchpi/png"
 
 BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
 """Error codes of a busy server: the next request may succeed."""
+
+
+def closing(error: ConnectionClosed) -> str:
+    """The end of a connection in words, about the other side: "went away without closing"."""
+    is_theirs = error.rcvd is not None and error.rcvd_then_sent is not False
+    close, verb = (error.rcvd, "closed the connection") if is_theirs else (error.sent, "was disconnected")
+    if close is None:
+        return "went away without closing"
+    return f"{verb}: {close.reason or close}" if close.code != CloseCode.NORMAL_CLOSURE else verb
 
 
 class ServerError(RuntimeError):

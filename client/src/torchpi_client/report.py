@@ -10,6 +10,11 @@ import numpy as np
 from torchpi_client.limits import ActionLimits
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: `1 step`, `2 steps`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 @dataclasses.dataclass
 class Tally:
     """Count, sum and maximum of a series of numbers."""
@@ -84,13 +89,14 @@ class ControlReport:
     def summary(self) -> str:
         """The report as text, in a few lines."""
         lines = [
-            f"{self.steps} steps{' (dry run: nothing was sent)' if self.dry_run else ''}: {self.actions} actions, "
-            f"{self.waits} waiting, {self.holds} held, {self.missed_steps} left out; {self.slowed} actions slowed",
-            f"{self.chunks} chunks, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
-            f"{self.failed_requests} without an answer; {self.reconnects} reconnects",
+            f"{counted(self.steps, 'step')}{' (dry run: nothing was sent)' if self.dry_run else ''}: "
+            f"{counted(self.actions, 'action')}, {self.waits} waiting, {self.holds} held, {self.missed_steps} left out"
+            f"; {counted(self.slowed, 'action')} slowed",
+            f"{counted(self.chunks, 'chunk')}, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
+            f"{self.failed_requests} without an answer; {counted(self.reconnects, 'reconnect')}",
             f"latency {1e3 * self.latency.mean:.1f} ms on average, {1e3 * self.latency.largest:.1f} ms at most; "
             f"discarded {self.discarded.mean:.1f} actions of a chunk on average, {self.discarded.largest:.0f} at most",
-            f"{self.overruns.count} overruns, {1e3 * self.overruns.mean:.1f} ms on average, "
+            f"{counted(self.overruns.count, 'overrun')}, {1e3 * self.overruns.mean:.1f} ms on average, "
             f"{1e3 * self.overruns.largest:.1f} ms at most",
             f"NaN or infinity: {self._per_dimension(self.invalid)}",
             f"outside the range: {self._per_dimension(self.range_clipped)}" if self.limited else "no limits",
@@ -100,7 +106,7 @@ class ControlReport:
         if self.uncertainty.count:
             lines.append(
                 f"uncertainty {self.uncertainty.mean:.3g} on average, {self.uncertainty.largest:.3g} at most; "
-                f"{self.uncertain_chunks} chunks refused as uncertain"
+                f"{counted(self.uncertain_chunks, 'chunk')} refused as uncertain"
             )
         if self.stopped is not None:
             lines.append(f"stopped: {self.stopped}")

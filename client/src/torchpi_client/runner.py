@@ -14,7 +14,7 @@ from torchpi_client.inference import Answer, BackgroundInference, Inference
 from torchpi_client.latency import LatencyEstimate
 from torchpi_client.limits import Limited
 from torchpi_client.protocol import BUSY, RTC, PreviousChunk, require_support
-from torchpi_client.report import ControlReport
+from torchpi_client.report import ControlReport, counted
 from torchpi_client.rerun_log import RobotLog
 from torchpi_client.resample import resample, stretch
 from torchpi_client.robot import InferringPolicy, Robot, check_commands, hold_command, wrong_count
@@ -191,7 +191,7 @@ class ControlLoop:
         """The schedule for chunks of `length` actions at the loop's rate."""
         if not length:
             raise ValueError(
-                f"A chunk of {self._horizon} actions at {self._policy_hz:g} Hz is shorter than one step at "
+                f"A chunk of {counted(self._horizon, 'action')} at {self._policy_hz:g} Hz is shorter than one step at "
                 f"{self.control_hz:g} Hz; choose a control_hz of at least {self._policy_hz / self._horizon:g}."
             )
         recommended = self._policy.metadata.get("execute_steps") if self._settings.mode != "ensemble" else 1
@@ -200,7 +200,7 @@ class ControlLoop:
         if steps > self._horizon:
             source = "execute_steps is" if self._settings.execute_steps else f"{self._name} recommends execute_steps"
             raise ValueError(
-                f"{source} {steps}, but the policy's chunk has only {self._horizon} actions; "
+                f"{source} {steps}, but the policy's chunk has only {counted(self._horizon, 'action')}; "
                 "state execute_steps= up to that in ControlSettings."
             )
         if self._resamples:
@@ -249,7 +249,8 @@ class ControlLoop:
             raise _Stop(f"The connection to the policy is lost: {answer.error}")
         chunk = self._checked_chunk(answer)
         if self._unanswered_in_a_row:
-            _log.info("The policy answers again, after %d requests without an answer", self._unanswered_in_a_row)
+            unanswered = counted(self._unanswered_in_a_row, "request")
+            _log.info("The policy answers again, after %s without an answer", unanswered)
         self._unanswered_in_a_row = 0
         self._latency.add(answer.finished - pending.since)
         self.report.latency.add(answer.finished - pending.since)

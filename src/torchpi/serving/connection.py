@@ -37,6 +37,7 @@ from torchpi.serving.recorder import Recorder
 from torchpi.serving.scheduler import Answer, Request, Scheduler, ServedPolicy
 from torchpi.serving.settings import RateLimit, ServeSettings
 from torchpi_client import pack
+from torchpi_client.protocol import closing
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Connection:
             if state.policies:
                 await self._converse()
         except ConnectionClosed as error:
-            _log.info("client %d: %s", self._number, error)
+            _log.info("client %d, %s, %s", self._number, address_of(self.websocket), closing(error))
             error.__traceback__ = None  # see `_failure`
         finally:
             state.connections.remove(self)
