@@ -24,6 +24,7 @@ import tyro
 from PIL import Image
 
 from torchpi.data import LeRobotWriter
+from torchpi.errors import counted
 from torchpi.extras import require
 from torchpi.robots import aloha
 from torchpi.ui.progress import progress_bar
@@ -186,7 +187,7 @@ def main(
         count = convert(folder, out, task=task, fps=fps, video=video)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.exit(f"error: {error}")
-    print(f"{count} episodes, written to {out}")
+    print(f"{counted(count, 'episode')}, written to {out}")
 
 
 if __name__ == "__main__":

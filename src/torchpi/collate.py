@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchpi.errors import PolicyError
+from torchpi.errors import PolicyError, counted
 from torchpi.model.rtc import ActionPrefix, Guidance, prefix_weights
 from torchpi.types import ActionChunk, Observation, PreviousChunk
 
@@ -83,8 +83,8 @@ def _is_prefix(chunk: PreviousChunk, longest: int) -> bool:
     """The model was trained to continue so long an action prefix, and is to do so."""
     if chunk.method == "trained" and chunk.delay > longest:
         raise PolicyError(
-            f"The policy was trained to continue at most {longest} actions, not {chunk.delay}; use guidance, or train "
-            "with a larger max_action_prefix."
+            f"The policy was trained to continue at most {counted(longest, 'action')}, not {chunk.delay}; use "
+            "guidance, or train with a larger max_action_prefix."
         )
     return chunk.method == "trained" or (chunk.method is None and 0 < int(chunk.delay) <= longest)
 

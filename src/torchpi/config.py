@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from torchpi.errors import ConfigError
+from torchpi.errors import ConfigError, listed
 from torchpi.schema import parse, read_json_object
 
 # The default of a field that follows from another one (openpi: max_token_len = 200 if pi05 else 48). It is replaced in
@@ -39,7 +39,7 @@ def _require_types(config: Any) -> None:
         if field.type in (bool, bool | None) and not isinstance(value, bool):
             raise ConfigError(f"{where} must be true or false, got {value!r}.")
         if get_origin(field.type) is Literal and value not in get_args(field.type):
-            raise ConfigError(f"{where} must be {' or '.join(map(repr, get_args(field.type)))}, got {value!r}.")
+            raise ConfigError(f"{where} must be {listed(map(repr, get_args(field.type)), 'or')}, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)

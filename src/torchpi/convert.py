@@ -34,7 +34,7 @@ from torchpi.checkpoints.sizes import ConfigLike, adapt, untrained_note
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.collate import collate
 from torchpi.config import Pi0Config
-from torchpi.errors import CheckpointError, first_of
+from torchpi.errors import CheckpointError, counted, first_of, listed
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.schema import write_json
@@ -81,10 +81,10 @@ class Conversion:
         lines = [
             f"{self.source} ({self.source_format}) to {self.target} ({self.target_format}, {self.dtype}), "
             f"{self.num_parameters / 1e6:.1f} M parameters",
-            f"mapped: {self.mapped} arrays, every one that a computation reads",
+            f"mapped: {counted(self.mapped, 'array')}, every one that a computation reads",
         ]
         if self.folded:
-            lines.append(f"folded: LoRA weights into {len(self.folded)} arrays: {', '.join(self.folded)}")
+            lines.append(f"folded: LoRA weights into {counted(len(self.folded), 'array')}: {', '.join(self.folded)}")
         if self.tied:
             lines.append(f"tied: the embedding is {self.tied}")
         lines += [f"dropped: {name} ({reason})" for name, reason in self.dropped.items()]
@@ -192,7 +192,7 @@ def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:
     return Conversion(
         source=checkpoint.address,
         source_format=checkpoint.format,
-        dtype=" and ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})),
+        dtype=listed(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in model.parameters()})),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         mapped=len(checkpoint.table(checkpoint.stored_config)),
         folded=checkpoint.arrays.folded if isinstance(checkpoint.arrays, PeftArrays) else checkpoint.folded,
@@ -315,7 +315,7 @@ def _write_assets(
             (root / "assets" / name / "norm_stats.json").write_bytes(file.read_bytes())
         unlike = ""
         if source.normalization and source.normalization != (theirs := openpi_rules(config.pi05)):
-            kinds = " and ".join(f"{key} by {rule.kind}" for key, rule in source.normalization.items())
+            kinds = listed(f"{key} by {rule.kind}" for key, rule in source.normalization.items())
             unlike = f"; the source normalizes {kinds}, openpi both by {theirs['state'].kind}"
         return [] if chosen else [f"there are no statistics in the source, and so none in the target{unlike}"]
     resized = spec.require_preprocessing("openpi", config)

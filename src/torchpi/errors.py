@@ -31,11 +31,28 @@ def printable(text: object, most: int = 500, keep: str = "") -> str:
     return "".join(escaped)[: 2 * most]
 
 
+def counted(count: int, noun: str, plural: str = "") -> str:
+    """A count with its noun: `1 episode`, `2 episodes`."""
+    return f"{count} {noun if count == 1 else plural or f'{noun}s'}"
+
+
+def listed(names: Iterable[object], last: str = "and") -> str:
+    """A list as a sentence has it: `a`, `a and b`, `a, b and c`."""
+    *most, end = [*map(str, names)] or [""]
+    return f"{', '.join(most)} {last} {end}" if most else end
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None: none is similar."""
     by_lower = {other.lower(): other for other in known}
     found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.75)
     return by_lower[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """` (did you mean so101?)`, behind an unknown name; empty where none is similar."""
+    close = closest(name, known)
+    return f" (did you mean {close}?)" if close else ""
 
 
 def is_whole(value: Any) -> bool:

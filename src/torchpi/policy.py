@@ -28,7 +28,7 @@ from torchpi.checkpoints.spec import (
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
 from torchpi.engine import InferenceEngine
-from torchpi.errors import PolicyError
+from torchpi.errors import PolicyError, counted
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import Samples
 from torchpi.robots import Embodiment
@@ -278,7 +278,7 @@ class Policy:
         return (
             f"<Policy of {self.embodiment.name}: {config.variant}, {count / 1e6:.4g} M parameters, {dtype} on "
             f"{self.model.device}, chunks of {config.action_horizon or 'any number of'} actions of "
-            f"{self.embodiment.action_size} dimensions>"
+            f"{counted(self.embodiment.action_size, 'dimension')}>"
         )
 
     @property

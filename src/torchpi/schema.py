@@ -11,7 +11,7 @@ import msgspec
 import msgspec.inspect as schema
 
 from torchpi.atomic import replace_text
-from torchpi.errors import ConfigError, MissingFileError, TorchpiError, closest
+from torchpi.errors import ConfigError, MissingFileError, TorchpiError, did_you_mean
 
 T = TypeVar("T")
 
@@ -122,8 +122,7 @@ def parse(
         known_only: refuse unknown fields; False for documents of other programs, which may add some.
     """
     if known_only and (unknown := list(_unknown_fields(schema.type_info(kind), value, ""))):
-        meant = {path: closest(path.rpartition(".")[2], known) for path, known in sorted(unknown)}
-        fields = ", ".join(f"{path} (did you mean {close}?)" if close else path for path, close in meant.items())
+        fields = ", ".join(path + did_you_mean(path.rpartition(".")[2], known) for path, known in sorted(unknown))
         raise error(f"{where} has unknown fields {fields}; known are {', '.join(unknown[0][1])}.")
     try:
         return msgspec.convert(value, kind)

@@ -404,6 +404,11 @@ def test_a_positional_argument_can_be_given_by_its_name(policy, observation, tmp
         ("serve --policy.dir=x", "POLICY"),
         ("serve demo --policy.config=pi05_libero", "--config"),
         ("stats --dataset.repo_id=org/name", "DATASET"),
+        ("train --optim.lrr 3", "--lr"),
+        ("train --lr_schedule.peak_lr 1", "--lr"),
+        ("train --episode 3", "--select"),
+        ("eval demo --load.device cpu", "--device"),
+        ("serve demo --server.prt=3", "--port"),
     ],
 )
 def test_an_option_of_lerobot_or_openpi_is_refused_with_the_one_here(capsys, words, option):

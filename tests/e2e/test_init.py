@@ -95,6 +95,7 @@ def test_robot_of_ones_own_is_drafted_and_kept_when_it_was_corrected(recordings,
     script = script_of(tmp_path, monkeypatch, **answers)
     assert "question: " in capsys.readouterr().out
     document = json.loads((tmp_path / "my_robot.json").read_text())
+    assert document["execute_steps"] == 8  # half of the chunks of these weights
     assert "--embodiment my_robot.json" in script
     (tmp_path / "my_robot.json").write_text(json.dumps(document | {"execute_steps": 7}))
     (tmp_path / "torchpi_commands.sh").unlink()

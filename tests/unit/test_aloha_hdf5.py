@@ -96,7 +96,7 @@ def test_command_converts_a_folder(script, tmp_path, capsys, monkeypatch):
 
     tyro.cli(script.main)
     shown = capsys.readouterr()
-    assert "1 episodes, written to" in shown.out
+    assert "1 episode, written to" in shown.out
     assert "converting" in shown.err
     with pytest.raises(SystemExit, match=r"error: .*out exists already and is not an empty folder"):
         tyro.cli(script.main)

@@ -251,6 +251,7 @@ def test_draft_asks_where_the_data_do_not_tell(tmp_path):
 
     found = inspect_dataset(arm_set(tmp_path / "set", change=change, action_names=["a", "b", "c"]))
     document = draft_embodiment(found, "arm")
+    assert (document["execute_steps"], draft_embodiment(found, "arm", horizon=10)["execute_steps"]) == (10, 5)
     assert [action["command"] for action in document["actions"]] == [None] * 3
     assert [action["kind"] for action in document["actions"]] == ["absolute"] * 3
     (question,) = (question for question in questions_of(document) if "command unknown" in question)

@@ -135,7 +135,7 @@ def test_absent_cameras_are_left_out_of_the_bucket():
     actions = engine.sample_actions(observation, noise=noise_of(), num_steps=2)
     expected = model.sample_actions(observation, noise=noise_of(), num_steps=2)
     torch.testing.assert_close(actions, expected, rtol=1e-5, atol=5e-6)
-    assert engine.metadata["warm_buckets"] == ["batch 4, 1 cameras, 32 prompt tokens, 7 actions, 2 steps"]
+    assert engine.metadata["warm_buckets"] == ["batch 4, 1 camera, 32 prompt tokens, 7 actions, 2 steps"]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_bucket_used_longest_ago_makes_room():
     engine = InferenceEngine(make_model(), mode="eager", max_buckets=2)
     for num_steps in (1, 2, 1, 3):
         engine.sample_actions(make_observation(), noise=noise_of(), num_steps=num_steps)
-    assert [bucket.split(", ")[4] for bucket in engine.metadata["warm_buckets"]] == ["1 steps", "3 steps"]
+    assert [bucket.split(", ")[4] for bucket in engine.metadata["warm_buckets"]] == ["1 step", "3 steps"]
 
 
 def scale_a_matrix(model):

@@ -4,7 +4,9 @@ import io
 
 import pytest
 
-from torchpi.errors import first_of, printable
+from torchpi.checkpoints.sizes import read_config
+from torchpi.errors import counted, did_you_mean, first_of, listed, printable
+from torchpi.sim import check_tasks, environment_name, simulator
 from torchpi.ui.tables import Column, PlainConsole, Table, grid
 
 
@@ -22,6 +24,28 @@ from torchpi.ui.tables import Column, PlainConsole, Table, grid
 def test_text_from_outside_is_one_line_without_control_characters(text, shown):
     assert printable(text) == shown
     assert printable(text).encode()
+
+
+def test_counts_and_lists_are_read_aloud():
+    assert [counted(count, "episode") for count in (0, 1, 2)] == ["0 episodes", "1 episode", "2 episodes"]
+    assert counted(2, "process", "processes") == "2 processes"
+    assert [listed("abc"[:count]) for count in range(4)] == ["", "a", "a and b", "a, b and c"]
+    assert listed((6, 7, 8), "or") == "6, 7 or 8"
+
+
+def test_unknown_names_come_with_the_nearest():
+    assert did_you_mean("so1o1", ["so100", "so101"]) == " (did you mean so101?)"
+    assert did_you_mean("nothing", ["so101"]) == ""
+    with pytest.raises(KeyError, match=r"no environment 'metawrld'; there are .* \(did you mean metaworld\?\)\."):
+        simulator("metawrld")
+    with pytest.raises(KeyError, match=r"no task 'lfit'; its tasks are .* \(did you mean lift\?\)\."):
+        check_tasks("so101", ["lfit"])
+    with pytest.raises(ValueError, match=r"neither a file nor a preset; .* \(did you mean pi05_libero\?\)\."):
+        read_config("pi05_liberoo")
+
+
+def test_a_suite_may_have_its_own_name():
+    assert environment_name("libero", "libero_10") == environment_name("libero", "10")
 
 
 def test_long_text_keeps_its_ends_and_states_its_length():

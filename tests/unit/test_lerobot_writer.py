@@ -248,7 +248,7 @@ def test_unsaved_frames_are_dropped_with_a_warning(tmp_path):
     writer = new_writer(tmp_path)
     writer.add_episode(EPISODES[0], TASKS[0])
     writer.add_frame(frame_of(EPISODES[1]))
-    with pytest.warns(UserWarning, match="last 1 frames were not saved as an episode and are dropped"):
+    with pytest.warns(UserWarning, match="last 1 frame was not saved as an episode, and dropped"):
         writer.finalize()
     writer.finalize()  # does nothing
     require_episodes(tmp_path, 1)
@@ -477,7 +477,7 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path):
             writer.add_episode(EPISODES[0], " ")
         writer.add_episode(EPISODES[0], TASKS[0])
         writer.add_frame(frame_of(EPISODES[0]))
-        with pytest.raises(ValueError, match="1 frames is in progress"):
+        with pytest.raises(ValueError, match=r"\(1 frame\) is in progress"):
             writer.add_episode(EPISODES[0], "t")
         writer.discard_episode()
     require_episodes(tmp_path, 1)

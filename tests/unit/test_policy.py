@@ -376,7 +376,11 @@ def test_more_actions_than_the_model_has_is_an_error(make_policy):
             ValueError,
             "has a state of 2 dimensions, but the statistics have 1",
         ),
-        ({"state": stats(2), "actions": stats(1)}, ValueError, "statistics of actions have 1 dimensions.*'two_joints'"),
+        (
+            {"state": stats(2), "actions": stats(1)},
+            ValueError,
+            "actions have 1 dimension, .*'two_joints'",
+        ),
         ({"actions": stats(2)}, KeyError, "no statistics for state; found"),
         ({"state": stats(2), "action": stats(2)}, KeyError, "no statistics for actions; found"),
         (

@@ -62,7 +62,7 @@ def test_log_has_the_number_of_recorded_requests_and_the_folder(tmp_path, caplog
             recorder.keep(name, 0, policy, observation(prompt=prompt), actions)
     assert [record.getMessage() for record in caplog.records] == [
         f"recorded 3 requests in 2 episodes: {tmp_path / 'arm'}",
-        f"recorded 1 requests in 1 episodes: {tmp_path / 'hand'}",
+        f"recorded 1 request in 1 episode: {tmp_path / 'hand'}",
     ]
 
 

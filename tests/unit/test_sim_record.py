@@ -405,7 +405,7 @@ def test_command_records_and_prints_result(tmp_path, capsys):
     arguments = ["--tasks", "faucet-open", "--episodes", "1", "--image-size", "24", "--workers", "1"]
     main(["sim", "record", "--out", str(tmp_path / "a"), *arguments])
     captured = capsys.readouterr()
-    assert captured.out.startswith("1 episodes, ")
+    assert captured.out.startswith("1 episode, ")
     assert "1/1" in captured.err
     main(["sim", "record", "--out", str(tmp_path / "b"), *arguments, "--video", "--json"])
     document = json.loads(capsys.readouterr().out)

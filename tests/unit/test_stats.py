@@ -296,7 +296,7 @@ def test_command_prints_tables_and_warnings(tmp_path, capsys):
         frames = {"observation.images.front": np.zeros((200, 4, 4, 3), np.uint8)}
         writer.add_episode({**frames, "observation.state": state, "action": actions}, "t")
     shown = run(capsys, tmp_path / "set", "--embodiment", tmp_path / "arm.json", "--action-horizon", "2")
-    for text in ("1 episodes, 200 frames", "mean", "q99", "dx", "grip"):
+    for text in ("1 episode, 200 frames", "mean", "q99", "dx", "grip"):
         assert text in shown.out
     assert "warning: state: fixed never changes (it is 0.7)" in shown.err
     assert "warning: actions: grip is 0 in 98 % of the frames" in shown.err

@@ -133,6 +133,7 @@ def test_what_will_stop_the_control_loop_is_said_before_training(recipe, tmp_pat
     shown = unwrapped(capsys)
     assert "warning: embodiment metaworld: execute_steps is 99, but its chunk has only" in shown
     assert "no command is stated for delta_x, delta_y, delta_z, gripper" in shown
+    assert re.search(r"steps 1/1, loss [\d.]+, .* samples/s, \d+ % waiting for data", shown)
 
 
 def test_too_little_memory_points_to_the_plan(recipe, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from torchpi.assets import assets
 from torchpi.config import Pi0Config
 from torchpi.data import LeRobotDataset
 from torchpi.data.rate import rate_note
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, counted
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.training.config import TrainConfig
@@ -61,8 +61,9 @@ def run_bench_data(
     share = None if step_seconds is None else wait_share(seconds, step_seconds, workers)
     console = PlainConsole(stderr=as_json, soft_wrap=True)
     console.print(
-        f"{pathlib.PurePath(path).name}: {batch / seconds:.1f} samples/s with {workers} workers, {seconds:.3f} s per "
-        f"batch of {batch}; {frame_ms:.2f} ms per decoded frame of {len(dataset.camera_keys)} cameras"
+        f"{pathlib.PurePath(path).name}: {batch / seconds:.1f} samples/s with {counted(workers, 'worker')}, "
+        f"{seconds:.3f} s per batch of {batch}; {frame_ms:.2f} ms per decoded frame of "
+        f"{counted(len(dataset.camera_keys), 'camera')}"
     )
     if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
         console.print(f"{path} is {note}")

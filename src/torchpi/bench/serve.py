@@ -21,7 +21,7 @@ import psutil
 from websockets.asyncio.server import ServerConnection, serve
 
 from torchpi.config import Pi0Config
-from torchpi.errors import ServingError, UsageError
+from torchpi.errors import ServingError, UsageError, counted
 from torchpi.robots import Embodiment
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
@@ -151,7 +151,7 @@ def run_bench_serving(
                 found.append(_overhead(address, minimal_address, observation, requests))
                 ratios = ", ".join(f"{name} {value:.2f}" for name, value in found[-1]["ratio"].items())
                 console.print(f"run {run + 1} of {runs}, ratio to the minimal server: {ratios}")
-        console.print(f"{clients} clients, {seconds:g} s")
+        console.print(f"{counted(clients, 'client')}, {seconds:g} s")
         load = _load(address, observation, clients, seconds, process)
     overhead = {
         key: {name: statistics.median(one[key][name] for one in found) for name in found[0][key]} for key in found[0]
@@ -163,16 +163,17 @@ def run_bench_serving(
     console = PlainConsole(soft_wrap=True)
     console.print(
         f"three cameras of {SIZE} x {SIZE}, a model of {model_ms:g} ms, loopback; round trip minus inference of one "
-        f"client, medians of {runs} runs of {requests} requests"
+        f"client, medians of {counted(runs, 'run')} of {counted(requests, 'request')}"
     )
     titles = {"server_ms": "torchpi serve, ms", "minimal_ms": "minimal server, ms", "ratio": "ratio"}
     rows = [(title, *(f"{value:.2f}" for value in overhead[key].values())) for key, title in titles.items()]
     columns = [Column(""), *(Column(name, "number") for name in overhead["ratio"])]
     console.print(Table(columns, rows).to_rich(), crop=False)
     console.print(
-        f"{clients} clients, {seconds:g} s: {load['requests_per_second']:.0f} requests/s, {load['errors']} errors, "
-        f"{load['mean_batch']:.1f} requests per pass; slowest client {load['slowest_to_mean']:.2f} of the mean; "
-        f"memory of the server {load['memory_mb']:.0f} MiB, {load['memory_growth_mb']:+.1f} in the second half"
+        f"{counted(clients, 'client')}, {seconds:g} s: {load['requests_per_second']:.0f} requests/s, "
+        f"{load['errors']} errors, {load['mean_batch']:.1f} requests per pass; slowest client "
+        f"{load['slowest_to_mean']:.2f} of the mean; memory of the server {load['memory_mb']:.0f} MiB, "
+        f"{load['memory_growth_mb']:+.1f} in the second half"
     )
 
 

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from torchpi.assets import assets
 from torchpi.config import PRESETS
-from torchpi.errors import CheckpointError, MissingFileError, closest
+from torchpi.errors import CheckpointError, MissingFileError, closest, listed
 
 PUBLISHED = "gs://openpi-assets/checkpoints/"
 PUBLISHED_NAMES = tuple(name for name in PRESETS if name not in ("pi0", "pi05", "tiny", "tiny_pi0"))
@@ -53,7 +53,7 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
             "checkpoint with safetensors or OCDBT files."
         )
     raise CheckpointError(
-        f"{root} is a file; expected the folder of a checkpoint, or its {' or '.join(_FILES_OF_FORMATS)}."
+        f"{root} is a file; expected the folder of a checkpoint, or its {listed(_FILES_OF_FORMATS, 'or')}."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 
 from torchpi.assets import assets
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, listed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def require_fields(table: str, document: Mapping[str, Any], where: str | pathlib
         if allowed and not any(
             known == value and isinstance(known, bool) == isinstance(value, bool) for known in allowed
         ):
-            expected = " or ".join(map(_text, allowed))
+            expected = listed(map(_text, allowed), "or")
             raise CheckpointError(f"{where}: {name} is {_text(value)}; only {expected} is read: {field.because}.")
 
 

@@ -20,7 +20,7 @@ from torchpi.checkpoints.folder import tokenizer_file
 from torchpi.checkpoints.lerobot_normalization import ACTION, POSTPROCESSOR, PREPROCESSOR, STATE, Step, normalizations
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PREPROCESSING, PolicySpec, Preprocessing
 from torchpi.config import Pi0Config
-from torchpi.errors import CheckpointError, MissingFileError, is_whole
+from torchpi.errors import CheckpointError, MissingFileError, is_whole, listed
 from torchpi.robots import ActionDim, Camera, Embodiment, StateKey
 from torchpi.schema import parse, read_json_object, write_json
 from torchpi.transforms.normalize import NormStats
@@ -73,7 +73,7 @@ def require_readable(root: pathlib.Path, document: Mapping[str, Any], names: Ite
 def read_spec(root: pathlib.Path, document: Mapping[str, Any]) -> PolicySpec:
     """Everything around the model of the LeRobot policy in a folder, whose config.json is `document`."""
     if (kind := document.get("type")) not in _BEFORE:
-        raise CheckpointError(f"{root / 'config.json'}: type is {kind!r}; {' and '.join(_BEFORE)} policies are read.")
+        raise CheckpointError(f"{root / 'config.json'}: type is {kind!r}; {listed(_BEFORE)} policies are read.")
     before, after = _steps(root / PREPROCESSOR, _BEFORE[kind]), _steps(root / POSTPROCESSOR, _AFTER)
     try:
         relative = _relative_actions(root, before, after)

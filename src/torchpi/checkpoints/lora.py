@@ -8,7 +8,7 @@ import pathlib
 from torchpi.checkpoints.layout import StoredArrays, stored_array
 from torchpi.checkpoints.openpi import write_params
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
-from torchpi.errors import CheckpointError
+from torchpi.errors import CheckpointError, listed
 from torchpi.model.lora import LoraConfig, lora_config
 from torchpi.model.pi0 import Pi0
 
@@ -47,7 +47,7 @@ def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) 
     attention = any("lora_" in name and ".attn." in name for name in shapes)
     known = {False: LoraConfig.backbone_rank, True: LoraConfig.expert_rank}
     if alpha is None and attention and not ranks.items() <= known.items():
-        found = " and ".join(f"rank {ranks[i]} in the {stack}" for i, stack in _STACKS.items() if i in ranks)
+        found = listed(f"rank {ranks[i]} in the {stack}" for i, stack in _STACKS.items() if i in ranks)
         raise CheckpointError(
             f"{arrays.source} has LoRA of {found}, whose alpha, by which its update is scaled, is in no array; it is "
             f"known for openpi's ranks {known[False]} and {known[True]} only. Pass lora_alpha= with those of the "

@@ -9,7 +9,7 @@ from torch import nn
 
 from torchpi.checkpoints.fields import require_fields
 from torchpi.config import MAX_SIZES, PRESETS, Pi0Config
-from torchpi.errors import CheckpointError, is_whole
+from torchpi.errors import CheckpointError, did_you_mean, is_whole
 from torchpi.model.flow import MAX_NUM_STEPS
 from torchpi.model.pi0 import Pi0
 from torchpi.model.suffix import Pi0Suffix
@@ -47,7 +47,8 @@ def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
     if isinstance(config, str) and config in PRESETS:
         return PRESETS[config]
     if isinstance(config, str) and not pathlib.Path(config).is_file():
-        raise CheckpointError(f"config={config!r} is neither a file nor a preset; presets are {', '.join(PRESETS)}.")
+        presets = f"{', '.join(PRESETS)}{did_you_mean(config, PRESETS)}"
+        raise CheckpointError(f"config={config!r} is neither a file nor a preset; presets are {presets}.")
     return read_json_object(config)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torchpi.assets import assets
 from torchpi.checkpoints.address import existing_file
 from torchpi.config import PRESETS, Pi0Config
-from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError, first_of
+from torchpi.errors import CheckpointError, MissingExtraError, MissingFileError, PolicyError, counted, first_of, listed
 from torchpi.model.flow import check_num_steps
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.schema import check_json
@@ -64,7 +64,7 @@ def check_sizes(robot: Embodiment, stats_dim: int, config: Pi0Config, tokenizer:
         )
     if stats_dim < robot.action_size:
         raise PolicyError(
-            f"The statistics of actions have {stats_dim} dimensions, embodiment {robot.name!r} has "
+            f"The statistics of actions have {counted(stats_dim, 'dimension')}, embodiment {robot.name!r} has "
             f"{robot.action_size}; they belong to another robot."
         )
     if num_tokens > config.vocab_size:
@@ -177,7 +177,7 @@ class PolicySpec:
             problems.append(f"{dim - own} zeros behind the state in the prompt")
         if problems:
             raise CheckpointError(
-                f"{self.source} was trained with {' and '.join(problems)}, as by LeRobot until 0.4.4; {program} makes "
+                f"{self.source} was trained with {listed(problems)}, as by LeRobot until 0.4.4; {program} makes "
                 "none now, and the policy would act otherwise. If it was trained without, or, as to the bars, sees "
                 f'square images only, pass preprocessing="{program}".'
             )
@@ -193,9 +193,9 @@ class PolicySpec:
         for what, (dims, own_dims) in lengths.items():
             if not {*dims} & {*own_dims}:
                 raise PolicyError(
-                    f"{self.source} is of embodiment {own.name!r}, whose {what} has {own_dims[-1]} dimensions; that of "
-                    f"embodiment {robot.name!r} has {dims[-1]}. Take that robot, or pass norm_stats= with statistics "
-                    "of this one."
+                    f"{self.source} is of embodiment {own.name!r}, whose {what} has "
+                    f"{counted(own_dims[-1], 'dimension')}; that of embodiment {robot.name!r} has {dims[-1]}. Take "
+                    "that robot, or pass norm_stats= with statistics of this one."
                 )
 
     def with_tokenizer(self, vocab_size: int) -> "PolicySpec":
@@ -241,7 +241,7 @@ class PolicySpec:
     def require_statistics(self) -> None:
         """Raise an error where the checkpoint says how it normalizes, and not by which numbers, as LeRobot's bases."""
         if self.norm_stats is None and self.normalization is not None:
-            kinds = " and ".join(f"{key} by {rule.kind}" for key, rule in self.normalization.items())
+            kinds = listed(f"{key} by {rule.kind}" for key, rule in self.normalization.items())
             raise PolicyError(
                 f"{self.source} has no statistics, and normalizes {kinds}: pass norm_stats= with the "
                 "norm_stats.json of the robot, which torchpi stats --out writes, or train it on the robot's dataset."
@@ -270,7 +270,7 @@ def state_dim_of(embodiment: Embodiment, stats_dim: int, action_dim: int) -> int
     fitting = [dim for dim in embodiment.state_dims if dim <= min(stats_dim, action_dim)]
     if not fitting:
         raise PolicyError(
-            f"embodiment {embodiment.name!r} has a state of {' or '.join(map(str, embodiment.state_dims))} dimensions, "
+            f"embodiment {embodiment.name!r} has a state of {listed(embodiment.state_dims, 'or')} dimensions, "
             f"but the statistics have {stats_dim} and the model's action_dim is {action_dim}; neither may be less. "
             "Take statistics of this robot, and a model of larger action_dim: convert --action-dim, or in training "
             "--model and --adapt."

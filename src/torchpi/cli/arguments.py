@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchpi.assets import assets
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, closest
 
 REGISTRY = ConstructorRegistry()
 
@@ -65,7 +65,8 @@ def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
         flag = given.replace("_", "-") if given.startswith("--") else given
         if flag in renamed:
             raise UsageError(f"{flag} is now {renamed[flag]}.")
-        if flag.startswith("--") and flag not in options.values() and (here := _elsewhere(flag, options)):
+        unknown = flag.startswith("--") and flag not in (*options.values(), *aliases)
+        if unknown and (here := _elsewhere(flag, options, {**renamed, **aliases})):
             raise UsageError(f"torchpi {name} has no {flag}, it has {here}; see torchpi {name} --help.")
         if flag in by_name:
             by_name[flag] = value if equals else next(remaining, "")
@@ -74,10 +75,15 @@ def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
     return [*filter(None, by_name.values()), *words]
 
 
-def _elsewhere(flag: str, options: Mapping[str, str]) -> str | None:
-    """The argument here that replaces an option of LeRobot or openpi."""
+def _elsewhere(flag: str, options: Mapping[str, str], former: Mapping[str, str]) -> str | None:
+    """The argument here in place of an option of LeRobot or openpi, one in a group, or almost a former name."""
     table = tomllib.loads((assets() / "options.toml").read_text(encoding="utf-8"))
-    return next((option for option in table.get(flag, ()) if option in options.values()), None)
+    if found := next((option for option in table.get(flag, ()) if option in options.values()), None):
+        return found
+    here = {option.lstrip("-"): option for option in options.values()}
+    others = {name.lstrip("-"): option for name, option in former.items()}
+    near = closest(flag.rpartition(".")[2].lstrip("-"), here | others)
+    return (here | others)[near] if near and ("." in flag or near in others) else None  # tyro suggests the rest
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ import tyro
 
 from torchpi.atomic import replace_text
 from torchpi.cli.common import split_names
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, counted
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import PlainConsole
 
@@ -74,15 +74,20 @@ class DataDraft(_Look):
     """The file, for example my_arm.json; it must not exist."""
 
     def run(self) -> None:
-        from torchpi.data.draft import draft_embodiment, questions_of, to_text
-
         if self.out.exists():
             raise UsageError(f"{self.out} exists already; choose another file, because it may have been corrected.")
-        document = draft_embodiment(self.inspect(pictures=1), self.out.stem)
-        replace_text(self.out, to_text(document))
-        print(f"wrote {self.out}")
-        for question in questions_of(document):
-            print(f"question: {question}")
+        write_draft(self.inspect(pictures=1), self.out)
+
+
+def write_draft(found: "Inspection", file: pathlib.Path, **weights: int) -> None:
+    """Write `draft_embodiment`, which takes the weights' horizon, and print its questions."""
+    from torchpi.data.draft import draft_embodiment, questions_of, to_text
+
+    document = draft_embodiment(found, file.stem, **weights)
+    replace_text(file, to_text(document))
+    print(f"wrote {file}; correct it before you train")
+    for question in questions_of(document):
+        print(f"question: {question}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +109,8 @@ class _Edit:
         for result in results:
             videos = f"; videos: {result.videos_copied} copied, {result.videos_encoded} encoded anew"
             has_videos = result.videos_copied + result.videos_encoded > 0
-            print(f"{result.path}: {result.episodes} episodes, {result.frames} frames{videos if has_videos else ''}")
+            counts = f"{counted(result.episodes, 'episode')}, {counted(result.frames, 'frame')}"
+            print(f"{result.path}: {counts}{videos if has_videos else ''}")
             for note in result.notes:
                 print(f"left out: {note}")
 
@@ -245,8 +251,8 @@ class SimRecord:
             return
         failures = sum(result.failures.values())
         print(
-            f"{result.episodes} episodes, {result.frames} frames in {result.seconds:.0f} s, written to {result.path}; "
-            f"{failures} in which the expert failed were left out"
+            f"{counted(result.episodes, 'episode')}, {counted(result.frames, 'frame')} in {result.seconds:.0f} s, "
+            f"written to {result.path}; {failures} in which the expert failed were left out"
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from torchpi.atomic import replace_text
-from torchpi.errors import TrainingError, UsageError
+from torchpi.errors import TrainingError, UsageError, counted
 
 OWN = "own"
 
@@ -49,6 +49,8 @@ class Init:
         names = f"Robot ({', '.join(EMBODIMENTS)}, a JSON file, or own)"
         robot = self._answer("robot", names, lambda text: _robot(text, data, self.out))
         weights = self._answer("weights", "Weights (pi05_base, pi0_base, demo, a folder or an address)", _address)
+        if robot == OWN:
+            robot = _drafted(data, weights, self.out.with_name("my_robot.json"))
         gpus, memory = self._answer("hardware", "Machine (cpu, or GPUs x GB of each: 1x24, 8x80)", _hardware)
         steps = self.num_steps or (30_000 if gpus else 2000)
         print("estimating the memory of the training", file=sys.stderr)
@@ -85,30 +87,37 @@ def _recordings(data: str) -> tuple[str, list[int]]:
 
     metadata = open_metadata(data)
     info, episodes = metadata.info, [episode.index for episode in metadata.episodes if episode.length]
-    print(f"{data}: {len(episodes)} episodes of {info.robot_type or 'a robot without a name'} at {info.fps:g} Hz")
+    count = counted(len(episodes), "episode")
+    print(f"{data}: {count} of {info.robot_type or 'a robot without a name'} at {info.fps:g} Hz")
     if len(episodes) < 2:
-        raise UsageError(f"{data} has {len(episodes)} episodes; a training needs two at least, one is held out.")
+        raise UsageError(f"{data} has {count}; a training needs two at least, one is held out.")
     return data, episodes
 
 
 def _robot(text: str, data: str, out: pathlib.Path) -> str:
-    """The name or file of the robot, which fits the recordings; `OWN` writes one beside the script."""
+    """The name or file of the robot, which fits the recordings; `OWN` where that file is to be drafted."""
     from torchpi.data import LeRobotDataset
-    from torchpi.data.draft import draft_embodiment, questions_of, to_text
-    from torchpi.data.inspect import inspect_dataset
     from torchpi.robots import get_embodiment
 
     if text == OWN:
         file = out.with_name("my_robot.json")
-        if not file.exists():  # it may have been corrected
-            document = draft_embodiment(inspect_dataset(data, pictures=1), file.stem)
-            replace_text(file, to_text(document))
-            print(f"wrote {file}; correct it before you train:")
-            for question in questions_of(document):
-                print(f"  question: {question}")
-        text = str(file)
+        if not file.exists():
+            return OWN
+        text = str(file)  # it may have been corrected
     LeRobotDataset(data, action_horizon=1, embodiment=get_embodiment(text), cameras=(), columns=(), prompt="")
     return text
+
+
+def _drafted(data: str, weights: str, file: pathlib.Path) -> str:
+    """The robot's file, drafted from the recordings, for weights with chunks of that length."""
+    from torchpi.cli.data import write_draft
+    from torchpi.data.inspect import inspect_dataset
+    from torchpi.training.config import TrainConfig
+    from torchpi.training.plan import planned_sizes
+
+    horizon = planned_sizes(TrainConfig().replace(init=weights)).require("action_horizon")
+    write_draft(inspect_dataset(data, pictures=1), file, horizon=horizon)
+    return str(file)
 
 
 def _address(weights: str) -> str:

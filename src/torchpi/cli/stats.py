@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import tyro
 
 from torchpi.cli.common import FrameOptions, Frames
+from torchpi.errors import counted
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, PlainConsole, Table
 
@@ -181,10 +182,10 @@ def _print_statistics(document: Mapping[str, Any], robot: "Embodiment") -> None:
         ],
     }
     print(
-        f"{document['dataset']}: {document['episodes']} episodes, {document['frames']} frames, "
-        f"as {document['embodiment']} sees them; chunks of {document['action_horizon']} actions\n"
-        f"{document['idle_frames']} frames ({document['idle_share']:.1%}) are idle: for {IDLE_SECONDS:g} s, nothing "
-        f"moves by more than {IDLE_THRESHOLD:.0%} of its range",
+        f"{document['dataset']}: {counted(document['episodes'], 'episode')}, {counted(document['frames'], 'frame')}, "
+        f"as {document['embodiment']} sees them; chunks of {counted(document['action_horizon'], 'action')}\n"
+        f"{counted(document['idle_frames'], 'frame is', 'frames are')} idle ({document['idle_share']:.1%}): for "
+        f"{IDLE_SECONDS:g} s, nothing moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
     for what in ("state", "actions"):
         if not document[what]["names"]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar
 import tyro
 
 from torchpi.config import LoraConfig
-from torchpi.errors import TrainingError, UsageError
+from torchpi.errors import TrainingError, UsageError, counted
 from torchpi.training.config import RENAMED, RENAMED_VALUES, Augmentation, TrainConfig
 
 
@@ -88,7 +88,7 @@ class Train:
         if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
             return 0
         if result.interrupted:
-            print(f"interrupted after {result.step} steps; continue with: torchpi train --resume {out}")
+            print(f"interrupted after {counted(result.step, 'step')}; continue with: torchpi train --resume {out}")
         print(f"policy: {result.policy}\nreport: {result.report}")
         return None
 

@@ -12,7 +12,7 @@ import tyro
 
 from torchpi.atomic import atomic_file
 from torchpi.cli.common import EpisodeOptions, Episodes, Load, SamplingOptions, refuse_changed
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, counted
 from torchpi.extras import require
 
 
@@ -86,4 +86,4 @@ class View:
         reading |= {"stride": self.stride, "every": self.every, "seed": self.seed, "embodiment": load.get("embodiment")}
         policy = None if self.policy is None else load_policy(self.policy, **load)
         dataset = write_view(self.source, target, policy=policy, **reading)
-        print(f"{len(dataset.episode_lengths)} episodes, {len(dataset)} frames", file=sys.stderr)
+        print(f"{counted(len(dataset.episode_lengths), 'episode')}, {counted(len(dataset), 'frame')}", file=sys.stderr)

@@ -14,7 +14,7 @@ from torchpi.data.clock import check_clock
 from torchpi.data.files import open_parquet, read_table
 from torchpi.data.metadata import Episode, Metadata
 from torchpi.data.rename import openpi_name, suggested_rename
-from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError
+from torchpi.errors import DatasetError, MissingFileError, UnknownKeyError, counted
 from torchpi.extras import require
 
 _KEPT = (lerobot.STATE, lerobot.ACTION, lerobot.NEW_IMAGES, *lerobot.BOOKKEEPING)
@@ -99,7 +99,7 @@ def to_numpy(column: Any) -> np.ndarray:
         shape += lengths or [0]
         array = array.flatten()
     if array.null_count:
-        raise DatasetError(f"{array.null_count} values are missing.")
+        raise DatasetError(f"{counted(array.null_count, 'value is', 'values are')} missing.")
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(shape)
 
 
@@ -254,8 +254,8 @@ def _check_episode(columns: Columns, episode: Episode) -> None:
         )
     if len(numbers) != episode.length or not np.array_equal(numbers, np.arange(episode.length)):
         raise DatasetError(
-            f"{episode.data_file}: episode {episode.index} has {len(numbers)} frames, numbered {numbers[0]} to "
-            f"{numbers[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."
+            f"{episode.data_file}: episode {episode.index} has {counted(len(numbers), 'frame')}, numbered {numbers[0]} "
+            f"to {numbers[-1]}; expected 0 to {episode.length - 1}, as its metadata say. The dataset is damaged."
         )
     for name in (lerobot.STATE, lerobot.ACTION):
         bad = ~np.isfinite(columns[name])  # [T, d]

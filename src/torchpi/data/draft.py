@@ -20,24 +20,25 @@ _MEASURED = re.compile(r"(correlation |change \(|which is |[:,] from )-?[\d.]+(?
 _WRISTS = re.compile(r"wrist|hand|grip|ego", re.IGNORECASE)
 _MODEL_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
 """The cameras of the published weights."""
-_MAX_STEPS = 25
-"""Half of the published weights' horizon."""
 
 
-def draft_embodiment(found: Inspection, name: str) -> dict[str, Any]:
-    """The document of an embodiment file: what the dataset tells, guesses, and questions as comments."""
+def draft_embodiment(found: Inspection, name: str, *, horizon: int = 50) -> dict[str, Any]:
+    """The document of an embodiment file: what the dataset tells, guesses, and questions as comments.
+
+    At most half of a chunk is executed; `horizon` is that of most published weights.
+    """
     if found.dataset is None:
         raise DatasetError(f"No episode of {found.path} can be read: {found.problems[0].text}")
     task, *more = found.tasks or ("",)
     document = {
         COMMENT: f"Drafted from {found.path} by `torchpi data draft`. Correct it where a comment begins with "
-        f"{QUESTION.strip(': ')}; comments are not read.",
+        f"{QUESTION.strip(': ')}; comments are not read. execute_steps is for chunks of {horizon} actions.",
         "name": name,
         "cameras": _cameras(found),
         "state": [_state(found.state)] if found.state else [],
         "actions": list(_actions(found)),
         "control_hz": found.fps,
-        "execute_steps": max(1, min(_MAX_STEPS, round(found.fps / 2))),
+        "execute_steps": max(1, min(horizon // 2, round(found.fps / 2))),
         "default_prompt": None if more or not task else task,
     }
     Embodiment.from_dict(without_comments(document), where=f"The draft from {found.path}").check_names()

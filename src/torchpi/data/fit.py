@@ -11,7 +11,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.guesses import OTHER_SCALE, differ_in_unit, is_gripper
 from torchpi.data.lerobot import LeRobotDataset
 from torchpi.data.stats import Distribution, KeyCoverage, ModelValues, StatsCoverage, distributions, key_coverage
-from torchpi.errors import DatasetError, first_of
+from torchpi.errors import DatasetError, counted, first_of
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.robots.presets import RELEASED
 from torchpi.transforms.normalize import NormStats
@@ -40,8 +40,8 @@ def coverage_with_reasons(
             continue
         if key.dims != key.checkpoint_dims:
             reasons.append(
-                f"{what} has {key.checkpoint_dims} dimensions there and {key.dims} here; compared are the first "
-                f"{len(key.names)}"
+                f"{what} has {counted(key.checkpoint_dims, 'dimension')} there and {key.dims} here; compared are the "
+                f"first {len(key.names)}"
             )
         reasons += misfits(what, key.names, found[what].stats, theirs[what])
         outside += [(inside, f"{what} {name} {inside:.1%}") for name, inside in zip(key.names, key.inside, strict=True)]
@@ -105,7 +105,8 @@ class ReleasedFit:
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.robot}) in {', '.join(self.checkpoints)}; {self.num_different} dimensions differ"
+        differing = counted(self.num_different, "dimension differs", "dimensions differ")
+        return f"{self.name} ({self.robot}) in {', '.join(self.checkpoints)}; {differing}"
 
 
 def released_fits(robot: Embodiment) -> list[ReleasedFit]:
@@ -116,7 +117,7 @@ def released_fits(robot: Embodiment) -> list[ReleasedFit]:
         num_different, reasons, differences = 0, [], collections.defaultdict(list)
         for what, ours, theirs in zip(("state", "actions"), _meanings(robot), _meanings(other), strict=True):
             if extra := len(ours) - len(theirs):
-                reasons.append(f"{what} has {len(theirs)} dimensions there and {len(ours)} here")
+                reasons.append(f"{what} has {counted(len(theirs), 'dimension')} there and {len(ours)} here")
             different = [
                 (*dim, there) for dim, there in zip(ours.items(), theirs.values(), strict=False) if dim[1] != there
             ]

@@ -22,7 +22,7 @@ from torchpi.data.pixels import DepthCoding, is_depth_map
 from torchpi.data.rate import Resampling, check_increments, resampling_for
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
-from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.errors import DatasetError, UnknownKeyError, counted
 from torchpi.robots import Embodiment
 
 _CHECKING_THREADS = 16
@@ -135,8 +135,8 @@ class LeRobotDataset:
     def __repr__(self) -> str:
         cameras = ", ".join(name.removeprefix("observation.images.") for name in self.camera_keys)
         return (
-            f"<LeRobotDataset {self.path}: {len(self.episode_lengths)} episodes, {len(self)} frames at {self.fps:g} Hz,"
-            f" cameras {cameras or 'not read'}>"
+            f"<LeRobotDataset {self.path}: {counted(len(self.episode_lengths), 'episode')}, "
+            f"{counted(len(self), 'frame')} at {self.fps:g} Hz, cameras {cameras or 'not read'}>"
         )
 
     @property

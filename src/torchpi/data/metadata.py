@@ -11,7 +11,7 @@ from typing import Any
 from torchpi.data import format as lerobot
 from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines, read_table, unreadable
 from torchpi.data.rename import renamed_features, resolve_rename
-from torchpi.errors import DatasetError, MissingFileError
+from torchpi.errors import DatasetError, MissingFileError, listed
 from torchpi.schema import parse, read_json
 
 _HUB = "hf://"
@@ -321,7 +321,7 @@ def _check_episodes(episodes: list[Episode], info: Info, root: Path) -> None:
     stated = {field: getattr(info, field) for field in found}
     if differing := [f"{field} {stated[field]}" for field in found if stated[field] not in (None, found[field])]:
         raise DatasetError(
-            f"{root / lerobot.INFO} says {' and '.join(differing)}, but the list of episodes has {len(episodes)} with "
+            f"{root / lerobot.INFO} says {listed(differing)}, but the list of episodes has {len(episodes)} with "
             f"{found['total_frames']} frames: a recording or copy ended early, or it was edited. Get the set again, "
             "or if what is listed is all that you want, correct these numbers."
         )

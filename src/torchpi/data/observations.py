@@ -9,7 +9,7 @@ import numpy as np
 
 from torchpi.data import format as lerobot
 from torchpi.data.names import order_of, tell_order
-from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.errors import DatasetError, UnknownKeyError, counted, listed
 from torchpi.robots import Camera, Embodiment
 from torchpi.robots.keys import nest
 
@@ -74,8 +74,8 @@ def check_dims(embodiment: Embodiment, *, state: int | None = None, action: int 
     ):
         if found is not None and found not in fitting:
             raise DatasetError(
-                f"The dataset's {key} has {found} dimensions; embodiment '{embodiment.name}' has "
-                f"{' or '.join(map(str, fitting))}: {', '.join(names)}. Choose the robot that it was recorded with."
+                f"The dataset's {key} has {counted(found, 'dimension')}; embodiment '{embodiment.name}' has "
+                f"{listed(fitting, 'or')}: {', '.join(names)}. Choose the robot that it was recorded with."
             )
 
 
@@ -173,7 +173,7 @@ def _no_camera(missing: str, embodiment: Embodiment, keys: Sequence[str]) -> Unk
     return UnknownKeyError(
         f"The dataset has no camera for {missing}, which embodiment '{embodiment.name}' requires; its cameras are "
         f"{', '.join(map(_last, keys)) or 'none'}. Choose the robot's embodiment"
-        + (f", or if {' or '.join(unread)} is the camera, say so: {option}, or rename= in Python." if unread else ".")
+        + (f", or if {listed(unread, 'or')} is the camera, say so: {option}, or rename= in Python." if unread else ".")
     )
 
 

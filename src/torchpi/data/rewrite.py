@@ -27,7 +27,7 @@ from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool, default_encoder, encode_video, video_info
 from torchpi.data.video_copy import codec_of, cut_video
-from torchpi.errors import DatasetError
+from torchpi.errors import DatasetError, counted
 from torchpi.extras import require
 from torchpi.robots.keys import flatten
 
@@ -134,7 +134,7 @@ def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tup
             place = rows.get(piece.episode.index, slice(0, 0))
             if place.stop - place.start != piece.episode.length:
                 raise DatasetError(
-                    f"{path}: episode {piece.episode.index} has {place.stop - place.start} frames; expected "
+                    f"{path}: episode {piece.episode.index} has {counted(place.stop - place.start, 'frame')}; expected "
                     f"{piece.episode.length}, as its metadata say. Delete it: torchpi data delete."
                 )
             of_piece = table[place]

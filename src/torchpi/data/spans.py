@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torchpi.data import format as lerobot
 from torchpi.data.clock import check_tolerance
 from torchpi.data.metadata import Episode
-from torchpi.errors import DatasetError
+from torchpi.errors import DatasetError, counted
 
 Times = Float[np.ndarray, " n"]
 """Of all frames of a file, in order, in seconds."""
@@ -102,8 +102,8 @@ class VideoSpans:
         is_steady = np.mean(np.abs(steps * rate - 1) < 0.05) > 0.9
         start = episode.videos[key].from_timestamp
         found = (
-            f"{path} ({key}) has {len(times)} frames from {times[0]:.4f} to {times[-1]:.4f} s, and its "
-            f"{'episode' if len(episodes) == 1 else f'{len(episodes)} episodes'} {total}, {fps:g} per second"
+            f"{path} ({key}) has {counted(len(times), 'frame')} from {times[0]:.4f} to {times[-1]:.4f} s, and its "
+            f"{counted(len(episodes), 'episode')} {total}, {fps:g} per second"
         )
         if is_steady and abs(rate / fps - 1) > max(2e-4, 0.25 / len(times)):  # of a frame, at the end
             return (

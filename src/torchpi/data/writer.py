@@ -15,7 +15,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.metadata_writer import SavedEpisode, image_histogram, new_info
 from torchpi.data.recording import Recording, write_parquet
 from torchpi.data.video import default_encoder, encode_video, video_info
-from torchpi.errors import DatasetError, UnknownKeyError
+from torchpi.errors import DatasetError, UnknownKeyError, counted, listed
 from torchpi.extras import require
 from torchpi.transforms.normalize import require_finite
 
@@ -141,7 +141,7 @@ class LeRobotWriter:
         """
         if self.num_frames_in_progress:
             raise DatasetError(
-                f"An episode with {self.num_frames_in_progress} frames is in progress; save or discard it first."
+                f"An episode ({counted(self.num_frames_in_progress, 'frame')}) is in progress; save or discard it."
             )
         self._check_keys(frames)
         lengths = {key: len(values) for key, values in frames.items()}
@@ -176,7 +176,8 @@ class LeRobotWriter:
             return
         if self.num_frames_in_progress:
             warnings.warn(
-                f"The last {self.num_frames_in_progress} frames were not saved as an episode and are dropped.",
+                f"The last {counted(self.num_frames_in_progress, 'frame was', 'frames were')} not saved as an episode, "
+                "and dropped.",
                 UserWarning,
                 stacklevel=2,
             )
@@ -260,7 +261,7 @@ class LeRobotWriter:
         found = [f"has no {', '.join(missing)}"] if missing else []
         found += [f"has the unknown keys {', '.join(unknown)}"] if unknown else []
         if found:
-            raise UnknownKeyError(f"A frame {' and '.join(found)}; expected {', '.join(self._frames)}.")
+            raise UnknownKeyError(f"A frame {listed(found)}; expected {', '.join(self._frames)}.")
 
     def _checked(self, key: str, value: Any) -> np.ndarray:
         array, is_image = np.asarray(value), key in self._histograms

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from torchpi.errors import listed
 from torchpi.inspect.inputs import Shapes, inputs_of_policy
 from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy
@@ -61,7 +62,7 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
     tokens = f"{prompt.stop - prompt.start} tokens, padded to {config.max_token_len}"
     cache, steps = shapes["inference cache/layer_0/k"], len(flow.chunks) - 1
     return [
-        ("images", f"{' and '.join(keys.values())}: {count} × uint8 {shapes[f'0 image/{first}']}"),
+        ("images", f"{listed(keys.values())}: {count} × uint8 {shapes[f'0 image/{first}']}"),
         ("prompt", f"{trace.inputs.prompt!r}: {tokens}"),
         ("SigLIP, embedder", f"{count} × {shapes[f'2 image_tokens/{first}']} and {shapes['3 text_tokens']}"),
         ("prefix", f"all of it in one sequence: {shapes['4 prefix_tokens']}"),

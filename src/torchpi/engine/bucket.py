@@ -7,6 +7,7 @@ from jaxtyping import Float32, Int
 from torch import Tensor
 
 from torchpi.config import Pi0Config
+from torchpi.errors import counted
 from torchpi.model.rtc import ActionPrefix, Guidance
 from torchpi.types import Observation
 
@@ -28,10 +29,11 @@ class Bucket:
     action_prefix: bool = False
 
     def __str__(self) -> str:
-        text = f"batch {self.batch}, {self.cameras} cameras, {self.prompt_tokens} prompt tokens, {self.horizon} actions"
+        cameras, horizon = counted(self.cameras, "camera"), counted(self.horizon, "action")
+        text = f"batch {self.batch}, {cameras}, {self.prompt_tokens} prompt tokens, {horizon}"
         text += f" × {self.num_samples}" * (self.num_samples > 1)
         guided = "" if self.guidance is None else f", guided (β = {self.guidance:g})"
-        return f"{text}, {self.num_steps} steps{guided}" + ", action prefix" * self.action_prefix
+        return f"{text}, {counted(self.num_steps, 'step')}{guided}" + ", action prefix" * self.action_prefix
 
 
 @dataclasses.dataclass(frozen=True)

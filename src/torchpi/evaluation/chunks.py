@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float32
 from torchpi.data import LeRobotDataset, to_observation
 from torchpi.data import format as lerobot
 from torchpi.data.fit import stats_problems, unit_problems
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, counted
 from torchpi.policy import Policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
@@ -84,7 +84,7 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
     if samples < 1:
         raise UsageError(f"samples is {samples}; expected 1 or more.")
     if not sum(lengths):
-        raise UsageError(f"There is no frame to judge: the {len(lengths)} episodes are empty.")
+        raise UsageError(f"There is no frame to judge in {counted(len(lengths), 'episode')}.")
     samples, sizes = min(samples, sum(lengths)), np.array(lengths)
     # As many of every episode as it has, up to a common limit; one more of some of the longer ones, at random.
     limit = bisect.bisect_right(range(max(lengths) + 1), samples, key=lambda most: np.minimum(sizes, most).sum()) - 1
@@ -135,8 +135,8 @@ def predict_chunks(
     horizon = policy.model.config.require("action_horizon")
     if dataset.action_horizon != horizon:
         raise UsageError(
-            f"The policy predicts {horizon} actions, but the dataset {dataset.path} was opened for chunks of "
-            f"{dataset.action_horizon}. Open it with action_horizon={horizon}."
+            f"The policy predicts {counted(horizon, 'action')}, but the dataset {dataset.path} was opened for chunks "
+            f"of {dataset.action_horizon}. Open it with action_horizon={horizon}."
         )
     for name, count in (("frames", len(frames)), ("batch_size", batch_size), ("noise_samples", noise_samples)):
         if count < 1:

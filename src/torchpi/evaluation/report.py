@@ -15,6 +15,7 @@ from rich.text import Text
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
 from torchpi.data.rate import rate_note
+from torchpi.errors import counted
 from torchpi.evaluation.chunks import open_recorded, predict_chunks, sample_new_images
 from torchpi.evaluation.errors import BASELINES, HOLD, MEAN_ACTION, POLICY, ChunkErrors, errors_of
 from torchpi.evaluation.plots import plot_chunks, plot_errors, plotted_frames
@@ -140,7 +141,7 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
     """Print `evaluate_on_dataset`: tables, or one JSON document on stdout and the rest on stderr."""
     result = evaluate_on_dataset(policy, dataset, samples=samples, **options)
     if result.samples < samples:
-        note = f"{dataset} has only {result.frames} frames to sample {samples} from; all of them were used."
+        note = f"{dataset} has only {counted(result.frames, 'frame')} to sample {samples} from; all of them were used."
         PlainConsole(stderr=True).print(note, soft_wrap=True)
     if as_json:
         print_json(result.to_dict())
@@ -152,9 +153,9 @@ def _print_tables(result: DatasetEvaluation, console: Console) -> None:
     """The errors per dimension, overall, and over the horizon; and where a baseline does better."""
     errors = result.errors
     title = (
-        f"{result.policy} on {result.dataset}: {result.samples} of {result.frames} frames of {len(result.episodes)} "
-        f"episodes, chunks of {len(errors.counts)} actions, {int(errors.counts.sum())} recorded actions, "
-        f"{result.seconds:.0f} s"
+        f"{result.policy} on {result.dataset}: {result.samples} of {counted(result.frames, 'frame')} of "
+        f"{counted(len(result.episodes), 'episode')}, chunks of {counted(len(errors.counts), 'action')}, "
+        f"{counted(int(errors.counts.sum()), 'recorded action')}, {result.seconds:.0f} s"
     )
     console.print(title, soft_wrap=True)
     for table in (_dimension_table(errors), _overall_table(errors), _horizon_table(errors)):
@@ -204,7 +205,7 @@ def _horizon_table(errors: ChunkErrors) -> Table:
     rows: list[Sequence[Cell]] = []
     for of, name in _NAMES.items():
         if dimensions := errors.overall(of).dimensions:
-            note = f" ({dimensions} dimensions)" if dimensions < errors.overall().dimensions else ""
+            note = f" ({counted(dimensions, 'dimension')})" if dimensions < errors.overall().dimensions else ""
             rows.append((f"{name}{note}", *map(_percent, errors.scaled_per_step(of)[steps])))
     return Table((Column("MAE, of range, at step", "name"), *(Column(str(step), "number") for step in steps)), rows)
 

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from torchpi.engine.quantize import quantization_of
-from torchpi.errors import UsageError
+from torchpi.errors import UsageError, listed
 from torchpi.inspect.inputs import Shapes, inputs_of_policy
 from torchpi.inspect.stages import Stage, forward_stages
 from torchpi.policy import Policy
@@ -182,7 +182,7 @@ def _compare(name: str, one: Any, other: Any, tolerance: float) -> ComparedStage
         largest = float(abs(a - b).max(initial=0))  # a state may have no dimensions
     scale = float(max(abs(a).max(initial=0), abs(b).max(initial=0)))
     broken = [side for side, values in (("A", a), ("B", b)) if not np.isfinite(values).all()]
-    message = f"NaN or infinity in {' and '.join(broken)}" if broken else ""
+    message = f"NaN or infinity in {listed(broken)}" if broken else ""
     return ComparedStage(name, bool(broken) or largest > tolerance * scale, message, one.shape, largest, scale)
 
 

@@ -210,7 +210,7 @@ def inputs_of_model(
         if value is not None and value.shape != shape:
             raise UsageError(f"{name} must be {list(shape)} for this model, got {list(value.shape)}.")
     if actions is None:
-        assumed = (*assumed, "No recorded actions: the chunk that the model itself samples stands in for them.")
+        assumed = (*assumed, "The loss is of a chunk that the model sampled itself; of recorded actions: --dataset.")
     length = config.require("max_token_len")
     rows |= {name: torch.nn.functional.pad(rows[name], (0, length - rows[name].shape[1])) for name in PROMPT}
     batch = {name: row for name, row in rows.items() if name.startswith("image") or name in ("state", *PROMPT)}

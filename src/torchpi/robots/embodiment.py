@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from torchpi import schema
-from torchpi.errors import EmbodimentError, UnknownKeyError, first_of, is_whole
+from torchpi.errors import EmbodimentError, UnknownKeyError, counted, first_of, is_whole
 from torchpi.robots.keys import flatten, nest
 from torchpi.robots.parts import BEYOND_LIMITS, HOOKS, LIMITS, ActionDim, Camera, StateKey, numbers
 from torchpi.transforms.actions import absolute_actions, delta_actions
@@ -97,7 +97,7 @@ class Embodiment:
         if any(part.min_dim not in (None, len(part.names)) for part in self.state[:-1]):
             return "only the last state may be shorter, or the dimensions would move."
         if beyond := [action.name for action in self.actions[self.state_dims[0] :] if action.kind == "delta"]:
-            has = f"may have only {self.state_dims[0]} dimensions" if self.state else "has none"
+            has = f"may have only {counted(self.state_dims[0], 'dimension')}" if self.state else "has none"
             return (
                 f"the actions {', '.join(beyond)} are deltas, but the state {has}; a delta refers to the state of its "
                 "index."
@@ -408,7 +408,7 @@ class Embodiment:
         state = np.concatenate(parts) if parts else np.zeros(0)
         if state_dim is not None and len(state) != state_dim:
             raise EmbodimentError(
-                f"The state has {len(state)} dimensions ({', '.join(self.state_names[: len(state)])}), "
+                f"The state has {counted(len(state), 'dimension')} ({', '.join(self.state_names[: len(state)])}), "
                 f"but this policy expects {state_dim}. Send the state that it was trained with."
             )
         return state

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import EmbodimentError
+from torchpi.errors import EmbodimentError, listed
 from torchpi.transforms.depth import DEPTH_DTYPES, DepthMapping
 from torchpi.transforms.images import DTYPES, LAYOUTS, to_uint8_hwc
 from torchpi.transforms.normalize import require_finite
@@ -117,7 +117,7 @@ class StateKey:
         if array.ndim == 0 and len(self.names) == 1:
             array = array.reshape(1)
         if array.ndim != 1 or len(array) not in self.dims:
-            lengths = " or ".join(map(str, self.dims))
+            lengths = listed(self.dims, "or")
             raise EmbodimentError(
                 f"State '{self.key}' has shape {list(array.shape)}; embodiment '{robot}' expects {lengths} "
                 f"numbers: {', '.join(self.names)}."

@@ -22,7 +22,7 @@ import numpy as np
 
 from torchpi.data.format import ACTION, IMAGES, STATE
 from torchpi.data.writer import LeRobotWriter
-from torchpi.errors import ServingError
+from torchpi.errors import ServingError, counted
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.serving.memory import size_of
@@ -105,7 +105,7 @@ def _counted_failures(num_requests: int, metrics: Metrics) -> Iterator[None]:
         yield
     except Exception as error:
         metrics.recorded.labels("lost").inc(num_requests)
-        _log.exception("recording failed, %d requests are lost: %s", num_requests, error)
+        _log.exception("recording failed, and %s lost: %s", counted(num_requests, "request is", "requests are"), error)
 
 
 @dataclasses.dataclass
@@ -168,7 +168,8 @@ class _Recording:
             num_episodes = self._writer.num_episodes
             with _counted_failures(0, self._metrics):
                 self._writer.finalize()
-                _log.info("recorded %d requests in %d episodes: %s", self._num_kept, num_episodes, self._path)
+                kept = f"{counted(self._num_kept, 'request')} in {counted(num_episodes, 'episode')}"
+                _log.info("recorded %s: %s", kept, self._path)
 
     def _misfit(self, frame: Mapping[str, np.ndarray]) -> str | None:
         """The reason why the dataset can't have this frame; None: it can."""

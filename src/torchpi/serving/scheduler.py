@@ -179,7 +179,7 @@ class Scheduler:
             noise = np.zeros((size, *self._settings.noise_shape(policy.model.config.chunk_shape)), np.float32)
             observations, steps = [policy.example_observation()] * size, self._settings.num_steps
             policy.infer_batch(observations, noise=noise, num_steps=steps, **self._samples)
-            _log.info("policy %s: warm-up with %d requests took %.2f s", name, size, time.perf_counter() - start)
+            _log.info("policy %s: warm-up, batch of %d: %.2f s", name, size, time.perf_counter() - start)
         if policy.engine is not None:
             policy.engine.background = True  # no client waits for further sizes to be compiled
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from torchpi.errors import SimulationError, UnknownKeyError
+from torchpi.errors import SimulationError, UnknownKeyError, did_you_mean, listed
 from torchpi.sim import aloha_sim, libero, metaworld, robosuite, so101
 from torchpi.sim.environment import Environment as Environment
 from torchpi.sim.environment import Simulator as Simulator
@@ -21,12 +21,13 @@ def environment_name(env: str, suite: str | None = None, protocol: str | None = 
     """The environment of a command's --env, --suite and --protocol."""
     if env != "libero" and suite is None and protocol is None:
         return env
+    suite = suite and suite.removeprefix("libero_")  # its own name, as other programs take it
     if env != "libero" or suite not in libero.NAMES or protocol not in (None, *libero.CLIENTS):
         options = {"env": env, "suite": suite, "protocol": protocol}
         given = " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
         raise SimulationError(
             f"{given} is no environment; expected --env libero --suite {'|'.join(libero.NAMES)}, with --protocol "
-            f"{' or '.join(libero.CLIENTS)} or without."
+            f"{listed(libero.CLIENTS, 'or')} or without."
         )
     return f"libero_{suite}{libero.CLIENTS[protocol or 'openpi'].suffix}"
 
@@ -34,7 +35,8 @@ def environment_name(env: str, suite: str | None = None, protocol: str | None = 
 def simulator(env: str) -> Simulator:
     """An environment by name; a KeyError if there is none."""
     if env not in _SIMULATORS:
-        raise UnknownKeyError(f"There is no environment {env!r}; there are {', '.join(ENVIRONMENTS)}.")
+        known = f"{', '.join(ENVIRONMENTS)}{did_you_mean(env, ENVIRONMENTS)}"
+        raise UnknownKeyError(f"There is no environment {env!r}; there are {known}.")
     return _SIMULATORS[env]
 
 
@@ -46,7 +48,8 @@ def check_tasks(env: str, tasks: Sequence[str]) -> None:
     """Raise an error unless an environment has these tasks, each named once."""
     known = tasks_of(env)
     if unknown := [task for task in tasks if task not in known]:
-        raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {', '.join(known)}.")
+        there = f"{', '.join(known)}{did_you_mean(unknown[0], known)}"
+        raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {there}.")
     if not tasks or len(set(tasks)) < len(tasks):
         raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
 

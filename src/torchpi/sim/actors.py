@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchpi.checkpoints.adapter import digest
-from torchpi.errors import SimulationError
+from torchpi.errors import SimulationError, listed
 from torchpi.extras import require
 from torchpi.policy import Policy, load_policy
 from torchpi.robots import Embodiment
@@ -175,7 +175,7 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
             )
     keys, sent_keys = ([part.key for part in side.state] for side in (policy, robot))
     if keys and (keys != sent_keys or len(robot.state_names) not in policy.state_dims):
-        lengths = " or ".join(map(str, policy.state_dims))
+        lengths = listed(policy.state_dims, "or")
         raise SimulationError(
             f"{sides}the policy reads a state of {lengths} numbers in {', '.join(keys)}, the environment sends "
             f"{len(robot.state_names)} ({', '.join(robot.state_names)}) in {', '.join(sent_keys)}."

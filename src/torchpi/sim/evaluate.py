@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from torchpi.errors import SimulationError, UnknownKeyError
+from torchpi.errors import SimulationError, UnknownKeyError, counted
 from torchpi.policy import Policy
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
@@ -134,7 +134,7 @@ def check_episodes(env: str, episodes: int, videos: int) -> None:
             f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
         )
     if (states := simulator(env).protocol.initial_states) and episodes > states:
-        raise SimulationError(f"{env} has {states} initial states per task, got {episodes} episodes.")
+        raise SimulationError(f"{env} has {states} initial states per task, got {counted(episodes, 'episode')}.")
 
 
 @contextlib.contextmanager
@@ -178,7 +178,7 @@ def _run(
     progress: bool,
 ) -> None:
     """Run the jobs that are not done yet, and add their outcomes to those that are."""
-    with progress_bar("evaluating", len(rest), shown=progress) as advance:
+    with progress_bar("evaluating episodes", len(rest), shown=progress) as advance:
         for job, outcome in zip(rest, run_jobs(make_work, rest, workers=workers, label=str), strict=True):
             done[job] = outcome
             advance(f"{sum(each.success for each in done.values()) / len(done):.0%} success")

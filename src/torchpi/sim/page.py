@@ -6,6 +6,7 @@ import pathlib
 from html import escape
 from urllib.parse import quote
 
+from torchpi.errors import counted
 from torchpi.sim.result import Episode, Evaluation, success_table
 from torchpi.ui.page import definitions, html_page, page_header
 
@@ -29,7 +30,7 @@ def render_evaluation(evaluation: Evaluation, folder: pathlib.Path) -> str:
         "steps at most": evaluation.max_steps,
         "black images": "yes" if evaluation.blank_images else "no",
     }
-    summary = f"{count} episodes in {len(evaluation.tasks)} tasks. Steps are the mean of the successful episodes."
+    summary = f"{counted(count, 'episode')} in {counted(len(evaluation.tasks), 'task')}. Steps: mean of the successful."
     sections = [
         ("success", "Success", success_table(evaluation).to_html()),
         ("settings", "Settings", definitions((name, str(value)) for name, value in settings.items())),
@@ -56,5 +57,5 @@ def video_figure(episode: Episode, instruction: str, folder: pathlib.Path, *, em
         f'aria-label="{escape(episode.task)}"></video><figcaption><b>“{escape(instruction)}”</b>'
         f'<span class="outcome {css}">{outcome}</span>'
         f'<span class="mono">{escape(episode.task)} · <a href="{link}">{escape(path.name)}</a></span>'
-        f'<span class="right">{episode.steps} steps</span></figcaption></figure>'
+        f'<span class="right">{counted(episode.steps, "step")}</span></figcaption></figure>'
     )

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import psutil
 
-from torchpi.errors import SimulationError, TorchpiError
+from torchpi.errors import SimulationError, TorchpiError, listed
 from torchpi.extras import environment_defaults
 
 Job = TypeVar("Job")
@@ -141,7 +141,7 @@ def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessEr
     code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
     reason = f"signal {-code}" if code < 0 else f"exit status {code}"
     hint = " The machine may have run out of memory: try fewer workers." if code == -signal.SIGKILL else ""
-    return ChildProcessError(f"{' or '.join(labels)}: its process has ended unexpectedly ({reason}).{hint}")
+    return ChildProcessError(f"{listed(labels, 'or')}: its process has ended unexpectedly ({reason}).{hint}")
 
 
 @contextlib.contextmanager

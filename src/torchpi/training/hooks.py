@@ -156,7 +156,7 @@ def log_metrics(run: LiveRun) -> Mapping[str, Any]:
         line["memory"] = float(torch.cuda.max_memory_allocated(run.world.device))
     run.note = (
         f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
-        f"{line['samples_per_second']:.3g}/s, {100 * line['data_wait']:.0f} % waiting"
+        f"{line['samples_per_second']:.3g} samples/s, {100 * line['data_wait']:.0f} % waiting for data"
     ) + (f", {100 * line['mfu']:.0f} % MFU" if "mfu" in line else "")
     run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
     return line

@@ -125,7 +125,7 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
     samples = Samples(frames, rng, lengths)
     batches = samples.batches(order, data_config.workers, pinned=world.device.type == "cuda")
     hooks: list[Hook] = [log_metrics, save_checkpoint, Holdout(run, data, policies).after_step, draw_curves]
-    bar = progress_bar("", config.num_steps, completed=run.state.step, shown=world.is_main)
+    bar = progress_bar("steps", config.num_steps, completed=run.state.step, shown=world.is_main)
     with stop_request() as stop_requested, bar as advance:
         while not run.complete and not run.stopped:
             with run.timed("data"):

@@ -16,13 +16,12 @@ from rich.console import Console
 
 from torchpi.checkpoints.address import published_name
 from torchpi.config import Pi0Config
-from torchpi.errors import TrainingError
+from torchpi.errors import TrainingError, counted
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import get_embodiment
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import num_shards
 from torchpi.training.memory import KINDS, PeakMemory, moment_bytes, peak_memory, shard_bytes
-from torchpi.training.summary import flow_samples
 from torchpi.training.weights import build_model, model_config, open_init, with_dtype
 from torchpi.ui.format import print_json
 from torchpi.ui.tables import Column, PlainConsole, Table
@@ -92,7 +91,7 @@ def plan(config: TrainConfig, *, world_size: int, local_world_size: int, device_
         raise TrainingError("A plan needs the robot, for the number of its cameras: --embodiment.")
     robots = [get_embodiment(source.embodiment) for source in config.data.sources]
     cameras = tuple(dict.fromkeys(name for robot in robots for name in robot.camera_names))
-    sizes, device = _sizes(config), _device_type(config)
+    sizes, device = planned_sizes(config), _device_type(config)
     config = with_dtype(config, torch.device(device))
 
     @functools.cache
@@ -154,8 +153,8 @@ def _alternatives(
         is_enough = found["fits"]
 
 
-def _sizes(config: TrainConfig) -> Pi0Config:
-    """Those of a published checkpoint are known by its name, so that nothing is downloaded."""
+def planned_sizes(config: TrainConfig) -> Pi0Config:
+    """The model's sizes. Those of a published checkpoint are known by its name, so that nothing is downloaded."""
     if config.model.init is not None and (name := published_name(config.model.init)) is not None:
         alone = {"init": None, "lora_alpha": None, "finetune": "full", "model": config.model.config or name}
         return model_config(config.replace(**alone), None)
@@ -220,11 +219,10 @@ def _device_memory(config: TrainConfig, local_world_size: int) -> int | None:
 
 
 def _print_plan(found: Plan, config: TrainConfig, console: Console) -> None:
-    processes = f"{found.world_size} process{'es' if found.world_size > 1 else ''}"
     console.print(
-        f"{processes} ({config.parallel.strategy}) on {found.device}; at once {found.samples} samples × "
-        f"{flow_samples(config)}, {len(found.cameras)} cameras and {found.prompt_tokens} prompt "
-        "tokens, the most that the model takes"
+        f"{counted(found.world_size, 'process', 'processes')} ({config.parallel.strategy}) on {found.device}; at once "
+        f"{counted(found.samples, 'sample')} × {counted(config.optim.flow_samples_per_obs, 'flow sample')}, "
+        f"{counted(len(found.cameras), 'camera')} and {found.prompt_tokens} prompt tokens, as many as the model takes"
     )
     sizes = [(_ROWS.get(name, name), getattr(found.peak, name)) for name in KINDS]
     sizes += [("total", found.peak.total), ("host: a checkpoint that is being written", found.staged)]

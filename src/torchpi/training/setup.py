@@ -27,7 +27,7 @@ from torchpi.data.metadata import open_metadata
 from torchpi.data.rate import same_rate, with_rate
 from torchpi.data.rename import parse_rename
 from torchpi.data.stats import ModelValues, distributions
-from torchpi.errors import TorchpiError, TrainingError
+from torchpi.errors import TorchpiError, TrainingError, counted
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy, policy_of
 from torchpi.randomness import generator_at
@@ -135,8 +135,8 @@ def _open_source(
         frames = frames[~idle_frames(train)[frames]]
     if len(frames) < config.batch_size:
         raise TrainingError(
-            f"{source.dataset} has {len(frames)} frames to train on, fewer than a batch of {config.batch_size}; record "
-            "more, or take a smaller batch_size."
+            f"{source.dataset} has {counted(len(frames), 'frame')} to train on, fewer than a batch of "
+            f"{config.batch_size}; record more, or take a smaller batch_size."
         )
     stats = _norm_stats(source, init, train, embodiment, horizon)
     return SourceData(source, with_rate(embodiment, train.fps), train, frames, holdout, stats)

@@ -14,7 +14,7 @@ from rich.console import Console
 from torchpi.data.fit import stats_problems
 from torchpi.data.rate import rate_note
 from torchpi.devices import has_bfloat16
-from torchpi.errors import first_of
+from torchpi.errors import counted, first_of
 from torchpi.model.lora import is_lora
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
@@ -101,9 +101,10 @@ def describe(
     limit = model.config.max_token_len or "any number of"
     console.print(f"prompts: at most {prompts[longest]} of {limit} tokens ({longest!r})")
     console.print(
-        f"{config.num_steps} steps of {config.batch_size} samples × {flow_samples(config)}, in "
-        f"{_counted(info['world_size'], 'process', 'es')} ({config.parallel.strategy}) and "
-        f"{_counted(config.grad_accum_steps, 'micro-batch', 'es')}"
+        f"{counted(config.num_steps, 'step')} of {counted(config.batch_size, 'sample')} × "
+        f"{counted(config.optim.flow_samples_per_obs, 'flow sample')}, in "
+        f"{counted(info['world_size'], 'process', 'processes')} ({config.parallel.strategy}) and "
+        f"{counted(config.grad_accum_steps, 'micro-batch', 'micro-batches')}"
     )
     if not has_bfloat16(torch.device(info["device"])):
         emulated = f"this {info['device']} device has no bfloat16 arithmetic and emulates it, many times slower"
@@ -126,7 +127,8 @@ def _warn_of_short_run(console: Console, config: TrainConfig) -> None:
     if (kept := optim.ema_decay**steps) > _MOSTLY_INITIAL and optim.ema_decay:
         console.print(
             f"  warning: the EMA weights, with which the policy is saved, keep {100 * kept:.0f} % of the initial ones "
-            f"after {steps} steps (ema_decay {optim.ema_decay:g}); --ema-decay {max(0, 1 - 10 / steps):.3g} keeps none"
+            f"after {counted(steps, 'step')} (ema_decay {optim.ema_decay:g}); --ema-decay {max(0, 1 - 10 / steps):.3g} "
+            "keeps none"
         )
 
 
@@ -159,7 +161,7 @@ def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int
         fresh_text = f"{len(fresh)} fresh: the LoRA matrices" if fresh else "none fresh"
     else:
         fresh_text = f"{len(fresh)} fresh: {first_of(fresh)}"
-    console.print(f"weights: {init['source']}; {init['loaded']} arrays loaded, {fresh_text}")
+    console.print(f"weights: {init['source']}; {counted(init['loaded'], 'array')} loaded, {fresh_text}")
     for name, reason in init["left_out"].items():
         console.print(f"  left out: {name} ({reason})")
     if init["adapted"]:
@@ -169,12 +171,12 @@ def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int
 def _describe_dataset(
     console: Console, config: TrainConfig, info: Mapping[str, Any], data: SourceData, share: float
 ) -> None:
-    are = "is" if info["holdout_episodes"] == 1 else "are"
     mixed = f", {100 * share:.3g} % of the samples" if share < 1 else ""
     epochs = config.num_steps * config.batch_size * share / info["frames"]
     console.print(
-        f"data: {info['dataset']}, {info['embodiment']}{mixed}: {info['frames']} frames of {info['episodes']} "
-        f"episodes, {info['holdout_episodes']} more {are} held out; {epochs:.1f} epochs"
+        f"data: {info['dataset']}, {info['embodiment']}{mixed}: {counted(info['frames'], 'frame')} of "
+        f"{counted(info['episodes'], 'episode')}, {counted(info['holdout_episodes'], 'more is', 'more are')} held out; "
+        f"{epochs:.1f} epochs"
     )
     if note := rate_note(data.train.fps, data.train.recorded_fps, data.embodiment):
         console.print(f"  {note}")
@@ -185,12 +187,3 @@ def _describe_dataset(
             f"  warning: {without} of these frames have no instruction, and are trained with an empty one; prompt "
             "gives one to all, episodes leaves some out"
         )
-
-
-def flow_samples(config: TrainConfig) -> str:
-    """The number of flow samples per observation, in words."""
-    return _counted(config.optim.flow_samples_per_obs, "flow sample", "s")
-
-
-def _counted(count: int, noun: str, plural: str) -> str:
-    return f"{count} {noun}{plural if count > 1 else ''}"

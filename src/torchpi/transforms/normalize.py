@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from torchpi.atomic import replace_text
-from torchpi.errors import MissingFileError, TransformError
+from torchpi.errors import MissingFileError, TransformError, counted
 from torchpi.schema import read_json
 
 KINDS = ("z_score", "quantile", "identity")
@@ -109,7 +109,7 @@ def normalize(x: np.ndarray, stats: NormStats, rule: Normalization, *, what: str
     d = x.shape[-1]
     if stats.dim < d:
         raise TransformError(
-            f"Cannot normalize {what}: it has {d} dimensions, but its statistics only {stats.dim}. "
+            f"Cannot normalize {what}: it has {counted(d, 'dimension')}, but its statistics only {stats.dim}. "
             "Send what they were computed from, or load the statistics of this robot (norm_stats=, asset_id=)."
         )
     if rule.eps_rule == "lerobot":

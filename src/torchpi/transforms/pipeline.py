@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from torchpi.errors import TransformError, UnknownKeyError, first_of
+from torchpi.errors import TransformError, UnknownKeyError, counted, first_of, listed
 from torchpi.transforms.actions import pad_to_dim, unpad
 from torchpi.transforms.images import OPENPI_IMAGES, ImageTransform, black_like, resize_with_pad
 from torchpi.transforms.normalize import (
@@ -70,7 +70,7 @@ class Transforms:
         for name, given in (("statistics", self.norm_stats), ("rule", self.normalization)):
             if missing := [key for key in QUANTITIES if key not in given]:
                 raise UnknownKeyError(
-                    f"Normalization: no {name} for {' and '.join(missing)}; "
+                    f"Normalization: no {name} for {listed(missing)}; "
                     f"found {sorted(given)}, expected state and actions."
                 )
         for key in QUANTITIES:
@@ -180,7 +180,7 @@ class Transforms:
         require_finite(x, key)
         if x.shape[-1] > self.action_dim:
             raise TransformError(
-                f"The {key} has {x.shape[-1]} dimensions, but the model's action_dim is {self.action_dim}. "
+                f"The {key} has {counted(x.shape[-1], 'dimension')}, but the model's action_dim is {self.action_dim}. "
                 "Use a policy whose action_dim is large enough, or the embodiment that it was trained with."
             )
         self._warn_of_constant(key, x.shape[-1])
