@@ -92,7 +92,7 @@ class ControlReport:
             f"{counted(self.steps, 'step')}{' (dry run: nothing was sent)' if self.dry_run else ''}: "
             f"{counted(self.actions, 'action')}, {self.waits} waiting, {self.holds} held, {self.missed_steps} left out"
             f"; {counted(self.slowed, 'action')} slowed",
-            f"{counted(self.chunks, 'chunk')}, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
+            f"chunks: {self.chunks}, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
             f"{self.failed_requests} without an answer; {counted(self.reconnects, 'reconnect')}",
             f"latency {1e3 * self.latency.mean:.1f} ms on average, {1e3 * self.latency.largest:.1f} ms at most; "
             f"discarded {self.discarded.mean:.1f} actions of a chunk on average, {self.discarded.largest:.0f} at most",
