@@ -10,6 +10,8 @@ import sys
 import uuid
 from collections.abc import Iterator
 
+from torchpi.errors import UsageError
+
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 """Errors of writing: a full disk or quota, too large a file, a broken disk."""
 
@@ -59,6 +61,17 @@ def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a text file; a process that is killed leaves the old text or the new one."""
     with atomic_file(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def make_folder(folder: pathlib.Path) -> None:
+    """Make a folder to write into, unless there is one; an error where there can't be, or nobody may write there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        found = f"{folder} is a file, or below one; expected a folder to write into."
+        raise UsageError(f"{found} Choose another one with out=.") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} can't be written to; choose another folder with out=.")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Optional dependencies: imported where they are used, with an error that has the install command."""
 
 import contextlib
-import importlib
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -32,8 +32,20 @@ _COMMANDS = {
 
 def require(module: str, extra: str) -> Any:
     """Import a module that an extra of torchpi installs."""
-    try:
+    with _named(extra):
         return importlib.import_module(module)
+
+
+def check_installed(distribution: str, extra: str) -> None:
+    """Raise `require`'s error unless a distribution of an extra is installed; imports nothing."""
+    with _named(extra):
+        importlib.metadata.version(distribution)
+
+
+@contextlib.contextmanager
+def _named(extra: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
         command = _COMMANDS.get(extra, f"pip install 'torchpi[{extra}]'")
         raise MissingExtraError(f"{_NEEDS[extra]}: {command} ({error}).") from error

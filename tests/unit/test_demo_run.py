@@ -185,7 +185,7 @@ def test_a_browser_shows_the_page(policy, tmp_path, width):
             ["--tasks", "faucet-open,door-open", "--instruction", "go"],
             "One instruction is for one task, got faucet-open,",
         ),
-        (["--out", "FILE"], "is a file; the demo writes a folder, choose another one with --out"),
+        (["--out", "FILE"], "is a file, or below one; expected a folder to write into. Choose another one with --out"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_1(no_renderer, tmp_path, monkeypatch, capsys, arguments, message):

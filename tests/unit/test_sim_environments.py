@@ -337,6 +337,16 @@ def test_without_opengl_the_error_says_what_to_install(variables):
     assert issubclass(__import__("torchpi.sim.gl", fromlist=["OpenGLError"]).OpenGLError, OSError)
 
 
+@pytest.mark.parametrize("device", ["99", "gpu"])
+def test_a_gpu_that_egl_does_not_show_is_named(device):
+    """Users give the variable the number that a GPU has in the machine, but EGL counts those that are visible."""
+    pytest.importorskip("metaworld", exc_type=ImportError)
+    code = "from torchpi.sim.gl import rendering_problem; print(rendering_problem())"
+    done = python("-c", code, MUJOCO_EGL_DEVICE_ID=device, MUJOCO_GL="egl")
+    assert "No OpenGL that renders without a screen (MUJOCO_GL=egl: " in done.stdout
+    assert f"MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process" in done.stdout
+
+
 def test_half_an_opengl_is_an_error_with_the_packages():
     """Without libOpenGL, PyOpenGL loads EGL and fails at its first call."""
     code = (

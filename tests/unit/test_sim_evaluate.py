@@ -276,9 +276,10 @@ def test_more_actions_than_the_chunk_has_are_an_error(corridor, policy):  # noqa
         ({"episodes": 0}, ValueError, "at least one episode"),
         ({"episodes": 2, "videos": 3, "out": "videos"}, ValueError, "at most as many videos, got 2 and 3"),
         ({"videos": 1}, ValueError, "Videos need a folder"),
-        ({"seed": -1}, ValueError, "must not be negative"),
+        ({"seed": -1}, ValueError, "seed must be from 0 to 2147483647, got -1"),
+        ({"seed": 2**31}, ValueError, "seed must be from 0 to 2147483647"),
         ({"workers": 2}, ValueError, "A Policy object can't be shared by 2 processes"),
-        ({"workers": 0}, ValueError, "workers"),
+        ({"workers": 0}, ValueError, "workers must be at least 1, got 0"),
         ({"load": {"device": "cpu"}}, ValueError, "loaded already; it takes no device"),
         ({"tasks": ["long"], "instructions": {"short": "x"}}, KeyError, "instruction for short, which is not among"),
     ],
@@ -513,11 +514,20 @@ def test_the_command_prints_a_table(folder, capsys):
         (["FOLDER", "--env", "metaworld", "--tasks", "fly"], "metaworld has no task 'fly'; its tasks are assembly"),
         (["FOLDER", "--env", "aloha_sim"], "do not fit: the policy requires the cameras base, wrist"),
         (["FOLDER", "--env", "metaworld", "--videos", "1"], "Videos need a folder"),
+        (
+            ["FOLDER", "--env", "metaworld", "--tasks", "door-open", "--workers", "0"],
+            "workers must be at least 1, got 0",
+        ),
+        (["FOLDER", "--env", "metaworld", "--tasks", "door-open", "--seed", "-1", "--dry-run"], "seed must be from 0"),
+        (
+            ["FOLDER", "--env", "metaworld", "--tasks", "door-open", "--out", "FOLDER/policy.json/below"],
+            "policy.json/below is a file, or below one; expected a folder to write into. Choose another one with --out",
+        ),
     ],
 )
 def test_a_wrong_argument_of_the_command_is_one_line_and_status_1(folder, capsys, arguments, message):
     with pytest.raises(SystemExit) as caught:
-        main(["eval", *(str(folder) if argument == "FOLDER" else argument for argument in arguments)])
+        main(["eval", *(argument.replace("FOLDER", str(folder)) for argument in arguments)])
     captured = capsys.readouterr()
     assert caught.value.code == 1
     assert captured.out == ""

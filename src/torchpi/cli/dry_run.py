@@ -46,25 +46,25 @@ def _described(policy: str, robot: Embodiment | None, config: Pi0Config | None) 
     }
 
 
-def plan_simulation(
-    policy: str, env: str, tasks: Sequence[str] | None, episodes: int | None, rollout: Any, load: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The size of an evaluation in a simulator; raises as it does, as far as the policy is known."""
+def plan_simulation(command: Any, env: str, tasks: Sequence[str] | None, rollout: Any) -> dict[str, Any]:
+    """The size of what the command `eval` would simulate; raises as it does, as far as the policy is known."""
     from torchpi.sim import simulator
     from torchpi.sim.actors import check_embodiment, chosen_tasks, fitting_rollout
-    from torchpi.sim.evaluate import check_episodes
+    from torchpi.sim.evaluate import check_numbers
 
-    place, (robot, config, provenance) = simulator(env), _known(policy, load)
+    options, place = command.simulation, simulator(env)
+    robot, config, provenance = _known(command.policy, command.load.given())
     if robot is not None:
         check_embodiment(robot, place.embodiment)
     horizon = None if config is None else config.require("action_horizon")
     rollout = fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
     tasks = chosen_tasks(provenance, env, tasks)
-    check_episodes(env, episodes := place.protocol.episodes if episodes is None else episodes, videos=0)
+    episodes = place.protocol.episodes if options.episodes is None else options.episodes
+    check_numbers(env, episodes, options.videos, command.seed or 0, options.workers)
     steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
     executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
     return {
-        **_described(policy, robot, config),
+        **_described(command.policy, robot, config),
         "environment": env,
         "tasks": list(tasks),
         "episodes": len(tasks) * episodes,

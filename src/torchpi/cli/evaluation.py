@@ -156,7 +156,7 @@ class Eval:
         if self.dry_run:
             from torchpi.cli.dry_run import plan_simulation
 
-            self._print_plan(plan_simulation(self.policy, env, tasks, options.episodes, rollout, self.load.given()))
+            self._print_plan(plan_simulation(self, env, tasks, rollout))
             return
         # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
         token = os.environ.get("TORCHPI_TOKEN") if options.token is None and is_address(self.policy) else options.token
@@ -175,11 +175,11 @@ class Eval:
             load=self.load.given(),
             token=token,
         )
-        if self.out is not None:
-            replace_text(self.out / "index.html", render_evaluation(result, self.out))
         if self.json:
             print_json(result.to_dict())
-            return
-        print_evaluation(result)
+        else:
+            print_evaluation(result)
         if self.out is not None:
-            print(f"page: {self.out / 'index.html'}")
+            replace_text(self.out / "index.html", render_evaluation(result, self.out))
+            if not self.json:
+                print(f"page: {self.out / 'index.html'}")

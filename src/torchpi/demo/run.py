@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from torchpi.atomic import replace_text
+from torchpi.atomic import make_folder, replace_text
 from torchpi.demo.flow import DemoFrame, describe_flow, trace_request
 from torchpi.demo.frames import demo_observation, demo_tasks
 from torchpi.demo.next_steps import next_steps
@@ -52,7 +52,7 @@ def run_demo(
     """
     if episodes < 1:
         raise SimulationError(f"The demo needs at least one episode per task, got {episodes}.")
-    _make_folder(out)
+    make_folder(out)
     console = Console(highlight=False)
     loaded = load_policy(policy, device="cpu")
     chosen = _chosen_tasks(loaded, tasks, instruction)
@@ -94,14 +94,6 @@ def run_demo(
 def _print_facts(console: Console, title: str, facts: Sequence[tuple[str, str]]) -> None:
     rows = [(Text(f"  {name}", style="cyan"), Text(text)) for name, text in facts]
     console.print(Text(f"\n{title}", style="bold"), grid((), rows), sep="\n")
-
-
-def _make_folder(out: pathlib.Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise SimulationError(f"{out} is a file; the demo writes a folder, choose another one with --out.")
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(f"{out} can't be written to; choose another folder with --out.")
 
 
 def _chosen_tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str | None) -> list[str]:

@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from torchpi.atomic import make_folder
 from torchpi.data import LeRobotDataset
 from torchpi.data import format as lerobot
 from torchpi.data.rate import rate_note
@@ -88,6 +89,8 @@ def evaluate_on_dataset(
     loaded = load_policy(policy, **(load or {}))
     data = open_recorded(loaded, dataset, **reading)
     frames = sample_new_images(data, samples, seed=seed)
+    if out is not None:
+        make_folder(out)
     predict = partial(predict_chunks, loaded, data, seed=seed, num_steps=num_steps, batch_size=batch_size)
     start, plots = time.perf_counter(), dict[pathlib.Path, Any]()
     with progress_bar("chunks", len(frames)) as advance:
@@ -102,7 +105,6 @@ def evaluate_on_dataset(
         few = [frames[i] for i in plotted_frames(len(frames))]
         plotted = predict(few, noise_samples=_PLOTTED_NOISE_SAMPLES)
         plots = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(plotted)}
-        out.mkdir(parents=True, exist_ok=True)
     for path, figure in plots.items():
         save_figure(figure, path)
     return DatasetEvaluation(

@@ -87,6 +87,8 @@ class Simulator:
     """Demonstrations can be recorded."""
     package: str
     """The distribution that simulates it."""
+    extra: str = "sim"
+    """That of torchpi which installs it."""
     disturbance: tuple[float | int, ...] | None = None
     """A disturbance of 1 in each dimension of an action, added to it in its units; None: actions are from -1 to 1, and
     a push takes the place of one."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from torchpi.errors import SimulationError, UnknownKeyError, counted
+from torchpi.extras import check_installed
 from torchpi.policy import Policy
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
@@ -75,10 +76,10 @@ def evaluate(
         resume: keep each episode in the folder `out` as it ends, and take those that are there as they are.
         load: more arguments for `load_policy`; token: of a served policy's server, in no result; progress: show a bar.
     """
-    start = time.perf_counter()
-    protocol = simulator(env).protocol
+    start, protocol = time.perf_counter(), simulator(env).protocol
     episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
-    check_episodes(env, episodes, videos)
+    check_numbers(env, episodes, videos, seed, workers)
+    check_installed(simulator(env).package, simulator(env).extra)  # loading a policy may take long
     if (videos or resume) and out is None:
         raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
     folder = pathlib.Path(out or "")
@@ -127,14 +128,19 @@ def _jobs(
     return jobs
 
 
-def check_episodes(env: str, episodes: int, videos: int) -> None:
-    """Raise an error for numbers of episodes per task, and of their videos, that an environment does not have."""
+def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int | None) -> None:
+    """Raise an error for numbers of episodes per task, and of their videos, that an environment does not have, for a
+    seed that its generator does not take, and for no workers."""
     if episodes < 1 or not 0 <= videos <= episodes:
         raise SimulationError(
             f"Expected at least one episode per task, and at most as many videos, got {episodes} and {videos}."
         )
     if (states := simulator(env).protocol.initial_states) and episodes > states:
         raise SimulationError(f"{env} has {states} initial states per task, got {counted(episodes, 'episode')}.")
+    if not 0 <= seed < 2**31:
+        raise SimulationError(f"The seed must be from 0 to {2**31 - 1}, got {seed}.")
+    if workers is not None and workers < 1:
+        raise SimulationError(f"workers must be at least 1, got {workers}.")
 
 
 @contextlib.contextmanager

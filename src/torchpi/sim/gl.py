@@ -22,10 +22,12 @@ class OpenGLError(OSError):
 
 
 def _no_opengl(reason: Exception) -> OpenGLError:
+    device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    counted = f" MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process: unset it."
     return OpenGLError(
         f"No OpenGL that renders without a screen (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
-        f"{str(reason).rstrip('.')}). On Debian or Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0. Or "
-        "choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
+        f"{str(reason).rstrip('.')}).{'' if device is None else counted} On Debian or Ubuntu: apt-get install libegl1 "
+        "libgl1-mesa-dri libopengl0. Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
     )
 
 
@@ -91,7 +93,7 @@ class Cameras:
             self._gl = _new_gl(mujoco)
             self._gl.make_current()
             self._mjr = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_100)
-        except (AttributeError, ImportError, RuntimeError, mujoco.FatalError) as error:
+        except (AttributeError, ImportError, RuntimeError, ValueError, mujoco.FatalError) as error:
             raise _no_opengl(error) from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._mjr)
         self._scene, self._option = mujoco.MjvScene(self._model, maxgeom=10_000), mujoco.MjvOption()

@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from torchpi.atomic import make_folder
 from torchpi.errors import SimulationError
 from torchpi.schema import parse, read_json, read_json_object, write_json
 from torchpi.sim import simulator
@@ -39,7 +40,7 @@ def begin_or_resume(
                 "--out, or delete this one."
             )
     else:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_json(file, settings)
 
 

