@@ -164,6 +164,18 @@ def test_no_tolerance_takes_other_frames_of_a_video_that_begins_late(late, found
     assert not wrong_frames(opened(root, tolerance_s=0.3))
 
 
+@pytest.mark.parametrize("version", ["v3.0", "v2.1"])
+def test_no_tolerance_takes_other_frames_of_an_uneven_video(version, tmp_path):
+    """Frames 5 to 9 are late: the one before is nearer to the time of each."""
+    times = [i / 10 + 0.06 * (5 <= i < 10) for i in range(60)]
+    root = write_set(tmp_path / "set", version=version, videos={FRONT: {"times": times}} if version == "v3.0" else {})
+    if version == "v2.1":
+        path = root / V21["video_path"].format(episode_chunk=0, episode_index=0, video_key=FRONT)
+        encode(path, range(20), 10, times=times[:20])
+    refused(root, "off by 0.0600 s, and tolerance_s= allows for 0.0490 s, in those of episode 0", tolerance_s=0.07)
+    assert not wrong_frames(opened(root, tolerance_s=0.07, episodes=[1, 2]))
+
+
 def test_rounded_starts_are_no_matter(tmp_path):
     root = write_set(tmp_path / "set", fps=30, rows=lambda rows: [
         row.update({f"videos/{FRONT}/from_timestamp": round(row[f"videos/{FRONT}/from_timestamp"], 2)}) for row in rows

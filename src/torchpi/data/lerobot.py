@@ -99,7 +99,8 @@ class LeRobotDataset:
             prompt: the instruction of all frames, in place of their tasks, which may be missing.
             fps: frames per second to read it at, in place of the recorded ones, see `torchpi.data.rate.Resampling`.
             tolerance_s: the greatest distance of timestamps and video frames from their times, which count from the
-                beginning of an episode, wherever its clock begins; by default a quarter of a frame.
+                beginning of an episode, wherever its clock begins; by default a quarter of a frame. More than half a
+                frame is for timestamps alone: the nearest frame would be another one.
             image_cache_bytes: limit of the compressed images of data files that stay in memory.
 
         Raises:
@@ -287,7 +288,7 @@ class LeRobotDataset:
         episode = self._episodes[number]
         span, depth = episode.videos.get(key), self._depth.get(key)
         if span is not None:
-            self._spans.check(span.path, lambda: self._videos.frame_times(span.path, self.recorded_fps))
+            self._spans.check(span.path, lambda: self._videos.frame_times(span.path, self._spans.counted_fps))
         try:
             if span is not None:
                 seconds = span.from_timestamp + frame / self.recorded_fps

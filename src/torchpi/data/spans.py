@@ -28,6 +28,10 @@ class VideoSpans:
         tolerance_s: float | int | None,
     ) -> None:
         self._fps, self.tolerance_s = fps, check_tolerance(tolerance_s, fps)
+        self._allowed = min(self.tolerance_s, 0.49 / fps)  # farther off, the nearest is another frame
+        self.counted_fps = fps if self._allowed == self.tolerance_s else None
+        """The rate at which a file's frames may be counted, see `frame_times`; None: reading would not find that one of
+        them is off, so that the time of each is needed."""
         self._chosen = frozenset(episode.index for episode in chosen)
         self._files: dict[Path, tuple[str, list[Episode]]] = {}
         self._checked: set[Path] = set()
@@ -55,7 +59,7 @@ class VideoSpans:
         found, fps = times(), self._fps
         if len(episodes) == 1 and len(found) == episodes[0].length:  # in v2.1 every file: quickly
             off = np.array([found[0], found[-1] - (len(found) - 1) / fps]) - episodes[0].videos[key].from_timestamp
-            if np.abs(off).max() <= min(self.tolerance_s, 0.49 / fps):  # farther off, the nearest is another frame
+            if np.abs(off).max() <= self._allowed and self.counted_fps is not None:
                 self._checked.add(path)
                 return
         starts = np.array([episode.videos[key].from_timestamp for episode in episodes], np.float64)
@@ -69,7 +73,11 @@ class VideoSpans:
         total, in_turn = round((found[-1] - found[0]) * fps) + 1, np.cumsum(lengths) - lengths
         has_gaps = total > lengths.sum() and place[-1] + lengths[-1] == total
         has_all = total == lengths.sum() or (total > lengths.sum() and key in self._unencoded)
-        fits = (distance <= self.tolerance_s) & (counts == lengths)
+        if self.counted_fps is None:
+            for i in np.flatnonzero(counts == lengths).tolist():
+                off = found[first[i] : last[i] + 1] - starts[i] - np.arange(lengths[i]) / fps
+                distance[i] = np.abs(off).max()
+        fits = (distance <= self._allowed) & (counts == lengths)
         fits &= (place == in_turn) & has_all | has_gaps
         for i in np.flatnonzero(~fits).tolist():
             if episodes[i].index in self._chosen:
@@ -116,10 +124,10 @@ class VideoSpans:
             cause = f"{start:.4f} s (from_timestamp), which is before its first frame, is said to be the first one"
         elif count != episode.length or (len(times) == total and in_turn is None):
             cause = f"from {start:.4f} s on (from_timestamp) it has {count} in place of the {episode.length} frames"
-        elif distance > self.tolerance_s:
+        elif distance > self._allowed:
             cause = (
                 f"from {start:.4f} s on (from_timestamp) frames are off by {distance:.4f} s, and tolerance_s= allows "
-                f"for {self.tolerance_s:.4f} s, in those"
+                f"for {self._allowed:.4f} s, in those"
             )
         elif in_turn is not None:
             cause = f"{start:.4f} s (from_timestamp) isn't the time of frame {in_turn}, the first one"

@@ -81,11 +81,12 @@ class VideoReader:
             raise self._no_frame(seconds, f"the nearest one is at {nearest.time:.4f} s")
         return self._pixels(nearest, depth)
 
-    def frame_times(self, fps: float | int) -> Float[np.ndarray, " n"]:
-        """The times of all frames, without decoding: by the container's count if they fill its duration at that rate,
-        else of each packet, for which the file is read."""
+    def frame_times(self, fps: float | int | None) -> Float[np.ndarray, " n"]:
+        """The times of all frames, without decoding: by the container's count if they fill its duration at a rate, else
+        of each packet, for which the file is read."""
         stream, base = self._stream, float(self._stream.time_base)
-        if stream.frames and stream.duration and abs(stream.duration * base * fps - stream.frames) <= 0.25:
+        is_counted = fps is not None and stream.frames and stream.duration
+        if is_counted and abs(stream.duration * base * fps - stream.frames) <= 0.25:
             return ((stream.start_time or 0) + np.arange(stream.frames) * (stream.duration / stream.frames)) * base
         self._frame = None
         try:
@@ -140,7 +141,7 @@ class VideoPool:
         with self._reader(path, lambda reader: not reader.near(seconds, period)) as reader:
             return reader.read(seconds, tolerance, period, depth)
 
-    def frame_times(self, path: Path, fps: float | int) -> Float[np.ndarray, " n"]:
+    def frame_times(self, path: Path, fps: float | int | None) -> Float[np.ndarray, " n"]:
         with self._reader(path) as reader:
             return reader.frame_times(fps)
 
