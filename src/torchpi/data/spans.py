@@ -111,7 +111,7 @@ class VideoSpans:
         start = episode.videos[key].from_timestamp
         found = (
             f"{path} ({key}) has {counted(len(times), 'frame')} from {times[0]:.4f} to {times[-1]:.4f} s, and its "
-            f"{counted(len(episodes), 'episode')} {total}, {fps:g} per second"
+            f"{'episode' if len(episodes) == 1 else counted(len(episodes), 'episode')} {total}, {fps:g} per second"
         )
         if is_steady and abs(rate / fps - 1) > max(2e-4, 0.25 / len(times)):  # of a frame, at the end
             return (
