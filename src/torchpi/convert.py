@@ -17,7 +17,7 @@ from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder, lerobot, openpi
 from torchpi.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from torchpi.checkpoints.formats import Format, format_of
-from torchpi.checkpoints.layout import array_dtype, stored_array
+from torchpi.checkpoints.layout import Rounding, array_dtype, stored_array
 from torchpi.checkpoints.openpi_layout import jax_table
 from torchpi.checkpoints.openpi_torch import (
     EMBEDDING,
@@ -137,10 +137,10 @@ def convert(
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     checkpoint.require_full_precision("converted")
-    spec = _spec(checkpoint, to, asset_id, policy)
-    model = checkpoint.model(dtype=None, lora_alpha=lora_alpha, verify=verify)
-    notes = _rounded(model, dtype) if dtype else []
+    spec, rounding = _spec(checkpoint, to, asset_id, policy), Rounding()
+    model = checkpoint.model(dtype=dtype, lora_alpha=lora_alpha, rounding=rounding if dtype else None, verify=verify)
     adapted = adapt(model, sizes or {})
+    notes = [f"{len(rounding)} weights are rounded, by at most {max(rounding.values()):g}"] if rounding else []
     with atomic_folder(path) as beside:
         if to in ("torchpi", "lerobot"):
             assert spec is not None
@@ -176,16 +176,6 @@ def _spec(checkpoint: Checkpoint, to: Format, asset_id: str | None, policy: Mapp
     spec = spec.requested(asset_id=chosen, **policy)
     rules = spec.normalization or openpi_rules(checkpoint.config.pi05)
     return dataclasses.replace(spec, normalization=rules)
-
-
-def _rounded(model: Pi0, dtype: torch.dtype) -> list[str]:
-    """Bring the weights to a dtype, one at a time; a note on what that changes."""
-    changes = []
-    for parameter in model.parameters():
-        wide, parameter.data = parameter.data, parameter.data.to(dtype)
-        if wide.dtype is not dtype and (change := float(torch.sub(wide, parameter.data).abs_().max())):
-            changes.append(change)
-    return [f"{len(changes)} weights are rounded, by at most {max(changes):g}"] if changes else []
 
 
 def _report(checkpoint: Checkpoint, model: Pi0, **outcome: Any) -> Conversion:

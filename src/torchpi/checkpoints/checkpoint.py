@@ -16,7 +16,7 @@ from torchpi.checkpoints.adapter import WEIGHTS as ADAPTER_WEIGHTS
 from torchpi.checkpoints.adapter import Adapter, is_adapter, merge_adapter, read_adapter
 from torchpi.checkpoints.address import existing_folder, published_name
 from torchpi.checkpoints.formats import Format, probe
-from torchpi.checkpoints.layout import StoredArrays, Table, cast, load_arrays, own_table
+from torchpi.checkpoints.layout import Rounding, StoredArrays, Table, load_arrays, own_table
 from torchpi.checkpoints.lora import lora_pairs, stored_lora
 from torchpi.checkpoints.npz import NpzArrays, draw_action_weights
 from torchpi.checkpoints.openpi_layout import jax_config, jax_table, lora_table, paligemma_table
@@ -151,6 +151,7 @@ class Checkpoint:
         lora_alpha: tuple[float, float] | None = None,
         lora: LoraChoice = "fold",
         emulate_fp8: bool = False,
+        rounding: Rounding | None = None,
         verify: bool = True,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
@@ -158,7 +159,7 @@ class Checkpoint:
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:
             # What was learned belongs to weights as they were in training; those are compared, too.
-            is_wide = dtype is None or self.adapter.base.dtype == "float32"
+            is_wide = dtype is None or rounding is not None or self.adapter.base.dtype == "float32"
             wide = torch.float32 if is_wide else dtype
             base, alpha = dataclasses.replace(self.base, requested_config=config), None
             narrow = None if self.adapter.base.dtype == "float32" else dtypes
@@ -169,14 +170,18 @@ class Checkpoint:
                 verify=verify,
             )  # fmt: skip
             merge_adapter(self.root, self.adapter, model, verify=verify)
-            cast(model, {name: dtype or torch.float32 for name, _ in model.named_parameters()} | dict(dtypes or {}))
+            for name, parameter in model.named_parameters():
+                own = (dtypes or {}).get(name, dtype or torch.float32)
+                wide_data, parameter.data = parameter.data, parameter.data.to(own)
+                if rounding is not None:
+                    rounding.record(name, wide_data, parameter.data)
         else:
             table, fold = self.table(config), lora == "fold"
             if matrices is not None:
                 table |= lora_table(config, matrices)
             model = load_arrays(
                 self.arrays, table, config, dtype=dtype, device=device, dtypes=dtypes, lora=matrices, fold=fold,
-                quantization=self.quantization, emulate_fp8=emulate_fp8,
+                quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
             )  # fmt: skip
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)

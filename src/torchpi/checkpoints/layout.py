@@ -103,6 +103,15 @@ class StoredArrays(Protocol):
         ...
 
 
+class Rounding(dict[str, float]):
+    """By the parameter, the largest change of a number where weights are cast to a narrower dtype."""
+
+    def record(self, param: str, wide: Tensor, rounded: Tensor) -> None:
+        """Take an array into account that has become another one."""
+        if wide.dtype is not rounded.dtype and (change := float(torch.sub(wide, rounded).abs_().max())):
+            self[param] = max(change, self.get(param, 0.0))
+
+
 def load_arrays(
     arrays: StoredArrays,
     table: Table,
@@ -115,12 +124,13 @@ def load_arrays(
     fold: bool = False,
     quantization: Quantization | None = None,
     emulate_fp8: bool = False,
+    rounding: Rounding | None = None,
 ) -> Pi0:
     """Build the model that `config` describes and fill every weight.
 
     Parameters in `dtypes` have those instead of `dtype`. The float32 matrices of `lora`, which are in the table then,
     are attached, or with `fold` added to what they change, before any cast. Without a dtype each weight keeps its own,
-    and is float32 where it is changed.
+    and is float32 where it is changed. What a cast changes is recorded in `rounding`.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = with_lora = Pi0(config, device="meta", dtype=dtype or torch.float32)
@@ -141,18 +151,24 @@ def load_arrays(
         param = entry.slices[0].param
         target = with_lora if is_lora(param) else model
         into = target.get_parameter(param).dtype
-        array = arrays.read(name, torch.float32 if param in updates else into)
+        array = arrays.read(name, torch.float32 if param in updates else into if rounding is None else None)
         for part in entry.slices:
             parameter = target.get_parameter(part.param)
             if entry.is_parameter:  # no copy
-                _set_parameter(target, part.param, array.to(device, into).view(parameter.shape))
+                value = array.to(device, into).view(parameter.shape)
+                if rounding is not None:
+                    rounding.record(part.param, array.view(parameter.shape), value)
+                _set_parameter(target, part.param, value)
                 continue
             if parameter.is_meta:
                 parameter = _set_parameter(target, part.param, torch.empty_like(parameter, device=device))
             source = part.of_array(array)
             if part.param in updates:
                 source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
-            part.of_parameter(parameter).view(source.shape).copy_(source)
+            filled = part.of_parameter(parameter).view(source.shape)
+            filled.copy_(source)
+            if rounding is not None:
+                rounding.record(part.param, source, filled)
     return model
 
 
@@ -191,9 +207,10 @@ def array_dtype(model: Pi0, entry: CheckpointArray) -> torch.dtype:
     return functools.reduce(torch.promote_types, (model.get_parameter(part.param).dtype for part in entry.slices))
 
 
-def stored_array(model: Pi0, entry: CheckpointArray) -> Tensor:
+def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None = None) -> Tensor:
     """The array that a checkpoint holds of the model's parameters, on the CPU: the inverse of `load_arrays`."""
-    parameters, dtype = [model.get_parameter(part.param) for part in entry.slices], array_dtype(model, entry)
+    parameters = [model.get_parameter(part.param) for part in entry.slices]
+    dtype = dtype or array_dtype(model, entry)
     if entry.is_parameter:
         return parameters[0].detach().to("cpu", dtype).reshape(entry.shape)
     array = torch.empty(entry.shape, dtype=dtype)
