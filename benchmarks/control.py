@@ -27,10 +27,10 @@ from rich.table import Table
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX
 from torchpi.errors import UsageError
 from torchpi.policy import Policy, load_policy
+from torchpi.rates import wilson_interval
 from torchpi.sim import check_tasks
 from torchpi.sim.actors import checked_rollout
 from torchpi.sim.processes import default_workers, run_jobs
-from torchpi.sim.result import wilson_interval
 from torchpi.sim.rollout import Rollout
 from torchpi.ui.palette import COLORS
 from torchpi.ui.plots import draw_figure, label_axes, save_figure

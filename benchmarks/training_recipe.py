@@ -27,8 +27,8 @@ from unittest import mock
 import torch
 
 from torchpi.model.pi0 import Pi0
+from torchpi.rates import wilson_interval
 from torchpi.sim.evaluate import evaluate
-from torchpi.sim.result import wilson_interval
 from torchpi.training import loop, optim
 from torchpi.training.config import TrainConfig
 from torchpi.training.samples import Samples

@@ -36,10 +36,10 @@ def test_counts_and_lists_are_read_aloud():
 def test_unknown_names_come_with_the_nearest():
     assert did_you_mean("so1o1", ["so100", "so101"]) == " (did you mean so101?)"
     assert did_you_mean("nothing", ["so101"]) == ""
-    with pytest.raises(KeyError, match=r"no environment 'metawrld'; there are .* \(did you mean metaworld\?\)\."):
+    with pytest.raises(KeyError, match=r"no environment 'metawrld' \(did you mean metaworld\?\); there are "):
         simulator("metawrld")
-    with pytest.raises(KeyError, match=r"no task 'lfit'; its tasks are .* \(did you mean lift\?\)\."):
-        check_tasks("so101", ["lfit"])
+    with pytest.raises(KeyError, match=r"no task 'lfit' \(did you mean lift\?\), 'x'; its tasks are lift, place\."):
+        check_tasks("so101", ["lfit", "x"])
     with pytest.raises(ValueError, match=r"neither a file nor a preset; .* \(did you mean pi05_libero\?\)\."):
         read_config("pi05_liberoo")
 

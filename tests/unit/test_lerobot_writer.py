@@ -390,6 +390,22 @@ def test_running_recording_is_neither_read_nor_recovered(tmp_path):
         LeRobotWriter.recover(tmp_path)
 
 
+def test_recording_of_an_earlier_version_is_recovered(tmp_path, monkeypatch):
+    """Its recording.json had settings of its own instead of those of meta/info.json, its episodes more fields."""
+    monkeypatch.setattr(recording.metadata_writer, "tasks_table", _raise(NO_SPACE))
+    with pytest.raises(OSError, match="No space left"):
+        record(tmp_path, 2)
+    monkeypatch.undo()
+    file = tmp_path / ".recording/recording.json"
+    info = json.loads(file.read_text())
+    kept = {name: info[name] for name in ("fps", "features", "robot_type")}
+    file.write_text(json.dumps({**kept, "data_file_mb": 100, "video_file_mb": 200}))
+    for episode in file.parent.glob("episode_*.json"):
+        episode.write_text(json.dumps({**json.loads(episode.read_text()), "stats": {}}))
+    assert LeRobotWriter.recover(tmp_path) == 2
+    require_episodes(tmp_path, 2)
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"fps": 30}', "[]"])
 def test_damaged_recording_is_an_error(text, tmp_path, monkeypatch):
     (tmp_path / ".recording").mkdir()

@@ -18,6 +18,7 @@ from sim_helpers import (
 )
 
 from torchpi.cli import main
+from torchpi.rates import wilson_interval
 from torchpi.robots import Embodiment, aloha, get_embodiment, metaworld
 from torchpi.serving.server import running_server
 from torchpi.serving.settings import ServeSettings
@@ -25,7 +26,7 @@ from torchpi.sim import simulator, swapped_instructions
 from torchpi.sim.actors import check_embodiment, check_metadata
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.evaluate import evaluate
-from torchpi.sim.result import print_evaluation, wilson_interval
+from torchpi.sim.result import print_evaluation
 from torchpi.sim.rollout import Rollout, episode_noise
 
 

@@ -31,7 +31,7 @@ from torchpi.data import format as lerobot
 from torchpi.data import metadata_writer
 from torchpi.data.columns import numeric_names, to_numpy
 from torchpi.data.metadata import Info
-from torchpi.data.metadata_writer import SavedEpisode, file_path
+from torchpi.data.metadata_writer import SavedEpisode, file_path, new_info
 from torchpi.data.video_copy import concatenate_videos
 from torchpi.errors import DatasetError, MissingFileError
 from torchpi.extras import require
@@ -77,7 +77,10 @@ class Recording:
         file = root / lerobot.RECORDING_FOLDER / "recording.json"
         if not file.is_file():
             raise MissingFileError(f"There is no unfinished recording in {root}.")
-        recording = cls(root, parse(Info, read_json(file, error=DatasetError), str(file), error=DatasetError))
+        document = read_json(file, error=DatasetError)
+        if "data_file_mb" in document:  # of an earlier version
+            document = dataclasses.asdict(new_info(**document))
+        recording = cls(root, parse(Info, document, str(file), error=DatasetError))
         recording._hold()
         recording.reload()
         return recording
@@ -275,7 +278,8 @@ class Recording:
 
     def _read(self, index: int) -> SavedEpisode:
         file = self._json_file(index)
-        return parse(SavedEpisode, read_json(file, error=DatasetError), str(file), error=DatasetError)
+        document = read_json(file, error=DatasetError)  # an earlier version's has more fields
+        return parse(SavedEpisode, document, str(file), error=DatasetError, known_only=False)
 
     def _put_json(self, target: Path, content: Any, *, indent: int | None = None) -> None:
         self._put(target, lambda path: path.write_text(json.dumps(content, indent=indent), encoding="utf-8"))

@@ -125,9 +125,10 @@ class VideoSpans:
         elif count != episode.length or (len(times) == total and in_turn is None):
             cause = f"from {start:.4f} s on (from_timestamp) it has {count} in place of the {episode.length} frames"
         elif distance > self._allowed:
+            allows = "no tolerance_s= allows for more than" if self.counted_fps is None else "tolerance_s= allows for"
             cause = (
-                f"from {start:.4f} s on (from_timestamp) frames are off by {distance:.4f} s, and tolerance_s= allows "
-                f"for {self._allowed:.4f} s, in those"
+                f"from {start:.4f} s on (from_timestamp) frames are off by {distance:.4f} s, and {allows} "
+                f"{self._allowed:.4f} s, in those"
             )
         elif in_turn is not None:
             cause = f"{start:.4f} s (from_timestamp) isn't the time of frame {in_turn}, the first one"

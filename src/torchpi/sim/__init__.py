@@ -35,8 +35,8 @@ def environment_name(env: str, suite: str | None = None, protocol: str | None = 
 def simulator(env: str) -> Simulator:
     """An environment by name; a KeyError if there is none."""
     if env not in _SIMULATORS:
-        known = f"{', '.join(ENVIRONMENTS)}{did_you_mean(env, ENVIRONMENTS)}"
-        raise UnknownKeyError(f"There is no environment {env!r}; there are {known}.")
+        name = f"{env!r}{did_you_mean(env, ENVIRONMENTS)}"
+        raise UnknownKeyError(f"There is no environment {name}; there are {', '.join(ENVIRONMENTS)}.")
     return _SIMULATORS[env]
 
 
@@ -48,8 +48,8 @@ def check_tasks(env: str, tasks: Sequence[str]) -> None:
     """Raise an error unless an environment has these tasks, each named once."""
     known = tasks_of(env)
     if unknown := [task for task in tasks if task not in known]:
-        there = f"{', '.join(known)}{did_you_mean(unknown[0], known)}"
-        raise UnknownKeyError(f"{env} has no task {', '.join(map(repr, unknown))}; its tasks are {there}.")
+        names = ", ".join(f"{task!r}{did_you_mean(task, known)}" for task in unknown)
+        raise UnknownKeyError(f"{env} has no task {names}; its tasks are {', '.join(known)}.")
     if not tasks or len(set(tasks)) < len(tasks):
         raise SimulationError(f"Expected at least one task of {env}, each once, got {', '.join(tasks) or 'none'}.")
 

