@@ -523,6 +523,16 @@ def test_a_dataset_smaller_than_a_batch_is_an_error(recipe):
         open_data(recipe.replace(batch_size=64), SIZES)
 
 
+def test_a_pytorch_that_cannot_write_checkpoints_is_an_error_before_anything_is_written(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter", lambda save_sharded: None)  # 2.8
+    with pytest.raises(ValueError, match=r"pip install 'torch>=2\.9'"):
+        loop.train(recipe, tmp_path / "run")
+    monkeypatch.delattr(torch.distributed.checkpoint, "HuggingFaceStorageWriter")  # 2.6
+    with pytest.raises(ValueError, match=r"pip install 'torch>=2\.9'"):
+        loop.train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_checkpoint_of_another_optimizer_is_an_error(recipe, tmp_path):
     loop.train(recipe, tmp_path / "run")
     (model, _), _ = begin(recipe)

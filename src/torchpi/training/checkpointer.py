@@ -1,5 +1,6 @@
 """Checkpoints that are written while the training continues: the state, and of it the policy folder."""
 
+import inspect
 import json
 import os
 import pathlib
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from torchpi.atomic import fsync, make_durable
@@ -32,6 +32,16 @@ from torchpi.transforms.normalize import save_norm_stats
 # A file is put together in memory before it is written: the smaller, the less memory that takes.
 _FILE_BYTES = 10**9
 _MAX_SHARD_BYTES = 5 * 10**9
+
+
+def check_torch() -> None:
+    """Find now, and not at the first checkpoint, that this PyTorch can't write those of several processes."""
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)  # since 2.8; in 2.8 with other arguments
+    if writer is None or "save_distributed" not in inspect.signature(writer).parameters:
+        raise TrainingError(
+            f"Training writes its checkpoints with PyTorch 2.9 or newer; this is {torch.__version__}. Install a newer "
+            "one: pip install 'torch>=2.9'."
+        )
 
 
 class Checkpointer:
@@ -111,7 +121,7 @@ class Checkpointer:
                 shutil.rmtree(beside, ignore_errors=True)
 
     def _write_state(self, copies: dict[str, Any], file_numbers: dict[str, int], folder: pathlib.Path) -> None:
-        writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_numbers, save_distributed=True)
         try:
             dcp.save(copies, storage_writer=writer, process_group=self._group)
         except dcp.api.CheckpointException as failed:

@@ -16,7 +16,7 @@ from torchpi.engine.engine import PROMPT_LENGTHS
 from torchpi.model.pi0 import Pi0
 from torchpi.policy import Policy
 from torchpi.training.activation_checkpointing import checkpoint_activations, layers
-from torchpi.training.checkpointer import Checkpointer, Exporter
+from torchpi.training.checkpointer import Checkpointer, Exporter, check_torch
 from torchpi.training.config import TrainConfig
 from torchpi.training.distributed import Parallel, World, parallelize, process_group, sum_over_processes
 from torchpi.training.hooks import Holdout, Hook, LiveRun, draw_curves, log_metrics, save_checkpoint, stop_request
@@ -63,6 +63,7 @@ def train(config: TrainConfig, run: pathlib.Path, *, resume: bool = False) -> Tr
     with process_group(config.device) as world:
         # Build, and find the mistakes before anything is written.
         console = PlainConsole(stderr=True, quiet=not world.is_main)
+        check_torch()
         require_trackers(config.trackers)
         config = with_dtype(config, world.device)
         last = find_start(config, run, resume=resume)

@@ -15,7 +15,6 @@ import safetensors
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from torchpi.errors import TrainingError
 from torchpi.model.pi0 import Pi0
@@ -80,7 +79,7 @@ class TrainState:
         self._make_moments(step)
         own = self.tensors()
         try:
-            reader = HuggingFaceStorageReader(str(folder))
+            reader = dcp.HuggingFaceStorageReader(str(folder))
             found = {name: tuple(entry.size) for name, entry in _headers(reader).state_dict_metadata.items()}
             shapes = {name: tuple(value.shape) for name, value in own.items()}
             if found != shapes:
@@ -122,7 +121,7 @@ class StateArrays:
     """The whole arrays of a checkpoint's state, one at a time, whatever number of processes has written them."""
 
     def __init__(self, folder: pathlib.Path) -> None:
-        metadata = _headers(HuggingFaceStorageReader(str(folder)))
+        metadata = _headers(dcp.HuggingFaceStorageReader(str(folder)))
         self._entries: dict[str, Any] = dict(metadata.state_dict_metadata)
         self.names = tuple(self._entries)
         self._places: dict[str, list[Any]] = {}
@@ -140,7 +139,7 @@ class StateArrays:
         return array
 
 
-def _headers(reader: HuggingFaceStorageReader) -> Any:
+def _headers(reader: "dcp.HuggingFaceStorageReader") -> Any:
     """Shapes and dtypes of a state's arrays, and the places of their parts."""
     metadata: Any = reader.read_metadata()  # Any: it may hold other things than tensors, which a state does not
     for name, entry in metadata.state_dict_metadata.items():
