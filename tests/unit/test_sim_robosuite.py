@@ -19,8 +19,21 @@ def test_its_tasks_are_of_liberos_robot_so_that_its_policies_fit():
     assert {"lift", "stack", "nut_assembly", "door"} <= set(place.instructions)
     assert place.embodiment == simulator("libero_object").embodiment
     assert place.protocol.initial_states is None
-    with pytest.raises(KeyError, match="robosuite has no task 'Lift'; its tasks are lift, stack"):
+    with pytest.raises(KeyError, match="robosuite has no task 'Lift' .did you mean lift.*; its tasks are lift, stack"):
         make_environment("robosuite", "Lift")
+
+
+@pytest.mark.parametrize(
+    ("env", "tasks", "message"),
+    [
+        ("robosuite", ["lift", "door"], "no scripted expert for door of robosuite; there is one for lift and stack"),
+        ("libero_goal", ["8", "3", "7"], "no scripted expert for 3 and 7 of libero_goal; "),
+    ],
+)
+def test_tasks_without_an_expert_are_refused_before_anything_is_recorded(env, tasks, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        record(env, tasks, 1, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
 
 
 def test_a_policy_of_another_robot_is_refused_before_anything_is_simulated():

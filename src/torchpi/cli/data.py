@@ -211,7 +211,8 @@ class SimRecord:
     """Episodes per task."""
     tasks: str | None = None
     """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with robosuite
-    lift,stack, with libero 0,1; by default all."""
+    lift,stack, with libero 0,1; by default all
+    that have an expert."""
     env: str = "metaworld"
     """The simulator: metaworld, so101, robosuite or libero, which have experts."""
     suite: str | None = None
@@ -239,12 +240,13 @@ class SimRecord:
     """Print one JSON document."""
 
     def run(self) -> None:
-        from torchpi.sim import environment_name, tasks_of
+        from torchpi.sim import environment_name, simulator
         from torchpi.sim.record import record
 
         options = {name: value for name, value in vars(self).items() if name not in ("workers", "json")}
         command, env = _as_command("sim record", options), environment_name(self.env, options.pop("suite"))
-        tasks = tasks_of(env) if self.tasks is None else split_names(self.tasks)
+        known = simulator(env)
+        tasks = (known.expert_tasks or known.instructions) if self.tasks is None else split_names(self.tasks)
         result = record(**options | {"env": env, "tasks": tasks}, workers=self.workers, command=command)
         if self.json:
             print_json(dataclasses.asdict(result))

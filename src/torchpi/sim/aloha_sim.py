@@ -115,4 +115,4 @@ def _hands(data: Any, fingers: list[list[int]]) -> np.ndarray:
     return np.stack([data.geom_xpos[pair].mean(axis=0) for pair in fingers])
 
 
-SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, AlohaSimEnvironment, False, "gym-aloha", "aloha")
+SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, AlohaSimEnvironment, (), "gym-aloha", "aloha")

@@ -83,8 +83,8 @@ class Simulator:
     """Height and width of the robot's cameras, unless another is asked for."""
     make: Callable[..., Environment]
     """Its class: task and image_size to an environment."""
-    has_experts: bool
-    """Demonstrations can be recorded."""
+    expert_tasks: tuple[str, ...]
+    """Those with a scripted expert, which can be recorded."""
     package: str
     """The distribution that simulates it."""
     extra: str = "sim"

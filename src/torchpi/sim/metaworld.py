@@ -107,4 +107,6 @@ class MetaworldEnvironment:
         self._env.close()
 
 
-SIMULATOR = Simulator(INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, MetaworldEnvironment, True, "metaworld")
+SIMULATOR = Simulator(
+    INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, MetaworldEnvironment, tuple(INSTRUCTIONS), "metaworld"
+)

@@ -118,9 +118,7 @@ def record(
     if episodes < 1:
         raise SimulationError(f"Expected at least one episode, got {episodes}.")
     place = simulator(env)
-    if not place.has_experts:
-        able = listed(name for name in ENVIRONMENTS if simulator(name).has_experts)
-        raise SimulationError(f"{env} has no scripted experts to record; expected {able}.")
+    _check_experts(env, tasks)
     size = place.image_size if image_size is None else image_size
     done = _Done(pathlib.Path(out), RecordSettings(env, size, **settings), command)
     jobs = [(task, index) for task in tasks for index in range(episodes)]
@@ -140,6 +138,17 @@ def record(
     done.describe(len(done.episodes))
     frames = sum(episode["length"] for episode in done.episodes)
     return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
+
+
+def _check_experts(env: str, tasks: Sequence[str]) -> None:
+    able = simulator(env).expert_tasks
+    if not able:
+        others = listed(name for name in ENVIRONMENTS if simulator(name).expert_tasks)
+        raise SimulationError(f"{env} has no scripted experts to record; expected {others}.")
+    if without := [task for task in tasks if task not in able]:
+        raise SimulationError(
+            f"There is no scripted expert for {listed(without)} of {env}; there is one for {listed(able)}."
+        )
 
 
 def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video: bool, progress: bool) -> None:

