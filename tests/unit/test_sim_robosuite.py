@@ -19,7 +19,7 @@ def test_its_tasks_are_of_liberos_robot_so_that_its_policies_fit():
     assert {"lift", "stack", "nut_assembly", "door"} <= set(place.instructions)
     assert place.embodiment == simulator("libero_object").embodiment
     assert place.protocol.initial_states is None
-    with pytest.raises(KeyError, match="robosuite has no task 'Lift' .did you mean lift.*; its tasks are lift, stack"):
+    with pytest.raises(KeyError, match=r"robosuite has no task 'Lift' .did you mean lift.*; its tasks are lift, stack"):
         make_environment("robosuite", "Lift")
 
 
