@@ -22,6 +22,7 @@ from torchpi import sim
 from torchpi.cli import main
 from torchpi.config import PRESETS
 from torchpi.data import LeRobotDataset, LeRobotWriter
+from torchpi.data.inspect import inspect_dataset
 from torchpi.evaluation.chunks import sample_new_images
 from torchpi.sim import make_environment
 from torchpi.sim.environment import environment_seed
@@ -276,6 +277,13 @@ def test_slow_cameras_repeat_their_images_and_say_so(corridor, tmp_path):  # noq
         np.testing.assert_array_equal(data[i]["observation.state"], every[i]["observation.state"])
     assert set(sample_new_images(data, 5)) <= set(expected)
     assert len(starts) == 2
+
+
+def test_images_that_are_stated_as_repeated_are_no_fault_of_the_camera(corridor, tmp_path):  # noqa: F811
+    quiet(tmp_path / "set", tasks=["long"], noise=0, render_every=3)
+    for camera in inspect_dataset(tmp_path / "set").cameras:
+        repeated, looked_at = camera.repeated
+        assert (repeated, looked_at > 0) == (0, True)
 
 
 def test_training_begins_at_new_images(corridor, tmp_path):  # noqa: F811

@@ -240,6 +240,7 @@ def _repeated(frames: LeRobotDataset, key: str) -> tuple[int, int]:
     numbers = np.concatenate([frames.columns[lerobot.STATE], frames.columns[lerobot.ACTION]], axis=1)
     motion = np.abs(np.diff(numbers, axis=0))  # [F - 1, s + a]
     moved = (motion / np.maximum(motion.max(axis=0, initial=0), 1e-9)).sum(axis=1)
+    moved[~np.isin(np.arange(1, len(frames)), frames.new_images)] = 0  # slow cameras, which the dataset states
     rows = ((rows.start, rows.stop - 1) for rows in frames.episode_rows)
     fastest = np.concatenate([start + np.argsort(moved[start:last])[-_PAIRS:] for start, last in rows])
     pairs = [(frames[i][key], frames[i + 1][key]) for i in fastest if moved[i] > 0]

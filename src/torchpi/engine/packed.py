@@ -221,5 +221,10 @@ def _fold(linear: Linear, norm: nn.Module | None, dtype: torch.dtype) -> Linear 
 
 def _as_dtype(module: Any, dtype: torch.dtype) -> Any:
     """The module itself, or a copy in the dtype."""
-    is_same = all(parameter.dtype is dtype for parameter in module.parameters())
-    return module if is_same else copy.deepcopy(module).to(dtype).requires_grad_(False)
+    if all(parameter.dtype is dtype for parameter in module.parameters()):
+        return module
+    copied = copy.deepcopy(module)  # not `.to`, which swaps tensors on some settings, and those in use can't be
+    for part in copied.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return copied

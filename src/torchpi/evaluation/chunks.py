@@ -84,7 +84,8 @@ def sample_frames(lengths: Sequence[int], samples: int, *, seed: int = 0) -> lis
     if samples < 1:
         raise UsageError(f"samples is {samples}; expected 1 or more.")
     if not sum(lengths):
-        raise UsageError(f"There is no frame to judge in {counted(len(lengths), 'episode')}.")
+        empty = counted(len(lengths), "episode is", "episodes are")
+        raise UsageError(f"There is no frame to judge: the {empty} empty.")
     samples, sizes = min(samples, sum(lengths)), np.array(lengths)
     # As many of every episode as it has, up to a common limit; one more of some of the longer ones, at random.
     limit = bisect.bisect_right(range(max(lengths) + 1), samples, key=lambda most: np.minimum(sizes, most).sum()) - 1

@@ -111,6 +111,9 @@ def compare_policies(
         tolerance: a stage differs if its largest difference is above this, times its largest value.
         num_steps: Euler steps.
         seed: of the noise.
+
+    Raises:
+        ValueError: neither can read the observation; neither states its action_horizon; a tolerance below 0.
     """
     if not tolerance >= 0:
         raise UsageError(f"tolerance must not be negative, got {tolerance}.")
