@@ -33,6 +33,17 @@ def observation(seen):
     }
 
 
+def assert_observes(environment, actions, expected):
+    """An environment of ours, at its beginning, shows all that a client saw before and after each action."""
+    for step in range(len(actions) + 1):
+        seen = environment.observe()
+        assert seen.pop("prompt") == environment.instruction
+        for key, value in seen.items():
+            np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
+        if step < len(actions):
+            assert environment.step(actions[step]) == expected["done"][step]
+
+
 def main(suite, task, episode, actions, out):
     os.environ |= {"LIBERO_CONFIG_PATH": os.devnull, "MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")}
     from libero.libero import benchmark, get_libero_path

