@@ -46,8 +46,9 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 test: $(ENV) opengl
 	$(PYTEST) -m "not slow" $(ARGS)
 
+# A file's tests in one process: what they share is made once.
 test-slow: $(ENV) opengl
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
 test-all: test test-slow
 

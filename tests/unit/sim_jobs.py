@@ -1,14 +1,9 @@
 """Jobs for the tests of worker processes, which import this module; it brings nothing heavy."""
 
-import contextlib
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 import time
-
-TESTS = pathlib.Path(__file__).parent
 
 
 class Work:
@@ -44,26 +39,3 @@ class Work:
 
 def no_work():
     raise FileNotFoundError("There is no policy")
-
-
-@contextlib.contextmanager
-def interruptible(*arguments):
-    """Python in a process group of its own, to which Ctrl-C can be sent as a terminal does it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
-    try:
-        process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parents[1] / "src")])},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-    with process:
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)

@@ -9,7 +9,8 @@ import threading
 import time
 
 import pytest
-from sim_jobs import Work, interruptible, no_work
+from process_helpers import interruptible
+from sim_jobs import Work, no_work
 
 from torchpi.sim.processes import default_workers, run_jobs
 

@@ -11,12 +11,12 @@ import time
 
 import numpy as np
 import pytest
+from process_helpers import interruptible
 from sim_helpers import (
     Corridor,
     corridor,  # noqa: F401
     require_simulator,
 )
-from sim_jobs import interruptible
 
 from torchpi import sim
 from torchpi.cli import main

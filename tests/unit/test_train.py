@@ -8,8 +8,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import safetensors.torch
 import torch
+from process_helpers import interruptible
 from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 
 import torchpi
@@ -142,15 +141,14 @@ def test_ctrl_c_reaches_neither_the_loaders_process_nor_a_step_half_done(recipe,
         "1",
         "--model",
     ]
-    command = [sys.executable, "-m", "torchpi.cli", "train", *arguments, str(run), *options, recipe.model.config]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as p:
+    command = ["-m", "torchpi.cli", "train", *arguments, run, *options, recipe.model.config]
+    with interruptible(*command) as process:
         deadline = time.monotonic() + 120
-        while not (run / METRICS).exists() and p.poll() is None and time.monotonic() < deadline:
+        while not (run / METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.killpg(p.pid, signal.SIGINT)
-        out, error = p.communicate(timeout=60)
-    assert p.returncode == 0, error
+        os.killpg(process.pid, signal.SIGINT)
+        out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
     assert "Traceback" not in error
     (checkpoint,) = state.checkpoints(run)
     assert f"interrupted after {int(checkpoint.name)} steps; continue with: torchpi train --resume {run}" in out

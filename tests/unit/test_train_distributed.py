@@ -10,17 +10,16 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from process_helpers import interruptible
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from train_helpers import SIZES, assert_same_bits, weights, write_dataset
-from train_jobs import Job, free_port, resume, train_together
+from train_jobs import Job, resume, train_together
 
 from torchpi.model.pi0 import Pi0
 from torchpi.training import checkpointer as checkpointer_module
@@ -232,21 +231,17 @@ def test_ctrl_c_under_torchrun_stops_all_processes_after_the_same_update(recipe,
     config = recipe.replace(num_steps=100_000, save_every=100_000, eval_every=100_000, parallel="fsdp")
     (tmp_path / "recipe.json").write_text(config.to_json())
     run = tmp_path / "run"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
-    train = ["-m", "torchpi.cli", "train", "--recipe", str(tmp_path / "recipe.json"), "--out", str(run)]
-    with (tmp_path / "log").open("w") as log:
-        command = [*torchrun, str(free_port()), *train]
-        with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True) as process:
-            deadline = time.monotonic() + 120
-            while not (run / METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.02)
-            os.killpg(process.pid, signal.SIGINT)
-            process.wait(timeout=60)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    train = ["-m", "torchpi.cli", "train", "--recipe", tmp_path / "recipe.json", "--out", run]
+    with interruptible(*torchrun, *train) as process:
+        deadline = time.monotonic() + 120
+        while not (run / METRICS).exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
     (checkpoint,) = state.checkpoints(run)
     assert figures(run)[-1]["step"] == int(checkpoint.name)
-    said = re.findall(
-        r"interrupted after (\d+) steps; continue with: torchpi train --resume", (tmp_path / "log").read_text()
-    )
+    said = re.findall(r"interrupted after (\d+) steps; continue with: torchpi train --resume", out)
     assert set(said) == {str(int(checkpoint.name))}
 
 

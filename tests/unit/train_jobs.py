@@ -4,15 +4,17 @@ A process does all jobs of a test one after the other, because its start takes l
 """
 
 import dataclasses
+import datetime
 import json
 import os
 import pathlib
-import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 
 from torchpi.training.config import TrainConfig
 
@@ -36,27 +38,30 @@ def train_together(world_size: int, jobs: Sequence[Job], folder: pathlib.Path) -
         AssertionError: a process has failed; with what it has printed.
     """
     folder.mkdir()
-    for number, job in enumerate(jobs):
-        (folder / f"{number}.json").write_text(job.config.to_json())
-    # A port for each job: what one has left with the store must not meet the next one.
-    instructions = [[f"{folder / str(n)}.json", str(job.run), job.resume, free_port()] for n, job in enumerate(jobs)]
+    # A store for each job: what one has left there must not meet the next one. They are served here, as torchrun does
+    # it: at a port that was found free before, another test's processes may listen by now, and both would wait forever.
+    patience = datetime.timedelta(minutes=5)
+    stores = [dist.TCPStore("127.0.0.1", 0, None, True, patience, wait_for_workers=False) for _ in jobs]
+    instructions = []
+    for number, (job, store) in enumerate(zip(jobs, stores, strict=True)):
+        recipe = folder / f"{number}.json"
+        recipe.write_text(job.config.to_json())
+        instructions.append([str(recipe), str(job.run), job.resume, store.port])
     (folder / "jobs.json").write_text(json.dumps(instructions))
     shared = {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in range(world_size):
-        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         with (folder / f"{rank}.log").open("w") as log:
             command = [sys.executable, __file__, str(folder / "jobs.json")]
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait() for process in processes]
+    while None in (codes := [process.poll() for process in processes]) and not any(codes):
+        time.sleep(0.01)
+    for process in processes:  # where one has failed, the others wait for it
+        process.kill()
+        process.wait()
     assert not any(codes), "\n".join((folder / f"{rank}.log").read_text()[-6000:] for rank in range(world_size))
-
-
-def free_port() -> int:
-    """A TCP port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def resume(config: TrainConfig, run: pathlib.Path) -> None:
