@@ -13,7 +13,7 @@ import torch
 from torchpi.atomic import atomic_folder
 from torchpi.checkpoints import folder
 from torchpi.checkpoints.address import hub_address
-from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.checkpoint import open_policy
 from torchpi.checkpoints.openpi_torch import EmbeddingChoice
 from torchpi.checkpoints.publish import push_to_hub
 from torchpi.checkpoints.sizes import ConfigLike
@@ -27,7 +27,7 @@ from torchpi.checkpoints.spec import (
 )
 from torchpi.collate import answer_of, checked_arguments, collate, rtc_inputs
 from torchpi.devices import fastest_dtype, usable_device
-from torchpi.engine import InferenceEngine
+from torchpi.engine import InferenceEngine, check_device
 from torchpi.errors import PolicyError, counted
 from torchpi.model.pi0 import Pi0
 from torchpi.model.rtc import Samples
@@ -424,16 +424,17 @@ def load_policy(
         ValueError: something is neither in the checkpoint nor among the arguments, contradictory, or corrupt.
     """
     device = usable_device(device)
-    dtype = dtype or fastest_dtype(device)
-    checkpoint = open_checkpoint(path, config=config, embedding=embedding)
-    spec = checkpoint.spec().requested(
-        embodiment=embodiment, normalization=normalization, norm_stats=norm_stats, asset_id=asset_id,
-        tokenizer=tokenizer, default_prompt=default_prompt, truncation=truncation, preprocessing=preprocessing,
+    check_device(engine, device)
+    checkpoint, spec = open_policy(
+        path, config=config, embedding=embedding, lora_alpha=lora_alpha, embodiment=embodiment,
+        normalization=normalization, norm_stats=norm_stats, asset_id=asset_id, tokenizer=tokenizer,
+        default_prompt=default_prompt, truncation=truncation, preprocessing=preprocessing,
     )  # fmt: skip
+    dtype = dtype or fastest_dtype(device)
     for note in checkpoint.notes:
         warnings.warn(note, stacklevel=2)
     model = checkpoint.model(device=device, dtype=dtype, lora_alpha=lora_alpha, emulate_fp8=emulate_fp8, verify=verify)
-    policy = policy_of(model, spec.with_tokenizer(model.config.vocab_size))
+    policy = policy_of(model, spec)
     policy.use_engine(engine)
     return policy
 

@@ -405,6 +405,8 @@ def test_a_positional_argument_can_be_given_by_its_name(policy, observation, tmp
         ("serve demo --policy.config=pi05_libero", "--config"),
         ("stats --dataset.repo_id=org/name", "DATASET"),
         ("train --optim.lrr 3", "--lr"),
+        ("train --wandb.mode offline", "--wandb-project and --wandb-name"),
+        ("eval demo --env.name libero", "--env"),
         ("train --lr_schedule.peak_lr 1", "--lr"),
         ("train --episode 3", "--select"),
         ("eval demo --load.device cpu", "--device"),

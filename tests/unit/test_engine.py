@@ -233,7 +233,7 @@ def test_unmerged_lora_is_refused():
 
 
 def test_graphs_without_a_cuda_device_are_refused():
-    with pytest.raises(ValueError, match='captures CUDA graphs; the model is on cpu: choose "compiled" or "eager"'):
+    with pytest.raises(ValueError, match='captures CUDA graphs; the device is cpu: use "compiled" or "eager"'):
         InferenceEngine(make_model(), mode="graph")
 
 

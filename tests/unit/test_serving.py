@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -515,7 +516,8 @@ def test_number_of_entries_in_a_message_is_limited():
         ({"token": "naïve"}, "ASCII"),
         ({"grace": -1.0}, "grace is -1.0"),
         ({"grace": float("nan")}, "grace is nan"),
-        ({"seed": -1}, "seed is -1"),
+        ({"seed": -1}, "The seed is -1"),
+        ({"seed": 2**64}, "The seed is 18446744073709551616; expected a whole number from 0 to 18446744073709551615"),
         ({"max_memory_mb": float("inf")}, "max_memory_mb is inf; expected at least 128, and below infinity"),
         ({"max_memory_mb": float("inf"), "max_message_mb": float("inf")}, "max_memory_mb is inf"),
         ({"max_memory_mb": 100.0}, "max_memory_mb is 100; expected at least 128"),
@@ -654,3 +656,25 @@ def test_missing_checkpoint_is_an_error_before_any_policy_is_loaded(policy, name
     monkeypatch.setattr("torchpi.serving.run.load_policy", lambda *_, **__: pytest.fail("A policy was loaded"))
     with pytest.raises(FileNotFoundError, match=message):
         run_serve(policy, named, ServeSettings(port=0), record=None, load={}, run={})
+
+
+@pytest.mark.parametrize(
+    ("policy", "settings", "load", "run", "message"),
+    [
+        ("demo", {}, {"config": "typo"}, {}, "'typo' is neither a file nor a preset"),
+        ("demo", {}, {"embodiment": "typo"}, {}, "Unknown embodiment 'typo'"),
+        ("demo", {}, {"tokenizer": "nowhere"}, {}, "No tokenizer file at nowhere"),
+        ("demo", {}, {"norm_stats": "nowhere"}, {}, "No normalization statistics at nowhere"),
+        ("demo", {}, {"lora_alpha": (1.0, 2.0)}, {}, "belongs to a checkpoint with LoRA"),
+        ("demo", {}, {}, {"device": "tpu0"}, "Unknown device 'tpu0'"),
+        ("demo", {}, {}, {"device": "cpu", "engine": "graph"}, "captures CUDA graphs"),
+        ("demo", {"protocol": "vla-eval", "rename": ("a=b",)}, {}, {}, "--rename has 'a=b'"),
+        ("hf://a/b", {}, {"config": "typo"}, {}, "'typo' is neither a file nor a preset"),
+        ("hf://a/b", {}, {"embodiment": "typo"}, {}, "Unknown embodiment 'typo'"),
+        ("hf://a/b", {}, {}, {"device": "tpu0"}, "Unknown device 'tpu0'"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_refused_before_the_server_listens(policy, settings, load, run, message, caplog):
+    with caplog.at_level(logging.INFO), pytest.raises((ValueError, KeyError, FileNotFoundError), match=message):
+        run_serve(policy, (), ServeSettings(port=0, **settings), record=None, load=load, run=run)
+    assert not caplog.text

@@ -316,7 +316,7 @@ def test_seeds_of_recording_and_evaluation_never_meet():
     assert min(recorded | evaluated) >= 0
     assert max(recorded | evaluated) < 2**32
     assert environment_seed("record", 0, "reach", 0, attempt=1) != environment_seed("record", 0, "reach", 0)
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="The seed is -1; expected a whole number"):
         environment_seed("eval", -1, "reach", 0)
 
 

@@ -197,7 +197,7 @@ def test_an_expert_that_never_succeeds_leaves_nothing(corridor, tmp_path, monkey
         ({"workers": 0}, ValueError, "workers must be at least 1"),
         ({"image_size": 0}, ValueError, "image_size"),
         ({"image_size": 15, "video": True}, ValueError, "even height and width"),
-        ({"seed": -1}, ValueError, "must not be negative"),
+        ({"seed": -1}, ValueError, "The seed is -1"),
     ],
 )
 def test_a_wrong_argument_is_an_error_and_leaves_nothing(corridor, tmp_path, options, error, message):  # noqa: F811

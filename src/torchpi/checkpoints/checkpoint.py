@@ -31,6 +31,7 @@ from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, get_embodiment
+from torchpi.transforms.prompt import load_tokenizer
 
 LoraChoice = Literal["fold", "keep"]
 _opening: ContextVar[tuple[pathlib.Path, ...]] = ContextVar("opening", default=())
@@ -191,6 +192,22 @@ class Checkpoint:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim
         return model.eval()
+
+
+def open_policy(
+    path: str | pathlib.Path,
+    *,
+    config: ConfigLike | None = None,
+    embedding: EmbeddingChoice | None = None,
+    lora_alpha: tuple[float, float] | None = None,
+    **requested: Any,
+) -> tuple[Checkpoint, PolicySpec]:
+    """The checkpoint and the spec of `load_policy`, which raises nothing else about its arguments and the headers."""
+    checkpoint = open_checkpoint(path, config=config, embedding=embedding)
+    checkpoint.lora(lora_alpha)
+    spec = checkpoint.spec().requested(**requested).with_tokenizer(checkpoint.config.vocab_size)
+    load_tokenizer(spec.tokenizer or "")
+    return checkpoint, spec
 
 
 def open_checkpoint(

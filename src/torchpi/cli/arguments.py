@@ -11,7 +11,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from torchpi.assets import assets
-from torchpi.errors import UsageError, closest
+from torchpi.errors import UsageError, closest, listed
 
 REGISTRY = ConstructorRegistry()
 
@@ -76,13 +76,17 @@ def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
 
 
 def _elsewhere(flag: str, options: Mapping[str, str], former: Mapping[str, str]) -> str | None:
-    """The argument here in place of an option of LeRobot or openpi, one in a group, or almost a former name."""
+    """The argument here in place of an option of LeRobot or openpi, one in a group, or almost a former name; of a
+    group that has options here, these, rather than one of a similar name elsewhere."""
     table = tomllib.loads((assets() / "options.toml").read_text(encoding="utf-8"))
     if found := next((option for option in table.get(flag, ()) if option in options.values()), None):
         return found
     here = {option.lstrip("-"): option for option in options.values()}
     others = {name.lstrip("-"): option for name, option in former.items()}
-    near = closest(flag.rpartition(".")[2].lstrip("-"), here | others)
+    group, _, last = flag.lstrip("-").rpartition(".")
+    if group and last not in here | others and (own := [here[n] for n in here if f"{n}-".startswith(f"{group}-")]):
+        return listed(own)
+    near = closest(last, here | others)
     return (here | others)[near] if near and ("." in flag or near in others) else None  # tyro suggests the rest
 
 

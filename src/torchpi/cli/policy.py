@@ -19,6 +19,7 @@ from torchpi.cli.common import (
     refuse_changed,
     split_names,
 )
+from torchpi.randomness import checked_seed
 from torchpi.samples import SAMPLE_FIELDS, PickName
 from torchpi.threads import limit_threads, spin_briefly
 from torchpi.ui.format import print_json
@@ -103,7 +104,7 @@ class Infer:
         observation = read_npz(self.inputs)
         policy = load_policy(self.policy, **self.load.given())
         limit_threads(policy.model)
-        generator = torch.Generator(policy.model.device).manual_seed(self.seed)
+        generator = torch.Generator(policy.model.device).manual_seed(checked_seed(self.seed))
         noise = None if self.noise is None else read_npy(self.noise)
         result: dict[str, Any] = dict(
             policy.infer(

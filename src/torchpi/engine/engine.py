@@ -64,10 +64,7 @@ class InferenceEngine:
         """
         if mode not in get_args(Mode):
             raise ModelError(f"Unknown engine {mode!r}; expected one of {', '.join(get_args(Mode))}.")
-        if mode == "graph" and model.device.type != "cuda":
-            raise ModelError(
-                f'engine "graph" captures CUDA graphs; the model is on {model.device}: choose "compiled" or "eager".'
-            )
+        check_device(mode, model.device)
         if max_buckets < 1 or min(batch_sizes, default=0) < 1 or min(prompt_lengths, default=0) < 1:
             raise ModelError(
                 "max_buckets, prompt_lengths and batch_sizes must be positive, got "
@@ -263,6 +260,12 @@ class InferenceEngine:
     def _check_weights(self) -> None:
         if self._read_versions() != self._versions or any(parts.get(name) is not it for parts, name, it in self._parts):
             raise ModelError("The model's weights changed after the engine had packed them; build a new engine.")
+
+
+def check_device(mode: str, device: torch.device) -> None:
+    """Raise an error for an engine that does not run on a device."""
+    if mode == "graph" and device.type != "cuda":
+        raise ModelError(f'engine "graph" captures CUDA graphs; the device is {device}: use "compiled" or "eager".')
 
 
 def _reason(error: Exception) -> str:

@@ -12,9 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torchpi.checkpoints.address import existing_folder
-from torchpi.errors import ServingError
+from torchpi.checkpoints.address import REMOTE
+from torchpi.checkpoints.checkpoint import open_policy
+from torchpi.checkpoints.sizes import read_config
+from torchpi.devices import usable_device
+from torchpi.engine import check_device
+from torchpi.errors import ServingError, TorchpiError
 from torchpi.policy import Policy, load_policy
+from torchpi.robots import get_embodiment
 from torchpi.serving.live import LiveView
 from torchpi.serving.log import log_to_stderr
 from torchpi.serving.memory import return_large_buffers
@@ -52,12 +57,12 @@ def run_serve(
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
     for name, path in paths.items():
-        if "://" not in path:  # before any policy is loaded, which takes long
-            try:
-                existing_folder(path)
-            except (FileNotFoundError, ValueError) as error:
-                where = "" if name == DEFAULT and policy is not None else f"--policies {name}: "
-                raise type(error)(f"{where}{error}") from error
+        try:
+            _check(path, settings, **run, **(load if name == DEFAULT else {}))
+        except TorchpiError as error:
+            if name == DEFAULT and policy is not None:
+                raise
+            raise type(error)(f"--policies {name}: {error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
         name: functools.partial(_load, path, settings, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
         for name, path in paths.items()
@@ -80,6 +85,19 @@ def run_serve(
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
+
+
+def _check(path: str, settings: ServeSettings, *, device: str | None = None, engine: str = "auto", **load: Any) -> None:
+    """Raise now what `_load` raises about options and files; it begins when robots may connect already."""
+    check_device(engine, usable_device(device))
+    if path.startswith(REMOTE):  # it is downloaded then
+        for option, read in (("config", read_config), ("embodiment", get_embodiment)):
+            if option in load:
+                read(load[option])
+        return
+    _, spec = open_policy(path, **{name: load[name] for name in load.keys() - {"verify", "emulate_fp8"}})
+    if settings.protocol == "vla-eval" and spec.embodiment is not None:
+        key_sources(spec.embodiment, settings.rename)
 
 
 def _load(path: str, settings: ServeSettings, is_alone: bool, **load: Any) -> Policy:

@@ -6,6 +6,7 @@ import math
 from typing import Literal
 
 from torchpi.errors import ServingError, is_whole
+from torchpi.randomness import checked_seed
 from torchpi.samples import PickName, checked_pick
 
 LOCAL_HOSTS = ("127.0.0.1", "::1", "localhost")
@@ -78,9 +79,9 @@ class ServeSettings:
             raise ServingError("rename is for --protocol vla-eval; openpi's clients send the policy's own keys.")
         if self.token is not None and self.protocol == "vla-eval":
             raise ServingError("vla-eval's client sends no token; expected none (--token, TORCHPI_TOKEN).")
-        for name in ("grace", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ServingError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        if not self.grace >= 0:
+            raise ServingError(f"grace is {self.grace}; expected 0 or more.")
+        checked_seed(self.seed)
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
             raise ServingError("The token must be of printable ASCII characters, and not empty.")
 

@@ -14,6 +14,7 @@ import torch
 from torchpi.errors import SimulationError, UnknownKeyError, counted
 from torchpi.extras import check_installed
 from torchpi.policy import Policy
+from torchpi.randomness import checked_seed
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor, provenance_of
@@ -137,8 +138,7 @@ def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int 
         )
     if (states := simulator(env).protocol.initial_states) and episodes > states:
         raise SimulationError(f"{env} has {states} initial states per task, got {counted(episodes, 'episode')}.")
-    if not 0 <= seed < 2**31:
-        raise SimulationError(f"The seed must be from 0 to {2**31 - 1}, got {seed}.")
+    checked_seed(seed, below=2**31)
     if workers is not None and workers < 1:
         raise SimulationError(f"workers must be at least 1, got {workers}.")
 

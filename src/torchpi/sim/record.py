@@ -18,7 +18,7 @@ from torchpi.data import LeRobotWriter
 from torchpi.data.edit import merge_datasets
 from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, RECORDING_FOLDER, STATE
 from torchpi.errors import SimulationError, counted, listed
-from torchpi.randomness import generator_at
+from torchpi.randomness import checked_seed, generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.schema import read_json, write_json
@@ -72,6 +72,7 @@ class RecordSettings:
     steps. Noise alone never leads far enough away to show how to begin again after a miss."""
 
     def __post_init__(self) -> None:
+        checked_seed(self.seed)
         if self.render_every < 1:
             raise SimulationError(f"render_every is {self.render_every}; expected a whole number of at least 1.")
         fractions = 0 <= self.noisy_fraction <= 1 and 0 <= self.push_rate <= 1

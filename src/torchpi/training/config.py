@@ -12,6 +12,7 @@ import tyro
 from torchpi.assets import assets
 from torchpi.config import Finetune, LoraConfig
 from torchpi.errors import MissingFileError, TrainingError, closest, counted
+from torchpi.randomness import checked_seed
 from torchpi.schema import parse, read_json
 
 Schedule = Literal["cosine", "rsqrt", "constant"]
@@ -308,7 +309,7 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
     """Samples per update, over all processes."""
     grad_accum_steps: Count = 1
     """Micro-batches per update: each process computes batch_size / processes / grad_accum_steps samples at once."""
-    seed: NotNegative = 0
+    seed: int = 0
     """Seed of all random numbers."""
     device: str | None = None
     """Device of the model, cpu or cuda; by default cuda where there is one."""
@@ -328,6 +329,7 @@ class TrainConfig(_Checked, metaclass=_FlatFields):
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        checked_seed(self.seed)
         super().__post_init__()
         if self.optim.optimizer == "adamw8bit" and self.parallel.strategy != "ddp":
             raise TrainingError(

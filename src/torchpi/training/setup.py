@@ -220,13 +220,15 @@ def build_policies(
 
 
 def check_simulation(config: TrainConfig, policy: Policy) -> None:
-    """Find now, and not at the first checkpoint, that `env` is unknown, of another robot, or has no such tasks."""
+    """Find now, and not at the first checkpoint, that `env` is of another robot, or has no such tasks or episodes."""
     from torchpi.sim import simulator
     from torchpi.sim.actors import check_embodiment, chosen_tasks
+    from torchpi.sim.evaluate import check_numbers
 
     if (env := config.eval.env) is not None:
         check_embodiment(policy.embodiment, simulator(env).embodiment)
         chosen_tasks(policy.provenance, env, config.eval.tasks)
+        check_numbers(env, config.eval.env_episodes, 0, config.seed, None)
 
 
 def check_videos(data: Sequence[SourceData], console: Console) -> None:
