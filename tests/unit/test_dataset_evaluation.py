@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from torchpi.cli import main
 from torchpi.data import LeRobotDataset, LeRobotWriter, to_observation
 from torchpi.evaluation import Chunks, chunk_errors, errors_of, plot_chunks, plot_errors, predict_chunks, sample_frames
 from torchpi.evaluation.chunks import Frame
-from torchpi.evaluation.report import evaluate_on_dataset
+from torchpi.evaluation.report import evaluate_on_dataset, run_dataset_evaluation
 from torchpi.robots import ActionDim, StateKey, aloha, droid, libero, metaworld
 from torchpi.robots.commands import hold_commands
 from torchpi.transforms import Normalization, NormStats, save_norm_stats
@@ -478,6 +479,14 @@ def test_wrong_arguments_are_errors(policy, make_policy, dataset, path):
         chunk_errors(policy, dataset, [0], noise_samples=0)
     with pytest.raises(IndexError, match="no frame 18"):
         chunk_errors(policy, dataset, [18])
+
+
+def test_the_note_counts_the_frames_that_can_be_sampled(monkeypatch, capsys):
+    """Those with new images, of a dataset that repeats the others."""
+    result = types.SimpleNamespace(samples=6, frames=18, to_dict=dict)
+    monkeypatch.setattr("torchpi.evaluation.report.evaluate_on_dataset", lambda *_, **__: result)
+    run_dataset_evaluation("policy", "set", samples=9, as_json=True)
+    assert "set has only 6 frames with new images to sample 9 from; all of them" in capsys.readouterr().err
 
 
 def test_a_policy_without_a_horizon_needs_a_config(policy, make_policy, path, tmp_path):

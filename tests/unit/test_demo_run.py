@@ -3,18 +3,29 @@
 import pathlib
 import shutil
 import subprocess
+import types
+from unittest import mock
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from sim_helpers import python, random_policy, require_simulator
+from sim_helpers import (
+    corridor,  # noqa: F401
+    python,
+    random_policy,
+    require_simulator,
+)
 from test_demo import check_page
 
 from torchpi.cli import main
 from torchpi.demo import demo_tasks
 from torchpi.demo import run as demo_run
+from torchpi.demo.page import Demo
+from torchpi.demo.replay import log_episodes
 from torchpi.demo.run import run_demo
 from torchpi.policy import Policy
+from torchpi.sim.evaluate import evaluate
 from torchpi.sim.rollout import Rollout
 
 
@@ -171,6 +182,31 @@ def test_a_browser_shows_the_page(policy, tmp_path, width):
     with Image.open(screenshot) as image:
         pixels = np.asarray(image.convert("RGB"))
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000  # the video is in it
+
+
+def test_the_viewer_shows_the_episodes_of_the_demo(corridor, monkeypatch):  # noqa: F811
+    """With its instruction and settings, to the bit."""
+    asked, told, infer, policy = [], [], Policy.infer, random_policy()
+
+    def spy(self, observation, **options):
+        answer = infer(self, observation, **options)
+        asked.append((observation["prompt"], options["num_steps"], torch.get_num_threads(), answer["actions"].tolist()))
+        return answer
+
+    monkeypatch.setattr(Policy, "infer", spy)
+    options = {"instructions": {"short": "wave"}, "rollout": Rollout(3, num_steps=1, max_steps=7)}
+    evaluation = evaluate(policy, "corridor", tasks=["short"], episodes=1, progress=False, **options)
+    seen = types.SimpleNamespace(
+        observe=lambda now, observation: told.append(observation["prompt"]),
+        predict=lambda *_: None,
+        execute=lambda *_: None,
+    )
+    first, asked[:] = [*asked], []
+    demo = mock.Mock(spec=Demo, policy=policy, evaluation=evaluation)
+    log_episodes(demo, types.SimpleNamespace(robot=lambda metadata: seen))
+    assert asked == first
+    assert len(first) == evaluation.episodes[0].num_chunks
+    assert set(told) == {"wave"}
 
 
 # Wrong arguments

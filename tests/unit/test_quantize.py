@@ -309,6 +309,8 @@ def test_calibration_depends_on_dataset_and_seed_alone(folders, source, dataset,
     quantization = quantize_policy(source, tmp_path / "one", "fp8", dataset=dataset, num_observations=5)
     assert quantization == q.quantization_of(expected.model)
     other = quantize_policy(source, tmp_path / "two", "fp8", dataset=dataset, num_observations=1)
+    few = json.loads((tmp_path / "two" / "policy.json").read_text())["provenance"]["quantized"]
+    assert few["num_observations"] == 1
     name = "expert.layers.1.feed_forward.down"
     assert other.input_scales[name] < quantization.input_scales[name]  # of fewer observations
 

@@ -305,6 +305,13 @@ def test_unknown_names_are_errors_that_list_the_known():
             check_tasks("metaworld", tasks)
 
 
+@pytest.mark.parametrize("name", ["drawer", "cube"])
+@pytest.mark.parametrize("seed", [-1, 2**32, True])
+def test_a_seed_that_is_none_is_an_error_of_ours(name, request, seed):
+    with pytest.raises(ValueError, match=rf"The seed is {seed}; expected a whole number from 0 to 4294967295"):
+        request.getfixturevalue(name).reset(seed)
+
+
 def test_seeds_of_recording_and_evaluation_never_meet():
     places = [(seed, task, i) for seed in (0, 1, 7) for task in EXPERT_TASKS for i in range(50)]
     recorded = {environment_seed("record", *place) for place in places}

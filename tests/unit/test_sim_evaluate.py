@@ -229,6 +229,14 @@ def robot(**changes):
             robot(cameras=tuple(dataclasses.replace(camera, layout="chw") for camera in metaworld().cameras)),
             "reads camera base as chw, the environment sends hwc",
         ),
+        (
+            robot(actions=metaworld().actions[::-1]),
+            "the policy's actions are in the order gripper, .*, delta_x, the environment's delta_x, .*, gripper",
+        ),
+        (
+            robot(actions=tuple(dataclasses.replace(a, command="velocity") for a in metaworld().actions)),
+            "delta_x of the policy's actions is 'velocity', of the environment's 'increment'",
+        ),
         (aloha(), "the policy requires the cameras images.cam_high, the environment has base, wrist"),
     ],
 )
@@ -236,6 +244,18 @@ def test_mismatch_is_an_error_that_names_both_sides(embodiment, message):
     with pytest.raises(ValueError, match=message):
         check_embodiment(embodiment, metaworld())
     check_embodiment(metaworld(), metaworld())
+
+
+def test_degrees_are_not_taken_for_parts_of_a_range():
+    so101, normalized = get_embodiment("so101"), get_embodiment("so101_normalized")
+    sides = "'so101_normalized' and the environment's 'so101' do not fit: shoulder_pan.pos of the policy's"
+    with pytest.raises(ValueError, match=f"{sides} actions is '-100 to 100 of the .*', of the environment's 'deg'"):
+        check_embodiment(normalized, so101)
+    with pytest.raises(ValueError, match=f"{sides} state is '-100 to 100 of the .*', of the environment's 'deg'"):
+        check_embodiment(dataclasses.replace(normalized, actions=so101.actions), so101)
+    served = {"action_names": normalized.action_names, "action_units": list(normalized.action_units)}
+    with pytest.raises(ValueError, match="of the policy's actions is '-100 to 100"):
+        check_metadata(served, so101)
 
 
 def test_a_rate_that_is_not_stated_fits():
@@ -304,6 +324,8 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
         swapped_instructions("corridor", ["short:fly"])
     with pytest.raises(ValueError, match="each once, got short, long, long, short"):
         swapped_instructions("corridor", ["short:long", "long:short"])
+    with pytest.raises(ValueError, match="0 and 28 of libero_90 have one instruction, 'close the top drawer"):
+        swapped_instructions("libero_90", ["0:28"])
 
 
 def test_a_failing_episode_is_named(corridor):  # noqa: F811
@@ -354,6 +376,14 @@ def test_a_served_policy_is_asked_without_noise(corridor, client):  # noqa: F811
     assert (served.url, served.closed) == ("ws://robot:8000", 1)
     assert {tuple(options) for _, options in served.walker.asked} == {()}
     assert (result.success_rate, result.policy, result.execute_steps) == (1.0, "ws://robot:8000", 3)
+
+
+def test_a_connection_is_closed_where_nothing_is_left_to_do(corridor, client, tmp_path):  # noqa: F811
+    for _ in range(2):
+        quiet("ws://robot:8000", tasks=["short"], episodes=1, workers=1, out=tmp_path, resume=True)
+    with pytest.raises(KeyError, match="no task 'fly'"):
+        quiet("ws://robot:8000", tasks=["fly"])
+    assert [served.closed for served in client.opened] == [1, 1, 1]
 
 
 def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811

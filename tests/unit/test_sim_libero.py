@@ -3,6 +3,7 @@
 import contextlib
 import importlib.metadata
 import json
+import os
 import sys
 import types
 
@@ -17,7 +18,7 @@ from torchpi.robots import libero
 from torchpi.sim import environment_name, make_environment, simulator
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.libero import NAMES
-from torchpi.sim.robosuite import axis_angle
+from torchpi.sim.robosuite import axis_angle, contained
 
 # ---- without a simulator ----
 
@@ -102,6 +103,13 @@ def test_without_the_extra_the_error_has_the_command(monkeypatch):
         ModuleNotFoundError, match=r"LIBERO and robosuite need the extra 'libero': pip install 'torchpi\[libero\]'"
     ):
         make_environment("libero_object", "0")
+
+
+def test_a_seed_that_is_none_is_an_error_of_ours_and_changes_nothing(monkeypatch):
+    monkeypatch.delenv("LIBERO_CONFIG_PATH", raising=False)
+    with pytest.raises(ValueError, match="The seed is -1; expected a whole number from 0 to 4294967295"), contained(-1):
+        pass
+    assert "LIBERO_CONFIG_PATH" not in os.environ
 
 
 def _no_version(distribution):
@@ -221,6 +229,11 @@ def test_an_episode_is_the_same_whatever_came_before(stove):
     first = [seen(lambda: stove.reset_to(2, 7)), seen(lambda: stove.reset(5))]
     others = [seen(lambda: stove.reset(5)), seen(lambda: stove.reset_to(2, 7))]
     np.testing.assert_array_equal(first[::-1], others)
+    for episode in (-1, 50):
+        with pytest.raises(ValueError, match=f"There is no initial state {episode}; expected 0 to 49"):
+            stove.reset_to(episode, 7)
+    with pytest.raises(ValueError, match="The seed is -1; expected"):
+        stove.reset(-1)
     assert not np.array_equal(first[0], seen(lambda: stove.reset_to(2, 8)))  # the fixtures are elsewhere
     np.testing.assert_array_equal(np.random.get_state()[1], before)  # noqa: NPY002
 

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
+import shutil
 import signal
 import sys
 import time
@@ -249,17 +251,86 @@ def test_an_interrupted_recording_goes_on_and_equals_an_uninterrupted_one(
         assert all(np.array_equal(frame[key], expected[key]) for key in expected)
 
 
+class Killed(BaseException):
+    """In place of the end of the process: nothing may be finished."""
+
+
+@contextlib.contextmanager
+def killing(monkeypatch, **functions):
+    """Whatever is recorded ends as if killed, in one of these functions."""
+    with monkeypatch.context() as patch:
+        patch.setattr(LeRobotWriter, "__exit__", lambda self, *_: self._recording._release())
+        for target, function in functions.items():
+            patch.setattr(target, function)
+        with pytest.raises(Killed):
+            yield
+
+
+def killed(monkeypatch, out, saved, **options):
+    """A recording whose process is killed when it has saved some episodes."""
+    add_frame = LeRobotWriter.add_frame
+
+    def dies(self, frame):
+        if self.num_episodes == saved:
+            raise Killed
+        add_frame(self, frame)
+
+    with killing(monkeypatch, **{"torchpi.data.LeRobotWriter.add_frame": dies}):
+        quiet(out, **options)
+
+
 def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F811
     quiet(tmp_path / "whole")
-    finalize = LeRobotWriter.finalize
-    monkeypatch.setattr(LeRobotWriter, "finalize", lambda self: self._recording._release())  # as far as a killed one
-    with contextlib.suppress(FileNotFoundError):
-        quiet(tmp_path / "set")
-    assert (tmp_path / "set" / ".recording").is_dir()
-    monkeypatch.setattr(LeRobotWriter, "finalize", finalize)
+    for saved in (0, 1, 0, 1):
+        killed(monkeypatch, tmp_path / "set", saved)
     quiet(tmp_path / "set")
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
     assert recording(tmp_path / "set") == recording(tmp_path / "whole")
     assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize(
+    ("function", "calls"),
+    [
+        pytest.param("write_json", 1, marks=pytest.mark.slow),
+        ("shutil.rmtree", 1),
+        pytest.param("shutil.rmtree", 2, marks=pytest.mark.slow),
+        ("pathlib.Path.rename", 1),
+    ],
+)
+def test_a_recording_killed_while_its_parts_are_joined_has_each_episode_once(
+    corridor,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    function,
+    calls,
+):
+    out, left, options = tmp_path / "set", [calls], {"tasks": ["short"], "episodes": 3}
+    for _ in range(2):
+        killed(monkeypatch, out, 1, **options)
+    original = operator.attrgetter(function)(sim.record)
+
+    def dies(path, *arguments, **options):
+        left[0] -= str(path).startswith(str(out)) and not options
+        if left[0] == 0:
+            raise Killed
+        return original(path, *arguments, **options)
+
+    with killing(monkeypatch, **{f"torchpi.sim.record.{function}": dies}):
+        quiet(out, **options)
+    assert quiet(out, **options).episodes == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    episodes = recording(out)["episodes"]
+    assert [episode["seed"] for episode in episodes] == [environment_seed("record", 0, "short", i) for i in range(3)]
+    assert len(frames(out)) == sum(episode["length"] for episode in episodes)
+
+
+def test_the_rest_of_a_recording_that_is_gone_is_not_joined_to_another(corridor, tmp_path, monkeypatch):  # noqa: F811
+    for _ in range(2):
+        killed(monkeypatch, tmp_path / "set", 1)
+    shutil.rmtree(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"set\.rest goes on from a recording that is not in .*set any more: move or"):
+        quiet(tmp_path / "set", seed=1)
 
 
 def test_slow_cameras_repeat_their_images_and_say_so(corridor, tmp_path):  # noqa: F811

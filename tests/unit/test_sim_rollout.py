@@ -62,7 +62,7 @@ def test_an_action_that_breaks_the_simulation_ends_the_episode_as_failed():
 def test_the_instruction_can_be_another():
     policy = forward(8)
     run_episode(policy, Corridor(), 0)
-    run_episode(policy, Corridor(), 0, rollout=Rollout(instruction="stay"))
+    run_episode(policy, Corridor(), 0, instruction="stay")
     assert [observation["prompt"] for observation, _ in policy.asked] == ["go a short way"] * 2 + ["stay"] * 2
 
 

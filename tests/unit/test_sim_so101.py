@@ -136,6 +136,11 @@ def corners(model):
 # Episodes
 
 
+def test_a_seed_that_is_none_is_an_error_of_ours(arms):
+    with pytest.raises(ValueError, match="The seed is -1; expected a whole number from 0 to 4294967295"):
+        arms["lift"].reset(-1)
+
+
 def test_a_seed_decides_an_episode_whatever_came_before(arms):
     arm = arms["place"]
     first, state = solve(arm, 4), arm.observe()

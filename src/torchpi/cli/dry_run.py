@@ -9,7 +9,7 @@ from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.hub import dataset_source, source_of
 from torchpi.checkpoints.sizes import read_config
 from torchpi.config import Pi0Config
-from torchpi.errors import MissingFileError, UsageError
+from torchpi.errors import MissingFileError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.ui.format import format_gib, large_count
@@ -21,10 +21,6 @@ _Known = tuple[Embodiment | None, Pi0Config | None, Mapping[str, Any]]
 def _known(policy: str, load: Mapping[str, Any]) -> _Known:
     """Of the policy at a path by its files, at a published address by its name, at another one by the options."""
     robot, config = load.get("embodiment"), load.get("config")
-    if policy.startswith(("ws://", "wss://")):
-        if load:
-            raise UsageError(f"{policy} is a server, which loads its policy itself; it takes no {', '.join(load)}.")
-        return None, None, {}
     if not policy.startswith(REMOTE):
         checkpoint = open_checkpoint(policy, config=config)
         spec = checkpoint.spec()
@@ -46,21 +42,35 @@ def _described(policy: str, robot: Embodiment | None, config: Pi0Config | None) 
     }
 
 
-def plan_simulation(command: Any, env: str, tasks: Sequence[str] | None, rollout: Any) -> dict[str, Any]:
+def plan_simulation(
+    command: Any, env: str, tasks: Sequence[str] | None, rollout: Any, instructions: Mapping[str, str]
+) -> dict[str, Any]:
     """The size of what the command `eval` would simulate; raises as it does, as far as the policy is known."""
     from torchpi.sim import simulator
-    from torchpi.sim.actors import check_embodiment, chosen_tasks, fitting_rollout
-    from torchpi.sim.evaluate import check_numbers
+    from torchpi.sim.actors import (
+        check_embodiment,
+        check_opening,
+        check_served,
+        chosen_tasks,
+        fitting_rollout,
+        is_address,
+    )
+    from torchpi.sim.evaluate import check_folder, check_instructions, check_numbers
 
-    options, place = command.simulation, simulator(env)
-    robot, config, provenance = _known(command.policy, command.load.given())
+    options, place, load = command.simulation, simulator(env), command.load.given()
+    check_opening(command.policy, load, options.token)
+    robot, config, provenance = (None, None, {}) if is_address(command.policy) else _known(command.policy, load)
+    if is_address(command.policy):
+        check_served(rollout)
     if robot is not None:
         check_embodiment(robot, place.embodiment)
     horizon = None if config is None else config.require("action_horizon")
     rollout = fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
     tasks = chosen_tasks(provenance, env, tasks)
+    check_instructions(instructions, tasks)
     episodes = place.protocol.episodes if options.episodes is None else options.episodes
     check_numbers(env, episodes, options.videos, command.seed or 0, options.workers)
+    check_folder(options.videos, False, command.out)
     steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
     executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
     return {

@@ -156,7 +156,7 @@ class Eval:
         if self.dry_run:
             from torchpi.cli.dry_run import plan_simulation
 
-            self._print_plan(plan_simulation(self, env, tasks, rollout))
+            self._print_plan(plan_simulation(self, env, tasks, rollout, instructions))
             return
         # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
         token = os.environ.get("TORCHPI_TOKEN") if options.token is None and is_address(self.policy) else options.token

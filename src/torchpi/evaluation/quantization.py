@@ -42,17 +42,17 @@ def quantize_policy(
     if kind == "int8" and dataset is not None:
         raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
     check_target(out, overwrite=overwrite)  # not only once all is computed
-    policy = load_policy(source, engine="eager", **(load or {}))
-
-    def observe() -> None:
-        assert dataset is not None
+    policy, observe, calibration = load_policy(source, engine="eager", **(load or {})), None, {}
+    if dataset is not None:
         data = open_recorded(policy, dataset, **reading)
         frames = sample_new_images(data, num_observations, seed=seed)
-        with progress_bar("observations", len(frames)) as advance:
-            predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
+        calibration = {"dataset": str(dataset), "num_observations": len(frames)}
 
-    quantization = quantize_model(policy.model, kind, None if dataset is None else observe)
-    calibration = {} if dataset is None else {"dataset": str(dataset), "num_observations": num_observations}
+        def observe() -> None:
+            with progress_bar("observations", len(frames)) as advance:
+                predict_chunks(policy, data, frames, seed=seed, batch_size=4, on_batch=lambda count: advance(by=count))
+
+    quantization = quantize_model(policy.model, kind, observe)
     policy.provenance["quantized"] = {"source": str(source), "kind": kind, **calibration}
     said = {name: value for name, value in (load or {}).items() if name in ("config", "embedding")}
     policy.save(out, dtype=open_checkpoint(source, **said).dtype, overwrite=overwrite)

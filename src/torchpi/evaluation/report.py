@@ -143,7 +143,8 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
     """Print `evaluate_on_dataset`: tables, or one JSON document on stdout and the rest on stderr."""
     result = evaluate_on_dataset(policy, dataset, samples=samples, **options)
     if result.samples < samples:
-        note = f"{dataset} has only {counted(result.frames, 'frame')} to sample {samples} from; all of them were used."
+        found = counted(result.samples, "frame") + (" with new images" if result.samples < result.frames else "")
+        note = f"{dataset} has only {found} to sample {samples} from; all of them were used."
         PlainConsole(stderr=True).print(note, soft_wrap=True)
     if as_json:
         print_json(result.to_dict())

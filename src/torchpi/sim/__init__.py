@@ -63,6 +63,8 @@ def swapped_instructions(env: str, pairs: Sequence[str]) -> dict[str, str]:
             raise SimulationError(f"A swap is two tasks with ':' between them, got {pair!r}.")
         check_tasks(env, [*swapped, *tasks])
         first, second = tasks
+        if own[first] == own[second]:
+            raise SimulationError(f"{first} and {second} of {env} have one instruction, {own[first]!r}; swap others.")
         swapped |= {first: own[second], second: own[first]}
     return swapped
 

@@ -1,12 +1,13 @@
 """The policy that is evaluated, in this process or behind a websocket, and whether it fits an environment."""
 
+import contextlib
 import dataclasses
 import hashlib
 import http
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torchpi.checkpoints.adapter import digest
@@ -57,26 +58,29 @@ class RemotePolicy:
         self._client.close()
 
 
-def open_actor(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], *, token: str | None = None) -> Actor:
-    """The policy at a path, with more arguments for `load_policy`, or at a server's address; or the object itself."""
-    is_path = isinstance(policy, str | pathlib.Path) and not is_address(policy)
+@contextlib.contextmanager
+def opened(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], token: str | None) -> Iterator[Actor]:
+    """The policy at a path, with more arguments for `load_policy`; at a server's address, until the block ends; or the
+    object itself."""
+    check_opening(policy, load, token)
+    if is_address(policy):
+        with contextlib.closing(RemotePolicy(str(policy), token=token)) as actor:
+            yield actor
+    else:
+        yield load_policy(policy, **load) if isinstance(policy, str | pathlib.Path) else policy
+
+
+def check_opening(policy: str | pathlib.Path | Actor, load: Mapping[str, Any], token: str | None) -> None:
+    """Raise an error for a token, or arguments of `load_policy`, that a policy has no use for."""
+    is_path = isinstance(policy, str | pathlib.Path)
     if token is not None and not is_address(policy):
         found = f"{policy} is none" if is_path else "this policy is loaded already"
         raise SimulationError(
             f"A token is for the address of a server, ws://HOST:PORT, and {found}; leave the token out."
         )
-    if is_path:
-        return load_policy(policy, **load)  # type: ignore[arg-type]
-    if load:
+    if load and (is_address(policy) or not is_path):
         loaded = "This policy's server loads it" if is_address(policy) else "This policy is loaded already"
         raise SimulationError(f"{loaded}; it takes no {', '.join(load)}.")
-    return RemotePolicy(str(policy), token=token) if is_address(policy) else policy  # type: ignore[return-value]
-
-
-def close_actor(actor: Actor) -> None:
-    """End the connection, where there is one."""
-    if isinstance(actor, RemotePolicy):
-        actor.close()
 
 
 def noise_shape(actor: Actor, num_samples: int | None = None) -> tuple[int, ...] | None:
@@ -130,18 +134,23 @@ def checked_rollout(actor: Actor, env: str, rollout: Rollout) -> Rollout:
     robot = simulator(env).embodiment
     recommended = horizon = None
     if isinstance(actor, RemotePolicy):
-        if rollout.num_steps is not None:
-            raise SimulationError("The number of Euler steps of a served policy is its server's; leave num_steps out.")
-        if rollout.num_samples is not None:
-            raise SimulationError(
-                "The number of samples of a served policy is its server's, serve --num-samples; leave it out here."
-            )
+        check_served(rollout)
         check_metadata(actor.metadata, robot)
         recommended, horizon = actor.metadata.get("execute_steps"), actor.metadata.get("action_horizon")
     elif isinstance(actor, Policy):
         check_embodiment(actor.embodiment, robot)
         recommended, horizon = actor.embodiment.execute_steps, actor.model.config.require("action_horizon")
     return fitting_rollout(env, rollout, recommended, horizon)
+
+
+def check_served(rollout: Rollout) -> None:
+    """Raise an error for settings that are a server's."""
+    if rollout.num_steps is not None:
+        raise SimulationError("The number of Euler steps of a served policy is its server's; leave num_steps out.")
+    if rollout.num_samples is not None:
+        raise SimulationError(
+            "The number of samples of a served policy is its server's, serve --num-samples; leave it out here."
+        )
 
 
 def fitting_rollout(env: str, rollout: Rollout, recommended: int | None, horizon: int | None) -> Rollout:
@@ -180,24 +189,49 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
             f"{sides}the policy reads a state of {lengths} numbers in {', '.join(keys)}, the environment sends "
             f"{len(robot.state_names)} ({', '.join(robot.state_names)}) in {', '.join(sent_keys)}."
         )
-    _check_actions(policy.action_names, policy.control_hz, robot, sides)
+    stated = {"action_names": policy.action_names, "action_units": policy.action_units, "control_hz": policy.control_hz}
+    _check_actions(stated | {"action_commands": [action.command for action in policy.actions]}, robot, sides)
+    if keys:
+        _check_dimensions("state", policy.state_names, policy.state_units, robot.state_names, robot.state_units, sides)
 
 
 def check_metadata(metadata: Mapping[str, Any], robot: Embodiment) -> None:
-    """`check_embodiment` for a served policy, as far as its metadata say something."""
+    """`check_embodiment` for a served policy, as far as its metadata say something about actions and rate."""
     name = metadata.get("embodiment", "no name")
-    sides = f"The served policy ({name}) and the environment {robot.name!r} do not fit: "
-    _check_actions(metadata.get("action_names"), metadata.get("control_hz"), robot, sides)
+    _check_actions(metadata, robot, f"The served policy ({name}) and the environment {robot.name!r} do not fit: ")
 
 
-def _check_actions(names: Sequence[str] | None, control_hz: float | int | None, robot: Embodiment, sides: str) -> None:
-    if names is not None and len(names) != robot.action_size:
+def _check_actions(stated: Mapping[str, Any], robot: Embodiment, sides: str) -> None:
+    names, control_hz, own = stated.get("action_names"), stated.get("control_hz"), robot.action_names
+    if names is not None and len(names) != len(own):
         raise SimulationError(
             f"{sides}the policy's actions have {len(names)} dimensions ({', '.join(names)}), the environment takes "
-            f"{robot.action_size} ({', '.join(robot.action_names)})."
+            f"{len(own)} ({', '.join(own)})."
         )
+    if names is not None:
+        commands = [action.command for action in robot.actions]
+        _check_dimensions("actions", names, stated.get("action_commands") or (), own, commands, sides)
+        _check_dimensions("actions", names, stated.get("action_units") or (), own, robot.action_units, sides)
     if control_hz is not None and robot.control_hz is not None and control_hz != robot.control_hz:
         raise SimulationError(
             f"{sides}the policy acts at {control_hz:g} Hz, the environment at {robot.control_hz:g} Hz, so that its "
             "actions would be executed too fast or too slowly."
         )
+
+
+def _check_dimensions(
+    what: str,
+    names: Sequence[str],
+    meanings: Sequence[str | None],
+    own_names: Sequence[str],
+    own_meanings: Sequence[str | None],
+    sides: str,
+) -> None:
+    """Raise an error for the environment's dimensions in another order, or with another unit or command where both
+    state one; the names of robots' descriptions differ."""
+    if sorted(names) == sorted(own_names) and list(names) != list(own_names):
+        order, own_order = ", ".join(names), ", ".join(own_names)
+        raise SimulationError(f"{sides}the policy's {what} are in the order {order}, the environment's {own_order}.")
+    for name, meaning, own in zip(names, meanings, own_meanings, strict=False):
+        if meaning and own and meaning != own:
+            raise SimulationError(f"{sides}{name} of the policy's {what} is {meaning!r}, of the environment's {own!r}.")

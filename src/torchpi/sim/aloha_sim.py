@@ -9,7 +9,7 @@ import numpy as np
 
 from torchpi.extras import require
 from torchpi.robots import ActionDim, Camera, Embodiment, aloha
-from torchpi.sim.environment import Simulator, UnstableError, check_action
+from torchpi.sim.environment import Simulator, UnstableError, check_action, episode_seed
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
@@ -35,13 +35,11 @@ class AlohaSimEnvironment:
     The policy gets the image that the package renders, with shadows and smooth edges; a policy may depend on them.
     """
 
+    embodiment, max_steps = EMBODIMENT, MAX_STEPS
+
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
         import_mujoco()  # before gym_aloha imports it with a choice of its own
-        self.task = task
-        self.instruction = INSTRUCTIONS[task]
-        self.embodiment = EMBODIMENT
-        self.image_size = image_size
-        self.max_steps = MAX_STEPS
+        self.task, self.instruction, self.image_size = task, INSTRUCTIONS[task], image_size
         # Its own step and reset render three cameras each time; physics and task are driven here without them.
         env = require("gym_aloha.env", "aloha").AlohaEnv(task)._env
         self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
@@ -54,9 +52,8 @@ class AlohaSimEnvironment:
         from gym_aloha.utils import sample_box_pose, sample_insertion_pose
 
         # The package's way to place the objects: a global, which its task reads here.
-        BOX_POSE[0] = (
-            sample_box_pose(seed) if self.task == "transfer_cube" else np.concatenate(sample_insertion_pose(seed))
-        )
+        is_cube, seed = self.task == "transfer_cube", episode_seed(seed)
+        BOX_POSE[0] = sample_box_pose(seed) if is_cube else np.concatenate(sample_insertion_pose(seed))
         with self._physics.reset_context():
             self._task.initialize_episode(self._physics)
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from torchpi.errors import SimulationError
-from torchpi.randomness import generator_at
+from torchpi.randomness import checked_seed, generator_at
 from torchpi.robots import Embodiment
 
 
@@ -25,7 +25,11 @@ class Environment(Protocol):
     """Actions after which an episode has failed."""
 
     def reset(self, seed: int) -> None:
-        """Begin an episode. The same seed gives the same episode, whatever happened before."""
+        """Begin an episode. The same seed gives the same episode, whatever happened before.
+
+        Raises:
+            ValueError: the seed is not a whole number from 0 to 2³² - 1.
+        """
 
     def observe(self) -> dict[str, Any]:
         """The robot's observation now, in the embodiment's keys; renders its cameras."""
@@ -53,7 +57,7 @@ class HasInitialStates(Protocol):
     """An environment of a benchmark, whose evaluations begin in states that it comes with."""
 
     def reset_to(self, episode: int, seed: int) -> None:
-        """Begin the n-th episode of an evaluation with a seed."""
+        """Begin the n-th episode of an evaluation with a seed; a ValueError where there is none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +143,11 @@ def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, e
     """
     drawn = int(generator_at(seed, f"{purpose} episodes", task, episode, attempt).integers(2**31))
     return 2 * drawn + (purpose == "eval")  # below 2³², the largest that all simulators take
+
+
+def episode_seed(seed: Any) -> int:
+    """The seed of a `reset`, up to the largest that all simulators take."""
+    return checked_seed(seed, below=2**32)
 
 
 def check_action(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:

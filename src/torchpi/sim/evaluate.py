@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from torchpi.policy import Policy
 from torchpi.randomness import checked_seed
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
-from torchpi.sim.actors import checked_rollout, chosen_tasks, close_actor, noise_shape, open_actor, provenance_of
+from torchpi.sim.actors import checked_rollout, chosen_tasks, noise_shape, opened, provenance_of
 from torchpi.sim.environment import environment_seed
 from torchpi.sim.kept import begin_or_resume, read_outcome
-from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
+from torchpi.sim.processes import default_workers, explaining, run_jobs
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
 from torchpi.sim.video import record_video
@@ -79,28 +79,28 @@ def evaluate(
     """
     start, protocol = time.perf_counter(), simulator(env).protocol
     episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
+    load, instructions, rollout = load or {}, instructions or {}, rollout or Rollout()
     check_numbers(env, episodes, videos, seed, workers)
+    check_folder(videos, resume, out)
     check_installed(simulator(env).package, simulator(env).extra)  # loading a policy may take long
-    if (videos or resume) and out is None:
-        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
-    folder = pathlib.Path(out or "")
-    open_policy: Callable[[], Actor] = partial(open_actor, policy, load or {}, token=token)
-    actor = open_policy()
-    rollout, tasks = checked_rollout(actor, env, rollout or Rollout()), chosen_tasks(provenance_of(actor), env, tasks)
-    jobs = _jobs(env, tasks, episodes, seed, instructions or {}, folder, videos, resume)
-    if resume:
-        begin_or_resume(folder, actor, env, seed, rollout, instructions or {})
-    done = {job: outcome for job in jobs if (outcome := _kept(job))}
-    rest = [job for job in jobs if job not in done]
-    workers = max(1, min(len(rest), _num_workers(policy, actor, env, workers, len(rest))))
-    if workers > 1:  # each worker has its own; this one's memory or connection is not needed
-        close_actor(actor)
-    else:
-        open_policy = partial(open_actor, actor, {})
-    with _counting_kept(jobs, folder):
-        _run(partial(_Evaluator, open_policy, env, seed, rollout), rest, done, workers, progress)
-    name = str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__
-    return _summary(name, env, seed, rollout, {job: done[job] for job in jobs}, workers, time.perf_counter() - start)
+    with contextlib.ExitStack() as stack:
+        actor = stack.enter_context(opened(policy, load, token))
+        rollout, tasks = checked_rollout(actor, env, rollout), chosen_tasks(provenance_of(actor), env, tasks)
+        check_instructions(instructions, tasks)
+        folder = pathlib.Path(out or "")
+        jobs = _jobs(env, tasks, episodes, seed, instructions, folder, videos, resume)
+        if resume:
+            begin_or_resume(folder, actor, env, seed, rollout, instructions)
+        done = {job: outcome for job in jobs if (outcome := _kept(job))}
+        workers = _num_workers(policy, actor, env, workers, len(jobs) - len(done))
+        make_work = partial(_Evaluator, actor, {}, None, env, seed, rollout)
+        if workers > 1:  # each worker has its own; this one's memory or connection is not needed
+            make_work = partial(_Evaluator, policy, load, token, env, seed, rollout)
+            del actor
+            stack.close()
+        with explaining(partial(_describe_kept, jobs, folder)):
+            speed = _run(make_work, jobs, done, workers, progress)
+    return _summary(policy, env, seed, rollout, {job: done[job] for job in jobs}, speed, time.perf_counter() - start)
 
 
 def _jobs(
@@ -113,10 +113,6 @@ def _jobs(
     videos: int,
     resume: bool,
 ) -> list[_Job]:
-    if unknown := sorted(set(instructions) - set(tasks)):
-        raise UnknownKeyError(
-            f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
-        )
     place = simulator(env)
     instruction_of = {**place.instructions, **instructions}
     jobs = []
@@ -127,6 +123,20 @@ def _jobs(
             kept = out / "episodes" / f"{task}_{index}.json" if resume else None
             jobs.append(_Job(task, index, own, instruction_of[task], video, kept))
     return jobs
+
+
+def check_instructions(instructions: Collection[str], tasks: Sequence[str]) -> None:
+    """Raise an error for instructions of tasks that are not evaluated."""
+    if unknown := sorted(set(instructions) - set(tasks)):
+        raise UnknownKeyError(
+            f"There is an instruction for {', '.join(unknown)}, which is not among the tasks {', '.join(tasks)}."
+        )
+
+
+def check_folder(videos: int, resume: bool, out: str | pathlib.Path | None) -> None:
+    """Raise an error where there is no folder for videos or kept episodes."""
+    if (videos or resume) and out is None:
+        raise SimulationError(f"{'Videos' if videos else 'Kept episodes'} need a folder, out=.")
 
 
 def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int | None) -> None:
@@ -143,17 +153,9 @@ def check_numbers(env: str, episodes: int, videos: int, seed: int, workers: int 
         raise SimulationError(f"workers must be at least 1, got {workers}.")
 
 
-@contextlib.contextmanager
-def _counting_kept(jobs: Sequence[_Job], folder: pathlib.Path) -> Iterator[None]:
-    """Say in an error how many episodes are kept, where some are."""
-    try:
-        yield
-    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
-        if not (kept := sum(_kept(job) is not None for job in jobs)):
-            raise
-        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
-        text = f"{problem}{kept} of {len(jobs)} episodes are in {folder}; the same command goes on from there."
-        raise rephrased(error, text) from error
+def _describe_kept(jobs: Sequence[_Job], folder: pathlib.Path, _: BaseException) -> str:
+    kept = sum(_kept(job) is not None for job in jobs)
+    return f"{kept} of {len(jobs)} episodes are in {folder}; the same command goes on from there." if kept else ""
 
 
 def _kept(job: _Job) -> EpisodeOutcome | None:
@@ -164,6 +166,7 @@ def _kept(job: _Job) -> EpisodeOutcome | None:
 
 
 def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, env: str, workers: int | None, jobs: int) -> int:
+    """The number of processes, of those that are asked for as many as there are jobs."""
     shareable = isinstance(policy, str | pathlib.Path)
     if workers is None:
         if not shareable or (isinstance(actor, Policy) and actor.model.device.type != "cpu"):
@@ -173,54 +176,68 @@ def _num_workers(policy: str | pathlib.Path | Actor, actor: Actor, env: str, wor
         return default_workers(jobs, bytes_each=2 * weights + simulator(env).memory_bytes)
     if workers != 1 and not shareable:
         raise SimulationError(f"A Policy object can't be shared by {workers} processes: give its path, or workers=1.")
-    return workers
+    return max(1, min(workers, jobs))
 
 
 def _run(
     make_work: Callable[[], Callable[[_Job], EpisodeOutcome]],
-    rest: Sequence[_Job],
+    jobs: Sequence[_Job],
     done: dict[_Job, EpisodeOutcome],
     workers: int,
     progress: bool,
-) -> None:
-    """Run the jobs that are not done yet, and add their outcomes to those that are."""
+) -> float:
+    """Run the jobs that are not done yet, and add their outcomes to those that are; the steps per second."""
+    rest = [job for job in jobs if job not in done]
     with progress_bar("evaluating episodes", len(rest), shown=progress) as advance:
         for job, outcome in zip(rest, run_jobs(make_work, rest, workers=workers, label=str), strict=True):
             done[job] = outcome
             advance(f"{sum(each.success for each in done.values()) / len(done):.0%} success")
+    run = [done[job] for job in rest or jobs]
+    return workers * sum(each.steps for each in run) / sum(each.seconds for each in run)
 
 
 class _Evaluator:
     """Runs episodes in one process; keeps the policy, and the simulation of the latest task."""
 
-    def __init__(self, open_policy: Callable[[], Actor], env: str, seed: int, rollout: Rollout) -> None:
-        self._actor, self._latest = open_policy(), LatestEnvironment(env)
+    def __init__(
+        self,
+        policy: str | pathlib.Path | Actor,
+        load: Mapping[str, Any],
+        token: str | None,
+        env: str,
+        seed: int,
+        rollout: Rollout,
+    ) -> None:
+        self._stack, self._latest = contextlib.ExitStack(), LatestEnvironment(env)
+        self._stack.callback(self._latest.close)
+        self._actor = self._stack.enter_context(opened(policy, load, token))
         self._seed, self._rollout = seed, rollout
         self._has_states = simulator(env).protocol.initial_states is not None
         self._noise_shape = noise_shape(self._actor, rollout.num_samples)
+        self.close = self._stack.close
 
     def __call__(self, job: _Job) -> EpisodeOutcome:
-        environment = self._latest.of(job.task)
-        rollout = dataclasses.replace(self._rollout, instruction=job.instruction)
-        noise = None
+        environment, noise = self._latest.of(job.task), None
         if self._noise_shape is not None:
             noise = episode_noise(self._seed, job.task, job.index, self._noise_shape)
-        episode = job.index if self._has_states else None
-        with _one_thread(), record_video(job.video, environment, job.instruction) as callback:
+        with one_thread(), record_video(job.video, environment, job.instruction) as callback:
             outcome = run_episode(
-                self._actor, environment, job.seed, episode=episode, rollout=rollout, noise=noise, callback=callback
+                self._actor,
+                environment,
+                job.seed,
+                episode=job.index if self._has_states else None,
+                instruction=job.instruction,
+                rollout=self._rollout,
+                noise=noise,
+                callback=callback,
             )
         if job.kept is not None:
             write_json(job.kept, dataclasses.asdict(outcome))
         return outcome
 
-    def close(self) -> None:
-        self._latest.close()
-        close_actor(self._actor)
-
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute with one thread: sums depend on their number, and results must not depend on the machine's."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -231,12 +248,12 @@ def _one_thread() -> Iterator[None]:
 
 
 def _summary(
-    policy: str,
+    policy: str | pathlib.Path | Actor,
     env: str,
     seed: int,
     rollout: Rollout,
     outcomes: Mapping[_Job, EpisodeOutcome],
-    workers: int,
+    steps_per_second: float,
     seconds: float,
 ) -> Evaluation:
     episodes = tuple(
@@ -247,7 +264,7 @@ def _summary(
     instructions = {job.task: job.instruction for job in outcomes}
     return Evaluation(
         env=env,
-        policy=policy,
+        policy=str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__,
         seed=seed,
         success_rate=rate,
         interval=interval,
@@ -259,7 +276,7 @@ def _summary(
         execute_steps=rollout.execute_steps,
         max_steps=rollout.max_steps or simulator(env).max_steps,
         blank_images=rollout.blank_images,
-        steps_per_second=workers * sum(e.steps for e in outcomes.values()) / sum(e.seconds for e in outcomes.values()),
+        steps_per_second=steps_per_second,
         chunk_ms=statistics.median(ms for each in outcomes.values() for ms in each.chunk_ms),
         seconds=seconds,
         episodes=episodes,

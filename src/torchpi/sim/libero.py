@@ -80,6 +80,8 @@ class LiberoEnvironment(PandaEnvironment):
     def reset_to(self, episode: int, seed: int) -> None:
         """Begin in one of the benchmark's initial states. They are without the fixtures (stove, cabinet, …), which are
         where the client's reset has them: it draws them from NumPy's global generator."""
+        if not 0 <= episode < len(self.initial_states):
+            raise SimulationError(f"There is no initial state {episode}; expected 0 to {len(self.initial_states) - 1}.")
         once = self._client.seeds_every_reset
         with contained(seed + episode if once else seed):
             self._env.object_property_initializers = list(self._properties)

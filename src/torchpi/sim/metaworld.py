@@ -14,7 +14,7 @@ import numpy as np
 from torchpi.assets import assets
 from torchpi.extras import require
 from torchpi.robots import metaworld
-from torchpi.sim.environment import Simulator, check_action
+from torchpi.sim.environment import Simulator, check_action, episode_seed
 from torchpi.sim.gl import Cameras, import_mujoco
 
 IMAGE_SIZE = 96
@@ -31,20 +31,18 @@ INSTRUCTIONS: dict[str, str] = tomllib.loads((assets() / "metaworld.toml").read_
 class MetaworldEnvironment:
     """One Meta-World task. The markers of its goals are hidden; see `Environment` for the methods."""
 
+    embodiment, max_steps = EMBODIMENT, MAX_STEPS
+
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
         mujoco = import_mujoco()
         require("metaworld", "sim")
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
-        self.task = task
-        self.instruction = INSTRUCTIONS[task]
-        self.embodiment = EMBODIMENT
-        self.image_size = image_size
+        self.task, self.instruction, self.image_size = task, INSTRUCTIONS[task], image_size
         self._env = ALL_V3_ENVIRONMENTS[f"{task}-v3"]()
         experts: Mapping[str, Any] = ENV_POLICY_MAP
         self._expert = experts[f"{task}-v3"]()
-        self.max_steps = MAX_STEPS
         self._env.max_path_length = sys.maxsize  # the caller ends the episode
         # Each reset draws the task's objects anew, from the environment's own generator.
         self._env._set_task_called = True
@@ -62,7 +60,7 @@ class MetaworldEnvironment:
         self._full_observation = np.zeros(39)
 
     def reset(self, seed: int) -> None:
-        self._env.seed(seed)
+        self._env.seed(episode_seed(seed))
         self._full_observation, _ = self._env.reset()
 
     def observe(self) -> dict[str, Any]:

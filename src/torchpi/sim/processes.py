@@ -66,16 +66,28 @@ def default_workers(jobs: int, *, bytes_each: int) -> int:
     return max(1, min(cores, jobs, psutil.virtual_memory().available // bytes_each))
 
 
-def rephrased(error: BaseException, text: str) -> BaseException:
-    """An exception of the same kind with another message, as far as it is one for users; otherwise a RuntimeError."""
+@contextlib.contextmanager
+def explaining(remains: Callable[[BaseException], str]) -> Iterator[None]:
+    """Say in a user's error, behind its message, what remains of the work: a sentence, or nothing."""
+    try:
+        yield
+    except _FOR_USERS as error:
+        if not (text := remains(error)):
+            raise
+        problem = f"{_message_of(error).rstrip('.')}. ".lstrip(". ")
+        raise _rephrased(error, f"{problem}{text}") from error
+
+
+def _rephrased(error: BaseException, text: str) -> BaseException:
+    """An exception of the same kind with another message."""
     kinds = (type(error),) if isinstance(error, TorchpiError) else _FOR_USERS
-    other = next((kind(text) for kind in kinds if isinstance(error, kind)), RuntimeError(text))
+    other = next(kind(text) for kind in kinds if isinstance(error, kind))
     for note in getattr(error, "__notes__", ()):
         other.add_note(note)
     return other
 
 
-def message_of(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     """Its message; str() of a KeyError quotes it."""
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
@@ -94,7 +106,7 @@ class _Worker:
             return self._work(job)
         except Exception as error:
             if isinstance(error, _FOR_USERS):
-                raise rephrased(error, f"{label}: {message_of(error)}") from error
+                raise _rephrased(error, f"{label}: {_message_of(error)}") from error
             raise RuntimeError(f"{label} failed:\n{traceback.format_exc()}") from error
 
     def close(self) -> None:

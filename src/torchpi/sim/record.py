@@ -17,14 +17,14 @@ import numpy as np
 from torchpi.data import LeRobotWriter
 from torchpi.data.edit import merge_datasets
 from torchpi.data.format import ACTION, IMAGES, INFO, NEW_IMAGES, RECORDING_FOLDER, STATE
-from torchpi.errors import SimulationError, counted, listed
+from torchpi.errors import DatasetError, SimulationError, counted, listed
 from torchpi.randomness import checked_seed, generator_at
 from torchpi.robots import Embodiment
 from torchpi.robots.keys import flatten
 from torchpi.schema import read_json, write_json
 from torchpi.sim import ENVIRONMENTS, LatestEnvironment, check_tasks, simulator
 from torchpi.sim.environment import Environment, RendersLater, UnstableError, environment_seed
-from torchpi.sim.processes import default_workers, message_of, rephrased, run_jobs
+from torchpi.sim.processes import default_workers, explaining, run_jobs
 from torchpi.sim.rollout import camera_keys
 from torchpi.ui.progress import progress_bar
 
@@ -125,17 +125,10 @@ def record(
     jobs = [(task, index) for task in tasks for index in range(episodes)]
     jobs = jobs[done.resume(jobs, video) :]
     most = default_workers(len(jobs), bytes_each=place.memory_bytes)
-    try:
+    with explaining(done.describe_complete):
         if jobs:
             _record(done, jobs, most if workers is None else workers, video, progress)
         done.join()
-    except (KeyboardInterrupt, ModuleNotFoundError, KeyError, ValueError, OSError) as error:
-        if not (complete := done.describe_complete(error)):
-            raise
-        problem = f"{message_of(error).rstrip('.')}. ".lstrip(". ")
-        kept = counted(complete, "episode that was complete is", "episodes that were complete are")
-        kept = f"{problem}The {kept} in {out}."
-        raise rephrased(error, kept) from error
     done.describe(len(done.episodes))
     frames = sum(episode["length"] for episode in done.episodes)
     return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
@@ -183,6 +176,8 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
             if len(done.episodes) > 1:  # a killed process leaves a dataset, too
                 done.describe(len(done.episodes))
             writer.add_episode(demonstration.frames, place.instructions[demonstration.description["task"]])
+            if len(done.episodes) == 1:  # not before: an error in the first one leaves nothing
+                done.describe(1)
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
 
 
@@ -202,7 +197,8 @@ class _Done:
     def __init__(self, root: pathlib.Path, settings: RecordSettings, command: str | None) -> None:
         self.root, self.settings, self._command = root, settings, command
         self.part = root
-        """The folder that is recorded into: one next to the dataset's if that has episodes already."""
+        """The folder that is recorded into: `_rest`, next to the dataset's, if that has episodes already."""
+        self._rest, self._joined = (root.with_name(f"{root.name}.{name}") for name in ("rest", "joined"))
         self.episodes: list[dict[str, Any]] = []
 
     @property
@@ -215,21 +211,25 @@ class _Done:
 
     def resume(self, jobs: Sequence[tuple[str, int]], video: bool) -> int:
         """Take over the episodes of an interrupted recording with the same arguments; their number."""
-        rest = self.root.with_name(f"{self.root.name}.rest")
-        for folder in (self.root, rest):
-            if (folder / RECORDING_FOLDER).is_dir():
-                LeRobotWriter.recover(folder)
+        for folder in (self.root, self._rest):
+            _recover(folder)
+        if (self._joined / RECORDING_FILE).is_file():  # a process was killed as it put this one in their place
+            self._replace_by_joined()
         if not (self.root / RECORDING_FILE).is_file() or not (self.root / INFO).is_file():
+            if self._rest.exists():
+                raise SimulationError(
+                    f"{self._rest} goes on from a recording that is not in {self.root} any more: move or delete it."
+                )
             return 0
         document = read_json(self.root / RECORDING_FILE)
-        self.part = rest
+        self.part = self._rest
         self.join()
         info, settings = read_json(self.root / INFO), dataclasses.asdict(self.settings)
         complete = int(info["total_episodes"])
         self.episodes = document["episodes"][:complete]
-        given = [settings, video, [task for task, _ in jobs[:complete]]]
-        recorded = {name: document.get(name) for name in settings}
-        if given != [recorded, info["video_path"] is not None, [episode["task"] for episode in self.episodes]]:
+        recorded = {name: document.get(name) for name in settings}, info["video_path"] is not None
+        tasks = [episode["task"] for episode in self.episodes]
+        if recorded != (settings, video) or len(tasks) != complete or tasks != [task for task, _ in jobs[:complete]]:
             raise SimulationError(
                 f"{self.root} exists already, with {complete} episodes of other arguments ({document['command']}); "
                 "give the same ones to go on, or choose another path."
@@ -240,14 +240,17 @@ class _Done:
         """Add the episodes of a resumed recording to those before them."""
         if self.part == self.root or not (self.part / INFO).is_file():
             return
-        joined, before = (self.root.with_name(f"{self.root.name}.{name}") for name in ("joined", "before"))
-        shutil.rmtree(joined, ignore_errors=True)
-        merge_datasets([self.root, self.part], joined)
-        shutil.copy(self.root / RECORDING_FILE, joined / RECORDING_FILE)
-        self.root.rename(before)
-        joined.rename(self.root)
-        shutil.rmtree(before)
-        shutil.rmtree(self.part)
+        shutil.rmtree(self._joined, ignore_errors=True)
+        merge_datasets([self.root, self.part], self._joined)
+        # Last: from now on it has all episodes, and none may be joined again.
+        write_json(self._joined / RECORDING_FILE, read_json(self.root / RECORDING_FILE))
+        self._replace_by_joined()
+
+    def _replace_by_joined(self) -> None:
+        for folder in (self._rest, self.root):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self._joined.rename(self.root)
 
     def add(self, demonstration: _Demonstration) -> None:
         """Note an episode."""
@@ -259,18 +262,19 @@ class _Done:
             self.episodes.pop()
             raise SimulationError(_fails_too_often(task, failures, attempts))
 
-    def describe_complete(self, error: BaseException) -> int:
-        """Describe the dataset as an error left it; the number of its episodes, 0 where there is none."""
-        self.join()
-        info = self.root / INFO  # not even this had room: the writer's error says what to do
-        if not self.episodes or not info.exists():
-            return 0
-        complete = int(read_json(info)["total_episodes"])
+    def describe_complete(self, error: BaseException) -> str:
+        """Describe the dataset as an error left it; a sentence on its episodes, where there are some."""
+        out, info = self.root, self.root / INFO  # not even this had room: the writer's error says what to do
         try:
-            self.describe(complete)
+            self.join()
+            if self.episodes and info.exists():
+                self.describe(int(read_json(info)["total_episodes"]))
         except OSError as second:
-            error.add_note(f"{second} while writing {self.root / RECORDING_FILE}, which the dataset lacks.")
-        return complete
+            error.add_note(f"{second} while finishing {self.root}; the same call again goes on from there.")
+        if not self.episodes or not info.exists():
+            return ""
+        complete = int(read_json(info)["total_episodes"])
+        return f"The {counted(complete, 'episode that was complete is', 'episodes that were complete are')} in {out}."
 
     def describe(self, complete: int) -> None:
         """Write the recording's settings next to the dataset's metadata."""
@@ -287,6 +291,19 @@ class _Done:
             "episodes": episodes,
         }
         write_json(self.root / RECORDING_FILE, document)
+
+
+def _recover(folder: pathlib.Path) -> None:
+    """Make a dataset of the episodes that a killed process has saved."""
+    recording = folder / RECORDING_FOLDER
+    if not recording.is_dir():
+        return
+    try:
+        LeRobotWriter.recover(folder)
+    except DatasetError:
+        if recording.is_dir():
+            raise
+        # It was killed before it had saved one, and is removed.
 
 
 class _Recorder:

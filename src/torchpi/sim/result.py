@@ -60,11 +60,12 @@ class Evaluation:
     max_steps: int
     blank_images: bool
     steps_per_second: float
-    """Actions executed per second on the clock, policy and rendering included, in all processes together."""
+    """Actions executed per second on the clock, policy and rendering included, in all processes together; where all
+    episodes had been kept, in one."""
     chunk_ms: float
     """Median time that the policy took for one chunk, in milliseconds."""
     seconds: float
-    """The whole evaluation on the clock."""
+    """This call on the clock, without the episodes that had been kept."""
     episodes: tuple[Episode, ...]
     """In the order of the tasks."""
     videos: tuple[str, ...]

