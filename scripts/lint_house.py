@@ -40,7 +40,7 @@ LAYERS: Mapping[str, str] = {
     "model": "types config",
     "collate": "model",
     "engine": "model extras",
-    "checkpoints": "engine atomic transforms robots version rates",
+    "checkpoints": "engine atomic transforms robots version rates devices",
     "transforms": "types schema arrays",
     "robots": "transforms schema assets",
     "samples": "transforms config",

@@ -5,6 +5,7 @@ The public names are resolved on first use, so that `import torchpi` costs nothi
 """
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from torchpi.version import __version__ as __version__
@@ -37,22 +38,16 @@ _HOME_OF = {
 __all__ = list(_HOME_OF)
 
 # What `torchpi.model.masks.make_attn_mask` needs behind a bare `import torchpi`: the module that brings the others in.
-_SUBPACKAGES = {
-    "checkpoints": "torchpi.checkpoints",
-    "inspect": "torchpi.inspect",
-    "model": "torchpi.model.pi0",
-    "robots": "torchpi.robots",
-    "transforms": "torchpi.transforms.pipeline",
-}
+_BRINGS_IN = {"model": "torchpi.model.pi0", "transforms": "torchpi.transforms.pipeline"}
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBPACKAGES:
-        importlib.import_module(_SUBPACKAGES[name])
-        return importlib.import_module(f"torchpi.{name}")
-    if name not in _HOME_OF:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(_HOME_OF[name]), name)
+    if name.startswith("_") or importlib.util.find_spec(f"torchpi.{name}") is None:
         raise AttributeError(f"module 'torchpi' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME_OF[name]), name)
+    importlib.import_module(_BRINGS_IN.get(name, f"torchpi.{name}"))
+    return importlib.import_module(f"torchpi.{name}")
 
 
 def __dir__() -> list[str]:

@@ -144,7 +144,8 @@ class Observation:
             images=images,
             image_masks={name: _mask(masks.get(name, present), f"image_mask[{name!r}]", (batch,)) for name in images},
             state=state.to(torch.float32),
-            tokenized_prompt=tokens.to(torch.int64),
+            # Many pad with -1, which no embedding has.
+            tokenized_prompt=tokens.to(torch.int64).masked_fill(~token_mask & (tokens < 0), 0),
             tokenized_prompt_mask=token_mask,
         )
 
@@ -192,5 +193,11 @@ def _image(value: Any, camera: str, batch: int) -> Tensor:
     if image.dtype is torch.uint8:
         return image.to(torch.float32) / 255.0 * 2.0 - 1.0
     if image.dtype is torch.float32:
+        # LeRobot 0.4's bars are -3. A GPU's values are not read here; NaN may stand in an absent camera's image.
+        if image.device.type == "cpu" and bool((image.abs() > 3).any()):
+            raise ObservationError(
+                f"image[{camera!r}] has values from {image.min():.4g} to {image.max():.4g}; expected float32 in "
+                "[-1, 1]. Pass pixels of 0 to 255 as uint8."
+            )
         return image
     raise ObservationError(f"image[{camera!r}] must be uint8, or float32 in [-1, 1], got {image.dtype}.")

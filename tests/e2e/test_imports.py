@@ -38,6 +38,9 @@ def test_model_imports_nothing_heavy():
         "torchpi.transforms.images.resize_with_pad",
         "torchpi.robots.get_embodiment",
         "torchpi.checkpoints.load_model",
+        "torchpi.data.LeRobotDataset",
+        "torchpi.policy.load_policy",
+        "torchpi.errors.ModelError",
     ],
 )
 def test_public_names_resolve_after_bare_import(name):

@@ -1,5 +1,7 @@
 """Invariants of the model for any weights: masked and padded inputs change nothing, rows of a batch are independent."""
 
+import dataclasses
+
 import jaxtyping
 import pytest
 import torch
@@ -268,5 +270,24 @@ def test_shapes_that_would_be_broadcast_are_errors(golden, model, monkeypatch):
     with torch.no_grad():
         cache = model.prefill(observation)
         for x_t in (actions[:1], actions[:, 1:]):
-            with pytest.raises(ValueError, match=r"x_t must be .* for which the cache was made"):
+            with pytest.raises(ValueError, match=r"x_t of this cache must be .* \[2, \d+, \d+\], got"):
                 model.denoise_step(cache, x_t, golden.inputs["time"][: len(x_t)])
+        for time in (torch.ones(3), torch.ones(2, 1), 0.5):
+            with pytest.raises(ValueError, match=r"time must be a float32 tensor \[2\] or \[2, \d+\], got"):
+                model.denoise_step(cache, actions, time)
+    with pytest.raises(ValueError, match="noisy_actions must be"):
+        model.embed_suffix(observation, actions[..., 1:], flow["time"])
+    with pytest.raises(ValueError, match=r"timestep must be a float32 tensor \[2\], got \[1\]"):
+        model.embed_suffix(observation, actions, flow["time"][:1])
+    with pytest.raises(ValueError, match="Noise must be a float32 tensor, got a ndarray"):
+        model.sample_actions(observation, noise=flow["noise"].numpy())
+    with pytest.raises(ValueError, match="Time must be a float32 tensor, got a ndarray"):
+        model(observation, actions, noise=flow["noise"], time=flow["time"].numpy())
+
+
+def test_token_ids_that_the_embedding_does_not_have(golden, model):
+    observation = golden.observation()
+    vocab = model.config.vocab_size
+    foreign = dataclasses.replace(observation, tokenized_prompt=observation.tokenized_prompt + vocab)
+    with pytest.raises(ValueError, match=f"the model's embedding has 0 to {vocab - 1}"):
+        model.embed_prefix(foreign)

@@ -32,8 +32,16 @@ def test_every_step_refers_to_the_same_state():
 
 @pytest.mark.parametrize(("a", "s"), [(2, 3), (3, 2)])
 def test_a_mask_that_is_too_long(a, s):
-    with pytest.raises(ValueError, match=f"mask has 3 dimensions, actions {a} and state {s}"):
+    with pytest.raises(ValueError, match=f"mask has 3 dimensions.* number 3, actions {a} and state {s}"):
         delta_actions(np.zeros((1, a)), np.zeros(s), (True,) * 3)
+
+
+def test_state_may_lack_the_dimensions_that_are_absolute():
+    actions, state, mask = np.array([[1.0, 5.0, 7.0]]), np.array([1.0]), (True, False, False)
+    delta = delta_actions(actions, state, mask)
+    assert delta.tolist() == [[0, 5, 7]]
+    assert absolute_actions(delta, state, mask).tolist() == actions.tolist()
+    assert delta_actions(actions, state[:0], (False,) * 3).tolist() == actions.tolist()
 
 
 @settings(deadline=None)

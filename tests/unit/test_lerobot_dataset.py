@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import av
+import jaxtyping
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -793,8 +794,10 @@ def test_unknown_episodes_are_errors(episodes, message, golden_sets):
     refused(golden_sets / "lerobot_v3_image", ValueError, message, episodes=episodes)
 
 
-def test_horizon_of_zero_is_an_error(golden_sets):
-    refused(golden_sets / "lerobot_v3_image", ValueError, "action_horizon is 0", action_horizon=0)
+@pytest.mark.parametrize("horizon", [0, 2.5, None])
+def test_horizon_that_is_no_positive_number_is_an_error(horizon, golden_sets, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose types nothing else checks
+    refused(golden_sets / "lerobot_v3_image", ValueError, f"action_horizon is {horizon}", action_horizon=horizon)
 
 
 def test_missing_library_is_an_error_with_the_install_command(golden_sets, monkeypatch):

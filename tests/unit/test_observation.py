@@ -85,6 +85,12 @@ def test_token_ids_of_any_integer_type_become_int64(dtype):
     assert torch.equal(observation.tokenized_prompt, data()["tokenized_prompt"])
 
 
+def test_padding_may_be_minus_one():
+    mask, tokens = data()["tokenized_prompt_mask"], data()["tokenized_prompt"]
+    observation = Observation.from_dict(data(tokenized_prompt=tokens.masked_fill(~mask, -1)))
+    assert torch.equal(observation.tokenized_prompt, tokens.masked_fill(~mask, 0))
+
+
 def test_to_moves_every_tensor():
     moved = Observation.from_dict(data()).to("meta")
     tensors = [*moved.images.values(), *moved.image_masks.values(), moved.state]
@@ -151,6 +157,7 @@ def test_a_wrong_value_is_an_error_that_says_what_was_found(changes, message):
         (torch.zeros(B, 4, 6, 3, dtype=torch.uint16), "must be uint8, or float32 in [-1, 1], got torch.uint16"),
         (torch.zeros(B, 4, 6, 3, dtype=torch.float64), "must be uint8, or float32 in [-1, 1], got torch.float64"),
         (torch.zeros(B, 4, 6, 3, dtype=torch.bool), "must be uint8, or float32 in [-1, 1], got torch.bool"),
+        (torch.full((B, 4, 6, 3), 255.0), "has values from 255 to 255; expected float32 in [-1, 1]. Pass pixels"),
     ],
 )
 def test_a_wrong_image_is_an_error_that_names_the_camera(image, message):

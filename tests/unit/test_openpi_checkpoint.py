@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 
+import jaxtyping
 import numpy as np
 import pytest
 import tensorstore
@@ -200,6 +201,21 @@ def test_dtype_is_that_of_every_parameter(golden):
     model = torchpi.load_model(golden.checkpoint, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert torch.equal(model.embedding, golden.model().embedding.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16'; expected torch.float32"),
+        ({"dtype": torch.int64}, "dtype is torch.int64; expected torch.float32"),
+        ({"device": "cuda:99"}, "There is no device cuda:99"),
+        ({"device": "gpu"}, "Unknown device 'gpu'"),
+    ],
+)
+def test_dtype_and_device_that_are_not_there(changes, message, golden_pi05, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as for users, whose types nothing else checks
+    with pytest.raises(ValueError, match=message):
+        torchpi.load_model(golden_pi05.checkpoint, **changes)
 
 
 # Sizes

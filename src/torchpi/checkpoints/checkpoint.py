@@ -26,6 +26,7 @@ from torchpi.checkpoints.sizes import ConfigLike, add_stated, overrule, read_con
 from torchpi.checkpoints.sizes import adapt as adapt_model
 from torchpi.checkpoints.spec import PolicySpec
 from torchpi.config import PRESETS, Pi0Config
+from torchpi.devices import usable_device
 from torchpi.engine.quantize import Quantization
 from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.model.lora import LoraConfig
@@ -156,6 +157,9 @@ class Checkpoint:
         verify: bool = True,
     ) -> Pi0:
         """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
+        device = usable_device(device)
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise CheckpointError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or another of torch's.")
         matrices = self.lora(lora_alpha, lora)
         config = self.stored_config if self.adapted else self.config
         if self.adapter is not None and self.base is not None:

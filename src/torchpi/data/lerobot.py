@@ -22,7 +22,7 @@ from torchpi.data.pixels import DepthCoding, is_depth_map
 from torchpi.data.rate import Resampling, check_increments, resampling_for
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
-from torchpi.errors import DatasetError, UnknownKeyError, counted
+from torchpi.errors import DatasetError, UnknownKeyError, counted, is_whole
 from torchpi.robots import Embodiment
 
 _CHECKING_THREADS = 16
@@ -111,8 +111,8 @@ class LeRobotDataset:
         """
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
-        if action_horizon < 1:
-            raise DatasetError(f"action_horizon is {action_horizon}; expected 1 or more.")
+        if not is_whole(action_horizon) or action_horizon < 1:
+            raise DatasetError(f"action_horizon is {action_horizon!r}; expected a whole number, 1 or more.")
         self.path, self.action_horizon, self._cache_bytes = metadata.root, action_horizon, image_cache_bytes
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
         self._episodes = _chosen(metadata.episodes, episodes, self.path)

@@ -1,9 +1,14 @@
-"""Layers of both SigLIP and Gemma: a linear layer that states its precision, and attention."""
+"""Layers of both SigLIP and Gemma: a linear layer that states its precision, and attention; checks of tensors."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torchpi.errors import ModelError
 
 
 class Linear(nn.Linear):
@@ -69,3 +74,24 @@ def lecun_normal_(weight: Tensor, generator: torch.Generator | None) -> None:
     # A standard normal cut at ±2 has this deviation; dividing by it gives the variance that was asked for.
     std = weight.shape[1] ** -0.5 / 0.87962566103423978
     nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+def embed_tokens(ids: Int[Tensor, "B L"], table: Float[Tensor, "V D"]) -> Float[Tensor, "B L D"]:
+    """The rows of the embedding; ids that it does not have are an error (on a GPU an assertion of its kernel)."""
+    try:
+        return F.embedding(ids, table)
+    except IndexError as error:
+        found = f"from {ids.min()} to {ids.max()}; the model's embedding has 0 to {len(table) - 1}"
+        raise ModelError(f"The prompt has token ids {found}. Was it tokenized for another model?") from error
+
+
+def require_shape(name: str, value: Any, *shapes: Sequence[int]) -> None:
+    """Refuse what is no tensor, or of none of the shapes (without any, of whatever shape).
+
+    Another batch or horizon would be broadcast, or break somewhere in the attention.
+    """
+    if isinstance(value, Tensor) and (not shapes or tuple(value.shape) in map(tuple, shapes)):
+        return
+    found = list(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    expected = f" {' or '.join(str(list(shape)) for shape in shapes)}" if shapes else ""
+    raise ModelError(f"{name} must be a float32 tensor{expected}, got {found}.")

@@ -21,7 +21,7 @@ from torchpi.errors import ModelError
 from torchpi.model import flow
 from torchpi.model.cache import AttentionInputs, KVCache
 from torchpi.model.gemma import Gemma, rope_table
-from torchpi.model.layers import Linear
+from torchpi.model.layers import Linear, embed_tokens, require_shape
 from torchpi.model.masks import make_attn_mask, token_positions
 from torchpi.model.rtc import ActionPrefix, Guidance, Samples, check_previous, integrate
 from torchpi.model.siglip import SigLIP
@@ -130,7 +130,7 @@ class Pi0(nn.Module):
     def _join_prefix(
         self, image_tokens: Float[Tensor, "B N P D"], observation: Observation
     ) -> tuple[Float[Tensor, "B S D"], Bool[Tensor, "B S"], Bool[Tensor, " S"]]:
-        text_tokens = nn.functional.embedding(observation.tokenized_prompt, self.embedding).to(self.compute_dtype)
+        text_tokens = embed_tokens(observation.tokenized_prompt, self.embedding).to(self.compute_dtype)
         # The original rounds the scale to the dtype of the computation before it multiplies.
         text_tokens = text_tokens * torch.tensor(self.config.paligemma.width**0.5, dtype=self.compute_dtype)
         tokens = torch.cat([image_tokens.flatten(1, 2), text_tokens], dim=1)  # [B, N·P + L, D]
@@ -186,6 +186,8 @@ class Pi0(nn.Module):
         Returns:
             tokens [B, T, d]; input_mask, all True; ar_mask; adarms_cond [B, d], None for π₀.
         """
+        self.check_actions(observation, noisy_actions, "noisy_actions")
+        require_shape("timestep", timestep, noisy_actions.shape[:1])
         features = self.suffix.time_features(timestep)
         tokens = self.suffix(observation.state, noisy_actions, features)
         input_mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -250,10 +252,9 @@ class Pi0(nn.Module):
             time: one per sample, or one per action; or what is computed from it.
         """
         horizon = cache.suffix.rope[0].shape[1] - self.suffix.num_state_tokens
-        expected = (len(cache.state), horizon, self.config.action_dim)
-        if x_t.shape != expected:  # another batch or horizon would be broadcast, or break somewhere in the attention
-            raise ModelError(f"x_t must be {list(expected)}, for which the cache was made, got {list(x_t.shape)}.")
+        require_shape("x_t of this cache", x_t, (len(cache.state), horizon, self.config.action_dim))
         if not isinstance(time, TimeConditioning):
+            require_shape("time", time, x_t.shape[:1], x_t.shape[:2])
             time = self.time_conditioning(time)
         tokens = self.suffix(cache.state, x_t, time.features)  # [B, T, d]
         out, _ = self.expert(
@@ -294,6 +295,8 @@ class Pi0(nn.Module):
             ValueError: shapes do not fit the model or each other.
         """
         self.check_actions(observation, actions, "Actions")
+        require_shape("Noise", noise)
+        require_shape("Time", time)
         num_samples = noise.shape[1] if noise.ndim == 4 else 1
         expected = (*actions.shape[:1], *noise.shape[1:-2])  # [B] or [B, R]
         if noise.shape != (*expected, *actions.shape[1:]) or time.shape != expected:
@@ -436,15 +439,12 @@ class Pi0(nn.Module):
 
     def check_actions(self, observation: Observation, actions: Tensor, name: str, *, num_samples: str = "") -> None:
         """Refuse actions or noise of another shape or dtype; `num_samples` "R, ": with that axis behind the batch's."""
+        require_shape(name, actions)
         horizon = self.config.action_horizon
         expected = f"[{observation.batch_size or 'B'}, {num_samples}{horizon or 'H'}, {self.config.action_dim}]"
-        if (
-            actions.ndim != (4 if num_samples else 3)
-            or not actions.numel()
-            or actions.shape[0] != observation.batch_size
-            or actions.shape[-1] != self.config.action_dim
-            or (horizon is not None and actions.shape[-2] != horizon)
-        ):
+        shape, ndim = actions.shape, 4 if num_samples else 3
+        fits = len(shape) == ndim and all(shape) and shape[0] == observation.batch_size
+        if not fits or shape[-1] != self.config.action_dim or horizon not in (None, shape[-2]):
             raise ModelError(f"{name} must be {expected}, got {list(actions.shape)}.")
         if actions.dtype is not torch.float32:
             raise ModelError(f"{name} must be float32, got {actions.dtype}.")

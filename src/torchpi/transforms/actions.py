@@ -17,7 +17,7 @@ def delta_actions(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) 
         mask: which dimensions; may be shorter than a, the rest then stays absolute.
 
     Raises:
-        ValueError: the mask is longer than actions or state.
+        ValueError: the mask is longer than the actions, or a dimension that is relative is not in the state.
     """
     return actions - _offset(actions, state, mask)
 
@@ -28,14 +28,16 @@ def absolute_actions(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool
 
 
 def _offset(actions: np.ndarray, state: np.ndarray, mask: Sequence[bool]) -> np.ndarray:
-    n = len(mask)
-    if n > actions.shape[-1] or n > state.shape[-1]:
+    relative = np.flatnonzero(mask)
+    n = int(relative.max(initial=-1)) + 1  # a state may be narrower than the actions, if what it lacks is absolute
+    if len(mask) > actions.shape[-1] or n > state.shape[-1]:
         raise TransformError(
-            f"Delta actions: the mask has {n} dimensions, actions {actions.shape[-1]} and state {state.shape[-1]}; "
-            "expected a mask that is no longer than either."
+            f"Delta actions: the mask has {len(mask)} dimensions, of which the last that is relative is number {n}, "
+            f"actions {actions.shape[-1]} and state {state.shape[-1]}; expected a mask that is no longer than the "
+            "actions, and relative dimensions that the state has."
         )
     offset = np.zeros(actions.shape[-1], state.dtype)  # [a]
-    offset[:n] = np.where(np.asarray(mask, bool), state[:n], 0)
+    offset[relative] = state[relative]
     return offset
 
 
