@@ -17,7 +17,7 @@ import torchpi
 from torchpi.cli import COMMANDS
 from torchpi.demo import demo_observation, demo_tasks
 from torchpi.demo import page as demo_page
-from torchpi.demo.flow import DemoFrame, describe_flow, trace_request
+from torchpi.demo.flow import describe_flow, trace_request
 from torchpi.demo.next_steps import next_steps
 from torchpi.demo.page import Demo, render_demo
 from torchpi.inspect.provenance import describe_policy, measured, overall
@@ -283,7 +283,7 @@ def test_the_page_escapes_foreign_texts(policy, flow, tmp_path):
 
 
 def test_the_page_without_a_renderer_has_the_frames(policy, flow, tmp_path):
-    frames = {task: DemoFrame(demo_observation(task), flow.actions) for task in TASKS}
+    frames = {task: (demo_observation(task), flow.actions) for task in TASKS}
     page = render_demo(make_demo(policy, flow, problem="no OpenGL (broken)", frames=frames), tmp_path)
     check_page(page)
     assert "Nothing can be rendered here: no OpenGL (broken)." in page

@@ -120,6 +120,13 @@ def test_an_episode_without_its_video_runs_again(corridor, policy, tmp_path):  #
     assert [(tmp_path / f"{task}_0.mp4").is_file() for task in ("short", "long")] == [True, True]
 
 
+def test_episodes_without_their_settings_are_not_taken(corridor, policy, tmp_path):  # noqa: F811
+    run(policy, tmp_path, episodes=1)
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match=r"has episodes, but no evaluation\.json with their settings"):
+        run(policy, tmp_path, episodes=1)
+
+
 def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path):  # noqa: F811
     run(policy, tmp_path, episodes=1)
     (tmp_path / "episodes" / "short_0.json").write_text('{"success": true, "steps": 3}')

@@ -439,6 +439,7 @@ def test_complete_episodes_stay_when_something_goes_wrong(
 ):
     saved = []
     add_episode = LeRobotWriter.add_episode
+    failing(lambda seed: seed == environment_seed("record", 0, "long", 1), monkeypatch)  # the one that is not saved
 
     def add(self, episode, task):
         if len(saved) == 3:
@@ -450,6 +451,7 @@ def test_complete_episodes_stay_when_something_goes_wrong(
     with pytest.raises(kind, match=message):
         quiet(tmp_path / "set")
     assert len(recording(tmp_path / "set")["episodes"]) == 3
+    assert recording(tmp_path / "set")["failures"] == {"short": 0, "long": 0}
     assert recording(tmp_path / "set")["tasks"] == {"short": "go a short way", "long": "go a long way"}
     assert len(frames(tmp_path / "set")) == sum(e["length"] for e in recording(tmp_path / "set")["episodes"])
     assert [path.name for path in tmp_path.iterdir()] == ["set"]

@@ -12,14 +12,8 @@ from torchpi.inspect.trace import Trace, trace_forward
 from torchpi.policy import Policy
 from torchpi.ui.format import format_shape
 
-
-@dataclasses.dataclass(frozen=True)
-class DemoFrame:
-    """An observation with the action chunk that the policy answers."""
-
-    observation: Mapping[str, Any]
-    actions: np.ndarray
-    """float32 [H, a]."""
+DemoFrame = tuple[Mapping[str, Any], np.ndarray]
+"""An observation with the action chunk that the policy answers, float32 [H, a]."""
 
 
 @dataclasses.dataclass(frozen=True)

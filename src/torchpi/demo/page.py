@@ -12,6 +12,7 @@ from torchpi.demo.flow import DataFlow, DemoFrame
 from torchpi.inspect.page import trace_section
 from torchpi.inspect.provenance import describe_policy, measured, overall
 from torchpi.policy import Policy
+from torchpi.robots import Embodiment
 from torchpi.sim.page import video_figure
 from torchpi.sim.result import Evaluation, success_table
 from torchpi.training.curves import PANELS, draw_panel
@@ -52,7 +53,7 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
     title = f"{variant} in closed loop" if demo.evaluation else f"{variant} on packaged camera frames"
     values = {"policy": _policy(demo.policy), "denoising": _denoising(demo)}
     if demo.evaluation is None:
-        values["frames"] = {"frames": "".join(_frame(demo.policy, *frame) for frame in demo.frames.items())}
+        values["frames"] = {"frames": "".join(_frame(demo.policy.embodiment, *frame) for frame in demo.frames.items())}
     else:
         values |= {"episodes": _episodes(demo, demo.evaluation, folder), "success": _success(demo, demo.evaluation)}
     sections = {name: page_section("demo.html", name, of_section) for name, of_section in values.items()}
@@ -114,15 +115,15 @@ def _success(demo: Demo, evaluation: Evaluation) -> dict[str, Any]:
     return {"max_steps": evaluation.max_steps, "few": few, "table": table.to_html()}
 
 
-def _frame(policy: Policy, task: str, frame: DemoFrame) -> str:
-    robot = policy.embodiment
-    keys = [camera.key for camera in robot.read_cameras if camera.key and camera.key in frame.observation]
-    images = (f'<img alt="{escape(key)}" src="{data_uri(np.asarray(frame.observation[key]))}">' for key in keys)
-    means = zip(robot.actions, frame.actions.mean(axis=0), strict=True)
+def _frame(robot: Embodiment, task: str, frame: DemoFrame) -> str:
+    observation, chunk = frame
+    keys = [camera.key for camera in robot.read_cameras if camera.key and camera.key in observation]
+    images = (f'<img alt="{escape(key)}" src="{data_uri(np.asarray(observation[key]))}">' for key in keys)
+    means = zip(robot.actions, chunk.mean(axis=0), strict=True)
     text = ", ".join(f"{action.name} {mean:+.2f}" for action, mean in means)
     return (
         f'<figure><div class="frames">{"".join(images)}</div>'
-        f"<figcaption><b>“{escape(str(frame.observation['prompt']))}”</b>"
+        f"<figcaption><b>“{escape(str(observation['prompt']))}”</b>"
         f'<span class="right">{escape(task)}</span><span class="mono">{escape(text)}</span><span></span>'
         "</figcaption></figure>"
     )

@@ -117,7 +117,7 @@ def _first_noise(policy: Policy, task: str, seed: int) -> np.ndarray:
 
 def _packaged_frame(policy: Policy, task: str, other: dict[str, Any], seed: int) -> DemoFrame:
     observation = demo_observation(task) | other
-    return DemoFrame(observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"])
+    return observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"]
 
 
 def _print_frames(console: Console, demo: Demo) -> None:
@@ -125,7 +125,7 @@ def _print_frames(console: Console, demo: Demo) -> None:
     console.print(f"\n[bold]Nothing can be rendered here[/bold], so there are no episodes and no videos: {problem}.")
     console.print("\nThe policy sees packaged camera frames instead. The means of the chunks that it predicts:")
     numbers = [Column(action.name, "number") for action in demo.policy.embodiment.actions]
-    means = [(name, *(f"{mean:+.2f}" for mean in frame.actions.mean(axis=0))) for name, frame in demo.frames.items()]
+    means = [(name, *(f"{mean:+.2f}" for mean in chunk.mean(axis=0))) for name, (_, chunk) in demo.frames.items()]
     console.print(Table([Column("task", "name"), *numbers], means).to_rich(), crop=False)
     console.print(f"The chunk for {demo.task}, action by action:")
     actions = [(str(i), *(f"{value:+.3f}" for value in action)) for i, action in enumerate(demo.flow.actions)]

@@ -40,6 +40,8 @@ def begin_or_resume(
                 "--out, or delete this one."
             )
     else:
+        if any((folder / "episodes").glob("*.json")):
+            raise SimulationError(f"{folder} has episodes, but no {file.name} with their settings: choose another one.")
         make_folder(folder)
         write_json(file, settings)
 

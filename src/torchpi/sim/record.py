@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -131,7 +131,7 @@ def record(
         done.join()
     done.describe(len(done.episodes))
     frames = sum(episode["length"] for episode in done.episodes)
-    return Recording(str(out), len(done.episodes), frames, dict(done.failures), time.perf_counter() - start)
+    return Recording(str(out), len(done.episodes), frames, _failures_of(done.episodes), time.perf_counter() - start)
 
 
 def _check_experts(env: str, tasks: Sequence[str]) -> None:
@@ -171,24 +171,14 @@ def _record(done: "_Done", jobs: Sequence[tuple[str, int]], workers: int, video:
             run_jobs(make_work, jobs, workers=workers, label=label, window=4 * workers)
         ) as demonstrations,
     ):
-        for demonstration in demonstrations:
-            done.add(demonstration)
+        for frames, description in demonstrations:
+            done.add(description)
             if len(done.episodes) > 1:  # a killed process leaves a dataset, too
                 done.describe(len(done.episodes))
-            writer.add_episode(demonstration.frames, place.instructions[demonstration.description["task"]])
+            writer.add_episode(frames, place.instructions[description["task"]])
             if len(done.episodes) == 1:  # not before: an error in the first one leaves nothing
                 done.describe(1)
             advance(f"{len(done.episodes) / (time.perf_counter() - start):.1f} episodes/s")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Demonstration:
-    """One successful episode."""
-
-    frames: dict[str, np.ndarray]
-    """By the keys of the dataset, [T, …]."""
-    description: dict[str, Any]
-    """Task, seed, noisy, length and failures, the attempts before it, for the dataset's description."""
 
 
 class _Done:
@@ -200,14 +190,7 @@ class _Done:
         """The folder that is recorded into: `_rest`, next to the dataset's, if that has episodes already."""
         self._rest, self._joined = (root.with_name(f"{root.name}.{name}") for name in ("rest", "joined"))
         self.episodes: list[dict[str, Any]] = []
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """See `Recording`."""
-        failures = Counter[str]()
-        for episode in self.episodes:
-            failures[episode["task"]] += episode["failures"]
-        return dict(failures)
+        """Task, seed, noisy, length and failures, the attempts before it, of each."""
 
     def resume(self, jobs: Sequence[tuple[str, int]], video: bool) -> int:
         """Take over the episodes of an interrupted recording with the same arguments; their number."""
@@ -252,15 +235,14 @@ class _Done:
                 shutil.rmtree(folder)
         self._joined.rename(self.root)
 
-    def add(self, demonstration: _Demonstration) -> None:
+    def add(self, description: dict[str, Any]) -> None:
         """Note an episode."""
-        task = demonstration.description["task"]
-        self.episodes.append(demonstration.description)
-        failures = self.failures[task]
-        attempts = failures + sum(episode["task"] == task for episode in self.episodes)
+        task, episodes = description["task"], [*self.episodes, description]
+        failures = _failures_of(episodes)[task]
+        attempts = failures + sum(episode["task"] == task for episode in episodes)
         if attempts >= _MIN_ATTEMPTS and failures > attempts / 2:
-            self.episodes.pop()
             raise SimulationError(_fails_too_often(task, failures, attempts))
+        self.episodes = episodes
 
     def describe_complete(self, error: BaseException) -> str:
         """Describe the dataset as an error left it; a sentence on its episodes, where there are some."""
@@ -285,12 +267,20 @@ class _Done:
         document = {
             **dataclasses.asdict(self.settings),
             "tasks": tasks,
-            "failures": {task: self.failures[task] for task in tasks},
+            "failures": _failures_of(episodes),
             "versions": {package: importlib.metadata.version(package) for package in packages},
             "command": self._command,
             "episodes": episodes,
         }
         write_json(self.root / RECORDING_FILE, document)
+
+
+def _failures_of(episodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The number of failures of each task, see `Recording`."""
+    failures = Counter[str]()
+    for episode in episodes:
+        failures[episode["task"]] += episode["failures"]
+    return dict(failures)
 
 
 def _recover(folder: pathlib.Path) -> None:
@@ -314,7 +304,8 @@ class _Recorder:
         self._latest = LatestEnvironment(settings.env, image_size=settings.image_size)
         self.close = self._latest.close
 
-    def __call__(self, job: tuple[str, int]) -> _Demonstration:
+    def __call__(self, job: tuple[str, int]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """The frames of a successful episode by the keys of the dataset, [T, …], and its description."""
         (task, index), settings = job, self._settings
         environment = self._latest.of(task)
         # Spread evenly, so that a part of the dataset has its part of noisy episodes.
@@ -326,7 +317,7 @@ class _Recorder:
             frames = _demonstrate(environment, seed, disturbance, settings)
             if frames is not None:
                 description = {"task": task, "seed": seed, "noisy": noisy, "length": len(frames[ACTION])}
-                return _Demonstration(frames, description | {"failures": attempt})
+                return frames, description | {"failures": attempt}
         raise SimulationError(_fails_too_often(task, MAX_ATTEMPTS, MAX_ATTEMPTS))
 
 
