@@ -46,31 +46,22 @@ def plan_simulation(
     command: Any, env: str, tasks: Sequence[str] | None, rollout: Any, instructions: Mapping[str, str]
 ) -> dict[str, Any]:
     """The size of what the command `eval` would simulate; raises as it does, as far as the policy is known."""
-    from torchpi.sim import simulator
-    from torchpi.sim.actors import (
-        check_embodiment,
-        check_opening,
-        check_served,
-        chosen_tasks,
-        fitting_rollout,
-        is_address,
-    )
-    from torchpi.sim.evaluate import check_folder, check_instructions, check_numbers
+    from torchpi.sim import actors, evaluate, simulator
 
     options, place, load = command.simulation, simulator(env), command.load.given()
-    check_opening(command.policy, load, options.token)
-    robot, config, provenance = (None, None, {}) if is_address(command.policy) else _known(command.policy, load)
-    if is_address(command.policy):
-        check_served(rollout)
+    actors.check_opening(command.policy, load, options.token)
+    if is_served := actors.is_address(command.policy):
+        actors.check_served(rollout)
+    robot, config, provenance = (None, None, {}) if is_served else _known(command.policy, load)
     if robot is not None:
-        check_embodiment(robot, place.embodiment)
+        actors.check_embodiment(robot, place.embodiment)
     horizon = None if config is None else config.require("action_horizon")
-    rollout = fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
-    tasks = chosen_tasks(provenance, env, tasks)
-    check_instructions(instructions, tasks)
+    rollout = actors.fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
+    tasks = actors.chosen_tasks(provenance, env, tasks)
+    evaluate.check_instructions(instructions, tasks)
     episodes = place.protocol.episodes if options.episodes is None else options.episodes
-    check_numbers(env, episodes, options.videos, command.seed or 0, options.workers)
-    check_folder(options.videos, False, command.out)
+    evaluate.check_numbers(env, episodes, options.videos, command.seed or 0, options.workers)
+    evaluate.check_folder(options.videos, False, command.out)
     steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
     executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
     return {

@@ -15,6 +15,7 @@ from torchpi.errors import SimulationError, UnknownKeyError, counted
 from torchpi.extras import check_installed
 from torchpi.policy import Policy
 from torchpi.randomness import checked_seed
+from torchpi.samples import checked_pick
 from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, noise_shape, opened, provenance_of
@@ -261,7 +262,9 @@ def _summary(
         for job, each in outcomes.items()
     )
     rate, interval = success_rate(episodes)
-    instructions = {job.task: job.instruction for job in outcomes}
+    instructions, settings = {job.task: job.instruction for job in outcomes}, dataclasses.asdict(rollout)
+    settings["max_steps"] = rollout.max_steps or simulator(env).max_steps
+    settings["pick"] = checked_pick(rollout.pick, rollout.num_samples, rollout.num_steps)
     return Evaluation(
         env=env,
         policy=str(policy) if isinstance(policy, str | pathlib.Path) else type(policy).__name__,
@@ -272,15 +275,10 @@ def _summary(
             task: task_result(instruction, [episode for episode in episodes if episode.task == task])
             for task, instruction in instructions.items()
         },
-        num_steps=rollout.num_steps,
-        execute_steps=rollout.execute_steps,
-        max_steps=rollout.max_steps or simulator(env).max_steps,
-        blank_images=rollout.blank_images,
         steps_per_second=steps_per_second,
         chunk_ms=statistics.median(ms for each in outcomes.values() for ms in each.chunk_ms),
         seconds=seconds,
         episodes=episodes,
         videos=tuple(job.video for job in outcomes if job.video),
-        num_samples=rollout.num_samples,
-        pick=None if rollout.num_samples is None else rollout.pick or "consensus",
+        **settings,
     )

@@ -101,7 +101,8 @@ def record(
     In some of them its actions are disturbed as they are executed, and the dataset has the undisturbed ones: it shows
     how to come back from where the expert alone would not go. The same arguments give the same dataset, whatever the
     number of workers. After an error or Ctrl-C the complete episodes are a dataset; the message says how many, and the
-    same call again records the others. So it does after the process was killed.
+    same call again records the others. So it does after the process was killed. The images' statistics,
+    which nothing here reads, then differ a little: a finished dataset has no histograms to add up.
 
     Args:
         env: one of `ENVIRONMENTS` that has experts; tasks: by name; episodes: per task.
