@@ -27,6 +27,7 @@ from torchpi.data.metadata import open_metadata
 from torchpi.data.metadata_writer import merged_stats
 from torchpi.robots import ActionDim, Embodiment
 
+UNSTATED = Embodiment.generic("arm", cameras={"base_0_rgb": "front"}, state=NAMES, actions=NAMES)
 NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -223,12 +224,34 @@ def test_robot_type_may_be_stated(images, tmp_path):
         (lambda path, out: split_dataset(path, out, {"../a": "0:2"}), "expected the name of a folder"),
         (lambda path, out: resample_dataset(path, out, 20, commands="position"), "expected fewer"),
         (lambda path, out: resample_dataset(path, out, 5, commands=["position"]), "each of the 3 dimensions"),
+        (lambda path, out: resample_dataset(path, out, 5, commands="torque"), "are torque.*position, velocity"),
+        (lambda path, out: resample_dataset(path, out, 5, commands=UNSTATED), "commands are not stated"),
     ],
 )
 def test_an_edit_that_can_not_be(edit, message, images, tmp_path):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         edit(images, tmp_path / "new")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_data_files_that_differ_in_their_columns_are_not_merged(images, tmp_path):
+    other = copied(images, tmp_path / "other")
+    (file,) = other.glob("data/*/*.parquet")
+    narrow = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(24, np.float32)), 2)
+    change_rows(file, lambda table: table.set_column(table.column_names.index("action"), "action", narrow))
+    with pytest.raises(ValueError, match="has other columns than the first data file"):
+        merge_datasets([images, other], tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_instructions_that_are_missing_are_an_error_and_columns_without_a_feature_a_note(images, tmp_path):
+    source = copied(images, tmp_path / "source")
+    (file,) = source.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.append_column("pressure", [[0.5] * 12]))
+    assert delete_episodes(source, tmp_path / "new", "1").notes[0].startswith("pressure of ")
+    (source / "meta/tasks.parquet").unlink()
+    with pytest.raises(ValueError, match=r"the task_index 0, for which meta/tasks\.parquet has no text"):
+        delete_episodes(source, tmp_path / "other", "1")
 
 
 def test_an_existing_folder_is_left_alone(images, tmp_path):

@@ -1,5 +1,6 @@
 """`torchpi data inspect` and `draft`: what is wrong with a dataset is found, and a robot is described from it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -137,6 +138,33 @@ def test_unreadable_episodes_do_not_hide_the_others(arm, tmp_path):
     assert "NaN or infinite in frame 10" in problem.text
     assert found.dataset.episode_indices == (0, 2)
     assert len(found.cameras[0].pictures) == 2
+
+
+def test_set_of_which_nothing_can_be_read_has_its_reason(tmp_path):
+    path = numbered_set(tmp_path / "set", video=False)
+    (file,) = path.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.drop_columns(["action"]))
+    (path / "meta/tasks.parquet").unlink()
+    found = inspect_dataset(path)
+    assert [problem.subject for problem in found.problems] == ["tasks", "columns"]
+    assert [camera.pictures for camera in found.cameras] == [{}]
+    with pytest.raises(ValueError, match=r"No episode of .* can be read: "):
+        draft_embodiment(found, "arm")
+
+
+def test_names_that_are_missing_or_doubled_are_found(tmp_path):
+    path = numbered_set(tmp_path / "set", (20,), video=False)
+    features = json.loads((path / "meta/info.json").read_text())["features"]
+    features["observation.state"]["names"], features["action"]["names"] = None, ["a", "a", "b"]
+    change_info(path, features=features)
+    found = problems_of(path)
+    assert "have no names" in found["observation.state"]
+    assert "a name several dimensions" in found["action"]
+    (file,) = path.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.drop_columns(["observation.state"]))
+    del features["observation.state"]
+    change_info(path, features=features)
+    assert "The dataset has none" in problems_of(path)["observation.state"]
 
 
 def test_wrong_clock_is_a_problem_and_not_the_end(arm, tmp_path):
@@ -304,6 +332,18 @@ def test_depth_camera_is_shown_and_drafted_as_one(tmp_path):
     assert "data:image/png" in render_dataset_page(found)
     with pytest.raises(ValueError, match="no camera that a policy could read"):
         draft_embodiment(found, "arm")
+
+
+def test_draft_asks_about_cameras_that_the_model_has_no_place_for(arm):
+    found = inspect_dataset(arm, pictures=1)
+    front = found.cameras[0]
+    views = [dataclasses.replace(front, key=f"observation.images.{name}") for name in ("left", "top", "side", "back")]
+    depth = dataclasses.replace(front, key="observation.images.depth", kind="video, depth", depths=(0.3, 1.2))
+    document = draft_embodiment(dataclasses.replace(found, cameras=[*views, depth]), "arm")
+    assert [row["name"] for row in document["cameras"]].count(None) == 2
+    questions = " ".join(questions_of(document))
+    assert "the model has three cameras; is this one to be read?" in questions
+    assert '"depth": {"near": 0.3, "far": 1.2}' in questions
 
 
 def test_draft_needs_a_camera(tmp_path):

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dataset_helpers import change_info, numbered_set
+from dataset_helpers import change_info, change_rows, numbered_set
+from numbered_set import FRONT
 
 from torchpi.cli import _allowed_outside
 from torchpi.data import LeRobotDataset, video
@@ -90,6 +91,46 @@ def test_links_within_the_folder_and_into_the_blobs_of_a_cache_are_followed(data
         file.symlink_to(cache / "blobs" / str(number))
     (tmp_path / "mine").symlink_to(snapshot)
     assert len(LeRobotDataset(tmp_path / "mine", action_horizon=1)) == 12
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ([{"bytes": None, "path": None}] * 12, "has no image of observation.images.front in row 0, and names no file"),
+        ([0.5] * 12, "observation.images.front is double; expected images"),
+        (None, "has no images of observation.images.front; its columns are"),
+    ],
+)
+def test_columns_without_images_are_errors(dataset, images, message):
+    (file,) = dataset.glob("data/*/*.parquet")
+    change_rows(file, lambda table: table.drop_columns([FRONT]))
+    if images is not None:
+        change_rows(file, lambda table: table.append_column(FRONT, [images]))
+    with pytest.raises((ValueError, KeyError), match=message):
+        LeRobotDataset(dataset, action_horizon=1)[0]
+
+
+@pytest.mark.parametrize("rows", [{"task_index": [0]}, {"task_index": [0, None], "task": ["a", "b"]}])
+def test_tasks_without_a_text_or_a_number_are_an_error(dataset, rows):
+    pq.write_table(pa.table(rows), dataset / "meta/tasks.parquet")
+    with pytest.raises(
+        DatasetError, match=r"tasks.parquet has the columns task_index.*; expected task_index, whole numbers"
+    ):
+        LeRobotDataset(dataset, action_horizon=1)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("[1, 2]", r"has the line \[1, 2\]; expected a JSON object"),
+        ('{"task": "a"}\n{"task_index": 0, "task": "b"}', "expected task_index, whole numbers"),
+    ],
+)
+def test_lines_of_the_older_format_that_are_no_tasks_are_an_error(golden_root, lines, message, tmp_path):
+    root = shutil.copytree(golden_root / "datasets/lerobot_v21", tmp_path / "set")
+    (root / "meta/tasks.jsonl").write_text(lines)
+    with pytest.raises(DatasetError, match=message):
+        open_metadata(root)
 
 
 @pytest.mark.parametrize("length", [10**15, 10**9, -1, 10**30])

@@ -11,7 +11,7 @@ from typing import Any
 from torchpi.data import format as lerobot
 from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines, read_table, unreadable
 from torchpi.data.rename import renamed_features, resolve_rename
-from torchpi.errors import DatasetError, MissingFileError, listed
+from torchpi.errors import DatasetError, MissingFileError, is_whole, listed
 from torchpi.schema import parse, read_json
 
 _HUB = "hf://"
@@ -230,8 +230,9 @@ def _tasks(folder: DatasetFolder, info: Info) -> dict[int, str]:
         columns = {name: [row.get(name) for row in rows] for name in ("task_index", "task")}
     # The text is a pandas index, which older files did not name.
     text = next((name for name in ("task", "__index_level_0__") if name in columns), None)
-    if text is None or "task_index" not in columns:
-        raise DatasetError(f"{path} has the columns {', '.join(columns)}; expected task and task_index.")
+    if text is None or not all(map(is_whole, columns.get("task_index", [None]))):
+        found = ", ".join(columns)
+        raise DatasetError(f"{path} has the columns {found}; expected task_index, whole numbers, and task.")
     return dict(sorted(zip(columns["task_index"], columns[text], strict=True)))
 
 

@@ -143,7 +143,7 @@ def _tables(pieces: Sequence[Piece], info: Info, result: Edited) -> Iterator[tup
             schema = schema or of_piece.schema
             try:
                 of_piece = of_piece.select(schema.names).cast(schema)
-            except (KeyError, pa.ArrowInvalid, ValueError) as error:
+            except (KeyError, ValueError, pa.ArrowException) as error:
                 raise DatasetError(
                     f"{path} has other columns than the first data file, {', '.join(schema.names)}: {error}."
                 ) from error
