@@ -100,6 +100,14 @@ def test_spec_has_the_checkpoints_statements(golden):
     assert set(spec.norm_stats) == set(spec.normalization) == {"state", "actions"}
 
 
+def test_an_adapter_of_another_format_than_lerobots_is_an_error(tmp_path):
+    config = {"peft_type": "LORA", "base_model_name_or_path": "demo", "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="holds an adapter of demo, which is torchpi; expected LeRobot's base"):
+        torchpi.load_model(tmp_path)
+
+
 def test_overruled_and_adapted_settings_are_notes(golden):
     explicit = torchpi.Pi0Config.from_json(golden.config)
     assert open_checkpoint(golden.root / "lerobot", config=explicit).notes == []
@@ -447,6 +455,22 @@ def test_an_index_and_shards_that_disagree_are_an_error(shards, golden_pi05):
         torchpi.load_model(shards, config=golden_pi05.config)
 
 
+def test_an_array_in_two_shards_is_an_error(shards, golden_pi05):
+    first, *_, last = sorted(shards.glob("*.safetensors"))
+    shutil.copy(first, last)
+    with pytest.raises(ValueError, match=rf" twice, in {first.name} and in {last.name}"):
+        torchpi.load_model(shards, config=golden_pi05.config)
+
+
+def test_an_empty_index_and_one_beside_whole_weights_are_errors(shards, golden_pi05):
+    edit_index(shards, lambda weight_map: weight_map.clear())
+    with pytest.raises(ValueError, match="is no index: weight_map is empty"):
+        torchpi.load_model(shards, config=golden_pi05.config)
+    (shards / "model.safetensors").touch()
+    with pytest.raises(ValueError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
+        torchpi.load_model(shards, config=golden_pi05.config)
+
+
 def test_a_missing_shard_is_named(shards, golden_pi05):
     next(iter(sorted(shards.glob("*.safetensors")))).unlink()
     with pytest.raises(FileNotFoundError, match=r"model-00001-of-\d+.safetensors does not exist; the index names it"):
@@ -463,6 +487,12 @@ def test_lora_arrays_without_their_pair_are_an_error(golden_pi05, tmp_path):
         name: shape for name, shape in arrays.shapes.items() if name != "PaliGemma.llm.layers.attn.q_einsum.lora_b"
     }
     with pytest.raises(ValueError, match=r"has .*q_einsum.lora_a, but not .*q_einsum.lora_b"):
+        lora_pairs(arrays)
+    arrays.shapes = {"attn.q_einsum.w": (4, 8), "attn.q_einsum.lora_a": (4, 2), "attn.q_einsum.lora_b": (3, 8)}
+    with pytest.raises(ValueError, match=r"q_einsum.lora_a \[4, 2\] and .*lora_b \[3, 8\] do not fit"):
+        lora_pairs(arrays)
+    arrays.shapes = {"attn.q_einsum.w": (4, 8), "attn.q_einsum.lora_b": (3, 8)}
+    with pytest.raises(ValueError, match=r"LoRA arrays that belong to nothing: attn\.q_einsum\.lora_b"):
         lora_pairs(arrays)
     with pytest.raises(ValueError, match="belongs to a checkpoint with LoRA weights"):
         torchpi.load_model(golden_pi05.checkpoint, lora_alpha=(16.0, 32.0))

@@ -213,6 +213,7 @@ def test_an_expert_that_cannot_read_the_backbones_keys_is_an_error(changes, mess
         ),
         (lambda: Pi0Config(image_size=225), r"image_size \(225\) must be a multiple of the patch \(14\)"),
         (lambda: Pi0Config(paligemma_variant="gemma_7b"), "paligemma_variant: unknown variant 'gemma_7b'"),
+        (lambda: Pi0Config.from_dict([1]), "model config must be an object, found list"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_an_error(build, message):

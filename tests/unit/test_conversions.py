@@ -43,6 +43,19 @@ def some_stats(seed=0, scale=1.0):
     return NormStats(mean, std, q01=mean - 1.9 * std, q99=mean + 2.3 * std)
 
 
+@pytest.mark.parametrize(
+    ("to", "options", "message"),
+    [
+        ("openpi-jax", {"default_prompt": "lift it"}, "A checkpoint of openpi says nothing of default_prompt"),
+        ("torchpi", {"sizes": {"width": 3}}, "width can't be adapted; action_dim, "),
+    ],
+)
+def test_conversions_that_can_not_be(to, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        convert("demo", tmp_path / "out", to, **options)
+    assert not (tmp_path / "out").exists()
+
+
 # Statistics for another formula
 
 

@@ -13,6 +13,7 @@ import torch
 import torchpi
 from torchpi.checkpoints import peft
 from torchpi.checkpoints.checkpoint import open_checkpoint
+from torchpi.checkpoints.npz import NpzArrays
 from torchpi.checkpoints.openpi import JaxArrays, write_params
 from torchpi.checkpoints.openpi_torch import EMBEDDING, TIED_EMBEDDING
 from torchpi.convert import convert
@@ -331,6 +332,16 @@ def test_whole_model_in_an_npz_is_read(golden, jax_arrays, tmp_path, prefix, suf
     np.savez(tmp_path / "weights.npz", **flat(jax_arrays, prefix=prefix, suffix=suffix, skip=""))
     assert_same_weights(torchpi.load_model(tmp_path / "weights.npz", config=golden.config), golden.model())
     assert_same_weights(torchpi.load_model(tmp_path, config=golden.config), golden.model())
+
+
+def test_damaged_array_of_an_npz_is_named(tmp_path):
+    file = tmp_path / "weights.npz"
+    np.savez(file, x=np.ones(1000, np.float32))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.npz: x is damaged: .*get the file again"):
+        NpzArrays(file).read("x")
 
 
 @pytest.mark.parametrize(("prefix", "dtype"), [("", np.float32), ("params/", np.float16)])
