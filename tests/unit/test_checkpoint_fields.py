@@ -14,10 +14,12 @@ import torchpi
 from torchpi.checkpoints import folder
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.fields import FIELDS, require_fields
+from torchpi.checkpoints.sizes import add_stated
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX
 from torchpi.policy import policy_of
 
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
+NORMALIZER = "policy_preprocessor_step_3_normalizer_processor.safetensors"
 
 # Fields of the configs of π₀ and π₀.₅ in LeRobot 0.4.0, as of which all later versions have them.
 LEROBOT_04 = """n_obs_steps input_features output_features device use_amp push_to_hub repo_id private tags license
@@ -136,6 +138,37 @@ def test_config_that_is_another_models_is_refused(pi05, fields, message):
     pi05.configure(**fields)
     with pytest.raises(ValueError, match=message):
         pi05.spec()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "error", "message"),
+    [
+        (BEFORE, None, FileNotFoundError, "a LeRobot policy since version 0.4 has it"),
+        (NORMALIZER, None, FileNotFoundError, "the policy's statistics are expected there"),
+        (NORMALIZER, b"{}", ValueError, "is truncated or corrupt: .*get the file again"),
+        (
+            NORMALIZER,
+            safetensors.numpy.save({"action.mean": np.zeros(7)}),
+            ValueError,
+            "of action have no q01, q99, std",
+        ),
+    ],
+)
+def test_files_of_processors_that_are_missing_or_damaged_are_named(pi05, file, content, error, message):
+    (pi05.root / file).unlink()
+    if content is not None:
+        (pi05.root / file).write_bytes(content)
+    with pytest.raises(error, match=message):
+        pi05.spec()
+
+
+def test_sizes_that_contradict_the_arrays_are_an_error(tmp_path):
+    arrays, stated = torchpi.Pi0Config(action_horizon=None), {"action_dim": 64, "action_horizon": 10}
+    with pytest.raises(ValueError, match=r"contradicts the arrays: action_dim is 64 there, 32 in the arrays\. Correct"):
+        add_stated(arrays, stated, tmp_path, may_contradict=False)
+    config, (overruled,) = add_stated(arrays, stated, tmp_path, may_contradict=True)
+    assert (config.action_dim, config.action_horizon) == (32, 10)
+    assert overruled.endswith("action_dim is 64 there, 32 in the arrays")
 
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 5000, "\ud800", "a\nb"])

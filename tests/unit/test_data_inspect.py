@@ -14,7 +14,7 @@ from torchpi import cli
 from torchpi.data import LeRobotWriter
 from torchpi.data.draft import draft_embodiment, questions_of
 from torchpi.data.guesses import Guess, guess_command, guess_units, unit_of_action
-from torchpi.data.inspect import inspect_dataset
+from torchpi.data.inspect import Jump, inspect_dataset
 from torchpi.inspect.dataset import render_dataset_page
 from torchpi.robots import get_embodiment
 
@@ -81,7 +81,7 @@ def test_jumps_have_episode_and_frame(tmp_path):
         ("observation.state shoulder_pan.pos", 1, 25),
         ("observation.state shoulder_pan.pos", 1, 26),
     }
-    assert "2 sudden changes" in problems_of(tmp_path / "set")["observation.state shoulder_pan.pos"]
+    assert "2 sudden changes" in next(problem.text for problem in found.problems)
 
 
 def test_an_angle_that_wraps_is_named(tmp_path):
@@ -148,6 +148,7 @@ def test_set_of_which_nothing_can_be_read_has_its_reason(tmp_path):
     found = inspect_dataset(path)
     assert [problem.subject for problem in found.problems] == ["tasks", "columns"]
     assert [camera.pictures for camera in found.cameras] == [{}]
+    assert "has no column action" in render_dataset_page(found)
     with pytest.raises(ValueError, match=r"No episode of .* can be read: "):
         draft_embodiment(found, "arm")
 
@@ -233,7 +234,9 @@ def test_commands_are_guessed_from_what_follows(command, of):
 
 
 def test_page_has_pictures_and_is_complete(arm):
-    page = render_dataset_page(inspect_dataset(arm))
+    found = inspect_dataset(arm)
+    page = render_dataset_page(dataclasses.replace(found, jumps=[Jump("action lift", 1, 25, 0.5, 9.0)]))
+    assert '<td class="name">action lift</td>' in page
     assert page.count("data:image/png;base64,") == 2 * 3  # three episodes
     assert all(text in page for text in (*JOINTS, "pick it", "so101", "Nothing was found"))
     assert "<script" not in page
