@@ -321,6 +321,19 @@ def test_an_unknown_command_is_one_line(words, message, capsys):
     assert message in fails(words, capsys)
 
 
+def test_completion_of_the_shell_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(["--tyro-print-completion", "bash"])
+    assert ended.value.code in (0, None)
+    assert "Bash completion for torchpi" in capsys.readouterr().out
+
+
+def test_names_of_nothing_and_folders_that_exist_are_errors(tmp_path, capsys):
+    assert "neither a checkpoint nor a preset pi06; presets are" in fails(["trace", "pi06"], capsys)
+    message = fails(["pull", "org/name", "--out", tmp_path], capsys)
+    assert f"{tmp_path} exists already; choose another folder for --out" in message
+
+
 def test_a_pipe_that_ends_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)  # as `torchpi train --help | head` does

@@ -8,6 +8,7 @@ import torch
 
 import torchpi
 from torchpi.config import PRESETS, GemmaConfig, Pi0Config, VisionConfig
+from torchpi.model.flow import posemb_sincos, sample_time
 from torchpi.model.layers import attend, gelu_tanh
 
 
@@ -136,6 +137,18 @@ def test_noise_comes_from_the_generator(golden, model):
     ]
     assert torch.equal(losses[0], losses[1])
     assert not torch.equal(losses[0], losses[2])
+
+
+def test_time_is_drawn_for_the_noise_that_is_given(golden_pi05):
+    model, observation, actions = golden_pi05.model(), golden_pi05.observation(), golden_pi05.inputs["actions"]
+    noise = golden_pi05.inputs["noise"]
+    time = sample_time(len(noise), generator=torch.Generator().manual_seed(3), device=noise.device)
+    drawn = model.compute_loss(observation, actions, noise=noise, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(drawn, model.compute_loss(observation, actions, noise=noise, time=time))
+    with pytest.raises(ValueError, match="flow_samples_per_obs must be a positive integer, got 0"):
+        model.compute_loss(observation, actions, flow_samples_per_obs=0)
+    with pytest.raises(ValueError, match="dim must be even"):
+        posemb_sincos(time, 7)
 
 
 @pytest.mark.parametrize("num_steps", [0, -1, 2.5, True])

@@ -10,7 +10,8 @@ import pytest
 from test_policy import ACTION_DIM, QUANTILE, TWO_JOINTS, random_model, request, small_config, stats
 
 from torchpi.inspect import compare_policies
-from torchpi.inspect.commands import run_compare
+from torchpi.inspect.commands import plain_console, run_compare
+from torchpi.inspect.text import print_compared
 from torchpi.policy import Policy, load_policy
 from torchpi.randomness import generator_at
 from torchpi.robots import Camera, Embodiment, get_embodiment
@@ -148,7 +149,7 @@ def test_the_tolerance_is_of_the_scale(make_policy):
         compare(one, other, tolerance=-1.0)
 
 
-def test_a_number_that_is_not_finite_differs_and_ends_the_walk(make_policy):
+def test_a_number_that_is_not_finite_differs_and_ends_the_walk(make_policy, capsys):
     one, other = make_policy(), make_policy()
     other.model.expert.layers[0].attention.out.weight.data[0, 0] = math.nan
     comparison = compare(one, other)
@@ -156,6 +157,13 @@ def test_a_number_that_is_not_finite_differs_and_ends_the_walk(make_policy):
     assert stage(comparison, "v_t at t = 1").message == "NaN or infinity in B"
     assert stage(comparison, "actions, robot's units").message == "only A has it"
     assert comparison.stopped[0].startswith("B stopped: NaN or infinity in the model's action chunk")
+    print_compared(comparison, plain_console(), title="A and B")
+    printed = capsys.readouterr().out
+    assert "B stopped: NaN or infinity in the model's action chunk" in printed
+    assert "The first stage that differs is: v_t at t = 1." in printed
+    alike = dataclasses.replace(comparison, stages=comparison.stages[:2])
+    print_compared(alike, plain_console(), title="A and B")
+    assert "Every stage that both reached is the same." in capsys.readouterr().out
     document = json.loads(json.dumps(comparison.to_dict(), allow_nan=False))
     assert document["first_difference"] == "v_t at t = 1"
 

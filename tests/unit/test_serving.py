@@ -639,6 +639,11 @@ def test_policies_are_parsed_by_name():
         policy_paths(None, [])
 
 
+def test_options_of_one_policy_are_refused_for_several():
+    with pytest.raises(ValueError, match="embodiment can only be given for POLICY, not for --policies"):
+        run_serve(None, ["arm=demo"], ServeSettings(port=0), record=None, load={"embodiment": "aloha"}, run={})
+
+
 @pytest.mark.parametrize(
     ("policy", "named", "message"),
     [

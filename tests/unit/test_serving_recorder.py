@@ -66,6 +66,16 @@ def test_log_has_the_number_of_recorded_requests_and_the_folder(tmp_path, caplog
     ]
 
 
+def test_requests_that_the_disk_is_too_slow_for_are_counted_as_lost(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torchpi.serving.recorder.MAX_WAITING", 0)
+    caplog.set_level(logging.CRITICAL, logger="torchpi.serving.recorder")
+    metrics = Metrics()
+    with Recorder({"p0": tmp_path / "set"}, metrics) as recorder:
+        recorder.keep("p0", 0, FakePolicy(), observation(), np.zeros((H, 2), np.float32))
+    assert b'torchpi_recorded_total{result="lost"} 1.0' in metrics.text()
+    assert not (tmp_path / "set").exists()
+
+
 def test_failing_recording_does_not_stop_the_robot(tmp_path, caplog):
     metrics = Metrics()
     caplog.set_level(logging.CRITICAL, logger="torchpi.serving.recorder")
