@@ -330,6 +330,8 @@ def test_completion_of_the_shell_is_printed(capsys):
 
 def test_names_of_nothing_and_folders_that_exist_are_errors(tmp_path, capsys):
     assert "neither a checkpoint nor a preset pi06; presets are" in fails(["trace", "pi06"], capsys)
+    message = fails(["train", "--plan-memory", "3"], capsys)
+    assert message == "error: --plan-world, --plan-memory and --json belong to --plan.\n"
     message = fails(["pull", "org/name", "--out", tmp_path], capsys)
     assert f"{tmp_path} exists already; choose another folder for --out" in message
 

@@ -1,5 +1,6 @@
 """Schedule, clipping and average, against the original's formulas written out."""
 
+import dataclasses
 import math
 
 import pytest
@@ -20,6 +21,13 @@ def test_schedule_is_the_originals():
     middle = 1e-4 + 9e-4 * (1 + math.cos(math.pi * 7 / 15)) / 2
     assert learning_rate(12, SCHEDULE, 1000) == pytest.approx(middle)
     assert learning_rate(500, SCHEDULE, 1000) == pytest.approx(1e-4)
+
+
+def test_other_schedules_stay_or_fall_with_the_root_of_the_steps():
+    assert learning_rate(900, dataclasses.replace(SCHEDULE, lr_schedule="constant"), 1000) == 1e-3
+    falling = dataclasses.replace(SCHEDULE, lr_schedule="rsqrt", timescale=100.0)
+    assert learning_rate(5, falling, 1000) == pytest.approx(1e-3)
+    assert learning_rate(305, falling, 1000) == pytest.approx(1e-3 / 2)  # √(1 + 300 / 100)
 
 
 def test_schedule_without_warmup_starts_at_the_peak():

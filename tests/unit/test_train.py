@@ -23,7 +23,7 @@ import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, compute_norm_stats
 from torchpi.data.video import default_encoder, encode_video
-from torchpi.errors import TrainingError
+from torchpi.errors import DatasetError, TrainingError
 from torchpi.model.pi0 import Pi0
 from torchpi.robots import metaworld
 from torchpi.training import loop, state
@@ -340,6 +340,9 @@ def test_datasets_are_mixed_by_their_weights_and_each_is_seen_evenly():
     # Any part of the run alone gives the same places, beyond a block of the mixture as well.
     again = [place for batch in order(frames, first_step=20_000, mixture=mixture, num_steps=40_000) for place in batch]
     assert again == places[20_000 * 4 :]
+    rare = (Source("a", "aloha", 1e6), Source("b", "aloha", 1.0))
+    with pytest.raises(ValueError, match=r"with the weight 1\.0 of 1000001\.0 is hardly ever drawn"):
+        order(frames, mixture=rare)
 
 
 def samples(recipe: TrainConfig, **rng) -> Samples:
@@ -355,6 +358,17 @@ def test_random_numbers_of_a_sample_follow_from_its_index(recipe):
         np.testing.assert_array_equal(one[key], again[key])
     assert (one["noise"] != elsewhere["noise"]).any()
     assert (one["augmentation"]["base_0_rgb"] != elsewhere["augmentation"]["base_0_rgb"]).any()
+
+
+def test_error_of_a_sample_is_raised_where_its_batch_is_taken(recipe, monkeypatch):
+    some = samples(recipe)
+
+    def damaged(*_):
+        raise DatasetError("The video is damaged.")
+
+    monkeypatch.setattr(Samples, "__getitem__", damaged)
+    with pytest.raises(DatasetError, match="The video is damaged"):
+        next(some.batches([[(0, 0, 0, 0)]], 0))
 
 
 def test_time_is_drawn_as_the_model_draws_it(recipe):

@@ -28,7 +28,7 @@ from torchpi.training.run_folder import resume_config
 from torchpi.training.samples import Frames, SampleRng, Samples, example_batch, loss_sum, num_loss_elements
 from torchpi.training.setup import build_policies, check_prompts, open_data
 from torchpi.training.weights import build_model, model_config, open_init, parameter_table, without_gradient
-from torchpi.transforms import Normalization, NormStats
+from torchpi.transforms import Normalization, NormStats, load_norm_stats
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,10 @@ def test_statistics_of_an_openpi_checkpoint_are_chosen_by_their_asset(recipe, go
     )
     with pytest.raises(ValueError, match=r"has statistics for .*; choose one as init:ASSET_ID"):
         open_data(config, SIZES, open_init(config))
+    chosen = config.replace(norm_stats="init:tiny_robot")
+    expected = load_norm_stats(golden_pi05.root / "jax_ckpt/100/assets/tiny_robot")
+    found = open_data(chosen, SIZES, open_init(chosen))[0].norm_stats
+    np.testing.assert_array_equal(found["state"].q01, expected["state"].q01)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_before_the_first_step(recipe, tmp_path):
