@@ -505,6 +505,10 @@ def refused(root, error, match, **arguments):
 
 def test_missing_folder_is_an_error(tmp_path):
     refused(tmp_path / "nothing", FileNotFoundError, r"no folder .*nothing")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", ValueError, r"file is a file, not a dataset's folder")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    refused(tmp_path / "link", ValueError, r"link is a link to nothing, not a dataset's folder")
 
 
 def test_folder_without_info_is_an_error(tmp_path):

@@ -425,8 +425,8 @@ def test_robots_of_different_shapes_are_trained_together(recipe, dataset, other_
 
 
 @pytest.mark.slow
-def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path):
-    """Each with its own statistics, in the policy's folder and when the run is gone on with."""
+def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path, capsys):
+    """Each with its own statistics, in the policy's folder and when the run is gone on with; a note says so."""
     copy = tmp_path / "copy"
     shutil.copytree(other_robot / "set", copy)
     sources = (
@@ -438,6 +438,7 @@ def test_datasets_of_one_robot_keep_apart(recipe, dataset, other_robot, tmp_path
     run = tmp_path / "run"
     robots = loop.train(config, run).policy / "robots"
     assert {path.name for path in robots.iterdir()} == {"arm", "arm_2"}
+    assert " ".join(capsys.readouterr().err.split()).count("have the same state and actions") == 1
     assert (robots / "arm/norm_stats.json").read_text() != (robots / "arm_2/norm_stats.json").read_text()
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"chunk_error", "chunk_error_arm", "chunk_error_arm_2"} <= set(last)

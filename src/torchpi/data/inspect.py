@@ -26,7 +26,7 @@ from torchpi.data.metadata import Metadata, open_metadata
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.spans import VideoSpans
 from torchpi.data.video import VideoPool
-from torchpi.errors import TorchpiError, UnknownKeyError
+from torchpi.errors import TorchpiError, UnknownKeyError, counted
 
 _TEXTS = tomllib.loads((assets() / "dataset.toml").read_text(encoding="utf-8"))
 """Messages by rule."""
@@ -325,6 +325,6 @@ def _check(found: Inspection, metadata: Metadata, dataset: LeRobotDataset) -> No
     median = float(np.median(found.lengths))
     shortest = max(0.2 * median, 0.5 * found.fps)
     if short := [str(episode.index) for episode in metadata.episodes if episode.length < shortest]:
-        found.note("short", "episodes", episodes=", ".join(short), median=median)
+        found.note("short", "episodes", episodes=", ".join(short), frames=counted(round(median), "frame"))
     if found.idle_share and found.idle_share > _MUCH_IDLE:
         found.note("idle", "idle frames", idle=found.idle_share)

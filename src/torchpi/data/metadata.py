@@ -125,6 +125,10 @@ def open_metadata(path: str | Path, *, rename: Mapping[str, str] | None = None) 
             raise DatasetError(
                 f"A dataset is a folder or hf://org/name[@revision], as a text; found {path!r}.{hub_hint(text)}"
             )
+        if root.exists() or root.is_symlink():
+            raise DatasetError(
+                f"{root} is {'a file' if root.exists() else 'a link to nothing'}, not a dataset's folder."
+            )
         raise MissingFileError(f"There is no folder {root}; expected a LeRobot dataset.{hub_hint(text)}")
     folder = DatasetFolder(root)
     info = _read_info(folder)
