@@ -347,6 +347,7 @@ class Policy:
 
     save_pretrained = save  # by its name in transformers and LeRobot
     push_to_hub = push_to_hub
+    fingerprint = folder.fingerprint
 
     def write_spec(self, root: pathlib.Path) -> None:
         """Write the files of a policy folder into a folder that is there, without the weights."""

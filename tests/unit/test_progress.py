@@ -1,10 +1,12 @@
-"""Progress of long runs in a log."""
+"""Progress of long runs, in a log and on a terminal, and tables on a narrow one."""
 
 import itertools
 import sys
 import types
 
+from torchpi.rates import Rate
 from torchpi.ui.progress import progress_bar
+from torchpi.ui.tables import Column, PlainConsole, Table
 
 
 def test_a_log_gets_a_line_per_minute_and_the_last(capsys):
@@ -32,3 +34,24 @@ def test_a_notebook_gets_lines_of_a_log(capsys, monkeypatch):
         advance("loss 1")
         advance("loss 0.5")
     assert capsys.readouterr().err.startswith("steps 2/2, loss 0.5")
+
+
+def test_a_narrow_terminal_shows_the_count_and_the_note(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "40")
+    with progress_bar("evaluating episodes", 500, completed=433) as advance:
+        advance("87% success")
+    assert "434/500" in (shown := capsys.readouterr().err)
+    assert "87% success" in shown
+    assert "…" not in shown
+
+
+def test_a_narrow_terminal_shows_names_and_numbers_whole(capsys):
+    columns = [Column("task", "name"), Column("instruction"), Column("success, 95 % interval", "rate")]
+    rows = [["drawer-open", "open the drawer", Rate(0.5, (0.1, 0.9), 2), "103"]]
+    PlainConsole(width=40).print(Table([*columns, Column("steps", "number")], rows).to_rich(), crop=False)
+    shown = capsys.readouterr().out
+    assert [text in shown for text in ("drawer-open", "95 % interval", "50% (10% – 90%), 1 of 2", "103", "steps")] == [
+        True
+    ] * 5

@@ -1,5 +1,6 @@
 """Evaluations that keep their episodes in a folder: an interrupted one goes on, and equals one that was not."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from sim_helpers import (
 )
 
 from torchpi.cli import main
+from torchpi.serving.server import running_server
+from torchpi.serving.settings import ServeSettings
 from torchpi.sim.actors import RemotePolicy, fingerprint
 from torchpi.sim.evaluate import evaluate
 from torchpi.sim.rollout import Rollout
@@ -43,7 +46,7 @@ def run(policy, out, **options):
     return evaluate(policy, "corridor", out=out, resume=out is not None, progress=False, **options)
 
 
-@pytest.mark.parametrize("error", [ConnectionError("The server is gone."), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [ConnectionError("Is the server running?"), KeyboardInterrupt()])
 def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, monkeypatch, tmp_path, error):  # noqa: F811
     with monkeypatch.context() as context:
         whole = Fails(context, (policy := random_policy()))
@@ -54,7 +57,8 @@ def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, 
             run(policy, tmp_path)
     kept = len(list((tmp_path / "episodes").iterdir()))
     assert 0 < kept < 6
-    assert str(caught.value).endswith(f"{kept} of 6 episodes are in {tmp_path}; the same command goes on from there.")
+    message = f"{kept} of 6 episodes are in {tmp_path}; the same command goes on from there."
+    assert str(caught.value).endswith(message if isinstance(error, KeyboardInterrupt) else f"running? {message}")
     with monkeypatch.context() as context:
         rest = Fails(context, (policy := random_policy()))
         result = run(policy, tmp_path)
@@ -113,6 +117,17 @@ def test_a_served_policy_stays_the_same_while_its_engine_warms_up():
     assert fingerprint(served) != before
 
 
+def test_a_served_policy_with_other_weights_is_another_one():
+    fingerprints = []
+    for weight in (0.0, 0.0, 1e-3):
+        with torch.no_grad():
+            next((policy := random_policy()).model.parameters()).view(-1)[0] += weight
+        server = running_server({"policy": lambda policy=policy: policy}, ServeSettings(port=0, max_batch=1))
+        with server as (url, _), contextlib.closing(RemotePolicy(url)) as remote:
+            fingerprints.append(fingerprint(remote))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+
+
 def test_an_episode_without_its_video_runs_again(corridor, policy, tmp_path):  # noqa: F811
     first = run(policy, tmp_path, episodes=2)
     again = run(policy, tmp_path, episodes=2, videos=1)
@@ -127,11 +142,37 @@ def test_episodes_without_their_settings_are_not_taken(corridor, policy, tmp_pat
         run(policy, tmp_path, episodes=1)
 
 
-def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path):  # noqa: F811
-    run(policy, tmp_path, episodes=1)
-    (tmp_path / "episodes" / "short_0.json").write_text('{"success": true, "steps": 3}')
-    with pytest.raises(ValueError, match=r"short_0\.json"):
+@pytest.mark.parametrize("damage", ["empty", "cut"])
+def test_an_episode_with_a_damaged_video_runs_again(corridor, policy, tmp_path, damage):  # noqa: F811
+    run(policy, tmp_path, episodes=1, videos=1)
+    whole = (video := tmp_path / "short_0.mp4").read_bytes()
+    video.write_bytes(whole[: len(whole) - 100] if damage == "cut" else b"")
+    run(policy, tmp_path, episodes=1, videos=1)
+    assert video.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [None, {"steps": 0}, {"steps": -3}, {"seconds": 0.0}, {"chunk_ms": []}, {"chunk_ms": [1.0, float("nan")]}],
+)
+def test_a_damaged_episode_is_an_error_with_its_file(corridor, policy, tmp_path, changes):  # noqa: F811
+    first = run(policy, tmp_path, episodes=1)
+    whole = json.loads((file := tmp_path / "episodes" / "short_0.json").read_text())
+    file.write_text("" if changes is None else json.dumps(whole | changes))
+    with pytest.raises(ValueError, match=r"short_0\.json.* Delete this file, and the same command runs"):
         run(policy, tmp_path, episodes=1)
+    file.unlink()
+    assert run(policy, tmp_path, episodes=1).episodes == first.episodes
+
+
+def test_a_folder_takes_one_evaluation_at_a_time(corridor, monkeypatch, policy, tmp_path):  # noqa: F811
+    def second(observation, **options):
+        return run(random_policy(), tmp_path)
+
+    monkeypatch.setattr(policy, "infer", second)
+    with pytest.raises(ValueError, match=r"Another process evaluates into .*; wait for its end, or choose"):
+        run(policy, tmp_path)
+    assert len(run(random_policy(), tmp_path).episodes) == 6
 
 
 def test_the_command_keeps_episodes_and_writes_a_page(corridor, tmp_path, capsys):  # noqa: F811

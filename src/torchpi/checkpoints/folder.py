@@ -7,7 +7,9 @@ model.safetensors   the weights, or shards of them with model.safetensors.index.
 """
 
 import dataclasses
+import hashlib
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -16,6 +18,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from torchpi.checkpoints.adapter import digest
 from torchpi.checkpoints.layout import own_table
 from torchpi.checkpoints.safetensors_files import write_safetensors
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX, PolicySpec
@@ -227,3 +230,14 @@ def write_weights(
     dtypes |= {**(quantization.dtypes if quantization else {}), **dict.fromkeys(scales, torch.float32)}
     read = read or model.get_parameter
     write_safetensors(root, shapes, read, dtypes=dtypes, max_shard_bytes=max_shard_bytes)
+
+
+def fingerprint(policy: Any) -> str:
+    """SHA-256 of all that a policy is made of: its weights, and the files beside them."""
+    weights = policy.model.state_dict()
+    whole = hashlib.sha256(digest(weights, lambda name: weights[name].cpu()).encode())
+    with tempfile.TemporaryDirectory() as beside:
+        policy.write_spec(pathlib.Path(beside))
+        for file in sorted(pathlib.Path(beside).iterdir()):
+            whole.update(file.read_bytes())
+    return whole.hexdigest()

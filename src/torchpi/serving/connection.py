@@ -187,7 +187,9 @@ class Connection:
             await self.websocket.close(*GOODBYE)
 
     async def _greet(self) -> None:
-        await self.websocket.send(pack({**self._state.policies[self._policy].metadata, **SUPPORTED}))
+        stated = self._state.policies[self._policy].metadata
+        fingerprint = self._state.scheduler.fingerprints[self._policy]
+        await self.websocket.send(pack({**stated, "fingerprint": fingerprint, **SUPPORTED}))
 
     async def _receive(self, robot: Robot) -> str | bytes:
         """The next message that the model answers."""

@@ -6,11 +6,9 @@ import hashlib
 import http
 import json
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torchpi.checkpoints.adapter import digest
 from torchpi.errors import SimulationError, listed
 from torchpi.extras import require
 from torchpi.policy import Policy, load_policy
@@ -91,19 +89,11 @@ def noise_shape(actor: Actor, num_samples: int | None = None) -> tuple[int, ...]
 
 
 def fingerprint(actor: Actor) -> str:
-    """SHA-256 of all that a policy is made of; of a served one, of what its server says about it."""
+    """That of a policy; of a served one, a hash of what its server says, to which torchpi's adds the fingerprint."""
     if isinstance(actor, RemotePolicy):
         stated = {name: value for name, value in actor.metadata.items() if name != "engine"}  # warms up while it serves
         return hashlib.sha256(json.dumps(stated, sort_keys=True, default=repr).encode()).hexdigest()
-    if not isinstance(actor, Policy):
-        return type(actor).__name__
-    weights = actor.model.state_dict()
-    whole = hashlib.sha256(digest(weights, lambda name: weights[name].cpu()).encode())
-    with tempfile.TemporaryDirectory() as folder:
-        actor.write_spec(pathlib.Path(folder))
-        for file in sorted(pathlib.Path(folder).iterdir()):
-            whole.update(file.read_bytes())
-    return whole.hexdigest()
+    return actor.fingerprint() if isinstance(actor, Policy) else type(actor).__name__
 
 
 def provenance_of(actor: Actor) -> Mapping[str, Any]:

@@ -20,11 +20,11 @@ from torchpi.schema import write_json
 from torchpi.sim import LatestEnvironment, simulator
 from torchpi.sim.actors import checked_rollout, chosen_tasks, noise_shape, opened, provenance_of
 from torchpi.sim.environment import environment_seed
-from torchpi.sim.kept import begin_or_resume, read_outcome
+from torchpi.sim.kept import read_outcome, resumable
 from torchpi.sim.processes import default_workers, explaining, run_jobs
 from torchpi.sim.result import Episode, Evaluation, success_rate, task_result
 from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout, episode_noise, run_episode
-from torchpi.sim.video import record_video
+from torchpi.sim.video import is_whole_video, record_video
 from torchpi.ui.progress import progress_bar
 
 
@@ -84,14 +84,14 @@ def evaluate(
     check_numbers(env, episodes, videos, seed, workers)
     check_folder(videos, resume, out)
     check_installed(simulator(env).package, simulator(env).extra)  # loading a policy may take long
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as kept_in, contextlib.ExitStack() as stack:
         actor = stack.enter_context(opened(policy, load, token))
         rollout, tasks = checked_rollout(actor, env, rollout), chosen_tasks(provenance_of(actor), env, tasks)
         check_instructions(instructions, tasks)
         folder = pathlib.Path(out or "")
         jobs = _jobs(env, tasks, episodes, seed, instructions, folder, videos, resume)
         if resume:
-            begin_or_resume(folder, actor, env, seed, rollout, instructions)
+            kept_in.enter_context(resumable(folder, actor, env, seed, rollout, instructions))
         done = {job: outcome for job in jobs if (outcome := _kept(job))}
         workers = _num_workers(policy, actor, env, workers, len(jobs) - len(done))
         make_work = partial(_Evaluator, actor, {}, None, env, seed, rollout)
@@ -161,7 +161,7 @@ def _describe_kept(jobs: Sequence[_Job], folder: pathlib.Path, _: BaseException)
 
 def _kept(job: _Job) -> EpisodeOutcome | None:
     """Its outcome, if it has ended before, and with the video that is asked for."""
-    if job.kept is None or not job.kept.exists() or (job.video is not None and not pathlib.Path(job.video).exists()):
+    if job.kept is None or not job.kept.exists() or (job.video is not None and not is_whole_video(job.video)):
         return None
     return read_outcome(job.kept)
 

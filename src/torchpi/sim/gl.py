@@ -26,8 +26,9 @@ def _no_opengl(reason: Exception) -> OpenGLError:
     counted = f" MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process: unset it."
     return OpenGLError(
         f"No OpenGL that renders without a screen (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
-        f"{str(reason).rstrip('.')}).{'' if device is None else counted} On Debian or Ubuntu: apt-get install libegl1 "
-        "libgl1-mesa-dri libopengl0. Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
+        f"{str(reason).rstrip('.')}).{'' if device is None else counted} For EGL unset MUJOCO_GL and, on Debian or "
+        "Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0. Or choose another backend of MuJoCo, for example "
+        "MUJOCO_GL=osmesa with libosmesa6."
     )
 
 

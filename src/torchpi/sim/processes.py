@@ -74,8 +74,9 @@ def explaining(remains: Callable[[BaseException], str]) -> Iterator[None]:
     except _FOR_USERS as error:
         if not (text := remains(error)):
             raise
-        problem = f"{_message_of(error).rstrip('.')}. ".lstrip(". ")
-        raise _rephrased(error, f"{problem}{text}") from error
+        problem = _message_of(error).rstrip(".")
+        end = "" if problem.endswith("?") else "."
+        raise _rephrased(error, f"{problem}{end} {text}" if problem else text) from error
 
 
 def _rephrased(error: BaseException, text: str) -> BaseException:

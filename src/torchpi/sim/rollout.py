@@ -82,6 +82,10 @@ class EpisodeOutcome:
     unstable: bool = False
     """An action has broken the simulation, which ended the episode."""
 
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not self.seconds > 0 or not self.chunk_ms or not all(ms >= 0 for ms in self.chunk_ms):
+            raise SimulationError(f"Expected steps, chunks and positive times, got {self!s:.200}.")
+
 
 def run_episode(
     policy: Actor,

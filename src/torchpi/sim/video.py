@@ -11,6 +11,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from torchpi.atomic import atomic_file
 from torchpi.data.video import encode_video, find_encoder
+from torchpi.extras import require
 from torchpi.robots import Embodiment
 from torchpi.sim.environment import Environment, ShowsHands
 from torchpi.sim.rollout import Callback, RolloutStep, camera_keys
@@ -60,6 +61,16 @@ def record_video(
     path = pathlib.Path(path)
     with atomic_file(path) as part:
         encode_video(part, recorder.frames(), fps=FPS, encoder=encoder, options=options, threads=1, fast_start=True)
+
+
+def is_whole_video(path: str | pathlib.Path) -> bool:
+    """True for a file with all frames of a video; not for one that was cut or emptied later, or isn't there."""
+    av = require("av", "data")
+    try:
+        with av.open(str(path)) as container:
+            return sum(packet.size > 0 for packet in container.demux(video=0)) == container.streams.video[0].frames
+    except (av.FFmpegError, IndexError):
+        return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from torchpi.errors import printable
 from torchpi.ui.format import format_duration
@@ -13,6 +21,8 @@ from torchpi.ui.tables import PlainConsole
 
 LOG_SECONDS = 60.0
 """Time between two lines of a log."""
+_WIDE = 72
+"""Columns of a terminal that has room for a bar and times."""
 
 
 @contextlib.contextmanager
@@ -20,20 +30,15 @@ def progress_bar(
     title: str, total: int, *, completed: int = 0, shown: bool = True, clock: Callable[[], float] = time.monotonic
 ) -> Iterator[Callable[..., None]]:
     """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
     console = PlainConsole(stderr=True, soft_wrap=True)
+    columns: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False)]
+    if console.width >= _WIDE:
+        columns = [BarColumn(), *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
     if shown and not console.is_terminal:
         yield _log_lines(console, title, total, completed, clock)
         return
-    with Progress(*columns, console=console, disable=not shown) as progress:
+    title_column = TextColumn("{task.description}", markup=False)
+    with Progress(title_column, *columns, console=console, disable=not shown) as progress:
         task = progress.add_task(printable(title), total=total, completed=completed, note="")
 
         def advance(note: str = "", by: int = 1) -> None:

@@ -62,7 +62,8 @@ class Table:
         """The table for a terminal."""
         table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for i, column in enumerate(self.columns):
-            width = max((len(str(row[i])) for row in (*self.rows, *filter(None, [self.total]))), default=0)
+            cells = (column.title, *(row[i] for row in (*self.rows, *filter(None, [self.total]))))
+            width = max(len(str(cell)) for cell in cells) + (i in (0, len(self.columns) - 1))  # Rich's edge
             table.add_column(
                 column.title,
                 justify="right" if column.kind == "number" else "left",
