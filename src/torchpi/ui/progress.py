@@ -5,15 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from torchpi.errors import printable
 from torchpi.ui.format import format_duration
@@ -31,14 +23,13 @@ def progress_bar(
 ) -> Iterator[Callable[..., None]]:
     """Show a progress bar; calling what is yielded advances it: `advance(note="", by=1)`."""
     console = PlainConsole(stderr=True, soft_wrap=True)
-    columns: list[ProgressColumn] = [MofNCompleteColumn(), TextColumn("{task.fields[note]}", markup=False)]
-    if console.width >= _WIDE:
-        columns = [BarColumn(), *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()]
     if shown and not console.is_terminal:
         yield _log_lines(console, title, total, completed, clock)
         return
-    title_column = TextColumn("{task.description}", markup=False)
-    with Progress(title_column, *columns, console=console, disable=not shown) as progress:
+    is_wide = console.width >= _WIDE
+    bar, times = [BarColumn()] * is_wide, [TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()] * is_wide
+    name, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
+    with Progress(name, *bar, MofNCompleteColumn(), note, *times, console=console, disable=not shown) as progress:
         task = progress.add_task(printable(title), total=total, completed=completed, note="")
 
         def advance(note: str = "", by: int = 1) -> None:
