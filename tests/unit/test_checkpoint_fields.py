@@ -12,11 +12,13 @@ import safetensors.numpy
 
 import torchpi
 from torchpi.checkpoints import folder
+from torchpi.checkpoints import lerobot as lerobot_files
 from torchpi.checkpoints.checkpoint import open_checkpoint
 from torchpi.checkpoints.fields import FIELDS, require_fields
 from torchpi.checkpoints.sizes import add_stated
 from torchpi.checkpoints.spec import MAX_ACTION_PREFIX
 from torchpi.policy import policy_of
+from torchpi.robots import StateKey
 
 BEFORE, AFTER = "policy_preprocessor.json", "policy_postprocessor.json"
 NORMALIZER = "policy_preprocessor_step_3_normalizer_processor.safetensors"
@@ -160,6 +162,25 @@ def test_files_of_processors_that_are_missing_or_damaged_are_named(pi05, file, c
         (pi05.root / file).write_bytes(content)
     with pytest.raises(error, match=message):
         pi05.spec()
+
+
+def test_written_folder_notes_what_lerobot_does_otherwise_and_refuses_ambiguous_names(pi05, tmp_path):
+    spec, config = pi05.spec(), torchpi.Pi0Config.from_json(pi05.golden.config)
+    names = spec.embodiment.state_names
+    parts = (StateKey("arm", names[:2]), StateKey("hand", names[2:]))
+    robot = dataclasses.replace(spec.embodiment, state=parts)
+    spec = dataclasses.replace(spec, embodiment=robot, metadata={MAX_ACTION_PREFIX: 3})
+    notes = " ".join(lerobot_files.write_spec(tmp_path, config, spec, "float32"))
+    assert "the state is one vector there: send arm, hand one behind the other" in notes
+    assert "rtc_training_max_delay is written, which LeRobot knows after version 0.6.1" in notes
+    first, second, *rest = robot.actions
+    alike = (
+        dataclasses.replace(first, name="grip_turn", kind="delta"),
+        dataclasses.replace(second, name="grip", kind="absolute"),
+    )
+    spec = dataclasses.replace(spec, embodiment=dataclasses.replace(robot, actions=(*alike, *rest)))
+    with pytest.raises(ValueError, match=r"parts of their names, and grip_turn contains one of .*grip"):
+        lerobot_files.write_spec(tmp_path, config, spec, "float32")
 
 
 def test_sizes_that_contradict_the_arrays_are_an_error(tmp_path):

@@ -354,6 +354,10 @@ def test_command_prints_one_document(images, tmp_path, capsys):
     assert [result["episodes"] for result in json.loads(capsys.readouterr().out)] == [1, 2]
     cli.main(["data", "delete", str(images), "--select", "0", "--out", str(tmp_path / "other")])
     assert "2 episodes, 7 frames" in capsys.readouterr().out
+    resample = ["data", "resample", str(images), "--fps", "5", "--command", "position"]
+    cli.main([*resample, "--out", str(tmp_path / "slower"), "--json"])
+    (result,) = json.loads(capsys.readouterr().out)
+    assert (result["episodes"], result["frames"]) == (3, 3 + 2 + 2)
     with pytest.raises(SystemExit):
         cli.main(["data", "resample", str(images), "--fps", "5", "--out", str(tmp_path / "third")])
     assert "give --command, or --embodiment" in capsys.readouterr().err
