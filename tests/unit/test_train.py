@@ -22,6 +22,7 @@ from train_helpers import SIZES, assert_same_bits, weights, write_dataset
 import torchpi
 from torchpi.cli import main
 from torchpi.data import LeRobotDataset, compute_norm_stats
+from torchpi.data.edit import split_dataset
 from torchpi.data.video import default_encoder, encode_video
 from torchpi.errors import DatasetError, TrainingError
 from torchpi.model.pi0 import Pi0
@@ -161,6 +162,24 @@ def begin(recipe: TrainConfig):
     model, _ = build_model(recipe, sizes, skeleton=False)
     (policy,) = build_policies(recipe, model, data)
     return data[0], policy, state.TrainState.create(model, weight_decay=0.0, ema=True)
+
+
+def test_policy_states_the_recorded_tasks_and_episodes_that_an_edit_has_left(recipe, dataset, tmp_path):
+    texts = LeRobotDataset(dataset, action_horizon=1, cameras=()).tasks
+    whole = pathlib.Path(shutil.copytree(dataset, tmp_path / "whole"))
+    document = {"env": "metaworld", "tasks": {"first": texts[0], "second": texts[1]}, "episodes": [{"length": 6}] * 4}
+    (whole / "meta/torchpi_recording.json").write_text(json.dumps(document))
+    _, policy, _ = begin(recipe.replace(dataset=str(whole)))
+    about = policy.provenance["dataset"]
+    assert (policy.provenance["tasks"], about["num_episodes"], about["num_frames"]) == (["first", "second"], 4, 24)
+    split_dataset(whole, tmp_path / "parts", {"one": f"task:{texts[1]}"})
+    _, policy, _ = begin(recipe.replace(dataset=str(tmp_path / "parts/one")))
+    about = policy.provenance["dataset"]
+    assert (policy.provenance["tasks"], about["num_episodes"], about["num_frames"]) == (["second"], 2, 12)
+    assert about["tasks"] == {"second": texts[1]}
+    (tmp_path / "parts/one/meta/torchpi_recording.json").write_text('{"tasks": []}')
+    with pytest.raises(ValueError, match=r"torchpi_recording\.json has no object 'tasks': it is damaged"):
+        begin(recipe.replace(dataset=str(tmp_path / "parts/one")))
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_ruins_the_weights(recipe):

@@ -278,13 +278,18 @@ def _longest_prompts(policy: Policy, data: SourceData) -> dict[str, int]:
 
 
 def _provenance(config: TrainConfig, data: SourceData) -> dict[str, Any]:
-    """The recipe, and the dataset's own provenance."""
+    """The recipe, and the dataset's own provenance, of the episodes that an edit has left in it."""
     provenance: dict[str, Any] = {"source": "torchpi train", "recipe": dataclasses.asdict(config)}
     recording = pathlib.Path(data.train.path) / "meta" / "torchpi_recording.json"
     if recording.is_file():
-        recorded = read_json_object(recording, error=TrainingError)
-        episodes = recorded.pop("episodes")  # the seed decides them
-        frames = sum(episode["length"] for episode in episodes)
-        provenance["dataset"] = {**recorded, "num_episodes": len(episodes), "num_frames": frames}
-        provenance["tasks"] = list(recorded["tasks"])
+        recorded, metadata = read_json_object(recording, error=TrainingError), open_metadata(data.train.path)
+        if not isinstance(recorded.get("tasks"), dict):
+            raise TrainingError(
+                f"{recording} has no object 'tasks': it is damaged. Get the dataset again, or delete it."
+            )
+        recorded.pop("episodes", None)  # the seed decides them
+        texts, lengths = set(metadata.tasks.values()), [episode.length for episode in metadata.episodes]
+        tasks = {task: text for task, text in recorded["tasks"].items() if text in texts}
+        counts = {"num_episodes": len(lengths), "num_frames": sum(lengths)}
+        provenance |= {"dataset": {**recorded, "tasks": tasks, **counts}, "tasks": list(tasks)}
     return {**provenance, "torchpi": __version__}
