@@ -289,6 +289,20 @@ def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F
     assert len(frames(tmp_path / "set")) == len(frames(tmp_path / "whole"))
 
 
+def test_a_recording_names_all_versions_that_made_it(corridor, tmp_path, monkeypatch):  # noqa: F811
+    out, options = tmp_path / "set", {"tasks": ["short"], "episodes": 2}
+    killed(monkeypatch, out, 1, **options)
+    document = recording(out)
+    present = document["versions"]["mujoco"]
+    (out / RECORDING_FILE).write_text(json.dumps(document | {"versions": document["versions"] | {"mujoco": "0.1"}}))
+    quiet(out, **options)
+    assert recording(out)["versions"] == document["versions"] | {"mujoco": f"0.1, {present}"}
+    before = files(out)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "9.9")
+    quiet(out, **options)  # nothing is left to record
+    assert files(out) == before
+
+
 @pytest.mark.parametrize(
     ("function", "calls"),
     [

@@ -130,7 +130,6 @@ def record(
         if jobs:
             _record(done, jobs, most if workers is None else workers, video, progress)
         done.join()
-    done.describe(len(done.episodes))
     frames = sum(episode["length"] for episode in done.episodes)
     return Recording(str(out), len(done.episodes), frames, _failures_of(done.episodes), time.perf_counter() - start)
 
@@ -192,6 +191,7 @@ class _Done:
         self._rest, self._joined = (root.with_name(f"{root.name}.{name}") for name in ("rest", "joined"))
         self.episodes: list[dict[str, Any]] = []
         """Task, seed, noisy, length and failures, the attempts before it, of each."""
+        self._versions: dict[str, str] = {}  # of the packages that recorded them
 
     def resume(self, jobs: Sequence[tuple[str, int]], video: bool) -> int:
         """Take over the episodes of an interrupted recording with the same arguments; their number."""
@@ -210,7 +210,7 @@ class _Done:
         self.join()
         info, settings = read_json(self.root / INFO), dataclasses.asdict(self.settings)
         complete = int(info["total_episodes"])
-        self.episodes = document["episodes"][:complete]
+        self.episodes, self._versions = document["episodes"][:complete], document.get("versions", {})
         recorded = {name: document.get(name) for name in settings}, info["video_path"] is not None
         tasks = [episode["task"] for episode in self.episodes]
         if recorded != (settings, video) or len(tasks) != complete or tasks != [task for task, _ in jobs[:complete]]:
@@ -264,12 +264,16 @@ class _Done:
         episodes = self.episodes[:complete]  # an interrupt may come before the last one was saved
         place = simulator(self.settings.env)
         tasks = {episode["task"]: place.instructions[episode["task"]] for episode in episodes}
-        packages = ("torchpi", place.package, "mujoco")
+        versions = dict(self._versions)
+        for package in ("torchpi", place.package, "mujoco"):
+            now = importlib.metadata.version(package)
+            before = versions.get(package, now)
+            versions[package] = before if now in before.split(", ") else f"{before}, {now}"
         document = {
             **dataclasses.asdict(self.settings),
             "tasks": tasks,
             "failures": _failures_of(episodes),
-            "versions": {package: importlib.metadata.version(package) for package in packages},
+            "versions": versions,
             "command": self._command,
             "episodes": episodes,
         }
