@@ -98,9 +98,9 @@ def describe(
         if source.source.norm_stats != "dataset" and not first_step:
             for problem in stats_problems(source.train, source.embodiment, policy.transforms):
                 console.print(f"  warning: {problem}")
-    for one, other in itertools.combinations(data, 2):
-        is_same = _numbers(one) == _numbers(other)
-        if is_same and not one.source.norm_stats == other.source.norm_stats != "dataset":
+    for one, other in itertools.combinations([each for each in data if each.source.norm_stats == "dataset"], 2):
+        robots = one.embodiment, other.embodiment
+        if len({(robot.state_names, robot.action_names) for robot in robots}) == 1:
             console.print(
                 f"  note: {one.source.dataset} and {other.source.dataset} have the same state and actions, and each "
                 "its own statistics, as of two robots; for one policy: torchpi data merge, or norm_stats with a file"
@@ -155,10 +155,6 @@ def show_parameters(parts: Sequence[Mapping[str, Any]]) -> tuple[str, Table]:
     if totals["without_gradient"]:
         text += " Those without gradient are not frozen, but the loss does not depend on them."
     return text, Table(columns, rows, ("all", *(format_count(totals[name]) for name in shown), ""))
-
-
-def _numbers(data: SourceData) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return data.embodiment.state_names, data.embodiment.action_names
 
 
 def _describe_weights(console: Console, info: Mapping[str, Any], first_step: int) -> None:
