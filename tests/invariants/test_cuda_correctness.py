@@ -3,6 +3,7 @@
 The cases are cuda_cases.py's. They run in one process of their own, in which PyTorch knows the fake GPU.
 """
 
+import functools
 import json
 import os
 import pathlib
@@ -15,29 +16,47 @@ from cuda_cases import CASES, DROPPED, IN_UPDATE, MISTAKES
 
 FILE = pathlib.Path(__file__).with_name("cuda_cases.py")
 WRONG = [(kind, function) for kind, functions in MISTAKES.items() for function in functions]
-RIGHT = [name for name in CASES if not name.startswith("mistake")]
+MISTAKEN = [name for name in CASES if name.startswith("mistake")]
+RIGHT = [name for name in CASES if name not in MISTAKEN]
+FAST = [
+    "sampling pi05 guided, prefix",
+    "engine pi0",
+    "loss pi05",
+    "update pi0 micro-batches",
+    "batch",
+    "policy guided",
+]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, worker_id):
-    """The results of all cases, which one of the test's processes computes for all."""
-    folder = tmp_path_factory.getbasetemp()
-    path = (folder if worker_id == "master" else folder.parent) / "cuda_cases.json"
-    with filelock.FileLock(path.with_suffix(".lock")):
-        if not path.is_file():
-            command = [sys.executable, str(FILE)]
-            ran = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
-            assert ran.returncode == 0, ran.stderr
-            path.write_text(ran.stdout)
-    return json.loads(path.read_text())
+    """The results of some cases, which one of the test's processes computes for all."""
+
+    @functools.cache
+    def of_cases(fast: bool):
+        names = [name for name in RIGHT if (name in FAST) == fast] + MISTAKEN * fast
+        folder = tmp_path_factory.getbasetemp()
+        path = (folder if worker_id == "master" else folder.parent) / f"cuda_cases_{fast}.json"
+        with filelock.FileLock(path.with_suffix(".lock")):
+            if not path.is_file():
+                command = [sys.executable, str(FILE), *names]
+                ran = subprocess.run(command, env=os.environ, capture_output=True, text=True, check=False)
+                assert ran.returncode == 0, ran.stderr
+                path.write_text(ran.stdout)
+        return json.loads(path.read_text())
+
+    return of_cases
 
 
 def of(results, name):
-    assert "error" not in results[name], results[name]["error"]
-    return results[name]
+    found = results(name not in RIGHT or name in FAST)[name]
+    assert "error" not in found, found["error"]
+    return found
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in RIGHT]
+)
 def test_a_gpu_objects_to_nothing(results, name):
     found = of(results, name)
     assert [finding["said"] for finding in found["findings"]] == []
