@@ -166,6 +166,7 @@ def test_fixed_position_embedding_is_among_the_weights():
     assert nanopi.weights_of(model)["vision.pos_embed"].shape == (36, vision.width)
 
 
+@pytest.mark.slow
 def test_the_command_writes_loss_and_actions(golden, tmp_path):
     arguments = ["--config", golden.config, "--inputs", golden.root / "inputs.npz", "--out", tmp_path / "y.npz"]
     command = [sys.executable, ROOT / "examples" / "nanopi.py", golden.checkpoint, *arguments]
@@ -184,7 +185,8 @@ def test_the_command_writes_loss_and_actions(golden, tmp_path):
     assert "q_grouped" in out
 
 
-def test_the_command_makes_up_inputs(golden):
-    command = [sys.executable, ROOT / "examples" / "nanopi.py", golden.checkpoint, "--config", golden.config]
+def test_the_command_makes_up_inputs(golden_pi05):
+    arguments = [golden_pi05.checkpoint, "--config", golden_pi05.config]
+    command = [sys.executable, ROOT / "examples" / "nanopi.py", *arguments]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1].startswith("loss ")

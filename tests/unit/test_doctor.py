@@ -84,7 +84,9 @@ def moves(diagnosis):
 # A healthy policy
 
 
-@pytest.mark.parametrize("task", demo_tasks())
+@pytest.mark.parametrize(
+    "task", [demo_tasks()[0], *(pytest.param(task, marks=pytest.mark.slow) for task in demo_tasks()[1:])]
+)
 def test_the_demo_is_healthy_and_reads_everything(demo, task):
     diagnosis = diagnose(demo, demo_observation(task), num_seeds=4)
     assert diagnosis.status == 0

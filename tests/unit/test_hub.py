@@ -466,6 +466,7 @@ def test_two_threads_download_once(server):
     assert {len(ranges) for ranges in server.reads().values()} == {1}
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(server):
     program = f"from torchpi.checkpoints.hub import fetch; print(fetch({server.address!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) for _ in range(2)]

@@ -342,7 +342,9 @@ def test_first_error_is_raised_with_the_second_as_a_note(tmp_path, monkeypatch):
     require_episodes(tmp_path, 1)
 
 
-@pytest.mark.parametrize(("video", "full"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("video", "full"), [(True, True), *(pytest.param(video, False, marks=pytest.mark.slow) for video in (False, True))]
+)
 def test_recover_after_a_kill_at_any_moment(video, full, tmp_path, monkeypatch):
     """Snapshots of the disk before every rename: a reader sees a complete set or an error, and nothing is lost."""
     snapshots, num_saved = [], []

@@ -115,7 +115,8 @@ def test_first_episodes_of_each_task_are_recorded_as_video(corridor, tmp_path): 
 
 
 @pytest.mark.parametrize(
-    ("env", "task", "view"), [("metaworld", "drawer-open", VIEW), ("aloha_sim", "insertion", SINGLE_VIEW)]
+    ("env", "task", "view"),
+    [("metaworld", "drawer-open", VIEW), pytest.param("aloha_sim", "insertion", SINGLE_VIEW, marks=pytest.mark.slow)],
 )
 def test_paths_of_the_hands_are_drawn(tmp_path, env, task, view):
     """And filming does not change the episode."""

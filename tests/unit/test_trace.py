@@ -147,7 +147,7 @@ def counts(trace):
     return {entry.name: entry.value for entry in trace.entries if isinstance(entry.value, int)}
 
 
-@pytest.mark.parametrize(("name", "table"), [("pi05", PI05), ("pi0", PI0)])
+@pytest.mark.parametrize(("name", "table"), [("pi05", PI05), pytest.param("pi0", PI0, marks=pytest.mark.slow)])
 def test_full_size_shapes(name, table, request):
     trace = request.getfixturevalue(name)
     found = {(entry.step, entry.name): (entry.shape, entry.dtype) for entry in trace.entries}
@@ -413,7 +413,7 @@ class Tags(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
 
-@pytest.mark.parametrize("name", ["tiny", "pi0", "pi05"])
+@pytest.mark.parametrize("name", [pytest.param("tiny", marks=pytest.mark.slow), "pi0", "pi05"])
 def test_page_is_well_formed_and_needs_nothing_else(name, request):
     trace = request.getfixturevalue(name)
     page = render_page(trace, request.getfixturevalue("pi0"))

@@ -198,7 +198,7 @@ def test_parameters_without_gradient_are_those_that_no_backward_pass_reaches(pi0
     assert without_gradient(model) == {name for name, p in model.named_parameters() if p.grad is None}
 
 
-@pytest.mark.parametrize("what", ["lora", "lora_strict"])
+@pytest.mark.parametrize("what", ["lora", pytest.param("lora_strict", marks=pytest.mark.slow)])
 def test_lora_is_saved_small_and_merges_exactly(further, trained, tmp_path, what):
     config = further.replace(finetune=what, frozen_dtype="bfloat16")
     result = loop.train(config, tmp_path / "run")
@@ -331,7 +331,7 @@ def test_openpis_augmentation_is_the_same_for_all_cameras_without_saturation(rec
     assert theirs["augmentation"]["base_0_rgb"][5] == 0
 
 
-@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+@pytest.mark.parametrize("checkpointing", [pytest.param("full", marks=pytest.mark.slow), "selective"])
 def test_activation_checkpointing_changes_no_bit(recipe, tmp_path, checkpointing):
     loop.train(recipe, tmp_path / "plain")
     loop.train(recipe.replace(activation_checkpointing=checkpointing), tmp_path / "again")

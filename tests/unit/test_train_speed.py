@@ -49,8 +49,8 @@ def gradients(model: Pi0, count: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.parametrize(
     ("lora", "checkpointing"),
     [
-        (False, "none"),
         (True, "selective"),
+        pytest.param(False, "none", marks=pytest.mark.slow),
         pytest.param(False, "full", marks=pytest.mark.slow),
         pytest.param(False, "selective", marks=pytest.mark.slow),
         pytest.param(True, "none", marks=pytest.mark.slow),
