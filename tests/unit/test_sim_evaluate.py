@@ -253,6 +253,8 @@ def test_degrees_are_not_taken_for_parts_of_a_range():
         check_embodiment(normalized, so101)
     with pytest.raises(ValueError, match=f"{sides} state is '-100 to 100 of the .*', of the environment's 'deg'"):
         check_embodiment(dataclasses.replace(normalized, actions=so101.actions), so101)
+    written_otherwise = [dataclasses.replace(action, unit="degrees") for action in so101.actions]
+    check_embodiment(dataclasses.replace(so101, actions=tuple(written_otherwise)), so101)
     served = {"action_names": normalized.action_names, "action_units": list(normalized.action_units)}
     with pytest.raises(ValueError, match="of the policy's actions is '-100 to 100"):
         check_metadata(served, so101)

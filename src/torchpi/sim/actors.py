@@ -13,6 +13,7 @@ from torchpi.errors import SimulationError, listed
 from torchpi.extras import require
 from torchpi.policy import Policy, load_policy
 from torchpi.robots import Embodiment
+from torchpi.robots.parts import COMMANDS
 from torchpi.sim import check_tasks, simulator, tasks_of
 from torchpi.sim.rollout import Actor, Rollout
 
@@ -185,6 +186,10 @@ def check_embodiment(policy: Embodiment, robot: Embodiment) -> None:
         _check_dimensions("state", policy.state_names, policy.state_units, robot.state_names, robot.state_units, sides)
 
 
+_COMPARED = {*COMMANDS, "deg", "rad", "-100 to 100 of the calibrated range"}
+"""Other units are said in words, in which the same can be said otherwise."""
+
+
 def check_metadata(metadata: Mapping[str, Any], robot: Embodiment) -> None:
     """`check_embodiment` for a served policy, as far as its metadata say something about actions and rate."""
     name = metadata.get("embodiment", "no name")
@@ -217,11 +222,11 @@ def _check_dimensions(
     own_meanings: Sequence[str | None],
     sides: str,
 ) -> None:
-    """Raise an error for the environment's dimensions in another order, or with another unit or command where both
-    state one; the names of robots' descriptions differ."""
+    """Raise an error for the environment's dimensions in another order, or with another command or unit of a joint where
+    both state one; the names of robots' descriptions differ."""
     if sorted(names) == sorted(own_names) and list(names) != list(own_names):
         order, own_order = ", ".join(names), ", ".join(own_names)
         raise SimulationError(f"{sides}the policy's {what} are in the order {order}, the environment's {own_order}.")
     for name, meaning, own in zip(names, meanings, own_meanings, strict=False):
-        if meaning and own and meaning != own:
+        if meaning and own and meaning != own and {meaning, own} <= _COMPARED:
             raise SimulationError(f"{sides}{name} of the policy's {what} is {meaning!r}, of the environment's {own!r}.")
