@@ -222,7 +222,7 @@ def _check_dimensions(
     own_meanings: Sequence[str | None],
     sides: str,
 ) -> None:
-    """Raise an error for the environment's dimensions in another order, or with another command or unit of a joint where
+    """Raise an error for the environment's dimensions in another order, or with another command or joint's unit where
     both state one; the names of robots' descriptions differ."""
     if sorted(names) == sorted(own_names) and list(names) != list(own_names):
         order, own_order = ", ".join(names), ", ".join(own_names)
