@@ -498,3 +498,10 @@ def test_a_home_folder_that_the_shell_left_is_a_home_folder(arguments, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     run([*arguments, "--out=~/home.npz"])
     assert actions(tmp_path / "home.npz").shape == (4, 2)
+
+
+def test_the_choices_of_an_option_that_may_be_none_have_one_order(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "demo", "--engine", "jit"])
+    found = " ".join(re.findall(r"'\w+'", capsys.readouterr().err))
+    assert found.endswith("'auto' 'compiled' 'eager' 'graph' 'None'")

@@ -33,7 +33,7 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     spec = found
     return dataclasses.replace(
         spec,
-        choices=None if spec.choices is None else tuple(dict.fromkeys((*spec.choices, "None"))),
+        choices=None if spec.choices is None else (*sorted({*spec.choices} - {"None"}), "None"),
         instance_from_str=lambda words: None if words == ["None"] else spec.instance_from_str(words),
         is_instance=lambda value: value is None or spec.is_instance(value),
         str_from_instance=lambda value: ["None"] if value is None else spec.str_from_instance(value),
