@@ -482,17 +482,6 @@ def test_commands_are_listed_in_groups_a_line_each(words, capsys):
     assert max(map(len, lines)) <= 80
 
 
-@pytest.mark.parametrize("command", ["serve", "bench"])
-def test_help_is_wrapped_at_the_width_of_the_terminal(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "60")
-    with pytest.raises(SystemExit, match="0"):
-        main([*command.split(), "--help"])
-    lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if len(line) > 60] == []
-    helps = {field.name: field.metadata["help"] for field in dataclasses.fields(COMMANDS["serve"]) if field.metadata}
-    assert helps["record"].endswith("of several policies, one dataset per name.")  # of a docstring of two lines
-
-
 def test_a_home_folder_that_the_shell_left_is_a_home_folder(arguments, tmp_path, monkeypatch):
     """As in --out=~/actions.npz."""
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from torchpi.cli import bench, checkpoints, data, evaluation, hub, init, policy, serving, stats, training, view
-from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate, wrapped_help
+from torchpi.cli.arguments import REGISTRY, in_options, options_of, translate
 from torchpi.cli.common import Command
 from torchpi.data.files import ALLOW_OUTSIDE
 from torchpi.errors import UsageError, closest, printable
@@ -82,7 +82,6 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         return
     name = max((name for name in COMMANDS if args[: len(name.split())] == name.split()), key=len, default="")
     options = options_of(COMMANDS[name]) if name else {}
-    tyro._experimental_options["ansi_codes"] &= not os.environ.get("NO_COLOR")
     warnings.showwarning = partial(_show_warning, options)
     try:
         status = _parse(name, args, recipe or TrainConfig()).run()
@@ -154,12 +153,10 @@ def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
     default: Command | Any = tyro.MISSING_NONPROP
     if command is training.Train:
         default = training.Train(config=training.recipe_of(args, recipe))
-    description = wrapped_help(command) if {"-h", "--help"} & {*args} else None
     # Alone: with the other commands, a mistyped option would bring suggestions from all of them.
     return tyro.cli(
         command,
         prog=f"torchpi {name}",
-        description=description,
         args=args,
         default=default,
         config=(tyro.conf.PositionalMetavarFromFieldName,),

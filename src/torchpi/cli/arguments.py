@@ -1,12 +1,7 @@
 """A command's arguments: their names as options, other names that users try, and messages in their terms."""
 
-import ast
 import dataclasses
-import inspect
-import itertools
 import re
-import shutil
-import textwrap
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -54,23 +49,6 @@ def options_of(command: Any) -> dict[str, str]:
         is_positional = tyro.conf.Positional in marks
         found[field.name] = name.upper() if is_positional else f"--{name.replace('_', '-')}"
     return found
-
-
-def wrapped_help(command: Any) -> str:
-    """The description of a command for this terminal; its fields' docstrings become a line each. tyro prints lines as
-    they are, where they begin with a space, and joins them elsewhere."""
-    fields = {field.name: field for field in dataclasses.fields(command)}
-    for base in (each for each in command.__mro__ if "__dataclass_fields__" in vars(each)):
-        (source,) = ast.parse(inspect.getsource(base)).body
-        nodes: Any = itertools.pairwise(source.body)  # type: ignore[attr-defined]
-        for field, text in nodes:
-            if (type(field), type(text)) == (ast.AnnAssign, ast.Expr):
-                joined = " ".join(text.value.value.split())
-                fields[field.target.id].metadata = types.MappingProxyType({"help": joined})
-    for group in filter(dataclasses.is_dataclass, get_type_hints(command).values()):
-        wrapped_help(group)
-    width, texts = min(shutil.get_terminal_size().columns, 120), inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(textwrap.fill(" ".join(text.split()), width, subsequent_indent="  ") for text in texts)
 
 
 def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
