@@ -62,9 +62,6 @@ class FakePolicy:
     def metadata(self):
         return {"embodiment": "fake", "default_prompt": "go", **self.embodiment.metadata}
 
-    def fingerprint(self):
-        return "of a fake"
-
     def example_observation(self):
         return observation(-1.0)
 

@@ -48,9 +48,6 @@ class PausePolicy:
         self.embodiment = Embodiment.generic("pause", cameras=cameras, state=joints, actions=joints)
         self.metadata: dict[str, Any] = {}
 
-    def fingerprint(self) -> str:
-        return "pause"
-
     def example_observation(self) -> dict[str, Any]:
         images = np.random.default_rng(0).integers(0, 256, (CAMERAS, SIZE, SIZE, 3), np.uint8)
         cameras = {f"camera_{i}": image for i, image in enumerate(images)}

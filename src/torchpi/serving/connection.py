@@ -188,8 +188,7 @@ class Connection:
 
     async def _greet(self) -> None:
         stated = self._state.policies[self._policy].metadata
-        fingerprint = self._state.scheduler.fingerprints[self._policy]
-        await self.websocket.send(pack({**stated, "fingerprint": fingerprint, **SUPPORTED}))
+        await self.websocket.send(pack({**stated, **self._state.scheduler.fingerprints[self._policy], **SUPPORTED}))
 
     async def _receive(self, robot: Robot) -> str | bytes:
         """The next message that the model answers."""

@@ -39,8 +39,6 @@ class ServedPolicy(Protocol):
     @property
     def metadata(self) -> dict[str, Any]: ...
 
-    def fingerprint(self) -> str: ...
-
     def example_observation(self) -> dict[str, Any]: ...
 
     def prepare(self, observation: Mapping[str, Any]) -> Any: ...
@@ -105,8 +103,8 @@ class Scheduler:
         several = settings.num_samples is not None
         self._samples: dict[str, Any] = {"num_samples": settings.num_samples, "pick": settings.pick} if several else {}
         self._policies: dict[str, ServedPolicy] = {}
-        self.fingerprints: dict[str, str] = {}
-        """Of the policies, once they are loaded: the same sizes and robot may have other weights."""
+        self.fingerprints: dict[str, dict[str, str]] = {}
+        """{"fingerprint": …} of the loaded policies that have one: the same robot may get other weights."""
         self._waiting: list[Request] = []
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -160,7 +158,8 @@ class Scheduler:
         try:
             for name, load in self._load.items():
                 self._policies[name] = load()
-                self.fingerprints[name] = self._policies[name].fingerprint()
+                fingerprint = getattr(self._policies[name], "fingerprint", None)
+                self.fingerprints[name] = {} if fingerprint is None else {"fingerprint": fingerprint()}
                 self._warm_up(name)
         except BaseException as error:  # raised by the caller that waits for `ready`
             if len(self._load) > 1:
