@@ -185,8 +185,7 @@ def test_the_command_writes_loss_and_actions(golden, tmp_path):
     assert "q_grouped" in out
 
 
-def test_the_command_makes_up_inputs(golden_pi05):
-    arguments = [golden_pi05.checkpoint, "--config", golden_pi05.config]
-    command = [sys.executable, ROOT / "examples" / "nanopi.py", *arguments]
+def test_the_command_makes_up_inputs(golden):
+    command = [sys.executable, ROOT / "examples" / "nanopi.py", golden.checkpoint, "--config", golden.config]
     out = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1].startswith("loss ")

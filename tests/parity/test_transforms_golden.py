@@ -13,13 +13,14 @@ from torchpi.transforms import (
     NormStats,
     Transforms,
     absolute_actions,
+    bool_mask,
     delta_actions,
     digitize_state,
     load_norm_stats,
     load_tokenizer,
     normalize,
     pad_to_dim,
-    prompt_text,
+    pi05_prompt_text,
     resize_with_pad,
     save_norm_stats,
     to_uint8_hwc,
@@ -110,13 +111,14 @@ def test_normalization(case):
         np.testing.assert_allclose(ours, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("case", ["6_-1", "6_-1_6_-1", "-2_3"])
-def test_delta_actions(case):
+@pytest.mark.parametrize(("runs", "case"), [((6, -1), "6_-1"), ((6, -1, 6, -1), "6_-1_6_-1"), ((-2, 3), "-2_3")])
+def test_delta_actions(runs, case):
     mask, state, actions, delta, absolute = (
         TRANSFORMS[f"delta.{case}.{name}"] for name in ("mask", "state", "actions", "delta", "absolute")
     )
-    np.testing.assert_array_equal(delta_actions(actions, state, mask.tolist()), delta)
-    np.testing.assert_array_equal(absolute_actions(actions, state, mask.tolist()), absolute)
+    np.testing.assert_array_equal(bool_mask(*runs), mask)
+    np.testing.assert_array_equal(delta_actions(actions, state, bool_mask(*runs)), delta)
+    np.testing.assert_array_equal(absolute_actions(actions, state, bool_mask(*runs)), absolute)
 
 
 @pytest.mark.parametrize("case", ["pad", "nopad", "wider"])
@@ -150,7 +152,7 @@ def test_digitize_in_the_states_own_dtype(dtype):
 def test_prompt(case):
     name, state = case["name"], PROMPTS.get(f"{case['name']}.state")
     if case["has_state"]:
-        assert prompt_text(case["prompt"], state, discrete_state_input=True) == case["encode_calls_text_addbos"][0][0]
+        assert pi05_prompt_text(case["prompt"], state) == case["encode_calls_text_addbos"][0][0]
     tokens, mask = tokenize_prompt(
         load_tokenizer(GOLDEN / "tokenizer/tiny_spm.model"),
         case["prompt"],

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchpi.transforms import absolute_actions, delta_actions, pad_to_dim, unpad
+from torchpi.transforms import absolute_actions, bool_mask, delta_actions, pad_to_dim, unpad
 
 numbers = st.floats(-1e3, 1e3)
 
@@ -63,3 +63,8 @@ def test_wider_array_is_not_padded():
 def test_unpad_to_more_than_there_is():
     with pytest.raises(ValueError, match="with 3 dimensions to 4"):
         unpad(np.zeros((2, 3)), 4)
+
+
+def test_bool_mask():
+    assert bool_mask(2, -1, 1) == (True, True, False, True)
+    assert bool_mask() == ()

@@ -81,7 +81,8 @@ def test_jumps_have_episode_and_frame(tmp_path):
         ("observation.state shoulder_pan.pos", 1, 25),
         ("observation.state shoulder_pan.pos", 1, 26),
     }
-    assert "2 sudden changes" in next(problem.text for problem in found.problems)
+    text_of = {problem.subject: problem.text for problem in found.problems}
+    assert "2 sudden changes" in text_of["observation.state shoulder_pan.pos"]
 
 
 def test_an_angle_that_wraps_is_named(tmp_path):

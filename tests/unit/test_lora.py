@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import pathlib
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import torchpi
 from torchpi.checkpoints.adapter import Base, load_adapter, read_adapter, save_adapter
 from torchpi.checkpoints.folder import write_weights
-from torchpi.checkpoints.layout import stored_array
-from torchpi.checkpoints.openpi import JaxArrays, find_params, write_params
+from torchpi.checkpoints.lora import write_lora_params
+from torchpi.checkpoints.openpi import JaxArrays, find_params
 from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.config import GemmaConfig, Pi0Config, VisionConfig, preset
 from torchpi.convert import convert
@@ -64,12 +63,6 @@ def lora_model(config: Pi0Config | None = None, lora: LoraConfig = LORA, **optio
             if is_lora(name):
                 parameter.mul_(30)
     return model
-
-
-def write_lora_params(params: pathlib.Path, model: Pi0) -> None:
-    """Write a model with LoRA as the `params` of an openpi JAX checkpoint into an empty folder."""
-    table = jax_table(model.config) | lora_table(model.config, lora_config(model))
-    write_params(params, {name: a.shape for name, a in table.items()}, lambda name: stored_array(model, table[name]))
 
 
 def observe(config: Pi0Config, batch: int = 2) -> torchpi.Observation:
@@ -346,6 +339,8 @@ def test_only_a_lora_checkpoint_has_lora_to_keep(golden_pi05):
         torchpi.load_model(golden_pi05.checkpoint, lora="keep")
     with pytest.raises(ValueError, match='lora="keep" belongs to a checkpoint with LoRA weights'):
         torchpi.load_model("demo", lora="keep")
+    with pytest.raises(ValueError, match="The model has no LoRA"):
+        write_lora_params(golden_pi05.root, plain_model())
 
 
 # ---- adapters ----

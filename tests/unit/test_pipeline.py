@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from torchpi.transforms import Normalization, NormStats, SentencePieceTokenizer, Transforms, prompt_text
+from torchpi.transforms import Normalization, NormStats, SentencePieceTokenizer, Transforms, pi05_prompt_text
 
 TOKENIZER = SentencePieceTokenizer(Path(__file__).parents[1] / "golden" / "tokenizer" / "tiny_spm.model")
 
@@ -63,7 +63,7 @@ def test_shapes_dtypes_and_order():
 
 def test_the_text_has_the_normalized_unpadded_state():
     out = transforms().forward(sample())
-    text = prompt_text("lift it", out["state"][:3], discrete_state_input=True)
+    text = pi05_prompt_text("lift it", out["state"][:3])
     assert out["tokenized_prompt"][out["tokenized_prompt_mask"]].tolist() == TOKENIZER.encode(text, True)
 
 

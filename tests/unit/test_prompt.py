@@ -19,7 +19,7 @@ from torchpi.transforms import (
     clean_text,
     digitize_state,
     load_tokenizer,
-    prompt_text,
+    pi05_prompt_text,
     tokenize_prompt,
 )
 from torchpi.transforms.prompt import as_text
@@ -55,8 +55,8 @@ def test_bins_of_the_state():
     assert digitize_state(np.array([np.nextafter(edge, -1)], np.float32)) == 3
 
 
-def test_prompt_text_has_the_state():
-    assert prompt_text(" lift_it ", STATE, discrete_state_input=True) == f"Task: lift it{ENDING}"
+def test_pi05_prompt_text():
+    assert pi05_prompt_text(" lift_it ", STATE) == f"Task: lift it{ENDING}"
 
 
 @pytest.mark.parametrize(

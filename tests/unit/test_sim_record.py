@@ -283,6 +283,7 @@ def test_a_killed_recording_goes_on(corridor, tmp_path, monkeypatch):  # noqa: F
     quiet(tmp_path / "whole")
     for saved in (0, 1, 0, 1):
         killed(monkeypatch, tmp_path / "set", saved)
+        assert any(tmp_path.glob("set*/.recording"))
     quiet(tmp_path / "set")
     assert {path.name for path in tmp_path.iterdir()} == {"whole", "set"}
     assert recording(tmp_path / "set") == recording(tmp_path / "whole")

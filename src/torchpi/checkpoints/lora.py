@@ -1,11 +1,16 @@
-"""LoRA weights of an openpi JAX checkpoint, found beside the weights that they change.
+"""LoRA weights of an openpi JAX checkpoint: found beside the weights that they change, or written.
 
 Their meaning stands in `torchpi.model.lora`.
 """
 
-from torchpi.checkpoints.layout import StoredArrays
+import pathlib
+
+from torchpi.checkpoints.layout import StoredArrays, stored_array
+from torchpi.checkpoints.openpi import write_params
+from torchpi.checkpoints.openpi_layout import jax_table, lora_table
 from torchpi.errors import CheckpointError, listed
-from torchpi.model.lora import LoraConfig
+from torchpi.model.lora import LoraConfig, lora_config
+from torchpi.model.pi0 import Pi0
 
 DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
 """Alphas of backbone and action expert in openpi's variants gemma_2b_lora and gemma_300m_lora."""
@@ -57,3 +62,17 @@ def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) 
         attention=attention,
         feed_forward=any("lora_" in name and ".mlp" in name for name in shapes),
     )
+
+
+def write_lora_params(params: pathlib.Path, model: Pi0) -> None:
+    """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants,
+    into an empty folder.
+
+    Ranks are in the shapes; the alphas are in no array, and have to be in the training config that restores it.
+    """
+    config = lora_config(model)
+    if config is None:
+        raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
+    table = jax_table(model.config) | lora_table(model.config, config)
+    shapes = {name: array.shape for name, array in table.items()}
+    write_params(params, shapes, lambda name: stored_array(model, table[name]))

@@ -2,6 +2,7 @@
 their inverses."""
 
 from torchpi.transforms.actions import absolute_actions as absolute_actions
+from torchpi.transforms.actions import bool_mask as bool_mask
 from torchpi.transforms.actions import delta_actions as delta_actions
 from torchpi.transforms.actions import pad_to_dim as pad_to_dim
 from torchpi.transforms.actions import unpad as unpad
@@ -22,5 +23,5 @@ from torchpi.transforms.prompt import Tokenizer as Tokenizer
 from torchpi.transforms.prompt import clean_text as clean_text
 from torchpi.transforms.prompt import digitize_state as digitize_state
 from torchpi.transforms.prompt import load_tokenizer as load_tokenizer
-from torchpi.transforms.prompt import prompt_text as prompt_text
+from torchpi.transforms.prompt import pi05_prompt_text as pi05_prompt_text
 from torchpi.transforms.prompt import tokenize_prompt as tokenize_prompt

@@ -58,3 +58,8 @@ def unpad(x: np.ndarray, dim: int) -> Shaped[np.ndarray, "... {dim}"]:
             f"Cannot cut an array with {x.shape[-1]} dimensions to {dim}; is the model's action_dim too small?"
         )
     return x[..., :dim]
+
+
+def bool_mask(*runs: int) -> tuple[bool, ...]:
+    """A mask from lengths of runs, negative ones False: bool_mask(6, -1) is six times True, once False."""
+    return tuple(run > 0 for run in runs for _ in range(abs(run)))

@@ -86,6 +86,11 @@ def prompt_text(
     return "".join(pieces(instruction))
 
 
+def pi05_prompt_text(text: str, state: np.ndarray) -> str:
+    """π₀.₅'s prompt, as openpi writes it, from a raw instruction and a normalized state [s]."""
+    return prompt_text(text, state, discrete_state_input=True)
+
+
 def _template(
     prompt: Any, state: np.ndarray | None, discrete_state_input: bool, prompt_format: str
 ) -> tuple[str, Callable[[str], list[str]]]:
