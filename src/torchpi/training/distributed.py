@@ -77,7 +77,14 @@ def process_group(device: str | None) -> Iterator[World]:
             group = dist.new_group(backend="gloo", timeout=PATIENCE)
             yield World(dist.get_rank(), dist.get_world_size(), own, group)
     finally:
+        # What owns a backend last joins its threads. DistributedDataParallel, freed later, would do it with the
+        # interpreter's lock, for which one of them may wait; Python's own reference is freed without it.
+        assert dist.group.WORLD is not None
+        _latest_backends[:] = [dist.group.WORLD._get_backend(torch.device(kind)) for kind in {"cpu", own.type}]
         dist.destroy_process_group()
+
+
+_latest_backends: list[Any] = []
 
 
 @dataclasses.dataclass(frozen=True)
