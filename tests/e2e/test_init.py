@@ -21,7 +21,7 @@ def recordings(golden_root):
 
 @pytest.fixture
 def needed(monkeypatch):
-    """Planned memory in GB by what is trained, in place of the planner's, which takes seconds."""
+    """Planned memory in GB per training, in place of the planner, which takes seconds."""
     gb = {"full": 72.0, "fsdp": 15.0, "lora": 21.0, "small": 13.0, "lora_strict": 8.0}
 
     def plan(config, **_):
@@ -59,7 +59,7 @@ def commands_of(script):
         ("3x80", {}),
     ],
 )
-def test_commands_are_valid_and_train_what_the_memory_allows(
+def test_commands_are_valid_and_training_fits_the_memory(
     weights, hardware, trained, recordings, needed, tmp_path, monkeypatch
 ):
     if hardware == "cpu":
@@ -77,7 +77,7 @@ def test_commands_are_valid_and_train_what_the_memory_allows(
     assert (weights == "demo") == ("gs://openpi-assets/checkpoints/" not in script)
 
 
-def test_answers_are_asked_for_until_they_are_right(recordings, tmp_path, needed, monkeypatch, capsys):
+def test_questions_are_repeated_until_answers_are_valid(recordings, tmp_path, needed, monkeypatch, capsys):
     typed = iter(["nowhere", recordings, "so101", "metaworld", "nothing", "demo", "2 GPUs", "1x80"])
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(typed))
@@ -90,7 +90,7 @@ def test_answers_are_asked_for_until_they_are_right(recordings, tmp_path, needed
         assert message in printed
 
 
-def test_robot_of_ones_own_is_drafted_and_kept_when_it_was_corrected(recordings, tmp_path, needed, monkeypatch, capsys):
+def test_own_robot_is_drafted_and_a_corrected_draft_is_kept(recordings, tmp_path, needed, monkeypatch, capsys):
     answers = {"data": recordings, "robot": "own", "weights": "demo", "hardware": "1x80"}
     script = script_of(tmp_path, monkeypatch, **answers)
     assert "question: " in capsys.readouterr().out
@@ -106,12 +106,12 @@ def test_robot_of_ones_own_is_drafted_and_kept_when_it_was_corrected(recordings,
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"robot": None, "hardware": None}, "init needs --robot, --hardware: without a terminal nobody can be asked"),
+        ({"robot": None, "hardware": None}, "init needs --robot, --hardware: there is no terminal to ask for them"),
         ({"robot": "so101"}, "so101"),
         ({"robot": "so1o1"}, "Did you mean so101?"),
         ({"weights": "pi06_base"}, "There is no checkpoint at pi06_base"),
-        ({"hardware": "0x80"}, "The machine is '0x80'; expected cpu, or GPUs x GB of each"),
-        ({"hardware": "1x7"}, "fits: the smallest needs 8.0 GB, of 7.0 GB 93% can be planned with"),
+        ({"hardware": "0x80"}, "The machine is '0x80'; expected cpu, or GPUs x GB per GPU"),
+        ({"hardware": "1x7"}, "fits: the smallest needs 8.0 GB, but only 93% of 7.0 GB are usable"),
         ({"out": "."}, ". exists already; choose another file, --out"),
     ],
 )
@@ -127,7 +127,7 @@ def test_impossible_answer_is_an_error(changed, message, recordings, needed, tmp
 @pytest.mark.filterwarnings("ignore:.*(never change|don't vary|warm-up|EMA|doesn't fit)")
 @pytest.mark.slow
 def test_script_runs_from_the_first_command_to_the_server(recordings, tmp_path, monkeypatch):
-    """With the planner, the embedded policy's weights and a small training."""
+    """Uses the real planner, the embedded policy's weights and a small training."""
     script = script_of(
         tmp_path, monkeypatch, data=recordings, robot="metaworld", weights="demo", hardware="cpu", num_steps=20
     )

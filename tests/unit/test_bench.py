@@ -53,7 +53,7 @@ def test_sampling_that_fits_no_bucket_is_not_measured_as_the_engines():
 def test_bench_model_names_the_option_that_compiles(capsys):
     with pytest.raises(SystemExit):
         main(["bench", "model", "--compile"])
-    assert "bench model takes --engine compiled" in capsys.readouterr().err
+    assert "use --engine compiled with bench model" in capsys.readouterr().err
 
 
 def test_compile_reaches_every_trained_layer(monkeypatch):

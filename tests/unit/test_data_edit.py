@@ -360,7 +360,7 @@ def test_command_prints_one_document(images, tmp_path, capsys):
     assert (result["episodes"], result["frames"]) == (3, 3 + 2 + 2)
     with pytest.raises(SystemExit):
         cli.main(["data", "resample", str(images), "--fps", "5", "--out", str(tmp_path / "third")])
-    assert "give --command, or --embodiment" in capsys.readouterr().err
+    assert "Give either --command, or --embodiment" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["data", "split", str(images), "--parts", "a=0", "a=1", "--out", str(tmp_path / "third")])
     assert "The parts are a=0 a=1; expected" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from dataset_helpers import change_info, change_rows, numbered_set
 from numbered_set import FRONT
 
-from torchpi.cli import _allowed_outside
+from torchpi.cli import _extract_allowed_folders
 from torchpi.data import LeRobotDataset, video
 from torchpi.data.files import ALLOW_OUTSIDE, open_parquet, read_table
 from torchpi.data.metadata import open_metadata
@@ -73,7 +73,8 @@ def test_links_lead_nowhere_outside_unless_allowed(dataset, tmp_path, name, monk
     with pytest.raises(DatasetError, match=r"leads through a link to .*elsewhere.*, outside of .*--allow-outside"):
         LeRobotDataset(dataset, action_horizon=1)
     monkeypatch.setenv(ALLOW_OUTSIDE, "")
-    assert _allowed_outside(["data", "inspect", "--allow-outside", str(tmp_path), "x"]) == ["data", "inspect", "x"]
+    args = ["data", "inspect", "--allow-outside", str(tmp_path), "x"]
+    assert _extract_allowed_folders(args) == ["data", "inspect", "x"]
     assert len(LeRobotDataset(dataset, action_horizon=1)) == 12
 
 

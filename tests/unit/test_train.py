@@ -640,7 +640,7 @@ def test_missing_or_contradicting_options_are_errors(whole_run, capsys):
         ([], "train needs --out"),
         (["--out", "x"], "train needs --dataset"),
         (["--out", "x", "--dataset", "y"], "train needs --embodiment"),
-        (["--resume", str(whole_run[0]), "--out", "x"], "leave --out and --recipe out"),
+        (["--resume", str(whole_run[0]), "--out", "x"], "omit --out and --recipe"),
         (["--resume", str(whole_run[0]), "--num-steps", "3"], "has 6 steps already"),
         (["--resume", str(whole_run[0]), "--seed", "3"], "seed was 0, now 3"),
         (["--out", "x", "--dataset", "nowhere", "--embodiment", "metaworld", "--model", "tiny"], "nowhere"),

@@ -200,8 +200,8 @@ def test_missing_rerun_is_an_error_with_the_command(monkeypatch, dataset, tmp_pa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["demo"], "demo is a policy, which is shown on recorded episodes: torchpi view DATASET --policy demo"),
-        (["SET"], "There is no screen here to open the viewer on; write a file, --save FILE.rrd, or --web"),
+        (["demo"], "demo is a policy, not a dataset. Show it on recorded episodes with torchpi view DATASET --policy"),
+        (["SET"], "There is no display for the viewer; use --save FILE.rrd or --web"),
         (["SET", "--save", "x.txt"], "expected a file that ends in .rrd"),
         (["SET", "--save", "x.rrd", "--every", "3"], "--every can only be given with --policy"),
         (["SET", "--save", "x.rrd", "--device", "cpu"], "--device can only be given with --policy"),

@@ -1,4 +1,4 @@
-"""The command line: commands by name. Each is a dataclass of its arguments in one of these modules."""
+"""The torchpi command line. Each command is a dataclass of its arguments in one of the modules of this package."""
 
 import os
 import re
@@ -21,8 +21,8 @@ from torchpi.training.config import TrainConfig
 from torchpi.version import __version__
 
 GROUPS: dict[str, dict[str, type[Command]]] = {
-    "the beginning": {"init": init.Init},
-    "a policy": {
+    "getting started": {"init": init.Init},
+    "policies": {
         "demo": policy.Demo,
         "infer": policy.Infer,
         "serve": serving.Serve,
@@ -30,7 +30,7 @@ GROUPS: dict[str, dict[str, type[Command]]] = {
         "doctor": checkpoints.Doctor,
         "compare": checkpoints.Compare,
     },
-    "recordings": {
+    "datasets": {
         "data inspect": data.DataInspect,
         "data draft": data.DataDraft,
         "data merge": data.DataMerge,
@@ -48,7 +48,7 @@ GROUPS: dict[str, dict[str, type[Command]]] = {
         "push": hub.Push,
         "pull": hub.Pull,
     },
-    "speed": {
+    "benchmarks": {
         "bench": bench.Bench,
         "bench load": bench.BenchLoad,
         "bench data": bench.BenchData,
@@ -57,28 +57,28 @@ GROUPS: dict[str, dict[str, type[Command]]] = {
 }
 COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 _MAX_MESSAGE = 20_000
-"""Characters of an error or a warning: a file from outside may have names of any length and number."""
+"""Maximum characters of an error or a warning: names in a user's file may be of any length and number."""
 
 
 def train_recipe(recipe: TrainConfig) -> None:
-    """Run `torchpi train` with a recipe's values as defaults of its options; for recipes that are Python files."""
+    """Run `torchpi train` with a recipe's values as option defaults; for recipes written as Python files."""
     main(["train", *sys.argv[1:]], recipe)
 
 
 def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -> None:
-    """Run a command; a user's mistake ends with one line on stderr and exit status 1.
+    """Run a command. A user error prints one line to stderr and exits with status 1.
 
     Args:
-        argv: the command's words; by default the process'.
-        recipe: the defaults of `train`.
+        argv: command-line arguments; by default `sys.argv[1:]`.
+        recipe: defaults of `train`.
     """
-    args = _allowed_outside(sys.argv[1:] if argv is None else argv)
+    args = _extract_allowed_folders(sys.argv[1:] if argv is None else argv)
     if args == ["--version"]:
         print(f"torchpi {__version__}")
         return
-    begin = " ".join(word for word in args if word not in ("-h", "--help"))
-    if begin not in COMMANDS and any(f"{name} ".startswith(f"{begin} ".lstrip()) for name in COMMANDS):
-        _print_commands(begin)
+    group = " ".join(arg for arg in args if arg not in ("-h", "--help"))  # "": all commands; "data": data …
+    if group not in COMMANDS and any(f"{name} ".startswith(f"{group} ".lstrip()) for name in COMMANDS):
+        _print_commands(group)
         return
     name = max((name for name in COMMANDS if args[: len(name.split())] == name.split()), key=len, default="")
     options = options_of(COMMANDS[name]) if name else {}
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
     except KeyboardInterrupt as error:
         print(f"interrupted{f': {error}' if str(error) else ''}", file=sys.stderr)
         raise SystemExit(130) from None
-    except BrokenPipeError:  # `torchpi … | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+    except BrokenPipeError:  # the reader, such as `torchpi … | head`, has closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python's final flush prints an error
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, KeyError, OSError, ModuleNotFoundError) as error:
         separator = "\n" if "\n" in str(error) else " "
@@ -100,44 +100,45 @@ def main(argv: Sequence[str] | None = None, recipe: TrainConfig | None = None) -
         raise SystemExit(status)
 
 
-def _print_commands(begin: str) -> None:
-    """The page of `torchpi` alone, or of `torchpi data`: the commands in groups, with the beginning of their help."""
+def _print_commands(prefix: str) -> None:
+    """Print the commands whose names start with a prefix, grouped, each with the start of its help."""
     lines = ["torchpi COMMAND [OPTIONS]: π₀ and π₀.₅ in plain PyTorch"]
     for title, group in GROUPS.items():
-        commands = {name: command for name, command in group.items() if name.startswith(begin)}
+        commands = {name: command for name, command in group.items() if name.startswith(prefix)}
         lines += [f"\n[bold]{title}[/bold]"] if commands else []
         for name, command in commands.items():
             summary = re.split(r"[.,:;(]", command.__doc__ or "", maxsplit=1)[0]
             lines.append(f"  [cyan]{name:<13}[/cyan]  {summary}")
     lines += [
-        "\ntorchpi COMMAND --help explains one, torchpi --version prints the version.",
-        "Links in datasets lead nowhere outside of them, but with --allow-outside FOLDER.",
-        "Completion of the shell: torchpi --tyro-print-completion bash (or zsh, tcsh)",
+        "\ntorchpi COMMAND --help describes it; torchpi --version prints the version.",
+        "Dataset links may point only inside the dataset, or into --allow-outside FOLDER.",
+        "Shell completion: torchpi --tyro-print-completion bash (or zsh, tcsh)",
     ]
     Console(highlight=False).print("\n".join(lines), soft_wrap=True)
 
 
-def _allowed_outside(args: Sequence[str]) -> list[str]:
-    """The words without each `--allow-outside FOLDER`: the folders go to all readers of datasets, in worker processes
-    too, by the variable."""
-    words, rest = list[str](), iter(args)
-    for word in rest:
+def _extract_allowed_folders(args: Sequence[str]) -> list[str]:
+    """Move each `--allow-outside FOLDER` from the arguments to the environment, where worker processes read it too."""
+    remaining = list[str]()
+    words = iter(args)
+    for word in words:
         option, _, folder = word.partition("=")
-        if option in ("--allow-outside", "--allow_outside") and (folder := folder or next(rest, "")):
+        if option in ("--allow-outside", "--allow_outside") and (folder := folder or next(words, "")):
             os.environ[ALLOW_OUTSIDE] = os.pathsep.join(filter(None, (os.environ.get(ALLOW_OUTSIDE), folder)))
         else:
-            words.append(word)
-    return words
+            remaining.append(word)
+    return remaining
 
 
 def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
-    """The command of that name with its arguments."""
-    if not name:  # an option of torchpi itself, such as the completion of the shell
+    """Parse the arguments of a command; without a name, those of torchpi itself, such as shell completion."""
+    if not name:
         if not args[0].startswith("-"):
-            given = " ".join(args[: 2 if any(known.startswith(f"{args[0]} ") for known in COMMANDS) else 1])
-            near = closest(given, COMMANDS) or next((known for known in COMMANDS if args[0] in known.split()), None)
-            meant = f"; did you mean torchpi {near}?" if near else "."
-            raise UsageError(f"There is no command {printable(given)!r}{meant} torchpi --help lists them.")
+            is_group = any(command.startswith(f"{args[0]} ") for command in COMMANDS)
+            unknown = " ".join(args[: 2 if is_group else 1])
+            near = closest(unknown, COMMANDS) or next((c for c in COMMANDS if args[0] in c.split()), None)
+            suggestion = f"; did you mean torchpi {near}?" if near else "."
+            raise UsageError(f"There is no command {printable(unknown)!r}{suggestion} torchpi --help lists them.")
         commands: dict[str, Callable[..., Command]] = {**COMMANDS}
         return tyro.extras.subcommand_cli_from_dict(
             commands,
@@ -147,13 +148,13 @@ def _parse(name: str, args: list[str], recipe: TrainConfig) -> Command:
             sort_subcommands=False,
         )
     command = COMMANDS[name]
-    # ~ of --out=~/run too, which a shell leaves as it is.
-    args = [re.sub(r"(^|=)~(?=/|$)", lambda found: f"{found[1]}{os.path.expanduser('~')}", word) for word in args]
+    # A shell does not expand the ~ in --out=~/run.
+    args = [re.sub(r"(^|=)~(?=/|$)", lambda match: f"{match[1]}{os.path.expanduser('~')}", arg) for arg in args]
     args = translate(args[len(name.split()) :], command, name)
     default: Command | Any = tyro.MISSING_NONPROP
     if command is training.Train:
         default = training.Train(config=training.recipe_of(args, recipe))
-    # Alone: with the other commands, a mistyped option would bring suggestions from all of them.
+    # Parse with this command only: for a mistyped option, tyro would suggest the options of every subcommand.
     return tyro.cli(
         command,
         prog=f"torchpi {name}",

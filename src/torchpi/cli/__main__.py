@@ -1,4 +1,4 @@
-"""`python -m torchpi.cli`, for torchrun and where the program `torchpi` is not on the path."""
+"""`python -m torchpi.cli`, for torchrun, or if the `torchpi` program is not on the path."""
 
 from torchpi.cli import main
 

@@ -1,4 +1,4 @@
-"""A command's arguments: their names as options, other names that users try, and messages in their terms."""
+"""Command-line arguments: how types become options, and former or foreign option names."""
 
 import dataclasses
 import re
@@ -18,14 +18,14 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """The rule by which an option that may be None is shown as `--env STR`, not `--env {None}|STR`; None is read."""
+    """Tyro rule that shows an optional argument as `--env STR` instead of `--env {None}|STR`, and still reads None."""
     is_optional = get_origin(info.type) in (Union, types.UnionType) and type(None) in get_args(info.type)
     if not is_optional or tyro.conf.DisallowNone in info.markers:
         return None
-    shown = PrimitiveTypeInfo.make(info.type, info.markers | {tyro.conf.DisallowNone})
-    found = ConstructorRegistry.get_primitive_spec(shown)
-    assert isinstance(found, PrimitiveConstructorSpec)
-    spec = found
+    without_none = PrimitiveTypeInfo.make(info.type, info.markers | {tyro.conf.DisallowNone})
+    result = ConstructorRegistry.get_primitive_spec(without_none)
+    assert isinstance(result, PrimitiveConstructorSpec)
+    spec = result  # a name of one type for the lambdas
     return dataclasses.replace(
         spec,
         choices=None if spec.choices is None else (*sorted({*spec.choices} - {"None"}), "None"),
@@ -36,67 +36,75 @@ def _optional(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
 
 
 def options_of(command: Any) -> dict[str, str]:
-    """The arguments of a command by their names in Python: `--num-steps`, or, of a positional one, `POLICY`."""
-    found: dict[str, str] = {}
+    """Map a command's Python field names to its options: `num_steps` to `--num-steps`, positional ones to `POLICY`."""
+    options: dict[str, str] = {}
     hints = get_type_hints(command, include_extras=True)
     for field in dataclasses.fields(command):
         hint = hints[field.name]
-        kind, *marks = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
-        if dataclasses.is_dataclass(kind):
-            found |= options_of(kind)
+        field_type, *markers = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+        if dataclasses.is_dataclass(field_type):
+            options |= options_of(field_type)
             continue
-        name = next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
-        is_positional = tyro.conf.Positional in marks
-        found[field.name] = name.upper() if is_positional else f"--{name.replace('_', '-')}"
-    return found
+        name = next((marker.name for marker in markers if getattr(marker, "name", None)), field.name)
+        is_positional = tyro.conf.Positional in markers
+        options[field.name] = name.upper() if is_positional else f"--{name.replace('_', '-')}"
+    return options
 
 
 def translate(args: Sequence[str], command: Any, name: str) -> list[str]:
-    """The words of a command line as the command reads them: former names (`aliases`) are replaced, and a positional
-    argument may be given by its name, `--policy demo`.
+    """Rewrite arguments for tyro: former names (`aliases`) become present ones, and a positional argument may also be
+    given by name, `--policy demo`.
+
+    Raises:
+        UsageError: a renamed option, or one of LeRobot or openpi; names the option to use instead.
     """
     options = options_of(command)
     renamed, aliases = getattr(command, "renamed", {}), getattr(command, "aliases", {})
-    by_name = {f"--{option.lower()}": "" for option in options.values() if not option.startswith("--")}
-    words: list[str] = []
-    remaining = iter(args)
-    for word in remaining:
-        given, equals, value = word.partition("=")
-        flag = given.replace("_", "-") if given.startswith("--") else given
+    positional = {f"--{option.lower()}": "" for option in options.values() if not option.startswith("--")}
+    translated: list[str] = []
+    words = iter(args)
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--"):
+            flag = flag.replace("_", "-")
         if flag in renamed:
             raise UsageError(f"{flag} is now {renamed[flag]}.")
-        unknown = flag.startswith("--") and flag not in (*options.values(), *aliases)
-        if unknown and (here := _elsewhere(flag, options, {**renamed, **aliases})):
-            raise UsageError(f"torchpi {name} has no {flag}, it has {here}; see torchpi {name} --help.")
-        if flag in by_name:
-            by_name[flag] = value if equals else next(remaining, "")
+        is_unknown = flag.startswith("--") and flag not in (*options.values(), *aliases)
+        if is_unknown and (replacement := _replacement(flag, options, {**renamed, **aliases})):
+            raise UsageError(f"torchpi {name} has no {flag}, it has {replacement}; see torchpi {name} --help.")
+        if flag in positional:
+            positional[flag] = value if equals else next(words, "")
         else:
-            words.append(f"{aliases[flag]}{equals}{value}" if flag in aliases else word)
-    return [*filter(None, by_name.values()), *words]
+            translated.append(f"{aliases[flag]}{equals}{value}" if flag in aliases else word)
+    return [*filter(None, positional.values()), *translated]
 
 
-def _elsewhere(flag: str, options: Mapping[str, str], former: Mapping[str, str]) -> str | None:
-    """The argument here in place of an option of LeRobot or openpi, one in a group, or almost a former name; of a
-    group that has options here, these, rather than one of a similar name elsewhere."""
+def _replacement(flag: str, options: Mapping[str, str], former: Mapping[str, str]) -> str | None:
+    """Find the option that replaces an unknown one: an option of LeRobot or openpi, a misspelled former name, or an
+    option written in a group, as `--wandb.mode`."""
     table = tomllib.loads((assets() / "options.toml").read_text(encoding="utf-8"))
-    if found := next((option for option in table.get(flag, ()) if option in options.values()), None):
-        return found
-    here = {option.lstrip("-"): option for option in options.values()}
-    others = {name.lstrip("-"): option for name, option in former.items()}
-    group, _, last = flag.lstrip("-").rpartition(".")
-    if group and last not in here | others and (own := [here[n] for n in here if f"{n}-".startswith(f"{group}-")]):
-        return listed(own)
-    near = closest(last, here | others)
-    return (here | others)[near] if near and ("." in flag or near in others) else None  # tyro suggests the rest
+    if replacement := next((option for option in table.get(flag, ()) if option in options.values()), None):
+        return replacement
+    current = {option.lstrip("-"): option for option in options.values()}
+    former = {name.lstrip("-"): option for name, option in former.items()}
+    group, _, name = flag.lstrip("-").rpartition(".")
+    if group and name not in current | former:
+        in_group = [option for current_name, option in current.items() if f"{current_name}-".startswith(f"{group}-")]
+        if in_group:
+            return listed(in_group)
+    near = closest(name, current | former)
+    if near and ("." in flag or near in former):
+        return (current | former)[near]
+    return None  # tyro suggests similar options itself
 
 
 def in_options(message: str, options: Mapping[str, str]) -> str:
-    """A message with the command's options in place of Python's arguments: `--config` for `config=`."""
+    """Replace Python arguments in a message by the command's options: `config=` by `--config`."""
     names = "|".join(name for name, option in options.items() if option.startswith("--"))
-    pattern = rf"(?<![\w/.&?-])({names})=(?:True\b)?(?! in Python)"  # none of a path's or an address' parts
+    pattern = rf"(?<![\w/.&?-])({names})=(?:True\b)?(?! in Python)"  # not inside a path or an address
 
-    def option(found: re.Match[str]) -> str:
-        has_value = re.match(r"[\w'\"{[(]", message[found.end() :])
-        return f"{options[found[1]]}{' ' if has_value else ''}"
+    def to_option(match: re.Match[str]) -> str:
+        has_value = re.match(r"[\w'\"{[(]", message[match.end() :])
+        return f"{options[match[1]]}{' ' if has_value else ''}"
 
-    return re.sub(pattern, option, message) if names else message
+    return re.sub(pattern, to_option, message) if names else message

@@ -1,4 +1,4 @@
-"""The commands `bench …`: measured times, compared with the floor of this machine."""
+"""The bench commands: measured times compared with this machine's lower bound, the floor."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -13,49 +13,49 @@ from torchpi.threads import spin_briefly
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure sampling and a training step, compared with the floor that this machine allows.
+    """Measure sampling and a training step, and compare them with the floor of this machine.
 
-    In one run: the peak of a large matmul and of a large copy, then sampling or one training step. The floor of each
-    operation is the larger of FLOPs / peak and bytes / bandwidth; the table says how it adds up. `bench load`, `bench
-    data` and `bench serve`, with options of their own, measure loading, the training loader and a server.
+    The same run measures the machine's peak with a large matmul and its bandwidth with a large copy. The floor of each
+    operation is the larger of FLOPs / peak and bytes / bandwidth; a table shows the floor per operation. `bench load`,
+    `bench data` and `bench serve` measure checkpoint loading, the training loader and a policy server.
     """
 
     what: Annotated[Literal["all", "model", "train"], tyro.conf.Positional] = "all"
-    """model (sample_actions), train (one step), or all: both."""
+    """Workload: model (sample_actions), train (one training step), or all (both)."""
     config: str = "mid"
-    """Sizes of the model: mid (47 M parameters), a preset's name, or a JSON file. The weights are random."""
+    """Model config: mid (47 M parameters), a preset name, or a JSON file. Weights are random."""
     batch: int = 1
-    """Samples at once."""
+    """Batch size."""
     cameras: int = 3
-    """Cameras of the observation."""
+    """Number of cameras."""
     prompt_tokens: int = 60
-    """Valid tokens of the prompt; sampling drops the padding behind them."""
+    """Number of valid prompt tokens; sampling drops the padding after them."""
     num_steps: int = 10
-    """Euler steps."""
+    """Number of Euler steps."""
     num_samples: int = 1
-    """For model: chunks per observation, which share its prefix."""
+    """For model: number of chunks per observation; they share its prefix."""
     flow_samples_per_obs: int = 1
-    """For train: pairs of noise and time per observation, which share one forward pass over the prefix."""
+    """For train: number of (noise, time) pairs per observation; they share one forward pass over the prefix."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of the matmuls; weights follow it in sampling, and stay float32 in training."""
+    """Matmul dtype. Weights have the same dtype for sampling, and are float32 for training."""
     device: str = "cpu"
     """Device: cpu or cuda."""
     engine: Literal["compiled", "graph", "eager"] | None = None
-    """For model: sample with an engine, through torch.compile, as a CUDA graph, or its operations as they are (eager);
-    by default the plain model samples."""
+    """For model: inference engine: torch.compile (compiled), CUDA graphs (graph), or the engine's plain operations
+    (eager); by default the plain model without an engine."""
     compile: bool = False
-    """For train: run each layer through torch.compile."""
+    """For train: compile each layer with torch.compile."""
     busy: bool = False
-    """For model: measure it once more while other processes keep all cores busy."""
+    """For model: measure a second time while other processes keep all CPU cores busy."""
     repeats: int = 5
-    """Timed runs, whose median counts."""
+    """Number of timed runs; the median is reported."""
     json: bool = False
     """Print one JSON document."""
 
     renamed: ClassVar = {
         "--draws": "--flow-samples-per-obs",
-        "control": "a script of the repository: python benchmarks/control.py --help",
-        "sim": "a script of the repository: python benchmarks/simulation.py --help",
+        "control": "a script in the repository: python benchmarks/control.py --help",
+        "sim": "a script in the repository: python benchmarks/simulation.py --help",
     }
 
     def run(self) -> None:
@@ -66,13 +66,21 @@ class Bench:
         from torchpi.bench.model import bench_config, run_bench
         from torchpi.model.operations import Workload
 
-        sizes = bench_config(self.config), self.batch, self.cameras, self.prompt_tokens, self.num_steps
-        work = Workload(*sizes, getattr(torch, self.dtype), self.device, self.flow_samples_per_obs, self.num_samples)
-        names = ["model", "train"] if self.what == "all" else [self.what]
+        work = Workload(
+            bench_config(self.config),
+            self.batch,
+            self.cameras,
+            self.prompt_tokens,
+            self.num_steps,
+            getattr(torch, self.dtype),
+            self.device,
+            self.flow_samples_per_obs,
+            self.num_samples,
+        )
         if self.what == "model" and self.compile:
-            raise UsageError("--compile is for training; bench model takes --engine compiled.")
+            raise UsageError("--compile is for training; use --engine compiled with bench model.")
         run_bench(
-            names,
+            ["model", "train"] if self.what == "all" else [self.what],
             work,
             engine=self.engine,
             compiled=self.compile,
@@ -84,15 +92,15 @@ class Bench:
 
 @dataclasses.dataclass(frozen=True)
 class BenchLoad:
-    """Measure loading a checkpoint, and writing its weights into a policy folder: time and memory.
+    """Measure time and memory of loading a checkpoint, and of converting it to a policy folder.
 
-    Each runs in a fresh process. The floor is the time to read the same bytes, and to write as many.
+    Each runs in a fresh process. The floor is the time to read the same bytes and, for converting, to write as many.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder or checkpoint."""
+    """Policy folder or checkpoint."""
     config: str | None = None
-    """Sizes of a checkpoint that does not say them: a preset's name or a JSON file."""
+    """Model config, a preset name or a JSON file, for a checkpoint that does not state all sizes."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the loaded weights."""
     json: bool = False
@@ -106,22 +114,22 @@ class BenchLoad:
 
 @dataclasses.dataclass(frozen=True)
 class BenchData:
-    """Measure the training loader on a dataset: samples per second, and the time to decode a frame."""
+    """Measure the training data loader on a dataset: samples per second, and time to decode a frame."""
 
     dataset: Annotated[str, tyro.conf.Positional]
-    """A LeRobot dataset, a folder or hf://org/name."""
+    """LeRobot dataset: a folder, or hf://org/name."""
     config: str = "mid"
-    """Sizes of the model: mid, a preset's name, or a JSON file."""
+    """Model config: mid, a preset name, or a JSON file."""
     embodiment: str | None = None
-    """The dataset's robot, whose cameras are read; by default all cameras are."""
+    """Robot whose cameras to read; by default all cameras of the dataset."""
     batch: int = 32
-    """Samples in a batch."""
+    """Batch size."""
     workers: int = 1
-    """Processes that prepare samples; 0: this one does."""
+    """Number of loader processes; 0 loads in the main process."""
     repeats: int = 5
-    """Timed batches."""
+    """Number of timed batches."""
     step_seconds: float | None = None
-    """Duration of a training step; shows for which fraction of the time it would wait."""
+    """Duration of a training step in seconds; reports the fraction of time that training would wait for data."""
     json: bool = False
     """Print one JSON document."""
     episodes: Episodes = EpisodeOptions()
@@ -131,42 +139,49 @@ class BenchData:
         from torchpi.bench.data import run_bench_data
         from torchpi.bench.model import bench_config
 
-        arguments = vars(self) | {"config": bench_config(self.config), "as_json": self.json}
-        for name in ("dataset", "episodes", "json"):
-            del arguments[name]
-        run_bench_data(self.dataset, **arguments, **self.episodes.reading_of(self.dataset))
+        run_bench_data(
+            self.dataset,
+            embodiment=self.embodiment,
+            config=bench_config(self.config),
+            batch=self.batch,
+            workers=self.workers,
+            repeats=self.repeats,
+            step_seconds=self.step_seconds,
+            as_json=self.json,
+            **self.episodes.episode_args(self.dataset),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class BenchServe:
-    """Measure the time that a policy server adds to the model's own, and whether many clients are served alike.
+    """Measure the overhead of a policy server, and whether it serves many clients fairly.
 
-    The server, a minimal server (receive, infer, send) and the clients have processes of their own and talk over
-    loopback; the model is a pause. Requests of one client go to both servers in turn; their round trips minus inference
-    are compared. Then many clients send requests at once. With the defaults it takes about three minutes;
-    `--runs 1 --requests 200 --seconds 5` is a quick look.
+    The policy server, a minimal server (receive, infer, send) and the clients run in separate processes and communicate
+    over loopback; the model is replaced by a pause. One client sends requests to both servers in turn, and the round
+    trips minus inference are compared. Then many clients send requests at once. The defaults take about three minutes;
+    for a quick run use `--runs 1 --requests 200 --seconds 5`.
     """
 
     model_ms: float = 10.0
-    """Duration of one forward pass of the model, in milliseconds."""
+    """Duration of one inference, in milliseconds."""
     runs: int = 5
-    """Runs of the single client, whose medians count."""
+    """Number of single-client runs; medians are reported."""
     requests: int = 1000
-    """Requests in each run, to either server."""
+    """Number of requests per run to each server."""
     clients: int = 16
-    """Clients that send requests at once."""
+    """Number of concurrent clients in the load test."""
     seconds: float = 60.0
-    """Seconds for which they do so."""
+    """Duration of the load test, in seconds."""
     json: bool = False
     """Print one JSON document."""
 
     renamed: ClassVar = dict.fromkeys(
-        ("--guided", "--pairs"), "a script of the repository: python benchmarks/guidance.py --help"
+        ("--guided", "--pairs"), "a script in the repository: python benchmarks/guidance.py --help"
     )
 
     def run(self) -> None:
         require_extra()
         from torchpi.bench.serve import run_bench_serving
 
-        arguments = dict(vars(self))
-        run_bench_serving(as_json=arguments.pop("json"), **arguments)
+        options = dict(vars(self))
+        run_bench_serving(as_json=options.pop("json"), **options)

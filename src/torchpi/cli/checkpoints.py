@@ -1,4 +1,4 @@
-"""Commands about checkpoints: convert, doctor, compare."""
+"""Commands for checkpoints: convert, quantize, doctor, compare."""
 
 import dataclasses
 import pathlib
@@ -12,33 +12,33 @@ from torchpi.ui.format import print_json
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint in another format.
+    """Convert a checkpoint to another format.
 
-    Every array of SOURCE is written, folded or named. Statistics are rewritten where TARGET normalizes otherwise. It is
-    complete or not there. Afterwards it is read back: its arrays, and the actions that are sampled by its own rules,
-    are compared with the source's.
+    Every array of SOURCE is written, folded into another, or listed in an error. Statistics are adapted to the target
+    format's normalization. TARGET is written atomically, then read back: its arrays, and actions sampled with the
+    target's own preprocessing, are compared with the source's.
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """A policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot; a folder, hf://… or gs://…."""
+    """Policy folder, or checkpoint of openpi (JAX or PyTorch) or LeRobot: a folder, hf://… or gs://…."""
     target: Annotated[pathlib.Path, tyro.conf.Positional]
-    """A new folder."""
+    """New folder."""
     to: Literal["torchpi", "openpi-jax", "openpi-pytorch", "lerobot"]
-    """The format."""
+    """Target format."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the arrays; by default each keeps its own. What is rounded is reported."""
+    """Dtype of the arrays; by default unchanged. Rounding is reported."""
     action_dim: int | None = None
-    """Another width of actions and state: weights are cut, or extended by zeros."""
+    """New width of actions and state; weights are truncated or extended with zeros."""
     action_horizon: int | None = None
-    """Another number of actions in a chunk."""
+    """New number of actions in a chunk."""
     max_token_len: int | None = None
-    """Another number of prompt tokens."""
+    """New number of prompt tokens."""
     max_shard_gb: float = 5.0
-    """Size of the shards in GB that a policy folder's weights are written in; other systems read one file only."""
+    """Maximum size of a weight shard in GB, for the torchpi format; the other formats have a single weight file."""
     overwrite: bool = False
-    """Replace a target that exists."""
+    """Replace an existing target."""
     check: bool = True
-    """Read the target back and compare; takes about as long as the conversion."""
+    """Read the target back and compare it; takes about as long as the conversion."""
     json: bool = False
     """Print the report as one JSON document."""
     checkpoint: Checkpoint = CheckpointOptions()
@@ -68,27 +68,27 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Quantize:
-    """Write a policy with quantized matrices, as a policy folder.
+    """Quantize a policy's weight matrices, and write it as a policy folder.
 
-    fp8 is for GPUs of compute capability 8.9 or higher: weights and activations of the large matmuls have 8 bits, with
-    scales of the activations that are calibrated on a dataset of the robot. int8 is for a CPU and needs no dataset.
-    The loss of quality is judged by the task: run eval on both. A quantized policy can't be trained or converted.
+    fp8 is for GPUs of compute capability 8.9 or higher: weights and activations of the large matmuls have 8 bits, and
+    activation scales are calibrated on a dataset of the robot. int8 is for CPUs and needs no dataset. To measure the
+    loss in quality, run eval on both policies. A quantized policy can't be trained or converted.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
     to: Literal["fp8", "int8"]
-    """The number format."""
+    """Number format."""
     out: Annotated[pathlib.Path, tyro.conf.arg(aliases=["-o"])]
-    """The folder to write."""
+    """Output folder."""
     dataset: str | None = None
-    """For fp8: a LeRobot dataset of the policy's robot, a folder or hf://org/name."""
+    """For fp8: LeRobot dataset of the policy's robot, a folder or hf://org/name."""
     num_observations: int = 64
-    """Frames of the dataset to calibrate on, spread evenly over the episodes and the time in each."""
+    """Number of frames to calibrate on, spread evenly over the episodes and within each."""
     seed: int = 0
-    """Seed of the frames and the noise."""
+    """Random seed for frames and noise."""
     overwrite: bool = False
-    """Replace a policy folder that is there."""
+    """Replace an existing policy folder."""
     json: bool = False
     """Print one JSON document: the quantized layers and their scales."""
     episodes: Episodes = EpisodeOptions()
@@ -106,7 +106,7 @@ class Quantize:
             seed=self.seed,
             overwrite=self.overwrite,
             load=self.load.given(),
-            **self.episodes.reading_of(self.dataset),
+            **self.episodes.episode_args(self.dataset),
         )
         if self.json:
             print_json({"out": str(self.out), **dataclasses.asdict(quantization)})
@@ -116,19 +116,19 @@ class Quantize:
 
 @dataclasses.dataclass(frozen=True)
 class Doctor:
-    """Describe a policy, and find what would make a robot misbehave.
+    """Find problems in a policy that would make a robot misbehave, and describe the policy.
 
-    Checks weights and statistics; with a dataset whether it fits them; with an observation also its state, prompt and
-    cameras, the actions that result, and the policy's inputs: how far the chunk moves when a camera is black, cameras
-    are swapped, the instruction is another one or the state is its mean. The exit status is 1 if something is wrong.
+    It checks weights and statistics, and whether a dataset fits them. With an observation, it also checks state,
+    prompt, cameras and predicted actions, and measures how much the chunk changes when an input is changed: a black
+    camera, swapped cameras, another instruction, the mean state. The exit status is 1 if there is a problem.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
     inputs: pathlib.Path | None = None
-    """An observation, an .npz file with the robot's own keys, as for infer."""
+    """Observation, an .npz file with the robot's own keys, as for infer."""
     dataset: str | None = None
-    """A LeRobot dataset of the policy's robot, a folder or hf://org/name; its images are not read."""
+    """LeRobot dataset of the policy's robot, a folder or hf://org/name; its images are not read."""
     json: bool = False
     """Print one JSON document."""
     episodes: Episodes = EpisodeOptions()
@@ -138,27 +138,28 @@ class Doctor:
     def run(self) -> int:
         from torchpi.inspect.commands import run_doctor
 
-        reading, options = self.episodes.reading_of(self.dataset), self.load.given()
-        data = {"path": self.dataset, **reading} if self.dataset is not None else None
-        return run_doctor(self.policy, observation=self.inputs, dataset=data, as_json=self.json, **options)
+        dataset_args = self.episodes.episode_args(self.dataset)
+        dataset = None if self.dataset is None else {"path": self.dataset, **dataset_args}
+        load = self.load.given()
+        return run_doctor(self.policy, observation=self.inputs, dataset=dataset, as_json=self.json, **load)
 
 
 @dataclasses.dataclass(frozen=True)
 class Compare:
-    """Compare two policies stage by stage, and name the first stage in which they differ.
+    """Compare two policies stage by stage, and name the first stage that differs.
 
-    Both get the same observation and noise: prompt, images, state, image tokens, cache, velocity, chunk, and actions in
-    the robot's units are compared. The exit status is 1 if they differ.
+    Both policies get the same observation and noise. The compared stages are prompt, images, state, image tokens, KV
+    cache, velocity, chunk, and actions in the robot's units. The exit status is 1 if any of them differ.
     """
 
     a: Annotated[str, tyro.conf.Positional]
-    """A policy, as for doctor."""
+    """First policy: a policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
     b: Annotated[str, tyro.conf.Positional]
-    """Another one."""
+    """Second policy."""
     inputs: pathlib.Path
-    """An observation, an .npz file with the robot's own keys, as for infer."""
+    """Observation, an .npz file with the robot's own keys, as for infer."""
     tolerance: float | None = None
-    """Largest difference of two stages, relative to their scale."""
+    """Largest allowed difference of a stage, relative to its largest value; by default 1e-4."""
     json: bool = False
     """Print one JSON document."""
     load: LoadModel = PolicyOptions()
@@ -167,6 +168,11 @@ class Compare:
     def run(self) -> int:
         from torchpi.inspect.commands import TOLERANCE, run_compare
 
-        tolerance = TOLERANCE if self.tolerance is None else self.tolerance
-        load = self.load.given()
-        return run_compare(self.a, self.b, observation=self.inputs, as_json=self.json, tolerance=tolerance, **load)
+        return run_compare(
+            self.a,
+            self.b,
+            observation=self.inputs,
+            as_json=self.json,
+            tolerance=TOLERANCE if self.tolerance is None else self.tolerance,
+            **self.load.given(),
+        )

@@ -1,4 +1,4 @@
-"""Parts that several commands share: options of a checkpoint, renamed options, lists of names."""
+"""Options that several commands share, and helpers to read them."""
 
 import dataclasses
 import pathlib
@@ -11,83 +11,86 @@ from torchpi.errors import UsageError
 
 @runtime_checkable
 class Command(Protocol):
-    """A command: a frozen dataclass of its arguments, whose docstrings are the help.
+    """A command: a frozen dataclass of its arguments, whose docstrings are the help texts.
 
-    Optional class variables: `renamed` maps an option that is refused to what replaces it, `aliases` a former name
-    that is still read to the present one.
+    Optional class variables: `renamed` maps a refused option to its replacement, `aliases` maps a former option name,
+    which still works, to the present one.
     """
 
     def run(self) -> int | None:
-        """Run it; the exit status, None for 0."""
+        """Run the command and return its exit status; None means 0."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointOptions:
-    """Settings that a checkpoint does not state itself, or that overrule it: arguments of `load_policy`."""
+    """Arguments of `load_policy` that complete or override the settings stored in a checkpoint."""
 
     config: str | None = None
-    """For a checkpoint that does not state its horizon and prompt format: a preset's name or a JSON file."""
+    """Model config: a preset name or a JSON file; needed if the checkpoint states no action horizon or prompt
+    format."""
     lora_alpha: tuple[float, float] | None = None
-    """Of the backbone and the action expert in a JAX LoRA checkpoint; needed unless the ranks are openpi's."""
+    """LoRA alpha of the backbone and of the action expert in a JAX LoRA checkpoint; needed unless the ranks are
+    openpi's."""
     embedding: Literal["embed_tokens", "lm_head"] | None = None
-    """The name that counts, in a PyTorch checkpoint that stores the embedding under both, differently."""
+    """Token embedding to use if a PyTorch checkpoint stores two different ones."""
     embodiment: str | None = None
-    """For a checkpoint that does not state its robot: aloha, droid, libero, … or a JSON file."""
+    """Robot, if the checkpoint does not state it: aloha, droid, libero, …, or a JSON file."""
     normalization: Literal["z_score", "quantile"] | None = None
-    """For a checkpoint that does not state it; π₀ was trained with z_score, π₀.₅ with quantile."""
+    """Normalization, if the checkpoint does not state it: z_score for openpi's π₀, quantile for its π₀.₅."""
     norm_stats: pathlib.Path | None = None
-    """A norm_stats.json, instead of the checkpoint's own."""
+    """norm_stats.json to use instead of the checkpoint's statistics."""
     asset_id: str | None = None
-    """Selects one of the checkpoint's assets/<id>/norm_stats.json."""
+    """ID of the statistics to use, from the checkpoint's assets/<id>/norm_stats.json."""
     tokenizer: str | None = None
-    """A SentencePiece model or tokenizer.json, instead of the policy's own."""
+    """SentencePiece model or tokenizer.json to use instead of the policy's tokenizer."""
     default_prompt: str | None = None
-    """For observations without a prompt."""
+    """Prompt for observations that have none."""
     preprocessing: Literal["openpi", "lerobot", "lerobot_0.4"] | None = None
-    """As which program to resize images and to write the state into the prompt, for a LeRobot checkpoint that does not
-    state its version; lerobot is 0.5 and later."""
+    """Program whose image resizing and state prompt to reproduce, for a LeRobot checkpoint that does not state its
+    version; lerobot means 0.5 or later."""
     verify: bool = True
-    """Compare the weights files with their checksums, where there are any."""
+    """Verify the checksums of the weight files, if the checkpoint has any."""
 
     def given(self) -> dict[str, Any]:
-        """The options that were given, by name."""
+        """Options that differ from their defaults, by name."""
         values = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {field.name: value for field, value in values if value != field.default}
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyOptions(CheckpointOptions):
-    """The same, and the device."""
+    """Checkpoint options, and the device."""
 
     device: str | None = None
-    """For example cuda or cpu; by default cuda if there is one."""
+    """Device, such as cuda or cpu; by default cuda if available."""
     emulate_fp8: bool = False
-    """Compute a policy that is quantized to fp8 in float32, with the same rounding, as on a CPU; for GPUs without."""
+    """Emulate an fp8 policy in float32 with the same rounding, on a device without fp8 matmuls."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions(PolicyOptions):
-    """The same, and the engine."""
+    """Policy options, and the inference engine."""
 
     engine: Literal["auto", "eager", "compiled", "graph"] | None = None
-    """By what actions are sampled: the plain model (eager), through torch.compile (compiled), or as CUDA graphs
-    (graph); by default (auto) graphs on a CUDA device, and otherwise eager."""
+    """Inference engine: the plain model (eager), torch.compile (compiled) or CUDA graphs (graph); the default, auto,
+    selects graph on a CUDA device and eager elsewhere."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameOptions:
-    """Settings of a dataset that is read: arguments of `LeRobotDataset`."""
+    """Arguments of `LeRobotDataset` for reading frames."""
 
     rename: tuple[str, ...] = ()
-    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW: state=observation.state
-    actions=action. Columns that have to be joined: joint_position+gripper_position=observation.state."""
+    """Rename the dataset's columns and cameras to LeRobot's names, as OLD=NEW: state=observation.state actions=action.
+    Join columns with +: joint_position+gripper_position=observation.state."""
     fps: float | None = None
-    """Frames per second to read the dataset at, where the robot acts at another rate than it was recorded with."""
+    """Frames per second to resample the dataset to, if the robot is controlled at another rate."""
     tolerance_s: float | None = None
-    """Seconds by which timestamps and frames of videos may be off their times; by default a quarter of a frame."""
+    """Maximum deviation of timestamps and video frames from their nominal times, in seconds; by default a quarter of
+    the frame interval."""
 
-    def reading(self) -> dict[str, Any]:
-        """The arguments of `LeRobotDataset`."""
+    def dataset_args(self) -> dict[str, Any]:
+        """Arguments of `LeRobotDataset`."""
         from torchpi.data.rename import parse_rename
 
         return {"rename": parse_rename(self.rename), "fps": self.fps, "tolerance_s": self.tolerance_s}
@@ -95,23 +98,23 @@ class FrameOptions:
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeOptions(FrameOptions):
-    """The same, and which episodes with which instruction."""
+    """Frame options, episode selection, and prompt."""
 
     select: str | None = None
-    """Of the dataset only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the
+    """Use only these episodes of the dataset, such as "0:40,57,100:", "task:open the *", or both: "0:40; task:open the
     *"."""
     prompt: str | None = None
-    """The instruction of all frames of the dataset, in place of their tasks."""
+    """Prompt for all frames, instead of the dataset's task texts."""
 
-    def reading_of(self, dataset: str | None) -> dict[str, Any]:
-        """The arguments of `LeRobotDataset`; none without a dataset, to which these options belong."""
+    def episode_args(self, dataset: str | None) -> dict[str, Any]:
+        """Arguments of `LeRobotDataset`. Without a dataset, none; the options are then refused."""
         from torchpi.data import select_episodes
 
         if dataset is None:
             refuse_changed(self, belongs_to="--dataset")
             return {}
         episodes = None if self.select is None else select_episodes(dataset, self.select)
-        return {**self.reading(), "episodes": episodes, "prompt": self.prompt}
+        return {**self.dataset_args(), "episodes": episodes, "prompt": self.prompt}
 
 
 Frames = Annotated[FrameOptions, tyro.conf.arg(name="")]
@@ -126,8 +129,8 @@ def split_names(text: str) -> list[str]:
 
 
 def refuse_changed(options: Any, *, belongs_to: str) -> None:
-    """Refuse options that are not at their default, though they have no effect here."""
-    fields = [field for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
-    if fields:
-        changed = ", ".join(f"--{field.name.replace('_', '-')}" for field in fields)
-        raise UsageError(f"{changed} can only be given with {belongs_to}.")
+    """Raise a UsageError if any option differs from its default, because it would have no effect here."""
+    changed = [field.name for field in dataclasses.fields(options) if getattr(options, field.name) != field.default]
+    if changed:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in changed)
+        raise UsageError(f"{names} can only be given with {belongs_to}.")

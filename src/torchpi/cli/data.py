@@ -1,4 +1,4 @@
-"""The commands of datasets: `torchpi data …` and `torchpi sim record`."""
+"""The dataset commands: `torchpi data …` and `torchpi sim record`."""
 
 import dataclasses
 import pathlib
@@ -23,10 +23,10 @@ Dataset = Annotated[str, tyro.conf.Positional, _ADDRESS]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Look:
+class _InspectCommand:
     dataset: Dataset
     rename: tuple[str, ...] = ()
-    """LeRobot's names for columns and cameras that the dataset calls otherwise, OLD=NEW; see `torchpi stats --help`."""
+    """Rename the dataset's columns and cameras to LeRobot's names, as OLD=NEW; see `torchpi stats --help`."""
 
     def inspect(self, pictures: int) -> "Inspection":
         from torchpi.data.inspect import inspect_dataset
@@ -37,53 +37,53 @@ class _Look:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataInspect(_Look):
-    """Look at a dataset before it is described: cameras, rates, lengths, tasks, ranges with guessed units, jumps, idle
-    and repeated frames, and everything for which training would refuse it, each with how to go on.
+class DataInspect(_InspectCommand):
+    """Inspect a dataset before describing its robot, and list problems that would stop training.
 
-    Nothing is changed. A page with pictures and plots is written with --html.
+    It reports cameras, rates, episode lengths, tasks, ranges with guessed units, jumps, and idle and repeated frames.
+    Each problem comes with advice. The dataset is not changed. --html writes a page with images and plots.
     """
 
     html: pathlib.Path | None = None
-    """The file for a page that needs nothing else."""
+    """Output file for a self-contained HTML page."""
     json: bool = False
     """Print one JSON document."""
 
     def run(self) -> None:
         from torchpi.inspect.dataset import print_inspection, render_dataset_page
 
-        found = self.inspect(pictures=4)
+        inspection = self.inspect(pictures=4)
         if self.html is not None:
-            replace_text(self.html, render_dataset_page(found))
+            replace_text(self.html, render_dataset_page(inspection))
             print(f"wrote {self.html}", file=sys.stderr)
         if self.json:
-            print_json(found.to_dict())
+            print_json(inspection.to_dict())
         else:
-            print_inspection(found, PlainConsole())
+            print_inspection(inspection, PlainConsole())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataDraft(_Look):
-    """Write the description of a dataset's robot, to be corrected: the file for --embodiment.
+class DataDraft(_InspectCommand):
+    """Draft an embodiment file for a dataset's robot, to be corrected by you and given as --embodiment.
 
-    Names, rate and cameras are the dataset's, units and commands guessed; what is uncertain is a comment that begins
-    with QUESTION. Comments are not read.
+    Names, rate and cameras come from the dataset; units and commands are guesses. Each uncertain entry has a comment
+    that starts with QUESTION. Comments are ignored when the file is read.
     """
 
     out: pathlib.Path
-    """The file, for example my_arm.json; it must not exist."""
+    """Output file, such as my_arm.json; it must not exist yet."""
 
     def run(self) -> None:
         if self.out.exists():
-            raise UsageError(f"{self.out} exists already; choose another file, because it may have been corrected.")
+            raise UsageError(f"{self.out} exists already and may contain corrections; choose another file.")
         write_draft(self.inspect(pictures=1), self.out)
 
 
-def write_draft(found: "Inspection", file: pathlib.Path, **weights: int) -> None:
-    """Write `draft_embodiment`, which takes the weights' horizon, and print its questions."""
+def write_draft(inspection: "Inspection", file: pathlib.Path, *, horizon: int = 50) -> None:
+    """Write a drafted embodiment file for weights with this action horizon, and print its open questions."""
     from torchpi.data.draft import draft_embodiment, questions_of, to_text
 
-    document = draft_embodiment(found, file.stem, **weights)
+    document = draft_embodiment(inspection, file.stem, horizon=horizon)
     replace_text(file, to_text(document))
     print(f"wrote {file}; correct it before you train")
     for question in questions_of(document):
@@ -91,9 +91,9 @@ def write_draft(found: "Inspection", file: pathlib.Path, **weights: int) -> None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Edit:
+class _EditCommand:
     out: pathlib.Path
-    """The new dataset's folder, which must not exist."""
+    """Folder of the new dataset; it must not exist yet."""
     json: bool = False
     """Print one JSON document."""
 
@@ -107,26 +107,26 @@ class _Edit:
             print_json([dataclasses.asdict(result) for result in results])
             return
         for result in results:
-            videos = f"; videos: {result.videos_copied} copied, {result.videos_encoded} encoded anew"
-            has_videos = result.videos_copied + result.videos_encoded > 0
             counts = f"{counted(result.episodes, 'episode')}, {counted(result.frames, 'frame')}"
-            print(f"{result.path}: {counts}{videos if has_videos else ''}")
+            if result.videos_copied + result.videos_encoded > 0:
+                counts += f"; videos: {result.videos_copied} copied, {result.videos_encoded} re-encoded"
+            print(f"{result.path}: {counts}")
             for note in result.notes:
                 print(f"left out: {note}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataMerge(_Edit):
-    """Write the episodes of several datasets into a new one, one set after the other.
+class DataMerge(_EditCommand):
+    """Merge several datasets into a new one, in the given order.
 
-    The sets must have the same features, names of dimensions and rate; the error names what differs. They may have any
-    format that is read, the new one has v3.0; so a single set is converted. Videos are copied, and encoded anew only
-    where an episode does not begin with a keyframe.
+    The datasets must have the same features, dimension names and rate; otherwise an error names the difference. They
+    may have any supported format. The new one has format v3.0, so a single dataset is converted. Videos are copied, and
+    re-encoded only where an episode does not start with a keyframe.
     """
 
     datasets: Annotated[tuple[str, ...], tyro.conf.Positional, _ADDRESS]
     robot_type: str | None = None
-    """The robot_type of the new dataset, where the sets state different ones."""
+    """robot_type of the new dataset, if the datasets state different ones."""
 
     def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import merge_datasets
@@ -135,13 +135,13 @@ class DataMerge(_Edit):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSplit(_Edit):
-    """Write parts of a dataset into new ones, OUT/NAME, for example to train and to evaluate with."""
+class DataSplit(_EditCommand):
+    """Split a dataset into new ones, OUT/NAME, for example for training and evaluation."""
 
     dataset: Dataset
     parts: tuple[str, ...]
-    """NAME=EPISODES as often as needed: train=0:40 val=40:, drawers="task:open the *", or fractions that follow each
-    other from the first episode on, train=0.8 val=0.2. Episodes in no part are left out."""
+    """Parts as NAME=EPISODES: train=0:40 val=40:, drawers="task:open the *", or consecutive fractions, train=0.8
+    val=0.2. Episodes in no part are left out."""
 
     def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import split_dataset
@@ -153,12 +153,12 @@ class DataSplit(_Edit):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataDelete(_Edit):
-    """Write a dataset without some episodes; the others are numbered anew, and the old dataset stays as it is."""
+class DataDelete(_EditCommand):
+    """Write a copy of a dataset without some episodes. The others are renumbered; the original is not changed."""
 
     dataset: Dataset
     select: str
-    """The episodes to leave out, for example "3,57,100:" or "task:open the *"."""
+    """Episodes to leave out, such as "3,57,100:" or "task:open the *"."""
     aliases: ClassVar = {"--episodes": "--select"}
 
     def edit(self, progress: "Progress") -> "list[Edited]":
@@ -168,20 +168,20 @@ class DataDelete(_Edit):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataResample(_Edit):
-    """Write a dataset at a lower rate: of each time of the new rate the nearest frame.
+class DataResample(_EditCommand):
+    """Write a copy of a dataset at a lower rate, keeping the frame nearest to each new time step.
 
-    Positions and efforts are those of these frames; increments are summed, and velocities averaged, up to the next one.
-    Videos are encoded anew.
+    Positions and efforts are taken from the kept frames. Between two kept frames, increments are summed and velocities
+    averaged. Videos are re-encoded.
     """
 
     dataset: Dataset
     fps: float
-    """The new rate in frames per second."""
+    """New rate in frames per second."""
     command: Literal["position", "velocity", "increment", "effort"] | None = None
-    """The command of all dimensions: what the robot does with an action."""
+    """Command type of all action dimensions."""
     embodiment: str | None = None
-    """The robot, a name or a JSON file, whose actions state it for each dimension."""
+    """Robot whose description states the command type of each action dimension: a name or a JSON file."""
 
     def edit(self, progress: "Progress") -> "list[Edited]":
         from torchpi.data.edit import resample_dataset
@@ -189,8 +189,8 @@ class DataResample(_Edit):
 
         if (self.command is None) == (self.embodiment is None):
             raise UsageError(
-                "Resampling needs to know what the robot does with an action, because increments are summed over the "
-                "frames that are left out: give --command, or --embodiment of a robot that states it, and not both."
+                "Resampling needs the command type of the actions, because increments are summed over dropped frames. "
+                "Give either --command, or --embodiment of a robot that states it."
             )
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
         commands = self.command or get_embodiment(self.embodiment)
@@ -201,40 +201,41 @@ class DataResample(_Edit):
 class SimRecord:
     """Record a simulator's scripted experts as a LeRobot dataset.
 
-    A part of the episodes is disturbed, and shows how to recover from states that the expert alone would not reach.
-    Ctrl-C keeps the episodes that are complete. The seed decides the dataset; the number of workers changes nothing.
+    Some episodes have noisy actions and show how to recover from states that the undisturbed expert would not reach.
+    Ctrl-C stops and keeps the complete episodes. The dataset depends on the seed, not on the number of workers.
     """
 
     out: pathlib.Path
-    """The dataset's folder: new or empty; or that of an interrupted recording, which goes on."""
+    """Dataset folder: new or empty, or that of an interrupted recording to continue."""
     episodes: int
-    """Episodes per task."""
+    """Number of episodes per task."""
     tasks: str | None = None
-    """Tasks by name, separated by commas, for example drawer-open,door-open, with so101 lift,place, with robosuite
-    lift,stack, with libero 0,1; by default all that have an expert."""
+    """Task names, separated by commas: drawer-open,door-open for metaworld, lift,place for so101, lift,stack for
+    robosuite, 0,1 for libero; by default all tasks that have an expert."""
     env: str = "metaworld"
-    """The simulator: metaworld, so101, robosuite or libero, which have experts."""
+    """Simulator with scripted experts: metaworld, so101, robosuite or libero."""
     suite: str | None = None
-    """Of libero: spatial, object or goal."""
+    """Task suite of libero: spatial, object or goal."""
     render_every: int = 1
-    """Render each n-th frame, and repeat its images in between, which a column says: training begins at new ones alone.
-    For libero and robosuite, whose rendering takes most of the time."""
+    """Render every n-th frame and repeat its images in between, for libero and robosuite, whose rendering takes most of
+    the time. A column marks the rendered frames; training starts only at these."""
     seed: int = 0
-    """Seed of the whole recording; no seed has episodes that `eval` runs."""
+    """Random seed for the whole recording. Recorded episodes never coincide with those of `eval`, whatever the
+    seeds."""
     noise: float = 0.4
-    """Standard deviation of the disturbance of the executed actions; 1 is the largest action of metaworld, 4° of each
-    joint of so101, and 0.4 of the largest movement of libero's and robosuite's hand."""
+    """Standard deviation of the noise added to executed actions; 1 is the largest action in metaworld, 4° per joint in
+    so101, and 0.4 of the largest hand movement in libero and robosuite."""
     noisy_fraction: float = 0.5
-    """The part of each task's episodes that is disturbed."""
+    """Fraction of each task's episodes that get noise."""
     push_rate: float = 0.02
-    """Probability per step of a disturbed episode that the arm is pushed somewhere else, for 5 to 20 steps: shows how
-    to recover from a miss."""
+    """Probability per step, in noisy episodes, that the arm is pushed away for 5 to 20 steps, which shows how to
+    recover from a miss."""
     image_size: int | None = None
-    """Height and width of the images; by default the simulator's."""
+    """Height and width of the images in pixels; by default the simulator's."""
     video: bool = False
-    """Write the cameras as video (small, lossy) instead of PNG (exact)."""
+    """Write camera images as video (small, lossy) instead of PNG (lossless)."""
     workers: int | None = None
-    """Processes; by default as many as the CPU's cores and the memory allow."""
+    """Number of simulator processes; by default limited by CPU cores and memory."""
     json: bool = False
     """Print one JSON document."""
 
@@ -243,9 +244,9 @@ class SimRecord:
         from torchpi.sim.record import record
 
         options = {name: value for name, value in vars(self).items() if name not in ("workers", "json")}
-        command, env = _as_command("sim record", options), environment_name(self.env, options.pop("suite"))
-        known = simulator(env)
-        tasks = (known.expert_tasks or known.instructions) if self.tasks is None else split_names(self.tasks)
+        command, env = _command_line("sim record", options), environment_name(self.env, options.pop("suite"))
+        sim = simulator(env)
+        tasks = (sim.expert_tasks or sim.instructions) if self.tasks is None else split_names(self.tasks)
         result = record(**options | {"env": env, "tasks": tasks}, workers=self.workers, command=command)
         if self.json:
             print_json(dataclasses.asdict(result))
@@ -253,15 +254,15 @@ class SimRecord:
         failures = sum(result.failures.values())
         print(
             f"{counted(result.episodes, 'episode')}, {counted(result.frames, 'frame')} in {result.seconds:.0f} s, "
-            f"written to {result.path}; {failures} in which the expert failed were left out"
+            f"written to {result.path}; left out {counted(failures, 'episode')} in which the expert failed"
         )
 
 
-def _as_command(name: str, arguments: dict[str, Any]) -> str:
-    """A command line with these arguments; those that are None are left out."""
-    words = ["torchpi", *name.split()]
-    for argument, value in arguments.items():
-        flag = argument.replace("_", "-")
+def _command_line(command: str, options: dict[str, Any]) -> str:
+    """Command line with these options, except those that are None."""
+    words = ["torchpi", *command.split()]
+    for name, value in options.items():
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         elif value is not None:

@@ -1,4 +1,4 @@
-"""`torchpi eval --dry-run`: the options checked and the size of what would run; no download, weights or simulator."""
+"""`torchpi eval --dry-run`: check the options and report the evaluation's size, without downloads or simulation."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,73 +14,75 @@ from torchpi.model.pi0 import Pi0
 from torchpi.robots import EMBODIMENTS, Embodiment, get_embodiment
 from torchpi.ui.format import format_gib, large_count
 
-_Known = tuple[Embodiment | None, Pi0Config | None, Mapping[str, Any]]
-"""Robot, sizes and provenance of a policy; None: known when it is there."""
 
+def _inspect_policy(
+    policy: str, load: Mapping[str, Any]
+) -> tuple[Embodiment | None, Pi0Config | None, Mapping[str, Any]]:
+    """Embodiment, config and provenance of a policy, as far as they are known without a download.
 
-def _known(policy: str, load: Mapping[str, Any]) -> _Known:
-    """Of the policy at a path by its files, at a published address by its name, at another one by the options."""
+    A local policy is read from its files; a remote one is known by its published name or the options.
+    """
     robot, config = load.get("embodiment"), load.get("config")
     if not policy.startswith(REMOTE):
         checkpoint = open_checkpoint(policy, config=config)
         spec = checkpoint.spec()
         return get_embodiment(robot) if robot else spec.embodiment, checkpoint.config, spec.provenance
-    source_of(policy)  # raises, if it is malformed
+    source_of(policy)  # raises an error if the address is malformed
     name = published_name(policy)
     robot, config = robot or (name if name in EMBODIMENTS else None), config or name
     sizes = None if config is None else read_config(config)
     return get_embodiment(robot) if robot else None, sizes if isinstance(sizes, Pi0Config) else None, {}
 
 
-def _described(policy: str, robot: Embodiment | None, config: Pi0Config | None) -> dict[str, Any]:
-    size = config and sum(parameter.numel() for parameter in Pi0(config, device="meta").parameters())
+def _policy_summary(policy: str, robot: Embodiment | None, config: Pi0Config | None) -> dict[str, Any]:
+    count = config and sum(parameter.numel() for parameter in Pi0(config, device="meta").parameters())
     return {
         "policy": policy,
         "embodiment": robot and robot.name,
-        "parameters": size and large_count(size),
-        "weights": size and f"{format_gib(2 * size)} in bfloat16, {format_gib(4 * size)} in float32",
+        "parameters": count and large_count(count),
+        "weights": count and f"{format_gib(2 * count)} in bfloat16, {format_gib(4 * count)} in float32",
     }
 
 
 def plan_simulation(
     command: Any, env: str, tasks: Sequence[str] | None, rollout: Any, instructions: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The size of what the command `eval` would simulate; raises as it does, as far as the policy is known."""
+    """Plan of a simulated evaluation. Raises the errors of `eval`, as far as the policy is known."""
     from torchpi.sim import actors, evaluate, simulator
 
-    options, place, load = command.simulation, simulator(env), command.load.given()
+    options, sim, load = command.simulation, simulator(env), command.load.given()
     actors.check_opening(command.policy, load, options.token)
     if is_served := actors.is_address(command.policy):
         actors.check_served(rollout)
-    robot, config, provenance = (None, None, {}) if is_served else _known(command.policy, load)
+    robot, config, provenance = (None, None, {}) if is_served else _inspect_policy(command.policy, load)
     if robot is not None:
-        actors.check_embodiment(robot, place.embodiment)
+        actors.check_embodiment(robot, sim.embodiment)
     horizon = None if config is None else config.require("action_horizon")
     rollout = actors.fitting_rollout(env, rollout, None if robot is None else robot.execute_steps, horizon)
     tasks = actors.chosen_tasks(provenance, env, tasks)
     evaluate.check_instructions(instructions, tasks)
-    episodes = place.protocol.episodes if options.episodes is None else options.episodes
+    episodes = sim.protocol.episodes if options.episodes is None else options.episodes
     evaluate.check_numbers(env, episodes, options.videos, command.seed or 0, options.workers)
     evaluate.check_folder(options.videos, False, command.out)
-    steps = len(tasks) * episodes * (rollout.max_steps or place.max_steps)
-    executed = rollout.execute_steps or (horizon and max(1, horizon // 2))
+    num_actions = len(tasks) * episodes * (rollout.max_steps or sim.max_steps)
+    execute_steps = rollout.execute_steps or (horizon and max(1, horizon // 2))
     return {
-        **_described(command.policy, robot, config),
+        **_policy_summary(command.policy, robot, config),
         "environment": env,
         "tasks": list(tasks),
         "episodes": len(tasks) * episodes,
-        "actions, at most": steps,
-        "chunks, at most": executed and -(-steps // executed),
-        "memory of a simulator": format_gib(place.memory_bytes),
+        "actions, at most": num_actions,
+        "chunks, at most": execute_steps and -(-num_actions // execute_steps),
+        "memory of a simulator": format_gib(sim.memory_bytes),
     }
 
 
 def plan_dataset(policy: str, dataset: str, options: Any, load: Mapping[str, Any]) -> dict[str, Any]:
-    """The size of an evaluation on recorded episodes; of a dataset on the Hub only the address is checked."""
-    options.reading()  # raises
+    """Plan of an evaluation on recorded episodes. For a dataset on the Hub, only the address is checked."""
+    options.dataset_args()  # raises an error for malformed options
     if dataset.startswith("hf://"):
         dataset_source(dataset, {"meta/"})
     elif not pathlib.Path(dataset).expanduser().is_dir():
         raise MissingFileError(f"There is no dataset at {dataset}; expected a folder, or hf://org/name.")
-    robot, config, _ = _known(policy, load)
-    return {**_described(policy, robot, config), "dataset": dataset, "chunks, at most": options.samples}
+    robot, config, _ = _inspect_policy(policy, load)
+    return {**_policy_summary(policy, robot, config), "dataset": dataset, "chunks, at most": options.samples}

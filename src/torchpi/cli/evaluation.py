@@ -1,4 +1,4 @@
-"""The command eval."""
+"""The eval command."""
 
 import dataclasses
 import os
@@ -17,76 +17,77 @@ from torchpi.ui.format import print_json
 
 @dataclasses.dataclass(frozen=True)
 class SimulationOptions:
-    """Options of --env."""
+    """Options for --env."""
 
     suite: str | None = None
-    """With --env libero: its suite of tasks: spatial, object, goal, 10 or 90. The tasks are called 0, 1, …"""
+    """With --env libero: task suite: spatial, object, goal, 10 or 90. Its tasks are named 0, 1, …"""
     protocol: str | None = None
-    """With --env libero: the program whose evaluation to repeat, openpi (the default) or lerobot, which has 280 steps
-    in spatial, 10 episodes, another seed, images of 256 pixels, and executes what the policy recommends."""
+    """With --env libero: evaluation protocol, openpi (default) or lerobot. lerobot uses 280 steps in spatial, 10
+    episodes, another seed and 256-pixel images, and executes as many actions as the policy recommends."""
     tasks: str | None = None
-    """With --env: tasks by name, separated by commas; by default those of the policy's training, of LIBERO all."""
+    """With --env: task names, separated by commas; by default the tasks the policy was trained on, or all of LIBERO's
+    suite."""
     episodes: int | None = None
-    """With --env: episodes per task, by default 20, and in LIBERO one for each of its 50 initial states."""
+    """With --env: episodes per task; by default 20, or in LIBERO one for each of the 50 initial states."""
     workers: int | None = None
-    """With --env: processes; by default as many as the CPU's cores and the memory allow, and one on a GPU."""
+    """With --env: number of simulator processes; by default limited by CPU cores and memory, and one on a GPU."""
     execute_steps: int | None = None
-    """With --env: actions of each chunk to execute; by default what the policy recommends, or half of the chunk, and in
-    LIBERO 5."""
+    """With --env: number of actions to execute of each chunk; by default what the policy recommends, or half a chunk;
+    in LIBERO 5."""
     num_samples: int | None = None
-    """With --env: chunks that are sampled each time, of which one is executed; by default one."""
+    """With --env: number of chunks to sample each time, of which one is executed; by default 1."""
     pick: PickName | None = None
-    """With --env and --num-samples: the choice among them, see torchpi infer --help."""
+    """With --env and --num-samples: how to select the chunk, see torchpi infer --help."""
     max_steps: int | None = None
-    """With --env: actions after which an episode has failed; by default the simulator's."""
+    """With --env: number of actions after which an episode counts as failed; by default the simulator's limit."""
     swap: str | None = None
-    """With --env: two tasks that get each other's instruction, for example faucet-open:faucet-close; several such
-    pairs are separated by commas. A policy that reads its instruction then does the wrong thing."""
+    """With --env: swap the instructions of two tasks, such as faucet-open:faucet-close; separate several pairs by
+    commas. A policy that follows its instruction then fails the task."""
     blank_images: bool = False
-    """With --env: show the policy black images."""
+    """With --env: replace the camera images by black ones."""
     videos: int = 0
-    """With --env: make videos of the first so many episodes of each task."""
+    """With --env: number of episodes per task to save as video."""
     token: str | None = None
-    """With --env: the token that a server asks for; by default TORCHPI_TOKEN of the environment."""
+    """With --env: access token of the policy server; by default the environment variable TORCHPI_TOKEN."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DatasetOptions(EpisodeOptions):
-    """Options of --dataset."""
+    """Options for --dataset."""
 
     samples: int = 256
-    """With --dataset: frames, spread evenly over the episodes and the time in each."""
+    """With --dataset: number of frames to evaluate, spread evenly over the episodes and within each."""
     batch_size: int = 32
-    """With --dataset: chunks that are predicted at once; changes nothing but time and memory."""
+    """With --dataset: number of chunks to predict at once; affects only speed and memory."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Eval:
-    """Evaluate a policy: in a simulator (--env), or on recorded episodes (--dataset).
+    """Evaluate a policy in a simulator or on recorded episodes.
 
-    In a simulator it runs episodes, whose successes are counted. The cameras are rendered without a screen. Seed, task
-    and the episode's number decide an episode; the number of workers changes nothing.
+    In a simulator (--env), it runs episodes and counts successes. Rendering needs no display. Seed, task and episode
+    number determine each episode; the number of workers does not change the result.
 
-    On a LeRobot dataset it predicts the chunks of sampled frames, which are compared with the recorded actions in the
-    robot's units and with two baselines: the robot stays where it is, and the dataset's mean action.
+    On a LeRobot dataset (--dataset), it predicts action chunks for sampled frames. They are compared, in the robot's
+    units, with the recorded actions and with two baselines: staying still, and the dataset's mean action.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder, a checkpoint, "demo", or, with --env, the address of a server (ws://HOST:PORT)."""
+    """Policy folder, checkpoint, "demo", or, with --env, the address of a policy server (ws://HOST:PORT)."""
     env: str | None = None
-    """A simulator: metaworld, so101, aloha_sim, robosuite, or libero with --suite."""
+    """Simulator: metaworld, so101, aloha_sim, robosuite, or libero with --suite."""
     dataset: str | None = None
-    """A LeRobot dataset of the policy's robot, a folder or hf://org/name."""
+    """LeRobot dataset of the policy's robot: a folder, or hf://org/name."""
     seed: int | None = None
-    """Seed of episodes, frames and noise, by default 0, and in LIBERO 7; no seed has episodes that `sim record`
-    records."""
+    """Random seed for episodes, frames and noise; by default 0, in LIBERO 7. Evaluation episodes never coincide with
+    those of `sim record`, whatever the seeds."""
     num_steps: int | None = None
-    """Euler steps from noise to actions; by default 10."""
+    """Number of Euler steps from noise to actions; by default 10."""
     out: pathlib.Path | None = None
-    """Folder of the plots of errors and chunks, or of each simulated episode as it ends, with the videos and a page: if
-    interrupted, the same command goes on from there. By default nothing is kept or drawn."""
+    """Output folder. On a dataset: plots of errors and chunks. In a simulator: finished episodes, videos and a page;
+    after an interruption, the same command continues from there. By default nothing is saved."""
     dry_run: bool = False
-    """Check policy, tasks and options, and print what would run: nothing is downloaded, loaded or simulated."""
+    """Check policy, tasks and options, and print what would run, without downloading, loading or simulating."""
     json: bool = False
     """Print one JSON document."""
     simulation: Annotated[SimulationOptions, tyro.conf.arg(name="")] = SimulationOptions()
@@ -95,7 +96,7 @@ class Eval:
 
     def run(self) -> None:
         if (self.env is None) == (self.dataset is None):
-            raise UsageError("eval needs either --env, a simulator, or --dataset, recorded episodes.")
+            raise UsageError("eval needs either --env (a simulator) or --dataset (recorded episodes).")
         if self.dataset is None:
             refuse_changed(self.recorded, belongs_to="--dataset")
             self._simulate()
@@ -109,7 +110,7 @@ class Eval:
             return
         for name, value in plan.items():
             text = ", ".join(value) if isinstance(value, list) else value
-            print(f"{name}: {'known when the policy is there' if text is None else text}")
+            print(f"{name}: {'unknown until the policy is downloaded' if text is None else text}")
 
     def _predict(self, dataset: str) -> None:
         from torchpi.evaluation.report import run_dataset_evaluation
@@ -129,7 +130,7 @@ class Eval:
             out=self.out,
             load=self.load.given(),
             as_json=self.json,
-            **self.recorded.reading_of(dataset),
+            **self.recorded.episode_args(dataset),
         )
 
     def _simulate(self) -> None:
@@ -158,8 +159,10 @@ class Eval:
 
             self._print_plan(plan_simulation(self, env, tasks, rollout, instructions))
             return
-        # The environment's may be meant for a server that is started from the same shell; only --token is a mistake.
-        token = os.environ.get("TORCHPI_TOKEN") if options.token is None and is_address(self.policy) else options.token
+        # TORCHPI_TOKEN may be set for a server in the same shell. Without a server address, only --token is an error.
+        token = options.token
+        if token is None and is_address(self.policy):
+            token = os.environ.get("TORCHPI_TOKEN")
         result = evaluate(
             self.policy,
             env,

@@ -1,4 +1,4 @@
-"""Commands of the Hugging Face Hub: push, pull."""
+"""Commands for the Hugging Face Hub: push, pull."""
 
 import dataclasses
 import pathlib
@@ -15,29 +15,29 @@ from torchpi.ui.format import print_json
 class Push:
     """Upload a policy folder to the Hugging Face Hub, in one commit with a model card.
 
-    Needs a token that may write: `hf auth login`, or HF_TOKEN. Only the files of the policy are uploaded; paths of this
-    machine are left out of its provenance. The success of `train --env` is in the card.
+    This needs a token with write permission: run `hf auth login` or set HF_TOKEN. Only the policy's files are uploaded,
+    and local paths are removed from its provenance. The card includes the success rates measured by `train --env`.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder, or "demo"."""
+    """Policy folder, or "demo"."""
     repository: Annotated[str, tyro.conf.Positional]
-    """ORG/NAME, where ORG is an organization or your user name; made if it is not there."""
+    """ORG/NAME, where ORG is an organization or your user name; created if it does not exist."""
     private: bool = False
-    """Let only its owners see a new repository."""
+    """Make a new repository private."""
     revision: str | None = None
-    """A branch, made if it is not there; by default main."""
+    """Branch, created if it does not exist; by default main."""
     create_pr: bool = False
-    """Open a pull request, in a repository of others."""
+    """Open a pull request instead of committing, for a repository you do not own."""
     message: str | None = None
-    """Message of the commit."""
+    """Commit message."""
     license: str | None = None
-    """For the card, by its name on the Hub, for example apache-2.0; by default the card says what the weights begin
-    from."""
+    """License for the card, by its Hub identifier, such as apache-2.0; by default the card states which weights the
+    policy was trained from."""
     results: pathlib.Path | None = None
-    """The output of eval --env … --json for this policy, for the card and policy.json."""
+    """Output of eval --env … --json for this policy, to include in the card and policy.json."""
     dry_run: bool = False
-    """Print the card and what would be uploaded, in place of uploading."""
+    """Print the card and the files instead of uploading."""
     json: bool = False
     """Print one JSON document."""
 
@@ -45,7 +45,9 @@ class Push:
         from torchpi.checkpoints.publish import CARD, package, publish
         from torchpi.schema import read_json_object
 
-        results = _of_run(pathlib.Path(self.policy)) if self.results is None else read_json_object(self.results)
+        results = (
+            _training_results(pathlib.Path(self.policy)) if self.results is None else read_json_object(self.results)
+        )
         packed = package(self.policy, self.repository, license=self.license, results=results)
         if self.dry_run:
             card = packed.files[CARD]
@@ -53,16 +55,17 @@ class Push:
             print("\n".join([*packed.notes, f"files: {', '.join(packed.files)}"]))
             return
         options: dict[str, Any] = {"private": self.private or None, "revision": self.revision}
-        done = publish(packed, create_pr=self.create_pr, commit_message=self.message, **options)
+        published = publish(packed, create_pr=self.create_pr, commit_message=self.message, **options)
         if self.json:
-            return print_json(dataclasses.asdict(done))
-        at = f" --revision {self.revision}" if self.revision else ""
-        lines = [*done.notes, *(f"removed there: {file}" for file in done.removed)]
-        print("\n".join([*lines, f"{len(done.files)} files: {done.url}", f"next: torchpi pull {packed.name}{at}"]))
+            return print_json(dataclasses.asdict(published))
+        revision = f" --revision {self.revision}" if self.revision else ""
+        for line in (*published.notes, *(f"removed from the repository: {file}" for file in published.removed)):
+            print(line)
+        print(f"{len(published.files)} files: {published.url}\nnext: torchpi pull {packed.name}{revision}")
 
 
-def _of_run(policy: pathlib.Path) -> Mapping[str, Any] | None:
-    """The success of a checkpoint in the metrics of its training run, as an evaluation's results."""
+def _training_results(policy: pathlib.Path) -> Mapping[str, Any] | None:
+    """Success rates of a checkpoint, from the metrics of its training run, in the form of evaluation results."""
     from torchpi.training.run_folder import METRICS, RECIPE, read_metrics, resume_config, without_overtaken
 
     # RUN/checkpoints/STEP/policy
@@ -77,18 +80,18 @@ def _of_run(policy: pathlib.Path) -> Mapping[str, Any] | None:
 
 @dataclasses.dataclass(frozen=True)
 class Pull:
-    """Download a policy or checkpoint of any format, in its newest version, and check it.
+    """Download a policy or checkpoint, and verify it.
 
-    It goes into the cache, from which every command reads it by its address. A private repository needs a token: `hf
-    auth login`, or HF_TOKEN.
+    Any format is supported, and the newest version is downloaded. It is stored in the cache, from which every command
+    reads it by its address. A private repository needs a token: run `hf auth login` or set HF_TOKEN.
     """
 
     address: Annotated[str, tyro.conf.Positional]
     """ORG/NAME on the Hugging Face Hub, hf://… or gs://…."""
     revision: str | None = None
-    """A branch, tag or commit; by default main."""
+    """Branch, tag or commit; by default main."""
     out: Annotated[pathlib.Path | None, tyro.conf.arg(aliases=["-o"])] = None
-    """A new folder to copy it to."""
+    """New folder to copy it to."""
     json: bool = False
     """Print one JSON document."""
 
@@ -104,13 +107,14 @@ class Pull:
             raise CheckpointError(f"{self.out} exists already; choose another folder for out=.")
         address = hub_address(self.address, self.revision)
         root, version = fetch_newest(address)
-        if (kind := format_of(root)) == "torchpi":  # others may not say all that reading them needs
+        checkpoint_format = format_of(root)
+        if checkpoint_format == "torchpi":  # other formats may need further options to be opened
             open_checkpoint(address).require_intact()
         if self.out is not None:
-            with atomic_folder(self.out) as beside:
-                shutil.copytree(root, beside, dirs_exist_ok=True)
-        place = root if self.out is None else self.out
+            with atomic_folder(self.out) as temporary:
+                shutil.copytree(root, temporary, dirs_exist_ok=True)
+        folder = root if self.out is None else self.out
         if self.json:
-            return print_json({"folder": str(place), "format": kind, "version": version})
-        print(f"{kind}{f', version {version}' if version else ''}: {place}")
-        print(f"next: torchpi doctor {address if self.out is None else place}")
+            return print_json({"folder": str(folder), "format": checkpoint_format, "version": version})
+        print(f"{checkpoint_format}{f', version {version}' if version else ''}: {folder}")
+        print(f"next: torchpi doctor {address if self.out is None else folder}")

@@ -1,4 +1,4 @@
-"""The command init."""
+"""The init command."""
 
 import dataclasses
 import math
@@ -17,43 +17,43 @@ OWN = "own"
 
 @dataclasses.dataclass(frozen=True)
 class Init:
-    """Write the commands from recordings to a robot that acts: a script to read, to correct and to run.
+    """Write a shell script of the commands to run, from recording to robot.
 
-    Four questions are asked: the recordings, the robot, the weights to begin with, and the machine. Options answer them
-    in advance; without a terminal all four are needed. The training is the largest one whose memory is enough, as
-    `torchpi train --plan` estimates it.
+    It asks for the dataset, the robot, the initial weights and the training machine. Options answer these questions in
+    advance; without a terminal all four are required. It chooses the largest training configuration that fits into
+    memory, as estimated by `torchpi train --plan`. Read the script before you run it.
     """
 
     data: str | None = None
-    """The recordings, a LeRobot dataset: a folder, or hf://org/name."""
+    """LeRobot dataset with the recordings: a folder, or hf://org/name."""
     robot: str | None = None
-    """A robot by name (so101, aloha, …), its JSON file, or "own": a file is drafted from the recordings."""
+    """Robot name (so101, aloha, …), embodiment file (JSON), or "own" to draft a file from the dataset."""
     weights: str | None = None
-    """pi05_base, pi0_base or another published name, "demo" (small), a folder, hf://… or gs://…."""
+    """Initial weights: pi05_base, pi0_base or another published name, "demo" (small), a folder, hf://… or gs://…."""
     hardware: str | None = None
-    """The machine that trains: "cpu", or the GPUs and the memory of each in GB: 1x24, 8x80."""
+    """Training machine: "cpu", or the number of GPUs and the memory of each in GB, such as 1x24 or 8x80."""
     num_steps: int | None = None
-    """Updates of the training; by default 30000, on a CPU 2000."""
+    """Number of training steps; by default 30000, or 2000 on a CPU."""
     out: pathlib.Path = pathlib.Path("torchpi_commands.sh")
-    """The script; it must not exist."""
+    """Output script; it must not exist yet."""
 
     def run(self) -> None:
         if self.out.exists():
             raise UsageError(f"{self.out} exists already; choose another file, --out.")
         missing = [f"--{name}" for name in ("data", "robot", "weights", "hardware") if getattr(self, name) is None]
         if missing and not sys.stdin.isatty():
-            raise UsageError(f"init needs {', '.join(missing)}: without a terminal nobody can be asked.")
+            raise UsageError(f"init needs {', '.join(missing)}: there is no terminal to ask for them.")
         from torchpi.robots import EMBODIMENTS
 
-        data, episodes = self._answer("data", "Recordings (a folder, or hf://org/name)", _recordings)
-        names = f"Robot ({', '.join(EMBODIMENTS)}, a JSON file, or own)"
-        robot = self._answer("robot", names, lambda text: _robot(text, data, self.out))
-        weights = self._answer("weights", "Weights (pi05_base, pi0_base, demo, a folder or an address)", _address)
+        data, episodes = self._answer("data", "Dataset (a folder, or hf://org/name)", _read_dataset)
+        question = f"Robot ({', '.join(EMBODIMENTS)}, a JSON file, or own)"
+        robot = self._answer("robot", question, lambda text: _read_robot(text, data, self.out))
+        weights = self._answer("weights", "Weights (pi05_base, pi0_base, demo, a folder or an address)", _read_weights)
         if robot == OWN:
-            robot = _drafted(data, weights, self.out.with_name("my_robot.json"))
-        gpus, memory = self._answer("hardware", "Machine (cpu, or GPUs x GB of each: 1x24, 8x80)", _hardware)
+            robot = _draft_robot(data, weights, self.out.with_name("my_robot.json"))
+        gpus, memory = self._answer("hardware", "Machine (cpu, or GPUs x GB per GPU: 1x24, 8x80)", _read_hardware)
         steps = self.num_steps or (30_000 if gpus else 2000)
-        print("estimating the memory of the training", file=sys.stderr)
+        print("estimating the training memory", file=sys.stderr)
         training = _largest_training(robot, weights, gpus, memory, steps)
         answers = {
             "data": data,
@@ -62,17 +62,21 @@ class Init:
             "hardware": f"{gpus}x{memory:g}" if gpus else "cpu",
             "num_steps": steps,
         }
-        lines = ["#!/bin/sh", f"# {len(episodes)} recorded episodes of {robot}, to a robot that acts. Written by:"]
+        lines = [
+            "#!/bin/sh",
+            f"# From {len(episodes)} recorded episodes of {robot} to a policy on the robot. Written by:",
+        ]
         lines += [f"#   {shlex.join(['torchpi', 'init', *_options(answers)])}", "set -eu"]
-        for text, command in _commands(data, robot, weights, episodes, gpus, training):
-            lines += ["", f"# {text}", shlex.join(command)] if command else ["", f"# {text}"]
+        for comment, command in _commands(data, robot, weights, episodes, gpus, training):
+            lines += ["", f"# {comment}", *([shlex.join(command)] if command else [])]
         replace_text(self.out, "\n".join(lines) + "\n")
         print(f"wrote {self.out}; read it, then run it step by step")
 
     def _answer(self, name: str, question: str, read: Callable[[str], Any]) -> Any:
-        """The option as a function reads it, or what is typed; after an error it is asked again."""
-        if (given := getattr(self, name)) is not None:
-            return read(given)
+        """Read an option, or ask for it until the answer is valid."""
+        value = getattr(self, name)
+        if value is not None:
+            return read(value)
         while True:
             try:
                 return read(input(f"{question}: ").strip())
@@ -82,20 +86,21 @@ class Init:
                 print(f"  {error}")
 
 
-def _recordings(data: str) -> tuple[str, list[int]]:
+def _read_dataset(data: str) -> tuple[str, list[int]]:
+    """Check the dataset's metadata; returns its address and the indices of its episodes."""
     from torchpi.data.metadata import open_metadata
 
     metadata = open_metadata(data)
     info, episodes = metadata.info, [episode.index for episode in metadata.episodes if episode.length]
     count = counted(len(episodes), "episode")
-    print(f"{data}: {count} of {info.robot_type or 'a robot without a name'} at {info.fps:g} Hz")
+    print(f"{data}: {count} of {info.robot_type or 'an unnamed robot'} at {info.fps:g} Hz")
     if len(episodes) < 2:
-        raise UsageError(f"{data} has {count}; a training needs two at least, one is held out.")
+        raise UsageError(f"{data} has {count}; training needs at least two, because one is held out.")
     return data, episodes
 
 
-def _robot(text: str, data: str, out: pathlib.Path) -> str:
-    """The name or file of the robot, which fits the recordings; `OWN` where that file is to be drafted."""
+def _read_robot(text: str, data: str, out: pathlib.Path) -> str:
+    """Check that a robot fits the dataset; returns its name or file, or `OWN` if its file must be drafted first."""
     from torchpi.data import LeRobotDataset
     from torchpi.robots import get_embodiment
 
@@ -103,13 +108,13 @@ def _robot(text: str, data: str, out: pathlib.Path) -> str:
         file = out.with_name("my_robot.json")
         if not file.exists():
             return OWN
-        text = str(file)  # it may have been corrected
+        text = str(file)  # drafted before; the user may have corrected it
     LeRobotDataset(data, action_horizon=1, embodiment=get_embodiment(text), cameras=(), columns=(), prompt="")
     return text
 
 
-def _drafted(data: str, weights: str, file: pathlib.Path) -> str:
-    """The robot's file, drafted from the recordings, for weights with chunks of that length."""
+def _draft_robot(data: str, weights: str, file: pathlib.Path) -> str:
+    """Draft the robot's file from the dataset, with the action horizon of the weights."""
     from torchpi.cli.data import write_draft
     from torchpi.data.inspect import inspect_dataset
     from torchpi.training.config import TrainConfig
@@ -120,7 +125,8 @@ def _drafted(data: str, weights: str, file: pathlib.Path) -> str:
     return str(file)
 
 
-def _address(weights: str) -> str:
+def _read_weights(weights: str) -> str:
+    """Check that local weights exist; returns their path or address."""
     from torchpi.checkpoints.address import PUBLISHED, PUBLISHED_NAMES, REMOTE, existing_folder
 
     if weights in PUBLISHED_NAMES:
@@ -130,38 +136,40 @@ def _address(weights: str) -> str:
     return weights
 
 
-def _hardware(text: str) -> tuple[int, float]:
-    """Number of GPUs (0: the CPU) and the memory in GB of each, or of this machine."""
+def _read_hardware(text: str) -> tuple[int, float]:
+    """Number of GPUs and the memory of each in GB; for the CPU 0 and this machine's memory."""
     import psutil
 
     if text == "cpu":
         return 0, psutil.virtual_memory().total / 1e9
-    if (found := re.fullmatch(r"([1-9]\d{0,3})x(\d+(?:\.\d+)?)", text)) is None or not float(found[2]):
-        raise UsageError(f"The machine is {text!r}; expected cpu, or GPUs x GB of each, such as 1x24 or 8x80.")
-    return int(found[1]), float(found[2])
+    match = re.fullmatch(r"([1-9]\d{0,3})x(\d+(?:\.\d+)?)", text)
+    if match is None or not float(match[2]):
+        raise UsageError(f"The machine is {text!r}; expected cpu, or GPUs x GB per GPU, such as 1x24 or 8x80.")
+    return int(match[1]), float(match[2])
 
 
 def _largest_training(robot: str, weights: str, gpus: int, memory: float, steps: int) -> dict[str, Any]:
-    """The options of the first of these trainings that fits: all weights, LoRA, and with smaller micro-batches."""
+    """Options of the first training that fits: full, sharded, LoRA, with smaller micro-batches, LoRA on fewer parts."""
     from torchpi.training.config import TrainConfig
     from torchpi.training.plan import USABLE, plan
 
-    world, each = max(1, gpus), max(1, (32 if gpus else 16) // max(1, gpus))  # samples of a process
+    world_size = max(1, gpus)
+    per_device = max(1, (32 if gpus else 16) // world_size)  # samples
     common: dict[str, Any] = {"num_steps": steps, "warmup_steps": min(1000, max(1, steps // 10))}
-    common |= {"batch_size": world * each, "device": "cuda" if gpus else "cpu"}
+    common |= {"batch_size": world_size * per_device, "device": "cuda" if gpus else "cpu"}
     common |= {"activation_checkpointing": "full"} if gpus else {}
     lora: dict[str, Any] = {"finetune": "lora", "ema_decay": 0.0}
-    small = lora | {"grad_accum_steps": each // math.gcd(each, 4)}
+    small = lora | {"grad_accum_steps": per_device // math.gcd(per_device, 4)}
     sharded: list[dict[str, Any]] = [{"parallel": "fsdp"}] if gpus > 1 else []
     needed = math.inf
     for options in ({}, *sharded, lora, small, small | {"finetune": "lora_strict"}):
         config = TrainConfig().replace(init=weights, embodiment=robot, **common, **options)
-        needed = min(needed, plan(config, world_size=world, local_world_size=world).needed / 1e9)
+        needed = min(needed, plan(config, world_size=world_size, local_world_size=world_size).needed / 1e9)
         if needed <= USABLE * memory:
             return common | options
     raise TrainingError(
-        f"No training of {weights} fits: the smallest needs {needed:.1f} GB, of {memory:.1f} GB {USABLE:.0%} can be "
-        "planned with. Choose a larger machine or smaller weights."
+        f"No training of {weights} fits: the smallest needs {needed:.1f} GB, but only {USABLE:.0%} of {memory:.1f} GB "
+        "are usable. Choose a larger machine or smaller weights."
     )
 
 
@@ -172,33 +180,40 @@ def _options(values: dict[str, Any]) -> list[str]:
 def _commands(
     data: str, robot: str, weights: str, episodes: list[int], gpus: int, training: dict[str, Any]
 ) -> Iterator[tuple[str, list[str]]]:
-    """A comment and a command of each step."""
-    cut = episodes[-max(1, len(episodes) // 10)] if len(episodes) > 2 else None
-    train, test = ({}, {}) if cut is None else ({"select": f"{episodes[0]}:{cut}"}, {"select": f"{cut}:"})
+    """Comment and command of each step."""
+    first_test = episodes[-max(1, len(episodes) // 10)] if len(episodes) > 2 else None  # the last tenth is for testing
+    train_select = {} if first_test is None else {"select": f"{episodes[0]}:{first_test}"}
+    test_select = {} if first_test is None else {"select": f"{first_test}:"}
     policy = f"run/checkpoints/{training['num_steps']:08d}/policy"
-    released = ["--compare", weights] if weights.startswith("gs://openpi-assets") else []
-    start = ["torchrun", "--nproc-per-node", str(gpus), "-m", "torchpi.cli"] if gpus > 1 else ["torchpi"]
-    yield "1. Look at the recordings; what training would refuse is listed.", ["torchpi", "data", "inspect", data]
+
+    compare = ["--compare", weights] if weights.startswith("gs://openpi-assets") else []
     yield (
-        f"2. Ranges in the terms of {robot}: are units and limits right?",
-        ["torchpi", "stats", data, "--embodiment", robot, *released],
+        "1. Inspect the dataset; problems that would stop the training are listed.",
+        ["torchpi", "data", "inspect", data],
     )
     yield (
-        f"3. Train {training.get('finetune', 'all weights')}; Ctrl-C stops, torchpi train --resume run goes on.",
-        [
-            *start,
-            "train",
-            *_options({"dataset": data, **train, "embodiment": robot, "init": weights, **training, "out": "run"}),
-        ],
+        f"2. Check units and ranges, as converted for {robot}.",
+        ["torchpi", "stats", data, "--embodiment", robot, *compare],
+    )
+
+    launcher = ["torchrun", "--nproc-per-node", str(gpus), "-m", "torchpi.cli"] if gpus > 1 else ["torchpi"]
+    options = {"dataset": data, **train_select, "embodiment": robot, "init": weights, **training, "out": "run"}
+    yield (
+        f"3. Train ({training.get('finetune', 'all weights')}); Ctrl-C stops, torchpi train --resume run continues.",
+        [*launcher, "train", *_options(options)],
     )
     yield (
-        "4. Compare predicted chunks with those of episodes that were not trained on."
-        if test
-        else "4. Compare predicted chunks with recorded ones; with more episodes, some would be kept for this.",
-        ["torchpi", "eval", policy, *_options({"dataset": data, **test, "out": "plots"})],
+        "4. Compare predicted and recorded chunks on held-out episodes."
+        if test_select
+        else "4. Compare predicted and recorded chunks; with more episodes, some would be held out for this.",
+        ["torchpi", "eval", policy, *_options({"dataset": data, **test_select, "out": "plots"})],
     )
-    half = ["--dtype", "bfloat16"] if gpus else []
-    yield "5. One folder with everything.", ["torchpi", "convert", policy, "my_policy", "--to", "torchpi", *half]
-    yield "6. Serve it; to a network with --host 0.0.0.0 --token SECRET.", ["torchpi", "serve", "my_policy"]
+
+    dtype = ["--dtype", "bfloat16"] if gpus else []
+    yield (
+        "5. Write one self-contained policy folder.",
+        ["torchpi", "convert", policy, "my_policy", "--to", "torchpi", *dtype],
+    )
+    yield "6. Serve it; for other machines, add --host 0.0.0.0 --token SECRET.", ["torchpi", "serve", "my_policy"]
     client = "python -m torchpi_client ws://HOST:8000 --dry-run --observation observation.npz"
-    yield f"7. On the robot's computer, torchpi-client: first {client}\n# then the control loop, docs/control.md", []
+    yield f"7. On the robot's computer, with torchpi-client: {client}\n# then the control loop, docs/control.md", []

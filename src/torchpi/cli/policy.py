@@ -27,39 +27,40 @@ from torchpi.ui.format import print_json
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Show the embedded policy at work: a simulated arm opens drawers and doors.
+    """Run the embedded policy: a simulated arm opens drawers and doors.
 
-    Prints a description of the policy and its data flow, runs episodes in the simulator, and writes a video per task
-    and a page with everything. Where nothing can be rendered, it says what to install, and the policy sees packaged
-    camera frames instead.
+    The demo prints a description of the policy and its data flow, runs episodes in the simulator, and writes a video
+    per task and a page with all results. If nothing can be rendered, it says what to install and runs the policy on
+    packaged camera frames instead.
     """
 
     out: pathlib.Path = pathlib.Path("torchpi_demo")
-    """Folder of the videos and of index.html."""
+    """Output folder for the videos and index.html."""
     episodes: int = 3
     """Episodes per task."""
     tasks: str | None = None
-    """Tasks of Meta-World by name, separated by commas; by default those that the policy was trained on."""
+    """Names of Meta-World tasks, separated by commas; by default the tasks that the policy was trained on."""
     instruction: str | None = None
-    """Another instruction for the policy, in the task that --tasks names, or in the first one."""
+    """Instruction to give the policy instead of the task's own; applies to the task in --tasks, or to the first one."""
     seed: int = 0
-    """Seed of episodes and noise."""
+    """Random seed for episodes and noise."""
     workers: int | None = None
-    """Processes; by default as many as the CPU's cores and the memory allow."""
+    """Number of simulator processes; by default limited by CPU cores and memory."""
     rerun: pathlib.Path | None = None
-    """Write the first episode of each task as a new .rrd file for the viewer Rerun."""
+    """Write the first episode of each task to a new .rrd file for the Rerun viewer."""
 
     def run(self) -> None:
         from torchpi.demo.run import run_demo
 
         options = vars(self) | {"tasks": None if self.tasks is None else split_names(self.tasks)}
-        if (target := options.pop("rerun")) is None:
+        target = options.pop("rerun")
+        if target is None:
             run_demo(**options)
             return
         from torchpi.demo.replay import log_episodes
         from torchpi.evaluation.view import rerun_log
 
-        with rerun_log(target) as log:  # before the demo, which takes minutes: it may not be possible to write there
+        with rerun_log(target) as log:  # opened first: an unwritable path must fail before minutes of simulation
             log_episodes(run_demo(**options), log)
         print(f"wrote {target}; show it with: rerun {target}")
 
@@ -68,31 +69,31 @@ class Demo:
 class Infer:
     """Run a policy on one observation.
 
-    The observation is an .npz file with the robot's own keys, nested ones joined with '.', for example
-    images.cam_high, state and prompt (a 0-d string). The result is an .npz file with `actions` [H, a]; with
-    --num-samples N also `samples` [N, H, a], the index of the one that was picked, and their spread.
+    The observation is an .npz file with the robot's own keys, such as images.cam_high, state and prompt (a 0-d
+    string); nested keys are joined with '.'. The result is an .npz file with `actions` [H, a]. With --num-samples N it
+    also has `samples` [N, H, a], the index of the selected sample, and the spread of the samples.
     """
 
     policy: Annotated[str, tyro.conf.Positional]
-    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
     inputs: pathlib.Path
-    """The observation, an .npz file."""
+    """Observation, an .npz file."""
     out: pathlib.Path
-    """The file that the actions are written to, an .npz."""
+    """Output file for the actions, .npz."""
     num_steps: int | None = None
-    """Euler steps from noise to actions; by default the policy's, which are 10 unless it says otherwise."""
+    """Number of Euler steps from noise to actions; by default the policy's setting, or 10 if it has none."""
     num_samples: int | None = None
-    """Chunks to sample, of which one is picked; they share the work on the images and the prompt."""
+    """Number of chunks to sample, from which one is selected; all share one prefix computation."""
     pick: PickName | None = None
-    """The choice among them: consensus, the one with the least mean distance to the others (by default),
-    velocity_residual, the one whose path from noise to actions is the straightest, or first, as without
+    """Selection of the chunk: consensus (default) takes the one closest on average to the others, velocity_residual
+    the one with the straightest path from noise to actions, and first the one that is sampled without
     --num-samples."""
     seed: int = 0
-    """Seed of the noise."""
+    """Random seed for the noise."""
     noise: pathlib.Path | None = None
-    """An .npy file [H, action_dim], or [N, H, action_dim] with --num-samples, to use as noise instead."""
+    """Noise to use instead of random noise: an .npy file [H, action_dim], or [N, H, action_dim] with --num-samples."""
     json: bool = False
-    """Print the shape, the file and the timing as one JSON document."""
+    """Print shape, output file and timing as one JSON document."""
     load: Load = SamplingOptions()
 
     def run(self) -> None:
@@ -130,36 +131,36 @@ class Infer:
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Run the whole forward pass, from the robot's observation to the loss and to the actions, and print every tensor.
+    """Trace the whole forward pass: every tensor from the robot's observation to the loss and the actions.
 
-    A preset (pi05, pi0, …) is traced at its full size without memory for its weights: shapes and dtypes. A policy, or
-    "demo", is traced with its weights and an observation: ranges of values as well.
+    A preset (pi05, pi0, …) is traced at full size without allocating its weights, which gives shapes and dtypes. A
+    policy, or "demo", is traced with its weights and an observation, which also gives value ranges.
     """
 
     target: Annotated[str | None, tyro.conf.Positional] = None
-    """A preset's name, the path of a policy or checkpoint, or "demo"."""
+    """Preset name, path of a policy or checkpoint, or "demo"."""
     compare: tuple[str, ...] = ()
-    """Another target, or two of them, printed side by side in this order; sizes that are given are those of both."""
+    """Compare the target with a second one, or give both here. Both get the sizes set by the options below."""
     batch: int = 4
-    """Samples in the batch."""
+    """Batch size."""
     max_token_len: int | None = None
-    """Prompt tokens; by default the target's."""
+    """Number of prompt tokens; by default the target's."""
     action_horizon: int | None = None
-    """Actions in a chunk; by default the target's."""
+    """Number of actions in a chunk; by default the target's."""
     action_dim: int | None = None
     """Width of state and actions inside the model; by default the target's."""
     html: pathlib.Path | None = None
-    """Write the trace as a page, with diagrams and plots."""
+    """Write the trace as an HTML page with diagrams and plots."""
     inputs: pathlib.Path | None = None
-    """An .npz file: a robot's observation, or a batch with the model's own keys."""
+    """Input, an .npz file: a robot's observation, or a batch with the model's own keys."""
     dataset: str | None = None
-    """A dataset of the policy's robot, of which a frame gives the observation and the actions of the loss."""
+    """Dataset of the policy's robot; one frame supplies the observation and the actions for the loss."""
     episode: int = 0
-    """Of the dataset."""
+    """Episode of the dataset."""
     frame: int = 0
-    """Of the episode."""
+    """Frame of the episode."""
     prompt: str | None = None
-    """The instruction of the dataset's frame, in place of its task."""
+    """Prompt to use instead of the frame's task text."""
     json: bool = False
     """Print one JSON document, a list of {"step", "name", "shape", "dtype", …}."""
     frames: Frames = FrameOptions()
@@ -174,6 +175,6 @@ class Trace:
             refuse_changed(self.frames, belongs_to="--dataset")
         targets = [*([self.target] if self.target else []), *self.compare]
         shapes = Shapes(self.batch, self.max_token_len, self.action_horizon, self.action_dim)
-        reading = self.frames.reading() | {"prompt": self.prompt}
-        source = Source(self.inputs, self.dataset, self.episode, self.frame, reading, demo=demo_observation())
+        dataset_args = self.frames.dataset_args() | {"prompt": self.prompt}
+        source = Source(self.inputs, self.dataset, self.episode, self.frame, dataset_args, demo=demo_observation())
         run_trace(targets, shapes, source, html=self.html, as_json=self.json, **self.load.given())

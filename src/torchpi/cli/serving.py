@@ -1,4 +1,4 @@
-"""The command serve."""
+"""The serve command."""
 
 import dataclasses
 import os
@@ -15,24 +15,24 @@ from torchpi.threads import spin_briefly
 
 @dataclasses.dataclass(frozen=True)
 class Serve:
-    """Serve a policy to robots, in openpi's websocket protocol: its clients and torchpi-client work.
+    """Serve a policy to robots over openpi's websocket protocol; openpi's clients and torchpi-client can connect.
 
-    Connections are accepted once "listening" is logged; the policy's metadata are sent when it is loaded and warm.
-    /healthz answers 200 from then on, /metrics is for Prometheus. In a browser http://HOST:PORT/ shows the robots'
-    cameras, their action chunks and the latency; with a token, http://HOST:PORT/?token=TOKEN. Ctrl-C, SIGTERM or
-    SIGHUP ends the server once the requests that it has received are answered.
+    The server accepts connections once it logs "listening", and sends the policy's metadata once the policy is loaded
+    and warmed up. From then on /healthz returns 200. /metrics is for Prometheus. http://HOST:PORT/ shows the robots'
+    cameras, action chunks and latency in a browser; with a token, open http://HOST:PORT/?token=TOKEN. On Ctrl-C,
+    SIGTERM or SIGHUP the server answers the requests already received, then exits.
     """
 
     policy: Annotated[str | None, tyro.conf.Positional] = None
-    """A policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
+    """Policy folder, checkpoint, hf://… or gs://… address, or "demo"."""
     policies: tuple[str, ...] = ()
-    """Further policies as name=path, served at ws://HOST:PORT/NAME; the options of a checkpoint are not for them."""
+    """Additional policies as NAME=PATH, served at ws://HOST:PORT/NAME; checkpoint options do not apply to them."""
     settings: Annotated[ServeSettings, tyro.conf.arg(name="")] = ServeSettings()
     record: pathlib.Path | None = None
-    """Record requests and chunks as a LeRobot dataset in this folder, new or empty; of several policies, one dataset
+    """Record requests and chunks as a LeRobot dataset in this new or empty folder; with several policies, one dataset
     per name."""
     rerun: str | None = None
-    """Show requests and chunks in Rerun: an .rrd file, new, or the address of its viewer, HOST:PORT."""
+    """Show requests and chunks in Rerun: a new .rrd file, or the HOST:PORT of a running viewer."""
     load: Load = SamplingOptions()
 
     def run(self) -> None:
@@ -44,5 +44,5 @@ class Serve:
         if settings.token is None and "TORCHPI_TOKEN" in os.environ:
             settings = dataclasses.replace(settings, token=os.environ["TORCHPI_TOKEN"])
         load = self.load.given()
-        run: dict[str, Any] = {name: load.pop(name) for name in ("device", "engine") if name in load}
-        run_serve(self.policy, self.policies, settings, record=self.record, rerun=self.rerun, load=load, run=run)
+        for_all: dict[str, Any] = {name: load.pop(name) for name in ("device", "engine") if name in load}
+        run_serve(self.policy, self.policies, settings, record=self.record, rerun=self.rerun, load=load, run=for_all)

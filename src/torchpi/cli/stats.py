@@ -1,4 +1,4 @@
-"""The command `torchpi stats`."""
+"""The stats command."""
 
 import dataclasses
 import pathlib
@@ -21,26 +21,26 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Show the statistics of a dataset, and write those that a policy normalizes with.
+    """Compute a dataset's normalization statistics, show them, and write them to a file.
 
-    They are exact, from all frames, in the model's terms: units converted, actions relative to the state where the
-    embodiment says so. Dimensions that hardly move are named, because normalization makes rare values huge there, and
-    idle frames are counted. Images are not read.
+    The statistics are exact, over all frames, in the model's representation: with converted units, and with actions
+    relative to the state where the embodiment says so. The command warns about dimensions that hardly move, because
+    normalization would scale rare values there to extremes. It also counts idle frames. Images are not read.
     """
 
     dataset: Annotated[str, tyro.conf.Positional]
-    """A LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
+    """LeRobot dataset, format v3.0, v2.1 or v2.0: a folder, or hf://org/name[@revision]."""
     embodiment: str
-    """The robot: metaworld, aloha, … or a JSON file."""
+    """Robot: metaworld, aloha, …, or a JSON file."""
     out: pathlib.Path | None = None
-    """The file for openpi's norm_stats.json, or an existing folder; by default nothing is written."""
+    """Output file in the format of openpi's norm_stats.json, or an existing folder; by default nothing is written."""
     action_horizon: int = 50
-    """Actions in a chunk."""
+    """Number of actions in a chunk."""
     select: str | None = None
-    """Only these episodes, for example "0:40,57,100:" or "task:open the *"; both: "0:40; task:open the *"."""
+    """Use only these episodes, such as "0:40,57,100:", "task:open the *", or both: "0:40; task:open the *"."""
     compare: tuple[str, ...] | None = None
-    """Checkpoints or norm_stats.json files: rank their robots by the fraction of the data inside [q01, q99], with
-    reasons. Without any: rank the robots of the released checkpoints by their descriptions; nothing is downloaded."""
+    """Checkpoints or norm_stats.json files whose robots to rank by the fraction of the data inside [q01, q99], with
+    reasons. With no value, the released checkpoints' robots are ranked by their descriptions, without a download."""
     json: bool = False
     """Print one JSON document."""
     frames: Frames = FrameOptions()
@@ -54,24 +54,26 @@ class Stats:
         from torchpi.transforms.normalize import narrow_dims, save_norm_stats
 
         robot, horizon = get_embodiment(self.embodiment), self.action_horizon
-        robots = _stats_of_all(self.compare or ())
+        compared_stats = _compared_stats(self.compare or ())
         dataset = self._open(robot)
         with PlainConsole(stderr=True).status(f"statistics of {self.dataset}"):  # shown on a terminal only
-            found = distributions(dataset, robot, action_horizon=horizon)
+            quantities = distributions(dataset, robot, action_horizon=horizon)  # state and actions
             num_idle = int(idle_frames(dataset).sum())
-            coverage = stats_coverage(dataset, robot, robots, action_horizon=horizon)
-        ranked: list[Any] = [coverage_with_reasons(entry, found, robots[entry.name]) for entry in coverage]
+            coverage = stats_coverage(dataset, robot, compared_stats, action_horizon=horizon)
+        ranking: list[Any] = [
+            coverage_with_reasons(entry, quantities, compared_stats[entry.name]) for entry in coverage
+        ]
         if self.compare == ():
-            ranked = released_fits(robot)
-        messages = [
-            f"{what}: {message}"
-            for what, values in found.items()
+            ranking = released_fits(robot)
+        warnings = [
+            f"{key}: {message}"
+            for key, values in quantities.items()
             for message in narrow_dims(values.stats, values.names)
         ]
-        messages += unit_problems(dataset, robot)
+        warnings += unit_problems(dataset, robot)
         if self.out is not None:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            save_norm_stats(self.out, {what: values.stats for what, values in found.items()})
+            save_norm_stats(self.out, {key: values.stats for key, values in quantities.items()})
         document = {
             "dataset": self.dataset,
             "embodiment": robot.name,
@@ -83,20 +85,20 @@ class Stats:
             "idle_share": num_idle / len(dataset),
             "action_horizon": horizon,
             "out": None if self.out is None else str(self.out),
-            **{what: values.to_dict() for what, values in found.items()},
-            "warnings": messages,
-            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in ranked],
+            **{key: values.to_dict() for key, values in quantities.items()},
+            "warnings": warnings,
+            "compare": None if self.compare is None else [dataclasses.asdict(entry) for entry in ranking],
         }
         if self.json:
             print_json(document)
         else:
             _print_statistics(document, robot)
-            _print_comparison(ranked, self.compare)
-        for message in messages:
-            print(f"warning: {message}", file=sys.stderr)
+            _print_comparison(ranking, self.compare)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
 
     def _open(self, robot: "Embodiment") -> "LeRobotDataset":
-        """The numbers of the dataset; neither images nor other columns are read."""
+        """Open the dataset for its states and actions only."""
         from torchpi.data import LeRobotDataset, select_episodes
         from torchpi.data.rate import rate_note
 
@@ -107,28 +109,28 @@ class Stats:
             episodes=None if self.select is None else select_episodes(self.dataset, self.select),
             cameras=(),
             columns=(),
-            prompt="",  # instructions are not read
-            **self.frames.reading(),
+            prompt="",  # task texts are not read
+            **self.frames.dataset_args(),
         )
         if note := rate_note(dataset.fps, dataset.recorded_fps, robot):
             print(f"{self.dataset} is {note}", file=sys.stderr)
         return dataset
 
 
-def _stats_of_all(addresses: Sequence[str]) -> dict[str, dict[str, "NormStats"]]:
-    """The statistics of several checkpoints, by asset id; of several, behind the address."""
-    found = {address: checkpoint_stats(address) for address in addresses}
-    if len(found) == 1:
-        return next(iter(found.values()))
-    return {f"{address}: {name}": stats for address, robots in found.items() for name, stats in robots.items()}
+def _compared_stats(addresses: Sequence[str]) -> dict[str, dict[str, "NormStats"]]:
+    """Statistics by asset ID; with several checkpoints, by "ADDRESS: ID"."""
+    by_address = {address: checkpoint_stats(address) for address in addresses}
+    if len(by_address) == 1:
+        return by_address[addresses[0]]
+    return {f"{address}: {name}": stats for address, robots in by_address.items() for name, stats in robots.items()}
 
 
 def checkpoint_stats(address: str | pathlib.Path) -> dict[str, dict[str, "NormStats"]]:
-    """Read the statistics of each robot of a checkpoint, by its asset id.
+    """Read the statistics of each robot in a checkpoint, by asset ID.
 
     Args:
-        address: a policy folder, a checkpoint of openpi or LeRobot, the folder `assets` of one, a norm_stats.json or
-            a folder with one; hf://… or gs://…, of which only `assets` is downloaded if there is one.
+        address: a policy folder, an openpi or LeRobot checkpoint, the `assets` folder of one, a norm_stats.json, or a
+            folder that contains one. From an hf:// or gs:// address, only `assets` is downloaded if it exists.
     """
     from torchpi.checkpoints.lerobot import PREPROCESSOR, read_spec
     from torchpi.checkpoints.openpi import find_params, norm_stats_files
@@ -165,7 +167,7 @@ def _folder_with_stats(address: str) -> pathlib.Path:
         try:
             return existing_folder(f"{address.rstrip('/')}/assets")
         except FileNotFoundError as error:
-            if "found nothing" not in str(error):  # of another kind, or not to be reached
+            if "found nothing" not in str(error):  # another failure, such as a network error
                 raise
     return existing_folder(address)
 
@@ -173,49 +175,49 @@ def _folder_with_stats(address: str) -> pathlib.Path:
 def _print_statistics(document: Mapping[str, Any], robot: "Embodiment") -> None:
     from torchpi.data.idle import IDLE_SECONDS, IDLE_THRESHOLD
 
-    stated = robot.hook is None  # a hook converts the units
-    notes = {
-        "state": [unit if stated else "" for unit in robot.state_units],
+    has_units = robot.hook is None  # a hook converts units, so the embodiment's do not apply
+    units = {
+        "state": [unit if has_units else "" for unit in robot.state_units],
         "actions": [
-            ", ".join(filter(None, (action.unit if stated else "", "delta" if action.kind == "delta" else "")))
+            ", ".join(filter(None, (action.unit if has_units else "", "delta" if action.kind == "delta" else "")))
             for action in robot.actions
         ],
     }
     print(
         f"{document['dataset']}: {counted(document['episodes'], 'episode')}, {counted(document['frames'], 'frame')}, "
-        f"as {document['embodiment']} sees them; chunks of {counted(document['action_horizon'], 'action')}\n"
+        f"converted for {document['embodiment']}; chunks of {counted(document['action_horizon'], 'action')}\n"
         f"{counted(document['idle_frames'], 'frame is', 'frames are')} idle ({document['idle_share']:.1%}): for "
         f"{IDLE_SECONDS:g} s, nothing moves by more than {IDLE_THRESHOLD:.0%} of its range",
     )
-    for what in ("state", "actions"):
-        if not document[what]["names"]:
+    for key in ("state", "actions"):
+        statistics = document[key]  # "names", then one list per statistic
+        if not statistics["names"]:
             print("state: none")
             continue
-        columns = [
-            Column(what, "name"),
-            Column("unit"),
-            *(Column(title, "number") for title in list(document[what])[1:]),
+        titles = list(statistics)[1:]
+        columns = [Column(key, "name"), Column("unit"), *(Column(title, "number") for title in titles)]
+        rows = [
+            (name, unit, *(f"{number:.3g}" for number in numbers))
+            for unit, (name, *numbers) in zip(units[key], zip(*statistics.values(), strict=True), strict=False)
         ]
-        rows = zip(notes[what], zip(*document[what].values(), strict=True), strict=False)
-        texts = [(name, note, *(f"{number:.3g}" for number in numbers)) for note, (name, *numbers) in rows]
-        PlainConsole().print(Table(columns, texts).to_rich(), crop=False)
+        PlainConsole().print(Table(columns, rows).to_rich(), crop=False)
     if document["out"]:
         print(f"written to {document['out']}")
 
 
-def _print_comparison(ranked: Sequence[Any], addresses: Sequence[str] | None) -> None:
+def _print_comparison(ranking: Sequence[Any], addresses: Sequence[str] | None) -> None:
     if addresses:
         rows = [
             (entry.name, *(f"{part.overall:.1%}" if part else "none" for part in (entry, entry.state, entry.actions)))
-            for entry in ranked
+            for entry in ranking
         ]
         numbers = (Column(title, "number") for title in ("all", "state", "actions"))
-        print(f"fraction inside [q01, q99] of {', '.join(addresses)}, the best first:")
+        print(f"fraction inside [q01, q99] of {', '.join(addresses)}, best first:")
         PlainConsole().print(Table([Column("robot", "name"), *numbers], rows).to_rich(), crop=False)
-    elif ranked:
+    elif ranking:
         print(
-            "The released statistics by their robots' descriptions, the most similar first. Zero and direction of a "
-            "joint are in none: compare with numbers, --compare gs://openpi-assets/checkpoints/NAME."
+            "Robots of the released statistics, most similar description first. Descriptions do not state a joint's "
+            "zero position or direction; to compare numbers: --compare gs://openpi-assets/checkpoints/NAME."
         )
-    for entry in ranked:
+    for entry in ranking:
         print("\n    ".join((f"{entry}:", *(entry.reasons or ["fits"]))))

@@ -1,4 +1,4 @@
-"""The command train, and the recipe that its defaults come from."""
+"""The train command, and the recipe that supplies its defaults."""
 
 import argparse
 import dataclasses
@@ -15,39 +15,39 @@ from torchpi.training.config import RENAMED, RENAMED_VALUES, Augmentation, Train
 
 
 def _renamed() -> dict[str, str]:
-    """The options that replace former ones, with the values that have other names."""
-    found = {}
+    """Map former options to the present ones, with the values that were renamed too."""
+    renamed = {}
     for old, new in RENAMED.items():
-        values = "".join(f", and {before} is {now}" for before, now in RENAMED_VALUES.get(new, {}).items())
-        found[f"--{old}".replace("_", "-")] = f"--{new}{values}".replace("_", "-")
-    nested = {"augmentation": Augmentation, "lora": LoraConfig}
-    names = [(group, field.name) for group, kind in nested.items() for field in dataclasses.fields(kind)]
-    return found | {f"--{group}.{name}".replace("_", "-"): f"--{name}".replace("_", "-") for group, name in names}
+        values = "".join(f", and {old_value} is {value}" for old_value, value in RENAMED_VALUES.get(new, {}).items())
+        renamed[old] = new + values
+    for group, config in (("augmentation", Augmentation), ("lora", LoraConfig)):
+        renamed |= {f"{group}.{field.name}": field.name for field in dataclasses.fields(config)}
+    return {f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in renamed.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
     """Train a policy on a LeRobot dataset.
 
-    OUT gets train.json (the recipe), metrics.jsonl, curves.png and checkpoints/STEP/policy, a policy folder with the
-    EMA weights. Ctrl-C stops after the current step and saves; --resume continues from there.
+    The run folder OUT receives train.json (the recipe), metrics.jsonl, curves.png and checkpoints/STEP/policy, a policy
+    folder with the EMA weights. Ctrl-C stops after the current step and saves a checkpoint; --resume continues the run.
     """
 
     out: pathlib.Path | None = None
-    """The run's folder, new or empty."""
+    """Run folder, new or empty."""
     recipe: str | None = None
-    """Source of the defaults below: a packaged recipe (metaworld, so101, libero), or a JSON file, such as train.json of
-    another run."""
+    """Recipe that sets the defaults below: a packaged one (metaworld, so101, libero), or a JSON file, such as
+    train.json of another run."""
     resume: pathlib.Path | None = None
-    """The folder of a run to continue, by default with its own recipe; more steps, another number of processes and
-    other options that do not change its updates may be given."""
+    """Run folder to continue, by default with its own recipe. Options that do not change the updates may differ, such
+    as more steps or another number of processes."""
     plan: bool = False
-    """Print the estimated peak memory of the run in place of training, and what to change where it does not fit; the
-    exit status is 1 then. Of the dataset only the embodiment is needed."""
+    """Estimate the run's peak memory instead of training. If it does not fit, suggest changes and exit with status 1.
+    The plan needs only the embodiment, not the dataset."""
     plan_world: int | None = None
-    """With --plan: processes that will share the run, by default those that torchrun has started."""
+    """With --plan: number of training processes; by default those that torchrun started."""
     plan_memory: float | None = None
-    """With --plan: each device's memory in GB, by default this machine's."""
+    """With --plan: memory per device in GB; by default this machine's."""
     json: bool = False
     """With --plan: print one JSON document."""
     config: Annotated[TrainConfig, tyro.conf.arg(name=""), tyro.conf.OmitArgPrefixes] = TrainConfig()
@@ -67,25 +67,23 @@ class Train:
         from torchpi.training.loop import train
 
         if self.resume is not None and (self.out is not None or self.recipe is not None):
-            raise UsageError("--resume continues a run with its recipe and its folder; leave --out and --recipe out.")
+            raise UsageError("--resume continues a run with its own recipe and folder; omit --out and --recipe.")
         out = self.out or self.resume
-        needed: dict[str, Any] = {"out": out}
+        required: dict[str, Any] = {"out": out}
         if not config.data.mixture:
-            needed |= {"dataset": config.data.dataset, "embodiment": config.data.embodiment}
-        for name, value in needed.items():
+            required |= {"dataset": config.data.dataset, "embodiment": config.data.embodiment}
+        for name, value in required.items():
             if not value:
-                raise UsageError(
-                    f"train needs --{name}, or --resume with the folder of a run; see torchpi train --help."
-                )
+                raise UsageError(f"train needs --{name}, or --resume with a run folder; see torchpi train --help.")
         assert out is not None
         try:
             result = train(config, out, resume=self.resume is not None)
         except torch.OutOfMemoryError as error:
             raise TrainingError(
-                f"The device has not enough memory: {str(error).splitlines()[0]} torchpi train --plan, with the same "
-                "options, shows what takes it and which options take less."
+                f"The device ran out of memory: {str(error).splitlines()[0]} Run torchpi train --plan with the same "
+                "options to see what uses the memory, and which options reduce it."
             ) from error
-        if os.environ.get("RANK", "0") != "0":  # torchrun's first process speaks for all
+        if os.environ.get("RANK", "0") != "0":  # only the main process prints
             return 0
         if result.interrupted:
             print(f"interrupted after {counted(result.step, 'step')}; continue with: torchpi train --resume {out}")
@@ -94,7 +92,7 @@ class Train:
 
 
 def recipe_of(args: Sequence[str], default: TrainConfig) -> TrainConfig:
-    """The recipe that --recipe or --resume name, which decides the defaults of the other options."""
+    """Read the recipe that --recipe or --resume names; it supplies the defaults of the other options."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--recipe", "--resume"):
         parser.add_argument(option, nargs="?")

@@ -1,4 +1,4 @@
-"""The command view."""
+"""The view command."""
 
 import dataclasses
 import os
@@ -18,28 +18,29 @@ from torchpi.extras import require
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """Show recorded episodes in the viewer Rerun: cameras, state and actions over time, and what a policy predicts.
+    """Show recorded episodes in the Rerun viewer: cameras, state and actions over time, and a policy's predictions.
 
-    The source is a LeRobot dataset, or what `torchpi serve --record` wrote. With --policy the chunks that it predicts
-    are drawn over the recorded actions. Live robots: --rerun of `torchpi serve` and `torchpi demo`.
+    The source is a LeRobot dataset or a recording of `torchpi serve --record`. With --policy, predicted action chunks
+    are drawn over the recorded actions. For a live view, use --rerun of `torchpi serve` or `torchpi demo`.
     """
 
     source: Annotated[str, tyro.conf.Positional]
-    """A LeRobot dataset or a server's recording: a folder, or hf://org/name[@revision]."""
+    """LeRobot dataset or server recording: a folder, or hf://org/name[@revision]."""
     policy: str | None = None
-    """A policy folder, a checkpoint, hf://…, gs://…, or "demo": predicts chunks along the episodes."""
+    """Policy that predicts chunks along the episodes: a policy folder, a checkpoint, hf://…, gs://…, or "demo"."""
     save: pathlib.Path | None = None
-    """Write an .rrd file, which `rerun FILE` shows, in place of opening the viewer."""
+    """Write an .rrd file instead of opening the viewer; show it with `rerun FILE`."""
     web: bool = False
-    """Show it in a browser, at the address that is printed, in place of a window; Ctrl-C ends it."""
+    """Show the viewer in a browser, at the printed address, instead of a window; Ctrl-C stops it."""
     port: int = 9090
-    """Of --web."""
+    """Port of the web viewer."""
     stride: int = 1
-    """Frames of the cameras from one that is shown to the next; numbers are shown of all frames."""
+    """Show every n-th camera frame; states and actions are shown for all frames."""
     every: int | None = None
-    """Frames from one predicted chunk to the next; by default what the policy executes of a chunk, or half of it."""
+    """Frames between two predicted chunks; by default the number of actions that the policy executes, or half of a
+    chunk."""
     seed: int = 0
-    """Seed of the predictions' noise."""
+    """Random seed for the noise of the predictions."""
     recorded: Episodes = EpisodeOptions()
     load: Load = SamplingOptions()
     aliases: ClassVar = {"--episodes": "--select", "--out": "--save"}
@@ -56,23 +57,23 @@ class View:
             file = pathlib.Path(folder) / "view.rrd"
             self._write(file)
             web = ["--web-viewer", "--web-viewer-port", str(self.port)] if self.web else []
-            # Without --bind the viewer listens on every network of this machine.
+            # Without --bind the viewer listens on all network interfaces.
             status = subprocess.run([sys.executable, "-m", "rerun", str(file), "--bind", "127.0.0.1", *web]).returncode
         if status:
-            raise UsageError(f"The viewer ended with status {status}; --save FILE.rrd writes a file for another one.")
+            raise UsageError(f"The viewer exited with status {status}; write a file instead with --save FILE.rrd.")
 
     def _check(self) -> None:
         source = pathlib.Path(self.source)
         if self.source == "demo" or any((source / name).exists() for name in ("policy.json", "config.json", "params")):
             raise UsageError(
-                f"{self.source} is a policy, which is shown on recorded episodes: torchpi view DATASET --policy "
-                f"{self.source}; the embedded one in simulation: torchpi demo --rerun demo.rrd."
+                f"{self.source} is a policy, not a dataset. Show it on recorded episodes with torchpi view DATASET "
+                f"--policy {self.source}, or the embedded policy in simulation with torchpi demo --rerun demo.rrd."
             )
         if self.save is not None and (self.web or self.save.suffix != ".rrd"):
             raise UsageError(f"--save {self.save}: expected a file that ends in .rrd, and no --web.")
         has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
         if self.save is None and not self.web and not has_screen:
-            raise UsageError("There is no screen here to open the viewer on; write a file, --save FILE.rrd, or --web.")
+            raise UsageError("There is no display for the viewer; use --save FILE.rrd or --web.")
         if self.policy is None:
             refuse_changed(dataclasses.replace(self.load, embodiment=None), belongs_to="--policy")
             if self.every is not None:
@@ -82,8 +83,16 @@ class View:
         from torchpi.evaluation.view import write_view
         from torchpi.policy import load_policy
 
-        reading, load = self.recorded.reading_of(self.source), self.load.given()
-        reading |= {"stride": self.stride, "every": self.every, "seed": self.seed, "embodiment": load.get("embodiment")}
+        load = self.load.given()
         policy = None if self.policy is None else load_policy(self.policy, **load)
-        dataset = write_view(self.source, target, policy=policy, **reading)
+        dataset = write_view(
+            self.source,
+            target,
+            policy=policy,
+            stride=self.stride,
+            every=self.every,
+            seed=self.seed,
+            embodiment=load.get("embodiment"),
+            **self.recorded.episode_args(self.source),
+        )
         print(f"{counted(len(dataset.episode_lengths), 'episode')}, {counted(len(dataset), 'frame')}", file=sys.stderr)
