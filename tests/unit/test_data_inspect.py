@@ -253,7 +253,7 @@ def test_commands_print_text_or_one_document(arm, tmp_path, capsys):
     assert "Nothing to look at was found" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main(["data", "inspect", str(tmp_path)])
-    assert "is no LeRobot dataset" in capsys.readouterr().err
+    assert "is not a LeRobot dataset" in capsys.readouterr().err
 
 
 def test_draft_is_read_as_it_is_and_statistics_work(arm, tmp_path, capsys):

@@ -45,7 +45,7 @@ def test_depth_images_are_read_in_metres(image, info, metres, tmp_path):
 @pytest.mark.parametrize(("image", "scale"), [(DEPTH, 1000), ((DEPTH / 1000).astype(np.float32), 1)])
 def test_missing_unit_is_lerobots_and_said(image, scale, tmp_path):
     path = write_set(tmp_path / "set", images=[encoded(image, "TIFF")] * 2, info={"is_depth_map": True})
-    with pytest.warns(UserWarning, match=r"no depth_unit of observation\.images\.front; integers .* millimetres"):
+    with pytest.warns(UserWarning, match=r"no depth_unit for observation\.images\.front; integers .* millimetres"):
         found = read(path)
     assert np.array_equal(found[..., 0], (image / scale).astype(np.float32))
 

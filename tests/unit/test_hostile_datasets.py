@@ -115,7 +115,7 @@ def test_columns_without_images_are_errors(dataset, images, message):
 def test_tasks_without_a_text_or_a_number_are_an_error(dataset, rows):
     pq.write_table(pa.table(rows), dataset / "meta/tasks.parquet")
     with pytest.raises(
-        DatasetError, match=r"tasks.parquet has the columns task_index.*; expected task_index, whole numbers"
+        DatasetError, match=r"tasks.parquet has the columns task_index.*; expected task, texts, and task_index, whole"
     ):
         LeRobotDataset(dataset, action_horizon=1)
 
@@ -124,7 +124,7 @@ def test_tasks_without_a_text_or_a_number_are_an_error(dataset, rows):
     ("lines", "message"),
     [
         ("[1, 2]", r"has the line \[1, 2\]; expected a JSON object"),
-        ('{"task": "a"}\n{"task_index": 0, "task": "b"}', "expected task_index, whole numbers"),
+        ('{"task": "a"}\n{"task_index": 0, "task": "b"}', "expected task, texts, and task_index, whole"),
     ],
 )
 def test_lines_of_the_older_format_that_are_no_tasks_are_an_error(golden_root, lines, message, tmp_path):

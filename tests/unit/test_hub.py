@@ -964,5 +964,5 @@ def test_malformed_addresses_of_datasets(address):
 
 @pytest.mark.parametrize("path", [pathlib.Path("hf://org/name"), "gs://bucket/set"])
 def test_other_addresses_of_a_dataset_are_errors(path):
-    with pytest.raises(ValueError, match=r"hf://org/name\[@revision\], as a text; found"):
+    with pytest.raises(ValueError, match=r"string hf://org/name\[@revision\]; found"):
         LeRobotDataset(path, action_horizon=1)

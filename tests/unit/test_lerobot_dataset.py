@@ -508,18 +508,18 @@ def test_missing_folder_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     refused(tmp_path / "file", ValueError, r"file is a file, not a dataset's folder")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
-    refused(tmp_path / "link", ValueError, r"link is a link to nothing, not a dataset's folder")
+    refused(tmp_path / "link", ValueError, r"link is a broken link, not a dataset's folder")
 
 
 def test_folder_without_info_is_an_error(tmp_path):
     (tmp_path / "model.safetensors").touch()
-    refused(tmp_path, FileNotFoundError, r"no LeRobot dataset.*meta/info\.json; found model\.safetensors")
+    refused(tmp_path, FileNotFoundError, r"not a LeRobot dataset.*meta/info\.json; found model\.safetensors")
 
 
 def test_unsupported_version_is_an_error(copy_of):
     root = copy_of("lerobot_v21")
     change_json(root / "meta/info.json", codebase_version="v1.6")
-    refused(root, ValueError, r"version is 'v1\.6'; v3\.0, v2\.1, v2\.0 are read")
+    refused(root, ValueError, r"version is 'v1\.6'; the supported versions are v3\.0, v2\.1, v2\.0")
 
 
 def test_dataset_without_episodes_is_an_error(copy_of):
@@ -624,7 +624,7 @@ def test_truncated_file_is_an_error(name, file, copy_of):
     root = copy_of(name)
     content = (root / file).read_bytes()
     (root / file).write_bytes(content[: len(content) // 2])
-    refused(root, ValueError, f"{file}|info.json says total_episodes 2 and total_frames 151, but .* has 1 with 45")
+    refused(root, ValueError, f"{file}|info.json states total_episodes 2 and total_frames 151, but .* has 1 with 45")
 
 
 @pytest.mark.parametrize(
@@ -722,8 +722,8 @@ def test_damaged_image_is_an_error(copy_of):
     [
         (lambda table: table.slice(0, 30), "episode 2 has 9 frames, numbered 0 to 8; expected 0 to 14"),
         (lambda table: table.slice(12), "no frame of episode 0"),
-        (lambda table: pa.concat_tables([table.slice(5, 7), table]), "not in one piece|episode 0 has 19 frames"),
-        (lambda table: pa.concat_tables([table, table.slice(0, 3)]), "not in one piece"),
+        (lambda table: pa.concat_tables([table.slice(5, 7), table]), "not contiguous|episode 0 has 19 frames"),
+        (lambda table: pa.concat_tables([table, table.slice(0, 3)]), "not contiguous"),
     ],
 )
 def test_data_that_contradict_the_metadata_are_errors(change, message, copy_of):
@@ -777,7 +777,7 @@ def test_data_files_with_other_dimensions_are_errors(copy_of):
     refused(
         root,
         ValueError,
-        r"file-001\.parquet: action has the shape \[5\] per frame, and the shape \[4\] in the data files before",
+        r"file-001\.parquet: action has the shape \[5\] per frame, and the shape \[4\] in the previous data files",
     )
     assert len(LeRobotDataset(root, action_horizon=1, episodes=[0, 1])) == 21
 
@@ -785,7 +785,7 @@ def test_data_files_with_other_dimensions_are_errors(copy_of):
 def test_impossible_features_are_errors(copy_of):
     root = copy_of("lerobot_v3_video")
     change_json(root / "meta/info.json", video_path=None)
-    refused(root, ValueError, r"observation\.images\.base is a video, but video_path, the place of videos, is None")
+    refused(root, ValueError, r"observation\.images\.base is a video, but video_path is None; expected a path template")
     change_json(root / "meta/info.json", features={"action": "float32"})
     refused(root, ValueError, "the feature action is 'float32'; expected an object")
 

@@ -149,7 +149,7 @@ def test_column_of_another_form_is_named(name, values, message, v3):
 )
 def test_extra_column_that_cannot_be_read_is_left_out(values, message, v3):
     change(v3 / DATA, extra=values)
-    with pytest.warns(UserWarning, match=rf"the columns extra are left out.*{message}\)\. Name those that"):
+    with pytest.warns(UserWarning, match=rf"the columns extra are skipped.*{message}\)\. Name the columns that"):
         assert "extra" not in assert_reads(v3).columns
     assert_reads(v3, columns=())
     with pytest.raises(ValueError, match=message):
@@ -160,7 +160,7 @@ def test_extra_column_that_cannot_be_read_is_left_out(values, message, v3):
 def test_extra_column_of_some_files_is_left_out(values, v21):
     change(v21 / "data/chunk-000/episode_000001.parquet", extra=values)
     change(v21 / "data/chunk-000/episode_000002.parquet", extra=pa.array([[1.0]] * 5))
-    with pytest.warns(UserWarning, match=r"the columns extra are left out.*episode_000001\.parquet: extra has"):
+    with pytest.warns(UserWarning, match=r"the columns extra are skipped.*episode_000001\.parquet: extra has"):
         assert_reads(v21)
 
 
@@ -387,7 +387,7 @@ def test_link_to_nothing_has_its_cause(v3):
 
 def test_missing_list_of_episodes_has_its_cause(v3):
     shutil.rmtree(v3 / "meta/episodes")
-    with pytest.raises(FileNotFoundError, match=r"json says 3 episodes: the recording ended before LeRobot wrote it"):
+    with pytest.raises(FileNotFoundError, match=r"json states 3 episodes: the recording ended"):
         LeRobotDataset(v3, action_horizon=1)
     write_lines(v3, [{"episode_index": 0, "tasks": [], "length": 4}])
     with pytest.raises(FileNotFoundError, match=r"another format than v3\.0.*two versions are mixed"):
@@ -403,7 +403,7 @@ def test_totals_that_do_not_fit_have_their_cause(v3):
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        ("v3.1", "newer than this torchpi: install a newer one, or take a revision in an older format"),
+        ("v3.1", "newer than this torchpi: install a newer torchpi, or use a revision in an older format"),
         ("v10.0", "newer than this torchpi"),
         ("v1.6", "LeRobot's own scripts convert older datasets"),
         (None, "LeRobot's own scripts convert older datasets, and write the version"),

@@ -1,7 +1,6 @@
-"""Reading datasets in LeRobot's formats v3.0, v2.1 and v2.0."""
+"""Reader of datasets in LeRobot's formats v3.0, v2.1 and v2.0."""
 
 import concurrent.futures
-import itertools
 import operator
 import os
 import warnings
@@ -15,7 +14,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.columns import check_names, read_columns
 from torchpi.data.files import require_file
 from torchpi.data.images import ParquetImages
-from torchpi.data.metadata import Episode, download_frames, open_metadata, with_frames
+from torchpi.data.metadata import Episode, download_frames, drop_empty, open_metadata
 from torchpi.data.names import dimension_names
 from torchpi.data.observations import camera_keys_of, in_robot_order
 from torchpi.data.pixels import DepthCoding, is_depth_map
@@ -25,22 +24,22 @@ from torchpi.data.video import VideoPool
 from torchpi.errors import DatasetError, UnknownKeyError, counted, is_whole
 from torchpi.robots import Embodiment
 
-_CHECKING_THREADS = 16
-"""Threads of `check_videos`; many, because files may be on a remote disk."""
+_CHECK_THREADS = 16
+"""Threads of `check_videos`: more than cores, because the files may be on a remote disk."""
 
-_FORKED: list[Any] = []
-"""Videos that a parent process has opened: closing them would join threads that the child doesn't have."""
+_INHERITED_POOLS: list[VideoPool] = []
+"""Video pools inherited from a parent process. Closing them would join threads that the forked child doesn't have."""
 
 
 class LeRobotDataset:
-    """A sequence of frames, each with the chunk of actions that begins at it.
+    """A sequence of frames, each with the action chunk that starts at it.
 
         dataset = LeRobotDataset("my_set", action_horizon=50)
         dataset[0]  # {"observation.images.base": uint8 [h, w, 3], "observation.state": float32 [s], "action":
                     #  float32 [H, a], "action_is_pad": bool [H], "task": str, …}
 
-    Any number of threads may read; it can be pickled, and used in forked processes. The numbers of all frames are in
-    memory; images in data files stay compressed there, too, once they have been read.
+    Thread-safe, picklable, and usable in forked processes. The numeric columns of all frames are held in memory; images
+    stored in data files are cached in memory in compressed form after their first read.
     """
 
     path: Path
@@ -49,23 +48,23 @@ class LeRobotDataset:
     """Frames per second."""
     robot_type: str | None
     features: Mapping[str, Any]
-    """Features of meta/info.json, under their new names."""
+    """Features of meta/info.json, after renaming."""
     tasks: Mapping[int, str]
-    """All instructions of the dataset, or the one given, by task_index."""
+    """Instructions by task_index; `prompt`, if given, replaces all of them."""
     camera_keys: tuple[str, ...]
-    """The cameras that are read."""
+    """Cameras to read."""
     depth_keys: tuple[str, ...]
-    """The depth cameras among them."""
+    """Depth cameras among `camera_keys`."""
     columns: Mapping[str, np.ndarray]
-    """Every numeric column of all frames: "observation.state" [F, s], "action" [F, a], "episode_index" [F], …."""
+    """Every numeric column over all frames: "observation.state" [F, s], "action" [F, a], "episode_index" [F], …."""
     episode_indices: tuple[int, ...]
-    """The episodes that are read."""
+    """Indices of the selected episodes."""
     episode_lengths: tuple[int, ...]
-    """Frames of each of them."""
+    """Number of frames per selected episode."""
     state_names: tuple[str, ...] | None
-    """The state's dimensions, if the dataset names them."""
+    """Names of the state's dimensions; None if the dataset doesn't name them."""
     action_names: tuple[str, ...] | None
-    """The action's dimensions, if the dataset names them."""
+    """Names of the action's dimensions; None if the dataset doesn't name them."""
 
     def __init__(
         self,
@@ -84,30 +83,32 @@ class LeRobotDataset:
     ) -> None:
         """
         Args:
-            path: the dataset's folder, or its address on the Hugging Face Hub, hf://org/name[@revision]: of that come
-                the folder `meta`, and what these episodes and cameras need.
-            action_horizon: H, actions in a chunk.
-            embodiment: the robot whose policy reads it: state and action come in the order of its names, of the
-                cameras those that it reads; its control_hz must be the rate.
-            episodes: the indices of those to read, in the dataset's order; by default all (see `select_episodes`).
-            cameras: the keys of those to read, by default all, or the embodiment's; others' files need not be there.
-            columns: the numeric columns to read beside state, action and those that every dataset has; by default all
-                of one shape in all frames, with a warning about others.
+            path: a dataset folder, or an address on the Hugging Face Hub, hf://org/name[@revision]; only the folder
+                `meta` and the files of the selected episodes and cameras are downloaded.
+            action_horizon: H, the number of actions in a chunk.
+            embodiment: the robot that the data is read for: state and action are reordered to match its names, only the
+                cameras it reads are read, and its control_hz must equal the frame rate.
+            episodes: indices of the episodes to read, in the dataset's order; all by default (see `select_episodes`).
+            cameras: keys of the cameras to read; by default all, or those of the embodiment. The files of other cameras
+                may be missing.
+            columns: numeric columns to read in addition to state, action and bookkeeping; by default all that have the
+                same shape in every frame, with a warning about the others.
             rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state", "top":
-                "observation.images.cam_high"}; numeric columns are joined by "+", in that order:
-                {"joint_position+gripper_position": "observation.state"}. All else here uses the new names.
-            prompt: the instruction of all frames, in place of their tasks, which may be missing.
-            fps: frames per second to read it at, in place of the recorded ones, see `torchpi.data.rate.Resampling`.
-            tolerance_s: the greatest distance of timestamps and video frames from their times, which count from the
-                beginning of an episode, wherever its clock begins; by default a quarter of a frame. More than half a
-                frame is for timestamps alone: the nearest frame would be another one.
-            image_cache_bytes: limit of the compressed images of data files that stay in memory.
+                "observation.images.cam_high"}. Numeric columns joined by "+" are concatenated in that order:
+                {"joint_position+gripper_position": "observation.state"}. All other arguments use the new names.
+            prompt: an instruction for all frames that replaces their tasks, which may then be missing.
+            fps: read at this frame rate instead of the recorded one, see `torchpi.data.rate.Resampling`.
+            tolerance_s: maximum deviation of timestamps and video frames from their expected times, in seconds from the
+                start of the episode; a quarter of a frame by default. For video frames it is capped at half a frame,
+                beyond which the nearest frame is a different one.
+            image_cache_bytes: limit of the in-memory cache of compressed images.
 
         Raises:
-            FileNotFoundError: no such folder; it is no dataset; a file of it is missing.
-            KeyError: a column or camera is missing, also one to rename.
-            ValueError: an unknown version; a damaged file; an episode that isn't there; NaN or infinity; a clock or
-                rate that doesn't fit; episodes that share a part of a video; an impossible new name; other joints.
+            FileNotFoundError: the folder or one of the dataset's files is missing, or the folder is no dataset.
+            KeyError: a column or camera is missing, or one to rename.
+            ValueError: an unknown format version; a damaged file; an unknown episode; NaN or infinity; timestamps or a
+                rate that don't fit; episodes that overlap in a video; a new name that can't be used; other joints than
+                the robot's.
         """
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
@@ -115,18 +116,18 @@ class LeRobotDataset:
             raise DatasetError(f"action_horizon is {action_horizon!r}; expected a whole number, 1 or more.")
         self.path, self.action_horizon, self._cache_bytes = metadata.root, action_horizon, image_cache_bytes
         self.fps, self.features, self.robot_type = metadata.info.fps, metadata.info.features, metadata.info.robot_type
-        self._episodes = _chosen(metadata.episodes, episodes, self.path)
+        self._episodes = _selected(metadata.episodes, episodes, self.path)
         self._choose_cameras(metadata.info.cameras, cameras, embodiment)
         resampling = resampling_for(self.path, self.fps, embodiment, fps)
         self._spans = VideoSpans(metadata.episodes, self._episodes, self.camera_keys, self.fps, tolerance_s)
         download_frames(path, self.path, self._episodes, self.camera_keys)
         self.columns, self.tasks, self._first_rows = read_columns(
-            metadata, self._episodes, tolerance_s=self._spans.tolerance_s, others=columns, prompt=prompt
+            metadata, self._episodes, tolerance_s=self._spans.tolerance_s, extra=columns, prompt=prompt
         )
-        self._name_dimensions(embodiment)
-        self._count_frames(embodiment, resampling)
+        self._set_dimension_names(embodiment)
+        self._set_frames(embodiment, resampling)
         self._open_files()
-        self._check_cameras()
+        self._require_videos()
 
     @property
     def recorded_fps(self) -> int | float:
@@ -142,19 +143,20 @@ class LeRobotDataset:
 
     @property
     def episode_rows(self) -> list[slice]:
-        """The frames of each episode, as rows of `columns`."""
+        """The rows of `columns` that belong to each episode."""
         return [slice(end - length, end) for end, length in zip(self._ends.tolist(), self.episode_lengths, strict=True)]
 
     @property
     def new_images(self) -> np.ndarray:
-        """The numbers of the frames with images of their own moment: all, unless a column says which are."""
+        """Indices of the frames whose images are not repeated from an earlier frame: all, unless the column
+        "images_are_new" says otherwise."""
         return np.flatnonzero(self.columns.get(lerobot.NEW_IMAGES, np.ones(len(self), bool)))
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
-        """A frame: that of `numbers`, with "observation.images.<camera>" uint8 [h, w, 3] for each camera, or float32
+        """A frame: `numbers(index)` and, per camera, "observation.images.<camera>" uint8 [h, w, 3], or float32
         [h, w, 1] in metres for a depth camera.
 
         Raises:
@@ -165,8 +167,8 @@ class LeRobotDataset:
         return {**{key: self._image(key, number, frame) for key in self.camera_keys}, **self.numbers(i)}
 
     def numbers(self, index: SupportsIndex) -> dict[str, Any]:
-        """A frame without its images: "observation.state" float32 [s], "action" float32 [H, a] with the episode's last
-        action where it is past the end, "action_is_pad" bool [H], "task" str, and the other numeric columns.
+        """A frame without its images: "observation.state" float32 [s], "action" float32 [H, a], "action_is_pad" bool
+        [H], "task" str, and the other numeric columns. Past the end of the episode, its last action is repeated.
         """
         i = self._frame_number(index)
         chunk = np.arange(i, i + self.action_horizon)  # [H]
@@ -179,15 +181,16 @@ class LeRobotDataset:
         return item
 
     def check_videos(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compare the frames of each video file with its episodes, and read the last one that is needed: a file that
-        doesn't fit, or is cut off, is found now, not when its turn comes. Some milliseconds per file; damage in its
-        middle is not found.
+        """Check the frame count of every video file against its episodes, and decode the last frame needed from it.
+
+        Finds mismatched and truncated files before training starts, in a few milliseconds per file. Damage in the
+        middle of a file is not found.
 
         Args:
-            progress: called with the number of files that are read, and of all.
+            progress: called with the number of files checked so far and in total.
 
         Raises:
-            FileNotFoundError, ValueError: a video is missing or damaged, or isn't that of its episodes.
+            FileNotFoundError, ValueError: a video is missing or damaged, or does not match its episodes.
         """
         last: dict[Path, tuple[float, str, int, int]] = {}  # per file: the frame's time, and arguments of `_image`
         for number, episode in enumerate(self._episodes):
@@ -195,19 +198,18 @@ class LeRobotDataset:
                 if (span := episode.videos.get(key)) is not None:
                     end = (span.from_timestamp + episode.length / self.recorded_fps, key, number, episode.length - 1)
                     last[span.path] = max(last.get(span.path, end), end)
-        with concurrent.futures.ThreadPoolExecutor(_CHECKING_THREADS) as pool:
-            reading = [pool.submit(self._image, key, number, frame) for _, key, number, frame in last.values()]
+        with concurrent.futures.ThreadPoolExecutor(_CHECK_THREADS) as pool:
+            futures = [pool.submit(self._image, key, number, frame) for _, key, number, frame in last.values()]
             try:
-                for done, future in enumerate(concurrent.futures.as_completed(reading), start=1):
+                for done, future in enumerate(concurrent.futures.as_completed(futures), start=1):
                     future.result()
-                    progress(done, len(reading))
+                    progress(done, len(futures))
             finally:
                 pool.shutdown(cancel_futures=True)
 
     def _choose_cameras(
         self, keys: tuple[str, ...], wanted: Iterable[str] | None, embodiment: Embodiment | None
     ) -> None:
-        """Choose the cameras that are read, and find the depth cameras among them."""
         depth_keys = [key for key in keys if is_depth_map(self.features[key])]
         if wanted is None:
             wanted = keys if embodiment is None else camera_keys_of(embodiment, keys, depth_keys)
@@ -219,48 +221,52 @@ class LeRobotDataset:
         self.camera_keys = tuple(key for key in keys if key in chosen)
         self._depth = {key: DepthCoding.of(key, self.features[key]) for key in depth_keys if key in chosen}
         self.depth_keys = tuple(self._depth)
-        if guessed := [key for key, coding in self._depth.items() if coding.unit is None and coding.table is None]:
+        if unstated := [key for key, coding in self._depth.items() if coding.unit is None and coding.table is None]:
             warnings.warn(
-                f"{self.path}: {lerobot.INFO} states no depth_unit of {', '.join(guessed)}; integers are read as "
+                f"{self.path}: {lerobot.INFO} states no depth_unit for {', '.join(unstated)}; integers are read as "
                 'millimetres, others as metres. State "depth_unit": "mm" or "m" in the info of the feature.',
                 UserWarning,
                 stacklevel=1,
             )
 
-    def _name_dimensions(self, embodiment: Embodiment | None) -> None:
-        """Name the dimensions of state and action, and bring them into the robot's order."""
-        dims = {key: self.columns[key].shape[1] for key in (lerobot.STATE, lerobot.ACTION)}
-        names = {key: dimension_names(self.features.get(key, {}), dims[key]) for key in dims}
-        order = {} if embodiment is None else in_robot_order(embodiment, self.columns, names, self.path)
-        self.columns = {**self.columns, **{key: self.columns[key][:, places] for key, places in order.items()}}
-        for key, places in order.items():
-            names[key] = tuple(found[i] for i in places) if (found := names[key]) else None
-        self.state_names, self.action_names = names.values()
+    def _set_dimension_names(self, embodiment: Embodiment | None) -> None:
+        """Name the dimensions of state and action, and reorder them to match the robot."""
+        columns = dict(self.columns)
+        names = {
+            key: dimension_names(self.features.get(key, {}), columns[key].shape[1])
+            for key in (lerobot.STATE, lerobot.ACTION)
+        }
+        if embodiment is not None:
+            for key, order in in_robot_order(embodiment, columns, names, self.path).items():
+                columns[key] = columns[key][:, order]
+                if (key_names := names[key]) is not None:
+                    names[key] = tuple(key_names[i] for i in order)
+        self.columns, self.state_names, self.action_names = columns, names[lerobot.STATE], names[lerobot.ACTION]
 
-    def _count_frames(self, embodiment: Embodiment | None, resampling: Resampling | None) -> None:
-        """Find the episodes' frames, of another rate if there is a resampling."""
+    def _set_frames(self, embodiment: Embodiment | None, resampling: Resampling | None) -> None:
+        """Set the episodes' lengths and boundaries, and resample the columns if there is a resampling."""
         self.episode_indices = tuple(episode.index for episode in self._episodes)
         self.episode_lengths = tuple(episode.length for episode in self._episodes)
-        self._ends = np.cumsum(self.episode_lengths)  # per episode, the number of its last frame + 1
-        self._recorded_frames = self.columns["frame_index"]  # [F], in the episode as it was recorded
+        self._ends = np.cumsum(self.episode_lengths)  # [E], row after the last frame of each episode
+        self._recorded_frames = self.columns["frame_index"]  # [F], frame number in the recorded episode
         if embodiment is None or resampling is None:
             return
         frames = [resampling.frames(length) for length in self.episode_lengths]
-        begins = self._ends - self.episode_lengths
-        rows = np.concatenate([begin + taken for begin, taken in zip(begins, frames, strict=True)])
+        starts = self._ends - self.episode_lengths
+        rows = np.concatenate([start + selected for start, selected in zip(starts, frames, strict=True)])
         episodes = np.split(self.columns[lerobot.ACTION], self._ends[:-1])
         actions = np.concatenate([resampling.actions(episode) for episode in episodes])
         check_increments(actions, embodiment, resampling.fps)
-        numbers = np.concatenate([np.arange(len(taken)) for taken in frames])
-        clock = (numbers / resampling.fps).astype(np.float32)
-        new = {lerobot.ACTION: actions, "frame_index": numbers, "timestamp": clock}
+        numbers = np.concatenate([np.arange(len(selected)) for selected in frames])
+        timestamps = (numbers / resampling.fps).astype(np.float32)
+        new = {lerobot.ACTION: actions, "frame_index": numbers, "timestamp": timestamps}
         self.columns = {name: values[rows] for name, values in self.columns.items()} | new
         self.fps, self._recorded_frames = resampling.fps, self._recorded_frames[rows]
         self.episode_lengths = tuple(map(len, frames))
         self._ends = np.cumsum(self.episode_lengths)
 
     def _open_files(self) -> None:
-        """Begin without any open file and cached image."""
+        """Start with no open file and an empty image cache."""
         self._images, self._videos = ParquetImages(self.path, self._cache_bytes), VideoPool()
         self._pid = os.getpid()  # last: other threads may wait for it
 
@@ -281,9 +287,9 @@ class LeRobotDataset:
         return int(np.searchsorted(self._ends, i, side="right"))
 
     def _image(self, key: str, number: int, frame: int) -> np.ndarray:
-        """The image of a frame of the episode `self._episodes[number]`, as it was recorded."""
-        if self._pid != os.getpid():  # a fork: the positions of files are the parent's, too, and a lock may be held
-            _FORKED.append(self._videos)
+        """The image of a recorded frame of the episode `self._episodes[number]`."""
+        if self._pid != os.getpid():  # forked: file positions are shared with the parent, and a lock may be held
+            _INHERITED_POOLS.append(self._videos)
             self._open_files()
         episode = self._episodes[number]
         span, depth = episode.videos.get(key), self._depth.get(key)
@@ -301,16 +307,18 @@ class LeRobotDataset:
                 f"{lerobot.LEAVE_OUT}."
             ) from error
 
-    def _check_cameras(self) -> None:
-        """Require the videos of all episodes, each file once."""
-        keys, labels = [key for key in self._metadata.info.videos if key in self.camera_keys], dict[Path, str]()
-        for episode, key in itertools.product(self._episodes, keys):
-            labels.setdefault(episode.video(key).path, f"video of {key}, episode {episode.index},")
+    def _require_videos(self) -> None:
+        """Raise an error if a video file of the selected episodes is missing. Checks each file once."""
+        labels: dict[Path, str] = {}
+        for episode in self._episodes:
+            for key in self._metadata.info.videos:
+                if key in self.camera_keys:
+                    labels.setdefault(episode.video(key).path, f"video of {key}, episode {episode.index},")
         for path, label in labels.items():
             require_file(path, label)
 
 
-def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
+def _selected(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: Path) -> tuple[Episode, ...]:
     known = [episode.index for episode in episodes]
     indices = set(known) if wanted is None else {operator.index(index) for index in wanted}
     if unknown := sorted(indices - set(known)):
@@ -319,4 +327,4 @@ def _chosen(episodes: tuple[Episode, ...], wanted: Iterable[int] | None, path: P
         )
     if not indices:
         raise DatasetError("episodes= is empty; expected the indices of the episodes to read, or None for all.")
-    return with_frames([episode for episode in episodes if episode.index in indices], path)
+    return drop_empty([episode for episode in episodes if episode.index in indices], path)

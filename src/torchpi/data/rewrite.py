@@ -19,7 +19,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
 from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import ParquetImages
-from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, with_frames
+from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, drop_empty
 from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling
@@ -72,7 +72,7 @@ class Piece(NamedTuple):
 def pieces_of(path: str | Path, source: Metadata, indices: Collection[int] | None = None) -> list[Piece]:
     """Episodes of a dataset, by default all; of an address, their files are downloaded."""
     wanted = [episode for episode in source.episodes if indices is None or episode.index in indices]
-    episodes = with_frames(wanted, source.root)
+    episodes = drop_empty(wanted, source.root)
     download_frames(path, source.root, episodes, source.info.videos)
     spans, pool = VideoSpans(source.episodes, episodes, source.info.videos, source.info.fps, None), VideoPool()
     for video in {span.path for episode in episodes for span in episode.videos.values()}:
