@@ -386,7 +386,7 @@ def test_running_recording_is_neither_read_nor_recovered(tmp_path):
             LeRobotDataset(tmp_path, action_horizon=1)
         with pytest.raises(ValueError, match="still being recorded by another process"):
             LeRobotWriter.recover(tmp_path)
-        with pytest.raises(ValueError, match=r"not an empty folder; it is a recording.*recover"):
+        with pytest.raises(ValueError, match=r"not an empty folder; it holds an unfinished recording.*recover"):
             new_writer(tmp_path)
     with pytest.raises(FileNotFoundError, match="no unfinished recording"):
         LeRobotWriter.recover(tmp_path)
@@ -487,7 +487,7 @@ def test_episodes_that_do_not_fit_are_refused(tmp_path):
     with new_writer(tmp_path) as writer:
         with pytest.raises(ValueError, match="no frames"):
             writer.save_episode("t")
-        with pytest.raises(ValueError, match=r"several lengths.*'action': 1"):
+        with pytest.raises(ValueError, match=r"different lengths.*'action': 1"):
             writer.add_episode({**EPISODES[0], "action": EPISODES[0]["action"][:1]}, "t")
         with pytest.raises(ValueError, match="no frames"):
             writer.add_episode({key: values[:0] for key, values in EPISODES[0].items()}, "t")

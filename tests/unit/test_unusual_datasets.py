@@ -143,7 +143,7 @@ def test_column_of_another_form_is_named(name, values, message, v3):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (pa.array([[0.0] * (i % 3) for i in range(12)]), "Its lists have the lengths 0, 1, 2; expected one"),
+        (pa.array([[0.0] * (i % 3) for i in range(12)]), "Its lists have the lengths 0, 1, 2; expected one length"),
         (pa.array([None] * 12, pa.float32()), "12 values are missing"),
     ],
 )

@@ -82,7 +82,8 @@ class Episode:
         if key not in self.videos:
             raise DatasetError(
                 f"Episode {self.index} of {self.data_file} has no video of {key}: the list of episodes names none, "
-                f"because it was not encoded before the recording ended. Encode it with LeRobot, or {lerobot.LEAVE_OUT}."
+                f"because it was not encoded before the recording ended. Encode it with LeRobot, or "
+                f"{lerobot.LEAVE_OUT}."
             )
         return self.videos[key]
 

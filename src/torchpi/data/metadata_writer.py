@@ -1,6 +1,7 @@
-"""The metadata of a v3.0 dataset, made from its episodes, with statistics per episode and for all, as LeRobot has them.
+"""Metadata of a v3.0 dataset, with LeRobot's statistics per episode and over all episodes.
 
-torchpi itself reads none of these statistics (see `torchpi.data.stats`): other writers' are not always what they say.
+torchpi itself never reads these statistics (it computes its own, see `torchpi.data.stats`), because those of other
+writers are not always right.
 """
 
 import dataclasses
@@ -18,26 +19,26 @@ from torchpi.extras import require
 from torchpi.robots.keys import flatten
 
 _QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
-# Images are counted at every n-th row and column, so that a large camera takes no longer than one of this height.
-_COUNTED_HEIGHT = 128
+# Histograms take every n-th row and column, so that a large image takes no longer than one of this height.
+_HISTOGRAM_HEIGHT = 128
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedEpisode:
-    """A complete episode, as its .json file has it."""
+    """A complete episode, as stored in its .json file."""
 
     length: int
     task: str
     histograms: dict[str, Any]
-    """Per camera the sum of its images' histograms, [3, 256]; only on disk, not in `Recording.episodes`."""
+    """Sum of the images' histograms [3, 256] by camera; only on disk, empty in `Recording.episodes`."""
     other_tasks: tuple[str, ...] = ()
-    """Instructions of its frames beside the first one."""
+    """Instructions of its frames other than `task`."""
     camera_stats: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Statistics of cameras without histograms, as another dataset states them."""
+    """Statistics of cameras without histograms, copied from the source dataset."""
     codecs: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Of each video, where it is not the recording's: episodes of others are not joined into one file."""
+    """Codec parameters of copied videos. Only episodes with the same ones share a file."""
     columns: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Further columns of its row in meta/episodes."""
+    """Extra columns of its row in meta/episodes."""
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -52,26 +53,25 @@ def new_info(
     data_file_mb: int | float,
     video_file_mb: int | float,
 ) -> Info:
-    """The settings of a dataset, as meta/info.json has them, without any episode; `BOOKKEEPING` is added."""
-    features = features | {
-        key: {"dtype": kind, "shape": [1], "names": None} for key, kind in lerobot.BOOKKEEPING.items()
-    }
+    """Contents of meta/info.json for a dataset without episodes; the columns of `BOOKKEEPING` are added."""
+    bookkeeping = {key: {"dtype": dtype, "shape": [1], "names": None} for key, dtype in lerobot.BOOKKEEPING.items()}
+    features = features | bookkeeping
     is_video = any(feature["dtype"] == "video" for feature in features.values())
     info = Info("v3.0", fps, features, lerobot.DATA_PATH, lerobot.VIDEO_PATH if is_video else None, robot_type)
     return dataclasses.replace(info, data_files_size_in_mb=data_file_mb, video_files_size_in_mb=video_file_mb)
 
 
 def file_path(root: Path, number: int, key: str) -> Path:
-    """The number-th data file (key "data") or video of a camera."""
+    """Path of the number-th data file (key "data") or video file of a camera."""
     template = lerobot.DATA_PATH if key == "data" else lerobot.VIDEO_PATH
-    return root / template.format(video_key=key, **_place(number))
+    return root / template.format(video_key=key, **_file_indices(number))
 
 
 def feature_stats(
     info: Info, episodes: Sequence[SavedEpisode], columns: Mapping[str, np.ndarray]
 ) -> dict[str, dict[str, list[Any]]]:
-    """The statistics of each feature over some episodes, from their images and the numeric columns [F, d] of their
-    frames; of features that are neither there are none."""
+    """Statistics by feature over some episodes, from their images and the numeric columns [F, d] of their frames.
+    Features of other kinds have none."""
     stats = {key: _camera_stats(episodes, key) for key in info.cameras}
     stats |= {key: number_stats(values) for key, values in columns.items()}
     return {key: stats[key] for key in info.features if stats.get(key)}
@@ -85,8 +85,8 @@ def _camera_stats(episodes: Sequence[SavedEpisode], key: str) -> dict[str, list[
 
 
 def merged_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The statistics of several parts together: exact, but for quantiles, which are their mean, as in LeRobot; empty
-    if a part has none."""
+    """Combine the statistics of several parts; empty if a part has none. Exact except for quantiles, which are
+    averaged, as in LeRobot."""
     if not all({"min", "max", "mean", "std", "count"} <= part.keys() for part in parts):
         return {}
     names = [name for name in parts[0] if all(name in part for part in parts)]
@@ -101,33 +101,39 @@ def merged_stats(parts: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 def episodes_table(
     info: Info, episodes: Sequence[SavedEpisode], groups: Sequence[Sequence[int]], columns: Mapping[str, np.ndarray]
 ) -> Any:
-    """The table meta/episodes: place and statistics of each episode, from the groups that share files, in order, and
-    all frames of each numeric feature, [F, d]."""
+    """Build the table meta/episodes: file positions and statistics of each episode.
+
+    Args:
+        groups: the episodes in each file, in order.
+        columns: all frames of each numeric feature, [F, d].
+    """
     starts = np.cumsum([0, *(episode.length for episode in episodes)]).tolist()
     rows = []
-    for number, index in [(number, index) for number, group in enumerate(groups) for index in group]:
-        episode, start, stop = episodes[index], starts[index], starts[index + 1]
-        in_file, place = start - starts[groups[number][0]], _place(number)
-        span = {"from_timestamp": in_file / info.fps, "to_timestamp": (in_file + episode.length) / info.fps}
-        own = {key: values[start:stop] for key, values in columns.items()}
-        row = {
-            "episode_index": index,
-            "tasks": list(episode.tasks),
-            "length": episode.length,
-            "data": place,
-            "dataset_from_index": start,
-            "dataset_to_index": stop,
-            "videos": {key: {**place, **span} for key in info.videos},
-            "stats": feature_stats(info, [episode], own),
-            "meta/episodes": _place(0),
-        }
-        rows.append({**episode.columns, **flatten(row, "/")})
+    for number, group in enumerate(groups):
+        file_indices = _file_indices(number)
+        for index in group:
+            episode, start, stop = episodes[index], starts[index], starts[index + 1]
+            offset = start - starts[group[0]]  # frames before it in its file
+            span = {"from_timestamp": offset / info.fps, "to_timestamp": (offset + episode.length) / info.fps}
+            episode_columns = {key: values[start:stop] for key, values in columns.items()}
+            row = {
+                "episode_index": index,
+                "tasks": list(episode.tasks),
+                "length": episode.length,
+                "data": file_indices,
+                "dataset_from_index": start,
+                "dataset_to_index": stop,
+                "videos": {key: {**file_indices, **span} for key in info.videos},
+                "stats": feature_stats(info, [episode], episode_columns),
+                "meta/episodes": _file_indices(0),
+            }
+            rows.append({**episode.columns, **flatten(row, "/")})
     names = dict.fromkeys(name for row in rows for name in row)
     return require("pyarrow", "data").table({name: [row.get(name) for row in rows] for name in names})
 
 
 def tasks_table(tasks: Sequence[str]) -> Any:
-    """The table meta/tasks.parquet, with the metadata by which pandas takes their texts as the index."""
+    """Build the table meta/tasks.parquet, with the schema metadata that makes the texts the index in pandas."""
     pa = require("pyarrow", "data")
 
     def column(name: str | None, kind: str, dtype: str, metadata: Any = None) -> dict[str, Any]:
@@ -153,26 +159,26 @@ def number_stats(values: Num[np.ndarray, "F d"] | Bool[np.ndarray, "F d"]) -> di
 
 
 def image_histogram(image: UInt8[np.ndarray, "h w 3"]) -> Int64[np.ndarray, "3 256"]:
-    """The frequency of each value in each channel; histograms of several images can be added."""
-    step = max(1, image.shape[0] // _COUNTED_HEIGHT)
-    thinned = image[::step, ::step]
-    return np.stack([np.bincount(thinned[..., channel].ravel(), minlength=256) for channel in range(3)])
+    """Count the values of each channel. Histograms of several images can be added."""
+    step = max(1, image.shape[0] // _HISTOGRAM_HEIGHT)
+    subsampled = image[::step, ::step]
+    return np.stack([np.bincount(subsampled[..., channel].ravel(), minlength=256) for channel in range(3)])
 
 
 def image_stats(histogram: Int64[np.ndarray, "3 256"], num_frames: int) -> dict[str, list[Any]]:
-    """Statistics of a camera in [0, 1], each [3, 1, 1], from the sum of its images' histograms."""
+    """Statistics [3, 1, 1] of a camera's pixels, scaled to [0, 1], from the sum of its images' histograms."""
     levels = np.arange(256) / 255
     total, cumulative = histogram.sum(axis=1), np.cumsum(histogram, axis=1)  # [3], [3, 256]
     mean = histogram @ levels / total  # [3]
     std = np.sqrt((histogram * (levels - mean[:, None]) ** 2).sum(axis=1) / total)
     ranks = {"min": np.ones(3), "max": total, **{name: q * total for name, q in _QUANTILES.items()}}
-    # The value that a pixel of this rank has, in the order of their values.
-    found = {name: (cumulative < rank[:, None]).sum(axis=1) / 255 for name, rank in ranks.items()}
-    found |= {"mean": mean, "std": std}
-    stats = {name: values.reshape(3, 1, 1).tolist() for name, values in found.items()} | {"count": [num_frames]}
+    # The pixel value at each rank, with pixels sorted by value.
+    values = {name: (cumulative < rank[:, None]).sum(axis=1) / 255 for name, rank in ranks.items()}
+    values |= {"mean": mean, "std": std}
+    stats = {name: value.reshape(3, 1, 1).tolist() for name, value in values.items()} | {"count": [num_frames]}
     return {name: stats[name] for name in ("min", "max", "mean", "std", "count", *_QUANTILES)}  # LeRobot's order
 
 
-def _place(number: int) -> dict[str, int]:
+def _file_indices(number: int) -> dict[str, int]:
     chunk_index, file_index = divmod(number, lerobot.CHUNKS_SIZE)
     return {"chunk_index": chunk_index, "file_index": file_index}

@@ -1,15 +1,15 @@
-"""A dataset that is being written: complete episodes on disk from the moment they are saved, the dataset at the end.
+"""A dataset while it is being written: every saved episode is complete on disk, and the dataset is built at the end.
 
-While episodes are recorded, they lie in the folder `.recording` inside the target, one complete file each:
+During recording, the folder `.recording` inside the target holds one complete set of files per episode:
 
-    recording.json                       the features, fps and limits, as in meta/info.json
-    episode_000003.parquet, .<camera>.mp4    its frames
-    episode_000003.json                  length, task; written last: an episode with this file is complete
-    groups.json                          which episodes have been joined into files of the dataset already
+    recording.json                       features, fps and size limits, as in meta/info.json
+    episode_000003.parquet, .<camera>.mp4    frames of the episode
+    episode_000003.json                  length and task; written last, so an episode with this file is complete
+    groups.json                          episodes that have been merged into files of the dataset, per file
 
-When they have reached the size of a file, they are joined into one data file and one video per camera. `finish` joins
-the rest, writes the metadata, `meta/info.json` last, and removes the folder. It reads everything from disk, so that it
-does the same after a process was killed, whenever that was. Every file appears under its final name by a rename.
+When the pending episodes reach the size limit of a file, they are merged into one data file and one video per camera.
+`finish` merges the rest, writes the metadata (`meta/info.json` last) and removes the folder. It reads all state from
+disk, so it works the same after the process was killed at any point. Every file gets its final name by a rename.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from torchpi.extras import require
 from torchpi.schema import parse, read_json
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# Kept free for the metadata of a finished dataset, so that a disk that has run full can still hold it.
+# Disk space in bytes reserved for the metadata, so that the dataset can be finished even if the disk is full.
 _RESERVE, _RESERVE_PER_EPISODE = 256 * 1024, 16 * 1024
 
 
 class Recording:
-    """The folder `.recording`; one process holds it at a time."""
+    """The folder `.recording`, locked by one process at a time."""
 
     def __init__(self, root: Path, info: Info, *, made_root: bool = False) -> None:
         self.root, self.info = root, info
@@ -51,7 +51,7 @@ class Recording:
         self.folder = root / lerobot.RECORDING_FOLDER
         self._lock: int | None = None
         self.episodes: list[SavedEpisode] = []
-        self.tasks: dict[str, None] = {}  # the instructions so far, in the order of their task_index
+        self.tasks: dict[str, None] = {}  # instructions in the order of their task_index
         self._groups: list[list[int]] = []
 
     @classmethod
@@ -59,11 +59,11 @@ class Recording:
         if root.exists() and (not root.is_dir() or any(root.iterdir())):
             hint = "choose another path"
             if (root / lerobot.RECORDING_FOLDER).is_dir():
-                hint = f"it is a recording that was not finished: LeRobotWriter.recover({str(root)!r}) finishes it"
+                hint = f"it holds an unfinished recording: LeRobotWriter.recover({str(root)!r}) finishes it"
             raise DatasetError(f"{root} exists already and is not an empty folder; {hint}.")
         recording = cls(root, info, made_root=not root.exists())
         recording.folder.mkdir(parents=True)
-        recording._hold()
+        recording._acquire_lock()
         try:
             recording._put_json(recording.folder / "recording.json", dataclasses.asdict(info))
             recording._grow_reserve()
@@ -78,10 +78,10 @@ class Recording:
         if not file.is_file():
             raise MissingFileError(f"There is no unfinished recording in {root}.")
         document = read_json(file, error=DatasetError)
-        if "data_file_mb" in document:  # of an earlier version
+        if "data_file_mb" in document:  # written by an earlier version
             document = dataclasses.asdict(new_info(**document))
         recording = cls(root, parse(Info, document, str(file), error=DatasetError))
-        recording._hold()
+        recording._acquire_lock()
         recording.reload()
         return recording
 
@@ -90,30 +90,31 @@ class Recording:
         return sum(episode.length for episode in self.episodes)
 
     def bookkeeping(self, texts: Sequence[str], timestamps: np.ndarray) -> dict[str, np.ndarray]:
-        """The columns `BOOKKEEPING` of the next episode, from the instruction and the time of each frame."""
-        numbers = {task: number for number, task in enumerate(self.tasks | dict.fromkeys(texts))}
+        """The `BOOKKEEPING` columns of the next episode, from the instruction and timestamp of each frame."""
+        task_indices = {task: i for i, task in enumerate(self.tasks | dict.fromkeys(texts))}
         frame_index = np.arange(len(texts))
         columns = {
             "timestamp": timestamps,
             "frame_index": frame_index,
             "episode_index": np.full_like(frame_index, len(self.episodes)),
             "index": self.num_frames + frame_index,
-            "task_index": np.array([numbers[text] for text in texts]),
+            "task_index": np.array([task_indices[text] for text in texts]),
         }
         return {name: columns[name].astype(dtype) for name, dtype in lerobot.BOOKKEEPING.items()}
 
     @contextlib.contextmanager
     def saving(self, episode: SavedEpisode) -> Iterator[dict[str, Path]]:
-        """Yield the paths to write the data file ("data") and each camera's video of an episode to: when the block
-        ends, it is complete on disk, or not there at all."""
+        """Yield the paths for an episode's data file ("data") and videos (by camera). When the block ends, the episode
+        is either complete on disk or removed."""
         files = self._files(len(self.episodes))
         try:
             yield files
             for path in files.values():
                 fsync(path)
-            alike = not self._pending or self.episodes[self._pending[0]].codecs == episode.codecs
-            if self._pending and (self._too_large(files) or not alike):
-                self._join(self._pending)
+            if self._pending:
+                same_codecs = self.episodes[self._pending[0]].codecs == episode.codecs
+                if not same_codecs or self._exceeds_limit(files):
+                    self._merge(self._pending)
             self._grow_reserve()
             self._put_json(self._json_file(len(self.episodes)), dataclasses.asdict(episode))
             self.episodes.append(dataclasses.replace(episode, histograms={}))
@@ -123,7 +124,7 @@ class Recording:
             raise
 
     def reload(self) -> None:
-        """Read from disk which episodes are complete, and remove the rest of an incomplete one."""
+        """Read the complete episodes from disk, and remove the files of an incomplete one."""
         self.episodes = []
         while self._json_file(len(self.episodes)).is_file():
             self.episodes.append(dataclasses.replace(self._read(len(self.episodes)), histograms={}))
@@ -135,9 +136,9 @@ class Recording:
                 path.unlink()
 
     def finish(self, *, recoverable: bool = True) -> None:
-        """Make it a dataset. May be called again if it failed, by `LeRobotWriter.recover` as well if `recoverable`."""
-        if self._lock is None:  # released when it failed
-            self._hold()
+        """Build the dataset. If it fails, the call can be repeated; `recoverable` adds advice on how to do so."""
+        if self._lock is None:  # released by a failed call
+            self._acquire_lock()
         try:
             self.reload()
             if not self.episodes:
@@ -145,9 +146,10 @@ class Recording:
                 raise DatasetError(f"No episode was saved; there is no dataset at {self.root}.")
             (self.folder / "reserve").unlink(missing_ok=True)
             if self._pending:
-                self._join(self._pending)
+                self._merge(self._pending)
             self._write_metadata()
-            done = self.folder.with_name(f"{self.folder.name}.done")  # in one step: half of it is worse than none
+            # A rename is atomic; a half-deleted folder would look like an unfinished recording.
+            done = self.folder.with_name(f"{self.folder.name}.done")
             os.replace(self.folder, done)
         except OSError as error:
             if recoverable:
@@ -157,41 +159,42 @@ class Recording:
                 )
             raise
         finally:
-            self._release()
+            self._release_lock()
         shutil.rmtree(done)
 
     def abandon(self) -> None:
-        self._release()
+        """Delete the recording."""
+        self._release_lock()
         shutil.rmtree(self.folder, ignore_errors=True)
         if self._made_root:
-            with contextlib.suppress(OSError):  # something else is in it by now
+            with contextlib.suppress(OSError):  # not empty
                 self.root.rmdir()
 
-    # Joining episodes into files
+    # Merging episodes into files
 
     @property
     def _pending(self) -> list[int]:
-        """The episodes that are not in a file of the dataset yet."""
+        """Episodes that are not in a file of the dataset yet."""
         return list(range(self._groups[-1][-1] + 1 if self._groups else 0, len(self.episodes)))
 
-    def _too_large(self, new: Mapping[str, Path]) -> bool:
-        """True if a file would exceed its limit with an episode of these files in it."""
+    def _exceeds_limit(self, new: Mapping[str, Path]) -> bool:
+        """True if merging the pending episodes with a new one, given by its files, would exceed a file size limit."""
         for key, path in new.items():
             limit = self.info.data_files_size_in_mb if key == "data" else self.info.video_files_size_in_mb
             parts = [path, *(self._files(i)[key] for i in self._pending)]
-            # One that could not be joined for lack of space may have its place already.
+            # An episode that could not be merged for lack of space may have been moved already.
             if sum(part.stat().st_size for part in parts if part.exists()) > (limit or 0) * 2**20:
                 return True
         return False
 
-    def _join(self, episodes: Sequence[int]) -> None:
-        """Give episodes their place in the dataset, in as few files as the disk has room for."""
-        if not self._files(episodes[0])["data"].exists():  # killed while it was moved
-            self._place(episodes[:1], self._files(episodes[0]))
+    def _merge(self, episodes: Sequence[int]) -> None:
+        """Move episodes into the dataset, merged into as few files as disk space allows."""
+        if not self._files(episodes[0])["data"].exists():  # killed while moving this episode
+            self._publish(episodes[:1], self._files(episodes[0]))
             episodes = episodes[1:]
         if len(episodes) > 1:
             try:
-                self._place(episodes, self._joined(episodes))
+                self._publish(episodes, self._merged_files(episodes))
                 return
             except OSError as error:
                 for path in self.folder.glob("*.part"):
@@ -199,21 +202,21 @@ class Recording:
                 if error.errno not in _NO_SPACE:
                     raise
         for index in episodes:  # moving a file takes no space
-            self._place([index], self._files(index))
+            self._publish([index], self._files(index))
 
-    def _joined(self, episodes: Sequence[int]) -> dict[str, Path]:
-        joined = {key: self.folder / f"{key}.part" for key in ("data", *self.info.videos)}
-        for key, path in joined.items():
+    def _merged_files(self, episodes: Sequence[int]) -> dict[str, Path]:
+        merged = {key: self.folder / f"{key}.part" for key in ("data", *self.info.videos)}
+        for key, path in merged.items():
             parts = {self._files(i)[key]: self.episodes[i].length for i in episodes}
             if key == "data":
                 write_parquet(path, map(require("pyarrow.parquet", "data").read_table, parts))
             else:
                 concatenate_videos(path, parts.items(), fps=self.info.fps)
             fsync(path)
-        return joined
+        return merged
 
-    def _place(self, episodes: Sequence[int], files: Mapping[str, Path]) -> None:
-        """Move files to their place in the dataset, and remove those that they were joined of."""
+    def _publish(self, episodes: Sequence[int], files: Mapping[str, Path]) -> None:
+        """Move the files of one group of episodes into the dataset, and remove the files that they were merged from."""
         for key, path in files.items():
             self._move(path, file_path(self.root, len(self._groups), key))
         groups = [*self._groups, list(episodes)]
@@ -224,7 +227,7 @@ class Recording:
                 path.unlink(missing_ok=True)
 
     def _move(self, source: Path, target: Path) -> None:
-        if not source.exists() and target.exists():  # killed after this move and before groups.json
+        if not source.exists() and target.exists():  # killed between this move and writing groups.json
             return
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, target)
@@ -250,26 +253,27 @@ class Recording:
         self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
         self._put(self.root / episodes_file, lambda path: write_table(table, path))
         self._put_json(self.root / lerobot.STATS, stats, indent=4)
-        self._put_json(self.root / lerobot.INFO, dataclasses.asdict(info), indent=4)  # last: now it is complete
+        self._put_json(
+            self.root / lerobot.INFO, dataclasses.asdict(info), indent=4
+        )  # last: now it is complete
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
-        """All frames of each numeric feature, [F, d]; not of those whose shape changes."""
-        read = require("pyarrow.parquet", "data").read_table
-        schema = require("pyarrow.parquet", "data").read_schema(file_path(self.root, 0, "data"))
-        names = [key for key in numeric_names(schema) if key in self.info.features]
-        tables = [read(file_path(self.root, i, "data"), columns=names) for i in range(len(self._groups))]
+        """All frames of each numeric feature, [F, d]. Features whose shape varies are left out."""
+        pq = require("pyarrow.parquet", "data")
+        files = [file_path(self.root, i, "data") for i in range(len(self._groups))]
+        names = [key for key in numeric_names(pq.read_schema(files[0])) if key in self.info.features]
+        tables = [pq.read_table(file, columns=names) for file in files]
         columns = {}
         for name in names:
             with contextlib.suppress(ValueError):
-                columns[name] = np.concatenate(
-                    [to_numpy(table.column(name)).reshape(len(table), -1) for table in tables]
-                )
+                values = [to_numpy(table.column(name)).reshape(len(table), -1) for table in tables]
+                columns[name] = np.concatenate(values)
         return columns
 
     # Files of the folder
 
     def _files(self, index: int) -> dict[str, Path]:
-        """The data file ("data") of an episode and its videos, by camera."""
+        """Paths of an episode's data file ("data") and videos (by camera)."""
         videos = {key: self.folder / f"episode_{index:06d}.{key}.mp4" for key in self.info.videos}
         return {"data": self.folder / f"episode_{index:06d}.parquet", **videos}
 
@@ -278,14 +282,14 @@ class Recording:
 
     def _read(self, index: int) -> SavedEpisode:
         file = self._json_file(index)
-        document = read_json(file, error=DatasetError)  # an earlier version's has more fields
+        document = read_json(file, error=DatasetError)  # files of earlier versions have more fields
         return parse(SavedEpisode, document, str(file), error=DatasetError, known_only=False)
 
     def _put_json(self, target: Path, content: Any, *, indent: int | None = None) -> None:
         self._put(target, lambda path: path.write_text(json.dumps(content, indent=indent), encoding="utf-8"))
 
     def _put(self, target: Path, write: Callable[[Path], Any]) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file atomically."""
         part = self.folder / f"{target.name}.part"
         write(part)
         fsync(part)
@@ -295,8 +299,8 @@ class Recording:
         with (self.folder / "reserve").open("ab") as file:
             file.write(bytes(_RESERVE_PER_EPISODE if self.episodes else _RESERVE))
 
-    def _hold(self) -> None:
-        """Keep other processes from finishing what this one still writes."""
+    def _acquire_lock(self) -> None:
+        """Keep other processes from finishing this recording while it is being written."""
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT)
         if sys.platform == "win32":
             return
@@ -305,21 +309,21 @@ class Recording:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            self._release()
+            self._release_lock()
             raise DatasetError(f"{self.root} is still being recorded by another process; let it finish.") from error
 
-    def _release(self) -> None:
+    def _release_lock(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
 
 def write_parquet(path: Path, tables: Iterable[Any]) -> None:
-    """Write tables with the same columns into a data file, one row group each."""
-    rest = iter(tables)
-    first = next(rest)
-    # Images are compressed already, and a dictionary of them would only take time.
-    plain = [name for name in first.column_names if not name.startswith(lerobot.IMAGES)]
-    with require("pyarrow.parquet", "data").ParquetWriter(path, first.schema, use_dictionary=plain) as writer:
-        for table in itertools.chain([first], rest):
+    """Write tables with the same columns into a data file, one row group per table."""
+    remaining = iter(tables)
+    first = next(remaining)
+    # Images are compressed already; dictionary encoding would only take time.
+    encoded = [name for name in first.column_names if not name.startswith(lerobot.IMAGES)]
+    with require("pyarrow.parquet", "data").ParquetWriter(path, first.schema, use_dictionary=encoded) as writer:
+        for table in itertools.chain([first], remaining):
             writer.write_table(table)

@@ -19,7 +19,7 @@ from torchpi.data import format as lerobot
 from torchpi.data.columns import rows_of_episodes, to_numpy
 from torchpi.data.files import DatasetFolder, is_hidden, open_parquet, read_json_lines
 from torchpi.data.images import ParquetImages
-from torchpi.data.metadata import Episode, Info, Metadata, download_frames, episode_rows, drop_empty
+from torchpi.data.metadata import Episode, Info, Metadata, download_frames, drop_empty, episode_rows
 from torchpi.data.metadata_writer import SavedEpisode, new_info
 from torchpi.data.pixels import is_depth_map
 from torchpi.data.rate import Resampling

@@ -1,4 +1,4 @@
-"""Writing datasets in LeRobot's format v3.0."""
+"""Writer of datasets in LeRobot's format v3.0."""
 
 import io
 import json
@@ -28,10 +28,10 @@ class LeRobotWriter:
                 writer.add_frame({"observation.images.base": …, "observation.state": …, "action": …})
             writer.save_episode("open the drawer")
 
-    A saved episode is complete on disk; only the frames of the episode in progress are held in memory. The dataset
-    appears when the block ends, and with the saved episodes also if an exception, an interrupt or a full disk ends it.
-    A process that is killed leaves no dataset (`LeRobotDataset` says so), but every saved episode:
-    `LeRobotWriter.recover` makes a dataset of them. One thread at a time.
+    A saved episode is complete on disk; only the frames of the episode in progress are held in memory. The dataset is
+    finalized when the block ends, also if an exception, an interrupt or a full disk ends it. A killed process leaves no
+    dataset (`LeRobotDataset` says so), but no saved episode is lost: `LeRobotWriter.recover` builds a dataset from
+    them. Not thread-safe.
     """
 
     def __init__(
@@ -50,17 +50,18 @@ class LeRobotWriter:
     ) -> None:
         """
         Args:
-            path: the dataset's folder: new, or empty.
+            path: folder of the dataset; it must not exist, or be empty.
             fps: frames per second.
-            cameras: per camera its images' shape (h, w, 3); "base" becomes the key "observation.images.base".
-            state_names, action_names: the dimensions; None: there is no state.
-            robot_type: for people.
-            video: cameras as video (small, lossy), otherwise as PNG (exact).
-            slow_cameras: each frame says in "images_are_new" whether its images are its own, or an earlier frame's.
-            data_file_mb, video_file_mb: size in MiB from which on a new file is begun.
+            cameras: image shape (h, w, 3) by camera; "base" becomes the key "observation.images.base".
+            state_names, action_names: names of the dimensions; state_names=None for a robot without state.
+            robot_type: free text.
+            video: store images as video (small, lossy) instead of PNG (exact).
+            slow_cameras: add the column "images_are_new", in which each frame says whether its images are new or
+                repeated from an earlier frame.
+            data_file_mb, video_file_mb: file size in MiB above which a new file is started.
 
         Raises:
-            ValueError: the folder is not empty; a shape or name that can't be; video of an odd height or width.
+            ValueError: the folder is not empty; an invalid shape or name; video of an odd height or width.
             ModuleNotFoundError: pyarrow or av is missing.
         """
         self.path = Path(path).expanduser()
@@ -68,12 +69,12 @@ class LeRobotWriter:
         self._encoder = default_encoder() if video else None
         if fps != int(fps) or fps < 1:
             raise DatasetError(f"fps is {fps}; expected a whole number of frames per second, 1 or more.")
-        features = {
-            **{f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()},
-            **({lerobot.STATE: _numbers_feature("state_names", state_names)} if state_names is not None else {}),
-            lerobot.ACTION: _numbers_feature("action_names", action_names),
-            **({lerobot.NEW_IMAGES: {"dtype": "bool", "shape": [1], "names": None}} if slow_cameras else {}),
-        }
+        features = {f"{lerobot.IMAGES}{name}": self._camera(name, shape, int(fps)) for name, shape in cameras.items()}
+        if state_names is not None:
+            features[lerobot.STATE] = _vector_feature("state_names", state_names)
+        features[lerobot.ACTION] = _vector_feature("action_names", action_names)
+        if slow_cameras:
+            features[lerobot.NEW_IMAGES] = {"dtype": "bool", "shape": [1], "names": None}
         self._info = new_info(
             fps=int(fps),
             features=features,
@@ -86,25 +87,25 @@ class LeRobotWriter:
         self.discard_episode()
 
     def add_frame(self, frame: Mapping[str, Any]) -> None:
-        """Add a frame to the episode in progress. The arrays are copied.
+        """Add a copy of a frame to the episode in progress.
 
         Args:
-            frame: "observation.images.<camera>" uint8 [h, w, 3] for each camera, "observation.state" [s] and "action"
-                [a], numbers; with slow cameras "images_are_new", a bool.
+            frame: "observation.images.<camera>" uint8 [h, w, 3] for each camera, numeric "observation.state" [s] and
+                "action" [a]; with slow cameras also "images_are_new", a bool.
 
         Raises:
             KeyError: a key is missing or unknown.
-            ValueError: another shape or dtype; NaN or infinity; the dataset is finished.
+            ValueError: a wrong shape or dtype; NaN or infinity; the dataset is finished.
         """
         self._open_recording()
         self._check_keys(frame)
-        checked = {key: self._checked(key, frame[key]) for key in self._frames}
-        for key, value in checked.items():
-            if key not in self._histograms:
-                self._frames[key].append(value)
-                continue
-            self._histograms[key].append(image_histogram(value))
-            self._frames[key].append(value.copy() if self._encoder else _png(value))
+        arrays = {key: self._to_array(key, frame[key]) for key in self._frames}
+        for key, array in arrays.items():
+            if key in self._histograms:
+                self._histograms[key].append(image_histogram(array))
+                self._frames[key].append(array.copy() if self._encoder else _png(array))
+            else:
+                self._frames[key].append(array)
 
     def save_episode(self, task: str) -> None:
         """Write the episode in progress. When this returns, it is complete on disk.
@@ -114,13 +115,13 @@ class LeRobotWriter:
 
         Raises:
             ValueError: the episode has no frames; the task is empty.
-            OSError: the disk is full; the frames are kept, so that it can be called again.
+            OSError: the disk is full. The frames are kept, so the call can be repeated.
         """
         recording = self._open_recording()
         if not self.num_frames_in_progress:
             raise DatasetError("The episode has no frames; add_frame comes before save_episode.")
         if not isinstance(task, str) or not task.strip():
-            raise DatasetError(f"The task of an episode is {task!r}; expected its instruction, a text.")
+            raise DatasetError(f"The task of an episode is {task!r}; expected its instruction, a non-empty string.")
         histograms = {key: np.sum(counts, axis=0).tolist() for key, counts in self._histograms.items()}
         with recording.saving(SavedEpisode(self.num_frames_in_progress, task, histograms)) as files:
             for key in self._info.videos:
@@ -129,14 +130,14 @@ class LeRobotWriter:
         self.discard_episode()
 
     def add_episode(self, frames: Mapping[str, Any], task: str) -> None:
-        """Add and save a whole episode, for example one that another process has recorded.
+        """Add and save a whole episode, for example one recorded by another process.
 
         Args:
-            frames: as in `add_frame`, with the frames in front: [T, h, w, 3], [T, s], [T, a].
+            frames: as in `add_frame`, with a leading frame dimension: [T, h, w, 3], [T, s], [T, a].
             task: the instruction.
 
         Raises:
-            ValueError: arrays of several lengths; an episode is in progress.
+            ValueError: arrays of different lengths; an episode is in progress.
             ValueError, KeyError, OSError: as `add_frame` and `save_episode`.
         """
         if self.num_frames_in_progress:
@@ -147,7 +148,7 @@ class LeRobotWriter:
         lengths = {key: len(values) for key, values in frames.items()}
         if len(set(lengths.values())) > 1:
             raise DatasetError(
-                f"The arrays of an episode have several lengths: {lengths}; expected one value per frame."
+                f"The arrays of an episode have different lengths: {lengths}; expected one value per frame."
             )
         try:
             for i in range(max(lengths.values())):
@@ -158,19 +159,18 @@ class LeRobotWriter:
             raise
 
     def discard_episode(self) -> None:
-        """Forget the frames of the episode in progress."""
-        cameras = self._info.cameras
+        """Discard the frames of the episode in progress."""
         self._frames: dict[str, list[Any]] = {key: [] for key in self._info.features if key not in lerobot.BOOKKEEPING}
-        self._histograms: dict[str, list[np.ndarray]] = {key: [] for key in cameras}
+        self._histograms: dict[str, list[np.ndarray]] = {key: [] for key in self._info.cameras}
 
     def finalize(self) -> None:
-        """Make a dataset of the saved episodes; called again, it does nothing.
+        """Build the dataset from the saved episodes. Further calls do nothing.
 
         Raises:
             ValueError: no episode was saved; nothing is left at the path.
-            OSError: the disk is full even so; the saved episodes are safe, and it can be called again.
+            OSError: the disk is full. The saved episodes are safe, and the call can be repeated.
 
-        Warns: about frames that were not saved as an episode; they are dropped.
+        Warns: about frames not saved as an episode, which are dropped.
         """
         if self._recording is None:
             return
@@ -190,10 +190,10 @@ class LeRobotWriter:
 
     @classmethod
     def recover(cls, path: str | Path) -> int:
-        """Make a dataset of the episodes that a process had saved when it was killed.
+        """Build a dataset from the episodes that a process had saved when it was killed.
 
         Returns:
-            Their number.
+            The number of recovered episodes.
 
         Raises:
             FileNotFoundError: there is no unfinished recording.
@@ -206,12 +206,12 @@ class LeRobotWriter:
 
     @property
     def num_episodes(self) -> int:
-        """Episodes saved so far; 0 when the dataset is finished."""
+        """Number of episodes saved so far; 0 once the dataset is finished."""
         return len(self._recording.episodes) if self._recording else 0
 
     @property
     def num_frames_in_progress(self) -> int:
-        """Frames added since the last episode was saved."""
+        """Number of frames added since the last episode was saved."""
         return len(self._frames[lerobot.ACTION])
 
     def __enter__(self) -> "LeRobotWriter":
@@ -229,7 +229,7 @@ class LeRobotWriter:
             self._recording = None
         try:
             self.finalize()
-        except Exception as second:  # what went wrong first is what the user has to see
+        except Exception as second:  # the user must see the first error
             error.add_note(f"{type(second).__name__} while finishing {self.path}: {second}")
             for note in getattr(second, "__notes__", ()):
                 error.add_note(note)
@@ -241,7 +241,7 @@ class LeRobotWriter:
 
     def _camera(self, name: str, shape: Sequence[int], fps: int) -> dict[str, Any]:
         if not name or "/" in name:
-            raise DatasetError(f"A camera is called {name!r}; expected a name without '/'.")
+            raise DatasetError(f"A camera is named {name!r}; expected a name without '/'.")
         if len(shape) != 3 or shape[2] != 3 or min(shape) < 1:
             raise DatasetError(f"Camera {name!r} has the shape {list(shape)}; expected (height, width, 3).")
         height, width = (int(size) for size in shape[:2])
@@ -258,20 +258,24 @@ class LeRobotWriter:
 
     def _check_keys(self, frame: Mapping[str, Any]) -> None:
         missing, unknown = [key for key in self._frames if key not in frame], sorted(set(frame) - set(self._frames))
-        found = [f"has no {', '.join(missing)}"] if missing else []
-        found += [f"has the unknown keys {', '.join(unknown)}"] if unknown else []
-        if found:
-            raise UnknownKeyError(f"A frame {listed(found)}; expected {', '.join(self._frames)}.")
+        problems = []
+        if missing:
+            problems.append(f"has no {', '.join(missing)}")
+        if unknown:
+            problems.append(f"has the unknown keys {', '.join(unknown)}")
+        if problems:
+            raise UnknownKeyError(f"A frame {listed(problems)}; expected {', '.join(self._frames)}.")
 
-    def _checked(self, key: str, value: Any) -> np.ndarray:
+    def _to_array(self, key: str, value: Any) -> np.ndarray:
+        """Check a value of a frame, and convert it to an array: float32 copies of numbers, images as they are."""
         array, is_image = np.asarray(value), key in self._histograms
         if key == lerobot.NEW_IMAGES:
             if array.dtype != bool or array.ndim:
                 raise DatasetError(f"{key} is {array.dtype} {list(array.shape)}; expected a bool.")
             return array[None]
         shape, names = self._info.features[key]["shape"], self._info.features[key]["names"]
-        right_dtype = array.dtype == np.uint8 if is_image else array.dtype.kind in "fiu"
-        if not right_dtype or list(array.shape) != shape:
+        is_dtype_valid = array.dtype == np.uint8 if is_image else array.dtype.kind in "fiu"
+        if not is_dtype_valid or list(array.shape) != shape:
             expected = f"uint8 {shape}" if is_image else f"numbers {shape}: {', '.join(names)}"
             raise DatasetError(f"{key} is {array.dtype} {list(array.shape)}; expected {expected}.")
         if is_image:
@@ -282,9 +286,9 @@ class LeRobotWriter:
         return array
 
     def _table(self, recording: Recording, task: str) -> Any:
-        """The rows of the episode in progress."""
+        """Rows of the data file for the episode in progress."""
         seconds = np.arange(self.num_frames_in_progress) / self._info.fps
-        columns: dict[str, Any] = {**recording.bookkeeping([task] * len(seconds), seconds)}
+        columns: dict[str, Any] = dict(recording.bookkeeping([task] * len(seconds), seconds))
         for key in self._frames.keys() - set(self._info.videos):
             values = self._frames[key]
             if key in self._histograms:
@@ -294,30 +298,33 @@ class LeRobotWriter:
         return require("pyarrow", "data").table(columns, schema=self._schema)
 
 
-def _numbers_feature(what: str, names: Sequence[str]) -> dict[str, Any]:
+def _vector_feature(argument: str, names: Sequence[str]) -> dict[str, Any]:
     if isinstance(names, str) or not names or len(set(names)) != len(names):
-        raise DatasetError(f"{what} is {names!r}; expected a list with a different name for each dimension.")
+        raise DatasetError(f"{argument} is {names!r}; expected a list with a different name for each dimension.")
     return {"dtype": "float32", "shape": [len(names)], "names": list(names)}
 
 
 def _data_schema(features: Mapping[str, Any]) -> Any:
-    """The data files' columns; videos are in files of their own."""
+    """Arrow schema of the data files. Videos are stored in separate files."""
     pa = require("pyarrow", "data")
-    kinds, described = dict[str, Any](), dict[str, Any]()
+    types: dict[str, Any] = {}
+    descriptions: dict[str, Any] = {}
     for key, feature in features.items():
         dtype, dim = feature["dtype"], feature["shape"][0]
         if dtype == "image":
-            kinds[key], described[key] = pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"_type": "Image"}
+            types[key] = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+            descriptions[key] = {"_type": "Image"}
         elif dtype != "video":
-            kinds[key], described[key] = pa.type_for_alias(dtype), {"dtype": dtype, "_type": "Value"}
-            if dim > 1:  # LeRobot has plain numbers for a single dimension
-                kinds[key] = pa.list_(pa.field("element", kinds[key]), dim)
-                described[key] = {"feature": described[key], "length": dim, "_type": "List"}
-    return pa.schema(kinds, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+            types[key] = pa.type_for_alias(dtype)
+            descriptions[key] = {"dtype": dtype, "_type": "Value"}
+            if dim > 1:  # LeRobot stores a single dimension as plain numbers
+                types[key] = pa.list_(pa.field("element", types[key]), dim)
+                descriptions[key] = {"feature": descriptions[key], "length": dim, "_type": "List"}
+    return pa.schema(types, metadata={"huggingface": json.dumps({"info": {"features": descriptions}})})
 
 
 def _png(image: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    # 1: three times as fast as Pillow's default for files a tenth larger.
+    # Level 1 is three times as fast as Pillow's default, for files 10 % larger.
     Image.fromarray(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
