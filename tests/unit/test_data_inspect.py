@@ -91,7 +91,7 @@ def test_an_angle_that_wraps_is_named(tmp_path):
             values[:, 0] = (np.linspace(170, 190, len(values)) + 180) % 360 - 180
 
     text = problems_of(arm_set(tmp_path / "set", change=change))["observation.state shoulder_pan.pos"]
-    assert "whole turn" in text
+    assert "full turn" in text
     assert "unwrap" in text
 
 
@@ -310,7 +310,7 @@ def test_action_in_another_unit_than_the_state_is_found(tmp_path):
     found = inspect_dataset(arm_set(tmp_path / "set", change=change))
     (problem,) = found.problems
     assert problem.subject == "action"
-    assert problem.text.startswith("shoulder_pan.pos, elbow_flex.pos go with the state at a scale of 20 or more")
+    assert problem.text.startswith("shoulder_pan.pos, elbow_flex.pos follow the state at a scale of 20 or more")
 
 
 @pytest.mark.parametrize(("step", "repeated"), [(1, 0), (0, 1)])
