@@ -346,7 +346,7 @@ def test_draft_asks_about_cameras_that_the_model_has_no_place_for(arm):
     document = draft_embodiment(dataclasses.replace(found, cameras=[*views, depth]), "arm")
     assert [row["name"] for row in document["cameras"]].count(None) == 2
     questions = " ".join(questions_of(document))
-    assert "the model has three cameras; is this one to be read?" in questions
+    assert "the model has three cameras; should it read this one?" in questions
     assert '"depth": {"near": 0.3, "far": 1.2}' in questions
 
 

@@ -1,4 +1,4 @@
-"""A robot's description drafted from a dataset, for a person to correct: an embodiment file with comments."""
+"""Draft of a robot's embodiment file from a dataset, with comments for a person to answer."""
 
 import json
 import re
@@ -14,53 +14,53 @@ from torchpi.robots import Embodiment
 from torchpi.schema import COMMENT, without_comments
 
 QUESTION = "QUESTION: "
-"""The beginning of a comment about something that the dataset does not tell."""
+"""Prefix of comments about something that the dataset does not state."""
 _MEASURED = re.compile(r"(correlation |change \(|which is |[:,] from )-?[\d.]+(?:e[+-]?\d+)?(?: to -?[\d.e+-]+)?")
-"""Numbers in the reasons of guesses, see `torchpi.data.guesses`."""
+"""Measured numbers in the reasons of guesses, see `torchpi.data.guesses`."""
 _WRISTS = re.compile(r"wrist|hand|grip|ego", re.IGNORECASE)
 _MODEL_CAMERAS = ("base_0_rgb", "left_wrist_0_rgb", "right_wrist_0_rgb")
-"""The cameras of the published weights."""
+"""Camera names of the published weights."""
 
 
-def draft_embodiment(found: Inspection, name: str, *, horizon: int = 50) -> dict[str, Any]:
-    """The document of an embodiment file: what the dataset tells, guesses, and questions as comments.
+def draft_embodiment(inspection: Inspection, name: str, *, horizon: int = 50) -> dict[str, Any]:
+    """Draft an embodiment document: facts from the dataset, guesses, and questions as comments.
 
-    At most half of a chunk is executed; `horizon` is that of most published weights.
+    At most half of a chunk is executed; the default `horizon` is that of most published weights.
     """
-    if found.dataset is None:
-        raise DatasetError(f"No episode of {found.path} can be read: {found.problems[0].text}")
-    task, *more = found.tasks or ("",)
+    if inspection.dataset is None:
+        raise DatasetError(f"No episode of {inspection.path} can be read: {inspection.problems[0].text}")
+    task, *more = inspection.tasks or ("",)
     document = {
-        COMMENT: f"Drafted from {found.path} by `torchpi data draft`. Correct it where a comment begins with "
+        COMMENT: f"Drafted from {inspection.path} by `torchpi data draft`. Correct it where a comment begins with "
         f"{QUESTION.strip(': ')}; comments are not read. execute_steps is for chunks of {horizon} actions.",
         "name": name,
-        "cameras": _cameras(found),
-        "state": [_state(found.state)] if found.state else [],
-        "actions": list(_actions(found)),
-        "control_hz": found.fps,
-        "execute_steps": max(1, min(horizon // 2, round(found.fps / 2))),
+        "cameras": _cameras(inspection),
+        "state": [_state(inspection.state)] if inspection.state else [],
+        "actions": list(_actions(inspection)),
+        "control_hz": inspection.fps,
+        "execute_steps": max(1, min(horizon // 2, round(inspection.fps / 2))),
         "default_prompt": None if more or not task else task,
     }
-    Embodiment.from_dict(without_comments(document), where=f"The draft from {found.path}").check_names()
+    Embodiment.from_dict(without_comments(document), where=f"The draft from {inspection.path}").check_names()
     return document
 
 
 def questions_of(document: Mapping[str, Any]) -> Iterator[str]:
-    """The questions in the document of a draft, each once with its places, and without measured numbers that differ."""
+    """The questions of a draft. Questions that differ only in measured numbers are merged into one."""
     for part in ("cameras", "state", "actions"):
-        found = defaultdict[str, dict[str, str]](dict)
+        groups = defaultdict[str, dict[str, str]](dict)  # questions by row, grouped by their text without numbers
         for row in document[part]:
             if COMMENT in row:
                 text = row[COMMENT].removeprefix(QUESTION)
-                found[_MEASURED.sub(r"\1…", text)][row.get("name") or row["key"]] = text
-        for general, texts in found.items():
-            differing = set(texts.values())
-            names = "" if list(texts) == [part] else f" {', '.join(texts)}"  # the usual state has the key "state"
-            yield f"{part}{names}: {general if len(differing) > 1 else differing.pop()}"
+                groups[_MEASURED.sub(r"\1…", text)][row.get("name") or row["key"]] = text
+        for general, texts in groups.items():
+            names = "" if list(texts) == [part] else f" {', '.join(texts)}"  # the state's default key is "state"
+            different = set(texts.values())
+            yield f"{part}{names}: {general if len(different) > 1 else different.pop()}"
 
 
 def to_text(document: Mapping[str, Any]) -> str:
-    """JSON with a line for each camera, part of the state and dimension of the action."""
+    """JSON with one line per camera, part of the state and dimension of the action."""
     encode = partial(json.dumps, ensure_ascii=False)
     parts = []
     for key, value in document.items():
@@ -73,51 +73,53 @@ def _row(row: dict[str, Any], question: str) -> dict[str, Any]:
     return row | ({COMMENT: QUESTION + question} if question else {})
 
 
-def _cameras(found: Inspection) -> list[dict[str, Any]]:
-    """The model's cameras: those on a wrist by their names, the others from the first on."""
-    if all("depth" in camera.kind for camera in found.cameras):
-        raise DatasetError(f"{found.path} has no camera that a policy could read; expected one at least.")
+def _cameras(inspection: Inspection) -> list[dict[str, Any]]:
+    """Assign cameras to the model's: wrist cameras, recognised by name, to wrist cameras, the others in order."""
+    if all("depth" in camera.kind for camera in inspection.cameras):
+        raise DatasetError(f"{inspection.path} has no camera that a policy could read; expected at least one.")
     free, rows = list(_MODEL_CAMERAS), []
-    # Wrists choose first.
-    for camera in sorted(found.cameras, key=lambda camera: not _WRISTS.search(camera.key)):
+    for camera in sorted(inspection.cameras, key=lambda camera: not _WRISTS.search(camera.key)):  # wrists first
         is_wrist, is_right = bool(_WRISTS.search(camera.key)), "right" in camera.key.lower()
-        wishes = _MODEL_CAMERAS[1 + is_right :] if is_wrist else _MODEL_CAMERAS
+        preferred = _MODEL_CAMERAS[1 + is_right :] if is_wrist else _MODEL_CAMERAS
+        model_camera = next((name for name in preferred if name in free), None)
         row = {"name": None, "key": re.split(r"[./]", camera.key)[-1], "presence": "ignored"}
-        place = next((place for place in wishes if place in free), None)
+        question = ""
         if "depth" in camera.kind:
             near, far = camera.depths or (0.1, 2.0)
             question = (
-                'is this depth camera to be read, as one of the model\'s, with "presence": "required", "depth": '
+                'should the model read this depth camera, with "presence": "required", "depth": '
                 f'{{"near": {near:.2g}, "far": {far:.2g}}}? (docs/datasets.md)'
             )
-        elif place is None:
-            question = "the model has three cameras; is this one to be read?"
+        elif model_camera is None:
+            question = "the model has three cameras; should it read this one?"
         else:
-            free.remove(place)
-            row = {"name": place, "key": row["key"]}
-            is_odd = not is_wrist and place != _MODEL_CAMERAS[0]
-            question = "a further view of the scene in the place of a wrist camera?" if is_odd else ""
+            free.remove(model_camera)
+            row = {"name": model_camera, "key": row["key"]}
+            if not is_wrist and model_camera != _MODEL_CAMERAS[0]:
+                question = "another view of the scene instead of a wrist camera?"
         rows.append(_row(row, question))
     return sorted(rows, key=lambda row: (row["name"] is None, row["name"]))
 
 
 def _state(dimensions: Sequence[Dimension]) -> dict[str, Any]:
-    asked = defaultdict[str, list[str]](list)
+    uncertain = defaultdict[str, list[str]](list)
     for dim in dimensions:
         if not dim.unit.certain:
-            asked[str(dim.unit)].append(dim.name)
-    row = {"key": "state", "names": _unique(dimensions), "units": [dim.unit.value for dim in dimensions]}
-    texts = "; ".join(f"{', '.join(names)} {unit}" for unit, names in asked.items())
-    return _row(row, f"are these units right? {texts}" if asked else "")
+            uncertain[str(dim.unit)].append(dim.name)
+    row = {"key": "state", "names": _unique_names(dimensions), "units": [dim.unit.value for dim in dimensions]}
+    texts = "; ".join(f"{', '.join(names)} {unit}" for unit, names in uncertain.items())
+    return _row(row, f"are these units right? {texts}" if uncertain else "")
 
 
-def _actions(found: Inspection) -> Iterator[dict[str, Any]]:
-    states, names = _unique(found.state), _unique(found.actions)
-    for i, (dim, name) in enumerate(zip(found.actions, names, strict=True)):
+def _actions(inspection: Inspection) -> Iterator[dict[str, Any]]:
+    state_names, names = _unique_names(inspection.state), _unique_names(inspection.actions)
+    for i, (dim, name) in enumerate(zip(inspection.actions, names, strict=True)):
         assert dim.command is not None
-        base = name if name in states else states[i] if len(states) == len(names) else None
+        base = name  # the dimension of the state that the action is relative to
+        if name not in state_names and len(state_names) == len(names):
+            base = state_names[i]
         is_joint = dim.unit.value in ("rad", "deg") and not is_gripper(name)
-        is_delta = is_joint and dim.command.value == "position" and base in states[i : i + 1]
+        is_delta = is_joint and dim.command.value == "position" and base in state_names[i : i + 1]
         guesses = {"command": dim.command, "unit": dim.unit}
         row = {"name": name, "unit": dim.unit.value, "kind": "delta" if is_delta else "absolute"}
         yield _row(
@@ -126,7 +128,7 @@ def _actions(found: Inspection) -> Iterator[dict[str, Any]]:
         )
 
 
-def _unique(dimensions: Sequence[Dimension]) -> list[str]:
-    """The names, numbered where they occur more than once."""
+def _unique_names(dimensions: Sequence[Dimension]) -> list[str]:
+    """Names of the dimensions; repeated names are numbered."""
     names = [dim.name for dim in dimensions]
     return [name if names.count(name) == 1 else f"{name}_{names[:i].count(name)}" for i, name in enumerate(names)]

@@ -1,6 +1,6 @@
-"""Guesses from a dataset's numbers: units of its dimensions, and what the robot does with an action.
+"""Guesses from a dataset's numbers: the units of its dimensions and the commands of its actions.
 
-They are for people to confirm, with the reason; nothing is computed with them.
+Each guess comes with its reason, for a person to confirm; nothing is computed from guesses.
 """
 
 import dataclasses
@@ -18,14 +18,15 @@ _KINDS = {
     "quaternion": re.compile(r"quat|(^|[._])q[wxyz]$", re.IGNORECASE),
     "length": re.compile(r"(^|[._/ ])(eef?_|pos_|tcp_|hand_|delta_|d)?[xyz]([._](pos|m))?$", re.IGNORECASE),
 }
-"""Names of dimensions; others are joints."""
-OTHER_UNIT = "it goes with the state in another unit"
-"""The reason of a guess for such an action."""
+"""Patterns of the dimensions' names by kind; all others are joints."""
+OTHER_UNIT = "it follows the state in another unit"
+"""Reason given when action and state seem to have different units."""
 OTHER_SCALE = 20.0
-"""An action and its state don't differ by this factor on a robot that goes where it is sent; rad and degrees by 57."""
+"""Ratio of scales from which two units are assumed. Radians and degrees differ by 57; an action and the state that
+follows it never differ by this much in one unit."""
 _SPEED = re.compile(r"vel|speed", re.IGNORECASE)
 _UNITS = tomllib.loads((assets() / "units.toml").read_text(encoding="utf-8"))
-"""Of each kind the units with the ranges that they need, a reason, and whether it is certain; the first that fits."""
+"""Rules by kind: range, unit, reason and certainty. The first rule whose range holds the values applies."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +34,10 @@ class Guess:
     """A guessed value, and why."""
 
     value: str
-    """Empty: no guess."""
+    """Empty if nothing could be guessed."""
     reason: str
     certain: bool = False
-    """False: something else is possible as well."""
+    """False if other values are possible as well."""
 
     def __str__(self) -> str:
         return f"{self.value or 'unknown'}: {self.reason}"
@@ -47,49 +48,57 @@ def is_gripper(name: str) -> bool:
 
 
 def guess_units(names: Sequence[str], low: Float[np.ndarray, " d"], high: Float[np.ndarray, " d"]) -> list[Guess]:
-    """The units of dimensions, by their names and ranges; joints are taken to have the same one."""
+    """Guess the units of dimensions from their names and ranges. All joints are assumed to share one unit."""
     kinds = [next((kind for kind, pattern in _KINDS.items() if pattern.search(name)), "joint") for name in names]
     joints = [i for i, kind in enumerate(kinds) if kind == "joint"]
 
     def guess(kind: str, dims: Sequence[int]) -> Guess:
-        least, most = float(low[dims].min()), float(high[dims].max())
-        unit, reason, is_certain = next(rule[2:] for rule in _UNITS[kind] if rule[0] <= least and most <= rule[1])
-        return Guess(unit, f"from {least:.4g} to {most:.4g}: {reason}", is_certain)
+        lowest, highest = float(low[dims].min()), float(high[dims].max())
+        for rule_low, rule_high, unit, reason, is_certain in _UNITS[kind]:
+            if rule_low <= lowest and highest <= rule_high:
+                return Guess(unit, f"from {lowest:.4g} to {highest:.4g}: {reason}", is_certain)
+        raise AssertionError(f"the last rule of {kind} has an infinite range")
 
-    guesses = [guess(kind, joints if kind == "joint" else [i]) for i, kind in enumerate(kinds)]
-    for i, (name, kind, found) in enumerate(zip(names, kinds, guesses, strict=True)):
-        if kind == "gripper" and not found.value:  # a joint as the others
-            guesses[i] = found = dataclasses.replace(guess("joint", joints or [i]), certain=False)
-        if _SPEED.search(name) and found.value:
-            guesses[i] = Guess(f"{found.value}/s", f"named a speed, {found.reason}")
+    guesses = []
+    for i, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        unit = guess(kind, joints if kind == "joint" else [i])
+        if kind == "gripper" and not unit.value:  # probably driven like a joint
+            unit = dataclasses.replace(guess("joint", joints or [i]), certain=False)
+        if _SPEED.search(name) and unit.value:
+            unit = Guess(f"{unit.value}/s", f"named a speed, {unit.reason}")
+        guesses.append(unit)
     return guesses
 
 
 def differ_in_unit(action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"]) -> bool:
-    """True for an action that goes with its state at another scale."""
-    moves = float(action.std(dtype=np.float64)), float(state.std(dtype=np.float64))
-    if min(moves) < 1e-6 or max(moves) < OTHER_SCALE * min(moves):
+    """True if an action follows its state at another scale."""
+    stds = float(action.std(dtype=np.float64)), float(state.std(dtype=np.float64))
+    if min(stds) < 1e-6 or max(stds) < OTHER_SCALE * min(stds):
         return False
     return bool(np.corrcoef(action, state)[0, 1] >= 0.8)
 
 
 def guess_command(
-    action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"], inside: Int[np.ndarray, " n"], fps: float | int
+    action: Float[np.ndarray, " F"], state: Float[np.ndarray, " F"], frames: Int[np.ndarray, " n"], fps: float | int
 ) -> Guess:
-    """The command of an action's dimension, by the state's dimension that it moves; `inside`: the frames that have a
-    next one in their episode."""
-    value, following, change = action[inside], state[inside + 1], state[inside + 1] - state[inside]
-    if len(inside) < 2 or not (np.ptp(value) and np.ptp(following) and np.ptp(change)):
+    """Guess the command of an action's dimension from the state's dimension that it moves.
+
+    Args:
+        frames: the frames that have a next frame in their episode.
+    """
+    value, next_state = action[frames], state[frames + 1]
+    change = next_state - state[frames]
+    if len(frames) < 2 or not (np.ptp(value) and np.ptp(next_state) and np.ptp(change)):
         return Guess("", "it does not move in this dataset")
     if differ_in_unit(action, state):
         return Guess("", OTHER_UNIT)
-    position, motion = (float(np.corrcoef(value, other)[0, 1]) for other in (following, change))
-    if position > 0.9 and abs(float(np.mean(value - following))) < 0.25 * float(np.ptp(following)):
+    position, motion = (float(np.corrcoef(value, other)[0, 1]) for other in (next_state, change))
+    if position > 0.9 and abs(float(np.mean(value - next_state))) < 0.25 * float(np.ptp(next_state)):
         return Guess("position", f"it is near the next state (correlation {position:.2f})", position > 0.97)
     if motion <= 0.6:
         return Guess("", f"neither the state (correlation {position:.2f}) nor its change ({motion:.2f}) follows it")
     slope = float(value @ change / (value @ value))  # change of the state per unit of the action
-    reason = f"it goes with the state's change (correlation {motion:.2f}), which is {slope:.3g} times the action"
+    reason = f"it correlates with the state's change (correlation {motion:.2f}), which is {slope:.3g} times the action"
     for command, scale in (("increment", slope), ("velocity", slope * fps)):
         if 0.6 < scale < 1.5:
             return Guess(command, reason)
@@ -97,7 +106,7 @@ def guess_command(
 
 
 def unit_of_action(unit: Guess, command: Guess) -> Guess:
-    """The unit of an action, which is the position's only where the action is one."""
+    """The unit of an action, from the unit of its position and its command."""
     if command.value == "velocity":
         return Guess(f"{unit.value.removesuffix('/s')}/s" if unit.value else "", unit.reason)
     if "scaled" in command.reason:

@@ -253,9 +253,7 @@ class Recording:
         self._put(self.root / lerobot.TASKS_PARQUET, lambda path: write_table(tasks, path))
         self._put(self.root / episodes_file, lambda path: write_table(table, path))
         self._put_json(self.root / lerobot.STATS, stats, indent=4)
-        self._put_json(
-            self.root / lerobot.INFO, dataclasses.asdict(info), indent=4
-        )  # last: now it is complete
+        self._put_json(self.root / lerobot.INFO, dataclasses.asdict(info), indent=4)  # last: now it is complete
 
     def _numeric_columns(self) -> dict[str, np.ndarray]:
         """All frames of each numeric feature, [F, d]. Features whose shape varies are left out."""
