@@ -349,7 +349,7 @@ def test_a_dataset_in_another_unit_is_said(policy, path, golden_root, tmp_path, 
     ).save(tmp_path / "degrees")
     captured = run([tmp_path / "degrees", "--dataset", path, "--num-steps", 1, "--samples", 2, "--json"], capsys)
     for what in ("state", "actions"):
-        assert f"{what} elbow: looks like radians, there are degrees." in captured.err
+        assert f"{what} elbow: looks like radians, but the statistics are in degrees." in captured.err
     json.loads(captured.out)
     limited = dataclasses.replace(ARM, actions=(dataclasses.replace(ARM.actions[0], low=50, high=60), ARM.actions[1]))
     (tmp_path / "limited.json").write_text(json.dumps(limited.to_dict()))
@@ -381,13 +381,13 @@ def test_doctor_compares_a_dataset_with_the_statistics(folder, path, tmp_path, c
     assert findings(99.0) == []
     (level, message), _ = findings(1.5, "--dataset", path)
     assert level == "warning"
-    assert re.search(r"\d\d\.\d% of the state are outside of q01\.\.q99, where 2% are expected, most of", message)
+    assert re.search(r"\d\d\.\d% of the state are outside q01\.\.q99, where 2% are expected, most of", message)
     ((level, message),) = findings(100.0, "--dataset", path, "--select", "0,2")
     assert level == "problem"
     assert "100.0% of the actions are outside" in message
     with pytest.raises(SystemExit):
         run([tmp_path / "100.0", "--dataset", path, "--num-steps", 1, "--samples", 2], capsys)
-    assert "Nothing can be trained or judged so" in capsys.readouterr().err
+    assert "Nothing can be trained or evaluated with them" in capsys.readouterr().err
 
 
 def test_the_command_names_where_a_baseline_is_better_and_writes_plots(folder, path, tmp_path, capsys):

@@ -38,8 +38,8 @@ IN_DEGREES = np.where([1, 1, 1, 0], np.degrees([LOW, HIGH]), [LOW, HIGH])
     ("ours", "expected"),
     [
         (THEIRS, []),
-        (stats(*IN_DEGREES, THEIRS.mean), ["state pan, lift, elbow: looks like degrees, there are radians"]),
-        (stats(LOW, [0.4, 2, 3, 100]), ["state gripper: looks like 0 to 100, there it is 0 to 1"]),
+        (stats(*IN_DEGREES, THEIRS.mean), ["state pan, lift, elbow: looks like degrees, but the statistics are in radians"]),
+        (stats(LOW, [0.4, 2, 3, 100]), ["state gripper: looks like 0 to 100, but the statistics are 0 to 1"]),
         (
             stats([-1, -2, -3, 0], [0.4, -0.2, -1, 1], THEIRS.mean),
             ["state lift, elbow: seems to turn the other way: inside with the opposite sign"],
@@ -60,7 +60,7 @@ def test_likely_causes_of_misfits(ours, expected):
 
 def test_radians_for_degrees_are_told_from_small_movements():
     theirs, ours = stats(*IN_DEGREES), stats(LOW, HIGH)
-    expected = ["state pan, lift, elbow: looks like radians, there are degrees"]
+    expected = ["state pan, lift, elbow: looks like radians, but the statistics are in degrees"]
     assert misfits("state", NAMES, ours, theirs) == expected
     one_rests = stats(np.where([1, 0, 0, 0], 0, IN_DEGREES[0]), np.where([1, 0, 0, 0], 0, IN_DEGREES[1]))
     assert misfits("state", NAMES, one_rests, theirs) == []
@@ -88,11 +88,11 @@ def test_arms_in_the_other_order_are_recognized():
             "so101",
             "ur5e",
             14,
-            'shoulder_pan.pos, shoulder_lift.pos, elbow_flex.pos and 2 more: "deg" here, "rad" there',
+            'shoulder_pan.pos, shoulder_lift.pos, elbow_flex.pos and 2 more: "deg", released with "rad"',
         ),
-        ("xarm6", "ur5e", 2, "30 Hz here, 20 there"),
-        ("yam", "trossen", 4, '"0 closed, 1 open" here, "opening, 0 to 1" there'),
-        ("droid_joint_position", "franka", 0, "15 Hz here, 20 there"),
+        ("xarm6", "ur5e", 2, "30 Hz, released with 20"),
+        ("yam", "trossen", 4, '"0 closed, 1 open", released with "opening, 0 to 1"'),
+        ("droid_joint_position", "franka", 0, "15 Hz, released with 20"),
     ],
 )
 def test_released_statistics_are_ranked_by_description(robot, first, num_different, reason):
@@ -133,7 +133,7 @@ def test_actions_in_another_unit_than_the_robots_are_found(ur5e, capsys):
     degrees, radians = ur5e
     (problem,) = unit_problems(LeRobotDataset(degrees, action_horizon=1), get_embodiment("ur5e"))
     assert "shoulder_pan_joint goes from -84.84 to 85.43, 'ur5e' takes -6.2832 to 6.2832 (rad); " in problem
-    assert "and 3 more; the values look like degrees. Choose the embodiment in the set's unit" in problem
+    assert "and 3 more; the values look like degrees. Choose an embodiment in the dataset's unit" in problem
     assert unit_problems(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e")) == []
     arguments = ("--embodiment", "ur5e", "--action-horizon", "2")
     assert shown(capsys, degrees, *arguments).err.count("look like degrees. Choose the embodiment") == 1
@@ -185,8 +185,8 @@ def problems(tmp_path, given: NormStats, kind: str) -> list[str]:
         (ENDS, None),
         (ENDS + 0.1, None),  # a little another place of work
         (ENDS * 1000, "fill less than 2% of most ranges"),  # millimetres
-        (ENDS + 1.2, r"6\d\.\d% of the (state|actions) are outside of q01\.\.q99, where 2% are expected"),
-        (ENDS + 1.6 * ELBOW, r"most of elbow_joint [78]\d% \(-0\.\d+ to 1\.\d+, there 1\.\d+ to 3\.\d+\)"),
+        (ENDS + 1.2, r"6\d\.\d% of the (state|actions) are outside q01\.\.q99, where 2% are expected"),
+        (ENDS + 1.6 * ELBOW, r"most of elbow_joint [78]\d% \(-0\.\d+ to 1\.\d+, statistics 1\.\d+ to 3\.\d+\)"),
     ],
 )
 def test_statistics_that_do_not_fit_are_said_once_for_state_and_actions(tmp_path, ends, expected):
@@ -197,7 +197,7 @@ def test_statistics_that_do_not_fit_are_said_once_for_state_and_actions(tmp_path
 
 @pytest.mark.parametrize("ends", [ENDS / 1000, np.array([[99.0] * 7, [99.1] * 7])])
 def test_statistics_that_are_absurd_are_an_error(tmp_path, ends):
-    with pytest.raises(ValueError, match=r"of the state .* of the actions .* Nothing can be trained or judged"):
+    with pytest.raises(ValueError, match=r"of the state .* of the actions .* Nothing can be trained or evaluated"):
         problems(tmp_path, stats(*ends), "quantile")
 
 
@@ -206,7 +206,7 @@ def test_z_scores_are_judged_by_their_deviation(tmp_path):
     resting = NormStats(UNIFORM.mean(0), UNIFORM.std(0), UNIFORM[0], UNIFORM[0])
     assert problems(tmp_path, resting, "z_score") == []
     assert problems(tmp_path, resting, "identity") == []
-    with pytest.raises(ValueError, match="normalized, they are"):
+    with pytest.raises(ValueError, match="root mean square of normalized values is"):
         problems(tmp_path, resting, "quantile")
 
 
@@ -215,13 +215,13 @@ def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, cap
     (entry,) = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
     assert entry["name"] == "stats"
     assert (
-        "state shoulder_pan_joint, shoulder_lift_joint, elbow_joint and 3 more: looks like degrees, there are radians"
+        "state shoulder_pan_joint, shoulder_lift_joint, elbow_joint and 3 more: looks like degrees, but the statistics are in radians"
         in entry["reasons"]
     )
     assert "farthest outside: state elbow_joint" in entry["reasons"][-1]
     several = json.loads(shown(capsys, *arguments, "demo", "--json").out)["compare"]
     assert [entry["name"] for entry in several] == [f"{tmp_path / 'stats.json'}: stats", "demo: demo_policy"]
-    assert "state has 4 dimensions there and 7 here; compared are the first 4" in several[1]["reasons"]
+    assert "state has 4 dimensions in the statistics and 7 in the dataset; only the first 4 are compared" in several[1]["reasons"]
     assert "farthest outside: " in shown(capsys, *arguments).out.replace("\n", " ")
 
 

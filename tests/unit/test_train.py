@@ -290,13 +290,13 @@ def test_a_file_of_statistics_in_another_unit_is_said(recipe, tmp_path, capsys):
     loop.train(recipe.replace(num_steps=1, norm_stats=str(tmp_path / "norm_stats.json")), tmp_path / "run")
     printed = capsys.readouterr()
     shown = " ".join((printed.out + printed.err).split())
-    assert "state hand_x, hand_y, hand_z: looks like radians, there are degrees." in shown
+    assert "state hand_x, hand_y, hand_z: looks like radians, but the statistics are in degrees." in shown
 
 
 def test_statistics_of_something_else_are_refused_before_anything_is_written(recipe, tmp_path):
     four = [np.full(4, value) for value in (1.5691, 0.0003, 1.5686, 1.5696)]
     save_norm_stats(tmp_path / "norm_stats.json", dict.fromkeys(("state", "actions"), NormStats(*four)))
-    refused = r"100\.0% of the state are outside of q01\.\.q99, .* most of hand_x 100% .* Nothing can be trained"
+    refused = r"100\.0% of the state are outside q01\.\.q99, .* most of hand_x 100% .* Nothing can be trained"
     with pytest.raises(ValueError, match=refused):
         loop.train(recipe.replace(num_steps=1, norm_stats=str(tmp_path / "norm_stats.json")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
