@@ -38,7 +38,10 @@ IN_DEGREES = np.where([1, 1, 1, 0], np.degrees([LOW, HIGH]), [LOW, HIGH])
     ("ours", "expected"),
     [
         (THEIRS, []),
-        (stats(*IN_DEGREES, THEIRS.mean), ["state pan, lift, elbow: looks like degrees, but the statistics are in radians"]),
+        (
+            stats(*IN_DEGREES, THEIRS.mean),
+            ["state pan, lift, elbow: looks like degrees, but the statistics are in radians"],
+        ),
         (stats(LOW, [0.4, 2, 3, 100]), ["state gripper: looks like 0 to 100, but the statistics are 0 to 1"]),
         (
             stats([-1, -2, -3, 0], [0.4, -0.2, -1, 1], THEIRS.mean),
@@ -136,7 +139,7 @@ def test_actions_in_another_unit_than_the_robots_are_found(ur5e, capsys):
     assert "and 3 more; the values look like degrees. Choose an embodiment in the dataset's unit" in problem
     assert unit_problems(LeRobotDataset(radians, action_horizon=1), get_embodiment("ur5e")) == []
     arguments = ("--embodiment", "ur5e", "--action-horizon", "2")
-    assert shown(capsys, degrees, *arguments).err.count("look like degrees. Choose the embodiment") == 1
+    assert shown(capsys, degrees, *arguments).err.count("look like degrees. Choose an embodiment") == 1
     assert "degrees" not in shown(capsys, radians, *arguments).err
 
 
@@ -214,14 +217,13 @@ def test_compare_takes_files_of_statistics_and_gives_reasons(ur5e, tmp_path, cap
     arguments = (ur5e[0], "--embodiment", "ur5e", "--action-horizon", "2", "--compare", tmp_path / "stats.json")
     (entry,) = json.loads(shown(capsys, *arguments, "--json").out)["compare"]
     assert entry["name"] == "stats"
-    assert (
-        "state shoulder_pan_joint, shoulder_lift_joint, elbow_joint and 3 more: looks like degrees, but the statistics are in radians"
-        in entry["reasons"]
-    )
+    dims = "state shoulder_pan_joint, shoulder_lift_joint, elbow_joint and 3 more"
+    assert f"{dims}: looks like degrees, but the statistics are in radians" in entry["reasons"]
     assert "farthest outside: state elbow_joint" in entry["reasons"][-1]
     several = json.loads(shown(capsys, *arguments, "demo", "--json").out)["compare"]
     assert [entry["name"] for entry in several] == [f"{tmp_path / 'stats.json'}: stats", "demo: demo_policy"]
-    assert "state has 4 dimensions in the statistics and 7 in the dataset; only the first 4 are compared" in several[1]["reasons"]
+    reason = "state has 4 dimensions in the statistics and 7 in the dataset; only the first 4 are compared"
+    assert reason in several[1]["reasons"]
     assert "farthest outside: " in shown(capsys, *arguments).out.replace("\n", " ")
 
 
