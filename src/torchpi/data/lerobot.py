@@ -89,8 +89,7 @@ class LeRobotDataset:
             embodiment: the robot that the data is read for: state and action are reordered to match its names, only the
                 cameras it reads are read, and its control_hz must equal the frame rate.
             episodes: indices of the episodes to read, in the dataset's order; all by default (see `select_episodes`).
-            cameras: keys of the cameras to read; by default all, or those of the embodiment. The files of other cameras
-                may be missing.
+            cameras: keys of the cameras to read; by default all, or the embodiment's. Others' files may be missing.
             columns: numeric columns to read in addition to state, action and bookkeeping; by default all that have the
                 same shape in every frame, with a warning about the others.
             rename: from the dataset's names of columns and cameras to LeRobot's: {"state": "observation.state", "top":
@@ -106,9 +105,8 @@ class LeRobotDataset:
         Raises:
             FileNotFoundError: the folder or one of the dataset's files is missing, or the folder is no dataset.
             KeyError: a column or camera is missing, or one to rename.
-            ValueError: an unknown format version; a damaged file; an unknown episode; NaN or infinity; timestamps or a
-                rate that don't fit; episodes that overlap in a video; a new name that can't be used; other joints than
-                the robot's.
+            ValueError: unknown format version or episode; damaged file; NaN or infinity; timestamps or a rate that
+                don't fit; episodes that overlap in a video; an impossible new name; other joints than the robot's.
         """
         self._metadata = metadata = open_metadata(path, rename=rename)
         check_names(metadata)
