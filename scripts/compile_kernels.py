@@ -38,13 +38,14 @@ BACKBONE, EXPERT, HEADS, HEAD_DIM, PATCHES, VISION = 2048, 1024, 8, 256, 256, 11
 
 DOCUMENT = """# Fused kernels for GPUs
 
-`torchpi.engine.kernels` has the operations between the matmuls of a layer as plain PyTorch and as kernels in
-[Triton](https://triton-lang.org), one launch each (`pip install 'torchpi[gpu]'`, Linux). A file per subject has
-formula, plain twin and kernel. The engine calls either through the same signatures: `PLAIN`, or `triton_kernels()`.
+`torchpi.engine.kernels` implements the operations between a layer's matmuls, each as plain PyTorch and as a
+[Triton](https://triton-lang.org) kernel with one launch (`pip install 'torchpi[gpu]'`, Linux). Each file contains
+formula, plain reference and kernel for one subject. The engine calls either through the same signatures: `PLAIN`, or
+`triton_kernels()`.
 
-**Nothing here was run on a GPU.** The kernels are compared with their twins in Triton's interpreter on a CPU (float32,
-bfloat16, ragged sizes), the twins with the plain model, and the figures below come from compiling without a GPU. Block
-sizes follow from these figures; no time was measured, and none is claimed.
+**Nothing here has been run on a GPU.** The kernels are compared with their references in Triton's interpreter on a
+CPU (float32, bfloat16, ragged sizes), the references with the plain model, and the figures below come from compiling
+without a GPU. Block sizes follow from these figures; no time was measured, and none is claimed.
 
 ## Operations
 
@@ -52,35 +53,35 @@ Each computes in float32 from the first load to the last store, and returns its 
 
 | operation | formula | replaces in the plain model |
 | --- | --- | --- |
-| `rms_norm` | x, or x + y, and n = x / √(mean x² + 1e-6) of it; 1 + scale is folded into the next matmul | residual, `RMSNorm` |
-| `ada_rms_norm` | x, or x + y·gate, and n·(1 + scale) + shift of it | gated residual, the next `AdaRMSNorm` |
-| `layer_norm` | x, or x + y, and (x − mean) / √(var + ε)·weight + bias of it | SigLIP's residual and LayerNorm |
+| `rms_norm` | x, or x + y, and its n = x / √(mean x² + 1e-6); 1 + scale is folded into the next matmul | residual, `RMSNorm` |
+| `ada_rms_norm` | x, or x + y·gate, and its n·(1 + scale) + shift | gated residual, the next `AdaRMSNorm` |
+| `layer_norm` | x, or x + y, and its (x − mean) / √(var + ε)·weight + bias | SigLIP's residual and LayerNorm |
 | `split_rope_store` | (a·cos − b·sin, b·cos + a·sin) of queries and keys; keys and values into the cache | split, RoPE, write into the cache |
-| `geglu` | gelu(gate)·up, the tanh form | GeGLU's activation of many rows (prefix) |
+| `geglu` | gelu(gate)·up, the tanh form | GeGLU's activation for many rows (prefix) |
 | `linear_geglu` | gelu(x·Wgᵀ)·(x·Wuᵀ) | GeGLU's first matmul and activation, few rows (suffix) |
 | `attend` | softmax(q·keysᵀ/√K over the allowed keys)·values | mask, grouped-query attention |
-| `to_fp8` | e4m3(x / scale), at most 448 | the rounding in front of an [fp8](quantization.md) matmul, behind SigLIP's attention and activation |
+| `to_fp8` | e4m3(x / scale), at most 448 | the rounding before an [fp8](quantization.md) matmul, after SigLIP's attention and activation |
 
-In an fp8 policy every operation in front of a matmul takes that matmul's calibrated scale and writes e4m3: its output in
-its input's dtype, divided by the scale and rounded, to the bit what `to_fp8` makes of that output. `linear_geglu` then
-reads e4m3 too; its matmul adds in float32, multiplies by the scale of each output, and what it writes is rounded once.
+In an fp8 policy every operation before a matmul takes that matmul's calibrated scale and writes e4m3: its output in
+its input's dtype, divided by the scale and rounded, bit-identical to `to_fp8` of that output. `linear_geglu` then
+also reads e4m3; its matmul accumulates in float32, multiplies by each output's scale, and rounds its result once.
 
-A layer of the action expert is eight launches: a norm, the QKV matmul, `split_rope_store`, `attend`, the output matmul,
-a norm, `linear_geglu`, and the down projection.
+A layer of the action expert takes eight launches: a norm, the QKV matmul, `split_rope_store`, `attend`, the output
+matmul, a norm, `linear_geglu`, and the down projection.
 
-- A program of a norm and of `split_rope_store` has one token, so that reductions stay inside it. A modulation that all
-  tokens or samples share is read with stride 0, never copied.
-- `linear_geglu` has few rows, so that its bound is the reading of its weights (16.8 MB in the expert): 128 programs for
-  4096 columns, a pipeline of five stages.
-- `attend` lays the queries of one key/value head behind each other as rows. The suffix has few (400), so its keys are
-  split over programs too; the last program of a block of rows, known by an atomic counter, puts the parts together in a
+- Each program of a norm and of `split_rope_store` handles one token, so that reductions stay inside it. A modulation
+  that all tokens or samples share is read with stride 0, never copied.
+- `linear_geglu` has few rows, so it is bound by reading its weights (16.8 MB in the expert): 128 programs for 4096
+  columns, a pipeline of five stages.
+- `attend` concatenates the queries of one key/value head as rows. The suffix has few (400), so its keys are also
+  split over programs; the last program of a block of rows, determined by an atomic counter, combines the parts in a
   fixed order, so that the result is the same in every run on one kind of GPU. The counters are in the object that
   `triton_kernels` returns, which is for one stream at a time.
 
-## Compiled
+## Compiled kernels
 
-Full-size π₀.₅ in bfloat16, three cameras, 200 prompt tokens, 50 actions, batch 1 where nothing else is said; as many
-programs as on 132 processors (H100, H200). Registers (r) of a thread, shared memory of a program, and tensor-core
+Full-size π₀.₅ in bfloat16, three cameras, 200 prompt tokens, 50 actions, batch 1 unless stated otherwise; as many
+programs as on 132 processors (H100, H200). Registers (r) per thread, shared memory per program, and tensor-core
 instructions in the PTX. No register is spilled. ({versions}.) In float32 the two kernels with matmuls would need more
 shared memory than most GPUs have: they are for 16-bit dtypes.
 
@@ -89,7 +90,7 @@ shared memory than most GPUs have: they are for 16-bit dtypes.
 ## Commands
 
     python scripts/compile_kernels.py                          # compiles for all architectures, writes this document
-    TRITON_INTERPRET=1 pytest tests/unit/triton_kernels.py     # kernels against twins on a CPU
+    TRITON_INTERPRET=1 pytest tests/unit/triton_kernels.py     # kernels against references on a CPU
     pytest tests/unit/triton_kernels.py                        # the same on a GPU
 """  # noqa: E501
 
