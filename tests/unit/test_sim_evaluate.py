@@ -326,7 +326,7 @@ def test_a_swap_is_two_tasks(corridor, pair):  # noqa: F811
         swapped_instructions("corridor", ["short:fly"])
     with pytest.raises(ValueError, match="each once, got short, long, long, short"):
         swapped_instructions("corridor", ["short:long", "long:short"])
-    with pytest.raises(ValueError, match="0 and 28 of libero_90 have one instruction, 'close the top drawer"):
+    with pytest.raises(ValueError, match="0 and 28 of libero_90 have the same instruction, 'close the top drawer"):
         swapped_instructions("libero_90", ["0:28"])
 
 
@@ -399,9 +399,9 @@ def test_a_served_policys_metadata_are_checked(corridor, client):  # noqa: F811
 
 
 def test_a_server_decides_its_own_steps_and_loading(corridor, client):  # noqa: F811
-    with pytest.raises(ValueError, match="is its server's; leave num_steps out"):
+    with pytest.raises(ValueError, match="sets its number of Euler steps; leave num_steps out"):
         quiet("ws://robot:8000", rollout=Rollout(num_steps=5))
-    with pytest.raises(ValueError, match="number of samples of a served policy is its server's"):
+    with pytest.raises(ValueError, match="sets its number of samples"):
         quiet("ws://robot:8000", rollout=Rollout(num_samples=5))
     with pytest.raises(ValueError, match="This policy's server loads it; it takes no device"):
         quiet("ws://robot:8000", load={"device": "cpu"})
@@ -460,7 +460,7 @@ def test_worker_processes_have_the_token_but_not_in_their_command_lines(policy, 
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [(["--token", "wrong"], "does not accept the token"), ([], "asks for a token, but none was given")],
+    [(["--token", "wrong"], "does not accept the token"), ([], "requires a token, but none was given")],
 )
 def test_another_token_than_the_servers_is_one_line_and_status_1(
     corridor,  # noqa: F811
@@ -475,14 +475,14 @@ def test_another_token_than_the_servers_is_one_line_and_status_1(
         main(["eval", address, "--env", "corridor", "--workers", "1", *given])
     captured = capsys.readouterr()
     assert (caught.value.code, captured.out) == (1, "")
-    assert captured.err.startswith(f"error: {address} {message} (HTTP 401); expected the one that its server was")
+    assert captured.err.startswith(f"error: {address} {message} (HTTP 401); expected the token that the server was")
     assert "--token, as TORCHPI_TOKEN in the environment" in captured.err
     assert captured.err.count("\n") == 1
     assert "wrong" not in captured.err
 
 
 def test_a_token_without_a_server_is_an_error_unless_it_is_the_environments(corridor, policy, monkeypatch):  # noqa: F811
-    with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is none; leave the token out"):
+    with pytest.raises(ValueError, match=r"for the address of a server, .* and demo is not one; leave the token out"):
         quiet("demo", token=TOKEN)
     with pytest.raises(ValueError, match="this policy is loaded already; leave the token out"):
         quiet(policy, token=TOKEN)

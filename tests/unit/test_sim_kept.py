@@ -57,7 +57,7 @@ def test_an_interrupted_evaluation_goes_on_and_is_the_same_to_the_bit(corridor, 
             run(policy, tmp_path)
     kept = len(list((tmp_path / "episodes").iterdir()))
     assert 0 < kept < 6
-    message = f"{kept} of 6 episodes are in {tmp_path}; the same command goes on from there."
+    message = f"{kept} of 6 episodes are in {tmp_path}; run the same command to continue."
     assert str(caught.value).endswith(message if isinstance(error, KeyboardInterrupt) else f"running? {message}")
     with monkeypatch.context() as context:
         rest = Fails(context, (policy := random_policy()))

@@ -132,7 +132,7 @@ def test_a_recorded_episode_is_its_replay(tmp_path):
             np.testing.assert_array_equal(recorded["observation.images.image"], seen["observation/image"])
             np.testing.assert_array_equal(recorded["observation.images.wrist_image"], seen["observation/wrist_image"])
         else:
-            seen = environment.observe_moment(environment.moment(), images=False)
+            seen = environment.observe_snapshot(environment.snapshot(), images=False)
         np.testing.assert_array_equal(frame["observation.state"], seen["observation/state"].astype(np.float32))
         done.append(environment.step(frame["action"][0]))
     assert done[-1]

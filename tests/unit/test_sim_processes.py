@@ -15,15 +15,15 @@ from sim_jobs import Work, no_work
 from torchpi.sim.processes import default_workers, run_jobs
 
 
-def run(jobs, *, workers, make_work=Work, window=None):
-    results = run_jobs(make_work, jobs, workers=workers, label=lambda job: f"job {job!r}", window=window)
+def run(jobs, *, workers, make_runner=Work, window=None):
+    results = run_jobs(make_runner, jobs, workers=workers, label=lambda job: f"job {job!r}", window=window)
     return dict(enumerate(results))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_job_is_done_once(workers, monkeypatch):
     monkeypatch.delenv("LP_NUM_THREADS", raising=False)
-    results = run(list("abcdefg"), workers=workers, make_work=functools.partial(Work, []))
+    results = run(list("abcdefg"), workers=workers, make_runner=functools.partial(Work, []))
     assert {number: result[0] for number, result in results.items()} == dict(enumerate("abcdefg"))
     processes = {result[1] for result in results.values()}
     if workers == 1:
@@ -62,7 +62,7 @@ def test_window_keeps_jobs_near_the_first_unfinished_one(tmp_path):
 )
 def test_a_users_error_keeps_its_kind_and_gets_the_jobs_name(error, kind):
     with pytest.raises(kind) as caught:
-        run([error], workers=1, make_work=functools.partial(Work, []))
+        run([error], workers=1, make_runner=functools.partial(Work, []))
     assert caught.value.args == (f"job {error!r}: no camera",)
 
 
@@ -75,12 +75,12 @@ def test_so_does_one_of_another_process():
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_mistake_of_ours_comes_with_its_traceback(workers):
     with pytest.raises(RuntimeError, match=r"(?s)job .*Traceback.*in __call__.*ZeroDivisionError: x"):
-        run([0.0, ZeroDivisionError("x")], workers=workers, make_work=functools.partial(Work, []))
+        run([0.0, ZeroDivisionError("x")], workers=workers, make_runner=functools.partial(Work, []))
 
 
 def test_failed_setup_is_an_error_of_the_first_job():
     with pytest.raises(FileNotFoundError, match=r"job 0\.0: There is no policy"):
-        run([0.0, 0.0], workers=2, make_work=no_work)
+        run([0.0, 0.0], workers=2, make_runner=no_work)
 
 
 @pytest.mark.parametrize(
@@ -97,14 +97,14 @@ def test_a_process_that_is_killed_is_an_error_that_names_its_job(job, message):
 
 def test_single_worker_closes_its_work():
     closed = []
-    run([0.0], workers=1, make_work=functools.partial(Work, closed))
+    run([0.0], workers=1, make_runner=functools.partial(Work, closed))
     with pytest.raises(ValueError, match="no camera"):
-        run([ValueError("no camera")], workers=1, make_work=functools.partial(Work, closed))
+        run([ValueError("no camera")], workers=1, make_runner=functools.partial(Work, closed))
     assert closed == [True, True]
 
 
 def test_several_workers_close_their_work(tmp_path):
-    results = run([0.0] * 6, workers=2, make_work=functools.partial(Work, tmp_path / "closed"))
+    results = run([0.0] * 6, workers=2, make_runner=functools.partial(Work, tmp_path / "closed"))
     assert {str(result[1]) for result in results.values()} <= {path.name for path in tmp_path.iterdir()}
 
 

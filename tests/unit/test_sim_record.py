@@ -344,7 +344,7 @@ def test_the_rest_of_a_recording_that_is_gone_is_not_joined_to_another(corridor,
     for _ in range(2):
         killed(monkeypatch, tmp_path / "set", 1)
     shutil.rmtree(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"set\.rest goes on from a recording that is not in .*set any more: move or"):
+    with pytest.raises(ValueError, match=r"set\.rest continues a recording that is no longer in .*set: move or"):
         quiet(tmp_path / "set", seed=1)
 
 
@@ -385,11 +385,11 @@ class Later(Corridor):
 
     falls = False
 
-    def moment(self):
+    def snapshot(self):
         return self.position
 
-    def observe_moment(self, moment, *, images=True):
-        now, self.position = self.position, moment
+    def observe_snapshot(self, snapshot, *, images=True):
+        now, self.position = self.position, snapshot
         seen = self.observe() if images else {"state": np.array([self.position, self.goal, 0, 0]) / 10}
         self.position = now
         return seen

@@ -1,4 +1,4 @@
-"""ALOHA in MuJoCo (gym-aloha): two arms that hand over a cube, or put a peg into a socket.
+"""ALOHA in MuJoCo (gym-aloha): two arms hand over a cube, or put a peg into a socket.
 
 Source: Zhao et al., ACT (arXiv:2304.13705), and the package `gym_aloha`.
 """
@@ -13,9 +13,9 @@ from torchpi.sim.environment import Simulator, UnstableError, check_action, epis
 from torchpi.sim.gl import Cameras, import_mujoco
 from torchpi.transforms.images import resize_with_pad
 
-# The cube's is the one that openpi's policy was trained with.
+# openpi's policy was trained with this instruction for the cube.
 INSTRUCTIONS = {"transfer_cube": "Transfer cube", "insertion": "Insert the peg into the socket"}
-IMAGE_SIZE = 224  # that of openpi's client, and of its models
+IMAGE_SIZE = 224  # as in openpi's client and models
 MAX_STEPS = 300
 _ROBOT = aloha()
 EMBODIMENT = Embodiment(
@@ -24,23 +24,23 @@ EMBODIMENT = Embodiment(
     state=_ROBOT.state,
     actions=tuple(ActionDim(action.name, action.unit, command=action.command) for action in _ROBOT.actions),
     control_hz=50,
-    execute_steps=10,  # openpi's client for the simulator
+    execute_steps=10,  # as in openpi's client for this simulator
 )
-_SUCCESS = 4  # the reward of a task that is done
+_SUCCESS_REWARD = 4
 
 
 class AlohaSimEnvironment:
-    """One ALOHA task, in the observations of openpi's client: the top camera alone. See `Environment` for the methods.
+    """One ALOHA task with the observations of openpi's client: only the top camera. See `Environment` for the methods.
 
-    The policy gets the image that the package renders, with shadows and smooth edges; a policy may depend on them.
+    Images have the package's shadows and smooth edges, because a policy may depend on them.
     """
 
     embodiment, max_steps = EMBODIMENT, MAX_STEPS
 
     def __init__(self, task: str, *, image_size: int = IMAGE_SIZE) -> None:
-        import_mujoco()  # before gym_aloha imports it with a choice of its own
+        import_mujoco()  # before gym_aloha imports it with another backend
         self.task, self.instruction, self.image_size = task, INSTRUCTIONS[task], image_size
-        # Its own step and reset render three cameras each time; physics and task are driven here without them.
+        # gym_aloha's step and reset render three cameras; this class uses its physics and task without rendering.
         env = require("gym_aloha.env", "aloha").AlohaEnv(task)._env
         self._physics, self._task, self._num_substeps = env.physics, env.task, env._n_sub_steps
         sides, name2id = ("left", "right"), self._physics.model.name2id
@@ -51,14 +51,14 @@ class AlohaSimEnvironment:
         from gym_aloha.tasks.sim import BOX_POSE
         from gym_aloha.utils import sample_box_pose, sample_insertion_pose
 
-        # The package's way to place the objects: a global, which its task reads here.
-        is_cube, seed = self.task == "transfer_cube", episode_seed(seed)
-        BOX_POSE[0] = sample_box_pose(seed) if is_cube else np.concatenate(sample_insertion_pose(seed))
+        seed = episode_seed(seed)
+        pose = sample_box_pose(seed) if self.task == "transfer_cube" else np.concatenate(sample_insertion_pose(seed))
+        BOX_POSE[0] = pose  # the task's `initialize_episode` reads this global
         with self._physics.reset_context():
             self._task.initialize_episode(self._physics)
 
     def observe(self) -> dict[str, Any]:
-        """cam_high uint8 [3, 224, 224] with black bars, the joints and the grippers' openings [14], the instruction."""
+        """cam_high uint8 [3, 224, 224], padded with black; joints and grippers' openings [14]; the instruction."""
         image = self._cameras.render(self._physics.data.ptr, 480, 640)["cam_high"]
         image = resize_with_pad(image, self.image_size, self.image_size)
         return {
@@ -76,7 +76,7 @@ class AlohaSimEnvironment:
         except PhysicsError as error:
             raise UnstableError(str(error)) from error
         self._task.after_step(self._physics)
-        return bool(self._task.get_reward(self._physics) == _SUCCESS)
+        return bool(self._task.get_reward(self._physics) == _SUCCESS_REWARD)
 
     def expert_action(self) -> np.ndarray:
         raise NotImplementedError("ALOHA's simulator has no scripted expert")
@@ -89,7 +89,7 @@ class AlohaSimEnvironment:
         return _hands(self._physics.data.ptr, self._fingers)
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
-        """Positions of the hands if the joints were where each action wants them, [H, 2, 3]."""
+        """Positions of the hands, [H, 2, 3], if the joints reached each action's targets."""
         mujoco, model = import_mujoco(), self._physics.model.ptr
         data = mujoco.MjData(model)
         path = []
@@ -108,7 +108,7 @@ class AlohaSimEnvironment:
 
 
 def _hands(data: Any, fingers: list[list[int]]) -> np.ndarray:
-    """The middle of each arm's two fingers, [2, 3]."""
+    """Midpoint of each arm's two fingers, [2, 3]."""
     return np.stack([data.geom_xpos[pair].mean(axis=0) for pair in fingers])
 
 

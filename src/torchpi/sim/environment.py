@@ -1,4 +1,4 @@
-"""The interface of a simulator, so that policies can be run in it and episodes recorded from it."""
+"""The interface of a simulated environment, for running policies and recording episodes."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -13,29 +13,29 @@ from torchpi.robots import Embodiment
 
 @runtime_checkable
 class Environment(Protocol):
-    """One task of a simulator, in one process. Rendering happens in `observe` and `render` only, never in `step`."""
+    """One simulated task in one process. Only `observe` and `render` render images; `step` never does."""
 
     task: str
-    """Its name, as `make_environment` takes it."""
+    """Name of the task, as `make_environment` takes it."""
     instruction: str
-    """The text that tells a policy what to do; part of every observation."""
+    """Default prompt, part of every observation."""
     embodiment: Embodiment
-    """The simulated robot: the keys of `observe`, the dimensions of an action, the rate."""
+    """The simulated robot: the keys of `observe`, the dimensions of an action, the control rate."""
     max_steps: int
     """Actions after which an episode has failed."""
 
     def reset(self, seed: int) -> None:
-        """Begin an episode. The same seed gives the same episode, whatever happened before.
+        """Begin an episode. The same seed gives the same episode, whatever ran before.
 
         Raises:
             ValueError: the seed is not a whole number from 0 to 2³² - 1.
         """
 
     def observe(self) -> dict[str, Any]:
-        """The robot's observation now, in the embodiment's keys; renders its cameras."""
+        """The current observation in the embodiment's keys, with rendered camera images."""
 
     def step(self, action: np.ndarray) -> bool:
-        """Execute one action [a]; whether the task is done, as the simulator defines success.
+        """Execute one action [a] and return whether the task is done, by the simulator's definition of success.
 
         Raises:
             ValueError: the action is not [a], or not finite.
@@ -43,115 +43,118 @@ class Environment(Protocol):
         """
 
     def expert_action(self) -> np.ndarray:
-        """The scripted expert's action now, [a]; NotImplementedError where there is none."""
+        """The scripted expert's next action, [a]; NotImplementedError if the task has no expert."""
 
     def render(self, size: int) -> dict[str, np.ndarray]:
-        """Each camera's view, uint8 [h, w, 3] with a height of `size`, for people to look at."""
+        """Each camera's view for display, uint8 [h, w, 3] with a height of `size` pixels."""
 
     def close(self) -> None:
-        """Free what the simulator holds."""
+        """Release the simulator's resources."""
 
 
 @runtime_checkable
 class HasInitialStates(Protocol):
-    """An environment of a benchmark, whose evaluations begin in states that it comes with."""
+    """An environment of a benchmark that ships the initial states for evaluations."""
 
     def reset_to(self, episode: int, seed: int) -> None:
-        """Begin the n-th episode of an evaluation with a seed; a ValueError where there is none."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalProtocol:
-    """The settings of an evaluation that is asked for no others: those of a benchmark's published rates."""
-
-    seed: int = 0
-    episodes: int = 20
-    """Per task."""
-    execute_steps: int | None = None
-    """Actions of each chunk that are executed; None: what the policy recommends."""
-    initial_states: int | None = None
-    """Of each task, for one episode each: the environment `HasInitialStates`, and an evaluation is of all tasks."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Simulator:
-    """An environment before anything is simulated."""
-
-    instructions: Mapping[str, str]
-    """Its tasks by name."""
-    embodiment: Embodiment
-    """Its robot."""
-    max_steps: int
-    """Actions after which an episode has failed."""
-    image_size: int
-    """Height and width of the robot's cameras, unless another is asked for."""
-    make: Callable[..., Environment]
-    """Its class: task and image_size to an environment."""
-    expert_tasks: tuple[str, ...]
-    """Those with a scripted expert, which can be recorded."""
-    package: str
-    """The distribution that simulates it."""
-    extra: str = "sim"
-    """That of torchpi which installs it."""
-    disturbance: tuple[float | int, ...] | None = None
-    """A disturbance of 1 in each dimension of an action, added to it in its units; None: actions are from -1 to 1, and
-    a push takes the place of one."""
-    protocol: EvalProtocol = EvalProtocol()
-    memory_bytes: int = 2**30
-    """Of a process with one of its environments, without a policy."""
-    tail: int = 5
-    """Recorded actions after success, so that the last chunks before it have actions to the end."""
-    success_lasts: bool = False
-    """An episode is recorded only if it is a success at the end of its tail, too: what was put down stays there."""
+        """Begin the n-th evaluation episode with a seed; a ValueError if there is no such initial state."""
 
 
 @runtime_checkable
-class RendersLater(Protocol):
-    """An environment whose images cost far more than its physics: a recording renders successes only, and of them the
-    frames that it needs."""
+class DefersRendering(Protocol):
+    """An environment whose rendering costs far more than its physics.
 
-    def moment(self) -> Any:
-        """The state that `observe` would show."""
+    A recording renders only successful episodes, and only the frames that it needs.
+    """
 
-    def observe_moment(self, moment: Any, *, images: bool = True) -> dict[str, Any]:
-        """The observation of a moment of the present episode; without the images far cheaper."""
+    def snapshot(self) -> Any:
+        """The current state, for a later `observe_snapshot` in the same episode."""
 
-
-class UnstableError(Exception):
-    """An action, though finite, has broken the simulation: the episode has failed."""
+    def observe_snapshot(self, snapshot: Any, *, images: bool = True) -> dict[str, Any]:
+        """The observation that `observe` would have returned; without images it is far cheaper."""
 
 
 @runtime_checkable
 class ShowsHands(Protocol):
-    """An environment that knows where its robot's hands are and would go: videos then draw their paths."""
+    """An environment that knows the positions of its robot's hands, so that videos can draw their paths."""
 
     def hands(self) -> np.ndarray:
-        """The tip of each hand, [n, 3], in metres."""
+        """Position of each hand's tip in metres, [n, 3]."""
 
     def hands_after(self, chunk: np.ndarray) -> np.ndarray:
-        """The hands' positions after each action of a chunk [H, a] from here, [H, n, 3]; for the eye, not exact."""
+        """Approximate positions of the hands after each action of a chunk [H, a] from the current state, [H, n, 3]."""
 
     def project(self, points: np.ndarray, size: int) -> tuple[str, np.ndarray]:
-        """The view of `render(size)` to draw in, and the points [k, 3] as its pixels (x, y), [k, 2]."""
+        """A view of `render(size)`, by name, and the pixels (x, y) in it of points [k, 3], as [k, 2]."""
+
+
+class UnstableError(Exception):
+    """A finite action made the simulation diverge; the episode has failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalProtocol:
+    """Default settings of an evaluation; a benchmark's are those of its published rates."""
+
+    seed: int = 0
+    episodes: int = 20
+    """Episodes per task."""
+    execute_steps: int | None = None
+    """Actions executed per chunk; None: the policy's recommendation."""
+    initial_states: int | None = None
+    """Number of the benchmark's initial states per task, each for one episode. If set, the environment
+    `HasInitialStates`, and an evaluation runs all tasks by default."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulator:
+    """Description of an environment, available without its simulator."""
+
+    instructions: Mapping[str, str]
+    """Task name to instruction."""
+    embodiment: Embodiment
+    max_steps: int
+    """Actions after which an episode has failed."""
+    image_size: int
+    """Default height and width of the robot's camera images in pixels."""
+    make: Callable[..., Environment]
+    """Makes an environment from `task` and `image_size`."""
+    expert_tasks: tuple[str, ...]
+    """Tasks with a scripted expert, which can be recorded."""
+    package: str
+    """Distribution that contains the simulator."""
+    extra: str = "sim"
+    """Extra of torchpi that installs it."""
+    disturbance: tuple[float | int, ...] | None = None
+    """Scale of a recording's noise and pushes per action dimension, in its units; both are added to the action. None:
+    actions are limited to ±1, noise is added, and a push replaces the action."""
+    protocol: EvalProtocol = EvalProtocol()
+    memory_bytes: int = 2**30
+    """Memory of a process with one environment and no policy."""
+    tail: int = 5
+    """Actions recorded after success, so that the last chunks before it have actions to their end."""
+    success_lasts: bool = False
+    """An episode is recorded only if it is still a success at the end of its tail, for example if an object stays where
+    it was put."""
 
 
 def environment_seed(purpose: Literal["record", "eval"], seed: int, task: str, episode: int, attempt: int = 0) -> int:
-    """The seed of the `reset` of a task's n-th episode, from that of the whole run; of a recording also of the attempt.
+    """The seed for `Environment.reset` of a task's n-th episode, and of a recording's n-th attempt at it.
 
-    Recording has the even numbers and evaluation the odd ones, so that no policy is evaluated in an episode that it was
-    trained on, whatever the seeds of the two runs.
+    Recordings use even seeds and evaluations odd ones, so that no policy is evaluated in an episode that it was trained
+    on, whatever the seeds of the two runs.
     """
     drawn = int(generator_at(seed, f"{purpose} episodes", task, episode, attempt).integers(2**31))
-    return 2 * drawn + (purpose == "eval")  # below 2³², the largest that all simulators take
+    return 2 * drawn + (purpose == "eval")  # below 2³², the limit of all simulators
 
 
 def episode_seed(seed: Any) -> int:
-    """The seed of a `reset`, up to the largest that all simulators take."""
+    """Check a seed for `Environment.reset`; all simulators accept seeds below 2³²."""
     return checked_seed(seed, below=2**32)
 
 
 def check_action(action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
-    """The action as float64 [a]."""
+    """The action as float64 [a]; a ValueError for another shape or values that are not finite."""
     array = np.asarray(action, np.float64)
     if array.shape != (embodiment.action_size,):
         raise SimulationError(

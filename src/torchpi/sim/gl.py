@@ -1,4 +1,4 @@
-"""MuJoCo's renderer, set up for a machine without a screen and without a GPU."""
+"""MuJoCo's renderer on machines without a screen, with or without a GPU."""
 
 import atexit
 import contextlib
@@ -18,58 +18,63 @@ from torchpi.extras import require
 
 
 class OpenGLError(OSError):
-    """This machine has no OpenGL that renders without a screen; the message says what to install."""
+    """This machine has no OpenGL that renders without a screen; the message names the packages to install."""
 
 
 def _no_opengl(reason: Exception) -> OpenGLError:
-    device = os.environ.get("MUJOCO_EGL_DEVICE_ID")
-    counted = f" MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process: unset it."
+    hint, device = "", os.environ.get("MUJOCO_EGL_DEVICE_ID")
+    if device is not None:
+        hint = f" MUJOCO_EGL_DEVICE_ID is {device}; it counts from 0 the GPUs that EGL shows this process: unset it."
     return OpenGLError(
         f"No OpenGL that renders without a screen (MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: "
-        f"{str(reason).rstrip('.')}).{'' if device is None else counted} For EGL unset MUJOCO_GL and, on Debian or "
-        "Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0. Or choose another backend of MuJoCo, for example "
-        "MUJOCO_GL=osmesa with libosmesa6."
+        f"{str(reason).rstrip('.')}).{hint} For EGL unset MUJOCO_GL and, on Debian or Ubuntu: apt-get install libegl1 "
+        "libgl1-mesa-dri libopengl0. Or choose another backend of MuJoCo, for example MUJOCO_GL=osmesa with libosmesa6."
     )
 
 
 def import_mujoco() -> Any:
-    """MuJoCo, which decides at import how it will render: with EGL, unless the user's MUJOCO_GL says otherwise."""
-    if sys.platform == "linux":  # elsewhere its own choice needs no screen
+    """Import MuJoCo, which chooses its rendering backend at import: EGL, unless the user has set MUJOCO_GL."""
+    if sys.platform == "linux":  # on other systems MuJoCo's default renders without a screen
         os.environ.setdefault("MUJOCO_GL", "egl")
-    # Mesa's software renderer and Triton each bring an LLVM. Triton, which torch.compile imports, ends the process with
-    # a segmentation fault if it comes second.
+    # Mesa's software renderer and Triton, which torch.compile imports, each contain an LLVM. The process crashes with a
+    # segmentation fault if Triton is loaded second.
     if importlib.util.find_spec("triton") is not None:
         importlib.import_module("triton")
     try:
         return require("mujoco", "sim")
     except MissingExtraError:
         raise
-    # PyOpenGL finds no libEGL, or no libOpenGL (ArgumentError), and says so in its own way; MuJoCo does not know the
-    # value of MUJOCO_GL.
+    # PyOpenGL raises various errors without libEGL, and ArgumentError without libOpenGL; MuJoCo raises RuntimeError for
+    # an unknown value of MUJOCO_GL.
     except (ArgumentError, AttributeError, ImportError, OSError, RuntimeError) as error:
         raise _no_opengl(error) from error
 
 
 class Cameras:
-    """Renders several views of one simulation, at any size, through one OpenGL context.
+    """Renders several cameras of one simulation, at any size, through one OpenGL context.
 
-    MuJoCo's own `Renderer` has a context per size, each of which takes half a second to fill; and it frees its textures
-    after its context, that is, in the context of another renderer where there is one, which shows garbage from then on.
+    MuJoCo's own `Renderer` needs a context per size, each of which takes half a second to fill. It also frees its
+    textures after its context, and therefore in the context of another renderer, if there is one, whose images are
+    garbage from then on.
     """
 
     def __init__(
         self, model: Any, cameras: Mapping[str, Any], *, effects: bool = False, hidden_group: int | None = None
     ) -> None:
-        """Views of cameras, by the model's names for them or as MjvCamera; with the model's effects (shadows,
-        reflections and smooth edges), which take five sixths of the time without a GPU; without a group of geometries,
-        such as those for collisions."""
+        """Set the cameras and the level of detail.
+
+        Args:
+            cameras: name of each view to the model's name of the camera, or an MjvCamera.
+            effects: render shadows, reflections and smooth edges, which take five sixths of the time without a GPU.
+            hidden_group: a group of geometries to hide, such as those for collisions.
+        """
         self._model, self._effects, self._size = model, effects, (0, 0)
         self._hidden_group = hidden_group
         self._cameras = {name: _camera(model, camera) for name, camera in cameras.items()}
-        self._free: weakref.finalize[..., Any] | None = None  # frees the context; None: there is none
+        self._free: weakref.finalize[..., Any] | None = None  # frees the context, if there is one
 
     def render(self, data: Any, height: int, width: int | None = None) -> dict[str, np.ndarray]:
-        """Each view as uint8 [height, width, 3]; square by default."""
+        """Render each view as uint8 [height, width, 3], square by default."""
         mujoco, width = import_mujoco(), width or height
         if self._free is None:
             self._make_context(mujoco)
@@ -87,7 +92,7 @@ class Cameras:
         return views
 
     def _make_context(self, mujoco: Any) -> None:
-        """Make an OpenGL context with the model's meshes and textures in it."""
+        """Make an OpenGL context that contains the model's meshes and textures."""
         if not self._effects:
             self._model.vis.quality.offsamples = 0  # read when the context is made
         try:
@@ -103,18 +108,18 @@ class Cameras:
         if not self._effects:
             for flag in (mujoco.mjtRndFlag.mjRND_SHADOW, mujoco.mjtRndFlag.mjRND_REFLECTION):
                 self._scene.flags[flag] = False
-        # At the interpreter's exit EGL ends before objects are deleted, so that freeing a context then prints errors.
-        # Exit functions run in reverse order: this one, registered after EGL's, before it.
+        # EGL shuts down at the interpreter's exit before objects are deleted, and freeing a context then prints errors.
+        # Exit functions run in reverse order, so this one runs before that of EGL, which was registered earlier.
         self._free = weakref.finalize(self, _free, self._gl, self._mjr)
         self._free.atexit = False
         atexit.register(self._free)
 
     def project(self, data: Any, camera: str, points: np.ndarray, height: int, width: int | None = None) -> np.ndarray:
-        """The pixels, x and y [k, 2], of the simulation's points [k, 3] in a view; NaN behind the camera."""
+        """Project points [k, 3] of the simulation to pixels (x, y) of a view, [k, 2]; NaN behind the camera."""
         mujoco = import_mujoco()
         scene = mujoco.MjvScene(self._model, maxgeom=1)
         mujoco.mjv_updateCamera(self._model, data, self._cameras[camera], scene)
-        eyes = scene.camera  # two, for stereo; a plain image is taken from between them
+        eyes = scene.camera  # two, for stereo; a plain image is taken from their midpoint
         position = np.mean([eye.pos for eye in eyes], axis=0)
         forward, up, near = eyes[0].forward, eyes[0].up, eyes[0].frustum_near
         offset = np.asarray(points, np.float64) - position
@@ -145,17 +150,18 @@ def _camera(model: Any, camera: Any) -> Any:
 
 def _new_gl(mujoco: Any) -> Any:
     backend: Any = getattr(mujoco, "GLContext", None)
-    if os.environ.get("MUJOCO_GL", "").lower() == "egl":  # whatever MuJoCo chose, which may have been imported earlier
+    # MuJoCo may have been imported before MUJOCO_GL was set, and then uses another backend.
+    if os.environ.get("MUJOCO_GL", "").lower() == "egl":
         backend = importlib.import_module("mujoco.egl").GLContext
     if backend is None:
         raise RuntimeError("This turns rendering off.")
-    # One that could not be built would print errors as it is deleted, for lack of this attribute.
+    # Without this attribute, a context whose construction has failed prints errors when it is deleted.
     deletable = type("GLContext", (backend,), {"_context": None})
-    return deletable(64, 64)  # the size of a window, which an off-screen context does not have
+    return deletable(64, 64)  # the size of a window, which an off-screen context ignores
 
 
 def _free(gl: Any, mjr: Any) -> None:
-    gl.make_current()  # what is freed now is this context's
+    gl.make_current()  # the calls below act on the current context
     mjr.free()
     gl.free()
 
@@ -164,7 +170,7 @@ _SCENE = "<mujoco><worldbody><camera name='view' pos='0 0 1'/></worldbody></mujo
 
 
 def rendering_problem() -> str | None:
-    """The missing part and how to install it, found by rendering a small image; None: nothing is missing."""
+    """Try to render a small image; return what is missing and how to install it, or None if nothing is."""
     try:
         mujoco = import_mujoco()
         require("metaworld", "sim")

@@ -1,8 +1,8 @@
-"""Episodes of an evaluation in a folder, where they are kept as they end, so that an interrupted one goes on.
+"""The folder in which an evaluation saves each episode's outcome, so that it can be resumed.
 
-evaluation.json               the settings that decide an episode
+evaluation.json               the settings that determine the episodes
 episodes/<task>_<number>.json the outcome of each
-.lock                         held by the evaluation that runs
+.lock                         held by the running evaluation
 """
 
 import contextlib
@@ -23,11 +23,13 @@ from torchpi.sim.rollout import Actor, EpisodeOutcome, Rollout
 
 
 @contextlib.contextmanager
-def resumable(
+def evaluation_folder(
     folder: pathlib.Path, actor: Actor, env: str, seed: int, rollout: Rollout, instructions: Mapping[str, str]
 ) -> Iterator[None]:
-    """Keep other processes out of a folder, and note an evaluation's settings in it; an error if it has episodes of
-    others, which are not to be mixed."""
+    """Lock a folder, and write or compare the evaluation's settings in it.
+
+    An error for a folder with episodes of other settings, or with another evaluation that is running.
+    """
     packages = ("torchpi", "torch", "mujoco", simulator(env).package)
     settings: dict[str, Any] = {
         "policy": fingerprint(actor),
@@ -45,27 +47,28 @@ def resumable(
             f"Another process evaluates into {folder}; wait for its end, or choose another folder with --out."
         ) from error
     with lock:
-        _begin_or_resume(folder, settings)
+        _write_or_compare(folder, settings)
         yield
 
 
-def _begin_or_resume(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    if (file := folder / "evaluation.json").exists():
-        before = read_json_object(file, error=SimulationError)
-        if changed := [name for name in {**settings, **before} if settings.get(name) != before.get(name)]:
-            found = "; ".join(f"{name} {before.get(name)}, now {settings.get(name)}" for name in changed)
-            raise SimulationError(
-                f"{folder} has episodes of an evaluation with {found}: they would be mixed. Choose another folder with "
-                "--out, or delete this one."
-            )
-    else:
+def _write_or_compare(folder: pathlib.Path, settings: dict[str, Any]) -> None:
+    file = folder / "evaluation.json"
+    if not file.exists():
         if any((folder / "episodes").glob("*.json")):
             raise SimulationError(f"{folder} has episodes, but no {file.name} with their settings: choose another one.")
         write_json(file, settings)
+        return
+    saved = read_json_object(file, error=SimulationError)
+    if changed := [name for name in {**settings, **saved} if settings.get(name) != saved.get(name)]:
+        differences = "; ".join(f"{name} {saved.get(name)}, now {settings.get(name)}" for name in changed)
+        raise SimulationError(
+            f"{folder} has episodes of an evaluation with {differences}: they would be mixed. Choose another folder "
+            "with --out, or delete this one."
+        )
 
 
 def read_outcome(file: pathlib.Path) -> EpisodeOutcome:
-    """The outcome of an episode that has ended."""
+    """Read the outcome of a finished episode."""
     try:
         return parse(EpisodeOutcome, read_json(file, error=SimulationError), str(file), error=SimulationError)
     except SimulationError as error:

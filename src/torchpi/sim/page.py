@@ -1,4 +1,4 @@
-"""An evaluation as a page: success per task, the settings, and the videos."""
+"""HTML page of an evaluation: success per task, settings and videos."""
 
 import base64
 import os
@@ -12,7 +12,7 @@ from torchpi.ui.page import definitions, html_page, page_header
 
 
 def render_evaluation(evaluation: Evaluation, folder: pathlib.Path) -> str:
-    """The page as HTML; `folder` is the page's, for links to the videos."""
+    """Render the page as HTML, with links to the videos relative to the page's folder."""
     count = len(evaluation.episodes)
     low, high = evaluation.interval
     tiles = [
@@ -47,7 +47,7 @@ def render_evaluation(evaluation: Evaluation, folder: pathlib.Path) -> str:
 
 
 def video_figure(episode: Episode, instruction: str, folder: pathlib.Path, *, embedded: bool = False) -> str:
-    """HTML of an episode's video with its outcome: linked from a page's folder, or embedded in the page."""
+    """HTML figure of an episode's video and outcome; the video is linked relative to the page's folder, or embedded."""
     path = pathlib.Path(str(episode.video))
     link = quote(pathlib.Path(os.path.relpath(path, folder)).as_posix())
     source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}" if embedded else link

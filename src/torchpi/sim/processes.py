@@ -1,4 +1,4 @@
-"""Jobs in parallel processes, whose errors name the job."""
+"""Jobs in parallel processes, with the job's name in error messages."""
 
 import atexit
 import collections
@@ -24,133 +24,136 @@ from torchpi.extras import environment_defaults
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# A user can do something about these, so they are shown as one line; any other is our mistake, with its traceback.
-_FOR_USERS = (KeyboardInterrupt, ModuleNotFoundError, FileNotFoundError, KeyError, ValueError, OSError)
-# One thread each: the processes are as many as the cores.
+# Errors that a user can act on are shown as one line; all others are bugs of ours, and are shown with a traceback.
+_USER_ERRORS = (KeyboardInterrupt, ModuleNotFoundError, FileNotFoundError, KeyError, ValueError, OSError)
+# One thread per process, because there is one process per core.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
 
 
 def run_jobs(
-    make_work: Callable[[], Callable[[Job], Result]],
+    make_runner: Callable[[], Callable[[Job], Result]],
     jobs: Sequence[Job],
     *,
     workers: int,
     label: Callable[[Job], str],
     window: int | None = None,
 ) -> Generator[Result, None, None]:
-    """Do the jobs, and yield their results in the order of the jobs.
+    """Run jobs, and yield their results in the order of the jobs.
 
-    Ending the generator early, also by Ctrl-C, ends the processes.
+    Closing the generator early, or Ctrl-C, ends the processes.
 
     Args:
-        make_work: makes what does a job; called once in each process. With several workers it and the jobs are pickled.
-            Its product is closed when all is done, where it has a `close`.
-        jobs: begun in order.
-        workers: processes; 1: no other than this one.
-        label: a job's name in errors.
-        window: how far a job may be ahead of the first unfinished one; None: any distance. Results wait that long.
+        make_runner: makes the function that runs a job; called once in each process. If the function has a method
+            `close`, it is called at the end. With several workers, `make_runner` and the jobs are pickled.
+        jobs: started in this order.
+        workers: number of processes; 1: run the jobs in this process.
+        label: name of a job in error messages.
+        window: number of jobs, counted from the first unfinished one, that may be started; None: all. It limits the
+            number of results that wait for an earlier one.
     """
     if workers < 1:
         raise SimulationError(f"workers must be at least 1, got {workers}.")
     if workers > 1:
-        yield from _run_in_processes(make_work, jobs, min(workers, len(jobs)), label, window or len(jobs))
+        yield from _run_in_processes(make_runner, jobs, min(workers, len(jobs)), label, window or len(jobs))
         return
-    with contextlib.closing(_Worker(make_work)) as worker:
+    with contextlib.closing(_Worker(make_runner)) as worker:
         for job in jobs:
             yield worker(job, label(job))
 
 
 def default_workers(jobs: int, *, bytes_each: int) -> int:
-    """The number of processes worth starting: one per core, as far as there are jobs, and memory for each."""
+    """The default number of processes: one per core, limited by the number of jobs and the available memory."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, jobs, psutil.virtual_memory().available // bytes_each))
 
 
 @contextlib.contextmanager
-def explaining(remains: Callable[[BaseException], str]) -> Iterator[None]:
-    """Say in a user's error, behind its message, what remains of the work: a sentence, or nothing."""
+def append_to_errors(describe: Callable[[BaseException], str]) -> Iterator[None]:
+    """Append a sentence about the finished work, unless it is empty, to the message of a user's error."""
     try:
         yield
-    except _FOR_USERS as error:
-        if not (text := remains(error)):
+    except _USER_ERRORS as error:
+        if not (sentence := describe(error)):
             raise
-        problem = _message_of(error).rstrip(".")
-        end = "" if problem.endswith("?") else "."
-        raise _rephrased(error, f"{problem}{end} {text}" if problem else text) from error
+        message = _message_of(error).rstrip(".")
+        if message:
+            sentence = f"{message} {sentence}" if message.endswith("?") else f"{message}. {sentence}"
+        raise _with_message(error, sentence) from error
 
 
-def _rephrased(error: BaseException, text: str) -> BaseException:
+def _with_message(error: BaseException, message: str) -> BaseException:
     """An exception of the same kind with another message."""
-    kinds = (type(error),) if isinstance(error, TorchpiError) else _FOR_USERS
-    other = next(kind(text) for kind in kinds if isinstance(error, kind))
+    kinds = (type(error),) if isinstance(error, TorchpiError) else _USER_ERRORS
+    copy = next(kind(message) for kind in kinds if isinstance(error, kind))
     for note in getattr(error, "__notes__", ()):
-        other.add_note(note)
-    return other
+        copy.add_note(note)
+    return copy
 
 
 def _message_of(error: BaseException) -> str:
-    """Its message; str() of a KeyError quotes it."""
+    """The message of an exception, without the quotes that str() adds to a KeyError's."""
     return str(error.args[0] if isinstance(error, KeyError) and error.args else error)
 
 
 class _Worker:
-    """Does jobs in one process; what it works with is made for the first one."""
+    """Runs jobs in one process; makes its runner for the first job."""
 
-    def __init__(self, make_work: Callable[[], Callable[[Any], Any]]) -> None:
-        self._make_work = make_work
-        self._work: Callable[[Any], Any] | None = None
+    def __init__(self, make_runner: Callable[[], Callable[[Any], Any]]) -> None:
+        self._make_runner = make_runner
+        self._runner: Callable[[Any], Any] | None = None
 
     def __call__(self, job: Any, label: str) -> Any:
         try:
-            if self._work is None:
-                self._work = self._make_work()
-            return self._work(job)
+            if self._runner is None:
+                self._runner = self._make_runner()
+            return self._runner(job)
         except Exception as error:
-            if isinstance(error, _FOR_USERS):
-                raise _rephrased(error, f"{label}: {_message_of(error)}") from error
+            if isinstance(error, _USER_ERRORS):
+                raise _with_message(error, f"{label}: {_message_of(error)}") from error
             raise RuntimeError(f"{label} failed:\n{traceback.format_exc()}") from error
 
     def close(self) -> None:
-        getattr(self._work, "close", lambda: None)()
+        if close := getattr(self._runner, "close", None):
+            close()
 
 
 def _run_in_processes(
-    make_work: Callable[[], Callable[[Any], Any]],
+    make_runner: Callable[[], Callable[[Any], Any]],
     jobs: Sequence[Any],
     workers: int,
     label: Callable[[Any], str],
     window: int,
 ) -> Iterator[Any]:
-    before = set(multiprocessing.active_children())
-    context = multiprocessing.get_context("spawn")  # forks of a process with OpenGL or threads in it may hang
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(make_work,))
+    other_children = set(multiprocessing.active_children())
+    context = multiprocessing.get_context("spawn")  # a forked process with OpenGL or threads in it may hang
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_process, initargs=(make_runner,))
     remaining, processes = iter(jobs), set[BaseProcess]()
-    begun: collections.deque[tuple[str, Future[Any]]] = collections.deque()
+    pending: collections.deque[tuple[str, Future[Any]]] = collections.deque()
     try:
         while True:
-            for job in itertools.islice(remaining, window - len(begun)):
+            for job in itertools.islice(remaining, window - len(pending)):
                 with environment_defaults(**_ONE_THREAD), interrupts_held():
-                    begun.append((label(job), pool.submit(_do, job, label(job))))
-                processes |= set(multiprocessing.active_children()) - before
-            if not begun:
+                    pending.append((label(job), pool.submit(_run_job, job, label(job))))
+                processes |= set(multiprocessing.active_children()) - other_children
+            if not pending:
                 break
-            result = begun[0][1].result()
-            begun.popleft()
+            result = pending[0][1].result()
+            pending.popleft()
             yield result
     except BrokenProcessPool as error:
-        unfinished = [name for name, future in begun if not future.done() or future.exception()]
+        unfinished = [name for name, future in pending if not future.done() or future.exception()]
         pool.shutdown(cancel_futures=True)  # its thread fetches the exit statuses, and only one thread can
-        raise _ended(processes, unfinished[:workers]) from error  # the pool begins them in order
+        raise _unexpected_end(processes, unfinished[:workers]) from error  # the pool starts jobs in order
     finally:
-        if begun:  # ended early: nobody waits for the jobs that run
+        if pending:  # ended early: nobody waits for the running jobs
             for process in processes:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
 
 
-def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessError:
+def _unexpected_end(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessError:
     codes = [process.exitcode for process in processes if process.exitcode]
-    # The pool terminates the others.
+    # The pool sends SIGTERM to the other processes.
     code = next((code for code in codes if code != -signal.SIGTERM), -signal.SIGTERM)
     reason = f"signal {-code}" if code < 0 else f"exit status {code}"
     hint = " The machine may have run out of memory: try fewer workers." if code == -signal.SIGKILL else ""
@@ -159,17 +162,17 @@ def _ended(processes: set[BaseProcess], labels: Sequence[str]) -> ChildProcessEr
 
 @contextlib.contextmanager
 def interrupts_held() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C; this process sees it afterwards, and ends them."""
+    """Block Ctrl-C: processes started in the block never receive it, this process receives it after the block."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    # Started with the first process, it would let the signal through again before that one is there.
+    # Python starts the resource tracker with the first process, and unblocks the signal again before that process runs.
     resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 # In a worker process:
@@ -177,23 +180,23 @@ def interrupts_held() -> Iterator[None]:
 _worker: _Worker | None = None
 
 
-def _begin(make_work: Callable[[], Callable[[Any], Any]]) -> None:
+def _init_process(make_runner: Callable[[], Callable[[Any], Any]]) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.dup2(2, 1)  # standard output is the command's, libraries may print to it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker = _Worker(make_work)
+    os.dup2(2, 1)  # libraries may print to standard output, which is reserved for the command's result
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    _worker = _Worker(make_runner)
     atexit.register(_worker.close)
 
 
-def _end_with_parent() -> None:
-    """A parent that is killed ends nothing itself."""
+def _exit_with_parent() -> None:
+    """Exit when the parent process ends: a parent that is killed can't end its children."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
     os._exit(1)
 
 
-def _do(job: Any, label: str) -> Any:
+def _run_job(job: Any, label: str) -> Any:
     assert _worker is not None
     return _worker(job, label)

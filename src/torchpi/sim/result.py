@@ -15,17 +15,17 @@ class Episode:
 
     task: str
     index: int
-    """Its number within the task."""
+    """Index within the task."""
     seed: int
-    """That of the environment's reset."""
+    """Seed of the environment's reset."""
     success: bool
     steps: int
-    """Actions executed, until success or the end."""
+    """Number of executed actions."""
     num_chunks: int
     unstable: bool = False
-    """An action has broken the simulation, which ended the episode."""
+    """True if an action made the simulation diverge, which ended the episode."""
     video: str | None = None
-    """Path of its video, where there is one."""
+    """Path of its video."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TaskResult(Rate):
     """The result of one task."""
 
     instruction: str
-    """The policy's."""
+    """The policy's prompt."""
     mean_steps: float | None
     """Mean number of steps of the successful episodes; None: no episode succeeded."""
     median_steps: float | None
@@ -46,34 +46,34 @@ class Evaluation:
 
     env: str
     policy: str
-    """Its path or address."""
+    """Path or address."""
     seed: int
     success_rate: float
     """Fraction of all episodes that succeeded, 0 to 1."""
     interval: tuple[float, float]
-    """Wilson's 95 % interval of it."""
+    """Wilson's 95 % interval of the success rate."""
     tasks: Mapping[str, TaskResult]
     num_steps: int | None
     """Euler steps; None: the policy's default."""
     execute_steps: int | None
-    """Actions executed of each chunk; None: half of it."""
+    """Actions executed per chunk; None: half of the chunk."""
     max_steps: int
     blank_images: bool
     steps_per_second: float
-    """Actions executed per second on the clock, policy and rendering included, in all processes together; where all
-    episodes had been kept, in one."""
+    """Actions executed per second of wall-clock time, inference and rendering included, by all processes together; by
+    one process if all episodes had been saved before."""
     chunk_ms: float
-    """Median time that the policy took for one chunk, in milliseconds."""
+    """Median inference time per chunk in milliseconds."""
     seconds: float
-    """This call on the clock, without the episodes that had been kept."""
+    """Wall-clock duration of the call, without episodes saved before."""
     episodes: tuple[Episode, ...]
     """In the order of the tasks."""
     videos: tuple[str, ...]
-    """Paths."""
+    """Paths of the videos."""
     num_samples: int | None = None
-    """Chunks that were sampled each time, one of which was executed; None: one."""
+    """Chunks sampled per request, one of which was executed; None: one."""
     pick: str | None = None
-    """The choice among them."""
+    """Rule that picked one of the samples."""
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -81,11 +81,13 @@ class Evaluation:
 
 def task_result(instruction: str, episodes: Sequence[Episode]) -> TaskResult:
     steps = [episode.steps for episode in episodes if episode.success]
-    mean, median = (float(of(steps)) if steps else None for of in (statistics.mean, statistics.median))
+    mean = float(statistics.mean(steps)) if steps else None
+    median = float(statistics.median(steps)) if steps else None
     return TaskResult(*success_rate(episodes), len(episodes), instruction, mean, median)
 
 
 def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float]]:
+    """Success rate and its 95 % interval."""
     successes = sum(episode.success for episode in episodes)
     return successes / len(episodes), wilson_interval(successes, len(episodes))
 
@@ -93,22 +95,25 @@ def success_rate(episodes: Sequence[Episode]) -> tuple[float, tuple[float, float
 def success_table(
     evaluation: Evaluation, measured: Mapping[str, Rate] | None = None, overall: Rate | None = None
 ) -> Table:
-    """Success per task, and over several.
+    """Table of the success per task and, of several tasks, over all.
 
     Args:
-        measured: rates by task from an earlier evaluation, for a column of their own.
-        overall: of these, over all tasks.
+        measured: rates by task from an evaluation after training, shown in another column.
+        overall: the rate over all tasks in that evaluation.
     """
     columns = [Column("task", "name"), Column("instruction"), Column("success, 95 % interval", "rate")]
-    columns += [Column("steps", "number"), *([Column("measured after training", "rate")] if measured else [])]
+    columns.append(Column("steps", "number"))
     rows: list[list[Cell]] = []
     for name, task in evaluation.tasks.items():
         steps = "–" if task.mean_steps is None else f"{task.mean_steps:.0f}"
-        rows.append([name, task.instruction, task, steps, *([str(measured.get(name, "–"))] if measured else [])])
-    if len(rows) == 1:
-        return Table(columns, rows)
-    rate = Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes))
-    return Table(columns, rows, ["all", "", rate, "", *([str(overall)] if measured else [])])
+        rows.append([name, task.instruction, task, steps])
+    total: list[Cell] = ["all", "", Rate(evaluation.success_rate, evaluation.interval, len(evaluation.episodes)), ""]
+    if measured:
+        columns.append(Column("measured after training", "rate"))
+        for row, name in zip(rows, evaluation.tasks, strict=True):
+            row.append(str(measured.get(name, "–")))
+        total.append(str(overall))
+    return Table(columns, rows, total) if len(rows) > 1 else Table(columns, rows)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

