@@ -1,4 +1,4 @@
-"""The embedded policy at work: `torchpi demo`, and the camera frames that come with it."""
+"""`torchpi demo`: the embedded policy in a simulator, or on packaged camera frames."""
 
 from torchpi.demo.frames import demo_observation as demo_observation
 from torchpi.demo.frames import demo_tasks as demo_tasks

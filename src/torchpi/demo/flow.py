@@ -1,4 +1,4 @@
-"""The data flow of one request through the policy, and the frames that the policy sees without a simulator."""
+"""Data flow of one request through the policy."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from torchpi.policy import Policy
 from torchpi.ui.format import format_shape
 
 DemoFrame = tuple[Mapping[str, Any], np.ndarray]
-"""An observation with the action chunk that the policy answers, float32 [H, a]."""
+"""An observation and the policy's action chunk, float32 [H, a]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DataFlow:
-    """Every tensor of one request: the trace of a batch of one."""
+    """Trace of one request, with all tensors."""
 
     trace: Trace
     chunks: np.ndarray
-    """In the robot's units, before the first Euler step and after each: float32 [steps + 1, H, a]."""
+    """The chunk in the robot's units before the first Euler step and after each, float32 [steps + 1, H, a]."""
 
     @property
     def actions(self) -> np.ndarray:
@@ -31,12 +31,7 @@ class DataFlow:
 
 
 def trace_request(policy: Policy, observation: Mapping[str, Any], noise: np.ndarray) -> DataFlow:
-    """Trace a request through the policy.
-
-    Args:
-        observation: in the robot's keys.
-        noise: [H, action_dim].
-    """
+    """Trace a request, an observation in the robot's keys and noise [H, action_dim], through the policy."""
     trace = trace_forward(inputs_of_policy(policy, Shapes(batch=1), observation, noise=noise))
     assert trace.values is not None
     assert trace.inputs.to_robot is not None
@@ -44,17 +39,18 @@ def trace_request(policy: Policy, observation: Mapping[str, Any], noise: np.ndar
 
 
 def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
-    """Stages of the forward pass with their shapes, without the batch's axis."""
+    """Names and descriptions of the forward pass's stages, with shapes without the batch axis."""
     trace, robot, config = flow.trace, policy.embodiment, flow.trace.inputs.config
     shapes = {f"{entry.step} {entry.name}": format_shape(entry.shape[1:]) for entry in trace.entries}
     keys = {camera.name: camera.key for camera in robot.cameras if camera.name in trace.inputs.cameras and camera.key}
     first, count = next(iter(keys)), len(keys)
     prompt = next(segment for segment in trace.segments if segment.label == "prompt")
-    names = ", ".join(robot.action_names)
-    rate = "" if robot.control_hz is None else f" at {robot.control_hz:g} Hz"
-    then = "" if robot.execute_steps is None else f"; after {robot.execute_steps} of them{rate} it observes again"
     tokens = f"{prompt.stop - prompt.start} tokens, padded to {config.max_token_len}"
     cache, steps = shapes["inference cache/layer_0/k"], len(flow.chunks) - 1
+    actions = f"float32 {format_shape(flow.actions.shape)}: {', '.join(robot.action_names)}"
+    if robot.execute_steps is not None:
+        rate = "" if robot.control_hz is None else f" at {robot.control_hz:g} Hz"
+        actions += f"; after {robot.execute_steps} of them{rate} it observes again"
     return [
         ("images", f"{listed(keys.values())}: {count} × uint8 {shapes[f'0 image/{first}']}"),
         ("prompt", f"{trace.inputs.prompt!r}: {tokens}"),
@@ -62,5 +58,5 @@ def describe_flow(flow: DataFlow, policy: Policy) -> list[tuple[str, str]]:
         ("prefix", f"all of it in one sequence: {shapes['4 prefix_tokens']}"),
         ("backbone, once", f"keys and values {cache} of each of {trace.count('layers')} layers"),
         ("action expert", f"{steps} Euler steps from noise {shapes['inference noise']}, each of which reads them"),
-        ("action chunk", f"float32 {format_shape(flow.actions.shape)}: {names}{then}"),
+        ("action chunk", actions),
     ]

@@ -1,4 +1,4 @@
-"""Packaged camera frames: the beginning of an episode of each of the embedded policy's tasks."""
+"""Packaged camera frames: the first observation of an episode of each of the embedded policy's tasks."""
 
 import functools
 import json
@@ -14,14 +14,14 @@ from torchpi.errors import UnknownKeyError
 
 def demo_tasks() -> tuple[str, ...]:
     """Names of the tasks with packaged frames."""
-    return tuple(_moments())
+    return tuple(_frames())
 
 
 def demo_observation(task: str | None = None) -> dict[str, Any]:
-    """Observation of the simulated arm at the beginning of an episode: a request for `load_policy("demo")`.
+    """First observation of an episode of the simulated arm, a request for `load_policy("demo")`.
 
     Args:
-        task: one of `demo_tasks()`; by default the first one.
+        task: one of `demo_tasks()`; None: the first one.
 
     Returns:
         base and wrist uint8 [96, 96, 3]; state float64 [4], the hand's position in metres and the gripper's opening
@@ -30,16 +30,16 @@ def demo_observation(task: str | None = None) -> dict[str, Any]:
     Raises:
         KeyError: there are no frames of this task.
     """
-    moments = _moments()
-    task = next(iter(moments)) if task is None else task
-    if task not in moments:
-        raise UnknownKeyError(f"There are no packaged camera frames of {task!r}; there are of {', '.join(moments)}.")
-    moment = moments[task]
-    images = {key: np.asarray(Image.open(assets() / "demo" / name)) for key, name in moment["images"].items()}
-    return {**images, "state": np.array(moment["state"]), "prompt": moment["prompt"]}
+    frames = _frames()
+    task = next(iter(frames)) if task is None else task
+    if task not in frames:
+        raise UnknownKeyError(f"There are no packaged camera frames of {task!r}; there are of {', '.join(frames)}.")
+    frame = frames[task]
+    images = {key: np.asarray(Image.open(assets() / "demo" / name)) for key, name in frame["images"].items()}
+    return {**images, "state": np.array(frame["state"]), "prompt": frame["prompt"]}
 
 
 @functools.cache
-def _moments() -> Mapping[str, Any]:
+def _frames() -> Mapping[str, Any]:
     text = (assets() / "demo" / "moments.json").read_text(encoding="utf-8")
     return json.loads(text)["tasks"]

@@ -11,17 +11,17 @@ from torchpi.sim import simulator
 
 
 def next_steps(env: str, tasks: Sequence[str], *, can_render: bool) -> list[tuple[str, str]]:
-    """Descriptions of other commands, each with the command.
+    """Descriptions and command lines of other commands to try.
 
     Args:
-        tasks: that the policy was trained on.
-        can_render: whether there is a renderer, which most of them need.
+        tasks: tasks that the policy was trained on.
+        can_render: whether there is a renderer, which most of the commands need.
     """
     trace = ("Show every tensor of the forward pass, from the images to the actions.", "trace demo --html trace.html")
     if not can_render:
-        steps = [trace, ("With the missing parts installed, run episodes in the simulator.", "demo")]
+        steps = [trace, ("Install the missing parts, and run episodes in the simulator.", "demo")]
     else:
-        # The same scene with two possible instructions shows best whether the policy reads them.
+        # A scene with two possible instructions shows best whether the policy follows them.
         faucets = ("faucet-open", "faucet-close")
         task, other = faucets if set(faucets) <= set(tasks) else (tasks[0], tasks[-1])
         instruction = shlex.quote(simulator(env).instructions[other])
@@ -30,7 +30,7 @@ def next_steps(env: str, tasks: Sequence[str], *, can_render: bool) -> list[tupl
             ("Give it another instruction.", f"demo --tasks {task} --instruction {instruction}"),
             trace,
             ("Measure it in more episodes.", f"eval demo --env {env} --episodes 20"),
-            ("Swap two instructions; if it reads them, it does the wrong thing.", f"eval demo --env {env} {swap}"),
+            ("Swap two instructions: a policy that follows them does the wrong task.", f"eval demo --env {env} {swap}"),
             ("Record demonstrations by a scripted expert.", f"sim record --tasks {task} --episodes 50 --out recorded"),
             ("Train a policy on them.", "train --recipe metaworld --dataset recorded --out trained"),
         ]
@@ -38,8 +38,8 @@ def next_steps(env: str, tasks: Sequence[str], *, can_render: bool) -> list[tupl
 
 
 def _program() -> str:
-    """The program's name where the shell finds it, otherwise its path."""
-    called = pathlib.Path(sys.argv[0])
-    if called.name != "torchpi" or shutil.which("torchpi"):
+    """Name of the program if the shell finds it, otherwise its path."""
+    program = pathlib.Path(sys.argv[0])
+    if program.name != "torchpi" or shutil.which("torchpi"):
         return "torchpi"
-    return shlex.quote(os.path.relpath(called))
+    return shlex.quote(os.path.relpath(program))

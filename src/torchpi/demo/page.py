@@ -1,4 +1,4 @@
-"""The demo as one page: videos, success, the policy and its data flow. Its texts are in assets/demo.html."""
+"""HTML page of the demo: videos, success, the policy and its data flow. The texts are in assets/demo.html."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ from torchpi.ui.page import commands, definitions, html_page, page_header, page_
 from torchpi.ui.plots import data_uri, denoising_figures, draw_figure, to_svg
 
 EMBEDDED_BYTES = 16 * 2**20
-"""Videos that are larger altogether stay next to the page instead of being in it."""
+"""Total size of the videos up to which they are embedded in the page instead of linked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,24 +31,20 @@ class Demo:
 
     policy: Policy
     task: str
-    """The task of the traced request's camera frames."""
+    """Task of the traced request's camera frames."""
     flow: DataFlow
     evaluation: Evaluation | None
-    """The episodes; None: nothing could be rendered."""
+    """The episodes; None if nothing can be rendered."""
     problem: str | None
-    """The reason why nothing could be rendered."""
+    """The reason why nothing can be rendered."""
     frames: Mapping[str, DemoFrame]
-    """In place of episodes: per task, the packaged camera frames with a chunk."""
+    """Without a renderer: the packaged camera frames of each task, with the policy's chunk."""
     commands: Sequence[tuple[str, str]]
-    """Commands to try next: a description, and the command."""
+    """Commands to try next, each a description and a command line."""
 
 
 def render_demo(demo: Demo, folder: pathlib.Path) -> str:
-    """Render the page as HTML.
-
-    Args:
-        folder: of the page, for links to the videos.
-    """
+    """Render the page as HTML, with links to the videos relative to the page's folder."""
     variant = demo.flow.trace.inputs.config.variant
     title = f"{variant} in closed loop" if demo.evaluation else f"{variant} on packaged camera frames"
     values = {"policy": _policy(demo.policy), "denoising": _denoising(demo)}
@@ -56,7 +52,7 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
         values["frames"] = {"frames": "".join(_frame(demo.policy.embodiment, *frame) for frame in demo.frames.items())}
     else:
         values |= {"episodes": _episodes(demo, demo.evaluation, folder), "success": _success(demo, demo.evaluation)}
-    sections = {name: page_section("demo.html", name, of_section) for name, of_section in values.items()}
+    sections = {name: page_section("demo.html", name, section_values) for name, section_values in values.items()}
     sections |= {name: trace_section(name, demo.flow.trace) for name in ("flow", "input")}
     sections["next"] = "next", "Try next", commands(demo.commands)
     order = ("episodes", "success", "frames", "policy", "flow", "input", "denoising", "next")
@@ -71,9 +67,17 @@ def render_demo(demo: Demo, folder: pathlib.Path) -> str:
 def _header(demo: Demo, title: str) -> str:
     robot, (horizon, size), trace = demo.policy.embodiment, demo.flow.actions.shape, demo.flow.trace
     tiles = [(large_count(sum(trace.parameters.values())), "parameters")]
+    summary = (
+        f"From {len(trace.inputs.cameras)} small camera images, the state of an arm and an instruction in words, a "
+        f"vision-language-action model predicts the next {horizon} actions; the arm executes "
+        f"{robot.execute_steps or horizon} of them, and the model observes again. "
+    )
     if demo.evaluation is not None:
         episodes = demo.evaluation.episodes
         tiles.append((f"{sum(e.success for e in episodes)} of {len(episodes)}", "episodes succeeded here"))
+        summary += "Here it acts in a simulator, in episodes that it was not trained on."
+    else:
+        summary += "Here it observes the beginning of each task once, because nothing could be rendered."
     if rates := measured(demo.policy):
         rate = overall(rates)
         tiles.append((f"{rate.success_rate:.0%}", f"measured in {rate.episodes} episodes after training"))
@@ -81,16 +85,6 @@ def _header(demo: Demo, title: str) -> str:
     if demo.evaluation is not None:
         tiles.append((f"{demo.evaluation.chunk_ms:.0f} ms", "for one chunk on one core of the CPU"))
     tiles.append((f"{trace.prefix_tokens}", "tokens of images and text"))
-    summary = (
-        f"From {len(trace.inputs.cameras)} small camera images, the state of an arm and an instruction in words, a "
-        f"vision-language-action model predicts the next {horizon} actions; the arm executes "
-        f"{robot.execute_steps or horizon} of them, and the model observes again. "
-    )
-    summary += (
-        "Here it acts in a simulator, in episodes that it was not trained on."
-        if demo.evaluation is not None
-        else "Here it observes the beginning of each task once, because nothing could be rendered."
-    )
     notes = [f"Nothing can be rendered here: {demo.problem}."] if demo.problem else []
     return page_header("torchpi demo", title, summary, tiles=tiles, notes=notes)
 
@@ -99,11 +93,11 @@ def _header(demo: Demo, title: str) -> str:
 
 
 def _episodes(demo: Demo, evaluation: Evaluation, folder: pathlib.Path) -> dict[str, Any]:
-    shown = [(episode, pathlib.Path(episode.video)) for episode in evaluation.episodes if episode.video]
-    embedded = sum(path.stat().st_size for _, path in shown) <= EMBEDDED_BYTES
+    embedded = sum(pathlib.Path(video).stat().st_size for video in evaluation.videos) <= EMBEDDED_BYTES
     videos = (
         video_figure(episode, evaluation.tasks[episode.task].instruction, folder, embedded=embedded)
-        for episode, _ in shown
+        for episode in evaluation.episodes
+        if episode.video
     )
     return {"size": demo.policy.model.config.image_size, "videos": "".join(videos)}
 
@@ -133,10 +127,10 @@ def _frame(robot: Embodiment, task: str, frame: DemoFrame) -> str:
 
 
 def _policy(policy: Policy) -> dict[str, Any]:
-    """Its origin, and the curve of its loss where that is stated."""
+    """The policy's origin and, if its provenance has them, its loss curves."""
     curves, loss = series(policy.provenance.get("metrics") or ()), PANELS[0]
-    last = {label: curves[key][1] for key, label in loss.curves.items() if key in curves}
-    ends = ", ".join(f"{label}: {values[-1]:.3g}" for label, values in last.items() if len(values) > 1)
+    losses = {label: curves[key][1] for key, label in loss.curves.items() if key in curves}
+    ends = ", ".join(f"{label}: {values[-1]:.3g}" for label, values in losses.items() if len(values) > 1)
     curve = ""
     if ends:
         drawing = draw_figure(lambda figure: draw_panel(figure.add_subplot(), curves, loss), size=(6.2, 2.7))

@@ -1,4 +1,4 @@
-"""`torchpi demo`: the embedded policy in closed loop, with videos, a table and a page."""
+"""`torchpi demo`: the embedded policy in closed loop, with videos, a table and an HTML page."""
 
 import os
 import pathlib
@@ -40,15 +40,15 @@ def run_demo(
     policy: str | pathlib.Path = "demo",
     rollout: Rollout | None = None,
 ) -> Demo:
-    """Show the policy on the terminal and in a folder with videos and a page; without a renderer on packaged frames.
+    """Run the policy, print its results, and write a page and videos; without a renderer, use packaged frames.
 
     Args:
-        out: the folder; an earlier demo there is overwritten.
-        episodes: per task.
-        tasks: by name; None: those that the policy was trained on.
-        instruction: another instruction for the policy, in one task, by default the first.
+        out: folder for the page and videos; an earlier demo in it is overwritten.
+        episodes: episodes per task.
+        tasks: names of tasks; None: those that the policy was trained on.
+        instruction: another instruction for the policy, in the only task, or the first one if `tasks` is None.
         seed, workers, rollout: see `evaluate`.
-        policy: a path or "demo"; of a policy for Meta-World's arm.
+        policy: "demo", or the path of a policy for Meta-World's arm.
     """
     if episodes < 1:
         raise SimulationError(f"The demo needs at least one episode per task, got {episodes}.")
@@ -56,10 +56,10 @@ def run_demo(
     console = Console(highlight=False)
     loaded = load_policy(policy, device="cpu")
     chosen = _chosen_tasks(loaded, tasks, instruction)
-    # The first chunk of the first video begins from the same frames and the same noise.
+    # The first chunk of the first video is predicted from the same frames and noise.
     task = chosen[0] if chosen[0] in demo_tasks() else demo_tasks()[0]
-    other = {} if instruction is None else {"prompt": instruction}
-    flow = trace_request(loaded, demo_observation(task) | other, _first_noise(loaded, task, seed))
+    prompt = {} if instruction is None else {"prompt": instruction}
+    flow = trace_request(loaded, demo_observation(task) | prompt, _first_noise(loaded, task, seed))
     _print_facts(console, "The policy", describe_policy(loaded))
     _print_facts(console, f"Data flow at the beginning of {task}", describe_flow(flow, loaded))
     evaluation, frames = None, dict[str, DemoFrame]()
@@ -82,7 +82,7 @@ def run_demo(
         if instruction is not None:
             console.print("Success is defined by the simulator for the task, whatever the instruction.")
     else:
-        frames = {name: _packaged_frame(loaded, name, other, seed) for name in chosen}
+        frames = {name: _packaged_frame(loaded, name, prompt, seed) for name in chosen}
     steps = next_steps(ENV, chosen_tasks(loaded.provenance, ENV, None), can_render=problem is None)
     demo = Demo(loaded, task, flow, evaluation, problem, frames, steps)
     if problem is not None:
@@ -109,14 +109,14 @@ def _chosen_tasks(policy: Policy, tasks: Sequence[str] | None, instruction: str 
 
 
 def _first_noise(policy: Policy, task: str, seed: int) -> np.ndarray:
-    """Noise of the first chunk of the task's first episode, [H, action_dim]."""
+    """Initial noise of the first chunk of a task's first episode, [H, action_dim]."""
     shape = noise_shape(policy)
     assert shape is not None
     return episode_noise(seed, task, 0, shape)(0)
 
 
-def _packaged_frame(policy: Policy, task: str, other: dict[str, Any], seed: int) -> DemoFrame:
-    observation = demo_observation(task) | other
+def _packaged_frame(policy: Policy, task: str, prompt: dict[str, Any], seed: int) -> DemoFrame:
+    observation = demo_observation(task) | prompt
     return observation, policy.infer(observation, noise=_first_noise(policy, task, seed))["actions"]
 
 

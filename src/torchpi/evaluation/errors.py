@@ -1,4 +1,4 @@
-"""Errors of predicted chunks against the recorded ones, next to those of two baselines."""
+"""Errors of predicted chunks against the recorded ones, and the errors of two baselines."""
 
 import dataclasses
 import math
@@ -26,52 +26,56 @@ class Dimension:
 
     name: str
     unit: str
-    """Empty: not stated."""
+    """Empty if not stated."""
     low: float
-    """The 1 % quantile of the dataset's actions."""
+    """1 % quantile of the dataset's actions."""
     high: float
-    """The 99 % quantile."""
+    """99 % quantile of the dataset's actions."""
     mean: float
-    """The baseline "mean_action"."""
+    """Mean of the dataset's actions, the baseline "mean_action"."""
     hold: str | None
-    """The baseline "hold": "state NAME", "no motion", or None: the embodiment doesn't say."""
+    """Hold command, the baseline "hold": "state NAME" or "no motion"; None if unknown."""
     range: float
-    """Distance from low to high, by which errors are scaled; NaN where the dimension is constant."""
+    """high - low, by which errors are scaled; NaN if the dimension is constant."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StepErrors:
-    """Errors of one predictor per step of the horizon, in the robot's units; NaN where nothing was recorded."""
+    """Mean absolute and root-mean-square errors of one predictor per step of the horizon, in the robot's units.
+
+    NaN at steps without recorded actions.
+    """
 
     mae: Float64[np.ndarray, "H a"]
-    """Mean absolute error."""
     rmse: Float64[np.ndarray, "H a"]
-    """Root of the mean squared error."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Overall:
-    """Errors over all steps and several dimensions, each scaled by the dimension's range."""
+    """Errors over all steps and the dimensions in which they are defined, each scaled by the dimension's range."""
 
     mae_scaled: float
     rmse_scaled: float
     dimensions: int
-    """Number of the dimensions: those that have a range and, where that is asked for, a baseline."""
+    """Number of these dimensions."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ChunkErrors:
-    """The errors of a policy and of the baselines on the same frames."""
+    """Errors of a policy and of the baselines on the same frames.
+
+    In the methods below, `of` is the predictor: "policy", "hold" or "mean_action".
+    """
 
     dimensions: tuple[Dimension, ...]
     counts: Int[np.ndarray, " H"]
-    """Recorded actions per step; fewer at the later ones, because episodes end."""
+    """Number of recorded actions per step; smaller at later steps, because episodes end."""
     per_step: Mapping[str, StepErrors]
-    """Errors by step, under "policy", "hold" and "mean_action"."""
+    """Errors per step of each predictor."""
 
     @property
     def ranges(self) -> Float64[np.ndarray, " a"]:
-        """Ranges of the dimensions; NaN where one is constant."""
+        """Range of each dimension; NaN if it is constant."""
         return np.array([dimension.range for dimension in self.dimensions])
 
     def mae(self, of: str = POLICY) -> Float64[np.ndarray, " a"]:
@@ -79,74 +83,67 @@ class ChunkErrors:
         return self._over_steps(self.per_step[of].mae)
 
     def rmse(self, of: str = POLICY) -> Float64[np.ndarray, " a"]:
-        """Root of the mean squared error over all steps, in the robot's units."""
+        """Root-mean-square error over all steps, in the robot's units."""
         return np.sqrt(self._over_steps(self.per_step[of].rmse ** 2))
 
     def _over_steps(self, errors: Float64[np.ndarray, "H a"]) -> Float64[np.ndarray, " a"]:
-        reached = self.counts > 0
-        return np.average(errors[reached], axis=0, weights=self.counts[reached])
+        recorded = self.counts > 0
+        return np.average(errors[recorded], axis=0, weights=self.counts[recorded])
 
     def scaled_per_step(self, of: str = POLICY) -> Float64[np.ndarray, " H"]:
-        """Mean absolute error, scaled by the ranges and averaged over the dimensions that have one."""
-        known = np.isfinite(self.mae(of) / self.ranges)
-        return _mean((self.per_step[of].mae / self.ranges)[:, known])
+        """Mean absolute error per step, scaled by the ranges and averaged over the dimensions with a range."""
+        defined = np.isfinite(self.mae(of) / self.ranges)
+        return _mean((self.per_step[of].mae / self.ranges)[:, defined])
 
     def overall(self, of: str = POLICY, *, like: str = POLICY) -> Overall:
-        """One number for everything, to compare policies on the same data.
+        """Overall errors, to compare policies on the same data.
 
         Args:
-            of: the predictor.
-            like: use the dimensions in which this predictor is defined, too.
+            like: average only over dimensions in which this predictor is defined, too.
         """
-        known = np.isfinite(self.mae(of) / self.ranges) & np.isfinite(self.mae(like))
-        mae, rmse = (self.mae(of) / self.ranges)[known], (self.rmse(of) / self.ranges)[known]
-        return Overall(float(_mean(mae)), math.sqrt(float(_mean(rmse**2))), int(known.sum()))
+        defined = np.isfinite(self.mae(of) / self.ranges) & np.isfinite(self.mae(like))
+        mae, rmse = (self.mae(of) / self.ranges)[defined], (self.rmse(of) / self.ranges)[defined]
+        return Overall(float(_mean(mae)), math.sqrt(float(_mean(rmse**2))), int(defined.sum()))
 
     def is_worse_than(self, baseline: str) -> Bool[np.ndarray, " a"]:
-        """The dimensions in which the policy's mean absolute error is above the baseline's."""
+        """True for the dimensions in which the policy's mean absolute error is above the baseline's."""
         return self.mae() > self.mae(baseline)  # False where one is NaN
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document with "dimensions", "horizon" and "overall", see docs/evaluation.md; null where undefined."""
-        totals = {of: (self.mae(of), self.rmse(of)) for of in self.per_step}
+        mae, rmse = ({of: errors(of) for of in self.per_step} for errors in (self.mae, self.rmse))
 
-        def of_dimension(of: str, i: int) -> dict[str, float]:
-            mae, rmse = (errors[i] for errors in totals[of])
-            width = self.dimensions[i].range
-            return {"mae": mae, "rmse": rmse, "mae_scaled": mae / width, "rmse_scaled": rmse / width}
+        def dimension_errors(of: str, i: int) -> dict[str, float]:
+            unscaled = {"mae": mae[of][i], "rmse": rmse[of][i]}
+            return unscaled | {f"{name}_scaled": error / self.dimensions[i].range for name, error in unscaled.items()}
 
-        def of_step(of: str, i: int) -> dict[str, Any]:
-            steps = self.per_step[of]
-            scaled = self.scaled_per_step(of)[i]
-            return {"mae_scaled": scaled, "mae": steps.mae[i].tolist(), "rmse": steps.rmse[i].tolist()}
-
-        def of_baseline(of: str) -> dict[str, float]:
-            policy = self.overall(like=of)  # on the same dimensions
-            same = {"policy_mae_scaled": policy.mae_scaled, "policy_rmse_scaled": policy.rmse_scaled}
-            return vars(self.overall(of)) | same
+        def step_errors(of: str, i: int) -> dict[str, Any]:
+            errors, scaled = self.per_step[of], self.scaled_per_step(of)[i]
+            return {"mae_scaled": scaled, "mae": errors.mae[i].tolist(), "rmse": errors.rmse[i].tolist()}
 
         dimensions, horizon = [], []
         for i, dimension in enumerate(self.dimensions):
-            actions = {HOLD: dimension.hold, MEAN_ACTION: dimension.mean}
-            baselines = {
-                of: None if action is None else {"action": action, **of_dimension(of, i)}
-                for of, action in actions.items()
-            }
+            baselines: dict[str, Any] = {HOLD: None, MEAN_ACTION: {"action": dimension.mean}}
+            baselines[MEAN_ACTION] |= dimension_errors(MEAN_ACTION, i)
+            if dimension.hold is not None:
+                baselines[HOLD] = {"action": dimension.hold, **dimension_errors(HOLD, i)}
             worse = [of for of in BASELINES if self.is_worse_than(of)[i]]
             row = {"name": dimension.name, "unit": dimension.unit, "range": [dimension.low, dimension.high]}
-            dimensions.append(row | of_dimension(POLICY, i) | {"baselines": baselines, "worse_than": worse})
+            dimensions.append(row | dimension_errors(POLICY, i) | {"baselines": baselines, "worse_than": worse})
         for i, count in enumerate(self.counts):
-            baselines = {of: of_step(of, i) for of in BASELINES}
-            horizon.append({"step": i, "actions": int(count), **of_step(POLICY, i), "baselines": baselines})
-        overall = vars(self.overall()) | {"baselines": {of: of_baseline(of) for of in BASELINES}}
-        return without_nan({"dimensions": dimensions, "horizon": horizon, "overall": overall})
+            baselines = {of: step_errors(of, i) for of in BASELINES}
+            horizon.append({"step": i, "actions": int(count), **step_errors(POLICY, i), "baselines": baselines})
+        overall, overall_baselines = vars(self.overall()), dict[str, dict[str, float]]()
+        for of in BASELINES:
+            policy = self.overall(like=of)  # on the baseline's dimensions
+            policy_errors = {"policy_mae_scaled": policy.mae_scaled, "policy_rmse_scaled": policy.rmse_scaled}
+            overall_baselines[of] = vars(self.overall(of)) | policy_errors
+        document = {"dimensions": dimensions, "horizon": horizon, "overall": overall | {"baselines": overall_baselines}}
+        return without_nan(document)
 
 
 def chunk_errors(policy: Policy, dataset: LeRobotDataset, frames: Sequence[int], **options: Any) -> ChunkErrors:
-    """Errors of a policy at frames of a dataset of its robot; the policy stays as it is.
-
-    Arguments, options and errors: see `predict_chunks`.
-    """
+    """Errors of a policy at frames of a dataset of its robot; see `predict_chunks` for options and errors."""
     return errors_of(predict_chunks(policy, dataset, frames, **options), dataset.columns[lerobot.ACTION])
 
 
@@ -154,7 +151,7 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     """Errors of predicted chunks, averaged over frames and noise samples.
 
     Args:
-        all_recorded: the recorded actions of all frames of the dataset, its `columns["action"]`, for the ranges and
+        all_recorded: the actions of all frames of the dataset, `LeRobotDataset.columns["action"]`, for the ranges and
             the mean action.
     """
     actions, robot = all_recorded.astype(np.float64), chunks.embodiment
@@ -166,8 +163,9 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
     for i, (action, hold) in enumerate(zip(robot.actions, holds, strict=True)):
         if hold is not None:
             hold_actions[:, i] = 0.0 if hold.index is None else chunks.state[:, hold.index]
-        numbers = float(low[i]), float(high[i]), float(mean[i]), None if hold is None else hold.text, float(ranges[i])
-        dimensions.append(Dimension(action.name, action.unit, *numbers))
+        hold_text = None if hold is None else hold.text
+        statistics = float(low[i]), float(high[i]), float(mean[i])
+        dimensions.append(Dimension(action.name, action.unit, *statistics, hold=hold_text, range=float(ranges[i])))
     predictions = {
         POLICY: chunks.predicted,  # [F, R, H, a]
         HOLD: hold_actions[:, None, None],
@@ -180,16 +178,16 @@ def errors_of(chunks: Chunks, all_recorded: Float[np.ndarray, "N a"]) -> ChunkEr
 def _step_errors(chunks: Chunks, predicted: np.ndarray) -> StepErrors:
     """Errors of predictions that broadcast to [F, R, H, a]."""
     error = predicted.astype(np.float64) - chunks.recorded[:, None]
-    is_real = ~chunks.is_pad  # [F, H]
+    is_recorded = ~chunks.is_pad  # [F, H]
 
     def mean(values: np.ndarray) -> Float[np.ndarray, "H a"]:
-        inside = np.where(is_real[..., None], values.mean(axis=1), 0.0)  # [F, H, a]
+        recorded = np.where(is_recorded[..., None], values.mean(axis=1), 0.0)  # [F, H, a]
         with np.errstate(invalid="ignore"):  # 0 / 0 at a step that no episode reaches
-            return inside.sum(axis=0) / is_real.sum(axis=0)[:, None]
+            return recorded.sum(axis=0) / is_recorded.sum(axis=0)[:, None]
 
     return StepErrors(mean(np.abs(error)), np.sqrt(mean(error**2)))
 
 
 def _mean(values: np.ndarray) -> Any:
-    """Mean over the last axis; NaN of nothing."""
+    """Mean over the last axis; NaN if it is empty."""
     return values.mean(axis=-1) if values.shape[-1] else np.full(values.shape[:-1], np.nan)

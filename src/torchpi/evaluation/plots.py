@@ -1,4 +1,4 @@
-"""Plots of an evaluation: errors over the horizon, and predicted chunks with the recorded ones."""
+"""Plots of an evaluation: errors over the horizon, and predicted and recorded chunks."""
 
 import textwrap
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ _LINES: dict[str, dict[str, Any]] = {
 def plot_errors(errors: ChunkErrors) -> "Figure":
     """Plot the mean absolute error over the steps of the horizon, of the policy and the baselines.
 
-    The first panel is the mean over the dimensions, as a fraction of their range; then one panel per dimension, in its
-    unit. A baseline is in the first panel only where it covers all of the policy's dimensions there.
+    The first panel is the mean over the dimensions as a fraction of their ranges, without baselines that are undefined
+    in any of the policy's dimensions. The other panels are one dimension each, in its unit.
     """
     count = 1 + len(errors.dimensions)
     columns = min(count, min((4, 5, 6), key=lambda columns: -count % columns))
@@ -37,7 +37,7 @@ def plot_errors(errors: ChunkErrors) -> "Figure":
             if errors.overall(of).dimensions == errors.overall().dimensions:
                 curves[overall] = errors.scaled_per_step(of)
             for panel, values in curves.items():
-                # A marker where a line would not show: at a single value.
+                # A single value would not show as a line.
                 panel.plot(steps, values, marker=marker(int(np.isfinite(values).sum()), limit=1), **style)
         label_axes(overall, x="step of the chunk", y="fraction of the action range", title="all dimensions")
         for panel, dimension in zip(panels, errors.dimensions, strict=True):
@@ -52,10 +52,10 @@ def plot_errors(errors: ChunkErrors) -> "Figure":
 
 
 def plot_chunks(chunks: Chunks) -> "Figure":
-    """Plot predicted and recorded chunks: a column per frame, of four at most, a row per dimension, in its unit.
+    """Plot predicted and recorded chunks: a column for each of at most four frames, a row per dimension in its unit.
 
-    Each noise sample is a thin line. The recorded line ends where the episode does. The ground is grey as far as the
-    embodiment recommends to execute a chunk.
+    Each noise sample is a thin line. The recorded line ends with the episode. The background is grey over the actions
+    that the embodiment recommends to execute.
     """
     shown, actions = plotted_frames(len(chunks.frames)), chunks.embodiment.actions
 
@@ -79,7 +79,7 @@ def plot_chunks(chunks: Chunks) -> "Figure":
 
 
 def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
-    """Dimension i of the chunks at one frame."""
+    """Draw dimension i of the chunks at one frame."""
     noise_samples, horizon = chunks.predicted.shape[1:3]
     steps = np.arange(horizon)
     recorded = np.where(chunks.is_pad[number], np.nan, chunks.recorded[number, :, i])
@@ -98,6 +98,6 @@ def _draw_chunk(panel: Any, chunks: Chunks, number: int, i: int) -> None:
 
 
 def plotted_frames(total: int) -> list[int]:
-    """Numbers of at most four of `total` frames, each from the middle of one of as many equal parts."""
+    """Indices of at most four of `total` frames, the middles of equal parts."""
     count = min(4, total)
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]

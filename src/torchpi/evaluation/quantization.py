@@ -1,4 +1,4 @@
-"""`torchpi quantize`: a policy, calibrated on frames of a dataset, as a quantized policy folder."""
+"""`torchpi quantize`: quantize a policy, with scales calibrated on frames of a dataset."""
 
 import pathlib
 from collections.abc import Mapping
@@ -29,19 +29,19 @@ def quantize_policy(
 
     Args:
         source: a policy in any format, see `load_policy`.
-        out: a new folder; with `overwrite` also the place of another policy folder.
+        out: a new folder; with `overwrite` also a policy folder to replace.
         kind: "fp8" or "int8".
-        dataset: a LeRobot dataset of the policy's robot, whose activations decide the scales of fp8.
-        num_observations: frames of it, spread evenly, see `sample_frames`.
-        seed: of the frames and the noise.
-        load: more arguments of `load_policy`.
+        dataset: a LeRobot dataset of the policy's robot, from whose activations the scales of fp8 are computed.
+        num_observations: number of its frames, spread evenly, see `sample_frames`.
+        seed: seed of the frames and the noise.
+        load: further arguments of `load_policy`.
         reading: further arguments of `LeRobotDataset`: rename, prompt, fps, tolerance_s.
     """
     if num_observations < 1:
         raise UsageError(f"num_observations is {num_observations}; calibration needs 1 or more, better 64.")
     if kind == "int8" and dataset is not None:
         raise UsageError("int8 takes its scales from the weights and from each input: leave out --dataset.")
-    check_target(out, overwrite=overwrite)  # not only once all is computed
+    check_target(out, overwrite=overwrite)  # before the long computation
     policy, observe, calibration = load_policy(source, engine="eager", **(load or {})), None, {}
     if dataset is not None:
         data = open_recorded(policy, dataset, **reading)
@@ -54,6 +54,6 @@ def quantize_policy(
 
     quantization = quantize_model(policy.model, kind, observe)
     policy.provenance["quantized"] = {"source": str(source), "kind": kind, **calibration}
-    said = {name: value for name, value in (load or {}).items() if name in ("config", "embedding")}
-    policy.save(out, dtype=open_checkpoint(source, **said).dtype, overwrite=overwrite)
+    options = {name: value for name, value in (load or {}).items() if name in ("config", "embedding")}
+    policy.save(out, dtype=open_checkpoint(source, **options).dtype, overwrite=overwrite)
     return quantization

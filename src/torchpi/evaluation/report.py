@@ -1,4 +1,4 @@
-"""`torchpi eval POLICY --dataset PATH`: from the addresses of a policy and a dataset to tables and plots."""
+"""`torchpi eval POLICY --dataset PATH`: errors of a policy on a recorded dataset, as tables and plots."""
 
 import dataclasses
 import pathlib
@@ -35,17 +35,17 @@ _NAMES = {POLICY: "policy", HOLD: "hold", MEAN_ACTION: "mean"}
 
 @dataclasses.dataclass(frozen=True)
 class DatasetEvaluation:
-    """The result of `evaluate_on_dataset`: its arguments, and what was found."""
+    """Arguments and results of `evaluate_on_dataset`."""
 
     policy: str
     dataset: str
     embodiment: str
     episodes: tuple[int, ...]
-    """The indices of the episodes that frames were sampled from."""
+    """Indices of the episodes that frames were sampled from."""
     frames: int
-    """All frames of these."""
+    """Number of frames of these episodes."""
     samples: int
-    """Those at which a chunk was predicted."""
+    """Number of frames at which chunks were predicted."""
     seed: int
     num_steps: int
     noise_samples: int
@@ -53,9 +53,9 @@ class DatasetEvaluation:
     """Wall-clock time without loading."""
     errors: ChunkErrors
     notes: tuple[str, ...]
-    """Dimensions without the baseline "hold", with the reasons; and that the dataset was read at another rate."""
+    """Dimensions without the baseline "hold" and the reason, and a rate at which the dataset was not recorded."""
     plots: tuple[str, ...]
-    """Paths."""
+    """Paths of the plots."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON document, see docs/evaluation.md."""
@@ -79,10 +79,10 @@ def evaluate_on_dataset(
 
     Args:
         policy: a policy in any format, see `load_policy`.
-        dataset: a LeRobot dataset of its robot, a folder or hf://org/name[@revision].
-        samples: frames, spread evenly, see `sample_frames`; where there are fewer, all.
+        dataset: a LeRobot dataset of the policy's robot, a folder or hf://org/name[@revision].
+        samples: number of frames, spread evenly, see `sample_frames`; all frames if there are fewer.
         num_steps, batch_size, noise_samples: see `predict_chunks`.
-        out: the folder of the plots; None: no plots.
+        out: folder for plots; None: no plots.
         load: arguments of `load_policy`.
         reading: further arguments of `LeRobotDataset`: episodes, rename, prompt, fps, tolerance_s.
     """
@@ -96,15 +96,15 @@ def evaluate_on_dataset(
     with progress_bar("chunks", len(frames)) as advance:
         chunks = predict(frames, noise_samples=noise_samples, on_batch=lambda count: advance(by=count))
     note = rate_note(data.fps, data.recorded_fps, loaded.embodiment)
-    whole = data
-    if reading.get("episodes") is not None:  # ranges and baseline are the dataset's, whichever episodes are chosen
-        alone = {**reading, "episodes": None, "cameras": (), "columns": ()}
-        whole = LeRobotDataset(dataset, action_horizon=1, embodiment=loaded.embodiment, **alone)
-    errors = errors_of(chunks, whole.columns[lerobot.ACTION])
+    all_episodes = data
+    if reading.get("episodes") is not None:  # ranges and the mean action are those of the whole dataset
+        options = {**reading, "episodes": None, "cameras": (), "columns": ()}
+        all_episodes = LeRobotDataset(dataset, action_horizon=1, embodiment=loaded.embodiment, **options)
+    errors = errors_of(chunks, all_episodes.columns[lerobot.ACTION])
     if out is not None:
-        few = [frames[i] for i in plotted_frames(len(frames))]
-        plotted = predict(few, noise_samples=_PLOTTED_NOISE_SAMPLES)
-        plots = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(plotted)}
+        plotted = [frames[i] for i in plotted_frames(len(frames))]
+        plotted_chunks = predict(plotted, noise_samples=_PLOTTED_NOISE_SAMPLES)
+        plots = {out / "errors.png": plot_errors(errors), out / "chunks.png": plot_chunks(plotted_chunks)}
     for path, figure in plots.items():
         save_figure(figure, path)
     return DatasetEvaluation(
@@ -125,6 +125,7 @@ def evaluate_on_dataset(
 
 
 def _notes_on_hold(robot: Embodiment) -> Iterator[str]:
+    """Notes on the dimensions for which the baseline "hold" is unknown."""
     missing = [action for action, hold in zip(robot.actions, hold_commands(robot), strict=True) if hold is None]
     if unstated := ", ".join(action.name for action in missing if action.command is None):
         yield (
@@ -140,10 +141,12 @@ def _notes_on_hold(robot: Embodiment) -> Iterator[str]:
 
 
 def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: bool, **options: Any) -> None:
-    """Print `evaluate_on_dataset`: tables, or one JSON document on stdout and the rest on stderr."""
+    """Print the result of `evaluate_on_dataset`: tables, or one JSON document on stdout with notes on stderr."""
     result = evaluate_on_dataset(policy, dataset, samples=samples, **options)
     if result.samples < samples:
-        found = counted(result.samples, "frame") + (" with new images" if result.samples < result.frames else "")
+        found = counted(result.samples, "frame")
+        if result.samples < result.frames:
+            found += " with new images"
         note = f"{dataset} has only {found} to sample {samples} from; all of them were used."
         PlainConsole(stderr=True).print(note, soft_wrap=True)
     if as_json:
@@ -153,7 +156,6 @@ def run_dataset_evaluation(policy: str, dataset: str, *, samples: int, as_json: 
 
 
 def _print_tables(result: DatasetEvaluation, console: Console) -> None:
-    """The errors per dimension, overall, and over the horizon; and where a baseline does better."""
     errors = result.errors
     title = (
         f"{result.policy} on {result.dataset}: {result.samples} of {counted(result.frames, 'frame')} of "
@@ -170,7 +172,8 @@ def _print_tables(result: DatasetEvaluation, console: Console) -> None:
     )
     for baseline in BASELINES:
         worse = errors.is_worse_than(baseline)
-        if names := ", ".join(dim.name for dim, is_worse in zip(errors.dimensions, worse, strict=True) if is_worse):
+        if worse.any():
+            names = ", ".join(np.array([dimension.name for dimension in errors.dimensions])[worse])
             console.print(f"worse than the baseline {_NAMES[baseline]}: {names}", style="yellow")
     for line in (*result.notes, *(f"plot: {path}" for path in result.plots)):
         console.print(line, soft_wrap=True)
@@ -192,7 +195,7 @@ def _dimension_table(errors: ChunkErrors) -> Table:
 
 
 def _overall_table(errors: ChunkErrors) -> Table:
-    """Policy and baselines, each pair on the same dimensions."""
+    """Errors of the policy, and compared with each baseline on the same dimensions."""
     columns = (Column("MAE, of range", "name"), *(Column(t, "number") for t in ("dimensions", "policy", "baseline")))
     rows = [("all", str(errors.overall().dimensions), _percent(errors.overall().mae_scaled), "")]
     for of in BASELINES:
@@ -203,7 +206,7 @@ def _overall_table(errors: ChunkErrors) -> Table:
 
 
 def _horizon_table(errors: ChunkErrors) -> Table:
-    """A few steps: the first, the last, and some between them."""
+    """Errors at a few steps of the horizon."""
     steps = np.unique(np.linspace(0, np.flatnonzero(errors.counts)[-1], 6).round().astype(int))
     rows: list[Sequence[Cell]] = []
     for of, name in _NAMES.items():

@@ -1,4 +1,4 @@
-"""Recorded episodes in the viewer Rerun: cameras, state, actions, and the chunks that a policy predicts there."""
+"""`torchpi view`: recorded episodes, and the chunks that a policy predicts in them, for the Rerun viewer."""
 
 import os
 import re
@@ -20,8 +20,8 @@ from torchpi.policy import Policy
 from torchpi.robots import Embodiment, get_embodiment
 from torchpi.ui.progress import progress_bar
 
-_STEP = re.compile(r"(?P<name>.*)@\d+")
-"""An action of a server's recording: dimension and step of the chunk, see `torchpi.serving.recorder`."""
+_CHUNK_STEP = re.compile(r".*@\d+")
+"""Name of an action in a server's recording: dimension @ step of the chunk, see `torchpi.serving.recorder`."""
 
 
 def write_view(
@@ -37,15 +37,15 @@ def write_view(
 ) -> LeRobotDataset:
     """Write a dataset, or a server's recording, as an .rrd file.
 
-    Episodes follow each other; "frame" counts through them, "time" is the dataset's clock. The arguments are those of
-    `torchpi view`, and `reading` further ones of `LeRobotDataset`.
+    Episodes follow each other on the timelines "frame", which counts through them, and "time", the dataset's clock.
+    See `torchpi view` for the arguments; `reading` are further ones of `LeRobotDataset`.
     """
     for name, value in (("stride", stride), ("every", every)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; expected 1 or more.")
     robot: Embodiment | None
     action = open_metadata(source, rename=reading.get("rename")).info.features.get(lerobot.ACTION, {})
-    is_requests = all(map(_STEP.fullmatch, dimension_names(action, *action.get("shape", [0])) or ("",)))
+    is_requests = all(map(_CHUNK_STEP.fullmatch, dimension_names(action, *action.get("shape", [0])) or ("",)))
     if is_requests and policy is not None:
         raise UsageError(f"{source} is a server's recording, which has chunks already; leave the policy out.")
     if policy is not None:
@@ -57,43 +57,43 @@ def write_view(
         robot = _robot_of_requests(dataset, embodiment)
     seconds = _seconds(dataset)
     with rerun_log(target) as log:
-        seen = log.robot(_described(dataset, robot, is_requests))
+        robot_log = log.robot(_metadata(dataset, robot, is_requests))
         if policy is not None:
-            _write_chunks(seen, seconds, policy, dataset, every, seed)
+            _write_chunks(robot_log, seconds, policy, dataset, every, seed)
         with progress_bar("frames", len(dataset)) as advance:
             for i in range(len(dataset)):
                 item = dataset[i] if i % stride == 0 else dataset.numbers(i)
-                _write_frame(seen, seconds[i], item, None if is_requests else i, robot)
+                _write_frame(robot_log, seconds[i], item, None if is_requests else i, robot)
                 advance()
     return dataset
 
 
 def rerun_log(target: str | os.PathLike[str]) -> Any:
-    """A `RerunLog` that leaves nothing out."""
+    """A `RerunLog` that blocks instead of dropping entries."""
     require("rerun", "rerun")
     return require("torchpi_client.rerun_log", "rerun").RerunLog(target, wait=True)
 
 
 def _robot_of_requests(dataset: LeRobotDataset, embodiment: str | Embodiment | None) -> Embodiment:
-    """The robot of a server's recording, whose control rate says when the actions of a chunk are due."""
+    """The robot of a server's recording; its control rate gives the times of a chunk's actions."""
     robot = get_embodiment(embodiment or dataset.robot_type or "")
-    found = dict.fromkeys(name.rpartition("@")[0] for name in dataset.action_names or ())
-    if robot.control_hz is None or list(found) != list(robot.action_names):
+    names = list(dict.fromkeys(name.rpartition("@")[0] for name in dataset.action_names or ()))
+    if robot.control_hz is None or names != list(robot.action_names):
         raise DatasetError(
-            f"{dataset.path} is a server's recording of chunks of {', '.join(found)}; embodiment '{robot.name}' has "
+            f"{dataset.path} is a server's recording of chunks of {', '.join(names)}; embodiment '{robot.name}' has "
             f"{', '.join(robot.action_names)} at {robot.control_hz} Hz. Give the robot that was served, embodiment=, "
             "with its control_hz, which says when the actions were due."
         )
     return robot
 
 
-def _described(dataset: LeRobotDataset, robot: Embodiment | None, is_requests: bool) -> dict[str, Any]:
-    """The dataset in the terms of a policy's metadata."""
+def _metadata(dataset: LeRobotDataset, robot: Embodiment | None, is_requests: bool) -> dict[str, Any]:
+    """Description of the dataset in the form of a policy's metadata."""
     state, action = (
         names or tuple(map(str, range(dataset.columns[key].shape[1])))
         for key, names in ((lerobot.STATE, dataset.state_names), (lerobot.ACTION, dataset.action_names))
     )
-    if robot is not None:  # state and actions are in its order
+    if robot is not None:  # state and actions were read in its order
         state, action = robot.state_names[: len(state)] or state, robot.action_names
     cameras = [
         {"key": key.removeprefix(lerobot.IMAGES)} | ({"depth_unit": "m"} if key in dataset.depth_keys else {})
@@ -109,7 +109,7 @@ def _described(dataset: LeRobotDataset, robot: Embodiment | None, is_requests: b
 
 
 def _seconds(dataset: LeRobotDataset) -> Float[np.ndarray, "F"]:
-    """The times of all frames: of an episode by its own clock, behind the episode before it."""
+    """Times of all frames: each episode's own clock, shifted to follow the episode before it."""
     clock = dataset.columns["timestamp"].astype(np.float64).copy()
     for rows in dataset.episode_rows:
         clock[rows] += rows.start / dataset.fps - clock[rows.start]
@@ -117,25 +117,25 @@ def _seconds(dataset: LeRobotDataset) -> Float[np.ndarray, "F"]:
 
 
 def _write_frame(
-    seen: Any, seconds: float, item: Mapping[str, Any], frame: int | None, robot: Embodiment | None
+    robot_log: Any, seconds: float, item: Mapping[str, Any], frame: int | None, robot: Embodiment | None
 ) -> None:
-    """One frame; of a server's recording, where it has no number, a request with its chunk."""
+    """Write one frame or, if `frame` is None, a request and its chunk from a server's recording."""
     images = {key.removeprefix(lerobot.IMAGES): value for key, value in item.items() if key.startswith(lerobot.IMAGES)}
     text = f"episode {int(item['episode_index'])}: {item['task']}"
-    seen.observe(seconds, images | {"state": item[lerobot.STATE], "prompt": text}, frame=frame)
+    robot_log.observe(seconds, images | {"state": item[lerobot.STATE], "prompt": text}, frame=frame)
     if frame is None and robot is not None:
-        seen.predict(seconds, item[lerobot.ACTION][0].reshape(-1, robot.action_size))
+        robot_log.predict(seconds, item[lerobot.ACTION][0].reshape(-1, robot.action_size))
     else:
-        seen.execute(seconds, item[lerobot.ACTION][0], frame=frame)
+        robot_log.execute(seconds, item[lerobot.ACTION][0], frame=frame)
 
 
 def _write_chunks(
-    seen: Any, seconds: np.ndarray, policy: Policy, dataset: LeRobotDataset, every: int | None, seed: int
+    robot_log: Any, seconds: np.ndarray, policy: Policy, dataset: LeRobotDataset, every: int | None, seed: int
 ) -> None:
-    """The chunks of every so many frames of each episode, up to its end."""
+    """Predict and write the chunk at every n-th frame of each episode, cut at the episode's end."""
     every = every or policy.embodiment.execute_steps or max(1, dataset.action_horizon // 2)
     frames = [frame for rows in dataset.episode_rows for frame in range(rows.start, rows.stop, every)]
     with progress_bar("chunks", len(frames)) as advance:
-        found = predict_chunks(policy, dataset, frames, seed=seed, on_batch=lambda count: advance(by=count))
-    for frame, chunk, is_pad in zip(frames, found.predicted[:, 0], found.is_pad, strict=True):
-        seen.predict(seconds[frame], chunk[~is_pad], frame=frame)
+        chunks = predict_chunks(policy, dataset, frames, seed=seed, on_batch=lambda count: advance(by=count))
+    for frame, chunk, is_pad in zip(frames, chunks.predicted[:, 0], chunks.is_pad, strict=True):
+        robot_log.predict(seconds[frame], chunk[~is_pad], frame=frame)

@@ -70,20 +70,18 @@ def evaluate(
         policy: a path or "demo", see `load_policy`; the address of a server, ws://…; or a `Policy`.
         env: one of `ENVIRONMENTS`.
         tasks: names of tasks; None: those in the policy's provenance, or all if they are few.
-        episodes: episodes per task; None: the default of the environment's `EvalProtocol`.
-        seed: seed of episodes and noise; None: the default of the environment's `EvalProtocol`.
+        episodes: episodes per task. Its default, and that of `seed`, is in the environment's `EvalProtocol`.
+        seed: seed of episodes and noise.
         rollout: settings of each episode; execute_steps None: the policy's recommendation, or half of its chunk.
         instructions: other instructions for the policy, by task.
-        workers: number of processes, each with its own policy and one thread. 1: this process, required for a `Policy`.
-            None: as many as the CPU's cores and the memory allow, and 1 on a GPU. A script that uses several needs the
-            usual `if __name__ == "__main__"`.
+        workers: processes, each with its own policy and one thread; 1: this process, required for a `Policy`. None: as
+            many as the CPU's cores and the memory allow, 1 on a GPU. More need `if __name__ == "__main__"` in a script.
         videos: record the first episodes of each task as videos in the folder `out`.
-        resume: save the outcome of each episode in the folder `out`, and do not repeat saved episodes.
-        load: further arguments of `load_policy`.
-        token: token of the policy's server; it is in no result.
+        resume: save each episode's outcome in the folder `out`, and do not repeat saved episodes.
+        load: further arguments of `load_policy`; token: token of the policy's server, in no result.
         progress: show a progress bar.
     """
-    start, protocol = time.perf_counter(), simulator(env).protocol
+    start, protocol, folder = time.perf_counter(), simulator(env).protocol, pathlib.Path(out or "")
     episodes, seed = protocol.episodes if episodes is None else episodes, protocol.seed if seed is None else seed
     load, instructions, rollout = load or {}, instructions or {}, rollout or Rollout()
     check_numbers(env, episodes, videos, seed, workers)
@@ -93,7 +91,6 @@ def evaluate(
         actor = stack.enter_context(opened(policy, load, token))
         rollout, tasks = checked_rollout(actor, env, rollout), chosen_tasks(provenance_of(actor), env, tasks)
         check_instructions(instructions, tasks)
-        folder = pathlib.Path(out or "")
         jobs = _jobs(env, tasks, episodes, seed, instructions, folder, videos, resume)
         if resume:
             folder_lock.enter_context(evaluation_folder(folder, actor, env, seed, rollout, instructions))
@@ -106,8 +103,7 @@ def evaluate(
             stack.close()
         with append_to_errors(lambda _: _describe_saved(jobs, folder)):
             speed = _run(make_runner, jobs, outcomes, workers, progress)
-    outcomes = {job: outcomes[job] for job in jobs}
-    return _summarize(policy, env, seed, rollout, outcomes, speed, time.perf_counter() - start)
+    return _summarize(policy, env, seed, rollout, {job: outcomes[job] for job in jobs}, speed, start)
 
 
 def check_instructions(instructions: Collection[str], tasks: Sequence[str]) -> None:
@@ -261,7 +257,7 @@ def _summarize(
     rollout: Rollout,
     outcomes: Mapping[_Job, EpisodeOutcome],
     steps_per_second: float,
-    seconds: float,
+    start: float,
 ) -> Evaluation:
     episodes = tuple(
         Episode(job.task, job.index, job.seed, each.success, each.steps, len(each.chunk_ms), each.unstable, job.video)
@@ -283,7 +279,7 @@ def _summarize(
         },
         steps_per_second=steps_per_second,
         chunk_ms=statistics.median(ms for each in outcomes.values() for ms in each.chunk_ms),
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         episodes=episodes,
         videos=tuple(job.video for job in outcomes if job.video),
         **settings,
