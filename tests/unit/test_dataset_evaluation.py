@@ -433,8 +433,8 @@ def test_episodes_can_be_chosen(folder, path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "either --env, a simulator, or --dataset"),
-        (["--env", "metaworld", "--dataset", "PATH"], "either --env, a simulator, or --dataset"),
+        ([], "needs either --env (a simulator) or --dataset"),
+        (["--env", "metaworld", "--dataset", "PATH"], "needs either --env (a simulator) or --dataset"),
         (
             ["--dataset", "PATH", "--episodes", "3", "--blank-images"],
             "--episodes, --blank-images can only be given with",
