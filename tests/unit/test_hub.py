@@ -483,7 +483,7 @@ def test_waiting_for_another_process_prints_a_message(bucket, home, capfd):
         thread.join(0.3)
         assert not bucket.requests
     thread.join()
-    assert f"waiting for another process, which downloads into {home / 'gs/bucket'}" in capfd.readouterr().err
+    assert f"waiting for another process that is downloading into {home / 'gs/bucket'}" in capfd.readouterr().err
     assert contents(bucket.root) == complete(bucket)
 
 
@@ -577,7 +577,7 @@ def test_more_than_the_disk_has_room_for_is_not_begun(server):
     }
     if isinstance(server, Bucket):
         server.lists[server.big] = {"Size": 10**18}
-    with pytest.raises(ValueError, match=r"lists 10{12,}\d* bytes that are missing here, and .* has room for"):
+    with pytest.raises(ValueError, match=r": 10{12,}\d* bytes of the files that the server lists are missing here, and .* bytes free"):
         fetch(server.address)
     assert not server.reads()
 
@@ -585,7 +585,7 @@ def test_more_than_the_disk_has_room_for_is_not_begun(server):
 def test_list_without_an_end_is_an_error(repository, bucket, monkeypatch):
     monkeypatch.setattr(sources, "_MAX_FILES", 3)
     for server in (repository, bucket):
-        with pytest.raises(ValueError, match="the server lists more than 3 files; it is damaged"):
+        with pytest.raises(ValueError, match="the server lists more than 3 files; the list is damaged"):
             fetch(server.address)
     monkeypatch.setattr(sources, "_MAX_FILES", 1000)
     monkeypatch.setattr(repository, "entry", lambda _: {"type": "file", "oid": "0", "path": "config.json", "size": 2})
@@ -675,7 +675,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(server):
     with pytest.raises(OSError, match="No space left on device") as caught:
         fetch(server.address)
     assert caught.value.errno == errno.ENOSPC
-    assert "of 300000 bytes: make room, or set TORCHPI_HOME" in caught.value.__notes__[0]
+    assert "of 300000 bytes: free some space, or set TORCHPI_HOME" in caught.value.__notes__[0]
     part.unlink()
     fetch(server.address)
     assert (server.top / server.big).read_bytes() == BIG
@@ -754,7 +754,7 @@ def test_many_missing_files_are_counted(bucket, waits):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_repository_names_the_way_in(server, status, waits):
     server.status = {"/bucket": status, "/api/models": status}
-    hint = "set HF_TOKEN or run" if isinstance(server, Hub) else "only public buckets are read; with an account: gcloud"
+    hint = "set HF_TOKEN or run" if isinstance(server, Hub) else "only public buckets are read; with an account, run: gcloud"
     with pytest.raises(FileNotFoundError, match=rf"is private or does not exist: .*{hint}"):
         fetch(server.address)
 

@@ -14,7 +14,7 @@ import torchpi
 from torchpi import Embodiment, GemmaConfig, Pi0Config, Policy, VisionConfig
 from torchpi.checkpoints.adapter import save_adapter
 from torchpi.checkpoints.hub import fetch
-from torchpi.checkpoints.publish import package, publish, without_places
+from torchpi.checkpoints.publish import package, publish, strip_local_paths
 from torchpi.cli import main
 from torchpi.model.lora import LoraConfig, attach_lora, is_lora
 from torchpi.transforms import NormStats
@@ -214,7 +214,7 @@ def test_nothing_of_this_machine_is_uploaded(hub, folder):
     ],
 )  # fmt: skip
 def test_paths_in_the_provenance_keep_their_last_part_and_addresses_stay(text, left):
-    cleaned, removed = without_places([text], "x")
+    cleaned, removed = strip_local_paths([text], "x")
     assert cleaned == [text if left is None else left]
     assert bool(removed) == (left is not None)
 
@@ -222,7 +222,7 @@ def test_paths_in_the_provenance_keep_their_last_part_and_addresses_stay(text, l
 def test_paths_in_metadata_are_uploaded_and_named(hub, folder):
     edit(folder, metadata={"calibration": "/home/alice/arm.json"})
     (note,) = push(folder).notes
-    assert note == "uploaded as it is, and may be of this machine: metadata.calibration is 'arm.json'"
+    assert note == "uploaded unchanged, with what may be local paths or credentials: metadata.calibration is 'arm.json'"
 
 
 def test_only_the_files_of_a_policy_are_uploaded_and_the_others_named(hub, folder):
@@ -239,10 +239,10 @@ def test_a_card_that_somebody_has_written_stays(hub, saved, folder):
     repository = hub.repositories["org/name"]
     assert not push(saved).notes  # ours is replaced
     repository.add("main", repository.files() | {"README.md": repository.files()["README.md"] + b"And mine."})
-    assert push(saved).notes == ("README.md of org/name stays as it is: somebody has written it",)
+    assert push(saved).notes == ("README.md of org/name stays as it is: it was written or edited by hand",)
     assert repository.files()["README.md"].endswith(b"And mine.")
     (folder / "README.md").write_text("# Mine")
-    assert push(folder).notes == ("README.md of org/name is replaced by that of the folder; its history keeps it",)
+    assert push(folder).notes == ("README.md of org/name is replaced by the folder's; its history keeps the old one",)
     assert repository.files()["README.md"] == b"# Mine"
     with pytest.raises(ValueError, match=r"README\.md is uploaded as it is; state the license 'mit' in it"):
         push(folder, license="mit")
@@ -317,7 +317,7 @@ def test_names_that_the_hub_does_not_have(name, saved):
 
 def test_a_push_without_a_token_makes_no_request(hub, saved, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    with pytest.raises(ValueError, match=r"needs a token that may write: run `hf auth login`, or set HF_TOKEN"):
+    with pytest.raises(ValueError, match=r"needs a token that can write: run `hf auth login`, or set HF_TOKEN"):
         push(saved)
     assert not hub.requests
 
@@ -326,9 +326,9 @@ def test_a_push_without_a_token_makes_no_request(hub, saved, monkeypatch):
     ("name", "token", "message"),
     [
         ("org/name", "hf_wrong", "the token that was sent is not valid: set HF_TOKEN or run `hf auth login`"),
-        ("org/name", "hf_bob", "has no right to it: set HF_TOKEN .* with one that may write what belongs to org"),
-        ("bob/secret", "hf_alice", "bob/secret can't be written; the token that was sent has no right to it"),
-        ("bob/public", "hf_alice", "bob/public can't be written; the token that was sent has no right to it"),
+        ("org/name", "hf_bob", "lacks the permission: set HF_TOKEN .* with a token that can write to the repositories of org"),
+        ("bob/secret", "hf_alice", "bob/secret can't be written; the token that was sent lacks the permission"),
+        ("bob/public", "hf_alice", "bob/public can't be written; the token that was sent lacks the permission"),
     ],
 )
 def test_a_push_without_the_right_to_write(name, token, message, hub, saved):
@@ -377,14 +377,14 @@ def test_a_token_that_may_write_but_not_create(hub, saved):
     push(saved, revision="robots/left")
     assert all("policy.json" in repository.files(branch) for branch in ("main", "robots/left"))
     for options in ({"revision": "other"}, {"name": "org/other"}):
-        with pytest.raises(ValueError, match="has no right to it"):
+        with pytest.raises(ValueError, match="lacks the permission"):
             push(saved, **options)
 
 
 def test_an_upload_that_breaks_changes_nothing_and_is_repeated(hub, saved, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
     hub.breaks = 100
-    with pytest.raises(ValueError, match=r"Nothing is committed before .*: org/name is as it was\. Push again"):
+    with pytest.raises(ValueError, match=r"Files are committed only after .*: org/name is unchanged\. Push again"):
         push(saved)
     assert not hub.repositories["org/name"].messages
     hub.breaks = 1

@@ -1,4 +1,4 @@
-"""Servers of files, Google Cloud Storage and the Hugging Face Hub, and their places in the cache (hub.py)."""
+"""File servers (Google Cloud Storage and the Hugging Face Hub) and the cache paths of their files; see hub.py."""
 
 import contextlib
 import dataclasses
@@ -16,39 +16,45 @@ from torchpi.errors import CheckpointError, MissingFileError
 from torchpi.extras import require
 from torchpi.schema import parse, read_json
 
-# The files of a policy; and what is never downloaded: pickles, which can run code, and states of optimizers.
-_WANTED = ("*.json", "*.safetensors", "*tokenizer*", "*.model", "*/params/*", "*/assets/*")
-_NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*/train_state/*", "*/training_state/*")
+# Files to download for a policy. Pickles are never downloaded (unpickling can run code), nor are optimizer states.
+_POLICY_FILES = ("*.json", "*.safetensors", "*tokenizer*", "*.model", "*/params/*", "*/assets/*")
+_NEVER_DOWNLOADED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*/train_state/*", "*/training_state/*")
 _RETRIES = 5
 _CHUNK_BYTES = 1 << 20
 _MAX_FILES = 1_000_000
 
+ByteStream = tuple[int, Iterable[bytes]]
+"""Position of the first byte that the server sends, and the chunks from there to the end of the file."""
 
-def stays_inside(name: str) -> bool:
-    """A name in a bucket or repository stays in its folder when it is a path."""
+
+def is_safe_path(name: str) -> bool:
+    """True if a name in a bucket or repository, used as a relative path, stays inside its folder."""
     return not {"", ".", ".."} & set(name.split("/")) and not set("\\\0") & set(name)
 
 
-def beside(path: pathlib.Path, suffix: str) -> pathlib.Path:
+def add_suffix(path: pathlib.Path, suffix: str) -> pathlib.Path:
     return path.with_name(path.name + suffix)
 
 
-def size_of(file: pathlib.Path) -> int:
-    return file.stat().st_size if file.is_file() else -1
+def file_size(path: pathlib.Path) -> int:
+    """Size in bytes; -1 if there is no such file."""
+    return path.stat().st_size if path.is_file() else -1
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
+    """A file on the server."""
+
     size: int
     version: str
-    """ETag of an object, commit of a repository."""
+    """ETag in a bucket, commit in a repository."""
     checksum: str = ""
-    """"md5:…" or "sha256:…"; "": only the size is known."""
+    """"md5:…" or "sha256:…"; empty if only the size is known."""
 
-    def fits(self, path: pathlib.Path) -> bool:
+    def matches(self, path: pathlib.Path) -> bool:
         """True if a local file has the size and the checksum."""
-        if size_of(path) != self.size or not self.checksum:
-            return size_of(path) == self.size
+        if file_size(path) != self.size or not self.checksum:
+            return file_size(path) == self.size
         algorithm, _, expected = self.checksum.partition(":")
         with path.open("rb") as content:
             return hashlib.file_digest(content, algorithm).hexdigest() == expected
@@ -56,28 +62,30 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A .download.json."""
+    """Contents of a .download.json: all files that the server lists for an address."""
 
     address: str
     files: dict[str, File]
 
 
 class Source:
-    """An address, and its place in the cache."""
+    """An address on a server, and its path in the cache."""
 
-    def __init__(self, address: str, top: str, path: str, names: frozenset[str] = frozenset()) -> None:
+    def __init__(self, address: str, folder: str, path: str, names: frozenset[str] = frozenset()) -> None:
+        """`folder` is the bucket or repository, relative to the cache; `path` is relative to `folder`; `names` limits
+        the download to these files, and to folders that end with "/"."""
         home = pathlib.Path(os.environ.get("TORCHPI_HOME") or "~/.cache/torchpi").expanduser().absolute()
         self.address, self.path, self.names = address, path, names
-        self._folders = tuple(name for name in names if name.endswith("/"))
-        self.top, self.root = home / top, home / top / path
-        """Places of the bucket or repository, and of the address."""
-        self.listing = self.root
-        """The file or folder that a record of this address lists."""
+        self.top = home / folder
+        """Cache folder of the bucket or repository."""
+        self.root = self.top / path
+        """Cache path of the address: a file or folder."""
+        self.record_file = add_suffix(self.root, ".download.json")
 
     def record(self) -> Record | None:
-        """The record of a download here or of a folder above, that has files of this address."""
+        """The record of this address or of a folder above it, if it lists files to download for this address."""
         for folder in (self.root, *self.root.parents):
-            file = beside(folder, ".download.json")
+            file = add_suffix(folder, ".download.json")
             if file.is_file():
                 try:
                     record = parse(Record, read_json(file, error=CheckpointError), "The file", error=CheckpointError)
@@ -90,54 +98,55 @@ class Source:
         return None
 
     def wanted(self, record: Record) -> dict[str, File]:
-        """The files of the address that are needed: those of a policy, or the named ones."""
+        """The files to download: those in `names`, or else those of a policy under `path`."""
         return {name: file for name, file in record.files.items() if self._is_wanted(name)}
 
     def _is_wanted(self, name: str) -> bool:
-        if _matches(name, _NEVER):
+        if _matches(name, _NEVER_DOWNLOADED):
             return False
         if self.names:
-            return name in self.names or name.startswith(self._folders)
-        return name == self.path or ((self.top / name).is_relative_to(self.root) and _matches(name, _WANTED))
+            return name in self.names or any(name.startswith(known) for known in self.names if known.endswith("/"))
+        return name == self.path or ((self.top / name).is_relative_to(self.root) and _matches(name, _POLICY_FILES))
 
     def missing(self, record: Record) -> dict[str, File]:
         """The wanted files that are not in the cache."""
-        return {name: file for name, file in self.wanted(record).items() if size_of(self.top / name) != file.size}
+        return {name: file for name, file in self.wanted(record).items() if file_size(self.top / name) != file.size}
 
     def is_complete(self) -> bool:
+        """True if all wanted files are in the cache."""
         if (record := self.record()) is not None:
-            return not self.missing(record) and not self.absent(record)
+            return not self.missing(record) and not self.unavailable(record)
         if self.names:
             return all((self.top / name).exists() for name in self.names)
         if self.root.is_dir():
-            is_filled = any(not entry.name.startswith(".") for entry in self.root.iterdir())
-            return is_filled and not any(self.root.rglob("*.download.json"))
+            has_files = any(not entry.name.startswith(".") for entry in self.root.iterdir())
+            return has_files and not any(self.root.rglob("*.download.json"))
         return self.root.is_file()
 
-    def absent(self, record: Record) -> list[str]:
-        """The names that are not on the server."""
+    def unavailable(self, record: Record) -> list[str]:
+        """The requested names that the server does not have."""
         files = self.wanted(record)
         folders = {f"{folder.as_posix()}/" for name in files for folder in pathlib.PurePosixPath(name).parents}
         return sorted(self.names - set(files) - folders)
 
     def require_files(self, record: Record) -> None:
-        """Raise an error where the server lacks what is needed, or names a place outside of the cache."""
-        if outside := [name for name in record.files if not stays_inside(name)]:
+        """Raise an error if the server lacks requested files, or lists a path outside the cache folder."""
+        if outside := [name for name in record.files if not is_safe_path(name)]:
             raise CheckpointError(
                 f"{self.address}: the server lists {outside[0]!r:.200}, which would be outside of {self.top}."
             )
-        if absent := self.absent(record):
-            tops = ", ".join(sorted({name.split("/")[0] for name in record.files})) or "nothing"
+        if unavailable := self.unavailable(record):
+            top_level = ", ".join(sorted({name.split("/")[0] for name in record.files})) or "nothing"
             raise MissingFileError(
-                f"{self.address} has no {', '.join(absent[:3])}{' …' if len(absent) > 3 else ''}; it has {tops}. "
-                "Expected a complete LeRobot dataset."
+                f"{self.address} has no {', '.join(unavailable[:3])}{' …' if len(unavailable) > 3 else ''}; it has "
+                f"{top_level}. Expected a complete LeRobot dataset."
             )
         if not self.names and not self.wanted(record):
-            here = [name for name in record.files if (self.top / name).is_relative_to(self.root)]
-            found = ", ".join(here[:5] + ["…"] * (len(here) > 5)) or "nothing"
+            listed = [name for name in record.files if (self.top / name).is_relative_to(self.root)]
+            found = ", ".join(listed[:5] + ["…"] * (len(listed) > 5)) or "nothing"
             raise MissingFileError(
-                f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_WANTED)}. Never "
-                f"downloaded are {', '.join(_NEVER)}: pickles can run code."
+                f"{self.address}: found {found}; expected a file, or a folder with {', '.join(_POLICY_FILES)}. Never "
+                f"downloaded are {', '.join(_NEVER_DOWNLOADED)}: pickles can run code."
             )
 
 
@@ -145,18 +154,22 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(f"/{name.lower()}", pattern) for pattern in patterns)
 
 
-def _checked(address: str, entries: Iterable[Any], facts: Callable[[Any], tuple[str, int]]) -> Iterator[Any]:
-    """The entries of a server's list, if each has a name and a size, and they end; `facts` tells name and size."""
+def _validated(address: str, entries: Iterable[Any], name_and_size: Callable[[Any], tuple[str, int]]) -> Iterator[Any]:
+    """Pass on the entries of a server's file list; raise an error for bad names or sizes, duplicates, endless lists."""
     seen: set[str] = set()
     for entry in entries:
-        name, size = facts(entry)
-        fault = ""
+        name, size = name_and_size(entry)
+        problem = ""
         if not isinstance(name, str) or type(size) is not int or size < 0:
-            fault = f"{name!a:.200} with a size of {size!a:.40}; expected a name and a number of bytes"
-        elif name in seen or len(seen) == _MAX_FILES:
-            fault = f"{name!a:.200} twice" if name in seen else f"more than {_MAX_FILES} files"
-        if fault:
-            raise CheckpointError(f"{address}: the server lists {fault}; it is damaged, or no server of this kind.")
+            problem = f"{name!a:.200} with a size of {size!a:.40}; expected a name and a number of bytes"
+        elif name in seen:
+            problem = f"{name!a:.200} twice"
+        elif len(seen) == _MAX_FILES:
+            problem = f"more than {_MAX_FILES} files"
+        if problem:
+            raise CheckpointError(
+                f"{address}: the server lists {problem}; the list is damaged, or this is another kind of server."
+            )
         seen.add(name)
         yield entry
 
@@ -165,14 +178,14 @@ class Bucket(Source):
     """A bucket of Google Cloud Storage, read without an account."""
 
     retries = 0
-    """Attempts of ours without progress: obstore makes its own."""
+    """Retries without progress in hub.py; obstore already retries each request."""
 
     def __init__(self, address: str, bucket: str, path: str) -> None:
         super().__init__(address, f"gs/{bucket}", path)
         self.bucket = bucket
         self.files_url = f"https://storage.googleapis.com/{bucket}/"
         self.page = f"{self.files_url}{quote(path)}"
-        self.tool = f"gcloud storage cp -r gs://{bucket}/{path} {self.root.parent}"
+        self.download_command = f"gcloud storage cp -r gs://{bucket}/{path} {self.root.parent}"
 
     def connect(self) -> None:
         obstore = require("obstore", "gcs")
@@ -183,67 +196,73 @@ class Bucket(Source):
         self.store = GCSStore(
             self.bucket,
             config={"skip_signature": True, **({"base_url": server} if server else {})},
-            # The library's limit of 30 s is for a whole file.
+            # obstore's default timeout of 30 s covers a whole file.
             client_options={"allow_http": bool(server), "timeout": timedelta(days=1), "read_timeout": "60s"},
             retry_config={"max_retries": _RETRIES},
         )
 
-    def status(self, error: Exception) -> int | None:
-        """The HTTP status of a failed request, which obstore has in its message only; None: no answer."""
-        found = re.search(r"status code: (\d{3})", str(error))
-        return int(found[1]) if found else None
+    def http_status(self, error: Exception) -> int | None:
+        """HTTP status of a failed request, which obstore has only in its message; None without a response."""
+        match = re.search(r"status code: (\d{3})", str(error))
+        return int(match[1]) if match else None
 
-    def refused(self, error: Exception) -> str:
-        """The rest of the sentence about a bucket that is not there, or may not be read."""
-        if self.status(error) == 404:
+    def explain_refusal(self, error: Exception) -> str:
+        """Finish the sentence "ADDRESS …" for a request that was refused with 401, 403 or 404."""
+        if self.http_status(error) == 404:
             return "does not exist; check its parts"
-        return f"is private or does not exist: only public buckets are read; with an account: {self.tool}"
+        return (
+            "is private or does not exist: only public buckets are read; with an account, run: "
+            f"{self.download_command}"
+        )
 
     def files(self) -> dict[str, File]:
+        """All files of the address, from the server."""
         import obstore
 
         try:
             try:
                 entries: Any = [obstore.head(self.store, self.path)]
-            except FileNotFoundError:
-                pages = self.store.list(self.path)
-                listed = (entry for page in pages for entry in page)
-                entries = list(_checked(self.address, listed, lambda entry: (entry["path"], entry["size"])))
+            except FileNotFoundError:  # a folder
+                listed = (entry for page in self.store.list(self.path) for entry in page)
+                entries = list(_validated(self.address, listed, lambda entry: (entry["path"], entry["size"])))
         except obstore.exceptions.InvalidPathError as error:
             raise CheckpointError(
                 f"{self.address}: the server lists a name which would be outside of {self.top} ({error})."
             ) from error
-        found = {}
+        files = {}
         for entry in entries:
             tag = (entry["e_tag"] or "").strip('"')
-            # The ETag of an object is its MD5, unless it was put together from parts.
+            # The ETag of an object is its MD5, unless the object was composed from parts.
             checksum = f"md5:{tag}" if re.fullmatch("[0-9a-f]{32}", tag) else ""
-            found[entry["path"]] = File(entry["size"], tag, checksum)
-        return found
+            files[entry["path"]] = File(entry["size"], tag, checksum)
+        return files
 
     @contextlib.contextmanager
-    def body(self, name: str, file: File, start: int) -> Iterator[tuple[int, Iterable[bytes]]]:
-        """See `_read`."""
+    def open_stream(self, name: str, file: File, start: int) -> Iterator[ByteStream]:
+        """Request the bytes of a file from `start` on."""
         import obstore
 
         try:
-            found = obstore.get(self.store, name, options={"range": {"offset": start}} if start else {})
+            response = obstore.get(self.store, name, options={"range": {"offset": start}} if start else {})
         except obstore.exceptions.BaseError as error:
             if start and re.search("non-partial|Content-Range|CONTENT_RANGE|Requested [0-9]", str(error)):
-                yield 0, ()  # the range is not honoured
+                yield 0, ()  # the server ignores the range
                 return
             raise
-        yield start, found.stream(_CHUNK_BYTES)
+        yield start, response.stream(_CHUNK_BYTES)
 
 
-def token_hint(error: Any, *, right: str = "read") -> str:
-    """The way to a token that has a right on the Hub, after a request that was refused."""
-    request, said = error.response.request, str(error).lower()
-    new = f"set HF_TOKEN or run `hf auth login` with one that may {right} (https://huggingface.co/settings/tokens)"
-    if "authorization" not in request.headers:
-        return f"no token was sent: {new}"
-    known = "invalid credentials" not in said and "invalid user" not in said and "expired" not in said
-    return f"the token that was sent {'has no right to it' if known else 'is not valid'}: {new}"
+def token_hint(error: Any, *, permission: str = "read it") -> str:
+    """Explain how to get a token with the needed permission, after the Hub refused a request."""
+    advice = (
+        f"set HF_TOKEN or run `hf auth login` with a token that can {permission} "
+        "(https://huggingface.co/settings/tokens)"
+    )
+    if "authorization" not in error.response.request.headers:
+        return f"no token was sent: {advice}"
+    message = str(error).lower()
+    is_invalid = any(text in message for text in ("invalid credentials", "invalid user", "expired"))
+    return f"the token that was sent {'is not valid' if is_invalid else 'lacks the permission'}: {advice}"
 
 
 class Repository(Source):
@@ -254,42 +273,48 @@ class Repository(Source):
     def __init__(
         self, address: str, name: str, revision: str | None, *, path: str = "", names: frozenset[str] = frozenset()
     ) -> None:
+        """`names` makes it a dataset, of which only these files are downloaded."""
         self.name, self.revision = name, unquote(revision or "main")
-        in_url = quote(self.revision, safe="")
-        self.kind, folder, pages = ("dataset", "hf-datasets", "datasets/") if names else ("model", "hf", "")
-        super().__init__(address, f"{folder}/{name}/{in_url}", path, names)
-        self.listing = self.top
+        quoted_revision = quote(self.revision, safe="")
+        self.kind, folder, url_prefix = ("dataset", "hf-datasets", "datasets/") if names else ("model", "hf", "")
+        super().__init__(address, f"{folder}/{name}/{quoted_revision}", path, names)
+        self.record_file = add_suffix(self.top, ".download.json")  # lists the whole repository
         self.endpoint = os.environ.get("HF_ENDPOINT") or None
-        page = f"https://huggingface.co/{pages}{name}"
-        self.files_url = f"{page}/resolve/{in_url}/"
-        self.page = f"{page}/tree/{in_url}/{quote(path)}"
-        self.tool = f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
-        self.hub_page = page
+        self.repo_url = f"https://huggingface.co/{url_prefix}{name}"
+        self.files_url = f"{self.repo_url}/resolve/{quoted_revision}/"
+        self.page = f"{self.repo_url}/tree/{quoted_revision}/{quote(path)}"
+        self.download_command = (
+            f"hf download {name} --repo-type {self.kind} --revision {self.revision} --local-dir {self.top}"
+        )
 
     def connect(self) -> None:
-        # HTTPError is the base of what the HTTP library raises, which is another library in other versions.
+        # HTTPError is the base class for both of the HTTP libraries that versions of huggingface_hub use.
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
         self.errors = (HTTPError, OfflineModeIsEnabled)
 
-    def status(self, error: Exception) -> int | None:
-        """The HTTP status of a failed request; None: no answer."""
+    def http_status(self, error: Exception) -> int | None:
+        """HTTP status of a failed request; None without a response."""
         return getattr(getattr(error, "response", None), "status_code", None)
 
-    def refused(self, error: Exception) -> str:
-        """The rest of the sentence about a repository that is not there, or may not be read, which the Hub does not
-        always tell apart."""
+    def explain_refusal(self, error: Exception) -> str:
+        """Finish the sentence "ADDRESS …" for a request that was refused with 401, 403 or 404.
+
+        The Hub does not always distinguish a private repository from one that does not exist.
+        """
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
-        way_in = f"{self.hub_page}, and {token_hint(error)}"
+        access = f"{self.repo_url}, and {token_hint(error)}"
         if isinstance(error, GatedRepoError):
-            return f"is gated: accept its terms on {way_in}"
-        if self.status(error) != 404:
-            return f"is private or does not exist: ask for access on {way_in}"
-        is_hidden = isinstance(error, RepositoryNotFoundError)
-        return f"does not exist; check its parts{f'. If it is private, ask for access on {way_in}' * is_hidden}"
+            return f"is gated: accept its terms on {access}"
+        if self.http_status(error) != 404:
+            return f"is private or does not exist: ask for access on {access}"
+        if isinstance(error, RepositoryNotFoundError):
+            return f"does not exist; check its parts. If it is private, ask for access on {access}"
+        return "does not exist; check its parts"
 
     def files(self) -> dict[str, File]:
+        """All files of the repository, from the server."""
         from huggingface_hub import HfApi
         from huggingface_hub.hf_api import RepoFile
 
@@ -299,20 +324,23 @@ class Repository(Source):
             tree = api.list_repo_tree(self.name, recursive=True, revision=commit, repo_type=self.kind)
             return {
                 file.path: File(file.size, commit, f"sha256:{file.lfs.sha256}" if file.lfs else "")
-                for file in _checked(self.address, tree, lambda entry: (entry.path, getattr(entry, "size", 0)))
+                for file in _validated(self.address, tree, lambda entry: (entry.path, getattr(entry, "size", 0)))
                 if isinstance(file, RepoFile)
             }
         except (*self.errors, CheckpointError):
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:  # the library looks at nothing
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # huggingface_hub validates no response
             raise CheckpointError(
                 f"{self.address}: the server's answer is not that of a Hub ({type(error).__name__}: {error!s:.200}); "
-                "look at HF_ENDPOINT."
+                "check HF_ENDPOINT."
             ) from error
 
     @contextlib.contextmanager
-    def body(self, name: str, file: File, start: int) -> Iterator[tuple[int, Iterable[bytes]]]:
-        """See `_read`. (`hf_hub_download` starts over in each process, and takes whatever a server sends.)"""
+    def open_stream(self, name: str, file: File, start: int) -> Iterator[ByteStream]:
+        """Request the bytes of a file from `start` on.
+
+        `hf_hub_download` would start over in each process, and has no limit on the size.
+        """
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
 
@@ -328,10 +356,11 @@ class Repository(Source):
             if encoding not in ("identity", "gzip"):
                 raise CheckpointError(
                     f"{self.files_url}{quote(name)}: the server sends it with Content-Encoding {encoding!r:.40}; "
-                    "expected identity, as was asked for, or gzip. Set HF_ENDPOINT to another server."
+                    "expected identity, as requested, or gzip. Set HF_ENDPOINT to another server."
                 )
-            if response.status_code == 206:
-                here = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-                yield (start, response.iter_raw(_CHUNK_BYTES)) if here and encoding == "identity" else (0, ())
-            else:
+            if response.status_code != 206:
                 yield 0, response.iter_bytes(_CHUNK_BYTES)
+            elif encoding == "identity" and response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                yield start, response.iter_raw(_CHUNK_BYTES)
+            else:
+                yield 0, ()  # the server ignores the range
