@@ -115,13 +115,13 @@ def test_fields_of_every_lerobot_since_04_are_known():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_obs_steps": 2}, "n_obs_steps is 2; only 1 is read"),
-        ({"use_visual_memory": True}, "use_visual_memory is true; only false is read: a memory of frames"),
+        ({"n_obs_steps": 2}, "n_obs_steps is 2; only 1 is supported"),
+        ({"use_visual_memory": True}, "use_visual_memory is true; only false is supported: a memory of frames"),
         ({"use_proprioceptive_memory": True}, "use_proprioceptive_memory is true"),
-        ({"min_period": 0.001}, "min_period is 0.001; only 0.004 is read"),
-        ({"max_period": 8.0}, "max_period is 8.0; only 4.0 is read"),
-        ({"state_cond": True}, r"has the field state_cond \(true\), of which it is not known here what it changes"),
-        ({"discrete_state_input": False}, r"has the field discrete_state_input \(false\)"),
+        ({"min_period": 0.001}, "min_period is 0.001; only 0.004 is supported"),
+        ({"max_period": 8.0}, "max_period is 8.0; only 4.0 is supported"),
+        ({"state_cond": True}, r"has the unknown field state_cond \(true\), whose effect torchpi does not know"),
+        ({"discrete_state_input": False}, r"has the unknown field discrete_state_input \(false\)"),
         ({"num_inference_steps": 0}, "num_inference_steps must be a positive integer, found 0"),
         ({"num_inference_steps": 10**9}, "num_inference_steps must be at most 1000, found 1000000000"),
         ({"empty_cameras": 10**6}, "empty_cameras must be at most 100, found 1000000"),
@@ -129,11 +129,11 @@ def test_fields_of_every_lerobot_since_04_are_known():
         ({"tokenizer_max_length": 10**7}, "tokenizer_max_length must be at most 16384, found 10000000"),
         ({"n_action_steps": 10**7}, "n_action_steps must be at most 4096"),
         ({"rtc_training_max_delay": 10**7}, "rtc_training_max_delay must be at most 4096"),
-        ({"image_resolution": [[1], [1]]}, "only squares are read"),
+        ({"image_resolution": [[1], [1]]}, "only square images are supported"),
         ({"num_inference_steps": True}, "num_inference_steps must be a positive integer, found True"),
         ({"rtc_training_max_delay": -1}, "rtc_training_max_delay must be a non-negative integer, found -1"),
-        ({"type": "pi0_fast"}, "is a π₀-FAST policy of LeRobot, which is not read yet"),
-        ({"type": "smolvla"}, 'type is "smolvla"; only "pi0" or "pi05" is read'),
+        ({"type": "pi0_fast"}, "is a π₀-FAST policy of LeRobot, which is not supported yet"),
+        ({"type": "smolvla"}, 'type is "smolvla"; only "pi0" or "pi05" is supported'),
     ],
 )
 def test_config_that_is_another_models_is_refused(pi05, fields, message):
@@ -171,8 +171,8 @@ def test_written_folder_notes_what_lerobot_does_otherwise_and_refuses_ambiguous_
     robot = dataclasses.replace(spec.embodiment, state=parts)
     spec = dataclasses.replace(spec, embodiment=robot, metadata={MAX_ACTION_PREFIX: 3})
     notes = " ".join(lerobot_files.write_spec(tmp_path, config, spec, "float32"))
-    assert "the state is one vector there: send arm, hand one behind the other" in notes
-    assert "rtc_training_max_delay is written, which LeRobot knows after version 0.6.1" in notes
+    assert "LeRobot's state is one vector: send arm, hand concatenated" in notes
+    assert "rtc_training_max_delay is written, which only LeRobot after version 0.6.1 can read" in notes
     first, second, *rest = robot.actions
     alike = (
         dataclasses.replace(first, name="grip_turn", kind="delta"),
@@ -281,19 +281,19 @@ def drop(document, name):
         (BEFORE, lambda d: reorder(d, "relative_actions_processor", 3), "in the order .*normalizer_processor, rel"),
         (BEFORE, lambda d: reorder(d, "rename_observations_processor", 5), "in the order"),
         (AFTER, lambda d: reorder(d, "absolute_actions_processor", 0), "expected unnormalizer_processor, absolute"),
-        (BEFORE, lambda d: d["steps"].append({"registry_name": "pi0_new_line_processor"}), "not known here: pi0_new"),
+        (BEFORE, lambda d: d["steps"].append({"registry_name": "pi0_new_line_processor"}), "unknown steps: pi0_new"),
         (BEFORE, lambda d: d["steps"].append({"class": "my.Step", "config": {}}), r"unknown fields steps.7.class"),
         (BEFORE, lambda d: d.update(sampling={}), "unknown fields sampling"),
         (BEFORE, lambda d: step(d, "normalizer_processor").update(enabled=False), r"unknown fields steps.3.enabled"),
-        (BEFORE, lambda d: step(d, "normalizer_processor")["config"].update(clip=5), "has the field clip"),
+        (BEFORE, lambda d: step(d, "normalizer_processor")["config"].update(clip=5), "has the unknown field clip"),
         (BEFORE, lambda d: step(d, "tokenizer_processor")["config"].update(padding_side="left"), "padding_side is"),
         (BEFORE, lambda d: step(d, "tokenizer_processor")["config"].update(task_key="goal"), "task_key is"),
         (BEFORE, lambda d: step(d, "tokenizer_processor")["config"].update(truncation=False), "truncation is false"),
         (BEFORE, lambda d: step(d, "device_processor")["config"].update(float_dtype="float16"), "float_dtype is"),
-        (BEFORE, lambda d: step(d, "rename_observations_processor")["config"].update(scale=2), "has the field scale"),
+        (BEFORE, lambda d: step(d, "rename_observations_processor")["config"].update(scale=2), "unknown field scale"),
         (BEFORE, lambda d: step(d, "normalizer_processor")["config"]["norm_map"].update(VISUAL="MEAN_STD"), "images are normalized by MEAN_STD"),  # noqa: E501
         (AFTER, lambda d: step(d, "unnormalizer_processor")["config"]["norm_map"].update(VISUAL="MIN_MAX"), "images are normalized by MIN_MAX"),  # noqa: E501
-        (AFTER, lambda d: step(d, "unnormalizer_processor")["config"]["norm_map"].update(ACTION="MEAN_STD"), "actions are normalized otherwise, or by other"),  # noqa: E501
+        (AFTER, lambda d: step(d, "unnormalizer_processor")["config"]["norm_map"].update(ACTION="MEAN_STD"), "normalize actions by different rules"),  # noqa: E501
         (BEFORE, lambda d: step(d, "relative_actions_processor")["config"].update(enabled=True), "relative actions are on in"),  # noqa: E501
         (AFTER, lambda d: step(d, "absolute_actions_processor")["config"].update(enabled=True), "relative actions are off in"),  # noqa: E501
     ],
@@ -324,14 +324,14 @@ def test_steps_without_effect_may_stand_anywhere_or_be_missing(lerobot):
 
 def test_statistics_of_actions_that_differ_before_and_behind_the_model_are_refused(lerobot):
     lerobot.change_statistics(lambda a: {**a, "action.q01": a["action.q01"] - 1}, "postprocessor*.safetensors")
-    with pytest.raises(ValueError, match="actions are normalized otherwise, or by other statistics"):
+    with pytest.raises(ValueError, match="normalize actions by different rules or statistics"):
         lerobot.spec()
 
 
 def test_statistics_of_actions_on_one_side_of_the_model_only_are_refused(lerobot):
     others = {"state.q01": np.zeros(1, np.float32)}
     lerobot.change_statistics(lambda a: {k: v for k, v in a.items() if k[:7] != "action."} | others, "pre*.safetensors")
-    with pytest.raises(ValueError, match="actions are normalized otherwise, or by other statistics"):
+    with pytest.raises(ValueError, match="normalize actions by different rules or statistics"):
         lerobot.spec()
 
 
@@ -365,7 +365,7 @@ def test_base_with_bounds_that_norm_stats_lack_says_what_they_are(pi05, tmp_path
     for file, name in ((BEFORE, "normalizer_processor"), (AFTER, "unnormalizer_processor")):
         pi05.edit(file, lambda d, n=name: step(d, n)["config"]["norm_map"].update(STATE="MIN_MAX", ACTION="MIN_MAX"))
     pi05.forget_statistics()
-    with pytest.warns(UserWarning, match="normalizes by MIN_MAX, and has no statistics: its bounds are q01 and q99"):
+    with pytest.warns(UserWarning, match="normalizes by MIN_MAX, and has no statistics: q01 and q99 of the given stat"):
         assert pi05.spec().normalization["state"].kind == "quantile"
 
 
@@ -374,7 +374,7 @@ def test_base_with_bounds_that_norm_stats_lack_says_what_they_are(pi05, tmp_path
 )
 def test_statistics_of_one_quantity_only_are_said(lerobot, feature, key, other):
     lerobot.change_statistics(lambda a: {k: v for k, v in a.items() if not k.startswith(feature)} or {"x": np.zeros(1)})
-    with pytest.warns(UserWarning, match=f"has no statistics of {key}, which is not normalized"):
+    with pytest.warns(UserWarning, match=f"has no statistics of {key}, which is therefore not normalized"):
         spec = lerobot.spec()
     assert spec.normalization[key].kind == "identity"
     assert spec.normalization[other].kind != "identity"
@@ -403,7 +403,7 @@ def test_stats_compare_names_policies_of_another_type(pi05, kind):
     from torchpi.cli.stats import checkpoint_stats
 
     pi05.configure(type=kind)
-    with pytest.raises(ValueError, match=f"type is {kind!r}; pi0 and pi05 policies are read"):
+    with pytest.raises(ValueError, match=f"type is {kind!r}; expected pi0 or pi05"):
         checkpoint_stats(pi05.root)
 
 
@@ -431,7 +431,7 @@ def port(golden_pi05, tmp_path):
     [
         ({"pi05": "yes"}, "pi05 must be true or false, found 'yes'"),
         ({"max_token_len": 0}, "max_token_len must be a positive integer, found 0"),
-        ({"use_memory": True}, "has the field use_memory"),
+        ({"use_memory": True}, "has the unknown field use_memory"),
         ({"model_type": "paligemma"}, r"is a paligemma model of transformers.*npz"),
     ],
 )

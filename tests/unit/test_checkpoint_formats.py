@@ -104,7 +104,7 @@ def test_an_adapter_of_another_format_than_lerobots_is_an_error(tmp_path):
     config = {"peft_type": "LORA", "base_model_name_or_path": "demo", "r": 2, "lora_alpha": 4}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     safetensors.torch.save_file({"x": torch.zeros(2)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="holds an adapter of demo, which is torchpi; expected LeRobot's base"):
+    with pytest.raises(ValueError, match="holds an adapter for demo, which is torchpi; expected a base in LeRobot"):
         torchpi.load_model(tmp_path)
 
 
@@ -274,17 +274,17 @@ def test_lerobots_other_normalizations(lerobot, golden_pi05, mode, kind, bounds)
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("policy_preprocessor.json", lambda d: d["steps"].append({"registry_name": "magic_processor", "config": {}}), "steps that are not known here: magic_processor"),  # noqa: E501
+        ("policy_preprocessor.json", lambda d: d["steps"].append({"registry_name": "magic_processor", "config": {}}), "unknown steps: magic_processor"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor")["config"].update(eps=1e-3), "eps is 0.001"),  # noqa: E501
-        ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor")["config"]["norm_map"].update(STATE="LOG"), "normalization LOG is not known"),  # noqa: E501
+        ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor")["config"]["norm_map"].update(STATE="LOG"), "normalization LOG is unknown"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "normalizer_processor").update(state_file="../x.safetensors"), "only files next to it are read"),  # noqa: E501
         ("policy_preprocessor.json", lambda d: step(d, "tokenizer_processor")["config"].update(max_length=7), "max_length 7"),  # noqa: E501
-        ("policy_preprocessor.json", lambda d: d.pop("steps"), "is not as LeRobot writes it"),
-        ("config.json", lambda d: d.update(type="act"), "type is \"act\"; only \"pi0\" or \"pi05\" is read"),
+        ("policy_preprocessor.json", lambda d: d.pop("steps"), "does not have LeRobot's format"),
+        ("config.json", lambda d: d.update(type="act"), "type is \"act\"; only \"pi0\" or \"pi05\" is supported"),
         ("config.json", lambda d: d.update(chunk_size=0), "chunk_size must be a positive integer, found 0"),
-        ("config.json", lambda d: d.update(image_resolution=[224, 200]), "only squares are read"),
-        ("config.json", lambda d: d["output_features"].pop("action"), "not as LeRobot writes them"),
-        ("config.json", lambda d: d["output_features"]["action"].update(shape=[]), "not as LeRobot writes them"),
+        ("config.json", lambda d: d.update(image_resolution=[224, 200]), "only square images are supported"),
+        ("config.json", lambda d: d["output_features"].pop("action"), "does not have LeRobot's format"),
+        ("config.json", lambda d: d["output_features"]["action"].update(shape=[]), "does not have LeRobot's format"),
     ],
 )  # fmt: skip
 def test_lerobot_policy_with_contradicting_settings_is_refused(lerobot, golden_pi05, name, change, message):
@@ -315,7 +315,7 @@ def rewrite(root, change):
         (lambda a: a.pop("time_mlp_in.bias"), "missing: time_mlp_in.bias"),
         (lambda a: a.update({"x.lora_a": torch.zeros(2)}), "left over: x.lora_a"),
         (lambda a: a.update({"time_mlp_in.bias": torch.zeros(3)}), r"misshapen: time_mlp_in.bias is \[3\], expected \[32\]"),  # noqa: E501
-        (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.int8)}), "has dtype I8; float32, bfloat16 and float16"),  # noqa: E501
+        (lambda a: a.update({"time_mlp_in.bias": torch.zeros(32, dtype=torch.int8)}), "has dtype I8; weights must be float32, bfloat16 or float16"),  # noqa: E501
         (lambda a: a.update({"model.extra": torch.zeros(32)}), "left over: model.extra"),
         (lambda a: [a.update({f"model.{k}": a.pop(k)}) for k in list(a) if k != "time_mlp_in.bias"], "some arrays have the prefix 'model.'"),  # noqa: E501
         (lambda a: a.pop(TIED_EMBEDDING), "There is no array .*embed_tokens"),
@@ -356,7 +356,7 @@ def test_a_header_whose_length_looks_like_a_pickle_is_read(port, golden_pi05):
 def test_a_file_that_may_be_a_pickle_is_refused_by_its_path(tmp_path):
     for name in ("model.pt", "pytorch_model.bin", "params.pkl"):
         (tmp_path / name).write_bytes(b"\x80\x04")
-        with pytest.raises(ValueError, match="nothing is ever unpickled"):
+        with pytest.raises(ValueError, match="torchpi never unpickles"):
             torchpi.load_model(tmp_path / name)
     with pytest.raises(ValueError, match=r"model.pt, params.pkl, pytorch_model.bin may be a pickle"):
         torchpi.load_model(tmp_path)
@@ -492,7 +492,7 @@ def test_lora_arrays_without_their_pair_are_an_error(golden_pi05, tmp_path):
     with pytest.raises(ValueError, match=r"q_einsum.lora_a \[4, 2\] and .*lora_b \[3, 8\] do not fit"):
         lora_pairs(arrays)
     arrays.shapes = {"attn.q_einsum.w": (4, 8), "attn.q_einsum.lora_b": (3, 8)}
-    with pytest.raises(ValueError, match=r"LoRA arrays that belong to nothing: attn\.q_einsum\.lora_b"):
+    with pytest.raises(ValueError, match=r"LoRA arrays without a counterpart: attn\.q_einsum\.lora_b"):
         lora_pairs(arrays)
     with pytest.raises(ValueError, match="belongs to a checkpoint with LoRA weights"):
         torchpi.load_model(golden_pi05.checkpoint, lora_alpha=(16.0, 32.0))
@@ -689,7 +689,7 @@ def test_a_config_file_that_is_no_json_is_named(port, tmp_path):
 
 
 def test_robot_with_hook_cannot_be_converted_to_lerobot(tmp_path, golden_pi05, golden_root):
-    with pytest.raises(ValueError, match="converts units by the code 'aloha_pi', which no step of LeRobot does"):
+    with pytest.raises(ValueError, match="converts units with the code 'aloha_pi', for which LeRobot has no step"):
         convert(
             golden_pi05.checkpoint,
             tmp_path / "out",
@@ -704,7 +704,7 @@ def test_robot_with_mapped_depth_cannot_be_converted_to_lerobot(tmp_path, golden
     document = torchpi.robots.get_embodiment("libero").to_dict()
     document["cameras"][1] |= {"dtype": "uint16", "depth": {"near": 0.1, "far": 1.5, "unit": "mm", "colormap": "grey"}}
     (tmp_path / "arm.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="maps the depth of observation/wrist_image to colours, which no step of LeRo"):
+    with pytest.raises(ValueError, match="maps the depth of observation/wrist_image to colours, for which LeRobot has"):
         convert(
             golden_pi05.checkpoint,
             tmp_path / "out",

@@ -188,8 +188,8 @@ def test_openpi_normalizes_pi05_otherwise_and_acts_alike(golden_pi05, tmp_path, 
     assert report.action_difference < 1e-5
     assert report.action_difference < report.input_difference  # LeRobot resizes images otherwise
     printed = str(report)
-    assert f"normalization of state is {state} with lerobot's eps here, quantile with openpi's there" in printed
-    assert "q01 and q99, which are no quantiles of the data, are rewritten" in printed
+    assert f"normalization of state changes from {state} with lerobot's eps to quantile with openpi's" in printed
+    assert "q01 and q99, which are no longer quantiles of the data, are rewritten" in printed
 
 
 def test_lerobots_pi0_in_quantiles_acts_alike_in_openpi_but_for_prompts_that_it_cleans(golden_pi0, tmp_path):
@@ -237,7 +237,7 @@ def test_statistics_for_lerobot_count_openpis_eps(golden_pi0, tmp_path):
     written = safetensors.torch.load_file(next(tmp_path.glob("out/*unnormalizer*.safetensors")))
     np.testing.assert_allclose(written["action.std"], 1.01e-4, rtol=1e-6)
     assert report.action_difference < 2e-5 * 1e-4 + 5e-7
-    assert "normalization of actions is z_score with openpi's eps here, z_score with lerobot's there" in str(report)
+    assert "normalization of actions changes from z_score with openpi's eps to z_score with lerobot's" in str(report)
 
 
 def test_a_base_without_statistics_says_how_it_is_normalized(golden_pi05, tmp_path):

@@ -577,7 +577,9 @@ def test_more_than_the_disk_has_room_for_is_not_begun(server):
     }
     if isinstance(server, Bucket):
         server.lists[server.big] = {"Size": 10**18}
-    with pytest.raises(ValueError, match=r": 10{12,}\d* bytes of the files that the server lists are missing here, and .* bytes free"):
+    with pytest.raises(
+        ValueError, match=r": 10{12,}\d* bytes of the files that the server lists are missing here, and .* bytes free"
+    ):
         fetch(server.address)
     assert not server.reads()
 
@@ -754,7 +756,11 @@ def test_many_missing_files_are_counted(bucket, waits):
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_private_repository_names_the_way_in(server, status, waits):
     server.status = {"/bucket": status, "/api/models": status}
-    hint = "set HF_TOKEN or run" if isinstance(server, Hub) else "only public buckets are read; with an account, run: gcloud"
+    hint = (
+        "set HF_TOKEN or run"
+        if isinstance(server, Hub)
+        else "only public buckets are read; with an account, run: gcloud"
+    )
     with pytest.raises(FileNotFoundError, match=rf"is private or does not exist: .*{hint}"):
         fetch(server.address)
 

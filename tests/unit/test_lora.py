@@ -308,7 +308,7 @@ def test_lora_of_plain_multi_head_attention_and_of_one_stack_round_trips(lora, t
 def test_alphas_are_asked_for_unless_the_ranks_are_openpis(lora, is_known, tmp_path):
     config = sizes()
     write_lora_params(tmp_path, lora_model(config, lora))
-    with contextlib.nullcontext() if is_known else pytest.raises(ValueError, match="Pass lora_alpha= with those"):
+    with contextlib.nullcontext() if is_known else pytest.raises(ValueError, match="Pass lora_alpha= with the alphas"):
         default = torchpi.load_model(tmp_path, config=config)
         assert_same(state(default), state(torchpi.load_model(tmp_path, config=config, lora_alpha=(16.0, 32.0))))
 
@@ -399,7 +399,7 @@ def test_an_existing_folder_is_replaced_only_on_request(saved, tmp_path):
 def test_saving_without_lora_or_over_a_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no LoRA"):
         save_adapter(plain_model(), tmp_path / "a", base=BASE, trained=[])
-    with pytest.raises(ValueError, match=r"does not have: backbone\.nothing"):
+    with pytest.raises(ValueError, match=r"that are not in the model: backbone\.nothing"):
         save_adapter(lora_model(), tmp_path / "a", base=BASE, trained=["backbone.nothing"])
     with pytest.raises(ValueError, match="base: Object missing required field `address`"):
         save_adapter(lora_model(), tmp_path / "a", base={}, trained=[])
@@ -413,7 +413,7 @@ def test_saving_without_lora_or_over_a_folder_is_an_error(tmp_path):
         ({"lora": None}, "Expected `object`, got `null` at `lora`"),
         ({"lora": {"backbone_rank": 2}}, "lora lacks backbone_alpha"),
         ({"trained": "vision"}, "Expected `list`, got `str` at `trained`"),
-        ({"trained": ["nothing.weight"]}, "trained names what the model does not have: nothing.weight"),
+        ({"trained": ["nothing.weight"]}, "trained has names that are not in the model: nothing.weight"),
         ({"base": {"address": 3}}, "Expected `str`, got `int` at `base.address`"),
         ({"base": {"address": "x", "dtype": "int8"}}, "Invalid value 'int8' at `base.dtype`; valid are '"),
         ({"base": {"path": "x"}}, "has unknown fields base.path; known are address, dtype, sha256"),

@@ -183,7 +183,7 @@ def test_a_training_run_with_several_steps_is_an_error_that_lists_them(golden_pi
         shutil.copytree(golden_pi05.root / "jax_ckpt" / "100", run / str(step))
     with pytest.raises(
         ValueError,
-        match=r"run is no checkpoint itself; the last one in it is .*/100, of 20, 100",
+        match=r"run is not a checkpoint itself; the last one in it is .*/100, of 20, 100",
     ):
         torchpi.load_model(run)
     assert torch.equal(torchpi.load_model(run / "20").embedding, golden_pi05.model().embedding)

@@ -379,7 +379,7 @@ def test_more_actions_than_the_model_has_is_an_error(make_policy):
         (
             {"state": stats(2), "actions": stats(1)},
             ValueError,
-            "actions have 1 dimension, .*'two_joints'",
+            "action statistics have 1 dimension, .*'two_joints'",
         ),
         ({"actions": stats(2)}, KeyError, "no statistics for state; found"),
         ({"state": stats(2), "action": stats(2)}, KeyError, "no statistics for actions; found"),
@@ -458,7 +458,7 @@ def test_several_statistics_are_chosen_by_asset_id_or_robot(checkpoint, tokenize
 
 
 def test_a_checkpoint_without_statistics_is_an_error_that_names_the_argument(checkpoint, tokenizer):
-    with pytest.raises(ValueError, match=r"Which normalization statistics belong to .*none; pass norm_stats="):
+    with pytest.raises(ValueError, match=r"No normalization statistics are chosen for .*none; pass norm_stats="):
         load(checkpoint, tokenizer)
 
 
@@ -476,9 +476,9 @@ def test_statistics_with_nan_are_an_error_that_names_file_and_key(checkpoint, to
     ("path", "message"),
     [
         ("nope", "; expected a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."),
-        ("demoo", "; did you mean demo? Possible are a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo,"),
+        ("demoo", "; did you mean demo? Expected a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo,"),
         ("pi05_droid", "; the published one is gs://openpi-assets/checkpoints/pi05_droid."),
-        ("pi05-libero", "; did you mean gs://openpi-assets/checkpoints/pi05_libero? Possible are a folder"),
+        ("pi05-libero", "; did you mean gs://openpi-assets/checkpoints/pi05_libero? Expected a folder"),
         ("pi05", "; expected a folder"),
         ("tiny_pi0", "; expected a folder"),
     ],
@@ -504,7 +504,7 @@ def test_without_tokenizer_the_published_models_one_is_fetched(checkpoint):
     add_stats(checkpoint, "tiny_robot")
     with pytest.raises(FileNotFoundError, match=r"(?s)big_vision/paligemma_tokenizer\.model.*by hand") as caught:
         load(checkpoint, None)
-    assert "pass tokenizer= with that of 512 tokens" in caught.value.__notes__[0]
+    assert "pass tokenizer= with a file of 512 tokens instead" in caught.value.__notes__[0]
 
 
 def test_a_robot_that_does_not_fit_the_model_is_an_error(checkpoint, tokenizer):

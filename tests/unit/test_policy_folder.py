@@ -286,7 +286,7 @@ def test_overwrite_refuses_what_is_no_policy_folder(make_policy, tmp_path, forei
         target.mkdir()
         (target / "thesis.txt").write_text("mine") if foreign == "folder" else None
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match="target exists and is no policy folder; it is not overwritten"):
+    with pytest.raises(ValueError, match="target exists and is not a policy folder; it is not overwritten"):
         make_policy().save(target, overwrite=True)
     assert contents(tmp_path) == before
     assert target.exists()
@@ -401,9 +401,9 @@ def test_deeply_nested_policy_file_is_an_error(make_policy, tmp_path):
 
 @pytest.mark.parametrize("key", [*sorted(FACTS), "torchpi/jpeg"])
 def test_metadata_cannot_replace_what_embodiment_and_model_say(make_policy, key):
-    with pytest.raises(ValueError, match=f"metadata can't have {key}: clients are told there"):
+    with pytest.raises(ValueError, match=f"metadata can't have {key}: these keys are reserved"):
         make_policy(metadata={key: None})
-    with pytest.raises(ValueError, match=f"metadata can't have {key}: clients are told there"):
+    with pytest.raises(ValueError, match=f"metadata can't have {key}: these keys are reserved"):
         make_policy(embodiment=dataclasses.replace(EMBODIMENT, metadata={key: None}))
 
 
@@ -427,7 +427,7 @@ def test_metadata_agree_with_the_embodiments(make_policy):
 
 @pytest.mark.parametrize("longest", ["2", -1, True, 1.5, None])
 def test_longest_action_prefix_is_a_number_of_steps(make_policy, longest):
-    with pytest.raises(ValueError, match=r"max_action_prefix is .*; expected an integer from 0 on"):
+    with pytest.raises(ValueError, match=r"max_action_prefix is .*; expected an integer >= 0"):
         make_policy(metadata={"max_action_prefix": longest})
 
 

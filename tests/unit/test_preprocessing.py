@@ -104,7 +104,9 @@ def test_colours_of_bars_are_not_changed_by_augmentation():
 
 
 def test_folder_that_does_not_state_its_version_is_read_as_04_with_a_warning(unstated, golden):
-    with pytest.warns(UserWarning, match=r"does not say whether LeRobot 0.4 or 0.5.0 trained it.*read as lerobot_0.4"):
+    with pytest.warns(
+        UserWarning, match=r"does not say whether LeRobot 0.4 or 0.5.0 trained it.*lerobot_0.4 is assumed"
+    ):
         transforms = load(unstated, golden).transforms
     assert transforms.image_transform == LEROBOT_04
     assert transforms.prompt_state_dim == (32 if golden.kind == "pi05" else None)
@@ -227,8 +229,8 @@ PI05, PI0 = Pi0Config(pi05=True), Pi0Config(pi05=False)
     [
         ("openpi", "openpi", PI05, None),
         ("lerobot", "lerobot", PI05, None),
-        ("openpi", "lerobot", PI0, r"images are resized otherwise there \(bilinear\)"),
-        ("lerobot", "openpi", PI05, r"images are resized otherwise there \(bilinear_antialiased\)"),
+        ("openpi", "lerobot", PI0, r"lerobot resizes images with another filter \(bilinear\)"),
+        ("lerobot", "openpi", PI05, r"openpi resizes images with another filter \(bilinear_antialiased\)"),
     ],
 )
 def test_another_resize_of_the_target_is_a_note(program, target, config, expected):
@@ -243,7 +245,7 @@ def test_another_resize_of_the_target_is_a_note(program, target, config, expecte
 def test_what_no_target_makes_is_refused(target):
     with pytest.raises(CheckpointError, match=r"bars of -3 .* and 25 zeros behind the state in the prompt"):
         spec_of("lerobot_0.4").require_preprocessing(target, PI05)
-    with pytest.raises(CheckpointError, match=r"trained with bars of -3 [^0-9]*, as by"):
+    with pytest.raises(CheckpointError, match=r"trained with bars of -3 [^0-9]*, as in"):
         spec_of("lerobot_0.4").require_preprocessing(target, PI0)  # has no state in its prompt
     square = dataclasses.replace(spec_of("lerobot_0.4", state=32), image_transform=LEROBOT)
     square.require_preprocessing(target, PI05)  # as wide as the padding

@@ -262,7 +262,7 @@ def test_the_card_says_what_the_policy_says(hub, folder):
         "| front | uint8, hwc | required |", "| success, so101: lift | 90% of 10 episodes, 95 % interval 60% – 98% |",
         "300 steps of 8 samples, from hf://lerobot/pi05\\_base", "Chunks of 4 actions, at 20 Hz; 2 of them",
         "“pick up the cube”", 'from_pretrained("org/name")', "torchpi serve hf://org/name", "--to lerobot",
-        "gemma, says who uploaded it. The weights begin from hf://lerobot/pi05\\_base",
+        "gemma, as stated by the uploader. The weights derive from hf://lerobot/pi05\\_base",
     ):  # fmt: skip
         assert text in card
     stated = json.loads(hub.repositories["org/name"].files()["policy.json"])["provenance"]
@@ -326,7 +326,11 @@ def test_a_push_without_a_token_makes_no_request(hub, saved, monkeypatch):
     ("name", "token", "message"),
     [
         ("org/name", "hf_wrong", "the token that was sent is not valid: set HF_TOKEN or run `hf auth login`"),
-        ("org/name", "hf_bob", "lacks the permission: set HF_TOKEN .* with a token that can write to the repositories of org"),
+        (
+            "org/name",
+            "hf_bob",
+            "lacks the permission: set HF_TOKEN .* with a token that can write to the repositories of org",
+        ),
         ("bob/secret", "hf_alice", "bob/secret can't be written; the token that was sent lacks the permission"),
         ("bob/public", "hf_alice", "bob/public can't be written; the token that was sent lacks the permission"),
     ],
@@ -402,7 +406,7 @@ def test_other_checkpoints_and_runs_say_what_to_push(golden_root, saved, tmp_pat
     with pytest.raises(ValueError, match=r"openpi-jax; expected a policy folder.* convert \S+ FOLDER --to torchpi"):
         package(golden_root / "pi05/jax_ckpt_pure", "org/name")
     shutil.copytree(saved, tmp_path / "run/checkpoints/00000020/policy")
-    with pytest.raises(ValueError, match=r"is no checkpoint itself; the last one in it is .*/00000020/policy"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint itself; the last one in it is .*/00000020/policy"):
         package(tmp_path / "run", "org/name")
 
 

@@ -118,4 +118,4 @@ def test_trained_policy_is_saved_evaluated_and_recorded(policy, dataset, tmp_pat
     assert LeRobotDataset(tmp_path / "recorded", action_horizon=1)[0]["action"].shape == (1, 8)
     with pytest.raises(SystemExit):
         main(["convert", str(tmp_path / "policy"), str(tmp_path / "converted"), "--to", "lerobot"])
-    assert "arm has no state, and LeRobot's policies read one" in capsys.readouterr().err
+    assert "arm has no state, but LeRobot's policies need one" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_a_path_inside_of_a_run_names_the_run(recipe, tmp_path):
     loop.train(recipe.replace(holdout=0.0), run)
     with pytest.raises(FileNotFoundError, match=re.escape(f"The folder of the run is {run}.")):
         resume_config(run / "checkpoints" / "00000001")
-    with pytest.raises(ValueError, match=r"is no checkpoint itself; the last one in it is .*/00000001/policy"):
+    with pytest.raises(ValueError, match=r"is not a checkpoint itself; the last one in it is .*/00000001/policy"):
         loop.train(recipe.replace(init=str(run), model=None), run.parent / "next")
 
 

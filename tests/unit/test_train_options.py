@@ -235,7 +235,7 @@ def test_a_lora_policy_whose_base_is_gone_says_so(further, tmp_path):
     shutil.copytree(further.model.init, base)
     result = loop.train(further.replace(init=str(base), finetune="lora_strict"), tmp_path / "run")
     shutil.rmtree(base)
-    with pytest.raises(FileNotFoundError, match=r"holds the changes of a LoRA training to .*base"):
+    with pytest.raises(FileNotFoundError, match=r"is a LoRA adapter for .*base"):
         torchpi.load_policy(result.policy)
 
 
@@ -251,7 +251,7 @@ def test_a_lora_policy_whose_base_has_changed_is_refused(further, tmp_path):
     (base / "model.safetensors.checksums.json").unlink()  # it is changed on purpose
     before = safetensors.torch.load_file(file)
     safetensors.torch.save_file({**before, "embedding": before["embedding"] + 0.01}, file)
-    with pytest.raises(ValueError, match=r"LoRA training to .*base, whose weights differ now"):
+    with pytest.raises(ValueError, match=r"LoRA adapter for .*base, whose weights have changed since"):
         torchpi.load_policy(result.policy)
 
 

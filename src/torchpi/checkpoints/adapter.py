@@ -1,7 +1,7 @@
-"""The changes of a LoRA training, as a small folder for the base checkpoint that it belongs to.
+"""LoRA adapters: a small folder with the trained parameters, for a base checkpoint stored elsewhere.
 
-adapter.json           the LoRA, the other trained parameters, and the base
-adapter.safetensors    the low-rank matrices and the other trained parameters, in float32
+adapter.json           LoRA config, names of the other trained parameters, and the base
+adapter.safetensors    low-rank matrices and the other trained parameters, in float32
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ DOCUMENT, WEIGHTS = "adapter.json", "adapter.safetensors"
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The checkpoint that was trained from."""
+    """The checkpoint from which the training started."""
 
     address: str
     dtype: Literal["float32", "bfloat16"]
-    """To which its frozen weights were rounded."""
+    """Dtype of its frozen weights in training."""
     sha256: str | None = None
-    """The `digest` of these, where it is known."""
+    """`digest` of the frozen weights, if known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,49 +42,47 @@ class Adapter:
 
     lora: LoraConfig
     trained: tuple[str, ...]
-    """Names of the parameters that were trained in addition to the low-rank matrices."""
+    """Names of the trained parameters, without the low-rank matrices."""
     base: Base
 
 
 def save_adapter(
     model: Pi0, path: str | pathlib.Path, *, base: Mapping[str, str], trained: Collection[str], overwrite: bool = False
 ) -> None:
-    """Write the low-rank matrices and what else was trained into a new folder, which appears complete or not at all.
+    """Write the low-rank matrices and the other trained parameters to a new folder, atomically.
 
     Args:
-        base: "address" of the checkpoint that was trained from, the "dtype" of what was frozen, and where it is known
-            the "sha256" of that, see `digest`.
-        trained: names of the trained parameters, as `trainable_parameters` has them.
-        overwrite: replace an adapter that is there; without it, that is an error.
+        base: fields of `Base`: "address" and "dtype", and optionally "sha256".
+        trained: names of the trained parameters, as in `trainable_parameters`.
+        overwrite: replace an existing adapter.
 
     Raises:
-        ValueError: the model has no LoRA or no parameter of a name in `trained`; `base` says something else; something
-            is there already.
+        ValueError: the model has no LoRA; `trained` has an unknown name; `base` has a wrong field; the path exists.
     """
     target, config = pathlib.Path(path).expanduser(), lora_config(model)
     if config is None:
-        raise CheckpointError("The model has no LoRA, and so there is no adapter to save.")
+        raise CheckpointError("The model has no LoRA: there is no adapter to save.")
     if target.exists() and not (overwrite and is_adapter(target)):
         raise CheckpointError(
             f"{target} exists already; choose another path, or pass overwrite=True to replace an adapter."
         )
-    shapes = _shapes(model, trained, "Trained")
-    others = tuple(name for name in shapes if not is_lora(name))
-    adapter = Adapter(config, others, parse(Base, dict(base), "base", error=CheckpointError))
-    with atomic_folder(target) as beside:
-        write_adapter(beside, adapter, shapes, model.get_parameter)
+    shapes = _shapes(model, trained, "The argument trained")
+    without_lora = tuple(name for name in shapes if not is_lora(name))
+    adapter = Adapter(config, without_lora, parse(Base, dict(base), "base", error=CheckpointError))
+    with atomic_folder(target) as folder:
+        write_adapter(folder, adapter, shapes, model.get_parameter)
 
 
 def _shapes(model: Pi0, trained: Collection[str], subject: str) -> Shapes:
     """Shapes of the low-rank matrices and the other trained parameters, in the model's order."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     if unknown := sorted(set(trained) - set(shapes)):
-        raise CheckpointError(f"{subject} names what the model does not have: {', '.join(unknown[:8])}.")
+        raise CheckpointError(f"{subject} has names that are not in the model: {', '.join(unknown[:8])}.")
     return {name: shape for name, shape in shapes.items() if is_lora(name) or name in set(trained)}
 
 
 def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Callable[[str], torch.Tensor]) -> None:
-    """Write an adapter, whose parameters have these shapes and are read by name, into a folder that is there."""
+    """Write an adapter into an existing folder; `read` returns a parameter by its name."""
     document = {"format_version": FORMAT_VERSION, **dataclasses.asdict(adapter)}
     document["base"] = {name: value for name, value in document["base"].items() if value is not None}
     write_json(root / DOCUMENT, document)
@@ -92,19 +90,21 @@ def write_adapter(root: pathlib.Path, adapter: Adapter, shapes: Shapes, read: Ca
 
 
 def digest(names: Iterable[str], read: Callable[[str], torch.Tensor]) -> str:
-    """SHA-256 over the names and numbers of parameters, in the order of their names; `read` returns them in CPU memory,
-    and is called in several threads."""
+    """SHA-256 of the names, dtypes, shapes and values of parameters, independent of their order.
 
-    def of_one(name: str) -> bytes:
+    `read` returns a parameter on the CPU, and is called in several threads.
+    """
+
+    def describe(name: str) -> bytes:
         parameter = read(name).detach().contiguous()
-        numbers = hashlib.sha256(parameter.flatten().view(torch.uint8).numpy().data).digest()
-        return f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + numbers
+        values = hashlib.sha256(parameter.flatten().view(torch.uint8).numpy().data).digest()
+        return f"{name} {parameter.dtype} {list(parameter.shape)}".encode() + values
 
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor() as threads:  # hashing much data releases the interpreter
-        for part in threads.map(of_one, sorted(names)):
-            whole.update(part)
-    return whole.hexdigest()
+    sha256 = hashlib.sha256()
+    with ThreadPoolExecutor() as threads:  # hashlib releases the GIL
+        for description in threads.map(describe, sorted(names)):
+            sha256.update(description)
+    return sha256.hexdigest()
 
 
 def is_adapter(root: pathlib.Path) -> bool:
@@ -125,16 +125,16 @@ def read_adapter(path: str | pathlib.Path) -> Adapter:
 
 
 def load_adapter(path: str | pathlib.Path, model: Pi0, *, verify: bool = True) -> Adapter:
-    """Attach an adapter to the base model that it belongs to, in place; nothing is changed if something is wrong.
+    """Attach an adapter to its base model in place; in case of an error the model is unchanged.
 
     Args:
-        model: the base, without LoRA or with the adapter's own, whose values are replaced. The caller sees to it that
-            it is the base that `Adapter.base` names: another model of the same sizes can't be told from it.
+        model: the base, without LoRA or with LoRA of the same config, whose values are replaced. It must be the base
+            in `Adapter.base`: another model of the same sizes is not detected.
         verify: compare the file with its checksum, if there is one.
 
     Raises:
         FileNotFoundError: there is no adapter at the path.
-        ValueError: a file is damaged, the model has another LoRA, or other sizes.
+        ValueError: a file is damaged, or the model has another LoRA config or other sizes.
     """
     root = pathlib.Path(path).expanduser()
     adapter = read_adapter(root)
@@ -145,10 +145,8 @@ def load_adapter(path: str | pathlib.Path, model: Pi0, *, verify: bool = True) -
         )
     planned = Pi0(model.config, device="meta")
     attach_lora(planned, adapter.lora)
-    arrays, expected = (
-        SafetensorsArrays(root, WEIGHTS),
-        _shapes(planned, adapter.trained, "The adapter's field trained"),
-    )
+    arrays = SafetensorsArrays(root, WEIGHTS)
+    expected = _shapes(planned, adapter.trained, "The adapter's field trained")
     require_shapes(arrays, expected)
     if verify:
         require_intact(arrays.source)
@@ -162,16 +160,16 @@ def load_adapter(path: str | pathlib.Path, model: Pi0, *, verify: bool = True) -
 
 @torch.no_grad()
 def merge_adapter(root: pathlib.Path, adapter: Adapter, model: Pi0, *, verify: bool = True) -> None:
-    """Merge an adapter into its base, in place; weights that differ from the base's in training are an error."""
-    dtype = getattr(torch, adapter.base.dtype)  # what was trained beside them saw them rounded
+    """Merge an adapter into its base in place; raise an error if the base has changed since the training."""
+    dtype = getattr(torch, adapter.base.dtype)  # the adapter was trained with the base rounded to this
     frozen = {name: p for name, p in model.named_parameters() if name not in adapter.trained and not is_lora(name)}
     for parameter in frozen.values():
         parameter.copy_(parameter.to(dtype))
     expected = adapter.base.sha256
     if expected is not None and expected != digest(frozen, lambda name: frozen[name].to("cpu", dtype)):
         raise CheckpointError(
-            f"{root} holds the changes of a LoRA training to {adapter.base.address}, whose weights differ now from "
-            "those that it was trained with; restore that checkpoint."
+            f"{root} is a LoRA adapter for {adapter.base.address}, whose weights have changed since the training; "
+            "restore that checkpoint."
         )
     load_adapter(root, model, verify=verify)
     merge_lora(model)

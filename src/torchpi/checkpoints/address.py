@@ -26,11 +26,11 @@ _FILES_OF_FORMATS = (
     "manifest.ocdbt",
 )
 UNREAD_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".zip", ".msgpack")
-"""Endings of files that may run code when they are loaded, or have another format."""
+"""Suffixes of files that may run code when loaded, or have an unsupported format."""
 
 
 def existing_file(path: str | pathlib.Path) -> pathlib.Path:
-    """The path; a remote address is downloaded into the cache first."""
+    """Local path of a path or address; downloads remote addresses into the cache."""
     if not str(path).startswith(REMOTE):
         return pathlib.Path(os.path.expanduser(path))
     from torchpi.checkpoints import hub  # imports huggingface_hub
@@ -39,7 +39,7 @@ def existing_file(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
-    """The folder of the checkpoint at a path or address, or the .npz file."""
+    """Local folder of the checkpoint at a path or address, or its .npz file."""
     root = assets() / "demo_policy" if str(path) == "demo" else existing_file(path)
     if not os.path.exists(root):
         raise MissingFileError(f"There is no checkpoint at {root}; {_hint(str(path))}{hub_hint(str(path))}")
@@ -49,7 +49,7 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
         return root.parent
     if root.suffix in UNREAD_SUFFIXES:
         raise CheckpointError(
-            f"{root} is not read: a zip or pickle can run code, and nothing is ever unpickled. Give the folder of a "
+            f"{root} is not read: a zip or pickle can run code, and torchpi never unpickles. Pass the folder of a "
             "checkpoint with safetensors or OCDBT files."
         )
     raise CheckpointError(
@@ -58,19 +58,20 @@ def existing_folder(path: str | pathlib.Path) -> pathlib.Path:
 
 
 def _hint(path: str) -> str:
-    """The rest of the error about a path at which nothing is."""
+    """Advice for the error about a path that does not exist."""
     if path in PUBLISHED_NAMES:
         return f"the published one is {PUBLISHED}{path}."
-    possible = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
+    expected = "a folder, hf://ORG/NAME, gs://BUCKET/PATH, or demo, the embedded policy."
     addresses = {"demo": "demo"} | {name: f"{PUBLISHED}{name}" for name in PUBLISHED_NAMES}
     if close := closest(path, addresses):
-        return f"did you mean {addresses[close]}? Possible are {possible}"
-    published = "" if "/" in path else f" Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
-    return f"expected {possible}{published}"
+        return f"did you mean {addresses[close]}? Expected {expected}"
+    if "/" in path:
+        return f"expected {expected}"
+    return f"expected {expected} Published are {', '.join(PUBLISHED_NAMES)}, at {PUBLISHED}NAME."
 
 
 def hub_address(name: str | pathlib.Path, revision: str | None = None) -> str:
-    """The address of what `name` says by the Hub's habit: ORG/NAME, if there is no such folder, is hf://ORG/NAME."""
+    """Address of a checkpoint by the Hub's convention: ORG/NAME means hf://ORG/NAME unless such a folder exists."""
     address = str(name)
     if address != "demo" and not address.startswith(REMOTE) and not os.path.exists(os.path.expanduser(address)):
         address = f"hf://{address}" if re.fullmatch(_REPOSITORY, address, re.ASCII) else address
@@ -79,14 +80,14 @@ def hub_address(name: str | pathlib.Path, revision: str | None = None) -> str:
     match = re.fullmatch(rf"hf://({_REPOSITORY})(/.+)?", address, re.ASCII)
     if match is None or "@" in match[1]:
         raise CheckpointError(
-            f"revision={revision!r} belongs to a repository of the Hugging Face Hub, ORG/NAME, which has none yet; "
-            f"{address} is none of these."
+            f"revision={revision!r} belongs to a repository of the Hugging Face Hub, ORG/NAME without a revision; "
+            f"found {address}."
         )
     return f"hf://{match[1]}@{revision if revision.startswith('refs/') else quote(revision, safe='')}{match[3] or ''}"
 
 
 def hub_hint(path: str) -> str:
-    """A sentence for the error about a folder that is not there, if its name could be a repository's."""
+    """Hint for the error about a missing folder, if its name could be a repository's; else empty."""
     if re.fullmatch(_REPOSITORY, path, re.ASCII):
         return f" On the Hugging Face Hub, {path} is hf://{path}."
     if match := re.match(r"https://(?:huggingface\.co|hf\.co)/(?:datasets/)?([^/]+/[^/]+)(?:/tree/(.+?))?/?$", path):
@@ -95,6 +96,6 @@ def hub_hint(path: str) -> str:
 
 
 def published_name(path: str | pathlib.Path) -> str | None:
-    """The preset of a published openpi checkpoint, whose address says what is in none of its arrays."""
+    """Name of the preset for the address of a published openpi checkpoint; None for other addresses."""
     name = str(path).rstrip("/").removeprefix(PUBLISHED)
     return name if name in PUBLISHED_NAMES and str(path).startswith(PUBLISHED) else None

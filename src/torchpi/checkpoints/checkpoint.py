@@ -36,53 +36,52 @@ from torchpi.transforms.prompt import load_tokenizer
 
 LoraChoice = Literal["fold", "keep"]
 _opening: ContextVar[tuple[pathlib.Path, ...]] = ContextVar("opening", default=())
-"""Folders whose bases are being opened."""
+"""Adapter folders whose base is being opened, to detect cycles."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose headers are read, and whose arrays are not."""
+    """A checkpoint whose headers have been read, but not its arrays."""
 
     address: str
     """The argument `path`."""
     root: pathlib.Path
     format: Format
     stored_config: Pi0Config
-    """The sizes that the arrays have and the files beside them state; the rest is unset."""
+    """The sizes of the arrays, completed by the files next to them; the other fields are unset."""
     arrays: StoredArrays
     table: Callable[[Pi0Config], Table]
-    """By the sizes, the arrays without LoRA's."""
+    """The table of arrays for given sizes, without LoRA arrays."""
     folded: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-    """By the array that they change, the LoRA arrays of an openpi JAX checkpoint."""
+    """LoRA arrays A and B of an openpi JAX checkpoint, by the array that they update."""
     tied: str = ""
-    """The array that is read as the embedding, where it has another name."""
+    """The array that is read as the embedding, if it is stored under another name."""
     has_both: bool = False
-    """The embedding is stored under both of its names, of which the option `embedding` chooses one."""
+    """The embedding is stored under both of its names; the option `embedding` chooses one."""
     dropped: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Arrays that no computation reads, which are not loaded, and why."""
+    """Arrays that are not loaded because no computation reads them, each with the reason."""
     document: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The config.json of the PyTorch formats."""
     policy_file: folder.PolicyFile | None = None
     """The policy.json of a policy folder."""
     quantization: Quantization | None = None
-    """Of a quantized policy."""
     adapter: Adapter | None = None
-    """The changes of a LoRA training, to be merged into the weights of `base`, whose arrays these are."""
+    """LoRA adapter to merge into the weights of `base`; `arrays` are those of `base`."""
     base: "Checkpoint | None" = None
     requested_config: Pi0Config | None = None
-    """The sizes that `config=` asks for; None: the stored ones."""
+    """The sizes in `config=`; None: the stored ones."""
     adapted: tuple[str, ...] = ()
-    """Changes of sizes when the model is loaded, see `adapt`."""
+    """Changes of sizes to make when the model is loaded, see `adapt`."""
     is_paligemma: bool = False
-    """The arrays are PaliGemma's alone; what belongs to the actions is drawn."""
+    """The arrays are only PaliGemma's; the action weights are drawn at random."""
     overruled: tuple[str, ...] = ()
-    """Statements of a file next to the arrays that `config=`, or else the arrays, overrule."""
+    """Statements of a file next to the arrays that `config=` or the arrays contradict."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that holds the numbers of all arrays; what a LoRA training learned is float32."""
-        is_half = self.adapter is None and {*self.arrays.dtypes.values()} == {torch.bfloat16}
-        return torch.bfloat16 if is_half else torch.float32
+        """The narrowest dtype that holds all arrays without rounding; adapters are float32."""
+        is_bfloat16 = self.adapter is None and {*self.arrays.dtypes.values()} == {torch.bfloat16}
+        return torch.bfloat16 if is_bfloat16 else torch.float32
 
     @property
     def config(self) -> Pi0Config:
@@ -91,27 +90,35 @@ class Checkpoint:
 
     @property
     def trained_action_dim(self) -> int:
-        stated = None if self.policy_file is None else self.policy_file.trained_action_dim
-        dims = (self.config.action_dim, self.stored_config.action_dim, *(() if stated is None else (stated,)))
-        return 0 if self.is_paligemma else min(dims)
+        if self.is_paligemma:
+            return 0
+        dims = [self.config.action_dim, self.stored_config.action_dim]
+        if self.policy_file is not None and self.policy_file.trained_action_dim is not None:
+            dims.append(self.policy_file.trained_action_dim)
+        return min(dims)
 
     def require_full_precision(self, purpose: str) -> None:
-        """Refuse quantized weights where those that they were made of are needed."""
+        """Raise an error if the weights are quantized; `purpose` completes "can't be …"."""
         if self.quantization is not None:
             raise CheckpointError(
                 f"{self.address} is quantized to {self.quantization.kind} and can't be {purpose}; take the policy that "
-                "it was made of, and quantize the result."
+                "it was made from, and quantize the result."
             )
 
     @property
     def notes(self) -> list[str]:
-        """Messages on what is overruled and adapted."""
-        adapted = [f"{self.root} was adapted: {'; '.join(self.adapted)}"] if self.adapted else []
-        fresh = [f"{self.root} is PaliGemma: the action expert and the projections are drawn, and untrained"]
-        return [*self.overruled, *adapted, *(fresh if self.is_paligemma else [])]
+        """Warnings for the user about contradictions, adapted sizes and untrained weights."""
+        notes = list(self.overruled)
+        if self.adapted:
+            notes.append(f"{self.root} was adapted: {'; '.join(self.adapted)}")
+        if self.is_paligemma:
+            notes.append(
+                f"{self.root} is PaliGemma: the action expert and the projections are drawn at random, and untrained"
+            )
+        return notes
 
     def spec(self) -> PolicySpec:
-        """Everything of a policy but the weights, as far as the checkpoint says it."""
+        """Everything that the checkpoint states about its policy, except the weights."""
         if self.policy_file is not None:
             return folder.read_spec(self.root, self.policy_file)
         if self.format == "lerobot":
@@ -127,7 +134,11 @@ class Checkpoint:
         return dataclasses.replace(spec, provenance={"source": self.address})
 
     def lora(self, alpha: tuple[float, float] | None, choice: LoraChoice = "fold") -> LoraConfig | None:
-        """The LoRA of a JAX checkpoint, or None; an error where alpha is needed, or an option belongs to LoRA."""
+        """LoRA config of an openpi JAX checkpoint; None if it has no LoRA.
+
+        Raises:
+            ValueError: alpha is needed but unknown, or an option for LoRA is passed and there is none.
+        """
         if self.folded:
             return stored_lora(self.arrays, alpha)
         if alpha is not None or choice == "keep":
@@ -143,7 +154,7 @@ class Checkpoint:
         if self.adapter is not None:
             require_intact(self.root / ADAPTER_WEIGHTS)
 
-    @torch.inference_mode(False)  # weights that were made in inference mode have no gradients ever after
+    @torch.inference_mode(False)  # tensors created in inference mode can never have gradients
     def model(
         self,
         *,
@@ -156,46 +167,55 @@ class Checkpoint:
         rounding: Rounding | None = None,
         verify: bool = True,
     ) -> Pi0:
-        """The model in eval mode, with gradients enabled; arguments as of `load_model` and `load_arrays`."""
+        """Load the model in eval mode, with gradients enabled; for the arguments see `load_model` and `load_arrays`."""
         device = usable_device(device)
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise CheckpointError(f"dtype is {dtype!r}; expected torch.float32, torch.bfloat16 or another of torch's.")
-        matrices = self.lora(lora_alpha, lora)
+        stored_lora_config = self.lora(lora_alpha, lora)
         config = self.stored_config if self.adapted else self.config
-        if self.adapter is not None and self.base is not None:
-            # What was learned belongs to weights as they were in training; those are compared, too.
-            is_wide = dtype is None or rounding is not None or self.adapter.base.dtype == "float32"
-            wide = torch.float32 if is_wide else dtype
-            base, alpha = dataclasses.replace(self.base, requested_config=config), None
-            narrow = None if self.adapter.base.dtype == "float32" else dtypes
-            if base.folded:  # LoRA that the adapter's training continued
-                alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
-            model = base.model(
-                dtype=wide, device=device, dtypes=narrow, lora_alpha=alpha, lora="keep" if alpha else "fold",
-                verify=verify,
-            )  # fmt: skip
-            merge_adapter(self.root, self.adapter, model, verify=verify)
-            for name, parameter in model.named_parameters():
-                own = (dtypes or {}).get(name, dtype or torch.float32)
-                wide_data, parameter.data = parameter.data, parameter.data.to(own)
-                if rounding is not None:
-                    rounding.record(name, wide_data, parameter.data)
+        if self.adapter is not None:
+            model = self._merged_model(config, dtype, device, dtypes or {}, rounding, verify=verify)
         else:
-            table, fold = self.table(config), lora == "fold"
-            if matrices is not None:
-                table |= lora_table(config, matrices)
+            table = self.table(config)
+            if stored_lora_config is not None:
+                table |= lora_table(config, stored_lora_config)
             model = load_arrays(
-                self.arrays, table, config, dtype=dtype, device=device, dtypes=dtypes, lora=matrices, fold=fold,
-                quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
+                self.arrays, table, config, dtype=dtype, device=device, dtypes=dtypes, lora=stored_lora_config,
+                fold=lora == "fold", quantization=self.quantization, emulate_fp8=emulate_fp8, rounding=rounding,
             )  # fmt: skip
             if self.is_paligemma:
                 draw_action_weights(model, seed=0)
-            if verify:  # after what tells more about a file that does not fit
+            if verify:  # last, since the errors above say more about files that do not belong together
                 self.require_intact()
         if self.adapted:
             adapt_model(model, self.config)
         model.trained_action_dim = self.trained_action_dim
         return model.eval()
+
+    def _merged_model(
+        self, config: Pi0Config, dtype: torch.dtype | None, device: str | torch.device,
+        dtypes: Mapping[str, torch.dtype], rounding: Rounding | None, *, verify: bool,
+    ) -> Pi0:  # fmt: skip
+        """Load the base, merge the adapter into it, and cast the result."""
+        assert self.adapter is not None
+        assert self.base is not None
+        # The adapter belongs to the base weights as they were rounded in training; `merge_adapter` compares these.
+        was_float32 = self.adapter.base.dtype == "float32"
+        base_dtype = torch.float32 if was_float32 or dtype is None or rounding is not None else dtype
+        base, alpha = dataclasses.replace(self.base, requested_config=config), None
+        if base.folded:  # the adapter contains this LoRA, trained further
+            alpha = (self.adapter.lora.backbone_alpha, self.adapter.lora.expert_alpha)
+        model = base.model(
+            dtype=base_dtype, device=device, dtypes=None if was_float32 else dtypes,
+            lora_alpha=alpha, lora="keep" if alpha else "fold", verify=verify,
+        )  # fmt: skip
+        merge_adapter(self.root, self.adapter, model, verify=verify)
+        for name, parameter in model.named_parameters():
+            merged = parameter.data
+            parameter.data = merged.to(dtypes.get(name, dtype or torch.float32))
+            if rounding is not None:
+                rounding.record(name, merged, parameter.data)
+        return model
 
 
 def open_policy(
@@ -206,7 +226,7 @@ def open_policy(
     lora_alpha: tuple[float, float] | None = None,
     **requested: Any,
 ) -> tuple[Checkpoint, PolicySpec]:
-    """The checkpoint and the spec of `load_policy`, which raises nothing else about its arguments and the headers."""
+    """Open what `load_policy` loads, and check all of its arguments except the weights."""
     checkpoint = open_checkpoint(path, config=config, embedding=embedding)
     checkpoint.lora(lora_alpha)
     spec = checkpoint.spec().requested(**requested).with_tokenizer(checkpoint.config.vocab_size)
@@ -225,8 +245,8 @@ def open_checkpoint(
 
     Args:
         path: see `load_model`.
-        config: sizes that the checkpoint does not say, or that overrule what it says; by default those of the published
-            checkpoint whose address it is. It states the numbers of heads, which PyTorch's arrays do not.
+        config: sizes that the checkpoint does not state, or that overrule what it states; by default those of the
+            published checkpoint at this address. They include the numbers of heads, which are not in PyTorch's arrays.
         adapt: cut or extend the weights to `config` when the model is loaded.
         embedding: see `load_model`.
     """
@@ -243,17 +263,17 @@ def open_checkpoint(
         if adapt:
             raise CheckpointError("adapt=True needs config=, the sizes to adapt to.")
         return checkpoint
-    stored, explicit = checkpoint.stored_config, requested
-    if not isinstance(explicit, Pi0Config):
-        explicit = Pi0Config.from_dict(explicit, stored, where=str(config))
+    stored = checkpoint.stored_config
+    if not isinstance(requested, Pi0Config):
+        requested = Pi0Config.from_dict(requested, stored, where=str(config))
     if adapt:
         model = Pi0(stored, device="meta")
         model.trained_action_dim = checkpoint.trained_action_dim
-        adapted = adapt_model(model, explicit)
-        return dataclasses.replace(checkpoint, requested_config=explicit, adapted=tuple(adapted))
-    in_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
-    overruled = overrule(root, stored, explicit, in_file=in_file)
-    return dataclasses.replace(checkpoint, requested_config=explicit, overruled=(*checkpoint.overruled, *overruled))
+        changes = adapt_model(model, requested)
+        return dataclasses.replace(checkpoint, requested_config=requested, adapted=tuple(changes))
+    stating_file = "policy.json" if checkpoint.policy_file else "config.json" if checkpoint.document else ""
+    overruled = overrule(root, stored, requested, in_file=stating_file)
+    return dataclasses.replace(checkpoint, requested_config=requested, overruled=(*checkpoint.overruled, *overruled))
 
 
 def load_model(
@@ -271,34 +291,35 @@ def load_model(
 ) -> Pi0:
     """Load a model from a policy folder, or a checkpoint of openpi (JAX or PyTorch) or LeRobot.
 
-    Every array is consumed or named in an error; those that no computation reads are known and left out, see
-    `Checkpoint.dropped`. Sizes come from the arrays; what they do not hold (in a JAX checkpoint action_horizon,
-    max_token_len and discrete_state_input) comes from `config`, or stays unset.
+    Every array is loaded or named in an error, except those in `Checkpoint.dropped`, which no computation reads. Sizes
+    come from the arrays; sizes that are in no array (action_horizon, max_token_len and discrete_state_input of a JAX
+    checkpoint) come from `config`, or stay unset.
 
     Args:
-        path: the folder of a checkpoint, or a file of it; for openpi's JAX also `params` itself, the folder of a
-            training run with a single step, or an .npz file (PaliGemma's: the action expert is drawn);
-            an address hf://… or gs://…; or "demo", the embedded policy.
+        path: the folder of a checkpoint, or a file in it; for openpi's JAX format also the folder `params`, the folder
+            of a training run with a single step, or an .npz file (PaliGemma's, with a random action expert); an
+            address hf://… or gs://…; or "demo", the embedded policy.
         config: a Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset.
-        adapt: cut or extend the weights to the action_dim of `config`, and take its horizon and max_token_len.
-        dtype: of the weights, and so of the computation.
-        device: where the weights go.
-        lora_alpha: of the backbone and the action expert in a JAX LoRA checkpoint, which does not say it; by default
-            openpi's (16, 32) where the ranks are openpi's, 16 and 32, and with other ranks it must be stated.
-        lora: what becomes of the LoRA weights in a JAX checkpoint: "fold" adds them to those that they change, "keep"
-            attaches them to the model, in float32, to be trained on.
-        embedding: the name that counts in a PyTorch checkpoint that stores the embedding under both, differently.
+        adapt: cut or extend the weights to the action_dim of `config`, and take its action_horizon and max_token_len.
+        dtype: dtype of the weights and of the computation.
+        device: device of the weights.
+        lora_alpha: alphas of the backbone and the action expert for a JAX LoRA checkpoint, which does not store them;
+            by default openpi's (16, 32) if the ranks are openpi's, 16 and 32; required for other ranks.
+        lora: "fold" merges the LoRA weights of a JAX checkpoint into the base weights; "keep" attaches them to the
+            model in float32, to continue their training.
+        embedding: which array to read from a PyTorch checkpoint that stores two different ones for the embedding.
         emulate_fp8: compute fp8 in float32 with the same rounding, as on a CPU; for GPUs without fp8.
-        verify: compare the weights files with their checksums, where there are any (torchpi writes them).
+        verify: compare the weights files with their checksums, if there are any (torchpi writes them).
 
     Returns:
         The model in eval mode, with gradients enabled.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        ValueError: it is in no format, or in two; arrays are missing, left over, misshapen, damaged, not `config`'s.
+        ValueError: the format is unknown or ambiguous; arrays are missing, left over, misshapen or damaged, or
+            contradict `config`.
 
-    Warns: what `adapt` has done; what `config` overrules in a file next to the arrays; what is not in the file.
+    Warns: about sizes that `adapt` changes, statements in files that `config` overrules, and untrained weights.
     """
     checkpoint = open_checkpoint(path, config=config, adapt=adapt, embedding=embedding)
     for note in checkpoint.notes:
@@ -314,17 +335,17 @@ def _read_headers(
     requested: Pi0Config | Mapping[str, Any] | None,
     embedding: EmbeddingChoice | None = None,
 ) -> Checkpoint:
-    kind, weights, document = probe(root)
-    if kind == "torchpi":
+    format_, weights, document = probe(root)
+    if format_ == "torchpi":
         return _open_policy_folder(address, root)
     if peft.is_peft(root):
         return _open_peft(address, root, document, requested, embedding)
-    if kind == "openpi-jax":
+    fields: dict[str, Any]
+    if format_ == "openpi-jax":
         arrays: StoredArrays = NpzArrays(weights) if weights.is_file() else openpi.JaxArrays(weights)
         if arrays.shapes and all(name.startswith("PaliGemma.") for name in arrays.shapes):
             return _open_paligemma(address, root, arrays, requested)
-        sizes: Callable[[], Pi0Config] = partial(jax_config, arrays.shapes)
-        own: dict[str, Any] = {"table": jax_table}
+        fields = {"table": jax_table}
     else:
         stored = SafetensorsArrays(root)
         if "backbone.final_norm.scale" in stored.shapes:
@@ -333,47 +354,51 @@ def _read_headers(
             )
         lerobot.require_readable(root, document, stored.shapes)
         arrays = ported = TorchArrays(stored, embedding)
-        sizes = partial(torch_config, arrays.shapes, stated_heads(requested or {}))
-        own = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped, "has_both": ported.has_both}
+        fields = {"table": torch_table, "tied": ported.tied, "dropped": ported.dropped, "has_both": ported.has_both}
     try:
-        from_arrays = sizes()
+        if format_ == "openpi-jax":
+            config = jax_config(arrays.shapes)
+        else:
+            config = torch_config(arrays.shapes, stated_heads(requested or {}))
     except ValueError as error:
         raise CheckpointError(f"{weights}: {error}") from error
-    if kind == "openpi-jax":
-        own["folded"] = lora_pairs(arrays)
+    if format_ == "openpi-jax":
+        fields["folded"] = lora_pairs(arrays)
     file = root / "config.json"
-    stated = stated_sizes(file, document, is_lerobot=kind == "lerobot")
-    config, contradicted = add_stated(from_arrays, stated, file, may_contradict=requested is not None)
-    return Checkpoint(address, root, kind, config, arrays, document=document, overruled=tuple(contradicted), **own)
+    stated = stated_sizes(file, document, is_lerobot=format_ == "lerobot")
+    config, contradictions = add_stated(config, stated, file, may_contradict=requested is not None)
+    return Checkpoint(
+        address, root, format_, config, arrays, document=document, overruled=tuple(contradictions), **fields
+    )
 
 
 def _open_paligemma(
     address: str, root: pathlib.Path, arrays: StoredArrays, requested: Pi0Config | Mapping[str, Any] | None
 ) -> Checkpoint:
-    """PaliGemma's weights alone: the published file, from which a training begins."""
+    """Open PaliGemma's published weights, the initialization of a training from scratch."""
     if arrays.source.is_dir():
         raise CheckpointError(
-            f"{root} has no action expert, as π₀-FAST has none, which is not read yet; π₀ and π₀.₅ checkpoints are."
+            f"{root} has no action expert, like π₀-FAST checkpoints, which are not supported yet; π₀ and π₀.₅ are."
         )
     if requested is None:
         raise CheckpointError(
-            f"{root} is PaliGemma, which has no action expert: say which model begins from it, config= "
-            f"with {', '.join(PRESETS)}, or a JSON file."
+            f"{root} is PaliGemma, which has no action expert: choose the model to build from it with config=, one of "
+            f"{', '.join(PRESETS)}, or a JSON file."
         )
     config = requested if isinstance(requested, Pi0Config) else Pi0Config.from_dict(requested)
     return Checkpoint(address, root, "openpi-jax", config, arrays, paligemma_table, is_paligemma=True)
 
 
 @contextlib.contextmanager
-def _naming_base(root: pathlib.Path, base: str) -> Iterator[None]:
-    """Name the folder in errors about its base; one that leads back to the folder is an error."""
+def _opening_base(root: pathlib.Path, base: str) -> Iterator[None]:
+    """Name the adapter's folder in errors about its base; a cycle of bases is an error."""
     if root.resolve() in _opening.get():
-        raise CheckpointError(f"{root} holds the changes of a LoRA training to {base}, which leads back to it.")
+        raise CheckpointError(f"{root} is a LoRA adapter for {base}, which leads back to this adapter.")
     token = _opening.set((*_opening.get(), root.resolve()))
     try:
         yield
     except FileNotFoundError as error:
-        raise MissingFileError(f"{root} holds the changes of a LoRA training to {base}: {error}") from error
+        raise MissingFileError(f"{root} is a LoRA adapter for {base}: {error}") from error
     finally:
         _opening.reset(token)
 
@@ -385,16 +410,18 @@ def _open_peft(
     requested: Pi0Config | Mapping[str, Any] | None,
     embedding: EmbeddingChoice | None,
 ) -> Checkpoint:
-    """An adapter of PEFT, folded into its base."""
-    adapter, origin = peft.read_adapter_config(root, document)
-    with _naming_base(root, origin):
-        base = _read_headers(origin, existing_folder(origin), requested, embedding)
+    """Open an adapter of PEFT, folded into its base."""
+    adapter_config, base_address = peft.read_adapter_config(root, document)
+    with _opening_base(root, base_address):
+        base = _read_headers(base_address, existing_folder(base_address), requested, embedding)
     if base.format not in ("lerobot", "openpi-pytorch"):
-        raise CheckpointError(f"{root} holds an adapter of {origin}, which is {base.format}; expected LeRobot's base.")
-    document, arrays = document or base.document, peft.PeftArrays(root, adapter, base.arrays)
+        raise CheckpointError(
+            f"{root} holds an adapter for {base_address}, which is {base.format}; expected a base in LeRobot's format."
+        )
+    document, arrays = document or base.document, peft.PeftArrays(root, adapter_config, base.arrays)
     stated = stated_sizes(root / "config.json", document, is_lerobot=True)
-    unset = dataclasses.replace(base.stored_config, action_horizon=None, max_token_len=None)
-    config, overruled = add_stated(unset, stated, root / "config.json", may_contradict=requested is not None)
+    config = dataclasses.replace(base.stored_config, action_horizon=None, max_token_len=None)
+    config, overruled = add_stated(config, stated, root / "config.json", may_contradict=requested is not None)
     return dataclasses.replace(
         base, address=address, root=root, format="lerobot", stored_config=config,
         arrays=arrays, document=document, overruled=tuple(overruled), dropped={**base.dropped, **arrays.dropped},
@@ -411,8 +438,8 @@ def _open_policy_folder(address: str, root: pathlib.Path) -> Checkpoint:
             address, root, "torchpi", config, arrays, table, policy_file=policy_file, quantization=quantization
         )
     adapter = read_adapter(root)
-    with _naming_base(root, adapter.base.address):
-        base = open_checkpoint(adapter.base.address, config=config, adapt=True)  # as the training may have done
+    with _opening_base(root, adapter.base.address):
+        base = open_checkpoint(adapter.base.address, config=config, adapt=True)  # the training may have adapted it, too
     return Checkpoint(
         address, root, "torchpi", config, base.arrays, base.table, tied=base.tied, dropped=base.dropped,
         policy_file=policy_file, adapter=adapter, base=base,

@@ -1,9 +1,9 @@
-"""Checksums of weights files, in a document beside them: a file that was damaged since is an error.
+"""Checksums of weights files, to detect files that were damaged after they were written.
 
-<name>.checksums.json       of model.safetensors or adapter.safetensors, or of the shards of that name
+<name>.checksums.json       for <name>.safetensors (model or adapter), or for its shards
 
-CRC-32 finds accidents, not forgeries: whoever can change the weights can change their checksums. A file has one per
-block, so that several threads can read it.
+CRC-32 detects accidents, not forgeries: whoever can change the weights can change their checksums. There is one per
+block of a file, so that several threads can compute them.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ from torchpi.errors import CheckpointError
 from torchpi.schema import parse, read_json, write_json
 
 _BLOCK_BYTES = 67_108_864
-_READ_BYTES = 1 << 20  # stays in the processor's cache, where a checksum costs least
-_MOST_THREADS = 8
+_READ_BYTES = 1 << 20  # fits into the CPU's cache
+_MAX_THREADS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Checksums:
-    """The document."""
+    """Contents of a .checksums.json."""
 
     block_bytes: Literal[67_108_864]
     crc32: dict[str, list[str]]
-    """By the file's name, the checksum of each of its blocks, in hexadecimal."""
+    """File name → checksums of its blocks, in hexadecimal."""
 
 
 def write_checksums(root: pathlib.Path, name: str, files: Collection[str]) -> None:
@@ -38,7 +38,7 @@ def write_checksums(root: pathlib.Path, name: str, files: Collection[str]) -> No
 
 
 def require_intact(weights: pathlib.Path, files: Collection[str]) -> None:
-    """Raise an error where files have other checksums than the document of `weights` states, if there is one."""
+    """Raise an error if files do not have the checksums in the document next to `weights`; without one, accept them."""
     document = _document(weights)
     if not document.is_file():
         return
@@ -48,10 +48,10 @@ def require_intact(weights: pathlib.Path, files: Collection[str]) -> None:
         found, expected = _crc32s(file), stated.get(name, [])
         if found != expected:
             pairs = enumerate(itertools.zip_longest(found, expected))
-            start = _BLOCK_BYTES * next(block for block, (ours, theirs) in pairs if ours != theirs)
+            start = _BLOCK_BYTES * next(block for block, (crc, expected_crc) in pairs if crc != expected_crc)
             raise CheckpointError(
-                f"{file} is damaged, or of another checkpoint: from byte {start} on it has another checksum than "
-                f"{document.name} states. Get the folder again. If the file was changed on purpose, delete {document}, "
+                f"{file} is damaged, or of another checkpoint: from byte {start} on its checksum differs from the one "
+                f"in {document.name}. Get the folder again. If the file was changed on purpose, delete {document}, "
                 "or load it with --no-verify (verify= in Python)."
             )
 
@@ -62,7 +62,7 @@ def _document(weights: pathlib.Path) -> pathlib.Path:
 
 def _crc32s(file: pathlib.Path) -> list[str]:
     blocks = range(0, max(file.stat().st_size, 1), _BLOCK_BYTES)
-    with ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1)) as threads:  # reading releases the interpreter
+    with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as threads:  # reading and CRC release the GIL
         return list(threads.map(partial(_crc32, file), blocks))
 
 

@@ -1,4 +1,4 @@
-"""Fields of a checkpoint's files: each is used, changes nothing that is computed, or is read with some values only."""
+"""Known fields of other programs' checkpoint files: used, without effect, or supported with some values only."""
 
 import dataclasses
 import fnmatch
@@ -14,16 +14,16 @@ from torchpi.errors import CheckpointError, listed
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """An entry of assets/checkpoint_fields.toml; it has one of `used`, `unused` and `only`."""
+    """An entry of assets/checkpoint_fields.toml, with one of `used`, `unused` and `only`."""
 
     used: str | None = None
-    """The purpose."""
+    """Purpose."""
     unused: str | None = None
-    """The reason why nothing that is computed depends on it."""
+    """Reason why the field has no effect on results."""
     only: tuple[Any, ...] = ()
-    """The values that are read; TOML has no null, "null" stands for it."""
+    """Supported values; "null" stands for null, which TOML lacks."""
     because: str = ""
-    """The reason why no others are."""
+    """Reason why other values are not supported."""
 
 
 FIELDS = msgspec.toml.decode(
@@ -32,21 +32,22 @@ FIELDS = msgspec.toml.decode(
 
 
 def require_fields(table: str, document: Mapping[str, Any], where: str | pathlib.Path) -> None:
-    """Refuse fields of a document that its table of `FIELDS` does not have, and values that it does not allow."""
+    """Raise an error for fields of a document that are not in a table of `FIELDS`, and for unsupported values."""
     for name, value in document.items():
         pattern = next((known for known in FIELDS[table] if fnmatch.fnmatchcase(name, known)), None)
         if pattern is None:
             raise CheckpointError(
-                f"{where} has the field {name} ({_text(value)}), of which it is not known here what it changes. Delete "
-                "it there if the policy does not depend on it; docs/checkpoints.md lists the fields that are known."
+                f"{where} has the unknown field {name} ({_text(value)}), whose effect torchpi does not know. Delete it "
+                "there if the policy does not depend on it; docs/checkpoints.md lists the known fields."
             )
         field = FIELDS[table][pattern]
         allowed = [None if known == "null" else known for known in field.only]
+        # 1 == True in Python, but not in JSON.
         if allowed and not any(
             known == value and isinstance(known, bool) == isinstance(value, bool) for known in allowed
         ):
             expected = listed(map(_text, allowed), "or")
-            raise CheckpointError(f"{where}: {name} is {_text(value)}; only {expected} is read: {field.because}.")
+            raise CheckpointError(f"{where}: {name} is {_text(value)}; only {expected} is supported: {field.because}.")
 
 
 def _text(value: Any) -> str:

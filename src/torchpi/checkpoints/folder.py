@@ -1,9 +1,9 @@
-"""Our own format: a policy is a folder that needs nothing else.
+"""torchpi's own format: a self-contained policy folder.
 
-policy.json         everything but the numbers: model config, embodiment, normalization, prompt, provenance
-norm_stats.json     in openpi's layout
+policy.json         model config, embodiment, normalization rules, prompt format, provenance
+norm_stats.json     statistics, in openpi's layout
 tokenizer.model     or tokenizer.json
-model.safetensors   the weights, or shards of them with model.safetensors.index.json
+model.safetensors   weights, or shards with model.safetensors.index.json
 """
 
 import dataclasses
@@ -36,25 +36,25 @@ from torchpi.transforms.normalize import Normalization, load_norm_stats
 from torchpi.version import __version__
 
 FORMAT_VERSION, QUANTIZED_FORMAT_VERSION = 2, 3
-_OPTIONAL = {"num_steps": 10, "prompt.state_dim": None, "image_transform.bars": -1}
-_OPTIONAL |= {"trained_action_dim": None, "quantization": None}
-"""Values of fields that are left out where they have them."""
+_OMITTED = {"num_steps": 10, "trained_action_dim": None, "quantization": None}
+_OMITTED |= {"prompt.state_dim": None, "image_transform.bars": -1}
+"""Fields that are left out of the file if they have this value."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptRules:
-    """Rules of a prompt's tokens; the model's discrete_state_input decides whether the state is in it."""
+    """Format of the prompt; the model's discrete_state_input decides if it contains the state."""
 
     default: str | None
     format: str
     truncation: str
     state_dim: Annotated[int, msgspec.Meta(ge=1, le=1000)] | None = None
-    """Dimensions of the state in the prompt, zeros behind the robot's; stated where they are not the robot's own."""
+    """Dimensions to which the state in the prompt is padded with zeros; None: no padding."""
 
 
 @dataclasses.dataclass(frozen=True)
 class NormalizationRules:
-    """Normalization of state and actions."""
+    """Normalization rules of state and actions."""
 
     state: Normalization
     actions: Normalization
@@ -62,7 +62,7 @@ class NormalizationRules:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyFile:
-    """The document policy.json. `docs/policy_folder.md` describes the fields."""
+    """Contents of policy.json; docs/policy_folder.md describes the fields."""
 
     format_version: int
     model: dict[str, Any]
@@ -77,11 +77,11 @@ class PolicyFile:
     """Origin of the weights."""
     image_transform: ImageTransform
     num_steps: int = 10
-    """Euler steps of an inference that does not ask for another number; stated where it is not 10."""
+    """Default number of Euler steps."""
     trained_action_dim: int | None = None
-    """See `Pi0.trained_action_dim`; only where it is less than the model's action_dim."""
+    """See `Pi0.trained_action_dim`; None: all of action_dim."""
     quantization: Quantization | None = None
-    """Only, and always, in a quantized policy, whose format_version is 3."""
+    """Set for quantized policies, with format_version 3."""
 
 
 def is_policy_folder(root: pathlib.Path) -> bool:
@@ -89,21 +89,21 @@ def is_policy_folder(root: pathlib.Path) -> bool:
 
 
 def check_target(path: str | pathlib.Path, *, overwrite: bool) -> pathlib.Path:
-    """The folder that a policy is to be written to; an error if something is there that is not to be replaced."""
+    """Folder to write a policy to; raise an error if something exists there that must not be replaced."""
     target = pathlib.Path(path).expanduser()
     if target.exists() and not overwrite:
         raise CheckpointError(f"{target} exists already; choose another path, or pass overwrite=True.")
     if target.exists() and not is_policy_folder(target):
-        raise CheckpointError(f"{target} exists and is no policy folder; it is not overwritten.")
+        raise CheckpointError(f"{target} exists and is not a policy folder; it is not overwritten.")
     return target
 
 
 def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
-    """Read and check policy.json, but for the embodiment."""
+    """Read and check policy.json, except the embodiment."""
     file = root / "policy.json"
     document = read_json_object(file, error=CheckpointError)
     version = document.get("format_version")
-    if version == 1 and isinstance(document.get("prompt"), dict):  # there was one format then
+    if version == 1 and isinstance(document.get("prompt"), dict):  # it had only one prompt format
         document["prompt"].setdefault("format", "openpi")
     elif version not in (FORMAT_VERSION, QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(
@@ -119,14 +119,15 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
             f"{file}: trained_action_dim is {policy.trained_action_dim}; expected less than action_dim "
             f"{config.action_dim}, or no such field where all actions are trained."
         )
-    if (policy.quantization is not None) != (version == QUANTIZED_FORMAT_VERSION):
+    is_quantized = policy.quantization is not None
+    if is_quantized != (version == QUANTIZED_FORMAT_VERSION):
         raise CheckpointError(
-            f"{file}: format_version is {version}, and quantization is {'missing' if version == 3 else 'stated'}; it "
-            f"belongs to format_version {QUANTIZED_FORMAT_VERSION}."
+            f"{file}: format_version is {version}, and quantization is {'stated' if is_quantized else 'missing'}; "
+            f"quantization belongs to format_version {QUANTIZED_FORMAT_VERSION}."
         )
-    stated = {**_stated(policy), "model": config.to_dict()}
-    require_stated(document, stated, str(file), error=CheckpointError)
-    if "max_given_actions" in policy.metadata:  # its name until 0.1
+    expected = {**_document(policy), "model": config.to_dict()}
+    require_stated(document, expected, str(file), error=CheckpointError)
+    if "max_given_actions" in policy.metadata:  # the name before 0.1
         policy.metadata[MAX_ACTION_PREFIX] = policy.metadata.pop("max_given_actions")
     return policy, config
 
@@ -134,24 +135,24 @@ def read_policy_file(root: pathlib.Path) -> tuple[PolicyFile, Pi0Config]:
 def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
     where = f"{root / 'policy.json'}: embodiment"
     robot = Embodiment.from_dict(policy.embodiment, where=where)
-    stated = robot.to_dict()
+    expected = robot.to_dict()
     try:
         robot.check_names(where)
-    except EmbodimentError as error:  # of an earlier version, and the weights are trained so
+    except EmbodimentError as error:  # earlier versions allowed such names, and the weights were trained with them
         warnings.warn(f"{error} The policy acts as it was trained.", UserWarning, stacklevel=2)
     if not any("command" in action for action in policy.embodiment["actions"]):
         robot = with_guessed_commands(robot)
         guessed = ", ".join(f"{action.name} {action.command}" for action in robot.actions)
         warnings.warn(
-            f"{where} is of an older torchpi and does not say what its actions command, by which a robot is held "
-            f"still; guessed from their names: {guessed}. "
-            'State "command" (position, velocity, increment or effort) of each action.',
+            f"{where} was written by an older torchpi and does not state the command of each action, which is needed "
+            f'to hold a robot still; guessed from the names: {guessed}. State "command" (position, velocity, increment '
+            "or effort) of each action.",
             UserWarning,
             stacklevel=2,
         )
-        for action in stated["actions"]:
+        for action in expected["actions"]:
             del action["command"]
-    require_stated(policy.embodiment, stated, where, error=CheckpointError)
+    require_stated(policy.embodiment, expected, where, error=CheckpointError)
     return PolicySpec(
         source=str(root),
         embodiment=robot,
@@ -170,12 +171,12 @@ def read_spec(root: pathlib.Path, policy: PolicyFile) -> PolicySpec:
     )
 
 
-def _stated(policy: PolicyFile) -> dict[str, Any]:
+def _document(policy: PolicyFile) -> dict[str, Any]:
     document = dataclasses.asdict(policy)
-    for path, default in _OPTIONAL.items():
-        *inside, name = path.split(".")
-        fields = document[inside[0]] if inside else document
-        if fields[name] == default:
+    for path, value in _OMITTED.items():
+        *parents, name = path.split(".")
+        fields = document[parents[0]] if parents else document
+        if fields[name] == value:
             del fields[name]
     return document
 
@@ -198,7 +199,7 @@ def write_policy_file(root: pathlib.Path, model: Pi0, spec: PolicySpec) -> None:
         quantization=quantization,
     )
     try:
-        write_json(root / "policy.json", _stated(policy))
+        write_json(root / "policy.json", _document(policy))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"metadata or provenance of the policy can't be written as JSON: {error}.") from error
 
@@ -216,12 +217,17 @@ def write_weights(
     max_shard_bytes: int | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Write a model's weights into a policy folder, by default each in its own dtype and all in one file; `read`
-    returns a weight by its name, by default the model's."""
+    """Write a model's weights into a policy folder.
+
+    Args:
+        dtype: dtype of all arrays; by default each keeps its own.
+        max_shard_bytes: split into shards above this size; by default one file.
+        read: returns a weight by its name; by default the model's.
+    """
     if read is None and lora_config(model) is not None:
         raise CheckpointError(
-            "A policy folder holds plain weights, and this model has LoRA: merge_lora folds it into the weights, "
-            "save_adapter writes it on its own."
+            "A policy folder can't hold LoRA weights, which this model has: merge them with merge_lora, or write them "
+            "separately with save_adapter."
         )
     quantization = quantization_of(model)
     shapes = {name: array.shape for name, array in own_table(model.config, quantization).items()}
@@ -233,11 +239,11 @@ def write_weights(
 
 
 def fingerprint(policy: Any) -> str:
-    """SHA-256 of all that a policy is made of: its weights, and the files beside them."""
+    """SHA-256 of a policy's weights and all other files of its folder."""
     weights = policy.model.state_dict()
-    whole = hashlib.sha256(digest(weights, lambda name: weights[name].cpu()).encode())
-    with tempfile.TemporaryDirectory() as beside:
-        policy.write_spec(pathlib.Path(beside))
-        for file in sorted(pathlib.Path(beside).iterdir()):
-            whole.update(file.read_bytes())
-    return whole.hexdigest()
+    sha256 = hashlib.sha256(digest(weights, lambda name: weights[name].cpu()).encode())
+    with tempfile.TemporaryDirectory() as temporary:
+        policy.write_spec(pathlib.Path(temporary))
+        for file in sorted(pathlib.Path(temporary).iterdir()):
+            sha256.update(file.read_bytes())
+    return sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""The format of a checkpoint, recognised by what is in its folder, never by its name."""
+"""Format of a checkpoint, recognised by the contents of its folder, never by its name."""
 
 import pathlib
 from typing import Any, Literal
@@ -18,7 +18,7 @@ def format_of(root: pathlib.Path) -> Format:
 
 
 def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
-    """The format of the checkpoint in a folder, the place of its arrays, and the PyTorch formats' config.json."""
+    """Format of the checkpoint in a folder, path of its arrays, and contents of config.json (PyTorch formats only)."""
     found: list[tuple[Format, pathlib.Path, dict[str, Any]]] = []
     if folder.is_policy_folder(root):
         found.append(("torchpi", root, {}))
@@ -37,46 +37,49 @@ def probe(root: pathlib.Path) -> tuple[Format, pathlib.Path, dict[str, Any]]:
         found.append(("openpi-jax", file, {}))
     if len(found) > 1:
         raise CheckpointError(
-            f"{root} holds checkpoints in two formats, {listed(kind for kind, *_ in found)}; move one to a "
+            f"{root} holds checkpoints in two formats, {listed(format_ for format_, *_ in found)}; move one to a "
             "folder of its own."
         )
     if found:
         return found[0]
-    if below := _checkpoints_below(root):
-        steps = ", ".join(str(path.relative_to(root)) for path in below[-8:])
-        raise CheckpointError(f"{root} is no checkpoint itself; the last one in it is {below[-1]}, of {steps}.")
+    if checkpoints := _checkpoints_in_run(root):
+        steps = ", ".join(str(path.relative_to(root)) for path in checkpoints[-8:])
+        raise CheckpointError(
+            f"{root} is not a checkpoint itself; the last one in it is {checkpoints[-1]}, of {steps}."
+        )
     names = sorted(entry.name for entry in root.iterdir())
     unread = [name for name in names if name.endswith(UNREAD_SUFFIXES)]
     raise CheckpointError(
         f"{root} is in no known checkpoint format: a policy folder has policy.json and model.safetensors, an openpi "
         "checkpoint has params/_METADATA and params/manifest.ocdbt, or config.json and model.safetensors, as LeRobot's "
         f"has; found {names[:12] or 'an empty folder'}"
-        + (f". {', '.join(unread[:3])} may be a pickle, and nothing is ever unpickled." if unread else ".")
+        + (f". {', '.join(unread[:3])} may be a pickle, and torchpi never unpickles." if unread else ".")
     )
 
 
 def is_plugin_config(document: Any) -> bool:
-    """True for the config.json that LeRobot writes into a policy folder with this project's plug-in: its options."""
+    """True if a config.json holds the options of torchpi's LeRobot plug-in, which LeRobot saves in a policy folder."""
     return isinstance(document, dict) and document.get("type") == "torchpi"
 
 
-# In the folders of training runs: openpi's steps, LeRobot's and ours.
-_BELOW = (
+# Checkpoints in the folder of a training run of openpi, LeRobot or torchpi.
+_RUN_PATTERNS = (
     "[0-9]*",
     *(f"{step}{name}" for step in ("", "*/", "checkpoints/*/") for name in ("policy", "pretrained_model")),
 )
 
 
-def _checkpoints_below(root: pathlib.Path) -> list[pathlib.Path]:
+def _checkpoints_in_run(root: pathlib.Path) -> list[pathlib.Path]:
     """Checkpoints in the folder of a training run, the newest last."""
 
     def step(path: pathlib.Path) -> int:
         return max((int(part) for part in path.relative_to(root).parts if part.isdecimal()), default=-1)
 
-    found = sorted((path for pattern in _BELOW for path in sorted(root.glob(pattern))), key=step)
-    # LeRobot's `last`, a link to one of the others, comes first, and is replaced by it.
+    candidates = sorted((path for pattern in _RUN_PATTERNS for path in sorted(root.glob(pattern))), key=step)
+    # LeRobot's `last` is a link without a step number: it sorts first, and the folder that it points to replaces it.
+    unique = {path.resolve(): path for path in candidates}
     return [
         path
-        for path in sorted({path.resolve(): path for path in found}.values(), key=step)
+        for path in sorted(unique.values(), key=step)
         if folder.is_policy_folder(path) or has_weights(path) or peft.is_peft(path) or (path / "params").is_dir()
     ]

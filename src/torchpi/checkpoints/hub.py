@@ -170,7 +170,9 @@ def _download(source: Bucket | Repository, sleep: Callable[[float], None]) -> No
 
 def _require_space(source: Bucket | Repository, missing: dict[str, File]) -> None:
     """Raise an error if the disk has no space for the missing files."""
-    needed = sum(file.size - max(0, file_size(add_suffix(source.top / name, ".part"))) for name, file in missing.items())
+    needed = sum(
+        file.size - max(0, file_size(add_suffix(source.top / name, ".part"))) for name, file in missing.items()
+    )
     if needed > (free := shutil.disk_usage(source.top.parent).free):
         raise CheckpointError(
             f"{source.address}: {needed} bytes of the files that the server lists are missing here, and {source.top} "

@@ -1,7 +1,7 @@
-"""Tables of a format's arrays: for each array, the parameters that its parts fill.
+"""Tables of checkpoint formats: for each stored array, the parameters that it fills.
 
-Reading and writing follow from the table, so that both are total: an array that it does not name is an error, and every
-parameter is filled.
+Reading and writing use the same table, so that neither can miss anything: an array that is not in the table is an
+error, and every parameter is filled.
 """
 
 import dataclasses
@@ -23,30 +23,31 @@ from torchpi.model.pi0 import Pi0
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNSET = Pi0Config(action_horizon=None, max_token_len=None, discrete_state_input=None)
-"""A config without the settings that are in no array."""
-_MOST_NAMED = 24
+"""A config in which the fields that no array determines are unset."""
+_MAX_NAMES = 24
+"""Most names in an error message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParamSlice:
-    """One part of a stored array, and the rows of the parameter that it fills."""
+    """A part of a stored array, and the rows of the parameter that it fills."""
 
     param: str
     """Name in `Pi0.state_dict()`."""
     layer: int | None = None
-    """Index on the stored array's first axis; None: the whole array."""
+    """Index into the stored array's first axis; None: the whole array."""
     axes: tuple[int, ...] | None = None
-    """Order of the part's axes in the parameter, where rows (outputs) come first; None: unchanged."""
+    """Permutation from the stored order of axes to the parameter's (outputs first); None: the same order."""
     rows: tuple[int, int] | None = None
-    """First row and end of the parameter's rows; None: all."""
+    """Start and end of the parameter's rows; None: all."""
 
     def of_array(self, array: Tensor) -> Tensor:
-        """The part of the stored array, in the parameter's order of axes; a view."""
+        """View of the part of the stored array, with the parameter's order of axes."""
         part = array if self.layer is None else array[self.layer]
         return part if self.axes is None else part.permute(self.axes)
 
     def of_parameter(self, parameter: Tensor) -> Tensor:
-        """The parameter's rows; a view."""
+        """View of the parameter's rows."""
         return parameter.detach() if self.rows is None else parameter.detach()[slice(*self.rows)]
 
 
@@ -56,11 +57,11 @@ class CheckpointArray:
 
     shape: tuple[int, ...]
     slices: tuple[ParamSlice, ...]
-    """Together they fill all that they touch."""
+    """Together they cover the array."""
 
     @property
     def is_parameter(self) -> bool:
-        """The array is a whole parameter, in its order of axes."""
+        """True if the array is one whole parameter, with the same order of axes."""
         return self.slices[0] == ParamSlice(self.slices[0].param)
 
 
@@ -68,18 +69,25 @@ Table = dict[str, CheckpointArray]
 
 
 def whole(param: str, shape: tuple[int, ...], *, rows: tuple[int, int] | None = None) -> CheckpointArray:
-    """An array that is a parameter, or rows of it."""
+    """Array that is a parameter, or some rows of it."""
     return CheckpointArray(shape, (ParamSlice(param, rows=rows),))
 
 
 def stored_as(
     param: str, axes: str, sizes: Mapping[str, int], *, rows: tuple[int, int] | None = None, depth: int | None = None
 ) -> CheckpointArray:
-    """An array that fills one parameter, or rows of it; with "*" in its name that of each of `depth` layers, over which
-    the array's first axis goes. Axes are named as in einops, the stored first: "heads in out -> heads out in"."""
-    stored, _, ordered = axes.partition(" -> ")
-    names, shape = stored.split(), tuple(sizes[name] for name in stored.split())
-    order = tuple(map(names.index, ordered.split())) if ordered else None
+    """Array that fills a parameter, or some rows of it, with permuted axes.
+
+    Args:
+        param: the parameter's name; with `depth`, "*" in it stands for the layer.
+        axes: names of the axes as in einops, stored order first: "heads in out -> heads out in".
+        sizes: size of each named axis.
+        depth: number of layers that are stacked on the array's first axis; None: not stacked.
+    """
+    stored, _, reordered = axes.partition(" -> ")
+    names = stored.split()
+    shape = tuple(sizes[name] for name in names)
+    order = tuple(map(names.index, reordered.split())) if reordered else None
     if depth is None:
         return CheckpointArray(shape, (ParamSlice(param, axes=order, rows=rows),))
     slices = tuple(ParamSlice(param.replace("*", str(layer)), layer, order, rows) for layer in range(depth))
@@ -88,26 +96,25 @@ def stored_as(
 
 @runtime_checkable
 class StoredArrays(Protocol):
-    """The arrays of a checkpoint on disk, none of which is read yet."""
+    """Arrays of a checkpoint on disk, read one by one."""
 
     source: pathlib.Path
     shapes: Shapes
 
     @property
     def dtypes(self) -> Mapping[str, torch.dtype]:
-        """The dtype that holds each array's numbers: as stored, but float32 for float16, which fits into no other."""
+        """Dtype in which each array is loaded: the stored one, but float32 for float16."""
         ...
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array in `dtype`, by default its stored one."""
+        """Read an array in `dtype`, by default the stored one."""
         ...
 
 
 class Rounding(dict[str, float]):
-    """By the parameter, the largest change of a number where weights are cast to a narrower dtype."""
+    """Largest rounding error of each parameter that was cast to a narrower dtype."""
 
     def record(self, param: str, wide: Tensor, rounded: Tensor) -> None:
-        """Take an array into account that has become another one."""
         if wide.dtype is not rounded.dtype and (change := float(torch.sub(wide, rounded).abs_().max())):
             self[param] = max(change, self.get(param, 0.0))
 
@@ -126,11 +133,14 @@ def load_arrays(
     emulate_fp8: bool = False,
     rounding: Rounding | None = None,
 ) -> Pi0:
-    """Build the model that `config` describes and fill every weight.
+    """Build a model of the sizes in `config`, and fill every weight.
 
-    Parameters in `dtypes` have those instead of `dtype`. The float32 matrices of `lora`, which are in the table then,
-    are attached, or with `fold` added to what they change, before any cast. Without a dtype each weight keeps its own,
-    and is float32 where it is changed. What a cast changes is recorded in `rounding`.
+    Args:
+        dtype: dtype of the weights; None: each keeps its stored dtype, or is float32 if LoRA is merged into it.
+        dtypes: dtypes of single parameters, in place of `dtype`.
+        lora: attach LoRA, whose arrays are in the table, in float32.
+        fold: merge it into the base weights instead, before they are cast.
+        rounding: records the rounding errors of the casts.
     """
     require_shapes(arrays, {name: array.shape for name, array in table.items()})
     model = with_lora = Pi0(config, device="meta", dtype=dtype or torch.float32)
@@ -144,18 +154,21 @@ def load_arrays(
         attach_lora(with_lora, lora)
         updates = {f"{name}.weight": layer.update for name, layer in lora_layers(with_lora) if fold}
     if dtype is None:
-        for param, own in _own_dtypes(arrays, table).items():
+        for param, stored_dtype in _stored_dtypes(arrays, table).items():
             if param not in updates:
-                _set_parameter(model, param, torch.empty_like(model.get_parameter(param), dtype=own))
-    for name, entry in sorted(table.items(), key=_place_in_order):
+                _set_parameter(model, param, torch.empty_like(model.get_parameter(param), dtype=stored_dtype))
+    for name, entry in sorted(table.items(), key=_loading_order):
         param = entry.slices[0].param
         target = with_lora if is_lora(param) else model
-        into = target.get_parameter(param).dtype
-        array = arrays.read(name, torch.float32 if param in updates else into if rounding is None else None)
+        param_dtype = target.get_parameter(param).dtype
+        if param in updates:
+            array = arrays.read(name, torch.float32)
+        else:
+            array = arrays.read(name, param_dtype if rounding is None else None)
         for part in entry.slices:
             parameter = target.get_parameter(part.param)
             if entry.is_parameter:  # no copy
-                value = array.to(device, into).view(parameter.shape)
+                value = array.to(device, param_dtype).view(parameter.shape)
                 if rounding is not None:
                     rounding.record(part.param, array.view(parameter.shape), value)
                 _set_parameter(target, part.param, value)
@@ -165,15 +178,15 @@ def load_arrays(
             source = part.of_array(array)
             if part.param in updates:
                 source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
-            filled = part.of_parameter(parameter).view(source.shape)
-            filled.copy_(source)
+            rows = part.of_parameter(parameter).view(source.shape)
+            rows.copy_(source)
             if rounding is not None:
-                rounding.record(part.param, source, filled)
+                rounding.record(part.param, source, rows)
     return model
 
 
-def _own_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
-    """By parameter, the dtype that holds the numbers of all arrays that fill it, but for LoRA's, which are float32."""
+def _stored_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
+    """For each parameter, the dtype that holds all arrays that fill it. LoRA's are left out: they are float32."""
     dtypes: dict[str, torch.dtype] = {}
     for name, entry in table.items():
         for param in {part.param for part in entry.slices if not is_lora(part.param)}:
@@ -181,14 +194,14 @@ def _own_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
     return dtypes
 
 
-def _place_in_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
-    """LoRA's small matrices first; then the largest array, when little else is allocated, so that the peak stays near
-    the model's own size."""
+def _loading_order(item: tuple[str, CheckpointArray]) -> tuple[bool, int]:
+    """Sort key: LoRA's small matrices first, then the largest arrays, while little is allocated, to keep peak memory
+    near the model's size."""
     return not is_lora(item[1].slices[0].param), -math.prod(item[1].shape)
 
 
 def cast(model: Pi0, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Bring parameters to their dtypes, by name, in place and one at a time."""
+    """Cast parameters in place, one at a time."""
     for name, dtype in dtypes.items():
         parameter = model.get_parameter(name)
         parameter.data = parameter.data.to(dtype)
@@ -203,12 +216,12 @@ def _set_parameter(model: Pi0, name: str, value: Tensor) -> nn.Parameter:
 
 
 def array_dtype(model: Pi0, entry: CheckpointArray) -> torch.dtype:
-    """The dtype that holds the numbers of all parameters in an array."""
+    """Dtype that holds all parameters of an array."""
     return functools.reduce(torch.promote_types, (model.get_parameter(part.param).dtype for part in entry.slices))
 
 
 def stored_array(model: Pi0, entry: CheckpointArray, dtype: torch.dtype | None = None) -> Tensor:
-    """The array that a checkpoint holds of the model's parameters, on the CPU: the inverse of `load_arrays`."""
+    """Build a checkpoint's array from the model's parameters, on the CPU: the inverse of `load_arrays`."""
     parameters = [model.get_parameter(part.param) for part in entry.slices]
     dtype = dtype or array_dtype(model, entry)
     if entry.is_parameter:
@@ -229,7 +242,7 @@ def own_table(config: Pi0Config, quantization: Quantization | None = None) -> Ta
 
 
 def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
-    """Raise an error that names the arrays that are missing, left over or of another shape."""
+    """Raise an error that lists missing, additional and misshapen arrays."""
     found = arrays.shapes
     problems = {
         "missing": sorted(set(expected) - set(found)),
@@ -244,7 +257,7 @@ def require_shapes(arrays: StoredArrays, expected: Shapes) -> None:
         message = f"{arrays.source} does not fit the model:"
         for problem, names in problems.items():
             separator = "; " if problem == "misshapen" else ", "
-            message += f"\n  {problem}: {first_of(names, _MOST_NAMED, separator)}" if names else ""
+            message += f"\n  {problem}: {first_of(names, _MAX_NAMES, separator)}" if names else ""
         raise CheckpointError(message)
 
 
@@ -254,7 +267,7 @@ def require_writable(dtype: torch.dtype) -> None:
 
 
 def sizes_of(shapes: Shapes, name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of an array that every checkpoint of a format has."""
+    """Shape of an array that every checkpoint of the format has."""
     if name not in shapes:
         raise CheckpointError(
             f"There is no array {name!r}, which every π₀ and π₀.₅ checkpoint has; found {sorted(shapes)[:8] or 'none'}."

@@ -1,4 +1,4 @@
-"""Normalization of a LeRobot policy: the modes and statistics that its processors have, in torchpi's terms."""
+"""Normalization rules and statistics of a LeRobot policy, read from its processors."""
 
 import dataclasses
 import pathlib
@@ -22,7 +22,7 @@ _BOUNDS = {"QUANTILES": ("q01", "q99"), "QUANTILE10": ("q10", "q90"), "MIN_MAX":
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A step of a processor."""
+    """One step of a processor."""
 
     registry_name: str
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -33,40 +33,44 @@ class Step:
 def normalizations(
     root: pathlib.Path, before: Step, after: Step
 ) -> tuple[dict[str, NormStats], dict[str, Normalization]]:
-    """Statistics of "state" and "actions", without those that the folder lacks, and the rule of each."""
-    found = {"state": _found(root, before, STATE), "actions": _found(root, after, ACTION)}
-    if ACTION in before.config["features"] and _differ(_found(root, before, ACTION), found["actions"]):
+    """Statistics of "state" and "actions", as far as the folder has them, and their normalization rules."""
+    state, actions = _mode_and_stats(root, before, STATE), _mode_and_stats(root, after, ACTION)
+    if ACTION in before.config["features"] and _differ(_mode_and_stats(root, before, ACTION), actions):
         raise CheckpointError(
-            f"{root}: actions are normalized otherwise, or by other statistics, in {PREPROCESSOR} than in "
-            f"{POSTPROCESSOR}: the policy was trained with one, and would act with the other. Correct one of them."
+            f"{root}: {PREPROCESSOR} and {POSTPROCESSOR} normalize actions by different rules or statistics: the "
+            "policy was trained with the first, and would act with the second. Correct one of them."
         )
-    modes = {key: mode for key, (mode, _) in found.items()}
-    stats = {key: numbers for key, (_, numbers) in found.items() if numbers is not None}
-    absent = [key for key in modes if key not in stats]
-    warning = ""
-    if absent and any(modes[key] != "IDENTITY" for key in stats):
-        warning = (
-            f"has no statistics of {absent[0]}, which is not normalized therefore, as in LeRobot. If the policy was "
-            "trained otherwise, pass norm_stats= and normalization=."
+    modes = {"state": state[0], "actions": actions[0]}
+    stats = {key: value for key, value in (("state", state[1]), ("actions", actions[1])) if value is not None}
+    missing = [key for key in modes if key not in stats]
+    if missing and any(modes[key] != "IDENTITY" for key in stats):
+        (key,) = missing
+        warnings.warn(
+            f"{root} has no statistics of {key}, which is therefore not normalized, as in LeRobot. If the policy was "
+            "trained differently, pass norm_stats= and normalization=.",
+            UserWarning,
+            stacklevel=2,
         )
-        width = (before if absent == ["state"] else after).config["features"][_FEATURES[absent[0]]]["shape"][0]
-        modes[absent[0]], stats[absent[0]] = "IDENTITY", _identity(width)
-    elif unlike := [modes[key] for key in absent if modes[key] in ("QUANTILE10", "MIN_MAX")]:
-        warning = (
-            f"normalizes by {unlike[0]}, and has no statistics: its bounds are q01 and q99 of those that are given."
+        features = (before if key == "state" else after).config["features"]
+        modes[key], stats[key] = "IDENTITY", _identity(features[_FEATURES[key]]["shape"][0])
+    elif other_bounds := [modes[key] for key in missing if modes[key] in ("QUANTILE10", "MIN_MAX")]:
+        warnings.warn(
+            f"{root} normalizes by {other_bounds[0]}, and has no statistics: q01 and q99 of the given statistics are "
+            "used as its bounds.",
+            UserWarning,
+            stacklevel=2,
         )
-    if warning:
-        warnings.warn(f"{root} {warning}", UserWarning, stacklevel=2)
     kinds = {"IDENTITY": "identity", "MEAN_STD": "z_score"}
     return stats, {key: Normalization(kinds.get(mode, "quantile"), "lerobot") for key, mode in modes.items()}
 
 
-def _found(root: pathlib.Path, step: Step, feature: str) -> tuple[str, NormStats | None]:
-    """The mode of a feature in LeRobot's word, and its statistics; None: there are none, and the mode needs some."""
+def _mode_and_stats(root: pathlib.Path, step: Step, feature: str) -> tuple[str, NormStats | None]:
+    """LeRobot's normalization mode of a feature, and its statistics; None if they are missing."""
     config = step.config
     if config["norm_map"].get("VISUAL", "IDENTITY") != "IDENTITY":
         raise CheckpointError(
-            f"{root}: images are normalized by {config['norm_map']['VISUAL']} before the model; only IDENTITY is read."
+            f"{root}: images are normalized by {config['norm_map']['VISUAL']} before the model; only IDENTITY is "
+            "supported."
         )
     mode: str = config["norm_map"].get(config["features"][feature]["type"], "IDENTITY")
     selected = config.get("normalize_observation_keys")
@@ -74,28 +78,31 @@ def _found(root: pathlib.Path, step: Step, feature: str) -> tuple[str, NormStats
         return "IDENTITY", _identity(config["features"][feature]["shape"][0])
     if mode not in ("MEAN_STD", *_BOUNDS):
         raise CheckpointError(
-            f"{root}: normalization {mode} is not known here; known are MEAN_STD, {', '.join(_BOUNDS)}, IDENTITY."
+            f"{root}: normalization {mode} is unknown; known are MEAN_STD, {', '.join(_BOUNDS)}, IDENTITY."
         )
     arrays = _statistics(root, step)
-    found = {name.removeprefix(f"{feature}."): a for name, a in arrays.items() if name.startswith(f"{feature}.")}
-    if not found:
+    prefix = f"{feature}."
+    stats = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    if not stats:
         return mode, None
     low, high = _BOUNDS.get(mode, ("q01", "q99"))
-    if missing := sorted({"mean", "std", *((low, high) if mode in _BOUNDS else ())} - set(found)):
+    if missing := sorted({"mean", "std", *((low, high) if mode in _BOUNDS else ())} - set(stats)):
         raise CheckpointError(f"{root}: the statistics of {feature} have no {', '.join(missing)}, which {mode} needs.")
-    # The three kinds of bounds are one formula; whichever a policy has are its q01 and q99 here.
-    return mode, NormStats(mean=found["mean"], std=found["std"], q01=found.get(low), q99=found.get(high))
+    # All kinds of bounds use the same formula, so they are stored as q01 and q99.
+    return mode, NormStats(mean=stats["mean"], std=stats["std"], q01=stats.get(low), q99=stats.get(high))
 
 
 def _identity(width: int) -> NormStats:
     return NormStats(np.zeros(width), np.ones(width))
 
 
-def _differ(one: tuple[str, NormStats | None], other: tuple[str, NormStats | None]) -> bool:
-    (mode, stats), (other_mode, others) = one, other
-    if mode != other_mode or stats is None or others is None:
-        return mode != other_mode or stats is not others  # without statistics, LeRobot leaves numbers as they are
-    return any(not np.array_equal(value, vars(others)[name]) for name, value in vars(stats).items())
+def _differ(a: tuple[str, NormStats | None], b: tuple[str, NormStats | None]) -> bool:
+    (a_mode, a_stats), (b_mode, b_stats) = a, b
+    if a_mode != b_mode:
+        return True
+    if a_stats is None or b_stats is None:  # without statistics, LeRobot does not normalize
+        return a_stats is not b_stats
+    return any(not np.array_equal(value, vars(b_stats)[name]) for name, value in vars(a_stats).items())
 
 
 def _statistics(root: pathlib.Path, step: Step) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def _statistics(root: pathlib.Path, step: Step) -> dict[str, Any]:
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; the policy's statistics are expected there.")
     try:
-        # By way of PyTorch, because NumPy does not know bfloat16.
+        # Through PyTorch, because NumPy has no bfloat16.
         return {name: array.to(torch.float64).numpy() for name, array in safetensors.torch.load_file(file).items()}
     except safetensors.SafetensorError as error:
         raise CheckpointError(f"{file} is truncated or corrupt: {error}; get the file again.") from error

@@ -1,7 +1,4 @@
-"""LoRA weights of an openpi JAX checkpoint: found beside the weights that they change, or written.
-
-Their meaning stands in `torchpi.model.lora`.
-"""
+"""LoRA weights in openpi JAX checkpoints, read and written; see `torchpi.model.lora` for how they are applied."""
 
 import pathlib
 
@@ -13,12 +10,11 @@ from torchpi.model.lora import LoraConfig, lora_config
 from torchpi.model.pi0 import Pi0
 
 DEFAULT_ALPHA = (LoraConfig.backbone_alpha, LoraConfig.expert_alpha)
-"""Alphas of backbone and action expert in openpi's variants gemma_2b_lora and gemma_300m_lora."""
-_STACKS = {False: "backbone", True: "action expert"}
+"""Alphas of the backbone and the action expert in openpi's variants gemma_2b_lora and gemma_300m_lora."""
 
 
 def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
-    """A and B by the array that they change; empty without LoRA. All of them are complete and fit."""
+    """Names of A and B by the array that they update, after checking their shapes; empty without LoRA."""
     lora, pairs = {name for name in arrays.shapes if "lora_" in name}, {}
     for a in sorted(name for name in lora if name.endswith("lora_a")):
         b = f"{a.removesuffix('a')}b"
@@ -34,30 +30,32 @@ def lora_pairs(arrays: StoredArrays) -> dict[str, tuple[str, str]]:
                 f"{list(base_shape)}."
             )
         pairs[base] = (a, b)
-    if alone := sorted(lora - {name for pair in pairs.values() for name in pair}):
-        raise CheckpointError(f"{arrays.source} has LoRA arrays that belong to nothing: {', '.join(alone)}.")
+    if unpaired := sorted(lora - {name for pair in pairs.values() for name in pair}):
+        raise CheckpointError(f"{arrays.source} has LoRA arrays without a counterpart: {', '.join(unpaired)}.")
     return pairs
 
 
 def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) -> LoraConfig:
-    """The LoRA of a checkpoint. Its alphas are in no array: None, where the ranks tell that they are openpi's."""
+    """LoRA config of a checkpoint. It does not store `alpha`; None: openpi's, if the ranks are openpi's."""
     shapes = arrays.shapes
-    # The expert's are attn.q_einsum_1.lora_a, mlp_1.linear_lora_a.
-    ranks = {n.split(".")[-2].endswith("_1"): shape[-1] for n, shape in shapes.items() if n.endswith("lora_a")}
+    ranks: dict[str, int] = {}
+    for name, shape in shapes.items():
+        if name.endswith("lora_a"):  # the expert's are attn.q_einsum_1.lora_a and mlp_1.linear_lora_a
+            ranks["action expert" if name.split(".")[-2].endswith("_1") else "backbone"] = shape[-1]
     attention = any("lora_" in name and ".attn." in name for name in shapes)
-    known = {False: LoraConfig.backbone_rank, True: LoraConfig.expert_rank}
-    if alpha is None and attention and not ranks.items() <= known.items():
-        found = listed(f"rank {ranks[i]} in the {stack}" for i, stack in _STACKS.items() if i in ranks)
+    openpi_ranks = {"backbone": LoraConfig.backbone_rank, "action expert": LoraConfig.expert_rank}
+    if alpha is None and attention and not ranks.items() <= openpi_ranks.items():
+        found = listed(f"rank {ranks[stack]} in the {stack}" for stack in openpi_ranks if stack in ranks)
         raise CheckpointError(
-            f"{arrays.source} has LoRA of {found}, whose alpha, by which its update is scaled, is in no array; it is "
-            f"known for openpi's ranks {known[False]} and {known[True]} only. Pass lora_alpha= with those of the "
-            "backbone and of the expert, as in the training config that the checkpoint is of."
+            f"{arrays.source} has LoRA of {found}, and does not store alpha, which scales the update; it is known only "
+            f"for openpi's ranks {LoraConfig.backbone_rank} and {LoraConfig.expert_rank}. Pass lora_alpha= with the "
+            "alphas of the backbone and the expert in the training config of this checkpoint."
         )
     backbone_alpha, expert_alpha = DEFAULT_ALPHA if alpha is None else alpha
     return LoraConfig(
-        backbone_rank=ranks.get(False, 0),
+        backbone_rank=ranks.get("backbone", 0),
         backbone_alpha=backbone_alpha,
-        expert_rank=ranks.get(True, 0),
+        expert_rank=ranks.get("action expert", 0),
         expert_alpha=expert_alpha,
         attention=attention,
         feed_forward=any("lora_" in name and ".mlp" in name for name in shapes),
@@ -65,14 +63,13 @@ def stored_lora(arrays: StoredArrays, alpha: tuple[float, float] | None = None) 
 
 
 def write_lora_params(params: pathlib.Path, model: Pi0) -> None:
-    """Write a model with LoRA as the `params` of an openpi JAX checkpoint, with names and shapes of its LoRA variants,
-    into an empty folder.
+    """Write a model with LoRA as the `params` of an openpi JAX checkpoint of its LoRA variants, into an empty folder.
 
-    Ranks are in the shapes; the alphas are in no array, and have to be in the training config that restores it.
+    The checkpoint does not store the alphas: the training config that restores it must have the same ones.
     """
     config = lora_config(model)
     if config is None:
-        raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes plain ones.")
+        raise CheckpointError("The model has no LoRA; `torchpi convert --to openpi-jax` writes models without it.")
     table = jax_table(model.config) | lora_table(model.config, config)
     shapes = {name: array.shape for name, array in table.items()}
     write_params(params, shapes, lambda name: stored_array(model, table[name]))

@@ -15,7 +15,7 @@ from torchpi.errors import CheckpointError
 from torchpi.schema import DECODER, bounded
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float32}
-"""By the stored dtype, the one that holds its numbers here."""
+"""Dtype in which arrays are loaded, by the stored dtype."""
 
 
 def find_params(root: pathlib.Path) -> pathlib.Path | None:
@@ -28,17 +28,17 @@ def find_params(root: pathlib.Path) -> pathlib.Path | None:
 
 
 def norm_stats_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The norm_stats.json files in the folder `assets` of an openpi checkpoint, by asset ID (which may contain '/')."""
+    """The norm_stats.json files in the folder `assets` of an openpi checkpoint, by asset ID (which may contain "/")."""
     assets = folder / "assets"
     files = sorted(assets.rglob("norm_stats.json"))
     return {file.parent.relative_to(assets).as_posix(): file for file in files}
 
 
 class JaxArrays:
-    """The arrays of one `params` folder, by key path without the leading 'params' and the trailing 'value'."""
+    """Arrays of a `params` folder, named by key path without the leading "params" and the trailing "value"."""
 
     def __init__(self, params: pathlib.Path) -> None:
-        """Read the metadata and open every array; no data is read yet."""
+        """Read the metadata and open every array, without reading its data."""
         self.source = params
         try:
             metadata = bounded(DECODER.decode((params / "_METADATA").read_text(encoding="utf-8")))
@@ -49,7 +49,7 @@ class JaxArrays:
             names = [_array_name(path) for path in paths]
             spec = {
                 "driver": "zarr3" if metadata.get("use_zarr3", False) else "zarr",
-                # A chunk that is not there is zeros, unless the writer says that it wrote zeros as well.
+                # A missing chunk means zeros, unless the metadata say that chunks of zeros were written too.
                 "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
             }
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -62,9 +62,9 @@ class JaxArrays:
         self._stores = {name: self._wait(name, future) for name, future in futures.items()}
         self.shapes: Shapes = {name: tuple(store.shape) for name, store in self._stores.items()}
         dtypes = {name: store.dtype.name for name, store in self._stores.items()}
-        if others := [f"{name} has {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
+        if unsupported := [f"{name} has {dtype}" for name, dtype in dtypes.items() if dtype not in _DTYPES]:
             raise CheckpointError(
-                f"{params}: float32, bfloat16 and float16 weights are read, but {', '.join(others[:8])}."
+                f"{params}: weights must be float32, bfloat16 or float16, but {', '.join(unsupported[:8])}."
             )
         self.dtypes = {name: _DTYPES[dtype] for name, dtype in dtypes.items()}
 
@@ -73,24 +73,24 @@ class JaxArrays:
 
         base = {"driver": "file", "path": f"{self.source.resolve()}/"}
         kvstore = {"driver": "ocdbt", "base": base, "path": ".".join(path) + "/"}
-        # Compressed bytes are then pages of the file, which the system may drop, and no memory of ours.
+        # Memory-mapped compressed data are pages that the system can drop, not memory of this process.
         context = {"file_io_mode": {"mode": "memmap"}}
         return tensorstore.open({**spec, "kvstore": kvstore, "context": context}, open=True, read=True)
 
     def _wait(self, name: str, future: Any) -> Any:
         try:
             return future.result()
-        except (ValueError, OSError, KeyError) as error:  # what tensorstore's status codes become
+        except (ValueError, OSError, KeyError) as error:  # tensorstore's status codes in Python
             reason = str(error).partition(" [tensorstore_spec=")[0]
             raise CheckpointError(
                 f"{self.source}: array {name!r} is missing, truncated or corrupt: {reason}; get the checkpoint again."
             ) from error
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The array as a tensor in `dtype`, by default its stored one.
+        """Read an array in `dtype`, by default the stored one.
 
-        tensorstore casts while it copies out of the decoded chunk, so that a float32 array (4.8 GB of a full-size
-        model, which is 6.7 GB in bfloat16) is never here twice.
+        tensorstore casts while it copies from the decoded chunk, so that memory never holds a float32 array twice
+        (up to 4.8 GB in a full-size model, whose bfloat16 weights are 6.7 GB).
         """
         import tensorstore
 
@@ -98,7 +98,7 @@ class JaxArrays:
         if dtype is not None:
             store = tensorstore.cast(store, tensorstore.dtype(str(dtype).removeprefix("torch.")))
         array: np.ndarray = self._wait(name, store.read())
-        if array.dtype.name == "bfloat16":  # from ml_dtypes, which torch.from_numpy does not know
+        if array.dtype.name == "bfloat16":  # ml_dtypes' dtype, which torch.from_numpy does not support
             return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
@@ -111,10 +111,10 @@ def _array_name(path: tuple[str, ...]) -> str:
 def write_params(
     params: pathlib.Path, shapes: Shapes, read: Callable[[str], torch.Tensor], *, dtype: torch.dtype | None = None
 ) -> None:
-    """Write a `params` folder that orbax restores: key paths without 'value', as openpi's published checkpoints.
+    """Write a `params` folder that orbax can restore, with key paths as in openpi's published checkpoints.
 
-    The folder exists and is empty. One zstd-compressed chunk per array, one array after the other, read by name; by
-    default each keeps its dtype.
+    The folder must exist and be empty. Arrays are read by name and written one at a time, each as one zstd-compressed
+    chunk, by default in its own dtype.
     """
     started = time.time_ns()
     tree, sharding, array_metadatas = {}, {}, []
@@ -168,6 +168,6 @@ def _write_array(params: pathlib.Path, path: str, tensor: torch.Tensor) -> None:
     }
     base = {"driver": "file", "path": f"{params.resolve()}/"}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{path}/"}
-    # Orbax reads no chunk as an error, not as zeros.
+    # For orbax a missing chunk is an error, not zeros.
     spec = {"driver": "zarr", "kvstore": kvstore, "metadata": metadata, "store_data_equal_to_fill_value": True}
     tensorstore.open(spec, create=True).result().write(array).result()

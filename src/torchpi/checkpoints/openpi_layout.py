@@ -1,4 +1,4 @@
-"""Table of an openpi JAX checkpoint, in which one array holds the weights of one kind of all layers.
+"""Table of openpi JAX checkpoints, in which one array stacks the weights of all layers.
 
 Sources: openpi's modules, and the key listings of its published checkpoints.
 """
@@ -12,7 +12,7 @@ from torchpi.config import GemmaConfig, Pi0Config, VisionConfig
 from torchpi.model.lora import LoraConfig
 
 Entries = Mapping[str, tuple[str, str] | tuple[str, str, tuple[int, int]]]
-"""By the stored name, the parameter, the axes (see `stored_as`), and the parameter's rows where it is not all of them.
+"""Stored name → parameter, axes (see `stored_as`), and the parameter's rows if the array fills only some of them.
 
 Axes: D width, F hidden width, Q query heads, G key/value heads, K head_dim, R rank of LoRA, H and W pixels of a patch,
 N patches, V vocabulary, A action_dim, d the expert's width; a number is an axis of that size.
@@ -28,7 +28,7 @@ def _stored(prefix: str, entries: Entries, params: str, sizes: Sizes, depth: int
 
 
 def jax_table(config: Pi0Config) -> Table:
-    """Every array of an openpi checkpoint of these sizes, by its key path joined with '.'."""
+    """Every array of an openpi checkpoint of these sizes, by its key path joined with "."."""
     sizes = {"V": config.vocab_size, "D": config.paligemma.width}
     table = {"PaliGemma.llm.embedder.input_embedding": stored_as("embedding", "V D", sizes)}
     table |= _siglip_table(config)
@@ -103,14 +103,14 @@ def _gemma_table(gemma: GemmaConfig, stack: str, suffix: str, *, adaptive_norm: 
 
 
 def _matrices(gemma: GemmaConfig, suffix: str, *, in_heads: bool = False) -> Entries:
-    """The matrices of a layer, with rows of queries, keys and values counted as such or in heads."""
+    """The matrices of a layer; `in_heads` counts the rows of queries, keys and values in heads."""
     entries: dict[str, Any] = {
         f"attn.attn_vec_einsum{suffix}.w": ("attention.out.weight", "Q K D -> D Q K"),
         f"mlp{suffix}.gating_einsum": ("feed_forward.gate_up.weight", "2 D F -> 2 F D"),
         f"mlp{suffix}.linear": ("feed_forward.down.weight", "F D -> D F"),
     }
     qkv, row = "attention.qkv.weight", 1 if in_heads else gemma.head_dim
-    if gemma.num_kv_heads == gemma.num_heads:  # plain multi-head attention is one array there
+    if gemma.num_kv_heads == gemma.num_heads:  # openpi stores plain multi-head attention in one array
         return {**entries, f"attn.qkv_einsum{suffix}.w": (qkv, "3 Q D K -> 3 Q K D")}
     q_end, kv_end = gemma.num_heads * row, (gemma.num_heads + 2 * gemma.num_kv_heads) * row
     entries[f"attn.q_einsum{suffix}.w"] = (qkv, "Q D K -> Q K D", (0, q_end))
@@ -119,31 +119,34 @@ def _matrices(gemma: GemmaConfig, suffix: str, *, in_heads: bool = False) -> Ent
 
 
 def lora_table(config: Pi0Config, lora: LoraConfig) -> Table:
-    """The arrays that a LoRA checkpoint of openpi has beside those of `jax_table`."""
+    """The LoRA arrays of an openpi checkpoint, to be added to `jax_table`."""
     table: Table = {}
     for gemma, rank, stack, suffix in (
         (config.paligemma, lora.backbone_rank, "backbone", ""),
         (config.action_expert, lora.expert_rank, "expert", "_1"),
     ):
         entries: dict[str, Any] = {}
-        for name, (param, axes, *rows) in _matrices(gemma, suffix, in_heads=True).items() if rank else ():
-            if lora.attention if name.startswith("attn.") else lora.feed_forward:
-                # The rank stands in A for the axis of the outputs, which comes last, in B for that of the inputs.
-                *_, inputs, outputs = axes.partition(" -> ")[0].split()
-                base = f"{name.removesuffix('w')}lora" if name.endswith(".w") else f"{name}_lora"
-                ours = param.replace("weight", "lora")
-                entries[f"{base}_a"] = (f"{ours}_a", axes.replace(outputs, "R"), *rows)
-                b = "Q R D -> Q D R" if "attention.out" in param else axes.replace(inputs, "R")
-                entries[f"{base}_b"] = (f"{ours}_b", b, *rows)
+        matrices = _matrices(gemma, suffix, in_heads=True) if rank else {}
+        for name, (param, axes, *rows) in matrices.items():
+            has_lora = lora.attention if name.startswith("attn.") else lora.feed_forward
+            if not has_lora:
+                continue
+            # In A the rank replaces the axis of the outputs, which is the last, in B the axis of the inputs.
+            *_, inputs, outputs = axes.partition(" -> ")[0].split()
+            stored = f"{name.removesuffix('w')}lora" if name.endswith(".w") else f"{name}_lora"
+            param = param.replace("weight", "lora")
+            entries[f"{stored}_a"] = (f"{param}_a", axes.replace(outputs, "R"), *rows)
+            b_axes = "Q R D -> Q D R" if param == "attention.out.lora" else axes.replace(inputs, "R")
+            entries[f"{stored}_b"] = (f"{param}_b", b_axes, *rows)
         sizes = _gemma_sizes(gemma, rank)
         table |= _stored("PaliGemma.llm.layers.", entries, f"{stack}.layers.*.", sizes, gemma.depth)
     return table
 
 
 def jax_config(shapes: Shapes) -> Pi0Config:
-    """The sizes that a checkpoint's arrays have; horizon, prompt length and format are in none and stay unset.
+    """Sizes of a checkpoint's arrays. Fields that no array determines (horizon, prompt length and format) stay unset.
 
-    The image size is in the learned position embedding; without one it is 224, as in all published models.
+    The image size follows from the learned position embedding; without one it is 224, as in all published models.
     """
     llm, img = "PaliGemma.llm.layers", "PaliGemma.img"
     block = f"{img}.Transformer.encoderblock"

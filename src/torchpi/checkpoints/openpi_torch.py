@@ -1,6 +1,6 @@
-"""The arrays of openpi's PyTorch port, which LeRobot's has as well, behind the prefix "model.".
+"""Arrays of openpi's PyTorch port; LeRobot has the same ones, with the prefix "model.".
 
-Its modules are those of `transformers`: PaliGemma, and a second Gemma as the action expert.
+The modules are those of `transformers`: PaliGemma, and a second Gemma as the action expert.
 """
 
 import dataclasses
@@ -24,56 +24,57 @@ _VISION, _LANGUAGE = f"{_PALIGEMMA}.model.vision_tower.vision_model", f"{_PALIGE
 EMBEDDING, TIED_EMBEDDING = f"{_LANGUAGE}.embed_tokens.weight", f"{_PALIGEMMA}.lm_head.weight"
 EXPERT_LM_HEAD = f"{_EXPERT}.lm_head.weight"
 
-
 EmbeddingChoice = Literal["embed_tokens", "lm_head"]
 _WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of names that torch.compile, DDP, FSDP and activation checkpointing put in."""
+"""Parts that torch.compile, DDP, FSDP and activation checkpointing insert into names."""
 
 
 def unwrapped(name: str) -> str:
-    """A name without the parts that wrappers of modules put in."""
+    """Name without the parts that wrapper modules insert."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _plain_names(arrays: StoredArrays) -> dict[str, str]:
-    """Stored names by openpi's, which have no prefix."""
+    """openpi's names, which have no prefix → stored names."""
     plain = {unwrapped(name): name for name in arrays.shapes}
     if len(plain) < len(arrays.shapes):
-        twice = sorted(set(arrays.shapes) - set(plain.values()))
-        raise CheckpointError(f"{arrays.source} has {twice[0]} with and without the prefix of a wrapper; keep one.")
+        duplicates = sorted(set(arrays.shapes) - set(plain.values()))
+        raise CheckpointError(
+            f"{arrays.source} has {duplicates[0]} with and without the prefix of a wrapper; keep one."
+        )
     prefix = next((name.partition(_MODULE)[0] for name in plain if _MODULE in name), "")
-    if others := [stored for name, stored in plain.items() if not name.startswith(prefix)]:
-        raise CheckpointError(f"{arrays.source}: some arrays have the prefix {prefix!r}, but {others[0]} has not.")
+    if unprefixed := [stored for name, stored in plain.items() if not name.startswith(prefix)]:
+        raise CheckpointError(f"{arrays.source}: some arrays have the prefix {prefix!r}, but {unprefixed[0]} does not.")
     return {name.removeprefix(prefix): stored for name, stored in plain.items()}
 
 
 class TorchArrays:
-    """The arrays of either port by openpi's names, without those that no computation reads; see `StoredArrays`."""
+    """Arrays of openpi's or LeRobot's port by openpi's names, without unused ones; see `StoredArrays`."""
 
     def __init__(self, arrays: StoredArrays, embedding: EmbeddingChoice | None = None) -> None:
-        """Match the names; `embedding` says which counts where both names of the tied embedding are stored."""
+        """Match the names; `embedding` chooses the array to read if the tied embedding is stored under both names."""
         self.source: pathlib.Path = arrays.source
         self._arrays = arrays
         self._stored = _plain_names(arrays)
         self.dropped: dict[str, str] = {}
-        """Stored arrays that are not loaded, and why."""
+        """Stored arrays that are not loaded, each with the reason."""
         self.tied = ""
-        """The stored name of the embedding, where it is that of the text head it is tied to."""
+        """Stored name of the embedding, if it is the name of the tied text head."""
         if stored := self._stored.pop(EXPERT_LM_HEAD, None):
             self.dropped[stored] = "the action expert predicts no tokens"
         self._copy = ""
-        """The other stored name of the embedding, whose numbers have to be the same."""
+        """The other stored name of the embedding, whose values must be equal."""
         self.has_both = EMBEDDING in self._stored and TIED_EMBEDDING in self._stored
         """The embedding is stored under both of its names."""
         if self.has_both:
+            chosen, other = self._stored.pop(EMBEDDING), self._stored.pop(TIED_EMBEDDING)
             if embedding == "lm_head":
-                self._stored[EMBEDDING], self._stored[TIED_EMBEDDING] = (
-                    self._stored[TIED_EMBEDDING],
-                    self._stored[EMBEDDING],
-                )
-            other = self._stored.pop(TIED_EMBEDDING)
-            self._copy = "" if embedding else other
-            self.dropped[other] = "a copy of the embedding, for the text head" if self._copy else f"{embedding} counts"
+                chosen, other = other, chosen
+            self._stored[EMBEDDING] = chosen
+            if embedding:
+                self.dropped[other] = f"{embedding} is used"
+            else:
+                self.dropped[other], self._copy = "a copy of the embedding, for the text head", other
         elif TIED_EMBEDDING in self._stored:
             self.tied = self._stored[EMBEDDING] = self._stored.pop(TIED_EMBEDDING)
         self.shapes: Shapes = {name: arrays.shapes[stored] for name, stored in self._stored.items()}
@@ -81,29 +82,34 @@ class TorchArrays:
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         if name == EMBEDDING and self._copy:
-            one, other = (self._arrays.read(stored).view(torch.uint8) for stored in (self._stored[name], self._copy))
-            if not torch.equal(one, other):
+            stored = self._arrays.read(self._stored[name]).view(torch.uint8)
+            if not torch.equal(stored, self._arrays.read(self._copy).view(torch.uint8)):
                 raise CheckpointError(
                     f"{self.source} stores the embedding twice, and {self._stored[name]} differs from {self._copy}; "
-                    "one array was trained under both names. Say which of them it is: "
-                    'embedding="embed_tokens" or embedding="lm_head" (before a training, of torchpi convert).'
+                    'only one of them was trained. Choose it with embedding="embed_tokens" or embedding="lm_head" '
+                    "(for a training, convert the checkpoint with that option first)."
                 )
         return self._arrays.read(self._stored[name], dtype)
 
 
-_KEPT_WIDE = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
+_KEPT_FLOAT32 = ("vision_tower", "multi_modal_projector", "input_layernorm", "post_attention_layernorm", "model.norm")
 
 
 def stated_dtype(dtypes: Mapping[str, torch.dtype]) -> str:
-    """The dtype in a config.json beside arrays of these: "bfloat16" only where every float32 array is one that LeRobot
-    has in float32 then, and so rounds none when it loads them. (Source: LeRobot 0.6; older ones also round the vision
-    tower.)"""
-    bodies = {name: dtype for name, dtype in dtypes.items() if _MODULE in name and name != EXPERT_LM_HEAD}
-    rounded = [dtype for name, dtype in bodies.items() if not any(part in name for part in _KEPT_WIDE)]
-    return "float32" if torch.float32 in rounded else "bfloat16"
+    """Dtype to state in config.json: "bfloat16" only if LeRobot, which casts the weights to it, then rounds no array.
+
+    Source: LeRobot 0.6, which keeps `_KEPT_FLOAT32` in float32; older versions also round the vision tower.
+    """
+    cast = [
+        dtype
+        for name, dtype in dtypes.items()
+        if _MODULE in name and name != EXPERT_LM_HEAD and not any(part in name for part in _KEPT_FLOAT32)
+    ]
+    return "float32" if torch.float32 in cast else "bfloat16"
 
 
-# Regular expressions of our names, and the port's instead; the last two hold several of its arrays.
+# Regular expressions of torchpi's names, and their replacements in the port. The joined projections gate_up_proj and
+# qkv_proj are several arrays there, see `torch_table`.
 _RENAMED = (
     (r"^embedding$", EMBEDDING),
     (r"^suffix\.", ""),
@@ -129,18 +135,18 @@ _RENAMED = (
 
 
 def torch_table(config: Pi0Config) -> Table:
-    """Every array of openpi's PyTorch port that a computation reads, by its name."""
+    """Every array of openpi's PyTorch port that is used, by its name."""
     table: Table = {}
     for param, parameter in Pi0(config, device="meta").named_parameters():
         name, shape, patch = param, tuple(parameter.shape), config.siglip.patch
-        for ours, theirs in _RENAMED:
-            name = re.sub(ours, theirs, name)
+        for pattern, replacement in _RENAMED:
+            name = re.sub(pattern, replacement, name)
         if param == "vision.patch_embed.weight":
             sizes = {"out": shape[0], "3": 3, "h": patch, "w": patch}
             table[name] = stored_as(param, "out 3 h w -> out h w 3", sizes)
         elif joined := re.search("qkv|gate_up", name):
             parts = ("q", "k", "v") if joined[0] == "qkv" else ("gate", "up")
-            gemma = config.paligemma  # the expert's heads are as many
+            gemma = config.paligemma  # the expert has the same numbers of heads
             is_grouped = ".attention.qkv" in param
             shares = (gemma.num_heads, gemma.num_kv_heads, gemma.num_kv_heads) if is_grouped else (1,) * len(parts)
             end = 0
@@ -153,15 +159,18 @@ def torch_table(config: Pi0Config) -> Table:
 
 
 def torch_config(shapes: Shapes, stated: tuple[int, int, int] | None) -> Pi0Config:
-    """The sizes that the arrays have; horizon, prompt length and format are in none and stay unset. `stated` are the
-    numbers of heads, see `stated_heads`; None: those of the published models."""
+    """Sizes of the arrays. Fields that no array determines (horizon, prompt length and format) stay unset.
+
+    Args:
+        stated: numbers of heads, see `stated_heads`; None: the published models'.
+    """
     width, _, patch, _ = sizes_of(shapes, f"{_VISION}.embeddings.patch_embedding.weight", 4)
     backbone_width = sizes_of(shapes, f"{_LANGUAGE}.layers.0.self_attn.q_proj.weight", 2)[1]
     vision, backbone = VISION_VARIANTS["so400m/14"], GEMMA_VARIANTS["gemma_2b"]
     if not stated and (width, backbone_width) != (vision.width, backbone.width):
         raise CheckpointError(
-            f"The arrays do not say how many heads a vision tower of width {width} and a backbone of width "
-            f"{backbone_width} have, which are not the published model's: pass config= with siglip.num_heads, "
+            f"The arrays do not determine the numbers of heads of a vision tower of width {width} and a backbone of "
+            f"width {backbone_width}, which are not the published model's: pass config= with siglip.num_heads, "
             "paligemma.num_heads and paligemma.num_kv_heads (a Pi0Config or a JSON file)."
         )
     vision_heads, heads, kv_heads = stated or (vision.num_heads, backbone.num_heads, backbone.num_kv_heads)

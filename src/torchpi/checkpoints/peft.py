@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT, as LeRobot saves them, folded into the arrays of their base as these are read."""
+"""PEFT's LoRA adapters, as LeRobot saves them, merged into the arrays of their base while these are read."""
 
 import dataclasses
 import json
@@ -30,13 +30,13 @@ keys, layers = json.load(sys.stdin)
 found = [next((key for key in keys if re.match(rf"(.*\\.)?({key})$", layer)), None) for layer in layers]
 json.dump(found, sys.stdout)
 """
-"""PEFT's rule: a layer's pattern is the first that its name ends with."""
+"""Program that applies PEFT's rule: a layer has the first pattern that matches the end of its name."""
 _MATCH_SECONDS = 10
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """The fields of adapter_config.json that are used."""
+    """Fields of adapter_config.json that torchpi uses."""
 
     r: int
     lora_alpha: float
@@ -49,8 +49,8 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         numbers = (self.r, self.lora_alpha, *(self.rank_pattern or {}).values(), *(self.alpha_pattern or {}).values())
-        if wrong := [number for number in numbers if not 0 < number < math.inf]:
-            raise CheckpointError(f"A rank or an alpha is {wrong[0]}; expected positive numbers.")
+        if invalid := [number for number in numbers if not 0 < number < math.inf]:
+            raise CheckpointError(f"A rank or an alpha is {invalid[0]}; expected positive numbers.")
 
 
 def is_peft(root: pathlib.Path) -> bool:
@@ -58,15 +58,15 @@ def is_peft(root: pathlib.Path) -> bool:
 
 
 def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[AdapterConfig, str]:
-    """adapter_config.json, checked, and the address of the base that it, or else config.json, names."""
+    """Read adapter_config.json; also return the address of the base, which it or config.json names."""
     document = read_json_object(root / CONFIG, error=CheckpointError)
     require_fields(f"lerobot: {CONFIG}", document, root / CONFIG)
     config = parse(AdapterConfig, document, str(root / CONFIG), error=CheckpointError, known_only=False)
     name = str(config.base_model_name_or_path or policy.get("pretrained_path") or "")
     if not name:
         raise CheckpointError(
-            f"{root / CONFIG} does not name the base that the adapter belongs to; write its folder, or its repository "
-            "on the Hugging Face Hub, into base_model_name_or_path."
+            f"{root / CONFIG} does not name the adapter's base; write its folder, or its repository on the Hugging "
+            "Face Hub, into base_model_name_or_path."
         )
     for folder in (os.path.expanduser(name), str(root / name)):
         if os.path.exists(folder):
@@ -76,49 +76,53 @@ def read_adapter_config(root: pathlib.Path, policy: Mapping[str, Any]) -> tuple[
 
 
 class PeftArrays:
-    """The arrays of a base by openpi's names, with an adapter's changes; see `StoredArrays`."""
+    """Arrays of a base by openpi's names, with an adapter merged into them; see `StoredArrays`."""
 
     def __init__(self, root: pathlib.Path, config: AdapterConfig, base: StoredArrays) -> None:
-        """Match the adapter's arrays with the base's; each changes or replaces one."""
+        """Match the adapter's arrays with the base's; each updates or replaces one."""
         self._stored, self.base = SafetensorsArrays(root, WEIGHTS), base
         self.source, self.shapes = self._stored.source, base.shapes
         self.folded: dict[str, tuple[str, str]] = {}
-        """By the array of the base that they change, the names of A and B."""
+        """Names of A and B, by the array of the base that they update."""
         self.dropped: dict[str, str] = {}
-        """Arrays that are not read, and why."""
+        """Arrays that are not read, each with the reason."""
         self._scales: dict[str, float] = {}
         self._replaced: dict[str, str] = {}
         pairs: dict[str, dict[str, str]] = {}
         for name in self._stored.shapes:
-            if found := _PAIRS.fullmatch(name):
-                pairs.setdefault(found[1].removeprefix(_PREFIX), {})[found[2]] = name
+            if match := _PAIRS.fullmatch(name):
+                pairs.setdefault(match[1].removeprefix(_PREFIX), {})[match[2]] = name
             else:
                 self._replaced[_openpi_name(name)] = name
-        ranks = _of_layers(pairs, config.rank_pattern, config.r, self.source)
-        alphas = _of_layers(pairs, config.alpha_pattern, config.lora_alpha, self.source)
+        ranks = _match_patterns(pairs, config.rank_pattern, config.r, self.source)
+        alphas = _match_patterns(pairs, config.alpha_pattern, config.lora_alpha, self.source)
         for layer, pair in pairs.items():
             weight = f"{_openpi_name(layer)}.weight"
             if weight in (EXPERT_LM_HEAD, TIED_EMBEDDING):
-                self.dropped |= dict.fromkeys(pair.values(), "they change a text head, which is not read")
+                self.dropped |= dict.fromkeys(pair.values(), "they update a text head, which is not read")
                 continue
             self._require_fit(layer, weight, pair, ranks[layer])
             self._scales[weight] = alphas[layer] / (math.sqrt(ranks[layer]) if config.use_rslora else ranks[layer])
             self.folded[weight] = pair["A"], pair["B"]
-        used = {*self.dropped, *self._replaced.values(), *(name for pair in self.folded.values() for name in pair)}
-        twice = [*(self._stored.shapes.keys() - used), *(self.folded.keys() & self._replaced.keys())]
-        if twice or not used:
-            raise CheckpointError(
-                f"{self.source} has {f'{twice[0]} and another change of it' if twice else 'no arrays'}; get it again."
-            )
-        if unfit := [n for name, n in self._replaced.items() if self._stored.shapes[n] != base.shapes.get(name)]:
-            raise CheckpointError(f"{self.source} has arrays that fit none of the base's: {', '.join(unfit[:8])}.")
-        if missing := [
-            m for m in config.modules_to_save or () if not any(f".{m}." in f".{name}" for name in self._replaced)
-        ]:
-            raise CheckpointError(f"{self.source} lacks {', '.join(missing)}, which {CONFIG} names; get it again.")
-        # Changed arrays are float32, whatever the base is stored in.
-        replaced = {name: self._stored.dtypes[n] for name, n in self._replaced.items()}
+        self._require_consistent(config)
+        replaced = {name: self._stored.dtypes[stored] for name, stored in self._replaced.items()}
         self.dtypes = {**base.dtypes, **dict.fromkeys(self.folded, torch.float32), **replaced}
+
+    def _require_consistent(self, config: AdapterConfig) -> None:
+        """Check that each array is used once, and that replaced arrays fit the base and are complete."""
+        used = {*self.dropped, *self._replaced.values(), *(name for pair in self.folded.values() for name in pair)}
+        if not used:
+            raise CheckpointError(f"{self.source} has no arrays; get it again.")
+        if conflicts := [*(self._stored.shapes.keys() - used), *(self.folded.keys() & self._replaced.keys())]:
+            raise CheckpointError(
+                f"{self.source} has {conflicts[0]} and a second change of the same array; get it again."
+            )
+        shapes, base_shapes = self._stored.shapes, self.base.shapes
+        if misfits := [stored for name, stored in self._replaced.items() if shapes[stored] != base_shapes.get(name)]:
+            raise CheckpointError(f"{self.source} has arrays that fit none of the base's: {', '.join(misfits[:8])}.")
+        modules = config.modules_to_save or ()
+        if missing := [m for m in modules if not any(f".{m}." in f".{name}" for name in self._replaced)]:
+            raise CheckpointError(f"{self.source} lacks {', '.join(missing)}, which {CONFIG} names; get it again.")
 
     def _require_fit(self, layer: str, weight: str, pair: Mapping[str, str], rank: int) -> None:
         a, b = (self._stored.shapes.get(pair.get(half, ""), ()) for half in "AB")
@@ -130,7 +134,7 @@ class PeftArrays:
             )
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array by openpi's name, with its change."""
+        """Read an array by openpi's name, with the adapter merged into it; updated arrays are float32 by default."""
         if name in self._replaced:
             return self._stored.read(self._replaced[name], dtype)
         if name not in self.folded:
@@ -146,16 +150,21 @@ def _openpi_name(name: str) -> str:
     return name
 
 
-def _of_layers(
+def _match_patterns(
     layers: Iterable[str], patterns: Mapping[str, Any] | None, default: Any, source: pathlib.Path
 ) -> dict[str, Any]:
-    """The value of each layer. Regular expressions of strangers may take forever: they run in a process that ends."""
+    """Value of each layer by the regular expressions in a checkpoint.
+
+    Untrusted expressions may take forever, so they are matched in a process with a time limit.
+    """
     names = list(layers)
     if not patterns or not names:
         return dict.fromkeys(names, default)
     command, texts = [sys.executable, "-I", "-c", _MATCH], json.dumps([[*patterns], names])
     try:
-        done = subprocess.run(command, input=texts, capture_output=True, text=True, check=True, timeout=_MATCH_SECONDS)
+        process = subprocess.run(
+            command, input=texts, capture_output=True, text=True, check=True, timeout=_MATCH_SECONDS
+        )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
         timed_out = isinstance(error, subprocess.TimeoutExpired)
         reason = "that takes too long" if timed_out else str(error.stderr).strip().rpartition("\n")[2]
@@ -163,4 +172,4 @@ def _of_layers(
             f"{source.with_name(CONFIG)}: the patterns {', '.join(patterns):.200} can't be matched with the layers: "
             f"{reason}. Write the layers' names there."
         ) from error
-    return {name: patterns.get(key, default) for name, key in zip(names, json.loads(done.stdout), strict=True)}
+    return {name: patterns.get(key, default) for name, key in zip(names, json.loads(process.stdout), strict=True)}

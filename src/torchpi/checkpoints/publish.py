@@ -120,7 +120,9 @@ def _collect(checkpoint: Checkpoint, name: str, license: str | None, results: Ma
         files["policy.json"] = f"{json.dumps({**document, 'provenance': provenance}, indent=2)}\n".encode()
     for field in ("metadata", "embodiment"):
         if local := strip_local_paths(document[field], field)[1]:
-            notes.append(f"uploaded unchanged, with what may be local paths or credentials: {first_of(local, 12, '; ')}")
+            notes.append(
+                f"uploaded unchanged, with what may be local paths or credentials: {first_of(local, 12, '; ')}"
+            )
     if skipped := [file for file in local_files if file not in files and file != CARD]:
         notes.append(f"not uploaded, since it is no part of a policy: {first_of(skipped)}")
     has_own_card = CARD in local_files

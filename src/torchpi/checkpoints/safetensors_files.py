@@ -19,13 +19,15 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 _READ = _DTYPES | {"F16": torch.float16}
 _QUANTIZED = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
-# As PyTorch allocates: an array's alignment selects the CPU's instructions, and so the last bits of matmuls.
+# PyTorch's own alignment: CPU kernels depend on it, and so do the last bits of matmul results.
 _ALIGNMENT = 64
 
 
 def require_intact(weights: pathlib.Path) -> None:
-    """Raise an error where a safetensors file, or a shard that an index names, has another checksum than is stated
-    beside it; files without one, of other programs and of earlier versions, are taken as they are."""
+    """Raise an error if a safetensors file, or a shard of an index, does not have the checksum stated next to it.
+
+    Files without a checksum, from other programs and earlier versions, are accepted.
+    """
     if weights.suffix in (".safetensors", ".json"):
         files = sorted(set(_read_index(weights).values())) if weights.suffix == ".json" else [weights.name]
         checksums.require_intact(weights, files)
@@ -36,24 +38,26 @@ def has_weights(root: pathlib.Path) -> bool:
 
 
 class SafetensorsArrays:
-    """The arrays of a folder's safetensors files; see `StoredArrays`."""
+    """Arrays of a folder's safetensors files; see `StoredArrays`."""
 
     def __init__(
         self, root: pathlib.Path, single: str = SINGLE, *, quantized: Mapping[str, torch.dtype] | None = None
     ) -> None:
-        """Read the headers of the file `single`, or of the shards that its index names; `quantized` are the dtypes of
-        the arrays in fp8 or int8."""
-        whole, index = root / single, root / f"{single}.index.json"
-        self.source = whole if whole.is_file() else index
-        if whole.is_file() and index.is_file():
-            raise CheckpointError(f"{root} has both {whole.name} and {index.name}; remove the one that is not meant.")
-        if not whole.is_file() and not index.is_file():
-            raise MissingFileError(f"{root} has neither {whole.name} nor {index.name}; the weights are expected there.")
+        """Read the headers of the file `single`, or of the shards in its index.
+
+        `quantized` has the dtypes of arrays in fp8 or int8.
+        """
+        file, index = root / single, root / f"{single}.index.json"
+        if file.is_file() and index.is_file():
+            raise CheckpointError(f"{root} has both {file.name} and {index.name}; remove one of them.")
+        if not file.is_file() and not index.is_file():
+            raise MissingFileError(f"{root} has neither {file.name} nor {index.name}; the weights are expected there.")
+        self.source = file if file.is_file() else index
         self._files: dict[str, pathlib.Path] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        expected = None if whole.is_file() else _read_index(index)
-        files = [whole] if expected is None else [root / name for name in sorted(set(expected.values()))]
-        self._open = {file: _opened(file) for file in files}
+        weight_map = None if file.is_file() else _read_index(index)
+        files = [file] if weight_map is None else [root / name for name in sorted(set(weight_map.values()))]
+        self._open = {file: _open(file) for file in files}
         self._sizes = {file: file.stat().st_size for file in files}
         shapes: dict[str, tuple[int, ...]] = {}
         for file, arrays in self._open.items():
@@ -66,24 +70,24 @@ class SafetensorsArrays:
                     raise CheckpointError(f"{file}: {name} has dtype {dtype}; policy.json says {expected_dtype}.")
                 if expected_dtype is None and dtype not in _READ:
                     raise CheckpointError(
-                        f"{file}: {name} has dtype {dtype}; float32, bfloat16 and float16 weights are read."
+                        f"{file}: {name} has dtype {dtype}; weights must be float32, bfloat16 or float16."
                     )
                 self._files[name], shapes[name] = file, tuple(entry.get_shape())
                 self.dtypes[name] = (_DTYPES | _QUANTIZED).get(dtype, torch.float32)
         self.shapes: Shapes = shapes
-        stored_in = {name: file.name for name, file in self._files.items()}
-        if expected is not None and expected != stored_in:
-            wrong = sorted(name for name in {*expected, *stored_in} if expected.get(name) != stored_in.get(name))
+        found = {name: file.name for name, file in self._files.items()}
+        if weight_map is not None and weight_map != found:
+            wrong = sorted(name for name in {*weight_map, *found} if weight_map.get(name) != found.get(name))
             raise CheckpointError(f"{index} and the files disagree about {first_of(wrong)}; get the checkpoint again.")
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """An array in `dtype`, by default its stored one.
+        """Read an array in `dtype`, by default the stored one.
 
-        One that need not be converted is the mapped file itself: nothing is read before it is used, and writing to it
-        does not change the file.
+        Without a cast the result is memory-mapped: data are read on first use, and writing to it does not change the
+        file.
         """
         file = self._files[name]
-        # A mapped page that is gone would end the process.
+        # Reading a mapped page beyond the end of a truncated file would kill the process.
         if file.is_file() and (size := file.stat().st_size) != self._sizes[file]:
             raise CheckpointError(
                 f"{file} had {self._sizes[file]} bytes when it was opened, and has {size} now: it is being written; "
@@ -93,7 +97,7 @@ class SafetensorsArrays:
             mapped: Tensor = self._open[file].get_tensor(name)
             if dtype in (None, mapped.dtype) and mapped.data_ptr() % _ALIGNMENT == 0:
                 return mapped
-            # Not from the one that stays open: what was read through it counts as used memory until it is closed.
+            # A new mapping, which is closed after the copy: pages read through the open one would stay in memory.
             with safetensors.safe_open(file, framework="pt") as arrays:
                 tensor: Tensor = arrays.get_tensor(name)
         except safetensors.SafetensorError as error:
@@ -101,16 +105,16 @@ class SafetensorsArrays:
         return tensor.to(dtype or tensor.dtype, copy=True)
 
 
-def _opened(file: pathlib.Path) -> Any:
+def _open(file: pathlib.Path) -> Any:
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; the index names it. Get the checkpoint again.")
     with file.open("rb") as content:
         start = content.read(9)
-    # safetensors begins with the length of its header, whose first byte may be any, and then the header's JSON.
+    # safetensors begins with 8 bytes for the length of its header, which may look like a pickle, and then JSON.
     if start[8:] != b"{" and (start.startswith(b"PK\x03\x04") or start[:1] == b"\x80"):
         raise CheckpointError(
-            f"{file} is a zip archive or a pickle, not safetensors; it is not read, because unpickling runs code. "
-            "Convert it where it comes from."
+            f"{file} is a zip archive or a pickle, not safetensors; it is not read, because unpickling can run code. "
+            "Convert it to safetensors with the program that wrote it."
         )
     try:
         return safetensors.safe_open(file, framework="pt").__enter__()
@@ -125,7 +129,7 @@ def _corrupt(file: pathlib.Path, error: Exception) -> CheckpointError:
 @dataclasses.dataclass(frozen=True)
 class _Index:
     weight_map: dict[str, str]
-    """Names of arrays to names of files."""
+    """Array name → file name."""
 
 
 def _read_index(index: pathlib.Path) -> dict[str, str]:
@@ -149,17 +153,24 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     single: str = SINGLE,
 ) -> None:
-    """Write arrays of these dtypes, read by name, into one file, or into shards with an index where they are more than
-    `max_shard_bytes`, and their checksums; the files' headers have the `metadata`."""
+    """Write arrays and their checksums, one array at a time.
+
+    Args:
+        read: returns an array by its name.
+        dtypes: dtype of each array in the file.
+        max_shard_bytes: split into shards with an index above this size; by default one file.
+        metadata: texts for the headers of the files.
+        single: name of the file, if it is only one.
+    """
     for dtype in {*dtypes.values()} - {*_QUANTIZED.values()}:
         require_writable(dtype)
-    size = {name: dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
+    num_bytes = {name: dtypes[name].itemsize * torch.Size(shape).numel() for name, shape in shapes.items()}
+    total = sum(num_bytes.values())
     shards: list[dict[str, int]] = [{}]
-    room = max_shard_bytes or sum(size.values())
-    for name in shapes:
-        if shards[-1] and sum(shards[-1].values()) + size[name] > room:
+    for name, size in num_bytes.items():
+        if shards[-1] and sum(shards[-1].values()) + size > (max_shard_bytes or total):
             shards.append({})
-        shards[-1][name] = size[name]
+        shards[-1][name] = size
     files = [single]
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
@@ -168,7 +179,7 @@ def write_safetensors(
             _write_file(out, shapes, sizes, read, dtypes, {"format": "pt", **(metadata or {})})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        document = {"metadata": {"total_size": sum(size.values())}, "weight_map": weight_map}
+        document = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(root / INDEX, document)
     checksums.write_checksums(root, single, files)
 
@@ -181,14 +192,15 @@ def _write_file(
     dtypes: Mapping[str, torch.dtype],
     metadata: Mapping[str, str],
 ) -> None:
-    """A file of the format, one array after the other, each aligned so that it can be used where it lies.
+    """Write one file, with arrays aligned so that they can be memory-mapped.
 
-    The library's own writer wants all arrays at once and aligns them to 8 bytes.
+    The library's own writer needs all arrays at once, and aligns them to 8 bytes.
     """
-    # The format allows no gaps: arrays whose size would move the next one off its place come last.
+    # The format allows no gaps: arrays whose size would misalign the next one come last.
     order = sorted(sizes, key=lambda name: sizes[name] % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end, codes = 0, {known: code for code, known in (_DTYPES | _QUANTIZED).items()}
+    codes = {dtype: code for code, dtype in (_DTYPES | _QUANTIZED).items()}
+    end = 0
     for name in order:
         begin, end = end, end + sizes[name]
         header[name] = {"dtype": codes[dtypes[name]], "shape": list(shapes[name]), "data_offsets": [begin, end]}

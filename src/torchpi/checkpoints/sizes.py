@@ -1,4 +1,4 @@
-"""The sizes of a checkpoint's model: out of its arrays, a config.json beside them and `config=`; and other sizes."""
+"""Sizes of a checkpoint's model, from its arrays, its config.json and `config=`; adapting a model to other sizes."""
 
 import dataclasses
 import pathlib
@@ -19,7 +19,7 @@ from torchpi.schema import read_json_object
 ConfigLike = Pi0Config | Mapping[str, Any] | str | pathlib.Path
 """A Pi0Config, a dict of its fields or a JSON file (either may be partial), or the name of a preset."""
 
-# Our fields by the names of the PyTorch formats; their names of variants are names of code, and say no sizes.
+# Fields of Pi0Config, and their names in the PyTorch formats. The names of variants there define no sizes.
 _OPENPI_FIELDS = {name: name for name in ("action_dim", "action_horizon", "max_token_len")}
 _FLAGS = ("pi05", "discrete_state_input")
 _LEROBOT_FIELDS = {
@@ -33,13 +33,13 @@ _LEROBOT_COUNTS = {
     "rtc_training_max_delay": (0, MAX_SIZES["action_horizon"]),
     "empty_cameras": (0, 100),
 }
-"""Least and most of its other counts."""
+"""Minimum and maximum of LeRobot's other counts."""
 ADAPTABLE = ("action_dim", "action_horizon", "max_token_len", "discrete_state_input")
-"""The sizes that may change. action_dim changes arrays, the others are in none."""
+"""Fields that `adapt` can change. Only action_dim changes arrays."""
 
 
 def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
-    """The argument `config=`; a dict and a file's object may be partial."""
+    """Resolve the argument `config=`; the result is a dict, maybe partial, if it is a dict or a file."""
     if isinstance(config, Pi0Config):
         return config
     if isinstance(config, Mapping):
@@ -53,8 +53,8 @@ def read_config(config: ConfigLike) -> Pi0Config | dict[str, Any]:
 
 
 def stated_heads(config: Pi0Config | Mapping[str, Any]) -> tuple[int, int, int] | None:
-    """Numbers of heads of the vision tower, and of Gemma's queries and its keys and values, which the shapes of
-    PyTorch's matrices do not say; None: the config does not state them."""
+    """Numbers of vision, query and key/value heads, which the shapes of PyTorch's matrices do not determine; None if
+    the config does not state them."""
     values = config.to_dict() if isinstance(config, Pi0Config) else config
     try:
         vision, backbone = values["siglip"], values["paligemma"]
@@ -64,26 +64,29 @@ def stated_heads(config: Pi0Config | Mapping[str, Any]) -> tuple[int, int, int] 
 
 
 def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot: bool) -> dict[str, Any]:
-    """Fields of Pi0Config out of the config.json of a PyTorch format."""
+    """Fields of Pi0Config in the config.json of a PyTorch format."""
     fields = _LEROBOT_FIELDS if is_lerobot else _OPENPI_FIELDS
     require_fields(f"{'lerobot' if is_lerobot else 'openpi-pytorch'}: config.json", document, file)
     given = {name: value for name, value in document.items() if value is not None}
     bounds = {theirs: (1, MAX_SIZES[ours]) for ours, theirs in fields.items()} | _LEROBOT_COUNTS
     for name in sorted(bounds.keys() & given.keys()):
-        least, most = bounds[name]
-        if not is_whole(given[name]) or not least <= given[name] <= most:
-            kind = "a positive integer" if least else "a non-negative integer"
-            kind = f"at most {most}" if is_whole(given[name]) and given[name] > most else kind
-            raise CheckpointError(f"{file}: {name} must be {kind}, found {given[name]!r:.80}.")
-    for name in [name for name in _FLAGS if not isinstance(given.get(name, False), bool)]:
-        raise CheckpointError(f"{file}: {name} must be true or false, found {given[name]!r}.")
+        minimum, maximum = bounds[name]
+        value = given[name]
+        if not is_whole(value) or not minimum <= value <= maximum:
+            expected = "a positive integer" if minimum else "a non-negative integer"
+            if is_whole(value) and value > maximum:
+                expected = f"at most {maximum}"
+            raise CheckpointError(f"{file}: {name} must be {expected}, found {value!r:.80}.")
+    for name in _FLAGS:
+        if not isinstance(given.get(name, False), bool):
+            raise CheckpointError(f"{file}: {name} must be true or false, found {given[name]!r}.")
     stated = {ours: given[theirs] for ours, theirs in fields.items() if theirs in given}
     if not is_lerobot:
         return stated | {name: given[name] for name in _FLAGS if name in given}
     stated["pi05"] = stated["discrete_state_input"] = document.get("type") == "pi05"
     if resolution := document.get("image_resolution"):
         if not isinstance(resolution, list) or len({*map(repr, resolution)}) != 1 or not is_whole(resolution[0]):
-            raise CheckpointError(f"{file}: image_resolution is {resolution}; only squares are read.")
+            raise CheckpointError(f"{file}: image_resolution is {resolution}; only square images are supported.")
         stated["image_size"] = resolution[0]
     return stated
 
@@ -91,28 +94,30 @@ def stated_sizes(file: pathlib.Path, document: Mapping[str, Any], *, is_lerobot:
 def add_stated(
     from_arrays: Pi0Config, stated: Mapping[str, Any], file: pathlib.Path, *, may_contradict: bool
 ) -> tuple[Pi0Config, list[str]]:
-    """Complete the arrays' sizes by those of a config.json beside them; what the file contradicts is returned as well,
-    or an error."""
-    wrong = [
+    """Complete the sizes from the arrays by those in a config.json next to them.
+
+    Also returns a note on contradictions; they are an error unless `may_contradict`.
+    """
+    contradictions = [
         f"{field} is {value} there, {getattr(from_arrays, field)} in the arrays"
         for field, value in stated.items()
         if getattr(from_arrays, field) not in (None, value)
     ]
-    message = f"{file} contradicts the arrays: {'; '.join(wrong)}"
-    if wrong and not may_contradict:
-        raise CheckpointError(f"{message}. Correct it, or pass config=.")
+    notes = [f"{file} contradicts the arrays: {'; '.join(contradictions)}"] if contradictions else []
+    if notes and not may_contradict:
+        raise CheckpointError(f"{notes[0]}. Correct it, or pass config=.")
     unset = {field: value for field, value in stated.items() if getattr(from_arrays, field) is None}
-    return dataclasses.replace(from_arrays, **unset), [message] if wrong else []
+    return dataclasses.replace(from_arrays, **unset), notes
 
 
 def overrule(root: pathlib.Path, stored: Pi0Config, explicit: Pi0Config, *, in_file: str) -> list[str]:
-    """Check an explicit config against the stored sizes; what it overrules in the file that states sizes, if any.
+    """Check `config=` against the stored sizes; return a note on what it overrules in the file that states them.
 
-    It may overrule a policy.json in everything, since the arrays are checked against it afterwards, and other
-    checkpoints in what is in no array.
+    It may overrule every field of a policy.json, since the arrays are checked against it later. In other checkpoints it
+    may overrule only fields that no array determines.
     """
     if in_file == "policy.json":
-        differences = _differences(explicit, stored)  # a variant's name and its sizes are the same
+        differences = _differences(explicit, stored)
         return [f"{root}: config= overrides {differences}"] if differences else []
     not_in_arrays = {"action_horizon", "max_token_len", "discrete_state_input"}
     if stored.siglip.position != "learned":
@@ -130,30 +135,30 @@ def overrule(root: pathlib.Path, stored: Pi0Config, explicit: Pi0Config, *, in_f
 
 
 def _differences(explicit: Pi0Config, stored: Pi0Config, *, except_for: Collection[str] = ()) -> str:
-    """Each field in which two configs differ, with both values."""
-    theirs = flatten(stored.to_dict())
+    """Describe the fields in which two configs differ, with both values."""
+    stored_values = flatten(stored.to_dict())
     return "; ".join(
-        f"{name} is {value} in config, {theirs[name]} in the checkpoint"
+        f"{name} is {value} in config, {stored_values[name]} in the checkpoint"
         for name, value in flatten(explicit.to_dict()).items()
-        if value != theirs[name] and name not in except_for
+        if value != stored_values[name] and name not in except_for
     )
 
 
 def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
-    """Give a model the sizes of a config, or other values of some `ADAPTABLE` fields, in place; the changes as text.
+    """Change a model to the sizes of a config, or other values of `ADAPTABLE` fields, in place; describe the changes.
 
-    Rows and columns of dimensions that both have stay as they are; new ones are 0, so that a new dimension of the state
-    is not read. One of the actions has the velocity 0, and stays the noise that it begins as until it is trained:
-    `trained_action_dim` tells, and a policy gives the mean of the statistics instead.
+    Weights of dimensions that both have stay as they are; new ones are 0. A new state dimension is thus ignored. A new
+    action dimension has velocity 0, and remains noise until it is trained; `trained_action_dim` excludes it, and a
+    policy returns the mean of the statistics for it.
     """
     if not isinstance(sizes, Pi0Config) and (unknown := sorted(set(sizes) - set(ADAPTABLE))):
         raise CheckpointError(f"{', '.join(unknown)} can't be adapted; {', '.join(ADAPTABLE)} can.")
     config = sizes if isinstance(sizes, Pi0Config) else Pi0Config.from_dict(sizes, model.config)
     old, new = model.config.to_dict(), config.to_dict()
     different = [name for name in new if new[name] != old[name]]
-    if others := [name for name in different if name not in ADAPTABLE]:
+    if not_adaptable := [name for name in different if name not in ADAPTABLE]:
         raise CheckpointError(
-            f"adapt=True can change {', '.join(ADAPTABLE)}; the config also differs in {', '.join(others)}."
+            f"adapt=True can change {', '.join(ADAPTABLE)}; the config also differs in {', '.join(not_adaptable)}."
         )
     report = [f"{field}: {old[field]} to {new[field]}" for field in ADAPTABLE if field in different]
     if "action_dim" in different:
@@ -165,7 +170,7 @@ def adapt(model: Pi0, sizes: Pi0Config | Mapping[str, int]) -> list[str]:
 
 
 def untrained_note(trained: int, action_dim: int) -> list[str]:
-    """A sentence on the actions that no training has seen, if there are any."""
+    """Note on action dimensions that have not been trained, if there are any."""
     if trained == action_dim:
         return []
     return [
@@ -175,6 +180,7 @@ def untrained_note(trained: int, action_dim: int) -> list[str]:
 
 
 def _resize(model: Pi0, width: int) -> list[str]:
+    """Cut or extend the projections of states and actions to another action_dim, in place; describe the changes."""
     resized = [("suffix.action_in_proj.weight", 1), ("action_out_proj.weight", 0), ("action_out_proj.bias", 0)]
     if isinstance(model.suffix, Pi0Suffix):
         resized.insert(1, ("suffix.state_proj.weight", 1))

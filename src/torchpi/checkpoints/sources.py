@@ -211,8 +211,7 @@ class Bucket(Source):
         if self.http_status(error) == 404:
             return "does not exist; check its parts"
         return (
-            "is private or does not exist: only public buckets are read; with an account, run: "
-            f"{self.download_command}"
+            f"is private or does not exist: only public buckets are read; with an account, run: {self.download_command}"
         )
 
     def files(self) -> dict[str, File]:
