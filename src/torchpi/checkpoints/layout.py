@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -160,29 +160,37 @@ def load_arrays(
     for name, entry in sorted(table.items(), key=_loading_order):
         param = entry.slices[0].param
         target = with_lora if is_lora(param) else model
-        param_dtype = target.get_parameter(param).dtype
-        if param in updates:
-            array = arrays.read(name, torch.float32)
+        read_dtype = None if rounding is not None else target.get_parameter(param).dtype
+        array = arrays.read(name, torch.float32 if param in updates else read_dtype)
+        _fill(target, entry, array, device, updates, rounding)
+    return model
+
+
+def _fill(
+    model: Pi0,
+    entry: CheckpointArray,
+    array: Tensor,
+    device: str | torch.device,
+    updates: Mapping[str, Callable[[], Tensor]],
+    rounding: Rounding | None,
+) -> None:
+    """Copy a stored array into its parameters, with the LoRA updates of these added."""
+    for part in entry.slices:
+        parameter = model.get_parameter(part.param)
+        if entry.is_parameter:  # no copy
+            source = array.view(parameter.shape)
+            filled = source.to(device, parameter.dtype)
+            _set_parameter(model, part.param, filled)
         else:
-            array = arrays.read(name, param_dtype if rounding is None else None)
-        for part in entry.slices:
-            parameter = target.get_parameter(part.param)
-            if entry.is_parameter:  # no copy
-                value = array.to(device, param_dtype).view(parameter.shape)
-                if rounding is not None:
-                    rounding.record(part.param, array.view(parameter.shape), value)
-                _set_parameter(target, part.param, value)
-                continue
             if parameter.is_meta:
-                parameter = _set_parameter(target, part.param, torch.empty_like(parameter, device=device))
+                parameter = _set_parameter(model, part.param, torch.empty_like(parameter, device=device))
             source = part.of_array(array)
             if part.param in updates:
                 source = source.to(device) + part.of_parameter(updates[part.param]()).view(source.shape)
-            rows = part.of_parameter(parameter).view(source.shape)
-            rows.copy_(source)
-            if rounding is not None:
-                rounding.record(part.param, source, rows)
-    return model
+            filled = part.of_parameter(parameter).view(source.shape)
+            filled.copy_(source)
+        if rounding is not None:
+            rounding.record(part.param, source, filled)
 
 
 def _stored_dtypes(arrays: StoredArrays, table: Table) -> dict[str, torch.dtype]:
