@@ -1,8 +1,8 @@
-"""Write the tables of docs/robots from the data in src/torchpi/assets/robots; the text behind them is left as it is.
+"""Generate the tables of docs/robots from src/torchpi/assets/robots; the hand-written text after them is kept.
 
     python scripts/robot_pages.py [--check]
 
---check writes nothing, and exits with status 1 if a page isn't that of the data.
+--check writes nothing, and exits with status 1 if a page is out of date.
 """
 
 import json
@@ -17,13 +17,13 @@ END = "<!-- written by scripts/robot_pages.py up to here -->\n"
 
 
 def page(name: str) -> str:
-    """The written part of a robot's page."""
+    """Generated part of a robot's page."""
     robot, comment = read_embodiment(ROBOT_FILES[name]), json.loads(ROBOT_FILES[name].read_text("utf-8"))["comment"]
     return "\n".join(
         [
             f"# {name}\n",
             f"{comment['title']}. [The data]({relative(name)}); `--embodiment {name}`.\n",
-            f"**Rate** {robot.control_hz} Hz, of a chunk execute {robot.execute_steps} actions. **Statistics** "
+            f"**Rate** {robot.control_hz} Hz; execute {robot.execute_steps} actions of each chunk. **Statistics** "
             f"{statistics(name)}.\n",
             *table("camera of the model", "key in the observation", "presence", rows=cameras(robot)),
             *(dimensions(robot) if robot.state_names == robot.action_names else state_and_actions(robot)),
@@ -35,7 +35,7 @@ def page(name: str) -> str:
 
 
 def index() -> str:
-    """The written part of docs/robots/README.md."""
+    """Generated part of docs/robots/README.md."""
     rows = []
     for name in ROBOT_FILES:
         robot, comment = read_embodiment(ROBOT_FILES[name]), json.loads(ROBOT_FILES[name].read_text("utf-8"))["comment"]
@@ -46,12 +46,12 @@ def index() -> str:
 
 
 def relative(name: str) -> str:
-    """The data's place as seen from the pages."""
+    """Path of a robot's file, relative to the pages."""
     return f"../../src/torchpi/assets/robots/{name}.json"
 
 
 def statistics(name: str) -> str:
-    """The released statistics of a robot."""
+    """Released statistics of a robot."""
     found = [
         f"`{asset}` of {', '.join(entry['checkpoints'])}"
         for asset, entry in RELEASED["statistics"].items()
@@ -61,7 +61,7 @@ def statistics(name: str) -> str:
 
 
 def cameras(robot: Embodiment) -> list[tuple[str, ...]]:
-    """Rows of the cameras."""
+    """Rows of the camera table."""
     return [
         (f"`{camera.name}`" if camera.name else "", f"`{camera.key}`" if camera.key else "", camera.presence)
         for camera in robot.cameras
@@ -69,16 +69,16 @@ def cameras(robot: Embodiment) -> list[tuple[str, ...]]:
 
 
 def dimensions(robot: Embodiment) -> list[str]:
-    """One table of state and actions with the same names."""
+    """Table of the state and actions, if they have the same names."""
     rows = [
         (str(i), f"`{dim.name}`", dim.unit, dim.command or "", dim.kind, limits(dim.low, dim.high))
         for i, dim in enumerate(robot.actions)
     ]
-    return table("", "state and action", "unit", "command", "for the model", "limits", rows=rows)
+    return table("", "state and action", "unit", "command", "kind", "limits", rows=rows)
 
 
 def state_and_actions(robot: Embodiment) -> list[str]:
-    """A table of the state before that of the actions."""
+    """Table of the state, then table of the actions."""
     units = zip(robot.state_names, robot.state_units, strict=True)
     rows = [(str(i), f"`{name}`", unit) for i, (name, unit) in enumerate(units)]
     actions = dimensions(robot)
@@ -86,30 +86,33 @@ def state_and_actions(robot: Embodiment) -> list[str]:
 
 
 def limits(low: float | None, high: float | None) -> str:
-    """A range, or a dash where none is stated."""
+    """Range, or a dash if none is stated."""
     return "–" if low is None or high is None else f"{low:g} … {high:g}"
 
 
 def table(*titles: str, rows: list[tuple[str, ...]]) -> list[str]:
-    """A table's lines, with an empty one behind them."""
+    """Lines of a Markdown table, with an empty line at the end."""
     lines = [titles, ["---"] * len(titles), *rows]
     return [*(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines), ""]
 
 
 def main() -> int:
     """Write or check all pages."""
+    check = "--check" in sys.argv
     pages = {PAGES / "README.md": index()} | {PAGES / f"{name}.md": page(name) for name in ROBOT_FILES}
-    stale = []
-    for file, written in pages.items():
+    problems = [f"{file}: no such robot" for file in PAGES.glob("*.md") if file not in pages]
+    for file, generated in pages.items():
         text = file.read_text("utf-8") if file.exists() else ""
-        if not text.startswith(written):
-            stale.append(file)
-            if "--check" not in sys.argv:
-                file.write_text(written + text.partition(END)[2], "utf-8")
-    stale += [file for file in PAGES.glob("*.md") if file not in pages]
-    for file in stale:
-        print(f"{file}: {'not that of the data' if file in pages else 'no such robot'}")
-    return int(bool(stale) and "--check" in sys.argv)
+        if text.startswith(generated):
+            continue
+        if check:
+            problems.append(f"{file}: out of date")
+        else:
+            file.write_text(generated + text.partition(END)[2], "utf-8")
+            print(f"{file}: written")
+    for problem in problems:
+        print(problem)
+    return int(check and bool(problems))
 
 
 if __name__ == "__main__":
