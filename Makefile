@@ -1,16 +1,16 @@
-# make demo      a trained policy acts in a simulator: videos, a table of successes, a page with everything
-# make test      the tests but for those marked slow
-# make test-all  all tests
-# make lint      ruff, mypy and the rules of this house
-# make docs      the documentation as a site: build/site/index.html
-# make format    let ruff fix and format the code
-# make clean     remove caches and build results; make distclean: the environment too
+# make demo      run a trained policy in a simulator: videos, success rates, a report page
+# make test      run all tests except those marked slow
+# make test-all  run all tests
+# make lint      run ruff, mypy and the house rules
+# make docs      build the documentation as a site: build/site/index.html
+# make format    fix and format the code with ruff
+# make clean     remove caches and build results; make distclean: also the environment
 #
-# Each of them first makes .venv, where it is missing or older than pyproject.toml and constraints.txt. Those that render
-# install OpenGL for it on Debian and Ubuntu, as root or with sudo, and otherwise name what is missing. Settings:
-#   PYTHON=python3.12  the Python (3.11 or newer) that .venv is made with
-#   TORCH=cuda         PyTorch as PyPI has it, on Linux with CUDA (several GB), instead of the CPU's wheels; .venv remembers it
-#   ARGS="..."         more arguments for torchpi demo or pytest
+# Each target first creates .venv if it is missing or older than pyproject.toml and constraints.txt. Targets that render
+# install OpenGL on Debian and Ubuntu (as root or with sudo) and otherwise name what is missing. Settings:
+#   PYTHON=python3.12  the Python for .venv (3.11 or newer)
+#   TORCH=cuda         PyTorch from PyPI, with CUDA on Linux (several GB), instead of the CPU wheels; remembered in .venv
+#   ARGS="..."         further arguments for torchpi demo or pytest
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +19,7 @@ TORCH ?= $(if $(wildcard $(VENV)/.installed-cuda),cuda,cpu)
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ENV := $(VENV)/.installed-$(TORCH)
 
-# Nothing is written to HOME, which may be read-only or not exist (pip then goes without its cache by itself).
+# Nothing is written to HOME, which may be read-only or missing (pip then disables its cache).
 MPLCONFIGDIR ?= $(CURDIR)/$(VENV)/matplotlib
 export MPLCONFIGDIR
 
@@ -40,13 +40,13 @@ opengl: $(ENV)
 demo: $(ENV) opengl
 	$(BIN)/torchpi demo $(ARGS)
 
-# A process per core, each with one thread.
+# One process per core, with one thread each.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8
 
 test: $(ENV) opengl
 	$(PYTEST) -m "not slow" $(ARGS)
 
-# A file's tests in one process: what they share is made once.
+# All tests of a file run in one process, so that shared fixtures are created once.
 test-slow: $(ENV) opengl
 	$(PYTEST) --dist loadfile --no-loadscope-reorder -m slow $(ARGS)
 
@@ -65,14 +65,14 @@ format: $(ENV)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-# The CPU index is offered only if it answers: pip would retry a silent one for every package. The question goes without
-# checking the certificate, which pip does itself, with the certificates that it is set up with.
+# The CPU index is used only if it responds, because pip would retry an unreachable one for every package. This probe skips
+# certificate verification; pip verifies with its own certificates.
 $(ENV): pyproject.toml client/pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
 		$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-			echo "torchpi needs Python 3.11 or newer, and $(PYTHON) is not; name another one: make PYTHON=python3.12 ..." >&2; \
+			echo "torchpi needs Python 3.11 or newer, and $(PYTHON) is older; choose another: make PYTHON=python3.12 ..." >&2; \
 			exit 1; }; \
-		echo "Making $(VENV) with $$($(PYTHON) --version)"; \
+		echo "Creating $(VENV) with $$($(PYTHON) --version)"; \
 		$(PYTHON) -m venv --clear $(VENV); }
 	@for other in $(filter-out $@,$(wildcard $(VENV)/.installed-*)); do \
 		$(BIN)/python -m pip uninstall --quiet --yes torch && rm "$$other" || exit 1; done
@@ -80,11 +80,11 @@ $(ENV): pyproject.toml client/pyproject.toml constraints.txt
 	if [ $(TORCH) = cpu ]; then \
 		if $(BIN)/python -c 'import ssl, urllib.request; urllib.request.urlopen("$(CPU_INDEX)/torch/", timeout=5, context=ssl._create_unverified_context())' 2>/dev/null; \
 		then index="--extra-index-url $(CPU_INDEX)"; \
-		else echo "$(CPU_INDEX) does not answer: taking the PyTorch that pip finds elsewhere"; fi; \
+		else echo "$(CPU_INDEX) does not respond: installing PyTorch from pip's default index"; fi; \
 	fi; \
-	echo "Installing torchpi and what it needs (a few minutes the first time)"; \
+	echo "Installing torchpi and its dependencies (a few minutes the first time)"; \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$index --constraint constraints.txt --editable ./client --editable '.[dev]'
-	@# For the tests of the server. It asks for NumPy 1, but works with 2.
+	@# For the server's tests. It requires NumPy 1 but works with 2.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps openpi-client
 	@touch $@
 

@@ -150,7 +150,7 @@ def test_repository_tree_is_complete():
     """Every part of the package is in the tree, and every Python file in the tree exists."""
     package = ROOT / "src" / "torchpi"
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tree = text[text.index("## Repository") : text.index("## Rules of this house")]
+    tree = text[text.index("## Repository") : text.index("## House rules")]
     parts = [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
     parts += [path.name for path in package.glob("[!_]*.py")]
     assert [part for part in parts if not re.search(rf"(?<![\w/]){re.escape(part)}(?=[\s:])", tree)] == []
