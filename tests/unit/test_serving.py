@@ -408,7 +408,7 @@ def test_taken_port_error_names_the_option_port():
 
 def test_host_of_another_machine_is_an_error():
     # 192.0.2.1 is for documentation, no machine has it.
-    with pytest.raises(OSError, match=r"^192\.0\.2\.1 is no address of this machine\.$"), served(host="192.0.2.1"):
+    with pytest.raises(OSError, match=r"^192\.0\.2\.1 is not an address of this machine\.$"), served(host="192.0.2.1"):
         pass
 
 

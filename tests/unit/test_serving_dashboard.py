@@ -46,7 +46,7 @@ def answer(seconds=0.1, chunk=None):
 
 
 def asked_and_answered(dashboard, robot, at, until, previous=None):
-    dashboard.asked(robot, previous, at)
+    dashboard.requested(robot, previous, at)
     dashboard.answered(robot, observation(), answer(), until)
 
 
@@ -193,7 +193,7 @@ def test_executed_steps_are_estimated_from_the_time(dashboard, robot):
     asked_and_answered(dashboard, robot, at=10.0, until=10.5)
     # 10 Hz, 4 actions, from the answer on
     assert [robot.executed(10.5 + after)["steps"] for after in (0.0, 0.15, 0.25, 99.0)] == [0, 1, 2, H]
-    dashboard.asked(robot, None, 10.75)
+    dashboard.requested(robot, None, 10.75)
     assert robot.executed(99.0) == {"steps": 2, "source": "estimated"}  # it may wait for its answer
     dashboard.leave(robot, 10.7)
     assert robot.executed(99.0)["steps"] == 1
@@ -216,14 +216,14 @@ def test_executed_steps_are_unknown_without_a_control_rate(dashboard):
 def test_only_the_last_observation_is_kept_and_not_copied(dashboard, robot):
     for number in range(3):
         sent = observation(float(number))
-        dashboard.asked(robot, None, 1.0)
+        dashboard.requested(robot, None, 1.0)
         dashboard.answered(robot, sent, answer(), 2.0)
     assert dashboard.image(0, "base_0_rgb") is sent["camera"]
     assert robot.last.observation is sent
 
 
 def test_numbers_that_are_not_finite_are_null(dashboard, robot):
-    dashboard.asked(robot, None, 1.0)
+    dashboard.requested(robot, None, 1.0)
     chunk = np.array([[np.nan, np.inf], [0.123456, 1e-9]], np.float32)
     dashboard.answered(robot, observation(), answer(chunk=chunk), 2.0)
     x, y = dashboard.chunk(0)["dimensions"]

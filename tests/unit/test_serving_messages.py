@@ -170,7 +170,7 @@ def test_overflowing_noise_is_refused(value):
 def test_overflowing_action_prefix_is_refused(value):
     message = refusal({"torchpi/rtc": {**PREFIX, "action_prefix": np.full((2, 2), value)}})
     assert message.startswith("action_prefix of torchpi/rtc reaches a magnitude of")
-    assert message.endswith("expected at most 1e+12: no robot's actions are as large.")
+    assert message.endswith("expected at most 1e+12: no robot's actions are that large.")
 
 
 def test_options_within_their_limits_arrive():

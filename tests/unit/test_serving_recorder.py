@@ -142,7 +142,7 @@ def test_misfitting_requests_alone_are_lost_and_logged_once_per_client(tmp_path,
     assert b'torchpi_recorded_total{result="kept"} 3.0' in metrics.text()
     said = [record.getMessage() for record in caplog.records if "not recorded" in record.getMessage()]
     assert [re.search(r"client (\d)", line)[1] for line in said] == ["0", "1"]
-    assert "observation.images.base has the shape [12, 16, 3], and that of the dataset [6, 8, 3]" in said[0]
+    assert "observation.images.base has the shape [12, 16, 3], but the dataset has [6, 8, 3]" in said[0]
 
 
 def test_cameras_with_equal_last_key_parts_are_recorded_under_their_whole_keys(tmp_path):

@@ -147,10 +147,10 @@ def test_peer_of_another_version_is_refused_by_name_until_it_says_the_right_one(
         assert "protocol_version: observation came before a hello" in peer.error("observation", observed())
         for version in (2, "1", 1.0, True):
             text = peer.error("hello", {"protocol_version": version, "harness_version": "9.9.9"})
-            assert text.startswith(f"protocol_version: The client (vla-eval '9.9.9') speaks version {version!r} of")
-            assert "this server speaks version 1" in text
-        assert "speaks version <class 'dict'>" in peer.error("hello", {"protocol_version": {"x": [0] * 9000}})
-        assert "speaks version <class 'NoneType'>" in peer.error("hello", {})
+            assert text.startswith(f"protocol_version: The client (vla-eval '9.9.9') uses version {version!r} of")
+            assert "this server uses version 1" in text
+        assert "uses version <class 'dict'>" in peer.error("hello", {"protocol_version": {"x": [0] * 9000}})
+        assert "uses version <class 'NoneType'>" in peer.error("hello", {})
         assert "came before a hello" in peer.error("episode_start", {})
         assert peer.ask("hello", {"protocol_version": 1})[0] == "hello"
         assert peer.ask("observation", observed()).shape == (2,)
@@ -274,18 +274,18 @@ def test_keys_of_a_benchmark_are_checked_at_the_start():
     rename = ["images.primary=front", "state.robot0_eef=state"]
     assert key_sources(robot, rename) == {"front": "images.primary", "state": "state.robot0_eef"}
     for wrong in ([], rename[:1]):
-        with pytest.raises(ServingError, match=r"'arm' reads .*state, for which no key of a benchmark is known"):
+        with pytest.raises(ServingError, match=r"'arm' reads .*state, but no benchmark key is given for that"):
             key_sources(robot, wrong)
     for wrong in ([*rename, "a=other"], [*rename, "a=state"], ["=front"], ["front"]):
-        with pytest.raises(ServingError, match=r"expected BENCHMARKS_KEY=KEY, once for each key of .*front, state"):
+        with pytest.raises(ServingError, match=r"expected BENCHMARK_KEY=KEY, once for each key of .*front, state"):
             key_sources(robot, wrong)
     # Keys like LIBERO's do not make another robot LIBERO's.
     cameras = {"base_0_rgb": "observation/image", "left_wrist_0_rgb": "observation/wrist_image"}
     joints = [f"joint_{i}" for i in range(7)]
     other = Embodiment.generic("other", cameras=cameras, state=joints, actions=joints, state_key="observation/state")
-    with pytest.raises(ServingError, match="no key of a benchmark is known"):
+    with pytest.raises(ServingError, match="no benchmark key is given for that"):
         key_sources(other, ())
-    with pytest.raises(ServingError, match="rename is for --protocol vla-eval"):
+    with pytest.raises(ServingError, match="rename needs --protocol vla-eval"):
         ServeSettings(rename=("a=b",))
-    with pytest.raises(ServingError, match="sends no token"):
+    with pytest.raises(ServingError, match="cannot send a token"):
         ServeSettings(protocol="vla-eval", token="secret")

@@ -1,9 +1,9 @@
-"""Policies behind a websocket, for robots: openpi's protocol, which its clients and torchpi's speak."""
+"""Websocket server that gives robots access to policies, in the protocol of openpi's and torchpi's clients."""
 
 from torchpi.extras import require
 
 
 def require_extra() -> None:
-    """Refuse to continue without the extra 'serve' and torchpi-client."""
+    """Raise an error if the extra 'serve' or torchpi-client is not installed."""
     for module in ("msgpack", "prometheus_client", "websockets", "torchpi_client"):
         require(module, "serve")

@@ -1,7 +1,7 @@
-"""One client's connection: the metadata, then requests and answers in turn.
+"""Connection of one client: metadata first, then requests and answers in turn.
 
-The server speaks first, a map of metadata, as soon as its policies are warm. Then each binary frame is an observation,
-answered by a binary frame with "actions", "policy_timing" and "server_timing", or by a text frame with an error,
+Once the policies are warm, the server sends a map of metadata. Each binary frame from the client is an observation; its
+answer is a binary frame with "actions", "policy_timing" and "server_timing", or a text frame with an error,
 {"code": …, "message": …}.
 """
 
@@ -43,13 +43,13 @@ _log = logging.getLogger(__name__)
 
 GOODBYE = CloseCode.GOING_AWAY, "the server shuts down"
 _MAX_DECODERS = 4
-"""Observations whose images are decoded at once; each image needs up to seven times the memory of its pixels."""
+"""Observations whose images are decoded at the same time. Decoding needs up to seven times the memory of the pixels."""
 _CLIENT_LEFT = "client_left", "The client closed the connection before its answer."
 
 
 @dataclasses.dataclass
 class ServerState:
-    """The parts of a server that its connections and its HTTP pages share, in the thread of the event loop."""
+    """State shared by a server's connections and HTTP pages; only used in the event loop's thread."""
 
     settings: ServeSettings
     names: list[str]
@@ -57,10 +57,10 @@ class ServerState:
     metrics: Metrics
     scheduler: Scheduler
     observers: Sequence[Recorder | LiveView]
-    """They get every answered request."""
+    """Receive every answered request."""
     dashboard: Dashboard = dataclasses.field(default_factory=Dashboard)
     policies: dict[str, ServedPolicy] = dataclasses.field(default_factory=dict)
-    """By name, once they are loaded and warm."""
+    """Policies by name; empty until all are loaded and warm."""
     connections: "set[Connection]" = dataclasses.field(default_factory=set)
     decoders: concurrent.futures.ThreadPoolExecutor = dataclasses.field(
         default_factory=lambda: concurrent.futures.ThreadPoolExecutor(
@@ -68,7 +68,7 @@ class ServerState:
         )
     )
     decoding: set[concurrent.futures.Future[dict[str, Any]]] = dataclasses.field(default_factory=set)
-    """Observations whose images are waiting for a decoder, or in one."""
+    """Observations whose images are being decoded or wait for it."""
     stopping: bool = False
 
     @property
@@ -78,25 +78,25 @@ class ServerState:
 
 
 class Connection:
-    """One client, from the metadata to the last answer. Its messages are openpi's; `vla_eval.py` has others."""
+    """One client, from the metadata to the last answer, with openpi's messages (`vla_eval.py` has others)."""
 
     def __init__(self, websocket: CountedConnection, state: ServerState, *, number: int, policy: str) -> None:
         self.websocket = websocket
         self.answering = False
-        """A request has been received, and its answer not been sent."""
+        """True from receiving a request until its answer is sent."""
         self._state, self._number, self._policy = state, number, policy
         self._limit = RateLimit(state.settings.max_rate, time.monotonic())
         self._closed = asyncio.create_task(websocket.wait_closed())
         self._pending: Request | None = None
-        """The request that waits for the model."""
-        self._kept = self._held = 0
-        """Bytes of the last observation on the dashboard, and with those of the request that is being answered."""
+        """The request that is waiting for the model."""
+        self._dashboard_bytes = self._held_bytes = 0
+        """Size of the last observation, kept for the dashboard; the same plus the current request's memory."""
         self._num_requests = 0
         self._last_seconds: float | None = None
-        """From the last request's arrival to its answer being sent."""
+        """Seconds from the last request's arrival until its answer was sent."""
 
     async def run(self, ready: "asyncio.Future[Any]") -> None:
-        """Serve the client until it leaves, sends a malformed message, or the server stops; from `ready` on."""
+        """Wait for `ready`, then serve the client until it leaves, sends a malformed message, or the server stops."""
         state = self._state
         self._closed.add_done_callback(lambda _: self.give_up(RequestError(*_CLIENT_LEFT)))
         state.connections.add(self)
@@ -117,19 +117,19 @@ class Connection:
                 observer.end(self._number)
 
     def give_up(self, error: RequestError) -> None:
-        """Answer the request that waits for the model with an error."""
+        """Answer the request that is waiting for the model with an error."""
         if self._pending is not None:
             self._pending.settle(error)
 
     async def _converse(self) -> None:
-        """Send the metadata, then answer requests; the client is on the dashboard meanwhile, and for some seconds."""
+        """Send the metadata and answer requests. The dashboard shows the client until a few seconds after it leaves."""
         state, name, policy = self._state, self._policy, self._state.policies[self._policy]
         shape = state.settings.noise_shape(policy.model.config.chunk_shape)
-        await self._greet()
+        await self._send_metadata()
         robot = state.dashboard.join(self._number, name, policy, address_of(self.websocket))
         try:
             while not state.stopping:
-                # Of the request's place alone; drawn now, because its client waits as soon as there is a request.
+                # The noise only depends on client and request number. Drawn before the request arrives: less latency.
                 generator = generator_at(state.settings.seed, "serve", name, self._number, self._num_requests)
                 noise = generator.standard_normal(shape, np.float32)
                 try:
@@ -138,14 +138,14 @@ class Connection:
                     self.answering = False
         finally:
             state.dashboard.leave(robot, time.monotonic())
-            later = asyncio.get_running_loop().call_later
-            later(FORGET_AFTER, lambda: state.dashboard.forget(time.monotonic()))
+            loop = asyncio.get_running_loop()
+            loop.call_later(FORGET_AFTER, lambda: state.dashboard.forget(time.monotonic()))
 
     async def _respond(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> None:
         self.answering = True
-        state, began = self._state, time.perf_counter()
+        state, start = self._state, time.perf_counter()
         frame: str | bytes
-        self._hold(self._kept + len(message))  # as much again, as arrays
+        self._hold(self._dashboard_bytes + len(message))  # the unpacked arrays need as much as the message
         try:
             observation, answer = await self._infer(message, noise, robot)
             timing = {
@@ -162,40 +162,46 @@ class Connection:
             outcome, frame = failure.code, self._error_frame(failure)
         try:
             await self.websocket.send(frame)
-        finally:  # not before: until then the client waits
+        finally:  # everything below comes after sending, because the client is waiting
             self._num_requests += 1
-            self._last_seconds = time.perf_counter() - began
-            self._kept = size_of(observation) if outcome == "answered" else self._kept
-            self._hold(self._kept)
-            self._done_with(message)
+            self._last_seconds = time.perf_counter() - start
+            if outcome == "answered":
+                self._dashboard_bytes = size_of(observation)
+            self._hold(self._dashboard_bytes)
+            self._release(message)
             state.metrics.requests.labels(self._policy, outcome).inc()
             if outcome == "answered":
-                state.metrics.queue_seconds.labels(self._policy).observe(answer.queue_seconds)
-                if "prompt_tokens_cut" in answer.chunk:
-                    state.metrics.cut_prompts.labels(self._policy).inc()
-                if "actions_clipped" in answer.chunk:
-                    state.metrics.clipped.labels(self._policy).inc()
-                if "uncertainty" in answer.chunk:
-                    state.metrics.uncertainty.labels(self._policy).observe(answer.chunk["uncertainty"])
-                state.dashboard.answered(robot, observation, answer, time.monotonic())
-                for observer in state.observers:
-                    policy, actions = state.policies[self._policy], answer.chunk["actions"]
-                    observer.keep(self._policy, self._number, policy, observation, actions)
+                self._report(observation, answer, robot)
         if outcome == "malformed_message":
             await self.websocket.close(CloseCode.INVALID_DATA, "malformed message")
         elif state.stopping:
             await self.websocket.close(*GOODBYE)
 
-    async def _greet(self) -> None:
-        stated = self._state.policies[self._policy].metadata
-        await self.websocket.send(pack({**stated, **self._state.scheduler.fingerprints[self._policy], **SUPPORTED}))
+    def _report(self, observation: dict[str, Any], answer: Answer, robot: Robot) -> None:
+        """Add an answered request to the metrics and the dashboard, and pass it to the observers."""
+        state, name, chunk = self._state, self._policy, answer.chunk
+        state.metrics.queue_seconds.labels(name).observe(answer.queue_seconds)
+        if "prompt_tokens_cut" in chunk:
+            state.metrics.cut_prompts.labels(name).inc()
+        if "actions_clipped" in chunk:
+            state.metrics.clipped.labels(name).inc()
+        if "uncertainty" in chunk:
+            state.metrics.uncertainty.labels(name).observe(chunk["uncertainty"])
+        state.dashboard.answered(robot, observation, answer, time.monotonic())
+        for observer in state.observers:
+            observer.keep(name, self._number, state.policies[name], observation, chunk["actions"])
+
+    async def _send_metadata(self) -> None:
+        state, name = self._state, self._policy
+        metadata = {**state.policies[name].metadata, **state.scheduler.fingerprints[name], **SUPPORTED}
+        await self.websocket.send(pack(metadata))
 
     async def _receive(self, robot: Robot) -> str | bytes:
-        """The next message that the model answers."""
+        """The next message that needs an answer of the model."""
         return await self.websocket.recv()
 
     def _read(self, message: str | bytes, noise_shape: tuple[int, ...]) -> tuple[dict[str, Any], RequestOptions]:
-        """The observation and the options in a message that was received."""
+        """Observation and options of a message."""
         return read_request(message, noise_shape=noise_shape)
 
     def _answer_frame(self, answer: Answer, timing: dict[str, float]) -> bytes:
@@ -204,8 +210,8 @@ class Connection:
     def _error_frame(self, error: RequestError) -> str | bytes:
         return error.frame()
 
-    def _done_with(self, message: str | bytes) -> None:
-        """Count a message no more."""
+    def _release(self, message: str | bytes) -> None:
+        """Stop counting a message's memory."""
         self.websocket.count(-len(message.encode() if isinstance(message, str) else message))
 
     async def _infer(self, message: str | bytes, noise: np.ndarray, robot: Robot) -> tuple[dict[str, Any], Answer]:
@@ -219,48 +225,49 @@ class Connection:
             checked_pick(settings.pick, settings.num_samples, num_steps)
         except ValueError as error:
             raise RequestError("bad_observation", f"torchpi/num_steps: {error}") from error
-        self._state.dashboard.asked(robot, options.previous, time.monotonic())
+        self._state.dashboard.requested(robot, options.previous, time.monotonic())
         deadline = min(settings.deadline, options.deadline or settings.deadline)
-        if count_encoded(observation):  # milliseconds for each
-            began = time.monotonic()
+        if count_encoded(observation):  # in another thread: each image takes milliseconds
+            start = time.monotonic()
             observation = await self._decode(observation, deadline)
-            deadline = max(0.0, deadline - (time.monotonic() - began))
-            self._hold(self._kept + size_of(observation))
+            deadline = max(0.0, deadline - (time.monotonic() - start))
+            self._hold(self._dashboard_bytes + size_of(observation))
         request = Request(self._policy, observation, noise, num_steps, options.previous)
         return observation, await self._wait_for(request, deadline)
 
     def _hold(self, num_bytes: int) -> None:
-        """Count these bytes as this client's, in place of those until now."""
-        self.websocket.count(num_bytes - self._held)
-        self._held = num_bytes
+        """Set the memory that this client holds besides its received messages."""
+        self.websocket.count(num_bytes - self._held_bytes)
+        self._held_bytes = num_bytes
 
     async def _decode(self, observation: dict[str, Any], deadline: float) -> dict[str, Any]:
-        """The observation with decoded images, in `deadline` seconds, and as long as the client is there."""
+        """Decode the images of an observation within `deadline` seconds, while the client is connected."""
         state = self._state
-        work = state.decoders.submit(decode_encoded, observation, max_bytes=state.settings.max_message_bytes)
-        state.decoding.add(work)
-        work.add_done_callback(state.decoding.discard)
-        decoded = asyncio.wrap_future(work)
-        first: list[asyncio.Future[Any]] = [decoded, self._closed]
-        await asyncio.wait(first, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
+        decoding = state.decoders.submit(decode_encoded, observation, max_bytes=state.settings.max_message_bytes)
+        state.decoding.add(decoding)
+        decoding.add_done_callback(state.decoding.discard)
+        decoded = asyncio.wrap_future(decoding)
+        awaited: list[asyncio.Future[Any]] = [decoded, self._closed]
+        await asyncio.wait(awaited, timeout=deadline, return_when=asyncio.FIRST_COMPLETED)
         if decoded.done():
             return decoded.result()
-        decoded.cancel()  # what has begun ends soon by itself, see `torchpi_client.images`
+        decoded.cancel()  # decoding that has begun ends soon: `torchpi_client.images` limits its cost
         if self._closed.done():
             raise RequestError(*_CLIENT_LEFT)
-        raise RequestError("deadline_exceeded", f"Its images were not decoded in {deadline:g} s: others are before it.")
+        raise RequestError("deadline_exceeded", f"The images were not decoded in {deadline:g} s: others came first.")
 
     async def _wait_for(self, request: Request, deadline: float) -> Answer:
-        """The model's answer; the request is withdrawn if it has not begun in `deadline` seconds, or nobody waits."""
+        """The model's answer. The request is withdrawn if it waits for `deadline` seconds, or if the client leaves."""
         if self._closed.done():
             raise RequestError(*_CLIENT_LEFT)
         scheduler = self._state.scheduler
 
         def expire() -> None:
             if scheduler.withdraw(request):
-                request.settle(RequestError("deadline_exceeded", f"The model was busy with others for {deadline:g} s."))
+                text = f"The model was busy with other requests for {deadline:g} s."
+                request.settle(RequestError("deadline_exceeded", text))
 
-        # One future that whatever comes first sets: asyncio.wait for several costs a turn of the loop more.
+        # A single future, set by whichever event comes first: asyncio.wait costs one more iteration of the loop.
         self._pending = request
         expiry = asyncio.get_running_loop().call_later(deadline, expire)
         try:
@@ -272,12 +279,12 @@ class Connection:
             scheduler.withdraw(request)
 
     def _failure(self, error: Exception) -> RequestError:
-        """Log an error, and return the one for the client."""
+        """Log an error and return the one for the client."""
         if isinstance(error, RequestError):
-            # A client that floods the server must not flood its log; one that has left is in the log already.
+            # A client that floods the server must not flood its log, and disconnecting is logged elsewhere.
             level = logging.DEBUG if error.code in ("rate_limited", "client_left") else logging.WARNING
             _log.log(level, "client %d: %s: %s", self._number, error.code, error)
-            error.__traceback__ = None  # whose frames would hold the request until the garbage collector comes
+            error.__traceback__ = None  # its stack frames would keep the request until the next garbage collection
             return error
         _log.error("client %d: the server failed on a request", self._number, exc_info=error)
         return RequestError("internal", "The server failed on this request; its log says why.")

@@ -1,8 +1,8 @@
-"""The page at "/" of a server: camera images, state, action chunk and latency of each robot.
+"""Dashboard at "/" of a server: camera images, state, action chunk and latency of each robot.
 
-Images are encoded and numbers formatted only when the page asks for them. Of each robot the last answered request is
-kept, by reference, and a minute of latencies. Times are in seconds of `time.monotonic`. Nothing here waits or locks:
-all of it, `encode_jpeg` excepted, belongs to the thread of the server's event loop.
+The dashboard keeps a reference to each robot's last answered request, and a minute of latencies. Images are encoded and
+numbers formatted only when the page requests them. Times are in seconds of `time.monotonic`. Nothing here waits or
+locks: except for `encode_jpeg`, everything runs in the thread of the server's event loop.
 """
 
 import base64
@@ -29,19 +29,19 @@ from torchpi.ui.page import page_footer, page_head, style_sheet
 SECONDS = 60
 """Length of the timeline."""
 FORGET_AFTER = 10.0
-"""Seconds that a robot which has left stays on the page."""
+"""Seconds that a robot stays on the page after it has left."""
 MAX_LEFT = 4
-"""Robots that have left and stay on the page; the others are forgotten at once."""
+"""Largest number of robots that stay on the page after they have left."""
 MAX_SIDE = 480
-"""Pixels of the longer side of an image on the page."""
-_RATE_SECONDS = 5  # whole seconds of which requests per second are the mean
+"""Longer side of an image on the page, in pixels."""
+_RATE_SECONDS = 5  # requests per second are averaged over this many whole seconds
 
 
 @dataclasses.dataclass
 class _Second:
-    """Requests that were answered in one second, with sums of their times."""
+    """Number and total times of the requests answered in one second."""
 
-    at: int
+    time: int
     requests: int = 0
     queue: float = 0.0
     inference: float = 0.0
@@ -49,13 +49,13 @@ class _Second:
 
 
 class Timeline:
-    """Requests and their latency per second, of the last minute."""
+    """Requests and their latency per second, for the last minute."""
 
     def __init__(self) -> None:
         self._seconds: collections.deque[_Second] = collections.deque(maxlen=SECONDS)
 
     def add(self, now: float, answer: Answer) -> None:
-        if not self._seconds or self._seconds[-1].at != int(now):
+        if not self._seconds or self._seconds[-1].time != int(now):
             self._seconds.append(_Second(int(now)))
         second = self._seconds[-1]
         second.requests += 1
@@ -64,38 +64,39 @@ class Timeline:
         second.slowest = max(second.slowest, answer.queue_seconds + answer.inference_seconds)
 
     def rows(self, now: float) -> list[dict[str, float | int]]:
-        """Seconds with requests, the oldest first."""
+        """Seconds with requests, oldest first."""
         return [
             {
-                "ago": int(now) - each.at,
-                "requests": each.requests,
-                "queue_ms": round(1e3 * each.queue / each.requests, 3),
-                "infer_ms": round(1e3 * each.inference / each.requests, 3),
-                "slowest_ms": round(1e3 * each.slowest, 3),
+                "ago": int(now) - second.time,
+                "requests": second.requests,
+                "queue_ms": round(1e3 * second.queue / second.requests, 3),
+                "infer_ms": round(1e3 * second.inference / second.requests, 3),
+                "slowest_ms": round(1e3 * second.slowest, 3),
             }
-            for each in self._seconds
-            if int(now) - each.at < SECONDS
+            for second in self._seconds
+            if int(now) - second.time < SECONDS
         ]
 
     def rate(self, now: float) -> float:
-        """Requests per second, the mean of the last five whole seconds."""
-        return sum(each.requests for each in self._seconds if 1 <= int(now) - each.at <= _RATE_SECONDS) / _RATE_SECONDS
+        """Requests per second, averaged over the last five whole seconds."""
+        recent = (second.requests for second in self._seconds if 1 <= int(now) - second.time <= _RATE_SECONDS)
+        return sum(recent) / _RATE_SECONDS
 
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """An answered request."""
+    """Answered request."""
 
     observation: Mapping[str, Any]
     answer: ActionChunk
     begin: float
-    """Time of the chunk's first action: of the answer; with real-time chunking, of the request."""
+    """Time of the chunk's first action: when it was answered or, with real-time chunking, requested."""
     answered_at: float
 
 
 @dataclasses.dataclass
 class Robot:
-    """A connection as the page shows it."""
+    """Client as shown on the page."""
 
     number: int
     policy_name: str
@@ -103,29 +104,33 @@ class Robot:
     address: str
     left_at: float | None = None
     requests: int = 0
-    """Answered ones."""
+    """Number of answered requests."""
     last: Exchange | None = None
-    asked_at: float | None = None
-    """Time of the request that is not answered yet; None: there is none."""
+    requested_at: float | None = None
+    """Time of the request that is not answered yet, if there is one."""
     previous: PreviousChunk | None = None
-    """The real-time fields of this request."""
+    """Real-time chunking fields of that request."""
     error: str | None = None
-    """The answer to the last request, if it was an error."""
+    """Error message, if the last request was answered with an error."""
     timeline: Timeline = dataclasses.field(default_factory=Timeline)
 
     def executed(self, now: float) -> dict[str, Any] | None:
-        """The number of executed actions of the last chunk, "reported" by the request that is waiting or "estimated"
-        from the time up to the next request or the robot's leaving. None: there is no chunk, or no control rate."""
+        """Number of executed actions of the last chunk.
+
+        It is "reported" by the waiting request, or "estimated" from the time until the next request or the robot's
+        leaving. None if there is no chunk or no control rate.
+        """
         if self.last is None:
             return None
         horizon = len(self.last.answer["actions"])
         if self.previous is not None:
             return {"steps": self.previous.steps_executed(horizon), "source": "reported"}
-        if (control_hz := self.policy.embodiment.control_hz) is None:
+        control_hz = self.policy.embodiment.control_hz
+        if control_hz is None:
             return None
-        # A client without real-time chunking may wait for its answer, so the time after its request is left out.
-        ends = [time for time in (now, self.asked_at, self.left_at) if time is not None]
-        steps = math.floor((min(ends) - self.last.begin) * control_hz)
+        # Without real-time chunking a client may stand still until its answer, so time after the request doesn't count.
+        end = min(time for time in (now, self.requested_at, self.left_at) if time is not None)
+        steps = math.floor((end - self.last.begin) * control_hz)
         return {"steps": min(horizon, max(0, steps)), "source": "estimated"}
 
     def to_dict(self, now: float) -> dict[str, Any]:
@@ -137,27 +142,31 @@ class Robot:
             "requests": self.requests,
             "requests_per_second": _rounded(self.timeline.rate(now)),
             "left": self.left_at is not None,
-            "waits_seconds": None if self.asked_at is None else _rounded(now - self.asked_at),
+            "waits_seconds": None if self.requested_at is None else _rounded(now - self.requested_at),
             "error": self.error,
             "timeline": self.timeline.rows(now),
             "answered": None if self.last is None else self._last_dict(self.last, now),
         }
 
     def _last_dict(self, last: Exchange, now: float) -> dict[str, Any]:
-        embodiment, sent = self.policy.embodiment, flatten(last.observation)
+        embodiment, observation = self.policy.embodiment, flatten(last.observation)
         prompt = last.observation.get("prompt")
         return {
             "seconds_ago": _rounded(now - last.answered_at),
             "prompt": as_text(self.policy.metadata.get("default_prompt") if prompt is None else prompt),
             "cameras": [
-                {"name": each.name, "key": each.key, "sent": each.key is not None and sent.get(each.key) is not None}
-                for each in embodiment.read_cameras
+                {
+                    "name": camera.name,
+                    "key": camera.key,
+                    "sent": camera.key is not None and observation.get(camera.key) is not None,
+                }
+                for camera in embodiment.read_cameras
             ],
-            # The last dimensions of a state may not have been sent.
             "state": [
                 {"name": name, "value": _rounded(value)}
                 for part in embodiment.state
-                for name, value in zip(part.names, np.atleast_1d(sent[part.key]).tolist(), strict=False)
+                # strict=False: a robot may leave out the last dimensions of its state.
+                for name, value in zip(part.names, np.atleast_1d(observation[part.key]).tolist(), strict=False)
             ],
             "executed": self.executed(now),
             "horizon": len(last.answer["actions"]),
@@ -168,38 +177,38 @@ class Robot:
 
 
 class Dashboard:
-    """The records of a server for its page."""
+    """Data of the dashboard page."""
 
     def __init__(self) -> None:
         self._robots: dict[int, Robot] = {}
         self._timeline = Timeline()
 
-    # ---- reports of the server ----
+    # ---- called by connections ----
 
     def join(self, number: int, name: str, policy: ServedPolicy, address: str) -> Robot:
         robot = self._robots[number] = Robot(number, name, policy, address)
         return robot
 
-    def asked(self, robot: Robot, previous: PreviousChunk | None, now: float) -> None:
-        robot.asked_at, robot.previous = now, previous
+    def requested(self, robot: Robot, previous: PreviousChunk | None, now: float) -> None:
+        robot.requested_at, robot.previous = now, previous
 
     def answered(self, robot: Robot, observation: Mapping[str, Any], answer: Answer, now: float) -> None:
-        assert robot.asked_at is not None
-        begin = now if robot.previous is None else robot.asked_at
+        assert robot.requested_at is not None
+        begin = now if robot.previous is None else robot.requested_at
         robot.last = Exchange(observation, answer.chunk, begin, now)
         robot.requests += 1
-        robot.asked_at = robot.previous = robot.error = None
+        robot.requested_at = robot.previous = robot.error = None
         for timeline in (robot.timeline, self._timeline):
             timeline.add(now, answer)
 
     def failed(self, robot: Robot, error: str) -> None:
-        robot.asked_at = robot.previous = None
+        robot.requested_at = robot.previous = None
         robot.error = error
 
     def leave(self, robot: Robot, now: float) -> None:
-        """Record that the client has left; it is shown for some seconds, if it ever was answered."""
+        """Mark a client as left. It is shown for a few more seconds if any of its requests was answered."""
         robot.left_at = now
-        robot.asked_at = robot.previous = None
+        robot.requested_at = robot.previous = None
         if robot.last is None:
             self._robots.pop(robot.number, None)
         left = [number for number, each in self._robots.items() if each.left_at is not None]
@@ -207,15 +216,15 @@ class Dashboard:
             del self._robots[number]
 
     def forget(self, now: float) -> None:
-        """Drop robots that have left long enough ago."""
+        """Remove robots that left at least `FORGET_AFTER` seconds ago."""
         for robot in list(self._robots.values()):
             if robot.left_at is not None and now - robot.left_at >= FORGET_AFTER:
                 del self._robots[robot.number]
 
-    # ---- requests of the page ----
+    # ---- called for the page ----
 
     def summary(self, now: float, policies: Mapping[str, ServedPolicy], **server: Any) -> dict[str, Any]:
-        """JSON document of everything but chunks and images; `server`: facts of the server as a whole."""
+        """JSON document without chunks and images; `server` holds further entries about the whole server."""
         self.forget(now)
         return {
             **server,
@@ -238,15 +247,19 @@ class Dashboard:
         }
 
     def chunk(self, number: int) -> dict[str, Any]:
-        """JSON document of a robot's last chunk: per dimension its name, unit, values, their standard deviation over
-        the samples (0 for one), and the width of its range in the training data (0: unknown).
+        """JSON document of a robot's last chunk.
+
+        Each dimension has its name, unit and values, their standard deviation over the samples (0 for a single sample),
+        and the width of its range in the training data (0 if unknown).
         """
         robot, last = self._answered_robot(number)
-        trained, chunk = robot.policy.metadata.get("action_range"), last.answer["actions"]
-        spans = np.zeros(chunk.shape[1]) if trained is None else np.subtract(trained["high"], trained["low"])
+        training_range, chunk = robot.policy.metadata.get("action_range"), last.answer["actions"]
+        spans = np.zeros(chunk.shape[1])
+        if training_range is not None:
+            spans = np.subtract(training_range["high"], training_range["low"])
         std = last.answer.get("action_std", np.zeros_like(chunk))
-        robots = robot.policy.embodiment.actions
-        dimensions = zip(robots, spans.tolist(), chunk.T.tolist(), std.T.tolist(), strict=True)
+        actions = robot.policy.embodiment.actions
+        dimensions = zip(actions, spans.tolist(), chunk.T.tolist(), std.T.tolist(), strict=True)
         return {
             "request": robot.requests,
             "dimensions": [
@@ -262,30 +275,28 @@ class Dashboard:
         }
 
     def image(self, number: int, camera: str) -> np.ndarray:
-        """The last image of a robot's camera, by the model's name for it, uint8 [h, w, 3]; not copied where the robot
-        sends it in this form.
-        """
+        """Last image of a camera (by the model's name for it), uint8 [h, w, 3]; not a copy if sent in that form."""
         robot, last = self._answered_robot(number)
-        sent = flatten(last.observation)
+        observation = flatten(last.observation)
         for each in robot.policy.embodiment.read_cameras:
-            if each.name == camera and each.key is not None and sent.get(each.key) is not None:
-                return each.read(sent[each.key])
+            if each.name == camera and each.key is not None and observation.get(each.key) is not None:
+                return each.read(observation[each.key])
         raise UnknownKeyError(f"Robot {number} has sent no image of a camera {camera!r:.80}.")
 
     def _answered_robot(self, number: int) -> tuple[Robot, Exchange]:
         robot = self._robots.get(number)
         if robot is None or robot.last is None:
-            raise UnknownKeyError(f"Robot {number} is not here, or has no answer yet.")
+            raise UnknownKeyError(f"Robot {number} is not connected, or has no answer yet.")
         return robot, robot.last
 
 
 def _rounded(value: float | int) -> float | None:
-    """The four digits that a plot shows; None for NaN and infinity, which JSON does not have."""
+    """The value with four significant digits, for plots; None for NaN and infinity, which JSON lacks."""
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """JPEG of an image [h, w, 3], `MAX_SIDE` pixels at most; takes milliseconds, so not in the event loop."""
+    """Encode an image [h, w, 3], shrunk to `MAX_SIDE` pixels; takes milliseconds, so not in the event loop."""
     small = Image.fromarray(np.ascontiguousarray(image))
     small.thumbnail((MAX_SIDE, MAX_SIDE))
     file = io.BytesIO()
@@ -295,9 +306,9 @@ def encode_jpeg(image: np.ndarray) -> bytes:
 
 @functools.cache
 def dashboard_page() -> tuple[str, str]:
-    """HTML of the page, and its Content-Security-Policy: its own script and style, its own server, nothing else."""
+    """HTML of the page, and a Content-Security-Policy that allows only its own script, style and server."""
     style, script = style_sheet(), (assets() / "dashboard.js").read_text(encoding="utf-8")
-    icon = '<link rel="icon" href="data:,">'  # spares the server a request
+    icon = '<link rel="icon" href="data:,">'  # keeps the browser from requesting a favicon
     page = (
         f'{page_head("torchpi serve", style, icon)}<body class="dashboard"><header class="top">'
         '<p class="eyebrow">torchpi serve</p><p id="note" role="status">connecting</p>'

@@ -1,4 +1,4 @@
-"""Requests and chunks of a server in the viewer Rerun, live or as a file; robots never wait for it."""
+"""Live view of a server's requests and chunks in Rerun, or an .rrd file of them. Robots never wait for it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from torchpi_client.rerun_log import RerunLog, RobotLog
 
 
 class LiveView:
-    """The robots of a server by client, at the times of their answers; see `RerunLog`."""
+    """Rerun log with one robot per client; entries carry the time of the answer. See `RerunLog`."""
 
     def __init__(self, target: str) -> None:
         require("rerun", "rerun")
@@ -18,15 +18,15 @@ class LiveView:
         self._robots: dict[int, RobotLog] = {}
 
     def keep(self, name: str, client: int, policy: Any, observation: Mapping[str, Any], actions: np.ndarray) -> None:
-        """Show one request of a client to the policy of this name, and its chunk [H, a]; returns at once."""
+        """Show a client's request to policy `name` and its chunk [H, a]. Does not block."""
         if client not in self._robots:
             self._robots[client] = self._log.robot(policy.metadata, label=f"{name} {client}")
-        seen, now = self._robots[client], self._log.seconds
-        seen.observe(now, observation)
-        seen.predict(now, actions)
+        robot, now = self._robots[client], self._log.seconds
+        robot.observe(now, observation)
+        robot.predict(now, actions)
 
     def end(self, client: int) -> None:
-        """Forget a client that has left; the file keeps it."""
+        """Forget a client that has left; its entries stay in the log."""
         self._robots.pop(client, None)
 
     def __enter__(self) -> "LiveView":

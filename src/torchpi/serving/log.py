@@ -1,4 +1,4 @@
-"""The log of `torchpi serve`: what clients send can neither forge a line of it, nor fill the disk."""
+"""Log of `torchpi serve`. Clients can neither forge log lines nor fill the disk with them."""
 
 import logging
 import time
@@ -8,41 +8,41 @@ from typing import Any
 from torchpi.errors import printable
 from torchpi.serving.settings import RateLimit
 
-_LINE, _TRACEBACK_LINES = 1000, 100
-_RATE, _BURST = 5.0, 200.0
-"""Lines per second over a long time, and after a silence."""
+_MAX_LINE_LENGTH, _MAX_TRACEBACK_LINES = 1000, 100
+_LINES_PER_SECOND, _BURST = 5.0, 200.0
 
 
 class LogFormatter(logging.Formatter):
-    """One line per record, of a bounded length; the lines of a traceback are indented."""
+    """One line of bounded length per record; the lines of a traceback are indented."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        return printable(super().formatMessage(record), _LINE)
+        return printable(super().formatMessage(record), _MAX_LINE_LENGTH)
 
     def formatException(self, ei: Any) -> str:
         lines = super().formatException(ei).splitlines()
-        return "\n".join(f"    {printable(line, _LINE)}" for line in lines[-_TRACEBACK_LINES:])
+        return "\n".join(f"    {printable(line, _MAX_LINE_LENGTH)}" for line in lines[-_MAX_TRACEBACK_LINES:])
 
 
 class LogLimit(logging.Filter):
-    """So many lines per second; the next one has the number of those that were left out."""
+    """Limit on lines per second. The first line after dropped ones states their number."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._limit, self._left_out = RateLimit(_RATE, time.monotonic(), burst=_BURST), 0
+        self._limit = RateLimit(_LINES_PER_SECOND, time.monotonic(), burst=_BURST)
+        self._num_dropped = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not self._limit.allows(time.monotonic()):
-            self._left_out += 1
+            self._num_dropped += 1
             return False
-        if self._left_out:
-            record.msg, record.args = f"{record.getMessage()} ({self._left_out} lines before it are left out)", ()
-            self._left_out = 0
+        if self._num_dropped:
+            record.msg, record.args = f"{record.getMessage()} ({self._num_dropped} lines before this were dropped)", ()
+            self._num_dropped = 0
         return True
 
 
 def log_to_stderr() -> None:
-    """Let the root logger, and Python's warnings, write to stderr in this form."""
+    """Send the root logger's records and Python's warnings to stderr, formatted and rate-limited as above."""
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(LogLimit())

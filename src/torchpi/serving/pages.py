@@ -1,7 +1,7 @@
 """HTTP on the websocket's port: admission of connections, /healthz, /metrics, and the dashboard for browsers.
 
-websockets passes on each HTTP request before its handshake, with limits on its size and time. An ASGI server with a web
-framework is as fast, but keeps half-open handshakes without a time limit (uvicorn 0.54).
+websockets passes each HTTP request here before the handshake, with limits on its size and duration. An ASGI server with
+a web framework is as fast, but has no time limit for half-open handshakes (uvicorn 0.54).
 """
 
 import asyncio
@@ -24,8 +24,8 @@ from torchpi.serving.settings import LOCAL_HOSTS
 
 _log = logging.getLogger(__name__)
 
-_REFUSAL_PAUSE = 60.0
-"""Seconds between two lines of the log about connections that were refused for the same reason."""
+_REFUSAL_LOG_INTERVAL = 60.0
+"""Seconds between two log lines about connections refused for the same reason."""
 _DASHBOARD_PATHS = ("/dashboard.json", "/chunk/", "/frame/")
 _PAGE_HEADERS = {
     "Cache-Control": "no-store",
@@ -38,17 +38,18 @@ _Refusal = tuple[str, http.HTTPStatus, str]
 
 
 class Pages:
-    """The HTTP side of a server."""
+    """HTTP responses of a server."""
 
     def __init__(self, state: ServerState) -> None:
         self._state = state
         self._logged_at: dict[str, float] = {}
-        """Time of the last line of the log about refused connections, per reason."""
+        """Time of the last log line about refused connections, per reason."""
 
     async def respond(self, connection: ServerConnection, request: Request) -> Response | None:
-        """The response to an HTTP request; None: continue with the handshake of a websocket."""
-        if (method := request.method) not in ("GET", "HEAD"):
-            text = f"{method:.20} is no method of this server; use GET."
+        """Response to an HTTP request, or None to continue with the websocket handshake."""
+        method = request.method
+        if method not in ("GET", "HEAD"):
+            text = f"This server does not support the method {method:.20}; use GET."
             response = self._refuse(connection, "method", http.HTTPStatus.METHOD_NOT_ALLOWED, text)
             response.headers["Allow"] = "GET, HEAD"
             return response
@@ -66,38 +67,40 @@ class Pages:
             return connection.respond(http.HTTPStatus.SERVICE_UNAVAILABLE, "not ready\n")
         if state.settings.protocol == "vla-eval" and path in ("/health", "/config"):
             return self._harness(connection, request, path)
-        browser = path == "/" and "Upgrade" not in request.headers
-        dashboard = browser or path.startswith(_DASHBOARD_PATHS)
-        if refusal := self._refusal(request, path, browser=browser, dashboard=dashboard):
+        from_browser = path == "/" and "Upgrade" not in request.headers
+        is_dashboard = from_browser or path.startswith(_DASHBOARD_PATHS)
+        refusal = self._refusal(request, path, from_browser=from_browser, is_dashboard=is_dashboard)
+        if refusal is not None:
             return self._refuse(connection, *refusal)
         if path == "/metrics":
             response = _with_body(connection, state.metrics.text(), state.metrics.content_type)
             response.headers.update(_PAGE_HEADERS)
             return response
-        if dashboard:
+        if is_dashboard:
             return await self._dashboard(connection, path)
         return None
 
-    def _refusal(self, request: Request, path: str, *, browser: bool, dashboard: bool) -> _Refusal | None:
+    def _refusal(self, request: Request, path: str, *, from_browser: bool, is_dashboard: bool) -> _Refusal | None:
         settings = self._state.settings
         authorization = request.headers.get_all("Authorization")
-        if browser and (token := _token_in_address(request)) is not None:  # a browser's address bar sends no headers
+        token = _token_in_url(request) if from_browser else None  # a browser cannot be told to send the header
+        if token is not None:
             authorization = [f"Bearer {token}"]
         if not settings.admits(authorization[0] if len(authorization) == 1 else None):
-            text = "A valid token is needed" + ("; in a browser: /?token=TOKEN" if browser else ".")
+            text = "A valid token is needed" + ("; in a browser: /?token=TOKEN" if from_browser else ".")
             return "token", http.HTTPStatus.UNAUTHORIZED, text
-        if dashboard or path == "/metrics":
-            # A web page whose host name is made to lead here could read the robots' cameras.
+        if is_dashboard or path == "/metrics":
+            # DNS rebinding: a web page whose host name resolves to this machine could read the robots' cameras.
             if settings.local and settings.token is None and not _names_this_machine(request):
-                text = "Without a --token dashboard and metrics are for http://127.0.0.1 and http://localhost alone."
+                text = "Without --token, dashboard and metrics are only at http://127.0.0.1 and http://localhost."
                 return "host", http.HTTPStatus.FORBIDDEN, text
             if request.headers.get_all("Origin"):  # the dashboard's own script sends none
-                return "origin", http.HTTPStatus.FORBIDDEN, "Other web pages read nothing here."
+                return "origin", http.HTTPStatus.FORBIDDEN, "Other web pages may not read this server."
         elif path != "/" and path[1:] not in self._state.names:
             names = ", ".join(f"/{name}" for name in self._state.names)
             return "path", http.HTTPStatus.NOT_FOUND, f"There is no policy at {path}; this server has {names}."
-        elif self._state.settings.protocol == "vla-eval" and not self._state.ready:
-            # Its client tries again for a minute, but gives up soon where it is connected and not answered.
+        elif settings.protocol == "vla-eval" and not self._state.ready:
+            # A refused client retries for a minute, but a connected one soon gives up waiting for an answer.
             return "not_ready", http.HTTPStatus.SERVICE_UNAVAILABLE, "The policy is being loaded; connect again later."
         elif (count := len(self._state.connections)) >= settings.max_connections:
             text = f"{count} clients are connected, which is the limit (--max-connections)."
@@ -105,14 +108,14 @@ class Pages:
         return None
 
     def _harness(self, connection: ServerConnection, request: Request, path: str) -> Response:
-        """The pages that the vla-evaluation-harness asks for; its /config may change settings, this one may not."""
+        """Pages for the vla-evaluation-harness: /health, and a read-only /config."""
         status, content = http.HTTPStatus.OK, dict[str, Any]()
         if path == "/health" and self._state.ready:
             content = {"status": "ok"}
         elif path == "/health":
             status, content = http.HTTPStatus.SERVICE_UNAVAILABLE, {"status": "not ready"}
         elif "?" in request.path:
-            errors = ["No setting changes while the server runs; start it with --max-batch."]
+            errors = ["Settings cannot be changed while the server runs; start it with --max-batch."]
             status, content = http.HTTPStatus.UNPROCESSABLE_ENTITY, {"errors": errors}
         else:
             content = {"config": {"max_batch_size": self._state.settings.max_batch}}
@@ -123,9 +126,9 @@ class Pages:
 
     def _refuse(self, connection: ServerConnection, reason: str, status: http.HTTPStatus, text: str) -> Response:
         self._state.metrics.refused.labels(reason).inc()
-        now, text = time.monotonic(), printable(text)  # the path in it may be of any length
+        now, text = time.monotonic(), printable(text)  # the text may contain a path of any length
         # A client that floods the server must not flood its log.
-        if now - self._logged_at.get(reason, -math.inf) >= _REFUSAL_PAUSE:
+        if now - self._logged_at.get(reason, -math.inf) >= _REFUSAL_LOG_INTERVAL:
             self._logged_at[reason] = now
             _log.warning("refused %s: %s", address_of(connection), text)
         response = connection.respond(status, f"{text}\n")
@@ -134,7 +137,7 @@ class Pages:
         return response
 
     async def _dashboard(self, connection: ServerConnection, path: str) -> Response:
-        """The dashboard's page, and the files that its script loads."""
+        """The dashboard's page and the files that its script loads."""
         try:
             if path == "/":
                 page, content_policy = dashboard_page()
@@ -152,7 +155,7 @@ class Pages:
         return response
 
     def _dashboard_json(self, path: str) -> dict[str, Any]:
-        """The content of /dashboard.json or /chunk/ROBOT.json."""
+        """Content of /dashboard.json or /chunk/ROBOT.json."""
         state = self._state
         if chunk := re.fullmatch(r"/chunk/([0-9]{1,9})\.json", path):
             return state.dashboard.chunk(int(chunk[1]))
@@ -169,17 +172,18 @@ class Pages:
 
 
 def path_of(request: Request) -> str:
+    """Path of a request, without the query."""
     return request.path.partition("?")[0]
 
 
-def _token_in_address(request: Request) -> str | None:
-    """The value of ?token=, percent-decoded."""
-    found = re.match(r"token=([^&]*)", request.path.partition("?")[2])
-    return urllib.parse.unquote(found[1]) if found else None
+def _token_in_url(request: Request) -> str | None:
+    """Value of ?token=, percent-decoded."""
+    token = re.match(r"token=([^&]*)", request.path.partition("?")[2])
+    return urllib.parse.unquote(token[1]) if token else None
 
 
 def _names_this_machine(request: Request) -> bool:
-    """True if a browser was sent here by the loopback's own address or name."""
+    """True if the Host header is the name or address of the loopback interface."""
     hosts = request.headers.get_all("Host")
     return len(hosts) == 1 and re.sub(r":[0-9]+$", "", hosts[0]).strip("[]").lower() in LOCAL_HOSTS
 

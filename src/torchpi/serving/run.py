@@ -33,8 +33,8 @@ from torchpi.threads import limit_threads
 _log = logging.getLogger("torchpi.serving")
 
 DEFAULT = "default"
-"""The name of the policy that is given without one."""
-_NOT_POLICIES = ("healthz", "metrics", "dashboard.json", "health", "config")
+"""Name of the POLICY argument."""
+_RESERVED_NAMES = ("healthz", "metrics", "dashboard.json", "health", "config")
 
 
 def run_serve(
@@ -49,27 +49,32 @@ def run_serve(
 ) -> None:
     """Serve until SIGINT, SIGTERM or SIGHUP.
 
-    The arguments are those of the command: `load` those of `load_policy` for POLICY, `run` those for all policies
-    (device, engine), `named` "name=path" of further policies: without `policy` the first of them is served at "/" as
-    well.
+    Args:
+        policy: path of the policy served at "/". Without it, the first of `named` is.
+        named: further policies as "name=path".
+        record: folder of recorded datasets, see `Recorder`.
+        load: arguments of `load_policy` for `policy`.
+        run: arguments of `load_policy` for all policies (device, engine).
+        rerun: see `LiveView`.
     """
     paths = policy_paths(policy, named)
     if load and policy is None:
         raise ServingError(f"{', '.join(load)} can only be given for POLICY, not for --policies.")
+    arguments = {name: {**run, **(load if name == DEFAULT else {})} for name in paths}
     for name, path in paths.items():
         try:
-            _check(path, settings, **run, **(load if name == DEFAULT else {}))
+            _check_policy(path, settings, **arguments[name])
         except TorchpiError as error:
             if name == DEFAULT and policy is not None:
                 raise
             raise type(error)(f"--policies {name}: {error}") from error
     loaders: dict[str, Callable[[], Policy]] = {
-        name: functools.partial(_load, path, settings, len(paths) == 1, **run, **(load if name == DEFAULT else {}))
+        name: functools.partial(_load_policy, path, settings, len(paths) == 1, **arguments[name])
         for name, path in paths.items()
     }
     log_to_stderr()
     return_large_buffers()
-    logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it reports each /metrics
+    logging.getLogger("torchpi.serving.server.websockets").setLevel(logging.WARNING)  # it logs each HTTP request
     if not settings.local and settings.token is None:
         _log.warning("everybody in the network of %s can use this server; protect it with --token", settings.host)
     with contextlib.ExitStack() as stack:
@@ -80,45 +85,48 @@ def run_serve(
         if rerun is not None:
             observers["view"] = stack.enter_context(LiveView(rerun))
         ended = asyncio.run(_serve(loaders, settings, observers))
-    if not ended:  # the model's thread is inside PyTorch, which the interpreter's end would tear down under it
-        _log.warning("the model or a decoder is still running; ending without it")
+    if not ended:  # exiting normally would tear PyTorch down while the model's thread is running it
+        _log.warning("the model or a decoder is still running; exiting anyway")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(0)
 
 
-def _check(path: str, settings: ServeSettings, *, device: str | None = None, engine: str = "auto", **load: Any) -> None:
-    """Raise now what `_load` raises about options and files; it begins when robots may connect already."""
+def _check_policy(
+    path: str, settings: ServeSettings, *, device: str | None = None, engine: str = "auto", **load: Any
+) -> None:
+    """Raise errors about options and files before the server listens; `_load_policy` runs after that."""
     check_device(engine, usable_device(device))
-    if path.startswith(REMOTE):  # it is downloaded then
-        for option, read in (("config", read_config), ("embodiment", get_embodiment)):
-            if option in load:
-                read(load[option])
+    if path.startswith(REMOTE):  # downloaded later, by `_load_policy`
+        if "config" in load:
+            read_config(load["config"])
+        if "embodiment" in load:
+            get_embodiment(load["embodiment"])
         return
     _, spec = open_policy(path, **{name: load[name] for name in load.keys() - {"verify", "emulate_fp8"}})
     if settings.protocol == "vla-eval" and spec.embodiment is not None:
         key_sources(spec.embodiment, settings.rename)
 
 
-def _load(path: str, settings: ServeSettings, is_alone: bool, **load: Any) -> Policy:
+def _load_policy(path: str, settings: ServeSettings, is_only_policy: bool, **load: Any) -> Policy:
     policy = load_policy(path, **load)
     if settings.protocol == "vla-eval":
         key_sources(policy.embodiment, settings.rename)  # raises before the warm-up
-    if is_alone:  # the number of threads is the process'
+    if is_only_policy:  # the number of threads holds for the whole process
         limit_threads(policy.model)
     return policy
 
 
 def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
-    """The policies' paths by name, the one at "/" first."""
+    """Paths of the policies by name; the policy at "/" comes first."""
     paths = {} if policy is None else {DEFAULT: policy}
     for text in named:
         name, _, path = text.partition("=")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not path:
             raise ServingError(
-                f"--policies has {text!r}; expected name=path, the name of letters, digits, '.', '_', '-'."
+                f"--policies has {text!r}; expected name=path, with a name of letters, digits, '.', '_', '-'."
             )
-        if name in paths or name in _NOT_POLICIES:
+        if name in paths or name in _RESERVED_NAMES:
             raise ServingError(f"--policies has the name {name!r}, which is taken; choose another one.")
         paths[name] = path
     if not paths:
@@ -129,7 +137,7 @@ def policy_paths(policy: str | None, named: Sequence[str]) -> dict[str, str]:
 async def _serve(
     loaders: Mapping[str, Callable[[], Policy]], settings: ServeSettings, observers: Mapping[str, Any]
 ) -> bool:
-    """Serve until a signal; False: the model's thread or a decoder's has not ended."""
+    """Serve until a signal; False if the thread of the model or of a decoder is still running."""
     server = PolicyServer(loaders, settings, **observers)
     loop = asyncio.get_running_loop()
     signals = [signal.SIGINT, signal.SIGTERM]
@@ -141,13 +149,13 @@ async def _serve(
         _log.info("%s: answering the requests that were received; a second signal ends at once", name)
         server.stop()
         for each in signals:
-            loop.remove_signal_handler(each)  # the second one acts as if there were no handler
+            loop.remove_signal_handler(each)  # a second signal has its default effect
 
-    def listening(address: str) -> None:
+    def on_listening(address: str) -> None:
         dashboard = f"http{address.removeprefix('ws')}"
         _log.info("listening at %s, warming up; dashboard at %s", address, dashboard)
         for each in signals:
             loop.add_signal_handler(each, stop, each)
 
-    await server.run(listening)
+    await server.run(on_listening)
     return server.join(1.0)

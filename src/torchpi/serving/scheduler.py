@@ -1,8 +1,8 @@
-"""The thread that owns the models, and the queue in front of it.
+"""Batching scheduler: the thread that owns the models, and its request queue.
 
-A forward pass takes the requests of the oldest one's kind that are waiting at that moment, and never waits for more. A
-connection has one request here at a time, see `connection.py`: first come, first served is then fair, because a client
-that has been answered comes behind everyone who waits.
+A forward pass batches the oldest waiting request with those compatible with it, and never waits for more to arrive. A
+connection has at most one request in the queue (see `connection.py`), so first come, first served is fair: an answered
+client queues again behind all waiting ones.
 """
 
 import asyncio
@@ -48,7 +48,7 @@ class ServedPolicy(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """An action chunk and its timing."""
+    """Action chunk and its timing."""
 
     chunk: ActionChunk
     queue_seconds: float
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One observation for the policy of this name; created in the event loop, where its answer arrives."""
+    """One observation for policy `policy`. Created in the event loop, where its answer arrives."""
 
     policy: str
     observation: dict[str, Any]
@@ -74,12 +74,12 @@ class Request:
     arrived: float = dataclasses.field(default_factory=time.perf_counter)
 
     @property
-    def kind(self) -> tuple[str, int | None, bool]:
-        """Common to the requests of one forward pass; guidance by a previous chunk takes longer, for all of them."""
+    def batch_key(self) -> tuple[str, int | None, bool]:
+        """Equal for requests that may share a forward pass. Guidance by a previous chunk would slow all of them."""
         return self.policy, self.num_steps, self.previous is not None
 
     def settle(self, result: Answer | RequestError) -> None:
-        """Set the answer, in the event loop's thread; an answer that is set already stays."""
+        """Set the answer unless it is set already; only in the event loop's thread."""
         if self.answer.done():
             return
         if isinstance(result, RequestError):
@@ -87,37 +87,38 @@ class Request:
         else:
             self.answer.set_result(result)
 
-    def settle_soon(self, result: Answer | RequestError) -> None:
-        """The same, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended: nobody waits
+    def settle_threadsafe(self, result: Answer | RequestError) -> None:
+        """`settle`, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody waits for the answer
             self.answer.get_loop().call_soon_threadsafe(self.settle, result)
 
 
 class Scheduler:
-    """Loads policies, warms them up, and answers requests, all in one thread of its own."""
+    """Loads policies, warms them up and answers requests, all in one thread."""
 
     def __init__(
         self, load: Mapping[str, Callable[[], ServedPolicy]], settings: ServeSettings, metrics: Metrics
     ) -> None:
         self._load, self._settings, self._metrics = dict(load), settings, metrics
-        several = settings.num_samples is not None
-        self._samples: dict[str, Any] = {"num_samples": settings.num_samples, "pick": settings.pick} if several else {}
+        self._sampling: dict[str, Any] = {}
+        if settings.num_samples is not None:
+            self._sampling = {"num_samples": settings.num_samples, "pick": settings.pick}
         self._policies: dict[str, ServedPolicy] = {}
         self.fingerprints: dict[str, dict[str, str]] = {}
-        """{"fingerprint": …} of the loaded policies that have one: the same robot may get other weights."""
+        """By policy, {"fingerprint": …} of its weights, or {} if it has none. Tells clients that weights changed."""
         self._waiting: list[Request] = []
         self._lock = threading.Lock()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
-        """An item for each request, and for the end, to wake the thread with; faster than a condition."""
+        """Gets an item per request, and one on closing, to wake the thread; faster than a condition variable."""
         self._closed = False
         metrics.queue_length.set_function(lambda: self.num_waiting)
         self.ready: concurrent.futures.Future[dict[str, ServedPolicy]] = concurrent.futures.Future()
-        """The policies by name, once they are loaded and warm; or the error that prevented it."""
-        # A daemon: a process that gives up on it can end.
+        """The loaded and warmed-up policies by name, or the error that prevented this."""
+        # A daemon, so that the process can exit while the model is still running.
         self._thread = threading.Thread(target=self._run, name="torchpi-model", daemon=True)
 
     def start(self) -> None:
-        """Begin to load; see `ready`."""
+        """Start loading; see `ready`."""
         self._thread.start()
 
     @property
@@ -136,7 +137,7 @@ class Scheduler:
         self._wake.put(None)
 
     def withdraw(self, request: Request) -> bool:
-        """Take a request out of the queue; False: it is not in it, because the model has begun with it."""
+        """Remove a request from the queue; False if it is not there because its forward pass has begun."""
         with self._lock:
             if request not in self._waiting:
                 return False
@@ -144,13 +145,13 @@ class Scheduler:
             return True
 
     def close(self) -> None:
-        """Take no more requests; the thread ends when the queue is empty."""
+        """Accept no more requests; the thread ends when the queue is empty."""
         with self._lock:
             self._closed = True
         self._wake.put(None)
 
     def join(self, timeout: float) -> bool:
-        """Wait at most so many seconds for the thread's end; False: it is still running."""
+        """Wait up to `timeout` seconds for the thread to end; False if it is still running."""
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -161,7 +162,7 @@ class Scheduler:
                 fingerprint = getattr(self._policies[name], "fingerprint", None)
                 self.fingerprints[name] = {} if fingerprint is None else {"fingerprint": fingerprint()}
                 self._warm_up(name)
-        except BaseException as error:  # raised by the caller that waits for `ready`
+        except BaseException as error:  # re-raised in the thread that waits for `ready`
             if len(self._load) > 1:
                 error.add_note(f"(policy {name})")
             self.ready.set_exception(error)
@@ -171,29 +172,30 @@ class Scheduler:
             self._answer(batch)
         for policy in self._policies.values():
             if policy.engine is not None:
-                policy.engine.close()  # the process would wait for all buckets that are queued
+                policy.engine.close()  # otherwise the process waits for all queued buckets to compile
 
     def _warm_up(self, name: str) -> None:
-        """Run the smallest and the largest batch once: kernels are compiled, and the memory suffices."""
+        """Run the smallest and the largest batch once, to compile kernels and to make sure that memory suffices."""
         policy = self._policies[name]
         for gap in control_gaps(policy.embodiment, policy.model.config.action_horizon):
             _log.warning("policy %s: %s", name, gap)
         for size in sorted({1, self._settings.max_batch}):
             start = time.perf_counter()
             noise = np.zeros((size, *self._settings.noise_shape(policy.model.config.chunk_shape)), np.float32)
-            observations, steps = [policy.example_observation()] * size, self._settings.num_steps
-            policy.infer_batch(observations, noise=noise, num_steps=steps, **self._samples)
+            observations, num_steps = [policy.example_observation()] * size, self._settings.num_steps
+            policy.infer_batch(observations, noise=noise, num_steps=num_steps, **self._sampling)
             _log.info("policy %s: warm-up, batch of %d: %.2f s", name, size, time.perf_counter() - start)
         if policy.engine is not None:
-            policy.engine.background = True  # no client waits for further sizes to be compiled
+            policy.engine.background = True  # no client waits until other batch sizes are compiled
 
     def _next_batch(self) -> list[Request]:
-        """The oldest request, and those of its kind that wait as well; empty: closed, and all is answered."""
+        """The oldest request and those that may share its forward pass; empty once closed and all are answered."""
         while True:
             with self._lock:
                 if self._waiting:
-                    kind = self._waiting[0].kind
-                    batch = [request for request in self._waiting if request.kind == kind][: self._settings.max_batch]
+                    key = self._waiting[0].batch_key
+                    batch = [request for request in self._waiting if request.batch_key == key]
+                    batch = batch[: self._settings.max_batch]
                     self._waiting = [request for request in self._waiting if request not in batch]
                     return batch
                 if self._closed:
@@ -201,7 +203,7 @@ class Scheduler:
             self._wake.get()
 
     def _answer(self, batch: list[Request]) -> None:
-        """Answer each request; one that fails, for example by a bad observation, fails alone."""
+        """Answer each request. A request that fails, for example for a bad observation, fails alone."""
         name, policy = batch[0].policy, self._policies[batch[0].policy]
         start = time.perf_counter()
         try:
@@ -210,14 +212,14 @@ class Scheduler:
                 noise=np.stack([request.noise for request in batch]),
                 num_steps=batch[0].num_steps,
                 prefixes=[request.previous for request in batch],
-                **self._samples,
+                **self._sampling,
             )
             assert len(chunks) == len(batch)
-            if not all(np.isfinite(chunk["actions"]).all() for chunk in chunks):  # of whatever policy
-                raise ActionError("There is NaN or infinity in the actions; no robot is sent such.")
+            if not all(np.isfinite(chunk["actions"]).all() for chunk in chunks):
+                raise ActionError("The actions contain NaN or infinity; they are not sent to the robot.")
         except Exception as error:
             if len(batch) == 1:
-                batch[0].settle_soon(_failure(policy, batch[0], error))
+                batch[0].settle_threadsafe(_failure(policy, batch[0], error))
                 return
             half = len(batch) // 2
             self._answer(batch[:half])
@@ -225,20 +227,20 @@ class Scheduler:
             return
         seconds = time.perf_counter() - start
         for request, chunk in zip(batch, chunks, strict=True):
-            request.settle_soon(Answer(chunk, start - request.arrived, seconds, len(batch)))
+            request.settle_threadsafe(Answer(chunk, start - request.arrived, seconds, len(batch)))
         self._metrics.inference_seconds.labels(name).observe(seconds)
         self._metrics.batch_size.labels(name).observe(len(batch))
 
 
 def _failure(policy: ServedPolicy, request: Request, error: Exception) -> RequestError:
-    """The error for the client: its own mistakes in full, of the server's only that there was one."""
+    """The error for the client. It describes a mistake of the client in full, but not an internal one."""
     if isinstance(error, ActionError):
         return RequestError("unsafe_actions", str(error))
     if isinstance(error, KeyError | ValueError):
         try:
             previous = {} if request.previous is None else {"actions": request.previous.actions}
             policy.prepare({**request.observation, **previous})
-        except (KeyError, ValueError) as mistake:
-            return RequestError("bad_observation", str(mistake))
+        except (KeyError, ValueError) as bad_observation:
+            return RequestError("bad_observation", str(bad_observation))
     _log.error("policy %s failed on a request", request.policy, exc_info=error)
     return RequestError("internal", "The policy failed on this observation; the server's log says why.")

@@ -1,6 +1,6 @@
-"""The websocket server: policies by name behind one port, from the first connection to the last answer.
+"""Websocket server for one or more policies on one port.
 
-The protocol is openpi's, see `connection.py`; the path chooses the policy. HTTP on the same port is in `pages.py`.
+The URL's path names the policy. `connection.py` has the protocol, and `pages.py` the HTTP pages on the same port.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ from torchpi.serving.vla_eval import BenchmarkConnection
 _log = logging.getLogger(__name__)
 
 _CLOSE_TIMEOUT = 2.0
-"""Seconds that a client has for its part of closing a connection."""
+"""Seconds that a client has to complete the closing handshake."""
 
 
 class PolicyServer:
     """Serves policies by name; the first one also at the path "/".
 
-    They are loaded by the functions `load`, in the model's thread. Recorder and view are closed by their owner.
+    The functions `load` are called in the model's thread. The caller closes `recorder` and `view`.
     """
 
     def __init__(
@@ -51,23 +51,26 @@ class PolicyServer:
         self.scheduler = Scheduler(load, settings, metrics)
         self._state = ServerState(settings, list(load), metrics, self.scheduler, observers)
         self._memory = MessageMemory(int(settings.max_memory_mb * 2**20), metrics)
-        self._numbers = itertools.count()
+        self._client_numbers = itertools.count()
         self._stopped = asyncio.Event()
 
-    async def run(self, listening: Callable[[str], None] = lambda address: None) -> None:
-        """Serve until `stop` is called; then answer the requests that were received, and close. As soon as connections
-        are accepted, `listening` is called with the address, ws://HOST:PORT."""
+    async def run(self, on_listening: Callable[[str], None] = lambda address: None) -> None:
+        """Serve until `stop` is called, then answer the requests received so far, and close.
+
+        Args:
+            on_listening: called with the address, ws://HOST:PORT, once connections are accepted.
+        """
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         server = await self._listen()
         stopped = asyncio.create_task(self._stopped.wait())
         try:
             host, port = next(iter(server.sockets)).getsockname()[:2]
-            listening(f"ws://{f'[{host}]' if ':' in host else host}:{port}")
+            on_listening(f"ws://{f'[{host}]' if ':' in host else host}:{port}")
             self.scheduler.start()
             loaded = asyncio.wrap_future(self.scheduler.ready)
-            first: list[asyncio.Future[Any]] = [loaded, stopped]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            awaited: list[asyncio.Future[Any]] = [loaded, stopped]
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
             if loaded.done():
                 self._state.policies = loaded.result()
                 self._ready.set_result(None)
@@ -79,7 +82,7 @@ class PolicyServer:
 
     def stop(self) -> None:
         """End `run`, from any thread."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended already
+        with contextlib.suppress(RuntimeError):  # the event loop has ended already
             self._loop.call_soon_threadsafe(self._stopped.set)
 
     async def _listen(self) -> Server:
@@ -91,64 +94,64 @@ class PolicyServer:
                 settings.host,
                 settings.port,
                 process_request=Pages(self._state).respond,
-                compression=None,  # of images it costs more time than it saves
+                compression=None,  # compressing images costs more time than it saves
                 max_size=settings.max_message_bytes,
-                max_queue=1,  # frames of one connection that wait here for the answer to the one before them
-                # A benchmark answers no ping while its simulator steps; TCP finds out whether it is there.
+                max_queue=1,  # frames buffered per connection while the previous one is being answered
+                # A benchmark answers no pings while its simulator steps; TCP detects a lost connection.
                 ping_timeout=20 if settings.protocol == "openpi" else None,
-                create_connection=self._memory.connect,  # type: ignore[arg-type]  # a factory will do
+                create_connection=self._memory.connect,  # type: ignore[arg-type]  # a factory also works
                 close_timeout=_CLOSE_TIMEOUT,
-                origins=[None],  # browsers say where a page comes from: no web page may use the robot's policy
+                origins=[None],  # only browsers send an Origin, and no web page may use the robot's policy
                 logger=logging.getLogger(f"{__name__}.websockets"),
             )
         except OSError as error:
-            # Of one argument: str() of an OSError with a number begins with "[Errno …]".
+            # The new errors get a message only: str() of an OSError with an errno begins with "[Errno …]".
             if error.errno == errno.EADDRINUSE:
                 raise OSError(
                     f"Port {settings.port} of {settings.host} is taken; choose another one with --port (0: a free one)."
                 ) from error
-            unknown = isinstance(error, socket.gaierror)
-            if unknown or error.errno in (errno.EADDRNOTAVAIL, None):  # asyncio gives no number from Python 3.13 on
-                reason = f": {error.strerror}" if unknown else ""
-                raise OSError(f"{settings.host} is no address of this machine{reason}.") from error
+            is_unknown_name = isinstance(error, socket.gaierror)
+            if is_unknown_name or error.errno in (errno.EADDRNOTAVAIL, None):  # None: asyncio from Python 3.13 on
+                reason = f": {error.strerror}" if is_unknown_name else ""
+                raise OSError(f"{settings.host} is not an address of this machine{reason}.") from error
             raise
 
     async def _handle(self, websocket: ServerConnection) -> None:
         assert websocket.request is not None
         assert isinstance(websocket, CountedConnection)
         policy = path_of(websocket.request)[1:] or self._state.names[0]
-        kind = Connection if self._state.settings.protocol == "openpi" else BenchmarkConnection
-        connection = kind(websocket, self._state, number=next(self._numbers), policy=policy)
+        connection_class = Connection if self._state.settings.protocol == "openpi" else BenchmarkConnection
+        connection = connection_class(websocket, self._state, number=next(self._client_numbers), policy=policy)
         await connection.run(self._ready)
 
     async def _close(self, server: Server) -> None:
-        """Refuse connections, answer the requests that were received within the grace period, and close."""
+        """Refuse new connections, answer the requests received so far within the grace period, and close."""
         state = self._state
         state.stopping = True
         server.close(close_connections=False)
         answering = {connection.websocket for connection in state.connections if connection.answering}
         await asyncio.gather(*(websocket.close(*GOODBYE) for websocket in server.connections - answering))
         self.scheduler.close()
-        await self._until_answered(state.settings.grace)
+        await self._wait_until_answered(state.settings.grace)
         for connection in state.connections:
             connection.give_up(
-                RequestError("shutting_down", "The server is shutting down, and had no time left for the request.")
+                RequestError("shutting_down", "The server shut down before it could answer this request.")
             )
-        await self._until_answered(_CLOSE_TIMEOUT)
+        await self._wait_until_answered(_CLOSE_TIMEOUT)
         await asyncio.gather(*(websocket.close(*GOODBYE) for websocket in server.connections))
         await server.wait_closed()
         state.decoders.shutdown(wait=False, cancel_futures=True)
 
     def join(self, timeout: float) -> bool:
-        """Wait at most so many seconds for the end of the model's thread and the decoders'; False: some are running."""
+        """Wait up to `timeout` seconds for the threads of model and decoders; False if any is still running."""
         decoding = concurrent.futures.wait([*self._state.decoding], timeout).not_done
         return self.scheduler.join(timeout) and not decoding
 
-    async def _until_answered(self, timeout: float) -> None:
-        """Wait until the clients that were being answered are gone, at most so many seconds."""
-        gone = [each.websocket.wait_closed() for each in self._state.connections if each.answering]
+    async def _wait_until_answered(self, timeout: float) -> None:
+        """Wait up to `timeout` seconds until the clients that are being answered have disconnected."""
+        closed = [each.websocket.wait_closed() for each in self._state.connections if each.answering]
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.gather(*gone), timeout)
+            await asyncio.wait_for(asyncio.gather(*closed), timeout)
 
 
 @contextlib.contextmanager
@@ -159,18 +162,20 @@ def running_server(
     recorder: Recorder | None = None,
     view: LiveView | None = None,
 ) -> Iterator[tuple[str, PolicyServer]]:
-    """A server in a thread of this process until the block ends, for tests and measurements: its address ws://HOST:PORT,
-    and the server, which listens from the beginning on, though its policies may not be warm yet."""
+    """Run a server in a thread of this process, for tests and benchmarks.
+
+    Yields its address, ws://HOST:PORT, and the server. It is listening, but its policies may not be warm yet.
+    """
     server = PolicyServer(load, settings or ServeSettings(port=0), recorder=recorder, view=view)
-    started: concurrent.futures.Future[str] = concurrent.futures.Future()
+    listening: concurrent.futures.Future[str] = concurrent.futures.Future()
     with concurrent.futures.ThreadPoolExecutor(1, "torchpi-server") as thread:
-        ended = thread.submit(asyncio.run, server.run(started.set_result))
-        first: list[concurrent.futures.Future[Any]] = [started, ended]
-        concurrent.futures.wait(first, return_when=concurrent.futures.FIRST_COMPLETED)
-        if not started.done():
+        ended = thread.submit(asyncio.run, server.run(listening.set_result))
+        awaited: list[concurrent.futures.Future[Any]] = [listening, ended]
+        concurrent.futures.wait(awaited, return_when=concurrent.futures.FIRST_COMPLETED)
+        if not listening.done():
             ended.result()  # raises
         try:
-            yield started.result(), server
+            yield listening.result(), server
         finally:
             server.stop()
             ended.result()

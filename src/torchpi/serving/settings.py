@@ -20,45 +20,45 @@ class ServeSettings:
     """Settings and limits of a server; the options of `torchpi serve`."""
 
     host: str = "127.0.0.1"
-    """Address to listen at; 0.0.0.0: on every network of this machine."""
+    """Address to listen on; 0.0.0.0 listens on every network of this machine."""
     port: int = 8000
-    """0: a free one."""
+    """Port to listen on; 0 picks a free one."""
     protocol: Literal["openpi", "vla-eval"] = "openpi"
-    """openpi's, for robots; vla-eval: the vla-evaluation-harness', for its benchmarks."""
+    """openpi: openpi's protocol, for robots. vla-eval: the protocol of the vla-evaluation-harness, for its
+    benchmarks."""
     rename: tuple[str, ...] = ()
-    """With --protocol vla-eval: the benchmark's keys and the policy's, for example images.agentview=observation/image;
-    by default LIBERO's, for policies of its robot."""
+    """With --protocol vla-eval: pairs BENCHMARK_KEY=POLICY_KEY, for example images.agentview=observation/image. By
+    default LIBERO's, for policies of LIBERO's robot."""
     token: str | None = None
-    """Token that clients must send as Authorization: Bearer TOKEN, or Api-Key TOKEN; by default TORCHPI_TOKEN of the
-    environment, or else none is needed."""
+    """Token that clients must send as "Authorization: Bearer TOKEN" or "Api-Key TOKEN". By default the environment
+    variable TORCHPI_TOKEN; if that is not set either, no token is needed."""
     num_steps: int | None = None
-    """Euler steps of a request that does not state them; by default the policy's, which are 10 unless it says
-    otherwise."""
+    """Euler steps for requests that do not set their number. By default the policy's number, usually 10."""
     num_samples: int | None = None
-    """Chunks that are sampled for each request; the answer has all of them and their spread. They share the work on the
-    images and the prompt."""
+    """Number of action chunks sampled per request. The answer has all of them and their spread; images and prompt are
+    processed once."""
     pick: PickName | None = None
-    """The choice among them: consensus, the one nearest to the others (by default), velocity_residual, the straightest
-    path from noise to actions, or first, as without --num-samples."""
+    """Choice of the sample returned as "actions": consensus (default), the one nearest to the others; velocity_residual,
+    the one with the straightest path from noise to actions; first, as without --num-samples."""
     seed: int = 0
-    """Seed of the noise of requests that bring none."""
+    """Seed of the noise for requests that bring none."""
     max_batch: int = 8
-    """Requests in one forward pass of the model. Their answers are those of single requests."""
+    """Largest number of requests in one forward pass. Batching does not change the answers."""
     max_queue: int = 64
-    """Requests that may wait for the model."""
+    """Largest number of requests that wait for the model."""
     deadline: float = 30.0
-    """Seconds that a request may wait for the model; then it is dropped, with an error to its client."""
+    """Seconds that a request may wait for the model. After that it is dropped, and its client receives an error."""
     max_connections: int = 64
-    """Clients at once."""
+    """Largest number of connected clients."""
     max_message_mb: float = 32.0
-    """Size of a request in MiB."""
+    """Largest size of a request in MiB."""
     max_memory_mb: float = 1024.0
-    """MiB that the messages of all clients may hold together, until they are answered, and the last one of each on the
-    dashboard; beyond it the client that holds most is disconnected."""
+    """Memory limit in MiB for the messages of all clients: requests until they are answered, and the last one of each
+    client for the dashboard. Beyond the limit, the client that holds most is disconnected."""
     max_rate: float = 200.0
-    """Requests per second of one client, on average over a second."""
+    """Largest number of requests per second from one client, averaged over a second."""
     grace: float = 10.0
-    """Seconds at the end in which requests that were received are still answered."""
+    """Seconds after a stop signal in which requests received before it are still answered."""
 
     def __post_init__(self) -> None:
         counts = ("max_batch", "max_queue", "max_connections")
@@ -76,17 +76,17 @@ class ServeSettings:
         if not 0 <= self.port < 2**16:
             raise ServingError(f"port is {self.port}; expected 0 to 65535.")
         if self.rename and self.protocol != "vla-eval":
-            raise ServingError("rename is for --protocol vla-eval; openpi's clients send the policy's own keys.")
+            raise ServingError("rename needs --protocol vla-eval; openpi's clients send the policy's own keys.")
         if self.token is not None and self.protocol == "vla-eval":
-            raise ServingError("vla-eval's client sends no token; expected none (--token, TORCHPI_TOKEN).")
+            raise ServingError("vla-eval's client cannot send a token; leave --token out and TORCHPI_TOKEN unset.")
         if not self.grace >= 0:
             raise ServingError(f"grace is {self.grace}; expected 0 or more.")
         checked_seed(self.seed)
         if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token.split()):
-            raise ServingError("The token must be of printable ASCII characters, and not empty.")
+            raise ServingError("The token must consist of printable ASCII characters and not be empty.")
 
     def noise_shape(self, chunk_shape: tuple[int, int]) -> tuple[int, ...]:
-        """Of a request: [H, action_dim], or [N, H, action_dim] with `num_samples`."""
+        """Shape of a request's noise: [H, action_dim], or [N, H, action_dim] with `num_samples`."""
         return chunk_shape if self.num_samples is None else (self.num_samples, *chunk_shape)
 
     @property
@@ -99,26 +99,27 @@ class ServeSettings:
         return self.host in LOCAL_HOSTS
 
     def admits(self, authorization: str | None) -> bool:
+        """True if the value of an Authorization header holds the server's token, or none is needed."""
         if self.token is None:
             return True
         scheme, _, credentials = (authorization or "").partition(" ")
-        # compare_digest takes the same time wherever the two differ, so that the answer's time tells nothing.
+        # compare_digest takes constant time, so that the response time reveals nothing about the token.
         same = hmac.compare_digest(credentials.strip().encode(errors="surrogateescape"), self.token.strip().encode())
         return same and scheme.lower() in ("bearer", "api-key")
 
 
 class RateLimit:
-    """A token bucket: `rate` per second, and `burst` at once after a silence, by default those of a second."""
+    """Token bucket: `rate` events per second, and up to `burst` at once (by default one second's worth)."""
 
     def __init__(self, rate: float, now: float, burst: float | None = None) -> None:
-        self._rate, self._size = rate, max(burst or rate, 1.0)
-        self._left, self._at = self._size, now
+        self._rate, self._capacity = rate, max(burst or rate, 1.0)
+        self._tokens, self._updated_at = self._capacity, now
 
     def allows(self, now: float) -> bool:
-        """Count one more at this time, in seconds; False: it exceeds the rate."""
-        self._left = min(self._size, self._left + (now - self._at) * self._rate)
-        self._at = now
-        if self._left < 1:
+        """Count an event at `now` (seconds); False if it exceeds the rate."""
+        self._tokens = min(self._capacity, self._tokens + (now - self._updated_at) * self._rate)
+        self._updated_at = now
+        if self._tokens < 1:
             return False
-        self._left -= 1
+        self._tokens -= 1
         return True
