@@ -1,7 +1,7 @@
-"""JPEG images in requests: a few percent of the bytes, for a few milliseconds and a small error.
+"""JPEG images in requests: a few percent of the bytes, at the cost of a few milliseconds and a small error.
 
 Over a cable raw images are faster: 450 kB take 4 ms at 1 Gbit/s. Over a radio link of 50 Mbit/s they take 72 ms. JPEG
-is lossy, and the policy may have been trained on uncompressed images; `jpeg_cost` measures size, time and error on
+is lossy, and the policy may have been trained on uncompressed images. `jpeg_cost` measures size, time and error for
 your images.
 """
 
@@ -20,34 +20,35 @@ from torchpi_client.protocol import JPEG, PNG
 
 QUALITY = 90
 MAX_PIXELS = 4096 * 4096
-"""Largest image that is decoded; larger ones are refused before anything is allocated."""
+"""Largest image that is decoded. Larger ones are refused before anything is allocated."""
 MAX_SIDE = 65500
-"""Longest side of an image in pixels, as limited by libjpeg."""
+"""Longest side of an image in pixels, a limit of libjpeg."""
 MAX_SCANS = 32
-"""Passes over the image that a JPEG may ask for; libjpeg's own have at most ten. An empty one has a few bytes, and
-takes as long to decode as the whole image."""
+"""Scans per JPEG. libjpeg writes at most ten. An empty scan has a few bytes, but decoding it takes as long as the whole
+image."""
 MAX_SEGMENTS = 1000
-MAX_CHUNKS = 10_000
-"""Chunks of a PNG; encoders write some kilobytes of pixels into each."""
+"""Segments per JPEG."""
 MAX_METADATA = 2**20
-"""Segments of a JPEG, and bytes of all that is not its image: tables, colour profile, Exif."""
+"""Bytes of a JPEG besides its scans: tables, colour profile, Exif."""
+MAX_CHUNKS = 10_000
+"""Chunks per PNG. Encoders write several kilobytes of pixels into each."""
 
-# Markers (ITU T.81, table B.1). Of the frames' the number of pixels that a byte can hold: each block of 8 × 8 has at
-# least one bit in the first scan of a progressive image, and two in the others. Arithmetic coding and what else there
-# is are not for cameras.
+# JPEG markers (ITU T.81, table B.1). _FRAMES has the largest number of pixels that one byte can encode: a block of
+# 8 × 8 pixels takes at least one bit in the first scan of a progressive image, and two bits in other images. Cameras
+# use neither arithmetic coding nor the remaining kinds of frames.
 _FRAMES = {0xC0: 256, 0xC1: 256, 0xC2: 512}
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
 _NEEDED = (*_FRAMES, 0xC4, _SCAN, 0xDB, 0xDD, 0xE0, 0xEE)
-"""Frame, Huffman tables, scan, quantization tables, restart interval; JFIF and Adobe say what the colours are."""
+"""Frame, Huffman tables, scan, quantization tables, restart interval; JFIF and Adobe segments state the colour space."""
 _IGNORED = (*range(0xE1, 0xF0), 0xFE)
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
-"""The next marker, behind those within a scan."""
+"""Next marker that is not part of a scan."""
 _OTHER_BYTES = bytes(range(64, 192))
-_TURNS = (
+_TRANSPOSES = (
     *("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM"),
     *("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"),
 )
-"""Pillow's names for the Exif orientations from 2 on."""
+"""Pillow's names for the Exif orientations 2 to 8."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,8 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
     """A copy of the observation with each image as {"torchpi/jpeg": bytes, "layout": "hwc" or "chw"}.
 
     Args:
-        observation: its arrays with three axes are the images, uint8 [h, w, 3] or [3, h, w]. Depth, other numbers in
-            [h, w, 1] or [1, h, w], stays as it is.
+        observation: arrays with three axes are images, uint8 [h, w, 3] or [3, h, w]. Depth ([h, w, 1] or [1, h, w],
+            not uint8) is not changed.
         quality: 1 to 95. Colours keep their full resolution (4:4:4).
 
     Raises:
@@ -85,26 +86,17 @@ def encode_images(observation: dict[str, Any], *, quality: int = QUALITY) -> dic
     """
     if not 1 <= quality <= 95:
         raise ValueError(f"The JPEG quality is {quality}; expected 1 to 95.")
-    count = 0
+    num_images = 0
 
-    def encode(key: str, image: np.ndarray) -> dict[str, Any]:
-        nonlocal count
-        count += 1
-        layout = _layout(key, image)
-        pixels = np.ascontiguousarray(image if layout == "hwc" else np.moveaxis(image, 0, -1))
-        height, width = pixels.shape[:2]
-        if max(height, width) > MAX_SIDE:
-            raise ValueError(
-                f"Cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
-                "send it uncompressed, or smaller."
-            )
-        buffer = io.BytesIO()
-        # Pillow's default, 4:2:0, would halve the colour resolution.
-        _pillow().fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
-        return {JPEG: buffer.getvalue(), "layout": layout}
+    def encode(key: str, value: Any) -> Any:
+        nonlocal num_images
+        if not _is_image(value):
+            return value
+        num_images += 1
+        return _encode_image(key, value, quality)
 
-    encoded = _map_images(observation, encode)
-    if not count:
+    encoded = _map_values(observation, encode)
+    if not num_images:
         raise ValueError(
             f"There is no image to send as JPEG in the observation with {', '.join(map(str, observation))}."
         )
@@ -116,19 +108,11 @@ def decode_images(observation: dict[str, Any], *, max_pixels: int = MAX_PIXELS) 
 
     Raises:
         ModuleNotFoundError: Pillow is not installed.
-        ValueError: an encoded image is malformed, too large, or costs more to decode than what it shows.
+        ValueError: an encoded image is malformed, too large, or decoding it would be too expensive for its size.
     """
-
-    def decode(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return (
-                _decode_image(key, value, max_pixels)
-                if JPEG in value or PNG in value
-                else _walk(value, decode, f"{key}.")
-            )
-        return value
-
-    return _walk(observation, decode)
+    return _map_values(
+        observation, lambda key, value: _decode_image(key, value, max_pixels) if _is_encoded(value) else value
+    )
 
 
 def jpeg_cost(
@@ -137,37 +121,54 @@ def jpeg_cost(
     """Bytes, time and error of `encode_images` for each image of an observation; raises as it does."""
     costs: list[ImageCost] = []
 
-    def measure(key: str, image: np.ndarray) -> np.ndarray:
-        start = timer()
-        encoded = encode_images({"image": image}, quality=quality)
-        encode_ms = 1e3 * (timer() - start)
-        error = np.abs(decode_images(encoded)["image"].astype(np.int16) - image)
-        size = len(encoded["image"][JPEG])
-        costs.append(ImageCost(key, image.nbytes, size, encode_ms, float(error.mean()), int(error.max())))
+    def measure(key: str, image: Any) -> Any:
+        if _is_image(image):
+            start = timer()
+            encoded = encode_images({"image": image}, quality=quality)
+            encode_ms = 1e3 * (timer() - start)
+            error = np.abs(decode_images(encoded)["image"].astype(np.int16) - image)
+            size = len(encoded["image"][JPEG])
+            costs.append(ImageCost(key, image.nbytes, size, encode_ms, float(error.mean()), int(error.max())))
         return image
 
-    _map_images(observation, measure)
+    _map_values(observation, measure)
     return costs
 
 
-def _map_images(observation: dict[str, Any], change: Callable[[str, np.ndarray], Any]) -> dict[str, Any]:
-    """The tree with `change` applied to all images."""
-
-    def visit(key: str, value: Any) -> Any:
-        if isinstance(value, dict):
-            return _walk(value, visit, f"{key}.")
-        return change(key, value) if isinstance(value, np.ndarray) and _is_image(value) else value
-
-    return _walk(observation, visit)
-
-
-def _is_image(array: np.ndarray) -> bool:
-    """True for three axes, but for depth."""
-    return array.ndim == 3 and (array.dtype == np.uint8 or 1 not in (array.shape[0], array.shape[2]))
+def _map_values(tree: dict[str, Any], change: Callable[[str, Any], Any], prefix: str = "") -> dict[str, Any]:
+    """A copy with `change(key, value)` for each value; nested keys are joined by '.', encoded images are values."""
+    return {
+        key: _map_values(value, change, f"{prefix}{key}.")
+        if isinstance(value, dict) and not _is_encoded(value)
+        else change(f"{prefix}{key}", value)
+        for key, value in tree.items()
+    }
 
 
-def _walk(tree: dict[str, Any], change: Callable[[str, Any], Any], prefix: str = "") -> dict[str, Any]:
-    return {key: change(f"{prefix}{key}", value) for key, value in tree.items()}
+def _is_encoded(value: Any) -> bool:
+    return isinstance(value, dict) and (JPEG in value or PNG in value)
+
+
+def _is_image(value: Any) -> bool:
+    """True for an array with three axes, except depth."""
+    if not isinstance(value, np.ndarray) or value.ndim != 3:
+        return False
+    return value.dtype == np.uint8 or 1 not in (value.shape[0], value.shape[2])
+
+
+def _encode_image(key: str, image: np.ndarray, quality: int) -> dict[str, Any]:
+    layout = _layout(key, image)
+    pixels = np.ascontiguousarray(image if layout == "hwc" else np.moveaxis(image, 0, -1))
+    height, width = pixels.shape[:2]
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(
+            f"Cannot send {key} as JPEG: it is {width}×{height} pixels; the largest side of a JPEG is {MAX_SIDE}: "
+            "send it uncompressed, or smaller."
+        )
+    buffer = io.BytesIO()
+    # Pillow's default subsampling, 4:2:0, would halve the colour resolution.
+    _pillow().fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return {JPEG: buffer.getvalue(), "layout": layout}
 
 
 def _layout(key: str, image: np.ndarray) -> str:
@@ -183,19 +184,21 @@ def _layout(key: str, image: np.ndarray) -> str:
 
 def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarray:
     pillow = _pillow()
-    kind, name = (JPEG, "JPEG") if JPEG in value else (PNG, "PNG")
-    data, layout = value[kind], value.get("layout")
-    if set(value) != {kind, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
-        raise ValueError(f"{key:.80} is no image: expected {{{kind!r}: bytes, 'layout': 'hwc' or 'chw'}} alone.")
+    field, name = (JPEG, "JPEG") if JPEG in value else (PNG, "PNG")
+    data, layout = value[field], value.get("layout")
+    if set(value) != {field, "layout"} or not isinstance(data, bytes) or layout not in ("hwc", "chw"):
+        raise ValueError(
+            f"{key:.80} is no valid image: expected {{{field!r}: bytes, 'layout': 'hwc' or 'chw'}} and no other keys."
+        )
     try:
-        parts, orientation = _needed_parts(data, max_pixels) if kind == JPEG else (_needed_chunks(data), 1)
+        parts, orientation = _jpeg_parts(data, max_pixels) if field == JPEG else (_png_parts(data), 1)
         with pillow.open(io.BytesIO(b"".join(parts)), formats=[name]) as image:
             if image.mode != "RGB" or image.width * image.height > max_pixels:
                 found = f"{image.width}×{image.height} pixels in mode {image.mode}"
                 raise ValueError(f"{found}; expected RGB, and at most {max_pixels} pixels")
-            turned = image.transpose(pillow.Transpose[_TURNS[orientation - 2]]) if orientation > 1 else image
-            pixels = np.array(turned)  # as a dataset's images
-            if kind == JPEG:  # of a PNG that ends too early Pillow says so
+            upright = image.transpose(pillow.Transpose[_TRANSPOSES[orientation - 2]]) if orientation > 1 else image
+            pixels = np.array(upright)  # as the images of datasets are read
+            if field == JPEG:  # for a truncated PNG, Pillow raises an error itself
                 _check_complete(parts, image)
     # Pillow raises many kinds of errors for damaged files: OSError, SyntaxError, its own DecompressionBombError …
     except Exception as error:
@@ -204,17 +207,17 @@ def _decode_image(key: str, value: dict[str, Any], max_pixels: int) -> np.ndarra
     return pixels if layout == "hwc" else np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
-def _needed_parts(data: bytes, max_pixels: int) -> tuple[list[bytes], int]:
-    """The parts of a JPEG on which its pixels depend, and its Exif orientation.
+def _jpeg_parts(data: bytes, max_pixels: int) -> tuple[list[bytes], int]:
+    """The parts of a JPEG that determine its pixels, and its Exif orientation.
 
-    An error if decoding it would cost more than what it shows: from its headers, before anything is decoded.
+    Raises an error if decoding would be too expensive for the image's size. Only headers are read for this.
     """
-    frame, pixels, scans, scan_bytes, orientation = 0, 0, 0, 0, 0
+    frame, num_pixels, num_scans, scan_bytes, orientation = 0, 0, 0, 0, 0
     parts = [data[:2]]
-    for number, (marker, start, body, end) in enumerate(_segments(data)):
-        scans, scan_bytes = scans + (marker == _SCAN), scan_bytes + end - body
-        if number >= MAX_SEGMENTS or scans > MAX_SCANS or end - scan_bytes > MAX_METADATA:
-            limits = f"{MAX_SCANS} scans, {MAX_SEGMENTS} segments, or {MAX_METADATA} bytes beside the image"
+    for index, (marker, start, header_end, end) in enumerate(_segments(data)):
+        num_scans, scan_bytes = num_scans + (marker == _SCAN), scan_bytes + end - header_end
+        if index >= MAX_SEGMENTS or num_scans > MAX_SCANS or end - scan_bytes > MAX_METADATA:
+            limits = f"{MAX_SCANS} scans, {MAX_SEGMENTS} segments, or {MAX_METADATA} bytes besides the scans"
             raise ValueError(f"it has more than {limits}")
         if marker not in _NEEDED + _IGNORED or (frame and marker in _FRAMES):
             raise ValueError(f"it has a segment {marker:#x}; expected one image, baseline or progressive")
@@ -222,19 +225,20 @@ def _needed_parts(data: bytes, max_pixels: int) -> tuple[list[bytes], int]:
             parts.append(data[start:end])
         if marker in _FRAMES:
             height, width = (int.from_bytes(data[start + i : start + i + 2], "big") for i in (5, 7))
-            frame, pixels = marker, width * height
+            frame, num_pixels = marker, width * height
         elif marker == _EXIF and not orientation and data[start + 4 : start + 10] == b"Exif\0\0":
-            orientation = _orientation(data[start + 10 : body])
-    if not frame or not scans:
-        raise ValueError("there is no image in it")
-    if pixels > max_pixels or pixels > _FRAMES[frame] * scan_bytes:
-        limits = f"at most {max_pixels}, and its {scan_bytes} bytes hold at most {_FRAMES[frame] * scan_bytes}"
+            orientation = _orientation(data[start + 10 : header_end])
+    if not frame or not num_scans:
+        raise ValueError("it contains no image")
+    possible = _FRAMES[frame] * scan_bytes
+    if num_pixels > min(max_pixels, possible):
+        limits = f"at most {max_pixels}, and its {scan_bytes} bytes hold at most {possible}"
         raise ValueError(f"its header has {width}×{height} pixels; expected {limits}")
     return [*parts, data[end : end + 2]], orientation
 
 
-def _needed_chunks(data: bytes) -> list[bytes]:
-    """The parts of a PNG on which its pixels depend; the others may unpack to a thousand times their size."""
+def _png_parts(data: bytes) -> list[bytes]:
+    """The parts of a PNG that determine its pixels. Other chunks may unpack to a thousand times their size."""
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError("it does not begin as a PNG file")
     parts, start = [data[:8]], 8
@@ -249,10 +253,10 @@ def _needed_chunks(data: bytes) -> list[bytes]:
 
 
 def _check_complete(parts: list[bytes], image: Any) -> None:
-    """Raise an error for a picture whose data end before it does.
+    """Raise an error for a truncated JPEG.
 
-    libjpeg fills it up with the last colour, and says nothing. So if the last block has one colour, it is decoded again
-    with other bytes behind its data: what they change was missing.
+    libjpeg silently fills missing data with the last colour. So if the last block has a single colour, the image is
+    decoded again with other bytes appended to its scans: if they change any pixel, data was missing.
     """
     left, top = (max((side - 1) // 8 * 8, side - 4) for side in image.size)
     if any(low != high for low, high in image.crop((left, top, *image.size)).getextrema()):
@@ -260,33 +264,34 @@ def _check_complete(parts: list[bytes], image: Any) -> None:
     padded = [part + _OTHER_BYTES if part[:2] == b"\xff\xda" else part for part in parts]
     with _pillow().open(io.BytesIO(b"".join(padded)), formats=["JPEG"]) as other:
         if other.tobytes() != image.tobytes():
-            raise ValueError("its data end before the picture of its header does")
+            raise ValueError("its data end before the image is complete")
 
 
 def _segments(data: bytes) -> Iterator[tuple[int, int, int, int]]:
-    """The marker of each segment of a JPEG, where it begins, where its scan begins (else: ends), and where it ends."""
+    """The segments of a JPEG: marker, start, end of the header and end. Only a scan has data behind its header."""
     if data[:3] != b"\xff\xd8\xff":
         raise ValueError("it does not begin as a JPEG file")
-    found = _MARKER.search(data, 2)
-    while found is not None and (marker := data[found.start() + 1]) != _END:
-        body = found.end() + int.from_bytes(data[found.end() : found.end() + 2], "big")
-        following = _MARKER.search(data, body)
+    match = _MARKER.search(data, 2)
+    while match is not None and data[match.start() + 1] != _END:
+        marker = data[match.start() + 1]
+        header_end = match.end() + int.from_bytes(data[match.end() : match.end() + 2], "big")
+        following = _MARKER.search(data, header_end)
         end = len(data) if following is None else following.start()
-        yield marker, found.start(), body, end if marker == _SCAN else min(body, end)
-        found = following
+        yield marker, match.start(), header_end, end if marker == _SCAN else min(header_end, end)
+        match = following
 
 
 def _orientation(tiff: bytes) -> int:
-    """The orientation in the first directory of Exif data, 1 to 8; 1 where there is none."""
+    """The orientation in the first directory of Exif data, 1 to 8; 1 if there is none."""
     order = "<" if tiff[:2] == b"II" else ">"
     try:
-        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
-        (count,) = struct.unpack_from(f"{order}H", tiff, first)
-        for i in range(count):
-            tag, kind, _, value = struct.unpack_from(f"{order}HHIH", tiff, first + 2 + 12 * i)
-            if (tag, kind) == (0x0112, 3):
+        (directory,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (num_entries,) = struct.unpack_from(f"{order}H", tiff, directory)
+        for i in range(num_entries):
+            tag, field_type, _, value = struct.unpack_from(f"{order}HHIH", tiff, directory + 2 + 12 * i)
+            if (tag, field_type) == (0x0112, 3):
                 return value if 1 <= value <= 8 else 1
-    except struct.error:  # damaged: Pillow ignores it, too
+    except struct.error:  # damaged; Pillow ignores it too
         pass
     return 1
 

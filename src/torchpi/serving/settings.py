@@ -38,8 +38,8 @@ class ServeSettings:
     """Number of action chunks sampled per request. The answer has all of them and their spread; images and prompt are
     processed once."""
     pick: PickName | None = None
-    """Choice of the sample returned as "actions": consensus (default), the one nearest to the others; velocity_residual,
-    the one with the straightest path from noise to actions; first, as without --num-samples."""
+    """Choice of the sample returned as "actions": consensus (default), the one nearest to the others; first, as without
+    --num-samples; velocity_residual, the one with the straightest path from noise to actions."""
     seed: int = 0
     """Seed of the noise for requests that bring none."""
     max_batch: int = 8
