@@ -193,8 +193,8 @@ class _WatchedLoop(ControlLoop):
         self.watched = _WatchedSchedule(super()._make_schedule(length))
         return self.watched
 
-    def _ask(self) -> None:
-        super()._ask()
+    def _request_chunk(self) -> None:
+        super()._request_chunk()
         self._receive()  # an answer without delay is there in the same step; real ones never are
 
     def _next_command(self) -> np.ndarray | None:

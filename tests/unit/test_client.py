@@ -557,7 +557,7 @@ def test_close_ends_request_while_sending():
     with non_reading_server(pack(METADATA)) as (url, _):
         policy = WebsocketPolicy(url, answer_timeout=None)
         with asking(policy, LARGE):
-            wait_until(policy._one_at_a_time.locked)
+            wait_until(policy._request_lock.locked)
             policy.close()
         policy.close()
 
@@ -606,7 +606,7 @@ def test_request_above_server_size_limit_is_sent_once():
             requests.append(request)
 
     with running(small) as url, WebsocketPolicy(url) as policy:
-        with pytest.raises(ValueError, match=r"request has 30\d\d bytes, more than ws://.* takes .*JPEG"):
+        with pytest.raises(ValueError, match=r"request has 30\d\d bytes, more than ws://.* accepts .*JPEG"):
             policy.infer({"image": np.zeros((10, 100, 3), np.uint8)})
         assert (policy.reconnects, requests) == (0, [])
 
@@ -844,7 +844,7 @@ def test_damaged_jpeg_is_refused():
     good = encode_images({"top": smooth_image()})["top"]
     cut = good[JPEG][: len(good[JPEG]) // 2]
     for bad in ({**good, "more": 1}, {**good, "layout": "hw"}, {JPEG: "text", "layout": "hwc"}):
-        with pytest.raises(ValueError, match="top is no image"):
+        with pytest.raises(ValueError, match="top is no valid image"):
             decode_images({"top": bad})
     for data in (b"", b"\x89PNG\r\n\x1a\n", cut):
         with pytest.raises(ValueError, match="Cannot decode the JPEG of top"):
@@ -990,7 +990,9 @@ def test_http_rejection_raises_connection_error_with_remedy():
         with pytest.raises(ConnectionError, match=r"HTTP 401: who are you\?; pass its token as api_key"):
             WebsocketPolicy(url)
         answers = [(404, "there is no policy at /arm; this server has /default\n")]
-        with pytest.raises(ConnectionError, match=r"HTTP 404: .* has /default; what follows the port in the URL names"):
+        with pytest.raises(
+            ConnectionError, match=r"HTTP 404: .* has /default; the path after the port in the URL names"
+        ):
             WebsocketPolicy(url)
 
 

@@ -56,7 +56,7 @@ def test_load_observation_reads_nested_keys(observation_file, tmp_path):
     with pytest.raises(ValueError, match=r"array.npy holds one array; expected an .npz"):
         load_observation(str(tmp_path / "array.npy"))
     (tmp_path / "arm.py").write_text("import arm\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"arm.py is no .npz file; np.savez"):
+    with pytest.raises(ValueError, match=r"arm.py is not an .npz file; np.savez"):
         load_observation(str(tmp_path / "arm.py"))
 
 

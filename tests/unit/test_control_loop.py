@@ -791,9 +791,8 @@ def test_stretched_action_has_same_end_result():
 def test_missing_action_commands_are_refused_with_remedy(commands, names, missing):
     policy = ScriptedPolicy()
     policy.metadata.update(action_commands=commands, action_names=names)
-    message = (
-        rf'an action command: {missing}\. .*one of position, velocity, .*action_commands= in ControlSettings.*"command"'
-    )
+    remedy = 'one of position, velocity, .*action_commands= in ControlSettings.*"command"'
+    message = rf"have no valid command: {missing}\. .*{remedy}"
     with pytest.raises(ValueError, match=message):
         controlled(policy)
 
@@ -812,10 +811,10 @@ def test_wrong_count_of_action_commands_in_settings_is_refused(commands):
     )
     policy = ScriptedPolicy(lambda number: np.zeros((8, 2)))
     policy.metadata.update(action_names=["elbow", "gripper"], action_commands=None)
-    with pytest.raises(ValueError, match=f"{message}: elbow, gripper. State one command for each"):
+    with pytest.raises(ValueError, match=f"{message}: elbow, gripper. Give one command for each"):
         controlled(policy, action_commands=commands)
     policy.metadata.update(action_names=None)  # known from the first chunk only
-    with pytest.raises(ValueError, match=rf"{message}\. State"):
+    with pytest.raises(ValueError, match=rf"{message}\. Give one"):
         controlled(policy, action_commands=commands)
 
 
@@ -837,7 +836,7 @@ def test_action_kinds_of_older_server_are_read():
         ({"execute_steps": 9}, "execute_steps is 9, but the policy's chunk has only 8"),
         ({"limits": ActionLimits.of([0, 0], [1, 1])}, "limits has 2 dimensions; the actions have 1"),
         ({"start": np.zeros(3)}, "start has 3 dimensions"),
-        ({"start": np.array([np.nan])}, "NaN or infinity in start"),
+        ({"start": np.array([np.nan])}, "start is .*with NaN or infinity"),
         ({"execute_steps": 2.5}, "execute_steps is 2.5; expected a positive whole number"),
         ({"control_hz": "50"}, "control_hz is '50'; expected a positive number"),
         ({"ensemble_decay": math.nan}, "ensemble_decay is nan; expected a finite number"),
@@ -845,7 +844,7 @@ def test_action_kinds_of_older_server_are_read():
         ({"action_commands": []}, r"action_commands is \[\]; expected a list, one command per action dimension"),
         (
             {"action_commands": ["position", "torque", None]},
-            r"has 'torque' \(dimension 1\), None \(dimension 2\); expected .* position, velocity, increment, effort",
+            r"has 'torque' \(dimension 1\), None \(dimension 2\); each must be one of position, velocity, increment",
         ),
     ],
 )
@@ -1002,7 +1001,7 @@ def test_robot_is_held_while_the_policy_is_uncertain(mode, command, caplog):
     assert report.actions + report.holds + report.waits == report.steps
     text = [record.getMessage() for record in caplog.records if "certain" in record.getMessage()]
     assert text == [
-        "The policy is uncertain: 0.5 is above max_uncertainty, 0.2; the robot is held until a chunk is not",
+        "The policy is uncertain: 0.5 is above max_uncertainty, 0.2; the robot is held until a chunk is below it",
         "The policy is certain again: 0.2 is not above max_uncertainty",
     ]
     assert "3 chunks refused as uncertain" in report.summary()

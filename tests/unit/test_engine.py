@@ -251,7 +251,7 @@ def test_out_of_memory_falls_back_with_one_warning(monkeypatch):
     engine = InferenceEngine(model, mode="eager")
     monkeypatch.setattr(Runner, "_sample", no_memory)
     monkeypatch.setattr(Runner, "__init__", lambda self, *args: self._sample())
-    with pytest.warns(UserWarning, match=r"cannot prepare its bucket batch 4, 2 cameras.*2.00 GiB"):
+    with pytest.warns(UserWarning, match=r"cannot prepare the bucket batch 4, 2 cameras.*2.00 GiB"):
         first = engine.sample_actions(observation, noise=noise_of(), num_steps=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -457,7 +457,7 @@ class FakeCuda:
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(self.current))
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # none of these is torch's
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-        engine._memory, engine._last = GraphMemory(engine.device), Event()
+        engine._memory, engine._last_call = GraphMemory(engine.device), Event()
         engine._memory.stream.name = "captures"
 
 

@@ -213,7 +213,7 @@ def test_files_that_are_no_settings(tmp_path):
         ),
         ({"action_commands": ["position", "velocity"]}, {}, "trajectory of positions, but hand command no position"),
         ({"action_names": ["arm", "hand", "hand"]}, {}, "actions have the name hand more than once"),
-        ({"action_commands": None}, {}, "they do not say"),
+        ({"action_commands": None}, {}, "have no valid command"),
         ({"control_hz": None}, {}, "control_hz"),
         ({}, {"control": {"control_hz": 5}}, "control_hz is 5, but the policy's actions are for 10 Hz"),
         ({}, {"control": {"speed": 5}}, "control has the unknown speed; known are action_commands"),

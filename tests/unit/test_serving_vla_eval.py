@@ -167,7 +167,7 @@ def test_peer_of_another_version_is_refused_by_name_until_it_says_the_right_one(
         (observed(image=with_chunks(IMAGE, b"tEXt", b"", 10_000)), ["Cannot decode the PNG", "more than 10000 chunks"]),
         (observed(image=encoded(IMAGE) | {"data": b"GIF89a"}), ["it does not begin as a PNG file"]),
         (observed(image=encoded(IMAGE) | {"data": b"\x89PNG\r\n\x1a\n"}), ["Cannot decode the PNG of camera"]),
-        (observed(image=encoded(IMAGE) | {"data": None}), ["camera is no image"]),
+        (observed(image=encoded(IMAGE) | {"data": None}), ["camera is no valid image"]),
         (observed(states=np.zeros(3)), ["state", "[3]"]),
         (observed(states=np.array([np.nan, 2.0])), ["state", "NaN"]),
         (observed(states=None), ["state"]),

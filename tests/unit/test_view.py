@@ -137,7 +137,7 @@ def test_log_in_a_thread_drops_and_counts_what_it_has_no_room_for(tmp_path, monk
         free.set()
     assert written == [0, 2, 3]
     assert log.dropped == 3
-    assert "3 entries are not in Rerun's log" in caplog.text
+    assert "3 entries are missing in Rerun's log" in caplog.text
     assert "disk full" in caplog.text
 
 
@@ -149,7 +149,7 @@ def test_robots_without_metadata_are_logged_by_the_shapes_of_their_arrays(tmp_pa
         robot.predict(0.5, np.ones((3, 1)))
     assert values(tmp_path / "log.rrd", "/state/state_1") == [4.0]
     assert [seconds for _, seconds, _ in rows(tmp_path / "log.rrd", "/predicted/0/0")] == [0.5, 1.5, 2.5, 3.5]
-    assert "states no control_hz: Rerun's log shows its actions a second apart" in caplog.text
+    assert "has no control_hz: Rerun's log shows its actions one second apart" in caplog.text
 
 
 def test_images_are_logged_as_they_were_in_their_layout_and_unit(tmp_path):
@@ -177,9 +177,9 @@ def test_chunks_that_overlap_are_lines_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        ("somewhere", ValueError, "a file that ends in .rrd, or the address of a viewer"),
+        ("somewhere", ValueError, "an .rrd file, or the address of a Rerun viewer"),
         ("nowhere/log.rrd", FileNotFoundError, "There is no folder"),
-        ("127.0.0.1:9", ConnectionError, "No viewer of Rerun answers at 127.0.0.1:9"),
+        ("127.0.0.1:9", ConnectionError, "No Rerun viewer answers at 127.0.0.1:9"),
     ],
 )
 def test_target_that_cannot_be_written_is_an_error(target, error, message, tmp_path, monkeypatch):

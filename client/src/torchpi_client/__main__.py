@@ -1,4 +1,4 @@
-"""python -m torchpi_client ws://HOST:PORT --dry-run --observation X.npz: print the chunks of a served policy."""
+"""Print the chunks of a served policy: python -m torchpi_client ws://HOST:PORT --dry-run --observation X.npz"""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--observation",
         required=True,
-        help="an .npz file with the robot's own keys, nested keys joined by '.', the prompt as a 0-d string",
+        help="an .npz file with the robot's own keys; nested keys are joined by '.', the prompt is a 0-d string",
     )
     parser.add_argument("--chunks", type=int, default=1, help="number of requests; default 1")
     parser.add_argument(
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         "--api-key",
         default=os.environ.get("TORCHPI_TOKEN"),
         help="the server's token, sent as Authorization: Api-Key …; by default the environment variable TORCHPI_TOKEN, "
-        "which other users of the machine cannot see",
+        "which, unlike options, other users of the machine cannot see",
     )
     return parser
 
@@ -63,8 +63,8 @@ def _show_chunks(options: argparse.Namespace) -> None:
             print(cost)
     with WebsocketPolicy(options.url, api_key=options.api_key, jpeg_quality=options.jpeg) as policy:
         names = policy.metadata.get("action_names") or ()
-        says_limits = any(policy.metadata.get(name) is not None for name in ("action_limits", "action_range"))
-        limits = ActionLimits.from_metadata(policy.metadata) if says_limits else None
+        has_limits = any(policy.metadata.get(name) is not None for name in ("action_limits", "action_range"))
+        limits = ActionLimits.from_metadata(policy.metadata) if has_limits else None
         for _ in range(options.chunks):
             start = time.perf_counter()
             chunk = np.asarray(policy.infer(observation)["actions"])
@@ -73,7 +73,7 @@ def _show_chunks(options: argparse.Namespace) -> None:
 
 
 def load_observation(path: str) -> dict[str, Any]:
-    """An observation from an .npz file, in which nested keys are joined by '.'.
+    """Load an observation from an .npz file, where nested keys are joined by '.'.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -84,18 +84,20 @@ def load_observation(path: str) -> dict[str, Any]:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     except ValueError as error:
-        raise ValueError(f"{path} is no .npz file; np.savez('observation.npz', **observation) makes one.") from error
+        raise ValueError(
+            f"{path} is not an .npz file; np.savez('observation.npz', **observation) writes one."
+        ) from error
     if isinstance(loaded, np.ndarray):
         raise ValueError(f"{path} holds one array; expected an .npz with the observation's keys.")
     observation: dict[str, Any] = {}
     with loaded as arrays:
         for name in arrays.files:
-            *folders, last = name.split(".")
-            place = observation
-            for folder in folders:
-                place = place.setdefault(folder, {})
+            *parents, last = name.split(".")
+            nested = observation
+            for parent in parents:
+                nested = nested.setdefault(parent, {})
             value = arrays[name]
-            place[last] = value.item() if value.dtype.kind == "U" and value.ndim == 0 else value
+            nested[last] = value.item() if value.dtype.kind == "U" and value.ndim == 0 else value
     return observation
 
 

@@ -7,14 +7,15 @@ import concurrent.futures
 import time
 from typing import Any, Callable, TypeVar
 
-from torchpi_client.client import Interrupt, WebsocketPolicy, is_closed, no_answer
+from torchpi_client.client import Interrupt, WebsocketPolicy, closed_error, no_answer_error
 
 _T = TypeVar("_T")
 
 
 class AsyncWebsocketPolicy:
-    """`WebsocketPolicy` in a separate thread: packing and encoding images do not block the event loop. Use it as an
-    asynchronous context manager, or call `connect` and `close`.
+    """`WebsocketPolicy` for asyncio, in a separate thread: packing and encoding images do not block the event loop.
+
+    Use it as an asynchronous context manager, or call `connect` and `close`.
 
     Args:
         url: as in `WebsocketPolicy`.
@@ -25,15 +26,15 @@ class AsyncWebsocketPolicy:
         self.url = url
         self._options = options
         self._policy: WebsocketPolicy | None = None
-        self._one_at_a_time: asyncio.Lock | None = None
-        self._under_way: set[Interrupt] = set()
+        self._request_lock: asyncio.Lock | None = None
+        self._active: set[Interrupt] = set()
         self._closed = False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"torchpi_client {url}")
 
     async def connect(self) -> AsyncWebsocketPolicy:
         """Connect and read the metadata; errors as in `WebsocketPolicy`."""
         self._check_open()
-        self._one_at_a_time = asyncio.Lock()  # here, because before Python 3.10 it is bound to the running loop
+        self._request_lock = asyncio.Lock()  # here, because before Python 3.10 it is bound to the running loop
         policy = await self._in_thread(
             lambda interrupt: WebsocketPolicy(self.url, interrupt=interrupt, **self._options)
         )
@@ -54,43 +55,45 @@ class AsyncWebsocketPolicy:
         return self._connected().reconnects
 
     async def infer(self, observation: dict[str, Any], *, timeout: float | None = None) -> dict[str, Any]:
-        """Infer actions; arguments, answer and errors as in `WebsocketPolicy.infer`. Requests of several tasks run one
-        after another, and their deadlines include that wait."""
+        """Infer actions, with arguments, answer and errors of `WebsocketPolicy.infer`.
+
+        Requests of several tasks run one after another, and their deadlines include that wait.
+        """
         policy = self._connected()
         self._check_open()
-        assert self._one_at_a_time is not None
+        assert self._request_lock is not None
         seconds = policy.answer_timeout if timeout is None else timeout
         deadline = None if seconds is None else time.monotonic() + seconds
 
-        def ask(interrupt: Interrupt) -> dict[str, Any]:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
-            return policy.infer(observation, timeout=left, interrupt=interrupt)
+        def infer(interrupt: Interrupt) -> dict[str, Any]:
+            remaining = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            return policy.infer(observation, timeout=remaining, interrupt=interrupt)
 
         try:
-            await asyncio.wait_for(self._one_at_a_time.acquire(), seconds)
+            await asyncio.wait_for(self._request_lock.acquire(), seconds)
         except asyncio.TimeoutError:
-            raise no_answer(self.url, seconds) from None
+            raise no_answer_error(self.url, seconds) from None
         try:
-            return await self._in_thread(ask)
+            return await self._in_thread(infer)
         except TimeoutError as error:
-            raise no_answer(self.url, seconds) from error
+            raise no_answer_error(self.url, seconds) from error
         finally:
-            self._one_at_a_time.release()
+            self._request_lock.release()
 
     async def close(self) -> None:
         """Close the connection, if it is open. A request in progress fails."""
         self._closed = True
-        for interrupt in self._under_way:
+        for interrupt in self._active:
             interrupt.set()
         if self._policy is not None:
-            # In another thread, because the client's own may be waiting for an answer.
+            # In another thread, because the client's thread may be waiting for an answer.
             await asyncio.get_running_loop().run_in_executor(None, self._policy.close)
         self._executor.shutdown(wait=False)
 
     async def _in_thread(self, call: Callable[[Interrupt], _T]) -> _T:
-        """The result of the call. Cancelling this coroutine ends the call as well."""
+        """Run `call` in the client's thread. Cancelling this coroutine also ends the call."""
         interrupt = Interrupt()
-        self._under_way.add(interrupt)
+        self._active.add(interrupt)
         try:
             return await asyncio.wrap_future(self._executor.submit(call, interrupt))
         except asyncio.CancelledError:
@@ -100,7 +103,7 @@ class AsyncWebsocketPolicy:
             self._check_open()
             raise
         finally:
-            self._under_way.discard(interrupt)
+            self._active.discard(interrupt)
 
     async def __aenter__(self) -> AsyncWebsocketPolicy:
         return await self.connect()
@@ -115,4 +118,4 @@ class AsyncWebsocketPolicy:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise is_closed(self.url)
+            raise closed_error(self.url)

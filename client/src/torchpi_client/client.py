@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 FIRST_DELAY, LAST_DELAY = 0.1, 2.0
 """First and largest delay in seconds between attempts to connect; it doubles each time."""
 
-SERVERS_PART = 0.9
-"""Fraction of the time left until a request's deadline that the server may let it wait. Its refusal must arrive before
-the deadline passes here, which would cost the connection."""
+SERVER_FRACTION = 0.9
+"""Fraction of the time until a request's deadline that the server may let it wait. The server's refusal must arrive
+before the client's deadline, which closes the connection."""
 CLOSE_TIMEOUT = 2.0
 """Time limit for closing, in seconds."""
-LONGEST = 1e6
+MAX_WAIT = 1e6
 """Eleven days in seconds: the longest wait for a socket on some platforms."""
 
 # From version 15 on websockets pings the server and closes the connection after 20 s without a pong; a server that
@@ -82,11 +82,11 @@ class WebsocketPolicy:
         self._headers = {} if api_key is None else {"Authorization": f"Api-Key {api_key}"}
         self._timeout = timeout
         self._jpeg_quality = jpeg_quality
-        self._one_at_a_time = threading.Lock()
+        self._request_lock = threading.Lock()
         self._closed = False
         self._interrupt = interrupt or Interrupt()  # of the request that holds the lock
-        self._waiting: _Waiting | None = None  # while there is no connection
-        self._link: _Link | None = self._open(_Waiting(timeout), None, self._interrupt, again=False)
+        self._retries: _RetrySchedule | None = None  # while there is no connection
+        self._link: _Link | None = self._open(_RetrySchedule(timeout), None, self._interrupt, reconnecting=False)
         self.metadata: dict[str, Any] = self._link.metadata
         """The server's metadata of its policy."""
         if jpeg_quality is not None:
@@ -127,30 +127,30 @@ class WebsocketPolicy:
         if self._jpeg_quality is not None:
             with _naming(self.url):
                 observation = encode_images(observation, quality=self._jpeg_quality)
-        # Answers carry no id: each belongs to the request before it.
-        if not self._one_at_a_time.acquire(timeout=-1 if deadline is None else _left(deadline)):
-            raise no_answer(self.url, seconds)
+        # One request at a time, because answers carry no id: each belongs to the request before it.
+        if not self._request_lock.acquire(timeout=-1 if deadline is None else _remaining(deadline)):
+            raise no_answer_error(self.url, seconds)
         try:
             self._interrupt = interrupt
             frame = self._exchange(observation, deadline, interrupt)
         except TimeoutError as error:
-            raise no_answer(self.url, seconds) from error
+            raise no_answer_error(self.url, seconds) from error
         finally:
-            self._one_at_a_time.release()
+            self._request_lock.release()
         return content(frame, self.url)
 
     def close(self) -> None:
         """Close the connection, if it is open. A request in progress fails."""
         self._closed = True
-        if not self._one_at_a_time.acquire(blocking=False):
+        if not self._request_lock.acquire(blocking=False):
             self._interrupt.set()
-            if not self._one_at_a_time.acquire(timeout=CLOSE_TIMEOUT):
-                return  # the attempt to connect ends with its own time-out
+            if not self._request_lock.acquire(timeout=CLOSE_TIMEOUT):
+                return  # a connection attempt in progress ends with its own time-out
         try:
             if self._link is not None:
                 self._link.close()
         finally:
-            self._one_at_a_time.release()
+            self._request_lock.release()
 
     def __enter__(self) -> WebsocketPolicy:
         return self
@@ -165,22 +165,23 @@ class WebsocketPolicy:
                 request = self._packed(observation, deadline)
             try:
                 interrupt.watch(link.shut)
-                self._check_wanted(interrupt)
-                return link.ask(request, deadline)
+                self._check_active(interrupt)
+                return link.request(request, deadline)
             except ConnectionClosed as error:
                 self._drop(link)
-                self._check_wanted(interrupt)
+                self._check_active(interrupt)
                 if error.rcvd is not None and error.rcvd.code == CloseCode.MESSAGE_TOO_BIG:
                     raise ValueError(
-                        f"The request has {len(request)} bytes, more than {self.url} takes ({error.rcvd.reason}); send "
-                        "smaller images, or JPEG (jpeg_quality=), or start the server with a larger --max-message-mb."
+                        f"The request has {len(request)} bytes, more than {self.url} accepts ({error.rcvd.reason}); "
+                        "send smaller images or JPEG (jpeg_quality=), or start the server with a larger "
+                        "--max-message-mb."
                     ) from error
-                if attempt == 2:  # this request itself may be the cause
+                if attempt == 2:  # the request itself may be the cause
                     raise ConnectionError(
                         f"The connection to {self.url} was closed twice during one request (it {closing(error)})."
                     ) from error
                 _log.warning("The connection to %s is lost (it %s); reconnecting", self.url, closing(error))
-            except BaseException:  # interrupted, or too late: the answer may still arrive
+            except BaseException:  # interrupted or timed out: the answer may still arrive
                 self._drop(link)
                 raise
         raise AssertionError("unreachable")
@@ -189,74 +190,78 @@ class WebsocketPolicy:
         """The packed request, with the time left until its deadline if the server supports that."""
         if deadline is None or self.metadata.get(DEADLINE) is not True:
             return pack(observation)
-        if not (left := _left(deadline)):
+        remaining = _remaining(deadline)
+        if not remaining:
             raise TimeoutError("The deadline passed before the request was sent.")
-        return pack({DEADLINE: SERVERS_PART * left, **observation})
+        return pack({DEADLINE: SERVER_FRACTION * remaining, **observation})
 
     def _connected(self, deadline: float | None, interrupt: Interrupt) -> _Link:
-        self._check_wanted(interrupt)
-        if self._link is None:
-            if self._waiting is None or self._waiting.is_over:
-                self._waiting = _Waiting(self._timeout)
-            try:
-                link = self._open(self._waiting, deadline, interrupt, again=True)
-            except TimeoutError:  # the next request continues the waiting
-                raise
-            except BaseException:
-                self._waiting = None
-                raise
-            if changed := _changes(self.metadata, link.metadata):
-                self._waiting = None
-                link.abort()
-                raise ServerError(
-                    f"{self.url} serves another policy after reconnecting: {changed}; make a new client for it."
-                )
-            _log.info("Reconnected to %s after %.1f s", self.url, self._waiting.seconds)
-            self._waiting = None
-            self._link = link
-            self.reconnects += 1
-        return self._link
+        """The connection, re-established if it is lost."""
+        self._check_active(interrupt)
+        if self._link is not None:
+            return self._link
+        if self._retries is None or self._retries.is_over:
+            self._retries = _RetrySchedule(self._timeout)
+        retries = self._retries
+        try:
+            link = self._open(retries, deadline, interrupt, reconnecting=True)
+        except TimeoutError:  # the next request continues this schedule
+            raise
+        except BaseException:
+            self._retries = None
+            raise
+        self._retries = None
+        if changes := _changes(self.metadata, link.metadata):
+            link.abort()
+            raise ServerError(
+                f"{self.url} serves another policy after reconnecting: {changes}; make a new client for it."
+            )
+        _log.info("Reconnected to %s after %.1f s", self.url, retries.seconds)
+        self._link = link
+        self.reconnects += 1
+        return link
 
     def _drop(self, link: _Link) -> None:
         self._link = None
         link.abort()
 
-    def _open(self, waiting: _Waiting, deadline: float | None, interrupt: Interrupt, *, again: bool) -> _Link:
-        """A new connection.
+    def _open(
+        self, retries: _RetrySchedule, deadline: float | None, interrupt: Interrupt, *, reconnecting: bool
+    ) -> _Link:
+        """Open a connection, with retries.
 
         Args:
-            waiting: the retry schedule.
-            deadline: of the request that needs the connection; a TimeoutError when it passes.
-            again: True when reconnecting: transient errors, such as a network that is down, are retried as well.
+            deadline: raise a TimeoutError at this time, the deadline of the request that needs the connection.
+            reconnecting: also retry after transient errors, such as a network that is down.
         """
         while True:
-            pause = waiting.next_attempt - time.monotonic()
-            interrupt.wait(max(pause if deadline is None else min(pause, _left(deadline)), 0.0))
-            self._check_wanted(interrupt)
-            if deadline is not None and not _left(deadline):
+            pause = retries.next_attempt - time.monotonic()
+            interrupt.wait(max(pause if deadline is None else min(pause, _remaining(deadline)), 0.0))
+            self._check_active(interrupt)
+            if deadline is not None and not _remaining(deadline):
                 raise TimeoutError("No connection before the deadline.")
-            waiting.begin_attempt()
+            retries.begin_attempt()
             link = _Link(self.url)
             try:
-                link.open(self._headers, waiting, deadline, interrupt)
+                link.open(self._headers, retries, deadline, interrupt)
             except (OSError, EOFError, WebSocketException) as error:
-                self._check_wanted(interrupt)
-                if not _may_pass(error, again) or waiting.next_attempt > waiting.until:
-                    raise self._no_connection(error) from error
-                if not waiting.has_failed:
-                    waiting.has_failed = True
+                self._check_active(interrupt)
+                if not _is_transient(error, reconnecting) or retries.next_attempt > retries.until:
+                    raise self._connection_error(error) from error
+                if not retries.has_failed:
+                    retries.has_failed = True
                     _log.warning("No connection to %s (%s); trying for %g s", self.url, error, self._timeout)
             else:
                 return link
 
-    def _check_wanted(self, interrupt: Interrupt) -> None:
+    def _check_active(self, interrupt: Interrupt) -> None:
         """Raise a ConnectionError if the client is closed or the request interrupted."""
         if self._closed:
-            raise is_closed(self.url)
+            raise closed_error(self.url)
         if interrupt.is_set:
             raise ConnectionError(f"The request to {self.url} was interrupted.")
 
-    def _no_connection(self, error: Exception) -> ConnectionError:
+    def _connection_error(self, error: Exception) -> ConnectionError:
         if isinstance(error, ConnectionRefusedError):
             return ConnectionRefusedError(
                 f"{self.url} refused the connection for {self._timeout:g} s ({error}); "
@@ -269,9 +274,9 @@ class WebsocketPolicy:
         if isinstance(error, InvalidStatus):
             status, body = error.response.status_code, error.response.body
             reply = bytes(body or b"").decode("utf-8", "replace").strip()[:300]
-            todo = {401: "; pass its token as api_key", 404: "; what follows the port in the URL names the policy"}
+            advice = {401: "; pass its token as api_key", 404: "; the path after the port in the URL names the policy"}
             return ConnectionError(
-                f"{self.url} refuses the connection, HTTP {status}{reply and f': {reply}'}{todo.get(status, '')}."
+                f"{self.url} refuses the connection, HTTP {status}{reply and f': {reply}'}{advice.get(status, '')}."
             )
         return ConnectionError(f"Cannot connect to {self.url} ({error}); expected a policy server there.")
 
@@ -295,7 +300,7 @@ class Interrupt:
             self._shut()
 
     def wait(self, seconds: float) -> None:
-        """Sleep for up to this long."""
+        """Sleep for up to this many seconds, or until `set`."""
         self._event.wait(seconds)
 
     def watch(self, shut: Callable[[], None]) -> None:
@@ -303,8 +308,8 @@ class Interrupt:
         self._shut = shut
 
 
-class _Waiting:
-    """Retry schedule for an unreachable server: its end and the next attempt, with growing delays."""
+class _RetrySchedule:
+    """Times of connection attempts to an unreachable server, with growing delays."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
@@ -321,7 +326,7 @@ class _Waiting:
 
     @property
     def is_over(self) -> bool:
-        """True if the last attempt is so long ago that the next one starts a new schedule."""
+        """True if the last attempt was so long ago that the next one should start a new schedule."""
         return time.monotonic() > self.next_attempt + self._timeout
 
     def begin_attempt(self) -> None:
@@ -330,7 +335,7 @@ class _Waiting:
         self._delay = min(2 * self._delay, LAST_DELAY)
 
     def accept(self) -> None:
-        """Note that the server accepts connections: from now on the timeout is for its metadata."""
+        """Restart the timeout, for the metadata, when the server first accepts a connection."""
         if not self._accepted:
             self._accepted = True
             self.until = time.monotonic() + self._timeout
@@ -346,19 +351,21 @@ class _Link:
         self._watchdog = Watchdog(self.shut)
         self.metadata: dict[str, Any] = {}
 
-    def open(self, headers: dict[str, str], waiting: _Waiting, deadline: float | None, interrupt: Interrupt) -> None:
-        """Connect, and read the metadata."""
+    def open(
+        self, headers: dict[str, str], retries: _RetrySchedule, deadline: float | None, interrupt: Interrupt
+    ) -> None:
+        """Connect and read the metadata."""
 
-        def left(least: float) -> float:
-            return max(_left(waiting.until if deadline is None else min(waiting.until, deadline)), least)
+        def remaining() -> float:
+            return _remaining(retries.until if deadline is None else min(retries.until, deadline))
 
         interrupt.watch(self.shut)
         with contextlib.ExitStack() as stack:
             stack.callback(self._watchdog.close)
             uri = parse_uri(self._url)
-            # Our own socket can be shut down while the server is silent, and it bypasses the environment's proxies,
-            # which would stand between a robot and a server in the same network.
-            seconds = left(1.0 if deadline is None else 0.001)
+            # We open the socket ourselves, so that we can shut it down while the server is silent, and to bypass the
+            # environment's proxies: robot and server are usually in one network.
+            seconds = max(remaining(), 1.0 if deadline is None else 0.001)
             try:
                 self._socket = stack.enter_context(socket.create_connection((uri.host, uri.port), seconds))
             except ValueError as error:  # an invalid host name
@@ -368,18 +375,18 @@ class _Link:
                 raise ConnectionError("Interrupted.")
             self._connection = _connect(stack, self._url, self._socket, headers, seconds)
             self._socket = self._connection.socket
-            stack.callback(self.shut)  # without metadata: the closing handshake would wait for them, too
-            waiting.accept()
+            stack.callback(self.shut)  # the closing handshake would also wait for a server that sends no metadata
+            retries.accept()
             try:
-                frame = self._connection.recv(timeout=left(0.0))
+                frame = self._connection.recv(timeout=remaining())
             except (TimeoutError, ConnectionClosed) as error:
                 cause = f"it {closing(error)}" if isinstance(error, ConnectionClosed) else error
                 raise _NoMetadataError(str(cause)) from error
             self.metadata = content(frame, self._url)
             self._stack = stack.pop_all()  # the connection outlives this block
 
-    def ask(self, request: bytes, deadline: float | None) -> str | bytes:
-        """Send a request and return the next frame; ConnectionClosed, or TimeoutError at the deadline."""
+    def request(self, request: bytes, deadline: float | None) -> str | bytes:
+        """Send a request and return the next frame. Raises ConnectionClosed, or TimeoutError at the deadline."""
         if deadline is None:
             self._connection.send(request)
             return self._connection.recv()
@@ -387,10 +394,10 @@ class _Link:
             with self._watchdog.until(deadline):  # sending blocks while the server doesn't read
                 self._connection.send(request)
         except ConnectionClosed as error:
-            if _left(deadline) > 0:
+            if _remaining(deadline) > 0:
                 raise
             raise TimeoutError("The server doesn't read.") from error
-        return self._connection.recv(timeout=_left(deadline))
+        return self._connection.recv(timeout=_remaining(deadline))
 
     def close(self) -> None:
         """Close with the closing handshake."""
@@ -417,7 +424,7 @@ def _connect(
 ) -> ClientConnection:
     """Open a connection that `stack` closes."""
     try:
-        # Compressing images costs more time than it saves. A context manager: websockets 17 deprecates other uses.
+        # Compressing images costs more time than it saves. As a context manager: websockets 17 deprecates other uses.
         return stack.enter_context(
             connect(
                 url,
@@ -434,11 +441,11 @@ def _connect(
         raise ConnectionError(str(error)) from error
 
 
-def _may_pass(error: Exception, again: bool) -> bool:
-    """True for a transient error: the next attempt may succeed."""
+def _is_transient(error: Exception, reconnecting: bool) -> bool:
+    """True if the next attempt may succeed."""
     if isinstance(error, InvalidStatus):
         return bool(error.response.status_code >= 500)  # a proxy whose server is not up yet
-    return isinstance(error, ConnectionRefusedError) or again
+    return isinstance(error, ConnectionRefusedError) or reconnecting
 
 
 @contextlib.contextmanager
@@ -450,31 +457,31 @@ def _naming(url: str) -> Iterator[None]:
         raise ValueError(f"The request to {url} cannot be sent: {error}") from error
 
 
-def no_answer(url: str, seconds: float | None) -> TimeoutError:
-    """The error of a request whose deadline passed."""
+def no_answer_error(url: str, seconds: float | None) -> TimeoutError:
+    """The error for a request whose deadline passed."""
     return TimeoutError(f"No answer from {url} in {seconds} s.")
 
 
-def is_closed(url: str) -> ConnectionError:
-    """The error of a request after `close`."""
+def closed_error(url: str) -> ConnectionError:
+    """The error for a request after `close`."""
     return ConnectionError(f"The connection to {url} is closed; make a new client.")
 
 
-def _changes(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The differences between two versions of the metadata; empty: none."""
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The differences between two versions of the metadata, or an empty string."""
     missing = "absent"
-    # Compared packed, because arrays have no single truth value and NaN is not equal to itself.
-    changed = [
-        f"its {key} was {before.get(key, missing)!r:.100}, and is {now.get(key, missing)!r:.100}"
-        for key in dict.fromkeys([*before, *now])
-        if pack(before.get(key, missing)) != pack(now.get(key, missing))
+    # Compared after packing, because arrays have no single truth value and NaN is not equal to itself.
+    changes = [
+        f"its {key} was {old.get(key, missing)!r:.100}, and is {new.get(key, missing)!r:.100}"
+        for key in dict.fromkeys([*old, *new])
+        if pack(old.get(key, missing)) != pack(new.get(key, missing))
     ]
-    return "; ".join(changed)
+    return "; ".join(changes)
 
 
-def _left(deadline: float) -> float:
-    """Seconds until the deadline, between 0 and `LONGEST`."""
-    return min(max(deadline - time.monotonic(), 0.0), LONGEST)
+def _remaining(deadline: float) -> float:
+    """Seconds until the deadline, between 0 and `MAX_WAIT`."""
+    return min(max(deadline - time.monotonic(), 0.0), MAX_WAIT)
 
 
 def _check_url(url: str) -> None:

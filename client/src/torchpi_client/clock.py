@@ -24,17 +24,15 @@ class MonotonicClock:
     """The machine's monotonic clock."""
 
     def now(self) -> float:
-        """The current time."""
         return time.monotonic()
 
     def sleep_until(self, moment: float) -> None:
-        """Sleep until this time; return immediately if it has passed."""
-        while (left := moment - time.monotonic()) > 0:
-            time.sleep(left)
+        while (remaining := moment - time.monotonic()) > 0:
+            time.sleep(remaining)
 
 
 class Tick(NamedTuple):
-    """The timing of a step."""
+    """Timing of a step."""
 
     overrun: float
     """Seconds by which the step exceeded its period, or 0."""
@@ -43,7 +41,7 @@ class Tick(NamedTuple):
 
 
 class Pacer:
-    """A fixed rate without drift: step n begins at start + n · period, regardless of the duration of earlier steps.
+    """Fixed rate without drift: step n begins at start + n · period, regardless of the duration of earlier steps.
 
     After an overrun the next step begins immediately if it is at most half a period late; otherwise it is skipped.
     Steps are always at least half a period apart: the loop never catches up in a burst.

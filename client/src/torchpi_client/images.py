@@ -39,7 +39,7 @@ MAX_CHUNKS = 10_000
 _FRAMES = {0xC0: 256, 0xC1: 256, 0xC2: 512}
 _SCAN, _END, _EXIF = 0xDA, 0xD9, 0xE1
 _NEEDED = (*_FRAMES, 0xC4, _SCAN, 0xDB, 0xDD, 0xE0, 0xEE)
-"""Frame, Huffman tables, scan, quantization tables, restart interval; JFIF and Adobe segments state the colour space."""
+"""Frame, Huffman tables, scan, quantization tables, restart interval; JFIF and Adobe state the colour space."""
 _IGNORED = (*range(0xE1, 0xF0), 0xFE)
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 """Next marker that is not part of a scan."""

@@ -15,7 +15,7 @@ class Answer:
     """The outcome of a request."""
 
     content: Mapping[str, Any] | None
-    """The policy's answer; None: there is an error."""
+    """The policy's answer; None if there is an error."""
     error: Exception | None
     finished: float
     """Time of the answer on the loop's clock."""
@@ -54,11 +54,9 @@ class BackgroundInference:
 
     @property
     def busy(self) -> bool:
-        """True from `start` until its answer is taken."""
         return self._thread is not None
 
     def start(self, observation: dict[str, Any]) -> None:
-        """Send a request; only while not busy."""
         assert not self.busy
         self._thread = threading.Thread(
             target=self._infer, args=(observation,), daemon=True, name="torchpi_client infer"
@@ -66,11 +64,9 @@ class BackgroundInference:
         self._thread.start()
 
     def poll(self) -> Answer | None:
-        """Take the answer, or None if it has not arrived."""
         return self.wait(0.0)
 
     def wait(self, seconds: float) -> Answer | None:
-        """Wait for the answer and take it; None after this many seconds without one."""
         if self._thread is None:
             return None
         self._thread.join(seconds)
@@ -81,9 +77,7 @@ class BackgroundInference:
         return answer
 
     def _infer(self, observation: dict[str, Any]) -> None:
-        content, problem = None, None
         try:
-            content = self._policy.infer(observation)
-        except Exception as error:  # raised again, or counted, in the loop's thread
-            problem = error
-        self._answer = Answer(content, problem, self._clock.now())
+            self._answer = Answer(self._policy.infer(observation), None, self._clock.now())
+        except Exception as error:  # the loop's thread raises or counts it
+            self._answer = Answer(None, error, self._clock.now())

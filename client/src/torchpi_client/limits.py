@@ -23,16 +23,18 @@ class Limited(NamedTuple):
 class ActionLimits:
     """Range and largest step per dimension, in the robot's units, for actions at the policy's rate.
 
+    Infinity means no limit.
+
     Raises:
         ValueError: the lengths differ, low exceeds high, a step is not positive, or there is NaN.
     """
 
     low: np.ndarray
-    """[a]; -inf: no limit."""
+    """[a]"""
     high: np.ndarray
-    """[a]; inf: no limit."""
+    """[a]"""
     max_step: np.ndarray
-    """[a], the largest change from one command to the next; inf: no limit."""
+    """[a], the largest change from one command to the next."""
 
     def __post_init__(self) -> None:
         for name in ("low", "high", "max_step"):
@@ -40,12 +42,12 @@ class ActionLimits:
         shapes = {name: getattr(self, name).shape for name in ("low", "high", "max_step")}
         if len(set(shapes.values())) != 1 or self.low.ndim != 1:
             raise ValueError(f"Action limits have the shapes {shapes}; expected [a] each.")
-        for wrong, what in (
+        for invalid, reason in (
             (~(self.low <= self.high), "low is above high, or NaN"),
             (~(self.max_step > 0), "the largest step is not positive, or NaN"),
         ):
-            if wrong.any():
-                raise ValueError(f"Action limits of the dimensions {np.flatnonzero(wrong).tolist()}: {what}.")
+            if invalid.any():
+                raise ValueError(f"Action limits of the dimensions {np.flatnonzero(invalid).tolist()}: {reason}.")
 
     @classmethod
     def of(
@@ -56,57 +58,59 @@ class ActionLimits:
         max_step: Sequence[float | None] | None = None,
         margin: float = 0.0,
     ) -> ActionLimits:
-        """Limits from lists, in which None is no limit.
+        """Make limits from lists, where None means no limit.
 
         Args:
             margin: fraction of its width by which each range is widened on both sides, for observed ranges.
         """
-        bottom = np.array([-np.inf if value is None else value for value in low])
-        top = np.array([np.inf if value is None else value for value in high])
-        if bottom.shape == top.shape:
-            width = np.where(np.isfinite(top - bottom), top - bottom, 0.0)
-            bottom, top = bottom - margin * width, top + margin * width
+        lowest = np.array([-np.inf if value is None else value for value in low])
+        highest = np.array([np.inf if value is None else value for value in high])
+        if lowest.shape == highest.shape:
+            width = np.where(np.isfinite(highest - lowest), highest - lowest, 0.0)
+            lowest, highest = lowest - margin * width, highest + margin * width
         steps = [None] * len(low) if max_step is None else max_step
-        return cls(bottom, top, np.array([np.inf if value is None else value for value in steps]))
+        return cls(lowest, highest, np.array([np.inf if value is None else value for value in steps]))
 
     @classmethod
     def from_metadata(
         cls, metadata: Mapping[str, Any], *, margin: float = 0.1, max_step: Sequence[float | None] | None = None
     ) -> ActionLimits:
-        """The limits in a server's metadata: "action_limits", {"low": […], "high": […], "max_step": […]}, are the
-        embodiment's and apply unchanged; "action_range", {"low": […], "high": […]}, is the range of the training
-        actions, and applies with a margin to each dimension whose range the embodiment does not state.
+        """Make limits from a server's metadata.
+
+        "action_limits", {"low": […], "high": […], "max_step": […]}, are the embodiment's and apply unchanged.
+        "action_range", {"low": […], "high": […]}, is the range of the training actions. It applies, with a margin, to
+        each dimension for which the embodiment has no range.
 
         Args:
-            margin: of the training range, as a fraction of its width.
-            max_step: the largest steps, instead of the embodiment's.
+            margin: widening of the training range, as a fraction of its width.
+            max_step: largest steps, instead of the embodiment's.
 
         Raises:
             ValueError: the metadata contain neither.
         """
-        own, trained = (metadata.get(name) for name in ("action_limits", "action_range"))
-        steps = own.get("max_step") if max_step is None and own is not None else max_step
-        stated = [
-            cls.of(limits["low"], limits["high"], max_step=steps, margin=extra)
-            for limits, extra in ((own, 0.0), (trained, margin))
-            if limits is not None
+        embodiment, training = (metadata.get(name) for name in ("action_limits", "action_range"))
+        steps = embodiment.get("max_step") if max_step is None and embodiment is not None else max_step
+        sources = [
+            cls.of(source["low"], source["high"], max_step=steps, margin=extra)
+            for source, extra in ((embodiment, 0.0), (training, margin))
+            if source is not None
         ]
-        if not stated:
+        if not sources:
             raise ValueError(
                 f"The server states neither action_limits nor action_range, only {', '.join(metadata) or 'nothing'}; "
                 "state the robot's limits with ActionLimits.of(low, high, max_step=…)."
             )
-        first, last = stated[0], stated[-1]
-        unstated = np.isinf(first.low) & np.isinf(first.high)
-        return cls(np.where(unstated, last.low, first.low), np.where(unstated, last.high, first.high), first.max_step)
+        first, last = sources[0], sources[-1]
+        no_range = np.isinf(first.low) & np.isinf(first.high)
+        return cls(np.where(no_range, last.low, first.low), np.where(no_range, last.high, first.high), first.max_step)
 
     def at_rate(self, commands: Sequence[str], *, policy_hz: float, control_hz: float) -> ActionLimits:
-        """The same limits of speed and acceleration for steps at another rate.
+        """Convert the limits to another rate, keeping speed and acceleration.
 
         Args:
-            commands: per dimension, see `robot.COMMANDS`. An increment's range is the distance per step.
-            policy_hz: the rate of the policy's actions, to which these limits apply.
-            control_hz: the rate of the commands.
+            commands: per dimension, see `robot.COMMANDS`. The range of an increment is a distance per step.
+            policy_hz: rate of the policy's actions, to which these limits apply.
+            control_hz: rate of the commands.
         """
         ratio = policy_hz / control_hz
         per_step = np.where([command == "increment" for command in commands], ratio, 1.0)

@@ -1,5 +1,8 @@
-"""torchpi's extensions of openpi's protocol. A client sends a field only if the server's metadata contain its name with
-the value True, so other servers never see it."""
+"""torchpi's extensions of openpi's protocol.
+
+A client sends a field only if the server's metadata have the field's name with the value True. Other servers never see
+the extensions.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +17,30 @@ from websockets.frames import CloseCode
 from torchpi_client.wire import unpack
 
 RTC = "torchpi/rtc"
-"""Field of a request that asks for real-time chunking: `PreviousChunk.to_wire`. The first request has none."""
+"""Request field for real-time chunking, with `PreviousChunk.to_wire` as its value; not in the first request."""
 
 DEADLINE = "torchpi/deadline"
-"""Field of a request: the seconds it may wait for the model. The server drops a request that waits longer."""
+"""Request field: the seconds it may wait for the model. The server drops a request that waits longer."""
 
 JPEG = "torchpi/jpeg"
-"""The key of the map that replaces an image in a request; see `images.encode_images`."""
+"""Key of the map that replaces an image in a request, see `images.encode_images`."""
 
 PNG = "torchpi/png"
-"""The same for an image as PNG, which is exact."""
+"""The same for PNG, which is lossless."""
 
 BUSY = ("deadline_exceeded", "queue_full", "rate_limited", "shutting_down")
 """Error codes of a busy server: the next request may succeed."""
 
 
 def closing(error: ConnectionClosed) -> str:
-    """The end of a connection in words, about the other side: "went away without closing"."""
-    is_theirs = error.rcvd is not None and error.rcvd_then_sent is not False
-    close, verb = (error.rcvd, "closed the connection") if is_theirs else (error.sent, "was disconnected")
-    if close is None:
+    """Verb phrase for how the other side's connection ended, such as "went away without closing"."""
+    if error.rcvd is not None and error.rcvd_then_sent is not False:
+        close, verb = error.rcvd, "closed the connection"
+    elif error.sent is not None:
+        close, verb = error.sent, "was disconnected"
+    else:
         return "went away without closing"
-    return f"{verb}: {close.reason or close}" if close.code != CloseCode.NORMAL_CLOSURE else verb
+    return verb if close.code == CloseCode.NORMAL_CLOSURE else f"{verb}: {close.reason or close}"
 
 
 class ServerError(RuntimeError):
@@ -44,19 +49,19 @@ class ServerError(RuntimeError):
     def __init__(self, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.code = code
-        """torchpi's code for the error, such as "bad_observation"; None: the server sent none."""
+        """torchpi's code for the error, such as "bad_observation"; None if the server sent none."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PreviousChunk:
-    """The rest of the chunk that the robot executes while the next one is inferred, which continues it (real-time
-    chunking, https://arxiv.org/abs/2506.07339).
+    """The rest of the chunk being executed, on which the next chunk is conditioned.
 
-    With H the horizon, s = `execution_horizon`, d = `delay` and k = len(actions): k ≤ H − s and d ≤ k. Action i of the
-    new chunk is for the same step as `actions[i]`; from k on there are no previous actions: they are masked, not zero.
+    This is real-time chunking (https://arxiv.org/abs/2506.07339). With H the horizon, s = `execution_horizon`, d =
+    `delay` and k = len(actions): k ≤ H − s and d ≤ k. Action i of the new chunk is for the same step as `actions[i]`.
+    From k on there are no previous actions: they are masked, not zero.
 
     Raises:
-        ValueError: the actions are none, or not finite; the numbers are out of range.
+        ValueError: the actions are empty or not finite, or a number is out of range.
     """
 
     actions: np.ndarray
@@ -71,23 +76,19 @@ class PreviousChunk:
         if actions.ndim != 2 or not actions.size or actions.dtype.kind != "f":
             raise ValueError(f"action_prefix is {actions.dtype} {list(actions.shape)}; expected floats [k, a].")
         if not np.isfinite(actions).all():
-            raise ValueError("There is NaN or infinity in action_prefix; it must be finite.")
-        for name, value, low, high in (
-            ("delay", self.delay, 0, len(actions)),
-            ("execution_horizon", self.execution_horizon, 1, None),
+            raise ValueError("action_prefix contains NaN or infinity; it must be finite.")
+        for name, low, high, limit in (
+            ("delay", 0, len(actions), f"0 to {len(actions)}, the length of action_prefix"),
+            ("execution_horizon", 1, float("inf"), "at least 1"),
         ):
-            if (
-                not isinstance(value, (int, np.integer))
-                or isinstance(value, bool)
-                or value < low
-                or (high is not None and value > high)
-            ):
-                limit = f"at least {low}" if high is None else f"{low} to {high}, the length of action_prefix"
+            value = getattr(self, name)
+            is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+            if not is_integer or not low <= value <= high:
                 raise ValueError(f"{name} is {value!r}; expected an integer, {limit}.")
             object.__setattr__(self, name, int(value))  # NumPy's small integers overflow
 
     def to_wire(self) -> dict[str, Any]:
-        """The value of the field `RTC`: {"action_prefix": float32 [k, a], "delay": d, "execution_horizon": s}."""
+        """Value of the field `RTC`: {"action_prefix": float32 [k, a], "delay": d, "execution_horizon": s}."""
         actions = np.asarray(self.actions, np.float32)
         return {"action_prefix": actions, "delay": self.delay, "execution_horizon": self.execution_horizon}
 
@@ -122,11 +123,11 @@ def require_support(metadata: dict[str, Any], feature: str, instead: str, *, ser
 
 
 def content(frame: str | bytes, url: str) -> dict[str, Any]:
-    """The dict in a server's frame; a text frame is an error message.
+    """The dict in a server's frame.
 
     Raises:
-        ServerError: a text frame.
-        ValueError: it is not in the wire format, or no dict.
+        ServerError: it is a text frame, which holds an error message.
+        ValueError: it is not in the wire format, or not a dict.
     """
     if isinstance(frame, str):
         code, message = _read_error(frame)
@@ -135,7 +136,8 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
         value = unpack(frame)
     except ValueError as error:
         raise ValueError(
-            f"Cannot read what {url} sent, {frame[:40]!r}: {error} Is it a policy server, without a proxy that answers?"
+            f"Cannot read what {url} sent, {frame[:40]!r}: {error} Is it a policy server, and does no proxy answer in "
+            "its place?"
         ) from error
     if not isinstance(value, dict):
         raise ValueError(f"{url} sent a {type(value).__name__}; expected a dict: is it a policy server?")
@@ -143,7 +145,7 @@ def content(frame: str | bytes, url: str) -> dict[str, Any]:
 
 
 def _read_error(frame: str) -> tuple[str | None, str]:
-    """Code and message: torchpi sends {"code": …, "message": …}, openpi a traceback."""
+    """Code and message. torchpi sends {"code": …, "message": …}, openpi a traceback."""
     try:
         error = json.loads(frame)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The report of a control loop's run."""
+"""Report of a control loop's run."""
 
 from __future__ import annotations
 
@@ -17,27 +17,26 @@ def counted(count: int, noun: str) -> str:
 
 @dataclasses.dataclass
 class Tally:
-    """Count, sum and maximum of a series of numbers."""
+    """Count, sum and maximum of several numbers."""
 
     count: int = 0
     total: float = 0.0
     largest: float = 0.0
 
     def add(self, value: float) -> None:
-        """Add a number."""
         self.count += 1
         self.total += value
         self.largest = max(self.largest, value)
 
     @property
     def mean(self) -> float:
-        """The mean, or 0 without numbers."""
+        """Mean, or 0 without numbers."""
         return self.total / self.count if self.count else 0.0
 
 
 @dataclasses.dataclass
 class ControlReport:
-    """Counts of all events of one run, readable at any time."""
+    """Counts of all events of one run. It can be read at any time."""
 
     names: Sequence[str] = ()
     """Names of the action dimensions, for `summary`."""
@@ -52,7 +51,7 @@ class ControlReport:
     slowed: int = 0
     """Actions that took two steps because a chunk was late."""
     chunks: int = 0
-    """Chunks that were used."""
+    """Executed chunks."""
     late_chunks: int = 0
     """Requests during which the actions ran out."""
     stale_chunks: int = 0
@@ -60,7 +59,7 @@ class ControlReport:
     uncertain_chunks: int = 0
     """Chunks that were refused because of their uncertainty, see `ControlSettings.max_uncertainty`."""
     uncertainty: Tally = dataclasses.field(default_factory=Tally)
-    """Uncertainty of each chunk, where the server answers one, without the warm-up."""
+    """Uncertainty of each chunk, if the server sends it; without the warm-up."""
     failed_requests: int = 0
     """Requests that exceeded their deadline or that a busy server refused."""
     reconnects: int = 0
@@ -68,7 +67,7 @@ class ControlReport:
     latency: Tally = dataclasses.field(default_factory=Tally)
     """Seconds from each observation to its chunk, without the warm-up."""
     discarded: Tally = dataclasses.field(default_factory=Tally)
-    """Actions of each used chunk whose steps had passed when it arrived."""
+    """Number of actions per executed chunk whose steps had passed when it arrived."""
     overruns: Tally = dataclasses.field(default_factory=Tally)
     """Seconds by which steps exceeded their period."""
     missed_steps: int = 0
@@ -87,15 +86,15 @@ class ControlReport:
     """The reason for an early end, or None."""
 
     def summary(self) -> str:
-        """The report as text, in a few lines."""
+        """A few lines of text."""
+        dry_run = " (dry run: nothing was sent)" if self.dry_run else ""
         lines = [
-            f"{counted(self.steps, 'step')}{' (dry run: nothing was sent)' if self.dry_run else ''}: "
-            f"{counted(self.actions, 'action')}, {self.waits} waiting, {self.holds} held, {self.missed_steps} left out"
-            f"; {counted(self.slowed, 'action')} slowed",
+            f"{counted(self.steps, 'step')}{dry_run}: {counted(self.actions, 'action')}, {self.waits} waiting, "
+            f"{self.holds} held, {self.missed_steps} skipped; {counted(self.slowed, 'action')} slowed",
             f"chunks: {self.chunks}, {self.late_chunks} late, {self.stale_chunks} refused as stale, "
             f"{self.failed_requests} without an answer; {counted(self.reconnects, 'reconnect')}",
             f"latency {1e3 * self.latency.mean:.1f} ms on average, {1e3 * self.latency.largest:.1f} ms at most; "
-            f"discarded {self.discarded.mean:.1f} actions of a chunk on average, {self.discarded.largest:.0f} at most",
+            f"discarded {self.discarded.mean:.1f} actions per chunk on average, {self.discarded.largest:.0f} at most",
             f"{counted(self.overruns.count, 'overrun')}, {1e3 * self.overruns.mean:.1f} ms on average, "
             f"{1e3 * self.overruns.largest:.1f} ms at most",
             f"NaN or infinity: {self._per_dimension(self.invalid)}",
@@ -113,24 +112,30 @@ class ControlReport:
         return "\n".join(lines)
 
     def _per_dimension(self, counts: np.ndarray) -> str:
-        named = len(self.names) == len(counts)
-        found = [f"{self.names[i] if named else i} {count}" for i, count in enumerate(counts) if count]
-        return ", ".join(found) or "none"
+        names = _titles(self.names, len(counts))
+        return ", ".join(f"{name} {count}" for name, count in zip(names, counts) if count) or "none"
 
 
 def format_chunk(chunk: np.ndarray, names: Sequence[str] = (), limits: ActionLimits | None = None) -> str:
-    """A chunk [H, a] as a table, one row per step; values not finite or outside the limits' range are marked with "!".
+    """Format a chunk [H, a] as a table with one row per step.
+
+    Values that are not finite or outside the limits' range are marked with "!".
 
     Args:
-        names: of the dimensions; by default their indices.
+        names: names of the dimensions; by default their indices.
     """
-    titles = list(names) if len(names) == chunk.shape[1] else [str(i) for i in range(chunk.shape[1])]
-    wrong = ~np.isfinite(chunk)
+    titles = _titles(names, chunk.shape[1])
+    marked = ~np.isfinite(chunk)
     if limits is not None:
-        wrong |= (chunk < limits.low) | (chunk > limits.high)
+        marked |= (chunk < limits.low) | (chunk > limits.high)
     width = max(10, *(len(title) + 2 for title in titles))
     rows = ["step" + "".join(title.rjust(width) for title in titles)]
-    for step, (values, marks) in enumerate(zip(chunk, wrong)):
+    for step, (values, marks) in enumerate(zip(chunk, marked)):
         cells = (f"{value:.4f}{'!' if mark else ' '}".rjust(width) for value, mark in zip(values, marks))
         rows.append(f"{step:4d}" + "".join(cells))
     return "\n".join(rows)
+
+
+def _titles(names: Sequence[str], count: int) -> list[str]:
+    """The names, or indices if their number does not fit."""
+    return list(names) if len(names) == count else [str(i) for i in range(count)]

@@ -22,35 +22,30 @@ def resample(actions: np.ndarray, commands: Sequence[str], *, from_hz: float, to
     """
     ratio = from_hz / to_hz
     steps = int(len(actions) / ratio + 1e-9)
-    times = np.arange(steps + 1) * ratio  # in the old steps
-    source = np.arange(len(actions))
+    times = np.arange(steps + 1) * ratio  # in steps of the old rate
+    source_times = np.arange(len(actions))
     out = np.empty((steps, actions.shape[1]), np.float32)
     for dim, command in enumerate(commands):
         if command == "position":
-            out[:, dim] = np.interp(times[:-1], source, actions[:, dim])
+            out[:, dim] = np.interp(times[:-1], source_times, actions[:, dim])
         elif command == "effort":
             out[:, dim] = actions[(times[:-1] + 1e-9).astype(int), dim]
         else:
-            travelled = np.concatenate([[0.0], np.cumsum(actions[:, dim], dtype=np.float64)])
-            moved = np.diff(np.interp(times, np.arange(len(travelled)), travelled))
-            out[:, dim] = moved if command == "increment" else moved / ratio
+            positions = np.concatenate([[0.0], np.cumsum(actions[:, dim], dtype=np.float64)])
+            increments = np.diff(np.interp(times, np.arange(len(positions)), positions))
+            out[:, dim] = increments if command == "increment" else increments / ratio
     return out
 
 
 def stretch(last: np.ndarray, action: np.ndarray, commands: Sequence[str], times: int) -> np.ndarray:
-    """Split one action into several steps with the same end result.
+    """Split an action [a] into `times` steps with the same end result, float32 [times, a].
 
     Args:
         last: [a], the previous command.
-        action: [a].
-        commands: per dimension.
-        times: n, the number of steps.
-
-    Returns:
-        float32 [n, a].
+        commands: per dimension, see `robot.COMMANDS`.
     """
-    parts = np.arange(1, times + 1)[:, None] / times
+    fractions = np.arange(1, times + 1)[:, None] / times
     is_position = np.array([command == "position" for command in commands])
     is_effort = np.array([command == "effort" for command in commands])
-    moving = np.where(is_position, last + parts * (action - last), action / times)
+    moving = np.where(is_position, last + fractions * (action - last), action / times)
     return np.where(is_effort, action, moving).astype(np.float32)

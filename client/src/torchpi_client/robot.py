@@ -7,8 +7,8 @@ from typing import Any, Mapping, Protocol, Sequence, runtime_checkable
 import numpy as np
 
 COMMANDS = ("position", "velocity", "increment", "effort")
-"""Commands of an action dimension: a target position (joint angle, gripper opening), a velocity, a position increment
-per step, or an effort (gripper force). They determine how the robot is held still and slowed down."""
+"""Kinds of command of an action dimension: a target position (joint angle, gripper opening), a velocity, a position
+increment per step, or an effort (gripper force). They determine how the robot is held still and slowed down."""
 
 
 @runtime_checkable
@@ -16,26 +16,21 @@ class Robot(Protocol):
     """A robot; both methods are called from the thread that runs the control loop."""
 
     def observe(self) -> dict[str, Any]:
-        """The observation of this moment, with the robot's own keys, as the policy's embodiment reads them."""
+        """The current observation, with the keys that the policy's embodiment reads."""
         ...
 
     def act(self, action: np.ndarray) -> None:
-        """Start one step.
-
-        Args:
-            action: float32 [a], in the robot's units. Returns at once: the loop keeps the time.
-        """
+        """Send an action, float32 [a] in the robot's units. Return immediately: the loop keeps the time."""
         ...
 
 
 @runtime_checkable
 class InferringPolicy(Protocol):
-    """A source of chunks: a `WebsocketPolicy`, or any object with the same two members."""
+    """Source of chunks: a `WebsocketPolicy`, or any object with these two members."""
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The loop reads "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc"; any may be
-        missing."""
+        """May have "control_hz", "execute_steps", "action_names", "action_commands" and "torchpi/rtc" for the loop."""
         ...
 
     def infer(self, observation: dict[str, Any]) -> Mapping[str, Any]:
@@ -43,40 +38,40 @@ class InferringPolicy(Protocol):
         ...
 
 
-def check_commands(stated: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
-    """One of `COMMANDS` per dimension, from the settings or else the server's metadata.
+def check_commands(own: Sequence[Any] | None, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+    """One of `COMMANDS` per dimension, from the settings (`own`) or else from the server's metadata.
 
     Raises:
-        ValueError: a dimension has no command, or an unknown one; the settings state too many or too few.
+        ValueError: a dimension has no command or an unknown one, or the settings have too many or too few commands.
     """
-    # Earlier servers name the same list "action_kinds".
-    servers = metadata.get("action_commands") or metadata.get("action_kinds")
-    commands = servers if stated is None else stated
+    # Earlier servers call the same list "action_kinds".
+    from_server = metadata.get("action_commands") or metadata.get("action_kinds")
+    commands = from_server if own is None else own
     names = list(metadata.get("action_names") or ())
-    expected = len(names or servers or ())
-    if stated is not None and expected and len(stated) != expected:
-        raise ValueError(wrong_count(stated, expected, names))
+    expected = len(names or from_server or ())
+    if own is not None and expected and len(own) != expected:
+        raise ValueError(wrong_count(own, expected, names))
     if commands is not None and all(command in COMMANDS for command in commands):
         return tuple(commands)
     missing = [i for i, command in enumerate(commands or ()) if command not in COMMANDS]
     dims = ", ".join(names[i] if i < len(names) else str(i) for i in missing) or ", ".join(names) or "all of them"
     raise ValueError(
-        f"The action_commands are {commands}: they do not say what these dimensions of an action command: {dims}. "
-        f"To hold the robot still the loop needs one of {', '.join(COMMANDS)} for each dimension. Pass "
-        'action_commands= in ControlSettings, such as ["position"] * 7, or state "command" of each action in the '
+        f"The action_commands are {commands}; these action dimensions have no valid command: {dims}. "
+        f"To hold the robot still, the loop needs one of {', '.join(COMMANDS)} for each dimension. Pass "
+        'action_commands= in ControlSettings, such as ["position"] * 7, or set "command" for each action in the '
         "policy's embodiment (policy.json) on the server."
     )
 
 
-def wrong_count(stated: Sequence[str], expected: int, names: Sequence[str]) -> str:
-    """The message for `action_commands` of another length than the policy's actions."""
-    named = f": {', '.join(names)}" if names else ""
+def wrong_count(commands: Sequence[str], expected: int, names: Sequence[str]) -> str:
+    """Error message for `action_commands` of another length than the policy's actions."""
+    dimensions = f"{expected} dimensions: {', '.join(names)}" if names else f"{expected} dimensions"
     return (
-        f"action_commands in ControlSettings has {len(stated)} commands; the policy's actions have {expected} "
-        f"dimensions{named}. State one command for each."
+        f"action_commands in ControlSettings has {len(commands)} commands; the policy's actions have {dimensions}. "
+        "Give one command for each."
     )
 
 
 def hold_command(last: np.ndarray, commands: Sequence[str]) -> np.ndarray:
-    """The command [a] that keeps the robot still: the last position and effort, zero velocity, zero increment."""
+    """Command [a] that keeps the robot still: the last position and effort, zero velocity, zero increment."""
     return np.where([command in ("position", "effort") for command in commands], last, 0).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The control loop: turns a policy's action chunks into one robot command per step, at a fixed rate."""
+"""Control loop: turns a policy's action chunks into one robot command per step, at a fixed rate."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SLOW = 2
 WARM_UP_SECONDS = 600.0
 """Time limit for repeating the first inference, whose deadline a compilation may exceed."""
 
-_PATIENCE = 0.1
-"""Seconds between checks for `stop` while the loop waits for the first chunk."""
+_STOP_CHECK_SECONDS = 0.1
+"""Time between checks for `stop` while the loop waits for the first chunk."""
 
 HELD_SECONDS = 1.0
 """Time that the robot is held for a late chunk before a warning is logged."""
@@ -48,11 +48,11 @@ class ControlLoop:
 
     Args:
         robot: observed and moved from the thread that calls `run`.
-        policy: asked in another thread; if it has `reconnects`, they are reported.
+        policy: called in another thread; its `reconnects`, if it has this attribute, are reported.
         settings: mode, rate, limits and reactions; by default `ControlSettings()`.
         clock, inference: replacements for tests.
         on_chunk: called with each chunk [H, a] as the policy returned it.
-        log: gets the observations, chunks and commands of a run, see `RerunLog`.
+        log: receives observations, chunks and commands, see `RerunLog`.
 
     Raises:
         ValueError: the settings contradict the policy's metadata.
@@ -81,7 +81,7 @@ class ControlLoop:
         self._policy_hz, self.control_hz = settings.rates(metadata.get("control_hz"))
         self._commands = check_commands(settings.action_commands, metadata)
         if settings.mode == "rtc":
-            instead = 'Use mode "async", which switches from chunk to chunk as it is.'
+            instead = 'Use mode "async", which switches to each new chunk without conditioning.'
             require_support(dict(metadata), RTC, instead, server=self._name)
         self._check_length("limits", None if settings.limits is None else settings.limits.low)
         self._check_length("start", settings.start)
@@ -101,21 +101,22 @@ class ControlLoop:
         self._last = None if settings.start is None else np.asarray(settings.start, np.float32)
         self._queued: list[np.ndarray] = []  # the remaining steps of a slowed action
         self._request: _Pending | None = None
-        self._stale_in_a_row = 0
-        self._unanswered_in_a_row = 0
-        self._held_in_a_row = 0
+        self._consecutive_stale = 0
+        self._consecutive_unanswered = 0
+        self._consecutive_held = 0
         self._uncertainty = UncertaintyLimit(settings.max_uncertainty, self._name, self.report)
-        self._stale_after = math.inf  # seconds, of the chunk under execution
-        self._behind = 0.0  # seconds that its steps are delayed by skipped steps
+        self._stale_after = math.inf  # maximum age in seconds of the chunk being executed
+        self._behind = 0.0  # seconds by which skipped steps have delayed it
         self._reconnects_before = self._reconnects
         self._stopping = False
 
     def run(self, *, seconds: float | None = None, steps: int | None = None) -> ControlReport:
-        """Control the robot until the time is over, `stop` is called, or an error ends the run; then hold the robot
-        still. The first chunk, whose inference may include a compilation, is awaited and never executed.
+        """Control the robot until the time is over, `stop` is called, or an error ends the run; then hold it still.
+
+        Before the run, the loop waits for a first chunk, whose inference may include a compilation, and drops it.
 
         Args:
-            seconds, steps: the end of the run, whichever comes first; None: no limit. Skipped steps count.
+            seconds, steps: length of the run, whichever ends first; None means no limit. Skipped steps count.
 
         Raises:
             ValueError: the policy's chunk contradicts the settings (before the robot moves), or the loop has run.
@@ -130,8 +131,8 @@ class ControlLoop:
             return self.report
         self._schedule = schedule
         pacer = Pacer(self._clock, 1 / self.control_hz)
-        # Of the log, which may have been there before: earlier runs are in it, and other robots.
-        self._log_began = self._clock.now() - (0.0 if self._run_log is None else self._run_log.seconds)
+        # The log may be older than this run: it can have earlier runs and other robots.
+        self._log_start = self._clock.now() - (0.0 if self._run_log is None else self._run_log.seconds)
         try:
             while self.report.steps + self.report.missed_steps < limit - 1e-9 and not self._stopping:
                 self._step()
@@ -144,14 +145,14 @@ class ControlLoop:
         return self.report
 
     def stop(self) -> None:
-        """End the run after the present step, or before the robot moves; for signal handlers and other threads."""
+        """End the run after the current step, or before the robot moves; for signal handlers and other threads."""
         self._stopping = True
 
     # ---- before the robot moves ----
 
     def _warm_up(self) -> ActionQueue | Ensemble | None:
-        """The action schedule for chunks of the first one's length; None: `stop` was called."""
-        chunk = self._asked_chunk({})
+        """Request a first chunk and make the action schedule for chunks of its length; None if `stop` was called."""
+        chunk = self._first_chunk({})
         if chunk is None:
             return None
         self._horizon = len(chunk)
@@ -159,19 +160,21 @@ class ControlLoop:
         schedule = self._make_schedule(len(chunk))
         if self._settings.mode != "rtc":
             return schedule
-        # Inference conditioned on a previous chunk is another computation, with a compilation of its own.
-        guided = self._asked_chunk(self._rtc_fields(Request(0, chunk[1:], 1)))
-        return None if guided is None else schedule
+        # Inference conditioned on a previous chunk is another computation, which may include another compilation.
+        conditioned = self._first_chunk(self._rtc_fields(Request(0, chunk[1:], 1)))
+        return None if conditioned is None else schedule
 
-    def _asked_chunk(self, fields: dict[str, Any]) -> np.ndarray | None:
-        """The first chunk for an observation with these fields, repeating requests that exceed their deadline; None:
-        `stop` was called."""
+    def _first_chunk(self, fields: dict[str, Any]) -> np.ndarray | None:
+        """Request a chunk for an observation with additional fields; None if `stop` was called.
+
+        Requests that exceed their deadline are repeated.
+        """
         until = self._clock.now() + WARM_UP_SECONDS
         warned = False
         while not self._stopping:
-            asked = self._clock.now()
+            started = self._clock.now()
             self._inference.start({**self._robot.observe(), **fields})
-            while (answer := self._inference.wait(_PATIENCE)) is None:
+            while (answer := self._inference.wait(_STOP_CHECK_SECONDS)) is None:
                 if self._stopping:
                     return None
             if not _is_unanswered(answer) or self._clock.now() > until:
@@ -184,7 +187,7 @@ class ControlLoop:
                     str(answer.error).rstrip("."),
                     WARM_UP_SECONDS,
                 )
-            self._clock.sleep_until(asked + 1 / self.control_hz)  # a busy server refuses immediately
+            self._clock.sleep_until(started + 1 / self.control_hz)  # a busy server refuses immediately
         return None
 
     def _make_schedule(self, length: int) -> ActionQueue | Ensemble:
@@ -201,7 +204,7 @@ class ControlLoop:
             source = "execute_steps is" if self._settings.execute_steps else f"{self._name} recommends execute_steps"
             raise ValueError(
                 f"{source} {steps}, but the policy's chunk has only {counted(self._horizon, 'action')}; "
-                "state execute_steps= up to that in ControlSettings."
+                "set execute_steps= to at most that in ControlSettings."
             )
         if self._resamples:
             steps = min(max(1, round(steps * self.control_hz / self._policy_hz)), length)
@@ -212,7 +215,7 @@ class ControlLoop:
             )
         if self._settings.mode == "ensemble":
             return Ensemble(steps, decay=self._settings.ensemble_decay)
-        return ActionQueue(steps, only=self._settings.mode == "sync")
+        return ActionQueue(steps, drop_rest=self._settings.mode == "sync")
 
     @property
     def _resamples(self) -> bool:
@@ -225,7 +228,7 @@ class ControlLoop:
 
     def _step(self) -> None:
         self._receive()
-        self._ask()
+        self._request_chunk()
         command = self._next_command()
         if command is not None:
             self._act(command)
@@ -241,46 +244,46 @@ class ControlLoop:
         self.report.reconnects = self._reconnects - self._reconnects_before
         if _is_unanswered(answer):
             self.report.failed_requests += 1  # the next request has a new observation
-            self._unanswered_in_a_row += 1
-            if self._unanswered_in_a_row == 1:
+            self._consecutive_unanswered += 1
+            if self._consecutive_unanswered == 1:
                 _log.warning("%s; sending a new request", str(answer.error).rstrip("."))
             return
         if isinstance(answer.error, ConnectionError):
             raise _Stop(f"The connection to the policy is lost: {answer.error}")
         chunk = self._checked_chunk(answer)
-        if self._unanswered_in_a_row:
-            unanswered = counted(self._unanswered_in_a_row, "request")
+        if self._consecutive_unanswered:
+            unanswered = counted(self._consecutive_unanswered, "request")
             _log.info("The policy answers again, after %s without an answer", unanswered)
-        self._unanswered_in_a_row = 0
-        self._latency.add(answer.finished - pending.since)
-        self.report.latency.add(answer.finished - pending.since)
+        self._consecutive_unanswered = 0
+        self._latency.add(answer.finished - pending.observed_at)
+        self.report.latency.add(answer.finished - pending.observed_at)
         if self._uncertainty.refuses(answer.content or {}):
-            self._clear()  # the policy was certain of another observation
+            self._clear()  # the current chunk is for an older observation
             return
         chunk = self._resampled(chunk, self._policy_hz, self.control_hz)
         if self._run_log is not None:
-            self._run_log.predict(pending.since - self._log_began, chunk, hz=self.control_hz)
-        age = self._clock.now() - pending.since
+            self._run_log.predict(pending.observed_at - self._log_start, chunk, hz=self.control_hz)
+        age = self._clock.now() - pending.observed_at
         discarded = None if age > self._max_age(chunk) else self._schedule.arrive(pending.request, chunk)
         if discarded is None:
             self._refuse(age, len(chunk))
         else:
-            self._stale_in_a_row = 0
+            self._consecutive_stale = 0
             self._stale_after, self._behind = self._max_age(chunk), 0.0
             self.report.chunks += 1
             self.report.discarded.add(discarded)
 
     def _refuse(self, age: float, length: int) -> None:
         self.report.stale_chunks += 1
-        self._stale_in_a_row += 1
-        if self._stale_in_a_row == MAX_STALE:
-            limit = self._settings.max_age
-            allowed = (
-                f"lasts {length / self.control_hz:.2f} s" if limit is None else f"may be {limit:g} s old (max_age)"
-            )
+        self._consecutive_stale += 1
+        if self._consecutive_stale == MAX_STALE:
+            max_age = self._settings.max_age
+            limit = f"lasts {length / self.control_hz:.2f} s"
+            if max_age is not None:
+                limit = f"may be {max_age:g} s old (max_age)"
             raise _Stop(
                 f"{MAX_STALE} chunks in a row were stale: the last came {age:.2f} s after its observation, and "
-                f'{allowed}; use mode "sync", in which the robot waits, or a faster policy'
+                f'{limit}; use mode "sync", in which the robot waits, or a faster policy'
             )
 
     def _max_age(self, chunk: np.ndarray) -> float:
@@ -288,22 +291,22 @@ class ControlLoop:
             return self._settings.max_age
         return math.inf if self._settings.mode == "sync" else len(chunk) / self.control_hz
 
-    def _ask(self) -> None:
+    def _request_chunk(self) -> None:
         """Request a chunk, if one is due."""
         if self._inference.busy or not self._schedule.due:
             return
-        since = self._clock.now()
+        now = self._clock.now()
         observation = dict(self._robot.observe())
         if self._run_log is not None:
-            self._run_log.observe(since - self._log_began, observation)
+            self._run_log.observe(now - self._log_start, observation)
         request = self._schedule.request()
         if self._settings.mode == "rtc":
             observation.update(self._rtc_fields(request))
-        self._request = _Pending(request, since, self.report.steps)
+        self._request = _Pending(request, now, self.report.steps)
         self._inference.start(observation)
 
     def _rtc_fields(self, request: Request) -> dict[str, Any]:
-        """The request field of real-time chunking, at the policy's rate; empty without a previous chunk."""
+        """Request field for real-time chunking, at the policy's rate; empty without a previous chunk."""
         if request.rest is None:
             return {}
         rest, executed, rate = request.rest, request.executed, self.control_hz
@@ -314,8 +317,7 @@ class ControlLoop:
         rest = rest if finite.all() else rest[: int(np.argmin(finite))]  # NaN and infinity are never executed
         if not len(rest):
             return {}
-        # With a longer delay all remaining actions will have been executed.
-        delay = min(self._latency.steps(rate) or 0, len(rest))
+        delay = min(self._latency.steps(rate) or 0, len(rest))  # the loop runs out of actions after len(rest) steps
         return {RTC: PreviousChunk(rest, delay, executed).to_wire()}
 
     def _next_command(self) -> np.ndarray | None:
@@ -325,9 +327,9 @@ class ControlLoop:
         action = self._schedule.next()
         if action is None:
             return self._without_action()
-        if self._held_in_a_row >= HELD_SECONDS * self.control_hz:
-            _log.info("The robot moves again, after %.1f s", self._held_in_a_row / self.control_hz)
-        self._held_in_a_row = 0
+        if self._consecutive_held >= HELD_SECONDS * self.control_hz:
+            _log.info("The robot moves again, after %.1f s", self._consecutive_held / self.control_hz)
+        self._consecutive_held = 0
         invalid = ~np.isfinite(action)
         if invalid.any():
             self.report.invalid += invalid
@@ -349,8 +351,8 @@ class ControlLoop:
             self.report.waits += 1
             return self._hold()
         self.report.holds += 1
-        self._held_in_a_row += 1
-        if self._held_in_a_row == math.ceil(HELD_SECONDS * self.control_hz):
+        self._consecutive_held += 1
+        if self._consecutive_held == math.ceil(HELD_SECONDS * self.control_hz):
             _log.warning("No chunk for %g s: the robot is held until one arrives", HELD_SECONDS)
         if self._request is not None and not self._request.late:
             self._request.late = True
@@ -381,13 +383,13 @@ class ControlLoop:
     def _act(self, command: np.ndarray) -> None:
         self._last = np.asarray(command, np.float32)
         if self._run_log is not None:
-            self._run_log.execute(self._clock.now() - self._log_began, self._last)
+            self._run_log.execute(self._clock.now() - self._log_start, self._last)
         if not self._settings.dry_run:
             self._robot.act(self._last.copy())
 
     def _account(self, tick: Tick) -> None:
-        """Count an overrun. It makes the rest of a chunk stale if that is delayed by more than its maximum age, by one
-        long overrun or by many skipped steps."""
+        """Count an overrun. If it delays the rest of the chunk, alone or with earlier ones, beyond the chunk's maximum
+        age, the rest is stale and dropped."""
         if not tick.overrun:
             return
         self.report.overruns.add(tick.overrun)
@@ -398,15 +400,15 @@ class ControlLoop:
             self.report.stale_chunks += 1
 
     def _clear(self) -> None:
-        """Drop what is left of the chunk under execution."""
+        """Drop the rest of the current chunk."""
         self._schedule.clear()
         self._queued.clear()
         self._stale_after = math.inf
 
     def _halt(self) -> None:
-        """Hold the robot regardless of limits: this is the last command. Position control stays put without it."""
-        moves = any(command in ("velocity", "increment") for command in self._commands)
-        if self.report.actions and moves and self._last is not None:
+        """Send a last command that holds the robot still, regardless of limits. Position control needs none."""
+        needs_hold = any(command in ("velocity", "increment") for command in self._commands)
+        if self.report.actions and needs_hold and self._last is not None:
             self._act(hold_command(self._last, self._commands))
 
     @property
@@ -416,23 +418,23 @@ class ControlLoop:
     # ---- checks ----
 
     def _checked_chunk(self, answer: Answer) -> np.ndarray:
-        """The answer's actions, float32 [H, a]; NaN and infinity are checked at each step."""
+        """The answer's actions, float32 [H, a]. NaN and infinity are checked later, in each step."""
         if answer.error is not None:
             raise answer.error
         assert answer.content is not None
         if "actions" not in answer.content:
             raise ValueError(f"{self._name} answered {', '.join(answer.content) or 'nothing'}; expected actions.")
         chunk = np.asarray(answer.content["actions"])
-        fits = chunk.ndim == 2 and len(chunk) and chunk.dtype.kind == "f"
-        stated = self._settings.action_commands
-        if fits and stated is not None and chunk.shape[1] != len(stated):
-            raise ValueError(wrong_count(stated, chunk.shape[1], self.report.names))
-        if not fits or chunk.shape[1] != len(self._commands):
+        is_valid = chunk.ndim == 2 and len(chunk) and chunk.dtype.kind == "f"
+        commands = self._settings.action_commands
+        if is_valid and commands is not None and chunk.shape[1] != len(commands):
+            raise ValueError(wrong_count(commands, chunk.shape[1], self.report.names))
+        if not is_valid or chunk.shape[1] != len(self._commands):
             raise ValueError(
                 f"{self._name} returned actions {chunk.dtype} {list(chunk.shape)}; "
-                f"expected floats [H, {len(self._commands)}], as many dimensions as there are action_commands."
+                f"expected floats [H, {len(self._commands)}], one dimension per action command."
             )
-        self._uncertainty.read(answer.content)  # raises, before the robot moves
+        self._uncertainty.read(answer.content)  # in the warm-up, raises an error before the robot moves
         if self._on_chunk is not None:
             self._on_chunk(chunk)
         return chunk.astype(np.float32)
@@ -453,11 +455,11 @@ class _Stop(Exception):
 
 @dataclasses.dataclass
 class _Pending:
-    """The request in progress."""
+    """Request in progress."""
 
     request: Request
-    since: float
-    """The time of the observation, on the loop's clock."""
+    observed_at: float
+    """Time of the observation, on the loop's clock."""
     step: int
     late: bool = False
     """True if the actions ran out before the answer."""

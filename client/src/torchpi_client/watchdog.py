@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 class Watchdog:
     """Calls `action`, in a separate thread, when a block of code misses its deadline.
 
-    One thread serves all blocks. It sleeps until the earliest known deadline, and blocks that end earlier do not wake
-    it; a `threading.Timer` would start a thread per block, which takes 0.1 ms.
+    One thread serves all blocks. It sleeps until the earliest known deadline; blocks that end earlier do not wake it. A
+    `threading.Timer` would start a thread per block, which takes 0.1 ms.
     """
 
     def __init__(self, action: Callable[[], None]) -> None:
@@ -28,7 +28,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def until(self, deadline: float) -> Iterator[None]:
-        """A block with a deadline in seconds of `time.monotonic`; one at a time. Leaving the block cancels it."""
+        """Set a deadline (`time.monotonic` seconds) for a block, one at a time. Leaving the block cancels it."""
         with self._changed:
             self._deadline = deadline
             if self._thread is None:
@@ -56,5 +56,4 @@ class Watchdog:
                     self._deadline = math.inf
                     self._action()
                 self._wakes_at = min(self._deadline, self._wakes_at if self._wakes_at > now else math.inf)
-                left = min(self._wakes_at - now, threading.TIMEOUT_MAX)
-                self._changed.wait(left)
+                self._changed.wait(min(self._wakes_at - now, threading.TIMEOUT_MAX))

@@ -1,11 +1,11 @@
-"""The wire format: openpi's msgpack with NumPy, byte for byte. Nothing is ever unpickled.
+"""Wire format: msgpack with NumPy, byte for byte as openpi writes it. Nothing is ever unpickled.
 
-msgpack's own types are unchanged (tuples arrive as lists); NumPy's are maps with byte-string keys:
+msgpack's own types are unchanged (tuples arrive as lists). NumPy's types are maps with byte-string keys:
 
     array   {b"__ndarray__": True, b"data": bytes in C order, b"dtype": dtype.str, b"shape": [...]}
     scalar  {b"__npgeneric__": True, b"data": Python number, b"dtype": dtype.str}
 
-To msgpack np.float64, np.str_ and np.bytes_ are Python's float, str and bytes, and arrive as these.
+np.float64, np.str_ and np.bytes_ are subclasses of Python's float, str and bytes, and arrive as these.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ ARRAY, SCALAR = b"__ndarray__", b"__npgeneric__"
 ARRAY_KEYS = {ARRAY, b"data", b"dtype", b"shape"}
 SCALAR_KEYS = {SCALAR, b"data", b"dtype"}
 
-# Not complex, object and void (structured): openpi refuses them too.
+# Without complex, object and void (structured), which openpi refuses too.
 ARRAY_KINDS = "biufSUmM"
 SCALAR_KINDS = "biuf"
 
-# Maps that other formats write for an array or a scalar: they would arrive as maps, and fail far from here.
+# Maps that other formats write for arrays and scalars. They are refused here: as maps they would fail much later.
 FOREIGN = (
     ({"nd", "type", "data"}, "the package msgpack-numpy"),
-    ({"__ndarray__", "data", "dtype", "shape"}, "a packer that makes text of the byte-string keys"),
-    ({"__npgeneric__", "data", "dtype"}, "a packer that makes text of the byte-string keys"),
+    ({"__ndarray__", "data", "dtype", "shape"}, "a packer that turns the byte-string keys into text"),
+    ({"__npgeneric__", "data", "dtype"}, "a packer that turns the byte-string keys into text"),
     ({"__numpy__", "dtype", "shape"}, "the package json-numpy"),
     ({"__ndarray_class__", "as_npy"}, "GR00T's client"),
 )
 
-# What dtype.str writes, and plain names ("float32"). Commas and brackets would let NumPy parse structured types.
+# Values of dtype.str, and plain names ("float32"). With commas or brackets NumPy would parse structured types.
 DTYPE = re.compile(r"[<>=|]?[A-Za-z]+[0-9]*(\[[0-9A-Za-z]+\])?")
 
 
@@ -46,20 +46,20 @@ def pack(obj: Any) -> bytes:
     """
     try:
         packed: bytes = msgpack.packb(obj, default=_encode)
+        return packed
     except UnicodeEncodeError as error:
         raise ValueError(
             f"Cannot pack the text {error.object!r:.80}: its character {error.start} is the lone surrogate "
             f"{ord(error.object[error.start]):#x}; expected Unicode characters. Decode the text again."
         ) from error
-    return packed
 
 
 def unpack(data: bytes, *, max_items: int | None = None) -> Any:
     """Unpack the output of `pack`; arrays are writable.
 
     Args:
-        max_items: the largest total number of entries in all lists and maps. msgpack can turn one byte into a Python
-            object of a hundred, so a server that reads untrusted input sets this. None: no limit.
+        max_items: largest total number of entries in all lists and maps; None means no limit. A server that reads
+            untrusted input needs it: msgpack can turn one byte into a Python object of a hundred bytes.
 
     Raises:
         ValueError: the bytes are not exactly one object in this format, its nesting is about 1000 deep, or it has too
@@ -67,7 +67,7 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
     """
     try:
         return msgpack.unpackb(data, **hooks(max_items, decode_map))
-    # UnpackException: some versions of msgpack raise errors that are no ValueErrors.
+    # UnpackException: some versions of msgpack raise errors that are not ValueErrors.
     except (ValueError, msgpack.UnpackException) as error:
         reason = str(error).rstrip(".") or type(error).__name__
         raise ValueError(
@@ -77,53 +77,57 @@ def unpack(data: bytes, *, max_items: int | None = None) -> Any:
 
 
 def hooks(max_items: int | None, decode: Callable[[dict[Any, Any]], Any]) -> dict[str, Any]:
-    """msgpack's hooks, called for each complete list and map; until then its own limits apply. `decode` gives the value
-    of a map: `decode_map`, or what another format needs."""
+    """Arguments of `msgpack.unpackb`, with hooks for complete lists and maps.
+
+    Args:
+        max_items: as for `unpack`. msgpack's own limits apply to incomplete lists and maps.
+        decode: returns the value of a map, such as `decode_map`.
+    """
     if max_items is None:
         return {"object_hook": decode}
-    left = max_items
+    remaining = max_items
 
-    def counted(container: Any) -> Any:
-        nonlocal left
-        left -= len(container)
-        if left < 0:
+    def count(container: Any) -> Any:
+        nonlocal remaining
+        remaining -= len(container)
+        if remaining < 0:
             raise ValueError(f"Its lists and maps have more than {max_items} entries.")
         return container
 
     return {
-        "list_hook": counted,
-        "object_hook": lambda value: decode(counted(value)),
+        "list_hook": count,
+        "object_hook": lambda value: decode(count(value)),
         "max_array_len": max_items,
         "max_map_len": max_items,
     }
 
 
 def _encode(value: Any) -> dict[bytes, Any]:
-    """The tagged map for a value that msgpack has no type for."""
+    """Encode a value that msgpack has no type for as a tagged map."""
     if isinstance(value, np.ndarray) and _has_bytes(value.dtype, ARRAY_KINDS):
         return {ARRAY: True, b"data": value.tobytes(), b"dtype": value.dtype.str, b"shape": value.shape}
     if isinstance(value, np.generic) and _has_bytes(value.dtype, SCALAR_KINDS):
         number = value.item()
-        if isinstance(number, (bool, int, float)):  # np.longdouble stays one
+        if isinstance(number, (bool, int, float)):  # excludes np.longdouble, whose item() is a np.longdouble
             return {SCALAR: True, b"data": number, b"dtype": value.dtype.str}
-    if isinstance(value, int):  # msgpack asks here only for those that it cannot write
+    if isinstance(value, int):  # msgpack only calls this for integers that it cannot write
         raise ValueError(f"Cannot pack an integer of {value.bit_length()} bits; expected at most 64.")
-    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    type_name = f"{type(value).__module__}.{type(value).__qualname__}"
     if isinstance(value, (np.ndarray, np.generic)):
-        kind += f" of dtype {value.dtype}"
+        type_name += f" of dtype {value.dtype}"
     raise ValueError(
-        f"Cannot pack a {kind}; expected dicts, lists, str, bytes, numbers, bool, None, and NumPy arrays and scalars of"
-        " integers, floats, bool or text: convert it first."
+        f"Cannot pack a {type_name}; expected dicts, lists, str, bytes, numbers, bool, None, and NumPy arrays and "
+        "scalars of integers, floats, bool or text: convert it first."
     )
 
 
 def _has_bytes(dtype: np.dtype[Any], kinds: str) -> bool:
-    """True if the array is fully described by its bytes and `dtype.str`."""
-    return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: from another library, unknown to np.dtype(dtype.str)
+    """True if bytes and `dtype.str` fully describe an array of this dtype."""
+    return dtype.kind in kinds and dtype.isbuiltin != 2  # 2: a dtype of another library, unknown to np.dtype
 
 
 def decode_map(value: dict[Any, Any]) -> Any:
-    """A plain map as it is, or the array or scalar of a tagged map."""
+    """Decode a tagged map into its array or scalar; other maps are returned unchanged."""
     if ARRAY in value:
         return _array(value)
     if SCALAR in value:
@@ -131,7 +135,7 @@ def decode_map(value: dict[Any, Any]) -> Any:
     names = {key.decode("latin-1") if isinstance(key, bytes) else key for key in value}
     for keys, origin in FOREIGN:
         if keys <= names:
-            raise ValueError(f"It has an array or a number as {origin} packs them")
+            raise ValueError(f"It has an array or a number as packed by {origin}")
     return value
 
 
@@ -143,15 +147,14 @@ def _array(value: dict[Any, Any]) -> np.ndarray[Any, Any]:
         raise ValueError(f"An array's shape is {shape!r:.80}; expected a list of sizes.")
     if not isinstance(data, bytes):
         raise ValueError(f"An array's data is of type {type(data).__name__}; expected bytes.")
-    # Python's integers don't overflow.
     expected = dtype.itemsize
-    for size in shape:
+    for size in shape:  # in Python's integers, which do not overflow
         expected *= size
     if len(data) != expected:
         raise ValueError(
             f"An array of shape {shape!s:.80} and dtype {dtype} has {len(data)} bytes; expected {expected}."
         )
-    # A copy: the buffer is read-only. NumPy itself refuses sizes and numbers of dimensions beyond its limits.
+    # Copied, because the buffer is read-only. NumPy refuses sizes and numbers of dimensions beyond its limits.
     return np.ndarray(tuple(shape), dtype, buffer=data).copy()
 
 
@@ -162,8 +165,8 @@ def _scalar(value: dict[Any, Any]) -> np.generic:
     if type(number) not in allowed:
         raise ValueError(f"A scalar of dtype {dtype} has {number!r:.80} as its data.")
     if dtype.kind in "iu" and not np.iinfo(dtype).min <= number <= np.iinfo(dtype).max:
-        raise ValueError(f"A scalar of dtype {dtype} is {number}, which exceeds it.")
-    with np.errstate(over="ignore"):  # overflow gives inf, as in every cast
+        raise ValueError(f"A scalar of dtype {dtype} is {number}, which is out of range.")
+    with np.errstate(over="ignore"):  # overflow gives infinity, as in every cast
         return dtype.type(number)
 
 
@@ -171,7 +174,7 @@ def _dtype(name: Any, kinds: str) -> np.dtype[Any]:
     if isinstance(name, str) and DTYPE.fullmatch(name):
         try:
             dtype = np.dtype(name)
-        except (TypeError, ValueError, DeprecationWarning):  # the last where warnings are errors
+        except (TypeError, ValueError, DeprecationWarning):  # DeprecationWarning if warnings are errors
             pass
         else:
             if dtype.itemsize > 0 and _has_bytes(dtype, kinds):

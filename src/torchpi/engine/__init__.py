@@ -1,4 +1,4 @@
-"""The fast path of inference, beside the plain model: static shapes, fused kernels, compiled or as CUDA graphs."""
+"""Fast inference beside the plain model: static shapes, fused kernels, torch.compile or CUDA graphs."""
 
 from torchpi.engine.engine import InferenceEngine, check_device
 

@@ -1,4 +1,4 @@
-"""A bucket: all that decides the shapes of one sampling, and the inputs of those shapes."""
+"""Buckets: the sizes that determine all shapes of a sampling call, and the inputs in these shapes."""
 
 import dataclasses
 
@@ -14,11 +14,11 @@ from torchpi.types import Observation
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """Static sizes of one sampling; everything else is a tensor's contents."""
+    """Static sizes of a sampling call. Everything else is tensor content."""
 
     batch: int
     cameras: int
-    """Cameras that are present."""
+    """Number of cameras that are present."""
     prompt_tokens: int
     horizon: int
     num_samples: int = 1
@@ -29,21 +29,26 @@ class Bucket:
     action_prefix: bool = False
 
     def __str__(self) -> str:
-        cameras, horizon = counted(self.cameras, "camera"), counted(self.horizon, "action")
-        text = f"batch {self.batch}, {cameras}, {self.prompt_tokens} prompt tokens, {horizon}"
-        text += f" × {self.num_samples}" * (self.num_samples > 1)
-        guided = "" if self.guidance is None else f", guided (β = {self.guidance:g})"
-        return f"{text}, {counted(self.num_steps, 'step')}{guided}" + ", action prefix" * self.action_prefix
+        actions = counted(self.horizon, "action")
+        if self.num_samples > 1:
+            actions += f" × {self.num_samples}"
+        parts = [f"batch {self.batch}", counted(self.cameras, "camera"), f"{self.prompt_tokens} prompt tokens", actions]
+        parts.append(counted(self.num_steps, "step"))
+        if self.guidance is not None:
+            parts.append(f"guided (β = {self.guidance:g})")
+        if self.action_prefix:
+            parts.append("action prefix")
+        return ", ".join(parts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """Tensors of one sampling in a bucket's shapes, or of fewer samples."""
+    """Tensors of a sampling call in a bucket's shapes, possibly with fewer samples."""
 
     images: Float32[Tensor, "N B h w 3"]
     tokens: Int[Tensor, "B L"]
     valid: Int[Tensor, " B"]
-    """Number of valid tokens of the prefix, which come first."""
+    """Number of valid tokens in the prefix; they come first."""
     state: Float32[Tensor, "B A"]
     noise: Float32[Tensor, "B R H A"]
     guidance: Guidance | None
@@ -69,7 +74,7 @@ class Inputs:
         )
 
     def _tensors(self, num_tokens: int) -> list[Tensor]:
-        """All of them with the batch first, and of the prompt so many tokens."""
+        """All tensors, with the batch first, and with `num_tokens` prompt tokens."""
         tensors = [self.images.transpose(0, 1), self.tokens[:, :num_tokens], self.valid, self.state, self.noise]
         if self.guidance is not None:
             tensors += [self.guidance.target, self.guidance.weight]
@@ -78,7 +83,7 @@ class Inputs:
         return tensors
 
     def copy_(self, other: "Inputs") -> None:
-        """Copy inputs of as many samples or fewer; their last sample fills the rest."""
+        """Copy inputs with the same number of samples or fewer; their last sample fills the rest."""
         length = other.tokens.shape[1]
         for mine, theirs in zip(self._tensors(length), other._tensors(length), strict=True):
             mine[: len(theirs)].copy_(theirs, non_blocking=True)
@@ -92,12 +97,13 @@ def make_inputs(
     guidance: Guidance | None,
     action_prefix: ActionPrefix | None,
 ) -> Inputs | None:
-    """Inputs of a sampling; None if its samples have different cameras, or none. Reads the masks on the host."""
+    """Inputs of a sampling call; None if samples have different cameras, or none. Reads the masks on the host."""
     camera_mask = torch.stack(list(observation.image_masks.values())).cpu()  # [N, B]
     present = camera_mask[:, 0]
     if not present.any() or not (camera_mask == present[:, None]).all():
         return None
-    images = [image for image, here in zip(observation.images.values(), present.tolist(), strict=True) if here]
+    pairs = zip(observation.images.values(), present.tolist(), strict=True)
+    images = [image for image, is_present in pairs if is_present]
     token_mask = observation.tokenized_prompt_mask
     lengths = token_mask.sum(dim=1)
     valid_first = torch.argsort(~token_mask, dim=1, stable=True)[:, : int(lengths.max())]

@@ -1,12 +1,12 @@
-"""A model's weights as the engine reads them, and the forward pass over them.
+"""Packed weights of a model, and the forward pass over them.
 
-The same numbers as `Pi0`, in fewer and larger operations (`engine.kernels`):
+The computation is that of `Pi0`, in fewer and larger operations (`engine.kernels`):
 
-- 1 + scale of an RMSNorm is folded in float32 into the matmul behind it;
-- a norm is one operation with the residual before it, RoPE with writing keys and values into the cache;
-- what an fp8 matmul reads is rounded by the operation that computes it;
-- projections that run in float32 have float32 weights, which `Pi0` casts in every call;
-- shapes are static: the valid tokens of a prefix come first, padding fills it up, and `valid` says how many there are.
+- 1 + scale of an RMSNorm is folded, in float32, into the weight of the matmul after it;
+- a norm is fused with the residual before it, and RoPE with writing keys and values into the cache;
+- inputs of an fp8 matmul are rounded by the operation that computes them;
+- projections computed in float32 have float32 weights, while `Pi0` casts them in each call;
+- shapes are static: the valid tokens of a prefix come first, then padding; `valid` is their number.
 """
 
 import copy
@@ -31,33 +31,33 @@ from torchpi.model.pi0 import Pi0
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayer:
-    """Matrices of one layer, in the dtype of the computation or quantized."""
+    """Matrices of one layer, quantized or in the compute dtype."""
 
     qkv: Linear | Fp8Linear
     out: Linear | Fp8Linear
     first: Linear | Fp8Linear
-    """Gate and up; SigLIP's fc1."""
+    """Gate and up, or SigLIP's fc1."""
     second: Linear | Fp8Linear
-    """Down; SigLIP's fc2."""
+    """Down, or SigLIP's fc2."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Cache and attention inputs of the suffix behind a prefix of static length."""
+    """KV cache of a prefix of static length, and the suffix's other attention inputs."""
 
     keys: list[Float[Tensor, "B slots G K"]]
-    """Per layer; the slots behind `length` are the suffix's."""
+    """Per layer. The slots from `length` on are for the suffix."""
     values: list[Float[Tensor, "B slots G K"]]
     valid: Int[Tensor, " B"]
-    """Number of valid tokens, which come first."""
+    """Number of valid tokens; they come first."""
     length: int
-    """S, padding included."""
+    """S, including padding."""
     cos: Float32[Tensor, "B T half"]
     sin: Float32[Tensor, "B T half"]
     state: Float32[Tensor, "B A"]
 
     def repeat(self, times: int) -> "Prefix":
-        """Repeat each sample `times` times in a row; every suffix writes into slots of its own."""
+        """Repeat each sample `times` times in a row, because each suffix writes into its own slots."""
         if times == 1:
             return self
         keys, values = ([x.repeat_interleave(times, 0) for x in each] for each in (self.keys, self.values))
@@ -66,17 +66,17 @@ class Prefix:
 
 
 class PackedModel:
-    """Forward pass of a `Pi0` over weights that are packed once. Large weights that need no change are shared."""
+    """Forward pass of a `Pi0` over packed weights. Large weights that need no change are shared with the model."""
 
     def __init__(self, model: Pi0, kernels: Kernels = PLAIN) -> None:
         if lora_config(model) is not None:
-            raise ModelError("The engine runs plain weights, and this model has LoRA: merge_lora folds it into them.")
+            raise ModelError("The engine does not support LoRA layers; fold them into the weights with merge_lora.")
         self.config, self.kernels, self.dtype = model.config, kernels, model.compute_dtype
         self.num_state_tokens = model.suffix.num_state_tokens
         self.vision, self.patch_embed = model.vision, _as_dtype(model.vision.patch_embed, torch.float32)
         self.position = model.vision.position_embedding().detach()
         self.embedding = model.embedding.detach()
-        # The original rounds the scale to the dtype of the computation before it multiplies.
+        # As in the original, the scale is rounded to the compute dtype before the multiplication.
         self.text_scale = torch.tensor(model.config.paligemma.width**0.5, dtype=self.dtype).item()
         self.blocks = [
             PackedLayer(*(takes_rounded(layer, self.dtype) for layer in (block.qkv, block.out, block.fc1, block.fc2)))
@@ -90,7 +90,7 @@ class PackedModel:
         self.out_bias = out.bias.detach().float()
 
     def embed_images(self, images: Float32[Tensor, "N B h w 3"]) -> Float[Tensor, "B tokens D"]:
-        """SigLIP's tokens, camera by camera."""
+        """Image tokens of all cameras, one camera after another."""
         kernels, vision = self.kernels, self.vision
         num_cameras, batch = images.shape[:2]
         x = (self.patch_embed(vision.patchify(images.flatten(0, 1))) + self.position).to(self.dtype)  # [N·B, P, W]
@@ -100,11 +100,11 @@ class PackedModel:
             qkv = block.qkv(n).unflatten(-1, (3, vision.config.num_heads, -1))  # [N·B, P, 3, heads, K]
             q, k, v = qkv.unbind(dim=2)
             y = block.out(kernels.to_fp8(attend(q, k, v, mask=None), _scale(block.out)))
-            norm, following = norms[2 * i + 1 : 2 * i + 3]
+            norm, next_norm = norms[2 * i + 1 : 2 * i + 3]
             x, n = kernels.layer_norm(x, norm.weight, norm.bias, y, _scale(block.first))
             y = block.second(kernels.to_fp8(gelu_tanh(block.first(n)), _scale(block.second)))
             scale = _scale(self.blocks[i + 1].qkv) if i + 1 < len(self.blocks) else None
-            x, n = kernels.layer_norm(x, following.weight, following.bias, y, scale)
+            x, n = kernels.layer_norm(x, next_norm.weight, next_norm.bias, y, scale)
         tokens: Tensor = vision.head(n)  # [N·B, P, D]
         return tokens.unflatten(0, (num_cameras, batch)).transpose(0, 1).flatten(1, 2)
 
@@ -116,7 +116,7 @@ class PackedModel:
         state: Float32[Tensor, "B A"],
         horizon: int,
     ) -> Prefix:
-        """Vision tower and backbone, up to the keys and values of the last layer."""
+        """Run vision tower and backbone, up to the keys and values of the last layer."""
         kernels, sizes = self.kernels, self.config.paligemma
         text = F.embedding(tokens, self.embedding).to(self.dtype) * self.text_scale
         x = torch.cat([self.embed_images(images), text], dim=1)  # [B, S, D]
@@ -128,7 +128,7 @@ class PackedModel:
         keys, values = ([x.new_empty(shape) for _ in self.backbone] for _ in range(2))
         x, n = kernels.rms_norm(x, fp8_scale=_scale(self.backbone[0].qkv))
         for i, layer in enumerate(self.backbone):
-            if layer is self.backbone[-1]:  # of the last layer, the action expert reads keys and values
+            if layer is self.backbone[-1]:  # the action expert only needs keys and values of the last layer
                 first = sizes.num_heads * sizes.head_dim
                 kernels.split_rope_store(layer.qkv.rows(n, first), cos, sin, keys[i], values[i], 0)
                 break
@@ -149,8 +149,8 @@ class PackedModel:
         time_features: Float32[Tensor, "#B d"] | Float32[Tensor, "#B H d"],
         modulations: Sequence[Modulation] | None,
     ) -> Float32[Tensor, "B H A"]:
-        """v_t, as `Pi0.denoise_step`; features and modulations are those of its `TimeConditioning`."""
-        # Guidance differentiates it: the plain operations have gradients, and do not write into the cache.
+        """Compute v_t as `Pi0.denoise_step`, with the features and modulations of a `TimeConditioning`."""
+        # Guidance needs its gradient: plain operations have gradients and do not write into the cache.
         kernels = PLAIN if torch.is_grad_enabled() else self.kernels
         x = self.suffix(prefix.state, x_t, time_features).to(self.dtype)  # [B, T, d]
         x, n = _norm(kernels, x, None, modulations, 0, _scale(self.expert[0].qkv))
@@ -176,7 +176,7 @@ class PackedModel:
 def _norm(
     kernels: Kernels, x: Tensor, y: Tensor | None, modulations: Sequence[Modulation] | None, i: int, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The expert's norm number `i`, and the residual before it, that of the sublayer behind norm i − 1."""
+    """Norm `i` of the expert, fused with the residual of the sublayer after norm i − 1."""
     if modulations is None:
         return kernels.rms_norm(x, y, scale)
     gate = None if y is None else modulations[i - 1]
@@ -184,7 +184,7 @@ def _norm(
 
 
 def _linear_geglu(kernels: Kernels, x: Tensor, layer: PackedLayer) -> Tensor:
-    """The expert's gate, up and activation: in one operation, but of int8, and of fp8 without Triton's."""
+    """Gate, up and activation of the expert, in one operation except for int8, and for fp8 without Triton."""
     gate_up, scale = layer.first, _scale(layer.second)
     if isinstance(gate_up, Fp8Linear) and scale is not None and kernels is not PLAIN:
         return kernels.linear_geglu(x, gate_up.layer.weight.detach(), gate_up.scale, scale)
@@ -194,7 +194,8 @@ def _linear_geglu(kernels: Kernels, x: Tensor, layer: PackedLayer) -> Tensor:
 
 
 def _scale(layer: Linear | Fp8Linear) -> float | None:
-    """s_x by which the operation before a layer rounds; None: not at all, and where gradients pass, by the layer."""
+    """Scale s_x for the operation before an fp8 layer to round with; None: it does not round. With gradients, the layer
+    itself rounds."""
     return layer.input_scale if isinstance(layer, Fp8Linear) and not torch.is_grad_enabled() else None
 
 
@@ -211,7 +212,7 @@ def _pack(stack: Gemma, dtype: torch.dtype) -> list[PackedLayer]:
 
 
 def _fold(linear: Linear, norm: nn.Module | None, dtype: torch.dtype) -> Linear | Fp8Linear:
-    """The layer behind a norm, with the norm's 1 + scale in its matrix; a quantized one has it."""
+    """Fold the 1 + scale of a norm into the matrix after it; in quantized layers it is folded already."""
     if isinstance(linear, QuantizedLinear):
         return takes_rounded(linear, dtype)
     packed = Linear(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -223,8 +224,8 @@ def _as_dtype(module: Any, dtype: torch.dtype) -> Any:
     """The module itself, or a copy in the dtype."""
     if all(parameter.dtype is dtype for parameter in module.parameters()):
         return module
-    copied = copy.deepcopy(module)  # not `.to`, which swaps tensors on some settings, and those in use can't be
-    for part in copied.modules():
-        for name, parameter in part.named_parameters(recurse=False):
-            setattr(part, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
-    return copied
+    converted = copy.deepcopy(module)  # not `.to`, which may swap tensors and fails for tensors in use
+    for submodule in converted.modules():
+        for name, parameter in submodule.named_parameters(recurse=False):
+            setattr(submodule, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+    return converted

@@ -1,10 +1,10 @@
-"""Quantized matmuls of a model: layers over int8 or fp8 weights that stand in it in place of `Linear`.
+"""Quantized layers with int8 or fp8 weights, which replace a model's `Linear` layers.
 
-    int8    y = (q(x)·Wᵀ)·s_x·s_W    q(x) = round(x / s_x), s_x = max|x| / 127 of each row, int32 sums; on a CPU
-    fp8     y = (q(x)·Wᵀ)·s_x·s_W    q(x) = e4m3(x / s_x), s_x of each matrix fixed by calibration, float32 sums
+    int8    y = (q(x)·Wᵀ)·s_x·s_W    q(x) = round(x / s_x), s_x = max|x| / 127 per row, int32 accumulation; CPU
+    fp8     y = (q(x)·Wᵀ)·s_x·s_W    q(x) = e4m3(x / s_x), s_x per matrix from calibration, float32 accumulation
 
-s_W is max|w| / 127 or / 448 of each output. `Pi0` and the engine run the same layers. A norm's 1 + scale is folded into
-the matrix behind it, so that the activations of all channels are of one size.
+s_W is max|w| / 127 or / 448 per output. `Pi0` and the engine run the same layers. A norm's 1 + scale is folded into the
+matrix after it, so that the activations of all channels are of similar size.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ Kind = Literal["fp8", "int8"]
 DTYPES: Mapping[Kind, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST: Mapping[torch.dtype, float] = {torch.float8_e4m3fn: LARGEST_E4M3, torch.int8: 127.0}
 FP8_CAPABILITY = (8, 9)
-"""Compute capability of the first GPUs with fp8 matmuls, Ada's."""
+"""Compute capability of the first GPUs with fp8 matmuls (Ada)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantization:
-    """A model's quantized matrices."""
+    """Description of a model's quantized matrices."""
 
     kind: Kind
     input_scales: dict[str, float | None]
-    """By the name of each quantized layer, s_x of fp8; None: of each row (int8)."""
+    """s_x of each quantized layer, by its name; None for int8, which computes it per row."""
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """By name, the dtypes of the weights."""
+        """Dtype of each quantized weight, by its name."""
         return {f"{name}.weight": DTYPES[self.kind] for name in self.input_scales}
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class Quantization:
 
 
 class QuantizedLinear(Linear):
-    """x·Wᵀ + b over a quantized weight, in x's dtype. Its gradient is that of x with the weight as it was rounded."""
+    """x·Wᵀ + b with a quantized weight, in x's dtype. The gradient is for x only, computed with the rounded weight."""
 
     weight: nn.Parameter
     """int8 or float8_e4m3fn [o, i]."""
@@ -65,14 +65,15 @@ class QuantizedLinear(Linear):
         """Quantize a layer.
 
         Args:
-            input_scale: s_x of fp8.
-            emulated: compute fp8 in float32 also on a CUDA device.
+            input_scale: s_x, for fp8.
+            emulated: compute fp8 in float32, even on a CUDA device.
         """
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.bias = base.bias
         self.kind, self.input_scale, self.emulated = kind, input_scale, emulated
-        # Hopper and data center Blackwell take a scale per row and output. Compute capability 12 refuses them, at least
-        # up to PyTorch 2.10 (its issue 192707), 8.9 below 2.7 (130359). Here, because torch.compile does not trace it.
+        # Hopper and data center Blackwell support scales per row and output. Compute capability 12 does not, at least
+        # up to PyTorch 2.10 (its issue 192707), nor does 8.9 before 2.7 (130359). Queried here because torch.compile
+        # does not trace it.
         on_gpu = kind == "fp8" and torch.cuda.is_available()
         self.row_scales = on_gpu and torch.cuda.get_device_capability()[0] in (9, 10)
         weight, scale = quantize_rows(base.weight.detach(), DTYPES[kind])
@@ -83,7 +84,7 @@ class QuantizedLinear(Linear):
         return self.rows(x, 0)
 
     def rows(self, x: Float[Tensor, "*batch i"], first: int) -> Float[Tensor, "*batch rows"]:
-        """`forward` from its output `first` on, without what stands before."""
+        """The outputs of `forward` from index `first` on."""
         y = self.matmul(x, first)
         return y if self.bias is None else y + self.bias[first:].to(x.dtype)
 
@@ -95,7 +96,7 @@ class QuantizedLinear(Linear):
         return y.unflatten(0, x.shape[:-1])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
-        """Take over the device alone: the dtypes of weight and scale are a part of their values."""
+        """Apply changes of device, but not of dtype, to weight and scale."""
         device = fn(self.weight_scale.data).device
         self.weight.data, self.weight_scale.data = self.weight.data.to(device), self.weight_scale.data.to(device)
         if self.bias is not None:
@@ -104,7 +105,7 @@ class QuantizedLinear(Linear):
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The matmul whose gradient passes over the rounding of x."""
+    """Quantized matmul with a straight-through gradient, which ignores the rounding of x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, *settings: Any) -> Tensor:
@@ -118,7 +119,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def quantize_rows(weight: Float[Tensor, "o i"], dtype: torch.dtype) -> tuple[Tensor, Float32[Tensor, " o"]]:
-    """The rounded weight [o, i], and the scale of each output."""
+    """Quantize a weight: the rounded weight [o, i] and the scale of each output."""
     wide = weight.float()
     scale = wide.abs().amax(dim=1) / LARGEST[dtype]
     scale = torch.where(scale > 0, scale, 1.0)
@@ -134,7 +135,7 @@ def quantized_matmul(
     emulated: bool = False,
     row_scales: bool = True,
 ) -> Float[Tensor, "M o"]:
-    """x·Wᵀ in x's dtype, see above; `emulated` for fp8, with the same rounding on any device and for any sizes."""
+    """x·Wᵀ in x's dtype. `emulated` fp8 rounds in the same way, on any device and for any sizes."""
     if input_scale is None:
         wide = x.float()
         row_scale = wide.abs().amax(dim=1, keepdim=True).clamp_(min=1e-30) / LARGEST[weight.dtype]
@@ -153,12 +154,12 @@ def _fp8_matmul(
     row_scales: bool,
     ones: Float32[Tensor, "rows 1"] | None = None,
 ) -> Float[Tensor, "M o"]:
-    """(x·Wᵀ)·scale + bias of x and weight in e4m3, in float32, or in bfloat16 by a GPU's matmul.
+    """(x·Wᵀ)·scale + bias for x and weight in e4m3, in float32, or in bfloat16 with a GPU's fp8 matmul.
 
     Args:
         scale: s_x·s_W.
-        row_scales: the GPU's matmul multiplies by it; otherwise it is multiplied behind the matmul.
-        ones: as many as x has rows, or more.
+        row_scales: pass the scale to the GPU's matmul instead of multiplying after it.
+        ones: at least as many ones as x has rows.
     """
     if x.is_cpu or emulated or any(side % 16 for side in weight.shape):
         y = F.linear(x.float(), weight.float()) * scale
@@ -172,16 +173,13 @@ def _fp8_matmul(
 
 
 class Fp8Linear:
-    """An fp8 layer that also takes inputs in e4m3, rounded with its scale; what is constant in it is computed once.
-
-    The outputs of such inputs have the stated dtype.
-    """
+    """fp8 layer that also takes inputs already rounded to e4m3 with its scale; then its outputs have dtype `dtype`."""
 
     def __init__(self, layer: QuantizedLinear, dtype: torch.dtype) -> None:
         assert layer.input_scale is not None
         self.layer, self.dtype, self.input_scale = layer, dtype, layer.input_scale
         self.scale = layer.input_scale * layer.weight_scale.detach()
-        self.ones = self.scale.new_ones(8192, 1)  # tokens of 8 samples, three cameras and 200 prompt tokens; 32 KB
+        self.ones = self.scale.new_ones(8192, 1)  # for 8 samples with three cameras and 200 prompt tokens; 32 KB
         self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
 
     def __call__(self, x: Float[Tensor, "*batch i"]) -> Float[Tensor, "*batch o"]:
@@ -197,24 +195,26 @@ class Fp8Linear:
 
 
 def takes_rounded(layer: Linear, dtype: torch.dtype) -> Linear | Fp8Linear:
-    """The layer itself, or one of fp8 that takes rounded inputs, unless it is emulated on a device without e4m3."""
-    rounds = isinstance(layer, QuantizedLinear) and layer.kind == "fp8" and not layer.emulated
-    return Fp8Linear(cast("QuantizedLinear", layer), dtype) if rounds else layer
+    """The layer as an `Fp8Linear` if it is fp8 and not emulated, otherwise unchanged."""
+    if isinstance(layer, QuantizedLinear) and layer.kind == "fp8" and not layer.emulated:
+        return Fp8Linear(layer, dtype)
+    return layer
 
 
 def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] | None = None) -> Quantization:
     """Quantize the large matrices of a model in place.
 
-    These are the matrices of SigLIP's and Gemma's layers. With fp8, those that no observation reaches stay as they are:
-    three of the backbone's last layer, of which the actions depend on keys and values only.
+    These are the matrices of SigLIP's and Gemma's layers. With fp8, matrices that calibration does not use stay as they
+    are: three of the backbone's last layer, of which the actions only depend on keys and values.
 
     Args:
-        observe: samples actions of real observations with the model, for fp8: s_x is the largest input / 448.
+        observe: samples actions for real observations with the model, to calibrate fp8: s_x is the largest input / 448.
     """
     if kind not in DTYPES:
         raise ModelError(f"Unknown quantization {kind!r}; expected fp8 or int8.")
-    if (found := quantization_of(model)) is not None:
-        raise ModelError(f"The model is quantized already, to {found.kind}; quantize the one that it was made of.")
+    current = quantization_of(model)
+    if current is not None:
+        raise ModelError(f"The model is already quantized to {current.kind}; quantize the original model instead.")
     if lora_config(model) is not None:
         raise ModelError("The model has LoRA, which is not quantized: merge_lora folds it into the weights first.")
     if kind == "fp8" and observe is None:
@@ -223,23 +223,23 @@ def quantize_model(model: Pi0, kind: Kind | str, observe: Callable[[], object] |
         )
     layers = large_layers(model)
     if bad := [name for name, layer in layers.items() if not layer.weight.isfinite().all()]:
-        raise ModelError(f"There is NaN or infinity in the weights of {', '.join(bad[:4])}; 8 bits can't hold it.")
+        raise ModelError(f"The weights of {', '.join(bad[:4])} contain NaN or infinity, which 8 bits can't represent.")
     _fold_norms(model)
     scales: dict[str, float | None] = dict.fromkeys(layers)
     if kind == "fp8" and observe is not None:
         peaks = largest_inputs(model, layers, observe)
         if bad := [name for name, peak in peaks.items() if not math.isfinite(peak)]:
-            raise ModelError(f"The inputs of {', '.join(bad[:4])} became NaN or infinite in the calibration.")
+            raise ModelError(f"The inputs of {', '.join(bad[:4])} became NaN or infinite during calibration.")
         scales = {name: peak / LARGEST[torch.float8_e4m3fn] for name, peak in peaks.items() if peak > 0}
         if not scales:
-            raise ModelError("The calibration sampled nothing with the model; fp8 needs at least one observation.")
+            raise ModelError("Calibration did not run the model; fp8 needs at least one observation.")
     quantization = Quantization(cast("Kind", kind), scales)
     attach_quantization(model, quantization)
     return quantization
 
 
 def attach_quantization(model: Pi0, quantization: Quantization, *, emulate_fp8: bool = False) -> None:
-    """Put quantized layers in place of the model's own; on "meta" they wait for their weights."""
+    """Replace layers by quantized ones. Those of a model on "meta" can be loaded afterwards."""
     layers = large_layers(model)
     if unknown := sorted(set(quantization.input_scales) - set(layers)):
         raise ModelError(f"The model has no layer {', '.join(unknown[:4])} that can be quantized.")
@@ -249,7 +249,7 @@ def attach_quantization(model: Pi0, quantization: Quantization, *, emulate_fp8: 
 
 
 def quantization_of(model: Pi0) -> Quantization | None:
-    """A model's quantization; None: it has none."""
+    """Quantization of a model, or None."""
     layers = quantized_layers(model)
     scales = {name: layer.input_scale for name, layer in layers.items()}
     return Quantization(next(iter(layers.values())).kind, scales) if layers else None
@@ -261,21 +261,22 @@ def quantized_layers(model: Pi0) -> dict[str, QuantizedLinear]:
 
 
 def check_device(kind: Kind, device: torch.device, *, emulate_fp8: bool) -> None:
-    """Refuse a device that the quantization does not run on."""
+    """Raise an error if the quantization does not run on the device."""
     if device.type == "cpu" or (kind == "fp8" and emulate_fp8):
         return
     if kind == "int8" or device.type != "cuda":
         raise ModelError(f"The policy is quantized to {kind}, which does not run on {device}: choose device cpu.")
-    if (found := torch.cuda.get_device_capability(device)) < FP8_CAPABILITY:
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
         raise ModelError(
             f"fp8 needs a GPU of compute capability 8.9 or higher; {device}, {torch.cuda.get_device_name(device)}, has "
-            f"{found[0]}.{found[1]}: take the policy that was quantized, or emulate_fp8=True (--emulate-fp8), which "
-            "computes the same in float32, slower."
+            f"{major}.{minor}: use the policy before quantization, or emulate_fp8=True (--emulate-fp8), which computes "
+            "the same in float32, slower."
         )
 
 
 def folded_weight(linear: Linear, norm: nn.Module | None) -> Float[Tensor, "o i"]:
-    """The matrix behind a norm, with the 1 + scale of an RMSNorm in it, which makes it float32."""
+    """The matrix after a norm; the 1 + scale of an RMSNorm is folded into it, in float32."""
     weight = linear.weight.detach()
     return weight.float() * (1 + norm.scale.detach().float()) if isinstance(norm, RMSNorm) else weight
 
@@ -291,7 +292,7 @@ def _fold_norms(model: Pi0) -> None:
 
 
 def large_layers(model: Pi0) -> dict[str, Linear]:
-    """The layers that are quantized, by name; not the small ones of AdaRMSNorm."""
+    """The layers to quantize, by name; without the small ones in AdaRMSNorm."""
     stacks = ("vision.blocks.", "backbone.layers.", "expert.layers.")
     return {
         name: module
@@ -301,13 +302,13 @@ def large_layers(model: Pi0) -> dict[str, Linear]:
 
 
 class AsWeight:
-    """A quantized layer in place of a weight: `F.linear` with it is the layer's matmul."""
+    """Stands in for a weight: `F.linear` with it is the matmul of a quantized layer."""
 
     def __init__(self, layer: QuantizedLinear) -> None:
         self.layer = layer
 
     def to(self, dtype: torch.dtype) -> "AsWeight":
-        """Itself: it computes in the dtype of the activations."""
+        """Do nothing: the layer computes in the dtype of the activations."""
         return self
 
     @classmethod
@@ -319,7 +320,7 @@ class AsWeight:
 
 
 class _Recorder(nn.Module):
-    """A layer that keeps the largest of its inputs."""
+    """Layer that records its largest absolute input."""
 
     def __init__(self, base: Linear) -> None:
         super().__init__()
@@ -334,7 +335,7 @@ class _Recorder(nn.Module):
 
 
 def largest_inputs(model: Pi0, layers: Mapping[str, Linear], observe: Callable[[], object]) -> dict[str, float]:
-    """The largest absolute input of each layer while `observe` runs; 0: it is not used."""
+    """Largest absolute input of each layer while `observe` runs; 0 for unused layers."""
     recorders = {name: _Recorder(layer) for name, layer in layers.items()}
     try:
         for name, recorder in recorders.items():

@@ -1,4 +1,4 @@
-"""One bucket's sampling: run eagerly, compiled, or replayed as one CUDA graph."""
+"""Sampling in one bucket: eager, compiled, or replayed as a CUDA graph."""
 
 import contextlib
 import copy
@@ -15,28 +15,28 @@ from torchpi.model.suffix import TimeConditioning
 
 Mode = Literal["eager", "compiled", "graph"]
 
-# One graph per bucket is more than torch.compile makes for one function by itself; each once more where a setting of
-# PyTorch that it depends on, such as the number of threads, has changed.
+# The default limit of torch.compile is lower than the number of buckets. Each bucket also recompiles if a setting of
+# PyTorch, such as the number of threads, changes.
 MAX_COMPILED = 64
 
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """Settings of compiled calls; torch.compile can't trace under a default device, which the engine does not need."""
+    """Settings for compiled calls. torch.compile can't trace under a default device, so that is disabled."""
     with torch._dynamo.config.patch(recompile_limit=MAX_COMPILED), torch._C.DisableTorchFunction():
         yield
 
 
 class GraphMemory:
-    """Memory that the graphs of an engine share, since they run one after the other; of no graph yet."""
+    """Memory pool shared by an engine's CUDA graphs, which run one after another."""
 
     def __init__(self, device: torch.device) -> None:
         self.pool: Any = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(device)  # of all captures: memory is reused within a stream
+        self.stream = torch.cuda.Stream(device)  # for all captures: memory is only reused within a stream
 
 
 class Runner:
-    """Sampling of one bucket, from static inputs to static actions."""
+    """Sampling in one bucket, from static inputs to static actions."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Runner:
         times: Sequence[TimeConditioning],
         memory: GraphMemory | None = None,
     ) -> None:
-        """Allocate the inputs and make the first run, which compiles or captures.
+        """Allocate the inputs and run once, to compile or capture.
 
         Args:
-            times: `Pi0.step_conditionings`.
-            memory: that of the engine's graphs.
+            times: from `Pi0.step_conditionings`.
+            memory: for CUDA graphs.
         """
         packed = copy.copy(packed)
         packed.kernels = packed.kernels.for_another_stream()  # a graph may run while another one is captured
@@ -70,20 +70,20 @@ class Runner:
                 self._sample()
 
     def _capture(self, device: torch.device, memory: GraphMemory) -> None:
-        # Not the captures' stream, whose workspace of cuBLAS the graphs that run meanwhile have.
+        # On a separate stream: graphs that run at the same time use the cuBLAS workspace of the capture stream.
         warm_up, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         warm_up.wait_stream(current)
         with torch.cuda.stream(warm_up):
-            self._sample()  # compiles the kernels, and chooses those of cuBLAS
+            self._sample()  # compiles kernels and lets cuBLAS choose its own
         current.wait_stream(warm_up)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads go on working with the device meanwhile.
+        # thread_local: other threads may use the device during the capture.
         graph = torch.cuda.graph(self.graph, memory.pool, memory.stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(memory.stream), graph:  # a capture that fails does not leave its stream by itself
+        with torch.cuda.stream(memory.stream), graph:  # a failed capture does not restore the stream itself
             self.samples = self._sample()
 
     def __call__(self, inputs: Inputs) -> Samples:
-        """Sample for as many observations as `inputs` has."""
+        """Sample actions for all observations of `inputs`."""
         self.inputs.copy_(inputs)
         if self.graph is None:
             with self.settings():
@@ -100,7 +100,7 @@ class Runner:
         prefix = prefix.repeat(bucket.num_samples)
 
         def velocity(x_t: Tensor, time: TimeConditioning) -> Tensor:
-            return self.velocity(prefix, x_t, time.features, time.modulations)  # a float would be a graph per step
+            return self.velocity(prefix, x_t, time.features, time.modulations)  # a float time would recompile each step
 
         return integrate(
             velocity, inputs.noise, self.times, guidance=inputs.guidance, action_prefix=inputs.action_prefix

@@ -1,8 +1,8 @@
-"""The operations of the engine's layers, each as plain PyTorch and as one launch of a Triton kernel.
+"""Operations of the engine's layers, each as plain PyTorch and as one launch of a Triton kernel.
 
-Each file has an operation's formula, its plain twin, and the kernel. All compute in float32 and return their input's
-dtype, or e4m3 in front of an fp8 matmul; batch and token are the leading axes. A Triton kernel runs on the current CUDA
-device and has no gradient; at full size, `attend` and `linear_geglu` are for dtypes of 16 bits or fewer.
+Each file has the formula of an operation, a plain version and a Triton kernel. They compute in float32 and return their
+input's dtype, or e4m3 before an fp8 matmul; batch and token are the leading axes. A Triton kernel runs on the current
+CUDA device and has no gradient. At full size, `attend` and `linear_geglu` need dtypes of at most 16 bits.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _Two = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """One implementation of every operation; the signatures are those of the plain twins."""
+    """An implementation of every operation, with the signatures of the plain versions."""
 
     name: str
     """"plain" or "triton"."""
@@ -33,20 +33,22 @@ class Kernels:
     to_fp8: _One
 
     def for_another_stream(self) -> "Kernels":
-        """The same kernels, which may run at the same time: Triton's attention gets counters of its own."""
-        counts = isinstance(self.attend, attention.TritonAttention)
-        return dataclasses.replace(self, attend=attention.TritonAttention()) if counts else self
+        """The same kernels for concurrent use on another stream: Triton's attention gets its own counters."""
+        if isinstance(self.attend, attention.TritonAttention):
+            return dataclasses.replace(self, attend=attention.TritonAttention())
+        return self
 
 
 PLAIN = Kernels(
     "plain", norms.rms_norm, norms.ada_rms_norm, norms.layer_norm, rope.split_rope_store, geglu.geglu,
     geglu.linear_geglu, attention.attend, fp8.to_fp8,
 )  # fmt: skip
-"""Runs on any device, with gradients (but for `split_rope_store`: there, `rope.split_rope` and `torch.cat`)."""
+"""Runs on any device, with gradients except for `split_rope_store` (use `rope.split_rope` and `torch.cat` instead)."""
 
 
 def triton_kernels() -> Kernels:
-    """The Triton kernels, or a ModuleNotFoundError; for one stream at a time (`Kernels.for_another_stream`)."""
+    """The Triton kernels, for one stream at a time (see `Kernels.for_another_stream`); a ModuleNotFoundError without
+    Triton."""
     require("triton", "gpu")
     return Kernels(
         "triton", norms.triton_rms_norm, norms.triton_ada_rms_norm, norms.triton_layer_norm,

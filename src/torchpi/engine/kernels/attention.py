@@ -1,9 +1,10 @@
-"""Grouped-query attention of prefix or suffix over a cache in which the prefix may end in padding.
+"""Grouped-query attention of prefix or suffix over a cache whose prefix may end in padding.
 
     out = softmax(q·keysᵀ / √K over the allowed keys)·values
 
-Key j of sample b is allowed if j < valid[b], or j ≥ num_prefix: the suffix. The first `num_state_tokens` queries (π₀'s
-state) see of the suffix only themselves. With an `fp8_scale`, out is rounded to e4m3 (`kernels.fp8`).
+Key j of sample b is allowed if j < valid[b], or if j ≥ num_prefix (the suffix). In the suffix, the first
+`num_state_tokens` queries (π₀'s state) only attend to each other. With an `fp8_scale`, out is rounded to e4m3
+(`kernels.fp8`).
 """
 
 import math
@@ -28,11 +29,11 @@ def attend(
     num_state_tokens: int = 0,
     fp8_scale: float | None = None,
 ) -> Float[Tensor, "B T heads"]:
-    """Attention of all query heads; every query needs a key that it may attend to.
+    """Attention of all query heads. Every query needs at least one allowed key.
 
     Args:
-        valid: the number of each sample's prefix tokens that are no padding.
-        num_prefix: slots of the prefix, padding included; all slots: there is no suffix.
+        valid: number of each sample's prefix tokens, without padding.
+        num_prefix: number of prefix slots, including padding; all slots if there is no suffix.
     """
     slot = torch.arange(keys.shape[1], device=valid.device)
     mask = ((slot < valid[:, None]) | (slot >= num_prefix))[:, None]  # [B, 1, slots]
@@ -43,10 +44,10 @@ def attend(
 
 
 @Kernel
-def attend_kernel(  # a program per block of rows (a group's queries of all tokens), split of the slots, and group
+def attend_kernel(  # one program per block of rows (queries of a group, for all tokens), split of the slots, and group
     q: "tl.tensor", keys: "tl.tensor", values: "tl.tensor", valid: "tl.tensor", out: "tl.tensor",
     fp8_scale: "tl.tensor",  # None: `out` is not rounded
-    partial: "tl.tensor",  # float32 [blocks, splits, block_rows, block_dim]: of one split's keys
+    partial: "tl.tensor",  # float32 [blocks, splits, block_rows, block_dim]: outputs for the keys of one split
     logsums: "tl.tensor",  # float32 [blocks, splits, block_rows]: log2 of the softmax's denominator
     counters: "tl.tensor",  # [blocks], all 0
     num_tokens: "tl.tensor", slots: "tl.tensor", num_prefix: "tl.tensor", num_state_tokens: "tl.tensor",
@@ -89,8 +90,8 @@ def attend_kernel(  # a program per block of rows (a group's queries of all toke
         at_part = local[:, None] * block_dim + column[None, :]
         tl.store(partial + part * block_rows * block_dim + at_part, mixed)
         tl.store(logsums + part * block_rows + local, maximum + tl.log2(total))
-        tl.debug_barrier()  # all threads' parts are written before the program counts itself
-        if tl.atomic_add(counters + block, 1, sem="acq_rel") == splits - 1:  # the last one puts all parts together
+        tl.debug_barrier()  # all threads must have written their part before the program increments the counter
+        if tl.atomic_add(counters + block, 1, sem="acq_rel") == splits - 1:  # the last program combines all parts
             tl.store(counters + block, 0)
             total, mixed = tl.zeros_like(total), tl.zeros_like(mixed)
             for part in range(block * splits, (block + 1) * splits):
@@ -106,7 +107,7 @@ def attend_kernel(  # a program per block of rows (a group's queries of all toke
 
 
 class TritonAttention:
-    """`attend` in one launch. An instance is for one stream at a time: programs of a launch count in its counters."""
+    """`attend` in one launch. An instance is for one stream at a time, because a launch uses its counters."""
 
     def __init__(self) -> None:
         self._counters: dict[torch.device, Tensor] = {}
@@ -141,7 +142,7 @@ class TritonAttention:
         sizes |= {"block_rows": block_rows, "block_slots": BLOCK_SLOTS, "block_dim": block_dim}
         counts = (num_tokens, slots, num_prefix, num_state_tokens, slots_per_split, *keys.stride()[:2])
         options = {"scale": head_dim**-0.5 * math.log2(math.e), "num_warps": num_warps, "num_stages": num_stages}
-        # Left to choose, ptxas spills a few registers for a third program per processor.
+        # Without a limit, ptxas spills a few registers to fit a third program per processor.
         options["maxnreg"] = 255
         launch = attend_kernel[(row_blocks, splits, batch * groups)]
         launch(q, keys, values, valid, out, fp8_scale, *workspace, *counts, **sizes, **options)

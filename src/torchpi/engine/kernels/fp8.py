@@ -1,9 +1,9 @@
-"""Activations rounded to e4m3 for an fp8 matmul, where they are made.
+"""Rounding of activations to e4m3 for an fp8 matmul, fused into the operation that computes them.
 
-    q(x) = e4m3(x / scale)      values beyond 448, e4m3's largest number, become that
+    q(x) = e4m3(x / scale)      clamped to ±448, e4m3's largest number
 
-An operation in front of an fp8 matmul takes the matmul's scale as `fp8_scale`: it rounds its output to its input's
-dtype, as it does without one, and that to e4m3. For tensors of another origin there is `to_fp8`.
+An operation before an fp8 matmul takes the matmul's scale as `fp8_scale`. It rounds its output to its input's dtype, as
+without a scale, and then to e4m3. `to_fp8` rounds tensors from other operations.
 """
 
 import torch
@@ -43,5 +43,5 @@ def triton_to_fp8(x: Tensor, scale: float | None) -> Tensor:
 
 
 def empty_output(x: Tensor, shape: torch.Size | tuple[int, ...], fp8_scale: float | None) -> Tensor:
-    """Memory of an output in x's dtype, or in e4m3."""
+    """Uninitialized output in x's dtype, or in e4m3 if there is a scale."""
     return x.new_empty(shape, dtype=x.dtype if fp8_scale is None else torch.float8_e4m3fn)

@@ -1,4 +1,4 @@
-"""GeGLU (arXiv:2002.05202): gelu(gate)·up, alone and behind the matmul that computes gate and up.
+"""GeGLU (arXiv:2002.05202): gelu(gate)·up, alone or fused with the matmul that computes gate and up.
 
 gelu(g) = 0.5·g·(1 + tanh u) = g·sigmoid(2u)    with u = √(2/π)·(g + 0.044715·g³)
 
@@ -26,10 +26,10 @@ def linear_geglu(
     scale: Float32[Tensor, " gate_up"] | None = None,
     fp8_scale: float | None = None,
 ) -> Float[Tensor, "B T I"]:
-    """gelu(x·Wgᵀ)·(x·Wuᵀ) with the weights of gate and up one behind the other.
+    """gelu(x·Wgᵀ)·(x·Wuᵀ); the weights of gate and up are concatenated.
 
     Args:
-        scale: of x and weight in e4m3, that of each output of the matmul; then with an `fp8_scale`.
+        scale: scale of each output of the matmul, for x and weight in e4m3. Needs an `fp8_scale`.
     """
     if scale is None:
         return geglu(F.linear(x, weight), fp8_scale)
@@ -58,7 +58,7 @@ def triton_geglu(gate_up: Tensor, fp8_scale: float | None = None) -> Tensor:
 
 
 @Kernel
-def linear_geglu_kernel(  # a program per block of output columns, and of rows
+def linear_geglu_kernel(  # one program per block of output columns and rows
     x: "tl.tensor",
     weight: "tl.tensor",
     scale: "tl.tensor",  # None: x and weight are not in e4m3
@@ -81,7 +81,7 @@ def linear_geglu_kernel(  # a program per block of output columns, and of rows
         at, inside = column[None, :] * depth + k[:, None], (column < width)[None, :] & (k < depth)[:, None]
         to_gate = tl.load(weight + at, mask=inside, other=0.0)
         to_up = tl.load(weight + width * depth + at, mask=inside, other=0.0)
-        # max_num_imprecise_acc: Hopper's tensor cores add fp8 in less than float32, if they are let to.
+        # max_num_imprecise_acc=0: otherwise Hopper's tensor cores accumulate fp8 in less than float32.
         gate = tl.dot(tile, to_gate, gate, input_precision="ieee", max_num_imprecise_acc=0)
         up = tl.dot(tile, to_up, up, input_precision="ieee", max_num_imprecise_acc=0)
     if scale is not None:
@@ -96,14 +96,19 @@ def linear_geglu_kernel(  # a program per block of output columns, and of rows
 def triton_linear_geglu(
     x: Tensor, weight: Tensor, scale: Tensor | None = None, fp8_scale: float | None = None
 ) -> Tensor:
-    """`linear_geglu` in one launch, whose time is that of reading the weights: for up to some 64 rows."""
+    """`linear_geglu` in one launch. Its time is that of reading the weights, for up to about 64 rows."""
     (batch, num_tokens, depth), width = x.shape, weight.shape[0] // 2
     assert x.is_contiguous()
     assert weight.is_contiguous()
     assert scale is None or fp8_scale is not None
     out = empty_output(x, (batch, num_tokens, width), fp8_scale)
     num_rows = batch * num_tokens
-    tile = {"block_rows": 64, "block_columns": 32, "block_depth": 64, "num_stages": 5}  # many reads in flight
+    tile = {
+        "block_rows": 64,
+        "block_columns": 32,
+        "block_depth": 64,
+        "num_stages": 5,
+    }  # stages keep many reads in flight
     grid = (-(-width // tile["block_columns"]), -(-num_rows // tile["block_rows"]))
     linear_geglu_kernel[grid](x, weight, scale, out, fp8_scale, num_rows, depth=depth, width=width, **tile)
     return out

@@ -1,4 +1,4 @@
-"""`triton.jit` at a kernel's first launch: the file of a kernel has its plain twin, which works without Triton."""
+"""`triton.jit` at a kernel's first launch, because plain versions in the same file must work without Triton."""
 
 import functools
 import inspect
@@ -18,21 +18,21 @@ else:
     tl = None
 
     class constexpr:
-        """Stands for Triton's in a signature, where Triton looks for a type of this name."""
+        """Placeholder in signatures, where Triton looks for a type with this name."""
 
 
 class Kernel:
-    """A function in Triton's language, compiled and launched by `kernel[grid](...)`.
+    """Function in Triton's language, launched by `kernel[grid](...)`.
 
-    The names `tl`, `constexpr` and `as_output` of its file become Triton's then.
+    The first launch replaces the names `tl`, `constexpr` and `as_output` in the function's file by Triton's.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:
-        self.function: Any = inspect.unwrap(function)  # without the shape checks of tests, which Triton can't read
+        self.function: Any = inspect.unwrap(function)  # without the tests' shape checks, which Triton can't compile
 
     @functools.cached_property
     def compiled(self) -> Any:
-        """The function that Triton compiles or, with TRITON_INTERPRET=1, interprets."""
+        """The result of `triton.jit`, which interprets the function if TRITON_INTERPRET=1."""
         triton = require("triton", "gpu")
         language = require("triton.language", "gpu")
         names = {"tl": language, "constexpr": language.constexpr, "as_output": _compiled_as_output()}
@@ -44,10 +44,10 @@ class Kernel:
 
 
 def as_output(x: "tl.tensor", dtype: constexpr, fp8_scale: "tl.tensor") -> Any:
-    """In Triton's language: x in the dtype or, with a scale, e4m3 of that (see `kernels.fp8`)."""
+    """Cast x to the dtype and, with a scale, to e4m3 (see `kernels.fp8`); in Triton's language."""
     x = x.to(dtype)
     if fp8_scale is not None:
-        # A plain / is approximate on a GPU, and the cast to e4m3 rounds to nearest, ties to even.
+        # A plain / is approximate on a GPU. The cast to e4m3 rounds to nearest, ties to even.
         x = tl.clamp(tl.div_rn(x.to(tl.float32), fp8_scale), -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
         x = x.to(tl.float8e4nv)
     return x
@@ -61,12 +61,12 @@ def _compiled_as_output(function: Any = as_output) -> Any:
 
 
 def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`: the extent of a tile."""
+    """The smallest power of two that is at least `size`, for the extent of a tile."""
     return 1 << (size - 1).bit_length()
 
 
 def token_strides(x: Tensor) -> tuple[int, int]:
-    """Strides of batch and token of a tensor whose rows may be those of all samples or of all tokens."""
+    """Strides of batch and token; 0 for an axis of size 1, which is broadcast."""
     assert x.stride(-1) == 1
     batch, token = (0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2], strict=True))
     return batch, token
@@ -74,5 +74,5 @@ def token_strides(x: Tensor) -> tuple[int, int]:
 
 @functools.cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; as many as an H200 has for the interpreter."""
+    """Number of a GPU's streaming multiprocessors; for the interpreter, that of an H200."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

@@ -1,13 +1,12 @@
-"""Norms of the residual stream, fused with the residual that comes before them.
+"""Norms of the residual stream, fused with the residual before them.
 
-    n = x / sqrt(mean(x²) + ε)                   RMSNorm; its 1 + scale is folded into the matmul behind it
+    n = x / sqrt(mean(x²) + ε)                   RMSNorm; its 1 + scale is folded into the matmul after it
     n = x / sqrt(mean(x²) + ε)·(1 + scale) + shift          AdaRMSNorm
     n = (x − mean(x)) / sqrt(var(x) + ε)·weight + bias      LayerNorm
 
-With a residual, x is x + y or x + y·gate, rounded to its dtype before it is normalized, as it is in the plain model.
-With an `fp8_scale`, n is rounded to e4m3 (`kernels.fp8`).
-A modulation is scale, shift and gate of one AdaRMSNorm, one behind the other. A norm's gate belongs to the sublayer
-behind it, and so to the residual of the *next* norm.
+With a residual, x is x + y or x + y·gate, rounded to x's dtype before it is normalized, as in the plain model. With an
+`fp8_scale`, n is rounded to e4m3 (`kernels.fp8`). A modulation is the concatenation of scale, shift and gate of an
+AdaRMSNorm. The gate is for the sublayer after the norm, and so for the residual of the *next* norm.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +26,7 @@ from torchpi.model.siglip import LAYER_NORM_EPS
 def rms_norm(
     x: Float[Tensor, "B T D"], y: Float[Tensor, "B T D"] | None = None, fp8_scale: float | None = None
 ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B T D"]]:
-    """x + y, and it normalized."""
+    """x + y, and its norm's output."""
     x = x if y is None else x + y
     return x, to_fp8(over_rms(x).to(x.dtype), fp8_scale)
 
@@ -39,7 +38,7 @@ def ada_rms_norm(
     gate_modulation: Float[Tensor, "#B #T 3*d"] | None = None,
     fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T d"], Float[Tensor, "B T d"]]:
-    """x + y·gate with the gate of the norm in front of y's sublayer, and it normalized with `modulation`."""
+    """x + y·gate, with the gate of the norm before y's sublayer, and its norm's output with `modulation`."""
     if y is not None and gate_modulation is not None:
         gate = gate_modulation.chunk(3, dim=-1)[2]
         x = (x.float() + y.float() * gate.float()).to(x.dtype)
@@ -54,14 +53,14 @@ def layer_norm(
     y: Float[Tensor, "B T W"] | None = None,
     fp8_scale: float | None = None,
 ) -> tuple[Float[Tensor, "B T W"], Float[Tensor, "B T W"]]:
-    """x + y, and it normalized."""
+    """x + y, and its norm's output."""
     x = x if y is None else x + y
     n = F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), LAYER_NORM_EPS).to(x.dtype)
     return x, to_fp8(n, fp8_scale)
 
 
 @Kernel
-def norm_kernel(  # a program per token
+def norm_kernel(  # one program per token
     x: "tl.tensor",
     y: "tl.tensor",  # None: no residual
     gate: "tl.tensor",  # None: 1
@@ -108,7 +107,7 @@ def norm_kernel(  # a program per token
 def _launch(
     x: Tensor, y: Tensor | None, gate: Tensor | None, affine: Sequence[Tensor], fp8_scale: float | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """x + y·gate, and it normalized, in one launch; `affine` is empty, or scale and shift."""
+    """x + y·gate and its norm's output, in one launch. `affine` is scale and shift, or empty."""
     assert x.is_contiguous()
     assert y is None or y.is_contiguous()
     total, normed = x if y is None else torch.empty_like(x), empty_output(x, x.shape, fp8_scale)

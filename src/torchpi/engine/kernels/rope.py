@@ -1,7 +1,7 @@
-"""Queries, keys and values of one matmul's output, rotated and written where attention reads them.
+"""Splitting of a qkv matmul's output, RoPE for queries and keys, and writing of keys and values into the cache.
 
-Head i of a token, (a, b) in halves of K/2, becomes (a·cos − b·sin, b·cos + a·sin) with the token's K/2 angles, if it
-is a query's or a key's; a value's stays. Keys and values go into the cache, at slots start … start + T.
+RoPE rotates a query or key head with halves (a, b) into (a·cos − b·sin, b·cos + a·sin), with K/2 angles per token. Keys
+and values are written into the cache slots start … start + T.
 """
 
 from jaxtyping import Float, Float32
@@ -17,7 +17,7 @@ def split_rope(
     sin: Float32[Tensor, "#B #T half"],
     num_kv_heads: int,
 ) -> tuple[Float[Tensor, "B T Q K"], Float[Tensor, "B T G K"], Float[Tensor, "B T G K"]]:
-    """Queries and keys, both rotated, and values; with gradients."""
+    """Rotated queries and keys, and values; with gradients."""
     heads = qkv.unflatten(-1, (-1, 2 * cos.shape[-1]))
     num_rotated = heads.shape[2] - num_kv_heads
     rotated, values = heads.split([num_rotated, num_kv_heads], dim=2)
@@ -34,7 +34,7 @@ def split_rope_store(
     values: Float[Tensor, "B slots G K"],
     start: int,
 ) -> Float[Tensor, "B T Q K"]:
-    """Rotated queries; rotated keys and values are written into slots start … start + T."""
+    """Return rotated queries, and write rotated keys and values into slots start … start + T."""
     q, k, v = split_rope(qkv, cos, sin, keys.shape[2])
     end = start + qkv.shape[1]
     keys[:, start:end], values[:, start:end] = k, v
@@ -42,7 +42,7 @@ def split_rope_store(
 
 
 @Kernel
-def split_rope_store_kernel(  # a program per token; tiles [heads, K/2]
+def split_rope_store_kernel(  # one program per token, with tiles [heads, K/2]
     qkv: "tl.tensor",
     cos: "tl.tensor",
     sin: "tl.tensor",
