@@ -513,7 +513,7 @@ def test_resting_frames_are_left_out_on_request(recipe, tmp_path):
     [
         ({"optimizer": "adamw8bit", "parallel": "fsdp"}, "can't be sharded"),
         ({"grad_accum_steps": 0}, "grad_accum_steps must be `int` >= 1"),
-        ({"dataset": "a", "mixture": (Source("b", "aloha"),)}, "either dataset"),
+        ({"dataset": "a", "mixture": (Source("b", "aloha"),)}, "mixture of datasets can't also set dataset; set them in the mixture's entries"),
         ({"timescale": 0.0}, "timescale must be `float` > 0"),
         ({"keep_every": 0}, "keep_every must be"),
     ],
@@ -651,7 +651,7 @@ def test_alphas_of_initial_lora_weights_are_asked_for(finetune, golden_root):
 
 
 def test_alphas_without_initial_lora_weights_are_an_error(recipe, further):
-    with pytest.raises(ValueError, match="lora_alpha is that of initial weights"):
+    with pytest.raises(ValueError, match="lora_alpha describes the initial weights"):
         recipe.replace(lora_alpha=(16.0, 32.0))
     with pytest.raises(ValueError, match="lora_alpha= belongs to a checkpoint with LoRA"):
         open_init(further.replace(lora_alpha=(16.0, 32.0)))

@@ -1,4 +1,4 @@
-"""A run in progress, and its hooks, called after each update: metrics, checkpoints, evaluation, curves."""
+"""A run in progress, and the hooks called after each update: metrics, checkpoints, evaluation, curves."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ from torchpi.ui.plots import save_figure
 CURVES, PLOTS = "curves.png", "plots"
 FLOW_SAMPLES = 4
 """Pairs of noise and time per held-out sample."""
-# No training step has this number, so none has these random numbers.
+# Beyond all training steps, so that held-out samples share no random numbers with them.
 _HOLDOUT_STEP = 1 << 40
 
 
@@ -55,57 +55,59 @@ class LiveRun:
     trackers: Trackers
     utilization: Utilization
     epoch_frames: int
-    """Frames that are trained on."""
+    """Number of frames to train on."""
     resumed: bool
-    """Resumed, and no line of metrics.jsonl says so yet."""
+    """True until the first line of metrics.jsonl after a resume is written."""
     stopped: bool = False
-    """A signal has asked to stop after the current update."""
+    """True once a signal has requested a stop after the current update."""
     note: str = ""
-    """Text next to the progress bar."""
+    """Text beside the progress bar."""
     losses: list[float] = dataclasses.field(default_factory=list)
-    """Those since the last line of the metrics."""
+    """Losses of the updates since the last logged metrics."""
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"data": 0.0, "update": 0.0})
-    """The time of the updates since then, and of waiting for their data."""
+    """Seconds spent on these updates, and on waiting for their data."""
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    """Other numbers of the last update."""
+    """Gradient norm and learning rate of the last update."""
 
     @property
     def complete(self) -> bool:
-        """All updates are done."""
+        """True if all updates are done."""
         return self.state.step >= self.config.num_steps
 
     def is_due(self, every: int, *, at_stop: bool = True) -> bool:
-        """True at multiples of `every`, and at the last step."""
+        """True at multiples of `every`, at the last step, and (with `at_stop`) if the run was asked to stop."""
         return self.state.step % every == 0 or self.complete or (self.stopped and at_stop)
 
     @contextlib.contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time of a block to a part of `seconds`."""
+        """Add the duration of a `with` block to `seconds[part]`."""
         start = time.perf_counter()
         yield
         self.seconds[part] += time.perf_counter() - start
 
     def log(self, values: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl, and its numbers to the trackers."""
-        if self.world.is_main and values:
-            line = {"step": self.state.step, **values} | ({"resumed": True} if self.resumed else {})
-            self.resumed = False
-            with naming(self.folder / METRICS), (self.folder / METRICS).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self.trackers.log(self.state.step, scalars(line))
+        """Append a line to metrics.jsonl, and send its numbers to the trackers."""
+        if not self.world.is_main or not values:
+            return
+        line = {"step": self.state.step, **values}
+        if self.resumed:
+            line["resumed"], self.resumed = True, False
+        path = self.folder / METRICS
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.trackers.log(self.state.step, scalars(line))
 
     @contextlib.contextmanager
-    def keep_failed(self, batches: Sequence[Batch]) -> Iterator[None]:
-        """Save the micro-batches of an update whose gradient is not finite."""
+    def save_failed(self, batches: Sequence[Batch]) -> Iterator[None]:
+        """Save the micro-batches of an update whose gradient is not finite, and raise an error that names the files."""
         try:
             yield
         except FloatingPointError as error:
-            files = []
-            for number, batch in enumerate(batches):
-                name = f"failed_step_{self.state.step:08d}_process_{self.world.rank}_micro_batch_{number}.safetensors"
-                files.append(self.folder / name)
-                tensors = {key: value.detach().cpu().contiguous() for key, value in batch.to_tensors().items()}
-                safetensors.torch.save_file(tensors, files[-1])
+            prefix = f"failed_step_{self.state.step:08d}_process_{self.world.rank}_micro_batch"
+            files = [self.folder / f"{prefix}_{i}.safetensors" for i in range(len(batches))]
+            for file, batch in zip(files, batches, strict=True):
+                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in batch.to_tensors().items()}
+                safetensors.torch.save_file(tensors, file)
             raise TrainingError(
                 f"{str(error).rstrip('.')}; nothing of this step is kept. Its batch is in "
                 f"{', '.join(map(str, files))}. Lower the learning rate, or look for extreme values: torchpi stats."
@@ -114,31 +116,35 @@ class LiveRun:
 
 @contextlib.contextmanager
 def stop_request() -> Iterator[Callable[[], bool]]:
-    """Let the first Ctrl-C or SIGTERM ask to stop, which what is yielded tells; a second Ctrl-C interrupts as usual."""
-    requested: list[int] = []
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; a second Ctrl-C interrupts as usual.
 
-    def request(number: int, _: Any) -> None:
-        requested.append(number)
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
+    Yields:
+        A function that returns True once a stop was requested.
+    """
+    received: list[int] = []
 
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+
+    previous = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(requested)
+        yield lambda: bool(received)
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 Hook = Callable[[LiveRun], Mapping[str, Any]]
-"""Acts on a run after an update, and returns what is logged: {} where it is not due."""
+"""A function called after each update. It returns the values to log, or {} if it is not due."""
 
 
 def log_metrics(run: LiveRun) -> Mapping[str, Any]:
-    """Loss, norms, speed and memory."""
+    """Log the loss, norms, speed and memory."""
     if not run.is_due(run.config.log_every):
         return {}
     seconds = sum(run.seconds.values())
-    kernels = [  # openpi's param_norm is of the kernels
+    kernels = [  # like openpi's param_norm, which leaves out biases, scales and embeddings
         parameter
         for name, parameter in run.state.trainable.items()
         if parameter.ndim > 1 and name not in ("embedding", "vision.pos_embed")
@@ -157,28 +163,30 @@ def log_metrics(run: LiveRun) -> Mapping[str, Any]:
     run.note = (
         f"loss {line['loss']:.4f}, gradient {line['grad_norm']:.2f}, lr {line['lr']:.0e}, "
         f"{line['samples_per_second']:.3g} samples/s, {100 * line['data_wait']:.0f} % waiting for data"
-    ) + (f", {100 * line['mfu']:.0f} % MFU" if "mfu" in line else "")
+    )
+    if "mfu" in line:
+        run.note += f", {100 * line['mfu']:.0f} % MFU"
     run.losses, run.seconds = [], dict.fromkeys(run.seconds, 0.0)
     return line
 
 
 def save_checkpoint(run: LiveRun) -> Mapping[str, Any]:
-    """Checkpoints, and with `env` the success of each saved policy in simulation."""
+    """Save a checkpoint, and with `env` evaluate the saved policy in simulation."""
     if not run.is_due(run.config.checkpoint.save_every):
         return {}
-    target = run.checkpointer.save(run.state)
+    checkpoint = run.checkpointer.save(run.state)
     simulate = run.config.eval.env is not None and not run.stopped
     if run.complete or run.stopped or simulate:
         run.checkpointer.wait()
     if not simulate:
         return {}
-    success = _simulate(run.config, target / "policy") if run.world.is_main else {}
-    run.world.barrier()  # a collective of the training does not wait for so long
+    success = _simulate(run.config, checkpoint / "policy") if run.world.is_main else {}
+    run.world.barrier()  # with its long timeout: the collectives of the training would give up earlier
     return success
 
 
 def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
-    from torchpi.sim.evaluate import evaluate  # brings the simulator
+    from torchpi.sim.evaluate import evaluate  # imports the simulator
 
     options = config.eval
     assert options.env is not None
@@ -189,7 +197,7 @@ def _simulate(config: TrainConfig, policy: pathlib.Path) -> dict[str, Any]:
 
 
 def draw_curves(run: LiveRun) -> Mapping[str, Any]:
-    """curves.png, drawn with each checkpoint."""
+    """Draw curves.png with each checkpoint."""
     if run.world.is_main and run.is_due(run.config.checkpoint.save_every):
         plot_curves(run.folder / METRICS, run.folder / CURVES)
     return {}
@@ -198,13 +206,13 @@ def draw_curves(run: LiveRun) -> Mapping[str, Any]:
 class Holdout:
     """The hook that evaluates the EMA weights on held-out samples: loss and chunk errors.
 
-    The samples and their noise are always the same, without augmentation.
+    Every evaluation uses the same samples with the same noise, without augmentation.
     """
 
     def __init__(self, run: LiveRun, data: Sequence[SourceData], policies: Sequence[Policy]) -> None:
         self.config, self.world, self.policies, self.data = run.config, run.world, policies, data
         self.batch_size = self.config.micro_batch_size(self.world.size)
-        """Samples of this process at once, as many as in training, so that they fit in memory."""
+        """Samples that this process evaluates at once: as many as in training, so that they fit in memory."""
         frames = [
             Frames(source.holdout, source.embodiment, policy.transforms)
             for source, policy in zip(data, policies, strict=True)
@@ -216,69 +224,68 @@ class Holdout:
             np.concatenate([part.columns[ACTION] for part in (source.train, source.holdout) if part is not None])
             for source in data
         ]
-        """Actions of each dataset, whose ranges the errors are relative to."""
+        """All recorded actions of each dataset; chunk errors are relative to their ranges."""
 
     def _prepare(self, frames: Sequence[Frames]) -> Iterator[tuple[dict[str, Any], bool]]:
-        """This process' part of each batch, images as bytes, and whether it counts: all processes have as many."""
+        """Collate this process' share of each batch; images stay uint8.
+
+        Yields:
+            A batch, and False if the batch only fills up: every process needs the same number of batches.
+        """
         indices: list[SampleIndex] = []
         for source, part in enumerate(frames):
             rng = generator_at(self.config.seed, "holdout frames", source)
             chosen = rng.permutation(part.dataset.new_images)[: self.config.eval.holdout_samples // len(frames)]
             indices += [(source, int(frame), _HOLDOUT_STEP, len(indices) + i) for i, frame in enumerate(chosen)]
-        for at in range(0, len(indices), self.batch_size * self.world.size):
-            own = indices[at + self.world.rank * self.batch_size :][: self.batch_size]
-            yield self._samples.collate([self._samples[index] for index in own or indices[:1]]), bool(own)
+        for start in range(0, len(indices), self.batch_size * self.world.size):
+            share = indices[start + self.world.rank * self.batch_size :][: self.batch_size]
+            yield self._samples.collate([self._samples[index] for index in share or indices[:1]]), bool(share)
 
     def after_step(self, run: LiveRun) -> Mapping[str, Any]:
-        """Evaluate where it is due."""
-        if not run.is_due(run.config.eval.eval_every, at_stop=False):  # at a stop somebody waits for the end
+        """Evaluate the EMA weights if due."""
+        if not run.is_due(run.config.eval.eval_every, at_stop=False):  # a stop should not wait for an evaluation
             return {}
-        # Without compiled layers: its shapes are others than those of training, and each would be compiled.
+        # Eager: the evaluation has other shapes than the training, and each would have to be compiled.
         with run.state.ema_weights() as model, torch.compiler.set_stance("force_eager"):
             model.eval()
-            numbers = {**self._loss(run), **self._chunks(run)}
+            values = {**self._loss(run), **self._chunks(run)}
             model.train()
-        return numbers
+        return values
 
     @torch.no_grad()
     def _loss(self, run: LiveRun) -> dict[str, float]:
-        """The mean flow-matching loss."""
+        """Mean flow-matching loss of the held-out samples."""
         if not self._batches:
             return {}
         total = {"loss": 0.0, "elements": 0.0}
-        for stacked, counts in self._batches:
-            batch = self._samples.finish(stacked, self.world.device)
-            part = loss_sum(run.parallel.forward, batch, self.config.optim.loss)
+        for collated, counts in self._batches:
+            batch = self._samples.finish(collated, self.world.device)
+            batch_loss = loss_sum(run.parallel.forward, batch, self.config.optim.loss)
             if counts:
-                total["loss"] += float(part)
+                total["loss"] += float(batch_loss)
                 total["elements"] += int(num_loss_elements(batch, self.config.optim.loss))
         total = sum_over_processes(total)
         return {"holdout_loss": total["loss"] / total["elements"]}
 
     def _chunks(self, run: LiveRun) -> dict[str, Any]:
-        """Errors of sampled chunks compared with the recorded ones; the main process draws both."""
-        numbers: dict[str, Any] = {}
+        """Errors of sampled chunks compared with the recorded ones; the main process plots both."""
+        values: dict[str, Any] = {}
         seed, count = self.config.seed, self.config.eval.chunk_samples
         names = robot_names([policy.embodiment for policy in self.policies])
-        for number, (policy, source, recorded) in enumerate(zip(self.policies, self.data, self._recorded, strict=True)):
+        for i, (policy, source, recorded) in enumerate(zip(self.policies, self.data, self._recorded, strict=True)):
             if source.holdout is None or not count:
                 continue
-            chunks = predict_chunks(
-                policy,
-                source.holdout,
-                sample_new_images(source.holdout, count, seed=seed),
-                seed=seed,
-                batch_size=self.batch_size,
-            )
+            frames = sample_new_images(source.holdout, count, seed=seed)
+            chunks = predict_chunks(policy, source.holdout, frames, seed=seed, batch_size=self.batch_size)
             errors = errors_of(chunks, recorded)
             dimensions = zip(errors.dimensions, errors.mae() / errors.ranges, strict=True)
-            name = f"_{names[number]}" if number else ""
-            numbers[f"chunk_error{name}"] = errors.overall().mae_scaled
-            numbers[f"chunk_error_dims{name}"] = {dim.name: float(value) for dim, value in dimensions}
-            numbers[f"chunk_error_steps{name}"] = [float(value) for value in errors.scaled_per_step()]
+            suffix = f"_{names[i]}" if i else ""
+            values[f"chunk_error{suffix}"] = errors.overall().mae_scaled
+            values[f"chunk_error_dims{suffix}"] = {dim.name: float(value) for dim, value in dimensions}
+            values[f"chunk_error_steps{suffix}"] = [float(value) for value in errors.scaled_per_step()]
             if self.world.is_main:
                 for kind, figure in (("chunks", plot_chunks(chunks)), ("errors", plot_errors(errors))):
-                    path = run.folder / PLOTS / f"{run.state.step:08d}_{kind}{name}.png"
+                    path = run.folder / PLOTS / f"{run.state.step:08d}_{kind}{suffix}.png"
                     save_figure(figure, path, dpi=80)
-                    run.trackers.image(run.state.step, f"{kind}{name}", path)
-        return without_nan(numbers)
+                    run.trackers.image(run.state.step, f"{kind}{suffix}", path)
+        return without_nan(values)

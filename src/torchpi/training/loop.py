@@ -126,7 +126,7 @@ def run_steps(run: LiveRun, data: Sequence[SourceData], policies: Sequence[Polic
                 run.utilization.add(batch)
             with run.timed("update"):
                 micro_batches = [samples.finish(batch, world.device) for batch in collated]
-                with run.keep_failed(micro_batches):
+                with run.save_failed(micro_batches):
                     loss, run.numbers = update(run.state, config, micro_batches, run.parallel, world.size)
                 total = sum_over_processes({"loss": loss, "stop": float(stop_requested())})
             run.losses.append(total["loss"])
